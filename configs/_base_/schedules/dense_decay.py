@@ -1,0 +1,11 @@
+# Weight decay of the published detection and segmentation runs: 'norm' anywhere in a
+# parameter's name means no decay, and everything else is decayed, biases, Ds and A_logs too.
+# In the released model the norms of the stem and of the conv downsample had number names
+# (patch_embed.2, downsample.3), so the rule missed them and they were decayed. Ours are called
+# norm: the two longer keys (the longest match wins) give them their decay back.
+# The vanilla configs override 'downsample.norm', because PatchMerging's norm was a named one.
+dense_decay_keys = {
+    'norm': dict(decay_mult=0.),
+    'patch_embed.norm': dict(decay_mult=1.),
+    'downsample.norm': dict(decay_mult=1.),
+}
