@@ -1,0 +1,75 @@
+"""Stems and downsamplings. Maps between them are channels last: (B, H, W, C)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def _conv_nhwc(conv: nn.Conv2d, x_BHWC: Tensor) -> Tensor:
+    """A convolution on a channels-last map; both permutes are views."""
+    return conv(x_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class PatchStem(nn.Module):
+    """Non-overlapping 4x4 patches (vanilla VMamba): (B, in_channels, H, W) -> (B, H/4, W/4, C).
+
+    Like the published model it leaves out the last H % 4 rows and W % 4 columns; a side below 4
+    is padded with zeros to one patch.
+    """
+
+    def __init__(self, in_channels: int, embed_dims: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, embed_dims, kernel_size=4, stride=4)
+        self.norm = nn.LayerNorm(embed_dims)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        if height < 4 or width < 4:
+            x = F.pad(x, (0, max(0, 4 - width), 0, max(0, 4 - height)))
+        x = x.contiguous(memory_format=torch.channels_last)
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
+class ConvStem(nn.Module):
+    """Two 3x3 convolutions of stride 2, each with a norm: (B, in_channels, H, W) ->
+    (B, ceil(H/4), ceil(W/4), C)."""
+
+    def __init__(self, in_channels: int, embed_dims: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, embed_dims // 2, kernel_size=3, stride=2, padding=1)
+        self.norm1 = nn.LayerNorm(embed_dims // 2)
+        self.act = nn.GELU()
+        self.conv2 = nn.Conv2d(embed_dims // 2, embed_dims, kernel_size=3, stride=2, padding=1)
+        self.norm2 = nn.LayerNorm(embed_dims)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = self.act(self.norm1(self.conv1(x).permute(0, 2, 3, 1)))
+        return self.norm2(_conv_nhwc(self.conv2, x))
+
+
+class MergeDownsample(nn.Module):
+    """Swin's patch merging (vanilla VMamba): (B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 2C)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1:3]
+        x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+        corners = (x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2])
+        return self.reduction(self.norm(torch.cat(corners, dim=-1)))
+
+
+class ConvDownsample(nn.Module):
+    """3x3 convolution of stride 2 and a norm: (B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 2C)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, 2 * dim, kernel_size=3, stride=2, padding=1)
+        self.norm = nn.LayerNorm(2 * dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(_conv_nhwc(self.conv, x))

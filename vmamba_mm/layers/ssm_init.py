@@ -1,0 +1,31 @@
+"""Initial values of the state-space parameters (Mamba, arXiv 2312.00752, section 3.6)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def init_x_proj(num_routes: int, out_features: int, dim: int) -> Tensor:
+    """(K, out_features, D), each route as ``nn.Linear`` starts (kaiming uniform, a = sqrt 5)."""
+    bound = 1.0 / math.sqrt(dim)
+    return torch.empty(num_routes, out_features, dim).uniform_(-bound, bound)
+
+
+def init_dt_proj(num_routes: int, dim: int, dt_rank: int) -> Tensor:
+    """(K, D, R), uniform in +-R^-0.5, which keeps the variance of dt."""
+    bound = dt_rank ** -0.5
+    return torch.empty(num_routes, dim, dt_rank).uniform_(-bound, bound)
+
+
+def init_dt_bias(num_routes: int, dim: int, dt_min: float = 1e-3, dt_max: float = 0.1,
+                 floor: float = 1e-4) -> Tensor:
+    """(K, D), such that softplus(bias) is log-uniform in [dt_min, dt_max]."""
+    log_dt = torch.empty(num_routes, dim).uniform_(math.log(dt_min), math.log(dt_max))
+    dt = log_dt.exp().clamp_(min=floor)
+    return dt + torch.log(-torch.expm1(-dt))  # the inverse of softplus
+
+
+def init_A_logs(num_routes: int, dim: int, d_state: int) -> Tensor:
+    """(K*D, N), log(1..N) in every row: S4D-real."""
+    return torch.arange(1, d_state + 1, dtype=torch.float32).log().repeat(num_routes * dim, 1)

@@ -1,0 +1,3 @@
+from vmamba_mm.models.vmamba import VMamba
+
+__all__ = ['VMamba']

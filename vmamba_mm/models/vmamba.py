@@ -1,0 +1,175 @@
+"""The VMamba backbone (arXiv 2401.10166)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from vmamba_mm.layers import (
+    ConvDownsample,
+    ConvStem,
+    MergeDownsample,
+    PatchStem,
+    VSSBlock,
+    VSSStage,
+)
+from vmamba_mm.models.arch import ARCH_SETTINGS, resolve_arch
+from vmamba_mm.registry import MODELS
+
+_STEMS = {'patch': PatchStem, 'conv': ConvStem}
+_DOWNSAMPLES = {'merge': MergeDownsample, 'conv': ConvDownsample}
+_NUM_STAGES = 4
+
+
+@MODELS.register_module()
+class VMamba(BaseModule):
+    """VMamba as a backbone for mmpretrain, mmdet and mmseg.
+
+    Args:
+        arch: a key of ``VMamba.arch_settings``, or a dict with exactly the keys ``embed_dims``
+            (channels C of the first stage, doubled at each further one), ``depths`` (blocks of
+            the 4 stages), ``d_state`` (N), ``ssm_ratio`` (D / C), ``dt_rank`` ('auto' for
+            ceil(C / 16), or an int), ``conv_bias``, ``gate`` (the SiLU(z) branch), ``mlp_ratio``
+            (0 for no MLP), ``stem`` ('patch' or 'conv'), ``downsample`` ('merge' or 'conv'),
+            ``scan`` ('cross').
+        out_indices: stages to return, each through a norm of its own, ``norm{i}``.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
+        frozen_stages: -1 freezes nothing, 0 the stem, i the stem and the first i stages with
+            their norms and downsamplings.
+        norm_eval: keep batch norms in eval mode while training. The model itself has layer
+            norms only, which keep no statistics, so this matters to modules swapped in.
+        with_cp: recompute each block in the backward pass (gradient checkpointing).
+        in_channels: channels of the input.
+        init_cfg: mmengine's, for example ``dict(type='Pretrained', checkpoint=...)``. None keeps
+            the published initialisation, which the layers set by themselves.
+
+    Shape:
+        (B, in_channels, H, W), any H and W of at least 1, to a tuple of (B, C_i, H_i, W_i) with
+        C_i = embed_dims * 2^i and H_i about H / (4 * 2^i): the 'conv' stem and both downsamplings
+        round up, the 'patch' stem down. The maps are channels-last in memory.
+
+    Raises:
+        ValueError: on a value that is not allowed, with the choices.
+        TypeError: on a keyword of another backbone, left over in a merged config.
+    """
+
+    arch_settings = ARCH_SETTINGS
+
+    def __init__(self, arch: str | Mapping[str, Any] = 'tiny_s1l8',
+                 out_indices: Sequence[int] = (0, 1, 2, 3), drop_path_rate: float = 0.0,
+                 frozen_stages: int = -1, norm_eval: bool = False, with_cp: bool = False,
+                 in_channels: int = 3, init_cfg: dict | list[dict] | None = None, **leftover):
+        if leftover:
+            raise TypeError(
+                f'VMamba has no argument {", ".join(map(repr, sorted(leftover)))}. If the config '
+                'replaces another backbone, that key was inherited from it: write '
+                "backbone=dict(_delete_=True, type='vmamba_mm.VMamba', ...)")
+        super().__init__(init_cfg=init_cfg)
+        self.arch = resolve_arch(arch)
+        self.out_indices = _check_out_indices(out_indices)
+        if not isinstance(frozen_stages, int) or not -1 <= frozen_stages <= _NUM_STAGES:
+            raise ValueError(f'frozen_stages must be an int from -1 (nothing) to {_NUM_STAGES} '
+                             f'(all), got {frozen_stages!r}')
+        if not 0.0 <= drop_path_rate < 1.0:
+            raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate!r}')
+        if not isinstance(in_channels, int) or in_channels < 1:
+            raise ValueError(f'in_channels must be an int of at least 1, got {in_channels!r}')
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+
+        self.depths = self.arch['depths']
+        self.num_features = [self.arch['embed_dims'] * 2 ** i for i in range(_NUM_STAGES)]
+        ssm_cfg = {key: self.arch[key]
+                   for key in ('d_state', 'ssm_ratio', 'dt_rank', 'conv_bias', 'gate')}
+        rates = iter(torch.linspace(0, drop_path_rate, sum(self.depths), device='cpu').tolist())
+
+        self.patch_embed = _STEMS[self.arch['stem']](in_channels, self.num_features[0])
+        self.stages = nn.ModuleList()
+        for i, (dim, depth) in enumerate(zip(self.num_features, self.depths, strict=True)):
+            blocks = [VSSBlock(dim, mlp_ratio=self.arch['mlp_ratio'], drop_path=next(rates),
+                               with_cp=with_cp, ssm_cfg=ssm_cfg) for _ in range(depth)]
+            last = i == _NUM_STAGES - 1
+            downsample = None if last else _DOWNSAMPLES[self.arch['downsample']](dim)
+            self.stages.append(VSSStage(blocks, downsample))
+        for i in self.out_indices:
+            self.add_module(f'norm{i}', nn.LayerNorm(self.num_features[i]))
+
+        self.apply(_init_linear)
+        self._freeze_stages()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = self.patch_embed(x)
+        outs = []
+        for i, stage in enumerate(self.stages):
+            x = stage.blocks(x)
+            if i in self.out_indices:
+                outs.append(getattr(self, f'norm{i}')(x).permute(0, 3, 1, 2))
+            if i == self.out_indices[-1]:
+                break
+            x = stage.downsample(x)
+        return tuple(outs)
+
+    def train(self, mode: bool = True) -> 'VMamba':
+        super().train(mode)
+        self._freeze_stages()
+        if mode and self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """Depth of a parameter for layer-wise learning-rate decay, as mmpretrain's backbones.
+
+        Args:
+            param_name: full name of the parameter.
+            prefix: what stands before the backbone's own names, such as ``'backbone.'``.
+
+        Returns:
+            (depth, number of depths): 0 for the stem, one per block, a downsampling with the
+            block before it, the last for output norms and whatever is not the backbone's.
+        """
+        num_layers = sum(self.depths) + 2
+        if not param_name.startswith(prefix):
+            return num_layers - 1, num_layers
+        parts = param_name[len(prefix):].split('.')
+        if parts[0] == 'patch_embed':
+            return 0, num_layers
+        if parts[0] != 'stages':
+            return num_layers - 1, num_layers
+        stage = int(parts[1])
+        if parts[2] == 'downsample':
+            return sum(self.depths[:stage + 1]), num_layers
+        return sum(self.depths[:stage]) + int(parts[3]) + 1, num_layers
+
+    def _freeze_stages(self) -> None:
+        if self.frozen_stages < 0:
+            return
+        frozen: list[nn.Module] = [self.patch_embed]
+        for i in range(self.frozen_stages):
+            frozen.append(self.stages[i])
+            if i in self.out_indices:
+                frozen.append(getattr(self, f'norm{i}'))
+        for module in frozen:
+            module.eval()
+            module.requires_grad_(False)
+
+
+def _check_out_indices(out_indices: Sequence[int]) -> tuple[int, ...]:
+    indices = tuple(out_indices) if isinstance(out_indices, Sequence) else ()
+    if not indices or any(i not in range(_NUM_STAGES) for i in indices) \
+            or list(indices) != sorted(set(indices)):
+        raise ValueError(f'out_indices must be increasing stage numbers from 0 to '
+                         f'{_NUM_STAGES - 1}, such as (0, 1, 2, 3), got {out_indices!r}')
+    return indices
+
+
+def _init_linear(module: nn.Module) -> None:
+    """Linear: truncated normal of std 0.02, bias 0. The rest starts as torch or SS2D sets it."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,40 @@
+"""Cross scan and cross merge in plain PyTorch (VMamba, arXiv 2401.10166, section 4.3).
+
+B batch, D channels, H/W height/width, L = H*W, K directions.
+"""
+
+import torch
+from torch import Tensor
+
+#: The routes in the order in which every per-direction parameter is stacked; K takes the first K.
+ROUTES = ('row-major', 'column-major', 'reversed row-major', 'reversed column-major')
+
+
+def scan_forward(x_BDHW: Tensor, num_routes: int) -> Tensor:
+    """(B, D, H, W) -> (B, K, D, L): one copy of the map in each route's order."""
+    row = x_BDHW.flatten(2)
+    column = x_BDHW.transpose(2, 3).flatten(2)
+    return torch.stack((row, column, row.flip(-1), column.flip(-1))[:num_routes], dim=1)
+
+
+def merge_forward(y_BKDL: Tensor, height: int, width: int) -> Tensor:
+    """(B, K, D, L) -> (B, D, H, W): every route turned back into place, and summed."""
+    batch, num_routes, dim, _ = y_BKDL.shape
+    merged = y_BKDL.new_zeros(batch, dim, height, width)
+    for k in range(num_routes):
+        y = y_BKDL[:, k].flip(-1) if k >= 2 else y_BKDL[:, k]
+        if k % 2 == 0:
+            merged = merged + y.view(batch, dim, height, width)
+        else:
+            merged = merged + y.view(batch, dim, width, height).transpose(2, 3)
+    return merged
+
+
+def scan_backward(grad_BKDL: Tensor, height: int, width: int) -> Tensor:
+    """The merge is the transpose of the scan: a permutation's inverse, summed over copies."""
+    return merge_forward(grad_BKDL, height, width)
+
+
+def merge_backward(grad_BDHW: Tensor, num_routes: int) -> Tensor:
+    """The scan is the transpose of the merge."""
+    return scan_forward(grad_BDHW, num_routes)

@@ -1,0 +1,165 @@
+"""The selective scan without a loop over L, in plain PyTorch: exact, for any device.
+
+The sequence is cut into G chunks of T steps and laid out time first, (T, G, M, D) with M samples
+and D channels, so that one PyTorch call advances every chunk, sample and channel by a step. The
+chunks start from a zero state; what enters a chunk from the one before is carried on afterwards
+through the chunk's own decay. T + G steps, about 2 sqrt(L), take the place of L.
+
+The state index n is the outer loop: nothing of size L*D*N ever exists.
+"""
+
+from itertools import pairwise
+from math import isqrt
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vmamba_mm.ops.backends import compute_dtype
+
+
+def to_chunks(x_BGTD: Tensor, dtype: torch.dtype) -> Tensor:
+    """(M, G, T, D) -> contiguous (T, G, M, D): one copy, whatever the strides."""
+    m, g, t, d = x_BGTD.shape
+    out = torch.empty(t, g, m, d, dtype=dtype, device=x_BGTD.device)
+    return out.copy_(x_BGTD.permute(2, 1, 0, 3))
+
+
+def chunk_sequence(x_BLD: Tensor) -> Tensor:
+    """(M, L, D) -> (M, G, T, D) with T about sqrt(L), padded with zeros at the end.
+
+    A zero in u, B and C drives nothing and is read by nobody, so padding changes no value.
+    """
+    length = x_BLD.shape[1]
+    steps = isqrt(length - 1) + 1
+    chunks = -(-length // steps)
+    x_BLD = F.pad(x_BLD, (0, 0, 0, chunks * steps - length))
+    return x_BLD.unflatten(1, (chunks, steps))
+
+
+def linear_scan_(a: Tensor, h: Tensor, reverse: bool) -> None:
+    """In place, h_t <- h_t + a_t h_{t-1} along the whole sequence; ``a`` ends as each chunk's decay.
+
+    Args:
+        a, h: contiguous (T, G, M, D); the sequence runs through chunk 0, then chunk 1, ...
+        reverse: run from the last step of the last chunk to the first.
+    """
+    steps, chunks = a.shape[:2]
+    time = range(steps)[::-1] if reverse else range(steps)
+    a_t, h_t = a.unbind(0), h.unbind(0)
+    for before, now in pairwise(time):
+        h_t[now].addcmul_(a_t[now], h_t[before])
+        a_t[now].mul_(a_t[before])
+    if chunks == 1:
+        return
+    carry = torch.zeros_like(h_t[0])
+    carry_g, end_g, decay_g = carry.unbind(0), h_t[time[-1]].unbind(0), a_t[time[-1]].unbind(0)
+    for before, now in pairwise(range(chunks)[::-1] if reverse else range(chunks)):
+        torch.addcmul(end_g[before], decay_g[before], carry_g[before], out=carry_g[now])
+    h.addcmul_(a, carry)
+
+
+def _previous(x: Tensor, reverse: bool) -> Tensor:
+    """x shifted by one step along the sequence: what the step before held, 0 at the start."""
+    out = torch.empty_like(x)
+    if reverse:
+        out[:-1], out[-1, :-1], out[-1, -1] = x[1:], x[0, 1:], 0
+    else:
+        out[1:], out[0, 1:], out[0, 0] = x[:-1], x[-1, :-1], 0
+    return out
+
+
+def scan_chunks(u, delta, A, B, C, reverse: bool, out: Tensor) -> None:
+    """Add one direction's scan to ``out``: y_t = <C_t, h_t>, without the skip.
+
+    Args:
+        u, delta, out: (T, G, M, D).
+        A: (D, N).
+        B, C: (T, G, M, N).
+    """
+    drive = delta * u
+    for n in range(A.shape[1]):
+        decay = torch.mul(delta, A[:, n]).exp_()
+        h = drive * B[..., n, None]
+        linear_scan_(decay, h, reverse)
+        out.addcmul_(h, C[..., n, None])
+
+
+def scan_chunks_backward(grad_y, u, delta, A, B, C, reverse: bool):
+    """Gradients of :func:`scan_chunks` by u, delta, A, B, C; states are computed again."""
+    drive = delta * u
+    grad_drive, grad_delta = torch.zeros_like(u), torch.zeros_like(u)
+    grad_A = torch.empty_like(A)
+    grad_B, grad_C = torch.empty_like(B), torch.empty_like(C)
+    for n in range(A.shape[1]):
+        A_n, B_n, C_n = A[:, n], B[..., n, None], C[..., n, None]
+        decay = torch.mul(delta, A_n).exp_()
+        h = drive * B_n
+        linear_scan_(decay.clone(), h, reverse)
+        grad_C[..., n] = (grad_y * h).sum(-1)
+
+        g = grad_y * C_n
+        linear_scan_(_previous(decay, not reverse), g, not reverse)
+        grad_B[..., n] = (g * drive).sum(-1)
+        grad_drive.addcmul_(g, B_n)
+
+        grad_exponent = g.mul_(decay).mul_(_previous(h, reverse))
+        grad_delta.addcmul_(grad_exponent, A_n)
+        grad_A[:, n] = grad_exponent.mul_(delta).sum((0, 1, 2))
+    grad_delta.addcmul_(grad_drive, u)
+    return grad_drive.mul_(delta), grad_delta, grad_A, grad_B, grad_C
+
+
+def _groups(u, delta, A, B, C, delta_bias, delta_softplus):
+    """Each direction's slice, chunked, in the compute dtype, delta finished."""
+    dtype = compute_dtype(u.dtype)
+    dim = u.shape[1] // B.shape[1]
+    for k in range(B.shape[1]):
+        channels = slice(k * dim, (k + 1) * dim)
+        parts = [to_chunks(chunk_sequence(t.transpose(1, 2)), dtype)
+                 for t in (u[:, channels], delta[:, channels], B[:, k], C[:, k])]
+        if delta_bias is not None:
+            parts[1] += delta_bias[channels].to(dtype)
+        if delta_softplus:
+            parts[1] = F.softplus(parts[1])
+        yield k, channels, A[channels].to(dtype), *parts
+
+
+def _sequence(x_TGBD: Tensor, length: int) -> Tensor:
+    """(T, G, M, D) -> (M, D, L), the padding dropped."""
+    return x_TGBD.permute(2, 3, 1, 0).flatten(2)[..., :length]
+
+
+def forward(u, delta, A, B, C, D, delta_bias, delta_softplus, out_dtype) -> Tensor:
+    """Shapes as in :func:`vmamba_mm.ops.selective_scan`."""
+    out = torch.empty(u.shape, dtype=out_dtype, device=u.device)
+    parts = _groups(u, delta, A, B, C, delta_bias, delta_softplus)
+    for _, channels, A_k, u_k, delta_k, B_k, C_k in parts:
+        y = torch.zeros_like(u_k) if D is None else u_k * D[channels].to(u_k.dtype)
+        scan_chunks(u_k, delta_k, A_k, B_k, C_k, reverse=False, out=y)
+        out[:, channels] = _sequence(y, u.shape[2])
+    return out
+
+
+def backward(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus):
+    """Gradients by u, delta, A, B, C, D, delta_bias (None where the input is None)."""
+    grads = [None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
+             for t in (u, delta, A, B, C, D, delta_bias)]
+    grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias = grads
+    length = u.shape[2]
+    parts = _groups(u, delta, A, B, C, delta_bias, delta_softplus)
+    for k, channels, A_k, u_k, delta_k, B_k, C_k in parts:
+        gy = to_chunks(chunk_sequence(grad_y[:, channels].transpose(1, 2)), u_k.dtype)
+        gu, gdelta, gA, gB, gC = scan_chunks_backward(gy, u_k, delta_k, A_k, B_k, C_k, False)
+        if D is not None:
+            gu.addcmul_(gy, D[channels].to(u_k.dtype))
+            grad_D[channels] = (gy * u_k).sum((0, 1, 2))
+        if delta_softplus:
+            gdelta.mul_(-torch.expm1(-delta_k))  # softplus' = 1 - exp(-softplus)
+        if delta_bias is not None:
+            grad_bias[channels] = gdelta.sum((0, 1, 2))
+        grad_u[:, channels], grad_delta[:, channels] = (
+            _sequence(t, length) for t in (gu, gdelta))
+        grad_A[channels] = gA
+        grad_B[:, k], grad_C[:, k] = _sequence(gB, length), _sequence(gC, length)
+    return tuple(grads)

@@ -1,0 +1,125 @@
+"""torch.library registration of ``selective_scan``: schema, fake, autograd, FLOPs, checks."""
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from vmamba_mm.ops.backends import Backend, resolve_backend
+from vmamba_mm.ops.selective_scan import chunked, reference
+
+_IMPLEMENTATIONS = {'reference': reference, 'chunked': chunked}
+
+
+@torch.library.custom_op('vmamba_mm::selective_scan_fwd', mutates_args=())
+def _fwd(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+         delta_bias: Tensor | None, delta_softplus: bool, out_dtype: torch.dtype,
+         backend: str) -> Tensor:
+    # Autocast would lower the products inside; the op's own dtype policy holds instead.
+    with torch.autocast(u.device.type, enabled=False):
+        return _IMPLEMENTATIONS[backend].forward(
+            u, delta, A, B, C, D, delta_bias, delta_softplus, out_dtype)
+
+
+@_fwd.register_fake
+def _(u, delta, A, B, C, D, delta_bias, delta_softplus, out_dtype, backend):
+    return u.new_empty(u.shape, dtype=out_dtype)
+
+
+@torch.library.custom_op('vmamba_mm::selective_scan_bwd', mutates_args=())
+def _bwd(grad_y: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
+         D: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool, backend: str
+         ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with torch.autocast(u.device.type, enabled=False):
+        grads = _IMPLEMENTATIONS[backend].backward(
+            grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus)
+    # The schema has no optional results: an absent gradient is an empty tensor.
+    return tuple(u.new_empty(0) if g is None else g.contiguous() for g in grads)
+
+
+@_bwd.register_fake
+def _(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus, backend):
+    return tuple(u.new_empty(0) if t is None else t.new_empty(t.shape)
+                 for t in (u, delta, A, B, C, D, delta_bias))
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.delta_softplus, _, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad_y):
+    tensors = ctx.saved_tensors
+    grads = _bwd(grad_y, *tensors, ctx.delta_softplus, ctx.backend)
+    grads = [None if t is None else g for t, g in zip(tensors, grads, strict=True)]
+    return *grads, None, None, None
+
+
+_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def scan_flops(batch: int, channels: int, length: int, state: int) -> int:
+    """FLOPs of S6 as the paper counts them: 9 B L D N, plus B L D for the skip, multiply-adds.
+
+    torch counts a multiply-add as 2, hence the factor.
+    """
+    return 2 * batch * length * channels * (9 * state + 1)
+
+
+@register_flop_formula(torch.ops.vmamba_mm.selective_scan_fwd)
+def _fwd_flops(u_shape, delta_shape, A_shape, *args, out_shape=None, **kwargs) -> int:
+    batch, channels, length = u_shape
+    return scan_flops(batch, channels, length, A_shape[1])
+
+
+@register_flop_formula(torch.ops.vmamba_mm.selective_scan_bwd)
+def _bwd_flops(grad_shape, u_shape, delta_shape, A_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * _fwd_flops(u_shape, delta_shape, A_shape)
+
+
+def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
+                   D: Tensor | None = None, *, delta_bias: Tensor | None = None,
+                   delta_softplus: bool = False, out_dtype: torch.dtype | None = None,
+                   backend: Backend | None = None) -> Tensor:
+    """S6 (arXiv 2312.00752, section 3; arXiv 2401.10166, section 3) over K groups of D channels.
+
+    Channel c of group k runs ``h_t = exp(delta_t A_c) h_{t-1} + delta_t B_kt u_t`` and returns
+    ``y_t = <C_kt, h_t> + D_c u_t``. Every input has a gradient.
+
+    Args:
+        u, delta: (B, K*D, L), fp16, bf16, fp32 or fp64.
+        A: (K*D, N), below zero for a state that decays.
+        B, C: (B, K, N, L).
+        D: (K*D), the skip, or None.
+        delta_bias: (K*D), added to ``delta``, or None.
+        delta_softplus: apply softplus to ``delta`` (after the bias).
+        out_dtype: dtype of the result; None for the dtype of ``u``. Computation and state are
+            fp32 (fp64 for fp64 input) whatever the dtypes.
+        backend: 'reference' or 'chunked'; None for the fastest on the device.
+
+    Returns:
+        (B, K*D, L) in ``out_dtype``.
+
+    Raises:
+        ValueError: on shapes that do not fit one another, or an unknown backend.
+    """
+    _check(u, delta, A, B, C, D, delta_bias)
+    return _fwd(u, delta, A, B, C, D, delta_bias, delta_softplus, out_dtype or u.dtype,
+                resolve_backend(backend))
+
+
+def _check(u, delta, A, B, C, D, delta_bias) -> None:
+    if u.dim() != 3 or B.dim() != 4 or A.dim() != 2:
+        raise ValueError('selective_scan expects u (B, K*D, L), A (K*D, N) and B (B, K, N, L); '
+                         f'got u {tuple(u.shape)}, A {tuple(A.shape)}, B {tuple(B.shape)}')
+    batch, channels, length = u.shape
+    groups, state = B.shape[1], A.shape[1]
+    if length < 1 or state < 1 or channels % groups:
+        raise ValueError(f'selective_scan expects L >= 1, N >= 1 and K*D={channels} divisible by '
+                         f'K={groups}; got L={length}, N={state}')
+    expected = {'delta': (delta, u.shape), 'A': (A, (channels, state)),
+                'B': (B, (batch, groups, state, length)), 'C': (C, (batch, groups, state, length)),
+                'D': (D, (channels,)), 'delta_bias': (delta_bias, (channels,))}
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != tuple(shape):
+            raise ValueError(f'selective_scan expects {name} of shape {tuple(shape)} beside '
+                             f'u {tuple(u.shape)}, got {tuple(tensor.shape)}')

@@ -1,0 +1,125 @@
+"""torch.library registration of ``ss2d_scan``: schema, fake, autograd, FLOPs, checks."""
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from vmamba_mm.ops.backends import Backend, resolve_backend
+from vmamba_mm.ops.cross_scan.reference import ROUTES
+from vmamba_mm.ops.selective_scan.op import scan_flops
+from vmamba_mm.ops.ss2d_scan import chunked, reference
+
+_IMPLEMENTATIONS = {'reference': reference, 'chunked': chunked}
+
+
+@torch.library.custom_op('vmamba_mm::ss2d_scan_fwd', mutates_args=())
+def _fwd(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_projs_bias: Tensor,
+         A: Tensor, D: Tensor, out_dtype: torch.dtype, backend: str) -> Tensor:
+    # Autocast would lower the products inside; the op's own dtype policy holds instead.
+    with torch.autocast(x.device.type, enabled=False):
+        y = _IMPLEMENTATIONS[backend].forward(
+            x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype)
+    return torch.empty_like(x, dtype=out_dtype).copy_(y) if backend == 'reference' else y
+
+
+@_fwd.register_fake
+def _(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype, backend):
+    return torch.empty_like(x, dtype=out_dtype)
+
+
+@torch.library.custom_op('vmamba_mm::ss2d_scan_bwd', mutates_args=())
+def _bwd(grad_y: Tensor, x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor,
+         dt_projs_bias: Tensor, A: Tensor, D: Tensor, backend: str
+         ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with torch.autocast(x.device.type, enabled=False):
+        grad_x, *grads = _IMPLEMENTATIONS[backend].backward(
+            grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
+    if backend == 'reference':
+        grad_x = torch.empty_like(x).copy_(grad_x)
+    return grad_x, *(g.contiguous() for g in grads)
+
+
+@_bwd.register_fake
+def _(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, backend):
+    weights = (x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
+    return torch.empty_like(x), *(t.new_empty(t.shape) for t in weights)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, _, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad_y):
+    return *_bwd(grad_y, *ctx.saved_tensors, ctx.backend), None, None
+
+
+_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.vmamba_mm.ss2d_scan_fwd)
+def _fwd_flops(x_shape, x_proj_shape, dt_projs_shape, bias_shape, A_shape, *args,
+               out_shape=None, **kwargs) -> int:
+    batch, dim, height, width = x_shape
+    num_routes, projected, _ = x_proj_shape
+    length, rank = height * width, dt_projs_shape[2]
+    projections = 2 * batch * num_routes * length * dim * (projected + rank)
+    return projections + scan_flops(batch, num_routes * dim, length, A_shape[1])
+
+
+@register_flop_formula(torch.ops.vmamba_mm.ss2d_scan_bwd)
+def _bwd_flops(grad_shape, *shapes, out_shape=None, **kwargs) -> int:
+    return 2 * _fwd_flops(*shapes)
+
+
+def ss2d_scan(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_projs_bias: Tensor,
+              A: Tensor, D: Tensor, *, out_dtype: torch.dtype | None = None,
+              backend: Backend | None = None) -> Tensor:
+    """The whole middle of SS2D as one op (section 4.3 and figure 3, arXiv 2401.10166).
+
+    Cross scan along K routes, per-route projection of x to (dt, B, C), softplus(dt W + bias),
+    selective scan, cross merge. Every input has a gradient; the backward saves the inputs only.
+
+    Args:
+        x: (B, D, H, W), after depthwise convolution and SiLU; any strides (channels last is the
+            natural one); fp16, bf16, fp32 or fp64.
+        x_proj_weight: (K, R + 2N, D), K of 1, 2 or 4: the first K of row-major, column-major,
+            and the reverses of both.
+        dt_projs_weight: (K, D, R).
+        dt_projs_bias: (K, D).
+        A: (K*D, N), below zero for a state that decays (the model's ``-exp(A_logs)``).
+        D: (K*D), the skip.
+        out_dtype: dtype of the result; None for the dtype of ``x``. Computation and state are
+            fp32 (fp64 for fp64 input) whatever the dtypes, and under autocast.
+        backend: 'reference' or 'chunked'; None for the fastest on the device.
+
+    Returns:
+        (B, D, H, W), the K routes summed, in ``out_dtype`` and with the strides of ``x``.
+
+    Raises:
+        ValueError: on shapes that do not fit one another, or an unknown backend.
+    """
+    _check(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
+    return _fwd(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype or x.dtype,
+                resolve_backend(backend))
+
+
+def _check(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D) -> None:
+    if x.dim() != 4 or dt_projs_weight.dim() != 3 or A.dim() != 2:
+        raise ValueError('ss2d_scan expects x (B, D, H, W), dt_projs_weight (K, D, R) and '
+                         f'A (K*D, N); got x {tuple(x.shape)}, dt_projs_weight '
+                         f'{tuple(dt_projs_weight.shape)}, A {tuple(A.shape)}')
+    dim, (num_routes, _, rank), state = x.shape[1], dt_projs_weight.shape, A.shape[1]
+    if num_routes not in (1, 2, 4):
+        raise ValueError(f'ss2d_scan expects K of 1, 2 or 4 routes (the first K of {ROUTES}), '
+                         f'got {num_routes}')
+    if x.numel() == 0 and x.shape[0] != 0:
+        raise ValueError(f'ss2d_scan expects D, H and W of at least 1, got x {tuple(x.shape)}')
+    expected = {'x_proj_weight': (x_proj_weight, (num_routes, rank + 2 * state, dim)),
+                'dt_projs_weight': (dt_projs_weight, (num_routes, dim, rank)),
+                'dt_projs_bias': (dt_projs_bias, (num_routes, dim)),
+                'A': (A, (num_routes * dim, state)), 'D': (D, (num_routes * dim,))}
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f'ss2d_scan expects {name} of shape {shape} beside x '
+                             f'{tuple(x.shape)}, got {tuple(tensor.shape)}')
