@@ -94,7 +94,7 @@ for device in ["cpu"] + ["cuda"] * (os.environ["WANT_CUDA"] == "1" and torch.cud
 # 1 where a GPU is visible and the CUDA compiler has the major version that torch was built with
 choose_cuda_ops() {
     [ -n "${VMAMBA_MM_CUDA_OPS:-}" ] && { echo "$VMAMBA_MM_CUDA_OPS"; return; }
-    "$PY" - <<'EOF' || echo 0
+    "$PY" - 2>>"$LOG" <<'EOF' || echo 0
 import re
 import subprocess
 
@@ -131,12 +131,14 @@ install_mmcv() {
 }
 
 install_package() {
-    "$PY" -m pip install -c "$VENV/constraints.txt" -e '.[all,dev,demo]'
+    # 'set -e' is off inside a step, hence the returns
+    "$PY" -m pip install -c "$VENV/constraints.txt" -e '.[all,dev,demo]' || return 1
     # opencv-python needs libGL, which servers often lack; the headless build does not.
     if ! "$PY" -c 'import cv2'; then
         local release
         release=$("$PY" -m pip show opencv-python-headless | sed -n 's/^Version: //p')
-        "$PY" -m pip install --force-reinstall --no-deps "opencv-python-headless==$release"
+        "$PY" -m pip install --force-reinstall --no-deps "opencv-python-headless==$release" \
+            || return 1
     fi
 }
 
@@ -157,7 +159,7 @@ rm -f "$STAMP"
 : >"$LOG"
 if ! "$PY" -c '' 2>/dev/null; then
     python=$(find_python) || die "no Python 3.10 to 3.13 found (tried ${PYTHON:-the usual names})"
-    say "making .venv with $(command -v "$python") (about 10 minutes and 6 GB the first time)"
+    say "making .venv with $(command -v "$python") (about 8 minutes and 6 GB the first time)"
     step 'virtual environment' '5 s' "$python" -m venv "$VENV"
 elif [ -n "${PYTHON:-}" ] && [ "$(version_of "$PYTHON")" != "$(version_of "$PY")" ]; then
     die ".venv has Python $(version_of "$PY"), PYTHON=$PYTHON asks for another: remove .venv first"
