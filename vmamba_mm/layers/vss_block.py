@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
@@ -52,7 +53,7 @@ class VSSBlock(nn.Module):
         return x
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.with_cp and x.requires_grad:
+        if self.with_cp and torch.is_grad_enabled():
             return torch.utils.checkpoint.checkpoint(self._forward, x, use_reentrant=False)
         return self._forward(x)
 

@@ -14,6 +14,7 @@ from vmamba_mm.ops.selective_scan.chunked import (
     chunk_sequence,
     scan_chunks,
     scan_chunks_backward,
+    softplus,
     to_chunks,
 )
 
@@ -46,12 +47,17 @@ def _blocks(x: Tensor):
     return (slice(i, i + size) for i in range(0, batch, size))
 
 
-def _project(x_TGBD: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, bias: Tensor):
-    """One direction's dt (rank R), delta, B and C, all (T, G, M, ...)."""
-    rank = dt_projs_weight.shape[1]
-    state = (x_proj_weight.shape[0] - rank) // 2
-    dt, B, C = F.linear(x_TGBD, x_proj_weight).split((rank, state, state), dim=-1)
-    return dt, F.softplus(F.linear(dt, dt_projs_weight, bias)), B, C
+def _project(u_TGBD: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, bias: Tensor):
+    """Each route's dt (rank R), delta before softplus, B and C, all (T, G, M, ...).
+
+    The routes that share an order share one matrix product.
+    """
+    rank = dt_projs_weight.shape[2]
+    state = (x_proj_weight.shape[1] - rank) // 2
+    projected = F.linear(u_TGBD, x_proj_weight.flatten(0, 1)).chunk(len(x_proj_weight), dim=-1)
+    for k, route in enumerate(projected):
+        dt, B, C = route.split((rank, state, state), dim=-1)
+        yield dt, F.linear(dt, dt_projs_weight[k], bias[k]), B, C
 
 
 def forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype) -> Tensor:
@@ -69,10 +75,11 @@ def forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype) -
         for column in range(min(2, num_routes)):
             u = to_chunks(_oriented(x_block, column), dtype)
             y = torch.zeros_like(u)
-            for k in range(column, num_routes, 2):
-                _, delta, B, C = _project(u, x_proj_weight[k], dt_projs_weight[k],
-                                          dt_projs_bias[k])
-                scan_chunks(u, delta, A[k], B, C, reverse=k >= 2, out=y)
+            routes = slice(column, None, 2)
+            projected = _project(u, x_proj_weight[routes], dt_projs_weight[routes],
+                                 dt_projs_bias[routes])
+            for k, (_, raw_delta, B, C) in zip((column, column + 2), projected, strict=False):
+                scan_chunks(u, softplus(raw_delta), A[k], B, C, reverse=k >= 2, out=y)
             _add_to_map(merged, y, column)
         out[block] = merged
     return out
@@ -98,12 +105,13 @@ def backward(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D):
             u = to_chunks(_oriented(x_block, column), dtype)
             gy = to_chunks(_oriented(grad_block, column), dtype)
             gu = torch.zeros_like(u)
-            for k in range(column, num_routes, 2):
-                dt, delta, B, C = _project(u, x_proj_weight[k], dt_projs_weight[k],
-                                           dt_projs_bias[k])
+            routes = slice(column, None, 2)
+            projected = _project(u, x_proj_weight[routes], dt_projs_weight[routes],
+                                 dt_projs_bias[routes])
+            for k, (dt, raw_delta, B, C) in zip((column, column + 2), projected, strict=False):
                 gu_k, gdelta, gA, gB, gC = scan_chunks_backward(
-                    gy, u, delta, A[k], B, C, reverse=k >= 2)
-                gdelta.mul_(delta.neg_().expm1_().neg_())  # softplus' = 1 - exp(-softplus)
+                    gy, u, softplus(raw_delta), A[k], B, C, reverse=k >= 2)
+                gdelta.mul_(raw_delta.sigmoid_())
                 gdelta_2d = gdelta.flatten(0, 2)
                 grad_A[k] += gA
                 grad_bias[k] += gdelta_2d.sum(0)
