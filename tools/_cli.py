@@ -1,0 +1,342 @@
+"""What train.py, test.py and predict.py share: options, the config and one-line errors."""
+
+import argparse
+import difflib
+import os
+import re
+import sys
+import traceback
+from pathlib import Path
+
+os.environ.setdefault('PIP_REQUIRE_VIRTUALENV', '1')
+
+from vmamba_mm.compat import EXTRAS, UserError, missing_package, prepare_mm  # noqa: E402
+
+LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
+IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.ppm')
+# These fetch their data themselves, so that a missing folder is no mistake.
+DOWNLOADING = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')
+
+
+# --- command line ---------------------------------------------------------------------------
+
+def make_parser(doc, examples):
+    return argparse.ArgumentParser(
+        description=doc, epilog=f'examples:\n{examples}\n\nA mistake in the input ends with one '
+        'line that says what is wrong;\n--traceback, or VMAMBA_TRACEBACK=1, shows where it was '
+        'found.', formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_common_options(parser, launcher=True):
+    parser.add_argument('--cfg-options', nargs='+', default=[], metavar='KEY=VALUE',
+                        help='change settings of the config, for example '
+                        'train_dataloader.batch_size=4 model.backbone.arch=small_s1l20')
+    parser.add_argument('--traceback', action='store_true', help=argparse.SUPPRESS)
+    if launcher:
+        parser.add_argument('--launcher', choices=LAUNCHERS, default='none',
+                            help='how several processes were started; tools/dist_*.sh set '
+                            'pytorch (default: none)')
+        # Passed by old launchers; torchrun sets LOCAL_RANK.
+        parser.add_argument('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS)
+
+
+def run(main):
+    """Call ``main`` and turn a user's mistake into one line on stderr and exit code 1."""
+    code = 0
+    try:
+        main()
+    except KeyboardInterrupt:
+        code = 130
+        print('stopped', file=sys.stderr)
+    except Exception as err:
+        message = explain(err)
+        if message is None:
+            raise
+        if '--traceback' in sys.argv or os.environ.get('VMAMBA_TRACEBACK', '0') not in ('', '0'):
+            traceback.print_exc()
+        rank = os.environ.get('RANK')
+        who = f' (process {rank})' if rank else ''
+        print(f'error{who}: {message}', file=sys.stderr, flush=True)
+        code = 1
+    _close_process_group()
+    sys.exit(code)
+
+
+def _close_process_group():
+    torch = sys.modules.get('torch')
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+# --- errors ---------------------------------------------------------------------------------
+
+def explain(err):
+    """One line for an error that the user can cure, None for one that needs a traceback."""
+    message = _explain(err)
+    return None if message is None else ' '.join(message.split())
+
+
+def _explain(err):
+    text = _own_message(err)
+    if isinstance(err, UserError):
+        return str(err)
+    if isinstance(err, ModuleNotFoundError) and err.name in EXTRAS:
+        return str(missing_package(err.name))
+    if isinstance(err, OSError):
+        if err.filename is not None:
+            return f'{err.strerror}: {err.filename}'
+        return text if isinstance(err, FileNotFoundError) else None
+    if isinstance(err, KeyError) and 'registry' in text:
+        return _explain_type(text)
+    if type(err).__name__ == 'OutOfMemoryError':
+        return ('the GPU memory is used up; lower train_dataloader.batch_size, train with --amp '
+                'or set model.backbone.with_cp=True')
+    if isinstance(err, TypeError) and 'unexpected keyword argument' in text:
+        return f'the config gives a setting that its type does not have: {text}'
+    if isinstance(err, ValueError | TypeError) and _raised_in(err, 'vmamba_mm'):
+        return text
+    known = ('Found 0 files in subfolders of', 'Failed to load `ann_file`')
+    if any(k in text for k in known):
+        return text
+    return None
+
+
+def _own_message(err):
+    """An error's text, without the traceback that a DataLoader worker sends along."""
+    text = str(err.args[0]) if isinstance(err, KeyError) and err.args else str(err)
+    if text.startswith('Caught ') and 'DataLoader worker' in text:
+        text = text.strip().splitlines()[-1].partition(': ')[2]
+    return text
+
+
+def _raised_in(err, package):
+    """Whether the innermost frame of an error is in a package."""
+    frame = err.__traceback__
+    while frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame.tb_frame.f_globals.get('__name__', '').split('.')[0] == package
+
+
+def _explain_type(text):
+    found = re.search(r'(\S+) is not in the (\S+) registry', text)
+    if not found:
+        return text
+    name, registry = found[1].strip('\'"'), found[2].rpartition('::')[2]
+    close = difflib.get_close_matches(name.rpartition('.')[2], _registered(registry), n=3)
+    hint = f'; did you mean {" or ".join(close)}?' if close else ''
+    return f"the config names type='{name}', which no {registry} registry has{hint}"
+
+
+def _registered(registry_name):
+    from mmengine.registry import Registry, root
+
+    names = set()
+
+    def collect(registry):
+        names.update(registry.module_dict)
+        for child in registry.children.values():
+            collect(child)
+
+    for value in vars(root).values():
+        if isinstance(value, Registry) and value.name == registry_name:
+            collect(value)
+    return names
+
+
+# --- config ---------------------------------------------------------------------------------
+
+def load_config(path, options=()):
+    """Read a config file, or a stock one as ``mmdet::folder/name.py``, and apply KEY=VALUE."""
+    prepare_mm()
+    from mmengine.config import Config, DictAction
+
+    try:
+        if '::' in path:
+            from mmengine.hub import get_config
+            cfg = get_config(path)
+        else:
+            if not os.path.isfile(path):
+                raise UserError(f'the config {path} does not exist{_similar_files(path)}')
+            cfg = Config.fromfile(path)
+    except UserError:
+        raise
+    except Exception as err:
+        raise UserError(f'the config {path} cannot be read: {type(err).__name__}: {err}') from err
+    if options:
+        parser = argparse.ArgumentParser()
+        parser.add_argument('options', nargs='+', action=DictAction)
+        wrong = [o for o in options if '=' not in o]
+        if wrong:
+            raise UserError(f'--cfg-options takes KEY=VALUE, not {wrong[0]!r}')
+        try:
+            cfg.merge_from_dict(parser.parse_args(list(options)).options)
+        except (KeyError, TypeError, IndexError, AssertionError) as err:
+            raise UserError(f'--cfg-options {" ".join(options)}: {err}') from err
+    if cfg.get('model') is None:
+        raise UserError(f'the config {path} has no model')
+    find_task(cfg)
+    return cfg
+
+
+def _similar_files(path):
+    folder = Path(path).parent
+    if not folder.is_dir():
+        return f' (no folder {folder})'
+    close = difflib.get_close_matches(Path(path).name, [p.name for p in folder.iterdir()], n=3)
+    return f'; did you mean {" or ".join(close)}?' if close else ''
+
+
+def find_task(cfg):
+    """'cls', 'det' or 'seg', and the package installed for it; other scopes pass as None."""
+    scope = cfg.get('default_scope') or str(cfg.model.get('type', '')).rpartition('.')[0]
+    task = EXTRAS.get(scope)
+    if task in ('cls', 'det', 'seg'):
+        from vmamba_mm.compat import require
+        require(scope)
+        return task
+    return None
+
+
+def set_work_dir(cfg, args):
+    """--work-dir, else the config's own, else work_dirs/<name of the config>."""
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = os.path.join('work_dirs', Path(args.config.rpartition('::')[2]).stem)
+
+
+def datasets_of(dataset, name):
+    """Every innermost data set of a config with its place in it."""
+    if dataset.get('dataset') is not None:
+        yield from datasets_of(dataset.dataset, f'{name}.dataset')
+    elif dataset.get('datasets') is not None:
+        for i, inner in enumerate(dataset.datasets):
+            yield from datasets_of(inner, f'{name}.datasets.{i}')
+    else:
+        yield name, dataset
+
+
+def check_data_paths(cfg, *loaders):
+    """Every folder and annotation file that the config names has to be there."""
+    for loader in loaders:
+        if cfg.get(loader) is None:
+            continue
+        for name, dataset in datasets_of(cfg[loader].dataset, f'{loader}.dataset'):
+            _check_dataset_paths(name, dataset)
+        evaluators = cfg.get(loader.replace('dataloader', 'evaluator')) or []
+        for metric in evaluators if isinstance(evaluators, list | tuple) else [evaluators]:
+            path = metric.get('ann_file')
+            if path and '://' not in path and not os.path.exists(path):
+                raise UserError(f'the annotation file {path} of {metric.get("type")} '
+                                f'({loader.replace("dataloader", "evaluator")}.ann_file) does '
+                                'not exist')
+
+
+def _check_dataset_paths(name, dataset):
+    if dataset.get('backend_args') or str(dataset.get('type')).rpartition('.')[2] in DOWNLOADING:
+        return
+    root = dataset.get('data_root') or ''
+    prefixes = dataset.get('data_prefix') or {}
+    if isinstance(prefixes, str):
+        prefixes = {'': prefixes}
+    entries = [('data_root', root)]
+    entries += [('ann_file', dataset.get('ann_file'))]
+    entries += [(f'data_prefix.{k}'.rstrip('.'), v) for k, v in prefixes.items()]
+    for key, value in entries:
+        if not isinstance(value, str) or not value or '://' in value + root:
+            continue
+        path = os.path.expanduser(value if key == 'data_root' else os.path.join(root, value))
+        if not os.path.exists(path):
+            where = '' if os.path.isabs(path) else f' (looked in {os.getcwd()})'
+            raise UserError(f'the data set is missing: {path} does not exist{where}; it is '
+                            f'{name}.{key} of the config: put the data there, or give its place '
+                            f'with --cfg-options {name}.data_root=FOLDER')
+        if os.path.isdir(path) and not any(os.scandir(path)):
+            raise UserError(f'the data set is empty: {path} ({name}.{key} of the config) has no '
+                            'files')
+
+
+def has_gpu():
+    from mmengine.device import get_device
+
+    return get_device() not in ('cpu', 'mps')
+
+
+def start_processes(cfg, launcher):
+    """Set the launcher; without a GPU, join the processes by gloo, which mmengine does not."""
+    cfg.launcher = launcher
+    if launcher == 'none':
+        return
+    import torch
+
+    names = {'slurm': ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'),
+             'mpi': ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK'),
+             'pytorch': ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')}[launcher]
+    missing = [n for n in names if n not in os.environ]
+    if missing:
+        how = {'slurm': 'srun', 'mpi': 'mpirun'}.get(launcher, 'tools/dist_train.sh or torchrun')
+        raise UserError(f'--launcher {launcher} needs {", ".join(missing)} in the environment: '
+                        f'start the processes with {how}')
+    rank, world, local = (int(os.environ[n]) for n in names)
+    if has_gpu():
+        count = torch.cuda.device_count()
+        if launcher != 'slurm' and count and local >= count:
+            raise UserError(f'process {rank} is number {local + 1} of this machine, which has '
+                            f'{count} GPU(s): start at most one process for each GPU')
+        return
+    for name, value in (('RANK', rank), ('WORLD_SIZE', world), ('LOCAL_RANK', local),
+                        ('MASTER_ADDR', '127.0.0.1'), ('MASTER_PORT', 29500)):
+        os.environ.setdefault(name, str(value))
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group('gloo')
+    wrapper = cfg.get('model_wrapper_cfg') or dict(
+        type='MMDistributedDataParallel', broadcast_buffers=False,
+        find_unused_parameters=cfg.get('find_unused_parameters', False))
+    wrapper['device_ids'] = None
+    cfg.model_wrapper_cfg = wrapper
+    cfg.sync_bn = None
+    sync_to_plain_batch_norm(cfg.model)
+
+
+def sync_to_plain_batch_norm(node):
+    """SyncBN runs on GPUs only."""
+    if isinstance(node, dict):
+        if node.get('type') in ('SyncBN', 'MMSyncBN', 'mmengine.SyncBN'):
+            node['type'] = 'BN'
+        for value in node.values():
+            sync_to_plain_batch_norm(value)
+    elif isinstance(node, list | tuple):
+        for value in node:
+            sync_to_plain_batch_norm(value)
+
+
+def set_loader_defaults(cfg, task):
+    """What mmpretrain's own tools add to its configs, and no persistent workers without workers."""
+    for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        loader = cfg.get(name)
+        if loader is None:
+            continue
+        if task == 'cls':
+            loader.setdefault('pin_memory', has_gpu())
+            loader.setdefault('persistent_workers', True)
+            loader.setdefault('collate_fn', dict(type='default_collate'))
+        if not loader.get('num_workers', 0):
+            loader['persistent_workers'] = False
+            loader.pop('prefetch_factor', None)
+
+
+def add_hooks(cfg, *types):
+    """Add hooks of vmamba_mm unless the config has them with its own settings."""
+    hooks = list(cfg.get('custom_hooks') or [])
+    present = {hook.get('type') for hook in hooks if isinstance(hook, dict)}
+    hooks += [dict(type=f'vmamba_mm.{t}') for t in types if f'vmamba_mm.{t}' not in present]
+    cfg.custom_hooks = hooks
+
+
+def build_runner(cfg):
+    from mmengine.registry import RUNNERS
+    from mmengine.runner import Runner
+
+    if 'runner_type' in cfg:
+        return RUNNERS.build(cfg)
+    return Runner.from_cfg(cfg)

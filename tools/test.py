@@ -1,0 +1,131 @@
+"""Evaluate a checkpoint on the test data of its config."""
+
+from copy import deepcopy
+
+import _cli
+
+EXAMPLES = """\
+  python tools/test.py CONFIG work_dirs/NAME/epoch_12.pth
+  python tools/test.py CONFIG CHECKPOINT --tta --out metrics.json
+  python tools/test.py CONFIG CHECKPOINT --show-dir drawn
+  tools/dist_test.sh CONFIG CHECKPOINT 8               (8 GPUs of one machine)"""
+
+
+def parse_args():
+    parser = _cli.make_parser(__doc__, EXAMPLES)
+    parser.add_argument('config', metavar='CONFIG',
+                        help='a config file, or a stock one as mmdet::folder/name.py')
+    parser.add_argument('checkpoint', metavar='CHECKPOINT', help='the checkpoint file')
+    parser.add_argument('--tta', action='store_true',
+                        help='test-time augmentation: the config\'s tta_pipeline, else (for '
+                        'classification and detection) the image and its mirror image')
+    parser.add_argument('--out', metavar='FILE',
+                        help='write the metrics (*.json) or the predictions (*.pkl; for '
+                        'segmentation a folder of label maps)')
+    parser.add_argument('--show-dir', metavar='FOLDER', help='draw the predictions there')
+    parser.add_argument('--work-dir', metavar='FOLDER',
+                        help='where the log goes (default: the config\'s, else work_dirs/<name of '
+                        'the config>)')
+    _cli.add_common_options(parser)
+    return parser.parse_args()
+
+
+def set_tta(cfg, task):
+    """Wrap the model and replace the pipeline, with a mirrored copy where no recipe is given."""
+    dataset = next(d for _, d in _cli.datasets_of(cfg.test_dataloader.dataset, ''))
+    if cfg.get('tta_pipeline') is None or cfg.get('tta_model') is None:
+        if task not in ('cls', 'det'):
+            raise _cli.UserError('--tta: the config has no tta_pipeline and tta_model')
+        print('The config has no test-time augmentation: using the image and its mirror image')
+        flips = [dict(type='RandomFlip', prob=1.), dict(type='RandomFlip', prob=0.)]
+        pack = deepcopy(dataset.pipeline[-1])
+        if task == 'det':
+            keys = pack.get('meta_keys') or ('img_id', 'img_path', 'ori_shape', 'img_shape',
+                                             'scale_factor')
+            pack['meta_keys'] = tuple(dict.fromkeys((*keys, 'flip', 'flip_direction')))
+            cfg.tta_model = dict(type='DetTTAModel', tta_cfg=dict(
+                nms=dict(type='nms', iou_threshold=0.5), max_per_img=100))
+        else:
+            cfg.tta_model = dict(type='AverageClsScoreTTA')
+        cfg.tta_pipeline = [*deepcopy(dataset.pipeline[:-1]),
+                            dict(type='TestTimeAug', transforms=[flips, [pack]])]
+    dataset.pipeline = cfg.tta_pipeline
+    cfg.model = dict(**cfg.tta_model, module=cfg.model)
+
+
+def set_show_dir(cfg, task, folder):
+    hooks = cfg.get('default_hooks') or {}
+    hook = hooks.get('visualization')
+    if hook is None:
+        raise _cli.UserError('--show-dir needs default_hooks.visualization in the config')
+    if task == 'cls':
+        hook.update(enable=True, out_dir=folder)
+    elif task == 'det':
+        hook.update(draw=True, test_out_dir=folder)
+        cfg.visualizer['save_dir'] = folder
+    else:
+        hook.update(draw=True)
+        cfg.visualizer['save_dir'] = folder
+
+
+def set_out(cfg, task, path):
+    """Refuse an unknown kind of output before the hours of evaluation."""
+    if path.endswith('.json'):
+        return
+    if task == 'seg':
+        if path.endswith(('.pkl', '.pickle')):
+            raise _cli.UserError('--out: for segmentation give a *.json file (metrics) or a '
+                                 'folder (label maps)')
+        evaluator = cfg.test_evaluator
+        if isinstance(evaluator, list | tuple):
+            evaluator = evaluator[0]
+        evaluator.update(output_dir=path, keep_results=True)
+    elif not path.endswith(('.pkl', '.pickle')):
+        raise _cli.UserError(f'--out takes a *.json (metrics) or *.pkl (predictions) file, not '
+                             f'{path}')
+
+
+def add_dump(runner, task, path):
+    if task == 'det':
+        from mmdet.evaluation import DumpDetResults as Dump
+    else:
+        from mmengine.evaluator import DumpResults as Dump
+    runner.test_evaluator.metrics.append(Dump(out_file_path=path))
+
+
+def main():
+    args = parse_args()
+    cfg = _cli.load_config(args.config, args.cfg_options)
+    task = _cli.find_task(cfg)
+    if cfg.get('test_dataloader') is None or cfg.get('test_evaluator') is None:
+        raise _cli.UserError(f'the config {args.config} has no test_dataloader and test_evaluator')
+    _cli.set_work_dir(cfg, args)
+    from vmamba_mm.engine.checkpoint import read_checkpoint
+    read_checkpoint(args.checkpoint)
+    _cli.check_data_paths(cfg, 'test_dataloader')
+    _cli.start_processes(cfg, args.launcher)
+    _cli.set_loader_defaults(cfg, task)
+    cfg.load_from, cfg.resume = args.checkpoint, False
+    if args.out:
+        set_out(cfg, task, args.out)
+    if args.show_dir:
+        set_show_dir(cfg, task, args.show_dir)
+    if args.tta:
+        set_tta(cfg, task)
+    _cli.add_hooks(cfg, 'CheckDataHook', 'StrictLoadHook', 'ProgressHook')
+    runner = _cli.build_runner(cfg)
+    if args.out and args.out.endswith(('.pkl', '.pickle')):
+        add_dump(runner, task, args.out)
+    metrics = runner.test()
+    if runner.rank == 0:
+        for name, value in metrics.items():
+            print(f'{name} = {value:.4g}' if isinstance(value, float) else f'{name} = {value}')
+        if args.out and args.out.endswith('.json'):
+            from mmengine.fileio import dump
+            dump({k: float(v) for k, v in metrics.items()}, args.out, indent=2)
+        if args.out:
+            print(f'Written: {args.out}')
+
+
+if __name__ == '__main__':
+    _cli.run(main)

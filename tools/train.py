@@ -1,0 +1,141 @@
+"""Train a model from a config: classification, detection or segmentation."""
+
+import os
+
+import _cli
+
+EXAMPLES = """\
+  python tools/train.py configs/imagenet/vmamba-tiny-s1l8_8xb128_in1k-224.py
+  python tools/train.py CONFIG --work-dir work_dirs/try1 --resume
+  python tools/train.py CONFIG --cfg-options train_dataloader.batch_size=16 --auto-scale-lr
+  tools/dist_train.sh CONFIG 8 --amp                   (8 GPUs of one machine)"""
+
+
+def parse_args():
+    parser = _cli.make_parser(__doc__, EXAMPLES)
+    parser.add_argument('config', metavar='CONFIG',
+                        help='a config file, or a stock one as mmdet::folder/name.py')
+    parser.add_argument('--work-dir', metavar='FOLDER',
+                        help='where checkpoints, logs and curves.png go (default: the config\'s, '
+                        'else work_dirs/<name of the config>)')
+    parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
+                        help='go on from a checkpoint; without a value, or with "auto", from the '
+                        'newest complete one in the work dir, if any')
+    parser.add_argument('--amp', action='store_true',
+                        help='mixed precision (needs a GPU)')
+    parser.add_argument('--auto-scale-lr', action='store_true',
+                        help='scale the learning rate by the real batch size over the config\'s '
+                        'auto_scale_lr.base_batch_size')
+    _cli.add_common_options(parser)
+    return parser.parse_args()
+
+
+def set_amp(cfg, asked):
+    """AmpOptimWrapper refuses the CPU: use it where there is a GPU only."""
+    wrapper = cfg.get('optim_wrapper')
+    if wrapper is None:
+        return
+    name = str(getattr(wrapper.get('type'), '__name__', wrapper.get('type', 'OptimWrapper')))
+    is_amp = name.rpartition('.')[2] == 'AmpOptimWrapper'
+    if asked and not _cli.has_gpu():
+        raise _cli.UserError('--amp needs a GPU, and torch finds none here; train without --amp')
+    if asked and not is_amp:
+        if name.rpartition('.')[2] != 'OptimWrapper':
+            raise _cli.UserError(f'--amp cannot be used with optim_wrapper.type={name}')
+        wrapper.type = 'AmpOptimWrapper'
+        wrapper.setdefault('loss_scale', 'dynamic')
+    if is_amp and not _cli.has_gpu():
+        wrapper.type = 'OptimWrapper'
+        for key in ('loss_scale', 'dtype', 'use_fp64'):
+            wrapper.pop(key, None)
+        print('No GPU: training in fp32 (OptimWrapper in place of the config\'s AmpOptimWrapper)')
+
+
+def set_resume(cfg, wanted):
+    """Decide what to load. The seed comes along: mmengine would shuffle anew without one."""
+    from vmamba_mm.engine.checkpoint import find_resumable, read_checkpoint
+
+    if wanted is None and cfg.get('resume'):
+        wanted = cfg.get('load_from') or 'auto'
+    cfg.resume = False
+    if wanted == 'auto':
+        wanted = find_resumable(cfg.work_dir)
+        if wanted is None:
+            print(f'Nothing to resume in {cfg.work_dir}: starting from the beginning')
+    if wanted is None:
+        start = cfg.get('load_from')
+        if start and '://' not in start:
+            read_checkpoint(start)
+        return
+    checkpoint = read_checkpoint(wanted)
+    meta = checkpoint.get('meta') or {}
+    if 'optimizer' not in checkpoint or 'iter' not in meta:
+        raise _cli.UserError(f'{wanted} holds weights only, no state of a training: start from '
+                             f'them with --cfg-options load_from={wanted}')
+    cfg.resume, cfg.load_from = True, wanted
+    print(f'Resuming from {wanted}')
+    if meta.get('seed') is not None:
+        cfg.randomness = dict(cfg.get('randomness') or {}, seed=meta['seed'])
+
+
+def set_hooks(cfg):
+    hooks = dict(cfg.get('default_hooks') or {})
+    checkpoint = hooks.get('checkpoint', dict(type='CheckpointHook', interval=1))
+    if checkpoint is not None:
+        name = getattr(checkpoint['type'], '__name__', checkpoint['type'])
+        if name.rpartition('.')[2] == 'CheckpointHook':
+            checkpoint['type'] = 'vmamba_mm.AtomicCheckpointHook'
+        hooks['checkpoint'] = checkpoint
+    cfg.default_hooks = hooks
+    _cli.add_hooks(cfg, 'ExactResumeHook', 'CheckDataHook', 'StrictLoadHook', 'ProgressHook',
+                   'CurvesHook')
+
+
+def set_visualizer(cfg):
+    """Scalars go to a JSON file, which the curves are drawn from, and to TensorBoard."""
+    from importlib.util import find_spec
+
+    visualizer = cfg.get('visualizer') or dict(type='Visualizer')
+    backends = list(visualizer.get('vis_backends') or [])
+    present = {str(b.get('type')).rpartition('.')[2] for b in backends}
+    wanted = ['LocalVisBackend']
+    if find_spec('tensorboard'):
+        wanted.append('TensorboardVisBackend')
+    else:
+        print('No TensorBoard scalars: pip install tensorboard to have them')
+    backends += [dict(type=t) for t in wanted if t not in present]
+    visualizer['vis_backends'] = backends
+    cfg.visualizer = visualizer
+
+
+def set_auto_scale(cfg):
+    scale = cfg.get('auto_scale_lr') or {}
+    if 'base_batch_size' not in scale:
+        raise _cli.UserError('--auto-scale-lr needs auto_scale_lr.base_batch_size in the config')
+    cfg.auto_scale_lr = dict(scale, enable=True)
+
+
+def main():
+    args = parse_args()
+    cfg = _cli.load_config(args.config, args.cfg_options)
+    if cfg.get('train_dataloader') is None or cfg.get('train_cfg') is None:
+        raise _cli.UserError(f'the config {args.config} has no train_dataloader and train_cfg: '
+                             'it is no training recipe')
+    _cli.set_work_dir(cfg, args)
+    set_amp(cfg, args.amp)
+    if args.auto_scale_lr:
+        set_auto_scale(cfg)
+    _cli.check_data_paths(cfg, 'train_dataloader', 'val_dataloader')
+    _cli.start_processes(cfg, args.launcher)
+    _cli.set_loader_defaults(cfg, _cli.find_task(cfg))
+    set_resume(cfg, args.resume)
+    set_hooks(cfg)
+    set_visualizer(cfg)
+    runner = _cli.build_runner(cfg)
+    runner.train()
+    if runner.rank == 0:
+        print(f'Done. Checkpoints, logs and curves.png are in {os.path.abspath(cfg.work_dir)}')
+
+
+if __name__ == '__main__':
+    _cli.run(main)
