@@ -1,0 +1,64 @@
+"""What tests and benchmarks share: inputs for the ops, and errors relative to scale."""
+
+import torch
+from torch import Tensor
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """max |actual - expected| / max |expected|, in fp64; NaN anywhere gives NaN.
+
+    A scale below 1e-30 counts as 1e-30: fp32 holds no digits of such numbers' products.
+    """
+    expected = expected.double()
+    scale = expected.abs().max().clamp_min(1e-30)
+    return ((actual.double() - expected).abs().max() / scale).item()
+
+
+def assert_close(actual: Tensor, expected: Tensor, rtol: float, what: str = 'result') -> None:
+    """Raise AssertionError unless the shapes agree and ``relative_error`` is at most ``rtol``."""
+    assert actual.shape == expected.shape, f'{what}: {actual.shape} is not {expected.shape}'
+    error = relative_error(actual, expected)
+    assert error <= rtol, f'{what}: relative error {error:.2e} is above {rtol:.2e}'
+
+
+def selective_scan_inputs(batch: int, groups: int, dim: int, length: int, state: int, *,
+                          dtype: torch.dtype = torch.float32, device: str = 'cpu',
+                          seed: int = 0) -> dict[str, Tensor]:
+    """Arguments of ``selective_scan`` of the magnitude that a trained model gives, in order."""
+    rng = torch.Generator(device).manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng, dtype=torch.float64, device=device).to(dtype)
+
+    channels = groups * dim
+    return dict(u=randn(batch, channels, length), delta=randn(batch, channels, length),
+                A=-randn(channels, state).exp(), B=randn(batch, groups, state, length),
+                C=randn(batch, groups, state, length), D=randn(channels),
+                delta_bias=randn(channels) - 1)
+
+
+def ss2d_scan_inputs(batch: int, dim: int, height: int, width: int, *, state: int = 1,
+                     rank: int = 2, routes: int = 4, dtype: torch.dtype = torch.float32,
+                     device: str = 'cpu', seed: int = 0) -> dict[str, Tensor]:
+    """Arguments of ``ss2d_scan``, in order; ``x`` is channels last, as the model's."""
+    rng = torch.Generator(device).manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng, dtype=torch.float64, device=device).to(dtype)
+
+    x = randn(batch, dim, height, width).contiguous(memory_format=torch.channels_last)
+    return dict(x=x, x_proj_weight=randn(routes, rank + 2 * state, dim) / dim ** 0.5,
+                dt_projs_weight=randn(routes, dim, rank) / rank ** 0.5,
+                dt_projs_bias=randn(routes, dim) - 1, A=-randn(routes * dim, state).exp(),
+                D=randn(routes * dim))
+
+
+def with_grads(op, inputs: dict[str, Tensor], grad_y: Tensor | None = None, **kwargs):
+    """(y, {name: gradient}) of ``op(*inputs)``; ``grad_y`` defaults to a fixed random one."""
+    leaves = {name: t.detach().clone().requires_grad_() for name, t in inputs.items()}
+    y = op(**leaves, **kwargs)
+    if grad_y is None:
+        rng = torch.Generator(y.device).manual_seed(1)
+        grad_y = torch.randn(y.shape, generator=rng, device=y.device, dtype=torch.float64)
+    grads = torch.autograd.grad(y, list(leaves.values()), grad_y.to(y.dtype))
+    return y.detach(), dict(zip(leaves, grads, strict=True))
