@@ -63,9 +63,9 @@ def run(main):
 
 
 def _close_process_group():
-    torch = sys.modules.get('torch')
-    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    dist = getattr(sys.modules.get('torch'), 'distributed', None)
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 # --- errors ---------------------------------------------------------------------------------
@@ -95,6 +95,8 @@ def _explain(err):
         return f'the config gives a setting that its type does not have: {text}'
     if isinstance(err, ValueError | TypeError) and _raised_in(err, 'vmamba_mm'):
         return text
+    if 'TTA of instance segmentation' in text:
+        return 'mmdet has no test-time augmentation for models with masks: test without --tta'
     known = ('Found 0 files in subfolders of', 'Failed to load `ann_file`')
     if any(k in text for k in known):
         return text

@@ -50,6 +50,9 @@ def set_tta(cfg, task):
         cfg.tta_pipeline = [*deepcopy(dataset.pipeline[:-1]),
                             dict(type='TestTimeAug', transforms=[flips, [pack]])]
     dataset.pipeline = cfg.tta_pipeline
+    if cfg.get('data_preprocessor') is not None:
+        # mmengine would give it to the wrapper, and the model would see images not normalised.
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     cfg.model = dict(**cfg.tta_model, module=cfg.model)
 
 
@@ -119,7 +122,7 @@ def main():
     metrics = runner.test()
     if runner.rank == 0:
         for name, value in metrics.items():
-            print(f'{name} = {value:.4g}' if isinstance(value, float) else f'{name} = {value}')
+            print(f'{name} = {float(value):.4g}')
         if args.out and args.out.endswith('.json'):
             from mmengine.fileio import dump
             dump({k: float(v) for k, v in metrics.items()}, args.out, indent=2)

@@ -172,7 +172,8 @@ def read_checkpoint(path):
         except RuntimeError:  # files of torch < 1.6 cannot be mapped
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as err:
-        reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
+        reason = next((line.strip() for line in str(err).splitlines() if 'Unsupported' in line),
+                      str(err).strip().partition('\n')[0] or type(err).__name__)
         raise UserError(f'{path} cannot be read as a checkpoint (incomplete, or not one): '
                         f'{reason}') from err
     if not isinstance(checkpoint, dict):

@@ -54,15 +54,17 @@ def series(records, skip=BOOKKEEPING):
 
 
 def group_metrics(metrics):
-    """Panels of metrics: those with a common prefix and a like size share one.
+    """Panels of metrics: those of one kind and of a like size share one.
 
-    A metric that was never negative but undefined (COCO's -1) is left out.
+    A metric that is never defined (COCO writes -1) is left out.
     """
     panels = {}
     for name, (steps, values) in metrics.items():
         if all(v == -1 for v in values):
             continue
-        prefix = name.rpartition('/')[0] or 'metrics'
+        prefix, _, leaf = name.rpartition('/')
+        kind = leaf.partition('_')[0]
+        prefix = f'{prefix} {kind}'.strip() if kind in ('bbox', 'segm') else prefix or 'metrics'
         size = 'percent' if max(abs(v) for v in values) > 1.5 else 'fraction'
         panels.setdefault((prefix, size), {})[name] = (steps, values)
     split = []

@@ -1,0 +1,10 @@
+"""Imported once by the server that the tools are forked from."""
+import contextlib
+
+from vmamba_mm.compat import prepare_mm
+
+prepare_mm()
+for name in ('mmpretrain.datasets', 'mmpretrain.models', 'mmseg.datasets', 'mmseg.models',
+             'mmdet.datasets', 'mmdet.models', 'tensorboard', 'matplotlib.figure'):
+    with contextlib.suppress(ImportError):
+        __import__(name)

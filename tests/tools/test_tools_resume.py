@@ -1,0 +1,96 @@
+"""A training killed at any step and resumed equals one that was never stopped, bit for bit."""
+
+import json
+import os
+import signal
+
+import pytest
+import tiny
+import torch
+
+from vmamba_mm.engine.curves import read_scalars
+
+TIMES = {'time', 'data_time'}
+
+
+def records_of(work_dir):
+    """Every logged number but the times, by step: training and validation of all starts."""
+    train, val = read_scalars(work_dir)
+    def strip(r):
+        return {k: v for k, v in r.items() if k not in TIMES}
+    return [strip(r) for r in train], [strip(r) for r in val]
+
+
+def logged_steps(work_dir):
+    steps = []
+    for path in work_dir.glob('*/vis_data/scalars.json'):
+        for line in path.read_text().splitlines():
+            if line.endswith('}') and 'loss' in line:
+                steps.append(json.loads(line)['step'])
+    return steps
+
+
+def load(path):
+    from vmamba_mm.compat import prepare_mm
+    prepare_mm()
+    return torch.load(path, weights_only=True)
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def kill_and_resume(start, config, tmp_path, kill_after, checkpoint):
+    """Kill a run once ``kill_after`` steps are logged, resume it; returns the resumed run's log."""
+    work_dir = tmp_path / 'killed'
+    run = start('train.py', config, '--work-dir', work_dir)
+    run.wait_for(lambda: max(logged_steps(work_dir), default=0) >= kill_after)
+    os.kill(run.process.pid, signal.SIGKILL)
+    run.process.join()
+    assert run.process.exitcode == -signal.SIGKILL
+    resumed = start('train.py', config, '--work-dir', work_dir, '--resume', 'auto')
+    assert resumed.wait() == 0, resumed.err
+    first = int(next(line for line in resumed.out.splitlines() if 'resumed epoch:' in line)
+                .rpartition(':')[2])
+    assert 0 < first <= kill_after + 3
+    assert checkpoint in resumed.out
+    return work_dir
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('task', ['cls', 'seg'])
+def test_kill_and_resume(task, workers, start, tmp_path):
+    make, config = {'cls': (tiny.make_cls, tiny.cls_config),
+                    'seg': (tiny.make_seg, tiny.seg_config)}[task]
+    make(tmp_path / 'data')
+    path = tmp_path / 'config.py'
+    path.write_text(config(tmp_path / 'data', workers=workers))
+    # In the midst of an epoch of 3 steps (cls), or between checkpoints at each 3rd step (seg).
+    killed = kill_and_resume(start, path, tmp_path, 7 if task == 'cls' else 5, 'Resuming from')
+    last = 'epoch_4.pth' if task == 'cls' else 'iter_10.pth'
+    ours = load(killed / last)
+
+    # The config has no seed: the one drawn at the start was kept.
+    straight = tmp_path / 'straight'
+    run = start('train.py', path, '--work-dir', straight, '--cfg-options',
+                f'randomness.seed={ours["meta"]["seed"]}')
+    assert run.wait() == 0, run.err
+    theirs = load(straight / last)
+
+    train, val = records_of(killed)
+    expected_train, expected_val = records_of(straight)
+    assert [r['step'] for r in train] == list(range(1, 13 if task == 'cls' else 11))
+    assert train == expected_train
+    assert val == expected_val
+    assert len({r['loss'] for r in train}) == len(train)
+    for part in ('state_dict', 'optimizer', 'param_schedulers', 'ema_state_dict'):
+        assert (part in ours) == (part in theirs)
+        if part in ours:
+            assert equal(ours[part], theirs[part]), part
+    assert (killed / 'curves.png').stat().st_size > 1000
