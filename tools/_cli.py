@@ -97,6 +97,9 @@ def _explain(err):
         return text
     if 'TTA of instance segmentation' in text:
         return 'mmdet has no test-time augmentation for models with masks: test without --tta'
+    if 'end should be larger than begin' in text:
+        return (f'a schedule of param_scheduler begins when the training is over ({text}): the '
+                'run is shorter than its warm-up; change param_scheduler or train longer')
     known = ('Found 0 files in subfolders of', 'Failed to load `ann_file`')
     if any(k in text for k in known):
         return text

@@ -87,8 +87,8 @@ def set_hooks(cfg):
             checkpoint['type'] = 'vmamba_mm.AtomicCheckpointHook'
         hooks['checkpoint'] = checkpoint
     cfg.default_hooks = hooks
-    _cli.add_hooks(cfg, 'ExactResumeHook', 'CheckDataHook', 'StrictLoadHook', 'ProgressHook',
-                   'CurvesHook')
+    _cli.add_hooks(cfg, 'ExactResumeHook', 'CheckDataHook', 'StrictLoadHook', 'MissedValHook',
+                   'ProgressHook', 'CurvesHook')
 
 
 def set_visualizer(cfg):

@@ -95,3 +95,45 @@ def call(start):
         return running.wait(), running.out, running.err
 
     return call
+
+
+@pytest.fixture(scope='session')
+def projects(forkserver, tmp_path_factory):
+    """task -> (config, checkpoint with random weights, folder of images), made when asked for."""
+    made = {}
+
+    def project(task):
+        if task not in made:
+            folder = tmp_path_factory.mktemp(task)
+            made[task] = _make_project(task, folder)
+        return made[task]
+
+    return project
+
+
+def _make_project(task, folder):
+    import torch
+    from mmengine.config import Config
+    from mmengine.registry import MODELS, init_default_scope
+
+    from vmamba_mm.compat import prepare_mm
+
+    prepare_mm()
+    make, write, images = {
+        'cls': (tiny.make_cls, tiny.cls_config, 'val/red'),
+        'det': (tiny.make_det, tiny.det_config, 'images'),
+        'seg': (tiny.make_seg, tiny.seg_config, 'images/validation')}[task]
+    data = folder / 'data'
+    data.mkdir()
+    make(data)
+    config = folder / 'config.py'
+    config.write_text(write(data))
+    cfg = Config.fromfile(config)
+    init_default_scope(cfg.default_scope)
+    if 'data_preprocessor' in cfg:
+        cfg.model.data_preprocessor = cfg.data_preprocessor
+    model = MODELS.build(cfg.model)
+    checkpoint = folder / 'model.pth'
+    meta = dict(dataset_meta=dict(classes=('blue', 'red'))) if task == 'cls' else {}
+    torch.save(dict(state_dict=model.state_dict(), meta=meta), checkpoint)
+    return config, checkpoint, data / images

@@ -68,13 +68,17 @@ env_cfg = dict(cudnn_benchmark=False, mp_cfg=dict(mp_start_method='fork', opencv
 """
 
 
-def cls_config(root, workers=1, epochs=4, batch=4, augment=True, amp=True, seed=None, interval=1):
-    """Epoch-based, with batch augmentation, EMA, a warm-up by iterations and no fixed seed."""
-    train_cfg = dict(augments=[dict(type='Mixup', alpha=0.8)]) if augment else None
+def cls_config(root, workers=1, epochs=4, batch=4, augment='batch', amp=True, seed=None):
+    """Epoch-based, with EMA, a warm-up by iterations and no fixed seed.
+
+    ``augment``: 'batch' adds to the augmentation of samples that of batches, and drop path; both
+    draw other numbers in every process.
+    """
+    train_cfg = dict(augments=[dict(type='Mixup', alpha=0.8)]) if augment == 'batch' else None
     random = """dict(type='RandomResizedCrop', scale=32), dict(type='RandomFlip', prob=0.5),
     dict(type='RandomErasing', erase_prob=0.5, mode='rand'),""" if augment else ''
     backbone = BACKBONE.format(out='(3,)').replace('_delete_=True, ', '')
-    if not augment:
+    if augment != 'batch':
         backbone = backbone.replace('drop_path_rate=0.2', 'drop_path_rate=0.')
     return f"""
 default_scope = 'mmpretrain'
@@ -108,7 +112,7 @@ val_cfg, test_cfg = dict(), dict()
 custom_hooks = [dict(type='EMAHook', momentum=1e-2)]
 randomness = dict(seed={seed})
 auto_scale_lr = dict(base_batch_size=4)
-{RUNTIME.format(interval=interval, by_epoch=True)}
+{RUNTIME.format(interval=1, by_epoch=True)}
 """
 
 

@@ -3,9 +3,9 @@
 from .checkpoint import AtomicCheckpointHook
 from .curves import CurvesHook
 from .data import CheckDataHook
-from .exact_resume import ExactResumeHook
+from .exact_resume import ExactResumeHook, MissedValHook
 from .progress import ProgressHook
 from .strict_load import StrictLoadHook
 
 __all__ = ['AtomicCheckpointHook', 'CheckDataHook', 'CurvesHook', 'ExactResumeHook',
-           'ProgressHook', 'StrictLoadHook']
+           'MissedValHook', 'ProgressHook', 'StrictLoadHook']

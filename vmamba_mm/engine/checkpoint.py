@@ -172,8 +172,11 @@ def read_checkpoint(path):
         except RuntimeError:  # files of torch < 1.6 cannot be mapped
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as err:
-        reason = next((line.strip() for line in str(err).splitlines() if 'Unsupported' in line),
-                      str(err).strip().partition('\n')[0] or type(err).__name__)
+        found = re.search(r'GLOBAL (\S+)', str(err))
+        if found:
+            raise UserError(f'{path} is not safe to load: besides tensors and plain values it '
+                            f'holds {found[1]}, which could run code') from err
+        reason = str(err).strip().partition('\n')[0] or type(err).__name__
         raise UserError(f'{path} cannot be read as a checkpoint (incomplete, or not one): '
                         f'{reason}') from err
     if not isinstance(checkpoint, dict):

@@ -6,11 +6,12 @@ each is seeded again from (seed, iteration, place), so that every draw is a func
 run is. Augmentation then depends neither on the number of workers nor of processes.
 """
 
-from mmengine.dist import get_dist_info
+from mmengine.dist import broadcast_object_list, get_dist_info
 from mmengine.hooks import Hook
 from mmengine.registry import DATA_SAMPLERS
 from torch.utils.data import BatchSampler
 
+from vmamba_mm.engine.curves import read_scalars
 from vmamba_mm.engine.data import install_reader, seed_all
 from vmamba_mm.registry import HOOKS
 
@@ -158,3 +159,31 @@ def rebuild_batches(runner, loader):
         return BatchSampler(sampler, loader.batch_size, loader.drop_last)
     return DATA_SAMPLERS.build(cfg.batch_sampler,
                                default_args=dict(sampler=sampler, batch_size=cfg.batch_size))
+
+
+@HOOKS.register_module()
+class MissedValHook(Hook):
+    """On resume, run the validation that was due right after the checkpoint but never finished.
+
+    mmengine saves before it validates, and a resumed loop begins with the next training step: a
+    run killed in between would lose that result, and perhaps its best checkpoint.
+    """
+
+    priority = 'LOWEST'  # after the hooks that prepare themselves in before_train
+
+    def before_train(self, runner):
+        loop = runner.train_loop
+        if not runner._resume or runner.val_loop is None or not hasattr(loop, 'val_interval'):
+            return
+        endless = hasattr(loop, 'dataloader_iterator')
+        step, last = (loop.iter, loop.max_iters) if endless else (loop.epoch, loop.max_epochs)
+        if step < max(loop.val_begin, 1) or (step % loop.val_interval and step != last):
+            return
+        if not endless and loop.iter != step * len(loop.dataloader):
+            return  # a checkpoint within an epoch
+        missed = [all(r['step'] not in (loop.iter, loop.epoch)
+                      for r in read_scalars(runner.work_dir)[1])]
+        broadcast_object_list(missed)
+        if missed[0]:
+            runner.logger.info('The validation after this checkpoint was not finished: doing it')
+            runner.val_loop.run()

@@ -1,0 +1,82 @@
+import subprocess
+import sys
+
+import pytest
+
+from vmamba_mm import compat
+
+
+def test_nothing_is_installed_by_itself(mm, monkeypatch):
+    """mmengine.hub would run pip for a package that it does not find."""
+    import mmengine.hub
+    import mmengine.utils
+
+    def fail(*args, **kwargs):
+        pytest.fail('a process was started')
+
+    monkeypatch.setattr(subprocess, 'check_call', fail)
+    monkeypatch.setattr(compat.importlib.util, 'find_spec', lambda name: None)
+    for package, extra in (('mmdet', 'det'), ('mmseg', 'seg'), ('mmpretrain', 'cls')):
+        with pytest.raises(compat.UserError, match=rf"{package}.*vmamba_mm\[{extra}\]"):
+            mmengine.hub.get_config(f'{package}::_base_/default_runtime.py')
+        with pytest.raises(compat.UserError, match='pip install'):
+            mmengine.utils.install_package(package)
+
+
+@pytest.mark.parametrize('base', [
+    'mmpretrain::_base_/default_runtime.py', 'mmdet::_base_/default_runtime.py',
+    'mmseg::_base_/default_runtime.py'])
+def test_stock_bases_are_found(base, mm, tmp_path):
+    pytest.importorskip(base.partition('::')[0])
+    from mmengine.config import Config
+
+    path = tmp_path / 'config.py'
+    path.write_text(f'_base_ = [{base!r}]\n')
+    compat.prepare_mm()  # a second time
+    assert 'default_hooks' in Config.fromfile(path) or 'default_scope' in Config.fromfile(path)
+
+
+def test_import_is_light():
+    code = ('import sys, vmamba_mm.compat; '
+            'assert not [m for m in sys.modules if m.startswith(("mm", "torch"))]')
+    subprocess.run([sys.executable, '-c', code], check=True)
+
+
+@pytest.mark.parametrize('version', ['4.40.0', '5.1.0'])
+def test_transformers_5_is_kept_out_of_mmpretrain(version):
+    pytest.importorskip('mmpretrain')
+    code = f"""
+import importlib.metadata as m, sys
+real = m.version
+m.version = lambda name: {version!r} if name == 'transformers' else real(name)
+from vmamba_mm.compat import prepare_mm
+prepare_mm()
+assert 'mmpretrain' not in sys.modules
+dependency = __import__('mmpretrain.utils.dependency', fromlist=['x'])
+print('value', dependency.WITH_MULTIMODAL)
+"""
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 'value False' in done.stdout
+
+
+def test_message_of_a_worker():
+    text = ('Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent '
+            'call last):\n  File "x.py"\nvmamba_mm.compat.UserError: the image a.png is corrupt\n')
+    assert str(compat.UserError(text)) == 'the image a.png is corrupt'
+
+
+def test_checkpoints_with_code_are_refused(mm, tmp_path):
+    """HistoryBuffers are pickled by getattr, which must not open other doors."""
+    import torch
+    from mmengine.logging import HistoryBuffer
+
+    class Sneaky:
+        def __reduce__(self):
+            return getattr, (HistoryBuffer, '__init__')
+
+    torch.save({'a': HistoryBuffer([1.], [1])}, tmp_path / 'good.pth')
+    assert torch.load(tmp_path / 'good.pth', weights_only=True)['a'].mean() == 1
+    torch.save(Sneaky(), tmp_path / 'bad.pth')
+    with pytest.raises(Exception, match='not safe'):
+        torch.load(tmp_path / 'bad.pth', weights_only=True)
