@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+#: where op tests run: a machine with a GPU tests both
+DEVICES = ['cpu', 'cuda'] if torch.cuda.is_available() else ['cpu']
+
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """max |actual - expected| / max |expected|, in fp64; NaN anywhere gives NaN.

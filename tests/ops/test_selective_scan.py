@@ -7,7 +7,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vmamba_mm.ops import selective_scan
 from vmamba_mm.ops.selective_scan import reference
-from vmamba_mm.testing import assert_close, relative_error, selective_scan_inputs, with_grads
+from vmamba_mm.testing import (
+    DEVICES,
+    assert_close,
+    relative_error,
+    selective_scan_inputs,
+    with_grads,
+)
 
 PARITY = Path(__file__).parents[3] / 'shared' / 'parity' / 'selective_scan.pt'
 # (batch, groups, dim, length, state)
@@ -27,8 +33,9 @@ def autograd_reference(u, delta, A, B, C, D=None, *, delta_bias=None, delta_soft
 @pytest.mark.parametrize('softplus', [False, True], ids=['plain', 'softplus'])
 @pytest.mark.parametrize('backend', ['reference', 'chunked'])
 @pytest.mark.parametrize('shape', SHAPES, ids=ids)
-def test_outputs_and_every_gradient(shape, backend, softplus):
-    inputs = selective_scan_inputs(*shape, dtype=torch.float64)
+@pytest.mark.parametrize('device', DEVICES)
+def test_outputs_and_every_gradient(device, shape, backend, softplus):
+    inputs = selective_scan_inputs(*shape, dtype=torch.float64, device=device)
     if not softplus:
         inputs['delta'], inputs['delta_bias'] = inputs['delta'].abs(), inputs['delta_bias'].abs()
     expected = with_grads(autograd_reference, inputs, delta_softplus=softplus)
@@ -54,8 +61,10 @@ def test_gradcheck(backend):
 
 @pytest.mark.parametrize('backend', ['reference', 'chunked'])
 @pytest.mark.parametrize('optional', [True, False], ids=['all', 'no-D-no-bias'])
-def test_opcheck(backend, optional):
-    inputs = [t.requires_grad_() for t in selective_scan_inputs(2, 2, 3, 6, 2).values()]
+@pytest.mark.parametrize('device', DEVICES)
+def test_opcheck(device, backend, optional):
+    inputs = [t.requires_grad_()
+              for t in selective_scan_inputs(2, 2, 3, 6, 2, device=device).values()]
     if not optional:
         inputs[5:] = [None, None]
     opcheck(torch.ops.vmamba_mm.selective_scan_fwd.default,

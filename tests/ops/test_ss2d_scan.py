@@ -5,7 +5,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vmamba_mm.ops import ss2d_scan
 from vmamba_mm.ops.ss2d_scan import reference
-from vmamba_mm.testing import assert_close, relative_error, ss2d_scan_inputs, with_grads
+from vmamba_mm.testing import (
+    DEVICES,
+    assert_close,
+    relative_error,
+    ss2d_scan_inputs,
+    with_grads,
+)
 
 # (batch, dim, height, width)
 SHAPES = [(1, 1, 1, 1), (2, 3, 1, 40), (1, 3, 37, 1), (3, 5, 7, 7), (1, 4, 5, 9), (2, 2, 17, 4)]
@@ -34,8 +40,10 @@ def check_against_reference(inputs, backend):
 @pytest.mark.parametrize('backend', ['reference', 'chunked'])
 @pytest.mark.parametrize('state', [1, 4, 16])
 @pytest.mark.parametrize('shape', SHAPES, ids=ids)
-def test_outputs_and_every_gradient(shape, state, backend):
-    check_against_reference(ss2d_scan_inputs(*shape, state=state, dtype=torch.float64), backend)
+@pytest.mark.parametrize('device', DEVICES)
+def test_outputs_and_every_gradient(device, shape, state, backend):
+    inputs = ss2d_scan_inputs(*shape, state=state, dtype=torch.float64, device=device)
+    check_against_reference(inputs, backend)
 
 
 @pytest.mark.parametrize('backend', ['reference', 'chunked'])
@@ -70,14 +78,17 @@ def test_gradcheck(backend):
 
 @pytest.mark.parametrize('out_dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('backend', ['reference', 'chunked'])
-def test_opcheck(backend, out_dtype):
-    leaves = [t.requires_grad_() for t in ss2d_scan_inputs(2, 3, 4, 5, state=2).values()]
+@pytest.mark.parametrize('device', DEVICES)
+def test_opcheck(device, backend, out_dtype):
+    inputs = ss2d_scan_inputs(2, 3, 4, 5, state=2, device=device)
+    leaves = [t.requires_grad_() for t in inputs.values()]
     opcheck(torch.ops.vmamba_mm.ss2d_scan_fwd.default, (*leaves, out_dtype, backend))
 
 
 @pytest.mark.parametrize('compiler', ['aot_eager', 'inductor'])
-def test_compiles_as_one_graph(compiler):
-    inputs = ss2d_scan_inputs(2, 4, 6, 5)
+@pytest.mark.parametrize('device', DEVICES)
+def test_compiles_as_one_graph(device, compiler):
+    inputs = ss2d_scan_inputs(2, 4, 6, 5, device=device)
 
     def block(x, *weights):
         return ss2d_scan(torch.nn.functional.silu(x), *weights).square()
@@ -106,13 +117,14 @@ def test_half_precision_is_no_worse_than_naive(dtype):
     assert_close(ss2d_scan(**inputs, out_dtype=torch.float32), exact, 1e-5)
 
 
-def test_fp32_parameters_with_half_input():
+@pytest.mark.parametrize('device', DEVICES)
+def test_fp32_parameters_with_half_input(device):
     """What autocast gives the op: half activations, fp32 weights, an fp32 result asked for."""
-    inputs = ss2d_scan_inputs(2, 4, 5, 6)
+    inputs = ss2d_scan_inputs(2, 4, 5, 6, device=device)
     inputs['x'] = inputs['x'].bfloat16()
     exact, exact_grads = with_grads(autograd_reference,
                                     {name: t.double() for name, t in inputs.items()})
-    with torch.autocast('cpu', torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         y, grads = with_grads(ss2d_scan, inputs, out_dtype=torch.float32)
     assert y.dtype == torch.float32
     assert_close(y, exact, 1e-5)
