@@ -1,0 +1,6 @@
+# The backbone of the three demos: T[s1l8] with a third of its channels and fewer blocks.
+small_arch = dict(
+    _delete_=True,  # replaces the name of the variant
+    embed_dims=32, depths=(1, 1, 2, 1), d_state=1, ssm_ratio=1.0, dt_rank='auto', conv_bias=False,
+    gate=False, mlp_ratio=4.0, stem='conv', downsample='conv', scan='cross')
+small_channels = [32, 64, 128, 256]
