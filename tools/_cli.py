@@ -10,6 +10,11 @@ from pathlib import Path
 
 os.environ.setdefault('PIP_REQUIRE_VIRTUALENV', '1')
 
+try:
+    import vmamba_mm  # noqa: F401
+except ModuleNotFoundError:  # not installed: use the checkout that this file is in
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
+
 from vmamba_mm.compat import EXTRAS, UserError, missing_package, prepare_mm  # noqa: E402
 
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')

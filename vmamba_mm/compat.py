@@ -59,7 +59,7 @@ def _find_packages_by_module():
 
     config_utils.MODULE2PACKAGE['mmseg'] = 'mmseg'
     for module in (config, hub, utils, package_utils):
-        for replacement in (get_installed_path, install_package):
+        for replacement in (get_installed_path, install_package, is_installed):
             if hasattr(module, replacement.__name__):
                 setattr(module, replacement.__name__, replacement)
 
@@ -76,6 +76,17 @@ def get_installed_path(package):
 def install_package(package):
     """Never installs anything (replaces mmengine's function of this name, which runs pip)."""
     require(MODULES.get(package, package))
+
+
+def is_installed(package):
+    """Whether a distribution or module is there (replaces mmengine's, without pkg_resources)."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        version(package)
+        return True
+    except PackageNotFoundError:
+        return importlib.util.find_spec(MODULES.get(package, package)) is not None
 
 
 def _allow_checkpoint_types():

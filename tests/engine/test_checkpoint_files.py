@@ -107,7 +107,7 @@ def test_old_checkpoint_goes_after_the_new_one_is_complete(tmp_path, monkeypatch
     assert not list(tmp_path.glob(f'*{ck.TEMP_SUFFIX}'))
 
 
-def test_dies_while_saving(tmp_path, monkeypatch):
+def test_dies_while_saving(mm, tmp_path, monkeypatch):
     """The process ends in the midst of writing the third checkpoint."""
     real = os.fsync
     calls = []
