@@ -27,5 +27,5 @@ else
   rendezvous=(--nnodes "${NNODES:-1}" --node-rank "${NODE_RANK:-0}"
               --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${PORT:-29500}")
 fi
-exec "$python" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$gpus" \
+exec "$python" "$tools/_launch.py" "${rendezvous[@]}" --nproc-per-node "$gpus" \
   "$tools/train.py" "${args[@]}" --launcher pytorch

@@ -71,3 +71,12 @@ def test_help(script, tmp_path):
     done = dist(script, '--help', cwd=tmp_path)
     assert done.returncode == 0
     assert script in done.stdout and 'NNODES' in done.stdout
+
+
+def test_mistake_in_the_input(tmp_path):
+    """Each process says what is wrong; the launcher adds no traceback."""
+    done = dist('dist_train.sh', 'nothing.py', 2, cwd=tmp_path)
+    assert done.returncode == 1
+    assert 'the config nothing.py does not exist' in done.stderr
+    assert 'Traceback' not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith('stopped: process')
