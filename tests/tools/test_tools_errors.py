@@ -107,7 +107,17 @@ def test_checkpoint_of_another_model(cls, call, checkpoint):
     assert_one_line(call('predict.py', cls, checkpoint, image, '--cfg-options', deeper),
                     'missing', 'backbone.stages.3.blocks.1')
     assert_one_line(call('train.py', cls, '--cfg-options', f'load_from={checkpoint}', deeper),
-                    'missing', checkpoint)
+                    'missing', checkpoint, 'StrictLoadHook')
+
+
+def test_part_of_a_checkpoint_to_start_from(cls, call, checkpoint):
+    """Fine-tuning: the head may differ if the config says so."""
+    cls.write_text(cls.read_text().replace('num_classes=2', 'num_classes=3') + """
+custom_hooks = [dict(type='vmamba_mm.StrictLoadHook', allow=['^head'])]
+""")
+    code, out, err = call('train.py', cls, '--cfg-options', f'load_from={checkpoint}')
+    assert code == 0, err
+    assert 'Not loaded, as StrictLoadHook.allow says: head.fc.bias, head.fc.weight' in out
 
 
 def test_broken_checkpoints(cls, call, checkpoint, tmp_path):

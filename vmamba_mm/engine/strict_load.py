@@ -25,7 +25,7 @@ def compare_keys(model, checkpoint):
     return missing, unexpected, mismatched
 
 
-def check_fits(model, checkpoint, name, allow=()):
+def check_fits(model, checkpoint, name, allow=(), hint='Use the config that it was trained with'):
     """Raise one line if a checkpoint is not this model's; ``allow``: patterns of excused keys.
 
     Returns the excused keys.
@@ -42,7 +42,7 @@ def check_fits(model, checkpoint, name, allow=()):
             problems.append(f'{len(keys)} {what} ({shown})')
     if problems:
         raise UserError(f'the checkpoint {name} is not of this config\'s model; its parameters '
-                        f'are: {"; ".join(problems)}. Use the config that it was trained with')
+                        f'are: {"; ".join(problems)}. {hint}')
     return excused
 
 
@@ -62,7 +62,12 @@ class StrictLoadHook(Hook):
 
     def after_load_checkpoint(self, runner, checkpoint):
         name = runner._load_from or 'to load'
-        excused = check_fits(runner.model, checkpoint, name, self.allow)
+        hint = {}
+        if runner._train_loop is not None and not runner._resume:
+            hint['hint'] = ('To start from it nevertheless, name those that may differ: '
+                            "custom_hooks=[dict(type='vmamba_mm.StrictLoadHook', "
+                            "allow=['^head'])]")
+        excused = check_fits(runner.model, checkpoint, name, self.allow, **hint)
         if not excused:
             return
         runner.logger.info(f'Not loaded, as StrictLoadHook.allow says: {", ".join(excused)}')
