@@ -138,8 +138,8 @@ def test_fruits_nuts(read_config, tmp_path):
     assert len(losses) == epochs * repeats * 7
     # The box and mask terms grow at first, with the proposals that hit something.
     assert_falls(losses, 0.85)
-    assert metrics['coco/bbox_mAP_50'] > 0.05  # boxes at random hit nothing
-    assert metrics['coco/segm_mAP_50'] > 0.03
+    assert metrics['coco/bbox_mAP_50'] > 0.04  # boxes at random hit nothing
+    assert metrics['coco/segm_mAP_50'] > 0.02
 
 
 def test_camvid(read_config, tmp_path):
