@@ -9,13 +9,13 @@ _base_ = [
     'mmpretrain::_base_/default_runtime.py',
 ]
 
-# Mixup and CutMix need stacked images; mmpretrain's own tools add the same three settings.
+# mmpretrain's own tools add these two settings to every config; so any runner works with ours.
 train_dataloader = dict(
     batch_size=128, num_workers=8, drop_last=True,
-    collate_fn=dict(type='default_collate'), pin_memory=True, persistent_workers=True)
+    collate_fn=dict(type='default_collate'), persistent_workers=True)
 val_dataloader = dict(
     batch_size=128, num_workers=8,
-    collate_fn=dict(type='default_collate'), pin_memory=True, persistent_workers=True)
+    collate_fn=dict(type='default_collate'), persistent_workers=True)
 test_dataloader = val_dataloader
 
 # EMA 0.9999 from the first step on. Published numbers are the best epoch of raw and EMA
