@@ -105,6 +105,10 @@ def _explain(err):
     if 'end should be larger than begin' in text:
         return (f'a schedule of param_scheduler begins when the training is over ({text}): the '
                 'run is shorter than its warm-up; change param_scheduler or train longer')
+    if 'parameters that were not used in producing loss' in text:
+        return ('some parameters have no part in the loss, which several processes do not allow: '
+                'let model.backbone.out_indices name the outputs in use, or set '
+                'find_unused_parameters=True')
     known = ('Found 0 files in subfolders of', 'Failed to load `ann_file`')
     if any(k in text for k in known):
         return text

@@ -118,7 +118,7 @@ auto_scale_lr = dict(base_batch_size=4)
 
 def seg_config(root, workers=1, iters=10):
     """Iteration-based, with SyncBN, an endless sampler and multi-scale flip TTA."""
-    backbone = BACKBONE.format(out='(0, 1, 2, 3)').replace('_delete_=True, ', '')
+    backbone = BACKBONE.format(out='(3,)').replace('_delete_=True, ', '')
     return f"""
 default_scope = 'mmseg'
 norm_cfg = dict(type='SyncBN', requires_grad=True)
@@ -127,7 +127,7 @@ model = dict(
     data_preprocessor=dict(type='SegDataPreProcessor', size=(32, 32), mean=[120, 120, 120],
                            std=[60, 60, 60], bgr_to_rgb=True, pad_val=0, seg_pad_val=255),
     backbone={backbone},
-    decode_head=dict(type='FCNHead', in_channels=64, in_index=3, channels=8, num_convs=1,
+    decode_head=dict(type='FCNHead', in_channels=64, in_index=0, channels=8, num_convs=1,
                      num_classes=150, norm_cfg=norm_cfg, dropout_ratio=0.1,
                      loss_decode=dict(type='CrossEntropyLoss')),
     train_cfg=dict(), test_cfg=dict(mode='whole'))
