@@ -161,6 +161,11 @@ def test_left_over_keyword_says_delete(key):
         VMamba(S1, **{key: 7})
 
 
+def test_mmsegs_pretrained_key_is_explained():
+    with pytest.raises(TypeError, match='pretrained=None beside the backbone'):
+        VMamba(S1, pretrained='open-mmlab://resnet50_v1c')
+
+
 @pytest.mark.parametrize(('kwargs', 'message'), [
     (dict(arch='tiny'), "arch='tiny' does not exist.*tiny_s1l8"),
     (dict(arch=7), 'a name or a dict'),

@@ -66,7 +66,9 @@ class VMamba(BaseModule):
             raise TypeError(
                 f'VMamba has no argument {", ".join(map(repr, sorted(leftover)))}. If the config '
                 'replaces another backbone, that key was inherited from it: write '
-                "backbone=dict(_delete_=True, type='vmamba_mm.VMamba', ...)")
+                "backbone=dict(_delete_=True, type='vmamba_mm.VMamba', ...)"
+                + (', and pretrained=None beside the backbone, where mmseg took that key from'
+                   if 'pretrained' in leftover else ''))
         super().__init__(init_cfg=init_cfg)
         self.arch = resolve_arch(arch)
         self.out_indices = _check_out_indices(out_indices)
