@@ -20,6 +20,9 @@ ALLOWED = {
     'registry.py': ('mmengine',),
     'models': ('torch', 'mmengine', 'vmamba_mm.ops', 'vmamba_mm.layers', 'vmamba_mm.models',
                'vmamba_mm.registry'),
+    'compat.py': ('torch', 'numpy', 'mmengine'),
+    'engine': ('torch', 'numpy', 'matplotlib', 'mmengine', 'mmcv', 'vmamba_mm.compat',
+               'vmamba_mm.registry', 'vmamba_mm.engine'),
 }
 
 

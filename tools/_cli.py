@@ -276,6 +276,15 @@ def has_gpu():
     return get_device() not in ('cpu', 'mps')
 
 
+def evaluate_in_fp32_without_gpu(cfg):
+    """On a CPU mmengine takes fp16=True for bf16, which would change the metrics."""
+    loops = [name for name in ('val_cfg', 'test_cfg') if (cfg.get(name) or {}).get('fp16')]
+    if loops and not has_gpu():
+        for name in loops:
+            cfg[name].fp16 = False
+        print('No GPU: evaluating in fp32 (the config asks for fp16)')
+
+
 def start_processes(cfg, launcher):
     """Set the launcher; without a GPU, join the processes by gloo, which mmengine does not."""
     cfg.launcher = launcher

@@ -106,6 +106,7 @@ def main():
     from vmamba_mm.engine.checkpoint import read_checkpoint
     read_checkpoint(args.checkpoint)
     _cli.check_data_paths(cfg, 'test_dataloader')
+    _cli.evaluate_in_fp32_without_gpu(cfg)
     _cli.start_processes(cfg, args.launcher)
     _cli.set_loader_defaults(cfg, task)
     cfg.load_from, cfg.resume = args.checkpoint, False

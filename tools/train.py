@@ -126,6 +126,7 @@ def main():
     if args.auto_scale_lr:
         set_auto_scale(cfg)
     _cli.check_data_paths(cfg, 'train_dataloader', 'val_dataloader')
+    _cli.evaluate_in_fp32_without_gpu(cfg)
     _cli.start_processes(cfg, args.launcher)
     _cli.set_loader_defaults(cfg, _cli.find_task(cfg))
     set_resume(cfg, args.resume)

@@ -50,6 +50,18 @@ def test_amp(tools, gpu, capsys):
         train.set_amp(cfg, asked=True)
 
 
+def test_evaluation_on_a_cpu_is_fp32(tools, gpu, capsys):
+    cli, _ = tools
+    cfg = config(val_cfg=dict(fp16=True), test_cfg=dict(fp16=True))
+    gpu(True)
+    cli.evaluate_in_fp32_without_gpu(cfg)
+    assert cfg.val_cfg.fp16 and cfg.test_cfg.fp16 and not capsys.readouterr().out
+    gpu(False)
+    cli.evaluate_in_fp32_without_gpu(cfg)
+    assert not cfg.val_cfg.fp16 and not cfg.test_cfg.fp16
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
 def test_sync_bn(tools):
     cli, _ = tools
     model = dict(a=dict(norm_cfg=dict(type='SyncBN')), b=[dict(norm=dict(type='LN'))],

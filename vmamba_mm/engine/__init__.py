@@ -1,11 +1,11 @@
 """Hooks that tools/train.py and tools/test.py add to any config."""
 
-from .checkpoint import AtomicCheckpointHook
-from .curves import CurvesHook
-from .data import CheckDataHook
-from .exact_resume import ExactResumeHook, MissedValHook
-from .progress import ProgressHook
-from .strict_load import StrictLoadHook
+from vmamba_mm.engine.checkpoint import AtomicCheckpointHook
+from vmamba_mm.engine.curves import CurvesHook
+from vmamba_mm.engine.data import CheckDataHook
+from vmamba_mm.engine.exact_resume import ExactResumeHook, MissedValHook
+from vmamba_mm.engine.progress import ProgressHook
+from vmamba_mm.engine.strict_load import StrictLoadHook
 
 __all__ = ['AtomicCheckpointHook', 'CheckDataHook', 'CurvesHook', 'ExactResumeHook',
            'MissedValHook', 'ProgressHook', 'StrictLoadHook']
