@@ -14,7 +14,7 @@ help:
 	@echo 'make demo-seg  the same for UperNet: semantic segmentation (8 min)'
 	@echo 'make test      all tests'
 	@echo 'make lint      ruff'
-	@echo 'make bench     speed and memory of the op and the models'
+	@echo 'make bench     speed and memory on this CPU beside Swin-T, correctness first'
 	@echo 'make setup     only the environment: .venv in this folder (10 min the first time)'
 	@echo 'make clean     remove demo sets, work_dirs and caches; .venv stays'
 
@@ -38,7 +38,7 @@ lint: setup
 	@$(PY) -m ruff check .
 
 bench: setup
-	@$(PY) tools/bench/run.py $(ARGS)
+	@$(PY) tools/bench/cpu_vs_swin.py $(ARGS)
 
 clean:
 	rm -rf data/demo work_dirs build .pytest_cache .ruff_cache
