@@ -5,7 +5,8 @@ _base_ = ['../coco/mask-rcnn_vmamba-tiny-s1l8_fpn_1x_coco.py', 'small_vmamba.py'
 width = 64  # of the pyramid and of the heads, instead of 256
 model = dict(
     data_preprocessor=dict(pad_size_divisor=32),
-    backbone=dict(arch=_base_.small_arch, drop_path_rate=0.0, init_cfg=None),
+    # As the published recipe does, it starts from a classifier: the one that `make demo` trains.
+    backbone=dict(arch=_base_.small_arch, drop_path_rate=0.0, init_cfg=_base_.small_pretrained),
     neck=dict(in_channels=_base_.small_channels, out_channels=width),
     rpn_head=dict(
         in_channels=width, feat_channels=width,

@@ -12,7 +12,8 @@ digits = dict(
 size = (128, 128)
 model = dict(
     data_preprocessor=dict(size=size),
-    backbone=dict(arch=_base_.small_arch, drop_path_rate=0.0, init_cfg=None),
+    # As the published recipe does, it starts from a classifier: the one that `make demo` trains.
+    backbone=dict(arch=_base_.small_arch, drop_path_rate=0.0, init_cfg=_base_.small_pretrained),
     decode_head=dict(in_channels=_base_.small_channels, channels=48, num_classes=11),
     auxiliary_head=dict(in_channels=_base_.small_channels[2], channels=32, num_classes=11))
 

@@ -25,7 +25,7 @@ train_pipeline = [
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
-    dict(type='ResizeEdge', scale=55, edge='short', backend='pillow', interpolation='bicubic'),
+    dict(type='ResizeEdge', scale=52, edge='short', backend='pillow', interpolation='bicubic'),
     dict(type='CenterCrop', crop_size=48),
     dict(type='PackInputs'),
 ]
@@ -42,9 +42,9 @@ val_dataloader = dict(
     dataset=dict(data_root=root, metainfo=digits, pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
-max_epochs = 14
+max_epochs = 12
 train_cfg = dict(max_epochs=max_epochs, val_interval=2)
-optim_wrapper = dict(type='OptimWrapper', optimizer=dict(lr=3e-3))
+optim_wrapper = dict(type='OptimWrapper', optimizer=dict(lr=2e-3))
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-2, by_epoch=True, begin=0, end=1,
          convert_to_iter_based=True),

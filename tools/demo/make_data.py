@@ -26,7 +26,7 @@ import scenes  # noqa: E402  (a sibling script, not a package)
 PHOTO_LABEL = len(scenes.CLASSES) + 1  # ADE20K ids start at 1; 0 means 'not labelled'
 DEFAULTS = dict(
     seed=0,
-    cls_size=60, cls_tile=(44, 54), cls_per_class=(400, 100),
+    cls_size=56, cls_tile=(48, 58), cls_per_class=(400, 100),
     scene_size=128, scene_tile=(34, 64), scene_digits=(2, 5), scenes=(600, 100),
 )
 # The id of a set is a hash of these settings and of the code that draws it.
@@ -55,7 +55,7 @@ def build_imagenet(root, settings):
             ids = scenes.digit_ids(split)
             for source in ids[labels[ids] == c][:count]:
                 image, _, _ = scenes.make_scene(
-                    rng, split, settings['cls_size'], [source], settings['cls_tile'], margin=4)
+                    rng, split, settings['cls_size'], [source], settings['cls_tile'], margin=3)
                 save(image, root / split / name / f'{name}_{source:04d}.png')
 
 

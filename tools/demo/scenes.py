@@ -20,7 +20,7 @@ CLASSES = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight
 VAL_PER_CLASS = 100  # of the 500 digits of each class, the last 100 are held out
 # The photographs are dimmed: a small model then learns in the minutes that the demos have. With
 # photographs in full light and digits of any brightness the same model needs many times longer.
-DIM = (0.35, 0.6)
+DIM = (0.3, 0.5)
 
 PHOTOS = {
     'train': (

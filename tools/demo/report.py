@@ -1,0 +1,44 @@
+"""One page of a demo run: the numbers, the curves and the predicted pictures."""
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+WIDTH, PAD, COLUMNS = 1240, 20, 4
+
+
+def fitted(path, width):
+    image = Image.open(path).convert('RGB')
+    # Small pictures are enlarged by whole factors, so that their pixels stay visible.
+    if image.width * 2 <= width:
+        factor = width // image.width
+        return image.resize((image.width * factor, image.height * factor), Image.NEAREST)
+    return image.resize((width, round(image.height * width / image.width)), Image.LANCZOS)
+
+
+def contact_sheet(path, title, lines, curves, folder):
+    """Write the page and return its path."""
+    cell = (WIDTH - PAD * (COLUMNS + 1)) // COLUMNS
+    pictures = [fitted(p, cell) for p in sorted(Path(folder).rglob('*'))
+                if p.suffix.lower() in ('.png', '.jpg')]
+    curve = [fitted(curves, WIDTH - 2 * PAD)] if Path(curves).is_file() else []
+    rows = [pictures[i:i + COLUMNS] for i in range(0, len(pictures), COLUMNS)]
+    head = PAD + 40 + 26 * len(lines) + PAD
+    height = head + sum(c.height + PAD for c in curve)
+    height += sum(max(p.height for p in row) + PAD for row in rows)
+
+    page = Image.new('RGB', (WIDTH, height), 'white')
+    draw = ImageDraw.Draw(page)
+    draw.text((PAD, PAD), title, 'black', ImageFont.load_default(26))
+    for i, line in enumerate(lines):
+        draw.text((PAD, PAD + 40 + 26 * i), line, 'black', ImageFont.load_default(18))
+    y = head
+    for image in curve:
+        page.paste(image, (PAD, y))
+        y += image.height + PAD
+    for row in rows:
+        for i, picture in enumerate(row):
+            page.paste(picture, (PAD + i * (cell + PAD), y))
+        y += max(p.height for p in row) + PAD
+    path = Path(path)
+    page.save(path)
+    return path
