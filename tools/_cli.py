@@ -205,8 +205,8 @@ def find_task(cfg):
     scope = cfg.get('default_scope') or str(cfg.model.get('type', '')).rpartition('.')[0]
     task = EXTRAS.get(scope)
     if task in ('cls', 'det', 'seg'):
-        from vmamba_mm.compat import require
-        require(scope)
+        from vmamba_mm.compat import require_working
+        require_working(scope)
         return task
     return None
 

@@ -4,10 +4,16 @@
 model, and importing this module imports no mm* package.
 """
 
+import importlib
 import importlib.util
 import sys
+from pathlib import Path
 
 EXTRAS = {'mmpretrain': 'cls', 'mmdet': 'det', 'mmseg': 'seg', 'mmcv': 'all', 'mmengine': 'all'}
+# What to install beside an upstream mmengine. The extras name the onedl line, whose packages would
+# overwrite upstream's, because they share the module names.
+UPSTREAM = {'mmpretrain': 'mmpretrain==1.2.0', 'mmdet': 'mmdet==3.3.0',
+            'mmseg': 'mmsegmentation==1.2.2', 'mmcv': 'mmcv==2.1.0'}
 # Distribution names that differ from the module's; the onedl line keeps the module names too.
 MODULES = {'mmsegmentation': 'mmseg', 'mmaction2': 'mmaction'}
 
@@ -27,6 +33,9 @@ class UserError(RuntimeError):
 
 def missing_package(module):
     extra = EXTRAS.get(module)
+    if module in UPSTREAM and _version('mmengine'):
+        return UserError(f'the package {module} is not installed; beside the upstream mmengine '
+                         f'install it with: pip install {UPSTREAM[module]}')
     how = f"pip install 'vmamba_mm[{extra}]'" if extra else f'pip install {module}'
     return UserError(f'the package {module} is not installed; install it with: {how}')
 
@@ -35,6 +44,27 @@ def require(module):
     """Raise one clear line if ``module`` is not installed."""
     if importlib.util.find_spec(module) is None:
         raise missing_package(module)
+
+
+def require_working(module):
+    """Raise one clear line if ``module`` is not installed or does not fit the packages around it.
+
+    mmengine only warns of this, and fails later on the first type that it does not know.
+    """
+    require(module)
+    try:
+        importlib.import_module(f'{module}.models')
+    except (AssertionError, ImportError) as err:
+        raise UserError(f'the installed {module} cannot be imported: {err}') from err
+
+
+def _version(distribution):
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
 
 
 def prepare_mm():
@@ -123,21 +153,29 @@ def _allow_checkpoint_types():
 
 
 def _keep_transformers_out_of_mmpretrain():
-    """mmpretrain's multimodal models cannot be imported beside transformers 5: switch them off."""
-    from importlib.metadata import PackageNotFoundError, version
-
+    """Switch mmpretrain's multimodal models off where they break the import of all of it."""
     name = 'mmpretrain.utils.dependency'
-    try:
-        if int(version('transformers').split('.')[0]) < 5:
-            return
-    except PackageNotFoundError:
-        return
-    if importlib.util.find_spec('mmpretrain') is None:
+    if importlib.util.find_spec('mmpretrain') is None or _multimodal_imports():
         return
     if name in sys.modules:
         sys.modules[name].WITH_MULTIMODAL = False
     elif not any(isinstance(f, _DependencyFinder) for f in sys.meta_path):
         sys.meta_path.insert(0, _DependencyFinder(name))
+
+
+def _multimodal_imports():
+    """Whether those models can be imported beside the installed transformers, if any."""
+    transformers = _version('transformers')
+    if transformers is None:
+        return True
+    if int(transformers.split('.')[0]) >= 5:
+        return False
+    spec = importlib.util.find_spec('transformers')
+    if _version('mmpretrain') is None or spec is None:  # the onedl line works with all of 4.x
+        return True
+    # Upstream imports a function from where later releases of 4.x no longer have it.
+    source = Path(spec.origin).with_name('modeling_utils.py')
+    return 'apply_chunking_to_forward' in source.read_text(encoding='utf-8')
 
 
 class _DependencyFinder:

@@ -15,6 +15,7 @@ def test_nothing_is_installed_by_itself(mm, monkeypatch):
         pytest.fail('a process was started')
 
     monkeypatch.setattr(subprocess, 'check_call', fail)
+    monkeypatch.setattr(compat, '_version', lambda name: None)
     monkeypatch.setattr(compat.importlib.util, 'find_spec', lambda name: None)
     for package, extra in (('mmdet', 'det'), ('mmseg', 'seg'), ('mmpretrain', 'cls')):
         with pytest.raises(compat.UserError, match=rf"{package}.*vmamba_mm\[{extra}\]"):
@@ -34,6 +35,21 @@ def test_stock_bases_are_found(base, mm, tmp_path):
     path.write_text(f'_base_ = [{base!r}]\n')
     compat.prepare_mm()  # a second time
     assert 'default_hooks' in Config.fromfile(path) or 'default_scope' in Config.fromfile(path)
+
+
+def test_advice_fits_the_line(monkeypatch):
+    """The extras would install the onedl line over an upstream one."""
+    monkeypatch.setattr(compat, '_version', lambda name: '0.10.7' if name == 'mmengine' else None)
+    assert 'pip install mmsegmentation==1.2.2' in str(compat.missing_package('mmseg'))
+    assert 'vmamba_mm[' not in str(compat.missing_package('mmdet'))
+
+
+def test_packages_that_do_not_fit(monkeypatch, tmp_path):
+    (tmp_path / 'unfit').mkdir()
+    (tmp_path / 'unfit' / '__init__.py').write_text("assert False, 'MMCV==9 is incompatible'")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(compat.UserError, match='unfit cannot be imported: MMCV==9 is incomp'):
+        compat.require_working('unfit')
 
 
 def test_import_is_light():
