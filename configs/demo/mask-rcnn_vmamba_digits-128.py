@@ -51,13 +51,13 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=root + 'annotations/instances_val2017.json')
 test_evaluator = val_evaluator
 
-max_epochs = 8
-train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
-optim_wrapper = dict(optimizer=dict(lr=1e-3), clip_grad=dict(max_norm=10))
+max_epochs = 5
+train_cfg = dict(max_epochs=max_epochs, val_interval=1)
+optim_wrapper = dict(optimizer=dict(lr=5e-4), clip_grad=dict(max_norm=10))
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-2, by_epoch=False, begin=0, end=50),
     dict(type='MultiStepLR', begin=0, end=max_epochs, by_epoch=True,
-         milestones=[max_epochs - 2], gamma=0.1),
+         milestones=[max_epochs - 1], gamma=0.1),
 ]
 default_hooks = dict(
     logger=dict(interval=20), checkpoint=dict(interval=max_epochs, max_keep_ckpts=1))

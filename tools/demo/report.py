@@ -3,7 +3,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-WIDTH, PAD, COLUMNS = 1240, 20, 4
+WIDTH, PAD = 1240, 20
 
 
 def fitted(path, width):
@@ -15,13 +15,19 @@ def fitted(path, width):
     return image.resize((width, round(image.height * width / image.width)), Image.LANCZOS)
 
 
+def is_wide(path):
+    with Image.open(path) as image:
+        return image.width > 1.5 * image.height
+
+
 def contact_sheet(path, title, lines, curves, folder):
     """Write the page and return its path."""
-    cell = (WIDTH - PAD * (COLUMNS + 1)) // COLUMNS
-    pictures = [fitted(p, cell) for p in sorted(Path(folder).rglob('*'))
-                if p.suffix.lower() in ('.png', '.jpg')]
+    files = [p for p in sorted(Path(folder).rglob('*')) if p.suffix.lower() in ('.png', '.jpg')]
+    columns = 3 if files and is_wide(files[0]) else 4
+    cell = (WIDTH - PAD * (columns + 1)) // columns
+    pictures = [fitted(p, cell) for p in files]
     curve = [fitted(curves, WIDTH - 2 * PAD)] if Path(curves).is_file() else []
-    rows = [pictures[i:i + COLUMNS] for i in range(0, len(pictures), COLUMNS)]
+    rows = [pictures[i:i + columns] for i in range(0, len(pictures), columns)]
     head = PAD + 40 + 26 * len(lines) + PAD
     height = head + sum(c.height + PAD for c in curve)
     height += sum(max(p.height for p in row) + PAD for row in rows)
