@@ -2,8 +2,6 @@
 # with a .venv that is there already this costs a fraction of a second.
 PY := .venv/bin/python
 export PIP_REQUIRE_VIRTUALENV := 1
-# Idle OpenMP threads sleep instead of spinning: on two shared cores that is up to ten times faster.
-export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-det demo-seg test lint bench clean

@@ -42,7 +42,7 @@ val_dataloader = dict(
     dataset=dict(data_root=root, metainfo=digits, pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
-max_epochs = 10
+max_epochs = 12
 train_cfg = dict(max_epochs=max_epochs, val_interval=2)
 optim_wrapper = dict(type='OptimWrapper', optimizer=dict(lr=2e-3))
 param_scheduler = [
