@@ -90,6 +90,18 @@ def batch_for(cfg):
     return dict(inputs=images, data_samples=samples)
 
 
+def test_roi_align_sees_the_right_pixels(tmp_path, read_config):
+    """mmcv's RoIAlign ignores strides: it must never be handed a channels-last map."""
+    import torch
+    from mmcv.ops import roi_align
+    cfg = read_config(write_config(tmp_path, 'mask-rcnn'))
+    model = build(cfg)
+    rois = torch.tensor([[0.0, 4.0, 8.0, 60.0, 50.0]])
+    for level in model.extract_feat(torch.randn(2, 3, *SIZE)):
+        packed = level.clone(memory_format=torch.contiguous_format)
+        torch.testing.assert_close(roi_align(level, rois, (7, 7)), roi_align(packed, rois, (7, 7)))
+
+
 @pytest.mark.parametrize('name', STOCK)
 def test_forward_backward(name, tmp_path, read_config):
     import torch

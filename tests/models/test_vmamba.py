@@ -44,6 +44,7 @@ def test_any_input_size_forward_and_backward(arch, size):
     height, width = ((-(-s // 4) for s in size) if arch is S1 else (max(1, s // 4) for s in size))
     for i, out in enumerate(outs):
         assert out.shape == (2, 8 * 2 ** i, height, width)
+        assert out.is_contiguous()  # mmcv's ops assume it
         height, width = -(-height // 2), -(-width // 2)
     sum(out.square().mean() for out in outs).backward()
     for name, p in model.named_parameters():

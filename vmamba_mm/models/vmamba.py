@@ -49,7 +49,7 @@ class VMamba(BaseModule):
     Shape:
         (B, in_channels, H, W), any H and W of at least 1, to a tuple of (B, C_i, H_i, W_i) with
         C_i = embed_dims * 2^i and H_i about H / (4 * 2^i): the 'conv' stem and both downsamplings
-        round up, the 'patch' stem down. The maps are channels-last in memory.
+        round up, the 'patch' stem down. The maps are contiguous.
 
     Raises:
         ValueError: on a value that is not allowed, with the choices.
@@ -108,7 +108,9 @@ class VMamba(BaseModule):
         for i, stage in enumerate(self.stages):
             x = stage.blocks(x)
             if i in self.out_indices:
-                outs.append(getattr(self, f'norm{i}')(x).permute(0, 3, 1, 2))
+                # mmcv's RoIAlign reads raw memory: channels-last strides would reach it through
+                # the FPN's convolutions, and it would pool the wrong pixels without a word.
+                outs.append(getattr(self, f'norm{i}')(x).permute(0, 3, 1, 2).contiguous())
             if i == self.out_indices[-1]:
                 break
             x = stage.downsample(x)
