@@ -114,8 +114,8 @@ def main():
     task, name = TASKS[args.task], args.task
     work_dir = args.work_dir or Path('work_dirs') / f'demo-{name}'
     os.chdir(ROOT)
-    # One core is left to the data loader: OpenMP threads that wait for each other while it holds
-    # one of two cores made training two to ten times slower. The small model needs few anyway.
+    # One core is left to the data loader. On two cores beside other busy processes, two OpenMP
+    # threads were 2 to 10 times slower than one, which alone takes 1.5 times as long as two.
     os.environ.setdefault('OMP_NUM_THREADS', str(min(max((os.cpu_count() or 2) - 1, 1), 4)))
     start = time.time()
 
