@@ -186,7 +186,7 @@ else
     else
         if "$PY" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
             say 'a GPU, but no CUDA toolkit that fits: mmcv gets CPU operators; classification and' \
-                'segmentation run on the GPU, detection needs the toolkit'
+                'segmentation run on the GPU, detection on the CPU'
         fi
         step 'mmcv with CPU operators' '5 minutes on 2 cores the first time, then cached' install_mmcv
     fi
