@@ -1,6 +1,7 @@
 """What train.py, test.py and predict.py share: options, the config and one-line errors."""
 
 import argparse
+import atexit
 import difflib
 import os
 import re
@@ -63,14 +64,23 @@ def run(main):
         who = f' (process {rank})' if rank else ''
         print(f'error{who}: {message}', file=sys.stderr, flush=True)
         code = 1
-    _close_process_group()
+    if _close_process_group():
+        # All is done and cleaned up. A helper thread of several processes' communication that
+        # meets a dying interpreter can still abort it (exit code -6), so do not wait for that.
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 
 def _close_process_group():
+    """Whether there was one."""
     dist = getattr(sys.modules.get('torch'), 'distributed', None)
-    if dist is not None and dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+    if dist is None or not dist.is_available() or not dist.is_initialized():
+        return False
+    dist.destroy_process_group()
+    return True
 
 
 # --- errors ---------------------------------------------------------------------------------
