@@ -17,12 +17,21 @@ ALLOWED = {
     'ops': ('torch', 'triton', 'vmamba_mm.ops'),
     'testing.py': ('torch', 'vmamba_mm.ops'),
     'layers': ('torch', 'vmamba_mm.ops', 'vmamba_mm.layers'),
-    'registry.py': ('mmengine',),
-    'models': ('torch', 'mmengine', 'vmamba_mm.ops', 'vmamba_mm.layers', 'vmamba_mm.models',
-               'vmamba_mm.registry'),
+    'arch.py': (),
     'compat.py': ('torch', 'numpy', 'mmengine'),
+    'checkpoint.py': ('torch', 'vmamba_mm.arch', 'vmamba_mm.compat'),
+    'files.py': ('torch', 'numpy', 'safetensors', 'vmamba_mm.compat', 'vmamba_mm.checkpoint'),
+    'registry.py': ('mmengine',),
+    'loading.py': ('mmengine', 'vmamba_mm.files'),
+    'models': ('torch', 'mmengine', 'vmamba_mm.ops', 'vmamba_mm.layers', 'vmamba_mm.models',
+               'vmamba_mm.registry', 'vmamba_mm.arch', 'vmamba_mm.checkpoint', 'vmamba_mm.files',
+               'vmamba_mm.loading'),
     'engine': ('torch', 'numpy', 'matplotlib', 'mmengine', 'mmcv', 'vmamba_mm.compat',
-               'vmamba_mm.registry', 'vmamba_mm.engine'),
+               'vmamba_mm.registry', 'vmamba_mm.engine', 'vmamba_mm.checkpoint',
+               'vmamba_mm.files'),
+    # Imported by nobody but the user, who has timm or mmpretrain then.
+    'timm.py': ('torch', 'timm', 'vmamba_mm'),
+    'mmpretrain.py': ('mmpretrain', 'vmamba_mm.compat'),
 }
 
 

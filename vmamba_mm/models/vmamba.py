@@ -16,7 +16,7 @@ from vmamba_mm.layers import (
     VSSBlock,
     VSSStage,
 )
-from vmamba_mm.models.arch import ARCH_SETTINGS, resolve_arch
+from vmamba_mm.arch import ARCH_SETTINGS, resolve_arch
 from vmamba_mm.registry import MODELS
 
 _STEMS = {'patch': PatchStem, 'conv': ConvStem}
