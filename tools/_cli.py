@@ -46,6 +46,12 @@ def add_common_options(parser, launcher=True):
         parser.add_argument('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS)
 
 
+def add_weights_option(parser):
+    parser.add_argument('--weights', choices=('auto', 'model', 'model_ema'), default='auto',
+                        help='which weights of an official training file: auto takes model_ema '
+                        '(the averaged ones) where it is present, else model (default: auto)')
+
+
 def run(main):
     """Call ``main`` and turn a user's mistake into one line on stderr and exit code 1."""
     code = 0

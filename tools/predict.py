@@ -16,8 +16,10 @@ def parse_args():
     parser = _cli.make_parser(__doc__, EXAMPLES)
     parser.add_argument('config', metavar='CONFIG',
                         help='a config file, or a stock one as mmdet::folder/name.py')
-    parser.add_argument('checkpoint', metavar='CHECKPOINT', help='the checkpoint file')
+    parser.add_argument('checkpoint', metavar='CHECKPOINT',
+                        help='a checkpoint file or web address, official or ours')
     parser.add_argument('images', metavar='IMAGE', nargs='+', help='image files or folders of them')
+    _cli.add_weights_option(parser)
     parser.add_argument('--out-dir', default='predictions', metavar='FOLDER',
                         help='where the pictures are written (default: predictions)')
     parser.add_argument('--score-thr', type=float, default=0.3, metavar='S',
@@ -51,8 +53,6 @@ def find_images(names):
 
 def build_model(cfg, checkpoint, name, device):
     """The config's model with all of the checkpoint's weights."""
-    import re
-
     from mmengine.model import revert_sync_batchnorm
     from mmengine.registry import MODELS, init_default_scope
 
@@ -62,9 +62,8 @@ def build_model(cfg, checkpoint, name, device):
     if cfg.get('data_preprocessor') is not None:
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
-    check_fits(model, checkpoint, name)
-    state = checkpoint.get('state_dict', checkpoint)
-    model.load_state_dict({re.sub(r'^module\.', '', k): v for k, v in state.items()})
+    state, _ = check_fits(model, checkpoint, name)
+    model.load_state_dict(state)
     return model.to(device).eval()
 
 
@@ -204,8 +203,8 @@ def main():
                              'prepares the images')
     from mmengine.device import get_device
 
-    from vmamba_mm.engine.checkpoint import read_checkpoint
-    checkpoint = read_checkpoint(args.checkpoint)
+    from vmamba_mm.files import read_checkpoint
+    checkpoint = read_checkpoint(args.checkpoint, args.weights)
     images = find_images(args.images)
     device = args.device or get_device()
     if device.startswith('cuda') and not _cli.has_gpu():

@@ -6,6 +6,7 @@ import _cli
 
 EXAMPLES = """\
   python tools/test.py CONFIG work_dirs/NAME/epoch_12.pth
+  python tools/test.py CONFIG vssm1_tiny_0230s_ckpt_epoch_264.pth    (an official file)
   python tools/test.py CONFIG CHECKPOINT --tta --out metrics.json
   python tools/test.py CONFIG CHECKPOINT --show-dir drawn
   tools/dist_test.sh CONFIG CHECKPOINT 8               (8 GPUs of one machine)"""
@@ -15,7 +16,9 @@ def parse_args():
     parser = _cli.make_parser(__doc__, EXAMPLES)
     parser.add_argument('config', metavar='CONFIG',
                         help='a config file, or a stock one as mmdet::folder/name.py')
-    parser.add_argument('checkpoint', metavar='CHECKPOINT', help='the checkpoint file')
+    parser.add_argument('checkpoint', metavar='CHECKPOINT',
+                        help='a checkpoint file or web address, official or ours')
+    _cli.add_weights_option(parser)
     parser.add_argument('--tta', action='store_true',
                         help='test-time augmentation: the config\'s tta_pipeline, else (for '
                         'classification and detection) the image and its mirror image')
@@ -103,13 +106,16 @@ def main():
     if cfg.get('test_dataloader') is None or cfg.get('test_evaluator') is None:
         raise _cli.UserError(f'the config {args.config} has no test_dataloader and test_evaluator')
     _cli.set_work_dir(cfg, args)
-    from vmamba_mm.engine.checkpoint import read_checkpoint
-    read_checkpoint(args.checkpoint)
+    from vmamba_mm.files import fetch, read_checkpoint
+    from vmamba_mm.loading import register
+    register(args.weights)
+    checkpoint = str(fetch(args.checkpoint))
+    read_checkpoint(checkpoint, args.weights)
     _cli.check_data_paths(cfg, 'test_dataloader')
     _cli.evaluate_in_fp32_without_gpu(cfg)
     _cli.start_processes(cfg, args.launcher)
     _cli.set_loader_defaults(cfg, task)
-    cfg.load_from, cfg.resume = args.checkpoint, False
+    cfg.load_from, cfg.resume = checkpoint, False
     if args.out:
         set_out(cfg, task, args.out)
     if args.show_dir:

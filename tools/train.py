@@ -53,7 +53,9 @@ def set_amp(cfg, asked):
 
 def set_resume(cfg, wanted):
     """Decide what to load. The seed comes along: mmengine would shuffle anew without one."""
-    from vmamba_mm.engine.checkpoint import find_resumable, read_checkpoint
+    import vmamba_mm.loading  # noqa: F401 (mmengine reads checkpoints safely from here on)
+    from vmamba_mm.engine.checkpoint import find_resumable
+    from vmamba_mm.files import fetch, read_checkpoint
 
     if wanted is None and cfg.get('resume'):
         wanted = cfg.get('load_from') or 'auto'
@@ -64,6 +66,8 @@ def set_resume(cfg, wanted):
             print(f'Nothing to resume in {cfg.work_dir}: starting from the beginning')
     if wanted is None:
         start = cfg.get('load_from')
+        if start and start.startswith(('http://', 'https://')):
+            start = cfg.load_from = str(fetch(start))
         if start and '://' not in start:
             read_checkpoint(start)
         return

@@ -119,17 +119,26 @@ def is_installed(package):
         return importlib.util.find_spec(MODULES.get(package, package)) is not None
 
 
-def _allow_checkpoint_types():
-    """Name the types in mmengine's checkpoints, so that torch.load's safe mode accepts them."""
+def safe_numpy_types():
+    """{name in a pickle: numpy's type or function} of arrays and scalars, which run no code."""
     import numpy as np
-    import torch
-    from mmengine.logging.history_buffer import HistoryBuffer
 
     core = np._core if hasattr(np, '_core') else np.core
-    reconstruct, scalar = core.multiarray._reconstruct, core.multiarray.scalar
     dtypes = {type(np.dtype(name)) for name in
               ('bool', 'int8', 'int16', 'int32', 'int64', 'uint8', 'uint16', 'uint32', 'uint64',
                'float16', 'float32', 'float64', 'str', 'bytes')}
+    types = {f'{t.__module__}.{t.__qualname__}': t for t in (np.ndarray, np.dtype, *dtypes)}
+    for function in (core.multiarray._reconstruct, core.multiarray.scalar):
+        # numpy 1 and 2 write different module names for the same two functions.
+        for package in ('numpy.core', 'numpy._core'):
+            types[f'{package}.multiarray.{function.__name__}'] = function
+    return types
+
+
+def _allow_checkpoint_types():
+    """Name the types in mmengine's checkpoints, so that torch.load's safe mode accepts them."""
+    import torch
+    from mmengine.logging.history_buffer import HistoryBuffer
 
     def history_method(owner, name):
         # A HistoryBuffer pickles its own methods as getattr(HistoryBuffer, name). The real getattr
@@ -140,16 +149,8 @@ def _allow_checkpoint_types():
 
     history_method.__module__ = 'builtins'
     history_method.__name__ = history_method.__qualname__ = 'getattr'
-    types = [HistoryBuffer, history_method, np.ndarray, np.dtype, *dtypes]
-    for function in (reconstruct, scalar):
-        types.append(function)
-        # numpy 1 and 2 write different module names for the same two functions.
-        for package in ('numpy.core', 'numpy._core'):
-            types.append((function, f'{package}.multiarray.{function.__name__}'))
-    try:
-        torch.serialization.add_safe_globals(types)
-    except (TypeError, AttributeError):  # torch < 2.6 takes no (object, name) pairs
-        torch.serialization.add_safe_globals([t for t in types if not isinstance(t, tuple)])
+    torch.serialization.add_safe_globals([
+        HistoryBuffer, history_method, *((t, name) for name, t in safe_numpy_types().items())])
 
 
 def _keep_transformers_out_of_mmpretrain():

@@ -5,6 +5,7 @@ import torch
 
 from vmamba_mm.compat import UserError
 from vmamba_mm.engine import checkpoint as ck
+from vmamba_mm.files import read_checkpoint
 
 
 def save(path, **content):
@@ -58,10 +59,10 @@ def test_read_checkpoint_is_safe(tmp_path):
 
     torch.save({'state_dict': Evil()}, tmp_path / 'evil.pth')
     with pytest.raises(UserError, match='system'):
-        ck.read_checkpoint(tmp_path / 'evil.pth')
+        read_checkpoint(tmp_path / 'evil.pth')
     torch.save([1], tmp_path / 'list.pth')
     with pytest.raises(UserError, match='list'):
-        ck.read_checkpoint(tmp_path / 'list.pth')
+        read_checkpoint(tmp_path / 'list.pth')
 
 
 def make_runner(tmp_path, **checkpoint):
@@ -122,5 +123,5 @@ def test_dies_while_saving(mm, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         make_runner(tmp_path, max_keep_ckpts=1).train()
     assert ck.find_resumable(tmp_path).endswith('epoch_2.pth')
-    content = ck.read_checkpoint(tmp_path / 'epoch_2.pth')
+    content = read_checkpoint(tmp_path / 'epoch_2.pth')
     assert content['meta']['epoch'] == 2

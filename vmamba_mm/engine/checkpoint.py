@@ -9,31 +9,8 @@ from mmengine.dist import is_main_process, master_only
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
 
-from vmamba_mm.compat import UserError
+from vmamba_mm.files import TEMP_SUFFIX, write_atomic
 from vmamba_mm.registry import HOOKS
-
-TEMP_SUFFIX = '.incomplete'
-
-
-def write_atomic(data, path):
-    """Write a file so that ``path`` holds the old content or all of the new, at any moment."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temp = path.with_name(f'.{path.name}.{os.getpid()}{TEMP_SUFFIX}')
-    try:
-        with open(temp, 'wb') as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temp, path)
-    finally:
-        temp.unlink(missing_ok=True)
-    if hasattr(os, 'O_DIRECTORY'):  # the new name must survive a power cut as well
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 class AtomicLocalBackend(LocalBackend):
@@ -156,29 +133,3 @@ def find_resumable(work_dir, warn=print):
             return str(path)
         warn(f'ignoring {path}: it is not complete (the process that wrote it was stopped)')
     return None
-
-
-def read_checkpoint(path):
-    """A checkpoint's content with its tensors left on the disk; one clear line if it is none."""
-    import torch
-
-    path = str(path)
-    if not os.path.isfile(path):
-        what = 'is a folder' if os.path.isdir(path) else 'does not exist'
-        raise UserError(f'the checkpoint {path} {what}')
-    try:
-        try:
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-        except RuntimeError:  # files of torch < 1.6 cannot be mapped
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as err:
-        found = re.search(r'GLOBAL (\S+)', str(err))
-        if found:
-            raise UserError(f'{path} is not safe to load: besides tensors and plain values it '
-                            f'holds {found[1]}, which could run code') from err
-        reason = str(err).strip().partition('\n')[0] or type(err).__name__
-        raise UserError(f'{path} cannot be read as a checkpoint (incomplete, or not one): '
-                        f'{reason}') from err
-    if not isinstance(checkpoint, dict):
-        raise UserError(f'{path} holds a {type(checkpoint).__name__}, not a checkpoint')
-    return checkpoint

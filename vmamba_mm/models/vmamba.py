@@ -1,13 +1,19 @@
 """The VMamba backbone (arXiv 2401.10166)."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from mmengine.model import BaseModule
+from mmengine.logging import MMLogger
+from mmengine.model import BaseModule, PretrainedInit, update_init_info
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from vmamba_mm.arch import ARCH_SETTINGS, resolve_arch
+from vmamba_mm.checkpoint import differences, explain_differences, to_mm
+from vmamba_mm.compat import UserError
+from vmamba_mm.files import read_checkpoint
 from vmamba_mm.layers import (
     ConvDownsample,
     ConvStem,
@@ -16,12 +22,13 @@ from vmamba_mm.layers import (
     VSSBlock,
     VSSStage,
 )
-from vmamba_mm.arch import ARCH_SETTINGS, resolve_arch
 from vmamba_mm.registry import MODELS
 
 _STEMS = {'patch': PatchStem, 'conv': ConvStem}
 _DOWNSAMPLES = {'merge': MergeDownsample, 'conv': ConvDownsample}
 _NUM_STAGES = 4
+_PRETRAINED = ('Pretrained', 'mmengine.Pretrained', PretrainedInit)
+_OUT_NORM = re.compile(r'norm\d\.')
 
 
 @MODELS.register_module()
@@ -101,6 +108,83 @@ class VMamba(BaseModule):
 
         self.apply(_init_linear)
         self._freeze_stages()
+
+    def init_weights(self) -> None:
+        """As mmengine's; ``init_cfg=dict(type='Pretrained', ...)`` loads strictly.
+
+        The dict takes the arguments of :meth:`load_pretrained`.
+        """
+        init_cfg = self.init_cfg
+        cfgs = [init_cfg] if isinstance(init_cfg, dict) else list(init_cfg or ())
+        pretrained = [c for c in cfgs if c['type'] in _PRETRAINED]
+        if self._is_init or not pretrained:
+            super().init_weights()
+            return
+        self.init_cfg = [c for c in cfgs if c not in pretrained]
+        super().init_weights()
+        self.init_cfg = init_cfg
+        for cfg in pretrained:
+            self.load_pretrained(**{k: v for k, v in cfg.items() if k != 'type'})
+            if hasattr(self, '_params_init_info'):
+                update_init_info(self, init_info=f'loaded from {cfg["checkpoint"]}')
+
+    def load_pretrained(self, checkpoint: str, prefix: str | None = None,
+                        weights: str = 'auto', map_location: Any = 'cpu') -> None:
+        """Load the backbone of a checkpoint, official or ours; all of it, or raise.
+
+        The norms of the outputs, ``norm{i}``, belong to the task: they are loaded if the
+        checkpoint has all that this model has, and stay as they are otherwise, as the published
+        detectors and segmentors started from classifiers. A head beside the backbone is ignored.
+
+        Args:
+            checkpoint, weights, map_location: as of :func:`vmamba_mm.files.read_checkpoint`.
+            prefix: where the backbone lies in the checkpoint, under our names; None for
+                ``'backbone.'``, where official files have it too.
+
+        Raises:
+            UserError: if the file cannot be read, or any weight is missing, left over or of
+                another shape; it names the architecture that the file holds.
+        """
+        state = read_checkpoint(checkpoint, weights, map_location)
+        state = state.get('state_dict', state)
+        prefix = f'{(prefix or "backbone").rstrip(".")}.'
+        found = {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
+        if not found:
+            tops = sorted({k.partition('.')[0] for k in state})
+            raise UserError(f'{checkpoint} has no weights that begin with {prefix!r}, only with: '
+                            f'{", ".join(tops[:8])}')
+        norms = {k for k in self.state_dict() if _OUT_NORM.match(k)}
+        if not norms <= set(found):
+            MMLogger.get_current_instance().info(
+                f'{checkpoint} has not the norms of all outputs {self.out_indices}: they start '
+                'anew')
+            found.update({k: v for k, v in self.state_dict().items() if k in norms})
+        found = {k: v for k, v in found.items() if k in norms or not _OUT_NORM.match(k)}
+        self._check_fits(found, str(checkpoint))
+        self.load_state_dict(found)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        """Take official names, and refuse a state dict that is not exactly this model's.
+
+        mmengine loads whole models with strict=False and logs what did not fit. To load a part
+        on purpose, complete it first: ``{**model.state_dict(), **part}``.
+        """
+        found = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
+        if any(k.startswith('layers.') for k in found):
+            for key in found:
+                del state_dict[prefix + key]
+            found = {k.removeprefix('backbone.'): v for k, v in to_mm(found).items()}
+            state_dict.update({prefix + k: v for k, v in found.items()})
+        self._check_fits(found, 'the state dict')
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _check_fits(self, found: dict[str, Tensor], name: str) -> None:
+        expected = self.state_dict()
+        wrong = differences(expected, found)
+        if wrong:
+            expected, found = ({f'backbone.{k}': v for k, v in state.items()}
+                               for state in (expected, found))
+            raise UserError(explain_differences(wrong, expected, found, name))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         x = self.patch_embed(x)

@@ -1,0 +1,302 @@
+"""Names and shapes of VMamba checkpoints: the official ones to ours, back, and what they hold.
+
+Pure functions on state dicts (name -> tensor). Ours is OpenMMLab's layout: ``backbone.*``, beside
+it ``head.fc.*`` (classification) or the necks and heads of a detector or segmentor.
+
+Official files have two generations of names. The older one (January 2024) is renamed to the newer
+first; its Linear weights may be (out, in, 1, 1) in both.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from vmamba_mm.arch import ARCH_SETTINGS
+from vmamba_mm.compat import UserError
+
+StateDict = Mapping[str, torch.Tensor]
+
+#: first generation -> second; '#' stands for a number, a name for all that begins with it
+_OLDER_NAMES = (
+    ('patch_embed.proj', 'patch_embed.0'),
+    ('patch_embed.norm', 'patch_embed.2'),
+    ('layers.#.blocks.#.ln_1', 'layers.#.blocks.#.norm'),
+    ('layers.#.blocks.#.self_attention', 'layers.#.blocks.#.op'),
+    ('norm', 'classifier.norm'),
+    ('head', 'classifier.head'),
+)
+#: second generation <-> ours
+_NAMES = (
+    ('layers.#.blocks.#.norm', 'stages.#.blocks.#.norm1'),
+    ('layers.#.blocks.#.op', 'stages.#.blocks.#.ssm'),
+    ('layers.#.blocks.#.norm2', 'stages.#.blocks.#.norm2'),
+    ('layers.#.blocks.#.mlp', 'stages.#.blocks.#.mlp'),
+    ('outnorm#', 'norm#'),
+)
+_STEM_NAMES = {
+    'patch': (('patch_embed.0', 'patch_embed.proj'), ('patch_embed.2', 'patch_embed.norm')),
+    'conv': (('patch_embed.0', 'patch_embed.conv1'), ('patch_embed.2', 'patch_embed.norm1'),
+             ('patch_embed.5', 'patch_embed.conv2'), ('patch_embed.7', 'patch_embed.norm2')),
+}
+_DOWNSAMPLE_NAMES = {
+    'merge': (('layers.#.downsample.norm', 'stages.#.downsample.norm'),
+              ('layers.#.downsample.reduction', 'stages.#.downsample.reduction')),
+    'conv': (('layers.#.downsample.1', 'stages.#.downsample.conv'),
+             ('layers.#.downsample.3', 'stages.#.downsample.norm')),
+}
+_CLASSIFIER_NORM = (('classifier.norm', 'norm3'),)
+_CLASSIFIER_HEAD = (('classifier.head', 'head.fc'),)
+
+_LINEAR = re.compile(r'\.(in_proj|out_proj|fc1|fc2|reduction|head|fc)\.weight$')
+_WRAPPERS = ('module.', '_orig_mod.', 'model.')
+_COUNTERS = ('total_ops', 'total_params')  # left in the file by thop
+
+_CONFIGS = {'cls': 'configs/imagenet/vmamba-{}_8xb128_in1k-224.py',
+            'det': 'configs/coco/mask-rcnn_vmamba-{}_fpn_1x_coco.py',
+            'seg': 'configs/ade20k/upernet_vmamba-{}_8xb2-160k_ade20k-512x512.py',
+            'backbone': 'configs/_base_/backbones/vmamba-{}.py'}
+_NOT_DENSE = ('small_s1l20', 'base_s1l20')  # published for classification only
+_TASKS = {'cls': 'a classifier', 'det': 'a detector', 'seg': 'a segmentor',
+          'backbone': 'a backbone alone'}
+
+
+# --- names ----------------------------------------------------------------------------------
+
+def is_vmamba(state_dict: Mapping[str, Any]) -> bool:
+    """Whether the names are those of a VMamba, official or ours, alone or inside a model."""
+    return any(_is_text(k) and k.endswith('.A_logs') and 'blocks.' in k for k in state_dict)
+
+
+def to_mm(state_dict: StateDict) -> dict[str, torch.Tensor]:
+    """The same weights under our names; names that are ours already stay.
+
+    ``module.`` and ``model.`` around everything and thop's counters are dropped, a bare backbone
+    becomes ``backbone.*``, Linear weights become 2-D. Tensors are not copied.
+
+    Raises:
+        UserError: if the state dict is of no VMamba, or has a backbone's name that is unknown.
+    """
+    if not is_vmamba(state_dict):
+        shown = ', '.join(map(str, list(state_dict)[:3])) or 'nothing'
+        raise UserError(f'the weights are not those of a VMamba; they are named {shown}, ...')
+    state = _unwrap(state_dict)
+    for prefix in _backbone_prefixes(state):
+        state = _rename_backbone(state, prefix)
+    return state
+
+
+def to_official(state_dict: StateDict) -> dict[str, torch.Tensor]:
+    """The inverse of :func:`to_mm`, to the second generation of official names.
+
+    A classifier's backbone and head lose their prefixes, as in the official classification files;
+    a bare backbone loses it too; detectors and segmentors keep ``backbone.``.
+    """
+    state = to_mm(state_dict)
+    backbone = _inside(state, 'backbone.')
+    others = {k: v for k, v in state.items() if not k.startswith('backbone.')}
+    task = infer_task(state)
+    table = _NAMES + _kind_names(backbone)
+    if task == 'cls':
+        table = _CLASSIFIER_NORM + table
+        others = {_rename(k, _inverse(_CLASSIFIER_HEAD)): v for k, v in others.items()}
+    prefix = 'backbone.' if task in ('det', 'seg') else ''
+    renamed = {prefix + _rename(k, _inverse(table)): v for k, v in backbone.items()}
+    return renamed | others
+
+
+def _is_text(key):
+    return isinstance(key, str)
+
+
+def _inside(state, prefix):
+    return {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
+
+
+def _unwrap(state_dict):
+    state = {k: v for k, v in state_dict.items() if k.rpartition('.')[2] not in _COUNTERS}
+    while True:
+        prefix = next((w for w in _WRAPPERS if all(k.startswith(w) for k in state)), None)
+        if prefix is None:
+            return state
+        state = _inside(state, prefix)
+
+
+def _backbone_prefixes(state):
+    """What stands before each VMamba's names: '' or 'backbone.' or, in a distiller, several."""
+    return sorted({m[1] for k in state
+                   if (m := re.match(r'(.*?)(?:layers|stages)\.\d+\.blocks\.\d+\..*A_logs$', k))})
+
+
+def _rename_backbone(state, prefix):
+    """Rename the VMamba below ``prefix``; without a prefix all of it is one."""
+    inner = _inside(state, prefix)
+    if any(k.startswith('layers.') for k in inner):
+        inner = _rename_official(inner)
+    inner = {k: _flatten_linear(k, v) for k, v in inner.items()}
+    if not prefix:
+        return {k if k.startswith('head.fc.') else f'backbone.{k}': v for k, v in inner.items()}
+    renamed = iter(inner.items())
+    out = {}
+    for key, value in state.items():  # in the order of the file
+        if key.startswith(prefix):
+            key, value = next(renamed)
+            key = prefix + key
+        out[key] = value
+    return out
+
+
+def _rename_official(state):
+    state = {_rename(k, _OLDER_NAMES, default=k): v for k, v in state.items()}
+    stem = 'conv' if 'patch_embed.5.weight' in state else 'patch'
+    merge = any('.downsample.reduction.' in k for k in state)
+    table = (_CLASSIFIER_NORM + _CLASSIFIER_HEAD + _NAMES + _STEM_NAMES[stem]
+             + _DOWNSAMPLE_NAMES['merge' if merge else 'conv'])
+    return {_rename(k, table): v for k, v in state.items()}
+
+
+def _kind_names(backbone):
+    stem = 'conv' if 'patch_embed.conv1.weight' in backbone else 'patch'
+    merge = any('.downsample.reduction.' in k for k in backbone)
+    return _STEM_NAMES[stem] + _DOWNSAMPLE_NAMES['merge' if merge else 'conv']
+
+
+def _inverse(table):
+    return tuple((ours, official) for official, ours in table)
+
+
+def _rename(key, table, default=None):
+    for old, new in table:
+        match = re.match(old.replace('.', r'\.').replace('#', r'(\d+)') + r'\.', key)
+        if match:
+            numbers = iter(match.groups())
+            head = re.sub('#', lambda _: next(numbers), new)  # noqa: B023 (used at once)
+            return f'{head}.{key[match.end():]}'
+    if default is None:
+        raise UserError(f'the weights are named like those of a VMamba, but {key} is of none that '
+                        'was published')
+    return default
+
+
+def _flatten_linear(key, value):
+    if _LINEAR.search(key) and value.dim() == 4 and value.shape[2:] == (1, 1):
+        return value.flatten(1)
+    return value
+
+
+# --- what a checkpoint holds ------------------------------------------------------------------
+
+def infer_task(state_dict: StateDict) -> str:
+    """'cls', 'det', 'seg' or 'backbone', from the names beside ``backbone.`` (our layout)."""
+    tops = {k.partition('.')[0] for k in state_dict}
+    if 'decode_head' in tops:
+        return 'seg'
+    if tops & {'rpn_head', 'roi_head', 'bbox_head', 'mask_head', 'neck'}:
+        return 'det'
+    return 'cls' if 'head' in tops else 'backbone'
+
+
+def infer_arch(state_dict: StateDict) -> str | dict[str, Any]:
+    """The architecture that names and shapes belong to; the weights' values are not used.
+
+    Args:
+        state_dict: of an official file or of ours, with a backbone.
+
+    Returns:
+        A name of ``VMamba.arch_settings``, or a dict for none of them. The scan order leaves no
+        trace in names and shapes: it is 'cross', the only published one.
+
+    Raises:
+        UserError: if names or shapes contradict each other.
+    """
+    weights = _inside(to_mm(state_dict), 'backbone.')
+    depths = [len({m[1] for k in weights if (m := re.match(rf'stages\.{i}\.blocks\.(\d+)\.', k))})
+              for i in range(4)]
+    try:
+        block = {k: weights[f'stages.0.blocks.0.{k}'].shape for k in (
+            'norm1.weight', 'ssm.in_proj.weight', 'ssm.conv2d.weight', 'ssm.A_logs',
+            'ssm.dt_projs_weight')}
+    except KeyError as err:
+        raise UserError(f'the weights are named like those of a VMamba, but lack {err}') from err
+    dims, = block['norm1.weight']
+    inner = block['ssm.conv2d.weight'][0]
+    rank = block['ssm.dt_projs_weight'][2]
+    mlp = weights.get('stages.0.blocks.0.mlp.fc1.weight')
+    arch = dict(
+        embed_dims=dims, depths=tuple(depths), d_state=block['ssm.A_logs'][1],
+        ssm_ratio=inner / dims, dt_rank='auto' if rank == math.ceil(dims / 16) else rank,
+        conv_bias='stages.0.blocks.0.ssm.conv2d.bias' in weights,
+        gate=block['ssm.in_proj.weight'][0] == 2 * inner,
+        mlp_ratio=0.0 if mlp is None else mlp.shape[0] / dims,
+        stem='conv' if 'patch_embed.conv1.weight' in weights else 'patch',
+        downsample='merge' if 'stages.0.downsample.reduction.weight' in weights else 'conv',
+        scan='cross')
+    return name_of(arch) or arch
+
+
+def name_of(arch: Mapping[str, Any]) -> str | None:
+    """The published name of a resolved architecture, if it has one."""
+    return next((name for name, settings in ARCH_SETTINGS.items() if settings == arch), None)
+
+
+def config_of(arch: str, task: str) -> str:
+    """The config in this repository for a published architecture and a task of infer_task."""
+    if task in ('det', 'seg') and arch in _NOT_DENSE:
+        task = 'backbone'
+    return _CONFIGS[task].format(arch.replace('_', '-'))
+
+
+# --- comparing ----------------------------------------------------------------------------------
+
+def differences(expected: StateDict, found: StateDict) -> dict[str, str]:
+    """{name: what is wrong} of the weights found for a model whose own are expected."""
+    wrong = {}
+    for key in [*expected, *(k for k in found if k not in expected)]:
+        if key not in found:
+            wrong[key] = f'is missing (the model has {_shape(expected[key])})'
+        elif key not in expected:
+            wrong[key] = f'is not in the model (the file has {_shape(found[key])})'
+        elif _shape(expected[key]) != _shape(found[key]):
+            wrong[key] = f'is {_shape(found[key])}, in the model {_shape(expected[key])}'
+    return wrong
+
+
+def _shape(value):
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def explain_differences(wrong: Mapping[str, str], expected: StateDict, found: StateDict,
+                        name: str) -> str:
+    """One line: which file, what it really holds, what to use instead, the first differences.
+
+    Args:
+        wrong: of :func:`differences`, not empty.
+        expected, found: of the whole model, or of a backbone with ``backbone.`` before its names.
+        name: of the file, for the message.
+    """
+    shown = [f'{key} {text}' for key, text in list(wrong.items())[:3]]
+    if len(wrong) > 3:
+        shown.append(f'{len(wrong) - 3} more')
+    return f'{name} does not fit the model: {_mix_up(expected, found)}{"; ".join(shown)}'
+
+
+def _mix_up(expected, found):
+    if not is_vmamba(expected):
+        return ''
+    if not is_vmamba(found):
+        return 'it holds no VMamba backbone; '
+    try:
+        wanted, held = infer_arch(expected), infer_arch(found)
+    except UserError:
+        return ''
+    task, its_task = infer_task(to_mm(expected)), infer_task(to_mm(found))
+    if wanted == held:
+        if task == its_task or 'backbone' in (task, its_task):
+            return ''
+        return f'it holds {_TASKS[its_task]}, and the model is {_TASKS[task]}; '
+    if isinstance(held, dict):
+        return f'it holds the arch {held}, and the model has another; '
+    model = f"is {wanted!r}" if isinstance(wanted, str) else 'has another'
+    return f"it holds the arch {held!r}, and the model {model}: use {config_of(held, task)}; "
