@@ -109,7 +109,7 @@ def test_fruits_nuts(read_config, tmp_path):
     """COCO config: dates, figs and hazelnuts; 14 images, learnt by heart."""
     root = data_root('fruits_nuts')
     cfg = read_config('configs/coco/mask-rcnn_vmamba-tiny-s1l8_fpn_1x_coco.py')
-    cfg.model.backbone.update(arch=ARCH, drop_path_rate=0.)
+    cfg.model.backbone.update(arch=ARCH, drop_path_rate=0., init_cfg=None)
     # The stock neck and heads take most of the time: a quarter of their width, fewer samples.
     cfg.model.neck.update(in_channels=CHANNELS, out_channels=64)
     cfg.model.rpn_head.update(in_channels=64, feat_channels=64)
@@ -146,7 +146,7 @@ def test_camvid(read_config, tmp_path):
     """ADE20K config: street scenes with 11 classes."""
     root = data_root('camvid')
     cfg = read_config('configs/ade20k/upernet_vmamba-tiny-s1l8_8xb2-160k_ade20k-512x512.py')
-    cfg.model.backbone.update(arch=ARCH, drop_path_rate=0.)
+    cfg.model.backbone.update(arch=ARCH, drop_path_rate=0., init_cfg=None)
     cfg.model.decode_head.update(in_channels=CHANNELS, channels=64, num_classes=11)
     cfg.model.auxiliary_head.update(in_channels=CHANNELS[2], channels=64, num_classes=11)
     cfg.model.data_preprocessor.size = (224, 224)

@@ -13,10 +13,4 @@ model = dict(
     decode_head=dict(in_channels=_base_.vmamba_channels),
     auxiliary_head=dict(in_channels=_base_.vmamba_channels[2]))
 
-# PatchMerging's norm was named such that the released rule found it; the conv
-# downsample's norm was not (see ../_base_/schedules/dense_decay.py).
-optim_wrapper = dict(
-    paramwise_cfg=dict(custom_keys={'downsample.norm': dict(decay_mult=0.)}))
-
-# The published model started from an older ImageNet checkpoint of this backbone (83.2 % top-1,
-# drop path 0.5), not from the listed 83.7 % one.
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys=_base_.dense_decay_vanilla))

@@ -13,7 +13,4 @@ model = dict(
     decode_head=dict(in_channels=_base_.vmamba_channels),
     auxiliary_head=dict(in_channels=_base_.vmamba_channels[2]))
 
-# PatchMerging's norm was named such that the released rule found it; the conv
-# downsample's norm was not (see ../_base_/schedules/dense_decay.py).
-optim_wrapper = dict(
-    paramwise_cfg=dict(custom_keys={'downsample.norm': dict(decay_mult=0.)}))
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys=_base_.dense_decay_vanilla))

@@ -12,7 +12,4 @@ model = dict(
         init_cfg=_base_.vmamba_pretrained),
     neck=dict(in_channels=_base_.vmamba_channels))
 
-# PatchMerging's norm was named such that the released rule found it; the conv
-# downsample's norm was not (see ../_base_/schedules/dense_decay.py).
-optim_wrapper = dict(
-    paramwise_cfg=dict(custom_keys={'downsample.norm': dict(decay_mult=0.)}))
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys=_base_.dense_decay_vanilla))

@@ -3,7 +3,13 @@
 vmamba = dict(type='vmamba_mm.VMamba', arch='tiny_s1l8')
 vmamba_channels = [96, 192, 384, 768]
 
-# ImageNet weights that detection and segmentation start from:
-# dict(type='Pretrained', checkpoint='<file or address>', prefix='backbone.').
-# None starts from random weights, far below the published results.
-vmamba_pretrained = None
+# ImageNet weights that detection and segmentation start from.
+vmamba_pretrained = dict(
+    type='Pretrained',
+    checkpoint='https://github.com/MzeroMiko/VMamba/releases/download/'
+               '%23v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth',
+    prefix='backbone.')
+
+# mmdet's and mmseg's inferencers read a checkpoint before they build the model; the safe reader of
+# the published files registers on import.
+custom_imports = dict(imports=['vmamba_mm.models'], allow_failed_imports=False)

@@ -9,13 +9,10 @@ _base_ = [
     'mmpretrain::_base_/default_runtime.py',
 ]
 
-# mmpretrain's own tools add these two settings to every config; so any runner works with ours.
-train_dataloader = dict(
-    batch_size=128, num_workers=8, drop_last=True,
-    collate_fn=dict(type='default_collate'), persistent_workers=True)
-val_dataloader = dict(
-    batch_size=128, num_workers=8,
-    collate_fn=dict(type='default_collate'), persistent_workers=True)
+# No collate_fn: tools, mmpretrain's and ours, add default_collate, and mmengine breaks one that
+# comes through `_base_ = 'vmamba_mm::...'` (it passes it a `_scope_`).
+train_dataloader = dict(batch_size=128, num_workers=8, drop_last=True, persistent_workers=True)
+val_dataloader = dict(batch_size=128, num_workers=8, persistent_workers=True)
 test_dataloader = val_dataloader
 
 # EMA 0.9999 from the first step on. Published numbers are the best epoch of raw and EMA
