@@ -76,8 +76,8 @@ def test_drop_path_grows_linearly():
 def test_out_indices(out_indices):
     model = VMamba(S1, out_indices=out_indices).eval()
     every = VMamba(S1).eval()
-    result = every.load_state_dict(model.state_dict(), strict=False)
-    assert not result.unexpected_keys
+    result = model.load_state_dict(every.state_dict(), strict=False)
+    assert not result.missing_keys
     x = torch.randn(1, 3, 40, 32)
     outs, all_outs = model(x), every(x)
     assert len(outs) == len(out_indices)

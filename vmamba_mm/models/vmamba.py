@@ -164,10 +164,11 @@ class VMamba(BaseModule):
         self.load_state_dict(found)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        """Take official names, and refuse a state dict that is not exactly this model's.
+        """Take official names, and refuse a state dict that is not this model's, strict or not.
 
-        mmengine loads whole models with strict=False and logs what did not fit. To load a part
-        on purpose, complete it first: ``{**model.state_dict(), **part}``.
+        mmengine loads whole models with strict=False and only logs what did not fit. Norms of
+        outputs that this model does not have are left to ``strict``. To load a part on purpose,
+        complete it first: ``{**model.state_dict(), **part}``.
         """
         found = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
         if any(k.startswith('layers.') for k in found):
@@ -175,7 +176,9 @@ class VMamba(BaseModule):
                 del state_dict[prefix + key]
             found = {k.removeprefix('backbone.'): v for k, v in to_mm(found).items()}
             state_dict.update({prefix + k: v for k, v in found.items()})
-        self._check_fits(found, 'the state dict')
+        ours = self.state_dict()
+        self._check_fits({k: v for k, v in found.items() if k in ours or not _OUT_NORM.match(k)},
+                         'the state dict')
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _check_fits(self, found: dict[str, Tensor], name: str) -> None:
