@@ -1,5 +1,6 @@
 """Convert a VMamba checkpoint to a small, clean file: weights and a few facts about them."""
 
+import io
 import json
 import os
 from pathlib import Path
@@ -61,22 +62,21 @@ def save(state, meta, target, to):
     import torch
 
     from vmamba_mm.checkpoint import to_official
-    from vmamba_mm.files import atomic_file
+    from vmamba_mm.files import write_atomic
 
     # Copies, so that no larger storage around a tensor is saved with it.
     state = {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in state.items()}
+    buffer = io.BytesIO()
     if to == 'safetensors':
         from safetensors.torch import save as to_bytes
-        with atomic_file(target) as f:
-            f.write(to_bytes(state, metadata=dict(format='pt', meta=json.dumps(meta))))
-        return
-    content = dict(meta=meta, state_dict=state)
-    if to == 'official':
+        buffer.write(to_bytes(state, metadata=dict(format='pt', meta=json.dumps(meta))))
+    elif to == 'official':
         state = to_official(state)
         dense = meta['task'] in ('det', 'seg')
-        content = dict(meta=meta, state_dict=state) if dense else dict(model=state)
-    with atomic_file(target) as f:
-        torch.save(content, f)
+        torch.save(dict(meta=meta, state_dict=state) if dense else dict(model=state), buffer)
+    else:
+        torch.save(dict(meta=meta, state_dict=state), buffer)
+    write_atomic(buffer.getbuffer(), target)
 
 
 def main():

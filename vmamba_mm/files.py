@@ -70,6 +70,8 @@ def read_checkpoint(source: str | os.PathLike, weights: str = 'auto',
     meta = dict(checkpoint.get('meta') or {})
     if chosen in ('model', 'model_ema'):
         meta['weights'] = chosen
+        if isinstance(content.get('epoch'), int):
+            meta['epoch'] = content['epoch']
     if any(k.startswith('backbone.stages.') for k in state):
         meta.update(arch=infer_arch(state), task=infer_task(state))
     return dict(checkpoint, meta=meta, state_dict=state)
@@ -129,8 +131,7 @@ def _read_pickle(path, map_location):
     try:
         if not zipfile.is_zipfile(path):  # written by torch < 1.6, or cut off
             return torch.load(path, map_location, weights_only=True)
-        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        with torch.serialization.safe_globals([(_stand_in(name), name) for name in unsafe]):
+        with torch.serialization.safe_globals(_find_stand_ins(path)):
             return torch.load(path, map_location, weights_only=True, mmap=True)
     except UserError as err:
         raise UserError(f'{path} is not safe to load: {err}') from err
@@ -147,12 +148,17 @@ def _unreadable(path, err):
     return UserError(f'{path} cannot be read as a checkpoint (incomplete, or not one): {reason}')
 
 
-def _stand_in(name):
-    """What a pickle gets in place of the global ``name``, which is never imported."""
-    if name == 'builtins.getattr':
-        return _getattr
-    known = safe_numpy_types().get(name)
-    return known if known is not None else _Calls(name, (_Data,), {})
+def _find_stand_ins(path):
+    """[(what the pickle gets, name in it)] for names that torch.load refuses; none is imported."""
+    numpy_types = safe_numpy_types()
+    stand_ins = [(t, name) for name, t in numpy_types.items()]
+    for name in torch.serialization.get_unsafe_globals_in_checkpoint(path):
+        if name not in numpy_types:
+            stand_in = _getattr if name == 'builtins.getattr' else _Calls(name, (_Data,), {})
+            stand_ins.append((stand_in, name))
+    # safe_globals would remove at its end what was allowed before.
+    allowed = torch.serialization.get_safe_globals()
+    return [pair for pair in stand_ins if pair not in allowed]
 
 
 class _Calls(type):
