@@ -10,10 +10,13 @@ import tiny
 HERE = Path(__file__).resolve().parent
 
 
-def _child(tool, argv, cwd, out, env):
+def _child(tool, argv, cwd, out, env, max_file_size):
     """In the forked process: what ``python tools/<tool> <argv>`` would do."""
+    import resource
     import runpy
 
+    if max_file_size is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_size, max_file_size))
     os.environ.update(env)
     os.chdir(cwd)
     for stream, fd in ((f'{out}.out', 1), (f'{out}.err', 2)):
@@ -67,14 +70,17 @@ def forkserver():
 
 @pytest.fixture
 def start(forkserver, tmp_path):
-    """start(tool, *argv, env={...}) -> Running, in a fresh current folder."""
+    """start(tool, *argv, env={...}) -> Running, in a fresh current folder.
+
+    ``max_file_size``: writing more than these bytes to a file fails.
+    """
     started = []
 
-    def start(tool, *argv, env=None):
+    def start(tool, *argv, env=None, max_file_size=None):
         out = tmp_path / f'log{len(started)}'
         process = forkserver.Process(
             target=_child, args=(tool, [str(a) for a in argv], str(tmp_path), str(out),
-                                 {'OMP_NUM_THREADS': '1', **(env or {})}))
+                                 {'OMP_NUM_THREADS': '1', **(env or {})}, max_file_size))
         process.start()
         started.append(Running(process, out))
         return started[-1]

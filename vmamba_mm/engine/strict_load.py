@@ -4,13 +4,14 @@ import re
 
 from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.runner import BaseLoop
 
 from vmamba_mm.checkpoint import differences, explain_differences
 from vmamba_mm.compat import UserError
 from vmamba_mm.registry import HOOKS
 
 
-def check_fits(model, checkpoint, name, allow=(), hint='Use the config that it was trained with'):
+def check_fits(model, checkpoint, name, allow=(), hint=''):
     """Raise one line if a checkpoint is not this model's; ``allow``: patterns of excused keys.
 
     Returns:
@@ -28,7 +29,7 @@ def check_fits(model, checkpoint, name, allow=(), hint='Use the config that it w
     excused = sorted(k for k in wrong if any(re.search(p, k) for p in allow))
     wrong = {k: v for k, v in wrong.items() if k not in excused}
     if wrong:
-        raise UserError(f'{explain_differences(wrong, ours, theirs, name)}. {hint}')
+        raise UserError(explain_differences(wrong, ours, theirs, name) + hint)
     for key in excused:
         theirs.pop(key, None)
         if key in ours:
@@ -52,12 +53,11 @@ class StrictLoadHook(Hook):
 
     def after_load_checkpoint(self, runner, checkpoint):
         name = runner._load_from or 'to load'
-        hint = {}
-        if runner._train_loop is not None and not runner._resume:
-            hint['hint'] = ('To start from it nevertheless, name those that may differ: '
-                            "custom_hooks=[dict(type='vmamba_mm.StrictLoadHook', "
-                            "allow=['^head'])]")
-        state, excused = check_fits(runner.model, checkpoint, name, self.allow, **hint)
+        hint = ''
+        if isinstance(runner._train_loop, BaseLoop) and not runner._resume:
+            hint = ('. To start from it nevertheless, name those that may differ: '
+                    "custom_hooks=[dict(type='vmamba_mm.StrictLoadHook', allow=['^head'])]")
+        state, excused = check_fits(runner.model, checkpoint, name, self.allow, hint)
         if excused:
             runner.logger.info(f'Not loaded, as StrictLoadHook.allow says: {", ".join(excused)}')
             checkpoint['state_dict'] = state
