@@ -406,11 +406,11 @@ def test_timm_hub_folder(official, tmp_path):
 def test_default_link_is_downloaded_and_loaded(official, monkeypatch):
     path, model = official
     asked = []
-    monkeypatch.setattr('timm.models._builder.download_cached_file',
-                        lambda url, **_: asked.append(url) or str(path))
-    loaded = create(pretrained=True, pretrained_cfg_overlay=dict(num_classes=10)).eval()
-    assert asked == [timm.get_pretrained_cfg('vmamba_tiny_s1l8').url]
-    assert torch.equal(loaded(image(64, 64)), model(image(64, 64)))
+    monkeypatch.setattr('vmamba_mm.files.fetch', lambda url: asked.append(url) or path)
+    for overlay in ({}, dict(url='https://example.org/a.pth')):
+        loaded = create(pretrained=True, pretrained_cfg_overlay=dict(overlay, num_classes=10))
+        assert torch.equal(loaded.eval()(image(64, 64)), model(image(64, 64)))
+    assert asked == [timm.get_pretrained_cfg('vmamba_tiny_s1l8').url, 'https://example.org/a.pth']
 
 
 def test_features_only_loads(official):

@@ -241,11 +241,12 @@ def _check_head(num_classes: int, global_pool: str) -> None:
 
 
 def _cfg(arch: str, file: str) -> dict[str, Any]:
+    url = f'https://github.com/MzeroMiko/VMamba/releases/download/%23{file}'
     return dict(
-        url=f'https://github.com/MzeroMiko/VMamba/releases/download/%23{file}',
-        custom_load=True, input_size=(3, 224, 224), pool_size=(7, 7), fixed_input_size=False,
-        num_classes=1000, crop_pct=0.875, interpolation='bicubic', mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225), classifier='head.fc',
+        # As a 'file' it goes to load_pretrained, which downloads with a record of the hash.
+        url=url, file=url, custom_load=True, input_size=(3, 224, 224), pool_size=(7, 7),
+        fixed_input_size=False, num_classes=1000, crop_pct=0.875, interpolation='bicubic',
+        mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), classifier='head.fc',
         first_conv=_FIRST_CONV[ARCH_SETTINGS[arch]['stem']], license='mit',
         origin_url='https://github.com/MzeroMiko/VMamba',
         paper_name='VMamba: Visual State Space Model', paper_ids='arXiv:2401.10166')
@@ -264,6 +265,7 @@ def _register(arch: str) -> None:
             raise ValueError(f"feature_cls must be 'getter', got {feature_cls!r}")
         overlay = dict(pretrained_cfg_overlay or {})
         if overlay.get('file') or overlay.get('url'):
+            overlay.setdefault('file', overlay.get('url'))
             overlay.setdefault('custom_load', True)  # timm would unset it
         return build_model_with_cfg(
             TimmVMamba, create.__name__, pretrained, pretrained_cfg_overlay=overlay,

@@ -100,7 +100,7 @@ def test_corrupt_image_when_predicting(cls, call, checkpoint, tmp_path):
 def test_checkpoint_of_another_model(cls, call, checkpoint):
     other = 'model.backbone.arch.embed_dims=16', 'model.head.in_channels=128'
     line = assert_one_line(call('test.py', cls, checkpoint, '--cfg-options', *other), checkpoint,
-                           'in the model (16,', 'backbone.', "'embed_dims': 8")
+                           'is (4,), in the model (8,)', 'backbone.', "'embed_dims': 8")
     assert 'StrictLoadHook' not in line
     # One block more: its parameters are missing from the file.
     deeper = 'model.backbone.arch.depths=(1,1,1,2)'
