@@ -321,12 +321,10 @@ def test_wheel_holds_the_zoo(tmp_path):
 @pytest.mark.parametrize('name', ['imagenet/vmamba-tiny-s1l8_8xb128_in1k-224',
                                   'coco/mask-rcnn_vmamba-base-s2l15_fpn_8xb1-1x_coco',
                                   'ade20k/upernet_vmamba-vanilla-tiny_8xb2-160k_ade20k-512x512'])
-def test_base_by_package_name(name, tmp_path, read_config, monkeypatch):
+def test_base_by_package_name(name, tmp_path, read_config):
     """`_base_ = 'vmamba_mm::...'`: mmengine gives every type in it the scope vmamba_mm."""
     import torch
-    from mmengine.config import utils
     from mmengine.registry import MODELS
-    monkeypatch.setitem(utils.MODULE2PACKAGE, 'vmamba_mm', 'vmamba_mm')
     path = tmp_path / 'config.py'
     path.write_text(f"_base_ = 'vmamba_mm::{name}.py'\n")
     cfg = read_config(path)

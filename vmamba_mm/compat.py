@@ -87,7 +87,7 @@ def _find_packages_by_module():
     import mmengine.utils as utils
     from mmengine.utils import package_utils
 
-    config_utils.MODULE2PACKAGE['mmseg'] = 'mmseg'
+    config_utils.MODULE2PACKAGE.update(mmseg='mmseg', vmamba_mm='vmamba_mm')
     for module in (config, hub, utils, package_utils):
         for replacement in (get_installed_path, install_package, is_installed):
             if hasattr(module, replacement.__name__):
