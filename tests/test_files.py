@@ -18,10 +18,11 @@ from official import (
     save_training_file,
 )
 
-from vmamba_mm import files
+from vmamba_mm import atomic
+from vmamba_mm.atomic import write_atomic
 from vmamba_mm.checkpoint import to_mm
 from vmamba_mm.compat import UserError
-from vmamba_mm.files import fetch, read_checkpoint, sha256_of, write_atomic
+from vmamba_mm.files import fetch, read_checkpoint, sha256_of
 
 
 @pytest.fixture(scope='module')
@@ -317,11 +318,11 @@ def test_one_of_several_processes_downloads(server, body):
 def full_disk(monkeypatch):
     """Whatever is written by atomic_file goes to /dev/full, which has no space."""
     def no_space(path, mode='r', *args, **kwargs):
-        if str(path).endswith(files.TEMP_SUFFIX):
+        if str(path).endswith(atomic.TEMP_SUFFIX):
             path = '/dev/full'
         return open(path, mode, *args, **kwargs)
 
-    monkeypatch.setattr(files, 'open', no_space, raising=False)
+    monkeypatch.setattr(atomic, 'open', no_space, raising=False)
 
 
 def test_full_disk_when_downloading(full_disk, server, body, tmp_path):

@@ -14,13 +14,15 @@ MM = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain')
 #: what the modules below a path may import, besides the standard library and themselves
 ALLOWED = {
     '__init__.py': (),
-    'ops': ('torch', 'triton', 'vmamba_mm.ops'),
+    'ops': ('torch', 'triton', 'vmamba_mm.ops', 'vmamba_mm.atomic'),
     'testing.py': ('torch', 'vmamba_mm.ops'),
     'layers': ('torch', 'vmamba_mm.ops', 'vmamba_mm.layers'),
     'arch.py': (),
+    'atomic.py': (),
     'compat.py': ('torch', 'numpy', 'mmengine'),
     'checkpoint.py': ('torch', 'vmamba_mm.arch', 'vmamba_mm.compat'),
-    'files.py': ('torch', 'numpy', 'safetensors', 'vmamba_mm.compat', 'vmamba_mm.checkpoint'),
+    'files.py': ('torch', 'safetensors', 'vmamba_mm.atomic', 'vmamba_mm.compat',
+                 'vmamba_mm.checkpoint'),
     'registry.py': ('mmengine',),
     'loading.py': ('mmengine', 'vmamba_mm.files'),
     'models': ('torch', 'mmengine', 'vmamba_mm.ops', 'vmamba_mm.layers', 'vmamba_mm.models',
@@ -28,7 +30,7 @@ ALLOWED = {
                'vmamba_mm.files', 'vmamba_mm.loading'),
     'engine': ('torch', 'numpy', 'matplotlib', 'mmengine', 'mmcv', 'vmamba_mm.compat',
                'vmamba_mm.registry', 'vmamba_mm.engine', 'vmamba_mm.checkpoint',
-               'vmamba_mm.files'),
+               'vmamba_mm.atomic', 'vmamba_mm.files'),
     # Imported by nobody but the user, who has timm or mmpretrain then.
     'timm.py': ('torch', 'timm', 'vmamba_mm'),
     'mmpretrain.py': ('mmpretrain', 'vmamba_mm.compat'),

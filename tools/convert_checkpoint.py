@@ -61,8 +61,8 @@ def make_meta(checkpoint, source, path):
 def save(state, meta, target, to):
     import torch
 
+    from vmamba_mm.atomic import write_atomic
     from vmamba_mm.checkpoint import to_official
-    from vmamba_mm.files import write_atomic
 
     # Copies, so that no larger storage around a tensor is saved with it.
     state = {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in state.items()}

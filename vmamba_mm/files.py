@@ -1,4 +1,4 @@
-"""Checkpoint files: read without running their code, fetched once, written whole or not at all."""
+"""Checkpoint files: read without running their code, downloaded once."""
 
 import contextlib
 import hashlib
@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
+from vmamba_mm.atomic import atomic_file, write_atomic
 from vmamba_mm.checkpoint import infer_arch, infer_task, is_vmamba, to_mm
 from vmamba_mm.compat import UserError, safe_numpy_types
 
 WEIGHTS = ('auto', 'model', 'model_ema')
-TEMP_SUFFIX = '.incomplete'
 _CHUNK = 1 << 20
 _TIMEOUT = 60  # seconds without a byte
 
@@ -279,41 +279,3 @@ def _download(url, path):
                         'machine that can, and give the file in place of the address') from err
     record = dict(url=url, size=size, sha256=digest.hexdigest())
     write_atomic(json.dumps(record, indent=2).encode(), _record_of(path))
-
-
-# --- writing ------------------------------------------------------------------------------------
-
-@contextlib.contextmanager
-def atomic_file(path: str | os.PathLike):
-    """A binary file to write to; ``path`` holds the old content or all of the new, at any moment.
-
-    Raises:
-        OSError: with the path in it, for example when the disk is full; nothing is left behind.
-    """
-    path = Path(path)
-    temp = path.with_name(f'.{path.name}.{os.getpid()}{TEMP_SUFFIX}')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temp, 'wb') as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temp, path)
-        if hasattr(os, 'O_DIRECTORY'):  # the new name must survive a power cut as well
-            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    except OSError as err:
-        if type(err) is OSError and err.filename is None:
-            err.filename = str(path)
-        raise
-    finally:
-        temp.unlink(missing_ok=True)
-
-
-def write_atomic(data: bytes, path: str | os.PathLike) -> None:
-    """Write a file whole or not at all."""
-    with atomic_file(path) as f:
-        f.write(data)

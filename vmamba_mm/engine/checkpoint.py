@@ -9,7 +9,7 @@ from mmengine.dist import is_main_process, master_only
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
 
-from vmamba_mm.files import TEMP_SUFFIX, write_atomic
+from vmamba_mm.atomic import TEMP_SUFFIX, write_atomic
 from vmamba_mm.registry import HOOKS
 
 
