@@ -24,7 +24,7 @@ ALLOWED = {
     'files.py': ('torch', 'safetensors', 'vmamba_mm.atomic', 'vmamba_mm.compat',
                  'vmamba_mm.checkpoint'),
     'registry.py': ('mmengine',),
-    'loading.py': ('mmengine', 'vmamba_mm.files'),
+    'loading.py': ('mmengine', 'vmamba_mm.compat', 'vmamba_mm.files'),
     'models': ('torch', 'mmengine', 'vmamba_mm.ops', 'vmamba_mm.layers', 'vmamba_mm.models',
                'vmamba_mm.registry', 'vmamba_mm.arch', 'vmamba_mm.compat', 'vmamba_mm.checkpoint',
                'vmamba_mm.files', 'vmamba_mm.loading'),

@@ -125,7 +125,8 @@ def _explain(err):
         return ('some parameters have no part in the loss, which several processes do not allow: '
                 'let model.backbone.out_indices name the outputs in use, or set '
                 'find_unused_parameters=True')
-    known = ('Found 0 files in subfolders of', 'Failed to load `ann_file`')
+    known = ('Found 0 files in subfolders of', 'Failed to load `ann_file`',
+             "doesn't match the number of specified classes")
     if any(k in text for k in known):
         return text
     return None
@@ -271,6 +272,8 @@ def _check_dataset_paths(name, dataset):
         prefixes = {'': prefixes}
     entries = [('data_root', root)]
     entries += [('ann_file', dataset.get('ann_file'))]
+    if dataset.get('split') and not prefixes and not dataset.get('ann_file'):
+        entries.append(('split', dataset.split))  # the folder of an ImageNet's split
     entries += [(f'data_prefix.{k}'.rstrip('.'), v) for k, v in prefixes.items()]
     for key, value in entries:
         if not isinstance(value, str) or not value or '://' in value + root:

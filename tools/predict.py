@@ -87,8 +87,10 @@ def find_meta(cfg, checkpoint):
     meta = (checkpoint.get('meta') or {}).get('dataset_meta')
     if not meta:
         dataset = next(d for _, d in _cli.datasets_of(cfg.test_dataloader.dataset, ''))
-        kind = dataset['type'] if not isinstance(dataset['type'], str) else DATASETS.get(
-            dataset['type'])
+        kind = dataset['type']
+        if isinstance(kind, str):
+            with DATASETS.switch_scope_and_registry(None) as registry:  # of the default scope
+                kind = registry.get(kind)
         meta = {**(getattr(kind, 'METAINFO', None) or {}), **(dataset.get('metainfo') or {})}
     return {key.lower(): value for key, value in meta.items()}
 

@@ -6,6 +6,7 @@ VMamba names. So ``load_from``, ``init_cfg`` of any module and the inferencers t
 
 from mmengine.runner.checkpoint import CheckpointLoader
 
+from vmamba_mm.compat import prepare_mm
 from vmamba_mm.files import read_checkpoint
 
 # Other web addresses stay mmengine's: its cache may hold them already.
@@ -21,4 +22,5 @@ def register(weights='auto'):
     CheckpointLoader.register_scheme(PREFIXES, load_from_vmamba_mm, force=True)
 
 
+prepare_mm()
 register()

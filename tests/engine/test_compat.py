@@ -96,3 +96,17 @@ def test_checkpoints_with_code_are_refused(mm, tmp_path):
     torch.save(Sneaky(), tmp_path / 'bad.pth')
     with pytest.raises(Exception, match='not safe'):
         torch.load(tmp_path / 'bad.pth', weights_only=True)
+
+
+def test_importing_the_model_is_enough_to_read_every_config():
+    """mmseg's own inferencer, in a process without our tools, reads the config first."""
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    pytest.importorskip('mmseg')
+    config = Path(__file__).resolve().parents[2] / (
+        'configs/ade20k/upernet_vmamba-tiny-s1l8_8xb2-160k_ade20k-512x512.py')
+    code = ('import vmamba_mm.models\nfrom mmengine.config import Config\n'
+            f'Config.fromfile({str(config)!r})')
+    subprocess.run([sys.executable, '-c', code], check=True)
