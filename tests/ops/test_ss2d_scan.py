@@ -125,7 +125,7 @@ def test_fp32_parameters_with_half_input(device):
     exact, exact_grads = with_grads(autograd_reference,
                                     {name: t.double() for name, t in inputs.items()})
     with torch.autocast(device, torch.bfloat16):
-        y, grads = with_grads(ss2d_scan, inputs, out_dtype=torch.float32)
+        y, grads = with_grads(ss2d_scan, inputs, out_dtype=torch.float32, backend='chunked')
     assert y.dtype == torch.float32
     assert_close(y, exact, 1e-5)
     for name, grad in grads.items():
@@ -175,7 +175,9 @@ def test_flops():
 
 def test_wrong_input_raises():
     inputs = ss2d_scan_inputs(1, 4, 3, 3)
-    with pytest.raises(ValueError, match="'reference', 'chunked'"):
+    with pytest.raises(ValueError, match="'reference', 'chunked', 'cuda'"):
+        ss2d_scan(**inputs, backend='cudo')
+    with pytest.raises(ValueError, match="backend='cuda' does not take.*x is on cpu"):
         ss2d_scan(**inputs, backend='cuda')
     with pytest.raises(ValueError, match='expects D of shape'):
         ss2d_scan(**dict(inputs, D=inputs['D'][:4]))

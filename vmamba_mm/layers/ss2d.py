@@ -5,13 +5,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmamba_mm.layers.ssm_init import init_A_logs, init_dt_bias, init_dt_proj, init_x_proj
-from vmamba_mm.ops import ss2d_scan
+from vmamba_mm.ops import ss2d_scan_norm
 
 NUM_ROUTES = 4
 
 
 class SS2D(nn.Module):
-    """in_proj -> depthwise 3x3 -> SiLU -> ``ss2d_scan`` -> norm [-> * SiLU(z)] -> out_proj.
+    """in_proj -> depthwise 3x3 -> SiLU -> ``ss2d_scan_norm`` [-> * SiLU(z)] -> out_proj.
 
     Args:
         dim: C, channels of the block.
@@ -46,12 +46,11 @@ class SS2D(nn.Module):
         if self.gate:
             x, z = x.chunk(2, dim=-1)
         x_BDHW = F.silu(self.conv2d(x.permute(0, 3, 1, 2)))
-        y_BDHW = ss2d_scan(
+        y_BDHW = ss2d_scan_norm(
             x_BDHW, self.x_proj_weight, self.dt_projs_weight, self.dt_projs_bias,
-            -torch.exp(self.A_logs.float()), self.Ds,
-            # Under autocast the merged map stays fp32 up to the norm, as published.
-            out_dtype=torch.promote_types(x_BDHW.dtype, self.out_norm.weight.dtype))
-        y = self.out_norm(y_BDHW.permute(0, 2, 3, 1)).to(x.dtype)
+            -torch.exp(self.A_logs.float()), self.Ds, self.out_norm.weight, self.out_norm.bias,
+            self.out_norm.eps)
+        y = y_BDHW.permute(0, 2, 3, 1)
         if self.gate:
             y = y * F.silu(z)
         return self.out_proj(y)

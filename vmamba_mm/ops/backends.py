@@ -1,26 +1,32 @@
-"""Which implementation of an op runs: the only place that decides, or that would probe for one."""
+"""Which implementation of an op runs: the only place that decides."""
 
 from typing import Literal
 
 import torch
 
-#: 'reference' is the specification (a loop over L), 'chunked' the parallel plain-PyTorch one.
-BACKENDS = ('reference', 'chunked')
-Backend = Literal['reference', 'chunked']
+#: 'reference' is the specification (a loop over L), 'chunked' the parallel plain-PyTorch one,
+#: 'cuda' the kernels for NVIDIA GPUs, which some ops have for some inputs.
+BACKENDS = ('reference', 'chunked', 'cuda')
+Backend = Literal['reference', 'chunked', 'cuda']
 
 
-def resolve_backend(backend: str | None) -> str:
-    """Name of the implementation to run; ``None`` takes the fastest there is for the device.
+def resolve_backend(backend: str | None, why_not_cuda: str | None) -> str:
+    """Name of the implementation to run.
 
-    Today that is 'chunked' on every device. A named backend that does not exist raises.
+    Args:
+        backend: a name; None for 'cuda' where it takes the inputs, else 'chunked'.
+        why_not_cuda: what keeps the op's kernels from taking these inputs, None if nothing does.
 
     Raises:
-        ValueError: if ``backend`` is not ``None`` or one of :data:`BACKENDS`.
+        ValueError: if ``backend`` does not exist, or is 'cuda' for inputs that it does not take.
     """
     if backend is None:
-        return 'chunked'
+        return 'cuda' if why_not_cuda is None else 'chunked'
     if backend not in BACKENDS:
         raise ValueError(f'backend={backend!r} does not exist; choose None or one of {BACKENDS}')
+    if backend == 'cuda' and why_not_cuda is not None:
+        raise ValueError(f"backend='cuda' does not take these inputs: {why_not_cuda}; choose None "
+                         "or 'chunked'")
     return backend
 
 

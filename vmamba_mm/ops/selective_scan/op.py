@@ -94,7 +94,7 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
         delta_softplus: apply softplus to ``delta`` (after the bias).
         out_dtype: dtype of the result; None for the dtype of ``u``. Computation and state are
             fp32 (fp64 for fp64 input) whatever the dtypes.
-        backend: 'reference' or 'chunked'; None for the fastest on the device.
+        backend: 'reference' or 'chunked'; None for 'chunked'.
 
     Returns:
         (B, K*D, L) in ``out_dtype``.
@@ -104,7 +104,7 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     """
     _check(u, delta, A, B, C, D, delta_bias)
     return _fwd(u, delta, A, B, C, D, delta_bias, delta_softplus, out_dtype or u.dtype,
-                resolve_backend(backend))
+                resolve_backend(backend, 'selective_scan has no kernels yet'))
 
 
 def _check(u, delta, A, B, C, D, delta_bias) -> None:

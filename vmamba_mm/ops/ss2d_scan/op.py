@@ -1,15 +1,19 @@
 """torch.library registration of ``ss2d_scan``: schema, fake, autograd, FLOPs, checks."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vmamba_mm.ops.backends import Backend, resolve_backend
 from vmamba_mm.ops.cross_scan.reference import ROUTES
 from vmamba_mm.ops.selective_scan.op import scan_flops
-from vmamba_mm.ops.ss2d_scan import chunked, reference
+from vmamba_mm.ops.ss2d_scan import chunked, cuda, reference
 
-_IMPLEMENTATIONS = {'reference': reference, 'chunked': chunked}
+_FORWARD = {'reference': reference.forward, 'chunked': chunked.forward, 'cuda': cuda.forward}
+# The kernels have no backward yet: plain PyTorch recomputes what it needs from the inputs.
+_BACKWARD = {'reference': reference.backward, 'chunked': chunked.backward,
+             'cuda': chunked.backward}
 
 
 @torch.library.custom_op('vmamba_mm::ss2d_scan_fwd', mutates_args=())
@@ -17,7 +21,7 @@ def _fwd(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_projs_bia
          A: Tensor, D: Tensor, out_dtype: torch.dtype, backend: str) -> Tensor:
     # Autocast would lower the products inside; the op's own dtype policy holds instead.
     with torch.autocast(x.device.type, enabled=False):
-        y = _IMPLEMENTATIONS[backend].forward(
+        y = _FORWARD[backend](
             x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype)
     return torch.empty_like(x, dtype=out_dtype).copy_(y) if backend == 'reference' else y
 
@@ -32,7 +36,7 @@ def _bwd(grad_y: Tensor, x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tens
          dt_projs_bias: Tensor, A: Tensor, D: Tensor, backend: str
          ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(x.device.type, enabled=False):
-        grad_x, *grads = _IMPLEMENTATIONS[backend].backward(
+        grad_x, *grads = _BACKWARD[backend](
             grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
     if backend == 'reference':
         grad_x = torch.empty_like(x).copy_(grad_x)
@@ -91,7 +95,9 @@ def ss2d_scan(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_proj
         D: (K*D), the skip.
         out_dtype: dtype of the result; None for the dtype of ``x``. Computation and state are
             fp32 (fp64 for fp64 input) whatever the dtypes, and under autocast.
-        backend: 'reference' or 'chunked'; None for the fastest on the device.
+        backend: 'reference', 'chunked' or 'cuda'; None for 'cuda' where it takes the inputs (fp16
+            and bf16 on an NVIDIA GPU; projections in that dtype, as under autocast), else
+            'chunked'.
 
     Returns:
         (B, D, H, W), the K routes summed, in ``out_dtype`` and with the strides of ``x``.
@@ -99,9 +105,60 @@ def ss2d_scan(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_proj
     Raises:
         ValueError: on shapes that do not fit one another, or an unknown backend.
     """
-    _check(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
-    return _fwd(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype or x.dtype,
-                resolve_backend(backend))
+    parameters = (x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
+    _check(x, *parameters)
+    out_dtype = out_dtype or x.dtype
+    backend = resolve_backend(backend, cuda.why_not(x, out_dtype, parameters))
+    return _fwd(x, *parameters, out_dtype, backend)
+
+
+@torch.library.custom_op('vmamba_mm::ss2d_scan_norm', mutates_args=())
+def _fwd_norm(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_projs_bias: Tensor,
+              A: Tensor, D: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return cuda.forward_norm(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D,
+                                 norm_weight, norm_bias, eps)
+
+
+@_fwd_norm.register_fake
+def _(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, norm_weight, norm_bias, eps):
+    return torch.empty_like(x)
+
+
+@register_flop_formula(torch.ops.vmamba_mm.ss2d_scan_norm)
+def _fwd_norm_flops(*shapes, out_shape=None, **kwargs) -> int:
+    return _fwd_flops(*shapes)
+
+
+def ss2d_scan_norm(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor,
+                   dt_projs_bias: Tensor, A: Tensor, D: Tensor, norm_weight: Tensor,
+                   norm_bias: Tensor, eps: float = 1e-5, *,
+                   backend: Backend | None = None) -> Tensor:
+    """:func:`ss2d_scan` and the LayerNorm over D that follows it, in ``x``'s dtype.
+
+    Where the kernels take the inputs and no gradient is wanted, the merged map is never stored:
+    the norm reads the row and the column map. Else the two run one after the other.
+
+    Args:
+        norm_weight, norm_bias: (D).
+        eps: of the norm.
+        Others as in :func:`ss2d_scan`.
+
+    Returns:
+        (B, D, H, W) in the dtype and with the strides of ``x``.
+    """
+    parameters = (x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
+    everything = (x, *parameters, norm_weight, norm_bias)
+    _check(x, *parameters)
+    resolved = resolve_backend(backend, cuda.why_not(x, x.dtype, everything[1:]))
+    wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in everything)
+    if resolved == 'cuda' and cuda.norm_fits(x) and not wants_grad:
+        return _fwd_norm(*everything, eps)
+    # Under autocast the merged map stays fp32 up to the norm, as published.
+    y_BDHW = ss2d_scan(x, *parameters, backend=backend,
+                       out_dtype=torch.promote_types(x.dtype, norm_weight.dtype))
+    y = F.layer_norm(y_BDHW.permute(0, 2, 3, 1), norm_weight.shape, norm_weight, norm_bias, eps)
+    return y.to(x.dtype).permute(0, 3, 1, 2)
 
 
 def _check(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D) -> None:

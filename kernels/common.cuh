@@ -1,0 +1,102 @@
+// Half-precision values, fast functions and tensor-core tiles, by PTX alone: NVRTC then needs no
+// header of CUDA's.
+#pragma once
+
+typedef unsigned int u32;
+
+#if __CUDA_ARCH__ >= 800
+#define CP_ASYNC 1
+#endif
+
+__device__ __forceinline__ float ex2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float lg2(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Two values in 32 bits; `mma` multiplies a (16 x 8) by b (8 x 8) and adds to c in fp32.
+struct Half {
+    static __device__ __forceinline__ float2 unpack(u32 v) {
+        float2 f;
+        asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}"
+            : "=f"(f.x), "=f"(f.y) : "r"(v));
+        return f;
+    }
+    static __device__ __forceinline__ u32 pack(float lo, float hi) {
+        u32 v;
+        asm("{.reg .b16 a, b; cvt.rn.f16.f32 a, %1; cvt.rn.f16.f32 b, %2; mov.b32 %0, {a, b};}"
+            : "=r"(v) : "f"(lo), "f"(hi));
+        return v;
+    }
+    static __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 b) {
+        asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
+                     "{%4, %5}, {%6}, {%0, %1, %2, %3};"
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                     : "r"(a0), "r"(a1), "r"(b));
+    }
+};
+
+struct BFloat {
+    static __device__ __forceinline__ float2 unpack(u32 v) {
+        return make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u));
+    }
+    static __device__ __forceinline__ u32 pack(float lo, float hi) {
+        u32 v;
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(hi), "f"(lo));
+        return v;
+    }
+    static __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 b) {
+        asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+                     "{%4, %5}, {%6}, {%0, %1, %2, %3};"
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                     : "r"(a0), "r"(a1), "r"(b));
+    }
+};
+
+// An element of a parameter: type 0 is fp32, 1 fp16, 2 bf16.
+__device__ __forceinline__ float load_parameter(const void *p, long long i, int type) {
+    if (type == 0) return ((const float *)p)[i];
+    u32 v = ((const unsigned short *)p)[i];
+    return type == 1 ? Half::unpack(v).x : BFloat::unpack(v).x;
+}
+
+__device__ __forceinline__ u32 shared_address(const void *p) {
+    return (u32)__cvta_generic_to_shared(p);
+}
+
+// 16 bytes from global to shared memory; zeros where `valid` is false.
+__device__ __forceinline__ void copy16(void *to, const void *from, bool valid) {
+#ifdef CP_ASYNC
+    int size = valid ? 16 : 0;
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;"
+                 :: "r"(shared_address(to)), "l"(from), "r"(size));
+#else
+    *(uint4 *)to = valid ? *(const uint4 *)from : make_uint4(0, 0, 0, 0);
+#endif
+}
+
+__device__ __forceinline__ void commit_copies() {
+#ifdef CP_ASYNC
+    asm volatile("cp.async.commit_group;");
+#endif
+}
+
+template <int PENDING>
+__device__ __forceinline__ void wait_copies() {
+#ifdef CP_ASYNC
+    asm volatile("cp.async.wait_group %0;" :: "n"(PENDING));
+#endif
+}
+
+// Two 8 x 8 tiles of half-precision values; lane l gives the address of row l % 8 of tile l / 8,
+// and those from 16 on any address.
+__device__ __forceinline__ void load_tiles(u32 &a, u32 &b, const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(a), "=r"(b) : "r"(shared_address(row)));
+}

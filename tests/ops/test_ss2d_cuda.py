@@ -1,0 +1,201 @@
+"""The CUDA kernels of ss2d_scan against the fp64 reference, as accurate as autocast PyTorch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vmamba_mm.ops import ss2d_scan, ss2d_scan_norm
+from vmamba_mm.ops.cross_scan import reference as cross
+from vmamba_mm.ops.instances import INSTANCES
+from vmamba_mm.ops.selective_scan import reference as s6
+from vmamba_mm.ops.ss2d_scan import cuda, reference
+from vmamba_mm.testing import relative_error, ss2d_scan_inputs, with_grads
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs an NVIDIA GPU')
+
+SHAPES = [(1, 32, 1, 1), (3, 20, 1, 40), (1, 33, 37, 1), (3, 96, 7, 7), (1, 384, 14, 14),
+          (3, 5, 9, 30), (1, 96, 37, 53), (3, 192, 56, 56), (1, 96, 200, 336), (40, 768, 7, 7)]
+
+
+def naive(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D):
+    """Plain PyTorch under autocast: projections in half precision, the scan in fp32."""
+    rank, state = dt_projs_weight.shape[2], A.shape[1]
+    x_BKDL = cross.scan_forward(x, len(x_proj_weight))
+    projected = torch.einsum('bkdl,kcd->bkcl', x_BKDL, x_proj_weight.to(x.dtype))
+    dt, B, C = projected.split((rank, state, state), dim=2)
+    delta = torch.einsum('bkrl,kdr->bkdl', dt, dt_projs_weight.to(x.dtype))
+    y = s6.forward(x_BKDL.flatten(1, 2).float(), delta.flatten(1, 2).float(), A, B.float(),
+                   C.float(), D, dt_projs_bias.flatten(), True, torch.float32)
+    return cross.merge_forward(y.view_as(x_BKDL), *x.shape[2:])
+
+
+def make(batch, dim, height, width, dtype=torch.float16, **kwargs):
+    inputs = ss2d_scan_inputs(batch, dim, height, width, device='cuda', **kwargs)
+    inputs['x'] = inputs['x'].to(dtype).contiguous(memory_format=torch.channels_last)
+    return inputs
+
+
+def exact(inputs):
+    return reference.forward(*(t.double() for t in inputs.values()), torch.float64)
+
+
+def check(inputs):
+    expected = exact(inputs)
+    y = ss2d_scan(**inputs, out_dtype=torch.float32, backend='cuda')
+    assert y.dtype == torch.float32 and y.stride() == inputs['x'].stride()
+    limit = 2 * max(relative_error(naive(**inputs), expected), 2**-11)
+    assert relative_error(y, expected) <= limit
+    half = ss2d_scan(**inputs)
+    assert half.dtype == inputs['x'].dtype and torch.equal(half, y.to(half.dtype))
+    return y
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """What the kernels leave unwritten is NaN."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        out = empty(*args, **kwargs)
+        return out.fill_(torch.nan) if out.is_floating_point() else out.fill_(2**31 - 1)
+
+    monkeypatch.setattr(torch, 'empty', poisoned)
+
+
+@needs_gpu
+@pytest.mark.parametrize('state', [1, 4, 16])
+@pytest.mark.parametrize('shape', SHAPES, ids='B{0[0]}-D{0[1]}-{0[2]}x{0[3]}'.format)
+def test_shapes(shape, state):
+    if state > 1 and shape[0] * shape[1] * shape[2] * shape[3] > 2**20:
+        shape = (1, 48, shape[2], shape[3])
+    check(make(*shape, state=state))
+
+
+@needs_gpu
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=['fp16', 'bf16'])
+@pytest.mark.parametrize('routes', [1, 2, 4])
+@pytest.mark.parametrize('rank', [1, 5, 8, 9, 48])
+def test_routes_ranks_and_dtypes(dtype, routes, rank):
+    for size in ((2, 48, 9, 20), (1, 32, 70, 41)):  # one walk, and one in spans
+        check(make(*size, dtype=dtype, routes=routes, rank=rank))
+
+
+@needs_gpu
+def test_most_states():
+    check(make(1, 40, 12, 11, state=64))
+
+
+@needs_gpu
+def test_many_images_to_a_block():
+    inputs = make(300, 384, 7, 7)
+    assert cuda._Plan(inputs['x'], inputs['dt_projs_weight'].shape[2], 1, 4).images > 1
+    check(inputs)
+
+
+@needs_gpu
+def test_strides_of_x():
+    inputs = make(2, 32, 9, 14)
+    expected = ss2d_scan(**inputs)
+    wide = torch.randn(2, 64, 9, 14, device='cuda').half().contiguous(
+        memory_format=torch.channels_last)
+    wide[:, 32:] = inputs['x']
+    turned = inputs['x'].transpose(2, 3).contiguous(
+        memory_format=torch.channels_last).transpose(2, 3)
+    for x in (inputs['x'].contiguous(), wide[:, 32:], turned, wide[:, 32:].expand(2, -1, -1, -1)):
+        assert torch.equal(ss2d_scan(**dict(inputs, x=x)), expected)
+    odd = wide[:, 31:63]  # no aligned vectors
+    assert torch.equal(ss2d_scan(**dict(inputs, x=odd)),
+                       ss2d_scan(**dict(inputs, x=odd.clone())))
+
+
+@needs_gpu
+@pytest.mark.parametrize('bias', [-40., 0., 20., 1e3])
+def test_extreme_delta(bias):
+    inputs = make(2, 32, 9, 14)
+    inputs['dt_projs_bias'].fill_(bias)
+    check(inputs)
+    inputs['x'].zero_()
+    assert not ss2d_scan(**inputs).any()
+
+
+@needs_gpu
+def test_nan_stays_in_its_sample():
+    inputs = make(300, 32, 7, 7)
+    clean = ss2d_scan(**inputs)
+    inputs['x'][1, 0, 2, 2] = torch.nan
+    y = ss2d_scan(**inputs)
+    assert torch.equal(y[0], clean[0]) and torch.equal(y[2:], clean[2:]) and y[1].isnan().any()
+
+
+@needs_gpu
+def test_bit_equal_from_run_to_run():
+    inputs = make(1, 96, 120, 90)
+    first = ss2d_scan(**inputs)
+    assert all(torch.equal(first, ss2d_scan(**inputs)) for _ in range(5))
+
+
+@needs_gpu
+@pytest.mark.parametrize('dim', [32, 96, 100, 768, 1536, 18])
+def test_norm(dim):
+    inputs = make(2, dim, 9, 14)
+    weight, bias = torch.randn(dim, device='cuda'), torch.randn(dim, device='cuda')
+
+    def normed(y):
+        return F.layer_norm(y.permute(0, 2, 3, 1), (dim,), weight.to(y.dtype), bias.to(y.dtype)
+                            ).permute(0, 3, 1, 2)
+
+    expected = normed(exact(inputs))
+    with torch.no_grad():
+        y = ss2d_scan_norm(**inputs, norm_weight=weight, norm_bias=bias)
+    assert y.dtype == torch.float16 and y.stride() == inputs['x'].stride()
+    limit = 2 * max(relative_error(normed(naive(**inputs)), expected), 2**-11)
+    assert relative_error(y, expected) <= limit
+    grads = [with_grads(ss2d_scan_norm, dict(inputs, norm_weight=weight, norm_bias=bias),
+                        backend=b) for b in ('cuda', 'chunked')]
+    assert relative_error(grads[0][0], expected) <= limit
+    for name, grad in grads[1][1].items():
+        assert relative_error(grads[0][1][name], grad) < 5e-3, name
+
+
+@needs_gpu
+def test_graph_stream_and_compile(monkeypatch):
+    monkeypatch.undo()  # dynamo does not know the patched torch.empty
+    inputs = make(2, 96, 14, 14)
+    expected = ss2d_scan(**inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ss2d_scan(**inputs)
+    captured.zero_()
+    graph.replay()
+    assert torch.equal(captured, expected)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        other = ss2d_scan(**inputs)
+    stream.synchronize()
+    assert torch.equal(other, expected)
+    compiled = torch.compile(lambda *args: ss2d_scan(*args) * 2, fullgraph=True)
+    assert torch.equal(compiled(*inputs.values()), expected * 2)
+
+
+@needs_gpu
+def test_is_chosen_without_being_told():
+    inputs = make(1, 32, 8, 8)
+    assert torch.equal(ss2d_scan(**inputs), ss2d_scan(**inputs, backend='cuda'))
+    with pytest.raises(ValueError, match='the kernels take float16'):
+        ss2d_scan(**dict(inputs, x=inputs['x'].float()), backend='cuda')
+
+
+def test_reasons_against():
+    inputs = ss2d_scan_inputs(1, 32, 4, 4)
+    assert 'x is on cpu' in cuda.why_not(inputs['x'], torch.float32, ())
+
+
+def test_every_kernel_of_the_published_models_is_checked_in_ci():
+    from vmamba_mm.arch import ARCH_SETTINGS
+
+    for arch in ARCH_SETTINGS.values():
+        for stage in range(4):
+            tiles = -(-arch['embed_dims'] * 2**stage // 128)
+            for type_ in ('Half', 'BFloat'):
+                assert cuda.scan_instance(type_, tiles, arch['d_state'] == 1, False) in INSTANCES
