@@ -209,7 +209,7 @@ def infer_arch(state_dict: StateDict) -> str | dict[str, Any]:
         trace in names and shapes: it is 'cross', the only published one.
 
     Raises:
-        UserError: if names or shapes contradict each other.
+        UserError: if the first block lacks a weight that tells the architecture.
     """
     weights = _inside(to_mm(state_dict), 'backbone.')
     depths = [len({m[1] for k in weights if (m := re.match(rf'stages\.{i}\.blocks\.(\d+)\.', k))})
