@@ -176,6 +176,19 @@ def test_hostile_file_through_mmengine(mm, official, tmp_path):
     assert not witness.exists()
 
 
+def test_hostile_address_through_mmengine(mm, official, server, tmp_path):
+    from mmengine.runner import load_checkpoint
+
+    import vmamba_mm.models  # noqa: F401 (registers the reader)
+
+    witness = tmp_path / 'ran'
+    body = save_hostile(tmp_path / 'a.pth', official, witness).read_bytes()
+    server.answers['/a.pth'] = (200, body, len(body))
+    with pytest.raises(UserError, match='not safe'):
+        load_checkpoint(torch.nn.Linear(1, 1), f'{server.url}/a.pth')
+    assert not witness.exists()
+
+
 @pytest.mark.parametrize('content, message', [
     (b'', 'empty'), (b'   \n', 'empty'),
     (b'<!DOCTYPE html><html>Not Found</html>', 'web page'),

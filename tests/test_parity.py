@@ -43,6 +43,7 @@ def build_classifier(mm, file):
 
 def assert_close(found, expected, what):
     error = relative_error(found, expected)
+    print(f'{what}: {error:.1e}')  # seen with pytest -s; the README has the largest
     assert error <= TOLERANCE, f'{what}: {error:.1e}'
 
 

@@ -1,7 +1,9 @@
 """mmengine reads checkpoints with :func:`vmamba_mm.files.read_checkpoint` once this is imported.
 
-mmengine's own loader of local files falls back to running the pickle's code, and knows no official
-VMamba names. So ``load_from``, ``init_cfg`` of any module and the inferencers take official files.
+mmengine's own loaders of files and web addresses can run a pickle's code, and know no official
+VMamba names. So ``load_from``, ``init_cfg`` of any module and the inferencers take official files,
+and a hostile one is refused whichever way it comes. Importing this also lets mmengine find the
+configs of packages that it has another name for (``prepare_mm``).
 """
 
 from mmengine.runner.checkpoint import CheckpointLoader
@@ -9,8 +11,7 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from vmamba_mm.compat import prepare_mm
 from vmamba_mm.files import read_checkpoint
 
-# Other web addresses stay mmengine's: its cache may hold them already.
-PREFIXES = ('', 'file://', 'https://github.com/MzeroMiko/VMamba/')
+PREFIXES = ('', 'file://', 'http://', 'https://')
 
 
 def register(weights='auto'):
