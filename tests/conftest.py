@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from running import call, forkserver, start  # noqa: F401 (fixtures)
 
 # Read when torch loads: the tests are small, and more threads than cores only slow them down.
 os.environ.setdefault('OMP_NUM_THREADS', str(min(2, os.cpu_count() or 1)))

@@ -7,7 +7,6 @@ was changed, and for classification from the authors' preprocessing with torchvi
 import json
 import pickle
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +31,6 @@ CLS = {arch: CONFIGS / f'imagenet/vmamba-{arch.replace("_", "-")}_8xb128_in1k-22
 DET = CONFIGS / 'coco/mask-rcnn_vmamba-tiny-s2l5_fpn_1x_coco.py'
 SEG = CONFIGS / 'ade20k/upernet_vmamba-vanilla-tiny_8xb2-160k_ade20k-512x512.py'
 ZOO = sorted(p for task in ('imagenet', 'coco', 'ade20k') for p in (CONFIGS / task).glob('*.py'))
-
-# The fixture `call` and what it needs.
-sys.path.insert(0, str(REPO / 'tests/tools'))
-pytest_plugins = ['tools.conftest']
 
 
 @pytest.fixture
