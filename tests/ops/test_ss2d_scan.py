@@ -175,7 +175,7 @@ def test_flops():
 
 def test_wrong_input_raises():
     inputs = ss2d_scan_inputs(1, 4, 3, 3)
-    with pytest.raises(ValueError, match="'reference', 'chunked', 'cuda'"):
+    with pytest.raises(ValueError, match="'reference', 'chunked', 'cuda', 'triton'"):
         ss2d_scan(**inputs, backend='cudo')
     with pytest.raises(ValueError, match="backend='cuda' does not take.*x is on cpu"):
         ss2d_scan(**inputs, backend='cuda')

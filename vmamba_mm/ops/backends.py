@@ -1,31 +1,34 @@
 """Which implementation of an op runs: the only place that decides."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 
 #: 'reference' is the specification (a loop over L), 'chunked' the parallel plain-PyTorch one,
-#: 'cuda' the kernels for NVIDIA GPUs, which some ops have for some inputs.
-BACKENDS = ('reference', 'chunked', 'cuda')
-Backend = Literal['reference', 'chunked', 'cuda']
+#: 'cuda' the kernels for NVIDIA GPUs, 'triton' those for any GPU that Triton knows.
+BACKENDS = ('reference', 'chunked', 'cuda', 'triton')
+Backend = Literal['reference', 'chunked', 'cuda', 'triton']
 
 
-def resolve_backend(backend: str | None, why_not_cuda: str | None) -> str:
+def resolve_backend(backend: str | None, **why_not: Callable[[], str | None]) -> str:
     """Name of the implementation to run.
 
     Args:
-        backend: a name; None for 'cuda' where it takes the inputs, else 'chunked'.
-        why_not_cuda: what keeps the op's kernels from taking these inputs, None if nothing does.
+        backend: a name; None for the first of ``why_not`` that takes the inputs, else 'chunked'.
+        why_not: for each implementation that is choosy, in order of preference: what keeps it from
+            taking these inputs, None if nothing does.
 
     Raises:
-        ValueError: if ``backend`` does not exist, or is 'cuda' for inputs that it does not take.
+        ValueError: if ``backend`` does not exist or does not take these inputs.
     """
     if backend is None:
-        return 'cuda' if why_not_cuda is None else 'chunked'
+        return next((name for name, reason in why_not.items() if reason() is None), 'chunked')
     if backend not in BACKENDS:
         raise ValueError(f'backend={backend!r} does not exist; choose None or one of {BACKENDS}')
-    if backend == 'cuda' and why_not_cuda is not None:
-        raise ValueError(f"backend='cuda' does not take these inputs: {why_not_cuda}; choose None "
+    reason = why_not[backend]() if backend in why_not else None
+    if reason is not None:
+        raise ValueError(f'backend={backend!r} does not take these inputs: {reason}; choose None '
                          "or 'chunked'")
     return backend
 

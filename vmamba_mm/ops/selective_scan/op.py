@@ -104,7 +104,8 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     """
     _check(u, delta, A, B, C, D, delta_bias)
     return _fwd(u, delta, A, B, C, D, delta_bias, delta_softplus, out_dtype or u.dtype,
-                resolve_backend(backend, 'selective_scan has no kernels yet'))
+                resolve_backend(backend, cuda=lambda: 'selective_scan has no CUDA kernels yet',
+                                triton=lambda: 'selective_scan has no Triton kernels yet'))
 
 
 def _check(u, delta, A, B, C, D, delta_bias) -> None:

@@ -108,7 +108,7 @@ def ss2d_scan(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_proj
     parameters = (x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
     _check(x, *parameters)
     out_dtype = out_dtype or x.dtype
-    backend = resolve_backend(backend, cuda.why_not(x, out_dtype, parameters))
+    backend = resolve_backend(backend, cuda=lambda: cuda.why_not(x, out_dtype, parameters))
     return _fwd(x, *parameters, out_dtype, backend)
 
 
@@ -150,7 +150,7 @@ def ss2d_scan_norm(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor,
     parameters = (x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
     everything = (x, *parameters, norm_weight, norm_bias)
     _check(x, *parameters)
-    resolved = resolve_backend(backend, cuda.why_not(x, x.dtype, everything[1:]))
+    resolved = resolve_backend(backend, cuda=lambda: cuda.why_not(x, x.dtype, everything[1:]))
     wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in everything)
     if resolved == 'cuda' and cuda.norm_fits(x) and not wants_grad:
         return _fwd_norm(*everything, eps)
