@@ -20,6 +20,17 @@ __device__ __forceinline__ float lg2(float x) {
     return y;
 }
 
+__device__ __forceinline__ float rcp(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// log2(1 + 2^z).
+__device__ __forceinline__ float softplus2(float z) {
+    return fmaxf(z, 0.f) + lg2(1.f + ex2(-fabsf(z)));
+}
+
 // Two values in 32 bits; `mma` multiplies a (16 x 8) by b (8 x 8) and adds to c in fp32.
 struct Half {
     static __device__ __forceinline__ float2 unpack(u32 v) {
@@ -81,6 +92,25 @@ __device__ __forceinline__ void copy16(void *to, const void *from, bool valid) {
 #endif
 }
 
+// The same for 8 bytes.
+__device__ __forceinline__ void copy8(void *to, const void *from, bool valid) {
+#ifdef CP_ASYNC
+    int size = valid ? 8 : 0;
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;"
+                 :: "r"(shared_address(to)), "l"(from), "r"(size));
+#else
+    *(uint2 *)to = valid ? *(const uint2 *)from : make_uint2(0, 0);
+#endif
+}
+
+__device__ __forceinline__ void copy4(void *to, const void *from) {
+#ifdef CP_ASYNC
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(shared_address(to)), "l"(from));
+#else
+    *(u32 *)to = *(const u32 *)from;
+#endif
+}
+
 __device__ __forceinline__ void commit_copies() {
 #ifdef CP_ASYNC
     asm volatile("cp.async.commit_group;");
@@ -99,4 +129,17 @@ __device__ __forceinline__ void wait_copies() {
 __device__ __forceinline__ void load_tiles(u32 &a, u32 &b, const void *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
                  : "=r"(a), "=r"(b) : "r"(shared_address(row)));
+}
+
+// The same, each transposed.
+__device__ __forceinline__ void load_tiles_transposed(u32 &a, u32 &b, const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(a), "=r"(b) : "r"(shared_address(row)));
+}
+
+// Transpose an 8 x 8 tile of half-precision values; lane 4 g + t has elements 2 t, 2 t + 1 of row g.
+__device__ __forceinline__ u32 transpose_tile(u32 v) {
+    u32 w;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(w) : "r"(v));
+    return w;
 }

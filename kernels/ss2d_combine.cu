@@ -1,17 +1,17 @@
-// From the decay and the end of each span, started from zero, to the state that enters it.
+// From the decay and the end of each span, started from zero, to what enters it.
 struct Params {
-    const float *decays, *ends;  // (B, K, spans, N * D)
-    float *entries;              // (B, K, spans, N * D)
-    int walks, spans, inner, routes;  // walks: B * K; routes of the upper half run backwards
+    const float *decays, *ends;  // (walks, spans, D)
+    float *entries;              // (walks, spans, D)
+    int walks, spans, dim, back; // back: from the last span to the first
 };
 
 template <int AHEAD>
 __global__ void ss2d_combine(const Params p) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= p.walks * p.inner) return;
-    const int walk = i / p.inner, back = walk % p.routes >= 2;
-    const long long stride = back ? -(long long)p.inner : p.inner;
-    long long at = ((long long)walk * p.spans + (back ? p.spans - 1 : 0)) * p.inner + i % p.inner;
+    if (i >= p.walks * p.dim) return;
+    const int walk = i / p.dim;
+    const long long stride = p.back ? -(long long)p.dim : p.dim;
+    long long at = ((long long)walk * p.spans + (p.back ? p.spans - 1 : 0)) * p.dim + i % p.dim;
     float state = 0.f;
     for (int first = 0; first < p.spans; first += AHEAD) {
         float decay[AHEAD], end[AHEAD];

@@ -1,43 +1,41 @@
-// The sum of the row and the column map, and, if asked for, its LayerNorm over the channels.
+// The sum of the maps of the routes, and, if asked for, its LayerNorm over the channels.
 #include "common.cuh"
 
 struct Params {
-    const void *rows, *columns;   // (M, D); columns may be null
+    const void *maps;             // (MAPS, M, D)
     void *merged;                 // (M, D) of OUT, or null
     void *normed;                 // (M, D) of T, or null
     const void *weight, *bias;    // (D)
-    float *mean, *scale;          // (M) of the norm, or null
+    float2 *moments;              // (M): mean and 1 / deviation, or null
     float eps;
     int positions, dim, parameter_type;
 };
 
 // A warp per position; a lane has 4 adjacent channels out of each 128.
-template <class T, int PARTS, bool FLOAT>
+template <class T, int MAPS, int PARTS, bool FLOAT>
 __global__ void __launch_bounds__(256) ss2d_merge(const Params p) {
     const int lane = threadIdx.x & 31;
     const int warps = gridDim.x * (blockDim.x >> 5);
+    const long long map = (long long)p.positions * p.dim;
     for (int m = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5); m < p.positions; m += warps) {
-        const long long at = (long long)m * p.dim;
+        const unsigned short *at = (const unsigned short *)p.maps + (long long)m * p.dim;
+        const long long to = (long long)m * p.dim;
         float v[PARTS][4];
-        uint2 a[PARTS], b[PARTS];
 #pragma unroll
         for (int i = 0; i < PARTS; ++i) {
             const int c = i * 128 + lane * 4;
-            a[i] = b[i] = make_uint2(0u, 0u);
-            if (c < p.dim) {
-                a[i] = *(const uint2 *)((const unsigned short *)p.rows + at + c);
-                if (p.columns) b[i] = *(const uint2 *)((const unsigned short *)p.columns + at + c);
+            uint2 in[MAPS];
+#pragma unroll
+            for (int j = 0; j < MAPS; ++j)
+                in[j] = c < p.dim ? *(const uint2 *)(at + j * map + c) : make_uint2(0u, 0u);
+#pragma unroll
+            for (int j = 0; j < MAPS; ++j) {
+                const float2 lo = T::unpack(in[j].x), hi = T::unpack(in[j].y);
+                v[i][0] = j ? v[i][0] + lo.x : lo.x;
+                v[i][1] = j ? v[i][1] + lo.y : lo.y;
+                v[i][2] = j ? v[i][2] + hi.x : hi.x;
+                v[i][3] = j ? v[i][3] + hi.y : hi.y;
             }
-        }
-        float sum = 0.f, squares = 0.f;
-#pragma unroll
-        for (int i = 0; i < PARTS; ++i) {
-            const float2 a0 = T::unpack(a[i].x), a1 = T::unpack(a[i].y);
-            const float2 b0 = T::unpack(b[i].x), b1 = T::unpack(b[i].y);
-            v[i][0] = a0.x + b0.x; v[i][1] = a0.y + b0.y;
-            v[i][2] = a1.x + b1.x; v[i][3] = a1.y + b1.y;
-#pragma unroll
-            for (int e = 0; e < 4; ++e) sum += v[i][e];
         }
         if (p.merged)
 #pragma unroll
@@ -45,13 +43,18 @@ __global__ void __launch_bounds__(256) ss2d_merge(const Params p) {
                 const int c = i * 128 + lane * 4;
                 if (c >= p.dim) continue;
                 if (FLOAT)
-                    *(float4 *)((float *)p.merged + at + c)
+                    *(float4 *)((float *)p.merged + to + c)
                         = make_float4(v[i][0], v[i][1], v[i][2], v[i][3]);
                 else
-                    *(uint2 *)((unsigned short *)p.merged + at + c)
+                    *(uint2 *)((unsigned short *)p.merged + to + c)
                         = make_uint2(T::pack(v[i][0], v[i][1]), T::pack(v[i][2], v[i][3]));
             }
         if (!p.normed) continue;
+        float sum = 0.f, squares = 0.f;
+#pragma unroll
+        for (int i = 0; i < PARTS; ++i)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sum += v[i][e];
 #pragma unroll
         for (int d = 16; d; d >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, d);
         const float mean = sum / p.dim;
@@ -74,12 +77,9 @@ __global__ void __launch_bounds__(256) ss2d_merge(const Params p) {
             for (int e = 0; e < 4; ++e)
                 o[e] = v[i][e] * scale * load_parameter(p.weight, c + e, p.parameter_type)
                        + load_parameter(p.bias, c + e, p.parameter_type);
-            *(uint2 *)((unsigned short *)p.normed + at + c)
+            *(uint2 *)((unsigned short *)p.normed + to + c)
                 = make_uint2(T::pack(o[0], o[1]), T::pack(o[2], o[3]));
         }
-        if (p.mean && lane == 0) {
-            p.mean[m] = mean;
-            p.scale[m] = scale;
-        }
+        if (p.moments && lane == 0) p.moments[m] = make_float2(mean, scale);
     }
 }

@@ -82,7 +82,7 @@ def test_gradcheck(backend):
 def test_opcheck(device, backend, out_dtype):
     inputs = ss2d_scan_inputs(2, 3, 4, 5, state=2, device=device)
     leaves = [t.requires_grad_() for t in inputs.values()]
-    opcheck(torch.ops.vmamba_mm.ss2d_scan_fwd.default, (*leaves, out_dtype, backend))
+    opcheck(torch.ops.vmamba_mm.ss2d_scan_fwd.default, (*leaves, out_dtype, backend, False))
 
 
 @pytest.mark.parametrize('compiler', ['aot_eager', 'inductor'])

@@ -3,17 +3,19 @@
 from vmamba_mm.ops.nvrtc import Instance
 from vmamba_mm.ops.ss2d_scan import cuda
 
-# Tiles of 8 in dt_rank: 1 to 8 are those of the nine published architectures.
 _TYPES = {'Half': 75, 'BFloat': 80}
-_SCANS = [(type_, tiles, one_state, summary) for type_ in _TYPES for tiles in (1, 2, 3, 4, 6, 8)
-          for one_state, summary in ((True, False), (False, False))]
-_SCANS += [(type_, 1, one_state, True) for type_ in _TYPES for one_state in (True, False)]
+_TILES = (1, 2, 3, 4, 6, 8)  # of 8 in dt_rank: those of the nine published architectures
 
 #: What is compiled, and the lowest compute capability (75 for 7.5) that it is for.
 INSTANCES: dict[Instance, int] = {
-    **{cuda.scan_instance(*scan): _TYPES[scan[0]] for scan in _SCANS},
+    **{make(type_, tiles, False): low for type_, low in _TYPES.items() for tiles in _TILES
+       for make in (cuda.forward_instance, cuda.backward_instance)},
+    **{make(type_, 1, True): low for type_, low in _TYPES.items()
+       for make in (cuda.forward_instance, cuda.backward_instance)},
     **{cuda.prepare_instance(type_): low for type_, low in _TYPES.items()},
-    **{cuda.merge_instance(type_, parts, to_float): low for type_, low in _TYPES.items()
-       for parts in (1, 6, 12) for to_float in (False, True)},
+    **{cuda.merge_instance(type_, maps, parts, to_float): low for type_, low in _TYPES.items()
+       for maps, parts, to_float in ((4, 1, False), (4, 1, True), (4, 12, False), (5, 12, False))},
+    **{cuda.norm_backward_instance(type_, parts, warps): low for type_, low in _TYPES.items()
+       for parts, warps in ((1, 1), (4, 4))},
     cuda.combine_instance(): 75,
 }

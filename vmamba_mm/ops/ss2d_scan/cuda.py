@@ -1,10 +1,11 @@
-"""Launches of the CUDA kernels in ``kernels/``: the forward on half-precision maps.
+"""Launches of the CUDA kernels in ``kernels/``: ss2d_scan for N = 1 on half-precision maps.
 
 Nothing is built beforehand: :mod:`vmamba_mm.ops.nvrtc` compiles at first use. The kernels' own
 comments and ``kernels/README.md`` say how they work.
 """
 
-from functools import cache
+from functools import cache, lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +14,13 @@ from vmamba_mm.ops.nvrtc import Instance, load
 
 _TYPES = {torch.float16: 'Half', torch.bfloat16: 'BFloat'}
 _CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_CHUNK = 64  # positions that a warp takes at a time
-_WARPS = 6  # of a block, 16 channels each
-_BLOCKS = 2  # of a multiprocessor; the kernel's launch bounds say so too
+CHUNK = 56  # positions that a warp takes at a time
+_CHUNK_MAP = 32 * CHUNK  # bytes of a warp's part of a map
+_SCAN = 'P' * 5 + 'i' * 13
+_MAP = 'Pqiiii'
+# Warps of a block (16 channels each), and blocks that a multiprocessor has registers for.
+_FORWARD_WARPS, _FORWARD_BLOCKS = 6, 3
+_BACKWARD_WARPS, _BACKWARD_BLOCKS = 6, 2
 
 
 @torch.compiler.assume_constant_result
@@ -29,6 +34,8 @@ def why_not(x: Tensor, out_dtype: torch.dtype, parameters: tuple[Tensor, ...]) -
         return f'x is on {x.device}, not on an NVIDIA GPU'
     if x.dtype not in _TYPES:
         return f'x is {x.dtype}; the kernels take float16 and bfloat16'
+    if parameters[3].shape[1] != 1:
+        return f'd_state is {parameters[3].shape[1]}; the kernels take 1'
     capability = _capability(x.device.index)
     if capability < ((8, 0) if x.dtype == torch.bfloat16 else (7, 5)):
         return f'a GPU of compute capability {capability} has no tensor cores for {x.dtype}'
@@ -41,15 +48,25 @@ def why_not(x: Tensor, out_dtype: torch.dtype, parameters: tuple[Tensor, ...]) -
     return None
 
 
+# --- what is compiled -------------------------------------------------------------------------
+
 @cache
 def prepare_instance(type_: str) -> Instance:
     return Instance('ss2d_prepare.cu', f'ss2d_prepare<{type_}>', 'P' * 10 + 'i' * 11)
 
 
 @cache
-def scan_instance(type_: str, tiles: int, one_state: bool, summary: bool) -> Instance:
-    return Instance('ss2d_scan_fwd.cu', f'ss2d_scan_fwd<{type_}, {tiles}, {int(one_state)}, '
-                    f'{str(summary).lower()}>', 'P' * 12 + 'qqq' + 'i' * 16)
+def forward_instance(type_: str, tiles: int, summary: bool) -> Instance:
+    return Instance('ss2d_scan_fwd.cu', f'ss2d_scan_fwd<{type_}, {tiles}, {str(summary).lower()}>',
+                    _SCAN + _MAP + 'P' * 5,
+                    (('WARPS', _FORWARD_WARPS), ('BLOCKS', _FORWARD_BLOCKS)))
+
+
+@cache
+def backward_instance(type_: str, tiles: int, summary: bool) -> Instance:
+    return Instance('ss2d_scan_bwd.cu', f'ss2d_scan_bwd<{type_}, {tiles}, {str(summary).lower()}>',
+                    _SCAN + _MAP + _MAP + 'P' * 7,
+                    (('WARPS', _BACKWARD_WARPS), ('BLOCKS', _BACKWARD_BLOCKS)))
 
 
 @cache
@@ -58,16 +75,83 @@ def combine_instance() -> Instance:
 
 
 @cache
-def merge_instance(type_: str, parts: int, to_float: bool) -> Instance:
-    return Instance('ss2d_merge.cu', f'ss2d_merge<{type_}, {parts}, {str(to_float).lower()}>',
-                    'P' * 8 + 'fiii')
+def merge_instance(type_: str, maps: int, parts: int, to_float: bool) -> Instance:
+    return Instance('ss2d_merge.cu', f'ss2d_merge<{type_}, {maps}, {parts}, '
+                    f'{str(to_float).lower()}>', 'P' * 6 + 'fiii')
 
 
 @cache
-def _device(index: int) -> tuple[int, int]:
-    """(multiprocessors, bytes of shared memory that a block may have)."""
+def norm_backward_instance(type_: str, parts: int, warps: int) -> Instance:
+    return Instance('ss2d_norm_bwd.cu', f'ss2d_norm_bwd<{type_}, {parts}, {warps}>',
+                    'P' * 6 + 'iii')
+
+
+# --- how the work is cut ----------------------------------------------------------------------
+
+class _Cut(NamedTuple):
+    """A launch: warps of a block, grid, bytes of shared memory; images to a block; spans."""
+    warps: int
+    grid: tuple[int, int, int]
+    shared: int
+    columns: int
+    images: int
+    span: int
+    spans: int
+
+
+class _Plan(NamedTuple):
+    """Sizes that depend on shapes and the GPU alone."""
+    length: int
+    routes: int
+    tiles: int    # of 8 columns of dt
+    row: int      # P: elements of a staged row
+    groups: int   # of 16 channels
+    chunks: int
+    multiprocessors: int
+    forward: _Cut
+    backward: _Cut
+    magic: tuple[int, int]
+
+
+def sizes(height, width, rank):
+    """(P, chunks): elements of a row of the projected input, and chunks of a walk."""
+    tiles, pairs = -(-rank // 8), rank + rank % 2
+    return 8 * max(-(-(pairs + 2) // 8), tiles), -(-height * width // CHUNK)
+
+
+@lru_cache(maxsize=4096)
+def _plan(batch: int, dim: int, height: int, width: int, rank: int, routes: int,
+          index: int) -> _Plan:
+    tiles = -(-rank // 8)
+    row, chunks = sizes(height, width, rank)
+    groups = -(-dim // 16)
     properties = torch.cuda.get_device_properties(index)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+    multiprocessors, limit = (properties.multi_processor_count,
+                              properties.shared_memory_per_block_optin)
+
+    def cut(most: int, blocks: int, per_warp: int) -> _Cut:
+        staged = 2 * row // 8 * 16 * CHUNK
+        warps = min(most, groups, (limit - 1024 - staged) // per_warp)
+        if warps < 1:
+            raise ValueError(f'dt_rank={rank} needs more shared memory than the {limit} bytes of '
+                             f'this GPU')
+        columns = -(-groups // warps)
+        warps = -(-groups // columns)
+        slots = blocks * multiprocessors
+        walks = batch * columns * routes
+        # Few walks: each in spans. Many short ones: several images to a block.
+        spans = 1 if 2 * walks > slots else min(slots // walks, -(-chunks // 4))
+        span = -(-chunks // spans)
+        spans = -(-chunks // span)
+        images = max(1, walks // (2 * slots)) if chunks <= 4 else 1
+        images = max(images, -(-batch // 65535))
+        return _Cut(warps, (routes, columns * spans, -(-batch // images)),
+                    staged + warps * per_warp, columns, images, span, spans)
+
+    return _Plan(height * width, routes, tiles, row, groups, chunks, multiprocessors,
+                 cut(_FORWARD_WARPS, _FORWARD_BLOCKS, 2 * _CHUNK_MAP + 256 * tiles + 64),
+                 cut(_BACKWARD_WARPS, _BACKWARD_BLOCKS, 4 * _CHUNK_MAP + 768 * tiles + 320 + 2048),
+                 (_magic(height), _magic(width)))
 
 
 def _magic(divisor: int) -> int:
@@ -76,142 +160,249 @@ def _magic(divisor: int) -> int:
     return magic - 2**32 if magic >= 2**31 else magic
 
 
-class _Plan:
-    """Sizes of a launch: how the work is cut for this GPU."""
+# --- forward ----------------------------------------------------------------------------------
 
-    def __init__(self, x: Tensor, rank: int, state: int, routes: int):
-        self.batch, self.dim, self.height, self.width = x.shape
-        self.rank, self.state, self.routes = rank, state, routes
-        self.tiles = -(-rank // 8)
-        pairs = rank + rank % 2
-        self.row = 8 * max(-(-(pairs + 2 * state) // 8), self.tiles)
-        self.groups = -(-self.dim // 16)
-        self.chunks = -(-self.height * self.width // _CHUNK)
-        self.axes = min(routes, 2)
-        multiprocessors, shared = _device(x.device.index or 0)
-        directions = 2 if routes == 4 else 1
-        staged = 2 * directions * self.row // 8 * 1024
-        per_warp = 4 * (2 * (16 + 16 * state + 64 * self.tiles) + 32 * state)
-        fitting = (shared - 1024 - staged) // per_warp // 2 * 2
-        if fitting < 2:
-            raise ValueError(f'd_state={state} and dt_rank={rank} need more shared memory than '
-                             f'the {shared} bytes of this GPU')
-        self.warps = max(2, min(_WARPS, fitting, self.groups + self.groups % 2))
-        self.shared = staged + self.warps * per_warp
-        self.columns = -(-self.groups // self.warps)
-        slots = _BLOCKS * multiprocessors
-        blocks = self.batch * self.columns * self.axes
-        # Few blocks: each walk in spans. Many short ones: several images to a block.
-        spans = 1 if 2 * blocks > slots else min(slots // blocks, -(-self.chunks // 4))
-        self.span = -(-self.chunks // spans)
-        self.spans = -(-self.chunks // self.span)
-        self.images = max(1, blocks // (2 * slots)) if self.chunks <= 4 else 1
-        self.grid = (-(-self.batch // self.images), self.columns, self.axes * self.spans)
+def forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype, save):
+    """(y, projected, states), shapes as in :func:`vmamba_mm.ops.ss2d_scan` and ``saved``.
+
+    For inputs for which ``why_not`` is None. ``states`` is empty unless ``save``.
+    """
+    maps, projected, states = _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save)
+    y = torch.empty(maps.shape[1:], dtype=out_dtype, device=x.device)
+    _sum_maps(maps, y)
+    return _like(y.permute(0, 3, 1, 2), x), projected, states
 
 
-def forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype) -> Tensor:
-    """Shapes as in :func:`vmamba_mm.ops.ss2d_scan`; inputs for which ``why_not`` is None."""
-    rows, columns = _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
+def saved(x, rank, num_routes):
+    """Shapes of what the forward keeps for the backward: (projected, states)."""
     batch, dim, height, width = x.shape
-    if norm_fits(x):
-        y = torch.empty(batch, height, width, dim, dtype=out_dtype, device=x.device)
-        _merge(rows, columns, merged=y)
-    elif columns is None:
-        y = rows.to(out_dtype)
-    else:
-        y = torch.add(rows.float(), columns).to(out_dtype)
-    y = y.permute(0, 3, 1, 2)
-    out = torch.empty_like(x, dtype=out_dtype)
-    return y if y.stride() == out.stride() else out.copy_(y)
+    row, chunks = sizes(height, width, rank)
+    return (batch * height * width, num_routes * row), (batch, num_routes, chunks, dim)
 
 
 def norm_fits(x: Tensor) -> bool:
-    """Whether the kernel that adds and normalises the two maps takes maps like ``x``."""
+    """Whether the kernels that add the maps and normalise take maps like ``x``."""
     return x.shape[1] % 4 == 0 and x.shape[1] <= 4096
 
 
 def forward_norm(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, norm_weight, norm_bias,
-                 eps) -> Tensor:
-    """Shapes as in :func:`vmamba_mm.ops.ss2d_scan_norm`; inputs for which ``norm_fits``."""
-    rows, columns = _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
-    normed = rows if columns is None else columns  # an element is read before it is written
-    weight, bias = norm_weight.contiguous(), norm_bias.contiguous().to(norm_weight.dtype)
-    _merge(rows, columns, normed=normed, weight=weight, bias=bias, eps=eps)
-    y = normed.permute(0, 3, 1, 2)
-    out = torch.empty_like(x)
-    return y if y.stride() == out.stride() else out.copy_(y)
+                 eps, save):
+    """(out, merged, moments, projected, states) for inputs for which ``norm_fits``.
+
+    ``merged`` (B, H, W, D), in ``x``'s dtype, and ``moments`` (B*H*W, 2) are what the norm's
+    backward needs; they and ``states`` are empty unless ``save``.
+    """
+    maps, projected, states = _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save)
+    out, merged, moments = torch.empty_like(maps[0]), x.new_empty(0), x.new_empty(0)
+    if save:
+        merged = torch.empty_like(out)
+        moments = torch.empty(out[..., 0].numel(), 2, dtype=torch.float32, device=x.device)
+    _merge(maps, merged=merged if save else None, normed=out, weight=norm_weight.contiguous(),
+           bias=norm_bias.contiguous().to(norm_weight.dtype), moments=moments if save else None,
+           eps=eps)
+    return _like(out.permute(0, 3, 1, 2), x), merged, moments, projected, states
 
 
-def _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D):
-    """The row map and the column map, (B, H, W, D) each; the second is None for one route."""
-    num_routes, dim, rank = dt_projs_weight.shape
-    plan = _Plan(x, rank, A.shape[1], num_routes)
-    if x.stride(1) != 1 and dim > 1:
-        x = x.contiguous(memory_format=torch.channels_last)
-    x_BHWD = x.permute(0, 2, 3, 1)
-    batch, height, width = plan.batch, plan.height, plan.width
-    type_, device = _TYPES[x.dtype], x.device
+def _like(y: Tensor, x: Tensor) -> Tensor:
+    """``y`` with the strides of ``x``."""
+    if y.stride() == x.stride():
+        return y
+    strides = torch.empty_like(x, device='meta').stride()
+    return y if y.stride() == strides else y.new_empty_strided(y.shape, strides).copy_(y)
 
-    def empty(*shape, dtype=torch.float32):
-        return torch.empty(shape, dtype=dtype, device=device)
 
+class _Prepared(NamedTuple):
+    """The parameters as the kernels take them; the last four are pointers into ``memory``."""
+    weight: Tensor  # (K * P, D)
+    memory: Tensor
+    fragments: int
+    bias: int
+    rates: int
+    skip: int
+
+
+def _prepare(plan, dtype, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D) -> _Prepared:
+    routes, dim, rank = dt_projs_weight.shape
     padded = 16 * plan.groups
-    weight = empty(num_routes * plan.row, dim, dtype=x.dtype)
-    fragments = empty(num_routes * plan.groups * plan.tiles * 64, dtype=torch.int32)
-    scalars = empty((num_routes * (1 + plan.state) + 1) * padded)
-    bias = scalars.data_ptr()
-    rates = bias + 4 * num_routes * padded
-    skip = rates + 4 * num_routes * plan.state * padded
+    weight = torch.empty(routes * plan.row, dim, dtype=dtype, device=A.device)
+    of_fragments = routes * plan.groups * plan.tiles * 64
+    memory = torch.empty(of_fragments + (2 * routes + 1) * padded, dtype=torch.float32,
+                         device=A.device)
+    fragments = memory.data_ptr()
+    bias = fragments + 4 * of_fragments
+    rates = bias + 4 * routes * padded
+    skip = rates + 4 * routes * padded
     parameters = [t.contiguous() for t in (x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)]
-    count = weight.numel() + fragments.numel() + scalars.numel()
-    load(prepare_instance(type_), device).launch(
+    count = weight.numel() + memory.numel()
+    load(prepare_instance(_TYPES[dtype]), A.device).launch(
         (min(1024, -(-count // 256)), 1, 1), (256, 1, 1),
-        (*(t.data_ptr() for t in parameters), weight.data_ptr(), fragments.data_ptr(), bias, rates,
-         skip, dim, rank, plan.state, num_routes, plan.row, plan.tiles,
-         *(_CODES[t.dtype] for t in parameters)))
-    projected = torch.mm(x_BHWD.reshape(-1, dim), weight.T)
+        (*(t.data_ptr() for t in parameters), weight.data_ptr(), fragments, bias, rates, skip,
+         dim, rank, 1, routes, plan.row, plan.tiles, *(_CODES[t.dtype] for t in parameters)))
+    return _Prepared(weight, memory, fragments, bias, rates, skip)
 
-    rows = empty(batch, height, width, dim, dtype=x.dtype)
-    columns = empty(batch, height, width, dim, dtype=x.dtype) if plan.axes == 2 else None
-    states = empty(batch, num_routes, plan.chunks, plan.state, dim)
-    spans = (batch, num_routes, plan.spans, plan.state, dim)
-    stride_b, _, stride_h, stride_w = x.stride()
-    vector = dim % 4 == stride_b % 4 == stride_h % 4 == stride_w % 4 == x.data_ptr() % 8 == 0
 
-    def scan(summary, entries, decays, ends):
-        load(scan_instance(type_, plan.tiles, plan.state == 1, summary), device).launch(
-            plan.grid, (32 * plan.warps, 1, 1),
-            (x.data_ptr(), projected.data_ptr(), rows.data_ptr(),
-             0 if columns is None else columns.data_ptr(), fragments.data_ptr(), bias, rates, skip,
-             states.data_ptr(), entries, decays, ends, stride_b, stride_h, stride_w, batch, dim,
-             height, width, rank, plan.state, num_routes, plan.row, plan.span, plan.spans,
-             plan.chunks, int(vector), 0, plan.images, _magic(height), _magic(width)), plan.shared)
+def _pixels(x: Tensor) -> Tensor:
+    """``x`` (B, D, H, W) as (B, H*W, D): a view, unless rows of pixels have gaps between them."""
+    if x.shape[2] > 1 and x.shape[3] > 1 and x.stride(2) != x.shape[3] * x.stride(3):
+        x = x.contiguous(memory_format=torch.channels_last)
+    return x.flatten(2).transpose(1, 2)
 
-    if plan.spans > 1:
-        decays, ends, entries = empty(*spans), empty(*spans), empty(*spans)
-        scan(True, 0, decays.data_ptr(), ends.data_ptr())
-        inner = plan.state * dim
-        load(combine_instance(), device).launch(
-            (-(-batch * num_routes * inner // 128), 1, 1), (128, 1, 1),
-            (decays.data_ptr(), ends.data_ptr(), entries.data_ptr(), batch * num_routes,
-             plan.spans, inner, num_routes))
-        scan(False, entries.data_ptr(), 0, 0)
+
+def _map(x_BLD: Tensor) -> tuple[int, ...]:
+    """The fields of the kernels' Map."""
+    dim, pointer = x_BLD.shape[2], x_BLD.data_ptr()
+    stride_b, stride_pixel, stride_d = x_BLD.stride()
+    vector = (stride_d == 1 or dim == 1) and dim % 4 == stride_b % 4 == stride_pixel % 4 == 0
+    return pointer, stride_b, stride_pixel, stride_d, int(vector and pointer % 8 == 0), 0
+
+
+def _flat(x_BLD: Tensor) -> Tensor | None:
+    """(B*L, D) as a view, or None."""
+    batch, length, dim = x_BLD.shape
+    stride_b, stride_pixel, stride_d = x_BLD.stride()
+    if (stride_d == 1 or dim == 1) and (batch == 1 or stride_b == length * stride_pixel):
+        return x_BLD.as_strided((batch * length, dim), (stride_pixel, 1))
+    return None
+
+
+def _scan_fields(plan, cut, prepared, projected, batch, dim, height, width, rank):
+    """The fields of the kernels' Scan."""
+    return (projected.data_ptr(), *prepared[2:], batch, dim, height, width, rank, plan.routes,
+            plan.row, cut.span, cut.spans, plan.chunks, cut.images, *plan.magic)
+
+
+def _walk(cut, kernel, summary_kernel, fields, entries_shape, back, device):
+    """Launch a scan, cut in spans where the plan says so: ``fields`` but the last three."""
+    if cut.spans == 1:
+        load(kernel, device).launch(cut.grid, (32 * cut.warps, 1, 1), (*fields, 0, 0, 0),
+                                    cut.shared)
+        return
+    batch, routes, dim = entries_shape
+    decays, ends, entries = torch.empty(3, batch, routes, cut.spans, dim, dtype=torch.float32,
+                                        device=device)
+    load(summary_kernel, device).launch(
+        cut.grid, (32 * cut.warps, 1, 1), (*fields, 0, decays.data_ptr(), ends.data_ptr()),
+        cut.shared)
+    load(combine_instance(), device).launch(
+        (-(-batch * routes * dim // 128), 1, 1), (128, 1, 1),
+        (decays.data_ptr(), ends.data_ptr(), entries.data_ptr(), batch * routes, cut.spans, dim,
+         int(back)))
+    load(kernel, device).launch(cut.grid, (32 * cut.warps, 1, 1),
+                                (*fields, entries.data_ptr(), 0, 0), cut.shared)
+
+
+def _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save):
+    """The maps of the routes (K, B, H, W, D), ``projected`` and ``states``."""
+    batch, dim, height, width = x.shape
+    routes, _, rank = dt_projs_weight.shape
+    plan = _plan(batch, dim, height, width, rank, routes, x.device.index)
+    x_BLD = _pixels(x)
+    prepared = _prepare(plan, x.dtype, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
+    if (x_2d := _flat(x_BLD)) is not None:
+        projected = torch.mm(x_2d, prepared.weight.T)
     else:
-        scan(False, 0, 0, 0)
-    return rows, columns
+        projected = torch.bmm(x_BLD, prepared.weight.T.expand(batch, -1, -1)).flatten(0, 1)
+    maps = torch.empty(routes, batch, height, width, dim, dtype=x.dtype, device=x.device)
+    states = torch.empty((batch, routes, plan.chunks, dim) if save else 0, dtype=torch.float32,
+                         device=x.device)
+    type_ = _TYPES[x.dtype]
+    fields = (*_scan_fields(plan, plan.forward, prepared, projected, batch, dim, height, width,
+                            rank),
+              *_map(x_BLD), maps.data_ptr(), states.data_ptr() if save else 0)
+    _walk(plan.forward, forward_instance(type_, plan.tiles, False),
+          forward_instance(type_, plan.tiles, True), fields, (batch, routes, dim), False, x.device)
+    return maps, projected, states
 
 
-def _merge(rows, columns, merged=None, normed=None, weight=None, bias=None, eps=0.0):
-    """The sum of the two maps and its LayerNorm, each where a tensor for it is given."""
-    dim = rows.shape[-1]
-    positions = rows.numel() // dim
+def _sum_maps(maps: Tensor, out: Tensor) -> None:
+    """``out`` = the sum of ``maps`` over their first dimension, in fp32."""
+    if maps.shape[-1] % 4 == 0 and maps.shape[-1] <= 4096:
+        _merge(maps, merged=out)
+    else:
+        torch.sum(maps, 0, dtype=out.dtype, out=out)
+
+
+def _merge(maps, merged=None, normed=None, weight=None, bias=None, moments=None, eps=0.0):
+    """The sum of the maps and its LayerNorm, each where a tensor for it is given."""
+    dim = maps.shape[-1]
+    positions = maps[0].numel() // dim
     to_float = merged is not None and merged.dtype == torch.float32
+    index = maps.device.index
 
     def pointer(tensor):
         return 0 if tensor is None else tensor.data_ptr()
 
-    multiprocessors, _ = _device(rows.device.index or 0)
-    load(merge_instance(_TYPES[rows.dtype], -(-dim // 128), to_float), rows.device).launch(
-        (min(-(-positions // 8), 16 * multiprocessors), 1, 1), (256, 1, 1),
-        (rows.data_ptr(), pointer(columns), pointer(merged), pointer(normed), pointer(weight),
-         pointer(bias), 0, 0, eps, positions, dim, 0 if weight is None else _CODES[weight.dtype]))
+    load(merge_instance(_TYPES[maps.dtype], len(maps), -(-dim // 128), to_float), index).launch(
+        (min(-(-positions // 8), 16 * _multiprocessors(index)), 1, 1), (256, 1, 1),
+        (maps.data_ptr(), pointer(merged), pointer(normed), pointer(weight), pointer(bias),
+         pointer(moments), eps, positions, dim, 0 if weight is None else _CODES[weight.dtype]))
+
+
+@cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+# --- backward ---------------------------------------------------------------------------------
+
+def backward(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, projected, states):
+    """Gradients by x and the five parameters, in their dtypes.
+
+    ``grad_y`` is (B, D, H, W) of any strides and dtype; it is rounded to ``x``'s.
+    """
+    batch, dim, height, width = x.shape
+    routes, _, rank = dt_projs_weight.shape
+    device, type_ = x.device, _TYPES[x.dtype]
+    plan = _plan(batch, dim, height, width, rank, routes, device.index)
+    cut, length = plan.backward, plan.length
+    x_BLD, dy_BLD = _pixels(x), _pixels(grad_y.to(x.dtype))
+    prepared = _prepare(plan, x.dtype, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
+
+    maps = torch.empty(routes + 1, batch, height, width, dim, dtype=x.dtype, device=device)
+    dprojected = torch.empty(cut.columns, *projected.shape, dtype=x.dtype, device=device)
+    columns = routes * dim * (rank + 2) + dim
+    partials = torch.empty(cut.grid[2] * cut.spans, columns, dtype=torch.float32, device=device)
+    fields = (*_scan_fields(plan, cut, prepared, projected, batch, dim, height, width, rank),
+              *_map(x_BLD), *_map(dy_BLD), states.data_ptr(), maps.data_ptr(),
+              dprojected.data_ptr(), partials.data_ptr())
+    _walk(cut, backward_instance(type_, plan.tiles, False),
+          backward_instance(type_, plan.tiles, True), fields, (batch, routes, dim), True, device)
+
+    grad_dt, grad_A, grad_bias, grad_skip = partials.sum(0).split(
+        (routes * dim * rank, routes * dim, routes * dim, dim))
+    dprojected = dprojected[0] if cut.columns == 1 else dprojected.sum(0)
+    torch.mm(dprojected, prepared.weight, out=maps[-1].view(batch * length, dim))
+    grad_x = torch.empty(batch, height, width, dim, dtype=x.dtype, device=device)
+    _sum_maps(maps, grad_x)
+    if (x_2d := _flat(x_BLD)) is not None:
+        grad_weight = torch.mm(dprojected.T, x_2d)
+    else:
+        grad_weight = torch.bmm(dprojected.view(batch, length, -1).transpose(1, 2), x_BLD).sum(0)
+    grad_weight = grad_weight.view(routes, plan.row, dim)
+    pairs = rank + rank % 2
+    grad_weight = torch.cat((grad_weight[:, :rank], grad_weight[:, pairs:pairs + 2]), 1)
+    return (_like(grad_x.permute(0, 3, 1, 2), x), grad_weight.to(x_proj_weight.dtype),
+            grad_dt.view_as(dt_projs_weight).to(dt_projs_weight.dtype, copy=True),
+            grad_bias.view_as(dt_projs_bias).to(dt_projs_bias.dtype, copy=True),
+            grad_A.view_as(A).to(A.dtype, copy=True),
+            grad_skip.repeat(routes).to(D.dtype))
+
+
+def norm_backward(grad, merged, moments, weight):
+    """Gradients of the LayerNorm by its input (B, D, H, W), weight and bias (fp32)."""
+    batch, height, width, dim = merged.shape
+    positions = merged.numel() // dim
+    grad = grad.permute(0, 2, 3, 1).contiguous()
+    warps = next(n for n in (1, 2, 4, 8) if dim <= 512 * n)
+    parts = -(-dim // (128 * warps))
+    index = merged.device.index
+    blocks = min(-(-positions * warps // 8), 4 * _multiprocessors(index))
+    out = torch.empty_like(merged)
+    partials = torch.empty(blocks, 2, dim, dtype=torch.float32, device=merged.device)
+    weight = weight.contiguous()
+    load(norm_backward_instance(_TYPES[merged.dtype], parts, warps), index).launch(
+        (blocks, 1, 1), (256, 1, 1),
+        (grad.data_ptr(), merged.data_ptr(), moments.data_ptr(), weight.data_ptr(),
+         out.data_ptr(), partials.data_ptr(), positions, dim, _CODES[weight.dtype]), 8 * dim)
+    grad_weight, grad_bias = partials.sum(0)
+    return out.permute(0, 3, 1, 2), grad_weight, grad_bias

@@ -10,55 +10,77 @@ from vmamba_mm.ops.cross_scan.reference import ROUTES
 from vmamba_mm.ops.selective_scan.op import scan_flops
 from vmamba_mm.ops.ss2d_scan import chunked, cuda, reference
 
-_FORWARD = {'reference': reference.forward, 'chunked': chunked.forward, 'cuda': cuda.forward}
-# The kernels have no backward yet: plain PyTorch recomputes what it needs from the inputs.
-_BACKWARD = {'reference': reference.backward, 'chunked': chunked.backward,
-             'cuda': chunked.backward}
+_FORWARD = {'reference': reference.forward, 'chunked': chunked.forward}
+_BACKWARD = {'reference': reference.backward, 'chunked': chunked.backward}
 
 
 @torch.library.custom_op('vmamba_mm::ss2d_scan_fwd', mutates_args=())
 def _fwd(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_projs_bias: Tensor,
-         A: Tensor, D: Tensor, out_dtype: torch.dtype, backend: str) -> Tensor:
+         A: Tensor, D: Tensor, out_dtype: torch.dtype, backend: str, save: bool
+         ) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and what the kernels keep for their backward: empty for others, or unless ``save``."""
+    inputs = (x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype)
     # Autocast would lower the products inside; the op's own dtype policy holds instead.
     with torch.autocast(x.device.type, enabled=False):
-        y = _FORWARD[backend](
-            x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype)
-    return torch.empty_like(x, dtype=out_dtype).copy_(y) if backend == 'reference' else y
+        if backend == 'cuda':
+            y, projected, states = cuda.forward(*inputs, save)
+            return y, projected if save else x.new_empty(0), states
+        y = _FORWARD[backend](*inputs)
+    if backend == 'reference':
+        y = torch.empty_like(x, dtype=out_dtype).copy_(y)
+    return y, x.new_empty(0), x.new_empty(0)
+
+
+def _fake_saved(x, dt_projs_weight, save):
+    shapes = cuda.saved(x, dt_projs_weight.shape[2], len(dt_projs_weight)) if save else (0, 0)
+    return x.new_empty(shapes[0]), x.new_empty(shapes[1], dtype=torch.float32)
 
 
 @_fwd.register_fake
-def _(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype, backend):
-    return torch.empty_like(x, dtype=out_dtype)
+def _(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype, backend, save):
+    y = torch.empty_like(x, dtype=out_dtype)
+    if backend == 'cuda':
+        return y, *_fake_saved(x, dt_projs_weight, save)
+    return y, x.new_empty(0), x.new_empty(0)
 
 
 @torch.library.custom_op('vmamba_mm::ss2d_scan_bwd', mutates_args=())
 def _bwd(grad_y: Tensor, x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor,
-         dt_projs_bias: Tensor, A: Tensor, D: Tensor, backend: str
-         ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+         dt_projs_bias: Tensor, A: Tensor, D: Tensor, projected: Tensor, states: Tensor,
+         backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = (grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
     with torch.autocast(x.device.type, enabled=False):
-        grad_x, *grads = _BACKWARD[backend](
-            grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
+        if backend == 'cuda':
+            return cuda.backward(*inputs, projected, states)
+        grad_x, *grads = _BACKWARD[backend](*inputs)
     if backend == 'reference':
         grad_x = torch.empty_like(x).copy_(grad_x)
     return grad_x, *(g.contiguous() for g in grads)
 
 
 @_bwd.register_fake
-def _(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, backend):
+def _(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, projected, states, backend):
     weights = (x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
     return torch.empty_like(x), *(t.new_empty(t.shape) for t in weights)
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, _, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, _, ctx.backend, _ = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_y):
-    return *_bwd(grad_y, *ctx.saved_tensors, ctx.backend), None, None
+def _backward(ctx, grad_y, *_):
+    if grad_y is None:
+        return (None,) * 9
+    return *_bwd(grad_y, *ctx.saved_tensors, ctx.backend), None, None, None
 
 
 _fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _wants_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 @register_flop_formula(torch.ops.vmamba_mm.ss2d_scan_fwd)
@@ -82,7 +104,8 @@ def ss2d_scan(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_proj
     """The whole middle of SS2D as one op (section 4.3 and figure 3, arXiv 2401.10166).
 
     Cross scan along K routes, per-route projection of x to (dt, B, C), softplus(dt W + bias),
-    selective scan, cross merge. Every input has a gradient; the backward saves the inputs only.
+    selective scan, cross merge. Every input has a gradient. Kept for the backward are the inputs;
+    by the kernels also the projected input and a state for each 56 positions.
 
     Args:
         x: (B, D, H, W), after depthwise convolution and SiLU; any strides (channels last is the
@@ -109,20 +132,56 @@ def ss2d_scan(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_proj
     _check(x, *parameters)
     out_dtype = out_dtype or x.dtype
     backend = resolve_backend(backend, cuda=lambda: cuda.why_not(x, out_dtype, parameters))
-    return _fwd(x, *parameters, out_dtype, backend)
+    save = backend == 'cuda' and _wants_grad(x, *parameters)
+    return _fwd(x, *parameters, out_dtype, backend, save)[0]
 
 
 @torch.library.custom_op('vmamba_mm::ss2d_scan_norm', mutates_args=())
 def _fwd_norm(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_projs_bias: Tensor,
-              A: Tensor, D: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float) -> Tensor:
+              A: Tensor, D: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, save: bool
+              ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The normed map; merged, moments and what ``_fwd`` keeps, all empty unless ``save``."""
     with torch.autocast(x.device.type, enabled=False):
-        return cuda.forward_norm(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D,
-                                 norm_weight, norm_bias, eps)
+        out, merged, moments, projected, states = cuda.forward_norm(
+            x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, norm_weight, norm_bias, eps,
+            save)
+    return out, merged, moments, projected if save else x.new_empty(0), states
 
 
 @_fwd_norm.register_fake
-def _(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, norm_weight, norm_bias, eps):
-    return torch.empty_like(x)
+def _(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, norm_weight, norm_bias, eps, save):
+    batch, dim, height, width = x.shape
+    merged, moments = ((batch, height, width, dim), (batch * height * width, 2)) if save else (0, 0)
+    return (torch.empty_like(x), x.new_empty(merged), x.new_empty(moments, dtype=torch.float32),
+            *_fake_saved(x, dt_projs_weight, save))
+
+
+@torch.library.custom_op('vmamba_mm::ss2d_norm_bwd', mutates_args=())
+def _bwd_norm(grad: Tensor, merged: Tensor, moments: Tensor, norm_weight: Tensor,
+              norm_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    grad_merged, grad_weight, grad_bias = cuda.norm_backward(grad, merged, moments, norm_weight)
+    return (grad_merged, grad_weight.to(norm_weight.dtype, copy=True),
+            grad_bias.to(norm_bias.dtype, copy=True))
+
+
+@_bwd_norm.register_fake
+def _(grad, merged, moments, norm_weight, norm_bias):
+    return (torch.empty_like(merged).permute(0, 3, 1, 2), norm_weight.new_empty(norm_weight.shape),
+            norm_bias.new_empty(norm_bias.shape))
+
+
+def _setup_norm(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:8], *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_norm(ctx, grad, *_):
+    *tensors, norm_weight, norm_bias, merged, moments, projected, states = ctx.saved_tensors
+    grad_y, *grads = _bwd_norm(grad, merged, moments, norm_weight, norm_bias)
+    return *_bwd(grad_y, *tensors, projected, states, 'cuda'), *grads, None, None
+
+
+_fwd_norm.register_autograd(_backward_norm, setup_context=_setup_norm)
 
 
 @register_flop_formula(torch.ops.vmamba_mm.ss2d_scan_norm)
@@ -136,8 +195,8 @@ def ss2d_scan_norm(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor,
                    backend: Backend | None = None) -> Tensor:
     """:func:`ss2d_scan` and the LayerNorm over D that follows it, in ``x``'s dtype.
 
-    Where the kernels take the inputs and no gradient is wanted, the merged map is never stored:
-    the norm reads the row and the column map. Else the two run one after the other.
+    Where the kernels take the inputs the norm reads the routes' maps, and the merged map is stored
+    only for a backward, in ``x``'s dtype. Else the two run one after the other.
 
     Args:
         norm_weight, norm_bias: (D).
@@ -151,9 +210,8 @@ def ss2d_scan_norm(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor,
     everything = (x, *parameters, norm_weight, norm_bias)
     _check(x, *parameters)
     resolved = resolve_backend(backend, cuda=lambda: cuda.why_not(x, x.dtype, everything[1:]))
-    wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in everything)
-    if resolved == 'cuda' and cuda.norm_fits(x) and not wants_grad:
-        return _fwd_norm(*everything, eps)
+    if resolved == 'cuda' and cuda.norm_fits(x):
+        return _fwd_norm(*everything, eps, _wants_grad(*everything))[0]
     # Under autocast the merged map stays fp32 up to the norm, as published.
     y_BDHW = ss2d_scan(x, *parameters, backend=backend,
                        out_dtype=torch.promote_types(x.dtype, norm_weight.dtype))
