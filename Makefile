@@ -4,7 +4,7 @@ PY := .venv/bin/python
 export PIP_REQUIRE_VIRTUALENV := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-det demo-seg test lint kernels bench clean
+.PHONY: help setup demo demo-det demo-seg test lint kernels check-gpu bench clean
 
 help:
 	@echo 'make demo      train, evaluate and predict: classification on a small built-in set (4 min)'
@@ -13,6 +13,7 @@ help:
 	@echo 'make test      all tests'
 	@echo 'make lint      ruff'
 	@echo 'make kernels   compile every CUDA kernel for every GPU, no GPU needed; registers, spills'
+	@echo 'make check-gpu every CUDA kernel under compute-sanitizer, on a machine with a GPU'
 	@echo 'make bench     speed and memory on this CPU beside Swin-T, correctness first'
 	@echo 'make setup     only the environment: .venv in this folder (10 min the first time)'
 	@echo 'make clean     remove demo sets, work_dirs and caches; .venv stays'
@@ -38,6 +39,9 @@ lint: setup
 
 kernels: setup
 	@$(PY) tools/check_kernels.py $(ARGS)
+
+check-gpu: setup
+	@$(PY) tools/check_gpu.py $(ARGS)
 
 bench: setup
 	@$(PY) tools/bench/cpu_vs_swin.py $(ARGS)

@@ -1,0 +1,127 @@
+"""The tools for a GPU machine, as far as one without a GPU can tell."""
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+TOOLS = Path(__file__).parents[2] / 'tools'
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason='for machines without a GPU')
+
+
+@pytest.fixture(autouse=True)
+def tools_on_path(monkeypatch):
+    monkeypatch.syspath_prepend(TOOLS)
+    monkeypatch.syspath_prepend(TOOLS / 'bench')
+
+
+def call(main, monkeypatch, *argv):
+    monkeypatch.setattr(sys, 'argv', ['tool', *map(str, argv)])
+    main()
+
+
+def test_floors_of_an_h100():
+    """The numbers that kernels/README.md and the speed anchors give for stage 1."""
+    from floors import floors
+
+    gpu = {'multiprocessors': 132, 'MHz': 1980, 'copy': 3.01e9}
+    found, size = floors(128 * 4 * 96 * 56 * 56, 1, False, gpu)
+    assert size == 2 * 2 * 128 * 96 * 56 * 56
+    assert found['bytes'] == pytest.approx(0.0513, rel=0.01)
+    assert found['special'] == pytest.approx(0.11, rel=0.02)
+    both, size_of_both = floors(128 * 4 * 96 * 56 * 56, 1, True, gpu)
+    assert size_of_both == 2.5 * size
+    assert both['special'] == pytest.approx(found['special'] * 7 / 3)
+    vanilla, _ = floors(128 * 4 * 192 * 56 * 56, 16, False, gpu)
+    assert vanilla['special'] == pytest.approx(1.33, rel=0.01)
+
+
+@pytest.mark.parametrize('state', [1, 3])
+def test_materialised_pipeline_is_the_op(state):
+    import materialised
+
+    from vmamba_mm.ops import ss2d_scan_norm
+    from vmamba_mm.testing import assert_close, ss2d_scan_inputs, with_grads
+
+    inputs = ss2d_scan_inputs(5, 6, 4, 7, state=state)
+    inputs |= dict(norm_weight=torch.rand(6), norm_bias=torch.rand(6))
+    y, grads = with_grads(ss2d_scan_norm, inputs)
+    y_four, grads_four = with_grads(materialised.ss2d_scan_norm, inputs)
+    assert_close(y_four, y, 1e-5)
+    for name, grad in grads.items():
+        assert_close(grads_four[name], grad, 1e-5, name)
+
+
+@without_gpu
+def test_bench_without_a_gpu(monkeypatch):
+    import ss2d_gpu
+
+    with pytest.raises(SystemExit, match='finds no GPU'):
+        call(ss2d_gpu.main, monkeypatch)
+    with pytest.raises(SystemExit):
+        call(ss2d_gpu.main, monkeypatch, '--rows', 'stage 9')
+
+
+def test_sanitizer_is_missing(monkeypatch, tmp_path):
+    import check_gpu
+
+    monkeypatch.setenv('PATH', str(tmp_path))
+    monkeypatch.setattr(check_gpu, 'Path', lambda *parts: tmp_path.joinpath('absent', *parts[1:]))
+    with pytest.raises(check_gpu._cli.UserError, match='compute-sanitizer was not found'):
+        check_gpu.find_sanitizer()
+
+
+@pytest.mark.parametrize('code, log, problem', [
+    (0, 'launched: a.cu b.cu\nall cases ran', None),
+    (0, 'launched: a.cu\nall cases ran', 'never launched: b.cu'),
+    (99, '========= ERROR SUMMARY: 3 errors', 'ERROR SUMMARY: 3 errors'),
+    (0, '========= Target application returned', 'exit code 0'),
+    (1, 'RuntimeError: no', 'the cases failed with exit code 1: RuntimeError: no')])
+def test_what_a_log_says(code, log, problem):
+    import check_gpu
+
+    assert check_gpu.find_problem(log, code, {'a.cu', 'b.cu'}) == problem
+
+
+def test_products_of_initcheck():
+    """They stand for cuBLAS; here by hand, as they are registered for CUDA only."""
+    import check_gpu
+
+    registered = {}
+
+    class Library:
+        def impl(self, name, function, key):
+            registered[name] = function
+
+    class Torch:
+        cat = torch.cat
+
+        class library:  # noqa: N801
+            Library = staticmethod(lambda *args: Library())
+
+    check_gpu.write_products_plainly(Torch)
+    a, b, bias = torch.randn(2, 7, 5), torch.randn(2, 5, 3), torch.randn(3)
+    out = torch.empty(7, 3)
+    torch.testing.assert_close(registered['bmm'](a, b), a @ b)
+    torch.testing.assert_close(registered['mm.out'](a[0], b[0], out=out), a[0] @ b[0])
+    torch.testing.assert_close(registered['addmm'](bias, a[0], b[0], beta=2),
+                               torch.addmm(bias, a[0], b[0], beta=2))
+
+
+def test_loss_curve(monkeypatch, tmp_path, capsys):
+    import loss_curve
+
+    monkeypatch.setattr('vmamba_mm.layers.ss2d.ss2d_scan_norm', None)  # put back afterwards
+    monkeypatch.setattr(torch.backends.cudnn, 'deterministic', False)
+    with pytest.raises(SystemExit, match='the loss does not fall'):
+        call(loss_curve.main, monkeypatch, '--backend', 'reference', '--size', 32, '--steps', 2,
+             '--batch', 4, '--out', tmp_path)
+    assert 'plain, fp32' in capsys.readouterr().out
+    rows = list(csv.reader((tmp_path / 'loss_curve.csv').open()))
+    assert len(rows) == 3 and len(rows[0]) == 5
+    assert float(rows[1][1]) == pytest.approx(float(rows[1][2]), rel=1e-3)
+    assert (tmp_path / 'loss_curve.png').stat().st_size > 10_000
+    with pytest.raises(SystemExit, match='no two folders'):
+        call(loss_curve.main, monkeypatch, '--backend', 'chunked', '--images', tmp_path)

@@ -1,0 +1,199 @@
+"""Run every CUDA kernel, forward and backward, under NVIDIA's compute-sanitizer.
+
+memcheck finds accesses out of bounds, racecheck races in shared memory, initcheck reads of memory
+that nobody wrote. The logs are kept in work_dirs/check_gpu. Needs an NVIDIA GPU and
+compute-sanitizer, which comes with the CUDA toolkit. A kernel of kernels/*.cu that no case
+launched fails the check.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import _cli
+
+EXAMPLES = """\
+  python tools/check_gpu.py
+  python tools/check_gpu.py --tools racecheck --jobs 1"""
+TOOLS = ('memcheck', 'racecheck', 'initcheck')
+LOGS = Path('work_dirs/check_gpu')
+ERRORS = 99  # exit code of compute-sanitizer that found something
+# Parts of the names of kernels that are not ours: torch's, cuBLAS'. A filter for ours instead
+# could miss them without a word.
+OTHERS = ('at6native', 'at_cuda', 'cublas', 'gemm', 'gemv', 'cutlass', 'nvjet')
+MARKS = {'launched': 'launched: ', 'absent': 'no kernel: ', 'done': 'all cases ran'}
+
+
+def parse_args():
+    parser = _cli.make_parser(__doc__, EXAMPLES)
+    parser.add_argument('--tools', nargs='+', choices=TOOLS, default=TOOLS)
+    parser.add_argument('--jobs', type=int, default=len(TOOLS), metavar='N',
+                        help='tools at once (default: all)')
+    parser.add_argument('--run-cases', choices=TOOLS, help=_cli.argparse.SUPPRESS)
+    parser.add_argument('--traceback', action='store_true', help=_cli.argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def find_sanitizer():
+    homes = [os.environ.get('CUDA_HOME'), os.environ.get('CUDA_PATH'), '/usr/local/cuda']
+    found = shutil.which('compute-sanitizer')
+    for path in (Path(home, 'bin', 'compute-sanitizer') for home in homes if home):
+        found = found or (str(path) if path.is_file() else None)
+    if found is None:
+        raise _cli.UserError(
+            'compute-sanitizer was not found on PATH, in CUDA_HOME, CUDA_PATH or /usr/local/cuda: '
+            "it comes with NVIDIA's CUDA toolkit (package cuda-sanitizer)")
+    return found
+
+
+# --- the process that is checked ------------------------------------------------------------
+
+# name, arguments of ss2d_scan_inputs, dtype of x, whether with the norm
+def scan_cases():
+    import torch
+
+    half, brain, single = torch.float16, torch.bfloat16, torch.float32
+    return [
+        ('one walk', (2, 20, 5, 9), {}, half, True),
+        ('in spans', (1, 36, 20, 31), {'rank': 3}, half, True),
+        ('several images to a block', (530, 16, 7, 7), {}, half, True),
+        ('odd channels, two routes', (2, 19, 6, 7), {'routes': 2, 'rank': 9}, half, False),
+        ('one route', (2, 18, 3, 30), {'routes': 1}, brain, False),
+        ('N = 4', (2, 20, 9, 10), {'state': 4}, half, True),
+        ('N = 16', (1, 36, 18, 20), {'state': 16, 'rank': 6}, half, True),
+        ('fp32', (2, 20, 9, 10), {}, single, True),
+        ('fp32, N = 16', (1, 20, 20, 18), {'state': 16}, single, False)]
+
+
+def run_cases(tool):
+    """Each case forward and backward; names the kernels' files that were launched."""
+    import torch
+
+    from vmamba_mm.ops import nvrtc, selective_scan, ss2d_scan, ss2d_scan_norm
+    from vmamba_mm.testing import selective_scan_inputs, ss2d_scan_inputs, with_grads
+
+    if tool == 'initcheck':
+        write_products_plainly(torch)
+    launched, launch = set(), nvrtc.Kernel.launch
+
+    def recorded(self, *args, **kwargs):
+        launched.add(self.instance.source)
+        launch(self, *args, **kwargs)
+
+    nvrtc.Kernel.launch = recorded
+
+    def run(name, op, inputs, **kwargs):
+        inputs = {key: tensor.cuda() for key, tensor in inputs.items()}
+        try:
+            with torch.no_grad():
+                y = op(**inputs, **kwargs, backend='cuda')
+        except ValueError as err:
+            print(f'{MARKS["absent"]}{op.__name__}, {name}: {err}', flush=True)
+            return
+        with_grads(op, inputs, torch.ones(y.shape).cuda(), **kwargs, backend='cuda')
+        torch.cuda.synchronize()
+        print(f'{time.monotonic() - began:.0f} s: {op.__name__}, {name}', flush=True)
+
+    began = time.monotonic()
+    for name, shape, kwargs, dtype, norm in scan_cases():
+        inputs = ss2d_scan_inputs(*shape, **kwargs)
+        inputs['x'] = inputs['x'].to(dtype)
+        run(name, ss2d_scan, inputs)
+        if norm:
+            weight = torch.ones(shape[1])
+            run(name, ss2d_scan_norm, dict(inputs, norm_weight=weight, norm_bias=weight))
+    for state, dtype in ((1, torch.float32), (16, torch.float16)):
+        inputs = selective_scan_inputs(2, 2, 9, 150, state, dtype=dtype)
+        run(f'N = {state}', selective_scan, inputs, delta_softplus=True)
+    print(f'{MARKS["launched"]}{" ".join(sorted(launched))}\n{MARKS["done"]}')
+
+
+def write_products_plainly(torch):
+    """Matrix products by sums in place of cuBLAS, whose writes initcheck does not always see."""
+    library = torch.library.Library('aten', 'IMPL')
+
+    def product(a, b):
+        step = max(1, 2**24 // max(1, a.shape[-1] * b.shape[-1]))
+        rows = [(part.float()[..., None] * b.float()[..., None, :, :]).sum(-2)
+                for part in a.split(step, dim=-2)]
+        return torch.cat(rows, dim=-2).to(a.dtype)
+
+    def scaled(bias, a, b, beta=1, alpha=1):
+        return (beta * bias + alpha * product(a, b)).to(a.dtype)
+
+    for name in ('mm', 'bmm'):
+        library.impl(name, product, 'CUDA')
+        library.impl(f'{name}.out', lambda a, b, out: out.copy_(product(a, b)), 'CUDA')
+    for name in ('addmm', 'baddbmm'):
+        library.impl(name, lambda bias, a, b, *, beta=1, alpha=1: scaled(bias, a, b, beta, alpha),
+                     'CUDA')
+        library.impl(f'{name}.out', lambda bias, a, b, *, beta=1, alpha=1, out:
+                     out.copy_(scaled(bias, a, b, beta, alpha)), 'CUDA')
+    write_products_plainly.library = library  # it holds as long as this lives
+
+
+# --- the tools ------------------------------------------------------------------------------
+
+def start(sanitizer, tool):
+    command = [sanitizer, '--tool', tool, '--error-exitcode', str(ERRORS), '--print-limit', '20']
+    if tool != 'initcheck':  # which must see what the others write
+        command += ['--kernel-name-exclude', ','.join(f'kns={name}' for name in OTHERS)]
+    command += [sys.executable, __file__, '--run-cases', tool, '--traceback']
+    # Every tensor in an allocation of its own, so that its end and its first write are known.
+    env = dict(os.environ, PYTORCH_NO_CUDA_MEMORY_CACHING='1', PYTHONUNBUFFERED='1')
+    with open(LOGS / f'{tool}.log', 'w') as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
+
+
+def find_problem(log, code, sources):
+    """What is wrong in a tool's log, or None."""
+    if code == ERRORS or code == 0 and MARKS['done'] not in log:
+        summary = re.findall(r'=+ (\w+ SUMMARY: .*)', log)
+        return summary[-1] if summary else f'exit code {code}'
+    if code:
+        return f'the cases failed with exit code {code}: {log.strip().splitlines()[-1]}'
+    launched = re.search(f'{MARKS["launched"]}(.*)', log)[1].split()
+    missing = sorted(sources - set(launched))
+    return f'never launched: {", ".join(missing)}' if missing else None
+
+
+def main():
+    args = parse_args()
+    if args.run_cases:
+        run_cases(args.run_cases)
+        return
+    sanitizer = find_sanitizer()
+    import torch
+
+    from vmamba_mm.ops.nvrtc import KERNELS
+
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        raise _cli.UserError('torch finds no NVIDIA GPU here')
+    LOGS.mkdir(parents=True, exist_ok=True)
+    sources = {path.name for path in KERNELS.glob('*.cu')}
+    failed, waiting, running, began = [], list(args.tools), {}, {}
+    while waiting or running:
+        while waiting and len(running) < max(1, args.jobs):
+            tool = waiting.pop(0)
+            running[tool], began[tool] = start(sanitizer, tool), time.monotonic()
+        time.sleep(0.2)
+        for tool in [tool for tool, process in running.items() if process.poll() is not None]:
+            log = (LOGS / f'{tool}.log').read_text()
+            problem = find_problem(log, running.pop(tool).returncode, sources)
+            print(f'{tool:10} {"FAILED: " + problem if problem else "passed"} '
+                  f'({time.monotonic() - began[tool]:.0f} s)', flush=True)
+            if problem:
+                failed.append(tool)
+    absent = [line for line in log.splitlines() if line.startswith(MARKS['absent'])]
+    print('\n'.join(absent))
+    if failed:
+        raise _cli.UserError(f'{", ".join(failed)} found something: see {LOGS}/*.log')
+    print(f'{len(sources)} files of kernels under {", ".join(args.tools)}: clean')
+
+
+if __name__ == '__main__':
+    _cli.run(main)
