@@ -78,6 +78,10 @@ def test_sanitizer_is_missing(monkeypatch, tmp_path):
     (0, 'launched: a.cu\nall cases ran', 'never launched: b.cu'),
     (99, '========= ERROR SUMMARY: 3 errors', 'ERROR SUMMARY: 3 errors'),
     (0, '========= Target application returned', 'exit code 0'),
+    (99, '========= Error: Race reported between a and b\n========= RACECHECK SUMMARY: 2 hazards',
+     'Error: Race reported between a and b; RACECHECK SUMMARY: 2 hazards'),
+    (99, '1 s: a\n========= Internal Sanitizer Error: no\n========= \n====== RACECHECK SUMMARY: 1',
+     'Internal Sanitizer Error: no; RACECHECK SUMMARY: 1'),
     (1, 'RuntimeError: no', 'the cases failed with exit code 1: RuntimeError: no')])
 def test_what_a_log_says(code, log, problem):
     import check_gpu

@@ -30,6 +30,7 @@ from vmamba_mm.ops import BACKENDS, ss2d_scan_norm
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
 
+PLAIN = 'plain, fp16'
 SMOOTH = 0.9  # of the exponential moving average
 # Okabe and Ito's colours, told apart with every kind of colour vision; dashes besides.
 STYLES = ({'color': '#000000'}, {'color': '#D55E00', 'linestyle': (0, (4, 2))},
@@ -121,17 +122,32 @@ def smooth(losses):
     return result
 
 
+def apart(curves):
+    """{name: |smoothed loss - that of plain PyTorch in fp16| at each step}, for the other runs."""
+    smoothed = {name: smooth(losses) for name, losses in curves.items()}
+    return {name: [abs(a - b) for a, b in zip(losses, smoothed[PLAIN], strict=True)]
+            for name, losses in smoothed.items() if name != PLAIN}
+
+
 def plot(curves, path, title):
-    figure, axes = plt.subplots(figsize=(8, 5), layout='constrained')
+    """The losses, and below how far each run is from plain PyTorch in fp16."""
+    figure, (above, below) = plt.subplots(2, figsize=(8, 7), layout='constrained', sharex=True,
+                                          height_ratios=(2, 1))
+    steps = range(1, len(curves[PLAIN]) + 1)
+    differences = apart(curves)
     for (name, losses), style in zip(curves.items(), STYLES, strict=True):
-        axes.plot(range(1, len(losses) + 1), losses, linewidth=0.6, alpha=0.25,
-                  color=style['color'])
-        axes.plot(range(1, len(losses) + 1), smooth(losses), linewidth=2, label=name, **style)
-    axes.set(xlabel='step', ylabel='training loss (bold: moving average)', title=title)
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend()
+        above.plot(steps, losses, linewidth=0.6, alpha=0.25, color=style['color'])
+        above.plot(steps, smooth(losses), linewidth=2, label=name, **style)
+        if name in differences:
+            below.plot(steps, [max(d, 1e-6) for d in differences[name]], linewidth=1.5, **style)
+    above.set(ylabel='training loss (bold: moving average)', title=title)
+    above.set_ylim(bottom=0)
+    above.legend()
+    below.set(xlabel='step', ylabel=f'from "{PLAIN}"', yscale='log')
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def main():
@@ -157,7 +173,7 @@ def main():
     setting = (f'{data}, {len(images)} images of {args.size}x{args.size}, {args.steps} steps of '
                f'{args.batch}\n{name}, torch {torch.__version__}')
     print(setting)
-    runs = {f'{args.backend}, fp16': (args.backend, 0, True), 'plain, fp16': ('chunked', 0, True),
+    runs = {f'{args.backend}, fp16': (args.backend, 0, True), PLAIN: ('chunked', 0, True),
             'plain, fp32': ('chunked', 0, False),
             'plain, fp16, other order': ('chunked', 1, True)}
     curves = {}
@@ -172,19 +188,16 @@ def main():
         writer.writerow(['step', *curves])
         for i, losses in enumerate(zip(*curves.values(), strict=True), 1):
             writer.writerow([i, *losses])
-    smoothed = [smooth(losses) for losses in curves.values()]
-    found, plain, _, _ = smoothed
-    means = []
+    differences = apart(curves)
     print('difference of smoothed losses from plain PyTorch in fp16:')
-    for label, other in zip(curves, smoothed, strict=True):
-        if other is not plain:
-            apart = [abs(a - b) for a, b in zip(other, plain, strict=True)]
-            means.append(statistics.mean(apart))
-            print(f'  {label:28} mean {means[-1]:.4f}, max {max(apart):.4f}')
+    for label, values in differences.items():
+        print(f'  {label:28} mean {statistics.mean(values):.4f}, max {max(values):.4f}')
     print(f'wrote {args.out}/loss_curve.png and .csv')
     failures = []
-    if not means[0] <= means[2]:
+    kernels, _, order = (statistics.mean(values) for values in differences.values())
+    if not kernels <= order:
         failures.append('the kernels differ more than another order of the images does')
+    found = smooth(next(iter(curves.values())))
     if not found[-1] < 0.8 * found[0]:
         failures.append('the loss does not fall')
     if failures:
