@@ -2,6 +2,7 @@
 streams, threads, DDP, deterministic mode. What a CPU can do too runs on both."""
 
 import copy
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -21,6 +22,9 @@ from vmamba_mm.testing import (
     ss2d_scan_inputs,
     with_grads,
 )
+
+# Inductor compiles in this process: its pool of others can keep pytest from ending.
+os.environ.setdefault('TORCHINDUCTOR_COMPILE_THREADS', '1')
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
