@@ -33,6 +33,7 @@ __device__ __forceinline__ float softplus2(float z) {
 
 // Two values in 32 bits; `mma` multiplies a (16 x 8) by b (8 x 8) and adds to c in fp32.
 struct Half {
+    static constexpr int CODE = 1;
     static __device__ __forceinline__ float2 unpack(u32 v) {
         float2 f;
         asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}"
@@ -54,6 +55,7 @@ struct Half {
 };
 
 struct BFloat {
+    static constexpr int CODE = 2;
     static __device__ __forceinline__ float2 unpack(u32 v) {
         return make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u));
     }
@@ -77,6 +79,12 @@ __device__ __forceinline__ float load_parameter(const void *p, long long i, int 
     return type == 1 ? Half::unpack(v).x : BFloat::unpack(v).x;
 }
 
+__device__ __forceinline__ void store_parameter(void *p, long long i, int type, float v) {
+    if (type == 0) ((float *)p)[i] = v;
+    else ((unsigned short *)p)[i] = (unsigned short)(type == 1 ? Half::pack(v, 0.f)
+                                                              : BFloat::pack(v, 0.f));
+}
+
 __device__ __forceinline__ u32 shared_address(const void *p) {
     return (u32)__cvta_generic_to_shared(p);
 }
@@ -92,14 +100,12 @@ __device__ __forceinline__ void copy16(void *to, const void *from, bool valid) {
 #endif
 }
 
-// The same for 8 bytes.
-__device__ __forceinline__ void copy8(void *to, const void *from, bool valid) {
+// 8 or 4 bytes.
+__device__ __forceinline__ void copy8(void *to, const void *from) {
 #ifdef CP_ASYNC
-    int size = valid ? 8 : 0;
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;"
-                 :: "r"(shared_address(to)), "l"(from), "r"(size));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" :: "r"(shared_address(to)), "l"(from));
 #else
-    *(uint2 *)to = valid ? *(const uint2 *)from : make_uint2(0, 0);
+    *(uint2 *)to = *(const uint2 *)from;
 #endif
 }
 

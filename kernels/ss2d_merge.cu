@@ -3,6 +3,7 @@
 
 struct Params {
     const void *maps;             // (MAPS, M, D)
+    const void *extra;            // (M, D), one more, or null; may be `merged`
     void *merged;                 // (M, D) of OUT, or null
     void *normed;                 // (M, D) of T, or null
     const void *weight, *bias;    // (D)
@@ -20,16 +21,18 @@ __global__ void __launch_bounds__(256) ss2d_merge(const Params p) {
     for (int m = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5); m < p.positions; m += warps) {
         const unsigned short *at = (const unsigned short *)p.maps + (long long)m * p.dim;
         const long long to = (long long)m * p.dim;
+        const unsigned short *extra = p.extra ? (const unsigned short *)p.extra + to : nullptr;
         float v[PARTS][4];
 #pragma unroll
         for (int i = 0; i < PARTS; ++i) {
             const int c = i * 128 + lane * 4;
-            uint2 in[MAPS];
+            uint2 in[MAPS + 1];
 #pragma unroll
             for (int j = 0; j < MAPS; ++j)
                 in[j] = c < p.dim ? *(const uint2 *)(at + j * map + c) : make_uint2(0u, 0u);
+            in[MAPS] = extra && c < p.dim ? *(const uint2 *)(extra + c) : make_uint2(0u, 0u);
 #pragma unroll
-            for (int j = 0; j < MAPS; ++j) {
+            for (int j = 0; j <= MAPS; ++j) {
                 const float2 lo = T::unpack(in[j].x), hi = T::unpack(in[j].y);
                 v[i][0] = j ? v[i][0] + lo.x : lo.x;
                 v[i][1] = j ? v[i][1] + lo.y : lo.y;

@@ -10,12 +10,12 @@ struct Params {
     int positions, dim, parameter_type;
 };
 
-// WARPS warps per position; a lane has 4 adjacent channels out of each 128 * WARPS.
-template <class T, int PARTS, int WARPS>
+// TEAM warps per position; a lane has 4 adjacent channels out of each 128 * TEAM.
+template <class T, int PARTS, int TEAM>
 __global__ void __launch_bounds__(256) ss2d_norm_bwd(const Params p) {
-    constexpr int TEAMS = 8 / WARPS;
+    constexpr int TEAMS = 8 / TEAM;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    const int team = warp / WARPS, first = ((warp % WARPS) * 32 + lane) * 4;
+    const int team = warp / TEAM, first = ((warp % TEAM) * 32 + lane) * 4;
     __shared__ float2 exchange[2][8];
     extern __shared__ __align__(16) char shared[];  // (2, D) floats
     float w[PARTS][4], dw[PARTS][4] = {}, db[PARTS][4] = {};
@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(256) ss2d_norm_bwd(const Params p) {
     for (int i = 0; i < PARTS; ++i)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-            const int c = i * 128 * WARPS + first + e;
+            const int c = i * 128 * TEAM + first + e;
             w[i][e] = c < p.dim ? load_parameter(p.weight, c, p.parameter_type) : 0.f;
         }
     int turn = 0;
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(256) ss2d_norm_bwd(const Params p) {
         uint2 grad[PARTS], merged[PARTS];
 #pragma unroll
         for (int i = 0; i < PARTS; ++i) {
-            const int c = i * 128 * WARPS + first;
+            const int c = i * 128 * TEAM + first;
             const bool in = valid && c < p.dim;
             grad[i] = in ? *(const uint2 *)((const unsigned short *)p.grad + at + c)
                          : make_uint2(0u, 0u);
@@ -65,13 +65,13 @@ __global__ void __launch_bounds__(256) ss2d_norm_bwd(const Params p) {
             sum += __shfl_xor_sync(0xffffffffu, sum, d);
             product += __shfl_xor_sync(0xffffffffu, product, d);
         }
-        if (WARPS > 1) {
+        if (TEAM > 1) {
             if (lane == 0) exchange[turn][warp] = make_float2(sum, product);
             __syncthreads();
             sum = product = 0.f;
 #pragma unroll
-            for (int i = 0; i < WARPS; ++i) {
-                const float2 v = exchange[turn][team * WARPS + i];
+            for (int i = 0; i < TEAM; ++i) {
+                const float2 v = exchange[turn][team * TEAM + i];
                 sum += v.x;
                 product += v.y;
             }
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(256) ss2d_norm_bwd(const Params p) {
         product *= per;
 #pragma unroll
         for (int i = 0; i < PARTS; ++i) {
-            const int c = i * 128 * WARPS + first;
+            const int c = i * 128 * TEAM + first;
             float o[4];
 #pragma unroll
             for (int e = 0; e < 4; ++e) o[e] = (g[i][e] - sum - y[i][e] * product) * moments.y;
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(256) ss2d_norm_bwd(const Params p) {
         for (int i = 0; i < PARTS; ++i)
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                const int c = i * 128 * WARPS + first + e;
+                const int c = i * 128 * TEAM + first + e;
                 if (c >= p.dim) continue;
                 sums[c] = turn ? sums[c] + dw[i][e] : dw[i][e];
                 sums[p.dim + c] = turn ? sums[p.dim + c] + db[i][e] : db[i][e];

@@ -14,30 +14,26 @@ struct Path {
     int inner_length, inner, outer, origin;
     u32 magic;  // 2^32 / inner_length, rounded up; 0 for 1
 
+    int jump;   // from the end of a row to the next one
+
     // `rest` is the place within the row.
     __device__ __forceinline__ int find(int i, int &rest) const {
         const int row = magic ? (int)__umulhi((u32)i, magic) : i;
         rest = i - row * inner_length;
         return origin + row * outer + rest * inner;
     }
-    __device__ __forceinline__ void next(int &pixel, int &rest) const {
-        pixel += inner;
-        if (++rest == inner_length) {
-            rest = 0;
-            pixel += outer - inner_length * inner;
-        }
-    }
 };
 
 // What a scan needs in both directions of time.
 struct Scan {
-    const void *projected;  // (B, H * W, K, P): dt (R), a zero if R is odd, (B, C), padding
+    const void *projected;  // (B, H * W, K, P): dt (R), a zero if R is odd, (ln 2 B, C), zeros
     const u32 *fragments;   // (K, G, TILES, 2, 32): dt_projs_weight as the tensor cores take it
     const float *bias;      // (K, 16 G), times log2(e)
     const float *rates;     // (K, 16 G): A
     const float *skip;      // (16 G): the sum of D over the routes
     int batch, dim, height, width, rank, routes, row;  // row: P
     int span, spans, chunks, images;                   // images: of a block
+    int aligned;  // whether rows and columns are multiples of 7 long
     u32 magic_height, magic_width;
 };
 
@@ -63,14 +59,18 @@ __device__ __forceinline__ Path make_path(const Scan &p, int route) {
         path.inner = -path.inner;
         path.outer = -path.outer;
     }
+    path.jump = path.outer - path.inner_length * path.inner;
     return path;
 }
 
 // Stage `projected` of a chunk: 16-byte units by (unit of the row, position % 7, position / 7), so
 // that the rows of a tensor-core tile are next to one another.
-__device__ __forceinline__ void stage_projected(const Scan &p, const Path &path, char *to,
-                                                const char *image, int route, int chunk) {
+__device__ __forceinline__ void stage_projected(const Scan &p, const Path &path, char *to, int b,
+                                                int route, int chunk) {
     const int items = (p.row >> 3) * CHUNK, length = p.height * p.width;
+    const char *image = (const char *)p.projected
+        + ((long long)b * length * p.routes + route) * p.row * 2;
+    const int stride = p.routes * p.row * 2;
     for (int j = threadIdx.x; j < items; j += blockDim.x) {
         const int unit = j / CHUNK, position = j - unit * CHUNK;
         const int g = position / OWN, i = position - g * OWN;
@@ -78,30 +78,53 @@ __device__ __forceinline__ void stage_projected(const Scan &p, const Path &path,
         int rest;
         const int pixel = path.find(valid ? chunk * CHUNK + position : 0, rest);
         copy16(to + ((unit * OWN + i) * 8 + g) * 16,
-               image + ((long long)pixel * p.routes + route) * p.row * 2 + unit * 16, valid);
+               image + (long long)pixel * stride + unit * 16, valid);
     }
 }
 
-// Stage a lane's own 7 x 4 elements of a map, zeros beyond the end; `to` is the lane's.
-__device__ __forceinline__ void stage_map(const Scan &p, const Path &path, const Map &map, char *to,
-                                          int b, int channel, int start) {
+__device__ __forceinline__ float element(const float4 &v, int i) {
+    return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+
+// Calls f(i, pixel) for a lane's positions start .. start + 6. ROWS: whether all rows are 7 long or
+// more, so that at most one ends here; ALIGNED: whether none does.
+template <bool ROWS, bool ALIGNED, class F>
+__device__ __forceinline__ void for_pixels(const Path &path, int start, F f) {
+    int rest;
+    const int first = path.find(start, rest), wrap = path.inner_length - rest;
+#pragma unroll
+    for (int i = 0; i < OWN; ++i) {
+        if (ALIGNED) f(i, first + i * path.inner);
+        else if (ROWS) f(i, first + i * path.inner + (i < wrap ? 0 : path.jump));
+        else f(i, path.find(start + i, rest));
+    }
+}
+
+// A lane's own 7 x 4 elements of a map, zeros beyond the end: take(i, pointer) for 8 aligned bytes
+// within the map, put(i, value) else.
+template <class Take, class Put>
+__device__ __forceinline__ void read_map(const Scan &p, const Path &path, const Map &map, int b,
+                                         int channel, int start, Take take, Put put) {
     const int count = channel < p.dim ? p.height * p.width - start : 0;
     const unsigned short *base
         = (const unsigned short *)map.data + b * map.stride_b + (long long)channel * map.stride_d;
-    int rest, pixel = path.find(count > 0 ? start : 0, rest);
-#pragma unroll
+    auto at = [&](int i, int pixel) { take(i, base + pixel * map.stride_pixel); };
+    if (map.vector && count >= OWN && path.inner_length >= OWN) {
+        if (p.aligned) for_pixels<true, true>(path, start, at);
+        else for_pixels<true, false>(path, start, at);
+        return;
+    }
+    int rest;
+#pragma unroll 1
     for (int i = 0; i < OWN; ++i) {
-        const unsigned short *at = base + (long long)pixel * map.stride_pixel;
-        if (map.vector) {
-            copy8(to + i * 256, i < count ? at : base, i < count);
-        } else {
-            u32 v[4];
+        u32 v[4] = {};
+        if (i < count) {
+            const unsigned short *from = base + path.find(start + i, rest) * map.stride_pixel;
 #pragma unroll
             for (int c = 0; c < 4; ++c)
-                v[c] = i < count && channel + c < p.dim ? at[(long long)c * map.stride_d] : 0;
-            *(uint2 *)(to + i * 256) = make_uint2(v[0] | v[1] << 16, v[2] | v[3] << 16);
+                if (channel + c < p.dim) v[c] = from[(long long)c * map.stride_d];
         }
-        path.next(pixel, rest);
+        put(i, make_uint2(v[0] | v[1] << 16, v[2] | v[3] << 16));
     }
 }
 
@@ -109,58 +132,69 @@ __device__ __forceinline__ void stage_map(const Scan &p, const Path &path, const
 __device__ __forceinline__ void write_map(const Scan &p, const Path &path, unsigned short *out,
                                           const uint2 (&v)[OWN], int channel, int start) {
     const int count = channel < p.dim ? p.height * p.width - start : 0;
-    int rest, pixel = path.find(count > 0 ? start : 0, rest);
-#pragma unroll
-    for (int i = 0; i < OWN; ++i) {
-        if (i < count) {
-            unsigned short *at = out + (long long)pixel * p.dim + channel;
-            if ((p.dim & 3) == 0) {
-                *(uint2 *)at = v[i];
-            } else {
-                at[0] = v[i].x;
-                if (channel + 1 < p.dim) at[1] = v[i].x >> 16;
-                if (channel + 2 < p.dim) at[2] = v[i].y;
-                if (channel + 3 < p.dim) at[3] = v[i].y >> 16;
-            }
-        }
-        path.next(pixel, rest);
+    out += channel;
+    auto at = [&](int i, int pixel) { *(uint2 *)(out + pixel * p.dim) = v[i]; };
+    if ((p.dim & 3) == 0 && count >= OWN && path.inner_length >= OWN) {
+        if (p.aligned) for_pixels<true, true>(path, start, at);
+        else for_pixels<true, false>(path, start, at);
+        return;
     }
+    int rest;
+#pragma unroll
+    for (int i = 0; i < OWN; ++i)
+        if (i < count) {
+            unsigned short *to = out + path.find(start + i, rest) * p.dim;
+            to[0] = v[i].x;
+            if (channel + 1 < p.dim) to[1] = v[i].x >> 16;
+            if (channel + 2 < p.dim) to[2] = v[i].y;
+            if (channel + 3 < p.dim) to[3] = v[i].y >> 16;
+        }
 }
 
-// z = log2(e) (W dt + bias) of a lane's positions and of its channels 2 pair, 2 pair + 1. A row of
-// a 16 x 8 tile may be any position: row g is 7 g + s, and row g + 8 is 7 g + 4 + s.
-template <class T, int TILES>
+// z = log2(e) (W dt + bias) of a lane's positions and of its channels 2 pair, 2 pair + 1; far below
+// zero beyond the end, so that nothing happens there. A row of a 16 x 8 tile may be any position:
+// row g is 7 g + s, and row g + 8 is 7 g + 4 + s.
+template <class T, int TILES, bool TURNED>
 __device__ __forceinline__ void project_dt(float (&z)[OWN][2], const char *staged,
                                            const u32 *fragments, const float *bias, int pair,
-                                           int lane) {
+                                           int lane, int count) {
     const float2 start = *(const float2 *)(bias + 4 * (lane & 3) + 2 * pair);
+    float c[4][4];
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
-        float c[4] = {start.x, start.y, start.x, start.y};
-        // Lanes 0 to 7 name the rows of positions s, 8 to 15 those of s + 4; there is no 7.
-        const int i = s + (lane & 8 ? (s < 3 ? 4 : 3) : 0);
-        const char *row = staged + (i * 8 + (lane & 7)) * 16;
+        c[s][0] = c[s][2] = start.x;
+        c[s][1] = c[s][3] = start.y;
+    }
 #pragma unroll
-        for (int k = 0; k < TILES; ++k) {
+    for (int k = 0; k < TILES; ++k) {
+        u32 fragment = fragments[(2 * k + pair) * 32 + lane];
+        if (TURNED) fragment = transpose_tile(fragment);
+#pragma unroll
+        for (int s = 0; s < 4; ++s) {
+            // Lanes 0 to 7 name the rows of positions s, 8 to 15 those of s + 4; there is no 7.
+            const int i = s + (lane & 8 ? (s < 3 ? 4 : 3) : 0);
             u32 a0, a1;
-            load_tiles(a0, a1, row + k * UNIT_BYTES);
-            T::mma(c, a0, a1, fragments[(2 * k + pair) * 32 + lane]);
-        }
-        z[s][0] = c[0];
-        z[s][1] = c[1];
-        if (s < 3) {
-            z[s + 4][0] = c[2];
-            z[s + 4][1] = c[3];
+            load_tiles(a0, a1, staged + (i * 8 + (lane & 7)) * 16 + k * UNIT_BYTES);
+            T::mma(c[s], a0, a1, fragment);
         }
     }
+#pragma unroll
+    for (int i = 0; i < OWN; ++i)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) z[i][e] = c[i & 3][(i >> 2) * 2 + e];
+    if (count < OWN)
+#pragma unroll
+        for (int i = 0; i < OWN; ++i)
+            if (i >= count) z[i][0] = z[i][1] = -1e4f;
 }
 
-// The pair (B, C) of a lane's positions, packed; column: of the staged row.
-__device__ __forceinline__ void load_pairs(u32 (&pairs)[OWN], const char *staged, int column,
+// (ln 2 B, C) of a lane's positions; column: of the staged row.
+template <class T>
+__device__ __forceinline__ void load_pairs(float2 (&pairs)[OWN], const char *staged, int column,
                                            int g) {
     const char *pair = staged + (column >> 3) * UNIT_BYTES + g * 16 + (column & 7) * 2;
 #pragma unroll
-    for (int i = 0; i < OWN; ++i) pairs[i] = *(const u32 *)(pair + i * 128);
+    for (int i = 0; i < OWN; ++i) pairs[i] = T::unpack(*(const u32 *)(pair + i * 128));
 }
 
 // Lane g has the map h -> P h + q over its positions; combine it with those of the lanes that come

@@ -12,9 +12,10 @@ INSTANCES: dict[Instance, int] = {
        for make in (cuda.forward_instance, cuda.backward_instance)},
     **{make(type_, 1, True): low for type_, low in _TYPES.items()
        for make in (cuda.forward_instance, cuda.backward_instance)},
-    **{cuda.prepare_instance(type_): low for type_, low in _TYPES.items()},
+    **{make(type_): low for type_, low in _TYPES.items()
+       for make in (cuda.prepare_instance, cuda.finish_instance)},
     **{cuda.merge_instance(type_, maps, parts, to_float): low for type_, low in _TYPES.items()
-       for maps, parts, to_float in ((4, 1, False), (4, 1, True), (4, 12, False), (5, 12, False))},
+       for maps, parts, to_float in ((4, 1, False), (4, 1, True), (4, 12, False))},
     **{cuda.norm_backward_instance(type_, parts, warps): low for type_, low in _TYPES.items()
        for parts, warps in ((1, 1), (4, 4))},
     cuda.combine_instance(): 75,

@@ -16,10 +16,10 @@ _TYPES = {torch.float16: 'Half', torch.bfloat16: 'BFloat'}
 _CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 CHUNK = 56  # positions that a warp takes at a time
 _CHUNK_MAP = 32 * CHUNK  # bytes of a warp's part of a map
-_SCAN = 'P' * 5 + 'i' * 13
+_SCAN = 'P' * 5 + 'i' * 14
 _MAP = 'Pqiiii'
 # Warps of a block (16 channels each), and blocks that a multiprocessor has registers for.
-_FORWARD_WARPS, _FORWARD_BLOCKS = 6, 3
+_FORWARD_WARPS, _FORWARD_BLOCKS = 6, 2
 _BACKWARD_WARPS, _BACKWARD_BLOCKS = 6, 2
 
 
@@ -75,9 +75,14 @@ def combine_instance() -> Instance:
 
 
 @cache
+def finish_instance(type_: str) -> Instance:
+    return Instance('ss2d_finish.cu', f'ss2d_finish<{type_}>', 'P' * 7 + 'i' * 10)
+
+
+@cache
 def merge_instance(type_: str, maps: int, parts: int, to_float: bool) -> Instance:
     return Instance('ss2d_merge.cu', f'ss2d_merge<{type_}, {maps}, {parts}, '
-                    f'{str(to_float).lower()}>', 'P' * 6 + 'fiii')
+                    f'{str(to_float).lower()}>', 'P' * 7 + 'fiii')
 
 
 @cache
@@ -110,6 +115,7 @@ class _Plan(NamedTuple):
     multiprocessors: int
     forward: _Cut
     backward: _Cut
+    aligned: int  # whether rows and columns are multiples of 7 long
     magic: tuple[int, int]
 
 
@@ -149,9 +155,9 @@ def _plan(batch: int, dim: int, height: int, width: int, rank: int, routes: int,
                     staged + warps * per_warp, columns, images, span, spans)
 
     return _Plan(height * width, routes, tiles, row, groups, chunks, multiprocessors,
-                 cut(_FORWARD_WARPS, _FORWARD_BLOCKS, 2 * _CHUNK_MAP + 256 * tiles + 64),
+                 cut(_FORWARD_WARPS, _FORWARD_BLOCKS, 256 * tiles + 64),
                  cut(_BACKWARD_WARPS, _BACKWARD_BLOCKS, 4 * _CHUNK_MAP + 768 * tiles + 320 + 2048),
-                 (_magic(height), _magic(width)))
+                 int(height % 7 == width % 7 == 0), (_magic(height), _magic(width)))
 
 
 def _magic(divisor: int) -> int:
@@ -169,7 +175,10 @@ def forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype, s
     """
     maps, projected, states = _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save)
     y = torch.empty(maps.shape[1:], dtype=out_dtype, device=x.device)
-    _sum_maps(maps, y)
+    if norm_fits(x):
+        _merge(maps, merged=y)
+    else:
+        torch.sum(maps, 0, dtype=out_dtype, out=y)
     return _like(y.permute(0, 3, 1, 2), x), projected, states
 
 
@@ -268,7 +277,8 @@ def _flat(x_BLD: Tensor) -> Tensor | None:
 def _scan_fields(plan, cut, prepared, projected, batch, dim, height, width, rank):
     """The fields of the kernels' Scan."""
     return (projected.data_ptr(), *prepared[2:], batch, dim, height, width, rank, plan.routes,
-            plan.row, cut.span, cut.spans, plan.chunks, cut.images, *plan.magic)
+            plan.row, cut.span, cut.spans, plan.chunks, cut.images, plan.aligned,
+            *plan.magic)
 
 
 def _walk(cut, kernel, summary_kernel, fields, entries_shape, back, device):
@@ -314,16 +324,9 @@ def _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save):
     return maps, projected, states
 
 
-def _sum_maps(maps: Tensor, out: Tensor) -> None:
-    """``out`` = the sum of ``maps`` over their first dimension, in fp32."""
-    if maps.shape[-1] % 4 == 0 and maps.shape[-1] <= 4096:
-        _merge(maps, merged=out)
-    else:
-        torch.sum(maps, 0, dtype=out.dtype, out=out)
-
-
-def _merge(maps, merged=None, normed=None, weight=None, bias=None, moments=None, eps=0.0):
-    """The sum of the maps and its LayerNorm, each where a tensor for it is given."""
+def _merge(maps, extra=None, merged=None, normed=None, weight=None, bias=None, moments=None,
+           eps=0.0):
+    """The sum of the maps (and ``extra``), its LayerNorm: each where a tensor for it is given."""
     dim = maps.shape[-1]
     positions = maps[0].numel() // dim
     to_float = merged is not None and merged.dtype == torch.float32
@@ -334,8 +337,8 @@ def _merge(maps, merged=None, normed=None, weight=None, bias=None, moments=None,
 
     load(merge_instance(_TYPES[maps.dtype], len(maps), -(-dim // 128), to_float), index).launch(
         (min(-(-positions // 8), 16 * _multiprocessors(index)), 1, 1), (256, 1, 1),
-        (maps.data_ptr(), pointer(merged), pointer(normed), pointer(weight), pointer(bias),
-         pointer(moments), eps, positions, dim, 0 if weight is None else _CODES[weight.dtype]))
+        (maps.data_ptr(), pointer(extra), pointer(merged), pointer(normed), pointer(weight),
+         pointer(bias), pointer(moments), eps, positions, dim, 0 if weight is None else _CODES[weight.dtype]))
 
 
 @cache
@@ -358,7 +361,7 @@ def backward(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, pro
     x_BLD, dy_BLD = _pixels(x), _pixels(grad_y.to(x.dtype))
     prepared = _prepare(plan, x.dtype, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
 
-    maps = torch.empty(routes + 1, batch, height, width, dim, dtype=x.dtype, device=device)
+    maps = torch.empty(routes, batch, height, width, dim, dtype=x.dtype, device=device)
     dprojected = torch.empty(cut.columns, *projected.shape, dtype=x.dtype, device=device)
     columns = routes * dim * (rank + 2) + dim
     partials = torch.empty(cut.grid[2] * cut.spans, columns, dtype=torch.float32, device=device)
@@ -368,24 +371,25 @@ def backward(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, pro
     _walk(cut, backward_instance(type_, plan.tiles, False),
           backward_instance(type_, plan.tiles, True), fields, (batch, routes, dim), True, device)
 
-    grad_dt, grad_A, grad_bias, grad_skip = partials.sum(0).split(
-        (routes * dim * rank, routes * dim, routes * dim, dim))
     dprojected = dprojected[0] if cut.columns == 1 else dprojected.sum(0)
-    torch.mm(dprojected, prepared.weight, out=maps[-1].view(batch * length, dim))
-    grad_x = torch.empty(batch, height, width, dim, dtype=x.dtype, device=device)
-    _sum_maps(maps, grad_x)
-    if (x_2d := _flat(x_BLD)) is not None:
-        grad_weight = torch.mm(dprojected.T, x_2d)
+    grad_x = torch.mm(dprojected, prepared.weight).view(batch, height, width, dim)
+    if norm_fits(x):
+        _merge(maps, extra=grad_x, merged=grad_x)
     else:
-        grad_weight = torch.bmm(dprojected.view(batch, length, -1).transpose(1, 2), x_BLD).sum(0)
-    grad_weight = grad_weight.view(routes, plan.row, dim)
-    pairs = rank + rank % 2
-    grad_weight = torch.cat((grad_weight[:, :rank], grad_weight[:, pairs:pairs + 2]), 1)
-    return (_like(grad_x.permute(0, 3, 1, 2), x), grad_weight.to(x_proj_weight.dtype),
-            grad_dt.view_as(dt_projs_weight).to(dt_projs_weight.dtype, copy=True),
-            grad_bias.view_as(dt_projs_bias).to(dt_projs_bias.dtype, copy=True),
-            grad_A.view_as(A).to(A.dtype, copy=True),
-            grad_skip.repeat(routes).to(D.dtype))
+        grad_x = torch.sum(maps, 0, dtype=torch.float32).add_(grad_x).to(x.dtype)
+    if (x_2d := _flat(x_BLD)) is not None:
+        product = torch.mm(dprojected.T, x_2d)
+    else:
+        product = torch.bmm(dprojected.view(batch, length, -1).transpose(1, 2), x_BLD).sum(0)
+
+    grads = [torch.empty(t.shape, dtype=t.dtype, device=device)
+             for t in (x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)]
+    blocks = -(-columns // 32) + -(-grads[0].numel() // 256)
+    load(finish_instance(type_), device).launch(
+        (blocks, 1, 1), (32, 8, 1),
+        (partials.data_ptr(), product.data_ptr(), *(t.data_ptr() for t in grads), len(partials),
+         dim, rank, routes, plan.row, *(_CODES[t.dtype] for t in grads)))
+    return _like(grad_x.permute(0, 3, 1, 2), x), *grads
 
 
 def norm_backward(grad, merged, moments, weight):

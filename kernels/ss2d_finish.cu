@@ -1,0 +1,50 @@
+// The gradients by the parameters of ss2d_scan, in their dtypes, from what the blocks of the
+// backward left and from the product for x_proj_weight.
+#include "common.cuh"
+
+struct Params {
+    const float *partials;  // (parts, K D R + 2 K D + D): of dt_projs_weight, A, bias, skip
+    const void *product;    // (K, P, D): rows as ss2d_prepare has them
+    void *x_weight, *dt_weight, *bias, *A, *D;
+    int parts, dim, rank, routes, row;
+    int x_type, dt_type, bias_type, A_type, D_type;  // 0 fp32, 1 fp16, 2 bf16
+};
+
+// Blocks of 32 x 8 threads: 32 columns of the partials, each summed in 8 slices; after these blocks
+// come those for x_proj_weight, an element to a thread.
+template <class T>
+__global__ void __launch_bounds__(256) ss2d_finish(const Params p) {
+    constexpr float LN2 = 0.6931471805599453f;
+    __shared__ float sums[8][32];
+    const int KD = p.routes * p.dim, columns = KD * (p.rank + 2) + p.dim;
+    const int first = (columns + 31) >> 5;
+    if (blockIdx.x >= first) {
+        const int i = (blockIdx.x - first) * 256 + threadIdx.y * 32 + threadIdx.x;
+        const int rows = p.rank + 2, r = i / p.dim % rows;
+        if (i >= p.routes * rows * p.dim) return;
+        const int from = r < p.rank ? r : r + (p.rank & 1);
+        const long long at = ((long long)(i / p.dim / rows) * p.row + from) * p.dim + i % p.dim;
+        // ss2d_prepare scales B.
+        store_parameter(p.x_weight, i, p.x_type,
+                        load_parameter(p.product, at, T::CODE) * (r == p.rank ? LN2 : 1.f));
+        return;
+    }
+    const int column = blockIdx.x * 32 + threadIdx.x;
+    float sum = 0.f;
+    if (column < columns)
+#pragma unroll 4
+        for (int i = threadIdx.y; i < p.parts; i += 8)
+            sum += p.partials[(long long)i * columns + column];
+    sums[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y || column >= columns) return;
+#pragma unroll
+    for (int i = 1; i < 8; ++i) sum += sums[i][threadIdx.x];
+    const int KDR = KD * p.rank;
+    if (column < KDR) store_parameter(p.dt_weight, column, p.dt_type, sum);
+    else if (column < KDR + KD) store_parameter(p.A, column - KDR, p.A_type, sum);
+    else if (column < KDR + 2 * KD) store_parameter(p.bias, column - KDR - KD, p.bias_type, sum);
+    else
+        for (int k = 0; k < p.routes; ++k)
+            store_parameter(p.D, k * p.dim + column - KDR - 2 * KD, p.D_type, sum);
+}
