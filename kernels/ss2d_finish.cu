@@ -14,7 +14,6 @@ struct Params {
 // come those for x_proj_weight, an element to a thread.
 template <class T>
 __global__ void __launch_bounds__(256) ss2d_finish(const Params p) {
-    constexpr float LN2 = 0.6931471805599453f;
     __shared__ float sums[8][32];
     const int KD = p.routes * p.dim, columns = KD * (p.rank + 2) + p.dim;
     const int first = (columns + 31) >> 5;
@@ -24,9 +23,7 @@ __global__ void __launch_bounds__(256) ss2d_finish(const Params p) {
         if (i >= p.routes * rows * p.dim) return;
         const int from = r < p.rank ? r : r + (p.rank & 1);
         const long long at = ((long long)(i / p.dim / rows) * p.row + from) * p.dim + i % p.dim;
-        // ss2d_prepare scales B.
-        store_parameter(p.x_weight, i, p.x_type,
-                        load_parameter(p.product, at, T::CODE) * (r == p.rank ? LN2 : 1.f));
+        store_parameter(p.x_weight, i, p.x_type, load_parameter(p.product, at, T::CODE));
         return;
     }
     const int column = blockIdx.x * 32 + threadIdx.x;

@@ -3,7 +3,7 @@
 
 struct Params {
     const void *maps;             // (MAPS, M, D)
-    const void *extra;            // (M, D), one more, or null; may be `merged`
+    const void *extra;            // (M, D), one more if EXTRA; may be `merged`
     void *merged;                 // (M, D) of OUT, or null
     void *normed;                 // (M, D) of T, or null
     const void *weight, *bias;    // (D)
@@ -13,7 +13,7 @@ struct Params {
 };
 
 // A warp per position; a lane has 4 adjacent channels out of each 128.
-template <class T, int MAPS, int PARTS, bool FLOAT>
+template <class T, int MAPS, bool EXTRA, int PARTS, bool FLOAT>
 __global__ void __launch_bounds__(256) ss2d_merge(const Params p) {
     const int lane = threadIdx.x & 31;
     const int warps = gridDim.x * (blockDim.x >> 5);
@@ -21,18 +21,19 @@ __global__ void __launch_bounds__(256) ss2d_merge(const Params p) {
     for (int m = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5); m < p.positions; m += warps) {
         const unsigned short *at = (const unsigned short *)p.maps + (long long)m * p.dim;
         const long long to = (long long)m * p.dim;
-        const unsigned short *extra = p.extra ? (const unsigned short *)p.extra + to : nullptr;
         float v[PARTS][4];
 #pragma unroll
         for (int i = 0; i < PARTS; ++i) {
             const int c = i * 128 + lane * 4;
-            uint2 in[MAPS + 1];
+            uint2 in[MAPS + EXTRA];
 #pragma unroll
             for (int j = 0; j < MAPS; ++j)
                 in[j] = c < p.dim ? *(const uint2 *)(at + j * map + c) : make_uint2(0u, 0u);
-            in[MAPS] = extra && c < p.dim ? *(const uint2 *)(extra + c) : make_uint2(0u, 0u);
+            if (EXTRA)
+                in[MAPS] = c < p.dim ? *(const uint2 *)((const unsigned short *)p.extra + to + c)
+                                     : make_uint2(0u, 0u);
 #pragma unroll
-            for (int j = 0; j <= MAPS; ++j) {
+            for (int j = 0; j < MAPS + EXTRA; ++j) {
                 const float2 lo = T::unpack(in[j].x), hi = T::unpack(in[j].y);
                 v[i][0] = j ? v[i][0] + lo.x : lo.x;
                 v[i][1] = j ? v[i][1] + lo.y : lo.y;

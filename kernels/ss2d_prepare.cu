@@ -8,7 +8,7 @@ struct Params {
     const void *dt_bias;    // (K, D)
     const void *A;          // (K * D, N)
     const void *D;          // (K * D)
-    void *weight;           // (K, P, D): dt (R), a zero row if R is odd, N pairs (ln 2 B, C), zeros
+    void *weight;           // (K, P, D): dt (R), a zero row if R is odd, N pairs (B, C), zeros
     u32 *fragments;         // (K, G, TILES, 2, 32), times log2(e)
     float *bias;            // (K, 16 G), times log2(e)
     float *rates;           // (K, N, 16 G)
@@ -19,7 +19,7 @@ struct Params {
 
 template <class T>
 __global__ void ss2d_prepare(const Params p) {
-    constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+    constexpr float LOG2E = 1.4426950408889634f;
     const int groups = (p.dim + 15) >> 4, padded = groups * 16, pairs = (p.rank + 1) & ~1;
     const int weights = p.routes * p.row * p.dim, fragments = p.routes * groups * p.tiles * 64;
     const int biases = p.routes * padded, rates = p.routes * p.state * padded;
@@ -35,8 +35,7 @@ __global__ void ss2d_prepare(const Params p) {
             } else if (row >= p.rank) {
                 from = -1;
             }
-            const float scale = from >= p.rank && from < p.rank + p.state ? LN2 : 1.f;
-            const float v = from < 0 ? 0.f : scale * load_parameter(
+            const float v = from < 0 ? 0.f : load_parameter(
                 p.x_weight, ((long long)k * (p.rank + 2 * p.state) + from) * p.dim + d, p.x_type);
             ((unsigned short *)p.weight)[i] = (unsigned short)T::pack(v, 0.f);
             continue;

@@ -1,6 +1,7 @@
 // What the forward and the backward of ss2d_scan share. README.md has the mathematics and the
-// layout: a warp has 16 channels and takes 56 positions at a time; lane 4 g + t owns the 7
-// consecutive positions 7 g .. of the channels 4 t ..
+// layout. The images of the batch are one sequence, cut into slots of 7 positions, so that a slot is
+// of one image. A warp has 16 channels and takes a chunk of 8 slots at a time: lane 4 g + t owns the
+// positions of slot g and the channels 4 t .. 4 t + 3.
 #include "common.cuh"
 
 constexpr int OWN = 7, CHUNK = 8 * OWN;
@@ -26,16 +27,32 @@ struct Path {
 
 // What a scan needs in both directions of time.
 struct Scan {
-    const void *projected;  // (B, H * W, K, P): dt (R), a zero if R is odd, (ln 2 B, C), zeros
+    const void *projected;  // (B, H * W, K, P): dt (R), a zero if R is odd, (B, C), zeros
     const u32 *fragments;   // (K, G, TILES, 2, 32): dt_projs_weight as the tensor cores take it
     const float *bias;      // (K, 16 G), times log2(e)
     const float *rates;     // (K, 16 G): A
     const float *skip;      // (16 G): the sum of D over the routes
     int batch, dim, height, width, rank, routes, row;  // row: P
-    int span, spans, chunks, images;                   // images: of a block
-    int aligned;  // whether rows and columns are multiples of 7 long
-    u32 magic_height, magic_width;
+    int slots, chunks, span, spans;  // slots of an image, chunks of the batch and of a block's span
+    int aligned;                     // whether rows and columns are multiples of 7 long
+    u32 magic_height, magic_width, magic_slots;
 };
+
+// Of a slot: the image, and the place of its first position in that image's scan.
+struct Place {
+    int image, start;
+};
+
+__device__ __forceinline__ Place find_place(const Scan &p, int slot) {
+    int image = p.magic_slots ? (int)__umulhi((u32)slot, p.magic_slots) : slot;
+    int rest = slot - image * p.slots;
+    if (rest < 0) {  // the product is one too high at most
+        --image;
+        rest += p.slots;
+    }
+    if (image >= p.batch) return {0, p.height * p.width};
+    return {image, rest * OWN};
+}
 
 // A map (B, H, W, D) by strides in elements; a pixel is h * W + w.
 struct Map {
@@ -63,22 +80,21 @@ __device__ __forceinline__ Path make_path(const Scan &p, int route) {
     return path;
 }
 
-// Stage `projected` of a chunk: 16-byte units by (unit of the row, position % 7, position / 7), so
+// Stage `projected` of a chunk: 16-byte units by (unit of the row, position of the slot, slot), so
 // that the rows of a tensor-core tile are next to one another.
-__device__ __forceinline__ void stage_projected(const Scan &p, const Path &path, char *to, int b,
+__device__ __forceinline__ void stage_projected(const Scan &p, const Path &path, char *to,
                                                 int route, int chunk) {
     const int items = (p.row >> 3) * CHUNK, length = p.height * p.width;
-    const char *image = (const char *)p.projected
-        + ((long long)b * length * p.routes + route) * p.row * 2;
-    const int stride = p.routes * p.row * 2;
     for (int j = threadIdx.x; j < items; j += blockDim.x) {
         const int unit = j / CHUNK, position = j - unit * CHUNK;
         const int g = position / OWN, i = position - g * OWN;
-        const bool valid = chunk * CHUNK + position < length;
+        const Place place = find_place(p, chunk * 8 + g);
+        const bool valid = place.start + i < length;
         int rest;
-        const int pixel = path.find(valid ? chunk * CHUNK + position : 0, rest);
+        const int pixel = path.find(valid ? place.start + i : 0, rest);
         copy16(to + ((unit * OWN + i) * 8 + g) * 16,
-               image + (long long)pixel * stride + unit * 16, valid);
+               (const char *)p.projected + ((((long long)place.image * length + pixel) * p.routes
+                                             + route) * p.row + unit * 8) * 2, valid);
     }
 }
 
@@ -103,11 +119,11 @@ __device__ __forceinline__ void for_pixels(const Path &path, int start, F f) {
 // A lane's own 7 x 4 elements of a map, zeros beyond the end: take(i, pointer) for 8 aligned bytes
 // within the map, put(i, value) else.
 template <class Take, class Put>
-__device__ __forceinline__ void read_map(const Scan &p, const Path &path, const Map &map, int b,
-                                         int channel, int start, Take take, Put put) {
-    const int count = channel < p.dim ? p.height * p.width - start : 0;
-    const unsigned short *base
-        = (const unsigned short *)map.data + b * map.stride_b + (long long)channel * map.stride_d;
+__device__ __forceinline__ void read_map(const Scan &p, const Path &path, const Map &map,
+                                         Place place, int channel, Take take, Put put) {
+    const int start = place.start, count = channel < p.dim ? p.height * p.width - start : 0;
+    const unsigned short *base = (const unsigned short *)map.data + place.image * map.stride_b
+          + (long long)channel * map.stride_d;
     auto at = [&](int i, int pixel) { take(i, base + pixel * map.stride_pixel); };
     if (map.vector && count >= OWN && path.inner_length >= OWN) {
         if (p.aligned) for_pixels<true, true>(path, start, at);
@@ -128,11 +144,13 @@ __device__ __forceinline__ void read_map(const Scan &p, const Path &path, const 
     }
 }
 
-// Write a lane's elements of 4 adjacent channels; `out` is the (H * W, D) map of the image.
-__device__ __forceinline__ void write_map(const Scan &p, const Path &path, unsigned short *out,
-                                          const uint2 (&v)[OWN], int channel, int start) {
-    const int count = channel < p.dim ? p.height * p.width - start : 0;
-    out += channel;
+// Write a lane's elements of 4 adjacent channels to a route's map of (K, B, H, W, D).
+__device__ __forceinline__ void write_map(const Scan &p, const Path &path, void *maps, int route,
+                                          const uint2 (&v)[OWN], Place place, int channel) {
+    const int length = p.height * p.width, start = place.start;
+    const int count = channel < p.dim ? length - start : 0;
+    unsigned short *const out = (unsigned short *)maps
+        + ((long long)route * p.batch + place.image) * length * p.dim + channel;
     auto at = [&](int i, int pixel) { *(uint2 *)(out + pixel * p.dim) = v[i]; };
     if ((p.dim & 3) == 0 && count >= OWN && path.inner_length >= OWN) {
         if (p.aligned) for_pixels<true, true>(path, start, at);
@@ -194,7 +212,10 @@ __device__ __forceinline__ void load_pairs(float2 (&pairs)[OWN], const char *sta
                                            int g) {
     const char *pair = staged + (column >> 3) * UNIT_BYTES + g * 16 + (column & 7) * 2;
 #pragma unroll
-    for (int i = 0; i < OWN; ++i) pairs[i] = T::unpack(*(const u32 *)(pair + i * 128));
+    for (int i = 0; i < OWN; ++i) {
+        pairs[i] = T::unpack(*(const u32 *)(pair + i * 128));
+        pairs[i].x *= LN2;
+    }
 }
 
 // Lane g has the map h -> P h + q over its positions; combine it with those of the lanes that come

@@ -8,12 +8,12 @@
 struct Params {
     Scan scan;
     Map x, dy;
-    const float *states;   // (B, K, chunks, D): the state that enters each chunk
+    const float *states;   // (K, chunks, D): the state that enters each chunk
     void *dx;              // (K, B, H, W, D): without the part that goes through the projection
     void *dprojected;      // (columns, B, H * W, K, P): sums over the channels of a block
-    float *partials;       // (parts, K D R + 2 K D + D): of dt_projs_weight, A, bias, skip
-    const float *entries;  // (B, K, spans, D): the carry that enters each span's end, or null
-    float *decays, *ends;  // (B, K, spans, D): of a span from no carry, if SUMMARY
+    float *partials;       // (spans, K D R + 2 K D + D): of dt_projs_weight, A, bias, skip
+    const float *entries;  // (K, spans, D): the carry that enters each span's end, or null
+    float *decays, *ends;  // (K, spans, D): of a span from no carry, if SUMMARY
 };
 
 // The gradient by `projected` of a chunk, summed over the channels of the block: a warp takes a
@@ -22,15 +22,18 @@ struct Params {
 template <class T, int TILES>
 __device__ __forceinline__ void add_projected(const Params &params, const Path &path,
                                               const char *memory, int warp_bytes,
-                                              int fragments_at, int working, int column, int b, int route, int chunk) {
+                                              int fragments_at, int working, int column,
+                                              int route, Place place) {
     const Scan &p = params.scan;
     const int lane = threadIdx.x & 31, warps = blockDim.x >> 5, g = lane >> 2, t = lane & 3;
     const int pairs_at = (p.rank + 1) & ~1, length = p.height * p.width;
-    const long long image = ((long long)column * p.batch + b) * length * p.routes;
-    unsigned short *const out = (unsigned short *)params.dprojected + (image + route) * p.row;
+    const int stride = p.routes * p.row;
+    unsigned short *const out = (unsigned short *)params.dprojected + route * p.row + 2 * t
+        + ((long long)column * p.batch + place.image) * length * stride;
     for (int unit = threadIdx.x >> 5; unit < p.row >> 1; unit += warps) {
         const int s = unit & 3, tile = unit >> 2;
         const int low = s * 256 + MAP_BYTES + lane * 8, high = s < 3 ? low + 1024 : low;
+        const bool has_pairs = tile == pairs_at >> 3 && t == (pairs_at & 7) >> 1;
         float c[4] = {};
         if (tile < TILES)
             for (int w = 0; w < working; ++w) {
@@ -42,22 +45,22 @@ __device__ __forceinline__ void add_projected(const Params &params, const Path &
                 T::mma(c, a.x, a2.x, fragments[0]);
                 T::mma(c, a.y, a2.y, fragments[32]);
             }
-        if (tile == pairs_at >> 3 && t == (pairs_at & 7) >> 1)
+        if (has_pairs)
             for (int w = 0; w < working; ++w) {
                 const float2 *from = (const float2 *)(memory + w * warp_bytes) + OWN * g + s;
-                c[0] += from[0].x;
+                c[0] += LN2 * from[0].x;  // delta is l ln 2
                 c[1] += from[0].y;
-                c[2] += s < 3 ? from[4].x : 0.f;
+                c[2] += s < 3 ? LN2 * from[4].x : 0.f;
                 c[3] += s < 3 ? from[4].y : 0.f;
             }
-        const int position = chunk * CHUNK + OWN * g + s;
+        const int position = place.start + s;
         int rest;
         if (position < length)
-            *(u32 *)(out + (long long)path.find(position, rest) * p.routes * p.row + tile * 8
-                     + 2 * t) = T::pack(c[0], c[1]);
+            *(u32 *)(out + path.find(position, rest) * (long long)stride + tile * 8)
+                = T::pack(c[0], c[1]);
         if (s < 3 && position + 4 < length)
-            *(u32 *)(out + (long long)path.find(position + 4, rest) * p.routes * p.row + tile * 8
-                     + 2 * t) = T::pack(c[2], c[3]);
+            *(u32 *)(out + path.find(position + 4, rest) * (long long)stride + tile * 8)
+                = T::pack(c[2], c[3]);
     }
 }
 
@@ -98,7 +101,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_bwd(const Params
     const Scan &p = params.scan;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
     const int g = lane >> 2, t = lane & 3;
-    const int route = blockIdx.x, span = blockIdx.y % p.spans, column = blockIdx.y / p.spans;
+    const int route = blockIdx.x, column = blockIdx.y, span = blockIdx.z;
     const int groups = (p.dim + 15) >> 4, group = column * warps + warp;
     const int working = min(warps, groups - column * warps);  // warps that have channels
     const int channel = group * 16 + 4 * t;
@@ -137,13 +140,21 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_bwd(const Params
     }
     __syncwarp();
 
-    auto stage = [&](int b, int chunk, int turn) {
-        stage_projected(p, path, shared + turn * staged_bytes, b, route, chunk);
+    const long long of_span = ((long long)route * p.spans + span) * p.dim;
+    if (active)
+        for (int c = 0; c < 4; ++c) {
+            carry[c * 32] = params.entries && channel + c < p.dim
+                ? params.entries[of_span + channel + c] : 0.f;
+            if (SUMMARY) sums[c * 32] = 1.f;
+        }
+
+    auto stage = [&](int chunk, int turn) {
+        stage_projected(p, path, shared + turn * staged_bytes, route, chunk);
         if (active) {
             char *to = own + turn * 2 * MAP_BYTES + lane * 8;
-            const int start = chunk * CHUNK + OWN * g;
+            const Place place = find_place(p, chunk * 8 + g);
             auto stage_map = [&](const Map &map, char *to) {
-                read_map(p, path, map, b, channel, start,
+                read_map(p, path, map, place, channel,
                          [&](int i, const unsigned short *from) { copy8(to + i * 256, from); },
                          [&](int i, uint2 v) { *(uint2 *)(to + i * 256) = v; });
             };
@@ -152,40 +163,31 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_bwd(const Params
                 stage_map(params.x, to);
                 const int c = group * 16 + lane;
                 if (lane < 16 && c < p.dim)
-                    copy4(states + turn * 16 + lane, params.states
-                          + (((long long)b * p.routes + route) * p.chunks + chunk) * p.dim + c);
+                    copy4(states + turn * 16 + lane,
+                          params.states + ((long long)route * p.chunks + chunk) * p.dim + c);
             }
         }
         commit_copies();
     };
-    const int first_image = blockIdx.z * p.images, images = min(p.images, p.batch - first_image);
-    stage(first_image, last - 1, 0);
-    for (int item = 0, b = first_image, chunk = last - 1; item < images * (last - first); ++item) {
-        const int turn = item & 1;
+    stage(last - 1, 0);
+    for (int chunk = last - 1; chunk >= first; --chunk) {
+        const int turn = (last - 1 - chunk) & 1;
         const char *staged = shared + turn * staged_bytes;
         char *const x_slot = own + turn * 2 * MAP_BYTES, *const dy_slot = x_slot + MAP_BYTES;
-        const bool end = chunk == first;
-        const int next = end ? last - 1 : chunk - 1, next_b = b + end;
         wait_copies<0>();
         __syncthreads();
-        if (next_b < first_image + images) stage(next_b, next, turn ^ 1);
+        if (chunk > first) stage(chunk - 1, turn ^ 1);
 
-        const int start = chunk * CHUNK + OWN * g;
+        const Place place = find_place(p, chunk * 8 + g);
         if (active) {
-            const long long walk = ((long long)b * p.routes + route) * p.spans + span;
-            if (chunk == last - 1)
-                for (int c = 0; c < 4; ++c) {
-                    carry[c * 32] = params.entries && channel + c < p.dim
-                        ? params.entries[walk * p.dim + channel + c] : 0.f;
-                    if (SUMMARY) sums[c * 32] = 1.f;
-                }
             float2 pairs[OWN];
             load_pairs<T>(pairs, staged, pairs_at, g);
             float dpairs[4][4] = {};  // of ln 2 B and C: tiles of 16 positions x 8 columns
 #pragma unroll 1
             for (int pair = 0; pair < 2; ++pair) {
                 float z[OWN][2], dx[OWN][2], dB[OWN][2], dC[OWN][2];
-                project_dt<T, TILES, true>(z, staged, fragments, bias, pair, lane, length - start);
+                project_dt<T, TILES, true>(z, staged, fragments, bias, pair, lane,
+                                           length - place.start);
                 u32 *const x_at = (u32 *)(x_slot + lane * 8 + 4 * pair);
                 u32 *const dy_at = (u32 *)(dy_slot + lane * 8 + 4 * pair);
 #pragma unroll
@@ -197,6 +199,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_bwd(const Params
                     for (int i = 0; i < OWN; ++i) {
                         l[i] = softplus2(z[i][c]);
                         a[i] = ex2(rate * l[i]);
+                        if (i == 0 && place.start == 0) a[i] = 0.f;  // an image begins
                         P = i ? P * a[i] : a[i];
                         const float2 dy2 = T::unpack(dy_at[i * 64]);
                         dy[i] = c ? dy2.y : dy2.x;
@@ -273,19 +276,11 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_bwd(const Params
                     }
                 }
             }
-            if (SUMMARY) {
-                if (end && g == 0)
-                    for (int c = 0; c < 4; ++c)
-                        if (channel + c < p.dim) {
-                            params.ends[walk * p.dim + channel + c] = carry[c * 32];
-                            params.decays[walk * p.dim + channel + c] = sums[c * 32];
-                        }
-            } else {
+            if (!SUMMARY) {
                 uint2 dx[OWN];
 #pragma unroll
                 for (int i = 0; i < OWN; ++i) dx[i] = *(uint2 *)(x_slot + lane * 8 + i * 256);
-                write_map(p, path, (unsigned short *)params.dx
-                          + ((long long)route * p.batch + b) * length * p.dim, dx, channel, start);
+                write_map(p, path, params.dx, route, dx, place, channel);
                 __syncwarp();
                 // x is done with: its place takes what the other warps need of B and C.
                 float2 *const to = (float2 *)x_slot + OWN * g;
@@ -301,17 +296,22 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_bwd(const Params
             __syncthreads();
             const int at = turn * 2 * MAP_BYTES;
             add_projected<T, TILES>(params, path, warp_memory + at, warp_bytes,
-                                    4 * MAP_BYTES + TILES * 512 - at, working, column, b, route, chunk);
+                                    4 * MAP_BYTES + TILES * 512 - at, working, column, route,
+                                    place);
             if (active) add_weight<T, TILES>(dweight, staged, dy_slot, lane);
         }
-        chunk = next;
-        b = next_b;
     }
+    if (SUMMARY && active && g == 0)
+        for (int c = 0; c < 4; ++c)
+            if (channel + c < p.dim) {
+                params.ends[of_span + channel + c] = carry[c * 32];
+                params.decays[of_span + channel + c] = sums[c * 32];
+            }
     if (SUMMARY || !active) return;
 
     const long long KD = (long long)p.routes * p.dim, at = (long long)route * p.dim;
     float *const part = params.partials
-        + ((long long)blockIdx.z * p.spans + span) * (KD * (p.rank + 2) + p.dim);
+        + (long long)span * (KD * (p.rank + 2) + p.dim);
 #pragma unroll
     for (int j = 0; j < TILES; ++j) {
         const float4 sum = dweight[j * 32];

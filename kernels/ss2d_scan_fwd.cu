@@ -1,14 +1,14 @@
-// Forward of ss2d_scan for N = 1 on half-precision maps: each route's own map. A block walks one
-// route of some images; a warp has 16 channels.
+// Forward of ss2d_scan for N = 1 on half-precision maps: each route's own map. A block walks a span
+// of one route.
 #include "ss2d_scan.cuh"
 
 struct Params {
     Scan scan;
     Map x;
     void *y;               // (K, B, H, W, D)
-    float *states;         // (B, K, chunks, D): the state that enters each chunk, or null
-    const float *entries;  // (B, K, spans, D): the state that enters each span, or null
-    float *decays, *ends;  // (B, K, spans, D): of a span from a zero state, if SUMMARY
+    float *states;         // (K, chunks, D): the state that enters each chunk, or null
+    const float *entries;  // (K, spans, D): the state that enters each span, or null
+    float *decays, *ends;  // (K, spans, D): of a span from a zero state, if SUMMARY
 };
 
 template <class T, int TILES, bool SUMMARY>
@@ -16,8 +16,8 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_fwd(const Params
     const Scan &p = params.scan;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
     const int g = lane >> 2, t = lane & 3;
-    const int route = blockIdx.x, span = blockIdx.y % p.spans;
-    const int groups = (p.dim + 15) >> 4, group = blockIdx.y / p.spans * warps + warp;
+    const int route = blockIdx.x, span = blockIdx.z;
+    const int groups = (p.dim + 15) >> 4, group = blockIdx.y * warps + warp;
     const int channel = group * 16 + 4 * t;
     const bool active = group < groups;
     const int first = span * p.span, last = min(first + p.span, p.chunks);
@@ -37,12 +37,20 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_fwd(const Params
         skip = *(const float4 *)(p.skip + channel);
     }
 
+    float enter[4], decay[4] = {1.f, 1.f, 1.f, 1.f};
+#pragma unroll
+    for (int c = 0; c < 4; ++c)
+        enter[c] = params.entries && channel + c < p.dim
+            ? params.entries[((long long)route * p.spans + span) * p.dim + channel + c] : 0.f;
+
     uint2 ahead[OWN];
-    auto stage = [&](int b, int chunk, int turn) {
-        stage_projected(p, path, shared + turn * staged_bytes, b, route, chunk);
+    Place place_ahead;
+    auto stage = [&](int chunk, int turn) {
+        stage_projected(p, path, shared + turn * staged_bytes, route, chunk);
         commit_copies();
+        place_ahead = find_place(p, chunk * 8 + g);
         if (active)
-            read_map(p, path, params.x, b, channel, chunk * CHUNK + OWN * g,
+            read_map(p, path, params.x, place_ahead, channel,
                      [&](int i, const unsigned short *from) { ahead[i] = *(const uint2 *)from; },
                      [&](int i, uint2 v) {
 #pragma unroll
@@ -50,104 +58,89 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_fwd(const Params
                              if (j == i) ahead[j] = v;
                      });
     };
-    const int first_image = blockIdx.z * p.images, images = min(p.images, p.batch - first_image);
-    float enter[4];
-    stage(first_image, first, 0);
-    for (int item = 0, b = first_image, chunk = first; item < images * (last - first); ++item) {
-        const int turn = item & 1;
+    stage(first, 0);
+    for (int chunk = first; chunk < last; ++chunk) {
+        const int turn = (chunk - first) & 1;
         wait_copies<0>();
         __syncthreads();
         uint2 x[OWN];
 #pragma unroll
         for (int i = 0; i < OWN; ++i) x[i] = ahead[i];
-        const bool end = chunk + 1 == last;
-        const int next = end ? first : chunk + 1, next_b = b + end;
-        if (next_b < first_image + images) stage(next_b, next, turn ^ 1);
+        const Place place = place_ahead;
+        if (chunk + 1 < last) stage(chunk + 1, turn ^ 1);
+        if (!active) continue;
 
-        if (active) {
-            const long long walk = (long long)b * p.routes + route;
-            if (chunk == first)
+        const char *staged = shared + turn * staged_bytes;
+        if (params.states && g == 0) {
+            float *to = params.states + ((long long)route * p.chunks + chunk) * p.dim + channel;
+            if ((p.dim & 3) == 0) {
+                if (channel < p.dim)
+                    *(float4 *)to = make_float4(enter[0], enter[1], enter[2], enter[3]);
+            } else {
 #pragma unroll
                 for (int c = 0; c < 4; ++c)
-                    enter[c] = params.entries && channel + c < p.dim
-                        ? params.entries[(walk * p.spans + span) * p.dim + channel + c] : 0.f;
-            const int start = chunk * CHUNK + OWN * g;
-            const char *staged = shared + turn * staged_bytes;
-            if (params.states && g == 0) {
-                float *to = params.states + (walk * p.chunks + chunk) * p.dim + channel;
-                if ((p.dim & 3) == 0) {
-                    if (channel < p.dim)
-                        *(float4 *)to = make_float4(enter[0], enter[1], enter[2], enter[3]);
-                } else {
-#pragma unroll
-                    for (int c = 0; c < 4; ++c)
-                        if (channel + c < p.dim) to[c] = enter[c];
-                }
+                    if (channel + c < p.dim) to[c] = enter[c];
             }
-            float2 pairs[OWN];
-            load_pairs<T>(pairs, staged, (p.rank + 1) & ~1, g);
-            uint2 y[OWN];
+        }
+        float2 pairs[OWN];
+        load_pairs<T>(pairs, staged, (p.rank + 1) & ~1, g);
+        uint2 y[OWN];
 #pragma unroll
-            for (int pair = 0; pair < 2; ++pair) {
-                float l[OWN][2], out[OWN][2];
-                project_dt<T, TILES, false>(l, staged, fragments, bias, pair, lane,
-                                            length - start);
+        for (int pair = 0; pair < 2; ++pair) {
+            float z[OWN][2], a[OWN][2], q[OWN][2], P[2], h[2];
+            project_dt<T, TILES, false>(z, staged, fragments, bias, pair, lane,
+                                        length - place.start);
+#pragma unroll
+            for (int i = 0; i < OWN; ++i) {
+                const float2 x2 = T::unpack(pair ? x[i].y : x[i].x);
 #pragma unroll
                 for (int c = 0; c < 2; ++c) {
-                    const int n = 2 * pair + c;
-                    const float rate = element(rates, n);
-                    float a[OWN], q[OWN], P = 1.f, h = 0.f;
-#pragma unroll
-                    for (int i = 0; i < OWN; ++i) {
-                        const float2 x2 = T::unpack(pair ? x[i].y : x[i].x);
-                        l[i][c] = softplus2(l[i][c]);
-                        a[i] = ex2(rate * l[i][c]);
-                        q[i] = l[i][c] * (c ? x2.y : x2.x) * pairs[i].x;
-                        P = i ? P * a[i] : a[i];
-                        h = i ? a[i] * h + q[i] : q[i];
-                    }
-                    combine_lanes<false>(P, h, g);
-                    const float after = P * enter[n] + h;
-                    if (SUMMARY) {
-                        // The decay of all positions so far, in place of y.
-                        const float all = __shfl_sync(ALL, P, 28 + t);
-                        (n == 0 ? skip.x : n == 1 ? skip.y : n == 2 ? skip.z : skip.w)
-                            = chunk == first ? all : element(skip, n) * all;
-                    } else {
-                        const float before = __shfl_up_sync(ALL, after, 4);
-                        h = g ? before : enter[n];
-#pragma unroll
-                        for (int i = 0; i < OWN; ++i) {
-                            h = a[i] * h + q[i];
-                            out[i][c] = pairs[i].y * h;
-                        }
-                        if (route == 0)
-#pragma unroll
-                            for (int i = 0; i < OWN; ++i) {
-                                const float2 x2 = T::unpack(pair ? x[i].y : x[i].x);
-                                out[i][c] += element(skip, n) * (c ? x2.y : x2.x);
-                            }
-                    }
-                    enter[n] = __shfl_sync(ALL, after, 28 + t);
+                    const float l = softplus2(z[i][c]);
+                    a[i][c] = ex2(element(rates, 2 * pair + c) * l);
+                    if (i == 0 && place.start == 0) a[i][c] = 0.f;  // an image begins
+                    q[i][c] = l * (c ? x2.y : x2.x) * pairs[i].x;
+                    P[c] = i ? P[c] * a[i][c] : a[i][c];
+                    h[c] = i ? a[i][c] * h[c] + q[i][c] : q[i][c];
                 }
-                if (!SUMMARY)
-#pragma unroll
-                    for (int i = 0; i < OWN; ++i)
-                        (pair ? y[i].y : y[i].x) = T::pack(out[i][0], out[i][1]);
             }
-            if (!SUMMARY)
-                write_map(p, path, (unsigned short *)params.y
-                          + ((long long)route * p.batch + b) * length * p.dim, y, channel, start);
-            else if (end && g == 0)
 #pragma unroll
-                for (int c = 0; c < 4; ++c)
-                    if (channel + c < p.dim) {
-                        const long long at = (walk * p.spans + span) * p.dim + channel + c;
-                        params.ends[at] = enter[c];
-                        params.decays[at] = element(skip, c);
-                    }
+            for (int c = 0; c < 2; ++c) {
+                const int n = 2 * pair + c;
+                combine_lanes<false>(P[c], h[c], g);
+                const float after = P[c] * enter[n] + h[c];
+                const float before = __shfl_up_sync(ALL, after, 4);
+                h[c] = g ? before : enter[n];
+                enter[n] = __shfl_sync(ALL, after, 28 + t);
+                if (SUMMARY) decay[n] *= __shfl_sync(ALL, P[c], 28 + t);
+            }
+            if (SUMMARY) continue;
+            float out[OWN][2];
+#pragma unroll
+            for (int i = 0; i < OWN; ++i)
+#pragma unroll
+                for (int c = 0; c < 2; ++c) {
+                    h[c] = a[i][c] * h[c] + q[i][c];
+                    out[i][c] = pairs[i].y * h[c];
+                }
+            if (route == 0)
+#pragma unroll
+                for (int i = 0; i < OWN; ++i) {
+                    const float2 x2 = T::unpack(pair ? x[i].y : x[i].x);
+                    out[i][0] += element(skip, 2 * pair) * x2.x;
+                    out[i][1] += element(skip, 2 * pair + 1) * x2.y;
+                }
+#pragma unroll
+            for (int i = 0; i < OWN; ++i)
+                (pair ? y[i].y : y[i].x) = T::pack(out[i][0], out[i][1]);
         }
-        chunk = next;
-        b = next_b;
+        if (!SUMMARY) write_map(p, path, params.y, route, y, place, channel);
     }
+    if (SUMMARY && active && g == 0)
+#pragma unroll
+        for (int c = 0; c < 4; ++c)
+            if (channel + c < p.dim) {
+                const long long at = ((long long)route * p.spans + span) * p.dim + channel + c;
+                params.ends[at] = enter[c];
+                params.decays[at] = decay[c];
+            }
 }

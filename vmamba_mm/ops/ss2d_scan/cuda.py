@@ -4,6 +4,7 @@ Nothing is built beforehand: :mod:`vmamba_mm.ops.nvrtc` compiles at first use. T
 comments and ``kernels/README.md`` say how they work.
 """
 
+import math
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -14,12 +15,12 @@ from vmamba_mm.ops.nvrtc import Instance, load
 
 _TYPES = {torch.float16: 'Half', torch.bfloat16: 'BFloat'}
 _CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-CHUNK = 56  # positions that a warp takes at a time
-_CHUNK_MAP = 32 * CHUNK  # bytes of a warp's part of a map
-_SCAN = 'P' * 5 + 'i' * 14
+_SLOT = 7  # positions of a slot; a warp takes a chunk of 8 slots at a time
+_CHUNK_MAP = 8 * _SLOT * 32  # bytes of a warp's part of a map
+_SCAN = 'P' * 5 + 'i' * 15
 _MAP = 'Pqiiii'
-# Warps of a block (16 channels each), and blocks that a multiprocessor has registers for.
-_FORWARD_WARPS, _FORWARD_BLOCKS = 6, 2
+# Warps that a block may have (16 channels each), and blocks of so many that fit a multiprocessor.
+_FORWARD_WARPS, _FORWARD_BLOCKS = 8, 2
 _BACKWARD_WARPS, _BACKWARD_BLOCKS = 6, 2
 
 
@@ -80,8 +81,8 @@ def finish_instance(type_: str) -> Instance:
 
 
 @cache
-def merge_instance(type_: str, maps: int, parts: int, to_float: bool) -> Instance:
-    return Instance('ss2d_merge.cu', f'ss2d_merge<{type_}, {maps}, {parts}, '
+def merge_instance(type_: str, maps: int, extra: bool, parts: int, to_float: bool) -> Instance:
+    return Instance('ss2d_merge.cu', f'ss2d_merge<{type_}, {maps}, {str(extra).lower()}, {parts}, '
                     f'{str(to_float).lower()}>', 'P' * 7 + 'fiii')
 
 
@@ -94,14 +95,15 @@ def norm_backward_instance(type_: str, parts: int, warps: int) -> Instance:
 # --- how the work is cut ----------------------------------------------------------------------
 
 class _Cut(NamedTuple):
-    """A launch: warps of a block, grid, bytes of shared memory; images to a block; spans."""
+    """A launch: warps of a block, blocks for the channels, spans of so many chunks, shared bytes;
+    whether the spans begin at an image, so that nothing enters them; what it costs."""
     warps: int
-    grid: tuple[int, int, int]
-    shared: int
     columns: int
-    images: int
     span: int
     spans: int
+    shared: int
+    independent: bool
+    cost: float
 
 
 class _Plan(NamedTuple):
@@ -111,53 +113,73 @@ class _Plan(NamedTuple):
     tiles: int    # of 8 columns of dt
     row: int      # P: elements of a staged row
     groups: int   # of 16 channels
-    chunks: int
-    multiprocessors: int
+    slots: int    # of 7 positions, of an image
+    chunks: int   # of 8 slots, of the batch
+    aligned: int  # whether rows and columns are multiples of 7 long
+    magic: tuple[int, int, int]
     forward: _Cut
     backward: _Cut
-    aligned: int  # whether rows and columns are multiples of 7 long
-    magic: tuple[int, int]
-
-
-def sizes(height, width, rank):
-    """(P, chunks): elements of a row of the projected input, and chunks of a walk."""
-    tiles, pairs = -(-rank // 8), rank + rank % 2
-    return 8 * max(-(-(pairs + 2) // 8), tiles), -(-height * width // CHUNK)
 
 
 @lru_cache(maxsize=4096)
 def _plan(batch: int, dim: int, height: int, width: int, rank: int, routes: int,
           index: int) -> _Plan:
-    tiles = -(-rank // 8)
-    row, chunks = sizes(height, width, rank)
-    groups = -(-dim // 16)
+    """The cheapest cut of the work for this GPU."""
+    length, groups, tiles = height * width, -(-dim // 16), -(-rank // 8)
+    row = _row(rank)
+    staged = 2 * row // 8 * 16 * 8 * _SLOT
     properties = torch.cuda.get_device_properties(index)
-    multiprocessors, limit = (properties.multi_processor_count,
-                              properties.shared_memory_per_block_optin)
 
-    def cut(most: int, blocks: int, per_warp: int) -> _Cut:
-        staged = 2 * row // 8 * 16 * CHUNK
-        warps = min(most, groups, (limit - 1024 - staged) // per_warp)
-        if warps < 1:
+    def cuts(most, blocks, per_warp, slots):
+        limit = properties.shared_memory_per_block_optin - 1024
+        most = min(most, (limit - staged) // per_warp)
+        if most < 1:
             raise ValueError(f'dt_rank={rank} needs more shared memory than the {limit} bytes of '
                              f'this GPU')
-        columns = -(-groups // warps)
-        warps = -(-groups // columns)
-        slots = blocks * multiprocessors
-        walks = batch * columns * routes
-        # Few walks: each in spans. Many short ones: several images to a block.
-        spans = 1 if 2 * walks > slots else min(slots // walks, -(-chunks // 4))
-        span = -(-chunks // spans)
-        spans = -(-chunks // span)
-        images = max(1, walks // (2 * slots)) if chunks <= 4 else 1
-        images = max(images, -(-batch // 65535))
-        return _Cut(warps, (routes, columns * spans, -(-batch // images)),
-                    staged + warps * per_warp, columns, images, span, spans)
+        chunks = -(-batch * slots // 8)
+        alone = slots // math.gcd(slots, 8)  # chunks until an image begins with a chunk
+        for columns in {-(-groups // warps) for warps in range(1, most + 1)}:
+            warps = -(-groups // columns)
+            shared = staged + warps * per_warp
+            at_once = min(blocks * most // warps,
+                          properties.shared_memory_per_multiprocessor // (shared + 1024))
+            at_once *= properties.multi_processor_count
+            walks = columns * routes
+            for independent in (True, False):
+                unit = alone if independent else 1
+                for spans in {max(1, n * at_once // walks) for n in (1, 2, 3, 4)}:
+                    span = -(-chunks // (unit * spans)) * unit
+                    spans = -(-chunks // span)
+                    if spans > 65535:
+                        continue
+                    # In chunks of a warp on a multiprocessor, which 8 warps fill; a block's start
+                    # is worth half a chunk. What enters a span costs two more launches.
+                    waves = -(-walks * spans // at_once)
+                    resident = max(8, min(at_once, walks * spans) * warps
+                                   / properties.multi_processor_count)
+                    cost = waves * (span + 0.5) * resident * (1 + 0.3 / warps)
+                    if not independent and spans > 1:
+                        cost = 1.6 * cost + 16
+                    yield _Cut(warps, columns, span, spans, shared, independent or spans == 1,
+                               cost)
 
-    return _Plan(height * width, routes, tiles, row, groups, chunks, multiprocessors,
-                 cut(_FORWARD_WARPS, _FORWARD_BLOCKS, 256 * tiles + 64),
-                 cut(_BACKWARD_WARPS, _BACKWARD_BLOCKS, 4 * _CHUNK_MAP + 768 * tiles + 320 + 2048),
-                 int(height % 7 == width % 7 == 0), (_magic(height), _magic(width)))
+    best = None
+    exact = -(-length // _SLOT)
+    for slots in {exact, -(-exact // 8) * 8}:
+        forward, backward = (min(cuts(*sizes, slots), key=lambda cut: cut.cost) for sizes in (
+            (_FORWARD_WARPS, _FORWARD_BLOCKS, 256 * tiles + 64),
+            (_BACKWARD_WARPS, _BACKWARD_BLOCKS, 4 * _CHUNK_MAP + 768 * tiles + 320 + 2048)))
+        if best is None or forward.cost + 2 * backward.cost < best[1].cost + 2 * best[2].cost:
+            best = slots, forward, backward
+    slots, forward, backward = best
+    return _Plan(length, routes, tiles, row, groups, slots, -(-batch * slots // 8),
+                 int(height % _SLOT == width % _SLOT == 0),
+                 (_magic(height), _magic(width), _magic(slots)), forward, backward)
+
+
+def _row(rank: int) -> int:
+    """P, the elements of a row of the projected input: dt, an even number, B and C, in units."""
+    return 8 * max(-(-(rank + rank % 2 + 2) // 8), -(-rank // 8))
 
 
 def _magic(divisor: int) -> int:
@@ -185,8 +207,8 @@ def forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype, s
 def saved(x, rank, num_routes):
     """Shapes of what the forward keeps for the backward: (projected, states)."""
     batch, dim, height, width = x.shape
-    row, chunks = sizes(height, width, rank)
-    return (batch * height * width, num_routes * row), (batch, num_routes, chunks, dim)
+    chunks = batch * -(-height * width // (8 * _SLOT))  # or more than there are
+    return (batch * height * width, num_routes * _row(rank)), (num_routes, chunks, dim)
 
 
 def norm_fits(x: Tensor) -> bool:
@@ -277,28 +299,24 @@ def _flat(x_BLD: Tensor) -> Tensor | None:
 def _scan_fields(plan, cut, prepared, projected, batch, dim, height, width, rank):
     """The fields of the kernels' Scan."""
     return (projected.data_ptr(), *prepared[2:], batch, dim, height, width, rank, plan.routes,
-            plan.row, cut.span, cut.spans, plan.chunks, cut.images, plan.aligned,
-            *plan.magic)
+            plan.row, plan.slots, plan.chunks, cut.span, cut.spans, plan.aligned, *plan.magic)
 
 
-def _walk(cut, kernel, summary_kernel, fields, entries_shape, back, device):
-    """Launch a scan, cut in spans where the plan says so: ``fields`` but the last three."""
-    if cut.spans == 1:
-        load(kernel, device).launch(cut.grid, (32 * cut.warps, 1, 1), (*fields, 0, 0, 0),
-                                    cut.shared)
+def _walk(cut, kernel, summary_kernel, fields, routes, dim, back, device):
+    """Launch a scan, in spans where the plan says so; ``fields`` are all but the last three."""
+    grid, block = (routes, cut.columns, cut.spans), (32 * cut.warps, 1, 1)
+    if cut.independent:
+        load(kernel, device).launch(grid, block, (*fields, 0, 0, 0), cut.shared)
         return
-    batch, routes, dim = entries_shape
-    decays, ends, entries = torch.empty(3, batch, routes, cut.spans, dim, dtype=torch.float32,
-                                        device=device)
-    load(summary_kernel, device).launch(
-        cut.grid, (32 * cut.warps, 1, 1), (*fields, 0, decays.data_ptr(), ends.data_ptr()),
-        cut.shared)
+    memory = torch.empty(3, routes, cut.spans, dim, dtype=torch.float32, device=device)
+    decays = memory.data_ptr()
+    ends = decays + 4 * routes * cut.spans * dim
+    entries = ends + 4 * routes * cut.spans * dim
+    load(summary_kernel, device).launch(grid, block, (*fields, 0, decays, ends), cut.shared)
     load(combine_instance(), device).launch(
-        (-(-batch * routes * dim // 128), 1, 1), (128, 1, 1),
-        (decays.data_ptr(), ends.data_ptr(), entries.data_ptr(), batch * routes, cut.spans, dim,
-         int(back)))
-    load(kernel, device).launch(cut.grid, (32 * cut.warps, 1, 1),
-                                (*fields, entries.data_ptr(), 0, 0), cut.shared)
+        (-(-routes * dim // 128), 1, 1), (128, 1, 1),
+        (decays, ends, entries, routes, cut.spans, dim, int(back)))
+    load(kernel, device).launch(grid, block, (*fields, entries, 0, 0), cut.shared)
 
 
 def _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save):
@@ -313,14 +331,14 @@ def _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save):
     else:
         projected = torch.bmm(x_BLD, prepared.weight.T.expand(batch, -1, -1)).flatten(0, 1)
     maps = torch.empty(routes, batch, height, width, dim, dtype=x.dtype, device=x.device)
-    states = torch.empty((batch, routes, plan.chunks, dim) if save else 0, dtype=torch.float32,
+    states = torch.empty(saved(x, rank, routes)[1] if save else 0, dtype=torch.float32,
                          device=x.device)
     type_ = _TYPES[x.dtype]
     fields = (*_scan_fields(plan, plan.forward, prepared, projected, batch, dim, height, width,
                             rank),
               *_map(x_BLD), maps.data_ptr(), states.data_ptr() if save else 0)
     _walk(plan.forward, forward_instance(type_, plan.tiles, False),
-          forward_instance(type_, plan.tiles, True), fields, (batch, routes, dim), False, x.device)
+          forward_instance(type_, plan.tiles, True), fields, routes, dim, False, x.device)
     return maps, projected, states
 
 
@@ -330,15 +348,17 @@ def _merge(maps, extra=None, merged=None, normed=None, weight=None, bias=None, m
     dim = maps.shape[-1]
     positions = maps[0].numel() // dim
     to_float = merged is not None and merged.dtype == torch.float32
-    index = maps.device.index
 
     def pointer(tensor):
         return 0 if tensor is None else tensor.data_ptr()
 
-    load(merge_instance(_TYPES[maps.dtype], len(maps), -(-dim // 128), to_float), index).launch(
-        (min(-(-positions // 8), 16 * _multiprocessors(index)), 1, 1), (256, 1, 1),
+    instance = merge_instance(_TYPES[maps.dtype], len(maps), extra is not None, -(-dim // 128),
+                              to_float)
+    load(instance, maps.device).launch(
+        (-(-positions // 8), 1, 1), (256, 1, 1),
         (maps.data_ptr(), pointer(extra), pointer(merged), pointer(normed), pointer(weight),
-         pointer(bias), pointer(moments), eps, positions, dim, 0 if weight is None else _CODES[weight.dtype]))
+         pointer(bias), pointer(moments), eps, positions, dim,
+         0 if weight is None else _CODES[weight.dtype]))
 
 
 @cache
@@ -364,12 +384,12 @@ def backward(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, pro
     maps = torch.empty(routes, batch, height, width, dim, dtype=x.dtype, device=device)
     dprojected = torch.empty(cut.columns, *projected.shape, dtype=x.dtype, device=device)
     columns = routes * dim * (rank + 2) + dim
-    partials = torch.empty(cut.grid[2] * cut.spans, columns, dtype=torch.float32, device=device)
+    partials = torch.empty(cut.spans, columns, dtype=torch.float32, device=device)
     fields = (*_scan_fields(plan, cut, prepared, projected, batch, dim, height, width, rank),
               *_map(x_BLD), *_map(dy_BLD), states.data_ptr(), maps.data_ptr(),
               dprojected.data_ptr(), partials.data_ptr())
     _walk(cut, backward_instance(type_, plan.tiles, False),
-          backward_instance(type_, plan.tiles, True), fields, (batch, routes, dim), True, device)
+          backward_instance(type_, plan.tiles, True), fields, routes, dim, True, device)
 
     dprojected = dprojected[0] if cut.columns == 1 else dprojected.sum(0)
     grad_x = torch.mm(dprojected, prepared.weight).view(batch, height, width, dim)
