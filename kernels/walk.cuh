@@ -8,9 +8,12 @@
 #include "common.cuh"
 
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
-constexpr int CHUNK = 64;  // positions between two barriers, and between two saved states
+constexpr int CHUNK = 48;  // positions between two barriers, and between two saved states
 constexpr int STEP = 8;    // positions that a thread takes at a time
 constexpr int PITCH = CHUNK + 4;  // of a staged column: 16-byte rows, few bank conflicts
+// A thread's STATE numbers in shared memory are adjacent and padded: constant offsets (the compiler
+// would keep an address for each in a register) without bank conflicts.
+template <int STATE> constexpr int pitch = STATE | 1;
 
 struct Params {
     const void *x;         // map (B, D, H, W) by strides; SEQ: u (B, K * D, L)
@@ -136,7 +139,7 @@ __device__ __forceinline__ void load_steps(
     float (&x)[V][STEP], const void *base, long long stride_d, const Path &path,
     const Steps &steps, int start, int count, int channels, bool vector) {
     constexpr int SIZE = same<T, Float> ? 4 : 2;
-    if (SEQ && vector && count >= STEP) {
+    if (SEQ && vector && count >= STEP && !path.back) {
 #pragma unroll
         for (int v = 0; v < V; ++v) {
             if (32 * v >= channels) {
@@ -270,6 +273,56 @@ __device__ __forceinline__ void read8(float (&to)[8], const float *from) {
     const float4 a = *(const float4 *)from, b = *(const float4 *)(from + 4);
     to[0] = a.x, to[1] = a.y, to[2] = a.z, to[3] = a.w;
     to[4] = b.x, to[5] = b.y, to[6] = b.z, to[7] = b.w;
+}
+
+// l of STEP positions; zero beyond `count`. `bias` and `weights` are the thread's, the channels of
+// the block `width` apart; `offset` is what SEQ adds to the address of delta.
+template <class T, int V, bool SEQ>
+__device__ __forceinline__ void log_decays(
+    float (&l)[V][STEP], const Params &p, long long offset, const volatile float *bias,
+    const float *dt_staged, const float *weights, int width, const Path &path, const Steps &steps,
+    int start, int count, int channels) {
+    if constexpr (SEQ) {
+        load_steps<T, V, SEQ>(l, (const char *)p.raw + offset, p.x_d, path, steps, start, count,
+                              channels, p.vector);
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+            const float own_bias = bias[32 * v];
+#pragma unroll
+            for (int i = 0; i < STEP; ++i) {
+                l[v][i] = fmaf(l[v][i], LOG2E, own_bias);
+                if (p.softplus) l[v][i] = softplus2<T>(l[v][i]);
+            }
+        }
+    } else {
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+            const float own_bias = bias[32 * v];
+#pragma unroll
+            for (int i = 0; i < STEP; ++i) l[v][i] = own_bias;
+        }
+#pragma unroll 2
+        for (int r = 0; r < p.rank; ++r) {
+            float dt[STEP];
+            read8(dt, dt_staged + r * PITCH);
+#pragma unroll
+            for (int v = 0; v < V; ++v) {
+                const float w = weights[r * width + 32 * v];
+#pragma unroll
+                for (int i = 0; i < STEP; ++i) l[v][i] = fmaf(w, dt[i], l[v][i]);
+            }
+        }
+#pragma unroll
+        for (int v = 0; v < V; ++v)
+#pragma unroll
+            for (int i = 0; i < STEP; ++i) l[v][i] = softplus2<T>(l[v][i]);
+    }
+    if (count < STEP)
+#pragma unroll
+        for (int i = 0; i < STEP; ++i)
+            if (i >= count)
+#pragma unroll
+                for (int v = 0; v < V; ++v) l[v][i] = 0.f;
 }
 
 // Which walk, span and channels a block has.
