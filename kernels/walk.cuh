@@ -1,4 +1,4 @@
-// What the walk kernels share: one thread is one channel (or a few) of one walk. A walk is a route
+// What the walk kernels share: one thread is one channel of one walk. A walk is a route
 // of ss2d_scan over one image, or (SEQ) a sequence of selective_scan; it may be cut into spans.
 // A block has WARP-wide groups of adjacent channels of one walk, all at the same position.
 //
@@ -13,7 +13,7 @@ constexpr int STEP = 8;    // positions that a thread takes at a time
 constexpr int PITCH = CHUNK + 4;  // of a staged column: 16-byte rows, few bank conflicts
 // A thread's STATE numbers in shared memory are adjacent and padded: constant offsets (the compiler
 // would keep an address for each in a register) without bank conflicts.
-template <int STATE> constexpr int pitch = STATE | 1;
+template <int STATE> constexpr int pitch_of = STATE | 1;
 
 struct Params {
     const void *x;         // map (B, D, H, W) by strides; SEQ: u (B, K * D, L)
@@ -91,7 +91,9 @@ __device__ __forceinline__ float softplus_slope(float l) {
     p = fmaf(-u * (1.f / 4), p, 1.f);
     p = fmaf(-u * (1.f / 3), p, 1.f);
     p = fmaf(-u * (1.f / 2), p, 1.f);
-    return u < 0.25f ? u * p : 1.f - ex2(-l);
+    float small = u * p, large = 1.f - ex2(-l);
+    asm("" : "+f"(small), "+f"(large));  // both, rather than a branch
+    return u < 0.25f ? small : large;
 }
 
 // Position i of a walk -> offset in elements. A route against its axis has negative strides.
@@ -133,40 +135,29 @@ struct Steps {  // of a path over a tensor with the strides of H and W
     }
 };
 
-// STEP positions from `start` of each of V channels, 32 apart; zeros beyond `count` and the map.
-template <class T, int V, bool SEQ>
+// STEP positions from `start` of a channel; zeros beyond `count` and if not `valid`.
+template <class T, bool SEQ>
 __device__ __forceinline__ void load_steps(
-    float (&x)[V][STEP], const void *base, long long stride_d, const Path &path,
-    const Steps &steps, int start, int count, int channels, bool vector) {
+    float (&x)[STEP], const void *base, const Path &path, const Steps &steps, int start, int count,
+    bool valid, bool vector) {
     constexpr int SIZE = same<T, Float> ? 4 : 2;
     if (SEQ && vector && count >= STEP && !path.back) {
+        uint4 u[2] = {make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
+        const uint4 *from = (const uint4 *)((const char *)base + (long long)start * SIZE);
+        if (valid) {
+            u[0] = __ldg(from);
+            if (SIZE == 4) u[1] = __ldg(from + 1);
+        }
+        const u32 words[8] = {u[0].x, u[0].y, u[0].z, u[0].w, u[1].x, u[1].y, u[1].z, u[1].w};
+        if constexpr (same<T, Float>) {
 #pragma unroll
-        for (int v = 0; v < V; ++v) {
-            if (32 * v >= channels) {
+            for (int i = 0; i < STEP; ++i) x[i] = __uint_as_float(words[i]);
+        } else {
 #pragma unroll
-                for (int i = 0; i < STEP; ++i) x[v][i] = 0.f;
-                continue;
-            }
-            const uint4 *from = (const uint4 *)((const char *)base
-                                                + (32 * v * stride_d + start) * SIZE);
-            if constexpr (same<T, Float>) {
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    const uint4 u = __ldg(from + j);
-                    x[v][4 * j] = __uint_as_float(u.x);
-                    x[v][4 * j + 1] = __uint_as_float(u.y);
-                    x[v][4 * j + 2] = __uint_as_float(u.z);
-                    x[v][4 * j + 3] = __uint_as_float(u.w);
-                }
-            } else {
-                const uint4 u = __ldg(from);
-                const u32 words[4] = {u.x, u.y, u.z, u.w};
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    const float2 f = T::unpack(words[j]);
-                    x[v][2 * j] = f.x;
-                    x[v][2 * j + 1] = f.y;
-                }
+            for (int j = 0; j < STEP / 2; ++j) {
+                const float2 f = T::unpack(words[j]);
+                x[2 * j] = f.x;
+                x[2 * j + 1] = f.y;
             }
         }
         return;
@@ -174,50 +165,53 @@ __device__ __forceinline__ void load_steps(
     const int row = path.row(start);
     int rest = start - row * path.inner_length;
     int offset = steps.first + row * steps.outer + rest * steps.inner;
+    if (count >= STEP && rest + STEP <= path.inner_length) {  // within a row
+        const long long step = (long long)steps.inner * SIZE;
+        const char *from = (const char *)base + (long long)offset * SIZE;
+#pragma unroll
+        for (int i = 0; i < STEP; ++i, from += step) x[i] = valid ? load<T>(from, 0) : 0.f;
+        return;
+    }
 #pragma unroll
     for (int i = 0; i < STEP; ++i) {
-#pragma unroll
-        for (int v = 0; v < V; ++v)
-            x[v][i] = i < count && 32 * v < channels
-                ? load<T>((const char *)base + 32 * v * stride_d * SIZE, offset) : 0.f;
+        x[i] = i < count && valid ? load<T>(base, offset) : 0.f;
         steps.next(path, offset, rest);
     }
 }
 
-// The counterpart, for a contiguous result of type T or fp32.
-template <class T, int V, bool SEQ>
+// The counterpart, for a contiguous result of type T or another.
+template <class T, bool SEQ>
 __device__ __forceinline__ void store_steps(
-    const float (&y)[V][STEP], void *base, long long stride_d, const Path &path,
-    const Steps &steps, int start, int count, int channels, bool vector, int type) {
+    const float (&y)[STEP], void *base, const Path &path, const Steps &steps, int start, int count,
+    bool valid, bool vector, int type) {
+    constexpr int SIZE = same<T, Float> ? 4 : 2;
+    if (!valid) return;
     if (SEQ && vector && count >= STEP && type == type_of<T>) {
-        constexpr int SIZE = same<T, Float> ? 4 : 2;
+        uint4 *to = (uint4 *)((char *)base + (long long)start * SIZE);
+        if constexpr (same<T, Float>) {
 #pragma unroll
-        for (int v = 0; v < V; ++v) {
-            if (32 * v >= channels) continue;
-            uint4 *to = (uint4 *)((char *)base + (32 * v * stride_d + start) * SIZE);
-            if constexpr (same<T, Float>) {
-#pragma unroll
-                for (int j = 0; j < 2; ++j)
-                    to[j] = make_uint4(__float_as_uint(y[v][4 * j]),
-                                       __float_as_uint(y[v][4 * j + 1]),
-                                       __float_as_uint(y[v][4 * j + 2]),
-                                       __float_as_uint(y[v][4 * j + 3]));
-            } else {
-                *to = make_uint4(T::pack(y[v][0], y[v][1]), T::pack(y[v][2], y[v][3]),
-                                 T::pack(y[v][4], y[v][5]), T::pack(y[v][6], y[v][7]));
-            }
+            for (int j = 0; j < 2; ++j)
+                to[j] = make_uint4(__float_as_uint(y[4 * j]), __float_as_uint(y[4 * j + 1]),
+                                   __float_as_uint(y[4 * j + 2]), __float_as_uint(y[4 * j + 3]));
+        } else {
+            *to = make_uint4(T::pack(y[0], y[1]), T::pack(y[2], y[3]), T::pack(y[4], y[5]),
+                             T::pack(y[6], y[7]));
         }
         return;
     }
     const int row = path.row(start);
     int rest = start - row * path.inner_length;
     int offset = steps.first + row * steps.outer + rest * steps.inner;
+    if (count >= STEP && rest + STEP <= path.inner_length && type == type_of<T>) {
+        const long long step = (long long)steps.inner * SIZE;
+        char *to = (char *)base + (long long)offset * SIZE;
+#pragma unroll
+        for (int i = 0; i < STEP; ++i, to += step) store(to, 0, y[i], type_of<T>);
+        return;
+    }
 #pragma unroll
     for (int i = 0; i < STEP; ++i) {
-#pragma unroll
-        for (int v = 0; v < V; ++v)
-            if (i < count && 32 * v < channels)
-                store(base, 32 * v * stride_d + offset, y[v][i], type);
+        if (i < count) store(base, offset, y[i], type);
         steps.next(path, offset, rest);
     }
 }
@@ -275,54 +269,39 @@ __device__ __forceinline__ void read8(float (&to)[8], const float *from) {
     to[4] = b.x, to[5] = b.y, to[6] = b.z, to[7] = b.w;
 }
 
-// l of STEP positions; zero beyond `count`. `bias` and `weights` are the thread's, the channels of
-// the block `width` apart; `offset` is what SEQ adds to the address of delta.
-template <class T, int V, bool SEQ>
+// l of STEP positions; zero beyond `count`. `weights` are the thread's, `pitch` apart; `offset` is
+// what SEQ adds to the address of delta.
+template <class T, bool SEQ>
 __device__ __forceinline__ void log_decays(
-    float (&l)[V][STEP], const Params &p, long long offset, const volatile float *bias,
-    const float *dt_staged, const float *weights, int width, const Path &path, const Steps &steps,
-    int start, int count, int channels) {
+    float (&l)[STEP], const Params &p, long long offset, float bias, const float *dt_staged,
+    const float *weights, int pitch, const Path &path, const Steps &steps, int start, int count,
+    bool valid) {
     if constexpr (SEQ) {
-        load_steps<T, V, SEQ>(l, (const char *)p.raw + offset, p.x_d, path, steps, start, count,
-                              channels, p.vector);
+        load_steps<T, SEQ>(l, (const char *)p.raw + offset, path, steps, start, count, valid,
+                           p.vector);
 #pragma unroll
-        for (int v = 0; v < V; ++v) {
-            const float own_bias = bias[32 * v];
-#pragma unroll
-            for (int i = 0; i < STEP; ++i) {
-                l[v][i] = fmaf(l[v][i], LOG2E, own_bias);
-                if (p.softplus) l[v][i] = softplus2<T>(l[v][i]);
-            }
+        for (int i = 0; i < STEP; ++i) {
+            l[i] = fmaf(l[i], LOG2E, bias);
+            if (p.softplus) l[i] = softplus2<T>(l[i]);
         }
     } else {
 #pragma unroll
-        for (int v = 0; v < V; ++v) {
-            const float own_bias = bias[32 * v];
-#pragma unroll
-            for (int i = 0; i < STEP; ++i) l[v][i] = own_bias;
-        }
+        for (int i = 0; i < STEP; ++i) l[i] = bias;
 #pragma unroll 2
         for (int r = 0; r < p.rank; ++r) {
             float dt[STEP];
             read8(dt, dt_staged + r * PITCH);
+            const float w = weights[r * pitch];
 #pragma unroll
-            for (int v = 0; v < V; ++v) {
-                const float w = weights[r * width + 32 * v];
-#pragma unroll
-                for (int i = 0; i < STEP; ++i) l[v][i] = fmaf(w, dt[i], l[v][i]);
-            }
+            for (int i = 0; i < STEP; ++i) l[i] = fmaf(w, dt[i], l[i]);
         }
 #pragma unroll
-        for (int v = 0; v < V; ++v)
-#pragma unroll
-            for (int i = 0; i < STEP; ++i) l[v][i] = softplus2<T>(l[v][i]);
+        for (int i = 0; i < STEP; ++i) l[i] = softplus2<T>(l[i]);
     }
     if (count < STEP)
 #pragma unroll
         for (int i = 0; i < STEP; ++i)
-            if (i >= count)
-#pragma unroll
-                for (int v = 0; v < V; ++v) l[v][i] = 0.f;
+            if (i >= count) l[i] = 0.f;
 }
 
 // Which walk, span and channels a block has.

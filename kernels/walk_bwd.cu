@@ -89,7 +89,7 @@ constexpr int BLOCKS = 1;
 #endif
 
 template <class T, int STATE, bool SEQ>
-__global__ void __launch_bounds__(192, same<T, Float> ? 1 : BLOCKS) walk_bwd(const Params p) {
+__global__ void __launch_bounds__(192, BLOCKS) walk_bwd(const Params p) {
     constexpr int OWN = (CHUNK / STEP + 1) * STATE + 4;
     constexpr bool EXACT = same<T, Float>;
     constexpr int SIZE = EXACT ? 4 : 2;
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(192, same<T, Float> ? 1 : BLOCKS) walk_bwd(con
     const int k = place.k, b = place.b, group = place.group;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int own = threadIdx.x, width = blockDim.x;
-    const int channel = place.column * width + own, channels = p.dim - channel;
+    const int channel = place.column * width + own;
     const int length = p.height * p.width;
     const int known = min(STATE, p.state - group * STATE);
     const int rank2 = (p.rank + 1) & ~1, columns = rank2 + 2 * STATE;  // of `partial`
@@ -108,21 +108,24 @@ __global__ void __launch_bounds__(192, same<T, Float> ? 1 : BLOCKS) walk_bwd(con
     // A thread's own numbers, adjacent: one address for all. An odd distance between threads keeps
     // them in different banks.
     float *const mine = partial + (width >> 5) * columns * STEP
-                        + own * ((OWN + p.rank) | 1);
+                        + own * ((OWN + 2 * p.rank) | 1);
     float *const rates = mine;
     float *const kept = rates + STATE;  // the states before each STEP but the first
     volatile float *const bias = kept + (CHUNK / STEP - 1) * STATE;
     volatile float *const skip = bias + 1, *const grad_bias = bias + 2, *const grad_skip = bias + 3;
     float *const grad_rates = mine + CHUNK / STEP * STATE + 4;
-    float *const grad_weights = mine + OWN;
+    float *const weights = mine + OWN, *const grad_weights = weights + p.rank;
     const float *const B_staged = staged + p.rank * PITCH;
     const float *const C_staged = B_staged + STATE * PITCH;
     float *const own_partial = partial + warp * columns * STEP;
     float *const pair_place = Sums<EXACT>::place(own_partial + (rank2 + STATE) * STEP,
                                                  own_partial + rank2 * STEP, lane);
 
-    const bool valid = channels > 0;
-    for (int r = 0; r < p.rank; ++r) grad_weights[r] = 0.f;
+    const bool valid = channel < p.dim;
+    for (int r = 0; r < p.rank; ++r) {
+        weights[r] = valid ? __ldg(p.weights + (k * p.rank + r) * p.dim + channel) : 0.f;
+        grad_weights[r] = 0.f;
+    }
     bias[0] = valid ? __ldg(p.bias + k * p.dim + channel) : 0.f;
     skip[0] = valid && group == 0 ? __ldg(p.skip + k * p.dim + channel) : 0.f;
     grad_bias[0] = grad_skip[0] = 0.f;
@@ -152,7 +155,6 @@ __global__ void __launch_bounds__(192, same<T, Float> ? 1 : BLOCKS) walk_bwd(con
     auto states_of = [&](int chunk) {
         return p.states + (place.walk(p) * p.chunks + chunk) * STATE * p.dim + hidden();
     };
-    auto weights_of = [&] { return p.weights + k * p.rank * p.dim + min(hidden(), p.dim - 1); };
     auto grad_offset = [&] { return (b * p.grad_b + (in_sequence + hidden()) * p.grad_d) * SIZE; };
     auto y_offset = [&] {
         return (SEQ ? (((long long)group * p.batch + b) * p.routes * p.dim + in_sequence
@@ -180,13 +182,13 @@ __global__ void __launch_bounds__(192, same<T, Float> ? 1 : BLOCKS) walk_bwd(con
             for (int n = 0; n < STATE; ++n) h[n] = valid ? states[n * p.dim] : 0.f;
 #pragma unroll 1
             for (int s = 0; s < last; ++s) {
-                float x[1][STEP], l[1][STEP];
-                load_steps<T, 1, SEQ>(x, (const char *)p.x + x_offset(), p.x_d, path, x_steps,
-                                      start + s * STEP, STEP, channels, p.vector);
-                log_decays<T, 1, SEQ>(l, p, x_offset(), bias, staged + s * STEP, weights_of(), p.dim,
-                                      path, x_steps, start + s * STEP, STEP, channels);
+                float x[STEP], l[STEP];
+                load_steps<T, SEQ>(x, (const char *)p.x + x_offset(), path, x_steps,
+                                   start + s * STEP, STEP, valid, p.vector);
+                log_decays<T, SEQ>(l, p, x_offset(), bias[0], staged + s * STEP, weights, 1, path,
+                                   x_steps, start + s * STEP, STEP, valid);
 #pragma unroll
-                for (int i = 0; i < STEP; ++i) x[0][i] *= l[0][i];
+                for (int i = 0; i < STEP; ++i) x[i] *= l[i];
 #pragma unroll
                 for (int n = 0; n < STATE; ++n) {
                     float B[STEP];
@@ -194,7 +196,7 @@ __global__ void __launch_bounds__(192, same<T, Float> ? 1 : BLOCKS) walk_bwd(con
                     const float rate = rates[n];
 #pragma unroll
                     for (int i = 0; i < STEP; ++i)
-                        h[n] = fmaf(ex2(rate * l[0][i]), h[n], x[0][i] * B[i]);
+                        h[n] = fmaf(ex2(rate * l[i]), h[n], x[i] * B[i]);
                     kept[s * STATE + n] = h[n];
                 }
             }
@@ -203,13 +205,13 @@ __global__ void __launch_bounds__(192, same<T, Float> ? 1 : BLOCKS) walk_bwd(con
 #pragma unroll 1
         for (int s = last; s >= 0; --s) {
             const int from = start + s * STEP, count = in_chunk - s * STEP;
-            float x[1][STEP], dy[1][STEP], l[1][STEP], q[STEP], e_sum[STEP];
-            load_steps<T, 1, SEQ>(x, (const char *)p.x + x_offset(), p.x_d, path, x_steps, from,
-                                  count, channels, p.vector);
-            load_steps<T, 1, SEQ>(dy, (const char *)p.grad + grad_offset(), p.grad_d, path,
-                                  grad_steps, from, count, channels, p.vector);
-            log_decays<T, 1, SEQ>(l, p, x_offset(), bias, staged + s * STEP, weights_of(), p.dim, path,
-                                  x_steps, from, count, channels);
+            float x[STEP], dy[STEP], l[STEP], q[STEP], e_sum[STEP];
+            load_steps<T, SEQ>(x, (const char *)p.x + x_offset(), path, x_steps, from,
+                               count, valid, p.vector);
+            load_steps<T, SEQ>(dy, (const char *)p.grad + grad_offset(), path,
+                               grad_steps, from, count, valid, p.vector);
+            log_decays<T, SEQ>(l, p, x_offset(), bias[0], staged + s * STEP, weights, 1, path,
+                               x_steps, from, count, valid);
             if (s == 0) {
                 const float *const states = states_of(chunk);
 #pragma unroll
@@ -218,9 +220,10 @@ __global__ void __launch_bounds__(192, same<T, Float> ? 1 : BLOCKS) walk_bwd(con
             const float *const entered = kept + max(s - 1, 0) * STATE;
 #pragma unroll
             for (int i = 0; i < STEP; ++i) {
-                x[0][i] *= l[0][i];
+                x[i] *= l[i];
                 q[i] = e_sum[i] = 0.f;
             }
+            Sums<EXACT> before;
 #pragma unroll
             for (int n = 0; n < STATE; ++n) {
                 if (n >= known) break;  // also keeps the compiler from mixing all n
@@ -233,13 +236,15 @@ __global__ void __launch_bounds__(192, same<T, Float> ? 1 : BLOCKS) walk_bwd(con
                     float by_C[4];
 #pragma unroll
                     for (int j = 0; j < 4; ++j) {
-                        a[i + j] = ex2(rate * l[0][i + j]);
+                        a[i + j] = ex2(rate * l[i + j]);
                         ah[i + j] = a[i + j] * h;
-                        h = fmaf(x[0][i + j], B[i + j], ah[i + j]);
-                        by_C[j] = dy[0][i + j] * h;
+                        h = fmaf(x[i + j], B[i + j], ah[i + j]);
+                        by_C[j] = dy[i + j] * h;
                     }
                     sums.add(i / 4, select, by_C[0], by_C[1], by_C[2], by_C[3]);
                 }
+                // A turn late, so that nothing waits for the tensor cores.
+                if (n > 0) before.store(pair_place + (n - 1) * STEP, lane);
                 read8(C, C_staged + n * PITCH + s * STEP);
                 float g = carry[n];  // times the decay of the position that follows
 #pragma unroll
@@ -247,64 +252,70 @@ __global__ void __launch_bounds__(192, same<T, Float> ? 1 : BLOCKS) walk_bwd(con
                     float by_B[4];
 #pragma unroll
                     for (int j = 3; j >= 0; --j) {
-                        g = fmaf(C[i + j], dy[0][i + j], g);
+                        g = fmaf(C[i + j], dy[i + j], g);
                         const float e = g * ah[i + j];
                         e_sum[i + j] = fmaf(rate, e, e_sum[i + j]);
-                        sum = fmaf(l[0][i + j], e, sum);
+                        sum = fmaf(l[i + j], e, sum);
                         q[i + j] = fmaf(g, B[i + j], q[i + j]);
-                        by_B[j] = g * x[0][i + j];
+                        by_B[j] = g * x[i + j];
                         g *= a[i + j];
                     }
                     sums.add(2 + i / 4, select, by_B[0], by_B[1], by_B[2], by_B[3]);
                 }
                 carry[n] = g;
                 grad_rates[n] += sum;
-                sums.store(pair_place + n * STEP, lane);
+                before = sums;
             }
+            before.store(pair_place + (known - 1) * STEP, lane);
 
             // By delta, then by what is below the softplus (into e_sum), and by x (into q).
             float by_bias = 0.f, by_skip = 0.f;
             const float own_skip = skip[0];
-            float grad_x[1][STEP], grad_z[1][STEP];
-            // Again, from the cache: x in registers all along is too much.
-            load_steps<T, 1, SEQ>(x, (const char *)p.x + x_offset(), p.x_d, path, x_steps, from,
-                                  count, channels, p.vector);
+            float grad_x[STEP], grad_z[STEP];
+            if constexpr (SEQ) {
+                // Again, from the cache: x in registers all along is too much.
+                load_steps<T, SEQ>(x, (const char *)p.x + x_offset(), path, x_steps, from, count,
+                                   valid, p.vector);
+            } else {
+                // Where delta is below 1e-30, so is all that this x leads to.
+#pragma unroll
+                for (int i = 0; i < STEP; ++i) x[i] = __fdividef(x[i], fmaxf(l[i], 1e-30f));
+            }
 #pragma unroll
             for (int i = 0; i < STEP; ++i) {
-                grad_x[0][i] = fmaf(q[i], l[0][i], own_skip * dy[0][i]);
-                const float by_delta = fmaf(q[i] * LOG2E, x[0][i], e_sum[i]);
-                grad_z[0][i] = !SEQ || p.softplus ? by_delta * softplus_slope(l[0][i]) : by_delta;
-                by_bias += grad_z[0][i];
-                by_skip = fmaf(dy[0][i], x[0][i], by_skip);
+                grad_x[i] = fmaf(q[i], l[i], own_skip * dy[i]);
+                const float by_delta = fmaf(q[i] * LOG2E, x[i], e_sum[i]);
+                grad_z[i] = !SEQ || p.softplus ? by_delta * softplus_slope(l[i]) : by_delta;
+                by_bias += grad_z[i];
+                by_skip = fmaf(dy[i], x[i], by_skip);
             }
             grad_bias[0] += by_bias;
             grad_skip[0] += by_skip;
-            store_steps<T, 1, SEQ>(grad_x, (char *)p.grad_x + y_offset(), SEQ ? length : 1, path,
-                                   y_steps, from, count, channels, p.vector, p.y_type);
+            store_steps<T, SEQ>(grad_x, (char *)p.grad_x + y_offset(), path,
+                                   y_steps, from, count, valid, p.vector, p.y_type);
             if constexpr (SEQ)
-                store_steps<T, 1, SEQ>(grad_z, (char *)p.grad_raw + y_offset(), length, path,
-                                       y_steps, from, count, channels, p.vector, p.y_type);
+                store_steps<T, SEQ>(grad_z, (char *)p.grad_raw + y_offset(), path,
+                                       y_steps, from, count, valid, p.vector, p.y_type);
             else {
-                const float *const weights = weights_of();
                 float *const dt_place
                     = Sums<EXACT>::place(own_partial, own_partial + STEP, lane);
 #pragma unroll 1
                 for (int r = 0; r < p.rank; r += 2) {
                     const bool two = r + 1 < p.rank;
-                    const float w0 = weights[r * p.dim], w1 = two ? weights[(r + 1) * p.dim] : 0.f;
+                    const float w0 = weights[r], w1 = two ? weights[r + 1] : 0.f;
                     float dt0[STEP], dt1[STEP], sum0 = 0.f, sum1 = 0.f;
                     read8(dt0, staged + r * PITCH + s * STEP);
                     read8(dt1, staged + (r + 1) * PITCH + s * STEP);  // B if not `two`, unused
                     Sums<EXACT> sums;
 #pragma unroll
                     for (int i = 0; i < STEP; ++i) {
-                        sum0 = fmaf(grad_z[0][i], dt0[i], sum0);
-                        sum1 = fmaf(grad_z[0][i], dt1[i], sum1);
+                        sum0 = fmaf(grad_z[i], dt0[i], sum0);
+                        sum1 = fmaf(grad_z[i], dt1[i], sum1);
                     }
 #pragma unroll
                     for (int j = 0; j < 4; ++j) {
                         const float w = j < 2 ? w0 : w1;
-                        const float *z = grad_z[0] + 4 * (j & 1);
+                        const float *z = grad_z + 4 * (j & 1);
                         sums.add(j, select, w * z[0], w * z[1], w * z[2], w * z[3]);
                     }
                     grad_weights[r] += sum0;

@@ -16,7 +16,8 @@ TYPES = {torch.float32: 'Float', torch.float16: 'Half', torch.bfloat16: 'BFloat'
 CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _CHUNK, _STEP = 48, 8  # as in walk.cuh
 _PITCH = _CHUNK + 4
-_FORWARD_WARPS, _BACKWARD_WARPS = 3, 6  # of a block at most; the launch bounds say so too
+_WARPS = 6  # of a block at most; the launch bounds say so too
+_FORWARD_RESIDENT, _BACKWARD_RESIDENT = 24, 12  # warps of a multiprocessor, by registers
 RUN, ENDS, GRADIENTS = range(3)
 
 
@@ -36,9 +37,8 @@ _PARAMS = 'P' * 19 + 'q' * 8 + 'i' * 18
 @cache
 def forward_instance(type_: str, states: int, sequence: bool, mode: int) -> Instance:
     """``states`` of a thread: 1, 4 or 16; ``mode`` is RUN, ENDS or GRADIENTS."""
-    channels = 2 if states == 16 else 1
-    return Instance('walk_fwd.cu', f'walk_fwd<{type_}, {states}, {channels}, '
-                    f'{str(sequence).lower()}, {mode}>', _PARAMS)
+    return Instance('walk_fwd.cu', f'walk_fwd<{type_}, {states}, {str(sequence).lower()}, '
+                    f'{mode}>', _PARAMS)
 
 
 @cache
@@ -91,15 +91,14 @@ def states_shape(batch: int, routes: int, length: int, state: int, dim: int) -> 
 
 
 def _backward_shared(rank: int, states: int, warps: int) -> int:
-    own = ((_CHUNK // _STEP + 1) * states + 4 + rank) | 1
+    own = ((_CHUNK // _STEP + 1) * states + 4 + 2 * rank) | 1
     staged = (rank + 2 * states) * _PITCH
     return 4 * (staged + warps * ((rank + rank % 2 + 2 * states) * _STEP + 32 * own))
 
 
 def _forward_shared(rank: int, states: int, warps: int, mode: int) -> int:
-    channels = 2 if states == 16 else 1
     staged = (rank + states * (2 if mode == RUN else 1)) * _PITCH
-    return 4 * (staged + 32 * warps * (channels * (rank + 2 + (states | 1)) + 4))
+    return 4 * (staged + 32 * warps * (rank + 6 + (states | 1)))
 
 
 def magic(divisor: int) -> int:
@@ -164,15 +163,15 @@ class Walk:
     def merge_groups(self, maps: Tensor, dtype: torch.dtype) -> Tensor:
         return maps[0] if self.groups == 1 else maps.sum(0).to(dtype)
 
-    def _cut(self, warps: int, channels: int, shared) -> tuple[int, int, int, int]:
+    def _cut(self, most: int, shared) -> tuple[int, int, int, int]:
         """(warps, blocks side by side, positions of a span, spans): few walks are cut."""
         multiprocessors, of_all, of_block = device_limits(self.x.device.index)
 
         def resident(n: int) -> int:
-            return min(of_all // (shared(n) + 1024), 12 // n) * n
+            return min(of_all // (shared(n) + 1024), most // n) * n
 
-        needed = -(-self.dim // (32 * channels))
-        fitting = [n for n in range(1, min(warps, needed) + 1) if shared(n) <= of_block]
+        needed = -(-self.dim // 32)
+        fitting = [n for n in range(1, min(_WARPS, needed) + 1) if shared(n) <= of_block]
         best = max(fitting, key=lambda n: (resident(n), n))
         columns = -(-needed // best)
         warps = -(-needed // columns)
@@ -208,7 +207,7 @@ class Walk:
                          B=B, C=C, grad=grad, **buffers)
 
         forward_warps, forward_columns = self._forward_cut()[:2]
-        cut = self._cut(_BACKWARD_WARPS, 1,
+        cut = self._cut(_BACKWARD_RESIDENT,
                         lambda n: _backward_shared(self.rank, self.states, n))
         sums = self.empty(self.batch * cut[3], self.routes, self.groups,
                           self.states + self.rank + 2, self.dim)
@@ -219,7 +218,7 @@ class Walk:
         return sums.sum(0)
 
     def _forward_cut(self):
-        return self._cut(_FORWARD_WARPS, 2 if self.states == 16 else 1,
+        return self._cut(_FORWARD_RESIDENT,
                          lambda n: _forward_shared(self.rank, self.states, n, RUN))
 
     def _entries(self, run, mode: int, cut) -> Tensor | None:
