@@ -31,7 +31,7 @@ __device__ __forceinline__ float softplus2(float z) {
     return fmaxf(z, 0.f) + lg2(1.f + ex2(-fabsf(z)));
 }
 
-// Two values in 32 bits; `mma` multiplies a (16 x 8) by b (8 x 8) and adds to c in fp32.
+// Two values in 32 bits; `mma` multiplies a (16 x 8) by b (8 x 8) and adds c in fp32.
 struct Half {
     static constexpr int CODE = 1;
     static __device__ __forceinline__ float2 unpack(u32 v) {
@@ -47,10 +47,14 @@ struct Half {
         return v;
     }
     static __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 b) {
+        mma(c, a0, a1, b, c);
+    }
+    static __device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 b,
+                                               const float (&c)[4]) {
         asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
-                     "{%4, %5}, {%6}, {%0, %1, %2, %3};"
-                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                     : "r"(a0), "r"(a1), "r"(b));
+            "{%4, %5}, {%6}, {%7, %8, %9, %10};"
+            : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+            : "r"(a0), "r"(a1), "r"(b), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
     }
 };
 
@@ -65,10 +69,14 @@ struct BFloat {
         return v;
     }
     static __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 b) {
+        mma(c, a0, a1, b, c);
+    }
+    static __device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 b,
+                                               const float (&c)[4]) {
         asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
-                     "{%4, %5}, {%6}, {%0, %1, %2, %3};"
-                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                     : "r"(a0), "r"(a1), "r"(b));
+            "{%4, %5}, {%6}, {%7, %8, %9, %10};"
+            : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+            : "r"(a0), "r"(a1), "r"(b), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
     }
 };
 

@@ -25,7 +25,8 @@ __global__ void ss2d_combine(const Params p) {
         for (int j = 0; j < AHEAD; ++j)
             if (first + j < p.spans) {
                 p.entries[at + j * stride] = state;
-                state = decay[j] * state + end[j];
+                // No decay at all: the image is another one, and NaN stays in its own.
+                state = decay[j] == 0.f ? end[j] : decay[j] * state + end[j];
             }
         at += AHEAD * stride;
     }

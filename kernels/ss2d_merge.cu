@@ -17,6 +17,14 @@ template <class T, int MAPS, bool EXTRA, int PARTS, bool FLOAT>
 __global__ void __launch_bounds__(256) ss2d_merge(const Params p) {
     const int lane = threadIdx.x & 31;
     const int warps = gridDim.x * (blockDim.x >> 5);
+    extern __shared__ __align__(16) float shared[];  // weight and bias, if there is a norm
+    if (p.normed) {
+        for (int j = threadIdx.x; j < p.dim; j += blockDim.x) {
+            shared[j] = load_parameter(p.weight, j, p.parameter_type);
+            shared[p.dim + j] = load_parameter(p.bias, j, p.parameter_type);
+        }
+        __syncthreads();
+    }
     const long long map = (long long)p.positions * p.dim;
     for (int m = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5); m < p.positions; m += warps) {
         const unsigned short *at = (const unsigned short *)p.maps + (long long)m * p.dim;
@@ -76,11 +84,9 @@ __global__ void __launch_bounds__(256) ss2d_merge(const Params p) {
         for (int i = 0; i < PARTS; ++i) {
             const int c = i * 128 + lane * 4;
             if (c >= p.dim) continue;
-            float o[4];
-#pragma unroll
-            for (int e = 0; e < 4; ++e)
-                o[e] = v[i][e] * scale * load_parameter(p.weight, c + e, p.parameter_type)
-                       + load_parameter(p.bias, c + e, p.parameter_type);
+            const float4 w = *(const float4 *)(shared + c), b = *(const float4 *)(shared + p.dim + c);
+            const float o[4] = {v[i][0] * scale * w.x + b.x, v[i][1] * scale * w.y + b.y,
+                                v[i][2] * scale * w.z + b.z, v[i][3] * scale * w.w + b.w};
             *(uint2 *)((unsigned short *)p.normed + to + c)
                 = make_uint2(T::pack(o[0], o[1]), T::pack(o[2], o[3]));
         }

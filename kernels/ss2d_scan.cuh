@@ -38,9 +38,9 @@ struct Scan {
     u32 magic_height, magic_width, magic_slots;
 };
 
-// Of a slot: the image, and the place of its first position in that image's scan.
+// Of a slot: the image, its number there, and its first position in the image's scan.
 struct Place {
-    int image, start;
+    int image, slot, start;
 };
 
 __device__ __forceinline__ Place find_place(const Scan &p, int slot) {
@@ -50,8 +50,8 @@ __device__ __forceinline__ Place find_place(const Scan &p, int slot) {
         --image;
         rest += p.slots;
     }
-    if (image >= p.batch) return {0, p.height * p.width};
-    return {image, rest * OWN};
+    if (image >= p.batch) return {0, rest, p.height * p.width};
+    return {image, rest, rest * OWN};
 }
 
 // A map (B, H, W, D) by strides in elements; a pixel is h * W + w.
@@ -177,12 +177,8 @@ __device__ __forceinline__ void project_dt(float (&z)[OWN][2], const char *stage
                                            const u32 *fragments, const float *bias, int pair,
                                            int lane, int count) {
     const float2 start = *(const float2 *)(bias + 4 * (lane & 3) + 2 * pair);
+    const float biases[4] = {start.x, start.y, start.x, start.y};
     float c[4][4];
-#pragma unroll
-    for (int s = 0; s < 4; ++s) {
-        c[s][0] = c[s][2] = start.x;
-        c[s][1] = c[s][3] = start.y;
-    }
 #pragma unroll
     for (int k = 0; k < TILES; ++k) {
         u32 fragment = fragments[(2 * k + pair) * 32 + lane];
@@ -193,7 +189,8 @@ __device__ __forceinline__ void project_dt(float (&z)[OWN][2], const char *stage
             const int i = s + (lane & 8 ? (s < 3 ? 4 : 3) : 0);
             u32 a0, a1;
             load_tiles(a0, a1, staged + (i * 8 + (lane & 7)) * 16 + k * UNIT_BYTES);
-            T::mma(c[s], a0, a1, fragment);
+            if (k) T::mma(c[s], a0, a1, fragment);
+            else T::mma(c[s], a0, a1, fragment, biases);
         }
     }
 #pragma unroll
@@ -218,15 +215,15 @@ __device__ __forceinline__ void load_pairs(float2 (&pairs)[OWN], const char *sta
     }
 }
 
-// Lane g has the map h -> P h + q over its positions; combine it with those of the lanes that come
-// before it in time: lower g, or higher if BACK. Gives the inclusive map.
+// Lane g has the map h -> P h + q over its positions; combine it with those of up to `reach` lanes
+// that come before it in time: lower g, or higher if BACK.
 template <bool BACK>
-__device__ __forceinline__ void combine_lanes(float &P, float &q, int g) {
+__device__ __forceinline__ void combine_lanes(float &P, float &q, int reach) {
 #pragma unroll
     for (int d = 1; d < 8; d *= 2) {
         const float P2 = BACK ? __shfl_down_sync(ALL, P, 4 * d) : __shfl_up_sync(ALL, P, 4 * d);
         const float q2 = BACK ? __shfl_down_sync(ALL, q, 4 * d) : __shfl_up_sync(ALL, q, 4 * d);
-        if (BACK ? g + d < 8 : g >= d) {
+        if (d <= reach) {
             q = P * q2 + q;
             P *= P2;
         }

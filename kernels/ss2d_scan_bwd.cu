@@ -199,7 +199,6 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_bwd(const Params
                     for (int i = 0; i < OWN; ++i) {
                         l[i] = softplus2(z[i][c]);
                         a[i] = ex2(rate * l[i]);
-                        if (i == 0 && place.start == 0) a[i] = 0.f;  // an image begins
                         P = i ? P * a[i] : a[i];
                         const float2 dy2 = T::unpack(dy_at[i * 64]);
                         dy[i] = c ? dy2.y : dy2.x;
@@ -212,19 +211,22 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_bwd(const Params
                     float w = 0.f, P_back = P;
 #pragma unroll
                     for (int i = OWN - 1; i >= 0; --i) w = a[i] * (pairs[i].y * dy[i] + w);
-                    combine_lanes<true>(P_back, w, g);
-                    const float arrive = carry[n * 32], leave = P_back * arrive + w;
+                    const int slots_after = p.slots - 1 - place.slot;
+                    combine_lanes<true>(P_back, w, min(7 - g, slots_after));
+                    const bool arrived = slots_after > 7 - g;  // the image ends in a later chunk
+                    const float arrive = carry[n * 32], leave = arrived ? P_back * arrive + w : w;
                     const float after = __shfl_down_sync(ALL, leave, 4);
-                    w = g == 7 ? arrive : after;
+                    w = slots_after == 0 ? 0.f : g == 7 ? arrive : after;
                     carry[n * 32] = __shfl_sync(ALL, leave, t);
                     if (SUMMARY) {
-                        sums[n * 32] *= __shfl_sync(ALL, P_back, t);
+                        sums[n * 32] = __shfl_sync(ALL, arrived ? sums[n * 32] * P_back : 0.f, t);
                         continue;
                     }
-                    combine_lanes<false>(P, h, g);
-                    const float enter = states[turn * 16 + 4 * t + n], out = P * enter + h;
+                    combine_lanes<false>(P, h, min(g, place.slot));
+                    const float enter = states[turn * 16 + 4 * t + n];
+                    const float out = place.slot > g ? P * enter + h : h;
                     const float before = __shfl_up_sync(ALL, out, 4);
-                    h = g ? before : enter;
+                    h = place.slot == 0 ? 0.f : g ? before : enter;
 #pragma unroll
                     for (int i = 0; i < OWN; ++i) {
                         h = a[i] * h + q[i];
@@ -236,12 +238,13 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_bwd(const Params
                     for (int i = OWN - 1; i >= 0; --i) {
                         const float dh = pairs[i].y * dy[i] + w;
                         w = a[i] * dh;
-                        const float drive = dh * pairs[i].x, decayed = dh * q[i];
-                        dx[i][c] = drive * l[i];
-                        dB[i][c] = dh * (l[i] * x[i]);
-                        dA += l[i] * decayed;
+                        const float moved = dh * l[i];
+                        dx[i][c] = moved * pairs[i].x;
+                        dB[i][c] = moved * x[i];
+                        dA += moved * q[i];
                         // By z, times ln 2; the derivative of softplus is 2^(z - l).
-                        z[i][c] = (drive * x[i] + decayed * (LN2 * rate)) * ex2(z[i][c] - l[i]);
+                        z[i][c] = (pairs[i].x * x[i] + q[i] * (LN2 * rate))
+                                  * (dh * ex2(z[i][c] - l[i]));
                         dbias += z[i][c];
                     }
                     sums[n * 32] += dA;

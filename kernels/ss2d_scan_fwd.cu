@@ -97,7 +97,6 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_fwd(const Params
                 for (int c = 0; c < 2; ++c) {
                     const float l = softplus2(z[i][c]);
                     a[i][c] = ex2(element(rates, 2 * pair + c) * l);
-                    if (i == 0 && place.start == 0) a[i][c] = 0.f;  // an image begins
                     q[i][c] = l * (c ? x2.y : x2.x) * pairs[i].x;
                     P[c] = i ? P[c] * a[i][c] : a[i][c];
                     h[c] = i ? a[i][c] * h[c] + q[i][c] : q[i][c];
@@ -106,12 +105,14 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_fwd(const Params
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
                 const int n = 2 * pair + c;
-                combine_lanes<false>(P[c], h[c], g);
-                const float after = P[c] * enter[n] + h[c];
+                combine_lanes<false>(P[c], h[c], min(g, place.slot));
+                const bool entered = place.slot > g;  // the image began in an earlier chunk
+                const float after = entered ? P[c] * enter[n] + h[c] : h[c];
                 const float before = __shfl_up_sync(ALL, after, 4);
-                h[c] = g ? before : enter[n];
+                h[c] = place.slot == 0 ? 0.f : g ? before : enter[n];
                 enter[n] = __shfl_sync(ALL, after, 28 + t);
-                if (SUMMARY) decay[n] *= __shfl_sync(ALL, P[c], 28 + t);
+                if (SUMMARY)
+                    decay[n] = __shfl_sync(ALL, entered ? decay[n] * P[c] : 0.f, 28 + t);
             }
             if (SUMMARY) continue;
             float out[OWN][2];

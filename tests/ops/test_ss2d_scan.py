@@ -1,9 +1,12 @@
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from vmamba_mm.ops import ss2d_scan
+from vmamba_mm.ops import ss2d_scan, ss2d_scan_norm
 from vmamba_mm.ops.ss2d_scan import reference
 from vmamba_mm.testing import (
     DEVICES,
@@ -69,6 +72,36 @@ def test_any_strides(layout):
         assert_close(ss2d_scan(**dict(inputs, x=x)), expected, 1e-14)
 
 
+def norm_after_scan(norm_weight, norm_bias, eps, **inputs):
+    y = ss2d_scan(**inputs, out_dtype=torch.promote_types(inputs['x'].dtype, norm_weight.dtype))
+    y = F.layer_norm(y.permute(0, 2, 3, 1), norm_weight.shape, norm_weight, norm_bias, eps)
+    return y.permute(0, 3, 1, 2).to(inputs['x'].dtype)
+
+
+@pytest.mark.parametrize('compiled', [False, True], ids=['eager', 'compiled'])
+@pytest.mark.parametrize('layout', ['channels_last', 'contiguous', 'transposed'])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=['fp32', 'bf16'])
+@pytest.mark.parametrize('device', DEVICES)
+def test_norm_has_the_strides_of_x(device, dtype, layout, compiled):
+    inputs = ss2d_scan_inputs(2, 6, 5, 4, device=device)
+    inputs |= dict(norm_weight=torch.rand(6, device=device), norm_bias=inputs['D'][:6].clone())
+    x = inputs['x'].to(dtype)
+    inputs['x'] = {'channels_last': x, 'contiguous': x.contiguous(),
+                   'transposed': x.contiguous().transpose(2, 3).contiguous().transpose(2, 3)
+                   }[layout]
+    op = partial(ss2d_scan_norm, backend='chunked')
+    if compiled:
+        torch._dynamo.reset()
+        op = torch.compile(op, fullgraph=True, backend='aot_eager')
+    y, grads = with_grads(op, inputs, eps=1e-5)
+    expected, expected_grads = with_grads(norm_after_scan, inputs, eps=1e-5)
+    assert y.dtype == dtype and y.stride() == inputs['x'].stride()
+    assert_close(y, expected, 1e-6)
+    for name, grad in grads.items():
+        assert grad.stride() == inputs[name].stride()
+        assert_close(grad, expected_grads[name], 1e-5, name)
+
+
 @pytest.mark.parametrize('backend', ['reference', 'chunked'])
 def test_gradcheck(backend):
     inputs = ss2d_scan_inputs(1, 2, 2, 3, state=2, dtype=torch.float64)
@@ -83,6 +116,10 @@ def test_opcheck(device, backend, out_dtype):
     inputs = ss2d_scan_inputs(2, 3, 4, 5, state=2, device=device)
     leaves = [t.requires_grad_() for t in inputs.values()]
     opcheck(torch.ops.vmamba_mm.ss2d_scan_fwd.default, (*leaves, out_dtype, backend, False))
+    x, *weights = (t.detach() for t in leaves)
+    grad_y, empty = torch.ones_like(x, dtype=out_dtype), x.new_empty(0)
+    opcheck(torch.ops.vmamba_mm.ss2d_scan_bwd.default,
+            (grad_y, x, *weights, empty, empty, backend))
 
 
 @pytest.mark.parametrize('compiler', ['aot_eager', 'inductor'])
@@ -177,7 +214,7 @@ def test_wrong_input_raises():
     inputs = ss2d_scan_inputs(1, 4, 3, 3)
     with pytest.raises(ValueError, match="'reference', 'chunked', 'cuda', 'triton'"):
         ss2d_scan(**inputs, backend='cudo')
-    with pytest.raises(ValueError, match="backend='cuda' does not take.*x is on cpu"):
+    with pytest.raises(ValueError, match="backend='cuda' does not take.*is on cpu"):
         ss2d_scan(**inputs, backend='cuda')
     with pytest.raises(ValueError, match='expects D of shape'):
         ss2d_scan(**dict(inputs, D=inputs['D'][:4]))

@@ -1,7 +1,8 @@
-"""Launches of the CUDA kernels in ``kernels/``: ss2d_scan for N = 1 on half-precision maps.
+"""ss2d_scan and its norm by the CUDA kernels in ``kernels/``.
 
-Nothing is built beforehand: :mod:`vmamba_mm.ops.nvrtc` compiles at first use. The kernels' own
-comments and ``kernels/README.md`` say how they work.
+Here are the launches for N = 1 on half-precision maps; any other N and fp32 maps go to
+:mod:`vmamba_mm.ops.ss2d_scan.walk`. Nothing is built beforehand: :mod:`vmamba_mm.ops.nvrtc`
+compiles at first use. The kernels' own comments and ``kernels/README.md`` say how they work.
 """
 
 import math
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vmamba_mm.ops.nvrtc import Instance, load
+from vmamba_mm.ops.ss2d_scan import walk
 
 _TYPES = {torch.float16: 'Half', torch.bfloat16: 'BFloat'}
 _CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -21,32 +23,22 @@ _SCAN = 'P' * 5 + 'i' * 15
 _MAP = 'Pqiiii'
 # Warps that a block may have (16 channels each), and blocks of so many that fit a multiprocessor.
 _FORWARD_WARPS, _FORWARD_BLOCKS = 8, 2
-_BACKWARD_WARPS, _BACKWARD_BLOCKS = 6, 2
-
-
-@torch.compiler.assume_constant_result
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
+_BACKWARD_WARPS, _BACKWARD_BLOCKS = 12, 1
 
 
 def why_not(x: Tensor, out_dtype: torch.dtype, parameters: tuple[Tensor, ...]) -> str | None:
     """What keeps the kernels from taking these inputs, or None."""
-    if not x.is_cuda or torch.version.hip is not None:
-        return f'x is on {x.device}, not on an NVIDIA GPU'
-    if x.dtype not in _TYPES:
-        return f'x is {x.dtype}; the kernels take float16 and bfloat16'
-    if parameters[3].shape[1] != 1:
-        return f'd_state is {parameters[3].shape[1]}; the kernels take 1'
-    capability = _capability(x.device.index)
-    if capability < ((8, 0) if x.dtype == torch.bfloat16 else (7, 5)):
-        return f'a GPU of compute capability {capability} has no tensor cores for {x.dtype}'
-    if out_dtype not in (x.dtype, torch.float32):
-        return f'out_dtype is {out_dtype}; the kernels give {x.dtype} and float32'
-    if any(p.dtype not in _CODES for p in parameters):
-        return 'a parameter is neither float32 nor float16 nor bfloat16'
-    if x[0].numel() >= 2**31 or x.shape[0] == 0:
-        return 'an image has 2^31 elements or more, or the batch is empty'
-    return None
+    reason = walk.why_not(x, parameters[1].shape[2], parameters[3].shape[1])
+    if reason is None and out_dtype not in (x.dtype, torch.float32):
+        reason = f'out_dtype is {out_dtype}; the kernels give {x.dtype} and float32'
+    if reason is None and any(p.dtype not in _CODES for p in parameters):
+        reason = 'a parameter is neither float32 nor float16 nor bfloat16'
+    return reason
+
+
+def _is_fast(x: Tensor, state: int) -> bool:
+    """Whether the kernels of this module are for it."""
+    return state == 1 and x.dtype in _TYPES
 
 
 # --- what is compiled -------------------------------------------------------------------------
@@ -129,6 +121,7 @@ def _plan(batch: int, dim: int, height: int, width: int, rank: int, routes: int,
     row = _row(rank)
     staged = 2 * row // 8 * 16 * 8 * _SLOT
     properties = torch.cuda.get_device_properties(index)
+    multiprocessors = properties.multi_processor_count
 
     def cuts(most, blocks, per_warp, slots):
         limit = properties.shared_memory_per_block_optin - 1024
@@ -143,7 +136,7 @@ def _plan(batch: int, dim: int, height: int, width: int, rank: int, routes: int,
             shared = staged + warps * per_warp
             at_once = min(blocks * most // warps,
                           properties.shared_memory_per_multiprocessor // (shared + 1024))
-            at_once *= properties.multi_processor_count
+            at_once *= multiprocessors
             walks = columns * routes
             for independent in (True, False):
                 unit = alone if independent else 1
@@ -155,9 +148,10 @@ def _plan(batch: int, dim: int, height: int, width: int, rank: int, routes: int,
                     # In chunks of a warp on a multiprocessor, which 8 warps fill; a block's start
                     # is worth half a chunk. What enters a span costs two more launches.
                     waves = -(-walks * spans // at_once)
-                    resident = max(8, min(at_once, walks * spans) * warps
-                                   / properties.multi_processor_count)
-                    cost = waves * (span + 0.5) * resident * (1 + 0.3 / warps)
+                    resident = min(at_once, walks * spans) * warps / multiprocessors
+                    # 16 warps take as long for a chunk of each as 12 do, less 5 %.
+                    resident = max(8, resident * (0.95 if resident > 12 else 1))
+                    cost = waves * (span + 0.5) * resident * (1 + 0.004 * columns)
                     if not independent and spans > 1:
                         cost = 1.6 * cost + 16
                     yield _Cut(warps, columns, span, spans, shared, independent or spans == 1,
@@ -193,7 +187,7 @@ def _magic(divisor: int) -> int:
 def forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype, save):
     """(y, projected, states), shapes as in :func:`vmamba_mm.ops.ss2d_scan` and ``saved``.
 
-    For inputs for which ``why_not`` is None. ``states`` is empty unless ``save``.
+    For inputs for which ``why_not`` is None; ``states`` is empty unless ``save``.
     """
     maps, projected, states = _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save)
     y = torch.empty(maps.shape[1:], dtype=out_dtype, device=x.device)
@@ -204,16 +198,19 @@ def forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype, s
     return _like(y.permute(0, 3, 1, 2), x), projected, states
 
 
-def saved(x, rank, num_routes):
+def saved(x, rank, num_routes, state=1):
     """Shapes of what the forward keeps for the backward: (projected, states)."""
     batch, dim, height, width = x.shape
+    if not _is_fast(x, state):
+        return ((batch * height * width, num_routes * (rank + 2 * state)),
+                walk.states_shape(batch, num_routes, height * width, state, dim))
     chunks = batch * -(-height * width // (8 * _SLOT))  # or more than there are
     return (batch * height * width, num_routes * _row(rank)), (num_routes, chunks, dim)
 
 
 def norm_fits(x: Tensor) -> bool:
     """Whether the kernels that add the maps and normalise take maps like ``x``."""
-    return x.shape[1] % 4 == 0 and x.shape[1] <= 4096
+    return x.dtype in _TYPES and x.shape[1] % 4 == 0 and x.shape[1] <= 4096
 
 
 def forward_norm(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, norm_weight, norm_bias,
@@ -321,6 +318,8 @@ def _walk(cut, kernel, summary_kernel, fields, routes, dim, back, device):
 
 def _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save):
     """The maps of the routes (K, B, H, W, D), ``projected`` and ``states``."""
+    if not _is_fast(x, A.shape[1]):
+        return walk.forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save)
     batch, dim, height, width = x.shape
     routes, _, rank = dt_projs_weight.shape
     plan = _plan(batch, dim, height, width, rank, routes, x.device.index)
@@ -355,10 +354,10 @@ def _merge(maps, extra=None, merged=None, normed=None, weight=None, bias=None, m
     instance = merge_instance(_TYPES[maps.dtype], len(maps), extra is not None, -(-dim // 128),
                               to_float)
     load(instance, maps.device).launch(
-        (-(-positions // 8), 1, 1), (256, 1, 1),
+        (min(-(-positions // 8), 8 * _multiprocessors(maps.device.index)), 1, 1), (256, 1, 1),
         (maps.data_ptr(), pointer(extra), pointer(merged), pointer(normed), pointer(weight),
          pointer(bias), pointer(moments), eps, positions, dim,
-         0 if weight is None else _CODES[weight.dtype]))
+         0 if weight is None else _CODES[weight.dtype]), 0 if normed is None else 8 * dim)
 
 
 @cache
@@ -373,6 +372,9 @@ def backward(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, pro
 
     ``grad_y`` is (B, D, H, W) of any strides and dtype; it is rounded to ``x``'s.
     """
+    if not _is_fast(x, A.shape[1]):
+        return walk.backward(grad_y.to(x.dtype), x, x_proj_weight, dt_projs_weight, dt_projs_bias,
+                             A, D, projected, states)
     batch, dim, height, width = x.shape
     routes, _, rank = dt_projs_weight.shape
     device, type_ = x.device, _TYPES[x.dtype]
