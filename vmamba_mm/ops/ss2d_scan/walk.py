@@ -91,4 +91,5 @@ def backward(grad_maps: Tensor, x: Tensor, x_proj_weight: Tensor, dt_projs_weigh
     by_A = by_A.flatten(1, 2)[:, :walk.state].transpose(1, 2).reshape(A.shape)
     grads = (grad_x, grad_weight.view(x_proj_weight.shape), by_weight.sum(1).transpose(1, 2),
              by_bias.sum(1).view(routes, dim), by_A, by_D[:, 0].reshape(-1))
-    return tuple(g.to(t.dtype) for g, t in zip(grads, inputs, strict=True))
+    return grad_x, *(g.to(t.dtype).contiguous()
+                     for g, t in zip(grads[1:], inputs[1:], strict=True))
