@@ -93,13 +93,6 @@ __device__ __forceinline__ void store_parameter(void *p, long long i, int type, 
                                                               : BFloat::pack(v, 0.f));
 }
 
-// 8 bytes that other blocks of the same launch may have written: from L2.
-__device__ __forceinline__ uint2 load_from_l2(const void *p) {
-    uint2 v;
-    asm volatile("ld.global.cg.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
-    return v;
-}
-
 __device__ __forceinline__ u32 shared_address(const void *p) {
     return (u32)__cvta_generic_to_shared(p);
 }

@@ -1,19 +1,95 @@
-// The sum of the maps of the routes and its LayerNorm, where the forward has not done it.
-#include "ss2d_merge.cuh"
+// The sum of the maps of the routes, and, if asked for, its LayerNorm over the channels.
+#include "common.cuh"
 
 struct Params {
-    Merge merge;
+    const void *maps;             // (MAPS, M, D)
+    const void *extra;            // (M, D), one more if EXTRA; may be `merged`
+    void *merged;                 // (M, D) of OUT, or null
+    void *normed;                 // (M, D) of T, or null
+    const void *weight, *bias;    // (D)
+    float2 *moments;              // (M): mean and 1 / deviation, or null
+    float eps;
+    int positions, dim, parameter_type;
 };
 
-template <class T, bool EXTRA>
-__global__ void __launch_bounds__(256, 3) ss2d_merge(const Params params) {
-    const Merge &p = params.merge;
-    extern __shared__ __align__(16) float shared[];
+// A warp per position; a lane has 4 adjacent channels out of each 128.
+template <class T, int MAPS, bool EXTRA, int PARTS, bool FLOAT>
+__global__ void __launch_bounds__(256) ss2d_merge(const Params p) {
+    const int lane = threadIdx.x & 31;
+    const int warps = gridDim.x * (blockDim.x >> 5);
+    extern __shared__ __align__(16) float shared[];  // weight and bias, if there is a norm
     if (p.normed) {
-        stage_norm(p, shared);
+        for (int j = threadIdx.x; j < p.dim; j += blockDim.x) {
+            shared[j] = load_parameter(p.weight, j, p.parameter_type);
+            shared[p.dim + j] = load_parameter(p.bias, j, p.parameter_type);
+        }
         __syncthreads();
     }
-    const int warps = blockDim.x >> 5;
-    for (int m = blockIdx.x * warps + (threadIdx.x >> 5); m < p.positions; m += gridDim.x * warps)
-        merge_position<T, EXTRA>(p, shared, m);
+    const long long map = (long long)p.positions * p.dim;
+    for (int m = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5); m < p.positions; m += warps) {
+        const unsigned short *at = (const unsigned short *)p.maps + (long long)m * p.dim;
+        const long long to = (long long)m * p.dim;
+        float v[PARTS][4];
+#pragma unroll
+        for (int i = 0; i < PARTS; ++i) {
+            const int c = i * 128 + lane * 4;
+            uint2 in[MAPS + EXTRA];
+#pragma unroll
+            for (int j = 0; j < MAPS; ++j)
+                in[j] = c < p.dim ? *(const uint2 *)(at + j * map + c) : make_uint2(0u, 0u);
+            if (EXTRA)
+                in[MAPS] = c < p.dim ? *(const uint2 *)((const unsigned short *)p.extra + to + c)
+                                     : make_uint2(0u, 0u);
+#pragma unroll
+            for (int j = 0; j < MAPS + EXTRA; ++j) {
+                const float2 lo = T::unpack(in[j].x), hi = T::unpack(in[j].y);
+                v[i][0] = j ? v[i][0] + lo.x : lo.x;
+                v[i][1] = j ? v[i][1] + lo.y : lo.y;
+                v[i][2] = j ? v[i][2] + hi.x : hi.x;
+                v[i][3] = j ? v[i][3] + hi.y : hi.y;
+            }
+        }
+        if (p.merged)
+#pragma unroll
+            for (int i = 0; i < PARTS; ++i) {
+                const int c = i * 128 + lane * 4;
+                if (c >= p.dim) continue;
+                if (FLOAT)
+                    *(float4 *)((float *)p.merged + to + c)
+                        = make_float4(v[i][0], v[i][1], v[i][2], v[i][3]);
+                else
+                    *(uint2 *)((unsigned short *)p.merged + to + c)
+                        = make_uint2(T::pack(v[i][0], v[i][1]), T::pack(v[i][2], v[i][3]));
+            }
+        if (!p.normed) continue;
+        float sum = 0.f, squares = 0.f;
+#pragma unroll
+        for (int i = 0; i < PARTS; ++i)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sum += v[i][e];
+#pragma unroll
+        for (int d = 16; d; d >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+        const float mean = sum / p.dim;
+#pragma unroll
+        for (int i = 0; i < PARTS; ++i)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                v[i][e] -= mean;
+                if (i * 128 + lane * 4 < p.dim) squares += v[i][e] * v[i][e];
+            }
+#pragma unroll
+        for (int d = 16; d; d >>= 1) squares += __shfl_xor_sync(0xffffffffu, squares, d);
+        const float scale = rsqrtf(squares / p.dim + p.eps);
+#pragma unroll
+        for (int i = 0; i < PARTS; ++i) {
+            const int c = i * 128 + lane * 4;
+            if (c >= p.dim) continue;
+            const float4 w = *(const float4 *)(shared + c), b = *(const float4 *)(shared + p.dim + c);
+            const float o[4] = {v[i][0] * scale * w.x + b.x, v[i][1] * scale * w.y + b.y,
+                                v[i][2] * scale * w.z + b.z, v[i][3] * scale * w.w + b.w};
+            *(uint2 *)((unsigned short *)p.normed + to + c)
+                = make_uint2(T::pack(o[0], o[1]), T::pack(o[2], o[3]));
+        }
+        if (p.moments && lane == 0) p.moments[m] = make_float2(mean, scale);
+    }
 }

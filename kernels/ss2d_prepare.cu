@@ -13,8 +13,7 @@ struct Params {
     float *bias;            // (K, 16 G), times log2(e)
     float *rates;           // (K, N, 16 G)
     float *skip;            // (16 G): the sum over the routes
-    int *counters;          // zeros
-    int dim, rank, state, routes, row, tiles, count;  // count: of counters
+    int dim, rank, state, routes, row, tiles;
     int x_type, dt_type, bias_type, A_type, D_type;  // 0 fp32, 1 fp16, 2 bf16
 };
 
@@ -24,7 +23,7 @@ __global__ void ss2d_prepare(const Params p) {
     const int groups = (p.dim + 15) >> 4, padded = groups * 16, pairs = (p.rank + 1) & ~1;
     const int weights = p.routes * p.row * p.dim, fragments = p.routes * groups * p.tiles * 64;
     const int biases = p.routes * padded, rates = p.routes * p.state * padded;
-    const int total = weights + fragments + biases + rates + padded + p.count;
+    const int total = weights + fragments + biases + rates + padded;
     for (int j = blockIdx.x * blockDim.x + threadIdx.x; j < total; j += gridDim.x * blockDim.x) {
         int i = j;
         if (i < weights) {
@@ -71,10 +70,6 @@ __global__ void ss2d_prepare(const Params p) {
             continue;
         }
         i -= rates;
-        if (i >= padded) {
-            p.counters[i - padded] = 0;
-            continue;
-        }
         float sum = 0.f;
         for (int k = 0; i < p.dim && k < p.routes; ++k)
             sum += load_parameter(p.D, k * p.dim + i, p.D_type);

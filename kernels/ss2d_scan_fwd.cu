@@ -1,14 +1,10 @@
 // Forward of ss2d_scan for N = 1 on half-precision maps: each route's own map. A block walks a span
-// of one route; the last one to finish a span of whole images adds up its maps, while these are in
-// L2 and other blocks compute.
+// of one route.
 #include "ss2d_scan.cuh"
-#include "ss2d_merge.cuh"
 
 struct Params {
     Scan scan;
     Map x;
-    Merge merge;
-    int *finished;         // (spans), zeros: blocks that have finished; null where another launch merges
     void *y;               // (K, B, H, W, D)
     float *states;         // (K, chunks, D): the state that enters each chunk, or null
     const float *entries;  // (K, spans, D): the state that enters each span, or null
@@ -148,19 +144,4 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_fwd(const Params
                 params.ends[at] = enter[c];
                 params.decays[at] = decay[c];
             }
-    if (SUMMARY || !params.finished) return;
-
-    __shared__ int order;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) order = atomicAdd(params.finished + span, 1);
-    __syncthreads();
-    if (order != gridDim.x * gridDim.y - 1) return;
-    __threadfence();
-    float *const norm = (float *)shared;  // what was staged is done with
-    if (params.merge.normed) stage_norm(params.merge, norm);
-    __syncthreads();
-    const int end = min(last * 8 / p.slots, p.batch) * length;
-    for (int m = first * 8 / p.slots * length + warp; m < end; m += warps)
-        merge_position<T, false>(params.merge, norm, m);
 }

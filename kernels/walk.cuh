@@ -59,6 +59,12 @@ __device__ __forceinline__ void store(void *p, long long i, float v, int type) {
 #endif
 }
 
+__device__ __forceinline__ float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // log2(1 + 2^z): e P(e) with e = 2^-|z|, so that tiny results keep their digits.
 template <class T>
 __device__ __forceinline__ float softplus2(float z) {
@@ -135,31 +141,27 @@ struct Steps {  // of a path over a tensor with the strides of H and W
     }
 };
 
-// STEP positions from `start` of a channel; zeros beyond `count` and if not `valid`.
+// STEP positions from `start` of a channel, as their bits; zeros beyond `count` and if not `valid`.
 template <class T, bool SEQ>
-__device__ __forceinline__ void load_steps(
-    float (&x)[STEP], const void *base, const Path &path, const Steps &steps, int start, int count,
+__device__ __forceinline__ void load_bits(
+    u32 (&x)[STEP], const void *base, const Path &path, const Steps &steps, int start, int count,
     bool valid, bool vector) {
-    constexpr int SIZE = same<T, Float> ? 4 : 2;
+    constexpr bool WIDE = same<T, Float>;
+    constexpr int SIZE = WIDE ? 4 : 2;
+    auto load = [&](const void *p, int i) -> u32 {
+        return WIDE ? __ldg((const u32 *)p + i) : __ldg((const unsigned short *)p + i);
+    };
     if (SEQ && vector && count >= STEP && !path.back) {
         uint4 u[2] = {make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
         const uint4 *from = (const uint4 *)((const char *)base + (long long)start * SIZE);
         if (valid) {
             u[0] = __ldg(from);
-            if (SIZE == 4) u[1] = __ldg(from + 1);
+            if (WIDE) u[1] = __ldg(from + 1);
         }
         const u32 words[8] = {u[0].x, u[0].y, u[0].z, u[0].w, u[1].x, u[1].y, u[1].z, u[1].w};
-        if constexpr (same<T, Float>) {
 #pragma unroll
-            for (int i = 0; i < STEP; ++i) x[i] = __uint_as_float(words[i]);
-        } else {
-#pragma unroll
-            for (int j = 0; j < STEP / 2; ++j) {
-                const float2 f = T::unpack(words[j]);
-                x[2 * j] = f.x;
-                x[2 * j + 1] = f.y;
-            }
-        }
+        for (int i = 0; i < STEP; ++i)
+            x[i] = WIDE ? words[i] : i & 1 ? words[i / 2] >> 16 : words[i / 2] & 0xffffu;
         return;
     }
     const int row = path.row(start);
@@ -169,14 +171,32 @@ __device__ __forceinline__ void load_steps(
         const long long step = (long long)steps.inner * SIZE;
         const char *from = (const char *)base + (long long)offset * SIZE;
 #pragma unroll
-        for (int i = 0; i < STEP; ++i, from += step) x[i] = valid ? load<T>(from, 0) : 0.f;
+        for (int i = 0; i < STEP; ++i, from += step) x[i] = valid ? load(from, 0) : 0u;
         return;
     }
 #pragma unroll
     for (int i = 0; i < STEP; ++i) {
-        x[i] = i < count && valid ? load<T>(base, offset) : 0.f;
+        x[i] = i < count && valid ? load(base, offset) : 0u;
         steps.next(path, offset, rest);
     }
+}
+
+template <class T>
+__device__ __forceinline__ void to_floats(float (&x)[STEP], const u32 (&bits)[STEP]) {
+#pragma unroll
+    for (int i = 0; i < STEP; ++i) {
+        if constexpr (same<T, Float>) x[i] = __uint_as_float(bits[i]);
+        else x[i] = T::unpack(bits[i]).x;
+    }
+}
+
+template <class T, bool SEQ>
+__device__ __forceinline__ void load_steps(
+    float (&x)[STEP], const void *base, const Path &path, const Steps &steps, int start, int count,
+    bool valid, bool vector) {
+    u32 bits[STEP];
+    load_bits<T, SEQ>(bits, base, path, steps, start, count, valid, vector);
+    to_floats<T>(x, bits);
 }
 
 // The counterpart, for a contiguous result of type T or another.

@@ -87,6 +87,7 @@ constexpr int BLOCKS = 2;
 #else
 constexpr int BLOCKS = 1;
 #endif
+constexpr int UNROLL = 1;  // of the states
 
 template <class T, int STATE, bool SEQ>
 __global__ void __launch_bounds__(192, BLOCKS) walk_bwd(const Params p) {
@@ -100,7 +101,8 @@ __global__ void __launch_bounds__(192, BLOCKS) walk_bwd(const Params p) {
     const int channel = place.column * width + own;
     const int length = p.height * p.width;
     const int known = min(STATE, p.state - group * STATE);
-    const int rank2 = (p.rank + 1) & ~1, columns = rank2 + 2 * STATE;  // of `partial`
+    // Of `partial`: dt in pairs, at least one; then B and C.
+    const int rank2 = max((p.rank + 1) & ~1, 2), columns = rank2 + 2 * STATE;
 
     extern __shared__ __align__(16) float shared[];
     float *const staged = shared;  // dt, B, C of a chunk
@@ -109,14 +111,13 @@ __global__ void __launch_bounds__(192, BLOCKS) walk_bwd(const Params p) {
     // them in different banks.
     float *const mine = partial + (width >> 5) * columns * STEP
                         + own * ((OWN + 2 * p.rank) | 1);
-    float *const rates = mine;
-    float *const kept = rates + STATE;  // the states before each STEP but the first
+    float *const carry = mine;          // gradient by the state, times the decay that follows
+    float *const kept = carry + STATE;  // the states before each STEP but the first
     volatile float *const bias = kept + (CHUNK / STEP - 1) * STATE;
     volatile float *const skip = bias + 1, *const grad_bias = bias + 2, *const grad_skip = bias + 3;
     float *const grad_rates = mine + CHUNK / STEP * STATE + 4;
     float *const weights = mine + OWN, *const grad_weights = weights + p.rank;
     const float *const B_staged = staged + p.rank * PITCH;
-    const float *const C_staged = B_staged + STATE * PITCH;
     float *const own_partial = partial + warp * columns * STEP;
     float *const pair_place = Sums<EXACT>::place(own_partial + (rank2 + STATE) * STEP,
                                                  own_partial + rank2 * STEP, lane);
@@ -131,14 +132,13 @@ __global__ void __launch_bounds__(192, BLOCKS) walk_bwd(const Params p) {
     grad_bias[0] = grad_skip[0] = 0.f;
     const long long at_span
         = (place.walk(p) * p.spans + p.spans - 1 - place.span) * STATE * p.dim + channel;
-    float carry[STATE];
-#pragma unroll
+#pragma unroll 4
     for (int n = 0; n < STATE; ++n) {
-        rates[n] = valid
-            ? __ldg(p.rates + ((k * p.groups + group) * STATE + n) * p.dim + channel) : 0.f;
         carry[n] = p.entries && valid ? p.entries[at_span + n * p.dim] : 0.f;
         grad_rates[n] = 0.f;
     }
+    const float *const rates
+        = p.rates + (k * p.groups + group) * STATE * p.dim + min(channel, p.dim - 1);
     u32 select[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j) select[j] = lane >> 2 == j ? 0x3f800000u : 0u;  // 1.0
@@ -174,47 +174,62 @@ __global__ void __launch_bounds__(192, BLOCKS) walk_bwd(const Params p) {
         stage<T, STATE, SEQ, true, true>(p, staged, path, b, k, group, start, in_chunk);
         __syncthreads();
 
+        u32 x_bits[STEP], dy_bits[STEP];  // loaded ahead
+        auto load_ahead = [&](int s) {
+            load_bits<T, SEQ>(x_bits, (const char *)p.x + x_offset(), path, x_steps,
+                              start + s * STEP, in_chunk - s * STEP, valid, p.vector);
+            load_bits<T, SEQ>(dy_bits, (const char *)p.grad + grad_offset(), path, grad_steps,
+                              start + s * STEP, in_chunk - s * STEP, valid, p.vector);
+        };
+
         // Along the walk: the state before each STEP.
+        load_bits<T, SEQ>(x_bits, (const char *)p.x + x_offset(), path, x_steps, start, in_chunk,
+                          valid, p.vector);
         {
-            float h[STATE];
             const float *const states = states_of(chunk);
-#pragma unroll
-            for (int n = 0; n < STATE; ++n) h[n] = valid ? states[n * p.dim] : 0.f;
+#pragma unroll 4
+            for (int n = 0; n < STATE; ++n) kept[n] = valid ? states[n * p.dim] : 0.f;
+        }
 #pragma unroll 1
-            for (int s = 0; s < last; ++s) {
-                float x[STEP], l[STEP];
-                load_steps<T, SEQ>(x, (const char *)p.x + x_offset(), path, x_steps,
-                                   start + s * STEP, STEP, valid, p.vector);
-                log_decays<T, SEQ>(l, p, x_offset(), bias[0], staged + s * STEP, weights, 1, path,
-                                   x_steps, start + s * STEP, STEP, valid);
+        for (int s = 0; s < last; ++s) {
+            float x[STEP], l[STEP];
+            to_floats<T>(x, x_bits);
+            if (s + 1 < last)
+                load_bits<T, SEQ>(x_bits, (const char *)p.x + x_offset(), path, x_steps,
+                                  start + (s + 1) * STEP, STEP, valid, p.vector);
+            else
+                load_ahead(last);
+            log_decays<T, SEQ>(l, p, x_offset(), bias[0], staged + s * STEP, weights, 1, path,
+                               x_steps, start + s * STEP, STEP, valid);
 #pragma unroll
-                for (int i = 0; i < STEP; ++i) x[i] *= l[i];
+            for (int i = 0; i < STEP; ++i) x[i] *= l[i];
+            const float *const entered = kept + max(s - 1, 0) * STATE;
+            const float *rate_at = rates;
+            float rate = __ldg(rate_at);
+#pragma unroll UNROLL
+            for (int n = 0; n < known; ++n) {
+                const float next_rate = __ldg(rate_at += p.dim);  // at last of what follows A
+                float B[STEP], h = entered[n];
+                read8(B, B_staged + n * PITCH + s * STEP);
 #pragma unroll
-                for (int n = 0; n < STATE; ++n) {
-                    float B[STEP];
-                    read8(B, B_staged + n * PITCH + s * STEP);
-                    const float rate = rates[n];
-#pragma unroll
-                    for (int i = 0; i < STEP; ++i)
-                        h[n] = fmaf(ex2(rate * l[i]), h[n], x[i] * B[i]);
-                    kept[s * STATE + n] = h[n];
-                }
+                for (int i = 0; i < STEP; ++i) h = fmaf(ex2(rate * l[i]), h, x[i] * B[i]);
+                kept[s * STATE + n] = h;
+                rate = next_rate;
             }
         }
+        if (last == 0) load_ahead(0);
 
 #pragma unroll 1
         for (int s = last; s >= 0; --s) {
             const int from = start + s * STEP, count = in_chunk - s * STEP;
             float x[STEP], dy[STEP], l[STEP], q[STEP], e_sum[STEP];
-            load_steps<T, SEQ>(x, (const char *)p.x + x_offset(), path, x_steps, from,
-                               count, valid, p.vector);
-            load_steps<T, SEQ>(dy, (const char *)p.grad + grad_offset(), path,
-                               grad_steps, from, count, valid, p.vector);
+            to_floats<T>(x, x_bits);
+            to_floats<T>(dy, dy_bits);
             log_decays<T, SEQ>(l, p, x_offset(), bias[0], staged + s * STEP, weights, 1, path,
                                x_steps, from, count, valid);
             if (s == 0) {
                 const float *const states = states_of(chunk);
-#pragma unroll
+#pragma unroll 4
                 for (int n = 0; n < STATE; ++n) kept[n] = valid ? states[n * p.dim] : 0.f;
             }
             const float *const entered = kept + max(s - 1, 0) * STATE;
@@ -223,14 +238,20 @@ __global__ void __launch_bounds__(192, BLOCKS) walk_bwd(const Params p) {
                 x[i] *= l[i];
                 q[i] = e_sum[i] = 0.f;
             }
+            const float *rate_at = rates;
+            float rate = __ldg(rate_at);
             Sums<EXACT> before;
-#pragma unroll
-            for (int n = 0; n < STATE; ++n) {
-                if (n >= known) break;  // also keeps the compiler from mixing all n
-                const float rate = rates[n];
-                float a[STEP], ah[STEP], B[STEP], C[STEP], h = entered[n], sum = 0.f;
+            const float *B_at = B_staged + s * STEP;
+#pragma unroll UNROLL
+            for (int n = 0; n < known; ++n) {
+                const float next_rate = __ldg(rate_at += p.dim);  // at last of what follows A
+                float a[STEP], ah[STEP], B[STEP], C[STEP], sum = 0.f;
+                const float sum_before = grad_rates[n];
+                float h = entered[n], g = carry[n];
+                read8(B, B_at);
+                read8(C, B_at + STATE * PITCH);
+                B_at += PITCH;
                 Sums<EXACT> sums;
-                read8(B, B_staged + n * PITCH + s * STEP);
 #pragma unroll
                 for (int i = 0; i < STEP; i += 4) {
                     float by_C[4];
@@ -243,10 +264,9 @@ __global__ void __launch_bounds__(192, BLOCKS) walk_bwd(const Params p) {
                     }
                     sums.add(i / 4, select, by_C[0], by_C[1], by_C[2], by_C[3]);
                 }
-                // A turn late, so that nothing waits for the tensor cores.
-                if (n > 0) before.store(pair_place + (n - 1) * STEP, lane);
-                read8(C, C_staged + n * PITCH + s * STEP);
-                float g = carry[n];  // times the decay of the position that follows
+                // A turn late, so that nothing waits for the tensor cores. The first goes where
+                // something else will be written afterwards.
+                before.store(pair_place + (n - 1) * STEP, lane);
 #pragma unroll
                 for (int i = STEP - 4; i >= 0; i -= 4) {
                     float by_B[4];
@@ -263,12 +283,14 @@ __global__ void __launch_bounds__(192, BLOCKS) walk_bwd(const Params p) {
                     sums.add(2 + i / 4, select, by_B[0], by_B[1], by_B[2], by_B[3]);
                 }
                 carry[n] = g;
-                grad_rates[n] += sum;
+                grad_rates[n] = sum_before + sum;
                 before = sums;
+                rate = next_rate;
             }
             before.store(pair_place + (known - 1) * STEP, lane);
 
             // By delta, then by what is below the softplus (into e_sum), and by x (into q).
+            if (!SEQ && s > 0) load_ahead(s - 1);
             float by_bias = 0.f, by_skip = 0.f;
             const float own_skip = skip[0];
             float grad_x[STEP], grad_z[STEP];
@@ -276,10 +298,11 @@ __global__ void __launch_bounds__(192, BLOCKS) walk_bwd(const Params p) {
                 // Again, from the cache: x in registers all along is too much.
                 load_steps<T, SEQ>(x, (const char *)p.x + x_offset(), path, x_steps, from, count,
                                    valid, p.vector);
+                if (s > 0) load_ahead(s - 1);
             } else {
                 // Where delta is below 1e-30, so is all that this x leads to.
 #pragma unroll
-                for (int i = 0; i < STEP; ++i) x[i] = __fdividef(x[i], fmaxf(l[i], 1e-30f));
+                for (int i = 0; i < STEP; ++i) x[i] *= reciprocal(fmaxf(l[i], 1e-30f));
             }
 #pragma unroll
             for (int i = 0; i < STEP; ++i) {
@@ -324,32 +347,30 @@ __global__ void __launch_bounds__(192, BLOCKS) walk_bwd(const Params p) {
                 }
             }
 
-            // The sums of the block's warps, in their order.
+            // The sums of the block's warps, in their order: a position and several columns each.
             __syncthreads();
             constexpr float GAIN = Sums<EXACT>::GAIN;
-            for (int j = threadIdx.x; j < columns * STEP; j += width) {
-                const int column = j / STEP, i = j % STEP;
+            const int i = own % STEP;
+            const Steps rows(path, p.width, 1);
+            const int part = (SEQ ? 0 : group * p.columns) + place.column;
+            const long long sample = (long long)part * p.batch + b;
+            const long long at = SEQ
+                ? ((sample * p.routes + k) * p.state + group * STATE) * length + from + i
+                : ((sample * length + rows.at(path, min(from + i, length - 1))) * p.routes + k)
+                  * (p.rank + 2 * p.state);
+            for (int column = own / STEP; i < count && column < columns; column += width / STEP) {
                 const bool of_dt = column < rank2, of_C = column >= rank2 + STATE;
                 const int n = column - rank2 - (of_C ? STATE : 0);
-                if (i >= count || (of_dt ? column >= p.rank : n >= known)) continue;
+                if (of_dt ? column >= p.rank : n >= known) continue;
                 float sum = 0.f;
-                for (int w = 0; w < width >> 5; ++w) sum += partial[w * columns * STEP + j];
+                for (int w = 0; w < width >> 5; ++w)
+                    sum += partial[(w * columns + column) * STEP + i];
                 sum *= of_dt || of_C ? GAIN * LN2 : GAIN;
-                if constexpr (SEQ) {
-                    const long long at
-                        = (((long long)place.column * p.batch + b) * p.routes + k) * p.state
-                          + group * STATE + n;
-                    store(of_C ? p.grad_C : p.grad_B, at * length + from + i, sum, p.part_type);
-                } else {
-                    const Steps rows(path, p.width, 1);
-                    const int part = group * p.columns + place.column;
-                    const long long at = ((long long)part * p.batch + b) * length
-                                         + rows.at(path, from + i);
-                    const int to = of_dt ? column
-                                         : p.rank + (of_C ? p.state : 0) + group * STATE + n;
-                    store(p.grad_raw, (at * p.routes + k) * (p.rank + 2 * p.state) + to, sum,
-                          p.part_type);
-                }
+                if constexpr (SEQ)
+                    store(of_C ? p.grad_C : p.grad_B, at + (long long)n * length, sum, p.part_type);
+                else
+                    store(p.grad_raw, at + (of_dt ? column : p.rank + (of_C ? p.state : 0)
+                                            + group * STATE + n), sum, p.part_type);
             }
             __syncthreads();
         }

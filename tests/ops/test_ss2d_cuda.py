@@ -131,8 +131,7 @@ def test_any_cut(monkeypatch, size, slots, spans):
             count = -(-count // 8) * 8
         chunks = -(-batch * count // 8)
         span = -(-chunks // spans)
-        cuts = [cut._replace(span=span, spans=-(-chunks // span), independent=span >= chunks,
-                            merges=span >= chunks and cut.merges)
+        cuts = [cut._replace(span=span, spans=-(-chunks // span), independent=span >= chunks)
                 for cut in (plan.forward, plan.backward)]
         return plan._replace(slots=count, chunks=chunks, forward=cuts[0], backward=cuts[1],
                              magic=(*plan.magic[:2], cuda._magic(count)))

@@ -14,8 +14,8 @@ INSTANCES: dict[Instance, int] = {
        for make in (cuda.forward_instance, cuda.backward_instance)},
     **{make(type_): low for type_, low in _TYPES.items()
        for make in (cuda.prepare_instance, cuda.finish_instance)},
-    **{cuda.merge_instance(type_, extra): low for type_, low in _TYPES.items()
-       for extra in (False, True)},
+    **{cuda.merge_instance(type_, 4, *rest): low for type_, low in _TYPES.items()
+       for rest in ((False, 1, False), (False, 1, True), (False, 12, False), (True, 12, False))},
     **{cuda.norm_backward_instance(type_, parts, warps): low for type_, low in _TYPES.items()
        for parts, warps in ((1, 1), (4, 4))},
     cuda.combine_instance(): 75,

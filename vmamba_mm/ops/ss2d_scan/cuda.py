@@ -21,7 +21,6 @@ _SLOT = 7  # positions of a slot; a warp takes a chunk of 8 slots at a time
 _CHUNK_MAP = 8 * _SLOT * 32  # bytes of a warp's part of a map
 _SCAN = 'P' * 5 + 'i' * 15
 _MAP = 'Pqiiii'
-_MERGE = 'P' * 7 + 'fiiiii'
 # Warps that a block may have (16 channels each), and blocks of so many that fit a multiprocessor.
 _FORWARD_WARPS, _FORWARD_BLOCKS = 8, 2
 _BACKWARD_WARPS, _BACKWARD_BLOCKS = 12, 1
@@ -46,13 +45,13 @@ def _is_fast(x: Tensor, state: int) -> bool:
 
 @cache
 def prepare_instance(type_: str) -> Instance:
-    return Instance('ss2d_prepare.cu', f'ss2d_prepare<{type_}>', 'P' * 11 + 'i' * 12)
+    return Instance('ss2d_prepare.cu', f'ss2d_prepare<{type_}>', 'P' * 10 + 'i' * 11)
 
 
 @cache
 def forward_instance(type_: str, tiles: int, summary: bool) -> Instance:
     return Instance('ss2d_scan_fwd.cu', f'ss2d_scan_fwd<{type_}, {tiles}, {str(summary).lower()}>',
-                    _SCAN + _MAP + _MERGE + 'P' * 6,
+                    _SCAN + _MAP + 'P' * 5,
                     (('WARPS', _FORWARD_WARPS), ('BLOCKS', _FORWARD_BLOCKS)))
 
 
@@ -74,8 +73,9 @@ def finish_instance(type_: str) -> Instance:
 
 
 @cache
-def merge_instance(type_: str, extra: bool) -> Instance:
-    return Instance('ss2d_merge.cu', f'ss2d_merge<{type_}, {str(extra).lower()}>', _MERGE)
+def merge_instance(type_: str, maps: int, extra: bool, parts: int, to_float: bool) -> Instance:
+    return Instance('ss2d_merge.cu', f'ss2d_merge<{type_}, {maps}, {str(extra).lower()}, {parts}, '
+                    f'{str(to_float).lower()}>', 'P' * 7 + 'fiii')
 
 
 @cache
@@ -88,15 +88,13 @@ def norm_backward_instance(type_: str, parts: int, warps: int) -> Instance:
 
 class _Cut(NamedTuple):
     """A launch: warps of a block, blocks for the channels, spans of so many chunks, shared bytes;
-    whether nothing enters the spans, as each begins with an image; whether it adds up the maps;
-    what it costs."""
+    whether the spans begin at an image, so that nothing enters them; what it costs."""
     warps: int
     columns: int
     span: int
     spans: int
     shared: int
     independent: bool
-    merges: bool
     cost: float
 
 
@@ -125,24 +123,24 @@ def _plan(batch: int, dim: int, height: int, width: int, rank: int, routes: int,
     properties = torch.cuda.get_device_properties(index)
     multiprocessors = properties.multi_processor_count
 
-    def cuts(most, blocks, per_warp, slots, merge):
+    def cuts(most, blocks, per_warp, slots):
         limit = properties.shared_memory_per_block_optin - 1024
         most = min(most, (limit - staged) // per_warp)
         if most < 1:
             raise ValueError(f'dt_rank={rank} needs more shared memory than the {limit} bytes of '
                              f'this GPU')
         chunks = -(-batch * slots // 8)
-        period = slots // math.gcd(slots, 8)  # chunks until an image begins with a chunk
+        alone = slots // math.gcd(slots, 8)  # chunks until an image begins with a chunk
         for columns in {-(-groups // warps) for warps in range(1, most + 1)}:
             warps = -(-groups // columns)
-            shared = max(staged + warps * per_warp, 8 * dim if merge else 0)
+            shared = staged + warps * per_warp
             at_once = min(blocks * most // warps,
                           properties.shared_memory_per_multiprocessor // (shared + 1024))
             at_once *= multiprocessors
             walks = columns * routes
             for independent in (True, False):
-                unit = period if independent else 1
-                for spans in {max(1, n * at_once // walks) for n in range(1, 9)}:
+                unit = alone if independent else 1
+                for spans in {max(1, n * at_once // walks) for n in (1, 2, 3, 4)}:
                     span = -(-chunks // (unit * spans)) * unit
                     spans = -(-chunks // span)
                     if spans > 65535:
@@ -154,22 +152,17 @@ def _plan(batch: int, dim: int, height: int, width: int, rank: int, routes: int,
                     # 16 warps take as long for a chunk of each as 12 do, less 5 %.
                     resident = max(8, resident * (0.95 if resident > 12 else 1))
                     cost = waves * (span + 0.5) * resident * (1 + 0.004 * columns)
-                    alone = independent or spans == 1
-                    if not alone:
+                    if not independent and spans > 1:
                         cost = 1.6 * cost + 16
-                    # To add up the maps: the last blocks for their spans, or another launch.
-                    ways = [(0.02 * span * dim, True)] if alone and dim % 4 == 0 else []
-                    ways.append((1.7e-5 * batch * length * dim + 16, False))
-                    more, merges = min(ways) if merge else (0, False)
-                    yield _Cut(warps, columns, span, spans, shared, alone, merges, cost + more)
+                    yield _Cut(warps, columns, span, spans, shared, independent or spans == 1,
+                               cost)
 
     best = None
     exact = -(-length // _SLOT)
     for slots in {exact, -(-exact // 8) * 8}:
-        forward, backward = (min(cuts(*args), key=lambda cut: cut.cost) for args in (
-            (_FORWARD_WARPS, _FORWARD_BLOCKS, 256 * tiles + 64, slots, True),
-            (_BACKWARD_WARPS, _BACKWARD_BLOCKS, 4 * _CHUNK_MAP + 768 * tiles + 320 + 2048, slots,
-             False)))
+        forward, backward = (min(cuts(*sizes, slots), key=lambda cut: cut.cost) for sizes in (
+            (_FORWARD_WARPS, _FORWARD_BLOCKS, 256 * tiles + 64),
+            (_BACKWARD_WARPS, _BACKWARD_BLOCKS, 4 * _CHUNK_MAP + 768 * tiles + 320 + 2048)))
         if best is None or forward.cost + 2 * backward.cost < best[1].cost + 2 * best[2].cost:
             best = slots, forward, backward
     slots, forward, backward = best
@@ -196,10 +189,12 @@ def forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype, s
 
     For inputs for which ``why_not`` is None; ``states`` is empty unless ``save``.
     """
-    batch, dim, height, width = x.shape
-    y = torch.empty(batch, height, width, dim, dtype=out_dtype, device=x.device)
-    _, projected, states = _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save,
-                                 merged=y)
+    maps, projected, states = _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save)
+    y = torch.empty(maps.shape[1:], dtype=out_dtype, device=x.device)
+    if norm_fits(x):
+        _merge(maps, merged=y)
+    else:
+        torch.sum(maps, 0, dtype=out_dtype, out=y)
     return _like(y.permute(0, 3, 1, 2), x), projected, states
 
 
@@ -225,18 +220,15 @@ def forward_norm(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, norm_we
     ``merged`` (B, H, W, D), in ``x``'s dtype, and ``moments`` (B*H*W, 2) are what the norm's
     backward needs; they and ``states`` are empty unless ``save``.
     """
-    batch, dim, height, width = x.shape
-    out = torch.empty(batch, height, width, dim, dtype=x.dtype, device=x.device)
-    merged = torch.empty_like(out) if save else None
-    moments = torch.empty(batch * height * width, 2, dtype=torch.float32,
-                          device=x.device) if save else None
-    _, projected, states = _scan(
-        x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save, merged=merged, normed=out,
-        weight=norm_weight.contiguous(), bias=norm_bias.contiguous().to(norm_weight.dtype),
-        moments=moments, eps=eps)
-    empty = x.new_empty(0)
-    return (_like(out.permute(0, 3, 1, 2), x), *(empty if t is None else t
-                                                 for t in (merged, moments)), projected, states)
+    maps, projected, states = _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save)
+    out, merged, moments = torch.empty_like(maps[0]), x.new_empty(0), x.new_empty(0)
+    if save:
+        merged = torch.empty_like(out)
+        moments = torch.empty(out[..., 0].numel(), 2, dtype=torch.float32, device=x.device)
+    _merge(maps, merged=merged if save else None, normed=out, weight=norm_weight.contiguous(),
+           bias=norm_bias.contiguous().to(norm_weight.dtype), moments=moments if save else None,
+           eps=eps)
+    return _like(out.permute(0, 3, 1, 2), x), merged, moments, projected, states
 
 
 def _like(y: Tensor, x: Tensor) -> Tensor:
@@ -248,14 +240,13 @@ def _like(y: Tensor, x: Tensor) -> Tensor:
 
 
 class _Prepared(NamedTuple):
-    """The parameters as the kernels take them; the last five are pointers into ``memory``."""
+    """The parameters as the kernels take them; the last four are pointers into ``memory``."""
     weight: Tensor  # (K * P, D)
     memory: Tensor
     fragments: int
     bias: int
     rates: int
     skip: int
-    counters: int  # zeros, for each span of the forward
 
 
 def _prepare(plan, dtype, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D) -> _Prepared:
@@ -263,21 +254,19 @@ def _prepare(plan, dtype, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D) -
     padded = 16 * plan.groups
     weight = torch.empty(routes * plan.row, dim, dtype=dtype, device=A.device)
     of_fragments = routes * plan.groups * plan.tiles * 64
-    memory = torch.empty(of_fragments + (2 * routes + 1) * padded + plan.forward.spans,
-                         dtype=torch.float32, device=A.device)
+    memory = torch.empty(of_fragments + (2 * routes + 1) * padded, dtype=torch.float32,
+                         device=A.device)
     fragments = memory.data_ptr()
     bias = fragments + 4 * of_fragments
     rates = bias + 4 * routes * padded
     skip = rates + 4 * routes * padded
-    counters = skip + 4 * padded
     parameters = [t.contiguous() for t in (x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)]
     count = weight.numel() + memory.numel()
     load(prepare_instance(_TYPES[dtype]), A.device).launch(
         (min(1024, -(-count // 256)), 1, 1), (256, 1, 1),
         (*(t.data_ptr() for t in parameters), weight.data_ptr(), fragments, bias, rates, skip,
-         counters, dim, rank, 1, routes, plan.row, plan.tiles, plan.forward.spans,
-         *(_CODES[t.dtype] for t in parameters)))
-    return _Prepared(weight, memory, fragments, bias, rates, skip, counters)
+         dim, rank, 1, routes, plan.row, plan.tiles, *(_CODES[t.dtype] for t in parameters)))
+    return _Prepared(weight, memory, fragments, bias, rates, skip)
 
 
 def _pixels(x: Tensor) -> Tensor:
@@ -306,7 +295,7 @@ def _flat(x_BLD: Tensor) -> Tensor | None:
 
 def _scan_fields(plan, cut, prepared, projected, batch, dim, height, width, rank):
     """The fields of the kernels' Scan."""
-    return (projected.data_ptr(), *prepared[2:6], batch, dim, height, width, rank, plan.routes,
+    return (projected.data_ptr(), *prepared[2:], batch, dim, height, width, rank, plan.routes,
             plan.row, plan.slots, plan.chunks, cut.span, cut.spans, plan.aligned, *plan.magic)
 
 
@@ -327,16 +316,10 @@ def _walk(cut, kernel, summary_kernel, fields, routes, dim, back, device):
     load(kernel, device).launch(grid, block, (*fields, entries, 0, 0), cut.shared)
 
 
-def _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save, **merge):
-    """The maps of the routes (K, B, H, W, D), ``projected`` and ``states``.
-
-    The maps are added up as ``merge``, :func:`_merge`'s arguments, says.
-    """
+def _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save):
+    """The maps of the routes (K, B, H, W, D), ``projected`` and ``states``."""
     if not _is_fast(x, A.shape[1]):
-        maps, projected, states = walk.forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A,
-                                               D, save)
-        _merge(maps, **merge)
-        return maps, projected, states
+        return walk.forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save)
     batch, dim, height, width = x.shape
     routes, _, rank = dt_projs_weight.shape
     plan = _plan(batch, dim, height, width, rank, routes, x.device.index)
@@ -349,40 +332,32 @@ def _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save, **merge)
     maps = torch.empty(routes, batch, height, width, dim, dtype=x.dtype, device=x.device)
     states = torch.empty(saved(x, rank, routes)[1] if save else 0, dtype=torch.float32,
                          device=x.device)
-    type_, cut = _TYPES[x.dtype], plan.forward
-    fields = (*_scan_fields(plan, cut, prepared, projected, batch, dim, height, width, rank),
-              *_map(x_BLD), *_merge_fields(maps, **(merge if cut.merges else {})),
-              prepared.counters if cut.merges else 0, maps.data_ptr(),
-              states.data_ptr() if save else 0)
-    _walk(cut, forward_instance(type_, plan.tiles, False),
+    type_ = _TYPES[x.dtype]
+    fields = (*_scan_fields(plan, plan.forward, prepared, projected, batch, dim, height, width,
+                            rank),
+              *_map(x_BLD), maps.data_ptr(), states.data_ptr() if save else 0)
+    _walk(plan.forward, forward_instance(type_, plan.tiles, False),
           forward_instance(type_, plan.tiles, True), fields, routes, dim, False, x.device)
-    if not cut.merges:
-        _merge(maps, **merge)
     return maps, projected, states
 
 
-def _merge(maps, extra=None, merged=None, normed=None, **norm):
-    """``merged`` = the sum of the maps (and of ``extra``, which it may be) over the routes, and
-    ``normed`` its LayerNorm with ``weight``, ``bias`` and ``eps``, where a tensor is given."""
-    positions, dim = maps[0].numel() // maps.shape[-1], maps.shape[-1]
-    if maps.dtype not in _TYPES or dim % 4 or dim > 4096:
-        total = torch.sum(maps, 0, dtype=torch.float32)
-        merged.copy_(total if extra is None else total.add_(extra))
-        return
-    blocks = min(-(-positions // 8), 8 * _multiprocessors(maps.device.index))
-    load(merge_instance(_TYPES[maps.dtype], extra is not None), maps.device).launch(
-        (blocks, 1, 1), (256, 1, 1), _merge_fields(maps, extra, merged, normed, **norm),
-        0 if normed is None else 8 * dim)
-
-
-def _merge_fields(maps, extra=None, merged=None, normed=None, weight=None, bias=None, moments=None,
-                  eps=0.0):
-    """The fields of the kernels' Merge."""
-    pointers = (0 if t is None else t.data_ptr()
-                for t in (maps, extra, merged, normed, weight, bias, moments))
+def _merge(maps, extra=None, merged=None, normed=None, weight=None, bias=None, moments=None,
+           eps=0.0):
+    """The sum of the maps (and ``extra``), its LayerNorm: each where a tensor for it is given."""
+    dim = maps.shape[-1]
+    positions = maps[0].numel() // dim
     to_float = merged is not None and merged.dtype == torch.float32
-    return (*pointers, eps, maps[0].numel() // maps.shape[-1], maps.shape[-1], len(maps),
-            0 if weight is None else _CODES[weight.dtype], int(to_float))
+
+    def pointer(tensor):
+        return 0 if tensor is None else tensor.data_ptr()
+
+    instance = merge_instance(_TYPES[maps.dtype], len(maps), extra is not None, -(-dim // 128),
+                              to_float)
+    load(instance, maps.device).launch(
+        (min(-(-positions // 8), 8 * _multiprocessors(maps.device.index)), 1, 1), (256, 1, 1),
+        (maps.data_ptr(), pointer(extra), pointer(merged), pointer(normed), pointer(weight),
+         pointer(bias), pointer(moments), eps, positions, dim,
+         0 if weight is None else _CODES[weight.dtype]), 0 if normed is None else 8 * dim)
 
 
 @cache
@@ -420,7 +395,10 @@ def backward(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, pro
 
     dprojected = dprojected[0] if cut.columns == 1 else dprojected.sum(0)
     grad_x = torch.mm(dprojected, prepared.weight).view(batch, height, width, dim)
-    _merge(maps, extra=grad_x, merged=grad_x)
+    if norm_fits(x):
+        _merge(maps, extra=grad_x, merged=grad_x)
+    else:
+        grad_x = torch.sum(maps, 0, dtype=torch.float32).add_(grad_x).to(x.dtype)
     if (x_2d := _flat(x_BLD)) is not None:
         product = torch.mm(dprojected.T, x_2d)
     else:
