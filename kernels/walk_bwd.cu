@@ -70,7 +70,8 @@ struct Sums {
             const int half = 8 >> turn;
             const bool upper = lane & 2 * half;
 #pragma unroll
-            for (int i = 0; i < 8 >> turn; ++i) {
+            for (int i = 0; i < 8; ++i) {
+                if (i >= half) break;
                 const float given = upper ? v[i] : v[i + half];
                 v[i] = (upper ? v[i + half] : v[i]) + __shfl_xor_sync(~0u, given, 2 * half);
             }
