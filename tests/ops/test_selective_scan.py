@@ -69,6 +69,9 @@ def test_opcheck(device, backend, optional):
         inputs[5:] = [None, None]
     opcheck(torch.ops.vmamba_mm.selective_scan_fwd.default,
             (*inputs, True, torch.float32, backend))
+    inputs = [None if t is None else t.detach() for t in inputs]
+    opcheck(torch.ops.vmamba_mm.selective_scan_bwd.default,
+            (torch.ones_like(inputs[0]), *inputs, True, backend))
 
 
 def test_skip_and_bias_are_optional():

@@ -23,7 +23,10 @@ def resolve_backend(backend: str | None, **why_not: Callable[[], str | None]) ->
         ValueError: if ``backend`` does not exist or does not take these inputs.
     """
     if backend is None:
-        return next((name for name, reason in why_not.items() if reason() is None), 'chunked')
+        for name, reason in why_not.items():  # Dynamo of torch 2.6 cannot trace next(..., default)
+            if reason() is None:
+                return name
+        return 'chunked'
     if backend not in BACKENDS:
         raise ValueError(f'backend={backend!r} does not exist; choose None or one of {BACKENDS}')
     reason = why_not[backend]() if backend in why_not else None

@@ -6,27 +6,12 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vmamba_mm.ops.cross_scan import reference
 from vmamba_mm.ops.cross_scan.reference import ROUTES
+from vmamba_mm.ops.registration import register
 
 
-@torch.library.custom_op('vmamba_mm::cross_scan', mutates_args=())
-def _cross_scan(x: Tensor, num_routes: int) -> Tensor:
-    return reference.scan_forward(x, num_routes).contiguous()
-
-
-@_cross_scan.register_fake
-def _(x, num_routes):
+def _scan_fake(x, num_routes):
     batch, dim, height, width = x.shape
     return x.new_empty(batch, num_routes, dim, height * width)
-
-
-@torch.library.custom_op('vmamba_mm::cross_merge', mutates_args=())
-def _cross_merge(y: Tensor, height: int, width: int) -> Tensor:
-    return reference.merge_forward(y, height, width).contiguous()
-
-
-@_cross_merge.register_fake
-def _(y, height, width):
-    return y.new_empty(y.shape[0], y.shape[2], height, width)
 
 
 def _scan_setup(ctx, inputs, output):
@@ -37,6 +22,15 @@ def _scan_backward(ctx, grad):
     return _cross_merge(grad.contiguous(), ctx.height, ctx.width), None
 
 
+@register('cross_scan', fake=_scan_fake, backward=_scan_backward, setup_context=_scan_setup)
+def _cross_scan(x: Tensor, num_routes: int) -> Tensor:
+    return reference.scan_forward(x, num_routes).contiguous()
+
+
+def _merge_fake(y, height, width):
+    return y.new_empty(y.shape[0], y.shape[2], height, width)
+
+
 def _merge_setup(ctx, inputs, output):
     ctx.num_routes = inputs[0].shape[1]
 
@@ -45,8 +39,9 @@ def _merge_backward(ctx, grad):
     return _cross_scan(grad, ctx.num_routes), None, None
 
 
-_cross_scan.register_autograd(_scan_backward, setup_context=_scan_setup)
-_cross_merge.register_autograd(_merge_backward, setup_context=_merge_setup)
+@register('cross_merge', fake=_merge_fake, backward=_merge_backward, setup_context=_merge_setup)
+def _cross_merge(y: Tensor, height: int, width: int) -> Tensor:
+    return reference.merge_forward(y, height, width).contiguous()
 
 
 @register_flop_formula([torch.ops.vmamba_mm.cross_scan, torch.ops.vmamba_mm.cross_merge])

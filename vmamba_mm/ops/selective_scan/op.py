@@ -5,41 +5,25 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vmamba_mm.ops.backends import Backend, resolve_backend
+from vmamba_mm.ops.registration import register
 from vmamba_mm.ops.selective_scan import chunked, reference
 
 _IMPLEMENTATIONS = {'reference': reference, 'chunked': chunked}
 
 
-@torch.library.custom_op('vmamba_mm::selective_scan_fwd', mutates_args=())
-def _fwd(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
-         delta_bias: Tensor | None, delta_softplus: bool, out_dtype: torch.dtype,
-         backend: str) -> Tensor:
-    # Autocast would lower the products inside; the op's own dtype policy holds instead.
-    with torch.autocast(u.device.type, enabled=False):
-        return _IMPLEMENTATIONS[backend].forward(
-            u, delta, A, B, C, D, delta_bias, delta_softplus, out_dtype)
+def _bwd_fake(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus, backend):
+    return tuple(u.new_empty(0) if t is None else t.new_empty(t.shape)
+                 for t in (u, delta, A, B, C, D, delta_bias))
 
 
-@_fwd.register_fake
-def _(u, delta, A, B, C, D, delta_bias, delta_softplus, out_dtype, backend):
-    return u.new_empty(u.shape, dtype=out_dtype)
-
-
-@torch.library.custom_op('vmamba_mm::selective_scan_bwd', mutates_args=())
+@register('selective_scan_bwd', fake=_bwd_fake)
 def _bwd(grad_y: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
          D: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool, backend: str
          ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with torch.autocast(u.device.type, enabled=False):
-        grads = _IMPLEMENTATIONS[backend].backward(
-            grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus)
+    grads = _IMPLEMENTATIONS[backend].backward(
+        grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus)
     # The schema has no optional results: an absent gradient is an empty tensor.
     return tuple(u.new_empty(0) if g is None else g.contiguous() for g in grads)
-
-
-@_bwd.register_fake
-def _(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus, backend):
-    return tuple(u.new_empty(0) if t is None else t.new_empty(t.shape)
-                 for t in (u, delta, A, B, C, D, delta_bias))
 
 
 def _setup_context(ctx, inputs, output):
@@ -54,7 +38,16 @@ def _backward(ctx, grad_y):
     return *grads, None, None, None
 
 
-_fwd.register_autograd(_backward, setup_context=_setup_context)
+def _fwd_fake(u, delta, A, B, C, D, delta_bias, delta_softplus, out_dtype, backend):
+    return u.new_empty(u.shape, dtype=out_dtype)
+
+
+@register('selective_scan_fwd', fake=_fwd_fake, backward=_backward, setup_context=_setup_context)
+def _fwd(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+         delta_bias: Tensor | None, delta_softplus: bool, out_dtype: torch.dtype,
+         backend: str) -> Tensor:
+    return _IMPLEMENTATIONS[backend].forward(
+        u, delta, A, B, C, D, delta_bias, delta_softplus, out_dtype)
 
 
 def scan_flops(batch: int, channels: int, length: int, state: int) -> int:
@@ -117,9 +110,13 @@ def _check(u, delta, A, B, C, D, delta_bias) -> None:
     if length < 1 or state < 1 or channels % groups:
         raise ValueError(f'selective_scan expects L >= 1, N >= 1 and K*D={channels} divisible by '
                          f'K={groups}; got L={length}, N={state}')
-    expected = {'delta': (delta, u.shape), 'A': (A, (channels, state)),
-                'B': (B, (batch, groups, state, length)), 'C': (C, (batch, groups, state, length)),
-                'D': (D, (channels,)), 'delta_bias': (delta_bias, (channels,))}
+    routed = (batch, groups, state, length)
+    if (delta.shape == u.shape and A.shape[0] == channels and B.shape == routed
+            and C.shape == routed and (D is None or D.shape == (channels,))
+            and (delta_bias is None or delta_bias.shape == (channels,))):
+        return
+    expected = {'delta': (delta, u.shape), 'A': (A, (channels, state)), 'B': (B, routed),
+                'C': (C, routed), 'D': (D, (channels,)), 'delta_bias': (delta_bias, (channels,))}
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != tuple(shape):
             raise ValueError(f'selective_scan expects {name} of shape {tuple(shape)} beside '

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vmamba_mm.ops.backends import Backend, resolve_backend
 from vmamba_mm.ops.cross_scan.reference import ROUTES
+from vmamba_mm.ops.registration import register
 from vmamba_mm.ops.selective_scan.op import scan_flops
 from vmamba_mm.ops.ss2d_scan import chunked, cuda, reference
 
@@ -14,69 +15,59 @@ _FORWARD = {'reference': reference.forward, 'chunked': chunked.forward}
 _BACKWARD = {'reference': reference.backward, 'chunked': chunked.backward}
 
 
-@torch.library.custom_op('vmamba_mm::ss2d_scan_fwd', mutates_args=())
-def _fwd(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_projs_bias: Tensor,
-         A: Tensor, D: Tensor, out_dtype: torch.dtype, backend: str, save: bool
-         ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and what the kernels keep for their backward: empty for others, or unless ``save``."""
-    inputs = (x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype)
-    # Autocast would lower the products inside; the op's own dtype policy holds instead.
-    with torch.autocast(x.device.type, enabled=False):
-        if backend == 'cuda':
-            y, projected, states = cuda.forward(*inputs, save)
-            return y, projected if save else x.new_empty(0), states
-        y = _FORWARD[backend](*inputs)
-    if backend == 'reference':
-        y = torch.empty_like(x, dtype=out_dtype).copy_(y)
-    return y, x.new_empty(0), x.new_empty(0)
+def _bwd_fake(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, projected, states,
+              backend):
+    weights = (x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
+    return torch.empty_like(x), *(t.new_empty(t.shape) for t in weights)
 
 
-def _fake_saved(x, dt_projs_weight, save):
-    shapes = cuda.saved(x, dt_projs_weight.shape[2], len(dt_projs_weight)) if save else (0, 0)
-    return x.new_empty(shapes[0]), x.new_empty(shapes[1], dtype=torch.float32)
-
-
-@_fwd.register_fake
-def _(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype, backend, save):
-    y = torch.empty_like(x, dtype=out_dtype)
-    if backend == 'cuda':
-        return y, *_fake_saved(x, dt_projs_weight, save)
-    return y, x.new_empty(0), x.new_empty(0)
-
-
-@torch.library.custom_op('vmamba_mm::ss2d_scan_bwd', mutates_args=())
+@register('ss2d_scan_bwd', fake=_bwd_fake)
 def _bwd(grad_y: Tensor, x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor,
          dt_projs_bias: Tensor, A: Tensor, D: Tensor, projected: Tensor, states: Tensor,
          backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = (grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
-    with torch.autocast(x.device.type, enabled=False):
-        if backend == 'cuda':
-            return cuda.backward(*inputs, projected, states)
-        grad_x, *grads = _BACKWARD[backend](*inputs)
+    if backend == 'cuda':
+        return cuda.backward(*inputs, projected, states)
+    grad_x, *grads = _BACKWARD[backend](*inputs)
     if backend == 'reference':
         grad_x = torch.empty_like(x).copy_(grad_x)
     return grad_x, *(g.contiguous() for g in grads)
 
 
-@_bwd.register_fake
-def _(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, projected, states, backend):
-    weights = (x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
-    return torch.empty_like(x), *(t.new_empty(t.shape) for t in weights)
-
-
 def _setup_context(ctx, inputs, output):
     *tensors, _, ctx.backend, _ = inputs
     ctx.save_for_backward(*tensors, *output[1:])
-    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_y, *_):
-    if grad_y is None:
-        return (None,) * 9
+def _backward(ctx, grad_y):
     return *_bwd(grad_y, *ctx.saved_tensors, ctx.backend), None, None, None
 
 
-_fwd.register_autograd(_backward, setup_context=_setup_context)
+def _saved_fake(x, dt_projs_weight, save):
+    shapes = cuda.saved(x, dt_projs_weight.shape[2], len(dt_projs_weight)) if save else (0, 0)
+    return x.new_empty(shapes[0]), x.new_empty(shapes[1], dtype=torch.float32)
+
+
+def _fwd_fake(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype, backend, save):
+    y = torch.empty_like(x, dtype=out_dtype)
+    if backend == 'cuda':
+        return y, *_saved_fake(x, dt_projs_weight, save)
+    return y, x.new_empty(0), x.new_empty(0)
+
+
+@register('ss2d_scan_fwd', fake=_fwd_fake, backward=_backward, setup_context=_setup_context)
+def _fwd(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_projs_bias: Tensor,
+         A: Tensor, D: Tensor, out_dtype: torch.dtype, backend: str, save: bool
+         ) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and what the kernels keep for their backward: empty for others, or unless ``save``."""
+    inputs = (x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype)
+    if backend == 'cuda':
+        y, projected, states = cuda.forward(*inputs, save)
+        return y, projected if save else x.new_empty(0), states
+    y = _FORWARD[backend](*inputs)
+    if backend == 'reference':
+        y = torch.empty_like(x, dtype=out_dtype).copy_(y)
+    return y, x.new_empty(0), x.new_empty(0)
 
 
 def _wants_grad(*tensors: Tensor) -> bool:
@@ -136,27 +127,12 @@ def ss2d_scan(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_proj
     return _fwd(x, *parameters, out_dtype, backend, save)[0]
 
 
-@torch.library.custom_op('vmamba_mm::ss2d_scan_norm', mutates_args=())
-def _fwd_norm(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_projs_bias: Tensor,
-              A: Tensor, D: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, save: bool
-              ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The normed map; merged, moments and what ``_fwd`` keeps, all empty unless ``save``."""
-    with torch.autocast(x.device.type, enabled=False):
-        out, merged, moments, projected, states = cuda.forward_norm(
-            x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, norm_weight, norm_bias, eps,
-            save)
-    return out, merged, moments, projected if save else x.new_empty(0), states
+def _bwd_norm_fake(grad, merged, moments, norm_weight, norm_bias):
+    return (torch.empty_like(merged).permute(0, 3, 1, 2), norm_weight.new_empty(norm_weight.shape),
+            norm_bias.new_empty(norm_bias.shape))
 
 
-@_fwd_norm.register_fake
-def _(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, norm_weight, norm_bias, eps, save):
-    batch, dim, height, width = x.shape
-    merged, moments = ((batch, height, width, dim), (batch * height * width, 2)) if save else (0, 0)
-    return (torch.empty_like(x), x.new_empty(merged), x.new_empty(moments, dtype=torch.float32),
-            *_fake_saved(x, dt_projs_weight, save))
-
-
-@torch.library.custom_op('vmamba_mm::ss2d_norm_bwd', mutates_args=())
+@register('ss2d_norm_bwd', fake=_bwd_norm_fake)
 def _bwd_norm(grad: Tensor, merged: Tensor, moments: Tensor, norm_weight: Tensor,
               norm_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     grad_merged, grad_weight, grad_bias = cuda.norm_backward(grad, merged, moments, norm_weight)
@@ -164,24 +140,33 @@ def _bwd_norm(grad: Tensor, merged: Tensor, moments: Tensor, norm_weight: Tensor
             grad_bias.to(norm_bias.dtype, copy=True))
 
 
-@_bwd_norm.register_fake
-def _(grad, merged, moments, norm_weight, norm_bias):
-    return (torch.empty_like(merged).permute(0, 3, 1, 2), norm_weight.new_empty(norm_weight.shape),
-            norm_bias.new_empty(norm_bias.shape))
-
-
 def _setup_norm(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:8], *output[1:])
-    ctx.set_materialize_grads(False)
 
 
-def _backward_norm(ctx, grad, *_):
+def _backward_norm(ctx, grad):
     *tensors, norm_weight, norm_bias, merged, moments, projected, states = ctx.saved_tensors
     grad_y, *grads = _bwd_norm(grad, merged, moments, norm_weight, norm_bias)
     return *_bwd(grad_y, *tensors, projected, states, 'cuda'), *grads, None, None
 
 
-_fwd_norm.register_autograd(_backward_norm, setup_context=_setup_norm)
+def _fwd_norm_fake(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, norm_weight, norm_bias,
+                   eps, save):
+    batch, dim, height, width = x.shape
+    merged, moments = ((batch, height, width, dim), (batch * height * width, 2)) if save else (0, 0)
+    return (torch.empty_like(x), x.new_empty(merged), x.new_empty(moments, dtype=torch.float32),
+            *_saved_fake(x, dt_projs_weight, save))
+
+
+@register('ss2d_scan_norm', fake=_fwd_norm_fake, backward=_backward_norm,
+          setup_context=_setup_norm)
+def _fwd_norm(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_projs_bias: Tensor,
+              A: Tensor, D: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, save: bool
+              ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The normed map; merged, moments and what ``_fwd`` keeps, all empty unless ``save``."""
+    out, merged, moments, projected, states = cuda.forward_norm(
+        x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, norm_weight, norm_bias, eps, save)
+    return out, merged, moments, projected if save else x.new_empty(0), states
 
 
 @register_flop_formula(torch.ops.vmamba_mm.ss2d_scan_norm)
@@ -215,8 +200,10 @@ def ss2d_scan_norm(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor,
     # Under autocast the merged map stays fp32 up to the norm, as published.
     y_BDHW = ss2d_scan(x, *parameters, backend=backend,
                        out_dtype=torch.promote_types(x.dtype, norm_weight.dtype))
-    y = F.layer_norm(y_BDHW.permute(0, 2, 3, 1), norm_weight.shape, norm_weight, norm_bias, eps)
-    return y.to(x.dtype).permute(0, 3, 1, 2)
+    y_BHWD = F.layer_norm(y_BDHW.permute(0, 2, 3, 1).contiguous(), norm_weight.shape, norm_weight,
+                          norm_bias, eps)
+    y = y_BHWD.permute(0, 3, 1, 2)
+    return y.to(x.dtype) if y.stride() == x.stride() else torch.empty_like(x).copy_(y)
 
 
 def _check(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D) -> None:
@@ -230,10 +217,15 @@ def _check(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D) -> None:
                          f'got {num_routes}')
     if x.numel() == 0 and x.shape[0] != 0:
         raise ValueError(f'ss2d_scan expects D, H and W of at least 1, got x {tuple(x.shape)}')
-    expected = {'x_proj_weight': (x_proj_weight, (num_routes, rank + 2 * state, dim)),
+    channels, row = num_routes * dim, rank + 2 * state
+    if (x_proj_weight.shape == (num_routes, row, dim) and dt_projs_weight.shape[1] == dim
+            and dt_projs_bias.shape == (num_routes, dim) and A.shape[0] == channels
+            and D.shape == (channels,)):
+        return
+    expected = {'x_proj_weight': (x_proj_weight, (num_routes, row, dim)),
                 'dt_projs_weight': (dt_projs_weight, (num_routes, dim, rank)),
                 'dt_projs_bias': (dt_projs_bias, (num_routes, dim)),
-                'A': (A, (num_routes * dim, state)), 'D': (D, (num_routes * dim,))}
+                'A': (A, (channels, state)), 'D': (D, (channels,))}
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(f'ss2d_scan expects {name} of shape {shape} beside x '
