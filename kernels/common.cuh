@@ -59,14 +59,23 @@ struct Half {
 };
 
 struct BFloat {
+    // To nearest, ties to even, in the upper half.
+    static __device__ __forceinline__ u32 round(float f) {
+        const u32 v = __float_as_uint(f);
+        return f != f ? 0x7fffffffu : v + 0x7fffu + (v >> 16 & 1u);
+    }
     static constexpr int CODE = 2;
     static __device__ __forceinline__ float2 unpack(u32 v) {
         return make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u));
     }
     static __device__ __forceinline__ u32 pack(float lo, float hi) {
+#if __CUDA_ARCH__ >= 800
         u32 v;
         asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(hi), "f"(lo));
         return v;
+#else
+        return round(lo) >> 16 | (round(hi) & 0xffff0000u);
+#endif
     }
     static __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 b) {
         mma(c, a0, a1, b, c);

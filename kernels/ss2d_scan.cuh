@@ -179,7 +179,7 @@ __device__ __forceinline__ void project_dt(float (&z)[OWN][2], const char *stage
     const float2 start = *(const float2 *)(bias + 4 * (lane & 3) + 2 * pair);
     const float biases[4] = {start.x, start.y, start.x, start.y};
     float c[4][4];
-#pragma unroll
+#pragma unroll TILES > 6 ? 4 : TILES
     for (int k = 0; k < TILES; ++k) {
         u32 fragment = fragments[(2 * k + pair) * 32 + lane];
         if (TURNED) fragment = transpose_tile(fragment);
