@@ -198,7 +198,7 @@ def forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype, s
     return _like(y.permute(0, 3, 1, 2), x), projected, states
 
 
-def saved(x, rank, num_routes, state=1):
+def saved(x, rank, num_routes, state):
     """Shapes of what the forward keeps for the backward: (projected, states)."""
     batch, dim, height, width = x.shape
     if not _is_fast(x, state):
@@ -330,7 +330,7 @@ def _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save):
     else:
         projected = torch.bmm(x_BLD, prepared.weight.T.expand(batch, -1, -1)).flatten(0, 1)
     maps = torch.empty(routes, batch, height, width, dim, dtype=x.dtype, device=x.device)
-    states = torch.empty(saved(x, rank, routes)[1] if save else 0, dtype=torch.float32,
+    states = torch.empty(saved(x, rank, routes, 1)[1] if save else 0, dtype=torch.float32,
                          device=x.device)
     type_ = _TYPES[x.dtype]
     fields = (*_scan_fields(plan, plan.forward, prepared, projected, batch, dim, height, width,

@@ -43,15 +43,17 @@ def _backward(ctx, grad_y):
     return *_bwd(grad_y, *ctx.saved_tensors, ctx.backend), None, None, None
 
 
-def _saved_fake(x, dt_projs_weight, save):
-    shapes = cuda.saved(x, dt_projs_weight.shape[2], len(dt_projs_weight)) if save else (0, 0)
+def _saved_fake(x, dt_projs_weight, A, save):
+    shapes = (0, 0)
+    if save:
+        shapes = cuda.saved(x, dt_projs_weight.shape[2], len(dt_projs_weight), A.shape[1])
     return x.new_empty(shapes[0]), x.new_empty(shapes[1], dtype=torch.float32)
 
 
 def _fwd_fake(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype, backend, save):
     y = torch.empty_like(x, dtype=out_dtype)
     if backend == 'cuda':
-        return y, *_saved_fake(x, dt_projs_weight, save)
+        return y, *_saved_fake(x, dt_projs_weight, A, save)
     return y, x.new_empty(0), x.new_empty(0)
 
 
@@ -155,7 +157,7 @@ def _fwd_norm_fake(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, norm_
     batch, dim, height, width = x.shape
     merged, moments = ((batch, height, width, dim), (batch * height * width, 2)) if save else (0, 0)
     return (torch.empty_like(x), x.new_empty(merged), x.new_empty(moments, dtype=torch.float32),
-            *_saved_fake(x, dt_projs_weight, save))
+            *_saved_fake(x, dt_projs_weight, A, save))
 
 
 @register('ss2d_scan_norm', fake=_fwd_norm_fake, backward=_backward_norm,
