@@ -283,10 +283,14 @@ __device__ __forceinline__ void stage(const Params &p, float *staged, const Path
     }
 }
 
-__device__ __forceinline__ void read8(float (&to)[8], const float *from) {
-    const float4 a = *(const float4 *)from, b = *(const float4 *)(from + 4);
+__device__ __forceinline__ void read4(float *to, const float *from) {
+    const float4 a = *(const float4 *)from;
     to[0] = a.x, to[1] = a.y, to[2] = a.z, to[3] = a.w;
-    to[4] = b.x, to[5] = b.y, to[6] = b.z, to[7] = b.w;
+}
+
+__device__ __forceinline__ void read8(float (&to)[8], const float *from) {
+    read4(to, from);
+    read4(to + 4, from + 4);
 }
 
 // l of STEP positions; zero beyond `count`. `weights` are the thread's, `pitch` apart; `offset` is

@@ -88,13 +88,13 @@ constexpr int BLOCKS = 2;
 #else
 constexpr int BLOCKS = 1;
 #endif
-constexpr int UNROLL = 1;  // of the states
 
 template <class T, int STATE, bool SEQ>
 __global__ void __launch_bounds__(192, BLOCKS) walk_bwd(const Params p) {
     constexpr int OWN = (CHUNK / STEP + 1) * STATE + 4;
     constexpr bool EXACT = same<T, Float>;
     constexpr int SIZE = EXACT ? 4 : 2;
+    constexpr int UNROLL = SEQ ? 1 : 2;  // of the states, as the registers allow
     const Place place(p);
     const int k = place.k, b = place.b, group = place.group;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -102,8 +102,8 @@ __global__ void __launch_bounds__(192, BLOCKS) walk_bwd(const Params p) {
     const int channel = place.column * width + own;
     const int length = p.height * p.width;
     const int known = min(STATE, p.state - group * STATE);
-    // Of `partial`: dt in pairs, at least one; then B and C.
-    const int rank2 = max((p.rank + 1) & ~1, 2), columns = rank2 + 2 * STATE;
+    // Of `partial`: dt in pairs, then B and C, before each of them a row that nobody reads.
+    const int rank2 = (p.rank + 1) & ~1, columns = rank2 + 2 * (STATE + 1);
 
     extern __shared__ __align__(16) float shared[];
     float *const staged = shared;  // dt, B, C of a chunk
@@ -116,11 +116,12 @@ __global__ void __launch_bounds__(192, BLOCKS) walk_bwd(const Params p) {
     float *const kept = carry + STATE;  // the states before each STEP but the first
     volatile float *const bias = kept + (CHUNK / STEP - 1) * STATE;
     volatile float *const skip = bias + 1, *const grad_bias = bias + 2, *const grad_skip = bias + 3;
-    float *const grad_rates = mine + CHUNK / STEP * STATE + 4;
+    constexpr int GRAD_RATES = CHUNK / STEP * STATE + 4;
+    float *const grad_rates = mine + GRAD_RATES;
     float *const weights = mine + OWN, *const grad_weights = weights + p.rank;
     const float *const B_staged = staged + p.rank * PITCH;
     float *const own_partial = partial + warp * columns * STEP;
-    float *const pair_place = Sums<EXACT>::place(own_partial + (rank2 + STATE) * STEP,
+    float *const pair_place = Sums<EXACT>::place(own_partial + (rank2 + STATE + 1) * STEP,
                                                  own_partial + rank2 * STEP, lane);
 
     const bool valid = channel < p.dim;
@@ -140,6 +141,10 @@ __global__ void __launch_bounds__(192, BLOCKS) walk_bwd(const Params p) {
     }
     const float *const rates
         = p.rates + (k * p.groups + group) * STATE * p.dim + min(channel, p.dim - 1);
+    // Loops over the states have offsets in bytes that the compiler cannot see through: it would
+    // calculate each of them from its parts in every turn.
+    auto offset_of = [&](const float *p) { return (int)((p - shared) * 4); };
+    auto in_shared = [&](int offset) { return (float *)((char *)shared + offset); };
     u32 select[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j) select[j] = lane >> 2 == j ? 0x3f800000u : 0u;  // 1.0
@@ -204,18 +209,21 @@ __global__ void __launch_bounds__(192, BLOCKS) walk_bwd(const Params p) {
                                x_steps, start + s * STEP, STEP, valid);
 #pragma unroll
             for (int i = 0; i < STEP; ++i) x[i] *= l[i];
-            const float *const entered = kept + max(s - 1, 0) * STATE;
+            int turns = known, to_entered = offset_of(kept + max(s - 1, 0) * STATE);
+            int to_kept = offset_of(kept + s * STATE), to_B = offset_of(B_staged + s * STEP);
+            asm volatile("" : "+r"(turns), "+r"(to_entered), "+r"(to_kept), "+r"(to_B));
             const float *rate_at = rates;
             float rate = __ldg(rate_at);
-#pragma unroll UNROLL
-            for (int n = 0; n < known; ++n) {
+#pragma unroll 2
+            for (; turns > 0; --turns) {
                 const float next_rate = __ldg(rate_at += p.dim);  // at last of what follows A
-                float B[STEP], h = entered[n];
-                read8(B, B_staged + n * PITCH + s * STEP);
+                float B[STEP], h = in_shared(to_entered)[0];
+                read8(B, in_shared(to_B));
 #pragma unroll
                 for (int i = 0; i < STEP; ++i) h = fmaf(ex2(rate * l[i]), h, x[i] * B[i]);
-                kept[s * STATE + n] = h;
+                in_shared(to_kept)[0] = h;
                 rate = next_rate;
+                to_entered += 4, to_kept += 4, to_B += PITCH * 4;
             }
         }
         if (last == 0) load_ahead(0);
@@ -239,35 +247,40 @@ __global__ void __launch_bounds__(192, BLOCKS) walk_bwd(const Params p) {
                 x[i] *= l[i];
                 q[i] = e_sum[i] = 0.f;
             }
-            const float *rate_at = rates;
-            float rate = __ldg(rate_at);
+            // What a turn needs was read or calculated in the turn before, so that special functions
+            // and loads run beside the two chains; the sums over lanes are stored a turn late.
+            const float *rate_at = rates + p.dim;
+            float rate = __ldg(rates), next_rate = __ldg(rate_at), h = entered[0], g = carry[0];
+            float a[STEP], B[STEP], C[STEP];
+            read8(B, B_staged + s * STEP);
+            read8(C, B_staged + s * STEP + STATE * PITCH);
+#pragma unroll
+            for (int i = 0; i < STEP; ++i) a[i] = ex2(rate * l[i]);
             Sums<EXACT> before;
-            const float *B_at = B_staged + s * STEP;
+            int turns = known, to_own = offset_of(mine), to_entered = offset_of(entered);
+            int to_B = offset_of(B_staged + s * STEP), to_sums = offset_of(pair_place);
+            asm volatile("" : "+r"(turns), "+r"(to_own), "+r"(to_entered), "+r"(to_B), "+r"(to_sums));
 #pragma unroll UNROLL
-            for (int n = 0; n < known; ++n) {
-                const float next_rate = __ldg(rate_at += p.dim);  // at last of what follows A
-                float a[STEP], ah[STEP], B[STEP], C[STEP], sum = 0.f;
-                const float sum_before = grad_rates[n];
-                float h = entered[n], g = carry[n];
-                read8(B, B_at);
-                read8(C, B_at + STATE * PITCH);
-                B_at += PITCH;
+            for (; turns > 0; --turns) {
+                // The last turns read what follows A in memory, and do not use it.
+                const float rate_after = __ldg(rate_at += p.dim);
+                const float h_after = in_shared(to_entered)[1], g_after = in_shared(to_own)[1];
+                const float sum_before = in_shared(to_own)[GRAD_RATES];
+                to_B += turns > 1 ? PITCH * 4 : 0;
+                float next_a[STEP], ah[STEP], sum = 0.f;
                 Sums<EXACT> sums;
 #pragma unroll
                 for (int i = 0; i < STEP; i += 4) {
                     float by_C[4];
 #pragma unroll
                     for (int j = 0; j < 4; ++j) {
-                        a[i + j] = ex2(rate * l[i + j]);
                         ah[i + j] = a[i + j] * h;
                         h = fmaf(x[i + j], B[i + j], ah[i + j]);
                         by_C[j] = dy[i + j] * h;
+                        next_a[i + j] = ex2(next_rate * l[i + j]);
                     }
                     sums.add(i / 4, select, by_C[0], by_C[1], by_C[2], by_C[3]);
                 }
-                // A turn late, so that nothing waits for the tensor cores. The first goes where
-                // something else will be written afterwards.
-                before.store(pair_place + (n - 1) * STEP, lane);
 #pragma unroll
                 for (int i = STEP - 4; i >= 0; i -= 4) {
                     float by_B[4];
@@ -280,15 +293,20 @@ __global__ void __launch_bounds__(192, BLOCKS) walk_bwd(const Params p) {
                         q[i + j] = fmaf(g, B[i + j], q[i + j]);
                         by_B[j] = g * x[i + j];
                         g *= a[i + j];
+                        a[i + j] = next_a[i + j];
                     }
+                    read4(B + i, in_shared(to_B) + i);
+                    read4(C + i, in_shared(to_B) + STATE * PITCH + i);
                     sums.add(2 + i / 4, select, by_B[0], by_B[1], by_B[2], by_B[3]);
                 }
-                carry[n] = g;
-                grad_rates[n] = sum_before + sum;
+                before.store(in_shared(to_sums), lane);
+                in_shared(to_own)[0] = g;
+                in_shared(to_own)[GRAD_RATES] = sum_before + sum;
                 before = sums;
-                rate = next_rate;
+                rate = next_rate, next_rate = rate_after, h = h_after, g = g_after;
+                to_own += 4, to_entered += 4, to_sums += STEP * 4;
             }
-            before.store(pair_place + (known - 1) * STEP, lane);
+            before.store(in_shared(to_sums), lane);
 
             // By delta, then by what is below the softplus (into e_sum), and by x (into q).
             if (!SEQ && s > 0) load_ahead(s - 1);
@@ -321,6 +339,7 @@ __global__ void __launch_bounds__(192, BLOCKS) walk_bwd(const Params p) {
                 store_steps<T, SEQ>(grad_z, (char *)p.grad_raw + y_offset(), path,
                                        y_steps, from, count, valid, p.vector, p.y_type);
             else {
+                Sums<EXACT> of_before;
                 float *const dt_place
                     = Sums<EXACT>::place(own_partial, own_partial + STEP, lane);
 #pragma unroll 1
@@ -344,8 +363,10 @@ __global__ void __launch_bounds__(192, BLOCKS) walk_bwd(const Params p) {
                     }
                     grad_weights[r] += sum0;
                     if (two) grad_weights[r + 1] += sum1;
-                    sums.store(dt_place + r * STEP, lane);
+                    if (r > 0) of_before.store(dt_place + (r - 2) * STEP, lane);
+                    of_before = sums;
                 }
+                of_before.store(dt_place + (rank2 - 2) * STEP, lane);
             }
 
             // The sums of the block's warps, in their order: a position and several columns each.
@@ -360,12 +381,13 @@ __global__ void __launch_bounds__(192, BLOCKS) walk_bwd(const Params p) {
                 : ((sample * length + rows.at(path, min(from + i, length - 1))) * p.routes + k)
                   * (p.rank + 2 * p.state);
             for (int column = own / STEP; i < count && column < columns; column += width / STEP) {
-                const bool of_dt = column < rank2, of_C = column >= rank2 + STATE;
-                const int n = column - rank2 - (of_C ? STATE : 0);
-                if (of_dt ? column >= p.rank : n >= known) continue;
+                const bool of_dt = column < rank2, of_C = column > rank2 + STATE;
+                const int n = column - rank2 - (of_C ? STATE + 2 : 1);
+                if (of_dt ? column >= p.rank : n < 0 || n >= known) continue;
                 float sum = 0.f;
-                for (int w = 0; w < width >> 5; ++w)
-                    sum += partial[(w * columns + column) * STEP + i];
+#pragma unroll
+                for (int w = 0; w < 6; ++w)
+                    if (w < width >> 5) sum += partial[(w * columns + column) * STEP + i];
                 sum *= of_dt || of_C ? GAIN * LN2 : GAIN;
                 if constexpr (SEQ)
                     store(of_C ? p.grad_C : p.grad_B, at + (long long)n * length, sum, p.part_type);

@@ -93,8 +93,7 @@ def states_shape(batch: int, routes: int, length: int, state: int, dim: int) -> 
 def _backward_shared(rank: int, states: int, warps: int) -> int:
     own = ((_CHUNK // _STEP + 1) * states + 4 + 2 * rank) | 1
     staged = (rank + 2 * states) * _PITCH
-    return 4 * (staged + warps * ((max(rank + rank % 2, 2) + 2 * states) * _STEP
-                                  + 32 * own))
+    return 4 * (staged + warps * ((rank + rank % 2 + 2 * states + 2) * _STEP + 32 * own))
 
 
 def _forward_shared(rank: int, states: int, warps: int, mode: int) -> int:
