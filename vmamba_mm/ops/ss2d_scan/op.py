@@ -9,10 +9,12 @@ from vmamba_mm.ops.backends import Backend, resolve_backend
 from vmamba_mm.ops.cross_scan.reference import ROUTES
 from vmamba_mm.ops.registration import register
 from vmamba_mm.ops.selective_scan.op import scan_flops
-from vmamba_mm.ops.ss2d_scan import chunked, cuda, reference
+from vmamba_mm.ops.ss2d_scan import chunked, cuda, reference, triton_scan
 
-_FORWARD = {'reference': reference.forward, 'chunked': chunked.forward}
-_BACKWARD = {'reference': reference.backward, 'chunked': chunked.backward}
+_FORWARD = {'reference': reference.forward, 'chunked': chunked.forward,
+            'triton': triton_scan.forward}
+_BACKWARD = {'reference': reference.backward, 'chunked': chunked.backward,
+             'triton': triton_scan.backward}
 
 
 def _bwd_fake(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, projected, states,
@@ -111,9 +113,9 @@ def ss2d_scan(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_proj
         D: (K*D), the skip.
         out_dtype: dtype of the result; None for the dtype of ``x``. Computation and state are
             fp32 (fp64 for fp64 input) whatever the dtypes, and under autocast.
-        backend: 'reference', 'chunked' or 'cuda'; None for 'cuda' where it takes the inputs (fp16
-            and bf16 on an NVIDIA GPU; projections in that dtype, as under autocast), else
-            'chunked'.
+        backend: 'reference', 'chunked', 'cuda' or 'triton'; None for 'cuda' where it takes the
+            inputs (on an NVIDIA GPU; projections in the dtype of ``x``, as under autocast), else
+            'triton' where it does (on any GPU), else 'chunked'.
 
     Returns:
         (B, D, H, W), the K routes summed, in ``out_dtype`` and with the strides of ``x``.
@@ -124,7 +126,10 @@ def ss2d_scan(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_proj
     parameters = (x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
     _check(x, *parameters)
     out_dtype = out_dtype or x.dtype
-    backend = resolve_backend(backend, cuda=lambda: cuda.why_not(x, out_dtype, parameters))
+    by_default = backend is None
+    backend = resolve_backend(
+        backend, cuda=lambda: cuda.why_not(x, out_dtype, parameters),
+        triton=lambda: triton_scan.why_not(x, out_dtype, parameters, by_default))
     save = backend == 'cuda' and _wants_grad(x, *parameters)
     return _fwd(x, *parameters, out_dtype, backend, save)[0]
 
