@@ -18,7 +18,8 @@ STAMP=$VENV/setup.stamp
 LOG=$VENV/setup.log
 MMCV='onedl-mmcv==2.3.6'
 case "$(uname -sm)" in
-    'Linux aarch64') PAIR='torch==2.9.1 torchvision==0.24.1' ;;  # a CPU build exists for this one
+    # A CPU build exists for this one; it does not bring its triton.
+    'Linux aarch64') PAIR='torch==2.9.1 torchvision==0.24.1 triton==3.5.1' ;;
     *) PAIR='torch==2.14.1 torchvision==0.29.1' ;;
 esac
 PAIR=${VMAMBA_MM_TORCH:-$PAIR}
@@ -175,7 +176,7 @@ else
 fi
 step 'build tools' '5 s' "$PY" -m pip install \
     'pip==25.3' 'setuptools>=77,<81' wheel packaging ninja psutil numpy
-"$PY" -m pip freeze | grep -E '^(torch|torchvision)==' >"$VENV/constraints.txt"
+"$PY" -m pip freeze | grep -E '^(torch|torchvision|triton)==' >"$VENV/constraints.txt"
 
 CUDA_OPS=$(choose_cuda_ops)
 if mmcv_works >>"$LOG" 2>&1; then

@@ -6,9 +6,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vmamba_mm.ops.backends import Backend, resolve_backend
 from vmamba_mm.ops.registration import register
-from vmamba_mm.ops.selective_scan import chunked, reference
+from vmamba_mm.ops.selective_scan import chunked, reference, triton_scan
 
-_IMPLEMENTATIONS = {'reference': reference, 'chunked': chunked}
+_IMPLEMENTATIONS = {'reference': reference, 'chunked': chunked, 'triton': triton_scan}
 
 
 def _bwd_fake(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus, backend):
@@ -87,7 +87,8 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
         delta_softplus: apply softplus to ``delta`` (after the bias).
         out_dtype: dtype of the result; None for the dtype of ``u``. Computation and state are
             fp32 (fp64 for fp64 input) whatever the dtypes.
-        backend: 'reference' or 'chunked'; None for 'chunked'.
+        backend: 'reference', 'chunked' or 'triton'; None for 'triton' on a GPU where it takes the
+            inputs, else 'chunked'.
 
     Returns:
         (B, K*D, L) in ``out_dtype``.
@@ -96,9 +97,13 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
         ValueError: on shapes that do not fit one another, or an unknown backend.
     """
     _check(u, delta, A, B, C, D, delta_bias)
-    return _fwd(u, delta, A, B, C, D, delta_bias, delta_softplus, out_dtype or u.dtype,
-                resolve_backend(backend, cuda=lambda: 'selective_scan has no CUDA kernels yet',
-                                triton=lambda: 'selective_scan has no Triton kernels yet'))
+    out_dtype = out_dtype or u.dtype
+    parameters = (delta, A, B, C, D, delta_bias)
+    by_default = backend is None
+    backend = resolve_backend(
+        backend, cuda=lambda: 'selective_scan has no CUDA kernels yet',
+        triton=lambda: triton_scan.why_not(u, out_dtype, parameters, by_default))
+    return _fwd(u, delta, A, B, C, D, delta_bias, delta_softplus, out_dtype, backend)
 
 
 def _check(u, delta, A, B, C, D, delta_bias) -> None:
