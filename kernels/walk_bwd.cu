@@ -94,7 +94,9 @@ __global__ void __launch_bounds__(192, BLOCKS) walk_bwd(const Params p) {
     constexpr int OWN = (CHUNK / STEP + 1) * STATE + 4;
     constexpr bool EXACT = same<T, Float>;
     constexpr int SIZE = EXACT ? 4 : 2;
-    constexpr int UNROLL = SEQ ? 1 : 2;  // of the states, as the registers allow
+    // States to a turn of the loops over them, as the registers allow.
+    constexpr int UNROLL = SEQ || STATE < 16 ? 1 : 2, ALONG = same<T, Float> ? 2 : 4;
+    constexpr int READ = same<T, Float> ? 8 : 16;
     const Place place(p);
     const int k = place.k, b = place.b, group = place.group;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -193,7 +195,7 @@ __global__ void __launch_bounds__(192, BLOCKS) walk_bwd(const Params p) {
                           valid, p.vector);
         {
             const float *const states = states_of(chunk);
-#pragma unroll 4
+#pragma unroll READ
             for (int n = 0; n < STATE; ++n) kept[n] = valid ? states[n * p.dim] : 0.f;
         }
 #pragma unroll 1
@@ -214,7 +216,7 @@ __global__ void __launch_bounds__(192, BLOCKS) walk_bwd(const Params p) {
             asm volatile("" : "+r"(turns), "+r"(to_entered), "+r"(to_kept), "+r"(to_B));
             const float *rate_at = rates;
             float rate = __ldg(rate_at);
-#pragma unroll 2
+#pragma unroll ALONG
             for (; turns > 0; --turns) {
                 const float next_rate = __ldg(rate_at += p.dim);  // at last of what follows A
                 float B[STEP], h = in_shared(to_entered)[0];
@@ -238,7 +240,7 @@ __global__ void __launch_bounds__(192, BLOCKS) walk_bwd(const Params p) {
                                x_steps, from, count, valid);
             if (s == 0) {
                 const float *const states = states_of(chunk);
-#pragma unroll 4
+#pragma unroll READ
                 for (int n = 0; n < STATE; ++n) kept[n] = valid ? states[n * p.dim] : 0.f;
             }
             const float *const entered = kept + max(s - 1, 0) * STATE;
@@ -339,7 +341,6 @@ __global__ void __launch_bounds__(192, BLOCKS) walk_bwd(const Params p) {
                 store_steps<T, SEQ>(grad_z, (char *)p.grad_raw + y_offset(), path,
                                        y_steps, from, count, valid, p.vector, p.y_type);
             else {
-                Sums<EXACT> of_before;
                 float *const dt_place
                     = Sums<EXACT>::place(own_partial, own_partial + STEP, lane);
 #pragma unroll 1
@@ -363,10 +364,8 @@ __global__ void __launch_bounds__(192, BLOCKS) walk_bwd(const Params p) {
                     }
                     grad_weights[r] += sum0;
                     if (two) grad_weights[r + 1] += sum1;
-                    if (r > 0) of_before.store(dt_place + (r - 2) * STEP, lane);
-                    of_before = sums;
+                    sums.store(dt_place + r * STEP, lane);
                 }
-                of_before.store(dt_place + (rank2 - 2) * STEP, lane);
             }
 
             // The sums of the block's warps, in their order: a position and several columns each.

@@ -2,15 +2,14 @@
 // gradient by the state (GRADIENTS, against the walk). README.md has the layout.
 #include "walk.cuh"
 
-#if __CUDA_ARCH__ >= 800
-constexpr int BLOCKS = 4;  // of a multiprocessor
-#else
-constexpr int BLOCKS = 3;
-#endif
+// Of a multiprocessor: four where 80 registers are enough for this generation's compiler.
+template <int STATE, bool SEQ>
+constexpr int BLOCKS = STATE == 16 && __CUDA_ARCH__ < 1000
+                       && __CUDA_ARCH__ >= (SEQ ? 860 : 800) ? 4 : 3;
 constexpr int RUN = 0, ENDS = 1, GRADIENTS = 2;
 
 template <class T, int STATE, bool SEQ, int MODE>
-__global__ void __launch_bounds__(192, BLOCKS) walk_fwd(const Params p) {
+__global__ void __launch_bounds__(192, BLOCKS<STATE, SEQ>) walk_fwd(const Params p) {
     const Place place(p);
     const int k = place.k, b = place.b, group = place.group;
     const int own = threadIdx.x, width = blockDim.x, channel = place.column * width + own;

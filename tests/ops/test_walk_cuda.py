@@ -3,13 +3,19 @@
 import pytest
 import torch
 
+from vmamba_mm.ops import selective_scan
 from vmamba_mm.ops import walk as launches
 from vmamba_mm.ops.cross_scan import reference as cross
 from vmamba_mm.ops.selective_scan import chunked as s6_chunked
 from vmamba_mm.ops.selective_scan import cuda as s6_cuda
 from vmamba_mm.ops.selective_scan import reference as s6
 from vmamba_mm.ops.ss2d_scan import chunked, walk
-from vmamba_mm.testing import relative_error, selective_scan_inputs, ss2d_scan_inputs
+from vmamba_mm.testing import (
+    relative_error,
+    selective_scan_inputs,
+    ss2d_scan_inputs,
+    with_grads,
+)
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available() or torch.version.hip is not None,
                                reason='needs an NVIDIA GPU')
@@ -211,6 +217,14 @@ def test_selective_scan_without_skip_and_bias_and_in_spans(monkeypatch):
     results, expected = (f(inputs, grad_y) for f in (run_sequence, exact_sequence))
     assert results[6:] == expected[6:] == (None, None)
     assert_within(results[:6], expected[:6], [1e-5] * 6, SEQUENCE_NAMES[:6])
+
+
+@needs_gpu
+def test_is_chosen_without_being_told():
+    inputs, grad_y = make_sequence(1, 2, 20, 37, 4)
+    for backend in (None, 'cuda'):
+        y, grads = with_grads(selective_scan, inputs, grad_y, delta_softplus=True, backend=backend)
+        assert all(map(torch.equal, (y, *grads.values()), run_sequence(inputs, grad_y)))
 
 
 def test_reasons_against():

@@ -71,9 +71,13 @@ def why_not(tensor: Tensor, rank: int, state: int) -> str | None:
         return f'a GPU of compute capability {capability} is too old for {tensor.dtype}'
     if tensor.shape[0] == 0 or tensor[0].numel() >= 2**31:
         return 'a sample has 2^31 elements or more, or the batch is empty'
-    states, _ = groups_of(state)
-    shared = _backward_shared(rank, states, 1)
-    if shared > device_limits(tensor.device.index)[2]:
+    return _why_too_big(tensor.device.index, rank, state)
+
+
+@torch.compiler.assume_constant_result
+def _why_too_big(index: int, rank: int, state: int) -> str | None:
+    shared = _backward_shared(rank, groups_of(state)[0], 1)
+    if shared > device_limits(index)[2]:
         return f'dt_rank={rank} needs {shared} bytes of shared memory, more than this GPU has'
     return None
 

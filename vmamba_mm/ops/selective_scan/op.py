@@ -6,9 +6,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vmamba_mm.ops.backends import Backend, resolve_backend
 from vmamba_mm.ops.registration import register
-from vmamba_mm.ops.selective_scan import chunked, reference, triton_scan
+from vmamba_mm.ops.selective_scan import chunked, cuda, reference, triton_scan
 
-_IMPLEMENTATIONS = {'reference': reference, 'chunked': chunked, 'triton': triton_scan}
+_IMPLEMENTATIONS = {'reference': reference, 'chunked': chunked, 'cuda': cuda,
+                    'triton': triton_scan}
 
 
 def _bwd_fake(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus, backend):
@@ -87,8 +88,8 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
         delta_softplus: apply softplus to ``delta`` (after the bias).
         out_dtype: dtype of the result; None for the dtype of ``u``. Computation and state are
             fp32 (fp64 for fp64 input) whatever the dtypes.
-        backend: 'reference', 'chunked' or 'triton'; None for 'triton' on a GPU where it takes the
-            inputs, else 'chunked'.
+        backend: 'reference', 'chunked', 'cuda' or 'triton'; None for the first of 'cuda' (an NVIDIA
+            GPU) and 'triton' (a GPU) that takes the inputs, else 'chunked'.
 
     Returns:
         (B, K*D, L) in ``out_dtype``.
@@ -101,7 +102,7 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
     parameters = (delta, A, B, C, D, delta_bias)
     by_default = backend is None
     backend = resolve_backend(
-        backend, cuda=lambda: 'selective_scan has no CUDA kernels yet',
+        backend, cuda=lambda: cuda.why_not(u, *parameters, out_dtype),
         triton=lambda: triton_scan.why_not(u, out_dtype, parameters, by_default))
     return _fwd(u, delta, A, B, C, D, delta_bias, delta_softplus, out_dtype, backend)
 
