@@ -7,6 +7,11 @@
 constexpr int OWN = 7, CHUNK = 8 * OWN;
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 constexpr u32 ALL = 0xffffffffu;
+#if __CUDA_ARCH__ >= 900
+constexpr int MANY_TILES = 4;  // at a time, else the compiler spills
+#else
+constexpr int MANY_TILES = 8;
+#endif
 constexpr int UNIT_BYTES = CHUNK * 16;  // of 8 staged columns, for a chunk
 constexpr int MAP_BYTES = CHUNK * 32;   // of a warp's channels, for a chunk
 
@@ -179,7 +184,7 @@ __device__ __forceinline__ void project_dt(float (&z)[OWN][2], const char *stage
     const float2 start = *(const float2 *)(bias + 4 * (lane & 3) + 2 * pair);
     const float biases[4] = {start.x, start.y, start.x, start.y};
     float c[4][4];
-#pragma unroll TILES > 6 ? 4 : TILES
+#pragma unroll TILES > 6 ? MANY_TILES : TILES
     for (int k = 0; k < TILES; ++k) {
         u32 fragment = fragments[(2 * k + pair) * 32 + lane];
         if (TURNED) fragment = transpose_tile(fragment);

@@ -1,10 +1,14 @@
 """Every kernel instantiation that the ops load, for tools/check_kernels.py and the tests."""
 
+from vmamba_mm.ops import walk
 from vmamba_mm.ops.nvrtc import Instance
 from vmamba_mm.ops.ss2d_scan import cuda
 
 _TYPES = {'Half': 75, 'BFloat': 80}
 _TILES = (1, 2, 3, 4, 6, 8)  # of 8 in dt_rank: those of the nine published architectures
+# Type, states of a thread, selective_scan: half maps with N = 1 have kernels of their own.
+_WALKS = [('Half', 16, False), ('BFloat', 16, False), ('Float', 1, False), ('Float', 16, False),
+          ('Half', 1, True), ('Float', 16, True)]
 
 #: What is compiled, and the lowest compute capability (75 for 7.5) that it is for.
 INSTANCES: dict[Instance, int] = {
@@ -18,5 +22,11 @@ INSTANCES: dict[Instance, int] = {
        for rest in ((False, 1, False), (False, 1, True), (False, 12, False), (True, 12, False))},
     **{cuda.norm_backward_instance(type_, parts, warps): low for type_, low in _TYPES.items()
        for parts, warps in ((1, 1), (4, 4))},
+    **{kernel: _TYPES.get(type_, 75) for type_, states, sequence in _WALKS
+       for kernel in (walk.forward_instance(type_, states, sequence, walk.RUN),
+                      walk.backward_instance(type_, states, sequence))},
+    **{walk.forward_instance('Half', 16, False, mode): 75 for mode in (walk.ENDS, walk.GRADIENTS)},
     cuda.combine_instance(): 75,
+    walk.prepare_instance(): 75,
+    walk.combine_instance(): 75,
 }
