@@ -26,7 +26,6 @@ INSTANCES: dict[Instance, int] = {
        for kernel in (walk.forward_instance(type_, states, sequence, walk.RUN),
                       walk.backward_instance(type_, states, sequence))},
     **{walk.forward_instance('Half', 16, False, mode): 75 for mode in (walk.ENDS, walk.GRADIENTS)},
-    cuda.combine_instance(): 75,
     walk.prepare_instance(): 75,
     walk.combine_instance(): 75,
 }

@@ -28,7 +28,7 @@ def prepare_instance() -> Instance:
 
 @cache
 def combine_instance() -> Instance:
-    return Instance('walk_combine.cu', 'walk_combine<8>', 'PPPiii')
+    return Instance('scan_combine.cu', 'scan_combine<8>', 'PPPiiii')
 
 
 _PARAMS = 'P' * 19 + 'q' * 8 + 'i' * 18
@@ -236,7 +236,8 @@ class Walk:
         inner = self.states * self.dim
         load(combine_instance(), self.x.device).launch(
             (-(-self.walks * inner // 128), 1, 1), (128, 1, 1),
-            (decays.data_ptr(), ends.data_ptr(), entries.data_ptr(), self.walks, spans, inner))
+            (decays.data_ptr(), ends.data_ptr(), entries.data_ptr(), self.walks, spans, inner,
+             0))
         return entries
 
     def _launch(self, instance: Instance, cut, shared: int, *, raw, B=None, C=None, entries=None,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vmamba_mm.ops.nvrtc import Instance, load
 from vmamba_mm.ops.ss2d_scan import walk
+from vmamba_mm.ops.walk import combine_instance
 
 _TYPES = {torch.float16: 'Half', torch.bfloat16: 'BFloat'}
 _CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -60,11 +61,6 @@ def backward_instance(type_: str, tiles: int, summary: bool) -> Instance:
     return Instance('ss2d_scan_bwd.cu', f'ss2d_scan_bwd<{type_}, {tiles}, {str(summary).lower()}>',
                     _SCAN + _MAP + _MAP + 'P' * 7,
                     (('WARPS', _BACKWARD_WARPS), ('BLOCKS', _BACKWARD_BLOCKS)))
-
-
-@cache
-def combine_instance() -> Instance:
-    return Instance('ss2d_combine.cu', 'ss2d_combine<8>', 'PPPiiii')
 
 
 @cache
@@ -270,8 +266,12 @@ def _prepare(plan, dtype, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D) -
 
 
 def _pixels(x: Tensor) -> Tensor:
-    """``x`` (B, D, H, W) as (B, H*W, D): a view, unless rows of pixels have gaps between them."""
-    if x.shape[2] > 1 and x.shape[3] > 1 and x.stride(2) != x.shape[3] * x.stride(3):
+    """``x`` (B, D, H, W) as (B, H*W, D): a view, unless rows of pixels have gaps between them, or
+    the kernels' 32-bit offsets do not reach its end."""
+    _, _, height, width = x.shape
+    _, _, stride_h, stride_w = x.stride()
+    gaps = height > 1 and width > 1 and stride_h != width * stride_w
+    if gaps or height * width * (stride_w if width > 1 else stride_h) >= 2**31:
         x = x.contiguous(memory_format=torch.channels_last)
     return x.flatten(2).transpose(1, 2)
 

@@ -6,7 +6,7 @@ struct Params {
 };
 
 template <int AHEAD>
-__global__ void ss2d_combine(const Params p) {
+__global__ void scan_combine(const Params p) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= p.walks * p.dim) return;
     const int walk = i / p.dim;
