@@ -100,7 +100,7 @@ def ss2d_scan(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_proj
 
     Cross scan along K routes, per-route projection of x to (dt, B, C), softplus(dt W + bias),
     selective scan, cross merge. Every input has a gradient. Kept for the backward are the inputs;
-    by the kernels also the projected input and a state for each 56 positions.
+    by the CUDA kernels also the projected input and a state for each 48 or 56 positions.
 
     Args:
         x: (B, D, H, W), after depthwise convolution and SiLU; any strides (channels last is the
