@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vmamba_mm.ops.nvrtc import Instance, load
-from vmamba_mm.ops.ss2d_scan import walk
+from vmamba_mm.ops.ss2d_scan import layout, walk
 from vmamba_mm.ops.walk import combine_instance
 
 _TYPES = {torch.float16: 'Half', torch.bfloat16: 'BFloat'}
@@ -96,7 +96,6 @@ class _Cut(NamedTuple):
 
 class _Plan(NamedTuple):
     """Sizes that depend on shapes and the GPU alone."""
-    length: int
     routes: int
     tiles: int    # of 8 columns of dt
     row: int      # P: elements of a staged row
@@ -162,7 +161,7 @@ def _plan(batch: int, dim: int, height: int, width: int, rank: int, routes: int,
         if best is None or forward.cost + 2 * backward.cost < best[1].cost + 2 * best[2].cost:
             best = slots, forward, backward
     slots, forward, backward = best
-    return _Plan(length, routes, tiles, row, groups, slots, -(-batch * slots // 8),
+    return _Plan(routes, tiles, row, groups, slots, -(-batch * slots // 8),
                  int(height % _SLOT == width % _SLOT == 0),
                  (_magic(height), _magic(width), _magic(slots)), forward, backward)
 
@@ -191,7 +190,7 @@ def forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype, s
         _merge(maps, merged=y)
     else:
         torch.sum(maps, 0, dtype=out_dtype, out=y)
-    return _like(y.permute(0, 3, 1, 2), x), projected, states
+    return layout.like(y, x), projected, states
 
 
 def saved(x, rank, num_routes, state):
@@ -224,15 +223,7 @@ def forward_norm(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, norm_we
     _merge(maps, merged=merged if save else None, normed=out, weight=norm_weight.contiguous(),
            bias=norm_bias.contiguous().to(norm_weight.dtype), moments=moments if save else None,
            eps=eps)
-    return _like(out.permute(0, 3, 1, 2), x), merged, moments, projected, states
-
-
-def _like(y: Tensor, x: Tensor) -> Tensor:
-    """``y`` with the strides of ``x``."""
-    if y.stride() == x.stride():
-        return y
-    strides = torch.empty_like(x, device='meta').stride()
-    return y if y.stride() == strides else y.new_empty_strided(y.shape, strides).copy_(y)
+    return layout.like(out, x), merged, moments, projected, states
 
 
 class _Prepared(NamedTuple):
@@ -265,32 +256,12 @@ def _prepare(plan, dtype, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D) -
     return _Prepared(weight, memory, fragments, bias, rates, skip)
 
 
-def _pixels(x: Tensor) -> Tensor:
-    """``x`` (B, D, H, W) as (B, H*W, D): a view, unless rows of pixels have gaps between them, or
-    the kernels' 32-bit offsets do not reach its end."""
-    _, _, height, width = x.shape
-    _, _, stride_h, stride_w = x.stride()
-    gaps = height > 1 and width > 1 and stride_h != width * stride_w
-    if gaps or height * width * (stride_w if width > 1 else stride_h) >= 2**31:
-        x = x.contiguous(memory_format=torch.channels_last)
-    return x.flatten(2).transpose(1, 2)
-
-
 def _map(x_BLD: Tensor) -> tuple[int, ...]:
     """The fields of the kernels' Map."""
     dim, pointer = x_BLD.shape[2], x_BLD.data_ptr()
     stride_b, stride_pixel, stride_d = x_BLD.stride()
     vector = (stride_d == 1 or dim == 1) and dim % 4 == stride_b % 4 == stride_pixel % 4 == 0
     return pointer, stride_b, stride_pixel, stride_d, int(vector and pointer % 8 == 0), 0
-
-
-def _flat(x_BLD: Tensor) -> Tensor | None:
-    """(B*L, D) as a view, or None."""
-    batch, length, dim = x_BLD.shape
-    stride_b, stride_pixel, stride_d = x_BLD.stride()
-    if (stride_d == 1 or dim == 1) and (batch == 1 or stride_b == length * stride_pixel):
-        return x_BLD.as_strided((batch * length, dim), (stride_pixel, 1))
-    return None
 
 
 def _scan_fields(plan, cut, prepared, projected, batch, dim, height, width, rank):
@@ -323,12 +294,9 @@ def _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save):
     batch, dim, height, width = x.shape
     routes, _, rank = dt_projs_weight.shape
     plan = _plan(batch, dim, height, width, rank, routes, x.device.index)
-    x_BLD = _pixels(x)
+    x_BLD = layout.pixels(x)
     prepared = _prepare(plan, x.dtype, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
-    if (x_2d := _flat(x_BLD)) is not None:
-        projected = torch.mm(x_2d, prepared.weight.T)
-    else:
-        projected = torch.bmm(x_BLD, prepared.weight.T.expand(batch, -1, -1)).flatten(0, 1)
+    projected = layout.project(x_BLD, prepared.weight)
     maps = torch.empty(routes, batch, height, width, dim, dtype=x.dtype, device=x.device)
     states = torch.empty(saved(x, rank, routes, 1)[1] if save else 0, dtype=torch.float32,
                          device=x.device)
@@ -379,8 +347,8 @@ def backward(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, pro
     routes, _, rank = dt_projs_weight.shape
     device, type_ = x.device, _TYPES[x.dtype]
     plan = _plan(batch, dim, height, width, rank, routes, device.index)
-    cut, length = plan.backward, plan.length
-    x_BLD, dy_BLD = _pixels(x), _pixels(grad_y.to(x.dtype))
+    cut = plan.backward
+    x_BLD, dy_BLD = layout.pixels(x), layout.pixels(grad_y.to(x.dtype))
     prepared = _prepare(plan, x.dtype, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
 
     maps = torch.empty(routes, batch, height, width, dim, dtype=x.dtype, device=device)
@@ -399,10 +367,7 @@ def backward(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, pro
         _merge(maps, extra=grad_x, merged=grad_x)
     else:
         grad_x = torch.sum(maps, 0, dtype=torch.float32).add_(grad_x).to(x.dtype)
-    if (x_2d := _flat(x_BLD)) is not None:
-        product = torch.mm(dprojected.T, x_2d)
-    else:
-        product = torch.bmm(dprojected.view(batch, length, -1).transpose(1, 2), x_BLD).sum(0)
+    product = layout.project_weight_grad(dprojected, x_BLD)
 
     grads = [torch.empty(t.shape, dtype=t.dtype, device=device)
              for t in (x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)]
@@ -411,7 +376,7 @@ def backward(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, pro
         (blocks, 1, 1), (32, 8, 1),
         (partials.data_ptr(), product.data_ptr(), *(t.data_ptr() for t in grads), len(partials),
          dim, rank, routes, plan.row, *(_CODES[t.dtype] for t in grads)))
-    return _like(grad_x.permute(0, 3, 1, 2), x), *grads
+    return layout.like(grad_x, x), *grads
 
 
 def norm_backward(grad, merged, moments, weight):

@@ -6,24 +6,10 @@ What they refuse: :func:`vmamba_mm.ops.walk.why_not`. Parameters are fp32, fp16 
 import torch
 from torch import Tensor
 
+from vmamba_mm.ops.ss2d_scan import layout
 from vmamba_mm.ops.walk import Walk, states_shape, why_not
 
 __all__ = ['backward', 'forward', 'states_shape', 'why_not']
-
-
-def _flat(x_BDHW: Tensor) -> Tensor | None:
-    """The map as a (B*L, D) matrix without a copy, or None."""
-    x_BHWD = x_BDHW.permute(0, 2, 3, 1)
-    return x_BHWD.flatten(0, 2) if x_BHWD.is_contiguous() else None
-
-
-def _project(x: Tensor, weight_PD: Tensor) -> Tensor:
-    """(B*L, P): every position times the projections; one product, no copy of the map."""
-    flat = _flat(x)
-    if flat is not None:
-        return torch.mm(flat, weight_PD.T)
-    x_BLD = x.flatten(2).transpose(1, 2)
-    return torch.bmm(x_BLD, weight_PD.T.expand(len(x), -1, -1)).flatten(0, 1)
 
 
 def forward(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_projs_bias: Tensor,
@@ -37,7 +23,7 @@ def forward(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_projs_
     """
     routes, _, rank = dt_projs_weight.shape
     walk = Walk(x, routes, rank, (dt_projs_weight, dt_projs_bias, A, D), False)
-    projected = _project(x, x_proj_weight.flatten(0, 1).to(x.dtype))
+    projected = layout.project(layout.pixels(x), x_proj_weight.flatten(0, 1).to(x.dtype))
     maps = walk.maps(x.dtype)
     states = walk.empty(*states_shape(walk.batch, routes, walk.length, walk.state, walk.dim)
                         ) if save else None
@@ -54,7 +40,7 @@ def backward(grad_maps: Tensor, x: Tensor, x_proj_weight: Tensor, dt_projs_weigh
         grad_maps: (B, D, H, W), by the sum of the maps, in ``x``'s dtype; any strides.
         projected, states: what the forward gave with ``save``.
     """
-    inputs = (x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
+    parameters = (x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
     routes, dim, rank = dt_projs_weight.shape
     walk = Walk(x, routes, rank, (dt_projs_weight, dt_projs_bias, A, D), False)
     maps = walk.maps(x.dtype)
@@ -72,24 +58,13 @@ def backward(grad_maps: Tensor, x: Tensor, x_proj_weight: Tensor, dt_projs_weigh
     sums = walk.backward(projected, None, None, states, grad_maps, maps, outputs)
     grad_projected = parts[0] if len(parts) == 1 else parts.sum(0).to(x.dtype)
     weight = x_proj_weight.flatten(0, 1).to(x.dtype)
-    maps = maps.flatten(0, 1)
-    grad_x = torch.empty_like(x)
-    flat, target = _flat(x), _flat(grad_x)
-    if flat is not None and target is not None:
-        total = maps.sum(0, dtype=x.dtype).view(target.shape)
-        torch.addmm(total, grad_projected, weight, out=target)
-        grad_weight = torch.mm(grad_projected.T, flat)
-    else:
-        batched = grad_projected.unflatten(0, (walk.batch, walk.length))
-        by_projection = torch.bmm(weight.T.expand(walk.batch, -1, -1), batched.transpose(1, 2))
-        grad_x.copy_(maps.sum(0, dtype=x.dtype).permute(0, 3, 1, 2))
-        grad_x += by_projection.view(grad_x.shape)
-        grad_weight = torch.bmm(batched.transpose(1, 2), x.flatten(2).transpose(1, 2)
-                                ).sum(0, dtype=torch.float32)
+    total = maps.flatten(0, 1).sum(0, dtype=x.dtype)
+    grad_x = torch.addmm(total.view(-1, dim), grad_projected, weight).view(total.shape)
+    grad_weight = layout.project_weight_grad(grad_projected, layout.pixels(x))
 
     by_A, by_weight, by_bias, by_D = sums.split((walk.states, rank, 1, 1), dim=2)
     by_A = by_A.flatten(1, 2)[:, :walk.state].transpose(1, 2).reshape(A.shape)
-    grads = (grad_x, grad_weight.view(x_proj_weight.shape), by_weight.sum(1).transpose(1, 2),
+    grads = (grad_weight.view(x_proj_weight.shape), by_weight.sum(1).transpose(1, 2),
              by_bias.sum(1).view(routes, dim), by_A, by_D[:, 0].reshape(-1))
-    return grad_x, *(g.to(t.dtype).contiguous()
-                     for g, t in zip(grads[1:], inputs[1:], strict=True))
+    return layout.like(grad_x, x), *(g.to(t.dtype).contiguous()
+                                     for g, t in zip(grads, parameters, strict=True))
