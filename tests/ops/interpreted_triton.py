@@ -74,8 +74,8 @@ def test_batch_in_blocks(monkeypatch):
 
 
 def test_several_tiles_of_a_program(monkeypatch):
-    from vmamba_mm.ops import triton_kernels
-    monkeypatch.setattr(triton_kernels, '_PROGRAMS', 1)
+    from vmamba_mm.ops import triton_launch
+    monkeypatch.setattr(triton_launch, '_PROGRAMS', 1)
     check(ss2d_scan, ss2d_reference, ss2d_scan_inputs(1, 2, 4, 5, state=2))
 
 

@@ -66,9 +66,9 @@ def _gpu_reason(kind: str, index: int | None) -> str | None:
     return None
 
 
-def tile_length(kernels, backward: bool) -> int:
+def tile_length(launch, backward: bool) -> int:
     """Positions of a tile, all of them in a thread's registers; few in the slow interpreter."""
-    if kernels.interpreted():
+    if launch.interpreted():
         return 8
     return 8 if backward else 16
 

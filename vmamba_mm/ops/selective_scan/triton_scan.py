@@ -18,13 +18,13 @@ class _Problem:
     """Sizes and fp32 parameters, and the walk of a block of the batch."""
 
     def __init__(self, u, A, B, D, delta_bias, delta_softplus, backward: bool):
-        from vmamba_mm.ops import triton_kernels
-        self.kernels = triton_kernels
+        from vmamba_mm.ops import triton_launch
+        self.launch = triton_launch
         batch, channels, self.length = u.shape
         self.groups, self.state = B.shape[1:3]
         self.dim = channels // self.groups
         self.softplus = delta_softplus
-        self.tile = triton_backend.tile_length(self.kernels, backward)
+        self.tile = triton_backend.tile_length(self.launch, backward)
         shape = (self.groups, self.dim)
         self.A = A.float().view(*shape, self.state).transpose(1, 2).contiguous() * log2(e)
         self.bias = A.new_zeros(shape, dtype=torch.float32)
@@ -32,7 +32,7 @@ class _Problem:
             self.bias += delta_bias.view(shape)
         self.weight = A.new_empty((self.groups, 0, self.dim), dtype=torch.float32)
         self.skip = None if D is None else D.float().view(shape).contiguous()
-        self.parts = -(-self.dim // self.kernels.channel_block(self.dim)[0]) if backward else 0
+        self.parts = -(-self.dim // self.launch.channel_block(self.dim)[0]) if backward else 0
         each = 8 * self.groups * self.length * self.state * self.parts
         each += triton_backend.carry_bytes(self.length, self.tile, self.groups, self.dim,
                                            self.state, backward)
@@ -45,7 +45,7 @@ class _Problem:
 
     def walk(self, u: Tensor, delta: Tensor, B: Tensor, C: Tensor):
         batch, groups, state, length = B.shape
-        return self.kernels.Walk(
+        return self.launch.Walk(
             u=u, u_strides=self.strides(u), delta=delta, delta_strides=self.strides(delta),
             B=B.contiguous(), C=C.contiguous(),
             c_strides=(groups * state * length, state * length, 0, 1, length), A=self.A,
@@ -58,34 +58,34 @@ def forward(u, delta, A, B, C, D, delta_bias, delta_softplus, out_dtype) -> Tens
     """Shapes as in :func:`vmamba_mm.ops.selective_scan`."""
     out = torch.empty(u.shape, dtype=out_dtype, device=u.device)
     problem = _Problem(u, A, B, D, delta_bias, delta_softplus, backward=False)
-    kernels = problem.kernels
-    with kernels.on_device(u):
+    launch = problem.launch
+    with launch.on_device(u):
         for block in problem.blocks:
             walk = problem.walk(u[block], delta[block], B[block], C[block])
-            carries = kernels.Carries(walk, problem.tile, with_grad=False)
+            carries = launch.Carries(walk, problem.tile, with_grad=False)
             carries.summarise(walk)
             carries.chain(walk, with_grad=False)
-            kernels.scan(walk, carries, out[block], problem.strides(out), None)
+            launch.scan(walk, carries, out[block], problem.strides(out), None)
     return out
 
 
 def backward(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus):
     """Gradients by u, delta, A, B, C, D, delta_bias (None where the input is None)."""
     problem = _Problem(u, A, B, D, delta_bias, delta_softplus, backward=True)
-    kernels, state = problem.kernels, problem.state
+    launch, state = problem.launch, problem.state
     grad_u, grad_delta, grad_B, grad_C = (
         torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (u, delta, B, C))
     sums = torch.zeros(problem.groups, state + 2, problem.dim, device=u.device)
-    with kernels.on_device(u):
+    with launch.on_device(u):
         for block in problem.blocks:
             walk = problem.walk(u[block], delta[block], B[block], C[block])
             grad = grad_y[block]
-            carries = kernels.Carries(walk, problem.tile, with_grad=True)
+            carries = launch.Carries(walk, problem.tile, with_grad=True)
             carries.summarise(walk, grad, problem.strides(grad))
             carries.chain(walk, with_grad=True)
             parts = torch.empty(2, problem.parts, *walk.B.shape, dtype=torch.float32,
                                 device=u.device)
-            found = kernels.scan_backward(
+            found = launch.scan_backward(
                 walk, carries, grad, problem.strides(grad), grad_u[block], grad_delta[block],
                 problem.strides(grad_u), False, parts)
             # Nobody writes the last row if there is no skip.

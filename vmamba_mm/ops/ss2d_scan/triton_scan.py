@@ -24,14 +24,14 @@ class _Problem:
     """Sizes and fp32 parameters; of a block of the batch, the projections and the walks."""
 
     def __init__(self, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, backward: bool):
-        from vmamba_mm.ops import triton_kernels
-        self.kernels = triton_kernels
+        from vmamba_mm.ops import triton_launch
+        self.launch = triton_launch
         self.routes, self.dim, self.rank = dt_projs_weight.shape
         self.state = A.shape[1]
         self.row = self.rank + 2 * self.state
         self.height, self.width = x.shape[2:]
         self.length = self.height * self.width
-        self.tile = triton_backend.tile_length(self.kernels, backward)
+        self.tile = triton_backend.tile_length(self.launch, backward)
         self.x_weight = x_proj_weight.float().flatten(0, 1)
         self.dt_weight = dt_projs_weight.float().transpose(1, 2).contiguous()
         self.bias = dt_projs_bias.float().contiguous()
@@ -41,7 +41,7 @@ class _Problem:
         self.axes = min(2, self.routes)
         # Columns first in memory: positions are numbered as they lie there.
         self.turned = self.height > 1 < self.width and x.stride(2) < x.stride(3)
-        self.parts = -(-self.dim // self.kernels.channel_block(self.dim)[0]) if backward else 0
+        self.parts = -(-self.dim // self.launch.channel_block(self.dim)[0]) if backward else 0
         each = self.length * (8 * self.dim + 4 * self.routes * self.row * (1 + self.parts))
         each += triton_backend.carry_bytes(self.length, self.tile, self.routes, self.dim,
                                            self.state, backward)
@@ -80,7 +80,7 @@ class _Problem:
                 line_length = self.length
             b, _, line, step, _ = strides[1]
             v = (b, self.row, line, step, 1)
-            yield axis, self.kernels.Walk(
+            yield axis, self.launch.Walk(
                 u=x, u_strides=strides[0], delta=projected, delta_strides=v,
                 B=projected, C=projected, c_strides=v, A=self.A, weight=self.dt_weight,
                 bias=self.bias, skip=None if axis else self.skip, batch=len(x), groups=1,
@@ -92,13 +92,13 @@ def forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype) -
     """Shapes as in :func:`vmamba_mm.ops.ss2d_scan`."""
     out = torch.empty_like(x, dtype=out_dtype)
     problem = _Problem(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, backward=False)
-    kernels = problem.kernels
-    with kernels.on_device(x):
+    launch = problem.launch
+    with launch.on_device(x):
         for block in problem.blocks:
             x_block, y = x[block], out[block]
             projected = problem.project(problem.flat(x_block).float())
             walks = list(problem.walks(x_block, projected, (y,)))
-            carries = kernels.Carries(walks[0][1], problem.tile, with_grad=False)
+            carries = launch.Carries(walks[0][1], problem.tile, with_grad=False)
             for _, walk in walks:
                 carries.summarise(walk)
             carries.chain(walks[0][1], with_grad=False)
@@ -109,8 +109,8 @@ def forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype) -
                                            device=y.device)
             for axis, walk in walks:
                 target = y if axis == problem.axes - 1 else rows
-                kernels.scan(walk, carries, target, problem.strides(y, axis),
-                             rows if axis else None)
+                launch.scan(walk, carries, target, problem.strides(y, axis),
+                            rows if axis else None)
     return out
 
 
@@ -118,12 +118,12 @@ def backward(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D):
     """Gradients by x, the two projections, the dt bias, A and D; only inputs were saved."""
     inputs = (x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
     problem = _Problem(*inputs, backward=True)
-    kernels, rank, state = problem.kernels, problem.rank, problem.state
+    launch, rank, state = problem.launch, problem.rank, problem.state
     grad_x = torch.empty_like(x)
     grad_x_weight = torch.zeros_like(problem.x_weight)
     sums = grad_x_weight.new_zeros(problem.routes, rank + state + 1, problem.dim)
     grad_skip = torch.zeros_like(problem.skip)
-    with kernels.on_device(x):
+    with launch.on_device(x):
         for block in problem.blocks:
             x_block, grad = x[block], grad_y[block]
             x_BLD = problem.flat(x_block).float()
@@ -133,12 +133,12 @@ def backward(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D):
             parts = torch.empty(problem.parts, *projected.shape, dtype=torch.float32,
                                 device=x.device)
             walks = list(problem.walks(x_block, projected, (grad, grad_map)))
-            carries = kernels.Carries(walks[0][1], problem.tile, with_grad=True)
+            carries = launch.Carries(walks[0][1], problem.tile, with_grad=True)
             for axis, walk in walks:
                 carries.summarise(walk, grad, problem.strides(grad, axis))
             carries.chain(walks[0][1], with_grad=True)
             for axis, walk in walks:
-                found = kernels.scan_backward(
+                found = launch.scan_backward(
                     walk, carries, grad, problem.strides(grad, axis), grad_BLD, None,
                     problem.strides(grad_map, axis), axis > 0, parts)
                 routes = slice(axis, None, 2)
