@@ -3,17 +3,17 @@
 #include "common.cuh"
 
 struct Params {
-    const void *x_weight;   // (K, R + 2N, D)
+    const void *x_weight;   // (K, R + 2, D)
     const void *dt_weight;  // (K, D, R)
     const void *dt_bias;    // (K, D)
-    const void *A;          // (K * D, N)
+    const void *A;          // (K * D, 1)
     const void *D;          // (K * D)
-    void *weight;           // (K, P, D): dt (R), a zero row if R is odd, N pairs (B, C), zeros
+    void *weight;           // (K, P, D): dt (R), a zero row if R is odd, B, C, zeros
     u32 *fragments;         // (K, G, TILES, 2, 32), times log2(e)
     float *bias;            // (K, 16 G), times log2(e)
-    float *rates;           // (K, N, 16 G)
+    float *rates;           // (K, 16 G)
     float *skip;            // (16 G): the sum over the routes
-    int dim, rank, state, routes, row, tiles;
+    int dim, rank, routes, row, tiles;
     int x_type, dt_type, bias_type, A_type, D_type;  // 0 fp32, 1 fp16, 2 bf16
 };
 
@@ -22,7 +22,7 @@ __global__ void ss2d_prepare(const Params p) {
     constexpr float LOG2E = 1.4426950408889634f;
     const int groups = (p.dim + 15) >> 4, padded = groups * 16, pairs = (p.rank + 1) & ~1;
     const int weights = p.routes * p.row * p.dim, fragments = p.routes * groups * p.tiles * 64;
-    const int biases = p.routes * padded, rates = p.routes * p.state * padded;
+    const int biases = p.routes * padded, rates = biases;
     const int total = weights + fragments + biases + rates + padded;
     for (int j = blockIdx.x * blockDim.x + threadIdx.x; j < total; j += gridDim.x * blockDim.x) {
         int i = j;
@@ -30,13 +30,12 @@ __global__ void ss2d_prepare(const Params p) {
             const int d = i % p.dim, row = i / p.dim % p.row, k = i / p.dim / p.row;
             int from = row;
             if (row >= pairs) {
-                const int n = (row - pairs) >> 1;
-                from = n < p.state ? p.rank + ((row - pairs) & 1) * p.state + n : -1;
+                from = row < pairs + 2 ? p.rank + row - pairs : -1;
             } else if (row >= p.rank) {
                 from = -1;
             }
             const float v = from < 0 ? 0.f : load_parameter(
-                p.x_weight, ((long long)k * (p.rank + 2 * p.state) + from) * p.dim + d, p.x_type);
+                p.x_weight, ((long long)k * (p.rank + 2) + from) * p.dim + d, p.x_type);
             ((unsigned short *)p.weight)[i] = (unsigned short)T::pack(v, 0.f);
             continue;
         }
@@ -64,9 +63,8 @@ __global__ void ss2d_prepare(const Params p) {
         }
         i -= biases;
         if (i < rates) {
-            const int d = i % padded, n = i / padded % p.state, k = i / padded / p.state;
-            p.rates[i] = d < p.dim
-                ? load_parameter(p.A, ((long long)k * p.dim + d) * p.state + n, p.A_type) : 0.f;
+            const int d = i % padded, k = i / padded;
+            p.rates[i] = d < p.dim ? load_parameter(p.A, k * p.dim + d, p.A_type) : 0.f;
             continue;
         }
         i -= rates;

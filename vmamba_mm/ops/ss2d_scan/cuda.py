@@ -46,7 +46,7 @@ def _is_fast(x: Tensor, state: int) -> bool:
 
 @cache
 def prepare_instance(type_: str) -> Instance:
-    return Instance('ss2d_prepare.cu', f'ss2d_prepare<{type_}>', 'P' * 10 + 'i' * 11)
+    return Instance('ss2d_prepare.cu', f'ss2d_prepare<{type_}>', 'P' * 10 + 'i' * 10)
 
 
 @cache
@@ -252,7 +252,7 @@ def _prepare(plan, dtype, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D) -
     load(prepare_instance(_TYPES[dtype]), A.device).launch(
         (min(1024, -(-count // 256)), 1, 1), (256, 1, 1),
         (*(t.data_ptr() for t in parameters), weight.data_ptr(), fragments, bias, rates, skip,
-         dim, rank, 1, routes, plan.row, plan.tiles, *(_CODES[t.dtype] for t in parameters)))
+         dim, rank, routes, plan.row, plan.tiles, *(_CODES[t.dtype] for t in parameters)))
     return _Prepared(weight, memory, fragments, bias, rates, skip)
 
 
