@@ -149,15 +149,19 @@ __device__ __forceinline__ void read_map(const Scan &p, const Path &path, const 
     }
 }
 
-// Write a lane's elements of 4 adjacent channels to a route's map of (K, B, H, W, D).
-__device__ __forceinline__ void write_map(const Scan &p, const Path &path, void *maps, int route,
+// Map number `number` of (maps, B, H, W, D).
+__device__ __forceinline__ Map map_of(const Scan &p, void *maps, int number) {
+    const long long image = (long long)p.height * p.width * p.dim;
+    return {(unsigned short *)maps + number * p.batch * image, image, p.dim, 1, (p.dim & 3) == 0, 0};
+}
+
+// The counterpart, for such a map.
+__device__ __forceinline__ void write_map(const Scan &p, const Path &path, const Map &map,
                                           const uint2 (&v)[OWN], Place place, int channel) {
-    const int length = p.height * p.width, start = place.start;
-    const int count = channel < p.dim ? length - start : 0;
-    unsigned short *const out = (unsigned short *)maps
-        + ((long long)route * p.batch + place.image) * length * p.dim + channel;
+    const int start = place.start, count = channel < p.dim ? p.height * p.width - start : 0;
+    unsigned short *const out = (unsigned short *)map.data + place.image * map.stride_b + channel;
     auto at = [&](int i, int pixel) { *(uint2 *)(out + pixel * p.dim) = v[i]; };
-    if ((p.dim & 3) == 0 && count >= OWN && path.inner_length >= OWN) {
+    if (map.vector && count >= OWN && path.inner_length >= OWN) {
         if (p.aligned) for_pixels<true, true>(path, start, at);
         else for_pixels<true, false>(path, start, at);
         return;
@@ -172,6 +176,27 @@ __device__ __forceinline__ void write_map(const Scan &p, const Path &path, void 
             if (channel + 2 < p.dim) to[2] = v[i].y;
             if (channel + 3 < p.dim) to[3] = v[i].y >> 16;
         }
+}
+
+// What another route left in a map, for the lane's own elements: to the warp's shared memory, and
+// from there added to those of its channels 2 pair, 2 pair + 1.
+__device__ __forceinline__ void read_sums(const Scan &p, const Path &path, const Map &map,
+                                          Place place, int channel, char *memory, int lane) {
+    char *const to = memory + lane * 8;
+    read_map(p, path, map, place, channel,
+             [&](int i, const unsigned short *from) { copy8(to + i * 256, from); },
+             [&](int i, uint2 v) { *(uint2 *)(to + i * 256) = v; });
+}
+
+template <class T>
+__device__ __forceinline__ void add_sums(float (&v)[OWN][2], const char *memory, int pair,
+                                         int lane) {
+#pragma unroll
+    for (int i = 0; i < OWN; ++i) {
+        const float2 sum = T::unpack(*(const u32 *)(memory + lane * 8 + i * 256 + 4 * pair));
+        v[i][0] += sum.x;
+        v[i][1] += sum.y;
+    }
 }
 
 // z = log2(e) (W dt + bias) of a lane's positions and of its channels 2 pair, 2 pair + 1; far below

@@ -1,5 +1,6 @@
 // Backward of ss2d_scan for N = 1 on half-precision maps. Walks a route's chunks from the last to
-// the first; within a chunk the states run forward again from the one that the forward saved.
+// the first; within a chunk the states run forward again from the one that the forward saved. One
+// or two routes to a block and its map of dx, as in the forward.
 //
 // With dh the gradient by a state, running backwards: dh_t = C_t dy_t + a_(t+1) dh_(t+1). `carry`
 // is a_(t+1) dh_(t+1) of the chunk after this one.
@@ -9,7 +10,7 @@ struct Params {
     Scan scan;
     Map x, dy;
     const float *states;   // (K, chunks, D): the state that enters each chunk
-    void *dx;              // (K, B, H, W, D): without the part that goes through the projection
+    void *dx;              // (maps, B, H, W, D): without the part that goes through the projection
     void *dprojected;      // (columns, B, H * W, K, P): sums over the channels of a block
     float *partials;       // (spans, K D R + 2 K D + D): of dt_projs_weight, A, bias, skip
     const float *entries;  // (K, spans, D): the carry that enters each span's end, or null
@@ -101,46 +102,29 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_bwd(const Params
     const Scan &p = params.scan;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
     const int g = lane >> 2, t = lane & 3;
-    const int route = blockIdx.x, column = blockIdx.y, span = blockIdx.z;
+    const int map = blockIdx.x, maps = gridDim.x, column = blockIdx.y, span = blockIdx.z;
     const int groups = (p.dim + 15) >> 4, group = column * warps + warp;
     const int working = min(warps, groups - column * warps);  // warps that have channels
     const int channel = group * 16 + 4 * t;
     const bool active = group < groups;
     const int first = span * p.span, last = min(first + p.span, p.chunks);
     const int length = p.height * p.width;
-    const Path path = make_path(p, route);
     const int pairs_at = (p.rank + 1) & ~1;  // column of (ln 2 B, C)
+    const Map sum_map = map_of(p, params.dx, map);
 
     extern __shared__ __align__(16) char shared[];
     const int staged_bytes = (p.row >> 3) * UNIT_BYTES;
-    constexpr int warp_bytes = 4 * MAP_BYTES + TILES * 768 + 320 + 2048;
+    constexpr int warp_bytes = 5 * MAP_BYTES + TILES * 768 + 320 + 2048;
     char *const warp_memory = shared + 2 * staged_bytes;
-    char *const own = warp_memory + warp * warp_bytes;  // x and dy, twice each
-    float4 *const dweight = (float4 *)(own + 4 * MAP_BYTES) + lane;  // of each tile
-    u32 *const fragments = (u32 *)(own + 4 * MAP_BYTES + TILES * 512);  // transposed
+    char *const own = warp_memory + warp * warp_bytes;  // x and dy, twice each; dx of a first route
+    float4 *const dweight = (float4 *)(own + 5 * MAP_BYTES) + lane;  // of each tile
+    u32 *const fragments = (u32 *)(own + 5 * MAP_BYTES + TILES * 512);  // transposed
     float *const bias = (float *)(fragments + TILES * 64);
     float *const rates = bias + 16, *const skip = rates + 16;
     float *const states = skip + 16;  // twice
     // Of the lane's 4 channels each: the carry; then the sums of A, bias and skip, or the decay.
     float *const carry = states + 32 + lane, *const sums = carry + 128;
-    if (active) {
-        for (int j = lane; j < TILES * 64; j += 32)
-            fragments[j] = transpose_tile(
-                p.fragments[((long long)route * groups + group) * TILES * 64 + j]);
-        if (lane < 16) {
-            bias[lane] = p.bias[(route * groups + group) * 16 + lane];
-            rates[lane] = p.rates[(route * groups + group) * 16 + lane];
-            skip[lane] = p.skip[group * 16 + lane];
-            states[lane] = states[16 + lane] = 0.f;  // channels beyond the last stay so
-        }
-#pragma unroll
-        for (int j = 0; j < TILES; ++j) dweight[j * 32] = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll
-        for (int j = 0; j < 12; ++j) sums[j * 32] = 0.f;
-    }
-    __syncwarp();
-
-    const long long of_span = ((long long)route * p.spans + span) * p.dim;
+    const long long of_span = ((long long)map * p.spans + span) * p.dim;
     if (active)
         for (int c = 0; c < 4; ++c) {
             carry[c * 32] = params.entries && channel + c < p.dim
@@ -148,9 +132,59 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_bwd(const Params
             if (SUMMARY) sums[c * 32] = 1.f;
         }
 
-    auto stage = [&](int chunk, int turn) {
-        stage_projected(p, path, shared + turn * staged_bytes, route, chunk);
-        if (active) {
+    auto begin_route = [&](int route) {
+        const int at = route * groups + group;
+        for (int j = lane; j < TILES * 64; j += 32)
+            fragments[j] = transpose_tile(p.fragments[(long long)at * TILES * 64 + j]);
+        if (lane < 16) {
+            bias[lane] = p.bias[at * 16 + lane];
+            rates[lane] = p.rates[at * 16 + lane];
+            skip[lane] = p.skip[group * 16 + lane];
+        }
+        if (!SUMMARY) {
+#pragma unroll
+            for (int j = 0; j < TILES; ++j) dweight[j * 32] = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+            for (int j = 0; j < 12; ++j) sums[j * 32] = 0.f;
+        }
+        __syncwarp();
+    };
+    auto end_route = [&](int route) {
+        const long long KD = (long long)p.routes * p.dim, at = (long long)route * p.dim;
+        float *const part = params.partials + (long long)span * (KD * (p.rank + 2) + p.dim);
+#pragma unroll
+        for (int j = 0; j < TILES; ++j) {
+            const float4 sum = dweight[j * 32];
+            const int r = 8 * j + 2 * t;
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                // Row g of the first half is channel 4 (g / 2) + g % 2, of the second 2 more.
+                const int d = group * 16 + 4 * (g >> 1) + (g & 1) + (e & 2);
+                if (d < p.dim && r + (e & 1) < p.rank)
+                    part[(at + d) * p.rank + r + (e & 1)] = LOG2E * element(sum, e);
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < 12; ++j) {
+            float sum = sums[j * 32];
+#pragma unroll
+            for (int d = 4; d < 32; d *= 2) sum += __shfl_xor_sync(ALL, sum, d);
+            const int c = channel + (j & 3);
+            if (g || c >= p.dim) continue;
+            if (j < 4) part[KD * p.rank + at + c] = LN2 * sum;
+            else if (j < 8) part[KD * (p.rank + 1) + at + c] = LOG2E * sum;
+            else if (route == 0) part[KD * (p.rank + 2) + c] = sum;
+        }
+    };
+
+    if (active && lane < 16)
+        states[lane] = states[16 + lane] = 0.f;  // channels beyond the last stay so
+    __syncwarp();
+    auto stage = [&](int route, int chunk, int turn) {
+        const Path path = make_path(p, route);
+        if (route < p.routes)
+            stage_projected(p, path, shared + turn * staged_bytes, route, chunk);
+        if (active && route < p.routes) {
             char *to = own + turn * 2 * MAP_BYTES + lane * 8;
             const Place place = find_place(p, chunk * 8 + g);
             auto stage_map = [&](const Map &map, char *to) {
@@ -169,16 +203,27 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_bwd(const Params
         }
         commit_copies();
     };
-    stage(last - 1, 0);
-    for (int chunk = last - 1; chunk >= first; --chunk) {
-        const int turn = (last - 1 - chunk) & 1;
+    auto advance = [&](int &route, int &chunk) {
+        if (--chunk < first) chunk = last - 1, route += maps;
+    };
+    stage(map, last - 1, 0);
+    for (int route = map, chunk = last - 1, turn = 0; route < p.routes;
+         advance(route, chunk), turn ^= 1) {
+        const Path path = make_path(p, route);
+        const bool adds = route != map;
         const char *staged = shared + turn * staged_bytes;
         char *const x_slot = own + turn * 2 * MAP_BYTES, *const dy_slot = x_slot + MAP_BYTES;
+        char *const sum_slot = own + 4 * MAP_BYTES;
+        const Place place = find_place(p, chunk * 8 + g);
         wait_copies<0>();
         __syncthreads();
-        if (chunk > first) stage(chunk - 1, turn ^ 1);
+        if (active && chunk == last - 1) begin_route(route);
+        if (active && adds) read_sums(p, path, sum_map, place, channel, sum_slot, lane);
+        commit_copies();
+        int next_route = route, next = chunk;
+        advance(next_route, next);
+        stage(next_route, next, turn ^ 1);
 
-        const Place place = find_place(p, chunk * 8 + g);
         if (active) {
             float2 pairs[OWN];
             load_pairs<T>(pairs, staged, pairs_at, g);
@@ -261,6 +306,10 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_bwd(const Params
                     }
                 }
                 if (!SUMMARY) {
+                    if (adds) {
+                        wait_copies<1>();
+                        add_sums<T>(dx, sum_slot, pair, lane);
+                    }
                     // Operands of the tensor cores that sum over channels into one column.
                     const u32 one = T::pack(1.f, 1.f);
                     const u32 sum_B = g == (pairs_at & 7) ? one : 0u;
@@ -283,7 +332,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_bwd(const Params
                 uint2 dx[OWN];
 #pragma unroll
                 for (int i = 0; i < OWN; ++i) dx[i] = *(uint2 *)(x_slot + lane * 8 + i * 256);
-                write_map(p, path, params.dx, route, dx, place, channel);
+                write_map(p, path, sum_map, dx, place, channel);
                 __syncwarp();
                 // x is done with: its place takes what the other warps need of B and C.
                 float2 *const to = (float2 *)x_slot + OWN * g;
@@ -299,9 +348,12 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_bwd(const Params
             __syncthreads();
             const int at = turn * 2 * MAP_BYTES;
             add_projected<T, TILES>(params, path, warp_memory + at, warp_bytes,
-                                    4 * MAP_BYTES + TILES * 512 - at, working, column, route,
+                                    5 * MAP_BYTES + TILES * 512 - at, working, column, route,
                                     place);
-            if (active) add_weight<T, TILES>(dweight, staged, dy_slot, lane);
+            if (active) {
+                add_weight<T, TILES>(dweight, staged, dy_slot, lane);
+                if (chunk == first) end_route(route);
+            }
         }
     }
     if (SUMMARY && active && g == 0)
@@ -310,32 +362,4 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_bwd(const Params
                 params.ends[of_span + channel + c] = carry[c * 32];
                 params.decays[of_span + channel + c] = sums[c * 32];
             }
-    if (SUMMARY || !active) return;
-
-    const long long KD = (long long)p.routes * p.dim, at = (long long)route * p.dim;
-    float *const part = params.partials
-        + (long long)span * (KD * (p.rank + 2) + p.dim);
-#pragma unroll
-    for (int j = 0; j < TILES; ++j) {
-        const float4 sum = dweight[j * 32];
-        const int r = 8 * j + 2 * t;
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-            // Row g of the first half is channel 4 (g / 2) + g % 2, of the second 2 more.
-            const int d = group * 16 + 4 * (g >> 1) + (g & 1) + (e & 2);
-            if (d < p.dim && r + (e & 1) < p.rank)
-                part[(at + d) * p.rank + r + (e & 1)] = LOG2E * element(sum, e);
-        }
-    }
-#pragma unroll
-    for (int j = 0; j < 12; ++j) {
-        float sum = sums[j * 32];
-#pragma unroll
-        for (int d = 4; d < 32; d *= 2) sum += __shfl_xor_sync(ALL, sum, d);
-        const int c = channel + (j & 3);
-        if (g || c >= p.dim) continue;
-        if (j < 4) part[KD * p.rank + at + c] = LN2 * sum;
-        else if (j < 8) part[KD * (p.rank + 1) + at + c] = LOG2E * sum;
-        else if (route == 0) part[KD * (p.rank + 2) + c] = sum;
-    }
 }

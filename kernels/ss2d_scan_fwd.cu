@@ -1,11 +1,12 @@
-// Forward of ss2d_scan for N = 1 on half-precision maps: each route's own map. A block walks a span
-// of one route.
+// Forward of ss2d_scan for N = 1 on half-precision maps. A block walks a span of one route, to a map
+// of its own; or, where spans are of whole images, of the two routes of an axis, one after the
+// other, and the second is added to the map of the first.
 #include "ss2d_scan.cuh"
 
 struct Params {
     Scan scan;
     Map x;
-    void *y;               // (K, B, H, W, D)
+    void *y;               // (maps, B, H, W, D): gridDim.x of them
     float *states;         // (K, chunks, D): the state that enters each chunk, or null
     const float *entries;  // (K, spans, D): the state that enters each span, or null
     float *decays, *ends;  // (K, spans, D): of a span from a zero state, if SUMMARY
@@ -16,24 +17,28 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_fwd(const Params
     const Scan &p = params.scan;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
     const int g = lane >> 2, t = lane & 3;
-    const int route = blockIdx.x, span = blockIdx.z;
+    const int map = blockIdx.x, maps = gridDim.x, span = blockIdx.z;
     const int groups = (p.dim + 15) >> 4, group = blockIdx.y * warps + warp;
     const int channel = group * 16 + 4 * t;
     const bool active = group < groups;
     const int first = span * p.span, last = min(first + p.span, p.chunks);
     const int length = p.height * p.width;
-    const Path path = make_path(p, route);
+    const Map sums = map_of(p, params.y, map);
 
     extern __shared__ __align__(16) char shared[];
     const int staged_bytes = (p.row >> 3) * UNIT_BYTES;
-    u32 *const fragments = (u32 *)(shared + 2 * staged_bytes + warp * (TILES * 256 + 64));
-    float *const bias = (float *)(fragments + TILES * 64);
-    float4 rates = make_float4(0.f, 0.f, 0.f, 0.f), skip = rates;
+    constexpr int ROUTE_BYTES = TILES * 256 + 128;  // of a warp: fragments, bias and rates
+    char *const own = shared + 2 * staged_bytes + warp * (MAP_BYTES + 2 * ROUTE_BYTES);
+    float4 skip = make_float4(0.f, 0.f, 0.f, 0.f);
     if (active) {
-        for (int j = lane; j < TILES * 64; j += 32)
-            fragments[j] = p.fragments[((long long)route * groups + group) * TILES * 64 + j];
-        if (lane < 16) bias[lane] = p.bias[(route * groups + group) * 16 + lane];
-        rates = *(const float4 *)(p.rates + route * groups * 16 + channel);
+        for (int route = map, i = 0; route < p.routes; route += maps, ++i) {
+            u32 *const to = (u32 *)(own + MAP_BYTES + i * ROUTE_BYTES);
+            const int at = route * groups + group;
+            for (int j = lane; j < TILES * 64; j += 32)
+                to[j] = p.fragments[(long long)at * TILES * 64 + j];
+            const float *const from = lane < 16 ? p.bias : p.rates;
+            to[TILES * 64 + lane] = __float_as_uint(from[at * 16 + lane % 16]);
+        }
         skip = *(const float4 *)(p.skip + channel);
     }
 
@@ -41,15 +46,17 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_fwd(const Params
 #pragma unroll
     for (int c = 0; c < 4; ++c)
         enter[c] = params.entries && channel + c < p.dim
-            ? params.entries[((long long)route * p.spans + span) * p.dim + channel + c] : 0.f;
+            ? params.entries[((long long)map * p.spans + span) * p.dim + channel + c] : 0.f;
 
     uint2 ahead[OWN];
     Place place_ahead;
-    auto stage = [&](int chunk, int turn) {
-        stage_projected(p, path, shared + turn * staged_bytes, route, chunk);
+    auto stage = [&](int route, int chunk, int turn) {
+        const Path path = make_path(p, route);
+        if (route < p.routes)
+            stage_projected(p, path, shared + turn * staged_bytes, route, chunk);
         commit_copies();
         place_ahead = find_place(p, chunk * 8 + g);
-        if (active)
+        if (active && route < p.routes)
             read_map(p, path, params.x, place_ahead, channel,
                      [&](int i, const unsigned short *from) { ahead[i] = *(const uint2 *)from; },
                      [&](int i, uint2 v) {
@@ -58,18 +65,29 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_fwd(const Params
                              if (j == i) ahead[j] = v;
                      });
     };
-    stage(first, 0);
-    for (int chunk = first; chunk < last; ++chunk) {
-        const int turn = (chunk - first) & 1;
+    auto advance = [&](int &route, int &chunk) {
+        if (++chunk == last) chunk = first, route += maps;
+    };
+    stage(map, first, 0);
+    for (int route = map, chunk = first, turn = 0; route < p.routes;
+         advance(route, chunk), turn ^= 1) {
+        const Path path = make_path(p, route);
+        const bool adds = route != map;
         wait_copies<0>();
         __syncthreads();
         uint2 x[OWN];
 #pragma unroll
         for (int i = 0; i < OWN; ++i) x[i] = ahead[i];
         const Place place = place_ahead;
-        if (chunk + 1 < last) stage(chunk + 1, turn ^ 1);
+        if (adds && active) read_sums(p, path, sums, place, channel, own, lane);
+        commit_copies();
+        int next_route = route, next = chunk;
+        advance(next_route, next);
+        stage(next_route, next, turn ^ 1);
         if (!active) continue;
 
+        const u32 *const fragments = (const u32 *)(own + MAP_BYTES + adds * ROUTE_BYTES);
+        const float *const bias = (const float *)(fragments + TILES * 64), *const rates = bias + 16;
         const char *staged = shared + turn * staged_bytes;
         if (params.states && g == 0) {
             float *to = params.states + ((long long)route * p.chunks + chunk) * p.dim + channel;
@@ -88,6 +106,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_fwd(const Params
 #pragma unroll
         for (int pair = 0; pair < 2; ++pair) {
             float z[OWN][2], a[OWN][2], q[OWN][2], P[2], h[2];
+            const float2 rate = *(const float2 *)(rates + 4 * t + 2 * pair);
             project_dt<T, TILES, false>(z, staged, fragments, bias, pair, lane,
                                         length - place.start);
 #pragma unroll
@@ -96,7 +115,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_fwd(const Params
 #pragma unroll
                 for (int c = 0; c < 2; ++c) {
                     const float l = softplus2(z[i][c]);
-                    a[i][c] = ex2(element(rates, 2 * pair + c) * l);
+                    a[i][c] = ex2((c ? rate.y : rate.x) * l);
                     q[i][c] = l * (c ? x2.y : x2.x) * pairs[i].x;
                     P[c] = i ? P[c] * a[i][c] : a[i][c];
                     h[c] = i ? a[i][c] * h[c] + q[i][c] : q[i][c];
@@ -130,17 +149,21 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_fwd(const Params
                     out[i][0] += element(skip, 2 * pair) * x2.x;
                     out[i][1] += element(skip, 2 * pair + 1) * x2.y;
                 }
+            if (adds) {
+                wait_copies<1>();
+                add_sums<T>(out, own, pair, lane);
+            }
 #pragma unroll
             for (int i = 0; i < OWN; ++i)
                 (pair ? y[i].y : y[i].x) = T::pack(out[i][0], out[i][1]);
         }
-        if (!SUMMARY) write_map(p, path, params.y, route, y, place, channel);
+        if (!SUMMARY) write_map(p, path, sums, y, place, channel);
     }
     if (SUMMARY && active && g == 0)
 #pragma unroll
         for (int c = 0; c < 4; ++c)
             if (channel + c < p.dim) {
-                const long long at = ((long long)route * p.spans + span) * p.dim + channel + c;
+                const long long at = ((long long)map * p.spans + span) * p.dim + channel + c;
                 params.ends[at] = enter[c];
                 params.decays[at] = decay[c];
             }

@@ -1,5 +1,7 @@
 """The CUDA kernels of ss2d_scan against the fp64 reference, as accurate as autocast PyTorch."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -118,9 +120,10 @@ def test_many_images_to_a_block():
 @needs_gpu
 @pytest.mark.parametrize('slots', ['exact', 'rounded'])
 @pytest.mark.parametrize('spans', [1, 3])
+@pytest.mark.parametrize('maps', [2, 4])
 @pytest.mark.parametrize('size', [(5, 7, 7), (3, 9, 14), (9, 2, 3), (2, 1, 1), (3, 25, 40)])
-def test_any_cut(monkeypatch, size, slots, spans):
-    """However the batch is cut into slots and spans."""
+def test_any_cut(monkeypatch, size, maps, slots, spans):
+    """However the batch is cut into slots and spans; spans of whole images if routes share a map."""
     batch, height, width = size
     plan_of = cuda._plan
 
@@ -130,8 +133,10 @@ def test_any_cut(monkeypatch, size, slots, spans):
         if slots == 'rounded':
             count = -(-count // 8) * 8
         chunks = -(-batch * count // 8)
-        span = -(-chunks // spans)
-        cuts = [cut._replace(span=span, spans=-(-chunks // span), independent=span >= chunks)
+        unit = count // math.gcd(count, 8) if maps == 2 else 1
+        span = -(-chunks // (unit * spans)) * unit
+        cuts = [cut._replace(maps=maps, span=span, spans=-(-chunks // span),
+                             independent=maps == 2 or span >= chunks)
                 for cut in (plan.forward, plan.backward)]
         return plan._replace(slots=count, chunks=chunks, forward=cuts[0], backward=cuts[1],
                              magic=(*plan.magic[:2], cuda._magic(count)))

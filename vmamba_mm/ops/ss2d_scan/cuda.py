@@ -83,8 +83,10 @@ def norm_backward_instance(type_: str, parts: int, warps: int) -> Instance:
 # --- how the work is cut ----------------------------------------------------------------------
 
 class _Cut(NamedTuple):
-    """A launch: warps of a block, blocks for the channels, spans of so many chunks, shared bytes;
-    whether the spans begin at an image, so that nothing enters them; what it costs."""
+    """A launch: maps that it writes, warps of a block, blocks for the channels, spans of so many
+    chunks, shared bytes; whether the spans begin at an image, so that nothing enters them; what it
+    costs."""
+    maps: int
     warps: int
     columns: int
     span: int
@@ -132,9 +134,9 @@ def _plan(batch: int, dim: int, height: int, width: int, rank: int, routes: int,
             at_once = min(blocks * most // warps,
                           properties.shared_memory_per_multiprocessor // (shared + 1024))
             at_once *= multiprocessors
-            walks = columns * routes
-            for independent in (True, False):
-                unit = alone if independent else 1
+            # Two routes one after the other, into one map, need whole images.
+            for maps, independent in {(min(routes, 2), True), (routes, True), (routes, False)}:
+                unit, walks = alone if independent else 1, columns * maps
                 for spans in {max(1, n * at_once // walks) for n in (1, 2, 3, 4)}:
                     span = -(-chunks // (unit * spans)) * unit
                     spans = -(-chunks // span)
@@ -146,18 +148,19 @@ def _plan(batch: int, dim: int, height: int, width: int, rank: int, routes: int,
                     resident = min(at_once, walks * spans) * warps / multiprocessors
                     # 16 warps take as long for a chunk of each as 12 do, less 5 %.
                     resident = max(8, resident * (0.95 if resident > 12 else 1))
-                    cost = waves * (span + 0.5) * resident * (1 + 0.004 * columns)
+                    cost = waves * (span * routes // maps + 0.5) * resident
+                    cost *= (1 + 0.004 * columns) * (1 if maps == routes else 0.95)
                     if not independent and spans > 1:
                         cost = 1.6 * cost + 16
-                    yield _Cut(warps, columns, span, spans, shared, independent or spans == 1,
-                               cost)
+                    yield _Cut(maps, warps, columns, span, spans, shared,
+                               independent or spans == 1, cost)
 
     best = None
     exact = -(-length // _SLOT)
     for slots in {exact, -(-exact // 8) * 8}:
         forward, backward = (min(cuts(*sizes, slots), key=lambda cut: cut.cost) for sizes in (
-            (_FORWARD_WARPS, _FORWARD_BLOCKS, 256 * tiles + 64),
-            (_BACKWARD_WARPS, _BACKWARD_BLOCKS, 4 * _CHUNK_MAP + 768 * tiles + 320 + 2048)))
+            (_FORWARD_WARPS, _FORWARD_BLOCKS, _CHUNK_MAP + 512 * tiles + 256),
+            (_BACKWARD_WARPS, _BACKWARD_BLOCKS, 5 * _CHUNK_MAP + 768 * tiles + 320 + 2048)))
         if best is None or forward.cost + 2 * backward.cost < best[1].cost + 2 * best[2].cost:
             best = slots, forward, backward
     slots, forward, backward = best
@@ -270,25 +273,25 @@ def _scan_fields(plan, cut, prepared, projected, batch, dim, height, width, rank
             plan.row, plan.slots, plan.chunks, cut.span, cut.spans, plan.aligned, *plan.magic)
 
 
-def _walk(cut, kernel, summary_kernel, fields, routes, dim, back, device):
+def _walk(cut, kernel, summary_kernel, fields, dim, back, device):
     """Launch a scan, in spans where the plan says so; ``fields`` are all but the last three."""
-    grid, block = (routes, cut.columns, cut.spans), (32 * cut.warps, 1, 1)
+    grid, block = (cut.maps, cut.columns, cut.spans), (32 * cut.warps, 1, 1)
     if cut.independent:
         load(kernel, device).launch(grid, block, (*fields, 0, 0, 0), cut.shared)
         return
-    memory = torch.empty(3, routes, cut.spans, dim, dtype=torch.float32, device=device)
+    memory = torch.empty(3, cut.maps, cut.spans, dim, dtype=torch.float32, device=device)
     decays = memory.data_ptr()
-    ends = decays + 4 * routes * cut.spans * dim
-    entries = ends + 4 * routes * cut.spans * dim
+    ends = decays + 4 * cut.maps * cut.spans * dim
+    entries = ends + 4 * cut.maps * cut.spans * dim
     load(summary_kernel, device).launch(grid, block, (*fields, 0, decays, ends), cut.shared)
     load(combine_instance(), device).launch(
-        (-(-routes * dim // 128), 1, 1), (128, 1, 1),
-        (decays, ends, entries, routes, cut.spans, dim, int(back)))
+        (-(-cut.maps * dim // 128), 1, 1), (128, 1, 1),
+        (decays, ends, entries, cut.maps, cut.spans, dim, int(back)))
     load(kernel, device).launch(grid, block, (*fields, entries, 0, 0), cut.shared)
 
 
 def _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save):
-    """The maps of the routes (K, B, H, W, D), ``projected`` and ``states``."""
+    """Maps (a number, B, H, W, D) to be added up, ``projected`` and ``states``."""
     if not _is_fast(x, A.shape[1]):
         return walk.forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save)
     batch, dim, height, width = x.shape
@@ -297,7 +300,8 @@ def _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save):
     x_BLD = layout.pixels(x)
     prepared = _prepare(plan, x.dtype, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
     projected = layout.project(x_BLD, prepared.weight)
-    maps = torch.empty(routes, batch, height, width, dim, dtype=x.dtype, device=x.device)
+    maps = torch.empty(plan.forward.maps, batch, height, width, dim, dtype=x.dtype,
+                       device=x.device)
     states = torch.empty(saved(x, rank, routes, 1)[1] if save else 0, dtype=torch.float32,
                          device=x.device)
     type_ = _TYPES[x.dtype]
@@ -305,7 +309,7 @@ def _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save):
                             rank),
               *_map(x_BLD), maps.data_ptr(), states.data_ptr() if save else 0)
     _walk(plan.forward, forward_instance(type_, plan.tiles, False),
-          forward_instance(type_, plan.tiles, True), fields, routes, dim, False, x.device)
+          forward_instance(type_, plan.tiles, True), fields, dim, False, x.device)
     return maps, projected, states
 
 
@@ -351,7 +355,7 @@ def backward(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, pro
     x_BLD, dy_BLD = layout.pixels(x), layout.pixels(grad_y.to(x.dtype))
     prepared = _prepare(plan, x.dtype, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
 
-    maps = torch.empty(routes, batch, height, width, dim, dtype=x.dtype, device=device)
+    maps = torch.empty(cut.maps, batch, height, width, dim, dtype=x.dtype, device=device)
     dprojected = torch.empty(cut.columns, *projected.shape, dtype=x.dtype, device=device)
     columns = routes * dim * (rank + 2) + dim
     partials = torch.empty(cut.spans, columns, dtype=torch.float32, device=device)
@@ -359,7 +363,7 @@ def backward(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, pro
               *_map(x_BLD), *_map(dy_BLD), states.data_ptr(), maps.data_ptr(),
               dprojected.data_ptr(), partials.data_ptr())
     _walk(cut, backward_instance(type_, plan.tiles, False),
-          backward_instance(type_, plan.tiles, True), fields, routes, dim, True, device)
+          backward_instance(type_, plan.tiles, True), fields, dim, True, device)
 
     dprojected = dprojected[0] if cut.columns == 1 else dprojected.sum(0)
     grad_x = torch.mm(dprojected, prepared.weight).view(batch, height, width, dim)
