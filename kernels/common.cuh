@@ -7,6 +7,11 @@ typedef unsigned int u32;
 #if __CUDA_ARCH__ >= 800
 #define CP_ASYNC 1
 #endif
+#if __CUDA_ARCH__ >= 900
+#define ADD_TO_MEMORY asm volatile
+#else
+#define ADD_TO_MEMORY(...)  // never called
+#endif
 
 __device__ __forceinline__ float ex2(float x) {
     float y;
@@ -34,6 +39,14 @@ __device__ __forceinline__ float softplus2(float z) {
 // Two values in 32 bits; `mma` multiplies a (16 x 8) by b (8 x 8) and adds c in fp32.
 struct Half {
     static constexpr int CODE = 1;
+    // Adds to memory, without an answer.
+    static __device__ __forceinline__ void add(void *to, uint2 v) {
+        ADD_TO_MEMORY("red.global.add.noftz.v2.f16x2 [%0], {%1, %2};"
+                      :: "l"(to), "r"(v.x), "r"(v.y) : "memory");
+    }
+    static __device__ __forceinline__ void add(void *to, unsigned short v) {
+        ADD_TO_MEMORY("red.global.add.noftz.f16 [%0], %1;" :: "l"(to), "h"(v) : "memory");
+    }
     static __device__ __forceinline__ float2 unpack(u32 v) {
         float2 f;
         asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}"
@@ -65,6 +78,14 @@ struct BFloat {
         return f != f ? 0x7fffffffu : v + 0x7fffu + (v >> 16 & 1u);
     }
     static constexpr int CODE = 2;
+    // Adds to memory, without an answer.
+    static __device__ __forceinline__ void add(void *to, uint2 v) {
+        ADD_TO_MEMORY("red.global.add.noftz.v2.bf16x2 [%0], {%1, %2};"
+                      :: "l"(to), "r"(v.x), "r"(v.y) : "memory");
+    }
+    static __device__ __forceinline__ void add(void *to, unsigned short v) {
+        ADD_TO_MEMORY("red.global.add.noftz.bf16 [%0], %1;" :: "l"(to), "h"(v) : "memory");
+    }
     static __device__ __forceinline__ float2 unpack(u32 v) {
         return make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u));
     }

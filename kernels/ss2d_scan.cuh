@@ -8,25 +8,23 @@ constexpr int OWN = 7, CHUNK = 8 * OWN;
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 constexpr u32 ALL = 0xffffffffu;
 #if __CUDA_ARCH__ >= 900
-constexpr int MANY_TILES = 4;  // at a time, else the compiler spills
+constexpr int MANY_TILES = 2;  // at a time, else the compiler spills
 #else
 constexpr int MANY_TILES = 8;
 #endif
 constexpr int UNIT_BYTES = CHUNK * 16;  // of 8 staged columns, for a chunk
+constexpr int PAD_BYTES = 128;          // after the last one, see project_dt
 constexpr int MAP_BYTES = CHUNK * 32;   // of a warp's channels, for a chunk
 
 // The pixels of a route in the order of its scan.
 struct Path {
     int inner_length, inner, outer, origin;
-    u32 magic;  // 2^32 / inner_length, rounded up; 0 for 1
-
     int jump;   // from the end of a row to the next one
+    u32 magic;  // 2^32 / inner_length, rounded up; 0 for 1, where all is in one row
 
-    // `rest` is the place within the row.
-    __device__ __forceinline__ int find(int i, int &rest) const {
-        const int row = magic ? (int)__umulhi((u32)i, magic) : i;
-        rest = i - row * inner_length;
-        return origin + row * outer + rest * inner;
+    __device__ __forceinline__ int find(int i) const {
+        const int row = (int)__umulhi((u32)i, magic);
+        return origin + row * outer + (i - row * inner_length) * inner;
     }
 };
 
@@ -43,20 +41,30 @@ struct Scan {
     u32 magic_height, magic_width, magic_slots;
 };
 
-// Of a slot: the image, its number there, and its first position in the image's scan.
+// Of a slot: the image, its number there, its first position in the image's scan, the pixel of that
+// one, and how many positions there are to the end of the row.
 struct Place {
-    int image, slot, start;
+    int image, slot, start, pixel, wrap;
 };
 
-__device__ __forceinline__ Place find_place(const Scan &p, int slot) {
-    int image = p.magic_slots ? (int)__umulhi((u32)slot, p.magic_slots) : slot;
-    int rest = slot - image * p.slots;
-    if (rest < 0) {  // the product is one too high at most
-        --image;
-        rest += p.slots;
+__device__ __forceinline__ Place find_place(const Scan &p, const Path &path, int slot) {
+    Place place;
+    place.image = p.magic_slots ? (int)__umulhi((u32)slot, p.magic_slots) : slot;
+    place.slot = slot - place.image * p.slots;
+    if (place.slot < 0) {  // the product is one too high at most
+        --place.image;
+        place.slot += p.slots;
     }
-    if (image >= p.batch) return {0, rest, p.height * p.width};
-    return {image, rest, rest * OWN};
+    place.start = place.slot * OWN;
+    if (place.image >= p.batch) {
+        place.image = 0;
+        place.start = p.height * p.width;
+    }
+    const int row = (int)__umulhi((u32)place.start, path.magic);
+    const int rest = place.start - row * path.inner_length;
+    place.pixel = path.origin + row * path.outer + rest * path.inner;
+    place.wrap = path.inner_length - rest;
+    return place;
 }
 
 // A map (B, H, W, D) by strides in elements; a pixel is h * W + w.
@@ -81,66 +89,75 @@ __device__ __forceinline__ Path make_path(const Scan &p, int route) {
         path.inner = -path.inner;
         path.outer = -path.outer;
     }
+    if (path.inner_length == 1) path.inner = path.outer;
     path.jump = path.outer - path.inner_length * path.inner;
     return path;
 }
 
-// Stage `projected` of a chunk: 16-byte units by (unit of the row, position of the slot, slot), so
-// that the rows of a tensor-core tile are next to one another.
-__device__ __forceinline__ void stage_projected(const Scan &p, const Path &path, char *to,
-                                                int route, int chunk) {
-    const int items = (p.row >> 3) * CHUNK, length = p.height * p.width;
-    for (int j = threadIdx.x; j < items; j += blockDim.x) {
-        const int unit = j / CHUNK, position = j - unit * CHUNK;
-        const int g = position / OWN, i = position - g * OWN;
-        const Place place = find_place(p, chunk * 8 + g);
-        const bool valid = place.start + i < length;
-        int rest;
-        const int pixel = path.find(valid ? place.start + i : 0, rest);
-        copy16(to + ((unit * OWN + i) * 8 + g) * 16,
-               (const char *)p.projected + ((((long long)place.image * length + pixel) * p.routes
-                                             + route) * p.row + unit * 8) * 2, valid);
+// Stages `projected` of a chunk: 16-byte units by (unit of the row, position of the slot, slot), so
+// that the rows of a tensor-core tile are next to one another. A thread has one position; it takes
+// two warps.
+struct Stager {
+    int g, i, unit, step;
+
+    __device__ __forceinline__ Stager() {
+        const int position = threadIdx.x % CHUNK;
+        g = position / OWN, i = position % OWN;
+        unit = threadIdx.x / CHUNK, step = blockDim.x / CHUNK;
+        if (unit >= step) unit = 1 << 20;  // nothing to do
     }
-}
+
+    __device__ __forceinline__ void stage(const Scan &p, const Path &path, char *to, int route,
+                                          int chunk) const {
+        const int units = p.row >> 3;
+        if (unit >= units) return;
+        const int length = p.height * p.width;
+        const Place place = find_place(p, path, chunk * 8 + g);
+        const int at = place.start + i;
+        const char *from = (const char *)p.projected + ((long long)place.image * length
+              + path.find(at)) * (p.routes * p.row * 2) + (route * p.row + unit * 8) * 2;
+        to += ((unit * OWN + i) * 8 + g) * 16;
+#pragma unroll 1
+        for (int u = unit; u < units; u += step) {
+            copy16(to, from, at < length);
+            to += step * UNIT_BYTES;
+            from += step * 16;
+        }
+    }
+};
 
 __device__ __forceinline__ float element(const float4 &v, int i) {
     return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
-// Calls f(i, pixel) for a lane's positions start .. start + 6. ROWS: whether all rows are 7 long or
-// more, so that at most one ends here; ALIGNED: whether none does.
-template <bool ROWS, bool ALIGNED, class F>
-__device__ __forceinline__ void for_pixels(const Path &path, int start, F f) {
-    int rest;
-    const int first = path.find(start, rest), wrap = path.inner_length - rest;
+// Calls f(i, pixel) for the positions of a slot, where all rows are 7 long or more, so that at most
+// one ends here; ALIGNED: whether none does.
+template <bool ALIGNED, class F>
+__device__ __forceinline__ void for_pixels(const Path &path, const Place &place, F f) {
 #pragma unroll
-    for (int i = 0; i < OWN; ++i) {
-        if (ALIGNED) f(i, first + i * path.inner);
-        else if (ROWS) f(i, first + i * path.inner + (i < wrap ? 0 : path.jump));
-        else f(i, path.find(start + i, rest));
-    }
+    for (int i = 0; i < OWN; ++i)
+        f(i, place.pixel + i * path.inner + (ALIGNED || i < place.wrap ? 0 : path.jump));
 }
 
 // A lane's own 7 x 4 elements of a map, zeros beyond the end: take(i, pointer) for 8 aligned bytes
 // within the map, put(i, value) else.
 template <class Take, class Put>
 __device__ __forceinline__ void read_map(const Scan &p, const Path &path, const Map &map,
-                                         Place place, int channel, Take take, Put put) {
-    const int start = place.start, count = channel < p.dim ? p.height * p.width - start : 0;
+                                         const Place &place, int channel, Take take, Put put) {
+    const int count = channel < p.dim ? p.height * p.width - place.start : 0;
     const unsigned short *base = (const unsigned short *)map.data + place.image * map.stride_b
           + (long long)channel * map.stride_d;
     auto at = [&](int i, int pixel) { take(i, base + pixel * map.stride_pixel); };
     if (map.vector && count >= OWN && path.inner_length >= OWN) {
-        if (p.aligned) for_pixels<true, true>(path, start, at);
-        else for_pixels<true, false>(path, start, at);
+        if (p.aligned) for_pixels<true>(path, place, at);
+        else for_pixels<false>(path, place, at);
         return;
     }
-    int rest;
 #pragma unroll 1
     for (int i = 0; i < OWN; ++i) {
         u32 v[4] = {};
         if (i < count) {
-            const unsigned short *from = base + path.find(start + i, rest) * map.stride_pixel;
+            const unsigned short *from = base + path.find(place.start + i) * map.stride_pixel;
 #pragma unroll
             for (int c = 0; c < 4; ++c)
                 if (channel + c < p.dim) v[c] = from[(long long)c * map.stride_d];
@@ -155,48 +172,43 @@ __device__ __forceinline__ Map map_of(const Scan &p, void *maps, int number) {
     return {(unsigned short *)maps + number * p.batch * image, image, p.dim, 1, (p.dim & 3) == 0, 0};
 }
 
-// The counterpart, for such a map.
+// Writes a lane's elements, get(i) for each position, to such a map, or adds them to what is there.
+template <class T, class Get>
 __device__ __forceinline__ void write_map(const Scan &p, const Path &path, const Map &map,
-                                          const uint2 (&v)[OWN], Place place, int channel) {
-    const int start = place.start, count = channel < p.dim ? p.height * p.width - start : 0;
+                                          Get get, const Place &place, int channel, bool adds) {
+    const int count = channel < p.dim ? p.height * p.width - place.start : 0;
     unsigned short *const out = (unsigned short *)map.data + place.image * map.stride_b + channel;
-    auto at = [&](int i, int pixel) { *(uint2 *)(out + pixel * p.dim) = v[i]; };
+    auto put = [&](int i, int pixel) { *(uint2 *)(out + pixel * p.dim) = get(i); };
+    auto add = [&](int i, int pixel) { T::add(out + pixel * p.dim, get(i)); };
     if (map.vector && count >= OWN && path.inner_length >= OWN) {
-        if (p.aligned) for_pixels<true, true>(path, start, at);
-        else for_pixels<true, false>(path, start, at);
+        if (p.aligned && adds) for_pixels<true>(path, place, add);
+        else if (p.aligned) for_pixels<true>(path, place, put);
+        else if (adds) for_pixels<false>(path, place, add);
+        else for_pixels<false>(path, place, put);
         return;
     }
-    int rest;
+#pragma unroll 1
+    for (int i = 0; i < min(count, OWN); ++i) {
+        unsigned short *const to = out + path.find(place.start + i) * p.dim;
+        const uint2 v = get(i);
 #pragma unroll
-    for (int i = 0; i < OWN; ++i)
-        if (i < count) {
-            unsigned short *to = out + path.find(start + i, rest) * p.dim;
-            to[0] = v[i].x;
-            if (channel + 1 < p.dim) to[1] = v[i].x >> 16;
-            if (channel + 2 < p.dim) to[2] = v[i].y;
-            if (channel + 3 < p.dim) to[3] = v[i].y >> 16;
+        for (int c = 0; c < 4; ++c) {
+            const u32 word = c < 2 ? v.x : v.y;
+            const unsigned short value = c & 1 ? word >> 16 : word;
+            if (channel + c >= p.dim) continue;
+            if (adds) T::add(to + c, value);
+            else to[c] = value;
         }
+    }
 }
 
-// What another route left in a map, for the lane's own elements: to the warp's shared memory, and
-// from there added to those of its channels 2 pair, 2 pair + 1.
-__device__ __forceinline__ void read_sums(const Scan &p, const Path &path, const Map &map,
-                                          Place place, int channel, char *memory, int lane) {
+// A lane's own elements of a map, to its place in the warp's shared memory.
+__device__ __forceinline__ void copy_map(const Scan &p, const Path &path, const Map &map,
+                                         const Place &place, int channel, char *memory, int lane) {
     char *const to = memory + lane * 8;
     read_map(p, path, map, place, channel,
              [&](int i, const unsigned short *from) { copy8(to + i * 256, from); },
              [&](int i, uint2 v) { *(uint2 *)(to + i * 256) = v; });
-}
-
-template <class T>
-__device__ __forceinline__ void add_sums(float (&v)[OWN][2], const char *memory, int pair,
-                                         int lane) {
-#pragma unroll
-    for (int i = 0; i < OWN; ++i) {
-        const float2 sum = T::unpack(*(const u32 *)(memory + lane * 8 + i * 256 + 4 * pair));
-        v[i][0] += sum.x;
-        v[i][1] += sum.y;
-    }
 }
 
 // z = log2(e) (W dt + bias) of a lane's positions and of its channels 2 pair, 2 pair + 1; far below
@@ -208,17 +220,18 @@ __device__ __forceinline__ void project_dt(float (&z)[OWN][2], const char *stage
                                            int lane, int count) {
     const float2 start = *(const float2 *)(bias + 4 * (lane & 3) + 2 * pair);
     const float biases[4] = {start.x, start.y, start.x, start.y};
+    // Lanes 0 to 7 name the rows of positions s, 8 to 15 those of s + 4: of 7, which there is not,
+    // any memory.
+    const char *const rows = staged + (lane & 7) * 16 + (lane & 8) * 64;
     float c[4][4];
-#pragma unroll TILES > 6 ? MANY_TILES : TILES
+#pragma unroll TILES > 3 ? MANY_TILES : TILES
     for (int k = 0; k < TILES; ++k) {
         u32 fragment = fragments[(2 * k + pair) * 32 + lane];
         if (TURNED) fragment = transpose_tile(fragment);
 #pragma unroll
         for (int s = 0; s < 4; ++s) {
-            // Lanes 0 to 7 name the rows of positions s, 8 to 15 those of s + 4; there is no 7.
-            const int i = s + (lane & 8 ? (s < 3 ? 4 : 3) : 0);
             u32 a0, a1;
-            load_tiles(a0, a1, staged + (i * 8 + (lane & 7)) * 16 + k * UNIT_BYTES);
+            load_tiles(a0, a1, rows + s * 128 + k * UNIT_BYTES);
             if (k) T::mma(c[s], a0, a1, fragment);
             else T::mma(c[s], a0, a1, fragment, biases);
         }

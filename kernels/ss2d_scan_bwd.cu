@@ -24,7 +24,7 @@ template <class T, int TILES>
 __device__ __forceinline__ void add_projected(const Params &params, const Path &path,
                                               const char *memory, int warp_bytes,
                                               int fragments_at, int working, int column,
-                                              int route, Place place) {
+                                              int route, const Place &place) {
     const Scan &p = params.scan;
     const int lane = threadIdx.x & 31, warps = blockDim.x >> 5, g = lane >> 2, t = lane & 3;
     const int pairs_at = (p.rank + 1) & ~1, length = p.height * p.width;
@@ -55,12 +55,11 @@ __device__ __forceinline__ void add_projected(const Params &params, const Path &
                 c[3] += s < 3 ? from[4].y : 0.f;
             }
         const int position = place.start + s;
-        int rest;
         if (position < length)
-            *(u32 *)(out + path.find(position, rest) * (long long)stride + tile * 8)
+            *(u32 *)(out + path.find(position) * (long long)stride + tile * 8)
                 = T::pack(c[0], c[1]);
         if (s < 3 && position + 4 < length)
-            *(u32 *)(out + path.find(position + 4, rest) * (long long)stride + tile * 8)
+            *(u32 *)(out + path.find(position + 4) * (long long)stride + tile * 8)
                 = T::pack(c[2], c[3]);
     }
 }
@@ -110,15 +109,15 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_bwd(const Params
     const int first = span * p.span, last = min(first + p.span, p.chunks);
     const int length = p.height * p.width;
     const int pairs_at = (p.rank + 1) & ~1;  // column of (ln 2 B, C)
-    const Map sum_map = map_of(p, params.dx, map);
+    const Map sums_of_map = map_of(p, params.dx, map);
 
     extern __shared__ __align__(16) char shared[];
-    const int staged_bytes = (p.row >> 3) * UNIT_BYTES;
-    constexpr int warp_bytes = 5 * MAP_BYTES + TILES * 768 + 320 + 2048;
+    const int staged_bytes = (p.row >> 3) * UNIT_BYTES + PAD_BYTES;
+    constexpr int warp_bytes = 4 * MAP_BYTES + TILES * 768 + 320 + 2048;
     char *const warp_memory = shared + 2 * staged_bytes;
-    char *const own = warp_memory + warp * warp_bytes;  // x and dy, twice each; dx of a first route
-    float4 *const dweight = (float4 *)(own + 5 * MAP_BYTES) + lane;  // of each tile
-    u32 *const fragments = (u32 *)(own + 5 * MAP_BYTES + TILES * 512);  // transposed
+    char *const own = warp_memory + warp * warp_bytes;  // x and dy, twice each
+    float4 *const dweight = (float4 *)(own + 4 * MAP_BYTES) + lane;  // of each tile
+    u32 *const fragments = (u32 *)(own + 4 * MAP_BYTES + TILES * 512);  // transposed
     float *const bias = (float *)(fragments + TILES * 64);
     float *const rates = bias + 16, *const skip = rates + 16;
     float *const states = skip + 16;  // twice
@@ -126,30 +125,179 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_bwd(const Params
     float *const carry = states + 32 + lane, *const sums = carry + 128;
     const long long of_span = ((long long)map * p.spans + span) * p.dim;
     if (active)
-        for (int c = 0; c < 4; ++c) {
+        for (int c = 0; c < 4; ++c)
             carry[c * 32] = params.entries && channel + c < p.dim
                 ? params.entries[of_span + channel + c] : 0.f;
-            if (SUMMARY) sums[c * 32] = 1.f;
-        }
+    if (active && lane < 16)
+        states[lane] = states[16 + lane] = 0.f;  // channels beyond the last stay so
 
-    auto begin_route = [&](int route) {
-        const int at = route * groups + group;
-        for (int j = lane; j < TILES * 64; j += 32)
-            fragments[j] = transpose_tile(p.fragments[(long long)at * TILES * 64 + j]);
-        if (lane < 16) {
-            bias[lane] = p.bias[at * 16 + lane];
-            rates[lane] = p.rates[at * 16 + lane];
-            skip[lane] = p.skip[group * 16 + lane];
-        }
-        if (!SUMMARY) {
+    const Stager stager;
+    for (int route = map; route < p.routes; route += maps) {
+        auto stage = [&](const Path &path, int chunk, int turn) {
+            stager.stage(p, path, shared + turn * staged_bytes, route, chunk);
+            const Place place = find_place(p, path, chunk * 8 + g);
+            if (active) {
+                char *to = own + turn * 2 * MAP_BYTES;
+                copy_map(p, path, params.dy, place, channel, to + MAP_BYTES, lane);
+                const int c = group * 16 + lane;
+                if (!SUMMARY) copy_map(p, path, params.x, place, channel, to, lane);
+                if (!SUMMARY && lane < 16 && c < p.dim)
+                    copy4(states + turn * 16 + lane,
+                          params.states + (long long)(route * p.chunks + chunk) * p.dim + c);
+            }
+            commit_copies();
+        };
+        __syncthreads();  // the memory is done with, and the map of the route before is written
+        if (active) {
+            const int at = route * groups + group;
+            for (int j = lane; j < TILES * 64; j += 32)
+                fragments[j] = transpose_tile(p.fragments[(long long)at * TILES * 64 + j]);
+            bias[lane] = (lane < 16 ? p.bias : p.rates)[at * 16 + lane % 16];
+            if (lane < 16) skip[lane] = p.skip[group * 16 + lane];
 #pragma unroll
             for (int j = 0; j < TILES; ++j) dweight[j * 32] = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
-            for (int j = 0; j < 12; ++j) sums[j * 32] = 0.f;
+            for (int j = 0; j < 12; ++j) sums[j * 32] = SUMMARY ? 1.f : 0.f;
         }
-        __syncwarp();
-    };
-    auto end_route = [&](int route) {
+        stage(make_path(p, route), last - 1, 0);
+        for (int chunk = last - 1, turn = 0; chunk >= first; --chunk, turn ^= 1) {
+            const char *staged = shared + turn * staged_bytes;
+            char *const x_slot = own + turn * 2 * MAP_BYTES, *const dy_slot = x_slot + MAP_BYTES;
+            wait_copies<0>();
+            __syncthreads();
+            // Calculated again for each chunk: there are no registers to keep it.
+            asm("" : "+r"(route), "+r"(chunk));
+            const Place place = find_place(p, make_path(p, route), chunk * 8 + g);
+            if (chunk > first) stage(make_path(p, route), chunk - 1, turn ^ 1);
+
+            if (active) {
+                float2 pairs[OWN];
+                load_pairs<T>(pairs, staged, pairs_at, g);
+                float dpairs[4][4] = {};  // of ln 2 B and C: tiles of 16 positions x 8 columns
+#pragma unroll 1
+                for (int pair = 0; pair < 2; ++pair) {
+                    float z[OWN][2], dx[OWN][2], dB[OWN][2], dC[OWN][2];
+                    project_dt<T, TILES, true>(z, staged, fragments, bias, pair, lane,
+                                               length - place.start);
+                    u32 *const x_at = (u32 *)(x_slot + lane * 8 + 4 * pair);
+                    u32 *const dy_at = (u32 *)(dy_slot + lane * 8 + 4 * pair);
+#pragma unroll
+                    for (int c = 0; c < 2; ++c) {
+                        const int n = 2 * pair + c;
+                        const float rate = rates[4 * t + n];
+                        float l[OWN], a[OWN], q[OWN], x[OWN], dy[OWN], P = 1.f, h = 0.f;
+#pragma unroll
+                        for (int i = 0; i < OWN; ++i) {
+                            l[i] = softplus2(z[i][c]);
+                            a[i] = ex2(rate * l[i]);
+                            P = i ? P * a[i] : a[i];
+                            const float2 dy2 = T::unpack(dy_at[i * 64]);
+                            dy[i] = c ? dy2.y : dy2.x;
+                            if (SUMMARY) continue;
+                            const float2 x2 = T::unpack(x_at[i * 64]);
+                            x[i] = c ? x2.y : x2.x;
+                            q[i] = l[i] * x[i] * pairs[i].x;
+                            h = i ? a[i] * h + q[i] : q[i];
+                        }
+                        float w = 0.f, P_back = P;
+#pragma unroll
+                        for (int i = OWN - 1; i >= 0; --i) w = a[i] * (pairs[i].y * dy[i] + w);
+                        const int slots_after = p.slots - 1 - place.slot;
+                        combine_lanes<true>(P_back, w, min(7 - g, slots_after));
+                        const bool arrived = slots_after > 7 - g;  // the image ends in a later one
+                        const float arrive = carry[n * 32];
+                        const float leave = arrived ? P_back * arrive + w : w;
+                        const float after = __shfl_down_sync(ALL, leave, 4);
+                        w = slots_after == 0 ? 0.f : g == 7 ? arrive : after;
+                        carry[n * 32] = __shfl_sync(ALL, leave, t);
+                        if (SUMMARY) {
+                            const float decay = arrived ? sums[n * 32] * P_back : 0.f;
+                            sums[n * 32] = __shfl_sync(ALL, decay, t);
+                            continue;
+                        }
+                        combine_lanes<false>(P, h, min(g, place.slot));
+                        const float enter = states[turn * 16 + 4 * t + n];
+                        const float out = place.slot > g ? P * enter + h : h;
+                        const float before = __shfl_up_sync(ALL, out, 4);
+                        h = place.slot == 0 ? 0.f : g ? before : enter;
+#pragma unroll
+                        for (int i = 0; i < OWN; ++i) {
+                            h = a[i] * h + q[i];
+                            q[i] = h - q[i];  // a_t h_(t-1)
+                            dC[i][c] = dy[i] * h;
+                        }
+                        float dA = 0.f, dbias = 0.f;
+#pragma unroll
+                        for (int i = OWN - 1; i >= 0; --i) {
+                            const float dh = pairs[i].y * dy[i] + w;
+                            w = a[i] * dh;
+                            const float moved = dh * l[i];
+                            dx[i][c] = moved * pairs[i].x;
+                            dB[i][c] = moved * x[i];
+                            dA += moved * q[i];
+                            // By z, times ln 2; the derivative of softplus is 2^(z - l).
+                            z[i][c] = (pairs[i].x * x[i] + q[i] * (LN2 * rate))
+                                      * (dh * ex2(z[i][c] - l[i]));
+                            dbias += z[i][c];
+                        }
+                        sums[n * 32] += dA;
+                        sums[(4 + n) * 32] += dbias;
+                        if (route == 0) {
+                            const float D = skip[4 * t + n];
+                            float dD = 0.f;
+#pragma unroll
+                            for (int i = 0; i < OWN; ++i) {
+                                dx[i][c] += D * dy[i];
+                                dD += dy[i] * x[i];
+                            }
+                            sums[(8 + n) * 32] += dD;
+                        }
+                    }
+                    if (!SUMMARY) {
+                        // Operands of the tensor cores that sum over channels into one column.
+                        const u32 one = T::pack(1.f, 1.f);
+                        const u32 sum_B = g == (pairs_at & 7) ? one : 0u;
+                        const u32 sum_C = g == (pairs_at & 7) + 1 ? one : 0u;
+#pragma unroll
+                        for (int i = 0; i < OWN; ++i) {
+                            x_at[i * 64] = T::pack(dx[i][0], dx[i][1]);
+                            dy_at[i * 64] = T::pack(z[i][0], z[i][1]);
+                        }
+#pragma unroll
+                        for (int s = 0; s < 4; ++s) {
+                            T::mma(dpairs[s], T::pack(dB[s][0], dB[s][1]),
+                                   s < 3 ? T::pack(dB[s + 4][0], dB[s + 4][1]) : 0u, sum_B);
+                            T::mma(dpairs[s], T::pack(dC[s][0], dC[s][1]),
+                                   s < 3 ? T::pack(dC[s + 4][0], dC[s + 4][1]) : 0u, sum_C);
+                        }
+                    }
+                }
+                if (!SUMMARY) {
+                    write_map<T>(p, make_path(p, route), sums_of_map, [&](int i) {
+                        return *(const uint2 *)(x_slot + lane * 8 + i * 256);
+                    }, place, channel, route != map);
+                    __syncwarp();
+                    // x is done with: its place takes what the other warps need of B and C.
+                    float2 *const to = (float2 *)x_slot + OWN * g;
+                    if (t == (pairs_at & 7) >> 1)
+#pragma unroll
+                        for (int s = 0; s < 4; ++s) {
+                            to[s] = make_float2(dpairs[s][0], dpairs[s][1]);
+                            if (s < 3) to[s + 4] = make_float2(dpairs[s][2], dpairs[s][3]);
+                        }
+                }
+            }
+            if (!SUMMARY) {
+                __syncthreads();
+                const int at = turn * 2 * MAP_BYTES;
+                add_projected<T, TILES>(params, make_path(p, route), warp_memory + at, warp_bytes,
+                                        4 * MAP_BYTES + TILES * 512 - at, working, column, route,
+                                        place);
+                if (active) add_weight<T, TILES>(dweight, staged, dy_slot, lane);
+            }
+        }
+        if (SUMMARY || !active) continue;
+
         const long long KD = (long long)p.routes * p.dim, at = (long long)route * p.dim;
         float *const part = params.partials + (long long)span * (KD * (p.rank + 2) + p.dim);
 #pragma unroll
@@ -174,186 +322,6 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_bwd(const Params
             if (j < 4) part[KD * p.rank + at + c] = LN2 * sum;
             else if (j < 8) part[KD * (p.rank + 1) + at + c] = LOG2E * sum;
             else if (route == 0) part[KD * (p.rank + 2) + c] = sum;
-        }
-    };
-
-    if (active && lane < 16)
-        states[lane] = states[16 + lane] = 0.f;  // channels beyond the last stay so
-    __syncwarp();
-    auto stage = [&](int route, int chunk, int turn) {
-        const Path path = make_path(p, route);
-        if (route < p.routes)
-            stage_projected(p, path, shared + turn * staged_bytes, route, chunk);
-        if (active && route < p.routes) {
-            char *to = own + turn * 2 * MAP_BYTES + lane * 8;
-            const Place place = find_place(p, chunk * 8 + g);
-            auto stage_map = [&](const Map &map, char *to) {
-                read_map(p, path, map, place, channel,
-                         [&](int i, const unsigned short *from) { copy8(to + i * 256, from); },
-                         [&](int i, uint2 v) { *(uint2 *)(to + i * 256) = v; });
-            };
-            stage_map(params.dy, to + MAP_BYTES);
-            if (!SUMMARY) {
-                stage_map(params.x, to);
-                const int c = group * 16 + lane;
-                if (lane < 16 && c < p.dim)
-                    copy4(states + turn * 16 + lane,
-                          params.states + ((long long)route * p.chunks + chunk) * p.dim + c);
-            }
-        }
-        commit_copies();
-    };
-    auto advance = [&](int &route, int &chunk) {
-        if (--chunk < first) chunk = last - 1, route += maps;
-    };
-    stage(map, last - 1, 0);
-    for (int route = map, chunk = last - 1, turn = 0; route < p.routes;
-         advance(route, chunk), turn ^= 1) {
-        const Path path = make_path(p, route);
-        const bool adds = route != map;
-        const char *staged = shared + turn * staged_bytes;
-        char *const x_slot = own + turn * 2 * MAP_BYTES, *const dy_slot = x_slot + MAP_BYTES;
-        char *const sum_slot = own + 4 * MAP_BYTES;
-        const Place place = find_place(p, chunk * 8 + g);
-        wait_copies<0>();
-        __syncthreads();
-        if (active && chunk == last - 1) begin_route(route);
-        if (active && adds) read_sums(p, path, sum_map, place, channel, sum_slot, lane);
-        commit_copies();
-        int next_route = route, next = chunk;
-        advance(next_route, next);
-        stage(next_route, next, turn ^ 1);
-
-        if (active) {
-            float2 pairs[OWN];
-            load_pairs<T>(pairs, staged, pairs_at, g);
-            float dpairs[4][4] = {};  // of ln 2 B and C: tiles of 16 positions x 8 columns
-#pragma unroll 1
-            for (int pair = 0; pair < 2; ++pair) {
-                float z[OWN][2], dx[OWN][2], dB[OWN][2], dC[OWN][2];
-                project_dt<T, TILES, true>(z, staged, fragments, bias, pair, lane,
-                                           length - place.start);
-                u32 *const x_at = (u32 *)(x_slot + lane * 8 + 4 * pair);
-                u32 *const dy_at = (u32 *)(dy_slot + lane * 8 + 4 * pair);
-#pragma unroll
-                for (int c = 0; c < 2; ++c) {
-                    const int n = 2 * pair + c;
-                    const float rate = rates[4 * t + n];
-                    float l[OWN], a[OWN], q[OWN], x[OWN], dy[OWN], P = 1.f, h = 0.f;
-#pragma unroll
-                    for (int i = 0; i < OWN; ++i) {
-                        l[i] = softplus2(z[i][c]);
-                        a[i] = ex2(rate * l[i]);
-                        P = i ? P * a[i] : a[i];
-                        const float2 dy2 = T::unpack(dy_at[i * 64]);
-                        dy[i] = c ? dy2.y : dy2.x;
-                        if (SUMMARY) continue;
-                        const float2 x2 = T::unpack(x_at[i * 64]);
-                        x[i] = c ? x2.y : x2.x;
-                        q[i] = l[i] * x[i] * pairs[i].x;
-                        h = i ? a[i] * h + q[i] : q[i];
-                    }
-                    float w = 0.f, P_back = P;
-#pragma unroll
-                    for (int i = OWN - 1; i >= 0; --i) w = a[i] * (pairs[i].y * dy[i] + w);
-                    const int slots_after = p.slots - 1 - place.slot;
-                    combine_lanes<true>(P_back, w, min(7 - g, slots_after));
-                    const bool arrived = slots_after > 7 - g;  // the image ends in a later chunk
-                    const float arrive = carry[n * 32], leave = arrived ? P_back * arrive + w : w;
-                    const float after = __shfl_down_sync(ALL, leave, 4);
-                    w = slots_after == 0 ? 0.f : g == 7 ? arrive : after;
-                    carry[n * 32] = __shfl_sync(ALL, leave, t);
-                    if (SUMMARY) {
-                        sums[n * 32] = __shfl_sync(ALL, arrived ? sums[n * 32] * P_back : 0.f, t);
-                        continue;
-                    }
-                    combine_lanes<false>(P, h, min(g, place.slot));
-                    const float enter = states[turn * 16 + 4 * t + n];
-                    const float out = place.slot > g ? P * enter + h : h;
-                    const float before = __shfl_up_sync(ALL, out, 4);
-                    h = place.slot == 0 ? 0.f : g ? before : enter;
-#pragma unroll
-                    for (int i = 0; i < OWN; ++i) {
-                        h = a[i] * h + q[i];
-                        q[i] = h - q[i];  // a_t h_(t-1)
-                        dC[i][c] = dy[i] * h;
-                    }
-                    float dA = 0.f, dbias = 0.f;
-#pragma unroll
-                    for (int i = OWN - 1; i >= 0; --i) {
-                        const float dh = pairs[i].y * dy[i] + w;
-                        w = a[i] * dh;
-                        const float moved = dh * l[i];
-                        dx[i][c] = moved * pairs[i].x;
-                        dB[i][c] = moved * x[i];
-                        dA += moved * q[i];
-                        // By z, times ln 2; the derivative of softplus is 2^(z - l).
-                        z[i][c] = (pairs[i].x * x[i] + q[i] * (LN2 * rate))
-                                  * (dh * ex2(z[i][c] - l[i]));
-                        dbias += z[i][c];
-                    }
-                    sums[n * 32] += dA;
-                    sums[(4 + n) * 32] += dbias;
-                    if (route == 0) {
-                        const float D = skip[4 * t + n];
-                        float dD = 0.f;
-#pragma unroll
-                        for (int i = 0; i < OWN; ++i) {
-                            dx[i][c] += D * dy[i];
-                            dD += dy[i] * x[i];
-                        }
-                        sums[(8 + n) * 32] += dD;
-                    }
-                }
-                if (!SUMMARY) {
-                    if (adds) {
-                        wait_copies<1>();
-                        add_sums<T>(dx, sum_slot, pair, lane);
-                    }
-                    // Operands of the tensor cores that sum over channels into one column.
-                    const u32 one = T::pack(1.f, 1.f);
-                    const u32 sum_B = g == (pairs_at & 7) ? one : 0u;
-                    const u32 sum_C = g == (pairs_at & 7) + 1 ? one : 0u;
-#pragma unroll
-                    for (int i = 0; i < OWN; ++i) {
-                        x_at[i * 64] = T::pack(dx[i][0], dx[i][1]);
-                        dy_at[i * 64] = T::pack(z[i][0], z[i][1]);
-                    }
-#pragma unroll
-                    for (int s = 0; s < 4; ++s) {
-                        T::mma(dpairs[s], T::pack(dB[s][0], dB[s][1]),
-                               s < 3 ? T::pack(dB[s + 4][0], dB[s + 4][1]) : 0u, sum_B);
-                        T::mma(dpairs[s], T::pack(dC[s][0], dC[s][1]),
-                               s < 3 ? T::pack(dC[s + 4][0], dC[s + 4][1]) : 0u, sum_C);
-                    }
-                }
-            }
-            if (!SUMMARY) {
-                uint2 dx[OWN];
-#pragma unroll
-                for (int i = 0; i < OWN; ++i) dx[i] = *(uint2 *)(x_slot + lane * 8 + i * 256);
-                write_map(p, path, sum_map, dx, place, channel);
-                __syncwarp();
-                // x is done with: its place takes what the other warps need of B and C.
-                float2 *const to = (float2 *)x_slot + OWN * g;
-                if (t == (pairs_at & 7) >> 1)
-#pragma unroll
-                    for (int s = 0; s < 4; ++s) {
-                        to[s] = make_float2(dpairs[s][0], dpairs[s][1]);
-                        if (s < 3) to[s + 4] = make_float2(dpairs[s][2], dpairs[s][3]);
-                    }
-            }
-        }
-        if (!SUMMARY) {
-            __syncthreads();
-            const int at = turn * 2 * MAP_BYTES;
-            add_projected<T, TILES>(params, path, warp_memory + at, warp_bytes,
-                                    5 * MAP_BYTES + TILES * 512 - at, working, column, route,
-                                    place);
-            if (active) {
-                add_weight<T, TILES>(dweight, staged, dy_slot, lane);
-                if (chunk == first) end_route(route);
-            }
         }
     }
     if (SUMMARY && active && g == 0)

@@ -116,26 +116,28 @@ def _plan(batch: int, dim: int, height: int, width: int, rank: int, routes: int,
     """The cheapest cut of the work for this GPU."""
     length, groups, tiles = height * width, -(-dim // 16), -(-rank // 8)
     row = _row(rank)
-    staged = 2 * row // 8 * 16 * 8 * _SLOT
+    staged = 2 * (row // 8 * 16 * 8 * _SLOT + 128)
     properties = torch.cuda.get_device_properties(index)
     multiprocessors = properties.multi_processor_count
 
     def cuts(most, blocks, per_warp, slots):
         limit = properties.shared_memory_per_block_optin - 1024
         most = min(most, (limit - staged) // per_warp)
-        if most < 1:
+        if most < 2:
             raise ValueError(f'dt_rank={rank} needs more shared memory than the {limit} bytes of '
                              f'this GPU')
         chunks = -(-batch * slots // 8)
         alone = slots // math.gcd(slots, 8)  # chunks until an image begins with a chunk
-        for columns in {-(-groups // warps) for warps in range(1, most + 1)}:
-            warps = -(-groups // columns)
+        for columns in {-(-groups // warps) for warps in range(2, most + 1)}:
+            warps = max(2, -(-groups // columns))
             shared = staged + warps * per_warp
             at_once = min(blocks * most // warps,
                           properties.shared_memory_per_multiprocessor // (shared + 1024))
             at_once *= multiprocessors
-            # Two routes one after the other, into one map, need whole images.
-            for maps, independent in {(min(routes, 2), True), (routes, True), (routes, False)}:
+            # Two routes one after the other, into one map, need whole images, and an addition to
+            # half-precision memory.
+            fewest = 2 if routes == 4 and properties.major >= 9 else routes
+            for maps, independent in {(fewest, True), (routes, True), (routes, False)}:
                 unit, walks = alone if independent else 1, columns * maps
                 for spans in {max(1, n * at_once // walks) for n in (1, 2, 3, 4)}:
                     span = -(-chunks // (unit * spans)) * unit
@@ -149,7 +151,7 @@ def _plan(batch: int, dim: int, height: int, width: int, rank: int, routes: int,
                     # 16 warps take as long for a chunk of each as 12 do, less 5 %.
                     resident = max(8, resident * (0.95 if resident > 12 else 1))
                     cost = waves * (span * routes // maps + 0.5) * resident
-                    cost *= (1 + 0.004 * columns) * (1 if maps == routes else 0.95)
+                    cost *= (1 + 0.004 * columns) * (1 if maps == routes else 0.9)
                     if not independent and spans > 1:
                         cost = 1.6 * cost + 16
                     yield _Cut(maps, warps, columns, span, spans, shared,
@@ -159,8 +161,8 @@ def _plan(batch: int, dim: int, height: int, width: int, rank: int, routes: int,
     exact = -(-length // _SLOT)
     for slots in {exact, -(-exact // 8) * 8}:
         forward, backward = (min(cuts(*sizes, slots), key=lambda cut: cut.cost) for sizes in (
-            (_FORWARD_WARPS, _FORWARD_BLOCKS, _CHUNK_MAP + 512 * tiles + 256),
-            (_BACKWARD_WARPS, _BACKWARD_BLOCKS, 5 * _CHUNK_MAP + 768 * tiles + 320 + 2048)))
+            (_FORWARD_WARPS, _FORWARD_BLOCKS, 256 * tiles + 192),
+            (_BACKWARD_WARPS, _BACKWARD_BLOCKS, 4 * _CHUNK_MAP + 768 * tiles + 320 + 2048)))
         if best is None or forward.cost + 2 * backward.cost < best[1].cost + 2 * best[2].cost:
             best = slots, forward, backward
     slots, forward, backward = best
