@@ -168,11 +168,46 @@ __device__ __forceinline__ void wait_copies() {
 #endif
 }
 
+// A barrier in shared memory that completes a phase when all threads of the block have arrived and
+// what each copied before has come; a wait is for the data alone, not for the other threads. GPUs
+// without such copies wait for one another.
+constexpr int BARRIER_BYTES = 8;
+
+__device__ __forceinline__ void make_barrier(char *barrier) {
+#ifdef CP_ASYNC
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;"
+                 :: "r"(shared_address(barrier)), "r"(blockDim.x) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void arrive_with_copies(char *barrier) {
+#ifdef CP_ASYNC
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];"
+                 :: "r"(shared_address(barrier)) : "memory");
+#endif
+}
+
+// `parity` of the phase: 0 for the first, 1 for the second, 0 again ...
+__device__ __forceinline__ void wait_for_copies(char *barrier, u32 parity) {
+#if __CUDA_ARCH__ >= 900
+#define WAIT "mbarrier.try_wait.parity.shared.b64"
+#else
+#define WAIT "mbarrier.test_wait.parity.shared.b64"
+#endif
+#ifdef CP_ASYNC
+    asm volatile("{.reg .pred done; again: " WAIT " done, [%0], %1; @!done bra again;}"
+                 :: "r"(shared_address(barrier)), "r"(parity) : "memory");
+#else
+    __syncthreads();
+#endif
+#undef WAIT
+}
+
 // Two 8 x 8 tiles of half-precision values; lane l gives the address of row l % 8 of tile l / 8,
 // and those from 16 on any address.
-__device__ __forceinline__ void load_tiles(u32 &a, u32 &b, const void *row) {
+__device__ __forceinline__ void load_tiles(u32 &a, u32 &b, u32 row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(a), "=r"(b) : "r"(shared_address(row)));
+                 : "=r"(a), "=r"(b) : "r"(row));
 }
 
 // The same, each transposed.

@@ -7,11 +7,6 @@
 constexpr int OWN = 7, CHUNK = 8 * OWN;
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 constexpr u32 ALL = 0xffffffffu;
-#if __CUDA_ARCH__ >= 900
-constexpr int MANY_TILES = 2;  // at a time, else the compiler spills
-#else
-constexpr int MANY_TILES = 8;
-#endif
 constexpr int UNIT_BYTES = CHUNK * 16;  // of 8 staged columns, for a chunk
 constexpr int PAD_BYTES = 128;          // after the last one, see project_dt
 constexpr int MAP_BYTES = CHUNK * 32;   // of a warp's channels, for a chunk
@@ -222,19 +217,21 @@ __device__ __forceinline__ void project_dt(float (&z)[OWN][2], const char *stage
     const float biases[4] = {start.x, start.y, start.x, start.y};
     // Lanes 0 to 7 name the rows of positions s, 8 to 15 those of s + 4: of 7, which there is not,
     // any memory.
-    const char *const rows = staged + (lane & 7) * 16 + (lane & 8) * 64;
+    u32 rows = shared_address(staged + (lane & 7) * 16 + (lane & 8) * 64);
     float c[4][4];
-#pragma unroll TILES > 3 ? MANY_TILES : TILES
+#pragma unroll 8
     for (int k = 0; k < TILES; ++k) {
         u32 fragment = fragments[(2 * k + pair) * 32 + lane];
         if (TURNED) fragment = transpose_tile(fragment);
+        asm volatile("" : "+r"(rows));  // one tile after the other, for want of registers
 #pragma unroll
         for (int s = 0; s < 4; ++s) {
             u32 a0, a1;
-            load_tiles(a0, a1, rows + s * 128 + k * UNIT_BYTES);
+            load_tiles(a0, a1, rows + s * 128);
             if (k) T::mma(c[s], a0, a1, fragment);
             else T::mma(c[s], a0, a1, fragment, biases);
         }
+        rows += UNIT_BYTES;
     }
 #pragma unroll
     for (int i = 0; i < OWN; ++i)
@@ -246,16 +243,12 @@ __device__ __forceinline__ void project_dt(float (&z)[OWN][2], const char *stage
             if (i >= count) z[i][0] = z[i][1] = -1e4f;
 }
 
-// (ln 2 B, C) of a lane's positions; column: of the staged row.
-template <class T>
-__device__ __forceinline__ void load_pairs(float2 (&pairs)[OWN], const char *staged, int column,
+// (B, C) of a lane's positions, packed; column: of the staged row.
+__device__ __forceinline__ void load_pairs(u32 (&pairs)[OWN], const char *staged, int column,
                                            int g) {
     const char *pair = staged + (column >> 3) * UNIT_BYTES + g * 16 + (column & 7) * 2;
 #pragma unroll
-    for (int i = 0; i < OWN; ++i) {
-        pairs[i] = T::unpack(*(const u32 *)(pair + i * 128));
-        pairs[i].x *= LN2;
-    }
+    for (int i = 0; i < OWN; ++i) pairs[i] = *(const u32 *)(pair + i * 128);
 }
 
 // Lane g has the map h -> P h + q over its positions; combine it with those of up to `reach` lanes

@@ -109,7 +109,6 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_bwd(const Params
     const int first = span * p.span, last = min(first + p.span, p.chunks);
     const int length = p.height * p.width;
     const int pairs_at = (p.rank + 1) & ~1;  // column of (ln 2 B, C)
-    const Map sums_of_map = map_of(p, params.dx, map);
 
     extern __shared__ __align__(16) char shared[];
     const int staged_bytes = (p.row >> 3) * UNIT_BYTES + PAD_BYTES;
@@ -171,8 +170,14 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_bwd(const Params
             if (chunk > first) stage(make_path(p, route), chunk - 1, turn ^ 1);
 
             if (active) {
-                float2 pairs[OWN];
-                load_pairs<T>(pairs, staged, pairs_at, g);
+                u32 packed[OWN];
+                load_pairs(packed, staged, pairs_at, g);
+                float2 pairs[OWN];  // (ln 2 B, C)
+#pragma unroll
+                for (int i = 0; i < OWN; ++i) {
+                    pairs[i] = T::unpack(packed[i]);
+                    pairs[i].x *= LN2;
+                }
                 float dpairs[4][4] = {};  // of ln 2 B and C: tiles of 16 positions x 8 columns
 #pragma unroll 1
                 for (int pair = 0; pair < 2; ++pair) {
@@ -273,9 +278,12 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_bwd(const Params
                     }
                 }
                 if (!SUMMARY) {
-                    write_map<T>(p, make_path(p, route), sums_of_map, [&](int i) {
+                    int again = route;  // to find the place again, for want of registers
+                    asm("" : "+r"(again));
+                    const Path path = make_path(p, again);
+                    write_map<T>(p, path, map_of(p, params.dx, map), [&](int i) {
                         return *(const uint2 *)(x_slot + lane * 8 + i * 256);
-                    }, place, channel, route != map);
+                    }, find_place(p, path, chunk * 8 + g), channel, route != map);
                     __syncwarp();
                     // x is done with: its place takes what the other warps need of B and C.
                     float2 *const to = (float2 *)x_slot + OWN * g;

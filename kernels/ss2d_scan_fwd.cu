@@ -12,6 +12,9 @@ struct Params {
     float *decays, *ends;  // (K, spans, D): of a span from a zero state, if SUMMARY
 };
 
+// Staged chunks: while some warps stage the next one, others may still read the one before.
+constexpr int STAGES = 3;
+
 template <class T, int TILES, bool SUMMARY>
 __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_fwd(const Params params) {
     const Scan &p = params.scan;
@@ -23,11 +26,11 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_fwd(const Params
     const bool active = group < groups;
     const int first = span * p.span, last = min(first + p.span, p.chunks);
     const int length = p.height * p.width;
-    const Map sums = map_of(p, params.y, map);
 
     extern __shared__ __align__(16) char shared[];
     const int staged_bytes = (p.row >> 3) * UNIT_BYTES + PAD_BYTES;
-    char *const own = shared + 2 * staged_bytes + warp * (TILES * 256 + 192);
+    char *const barriers = shared, *const staged_memory = shared + 64;
+    char *const own = staged_memory + STAGES * staged_bytes + warp * (TILES * 256 + 192);
     u32 *const fragments = (u32 *)own;
     float *const bias = (float *)(fragments + TILES * 64), *const rates = bias + 16;
     float *const skip = rates + 16;
@@ -38,12 +41,16 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_fwd(const Params
         enter[c] = params.entries && channel + c < p.dim
             ? params.entries[((long long)map * p.spans + span) * p.dim + channel + c] : 0.f;
 
+    if (threadIdx.x < STAGES) make_barrier(barriers + threadIdx.x * BARRIER_BYTES);
+    __syncthreads();
     const Stager stager;
+    int turn = 0;
+    u32 parity = 0;
     for (int route = map; route < p.routes; route += maps) {
         uint2 ahead[OWN];
         auto stage = [&](const Path &path, int chunk, int turn) {
-            stager.stage(p, path, shared + turn * staged_bytes, route, chunk);
-            commit_copies();
+            stager.stage(p, path, staged_memory + turn * staged_bytes, route, chunk);
+            arrive_with_copies(barriers + turn * BARRIER_BYTES);
             const Place place = find_place(p, path, chunk * 8 + g);
             if (active)
                 read_map(p, path, params.x, place, channel,
@@ -54,7 +61,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_fwd(const Params
                                  if (j == i) ahead[j] = v;
                          });
         };
-        __syncthreads();  // what was staged is done with, and the map of the route before is written
+        __syncwarp();  // the warp's channels of the map are written, if there was a route before
         if (active) {
             const int at = route * groups + group;
             for (int j = lane; j < TILES * 64; j += 32)
@@ -62,20 +69,20 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_fwd(const Params
             bias[lane] = (lane < 16 ? p.bias : p.rates)[at * 16 + lane % 16];
             if (lane < 16) skip[lane] = p.skip[group * 16 + lane];
         }
-        stage(make_path(p, route), first, 0);
-        for (int chunk = first, turn = 0; chunk < last; ++chunk, turn ^= 1) {
-            wait_copies<0>();
-            __syncthreads();
+        stage(make_path(p, route), first, turn);
+        for (int chunk = first; chunk < last; ++chunk) {
+            const char *staged = staged_memory + turn * staged_bytes;
+            wait_for_copies(barriers + turn * BARRIER_BYTES, parity);
+            if (++turn == STAGES) turn = 0, parity ^= 1;
             uint2 x[OWN];
 #pragma unroll
             for (int i = 0; i < OWN; ++i) x[i] = ahead[i];
             // Calculated again for each chunk: there are no registers to keep it.
             asm("" : "+r"(route));
             const Place place = find_place(p, make_path(p, route), chunk * 8 + g);
-            if (chunk + 1 < last) stage(make_path(p, route), chunk + 1, turn ^ 1);
+            if (chunk + 1 < last) stage(make_path(p, route), chunk + 1, turn);
             if (!active) continue;
 
-            const char *staged = shared + turn * staged_bytes;
             if (params.states && g == 0) {
                 float *to = params.states + (long long)(route * p.chunks + chunk) * p.dim + channel;
                 if ((p.dim & 3) == 0) {
@@ -87,8 +94,8 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_fwd(const Params
                         if (channel + c < p.dim) to[c] = enter[c];
                 }
             }
-            float2 pairs[OWN];
-            load_pairs<T>(pairs, staged, (p.rank + 1) & ~1, g);
+            u32 pairs[OWN];  // (B, C), unpacked where they are used, for want of registers
+            load_pairs(pairs, staged, (p.rank + 1) & ~1, g);
             uint2 y[OWN];
 #pragma unroll
             for (int pair = 0; pair < 2; ++pair) {
@@ -99,11 +106,12 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_fwd(const Params
 #pragma unroll
                 for (int i = 0; i < OWN; ++i) {
                     const float2 x2 = T::unpack(pair ? x[i].y : x[i].x);
+                    const float B = LN2 * T::unpack(pairs[i]).x;
 #pragma unroll
                     for (int c = 0; c < 2; ++c) {
                         const float l = softplus2(z[i][c]);
                         a[i][c] = ex2((c ? rate.y : rate.x) * l);
-                        q[i][c] = l * (c ? x2.y : x2.x) * pairs[i].x;
+                        q[i][c] = l * (c ? x2.y : x2.x) * B;
                         P[c] = i ? P[c] * a[i][c] : a[i][c];
                         h[c] = i ? a[i][c] * h[c] + q[i][c] : q[i][c];
                     }
@@ -123,12 +131,14 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_fwd(const Params
                 if (SUMMARY) continue;
                 float out[OWN][2];
 #pragma unroll
-                for (int i = 0; i < OWN; ++i)
+                for (int i = 0; i < OWN; ++i) {
+                    const float C = T::unpack(pairs[i]).y;
 #pragma unroll
                     for (int c = 0; c < 2; ++c) {
                         h[c] = a[i][c] * h[c] + q[i][c];
-                        out[i][c] = pairs[i].y * h[c];
+                        out[i][c] = C * h[c];
                     }
+                }
                 if (route == 0) {
                     const float2 D = *(const float2 *)(skip + 4 * t + 2 * pair);
 #pragma unroll
@@ -143,7 +153,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_fwd(const Params
                     (pair ? y[i].y : y[i].x) = T::pack(out[i][0], out[i][1]);
             }
             if (!SUMMARY)
-                write_map<T>(p, make_path(p, route), sums, [&](int i) {
+                write_map<T>(p, make_path(p, route), map_of(p, params.y, map), [&](int i) {
                     uint2 v = y[0];
 #pragma unroll
                     for (int j = 1; j < OWN; ++j)

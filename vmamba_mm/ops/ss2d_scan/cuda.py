@@ -116,13 +116,13 @@ def _plan(batch: int, dim: int, height: int, width: int, rank: int, routes: int,
     """The cheapest cut of the work for this GPU."""
     length, groups, tiles = height * width, -(-dim // 16), -(-rank // 8)
     row = _row(rank)
-    staged = 2 * (row // 8 * 16 * 8 * _SLOT + 128)
+    staged = row // 8 * 16 * 8 * _SLOT + 128
     properties = torch.cuda.get_device_properties(index)
     multiprocessors = properties.multi_processor_count
 
-    def cuts(most, blocks, per_warp, slots):
+    def cuts(most, blocks, of_block, per_warp, saved, slots):
         limit = properties.shared_memory_per_block_optin - 1024
-        most = min(most, (limit - staged) // per_warp)
+        most = min(most, (limit - of_block) // per_warp)
         if most < 2:
             raise ValueError(f'dt_rank={rank} needs more shared memory than the {limit} bytes of '
                              f'this GPU')
@@ -130,13 +130,13 @@ def _plan(batch: int, dim: int, height: int, width: int, rank: int, routes: int,
         alone = slots // math.gcd(slots, 8)  # chunks until an image begins with a chunk
         for columns in {-(-groups // warps) for warps in range(2, most + 1)}:
             warps = max(2, -(-groups // columns))
-            shared = staged + warps * per_warp
+            shared = of_block + warps * per_warp
             at_once = min(blocks * most // warps,
                           properties.shared_memory_per_multiprocessor // (shared + 1024))
             at_once *= multiprocessors
             # Two routes one after the other, into one map, need whole images, and an addition to
             # half-precision memory.
-            fewest = 2 if routes == 4 and properties.major >= 9 else routes
+            fewest = 2 if saved and routes == 4 and properties.major >= 9 else routes
             for maps, independent in {(fewest, True), (routes, True), (routes, False)}:
                 unit, walks = alone if independent else 1, columns * maps
                 for spans in {max(1, n * at_once // walks) for n in (1, 2, 3, 4)}:
@@ -151,18 +151,23 @@ def _plan(batch: int, dim: int, height: int, width: int, rank: int, routes: int,
                     # 16 warps take as long for a chunk of each as 12 do, less 5 %.
                     resident = max(8, resident * (0.95 if resident > 12 else 1))
                     cost = waves * (span * routes // maps + 0.5) * resident
-                    cost *= (1 + 0.004 * columns) * (1 if maps == routes else 0.9)
+                    cost *= (1 + 0.004 * columns) * (1 if maps == routes else 1 - saved)
                     if not independent and spans > 1:
                         cost = 1.6 * cost + 16
                     yield _Cut(maps, warps, columns, span, spans, shared,
                                independent or spans == 1, cost)
 
+    # What a map less to write and to add up saves. A forward waits for additions to a map that is
+    # not in L2; a backward has other things to do.
+    in_cache = 2 * batch * length * dim < properties.L2_cache_size
+    saved = 0.005 if in_cache else 0, 0.1
     best = None
     exact = -(-length // _SLOT)
     for slots in {exact, -(-exact // 8) * 8}:
         forward, backward = (min(cuts(*sizes, slots), key=lambda cut: cut.cost) for sizes in (
-            (_FORWARD_WARPS, _FORWARD_BLOCKS, 256 * tiles + 192),
-            (_BACKWARD_WARPS, _BACKWARD_BLOCKS, 4 * _CHUNK_MAP + 768 * tiles + 320 + 2048)))
+            (_FORWARD_WARPS, _FORWARD_BLOCKS, 64 + 3 * staged, 256 * tiles + 192, saved[0]),
+            (_BACKWARD_WARPS, _BACKWARD_BLOCKS, 2 * staged,
+             4 * _CHUNK_MAP + 768 * tiles + 320 + 2048, saved[1])))
         if best is None or forward.cost + 2 * backward.cost < best[1].cost + 2 * best[2].cost:
             best = slots, forward, backward
     slots, forward, backward = best
