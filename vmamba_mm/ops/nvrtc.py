@@ -28,9 +28,6 @@ from vmamba_mm.atomic import write_atomic
 
 KERNELS = Path(__file__).parents[1] / 'kernels'
 OPTIONS = ('--std=c++17', '-lineinfo')
-#: The letters of Instance.params (the struct module's) and what PTX calls such a parameter.
-PARAM_TYPES = {'P': ('u64', 'b64'), 'q': ('u64', 's64', 'b64'), 'i': ('u32', 's32', 'b32'),
-               'f': ('f32', 'b32'), 'd': ('f64', 'b64')}
 CACHE_MAGIC = b'vmamba_mm kernel 1\n'
 
 CUDA_ERROR_INVALID_CONTEXT = 201
@@ -43,9 +40,9 @@ class Instance(NamedTuple):
     """One kernel to compile, hashable.
 
     ``source`` is a file of the package's kernels folder, ``name`` a kernel's name or a template
-    instantiation (``'scan<float, 16>'``). ``params`` has a letter for each kernel parameter, or for
-    each field of its only one if that is a struct: P pointer, i int32, q int64, f float, d double.
-    It is checked against the compiled kernel. ``options`` are NVRTC's, beside :data:`OPTIONS`.
+    instantiation (``'scan<float, 16>'``). The kernel takes one struct, or nothing; ``params`` has a
+    letter for each of its fields: P pointer, i int32, q int64, f float, d double. Its size is
+    checked against the compiled kernel. ``options`` are NVRTC's, beside :data:`OPTIONS`.
     """
     source: str
     name: str
@@ -240,7 +237,7 @@ def build(instance: Instance, arch: str) -> Binary:
                 _write_cache(key, binary)
             _binaries[key] = binary
         binary = _binaries[key]
-    param_offsets(instance, binary)
+    check_params(instance, binary)
     return binary
 
 
@@ -265,24 +262,15 @@ def cache_key(files: dict[str, bytes], name: str, options: Sequence[str],
     return hashlib.sha256(json.dumps([sources, name, list(options), version]).encode()).hexdigest()
 
 
-def param_offsets(instance: Instance, binary: Binary) -> tuple[int, ...]:
-    """Where each kernel parameter begins among the packed arguments; one for a struct.
-
-    Raises:
-        ValueError: if ``instance.params`` is not what the kernel takes.
-    """
-    params, kinds = instance.params, binary.param_types
-    if set(params) - set(PARAM_TYPES):
-        raise ValueError(f'{instance}: params={params!r} may have the letters '
-                         f'{"".join(PARAM_TYPES)} only')
-    if len(kinds) == 1 and kinds[0] == f'b8[{packed_size(params)}]':
-        return (0,)
-    fits = len(params) == len(kinds) and all(
-        kind in PARAM_TYPES[letter] for letter, kind in zip(params, kinds, strict=True))
-    if not fits:
-        raise ValueError(f'{instance}: params={params!r} ({packed_size(params)} bytes), but the '
-                         f'kernel takes {" ".join(kinds) or "nothing"}')
-    return tuple(struct.calcsize(f'@{params[:i]}0{letter}') for i, letter in enumerate(params))
+def check_params(instance: Instance, binary: Binary) -> None:
+    """Raise ValueError if ``instance.params`` is not what the kernel takes."""
+    params = instance.params
+    if set(params) - set('Pqifd'):
+        raise ValueError(f'{instance}: params={params!r} may have the letters Pqifd only')
+    size = packed_size(params)
+    if binary.param_types != ((f'b8[{size}]',) if params else ()):
+        raise ValueError(f'{instance}: params={params!r}, a struct of {size} bytes, but the kernel '
+                         f'takes {" ".join(binary.param_types) or "nothing"}')
 
 
 def packed_size(params: str) -> int:
@@ -342,8 +330,7 @@ def _driver() -> ctypes.CDLL:
         lib = ctypes.CDLL('libcuda.so.1')
     except OSError as err:
         raise RuntimeError(f'the NVIDIA driver (libcuda.so.1) cannot be loaded: {err}') from err
-    handle, number = ctypes.c_void_p, ctypes.c_uint
-    lib.cuLaunchKernel.argtypes = [handle, *[number] * 7, handle, handle, handle]
+    handle = ctypes.c_void_p
     lib.cuModuleLoadData.argtypes = [ctypes.POINTER(handle), ctypes.c_char_p]
     lib.cuOccupancyMaxActiveBlocksPerMultiprocessor.argtypes = [
         ctypes.POINTER(ctypes.c_int), handle, ctypes.c_int, ctypes.c_size_t]
@@ -398,18 +385,6 @@ def _capture_allows_loading() -> Iterator[None]:
         _cuda('cuThreadExchangeStreamCaptureMode', ctypes.byref(mode))
 
 
-class _Arguments(threading.local):
-    """The arguments of a launch and pointers to each; a set for each thread.
-
-    The driver copies them before cuLaunchKernel returns, but during the call other threads run.
-    """
-
-    def __init__(self, size: int, offsets: tuple[int, ...]):
-        self.buffer = ctypes.create_string_buffer(max(size, 8))
-        start = ctypes.addressof(self.buffer)
-        self.pointers = (ctypes.c_void_p * len(offsets))(*(start + n for n in offsets))
-
-
 class Kernel:
     """A kernel on one device.
 
@@ -427,8 +402,7 @@ class Kernel:
             self.max_threads, self.shared_bytes, self.local_bytes, self.registers = (
                 self._attribute(number) for number in (0, 1, 3, 4))
         self._shared_allowed = SHARED_BY_DEFAULT - self.shared_bytes
-        self._arguments = _Arguments(packed_size(instance.params), param_offsets(instance, binary))
-        self._pack = struct.Struct(f'@{instance.params}').pack_into
+        self._pack = struct.Struct(f'@{instance.params}').pack
         self._launch = _driver().cuLaunchKernel
         self._stream = torch._C._cuda_getCurrentRawStream
         self._device = torch._C._cuda_getDevice
@@ -444,12 +418,11 @@ class Kernel:
             struct.error: if number, type or range of the arguments do not fit.
             RuntimeError: with the driver's text.
         """
-        arguments = self._arguments
-        self._pack(arguments.buffer, 0, *args)
         if shared > self._shared_allowed:
             self._allow_shared(shared)
-        values = (self._function, *grid, *block, shared, self._stream(self.index),
-                  arguments.pointers, None)
+        # The driver takes an array of a pointer for each parameter, and copies what they point to.
+        values = (self._function, *grid, *block, shared, ctypes.c_void_p(self._stream(self.index)),
+                  ctypes.byref(ctypes.c_char_p(self._pack(*args))), None)
         if self._device() == self.index:
             code = self._launch(*values)
         else:
@@ -490,7 +463,8 @@ _kernels: dict[tuple[Instance, int], Kernel] = {}
 
 
 def load(instance: Instance, device: torch.device | str | int) -> Kernel:
-    """The kernel for a CUDA device; compiled by the first call, from then on a look-up.
+    """The kernel for a CUDA device; compiled by the first call, from then on a look-up, which is
+    quickest by the device's index.
 
     Raises:
         NvrtcNotFound: if there is no NVRTC.
@@ -498,9 +472,10 @@ def load(instance: Instance, device: torch.device | str | int) -> Kernel:
         ValueError: if ``device`` is no CUDA device, or ``instance.params`` is not what the kernel
             takes.
     """
-    index = _device_index(device)
+    index = device if isinstance(device, int) else _device_index(device)
     kernel = _kernels.get((instance, index))
     if kernel is None:
+        index = _device_index(index)
         with _lock:
             kernel = _kernels.get((instance, index))
             if kernel is None:
