@@ -25,13 +25,18 @@ def test_products_and_strides(make, size):
     height = size[0]
     x = make(torch.randn(3, 6, height, 4, dtype=torch.float64))[..., -size[1]:]
     weight = torch.randn(7, 6, dtype=torch.float64)
-    x_BLD = layout.pixels(x)
-    assert_close(x_BLD, torch.einsum('bdhw->bhwd', x).flatten(1, 2), 0)
-    projected = layout.project(x_BLD, weight)
-    assert_close(projected, torch.einsum('bld,pd->blp', x_BLD, weight).flatten(0, 1), 1e-14)
-    assert_close(layout.project_weight_grad(projected, x_BLD),
-                 torch.einsum('mp,md->pd', projected, x_BLD.flatten(0, 1)), 1e-14)
-    y = layout.like(x_BLD.unflatten(1, size).contiguous(), x)
+    even = layout.pixels(x)
+    assert torch.equal(even, x)
+    flat = torch.einsum('bdhw->bhwd', x).flatten(0, 2)
+    stride_b, stride_pixel, stride_d = layout.strides(even)
+    assert torch.equal(flat.view(3, -1, 6), even.as_strided(
+        (3, size[0] * size[1], 6), (stride_b, stride_pixel, stride_d)))
+    projected = layout.project(even, weight)
+    assert_close(projected, flat @ weight.T, 1e-14)
+    grad = layout.project_weight_grad(projected, even)
+    assert_close(grad, projected.T @ flat, 1e-14)
+    assert grad.is_contiguous()
+    y = layout.like(x.contiguous(memory_format=torch.channels_last), x)
     assert torch.equal(y, x)
     strides = zip(y.shape, y.stride(), torch.empty_like(x).stride(), strict=True)
     assert all(found == expected for n, found, expected in strides if n > 1)

@@ -7,6 +7,7 @@ compiles at first use. The kernels' own comments and ``kernels/README.md`` say h
 
 import math
 from functools import cache, lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from vmamba_mm.ops.nvrtc import Instance, load
 from vmamba_mm.ops.ss2d_scan import layout, walk
-from vmamba_mm.ops.walk import combine_instance
+from vmamba_mm.ops.walk import combine_instance, device_limits, pointer
 
 _TYPES = {torch.float16: 'Half', torch.bfloat16: 'BFloat'}
 _CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -65,7 +66,7 @@ def backward_instance(type_: str, tiles: int, summary: bool) -> Instance:
 
 @cache
 def finish_instance(type_: str) -> Instance:
-    return Instance('ss2d_finish.cu', f'ss2d_finish<{type_}>', 'P' * 7 + 'i' * 10)
+    return Instance('ss2d_finish.cu', f'ss2d_finish<{type_}>', 'P' * 10 + 'i' * 13)
 
 
 @cache
@@ -106,6 +107,7 @@ class _Plan(NamedTuple):
     chunks: int   # of 8 slots, of the batch
     aligned: int  # whether rows and columns are multiples of 7 long
     magic: tuple[int, int, int]
+    offsets: tuple[int, ...]  # bytes, of the parts of `kept` and of its end
     forward: _Cut
     backward: _Cut
 
@@ -173,7 +175,9 @@ def _plan(batch: int, dim: int, height: int, width: int, rank: int, routes: int,
     slots, forward, backward = best
     return _Plan(routes, tiles, row, groups, slots, -(-batch * slots // 8),
                  int(height % _SLOT == width % _SLOT == 0),
-                 (_magic(height), _magic(width), _magic(slots)), forward, backward)
+                 (_magic(height), _magic(width), _magic(slots)), (0, *accumulate(
+                     2 * size for size in _kept_sizes(batch, dim, length, rank, routes))),
+                 forward, backward)
 
 
 def _row(rank: int) -> int:
@@ -190,27 +194,39 @@ def _magic(divisor: int) -> int:
 # --- forward ----------------------------------------------------------------------------------
 
 def forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype, save):
-    """(y, projected, states), shapes as in :func:`vmamba_mm.ops.ss2d_scan` and ``saved``.
+    """(y, projected, kept), shapes as in :func:`vmamba_mm.ops.ss2d_scan` and ``saved``.
 
-    For inputs for which ``why_not`` is None; ``states`` is empty unless ``save``.
+    For inputs for which ``why_not`` is None.
     """
-    maps, projected, states = _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save)
-    y = torch.empty(maps.shape[1:], dtype=out_dtype, device=x.device)
+    maps, projected, kept = _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save)
     if norm_fits(x):
-        _merge(maps, merged=y)
+        y = torch.empty_like(x, dtype=out_dtype, memory_format=torch.channels_last)
+        _merge(maps, y.data_ptr(), to_float=out_dtype == torch.float32)
     else:
-        torch.sum(maps, 0, dtype=out_dtype, out=y)
-    return layout.like(y, x), projected, states
+        y = torch.sum(maps, 0, dtype=out_dtype).permute(0, 3, 1, 2)
+    return layout.like(y, x), projected, kept
 
 
-def saved(x, rank, num_routes, state):
-    """Shapes of what the forward keeps for the backward: (projected, states)."""
+def saved(x, rank, routes, state, save):
+    """Of what the forward keeps for the backward: the shape of ``projected``, and the shape and
+    dtype of ``kept``, in which the states are there only if ``save``."""
     batch, dim, height, width = x.shape
-    if not _is_fast(x, state):
-        return ((batch * height * width, num_routes * (rank + 2 * state)),
-                walk.states_shape(batch, num_routes, height * width, state, dim))
-    chunks = batch * -(-height * width // (8 * _SLOT))  # or more than there are
-    return (batch * height * width, num_routes * _row(rank)), (num_routes, chunks, dim)
+    length = height * width
+    if _is_fast(x, state):
+        sizes = _kept_sizes(batch, dim, length, rank, routes)
+        return ((batch * length, routes * _row(rank)), (sum(sizes) if save else sum(sizes[:-1]),),
+                x.dtype)
+    shape = walk.states_shape(batch, routes, length, state, dim) if save else (0,)
+    return (batch * length, routes * (rank + 2 * state)), shape, torch.float32
+
+
+def _kept_sizes(batch, dim, length, rank, routes):
+    """Half-precision elements of the parts of ``kept``: x_proj_weight (K * P, D); the fragments of
+    dt_projs_weight, bias, A and D in fp32 as the kernels take them; the states."""
+    padded = -(-dim // 16) * 16
+    chunks = batch * -(-length // (8 * _SLOT))  # or more than there are
+    return (routes * _row(rank) * dim, 8 * routes * padded * -(-rank // 8), 2 * routes * padded,
+            2 * routes * padded, 2 * padded, 2 * routes * chunks * dim)
 
 
 def norm_fits(x: Tensor) -> bool:
@@ -220,191 +236,168 @@ def norm_fits(x: Tensor) -> bool:
 
 def forward_norm(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, norm_weight, norm_bias,
                  eps, save):
-    """(out, merged, moments, projected, states) for inputs for which ``norm_fits``.
+    """(out, projected, kept, merged) for inputs for which ``norm_fits``.
 
-    ``merged`` (B, H, W, D), in ``x``'s dtype, and ``moments`` (B*H*W, 2) are what the norm's
-    backward needs; they and ``states`` are empty unless ``save``.
+    ``merged``, which the norm's backward needs, is the map (B, H, W, D) in ``x``'s dtype and then
+    for each position mean and 1 / deviation in fp32; empty unless ``save``.
     """
-    maps, projected, states = _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save)
-    out, merged, moments = torch.empty_like(maps[0]), x.new_empty(0), x.new_empty(0)
-    if save:
-        merged = torch.empty_like(out)
-        moments = torch.empty(out[..., 0].numel(), 2, dtype=torch.float32, device=x.device)
-    _merge(maps, merged=merged if save else None, normed=out, weight=norm_weight.contiguous(),
-           bias=norm_bias.contiguous().to(norm_weight.dtype), moments=moments if save else None,
-           eps=eps)
-    return layout.like(out, x), merged, moments, projected, states
+    maps, projected, kept = _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save)
+    out = torch.empty_like(x, memory_format=torch.channels_last)
+    merged = x.new_empty(merged_size(x) if save else 0)
+    if norm_bias.dtype != norm_weight.dtype:
+        norm_bias = norm_bias.to(norm_weight.dtype)
+    start = merged.data_ptr()
+    _merge(maps, start, normed=out.data_ptr(), weight=norm_weight.contiguous(),
+           bias=norm_bias.contiguous(), moments=start + 2 * x.numel() if save else 0, eps=eps)
+    return layout.like(out, x), projected, kept, merged
 
 
-class _Prepared(NamedTuple):
-    """The parameters as the kernels take them; the last four are pointers into ``memory``."""
-    weight: Tensor  # (K * P, D)
-    memory: Tensor
-    fragments: int
-    bias: int
-    rates: int
-    skip: int
+def merged_size(x):
+    """Elements of ``merged``."""
+    batch, dim, height, width = x.shape
+    return batch * height * width * (dim + 4)
 
 
-def _prepare(plan, dtype, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D) -> _Prepared:
-    routes, dim, rank = dt_projs_weight.shape
-    padded = 16 * plan.groups
-    weight = torch.empty(routes * plan.row, dim, dtype=dtype, device=A.device)
-    of_fragments = routes * plan.groups * plan.tiles * 64
-    memory = torch.empty(of_fragments + (2 * routes + 1) * padded, dtype=torch.float32,
-                         device=A.device)
-    fragments = memory.data_ptr()
-    bias = fragments + 4 * of_fragments
-    rates = bias + 4 * routes * padded
-    skip = rates + 4 * routes * padded
-    parameters = [t.contiguous() for t in (x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)]
-    count = weight.numel() + memory.numel()
-    load(prepare_instance(_TYPES[dtype]), A.device).launch(
-        (min(1024, -(-count // 256)), 1, 1), (256, 1, 1),
-        (*(t.data_ptr() for t in parameters), weight.data_ptr(), fragments, bias, rates, skip,
-         dim, rank, routes, plan.row, plan.tiles, *(_CODES[t.dtype] for t in parameters)))
-    return _Prepared(weight, memory, fragments, bias, rates, skip)
-
-
-def _map(x_BLD: Tensor) -> tuple[int, ...]:
+def _map(x_BDHW: Tensor) -> tuple[int, ...]:
     """The fields of the kernels' Map."""
-    dim, pointer = x_BLD.shape[2], x_BLD.data_ptr()
-    stride_b, stride_pixel, stride_d = x_BLD.stride()
+    dim, pointer = x_BDHW.shape[1], x_BDHW.data_ptr()
+    stride_b, stride_pixel, stride_d = layout.strides(x_BDHW)
     vector = (stride_d == 1 or dim == 1) and dim % 4 == stride_b % 4 == stride_pixel % 4 == 0
     return pointer, stride_b, stride_pixel, stride_d, int(vector and pointer % 8 == 0), 0
 
 
-def _scan_fields(plan, cut, prepared, projected, batch, dim, height, width, rank):
+def _scan_fields(plan, cut, kept, projected, x, rank):
     """The fields of the kernels' Scan."""
-    return (projected.data_ptr(), *prepared[2:], batch, dim, height, width, rank, plan.routes,
-            plan.row, plan.slots, plan.chunks, cut.span, cut.spans, plan.aligned, *plan.magic)
+    start = kept.data_ptr()
+    return (projected.data_ptr(), *[start + n for n in plan.offsets[1:5]], *x.shape, rank,
+            plan.routes, plan.row, plan.slots, plan.chunks, cut.span, cut.spans, plan.aligned,
+            *plan.magic)
 
 
-def _walk(cut, kernel, summary_kernel, fields, dim, back, device):
-    """Launch a scan, in spans where the plan says so; ``fields`` are all but the last three."""
+def _walk(plan, cut, instance, fields, x, back):
+    """Launch a scan of ``x``, in spans where the plan says so; ``fields`` are all but the last
+    three."""
+    type_, index = _TYPES[x.dtype], x.get_device()
+    kernel = load(instance(type_, plan.tiles, False), index)
     grid, block = (cut.maps, cut.columns, cut.spans), (32 * cut.warps, 1, 1)
     if cut.independent:
-        load(kernel, device).launch(grid, block, (*fields, 0, 0, 0), cut.shared)
+        kernel.launch(grid, block, (*fields, 0, 0, 0), cut.shared)
         return
-    memory = torch.empty(3, cut.maps, cut.spans, dim, dtype=torch.float32, device=device)
+    walks, dim = cut.maps, x.shape[1]
+    size = walks * cut.spans * dim
+    memory = x.new_empty(3 * size, dtype=torch.float32)
     decays = memory.data_ptr()
-    ends = decays + 4 * cut.maps * cut.spans * dim
-    entries = ends + 4 * cut.maps * cut.spans * dim
-    load(summary_kernel, device).launch(grid, block, (*fields, 0, decays, ends), cut.shared)
-    load(combine_instance(), device).launch(
-        (-(-cut.maps * dim // 128), 1, 1), (128, 1, 1),
-        (decays, ends, entries, cut.maps, cut.spans, dim, int(back)))
-    load(kernel, device).launch(grid, block, (*fields, entries, 0, 0), cut.shared)
+    ends, entries = decays + 4 * size, decays + 8 * size
+    load(instance(type_, plan.tiles, True), index).launch(
+        grid, block, (*fields, 0, decays, ends), cut.shared)
+    load(combine_instance(), index).launch(
+        (-(-walks * dim // 128), 1, 1), (128, 1, 1),
+        (decays, ends, entries, walks, cut.spans, dim, int(back)))
+    kernel.launch(grid, block, (*fields, entries, 0, 0), cut.shared)
 
 
 def _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save):
-    """Maps (a number, B, H, W, D) to be added up, ``projected`` and ``states``."""
+    """Maps (a number, B, H, W, D) to be added up, ``projected`` and ``kept``."""
     if not _is_fast(x, A.shape[1]):
         return walk.forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save)
     batch, dim, height, width = x.shape
     routes, _, rank = dt_projs_weight.shape
-    plan = _plan(batch, dim, height, width, rank, routes, x.device.index)
-    x_BLD = layout.pixels(x)
-    prepared = _prepare(plan, x.dtype, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
-    projected = layout.project(x_BLD, prepared.weight)
-    maps = torch.empty(plan.forward.maps, batch, height, width, dim, dtype=x.dtype,
-                       device=x.device)
-    states = torch.empty(saved(x, rank, routes, 1)[1] if save else 0, dtype=torch.float32,
-                         device=x.device)
-    type_ = _TYPES[x.dtype]
-    fields = (*_scan_fields(plan, plan.forward, prepared, projected, batch, dim, height, width,
-                            rank),
-              *_map(x_BLD), maps.data_ptr(), states.data_ptr() if save else 0)
-    _walk(plan.forward, forward_instance(type_, plan.tiles, False),
-          forward_instance(type_, plan.tiles, True), fields, dim, False, x.device)
-    return maps, projected, states
+    type_, index = _TYPES[x.dtype], x.get_device()
+    plan = _plan(batch, dim, height, width, rank, routes, index)
+    x = layout.pixels(x)
+    kept = x.new_empty(plan.offsets[-1 if save else -2] // 2)
+    start = kept.data_ptr()
+    parameters = [t.contiguous() for t in (x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)]
+    load(prepare_instance(type_), index).launch(
+        (min(1024, -(-plan.offsets[-2] // 512)), 1, 1), (256, 1, 1),
+        (*[t.data_ptr() for t in parameters], *[start + n for n in plan.offsets[:5]], dim, rank,
+         routes, plan.row, plan.tiles, *[_CODES[t.dtype] for t in parameters]))
+
+    projected = layout.project(x, kept.as_strided((routes * plan.row, dim), (dim, 1)))
+    maps = x.new_empty((plan.forward.maps, batch, height, width, dim))
+    fields = (*_scan_fields(plan, plan.forward, kept, projected, x, rank), *_map(x),
+              maps.data_ptr(), start + plan.offsets[-2] if save else 0)
+    _walk(plan, plan.forward, forward_instance, fields, x, False)
+    return maps, projected, kept
 
 
-def _merge(maps, extra=None, merged=None, normed=None, weight=None, bias=None, moments=None,
-           eps=0.0):
-    """The sum of the maps (and ``extra``), its LayerNorm: each where a tensor for it is given."""
-    dim = maps.shape[-1]
-    positions = maps[0].numel() // dim
-    to_float = merged is not None and merged.dtype == torch.float32
-
-    def pointer(tensor):
-        return 0 if tensor is None else tensor.data_ptr()
-
-    instance = merge_instance(_TYPES[maps.dtype], len(maps), extra is not None, -(-dim // 128),
-                              to_float)
-    load(instance, maps.device).launch(
-        (min(-(-positions // 8), 8 * _multiprocessors(maps.device.index)), 1, 1), (256, 1, 1),
-        (maps.data_ptr(), pointer(extra), pointer(merged), pointer(normed), pointer(weight),
-         pointer(bias), pointer(moments), eps, positions, dim,
-         0 if weight is None else _CODES[weight.dtype]), 0 if normed is None else 8 * dim)
-
-
-@cache
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
+def _merge(maps, merged, extra=0, normed=0, weight=None, bias=None, moments=0, eps=0.0,
+           to_float=False):
+    """The sum of the maps (and ``extra``), its LayerNorm: each where an address for it is given."""
+    count, batch, height, width, dim = maps.shape
+    positions, index = batch * height * width, maps.get_device()
+    instance = merge_instance(_TYPES[maps.dtype], count, extra != 0, -(-dim // 128), to_float)
+    load(instance, index).launch(
+        (min(-(-positions // 8), 8 * device_limits(index)[0]), 1, 1), (256, 1, 1),
+        (maps.data_ptr(), extra, merged, normed, pointer(weight), pointer(bias), moments, eps,
+         positions, dim, 0 if weight is None else _CODES[weight.dtype]), 8 * dim if normed else 0)
 
 
 # --- backward ---------------------------------------------------------------------------------
 
-def backward(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, projected, states):
-    """Gradients by x and the five parameters, in their dtypes.
+def backward(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, projected, kept,
+             norm=(), norm_sums=None):
+    """Gradients by x, the five parameters and those of ``norm``, in their dtypes.
 
-    ``grad_y`` is (B, D, H, W) of any strides and dtype; it is rounded to ``x``'s.
+    ``grad_y`` is (B, D, H, W) of any strides and dtype; it is rounded to ``x``'s. ``norm_sums``
+    (n, 2, D) are fp32 parts of the gradients by the two of ``norm``.
     """
+    if grad_y.dtype != x.dtype:
+        grad_y = grad_y.to(x.dtype)
+    parameters = (x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, *norm)
     if not _is_fast(x, A.shape[1]):
-        return walk.backward(grad_y.to(x.dtype), x, x_proj_weight, dt_projs_weight, dt_projs_bias,
-                             A, D, projected, states)
+        grads = walk.backward(grad_y, x, *parameters[:5], projected, kept)
+        return *grads, *(s.to(t.dtype, copy=True)
+                         for s, t in zip(norm_sums.sum(0) if norm else (), norm, strict=True))
     batch, dim, height, width = x.shape
     routes, _, rank = dt_projs_weight.shape
-    device, type_ = x.device, _TYPES[x.dtype]
-    plan = _plan(batch, dim, height, width, rank, routes, device.index)
+    type_, index = _TYPES[x.dtype], x.get_device()
+    plan = _plan(batch, dim, height, width, rank, routes, index)
     cut = plan.backward
-    x_BLD, dy_BLD = layout.pixels(x), layout.pixels(grad_y.to(x.dtype))
-    prepared = _prepare(plan, x.dtype, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
+    given, x, grad_y = x, layout.pixels(x), layout.pixels(grad_y)
 
-    maps = torch.empty(cut.maps, batch, height, width, dim, dtype=x.dtype, device=device)
-    dprojected = torch.empty(cut.columns, *projected.shape, dtype=x.dtype, device=device)
+    maps = x.new_empty((cut.maps, batch, height, width, dim))
+    dprojected = x.new_empty((cut.columns, *projected.shape))
     columns = routes * dim * (rank + 2) + dim
-    partials = torch.empty(cut.spans, columns, dtype=torch.float32, device=device)
-    fields = (*_scan_fields(plan, cut, prepared, projected, batch, dim, height, width, rank),
-              *_map(x_BLD), *_map(dy_BLD), states.data_ptr(), maps.data_ptr(),
-              dprojected.data_ptr(), partials.data_ptr())
-    _walk(cut, backward_instance(type_, plan.tiles, False),
-          backward_instance(type_, plan.tiles, True), fields, dim, True, device)
+    partials = x.new_empty(cut.spans * columns, dtype=torch.float32)
+    fields = (*_scan_fields(plan, cut, kept, projected, x, rank), *_map(x), *_map(grad_y),
+              kept.data_ptr() + plan.offsets[-2], maps.data_ptr(), dprojected.data_ptr(),
+              partials.data_ptr())
+    _walk(plan, cut, backward_instance, fields, x, True)
 
     dprojected = dprojected[0] if cut.columns == 1 else dprojected.sum(0)
-    grad_x = torch.mm(dprojected, prepared.weight).view(batch, height, width, dim)
+    grad_x = torch.mm(dprojected, kept.as_strided((routes * plan.row, dim), (dim, 1)))
     if norm_fits(x):
-        _merge(maps, extra=grad_x, merged=grad_x)
+        _merge(maps, grad_x.data_ptr(), extra=grad_x.data_ptr())
     else:
-        grad_x = torch.sum(maps, 0, dtype=torch.float32).add_(grad_x).to(x.dtype)
-    product = layout.project_weight_grad(dprojected, x_BLD)
+        grad_x = torch.sum(maps.flatten(1, 3), 0, dtype=torch.float32).add_(grad_x).to(x.dtype)
+    grad_x = grad_x.view(batch, height, width, dim).permute(0, 3, 1, 2)
+    product = layout.project_weight_grad(dprojected, x)
 
-    grads = [torch.empty(t.shape, dtype=t.dtype, device=device)
-             for t in (x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)]
-    blocks = -(-columns // 32) + -(-grads[0].numel() // 256)
-    load(finish_instance(type_), device).launch(
+    grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in parameters]
+    blocks = -(-columns // 32) + -(-grads[0].numel() // 256) + (-(-dim // 16) if norm else 0)
+    absent = (0,) * (2 - len(norm))
+    load(finish_instance(type_), index).launch(
         (blocks, 1, 1), (32, 8, 1),
-        (partials.data_ptr(), product.data_ptr(), *(t.data_ptr() for t in grads), len(partials),
-         dim, rank, routes, plan.row, *(_CODES[t.dtype] for t in grads)))
-    return layout.like(grad_x, x), *grads
+        (partials.data_ptr(), product.data_ptr(), pointer(norm_sums),
+         *[t.data_ptr() for t in grads], *absent, cut.spans, len(norm_sums) if norm else 0, dim,
+         rank, routes, plan.row, *[_CODES[t.dtype] for t in grads], *absent))
+    return layout.like(grad_x, given), *grads
 
 
-def norm_backward(grad, merged, moments, weight):
-    """Gradients of the LayerNorm by its input (B, D, H, W), weight and bias (fp32)."""
-    batch, height, width, dim = merged.shape
-    positions = merged.numel() // dim
-    grad = grad.permute(0, 2, 3, 1).contiguous()
-    warps = next(n for n in (1, 2, 4, 8) if dim <= 512 * n)
-    parts = -(-dim // (128 * warps))
-    index = merged.device.index
-    blocks = min(-(-positions * warps // 8), 4 * _multiprocessors(index))
-    out = torch.empty_like(merged)
-    partials = torch.empty(blocks, 2, dim, dtype=torch.float32, device=merged.device)
-    weight = weight.contiguous()
-    load(norm_backward_instance(_TYPES[merged.dtype], parts, warps), index).launch(
+def backward_norm(grad, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, norm_weight,
+                  norm_bias, projected, kept, merged):
+    """Gradients by x, the five parameters, and the norm's weight and bias, in their dtypes."""
+    batch, dim, height, width = grad.shape
+    positions, index = batch * height * width, grad.get_device()
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    warps = 1 << ((dim - 1) // 512).bit_length()  # 1, 2, 4 or 8: 512 channels each
+    blocks = min(-(-positions * warps // 8), 4 * device_limits(index)[0])
+    grad_y, sums = torch.empty_like(grad), x.new_empty((blocks, 2, dim), dtype=torch.float32)
+    weight, start = norm_weight.contiguous(), merged.data_ptr()
+    load(norm_backward_instance(_TYPES[x.dtype], -(-dim // (128 * warps)), warps), index).launch(
         (blocks, 1, 1), (256, 1, 1),
-        (grad.data_ptr(), merged.data_ptr(), moments.data_ptr(), weight.data_ptr(),
-         out.data_ptr(), partials.data_ptr(), positions, dim, _CODES[weight.dtype]), 8 * dim)
-    grad_weight, grad_bias = partials.sum(0)
-    return out.permute(0, 3, 1, 2), grad_weight, grad_bias
+        (grad.data_ptr(), start, start + 2 * positions * dim, weight.data_ptr(),
+         grad_y.data_ptr(), sums.data_ptr(), positions, dim, _CODES[weight.dtype]), 8 * dim)
+    return backward(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, projected,
+                    kept, (norm_weight, norm_bias), sums)

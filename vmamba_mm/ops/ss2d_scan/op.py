@@ -17,7 +17,7 @@ _BACKWARD = {'reference': reference.backward, 'chunked': chunked.backward,
              'triton': triton_scan.backward}
 
 
-def _bwd_fake(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, projected, states,
+def _bwd_fake(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, projected, kept,
               backend):
     weights = (x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
     return torch.empty_like(x), *(t.new_empty(t.shape) for t in weights)
@@ -25,11 +25,11 @@ def _bwd_fake(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, pr
 
 @register('ss2d_scan_bwd', fake=_bwd_fake)
 def _bwd(grad_y: Tensor, x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor,
-         dt_projs_bias: Tensor, A: Tensor, D: Tensor, projected: Tensor, states: Tensor,
+         dt_projs_bias: Tensor, A: Tensor, D: Tensor, projected: Tensor, kept: Tensor,
          backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = (grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
     if backend == 'cuda':
-        return cuda.backward(*inputs, projected, states)
+        return cuda.backward(*inputs, projected, kept)
     grad_x, *grads = _BACKWARD[backend](*inputs)
     if backend == 'reference':
         grad_x = torch.empty_like(x).copy_(grad_x)
@@ -46,10 +46,9 @@ def _backward(ctx, grad_y):
 
 
 def _saved_fake(x, dt_projs_weight, A, save):
-    shapes = (0, 0)
-    if save:
-        shapes = cuda.saved(x, dt_projs_weight.shape[2], len(dt_projs_weight), A.shape[1])
-    return x.new_empty(shapes[0]), x.new_empty(shapes[1], dtype=torch.float32)
+    routes, _, rank = dt_projs_weight.shape
+    projected, kept, dtype = cuda.saved(x, rank, routes, A.shape[1], save)
+    return x.new_empty(projected), x.new_empty(kept, dtype=dtype)
 
 
 def _fwd_fake(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype, backend, save):
@@ -63,11 +62,10 @@ def _fwd_fake(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype,
 def _fwd(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_projs_bias: Tensor,
          A: Tensor, D: Tensor, out_dtype: torch.dtype, backend: str, save: bool
          ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and what the kernels keep for their backward: empty for others, or unless ``save``."""
+    """y, and what the kernels keep for their backward (empty for others): complete if ``save``."""
     inputs = (x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype)
     if backend == 'cuda':
-        y, projected, states = cuda.forward(*inputs, save)
-        return y, projected if save else x.new_empty(0), states
+        return cuda.forward(*inputs, save)
     y = _FORWARD[backend](*inputs)
     if backend == 'reference':
         y = torch.empty_like(x, dtype=out_dtype).copy_(y)
@@ -134,17 +132,19 @@ def ss2d_scan(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_proj
     return _fwd(x, *parameters, out_dtype, backend, save)[0]
 
 
-def _bwd_norm_fake(grad, merged, moments, norm_weight, norm_bias):
-    return (torch.empty_like(merged).permute(0, 3, 1, 2), norm_weight.new_empty(norm_weight.shape),
-            norm_bias.new_empty(norm_bias.shape))
+def _bwd_norm_fake(grad, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, norm_weight,
+                   norm_bias, projected, kept, merged):
+    weights = (x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, norm_weight, norm_bias)
+    return torch.empty_like(x), *(t.new_empty(t.shape) for t in weights)
 
 
-@register('ss2d_norm_bwd', fake=_bwd_norm_fake)
-def _bwd_norm(grad: Tensor, merged: Tensor, moments: Tensor, norm_weight: Tensor,
-              norm_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    grad_merged, grad_weight, grad_bias = cuda.norm_backward(grad, merged, moments, norm_weight)
-    return (grad_merged, grad_weight.to(norm_weight.dtype, copy=True),
-            grad_bias.to(norm_bias.dtype, copy=True))
+@register('ss2d_scan_norm_bwd', fake=_bwd_norm_fake)
+def _bwd_norm(grad: Tensor, x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor,
+              dt_projs_bias: Tensor, A: Tensor, D: Tensor, norm_weight: Tensor, norm_bias: Tensor,
+              projected: Tensor, kept: Tensor, merged: Tensor
+              ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return cuda.backward_norm(grad, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D,
+                              norm_weight, norm_bias, projected, kept, merged)
 
 
 def _setup_norm(ctx, inputs, output):
@@ -152,33 +152,33 @@ def _setup_norm(ctx, inputs, output):
 
 
 def _backward_norm(ctx, grad):
-    *tensors, norm_weight, norm_bias, merged, moments, projected, states = ctx.saved_tensors
-    grad_y, *grads = _bwd_norm(grad, merged, moments, norm_weight, norm_bias)
-    return *_bwd(grad_y, *tensors, projected, states, 'cuda'), *grads, None, None
+    return *_bwd_norm(grad, *ctx.saved_tensors), None, None
 
 
 def _fwd_norm_fake(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, norm_weight, norm_bias,
                    eps, save):
-    batch, dim, height, width = x.shape
-    merged, moments = ((batch, height, width, dim), (batch * height * width, 2)) if save else (0, 0)
-    return (torch.empty_like(x), x.new_empty(merged), x.new_empty(moments, dtype=torch.float32),
-            *_saved_fake(x, dt_projs_weight, A, save))
+    return (torch.empty_like(x), *_saved_fake(x, dt_projs_weight, A, save),
+            x.new_empty(cuda.merged_size(x) if save else 0))
 
 
 @register('ss2d_scan_norm', fake=_fwd_norm_fake, backward=_backward_norm,
           setup_context=_setup_norm)
 def _fwd_norm(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_projs_bias: Tensor,
               A: Tensor, D: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, save: bool
-              ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The normed map; merged, moments and what ``_fwd`` keeps, all empty unless ``save``."""
-    out, merged, moments, projected, states = cuda.forward_norm(
-        x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, norm_weight, norm_bias, eps, save)
-    return out, merged, moments, projected if save else x.new_empty(0), states
+              ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The normed map; what ``_fwd`` keeps; and the merged map, empty unless ``save``."""
+    return cuda.forward_norm(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, norm_weight,
+                             norm_bias, eps, save)
 
 
 @register_flop_formula(torch.ops.vmamba_mm.ss2d_scan_norm)
 def _fwd_norm_flops(*shapes, out_shape=None, **kwargs) -> int:
     return _fwd_flops(*shapes)
+
+
+@register_flop_formula(torch.ops.vmamba_mm.ss2d_scan_norm_bwd)
+def _bwd_norm_flops(*shapes, out_shape=None, **kwargs) -> int:
+    return _bwd_flops(*shapes)
 
 
 def ss2d_scan_norm(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor,

@@ -59,7 +59,8 @@ def backward(grad_maps: Tensor, x: Tensor, x_proj_weight: Tensor, dt_projs_weigh
     grad_projected = parts[0] if len(parts) == 1 else parts.sum(0).to(x.dtype)
     weight = x_proj_weight.flatten(0, 1).to(x.dtype)
     total = maps.flatten(0, 1).sum(0, dtype=x.dtype)
-    grad_x = torch.addmm(total.view(-1, dim), grad_projected, weight).view(total.shape)
+    grad_x = torch.addmm(total.view(-1, dim), grad_projected, weight).view(total.shape).permute(
+        0, 3, 1, 2)
     grad_weight = layout.project_weight_grad(grad_projected, layout.pixels(x))
 
     by_A, by_weight, by_bias, by_D = sums.split((walk.states, rank, 1, 1), dim=2)
