@@ -6,6 +6,7 @@ compiles at first use. The kernels' own comments and ``kernels/README.md`` say h
 """
 
 import math
+from collections.abc import Callable
 from functools import cache, lru_cache
 from itertools import accumulate
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vmamba_mm.ops.nvrtc import Instance, load
+from vmamba_mm.ops.nvrtc import Instance, Kernel, load
 from vmamba_mm.ops.ss2d_scan import layout, walk
 from vmamba_mm.ops.walk import combine_instance, device_limits, pointer
 
@@ -45,40 +46,40 @@ def _is_fast(x: Tensor, state: int) -> bool:
 
 # --- what is compiled -------------------------------------------------------------------------
 
-@cache
 def prepare_instance(type_: str) -> Instance:
     return Instance('ss2d_prepare.cu', f'ss2d_prepare<{type_}>', 'P' * 10 + 'i' * 10)
 
 
-@cache
 def forward_instance(type_: str, tiles: int, summary: bool) -> Instance:
     return Instance('ss2d_scan_fwd.cu', f'ss2d_scan_fwd<{type_}, {tiles}, {str(summary).lower()}>',
                     _SCAN + _MAP + 'P' * 5,
                     (('WARPS', _FORWARD_WARPS), ('BLOCKS', _FORWARD_BLOCKS)))
 
 
-@cache
 def backward_instance(type_: str, tiles: int, summary: bool) -> Instance:
     return Instance('ss2d_scan_bwd.cu', f'ss2d_scan_bwd<{type_}, {tiles}, {str(summary).lower()}>',
                     _SCAN + _MAP + _MAP + 'P' * 7,
                     (('WARPS', _BACKWARD_WARPS), ('BLOCKS', _BACKWARD_BLOCKS)))
 
 
-@cache
 def finish_instance(type_: str) -> Instance:
     return Instance('ss2d_finish.cu', f'ss2d_finish<{type_}>', 'P' * 10 + 'i' * 13)
 
 
-@cache
 def merge_instance(type_: str, maps: int, extra: bool, parts: int, to_float: bool) -> Instance:
     return Instance('ss2d_merge.cu', f'ss2d_merge<{type_}, {maps}, {str(extra).lower()}, {parts}, '
                     f'{str(to_float).lower()}>', 'P' * 7 + 'fiii')
 
 
-@cache
 def norm_backward_instance(type_: str, parts: int, warps: int) -> Instance:
     return Instance('ss2d_norm_bwd.cu', f'ss2d_norm_bwd<{type_}, {parts}, {warps}>',
                     'P' * 6 + 'iii')
+
+
+@cache
+def _kernel(index: int, instance: Callable[..., Instance], *args) -> Kernel:
+    """A look-up that a launch can afford."""
+    return load(instance(*args), index)
 
 
 # --- how the work is cut ----------------------------------------------------------------------
@@ -278,7 +279,7 @@ def _walk(plan, cut, instance, fields, x, back):
     """Launch a scan of ``x``, in spans where the plan says so; ``fields`` are all but the last
     three."""
     type_, index = _TYPES[x.dtype], x.get_device()
-    kernel = load(instance(type_, plan.tiles, False), index)
+    kernel = _kernel(index, instance, type_, plan.tiles, False)
     grid, block = (cut.maps, cut.columns, cut.spans), (32 * cut.warps, 1, 1)
     if cut.independent:
         kernel.launch(grid, block, (*fields, 0, 0, 0), cut.shared)
@@ -288,9 +289,9 @@ def _walk(plan, cut, instance, fields, x, back):
     memory = x.new_empty(3 * size, dtype=torch.float32)
     decays = memory.data_ptr()
     ends, entries = decays + 4 * size, decays + 8 * size
-    load(instance(type_, plan.tiles, True), index).launch(
+    _kernel(index, instance, type_, plan.tiles, True).launch(
         grid, block, (*fields, 0, decays, ends), cut.shared)
-    load(combine_instance(), index).launch(
+    _kernel(index, combine_instance).launch(
         (-(-walks * dim // 128), 1, 1), (128, 1, 1),
         (decays, ends, entries, walks, cut.spans, dim, int(back)))
     kernel.launch(grid, block, (*fields, entries, 0, 0), cut.shared)
@@ -308,7 +309,7 @@ def _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save):
     kept = x.new_empty(plan.offsets[-1 if save else -2] // 2)
     start = kept.data_ptr()
     parameters = [t.contiguous() for t in (x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)]
-    load(prepare_instance(type_), index).launch(
+    _kernel(index, prepare_instance, type_).launch(
         (min(1024, -(-plan.offsets[-2] // 512)), 1, 1), (256, 1, 1),
         (*[t.data_ptr() for t in parameters], *[start + n for n in plan.offsets[:5]], dim, rank,
          routes, plan.row, plan.tiles, *[_CODES[t.dtype] for t in parameters]))
@@ -326,8 +327,8 @@ def _merge(maps, merged, extra=0, normed=0, weight=None, bias=None, moments=0, e
     """The sum of the maps (and ``extra``), its LayerNorm: each where an address for it is given."""
     count, batch, height, width, dim = maps.shape
     positions, index = batch * height * width, maps.get_device()
-    instance = merge_instance(_TYPES[maps.dtype], count, extra != 0, -(-dim // 128), to_float)
-    load(instance, index).launch(
+    _kernel(index, merge_instance, _TYPES[maps.dtype], count, extra != 0, -(-dim // 128),
+            to_float).launch(
         (min(-(-positions // 8), 8 * device_limits(index)[0]), 1, 1), (256, 1, 1),
         (maps.data_ptr(), extra, merged, normed, pointer(weight), pointer(bias), moments, eps,
          positions, dim, 0 if weight is None else _CODES[weight.dtype]), 8 * dim if normed else 0)
@@ -377,7 +378,7 @@ def backward(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, pro
     grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in parameters]
     blocks = -(-columns // 32) + -(-grads[0].numel() // 256) + (-(-dim // 16) if norm else 0)
     absent = (0,) * (2 - len(norm))
-    load(finish_instance(type_), index).launch(
+    _kernel(index, finish_instance, type_).launch(
         (blocks, 1, 1), (32, 8, 1),
         (partials.data_ptr(), product.data_ptr(), pointer(norm_sums),
          *[t.data_ptr() for t in grads], *absent, cut.spans, len(norm_sums) if norm else 0, dim,
@@ -395,7 +396,7 @@ def backward_norm(grad, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, 
     blocks = min(-(-positions * warps // 8), 4 * device_limits(index)[0])
     grad_y, sums = torch.empty_like(grad), x.new_empty((blocks, 2, dim), dtype=torch.float32)
     weight, start = norm_weight.contiguous(), merged.data_ptr()
-    load(norm_backward_instance(_TYPES[x.dtype], -(-dim // (128 * warps)), warps), index).launch(
+    _kernel(index, norm_backward_instance, _TYPES[x.dtype], -(-dim // (128 * warps)), warps).launch(
         (blocks, 1, 1), (256, 1, 1),
         (grad.data_ptr(), start, start + 2 * positions * dim, weight.data_ptr(),
          grad_y.data_ptr(), sums.data_ptr(), positions, dim, _CODES[weight.dtype]), 8 * dim)
