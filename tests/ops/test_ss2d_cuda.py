@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.library import opcheck
 
 from vmamba_mm.ops import cross_merge, cross_scan, selective_scan, ss2d_scan, ss2d_scan_norm
 from vmamba_mm.ops.instances import INSTANCES
@@ -123,7 +124,7 @@ def test_many_images_to_a_block():
 @pytest.mark.parametrize('maps', [2, 4])
 @pytest.mark.parametrize('size', [(5, 7, 7), (3, 9, 14), (9, 2, 3), (2, 1, 1), (3, 25, 40)])
 def test_any_cut(monkeypatch, size, maps, slots, spans):
-    """However the batch is cut into slots and spans; spans of whole images if routes share a map."""
+    """However the batch is cut into slots and spans; of whole images if routes share a map."""
     batch, height, width = size
     plan_of = cuda._plan
 
@@ -249,6 +250,26 @@ def test_graph_stream_and_compile(monkeypatch):
     assert torch.equal(other, expected)
     compiled = torch.compile(lambda *args: ss2d_scan(*args) * 2, fullgraph=True)
     assert torch.equal(compiled(*inputs.values()), expected * 2)
+
+
+@needs_gpu
+@pytest.mark.parametrize('save', [False, True])
+@pytest.mark.parametrize('state', [1, 4])
+def test_shapes_of_what_is_kept(monkeypatch, state, save):
+    monkeypatch.undo()
+    checks = ('test_schema', 'test_faketensor')
+    ops = torch.ops.vmamba_mm
+    tensors = list(make(2, 36, 9, 14, state=state).values())
+    norm = [torch.ones(36, device='cuda'), torch.zeros(36, device='cuda')]
+    args = (*tensors, torch.float32, 'cuda', save)
+    opcheck(ops.ss2d_scan_fwd.default, args, test_utils=checks)
+    args_norm = (*tensors, *norm, 1e-5, save)
+    opcheck(ops.ss2d_scan_norm.default, args_norm, test_utils=checks)
+    if save:
+        y, *kept = ops.ss2d_scan_fwd(*args)
+        opcheck(ops.ss2d_scan_bwd.default, (y, *tensors, *kept, 'cuda'), test_utils=checks)
+        y, *kept = ops.ss2d_scan_norm(*args_norm)
+        opcheck(ops.ss2d_scan_norm_bwd.default, (y, *tensors, *norm, *kept), test_utils=checks)
 
 
 @needs_gpu

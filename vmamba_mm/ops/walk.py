@@ -55,27 +55,28 @@ def device_limits(index: int) -> tuple[int, int, int]:
             properties.shared_memory_per_block_optin)
 
 
-@torch.compiler.assume_constant_result
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
-
-
 def why_not(tensor: Tensor, rank: int, state: int) -> str | None:
     """What keeps the kernels from taking a map or sequence like ``tensor``, or None."""
     if not tensor.is_cuda or torch.version.hip is not None:
         return f'the input is on {tensor.device}, not on an NVIDIA GPU'
     if tensor.dtype not in TYPES:
         return f'the input is {tensor.dtype}; the kernels take float16, bfloat16 and float32'
-    capability = _capability(tensor.device.index)
-    if capability < ((8, 0) if tensor.dtype == torch.bfloat16 else (7, 5)):
-        return f'a GPU of compute capability {capability} is too old for {tensor.dtype}'
-    if tensor.shape[0] == 0 or tensor[0].numel() >= 2**31:
+    if tensor.shape[0] == 0 or tensor.numel() // tensor.shape[0] >= 2**31:
         return 'a sample has 2^31 elements or more, or the batch is empty'
-    return _why_too_big(tensor.device.index, rank, state)
+    return _why_not_here(tensor.device.index, tensor.dtype, rank, state)
 
 
 @torch.compiler.assume_constant_result
-def _why_too_big(index: int, rank: int, state: int) -> str | None:
+def _why_not_here(index: int, dtype: torch.dtype, rank: int, state: int) -> str | None:
+    """What keeps a GPU from it."""
+    return _why_not_on(index, dtype, rank, state)
+
+
+@cache
+def _why_not_on(index: int, dtype: torch.dtype, rank: int, state: int) -> str | None:
+    capability = torch.cuda.get_device_capability(index)
+    if capability < ((8, 0) if dtype == torch.bfloat16 else (7, 5)):
+        return f'a GPU of compute capability {capability} is too old for {dtype}'
     shared = _backward_shared(rank, groups_of(state)[0], 1)
     if shared > device_limits(index)[2]:
         return f'dt_rank={rank} needs {shared} bytes of shared memory, more than this GPU has'
