@@ -9,10 +9,12 @@ struct Params {
     const void *weight, *bias;    // (D)
     float2 *moments;              // (M): mean and 1 / deviation, or null
     float eps;
-    int positions, dim, parameter_type;
+    int batch, length, images, dim, parameter_type;  // images: of a span of the scan
 };
 
-// A warp per position; a lane has 4 adjacent channels out of each 128.
+// A warp per position; a lane has 4 adjacent channels out of each 128. First come the images that
+// the scan wrote last, in every span, for they are in L2: the last ones of a forward, the first
+// ones of a backward, which is what has an extra map.
 template <class T, int MAPS, bool EXTRA, int PARTS, bool FLOAT>
 __global__ void __launch_bounds__(256) ss2d_merge(const Params p) {
     const int lane = threadIdx.x & 31;
@@ -25,8 +27,13 @@ __global__ void __launch_bounds__(256) ss2d_merge(const Params p) {
         }
         __syncthreads();
     }
-    const long long map = (long long)p.positions * p.dim;
-    for (int m = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5); m < p.positions; m += warps) {
+    const long long map = (long long)p.batch * p.length * p.dim;
+    const u32 spans = (p.batch + p.images - 1) / p.images, all = spans * p.images * p.length;
+    for (u32 j = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5); j < all; j += warps) {
+        const u32 rank = j / (u32)p.length, turn = rank / spans;
+        const int image = (rank - turn * spans) * p.images + (EXTRA ? turn : p.images - 1 - turn);
+        if (image >= p.batch) continue;
+        const int m = image * p.length + (j - rank * p.length);
         const unsigned short *at = (const unsigned short *)p.maps + (long long)m * p.dim;
         const long long to = (long long)m * p.dim;
         float v[PARTS][4];
@@ -84,7 +91,8 @@ __global__ void __launch_bounds__(256) ss2d_merge(const Params p) {
         for (int i = 0; i < PARTS; ++i) {
             const int c = i * 128 + lane * 4;
             if (c >= p.dim) continue;
-            const float4 w = *(const float4 *)(shared + c), b = *(const float4 *)(shared + p.dim + c);
+            const float4 w = *(const float4 *)(shared + c);
+            const float4 b = *(const float4 *)(shared + p.dim + c);
             const float o[4] = {v[i][0] * scale * w.x + b.x, v[i][1] * scale * w.y + b.y,
                                 v[i][2] * scale * w.z + b.z, v[i][3] * scale * w.w + b.w};
             *(uint2 *)((unsigned short *)p.normed + to + c)

@@ -18,8 +18,9 @@ INSTANCES: dict[Instance, int] = {
        for make in (cuda.forward_instance, cuda.backward_instance)},
     **{make(type_): low for type_, low in _TYPES.items()
        for make in (cuda.prepare_instance, cuda.finish_instance)},
-    **{cuda.merge_instance(type_, 4, *rest): low for type_, low in _TYPES.items()
-       for rest in ((False, 1, False), (False, 1, True), (False, 12, False), (True, 12, False))},
+    **{cuda.merge_instance(type_, *rest): low for type_, low in _TYPES.items()
+       for rest in ((4, False, 1, False), (4, False, 1, True), (4, False, 12, False),
+                    (4, True, 12, False), (2, False, 12, False), (2, True, 12, False))},
     **{cuda.norm_backward_instance(type_, parts, warps): low for type_, low in _TYPES.items()
        for parts, warps in ((1, 1), (4, 4))},
     **{kernel: _TYPES.get(type_, 75) for type_, states, sequence in _WALKS

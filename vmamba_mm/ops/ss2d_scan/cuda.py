@@ -68,7 +68,7 @@ def finish_instance(type_: str) -> Instance:
 
 def merge_instance(type_: str, maps: int, extra: bool, parts: int, to_float: bool) -> Instance:
     return Instance('ss2d_merge.cu', f'ss2d_merge<{type_}, {maps}, {str(extra).lower()}, {parts}, '
-                    f'{str(to_float).lower()}>', 'P' * 7 + 'fiii')
+                    f'{str(to_float).lower()}>', 'P' * 7 + 'fiiiii')
 
 
 def norm_backward_instance(type_: str, parts: int, warps: int) -> Instance:
@@ -199,10 +199,11 @@ def forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype, s
 
     For inputs for which ``why_not`` is None.
     """
-    maps, projected, kept = _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save)
+    maps, images, projected, kept = _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D,
+                                          save)
     if norm_fits(x):
         y = torch.empty_like(x, dtype=out_dtype, memory_format=torch.channels_last)
-        _merge(maps, y.data_ptr(), to_float=out_dtype == torch.float32)
+        _merge(maps, images, y.data_ptr(), to_float=out_dtype == torch.float32)
     else:
         y = torch.sum(maps, 0, dtype=out_dtype).permute(0, 3, 1, 2)
     return layout.like(y, x), projected, kept
@@ -242,13 +243,14 @@ def forward_norm(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, norm_we
     ``merged``, which the norm's backward needs, is the map (B, H, W, D) in ``x``'s dtype and then
     for each position mean and 1 / deviation in fp32; empty unless ``save``.
     """
-    maps, projected, kept = _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save)
+    maps, images, projected, kept = _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D,
+                                          save)
     out = torch.empty_like(x, memory_format=torch.channels_last)
     merged = x.new_empty(merged_size(x) if save else 0)
     if norm_bias.dtype != norm_weight.dtype:
         norm_bias = norm_bias.to(norm_weight.dtype)
     start = merged.data_ptr()
-    _merge(maps, start, normed=out.data_ptr(), weight=norm_weight.contiguous(),
+    _merge(maps, images, start, normed=out.data_ptr(), weight=norm_weight.contiguous(),
            bias=norm_bias.contiguous(), moments=start + 2 * x.numel() if save else 0, eps=eps)
     return layout.like(out, x), projected, kept, merged
 
@@ -298,9 +300,10 @@ def _walk(plan, cut, instance, fields, x, back):
 
 
 def _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save):
-    """Maps (a number, B, H, W, D) to be added up, ``projected`` and ``kept``."""
+    """Maps (a number, B, H, W, D) to be added up, images of a span, ``projected``, ``kept``."""
     if not _is_fast(x, A.shape[1]):
-        return walk.forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save)
+        maps, *others = walk.forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save)
+        return maps, len(x), *others
     batch, dim, height, width = x.shape
     routes, _, rank = dt_projs_weight.shape
     type_, index = _TYPES[x.dtype], x.get_device()
@@ -319,19 +322,28 @@ def _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save):
     fields = (*_scan_fields(plan, plan.forward, kept, projected, x, rank), *_map(x),
               maps.data_ptr(), start + plan.offsets[-2] if save else 0)
     _walk(plan, plan.forward, forward_instance, fields, x, False)
-    return maps, projected, kept
+    return maps, _images(plan, plan.forward, batch), projected, kept
 
 
-def _merge(maps, merged, extra=0, normed=0, weight=None, bias=None, moments=0, eps=0.0,
+def _images(plan, cut, batch):
+    """Images of a span; all, where spans are not of whole images."""
+    return cut.span * 8 // plan.slots if cut.independent and cut.spans > 1 else batch
+
+
+def _merge(maps, images, merged, extra=0, normed=0, weight=None, bias=None, moments=0, eps=0.0,
            to_float=False):
-    """The sum of the maps (and ``extra``), its LayerNorm: each where an address for it is given."""
+    """The sum of the maps (and ``extra``), its LayerNorm: each where an address for it is given.
+
+    ``images`` are those of a span of the scan that wrote the maps.
+    """
     count, batch, height, width, dim = maps.shape
     positions, index = batch * height * width, maps.get_device()
     _kernel(index, merge_instance, _TYPES[maps.dtype], count, extra != 0, -(-dim // 128),
             to_float).launch(
         (min(-(-positions // 8), 8 * device_limits(index)[0]), 1, 1), (256, 1, 1),
         (maps.data_ptr(), extra, merged, normed, pointer(weight), pointer(bias), moments, eps,
-         positions, dim, 0 if weight is None else _CODES[weight.dtype]), 8 * dim if normed else 0)
+         batch, height * width, images, dim, 0 if weight is None else _CODES[weight.dtype]),
+        8 * dim if normed else 0)
 
 
 # --- backward ---------------------------------------------------------------------------------
@@ -369,7 +381,7 @@ def backward(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, pro
     dprojected = dprojected[0] if cut.columns == 1 else dprojected.sum(0)
     grad_x = torch.mm(dprojected, kept.as_strided((routes * plan.row, dim), (dim, 1)))
     if norm_fits(x):
-        _merge(maps, grad_x.data_ptr(), extra=grad_x.data_ptr())
+        _merge(maps, _images(plan, cut, batch), grad_x.data_ptr(), extra=grad_x.data_ptr())
     else:
         grad_x = torch.sum(maps.flatten(1, 3), 0, dtype=torch.float32).add_(grad_x).to(x.dtype)
     grad_x = grad_x.view(batch, height, width, dim).permute(0, 3, 1, 2)
