@@ -38,8 +38,8 @@ def norm_error(actual, expected):
     return ((actual.double() - expected).norm() / expected.norm().clamp_min(1e-20)).item()
 
 
-def make(batch, dim, height, width, dtype=torch.float16, **kwargs):
-    inputs = ss2d_scan_inputs(batch, dim, height, width, device='cuda', **kwargs)
+def make(batch, dim, height, width, dtype=torch.float16, device='cuda', **kwargs):
+    inputs = ss2d_scan_inputs(batch, dim, height, width, device=device, **kwargs)
     inputs['x'] = inputs['x'].to(dtype).contiguous(memory_format=torch.channels_last)
     return inputs
 
@@ -51,9 +51,9 @@ def exact(inputs):
 
 def check(inputs):
     """The result and every gradient: at most twice the error of autocast PyTorch."""
-    dtype = inputs['x'].dtype
-    rng = torch.Generator('cuda').manual_seed(1)
-    grad_y = torch.randn(inputs['x'].shape, generator=rng, device='cuda').to(dtype)
+    dtype, device = inputs['x'].dtype, inputs['x'].device
+    rng = torch.Generator(device).manual_seed(1)
+    grad_y = torch.randn(inputs['x'].shape, generator=rng, device=device).to(dtype)
     expected = exact(inputs)
     expected_grads = chunked.backward(grad_y.double(), *(t.double() for t in inputs.values()))
     plain, plain_grads = with_grads(naive, inputs, grad_y)
@@ -68,6 +68,56 @@ def check(inputs):
     half = ss2d_scan(**inputs)
     assert half.dtype == dtype and torch.equal(half, y.to(dtype))
     return y
+
+
+def check_norm(inputs):
+    """The same of the op that ends with the norm."""
+    x = inputs['x']
+    dim, rng = x.shape[1], torch.Generator(x.device).manual_seed(2)
+    weight, bias = torch.randn(2, dim, generator=rng, device=x.device)
+
+    def normed(y):
+        return F.layer_norm(y.permute(0, 2, 3, 1), (dim,), weight.to(y.dtype), bias.to(y.dtype)
+                            ).permute(0, 3, 1, 2)
+
+    expected = normed(exact(inputs))
+    with torch.no_grad():
+        y = ss2d_scan_norm(**inputs, norm_weight=weight, norm_bias=bias)
+    assert y.dtype == x.dtype and y.stride() == x.stride()
+    limit = 2 * max(norm_error(normed(naive(**inputs)), expected), 2**-12)
+    assert norm_error(y, expected) <= limit
+    everything = dict(inputs, norm_weight=weight, norm_bias=bias)
+    _, true = with_grads(ss2d_scan_norm, {k: t.double() for k, t in everything.items()})
+    _, plain = with_grads(lambda norm_weight, norm_bias, **rest: F.layer_norm(
+        naive(**rest).permute(0, 2, 3, 1), (dim,), norm_weight, norm_bias
+    ).permute(0, 3, 1, 2).to(x.dtype), everything)
+    trained, grads = with_grads(ss2d_scan_norm, everything, backend='cuda')
+    assert torch.equal(trained, y)
+    for name, grad in grads.items():
+        assert grad.dtype == everything[name].dtype
+        limit = 2 * max(norm_error(plain[name], true[name]), 2**-12)
+        assert norm_error(grad, true[name]) <= limit, name
+
+
+def cut_by_hand(monkeypatch, maps, slots, spans):
+    """Plans of so many maps and spans, the slots of an image 'exact' or 'rounded'."""
+    plan_of = cuda._plan
+
+    def plan(batch, dim, height, width, *args):
+        plan = plan_of(batch, dim, height, width, *args)
+        count = -(-height * width // 7)
+        if slots == 'rounded':
+            count = -(-count // 8) * 8
+        chunks = -(-batch * count // 8)
+        unit = count // math.gcd(count, 8) if maps == 2 else 1
+        span = -(-chunks // (unit * spans)) * unit
+        cuts = [cut._replace(maps=maps, span=span, spans=-(-chunks // span),
+                             independent=maps == 2 or span >= chunks)
+                for cut in (plan.forward, plan.backward)]
+        return plan._replace(slots=count, chunks=chunks, forward=cuts[0], backward=cuts[1],
+                             magic=(*plan.magic[:2], cuda._magic(count)))
+
+    monkeypatch.setattr(cuda, '_plan', plan)
 
 
 @pytest.fixture(autouse=True)
@@ -126,23 +176,7 @@ def test_many_images_to_a_block():
 def test_any_cut(monkeypatch, size, maps, slots, spans):
     """However the batch is cut into slots and spans; of whole images if routes share a map."""
     batch, height, width = size
-    plan_of = cuda._plan
-
-    def plan(*args):
-        plan = plan_of(*args)
-        count = -(-height * width // 7)
-        if slots == 'rounded':
-            count = -(-count // 8) * 8
-        chunks = -(-batch * count // 8)
-        unit = count // math.gcd(count, 8) if maps == 2 else 1
-        span = -(-chunks // (unit * spans)) * unit
-        cuts = [cut._replace(maps=maps, span=span, spans=-(-chunks // span),
-                             independent=maps == 2 or span >= chunks)
-                for cut in (plan.forward, plan.backward)]
-        return plan._replace(slots=count, chunks=chunks, forward=cuts[0], backward=cuts[1],
-                             magic=(*plan.magic[:2], cuda._magic(count)))
-
-    monkeypatch.setattr(cuda, '_plan', plan)
+    cut_by_hand(monkeypatch, maps, slots, spans)
     check(make(batch, 48, height, width))
 
 
@@ -205,30 +239,7 @@ def test_bit_equal_from_run_to_run():
 @needs_gpu
 @pytest.mark.parametrize('dim', [32, 96, 100, 768, 1536, 18])
 def test_norm(dim):
-    inputs = make(2, dim, 9, 14)
-    weight, bias = torch.randn(dim, device='cuda'), torch.randn(dim, device='cuda')
-
-    def normed(y):
-        return F.layer_norm(y.permute(0, 2, 3, 1), (dim,), weight.to(y.dtype), bias.to(y.dtype)
-                            ).permute(0, 3, 1, 2)
-
-    expected = normed(exact(inputs))
-    with torch.no_grad():
-        y = ss2d_scan_norm(**inputs, norm_weight=weight, norm_bias=bias)
-    assert y.dtype == torch.float16 and y.stride() == inputs['x'].stride()
-    limit = 2 * max(norm_error(normed(naive(**inputs)), expected), 2**-12)
-    assert norm_error(y, expected) <= limit
-    everything = dict(inputs, norm_weight=weight, norm_bias=bias)
-    _, true = with_grads(ss2d_scan_norm, {k: t.double() for k, t in everything.items()})
-    _, plain = with_grads(lambda norm_weight, norm_bias, **rest: F.layer_norm(
-        naive(**rest).permute(0, 2, 3, 1), (dim,), norm_weight, norm_bias
-    ).permute(0, 3, 1, 2).half(), everything)
-    trained, grads = with_grads(ss2d_scan_norm, everything, backend='cuda')
-    assert torch.equal(trained, y)
-    for name, grad in grads.items():
-        assert grad.dtype == everything[name].dtype
-        limit = 2 * max(norm_error(plain[name], true[name]), 2**-12)
-        assert norm_error(grad, true[name]) <= limit, name
+    check_norm(make(2, dim, 9, 14))
 
 
 @needs_gpu

@@ -30,13 +30,13 @@ NAMES = ('y', 'x', 'x_proj_weight', 'dt_projs_weight', 'dt_projs_bias', 'A', 'D'
 SEQUENCE_NAMES = ('y', 'u', 'delta', 'A', 'B', 'C', 'D', 'delta_bias')
 
 
-def make(batch, dim, height, width, state, routes, rank, dtype=torch.float32, **kwargs):
+def make(batch, dim, height, width, state, routes, rank, dtype=torch.float32, device='cuda'):
     """Inputs (x in ``dtype``) and the gradient by y."""
     inputs = ss2d_scan_inputs(batch, dim, height, width, state=state, routes=routes, rank=rank,
-                              device='cuda', **kwargs)
+                              device=device)
     x = inputs['x'] = inputs['x'].to(dtype).contiguous(memory_format=torch.channels_last)
-    rng = torch.Generator('cuda').manual_seed(1)
-    return inputs, torch.randn(x.shape, generator=rng, device='cuda').to(dtype).contiguous(
+    rng = torch.Generator(device).manual_seed(1)
+    return inputs, torch.randn(x.shape, generator=rng, device=device).to(dtype).contiguous(
         memory_format=torch.channels_last)
 
 
@@ -167,11 +167,11 @@ def run_sequence(inputs, grad_y, softplus=True, out_dtype=torch.float32):
             *s6_cuda.backward(grad_y, *values, softplus))
 
 
-def make_sequence(*shape, dtype=torch.float32):
-    inputs = selective_scan_inputs(*shape, device='cuda')
+def make_sequence(*shape, dtype=torch.float32, device='cuda'):
+    inputs = selective_scan_inputs(*shape, device=device)
     inputs.update((name, inputs[name].to(dtype)) for name in ('u', 'delta', 'B', 'C'))
-    rng = torch.Generator('cuda').manual_seed(1)
-    return inputs, torch.randn(inputs['u'].shape, generator=rng, device='cuda').to(dtype)
+    rng = torch.Generator(device).manual_seed(1)
+    return inputs, torch.randn(inputs['u'].shape, generator=rng, device=device).to(dtype)
 
 
 def exact_sequence(inputs, grad_y, softplus=True):

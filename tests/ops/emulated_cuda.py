@@ -1,0 +1,161 @@
+"""The CUDA kernels on a CPU: what they calculate is then tested on machines without a GPU.
+
+The C++ compiler takes a kernel's source as it is, but for two things: an ``asm`` statement becomes
+a call of a function with the name of its instruction, and dynamic shared memory a pointer.
+``emulated_cuda.h`` has those functions, CUDA's built-ins, and a fiber for each thread of a block.
+The launches are the real ones.
+
+Of mistakes that results on a GPU may not show, these are found: dynamic shared memory is NaN until
+it is written, and a copy in the background comes as late as it may; threads that wait for ever and
+writes beyond dynamic shared memory are errors; :attr:`Kernel.seed` changes the order of threads, so
+that a race changes the result. Accesses of global memory are not checked.
+"""
+
+import contextlib
+import ctypes
+import re
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vmamba_mm.ops import nvrtc, walk
+from vmamba_mm.ops.ss2d_scan import cuda
+from vmamba_mm.ops.ss2d_scan import walk as ss2d_walk
+
+HEADER = Path(__file__).with_name('emulated_cuda.h')
+COMPILER = shutil.which('c++') or shutil.which('g++')  # None: there is none
+# Few multiprocessors, so that small inputs are cut as large ones are on a GPU.
+PROPERTIES = dict(multi_processor_count=4, shared_memory_per_multiprocessor=228 * 1024,
+                  shared_memory_per_block_optin=227 * 1024, L2_cache_size=50 * 2**20)
+WHY_NOT = walk.why_not  # the real one
+CACHES = (cuda._plan, cuda._kernel, walk.device_limits, walk._why_not_on)
+
+
+def translate(source: str) -> str:
+    """Preprocessed CUDA to C++ for ``emulated_cuda.h``."""
+    source = re.sub(r'extern __shared__ __align__\(16\) (\w+) (\w+)\[\];',
+                    r'\1 *const \2 = (\1 *)dynamic_shared;', source)
+    parts, end = [], 0
+    for match in re.finditer(r'\basm(?: volatile)?\(', source):
+        parts.append(source[end:match.start()])
+        end = closing(source, match.end())
+        parts.append(call_of(source[match.end():end - 1]))
+    return ''.join([*parts, source[end:]])
+
+
+def closing(text: str, start: int) -> int:
+    """The position after the parenthesis that closes one before ``start``."""
+    depth = 1
+    for match in re.compile('[()]').finditer(text, start):
+        depth += 1 if match[0] == '(' else -1
+        if depth == 0:
+            return match.end()
+    raise ValueError(f'no closing parenthesis after {text[start:start + 40]!r}')
+
+
+def call_of(statement: str) -> str:
+    """What is within ``asm(...)``, as a call; a statement for the optimiser alone does nothing."""
+    code, operands = re.match(r'((?:\s*"[^"]*")+)(.*)', statement, re.DOTALL).groups()
+    code = ''.join(re.findall('"([^"]*)"', code))
+    names = re.findall(r'(?:^|[;:{])\s*([a-z]\w*(?:\.\w+)+)', code)
+    if not names:
+        return '(void)0'
+    values = [operands[match.end():closing(operands, match.end()) - 1]
+              for match in re.finditer(r'"[=+]?\w"\s*\(', operands)]
+    arguments = [values[int(number[1:])] if number[0] == '%' else number
+                 for number in re.findall(r'%\d+|(?<![\w.])\d+\b', code)]
+    return f'ptx::{"__".join(names).replace(".", "_")}({", ".join(arguments)})'
+
+
+class Kernel:
+    """In place of :class:`vmamba_mm.ops.nvrtc.Kernel`."""
+
+    seed = 0  # of the order in which blocks, warps and lanes run
+
+    def __init__(self, instance: nvrtc.Instance, index: int, library: Path):
+        self.instance = instance
+        self._lib = ctypes.CDLL(str(library))
+        self._lib.launch.restype = ctypes.c_char_p
+        self._size = nvrtc.packed_size(instance.params)
+        if self._lib.params_size() != self._size:
+            raise ValueError(f'{instance}: params={instance.params!r} is a struct of {self._size} '
+                             f'bytes, but the kernel takes {self._lib.params_size()}')
+
+    def launch(self, grid, block, args, shared=0):
+        if shared > PROPERTIES['shared_memory_per_block_optin'] or max(grid[1:]) > 65535:
+            raise RuntimeError(f'{self.instance}: no launch of {grid} with {shared} bytes')
+        params = struct.pack(f'@{self.instance.params}', *args).ljust(self._size)
+        error = self._lib.launch(params, *grid, *block, shared, self.seed)
+        if error:
+            raise RuntimeError(f'{self.instance}, grid {grid}, block {block}: {error.decode()}')
+
+
+def build(instance: nvrtc.Instance, arch: str, folder: Path) -> Path:
+    """In place of :func:`vmamba_mm.ops.nvrtc.build`: a shared library in ``folder``."""
+    library = folder / (re.sub(r'\W+', '_', f'{instance} {arch}') + '.so')
+    if library.exists():
+        return library
+    defines = [f'-D{name}={value}' for name, value in
+               (*instance.defines, ('__CUDA_ARCH__', f'{arch.removeprefix("sm_")}0'))]
+    source = run_compiler('-E', *defines, str(nvrtc.KERNELS / instance.source))
+    name = f'({instance.name})'
+    source = '\n'.join((
+        f'#include "{HEADER}"', translate(source), 'static const void *given;',
+        f'static void call() {{ emulated::call_kernel({name}, given); }}',
+        f'EXPORT int params_size() {{ return emulated::size_of_params({name}); }}',
+        'EXPORT const char *launch(const void *params, u32 x, u32 y, u32 z, u32 block_x, '
+        'u32 block_y, u32 block_z, int shared, u32 seed) {',
+        '    given = params;',
+        '    return emulated::launch(call, {x, y, z}, {block_x, block_y, block_z}, shared, seed);',
+        '}'))
+    # C's own headers take half the time of those that C++ wraps around them.
+    run_compiler('-std=c++17', '-O1', '-nostdinc++', '-fno-strict-aliasing', '-shared', '-fPIC',
+                 '-fvisibility=hidden', '-U_FORTIFY_SOURCE',
+                 '-DEXPORT=extern "C" __attribute__((visibility("default")))',
+                 '-o', str(library), '-', text=source)
+    return library
+
+
+def run_compiler(*arguments: str, text: str | None = None) -> str:
+    done = subprocess.run([COMPILER or 'c++', '-w', '-x', 'c++', *arguments], input=text,
+                          capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f'{" ".join(done.args)}:\n{done.stderr[:5000]}')
+    return done.stdout
+
+
+@contextlib.contextmanager
+def emulated_gpu(folder: Path, capability: tuple[int, int] = (9, 0)):
+    """Ops take tensors of the CPU for those of a GPU of this compute capability; ``folder`` keeps
+    what is compiled."""
+    properties = SimpleNamespace(major=capability[0], **PROPERTIES)
+    archs = SimpleNamespace(archs=[10 * capability[0] + capability[1]])
+    with pytest.MonkeyPatch.context() as patch:
+        for target, name, value in (
+                (nvrtc, '_kernels', {}), (nvrtc, 'Kernel', Kernel),
+                (nvrtc, '_device_index', lambda _: 0), (nvrtc, 'find_nvrtc', lambda: archs),
+                (nvrtc, 'build', lambda instance, arch: build(instance, arch, folder)),
+                (torch.cuda, 'get_device_capability', lambda _: capability),
+                (torch.cuda, 'get_device_properties', lambda _: properties),
+                (walk, 'why_not', why_not), (ss2d_walk, 'why_not', why_not)):
+            patch.setattr(target, name, value)
+        for cached in CACHES:
+            cached.cache_clear()
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # for so little work, others only wait for a core
+        yield
+        torch.set_num_threads(threads)
+    for cached in CACHES:
+        cached.cache_clear()
+
+
+def why_not(tensor, rank, state):
+    """What the op says to such a tensor on a GPU."""
+    on_gpu = SimpleNamespace(is_cuda=True, device=torch.device('cuda', 0), dtype=tensor.dtype,
+                             shape=tensor.shape, numel=tensor.numel)
+    return WHY_NOT(on_gpu, rank, state)
