@@ -1,6 +1,6 @@
-// What the walk kernels share: one thread is one channel of one walk. A walk is a route
-// of ss2d_scan over one image, or (SEQ) a sequence of selective_scan; it may be cut into spans.
-// A block has WARP-wide groups of adjacent channels of one walk, all at the same position.
+// What the walk kernels share. A walk is a route of ss2d_scan over one image, or (SEQ) a sequence
+// of selective_scan; it may be cut into spans. A block has adjacent channels of one walk, all in
+// the same chunk of positions.
 //
 // All is in base-2 logarithms, as in ss2d_scan_fwd.cu: l = delta / ln 2, the decay is 2^(A l), the
 // kept state is h / ln 2, and C takes the ln 2 (so the kept gradient by h is g ln 2).
@@ -8,12 +8,8 @@
 #include "common.cuh"
 
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
-constexpr int CHUNK = 48;  // positions between two barriers, and between two saved states
-constexpr int STEP = 8;    // positions that a thread takes at a time
-constexpr int PITCH = CHUNK + 4;  // of a staged column: 16-byte rows, few bank conflicts
-// A thread's STATE numbers in shared memory are adjacent and padded: constant offsets (the compiler
-// would keep an address for each in a register) without bank conflicts.
-template <int STATE> constexpr int pitch_of = STATE | 1;
+constexpr int SAVED = 24;  // positions between two saved states
+template <int POSITIONS> constexpr int pitch_for = POSITIONS + 4;  // 16-byte rows, few conflicts
 
 struct Params {
     const void *x;         // map (B, D, H, W) by strides; SEQ: u (B, K * D, L)
@@ -24,7 +20,7 @@ struct Params {
     const float *rates;    // (K, G * STATE, D): A, zero beyond N
     const float *skip;     // (K, D)
     const float *entries;  // (walks, spans, STATE, D): what enters each span, or null for zeros
-    float *states;         // (walks, chunks, STATE, D): the state that enters each chunk, or null
+    float *states;         // (walks, chunks, STATE, D): what enters each SAVED positions, or null
     float *decays, *ends;  // (walks, spans, STATE, D): of a span from zero, if SUMMARY
     void *y;               // (G, K, B, L, D) in row-major order of the image, or null; SEQ: like u
     const void *grad;      // by y: (B, D, H, W) by strides; SEQ: like u
@@ -34,7 +30,7 @@ struct Params {
     float *sums;           // (B, spans, K, G, STATE + R + 2, D): by A, weights, bias and skip
     long long x_b, x_d, x_h, x_w, grad_b, grad_d, grad_h, grad_w;  // strides in elements
     int batch, dim, height, width, rank, state, routes, groups;  // state: N, groups: G of STATE
-    int span, spans, chunks, columns;  // span: positions, a multiple of CHUNK; columns: of blocks
+    int span, spans, chunks, columns;  // span: positions, a multiple of SAVED; columns: of blocks
     int softplus, y_type, part_type, vector;  // types as in load_parameter; vector: SEQ, aligned
     u32 magic_height, magic_width;
 };
@@ -44,6 +40,13 @@ struct Float {};  // fp32 maps, beside Half and BFloat
 template <class A, class B> constexpr bool same = false;
 template <class A> constexpr bool same<A, A> = true;
 template <class T> constexpr int type_of = same<T, Float> ? 0 : same<T, Half> ? 1 : 2;
+
+// Without what C++ does to a short before it is an int: that would wait for the load.
+__device__ __forceinline__ u32 load_u16(const void *p) {
+    u32 v;
+    asm("ld.global.nc.u16 %0, [%1];" : "=r"(v) : "l"(p));
+    return v;
+}
 
 template <class T>
 __device__ __forceinline__ float load(const void *p, long long i) {
@@ -57,12 +60,6 @@ __device__ __forceinline__ void store(void *p, long long i, float v, int type) {
 #if __CUDA_ARCH__ >= 800
     else ((unsigned short *)p)[i] = (unsigned short)BFloat::pack(v, 0.f);
 #endif
-}
-
-__device__ __forceinline__ float reciprocal(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
 }
 
 // log2(1 + 2^z): e P(e) with e = 2^-|z|, so that tiny results keep their digits.
@@ -87,19 +84,6 @@ __device__ __forceinline__ float softplus2(float z) {
         p = fmaf(p, e, 1.44268286f);
     }
     return fmaf(p, e, fmaxf(z, 0.f));
-}
-
-// The derivative of softplus where its value is delta: 1 - exp(-delta).
-__device__ __forceinline__ float softplus_slope(float l) {
-    const float u = l * LN2;
-    float p = fmaf(-u, 1.f / 6, 1.f);
-    p = fmaf(-u * (1.f / 5), p, 1.f);
-    p = fmaf(-u * (1.f / 4), p, 1.f);
-    p = fmaf(-u * (1.f / 3), p, 1.f);
-    p = fmaf(-u * (1.f / 2), p, 1.f);
-    float small = u * p, large = 1.f - ex2(-l);
-    asm("" : "+f"(small), "+f"(large));  // both, rather than a branch
-    return u < 0.25f ? small : large;
 }
 
 // Position i of a walk -> offset in elements. A route against its axis has negative strides.
@@ -141,191 +125,109 @@ struct Steps {  // of a path over a tensor with the strides of H and W
     }
 };
 
-// STEP positions from `start` of a channel, as their bits; zeros beyond `count` and if not `valid`.
-template <class T, bool SEQ>
+// N (4 or 8) positions from `start` of a channel, as their bits; zeros beyond `count` and if not
+// `valid`.
+template <class T, bool SEQ, int N>
 __device__ __forceinline__ void load_bits(
-    u32 (&x)[STEP], const void *base, const Path &path, const Steps &steps, int start, int count,
+    u32 (&x)[N], const void *base, const Path &path, const Steps &steps, int start, int count,
     bool valid, bool vector) {
     constexpr bool WIDE = same<T, Float>;
     constexpr int SIZE = WIDE ? 4 : 2;
-    auto load = [&](const void *p, int i) -> u32 {
-        return WIDE ? __ldg((const u32 *)p + i) : __ldg((const unsigned short *)p + i);
+    auto load = [&](const char *at) -> u32 {
+        if constexpr (WIDE) return __ldg((const u32 *)at);
+        else return load_u16(at);
     };
-    if (SEQ && vector && count >= STEP && !path.back) {
-        uint4 u[2] = {make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
-        const uint4 *from = (const uint4 *)((const char *)base + (long long)start * SIZE);
+    if (SEQ && vector && count >= N && !path.back) {
+        u32 words[N] = {};
+        const char *from = (const char *)base + (long long)start * SIZE;
         if (valid) {
-            u[0] = __ldg(from);
-            if (WIDE) u[1] = __ldg(from + 1);
-        }
-        const u32 words[8] = {u[0].x, u[0].y, u[0].z, u[0].w, u[1].x, u[1].y, u[1].z, u[1].w};
+            if constexpr (N * SIZE == 8) {
+                const uint2 u = __ldg((const uint2 *)from);
+                words[0] = u.x, words[1] = u.y;
+            } else {
 #pragma unroll
-        for (int i = 0; i < STEP; ++i)
+                for (int i = 0; i < N * SIZE / 4; i += 4) {
+                    const uint4 u = __ldg((const uint4 *)from + i / 4);
+                    words[i] = u.x, words[i + 1] = u.y, words[i + 2] = u.z, words[i + 3] = u.w;
+                }
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < N; ++i)
             x[i] = WIDE ? words[i] : i & 1 ? words[i / 2] >> 16 : words[i / 2] & 0xffffu;
         return;
     }
     const int row = path.row(start);
     int rest = start - row * path.inner_length;
     int offset = steps.first + row * steps.outer + rest * steps.inner;
-    if (count >= STEP && rest + STEP <= path.inner_length) {  // within a row
+    if (count >= N && rest + N <= path.inner_length) {  // within a row
         const long long step = (long long)steps.inner * SIZE;
         const char *from = (const char *)base + (long long)offset * SIZE;
 #pragma unroll
-        for (int i = 0; i < STEP; ++i, from += step) x[i] = valid ? load(from, 0) : 0u;
+        for (int i = 0; i < N; ++i, from += step) x[i] = valid ? load(from) : 0u;
         return;
     }
 #pragma unroll
-    for (int i = 0; i < STEP; ++i) {
-        x[i] = i < count && valid ? load(base, offset) : 0u;
+    for (int i = 0; i < N; ++i) {
+        x[i] = i < count && valid ? load((const char *)base + (long long)offset * SIZE) : 0u;
         steps.next(path, offset, rest);
     }
 }
 
-template <class T>
-__device__ __forceinline__ void to_floats(float (&x)[STEP], const u32 (&bits)[STEP]) {
+template <class T, int N>
+__device__ __forceinline__ void to_floats(float (&x)[N], const u32 (&bits)[N]) {
 #pragma unroll
-    for (int i = 0; i < STEP; ++i) {
+    for (int i = 0; i < N; ++i) {
         if constexpr (same<T, Float>) x[i] = __uint_as_float(bits[i]);
         else x[i] = T::unpack(bits[i]).x;
     }
 }
 
-template <class T, bool SEQ>
+template <class T, bool SEQ, int N>
 __device__ __forceinline__ void load_steps(
-    float (&x)[STEP], const void *base, const Path &path, const Steps &steps, int start, int count,
+    float (&x)[N], const void *base, const Path &path, const Steps &steps, int start, int count,
     bool valid, bool vector) {
-    u32 bits[STEP];
+    u32 bits[N];
     load_bits<T, SEQ>(bits, base, path, steps, start, count, valid, vector);
     to_floats<T>(x, bits);
 }
 
 // The counterpart, for a contiguous result of type T or another.
-template <class T, bool SEQ>
+template <class T, bool SEQ, int N>
 __device__ __forceinline__ void store_steps(
-    const float (&y)[STEP], void *base, const Path &path, const Steps &steps, int start, int count,
+    const float (&y)[N], void *base, const Path &path, const Steps &steps, int start, int count,
     bool valid, bool vector, int type) {
     constexpr int SIZE = same<T, Float> ? 4 : 2;
     if (!valid) return;
-    if (SEQ && vector && count >= STEP && type == type_of<T>) {
-        uint4 *to = (uint4 *)((char *)base + (long long)start * SIZE);
+    if (SEQ && vector && count >= N && type == type_of<T>) {
+        char *to = (char *)base + (long long)start * SIZE;
         if constexpr (same<T, Float>) {
 #pragma unroll
-            for (int j = 0; j < 2; ++j)
-                to[j] = make_uint4(__float_as_uint(y[4 * j]), __float_as_uint(y[4 * j + 1]),
-                                   __float_as_uint(y[4 * j + 2]), __float_as_uint(y[4 * j + 3]));
+            for (int i = 0; i < N; i += 4)
+                ((float4 *)to)[i / 4] = make_float4(y[i], y[i + 1], y[i + 2], y[i + 3]);
         } else {
-            *to = make_uint4(T::pack(y[0], y[1]), T::pack(y[2], y[3]), T::pack(y[4], y[5]),
-                             T::pack(y[6], y[7]));
+#pragma unroll
+            for (int i = 0; i < N; i += 4)
+                ((uint2 *)to)[i / 4] = make_uint2(T::pack(y[i], y[i + 1]),
+                                                  T::pack(y[i + 2], y[i + 3]));
         }
         return;
     }
     const int row = path.row(start);
     int rest = start - row * path.inner_length;
     int offset = steps.first + row * steps.outer + rest * steps.inner;
-    if (count >= STEP && rest + STEP <= path.inner_length && type == type_of<T>) {
+    if (count >= N && rest + N <= path.inner_length && type == type_of<T>) {
         const long long step = (long long)steps.inner * SIZE;
         char *to = (char *)base + (long long)offset * SIZE;
 #pragma unroll
-        for (int i = 0; i < STEP; ++i, to += step) store(to, 0, y[i], type_of<T>);
+        for (int i = 0; i < N; ++i, to += step) store(to, 0, y[i], type_of<T>);
         return;
     }
 #pragma unroll
-    for (int i = 0; i < STEP; ++i) {
+    for (int i = 0; i < N; ++i) {
         if (i < count) store(base, offset, y[i], type);
         steps.next(path, offset, rest);
     }
-}
-
-// Columns dt (R), then B and C (STATE each, as wanted) of `count` positions from `start` as fp32,
-// C times ln 2; zeros beyond.
-template <class T, int STATE, bool SEQ, bool WITH_B, bool WITH_C>
-__device__ __forceinline__ void stage(const Params &p, float *staged, const Path &path, int b,
-                                      int k, int group, int start, int count) {
-    const int known = min(STATE, p.state - group * STATE);
-    if constexpr (SEQ) {
-        const long long base = (((long long)b * p.routes + k) * p.state + group * STATE) * p.width;
-        constexpr int COLUMNS = STATE * (WITH_B + WITH_C);
-#pragma unroll 4
-        for (int j = threadIdx.x; j < COLUMNS * CHUNK; j += blockDim.x) {
-            const int column = j / CHUNK, i = j % CHUNK;
-            const bool is_C = !WITH_B || column >= STATE;
-            const int n = WITH_B && column >= STATE ? column - STATE : column;
-            const int at = path.back ? p.width - 1 - start - i : start + i;
-            const float v = n < known && i < count
-                ? load<T>(is_C ? p.C : p.B, base + (long long)n * p.width + at) : 0.f;
-            staged[column * PITCH + i] = is_C ? v * LN2 : v;
-        }
-    } else {
-        const int columns = p.rank + STATE * (WITH_B + WITH_C), row = p.rank + 2 * p.state;
-        const Steps steps(path, p.width, 1);
-        const long long image = (long long)b * p.height * p.width;
-        for (int first = 0; first < columns; first += blockDim.x) {
-            const int width = min(columns - first, (int)blockDim.x);
-            const int column = first + threadIdx.x % width, together = blockDim.x / width;
-            int source = column;
-            bool valid = true, is_C = false;
-            if (column >= p.rank) {
-                const int n = (column - p.rank) % STATE;
-                is_C = !WITH_B || column - p.rank >= STATE;
-                source = p.rank + (is_C ? p.state : 0) + group * STATE + n;
-                valid = n < known;
-            }
-            const float scale = is_C ? LN2 : 1.f;
-            int i = threadIdx.x / width;
-            if (i >= together) i = CHUNK;
-#pragma unroll 4
-            for (; i < CHUNK; i += together) {
-                const long long at = image + (i < count ? steps.at(path, start + i) : 0);
-                staged[column * PITCH + i] = valid && i < count
-                    ? scale * load<T>(p.raw, (at * p.routes + k) * row + source) : 0.f;
-            }
-        }
-    }
-}
-
-__device__ __forceinline__ void read4(float *to, const float *from) {
-    const float4 a = *(const float4 *)from;
-    to[0] = a.x, to[1] = a.y, to[2] = a.z, to[3] = a.w;
-}
-
-__device__ __forceinline__ void read8(float (&to)[8], const float *from) {
-    read4(to, from);
-    read4(to + 4, from + 4);
-}
-
-// l of STEP positions; zero beyond `count`. `weights` are the thread's, `pitch` apart; `offset` is
-// what SEQ adds to the address of delta.
-template <class T, bool SEQ>
-__device__ __forceinline__ void log_decays(
-    float (&l)[STEP], const Params &p, long long offset, float bias, const float *dt_staged,
-    const float *weights, int pitch, const Path &path, const Steps &steps, int start, int count,
-    bool valid) {
-    if constexpr (SEQ) {
-        load_steps<T, SEQ>(l, (const char *)p.raw + offset, path, steps, start, count, valid,
-                           p.vector);
-#pragma unroll
-        for (int i = 0; i < STEP; ++i) {
-            l[i] = fmaf(l[i], LOG2E, bias);
-            if (p.softplus) l[i] = softplus2<T>(l[i]);
-        }
-    } else {
-#pragma unroll
-        for (int i = 0; i < STEP; ++i) l[i] = bias;
-#pragma unroll 2
-        for (int r = 0; r < p.rank; ++r) {
-            float dt[STEP];
-            read8(dt, dt_staged + r * PITCH);
-            const float w = weights[r * pitch];
-#pragma unroll
-            for (int i = 0; i < STEP; ++i) l[i] = fmaf(w, dt[i], l[i]);
-        }
-#pragma unroll
-        for (int i = 0; i < STEP; ++i) l[i] = softplus2<T>(l[i]);
-    }
-    if (count < STEP)
-#pragma unroll
-        for (int i = 0; i < STEP; ++i)
-            if (i >= count) l[i] = 0.f;
 }
 
 // Which walk, span and channels a block has.
@@ -342,3 +244,126 @@ struct Place {
         return ((long long)b * p.routes + k) * p.groups + group;
     }
 };
+
+// Columns dt (R), then B and C (STATE each, as wanted) of `count` positions from `start` as fp32,
+// C times ln 2; zeros beyond, up to LENGTH. A thread has NUMBERS of them to a turn.
+template <class T, int STATE, bool SEQ, bool WITH_B, bool WITH_C, int LENGTH, int NUMBERS>
+struct Staging {
+    static constexpr int COLUMNS = STATE * (WITH_B + WITH_C);
+    static constexpr int SIZE = same<T, Float> ? 4 : 2;
+    const Params &p;
+    const Path &path;
+    const Place &place;
+    const Steps steps;
+    int threads, columns, row, column, together, turns;  // the first `threads` of the block stage
+
+    // Quotients of the sizes, in one number that is kept.
+    static __device__ __forceinline__ u32 arrange(const Params &p, int threads) {
+        const int columns = (SEQ ? 0 : p.rank) + COLUMNS;
+        const int width = min(columns, threads), together = threads / width;
+        const int at_once = NUMBERS * (SEQ ? threads : together);
+        const int all = SEQ ? COLUMNS * LENGTH : LENGTH;
+        return threadIdx.x / width << 24 | threadIdx.x % width << 15 | together << 6
+               | (all + at_once - 1) / at_once;
+    }
+    __device__ __forceinline__ Staging(const Params &p, const Path &path, const Place &place,
+                                       int threads, u32 arranged)
+        : p(p), path(path), place(place), steps(path, p.width, 1), threads(threads) {
+        columns = (SEQ ? 0 : p.rank) + COLUMNS;
+        row = arranged >> 24, column = arranged >> 15 & 511, together = arranged >> 6 & 511;
+        turns = arranged & 63;
+    }
+    // Calls visit(m, valid, column, position) for the numbers of a turn.
+    template <class F>
+    __device__ __forceinline__ void each(int turn, int first, F visit) const {
+#pragma unroll
+        for (int m = 0; m < NUMBERS; ++m) {
+            if constexpr (SEQ) {
+                const int j = threadIdx.x + (NUMBERS * turn + m) * threads;
+                visit(m, j < COLUMNS * LENGTH, j / LENGTH, j % LENGTH);
+            } else {
+                const int i = row + (NUMBERS * turn + m) * together;
+                visit(m, row < together && i < LENGTH && first + column < columns, first + column,
+                      i);
+            }
+        }
+    }
+    // The column in memory, or the first where there is none.
+    __device__ __forceinline__ bool locate(int column, bool &is_C, int &n) const {
+        const int of = column - (SEQ ? 0 : p.rank);
+        is_C = of >= (WITH_B ? STATE : 0);
+        n = of - (WITH_B && is_C ? STATE : 0);
+        return n < min(STATE, p.state - place.group * STATE);
+    }
+    __device__ __forceinline__ void load(u32 (&bits)[NUMBERS], int start, int count, int turn,
+                                         int first) const {
+        each(turn, first, [&](int m, bool inside, int column, int i) {
+            bool is_C;
+            int n;
+            const bool known = locate(column, is_C, n) && inside;
+            i = start + min(i, count - 1);
+            long long at;
+            if constexpr (SEQ)
+                at = (((long long)place.b * p.routes + place.k) * p.state + place.group * STATE
+                      + (known ? n : 0)) * p.width + (path.back ? p.width - 1 - i : i);
+            else
+                at = ((long long)place.b * p.height * p.width * p.routes + place.k)
+                     * (p.rank + 2 * p.state)
+                     + (long long)steps.at(path, i) * (p.routes * (p.rank + 2 * p.state))
+                     + (!known ? 0 : n < 0 ? column
+                        : p.rank + (is_C ? p.state : 0) + place.group * STATE + n);
+            const char *const base = (const char *)(!SEQ ? p.raw : is_C ? p.C : p.B);
+            if constexpr (SIZE == 4) bits[m] = __ldg((const u32 *)(base + at * SIZE));
+            else bits[m] = load_u16(base + at * SIZE);
+        });
+    }
+    __device__ __forceinline__ void store(float *staged, const u32 (&bits)[NUMBERS],
+                                          int count, int turn,
+                                          int first) const {
+        each(turn, first, [&](int m, bool inside, int column, int i) {
+            bool is_C;
+            int n;
+            const bool known = locate(column, is_C, n);
+            float v;
+            if constexpr (SIZE == 4) v = __uint_as_float(bits[m]);
+            else v = T::unpack(bits[m]).x;
+            if (is_C) v *= LN2;
+            if (inside) staged[column * pitch_for<LENGTH> + i] = known && i < count ? v : 0.f;
+        });
+    }
+    __device__ __forceinline__ void run(float *staged, int start, int count) const {
+        for (int first = 0; first < (SEQ ? 1 : columns); first += min(columns, threads))
+            for (int turn = 0; turn < turns; ++turn) {
+                u32 bits[NUMBERS];
+                load(bits, start, count, turn, first);
+                store(staged, bits, count, turn, first);
+            }
+    }
+};
+
+__device__ __forceinline__ void read4(float *to, const float *from) {
+    const float4 a = *(const float4 *)from;
+    to[0] = a.x, to[1] = a.y, to[2] = a.z, to[3] = a.w;
+}
+
+__device__ __forceinline__ void write4(float *to, const float *from) {
+    *(float4 *)to = make_float4(from[0], from[1], from[2], from[3]);
+}
+
+// Adds the product of a channel's `weights`, `pitch` apart, with columns of dt, `column` apart, at
+// M times 4 positions, `apart` from each other.
+template <int M>
+__device__ __forceinline__ void add_product(float (&z)[4 * M], int rank, const float *weights,
+                                            int pitch, const float *dt, int column, int apart) {
+#pragma unroll 2
+    for (int r = 0; r < rank; ++r) {
+        const float w = weights[r * pitch];
+#pragma unroll
+        for (int j = 0; j < M; ++j) {
+            float v[4];
+            read4(v, dt + r * column + j * apart);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) z[4 * j + i] = fmaf(w, v[i], z[4 * j + i]);
+        }
+    }
+}

@@ -1,168 +1,159 @@
-// Backward of a walk, any state size and dtype: one channel a thread, against the walk. README.md
-// has the layout.
+// Backward of a walk, any state size and dtype: a lane has a tile of states and channels and takes
+// four positions at a time, against the walk. README.md has the layout.
 #include "walk.cuh"
 
-// Sums of 16 quantities over the lanes of a warp. `add` takes four at a time (j of 4), `store`
-// leaves the first 8 sums in one place and the others in another, which `place` chooses by lane.
-template <bool EXACT>
-struct Sums {
-#if __CUDA_ARCH__ >= 800
-    // On the tensor cores, m16n8k8 in TF32: the quantities are the first factor, a row for each 4
-    // lanes; the second has ones in column 2 j for two of them and in column 2 j + 1 for the others.
-    // The cores cut a number after 10 bits: EXACT takes it in two parts; else GAIN gives back the
-    // mean of what is cut.
-    static constexpr float GAIN = EXACT ? 1.f : 1.00035f;
-    float c[4] = {0.f, 0.f, 0.f, 0.f};
-
-    __device__ __forceinline__ void product(u32 even, u32 odd, float v0, float v1, float v2,
-                                            float v3) {
-        asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, "
-            "{%6, %8, %7, %9}, {%4, %5}, {%0, %1, %2, %3};"
-            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-            : "r"(even), "r"(odd), "r"(__float_as_uint(v0)), "r"(__float_as_uint(v1)),
-              "r"(__float_as_uint(v2)), "r"(__float_as_uint(v3)));
-    }
-    static __device__ __forceinline__ float head(float v) {
-        return __uint_as_float(__float_as_uint(v) & 0xffffe000u);
-    }
-    __device__ __forceinline__ void add(int j, const u32 (&select)[8], float v0, float v1,
-                                        float v2, float v3) {
-        const u32 even = select[2 * j], odd = select[2 * j + 1];
-        if (EXACT) {
-            const float h0 = head(v0), h1 = head(v1), h2 = head(v2), h3 = head(v3);
-            product(even, odd, h0, h1, h2, h3);
-            product(even, odd, v0 - h0, v1 - h1, v2 - h2, v3 - h3);
-        } else {
-            product(even, odd, v0, v1, v2, v3);
-        }
-    }
-    // Lane 4 g + t has what lanes 4 g to 4 g + 3 gave with j = t; each exchange halves it.
-    static __device__ __forceinline__ float *place(float *first, float *second, int lane) {
-        return (lane & 2 ? second : first) + 4 * (lane & 1) + (lane >> 3);
-    }
-    __device__ __forceinline__ void store(float *to, int lane) {
-#pragma unroll
-        for (int half = 2; half; --half) {
-            const bool upper = lane & 8 * half;
-#pragma unroll
-            for (int i = 0; i < half; ++i) {
-                const float given = upper ? c[i] : c[i + half];
-                c[i] = (upper ? c[i + half] : c[i]) + __shfl_xor_sync(~0u, given, 8 * half);
-            }
-        }
-        c[0] += __shfl_xor_sync(~0u, c[0], 4);
-        if (!(lane & 4)) *to = c[0];
-    }
-#else
-    static constexpr float GAIN = 1.f;
-    float v[16];
-
-    __device__ __forceinline__ void add(int j, const u32 (&)[8], float v0, float v1, float v2,
-                                        float v3) {
-        v[4 * j] = v0, v[4 * j + 1] = v1, v[4 * j + 2] = v2, v[4 * j + 3] = v3;
-    }
-    static __device__ __forceinline__ float *place(float *first, float *second, int lane) {
-        return (lane & 16 ? second : first) + (lane >> 1 & 7);
-    }
-    __device__ __forceinline__ void store(float *to, int lane) {
-#pragma unroll
-        for (int turn = 0; turn < 4; ++turn) {
-            const int half = 8 >> turn;
-            const bool upper = lane & 2 * half;
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                if (i >= half) break;
-                const float given = upper ? v[i] : v[i + half];
-                v[i] = (upper ? v[i + half] : v[i]) + __shfl_xor_sync(~0u, given, 2 * half);
-            }
-        }
-        v[0] += __shfl_xor_sync(~0u, v[0], 1);
-        if (!(lane & 1)) *to = v[0];
-    }
-#endif
-};
-
-// Of a multiprocessor: two where its shared memory holds two of 192 threads and 16 states.
+constexpr int QUADS = SAVED / 4, ROW = pitch_for<SAVED>;
+// Of a block at most: no more fit into the shared memory of the other generations.
 #if __CUDA_ARCH__ == 900 || __CUDA_ARCH__ / 100 == 10
-constexpr int BLOCKS = 2;
+constexpr int WARPS = 12;
 #else
-constexpr int BLOCKS = 1;
+constexpr int WARPS = 8;
 #endif
+constexpr int TEAM = 4;    // warps that wait for each other
+
+// Barriers of the hardware: of team t (from 0), and between it and the team before (from 1).
+constexpr int OWN = 1, STAGED = 3, FULL = 5, EMPTY = 7;
+
+__device__ __forceinline__ void arrive(int barrier, int threads) {
+    asm volatile("bar.arrive %0, %1;" :: "r"(barrier), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void wait(int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;" :: "r"(barrier), "r"(threads) : "memory");
+}
+
+// Sums of half maps on the tensor cores, m16n8k8 in TF32. These cut a number after 10 bits: GAIN
+// gives back the mean of what is cut. For sm_100 the compiler has too few registers for it.
+#if __CUDA_ARCH__ >= 800 && __CUDA_ARCH__ / 100 != 10
+template <class T> constexpr bool CORES = !same<T, Float>;
+#else
+template <class T> constexpr bool CORES = false;
+#endif
+template <class T> constexpr float GAIN = CORES<T> ? 1.00035f : 1.f;
+
+__device__ __forceinline__ void multiply(float (&c)[4], float a0, float a1, float a2, float a3,
+                                         float b0, float b1) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)),
+          "r"(__float_as_uint(a3)), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+#endif
+}
+
+// kept + what the lane `mask` away gives of its own.
+__device__ __forceinline__ float add_other(float kept, float given, int mask) {
+    return kept + __shfl_xor_sync(~0u, given, mask);
+}
+
+// Lanes with `upper` keep the second and give the first, the others the reverse.
+__device__ __forceinline__ float halve(float first, float second, bool upper, int mask) {
+    return add_other(upper ? second : first, upper ? first : second, mask);
+}
 
 template <class T, int STATE, bool SEQ>
-__global__ void __launch_bounds__(192, BLOCKS) walk_bwd(const Params p) {
-    constexpr int OWN = (CHUNK / STEP + 1) * STATE + 4;
-    constexpr bool EXACT = same<T, Float>;
-    constexpr int SIZE = EXACT ? 4 : 2;
-    // States to a turn of the loops over them, as the registers allow.
-    constexpr int UNROLL = SEQ || STATE < 16 ? 1 : 2, ALONG = same<T, Float> ? 2 : 4;
-    constexpr int READ = same<T, Float> ? 8 : 16;
+__global__ void __launch_bounds__(32 * WARPS, 1) walk_bwd(const Params p) {
+    constexpr int STATES = STATE < 4 ? STATE : 4;   // of a lane
+    constexpr int CHANNELS = STATE == 16 ? 2 : 1;   // of a lane
+    constexpr int SHARING = 32 * STATES / STATE;    // lanes that have the same states
+    constexpr int WIDTH = SHARING * CHANNELS;       // channels of a warp
+    constexpr int SLOT = 32 * CHANNELS * STATES;
+    // Beside its tile, a lane has ITEMS times four positions of one channel, APART from each other.
+    constexpr int ITEMS = QUADS * WIDTH / 32, APART = 4 * 32 / WIDTH;
+    constexpr int SIZE = same<T, Float> ? 4 : 2;
+    constexpr bool SUM_BY_CORES = CORES<T> && STATES == 4;
+    constexpr int SPLIT = CORES<T> ? 1 : 2;  // parts of a warp's channels, for the gradient by dt
     const Place place(p);
     const int k = place.k, b = place.b, group = place.group;
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    const int own = threadIdx.x, width = blockDim.x;
-    const int channel = place.column * width + own;
-    const int length = p.height * p.width;
+    const int lane = threadIdx.x & 31, warps = blockDim.x >> 5;
+    const int warp = __shfl_sync(~0u, (int)threadIdx.x >> 5, 0);  // the same for all lanes
+    const int length = p.height * p.width, width = warps * WIDTH;
     const int known = min(STATE, p.state - group * STATE);
-    // Of `partial`: dt in pairs, then B and C, before each of them a row that nobody reads.
-    const int rank2 = (p.rank + 1) & ~1, columns = rank2 + 2 * (STATE + 1);
 
     extern __shared__ __align__(16) float shared[];
-    float *const staged = shared;  // dt, B, C of a chunk
-    float *const partial = staged + (p.rank + 2 * STATE) * PITCH;  // (warps, columns, STEP)
-    // A thread's own numbers, adjacent: one address for all. An odd distance between threads keeps
-    // them in different banks.
-    float *const mine = partial + (width >> 5) * columns * STEP
-                        + own * ((OWN + 2 * p.rank) | 1);
-    float *const carry = mine;          // gradient by the state, times the decay that follows
-    float *const kept = carry + STATE;  // the states before each STEP but the first
-    volatile float *const bias = kept + (CHUNK / STEP - 1) * STATE;
-    volatile float *const skip = bias + 1, *const grad_bias = bias + 2, *const grad_skip = bias + 3;
-    constexpr int GRAD_RATES = CHUNK / STEP * STATE + 4;
-    float *const grad_rates = mine + GRAD_RATES;
-    float *const weights = mine + OWN, *const grad_weights = weights + p.rank;
-    const float *const B_staged = staged + p.rank * PITCH;
-    float *const own_partial = partial + warp * columns * STEP;
-    float *const pair_place = Sums<EXACT>::place(own_partial + (rank2 + STATE + 1) * STEP,
-                                                 own_partial + rank2 * STEP, lane);
+    // The teams of warps are at different places, so that what they wait for differs: the first
+    // stages dt, B and C of a chunk, each hands its sums of a chunk to the next, which follows it.
+    const int teams = (warps + TEAM - 1) / TEAM, team = warp / TEAM;
+    const int team_threads = min(32 * TEAM, (int)blockDim.x - 32 * TEAM * team);
+    const int with_last = 32 * TEAM + team_threads;  // threads of this and the team before
+    const int with_next = team_threads + min(32 * TEAM, (int)blockDim.x - 32 * TEAM * (team + 1));
+    const bool is_last = team == teams - 1;
+    const int all = (SEQ ? 0 : p.rank) + 2 * STATE;  // columns
+    float *const handed = shared;  // (teams - 1, QUADS, columns, 4): sums of the teams so far
+    float *const rings = handed + (teams - 1) * QUADS * all * 4;  // (teams, columns, ROW)
+    float *const weights = rings + teams * all * ROW;             // (R, channels of the block)
+    const int by_dt_size = max(3 * WIDTH * ROW, p.rank * SPLIT * SAVED);
+    const int rank8 = (p.rank + 7) & ~7;
+    const int region = by_dt_size + WIDTH * ROW + QUADS * SLOT + (rank8 + 5) * 32
+        + (SIZE == 2 ? 1 : SEQ ? 2 : 0) * WIDTH * SAVED;
+    float *const regions = weights + p.rank * width;
+    float *const by_dt = regions + warp * region;        // (R, SPLIT, SAVED), last of all
+    float *const decays = by_dt;                         // (WIDTH, ROW): l
+    float *const inputs = decays + WIDTH * ROW;          // x l, then q
+    float *const grads = inputs + WIDTH * ROW;           // dy, then e
+    float *const slopes = by_dt + by_dt_size;            // of the softplus, then the gradient by z
+    float *const slots = slopes + WIDTH * ROW;           // states before 4 positions, then sums
+    // A lane's own, 32 apart.
+    volatile float *const bias = slots + QUADS * SLOT + lane, *const skip = bias + 32;
+    volatile float *const grad_bias = bias + 64, *const grad_skip = bias + 96;
+    volatile u32 *const arranged = (volatile u32 *)(bias + 128);
+    float *const grad_weights = slots + QUADS * SLOT + 160 + lane;
+    // x and dy of a lane's positions, together if of half precision, 4 words of a lane; else, where
+    // shared memory is too small, they stay in registers.
+    uint4 *const bits = (uint4 *)(slots + QUADS * SLOT + (rank8 + 5) * 32) + lane;
 
-    const bool valid = channel < p.dim;
-    for (int r = 0; r < p.rank; ++r) {
-        weights[r] = valid ? __ldg(p.weights + (k * p.rank + r) * p.dim + channel) : 0.f;
-        grad_weights[r] = 0.f;
+    // The lane's tile. The order of its channels and states depends on the lane, so that sums over
+    // lanes take from each what it has at the same place.
+    const int in_shared = lane % SHARING, quarter = lane / SHARING;
+    const int warp_channel = (place.column * warps + warp) * WIDTH;
+    int columns[CHANNELS], states[STATES];
+    float rate[CHANNELS][STATES], g[CHANNELS][STATES], grad_rate[CHANNELS][STATES];
+#pragma unroll
+    for (int i = 0; i < STATES; ++i)
+        states[i] = quarter * STATES + (SUM_BY_CORES ? i : i ^ (in_shared & (STATES - 1)));
+    const long long at_span
+        = (place.walk(p) * p.spans + p.spans - 1 - place.span) * STATE * p.dim + warp_channel;
+#pragma unroll
+    for (int j = 0; j < CHANNELS; ++j) {
+        columns[j] = in_shared + SHARING * (j ^ (quarter & (CHANNELS - 1)));
+        const int d = columns[j];
+        const bool valid = warp_channel + d < p.dim;
+#pragma unroll
+        for (int i = 0; i < STATES; ++i) {
+            rate[j][i] = valid
+                ? __ldg(p.rates + ((k * p.groups + group) * STATE + states[i]) * p.dim
+                                       + warp_channel + d) : 0.f;
+            g[j][i] = p.entries && valid ? p.entries[at_span + states[i] * p.dim + d] : 0.f;
+            grad_rate[j][i] = 0.f;
+        }
     }
+
+    const int own = lane % WIDTH, own_first = 4 * (lane / WIDTH), channel = warp_channel + own;
+    const bool valid = channel < p.dim;
     bias[0] = valid ? __ldg(p.bias + k * p.dim + channel) : 0.f;
     skip[0] = valid && group == 0 ? __ldg(p.skip + k * p.dim + channel) : 0.f;
     grad_bias[0] = grad_skip[0] = 0.f;
-    const long long at_span
-        = (place.walk(p) * p.spans + p.spans - 1 - place.span) * STATE * p.dim + channel;
-#pragma unroll 4
-    for (int n = 0; n < STATE; ++n) {
-        carry[n] = p.entries && valid ? p.entries[at_span + n * p.dim] : 0.f;
-        grad_rates[n] = 0.f;
+    for (int r = 0; r < rank8; ++r) {
+        grad_weights[r * 32] = 0.f;
+        if (lane < WIDTH && r < p.rank)
+            weights[r * width + warp * WIDTH + lane]
+                = valid ? __ldg(p.weights + (k * p.rank + r) * p.dim + channel) : 0.f;
     }
-    const float *const rates
-        = p.rates + (k * p.groups + group) * STATE * p.dim + min(channel, p.dim - 1);
-    // Loops over the states have offsets in bytes that the compiler cannot see through: it would
-    // calculate each of them from its parts in every turn.
-    auto offset_of = [&](const float *p) { return (int)((p - shared) * 4); };
-    auto in_shared = [&](int offset) { return (float *)((char *)shared + offset); };
-    u32 select[8];
-#pragma unroll
-    for (int j = 0; j < 8; ++j) select[j] = lane >> 2 == j ? 0x3f800000u : 0u;  // 1.0
 
-    const Path path(p, SEQ ? 0 : k, false);
     const int in_sequence = SEQ ? k * p.dim : 0;
-    // Offsets in bytes, calculated where they are used: the compiler would keep them in registers.
+    // What follows is calculated where it is used: the compiler would keep it in registers.
+    auto hidden_route = [&] {
+        int route = SEQ ? 0 : k;
+        asm volatile("" : "+r"(route));
+        return route;
+    };
     auto hidden = [&] {
         int c = channel;
         asm volatile("" : "+r"(c));
         return c;
     };
     auto x_offset = [&] { return (b * p.x_b + (in_sequence + hidden()) * p.x_d) * SIZE; };
-    auto states_of = [&](int chunk) {
-        return p.states + (place.walk(p) * p.chunks + chunk) * STATE * p.dim + hidden();
-    };
     auto grad_offset = [&] { return (b * p.grad_b + (in_sequence + hidden()) * p.grad_d) * SIZE; };
     auto y_offset = [&] {
         return (SEQ ? (((long long)group * p.batch + b) * p.routes * p.dim + in_sequence
@@ -170,241 +161,459 @@ __global__ void __launch_bounds__(192, BLOCKS) walk_bwd(const Params p) {
                     : (((long long)group * p.routes + k) * p.batch + b) * length * p.dim
                       + hidden()) * (p.y_type ? 2 : 4);
     };
-    const Steps x_steps(path, (int)p.x_h, (int)p.x_w);
-    const Steps grad_steps(path, (int)p.grad_h, (int)p.grad_w);
-    const Steps y_steps(path, SEQ ? 0 : p.width * p.dim, SEQ ? 1 : p.dim);
 
     const int begin = place.span * p.span, end = min(length, begin + p.span);
-    for (int chunk = (end - 1) / CHUNK; chunk >= begin / CHUNK; --chunk) {
-        const int start = chunk * CHUNK, in_chunk = min(CHUNK, end - start);
-        const int last = (in_chunk - 1) / STEP;
-        __syncthreads();
-        stage<T, STATE, SEQ, true, true>(p, staged, path, b, k, group, start, in_chunk);
-        __syncthreads();
+    u32 x_bits[ITEMS][4], dy_bits[ITEMS][4];
+    float h[CHANNELS][STATES];
+    // For sums over 4 lanes: that of the first 8 of 16 rows goes to lane i of them.
+    float select[2 * STATES];
+#pragma unroll
+    for (int i = 0; i < 2 * STATES; ++i) {
+        select[i] = lane >> 2 == i ? 1.f : 0.f;
+        asm volatile("" : "+f"(select[i]));  // the compiler would calculate it in every turn
+    }
+    using Stage = Staging<T, STATE, SEQ, true, true, SAVED, SEQ ? 8 : 4>;
+    if (team == 0) arranged[0] = Stage::arrange(p, min(32 * TEAM, (int)blockDim.x));
+    auto load_maps = [&](int chunk, const Path &path) {
+        const int start = chunk * SAVED, count = min(SAVED, end - start);
+        const Steps x_steps(path, (int)p.x_h, (int)p.x_w);
+        const Steps grad_steps(path, (int)p.grad_h, (int)p.grad_w);
+        const char *const x_at = (const char *)p.x + x_offset();
+        const char *const grad_at = (const char *)p.grad + grad_offset();
+#pragma unroll
+        for (int m = 0; m < ITEMS; ++m) {
+            const int i = own_first + m * APART;
+            load_bits<T, SEQ>(x_bits[m], x_at, path, x_steps, start + i, count - i, valid,
+                              p.vector);
+            load_bits<T, SEQ>(dy_bits[m], grad_at, path, grad_steps, start + i, count - i, valid,
+                              p.vector);
+        }
+    };
+    auto load_chunk = [&](int chunk, const Path &path) {
+        load_maps(chunk, path);
+        const float *const from
+            = p.states + (place.walk(p) * p.chunks + chunk) * STATE * p.dim + warp_channel;
+#pragma unroll
+        for (int j = 0; j < CHANNELS; ++j)
+#pragma unroll
+            for (int i = 0; i < STATES; ++i)
+                h[j][i] = warp_channel + columns[j] < p.dim
+                    ? from[states[i] * p.dim + columns[j]] : 0.f;
+    };
+    // Of the state whose sums this lane has at last, and of B or of C.
+    const int kept = quarter * STATES + (in_shared & (STATES - 1));
+    const bool of_C = lane & STATES;
+    auto offset_of = [&](const float *p) { return (int)((p - shared) * 4); };
 
-        u32 x_bits[STEP], dy_bits[STEP];  // loaded ahead
-        auto load_ahead = [&](int s) {
-            load_bits<T, SEQ>(x_bits, (const char *)p.x + x_offset(), path, x_steps,
-                              start + s * STEP, in_chunk - s * STEP, valid, p.vector);
-            load_bits<T, SEQ>(dy_bits, (const char *)p.grad + grad_offset(), path, grad_steps,
-                              start + s * STEP, in_chunk - s * STEP, valid, p.vector);
-        };
+    int chunk = (end - 1) / SAVED, ring = 0;
+    load_chunk(chunk, Path(p, hidden_route(), false));
+    for (; chunk >= begin / SAVED; --chunk) {
+        if (SEQ && chunk < (end - 1) / SAVED) load_chunk(chunk, Path(p, 0, false));
+        const int start = chunk * SAVED, count = min(SAVED, end - start), quads = (count + 3) / 4;
+        float *const staged = rings + ring * all * ROW;
+        ring = ring + 1 < teams ? ring + 1 : 0;
+        if (team == 0) {
+            Stage(p, Path(p, hidden_route(), false), place, team_threads, arranged[0]).run(
+                staged, start, count);
+            wait(OWN, team_threads);
+        } else {
+            wait(STAGED + team, with_last);
+        }
 
-        // Along the walk: the state before each STEP.
-        load_bits<T, SEQ>(x_bits, (const char *)p.x + x_offset(), path, x_steps, start, in_chunk,
-                          valid, p.vector);
+        // For the warp's channels: l, x l, dy, and the slope of the softplus.
         {
-            const float *const states = states_of(chunk);
-#pragma unroll READ
-            for (int n = 0; n < STATE; ++n) kept[n] = valid ? states[n * p.dim] : 0.f;
-        }
-#pragma unroll 1
-        for (int s = 0; s < last; ++s) {
-            float x[STEP], l[STEP];
-            to_floats<T>(x, x_bits);
-            if (s + 1 < last)
-                load_bits<T, SEQ>(x_bits, (const char *)p.x + x_offset(), path, x_steps,
-                                  start + (s + 1) * STEP, STEP, valid, p.vector);
-            else
-                load_ahead(last);
-            log_decays<T, SEQ>(l, p, x_offset(), bias[0], staged + s * STEP, weights, 1, path,
-                               x_steps, start + s * STEP, STEP, valid);
-#pragma unroll
-            for (int i = 0; i < STEP; ++i) x[i] *= l[i];
-            int turns = known, to_entered = offset_of(kept + max(s - 1, 0) * STATE);
-            int to_kept = offset_of(kept + s * STATE), to_B = offset_of(B_staged + s * STEP);
-            asm volatile("" : "+r"(turns), "+r"(to_entered), "+r"(to_kept), "+r"(to_B));
-            const float *rate_at = rates;
-            float rate = __ldg(rate_at);
-#pragma unroll ALONG
-            for (; turns > 0; --turns) {
-                const float next_rate = __ldg(rate_at += p.dim);  // at last of what follows A
-                float B[STEP], h = in_shared(to_entered)[0];
-                read8(B, in_shared(to_B));
-#pragma unroll
-                for (int i = 0; i < STEP; ++i) h = fmaf(ex2(rate * l[i]), h, x[i] * B[i]);
-                in_shared(to_kept)[0] = h;
-                rate = next_rate;
-                to_entered += 4, to_kept += 4, to_B += PITCH * 4;
-            }
-        }
-        if (last == 0) load_ahead(0);
-
-#pragma unroll 1
-        for (int s = last; s >= 0; --s) {
-            const int from = start + s * STEP, count = in_chunk - s * STEP;
-            float x[STEP], dy[STEP], l[STEP], q[STEP], e_sum[STEP];
-            to_floats<T>(x, x_bits);
-            to_floats<T>(dy, dy_bits);
-            log_decays<T, SEQ>(l, p, x_offset(), bias[0], staged + s * STEP, weights, 1, path,
-                               x_steps, from, count, valid);
-            if (s == 0) {
-                const float *const states = states_of(chunk);
-#pragma unroll READ
-                for (int n = 0; n < STATE; ++n) kept[n] = valid ? states[n * p.dim] : 0.f;
-            }
-            const float *const entered = kept + max(s - 1, 0) * STATE;
-#pragma unroll
-            for (int i = 0; i < STEP; ++i) {
-                x[i] *= l[i];
-                q[i] = e_sum[i] = 0.f;
-            }
-            // What a turn needs was read or calculated in the turn before, so that special functions
-            // and loads run beside the two chains; the sums over lanes are stored a turn late.
-            const float *rate_at = rates + p.dim;
-            float rate = __ldg(rates), next_rate = __ldg(rate_at), h = entered[0], g = carry[0];
-            float a[STEP], B[STEP], C[STEP];
-            read8(B, B_staged + s * STEP);
-            read8(C, B_staged + s * STEP + STATE * PITCH);
-#pragma unroll
-            for (int i = 0; i < STEP; ++i) a[i] = ex2(rate * l[i]);
-            Sums<EXACT> before;
-            int turns = known, to_own = offset_of(mine), to_entered = offset_of(entered);
-            int to_B = offset_of(B_staged + s * STEP), to_sums = offset_of(pair_place);
-            asm volatile("" : "+r"(turns), "+r"(to_own), "+r"(to_entered), "+r"(to_B), "+r"(to_sums));
-#pragma unroll UNROLL
-            for (; turns > 0; --turns) {
-                // The last turns read what follows A in memory, and do not use it.
-                const float rate_after = __ldg(rate_at += p.dim);
-                const float h_after = in_shared(to_entered)[1], g_after = in_shared(to_own)[1];
-                const float sum_before = in_shared(to_own)[GRAD_RATES];
-                to_B += turns > 1 ? PITCH * 4 : 0;
-                float next_a[STEP], ah[STEP], sum = 0.f;
-                Sums<EXACT> sums;
-#pragma unroll
-                for (int i = 0; i < STEP; i += 4) {
-                    float by_C[4];
-#pragma unroll
-                    for (int j = 0; j < 4; ++j) {
-                        ah[i + j] = a[i + j] * h;
-                        h = fmaf(x[i + j], B[i + j], ah[i + j]);
-                        by_C[j] = dy[i + j] * h;
-                        next_a[i + j] = ex2(next_rate * l[i + j]);
-                    }
-                    sums.add(i / 4, select, by_C[0], by_C[1], by_C[2], by_C[3]);
-                }
-#pragma unroll
-                for (int i = STEP - 4; i >= 0; i -= 4) {
-                    float by_B[4];
-#pragma unroll
-                    for (int j = 3; j >= 0; --j) {
-                        g = fmaf(C[i + j], dy[i + j], g);
-                        const float e = g * ah[i + j];
-                        e_sum[i + j] = fmaf(rate, e, e_sum[i + j]);
-                        sum = fmaf(l[i + j], e, sum);
-                        q[i + j] = fmaf(g, B[i + j], q[i + j]);
-                        by_B[j] = g * x[i + j];
-                        g *= a[i + j];
-                        a[i + j] = next_a[i + j];
-                    }
-                    read4(B + i, in_shared(to_B) + i);
-                    read4(C + i, in_shared(to_B) + STATE * PITCH + i);
-                    sums.add(2 + i / 4, select, by_B[0], by_B[1], by_B[2], by_B[3]);
-                }
-                before.store(in_shared(to_sums), lane);
-                in_shared(to_own)[0] = g;
-                in_shared(to_own)[GRAD_RATES] = sum_before + sum;
-                before = sums;
-                rate = next_rate, next_rate = rate_after, h = h_after, g = g_after;
-                to_own += 4, to_entered += 4, to_sums += STEP * 4;
-            }
-            before.store(in_shared(to_sums), lane);
-
-            // By delta, then by what is below the softplus (into e_sum), and by x (into q).
-            if (!SEQ && s > 0) load_ahead(s - 1);
-            float by_bias = 0.f, by_skip = 0.f;
-            const float own_skip = skip[0];
-            float grad_x[STEP], grad_z[STEP];
+            float z[4 * ITEMS];
             if constexpr (SEQ) {
-                // Again, from the cache: x in registers all along is too much.
-                load_steps<T, SEQ>(x, (const char *)p.x + x_offset(), path, x_steps, from, count,
-                                   valid, p.vector);
-                if (s > 0) load_ahead(s - 1);
-            } else {
-                // Where delta is below 1e-30, so is all that this x leads to.
+                const char *const from = (const char *)p.raw + x_offset();
+                const Path path(p, 0, false);
+                const Steps x_steps(path, 0, 1);
 #pragma unroll
-                for (int i = 0; i < STEP; ++i) x[i] *= reciprocal(fmaxf(l[i], 1e-30f));
-            }
+                for (int m = 0; m < ITEMS; ++m) {
+                    const int i = own_first + m * APART;
+                    float delta[4];
+                    load_steps<T, SEQ>(delta, from, path, x_steps, start + i, count - i, valid,
+                                       p.vector);
 #pragma unroll
-            for (int i = 0; i < STEP; ++i) {
-                grad_x[i] = fmaf(q[i], l[i], own_skip * dy[i]);
-                const float by_delta = fmaf(q[i] * LOG2E, x[i], e_sum[i]);
-                grad_z[i] = !SEQ || p.softplus ? by_delta * softplus_slope(l[i]) : by_delta;
-                by_bias += grad_z[i];
-                by_skip = fmaf(dy[i], x[i], by_skip);
-            }
-            grad_bias[0] += by_bias;
-            grad_skip[0] += by_skip;
-            store_steps<T, SEQ>(grad_x, (char *)p.grad_x + y_offset(), path,
-                                   y_steps, from, count, valid, p.vector, p.y_type);
-            if constexpr (SEQ)
-                store_steps<T, SEQ>(grad_z, (char *)p.grad_raw + y_offset(), path,
-                                       y_steps, from, count, valid, p.vector, p.y_type);
-            else {
-                float *const dt_place
-                    = Sums<EXACT>::place(own_partial, own_partial + STEP, lane);
-#pragma unroll 1
-                for (int r = 0; r < p.rank; r += 2) {
-                    const bool two = r + 1 < p.rank;
-                    const float w0 = weights[r], w1 = two ? weights[r + 1] : 0.f;
-                    float dt0[STEP], dt1[STEP], sum0 = 0.f, sum1 = 0.f;
-                    read8(dt0, staged + r * PITCH + s * STEP);
-                    read8(dt1, staged + (r + 1) * PITCH + s * STEP);  // B if not `two`, unused
-                    Sums<EXACT> sums;
-#pragma unroll
-                    for (int i = 0; i < STEP; ++i) {
-                        sum0 = fmaf(grad_z[i], dt0[i], sum0);
-                        sum1 = fmaf(grad_z[i], dt1[i], sum1);
-                    }
-#pragma unroll
-                    for (int j = 0; j < 4; ++j) {
-                        const float w = j < 2 ? w0 : w1;
-                        const float *z = grad_z + 4 * (j & 1);
-                        sums.add(j, select, w * z[0], w * z[1], w * z[2], w * z[3]);
-                    }
-                    grad_weights[r] += sum0;
-                    if (two) grad_weights[r + 1] += sum1;
-                    sums.store(dt_place + r * STEP, lane);
+                    for (int t = 0; t < 4; ++t) z[4 * m + t] = fmaf(delta[t], LOG2E, bias[0]);
                 }
+            } else {
+#pragma unroll
+                for (int i = 0; i < 4 * ITEMS; ++i) z[i] = bias[0];
+                add_product<ITEMS>(z, p.rank, weights + warp * WIDTH + own, width,
+                                   staged + own_first, ROW, APART);
+            }
+#pragma unroll
+            for (int m = 0; m < ITEMS; ++m) {
+                const int i = own_first + m * APART, at = own * ROW + i;
+                float x[4], dy[4], l[4], slope[4];
+                to_floats<T>(x, x_bits[m]);
+                to_floats<T>(dy, dy_bits[m]);
+                if constexpr (SIZE == 4 && SEQ) {
+                    write4((float *)(bits + 64 * m), x);
+                    write4((float *)(bits + 64 * m + 32), dy);
+                }
+#pragma unroll
+                for (int t = 0; t < 4; ++t) {
+                    const bool inside = valid && i + t < count, soft = !SEQ || p.softplus;
+                    l[t] = z[4 * m + t];
+                    if (soft) l[t] = softplus2<T>(l[t]);
+                    slope[t] = !inside ? 0.f : soft ? ex2(z[4 * m + t] - l[t]) : 1.f;
+                    if (!inside) l[t] = 0.f;
+                    x[t] *= l[t];
+                }
+                if constexpr (SIZE == 2)
+                    bits[32 * m] = make_uint4(
+                        x_bits[m][0] | dy_bits[m][0] << 16, x_bits[m][1] | dy_bits[m][1] << 16,
+                        x_bits[m][2] | dy_bits[m][2] << 16, x_bits[m][3] | dy_bits[m][3] << 16);
+                write4(decays + at, l);
+                write4(inputs + at, x);
+                write4(grads + at, dy);
+                write4(slopes + at, slope);
+            }
+        }
+        __syncwarp();
+
+        // Addresses in shared memory have offsets in bytes that the compiler cannot see through: it
+        // would calculate each of them from its parts in every turn.
+        constexpr int ROWS = SUM_BY_CORES ? 1 : STATES;  // else at constant distances
+        auto at = [&](int offset) { return (float *)((char *)shared + offset); };
+        int to_channel[CHANNELS], to_B[ROWS], to_slot = offset_of(slots + lane * STATES);
+#pragma unroll
+        for (int j = 0; j < CHANNELS; ++j) {
+            to_channel[j] = offset_of(decays + columns[j] * ROW);
+            asm volatile("" : "+r"(to_channel[j]));
+        }
+#pragma unroll
+        for (int i = 0; i < ROWS; ++i) {
+            to_B[i] = offset_of(staged + (p.rank + states[i]) * ROW);
+            asm volatile("" : "+r"(to_B[i]));
+        }
+        asm volatile("" : "+r"(to_slot));
+        constexpr int TO_INPUTS = WIDTH * ROW, TO_GRADS = 2 * TO_INPUTS, TO_C = STATE * ROW;
+
+        // Along the walk: the states before each 4 positions.
+#pragma unroll 1
+        for (int s = 0;; ++s) {
+#pragma unroll
+            for (int j = 0; j < CHANNELS; ++j) {
+                if constexpr (STATES == 4) write4(at(to_slot) + 128 * j, h[j]);
+                else at(to_slot)[0] = h[j][0];
+            }
+            if (s + 1 >= quads) break;
+            float l[CHANNELS][4], x[CHANNELS][4];
+#pragma unroll
+            for (int j = 0; j < CHANNELS; ++j) {
+                read4(l[j], at(to_channel[j]));
+                read4(x[j], at(to_channel[j]) + TO_INPUTS);
+                to_channel[j] += 16;
+            }
+            to_slot += 4 * SLOT;
+#pragma unroll
+            for (int i = 0; i < STATES; ++i) {
+                float B[4];
+                read4(B, at(to_B[i % ROWS]) + i / ROWS * ROW);
+#pragma unroll
+                for (int t = 0; t < 4; ++t)
+#pragma unroll
+                    for (int j = 0; j < CHANNELS; ++j)
+                        h[j][i] = fmaf(ex2(rate[j][i] * l[j][t]), h[j][i], x[j][t] * B[t]);
+            }
+#pragma unroll
+            for (int i = 0; i < ROWS; ++i) to_B[i] += 16;
+        }
+
+        if (!is_last) arrive(STAGED + team + 1, with_next);
+        int to_sums = offset_of(slots + (quads - 1) * SLOT + kept * 4 + (of_C ? STATE * 4 : 0));
+        asm volatile("" : "+r"(to_sums));
+#pragma unroll 1
+        for (int s = quads - 1; s >= 0; --s) {
+            float l[CHANNELS][4], x[CHANNELS][4], dy[CHANNELS][4];
+            float q[CHANNELS][4], e[CHANNELS][4];
+#pragma unroll
+            for (int j = 0; j < CHANNELS; ++j) {
+                read4(l[j], at(to_channel[j]));
+                read4(x[j], at(to_channel[j]) + TO_INPUTS);
+                read4(dy[j], at(to_channel[j]) + TO_GRADS);
+                if constexpr (STATES == 4) read4(h[j], at(to_slot) + 128 * j);
+                else h[j][0] = at(to_slot)[0];
+#pragma unroll
+                for (int t = 0; t < 4; ++t) q[j][t] = e[j][t] = 0.f;
+            }
+            float sums[2][4] = {}, odd[2][4];  // by B and by C of the state that the lane keeps
+#pragma unroll
+            for (int i = 0; i < STATES; ++i) {
+                float B[4], C[4], by[2][4];
+                read4(B, at(to_B[i % ROWS]) + i / ROWS * ROW);
+                read4(C, at(to_B[i % ROWS]) + i / ROWS * ROW + TO_C);
+#pragma unroll
+                for (int j = 0; j < CHANNELS; ++j) {
+                    float a[4], ah[4];
+#pragma unroll
+                    for (int t = 0; t < 4; ++t) {
+                        a[t] = ex2(rate[j][i] * l[j][t]);
+                        ah[t] = a[t] * h[j][i];
+                        h[j][i] = fmaf(x[j][t], B[t], ah[t]);
+                        by[1][t] = j ? fmaf(dy[j][t], h[j][i], by[1][t]) : dy[j][t] * h[j][i];
+                    }
+#pragma unroll
+                    for (int t = 3; t >= 0; --t) {
+                        const float grad = fmaf(C[t], dy[j][t], g[j][i]), f = grad * ah[t];
+                        by[0][t] = j ? fmaf(grad, x[j][t], by[0][t]) : grad * x[j][t];
+                        q[j][t] = fmaf(grad, B[t], q[j][t]);
+                        e[j][t] = fmaf(rate[j][i], f, e[j][t]);
+                        grad_rate[j][i] = fmaf(l[j][t], f, grad_rate[j][i]);
+                        g[j][i] = grad * a[t];
+                    }
+                }
+#pragma unroll
+                for (int of = 0; of < 2; ++of)
+                    if constexpr (SUM_BY_CORES)
+                        multiply(sums[of], by[of][0], by[of][2], by[of][1], by[of][3],
+                                 select[2 * i], select[2 * i + 1]);
+#pragma unroll
+                for (int of = 0; of < 2 && !SUM_BY_CORES; ++of)
+#pragma unroll
+                    for (int t = 0; t < 4; ++t) {
+                        if (i % 2 == 0) odd[of][t] = by[of][t];
+                        else odd[of][t] = add_other(odd[of][t], by[of][t], 1);
+                        if (i == STATES - 1 && STATES < 4 || i == 1) sums[of][t] = odd[of][t];
+                        if (i == 3) sums[of][t] = add_other(sums[of][t], odd[of][t], 2);
+                    }
             }
 
-            // The sums of the block's warps, in their order: a position and several columns each.
-            __syncthreads();
-            constexpr float GAIN = Sums<EXACT>::GAIN;
-            const int i = own % STEP;
-            const Steps rows(path, p.width, 1);
-            const int part = (SEQ ? 0 : group * p.columns) + place.column;
-            const long long sample = (long long)part * p.batch + b;
-            const long long at = SEQ
-                ? ((sample * p.routes + k) * p.state + group * STATE) * length + from + i
-                : ((sample * length + rows.at(path, min(from + i, length - 1))) * p.routes + k)
-                  * (p.rank + 2 * p.state);
-            for (int column = own / STEP; i < count && column < columns; column += width / STEP) {
-                const bool of_dt = column < rank2, of_C = column > rank2 + STATE;
-                const int n = column - rank2 - (of_C ? STATE + 2 : 1);
-                if (of_dt ? column >= p.rank : n < 0 || n >= known) continue;
+            // Over the lanes that have the same states, then over those of the same channels.
+            float half[4];
+#pragma unroll
+            for (int t = 0; t < 4; ++t) half[t] = halve(sums[0][t], sums[1][t], of_C, STATES);
+            float *const to = at(to_sums), *const by_channel = at(to_channel[0]);
+            if constexpr (STATE == 16) {
+                const bool of_e = lane & 16;
+                float mine[4];
+#pragma unroll
+                for (int t = 0; t < 4; ++t) {
+                    q[0][t] = add_other(q[0][t], q[1][t], 8);
+                    e[0][t] = add_other(e[0][t], e[1][t], 8);
+                    mine[t] = halve(q[0][t], e[0][t], of_e, 16);
+                }
+                __syncwarp();
+                write4(to, half);
+                write4(by_channel + (of_e ? TO_GRADS : TO_INPUTS), mine);
+            } else {
+                const bool later = lane & 2 * STATES, second = lane & 4 * STATES;
+                const float low = halve(half[0], half[2], later, 2 * STATES);
+                const float high = halve(half[1], half[3], later, 2 * STATES);
+                float sum = halve(low, high, second, 4 * STATES);
+#pragma unroll
+                for (int mask = 8 * STATES; mask < 32; mask *= 2) sum = add_other(sum, sum, mask);
+                __syncwarp();
+                if (lane < 8 * STATES) to[(later ? 2 : 0) + (second ? 1 : 0)] = sum;
+                write4(by_channel + TO_INPUTS, q[0]);
+                write4(by_channel + TO_GRADS, e[0]);
+            }
+            to_slot -= 4 * SLOT, to_sums -= 4 * SLOT;
+#pragma unroll
+            for (int j = 0; j < CHANNELS; ++j) to_channel[j] -= 16;
+#pragma unroll
+            for (int i = 0; i < ROWS; ++i) to_B[i] -= 16;
+        }
+        __syncwarp();
+
+        // By x and by what is below the softplus.
+        const Path path(p, hidden_route(), false);
+        const Steps y_steps(path, SEQ ? 0 : p.width * p.dim, SEQ ? 1 : p.dim);
+        float grad_z[4 * ITEMS], by_bias = 0.f, by_skip = 0.f;
+        const float own_skip = skip[0];
+        const long long y_at = y_offset();
+#pragma unroll
+        for (int m = 0; m < ITEMS; ++m) {
+            const int i = own_first + m * APART, here = own * ROW + i;
+            float x[4], dy[4], l[4], q[4], e[4], slope[4], grad_x[4];
+            if constexpr (SIZE == 2) {
+                const uint4 both = bits[32 * m];
+                const u32 words[4] = {both.x, both.y, both.z, both.w};
+#pragma unroll
+                for (int t = 0; t < 4; ++t)
+                    x[t] = T::unpack(words[t]).x, dy[t] = T::unpack(words[t]).y;
+            } else if constexpr (SEQ) {
+                read4(x, (const float *)(bits + 64 * m));
+                read4(dy, (const float *)(bits + 64 * m + 32));
+            } else {
+                to_floats<T>(x, x_bits[m]);
+                to_floats<T>(dy, dy_bits[m]);
+            }
+            read4(l, decays + here);
+            read4(q, inputs + here);
+            read4(e, grads + here);
+            read4(slope, slopes + here);
+#pragma unroll
+            for (int t = 0; t < 4; ++t) {
+                grad_x[t] = fmaf(q[t], l[t], own_skip * dy[t]);
+                slope[t] *= fmaf(q[t] * LOG2E, x[t], e[t]);
+                grad_z[4 * m + t] = slope[t];
+                by_bias += slope[t];
+                by_skip = fmaf(dy[t], x[t], by_skip);
+            }
+            write4(slopes + here, slope);
+            store_steps<T, SEQ>(grad_x, (char *)p.grad_x + y_at, path, y_steps, start + i,
+                                count - i,
+                                valid, p.vector, p.y_type);
+            if constexpr (SEQ)
+                store_steps<T, SEQ>(slope, (char *)p.grad_raw + y_at, path, y_steps, start + i,
+                                    count - i, valid, p.vector, p.y_type);
+        }
+        grad_bias[0] += by_bias;
+        grad_skip[0] += by_skip;
+        if (!SEQ && chunk > begin / SAVED) load_chunk(chunk - 1, path);  // ahead
+        if constexpr (!SEQ && CORES<T>) {
+            __syncwarp();
+            const int g = lane >> 2, t = lane & 3;
+            for (int r = 0; r < p.rank; r += 8) {  // rows and columns beyond R are not used
+#pragma unroll
+                for (int d = 0; d < WIDTH; d += 16) {
+                    const float *const a = slopes + (d + g) * ROW + t;
+                    const float *const b = staged + (r + g) * ROW + t;
+                    float *const to = grad_weights + r * WIDTH + 8 * d;
+                    float sum[4] = {to[0], to[32], to[64], to[96]};
+#pragma unroll
+                    for (int i = 0; i < SAVED; i += 8)
+                        multiply(sum, a[i], a[8 * ROW + i], a[i + 4], a[8 * ROW + i + 4], b[i],
+                                 b[i + 4]);
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) to[32 * i] = sum[i];
+                }
+                const float *const a = weights + min(r + g, p.rank - 1) * width + warp * WIDTH + t;
+                float by[SAVED / 8][4] = {};
+#pragma unroll
+                for (int d = 0; d < WIDTH; d += 8) {
+                    const float *const b = slopes + (d + t) * ROW + g;
+#pragma unroll
+                    for (int i = 0; i < SAVED; i += 8)
+                        multiply(by[i / 8], a[d], 0.f, a[d + 4], 0.f, b[i], b[4 * ROW + i]);
+                }
+                if (r + g < p.rank)
+#pragma unroll
+                    for (int i = 0; i < SAVED; i += 8)
+                        *(float2 *)(by_dt + (r + g) * SAVED + i + 2 * t)
+                            = make_float2(by[i / 8][0], by[i / 8][1]);
+            }
+        } else if constexpr (!SEQ) {
+#pragma unroll 1
+            for (int r = 0; r < p.rank; ++r) {
                 float sum = 0.f;
 #pragma unroll
-                for (int w = 0; w < 6; ++w)
-                    if (w < width >> 5) sum += partial[(w * columns + column) * STEP + i];
-                sum *= of_dt || of_C ? GAIN * LN2 : GAIN;
-                if constexpr (SEQ)
-                    store(of_C ? p.grad_C : p.grad_B, at + (long long)n * length, sum, p.part_type);
-                else
-                    store(p.grad_raw, at + (of_dt ? column : p.rank + (of_C ? p.state : 0)
-                                            + group * STATE + n), sum, p.part_type);
+                for (int m = 0; m < ITEMS; ++m) {
+                    float dt[4];
+                    read4(dt, staged + r * ROW + own_first + m * APART);
+#pragma unroll
+                    for (int t = 0; t < 4; ++t) sum = fmaf(grad_z[4 * m + t], dt[t], sum);
+                }
+                grad_weights[r * 32] += sum;
             }
-            __syncthreads();
+            __syncwarp();
+            // By dt: a lane sums over a part of the channels, at 4 positions.
+#pragma unroll 1
+            for (int item = lane; item < p.rank * SPLIT * QUADS; item += 32) {
+                const int s = item % QUADS, part = item / QUADS % SPLIT;
+                const int first = part * (WIDTH / SPLIT);
+                const float *const w = weights + item / (QUADS * SPLIT) * width + warp * WIDTH;
+                float sum[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+                for (int d = first; d < first + WIDTH / SPLIT; d += 4) {
+                    float by[4];
+                    read4(by, w + d);
+#pragma unroll
+                    for (int j = 0; j < 4; ++j) {
+                        float z[4];
+                        read4(z, slopes + (d + j) * ROW + 4 * s);
+#pragma unroll
+                        for (int t = 0; t < 4; ++t) sum[t] = fmaf(by[j], z[t], sum[t]);
+                    }
+                }
+                write4(by_dt + item * 4, sum);
+            }
+        }
+        wait(OWN + team, team_threads);
+
+        // The sums of the warps, in their order: a column and 4 positions to a thread.
+        if (team > 0) wait(FULL + team, with_last);
+        if (!is_last && end - start > SAVED) wait(EMPTY + team + 1, with_next);
+        const int rank = SEQ ? 0 : p.rank;
+        const Steps rows(path, p.width, 1);
+        const long long sample
+            = (long long)((SEQ ? 0 : group * p.columns) + place.column) * p.batch + b;
+        for (int task = threadIdx.x - 32 * TEAM * team; task < all * quads; task += team_threads) {
+            const int s = task / all, column = task - s * all, n = (column - rank) % STATE;
+            const bool of_dt = column < rank, of_C = column >= rank + STATE;
+            const float *from = regions + TEAM * team * region
+                + (of_dt ? (column * SPLIT * QUADS + s) * 4
+                         : (slots - by_dt) + s * SLOT + (column - rank) * 4);
+            float sum[4] = {0.f, 0.f, 0.f, 0.f};
+            if (team > 0) read4(sum, handed + ((team - 1) * QUADS * all + task) * 4);
+#pragma unroll
+            for (int w = 0; w < TEAM; ++w, from += region) {
+                if (32 * w >= team_threads) break;
+#pragma unroll
+                for (int part = 0; part < SPLIT; ++part) {
+                    if (part && !of_dt) break;
+                    float v[4];
+                    read4(v, from + part * QUADS * 4);
+#pragma unroll
+                    for (int t = 0; t < 4; ++t) sum[t] += v[t];
+                }
+            }
+            if (!is_last) write4(handed + (team * QUADS * all + task) * 4, sum);
+            if (!is_last || !of_dt && n >= known) continue;
+            const float scale = (of_dt || of_C ? LN2 : 1.f)
+                * (of_dt ? GAIN<T> * GAIN<T> : SUM_BY_CORES ? GAIN<T> : 1.f);
+            const int at = column + (of_dt ? 0 : (of_C ? p.state - STATE : 0) + group * STATE);
+#pragma unroll
+            for (int t = 0; t < 4; ++t) {
+                const int i = start + 4 * s + t;
+                if (i >= start + count) break;
+                if constexpr (SEQ)
+                    store(of_C ? p.grad_C : p.grad_B,
+                          ((sample * p.routes + k) * p.state + group * STATE + n) * length + i,
+                          sum[t] * scale, p.part_type);
+                else
+                    store(p.grad_raw, ((sample * length + rows.at(path, i)) * p.routes + k)
+                                      * (p.rank + 2 * p.state) + at, sum[t] * scale, p.part_type);
+            }
+        }
+        if (team > 0 && chunk > begin / SAVED) arrive(EMPTY + team, with_last);
+        if (!is_last) arrive(FULL + team + 1, with_next);
+    }
+
+    float *to = p.sums + ((((long long)b * p.spans + place.span) * p.routes + k) * p.groups + group)
+                * (STATE + p.rank + 2) * p.dim + warp_channel;
+#pragma unroll
+    for (int j = 0; j < CHANNELS; ++j)
+#pragma unroll
+        for (int i = 0; i < STATES; ++i)
+            if (warp_channel + columns[j] < p.dim)
+                to[states[i] * p.dim + columns[j]] = grad_rate[j][i] * LN2;
+    to += STATE * p.dim + own;
+    auto over_lanes = [&](float v) {
+#pragma unroll
+        for (int mask = WIDTH; mask < 32; mask *= 2) v = add_other(v, v, mask);
+        return v;
+    };
+    const bool writes = valid && lane < WIDTH;
+    if constexpr (CORES<T>) {
+        for (int r = 2 * (lane & 3); r < p.rank; r += 8)
+#pragma unroll
+            for (int j = 0; j < WIDTH / 4; ++j) {
+                const int d = j / 4 * 16 + (j & 2) * 4 + (lane >> 2), row = r + (j & 1);
+                if (warp_channel + d < p.dim && row < p.rank)
+                    to[(long long)row * p.dim + d - own]
+                        = grad_weights[r / 8 * 8 * WIDTH + 32 * j] * GAIN<T>;
+            }
+        to += p.rank * p.dim;
+    } else {
+        for (int r = 0; r < p.rank; ++r, to += p.dim) {
+            const float sum = over_lanes(grad_weights[r * 32]);
+            if (writes) to[0] = sum;
         }
     }
-    if (!valid) return;
-    float *to = p.sums + ((((long long)b * p.spans + place.span) * p.routes + k) * p.groups + group)
-                * (STATE + p.rank + 2) * p.dim + channel;
-#pragma unroll
-    for (int n = 0; n < STATE; ++n) to[n * p.dim] = grad_rates[n] * LN2;
-    to += STATE * p.dim;
-    for (int r = 0; r < p.rank; ++r) to[r * p.dim] = grad_weights[r];
-    to += p.rank * p.dim;
-    to[0] = grad_bias[0];
-    to[p.dim] = grad_skip[0];
+    const float by_bias = over_lanes(grad_bias[0]), by_skip = over_lanes(grad_skip[0]);
+    if (writes) to[0] = by_bias, to[p.dim] = by_skip;
 }

@@ -1,11 +1,19 @@
 // Forward of a walk, any state size and dtype; or what a span does to the state (ENDS) and to the
-// gradient by the state (GRADIENTS, against the walk). README.md has the layout.
+// gradient by the state (GRADIENTS, against the walk): one channel a thread. README.md has the
+// layout.
 #include "walk.cuh"
+
+// A thread's STATE numbers in shared memory are adjacent and padded: constant offsets (the compiler
+// would keep an address for each in a register) without bank conflicts.
+template <int STATE> constexpr int pitch_of = STATE | 1;
 
 // Of a multiprocessor: four where 80 registers are enough for this generation's compiler.
 template <int STATE, bool SEQ>
-constexpr int BLOCKS = STATE == 16 && __CUDA_ARCH__ < 1000
-                       && __CUDA_ARCH__ >= (SEQ ? 860 : 800) ? 4 : 3;
+constexpr int BLOCKS = STATE == 16 && (SEQ ? __CUDA_ARCH__ >= 860 && __CUDA_ARCH__ < 1000
+                                           : __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900) ? 4 : 3;
+constexpr int CHUNK = 2 * SAVED;  // positions between two barriers
+constexpr int STEP = 8;           // positions that a thread takes at a time
+constexpr int PITCH = pitch_for<CHUNK>;
 constexpr int RUN = 0, ENDS = 1, GRADIENTS = 2;
 
 template <class T, int STATE, bool SEQ, int MODE>
@@ -25,8 +33,11 @@ __global__ void __launch_bounds__(192, BLOCKS<STATE, SEQ>) walk_fwd(const Params
     volatile long long *const x_offset
         = (long long *)(weights - own + (p.rank + 2) * width) + own;
     volatile long long *const y_offset = x_offset + width;
-    float *const rates = weights - own + (p.rank + 6) * width + own * pitch_of<STATE>;
+    volatile u32 *const arranged = (volatile u32 *)(weights + (p.rank + 6) * width);
+    float *const rates = weights - own + (p.rank + 7) * width + own * pitch_of<STATE>;
 
+    using Stage = Staging<T, STATE, SEQ, MODE != GRADIENTS, MODE != ENDS, CHUNK, 2>;
+    arranged[0] = Stage::arrange(p, width);
     const int first = place.span * p.span, last = min(length, first + p.span);
     const int begin = MODE == GRADIENTS ? length - last : first, end = begin + last - first;
     const int place_of_span = MODE == GRADIENTS ? p.spans - 1 - place.span : place.span;
@@ -59,24 +70,42 @@ __global__ void __launch_bounds__(192, BLOCKS<STATE, SEQ>) walk_fwd(const Params
     for (int start = begin; start < end; start += CHUNK) {
         const int in_chunk = min(CHUNK, end - start);
         __syncthreads();
-        stage<T, STATE, SEQ, MODE != GRADIENTS, MODE != ENDS>(
-            p, staged, path, b, k, group, start, in_chunk);
-        if (MODE == RUN && p.states && valid) {
-            float *to = p.states + (place.walk(p) * p.chunks + start / CHUNK) * STATE * p.dim
-                        + channel;
-#pragma unroll
-            for (int n = 0; n < STATE; ++n) to[n * p.dim] = h[n];
-        }
+        Stage(p, path, place, width, arranged[0]).run(staged, start, in_chunk);
         __syncthreads();
 
 #pragma unroll 1
         for (int s = 0; s < in_chunk; s += STEP) {
             const int count = in_chunk - s;
+            if (MODE == RUN && s % SAVED == 0 && p.states && valid) {
+                float *to;  // where the compiler needs the fewest registers
+                if constexpr (SEQ) {
+                    to = p.states + channel
+                         + (place.walk(p) * p.chunks + (start + s) / SAVED) * STATE * p.dim;
+                } else {
+                    const int saved = (int)place.walk(p) * p.chunks + (start + s) / SAVED;
+                    to = p.states + (long long)saved * (STATE * p.dim) + channel;
+                }
+#pragma unroll
+                for (int n = 0; n < STATE; ++n) to[n * p.dim] = h[n];
+            }
             float x[STEP], l[STEP], y[STEP];
             load_steps<T, SEQ>(x, (const char *)(OF_GRAD ? p.grad : p.x) + x_offset[0], path,
                                x_steps, start + s, count, valid, p.vector);
-            log_decays<T, SEQ>(l, p, x_offset[0], bias[0], staged + s, weights, width, path,
-                               x_steps, start + s, count, valid);
+            if constexpr (SEQ) {
+                load_steps<T, SEQ>(l, (const char *)p.raw + x_offset[0], path, x_steps, start + s,
+                                   count, valid, p.vector);
+#pragma unroll
+                for (int i = 0; i < STEP; ++i) l[i] = fmaf(l[i], LOG2E, bias[0]);
+            } else {
+#pragma unroll
+                for (int i = 0; i < STEP; ++i) l[i] = bias[0];
+                add_product<STEP / 4>(l, p.rank, weights, width, staged + s, PITCH, 4);
+            }
+#pragma unroll
+            for (int i = 0; i < STEP; ++i) {
+                if (!SEQ || p.softplus) l[i] = softplus2<T>(l[i]);
+                if (i >= count) l[i] = 0.f;
+            }
             const float own_skip = skip[0];
 #pragma unroll
             for (int i = 0; i < STEP; ++i) {
@@ -88,8 +117,11 @@ __global__ void __launch_bounds__(192, BLOCKS<STATE, SEQ>) walk_fwd(const Params
             for (int n = 0; n < STATE; ++n) {
                 if (n % 2 == 0 && n >= known) break;  // also keeps the compiler from mixing all n
                 float B[STEP], C[STEP];               // OF_GRAD has C in place of B
-                read8(B, B_staged + n * PITCH + s);
-                if (MODE == RUN) read8(C, B_staged + (STATE + n) * PITCH + s);
+#pragma unroll
+                for (int i = 0; i < STEP; i += 4) {
+                    read4(B + i, B_staged + n * PITCH + s + i);
+                    if (MODE == RUN) read4(C + i, B_staged + (STATE + n) * PITCH + s + i);
+                }
                 const float rate = rates[n];
 #pragma unroll
                 for (int i = 0; i < STEP; ++i) {

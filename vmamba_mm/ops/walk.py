@@ -1,8 +1,8 @@
 """Launches of the CUDA "walk" kernels, which ss2d_scan and selective_scan share.
 
-One thread is one channel of one walk: a route of ss2d_scan over an image, or a sequence of
-selective_scan; ``kernels/README.md`` says how they work. fp16 and fp32 need sm_75, bf16 sm_80;
-any number of states, 16 to a thread.
+A walk is a route of ss2d_scan over an image, or a sequence of selective_scan;
+``kernels/README.md`` says how they work. fp16 and fp32 need sm_75, bf16 sm_80; any number of
+states, 16 to a walk: more are several walks.
 """
 
 from functools import cache
@@ -14,10 +14,9 @@ from vmamba_mm.ops.nvrtc import Instance, load
 
 TYPES = {torch.float32: 'Float', torch.float16: 'Half', torch.bfloat16: 'BFloat'}
 CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_CHUNK, _STEP = 48, 8  # as in walk.cuh
-_PITCH = _CHUNK + 4
-_WARPS = 6  # of a block at most; the launch bounds say so too
-_FORWARD_RESIDENT, _BACKWARD_RESIDENT = 24, 12  # warps of a multiprocessor, by registers
+_SAVED = 24  # positions between saved states, as in walk.cuh
+# Warps of a block at most, as in the launch bounds, and of a multiprocessor, by registers
+_FORWARD_WARPS, _FORWARD_RESIDENT = 6, 24
 RUN, ENDS, GRADIENTS = range(3)
 
 
@@ -36,7 +35,7 @@ _PARAMS = 'P' * 19 + 'q' * 8 + 'i' * 18
 
 @cache
 def forward_instance(type_: str, states: int, sequence: bool, mode: int) -> Instance:
-    """``states`` of a thread: 1, 4 or 16; ``mode`` is RUN, ENDS or GRADIENTS."""
+    """``states`` of a walk: 1, 4 or 16; ``mode`` is RUN, ENDS or GRADIENTS."""
     return Instance('walk_fwd.cu', f'walk_fwd<{type_}, {states}, {str(sequence).lower()}, '
                     f'{mode}>', _PARAMS)
 
@@ -77,14 +76,14 @@ def _why_not_on(index: int, dtype: torch.dtype, rank: int, state: int) -> str | 
     capability = torch.cuda.get_device_capability(index)
     if capability < ((8, 0) if dtype == torch.bfloat16 else (7, 5)):
         return f'a GPU of compute capability {capability} is too old for {dtype}'
-    shared = _backward_shared(rank, groups_of(state)[0], 1)
+    shared = _backward_shared(rank, groups_of(state)[0], 1, 2)
     if shared > device_limits(index)[2]:
         return f'dt_rank={rank} needs {shared} bytes of shared memory, more than this GPU has'
     return None
 
 
 def groups_of(state: int) -> tuple[int, int]:
-    """(states of a thread, threads that share the N states of a channel)."""
+    """(states of a walk, walks that share the N states of a channel)."""
     states = 1 if state == 1 else 4 if state <= 4 else 16
     return states, -(-state // states)
 
@@ -92,18 +91,27 @@ def groups_of(state: int) -> tuple[int, int]:
 def states_shape(batch: int, routes: int, length: int, state: int, dim: int) -> tuple[int, ...]:
     """Of what the forward saves: (B, K, chunks, N, D) for N of 1, 4 and 16; else N is cut."""
     states, groups = groups_of(state)
-    return batch, routes * groups, -(-length // _CHUNK), states, dim
+    return batch, routes * groups, -(-length // _SAVED), states, dim
 
 
-def _backward_shared(rank: int, states: int, warps: int) -> int:
-    own = ((_CHUNK // _STEP + 1) * states + 4 + 2 * rank) | 1
-    staged = (rank + 2 * states) * _PITCH
-    return 4 * (staged + warps * ((rank + rank % 2 + 2 * states + 2) * _STEP + 32 * own))
+def _backward_width(states: int) -> int:
+    """Channels of a warp."""
+    return 16 if states == 16 else 32
+
+
+def _backward_shared(rank: int, states: int, warps: int, kept: int) -> int:
+    """``kept``: numbers of 4 bytes that it has for each position beside what all need, 0 to 2."""
+    width, pitch = _backward_width(states), _SAVED + 4
+    own = (width * pitch + max(3 * width * pitch, 2 * rank * _SAVED)
+           + _SAVED // 4 * width * states + 32 * (-(-rank // 8) * 8 + 6) + kept * width * _SAVED)
+    teams = -(-warps // 4)
+    columns = (rank + 2 * states) * (teams * pitch + (teams - 1) * _SAVED)
+    return 4 * (64 + columns + rank * warps * width + warps * own)
 
 
 def _forward_shared(rank: int, states: int, warps: int, mode: int) -> int:
-    staged = (rank + states * (2 if mode == RUN else 1)) * _PITCH
-    return 4 * (staged + 32 * warps * (rank + 6 + (states | 1)))
+    staged = (rank + states * (2 if mode == RUN else 1)) * (2 * _SAVED + 4)
+    return 4 * (staged + 32 * warps * (rank + 7 + (states | 1)))
 
 
 def magic(divisor: int) -> int:
@@ -136,7 +144,7 @@ class Walk:
         self.routes, self.rank, self.state = routes, rank, parameters[2].shape[1]
         self.length = self.height * self.width
         self.states, self.groups = groups_of(self.state)
-        self.chunks = -(-self.length // _CHUNK)
+        self.chunks = -(-self.length // _SAVED)
         self.type = TYPES[x.dtype]
         self.walks = self.batch * routes * self.groups
         plain, padded = routes * self.dim, self.groups * self.states
@@ -168,24 +176,30 @@ class Walk:
     def merge_groups(self, maps: Tensor, dtype: torch.dtype) -> Tensor:
         return maps[0] if self.groups == 1 else maps.sum(0).to(dtype)
 
-    def _cut(self, most: int, shared) -> tuple[int, int, int, int]:
-        """(warps, blocks side by side, positions of a span, spans): few walks are cut."""
+    def _cut(self, width: int, of_a_block: int, most: int, shared) -> tuple[int, int, int, int]:
+        """(warps, blocks side by side, positions of a span, spans): few walks are cut.
+
+        Args:
+            width: channels of a warp.
+            of_a_block, most: warps of a block and of a multiprocessor at most.
+            shared: bytes of a block by its warps.
+        """
         multiprocessors, of_all, of_block = device_limits(self.x.device.index)
 
         def resident(n: int) -> int:
             return min(of_all // (shared(n) + 1024), most // n) * n
 
-        needed = -(-self.dim // 32)
-        fitting = [n for n in range(1, min(_WARPS, needed) + 1) if shared(n) <= of_block]
+        needed = -(-self.dim // width)
+        fitting = [n for n in range(1, min(of_a_block, needed) + 1) if shared(n) <= of_block]
         best = max(fitting, key=lambda n: (resident(n), n))
         columns = -(-needed // best)
         warps = -(-needed // columns)
         slots = multiprocessors * max(1, resident(warps) // warps)
-        spans = max(1, min(slots // (self.walks * columns), -(-self.chunks // 4)))
+        spans = max(1, min(slots // (self.walks * columns), -(-self.chunks // 8)))
         if self.max_span:
             spans = max(spans, -(-self.length // self.max_span))
         span = -(-self.chunks // spans)
-        return warps, columns, span * _CHUNK, -(-self.chunks // span)
+        return warps, columns, span * _SAVED, -(-self.chunks // span)
 
     def forward(self, raw: Tensor, B: Tensor | None, C: Tensor | None, y: Tensor | None,
                 states: Tensor | None) -> None:
@@ -212,18 +226,24 @@ class Walk:
                          B=B, C=C, grad=grad, **buffers)
 
         forward_warps, forward_columns = self._forward_cut()[:2]
-        cut = self._cut(_BACKWARD_RESIDENT,
-                        lambda n: _backward_shared(self.rank, self.states, n))
+        kept = 1 if self.type != 'Float' else 2 * self.sequence
+
+        def shared(warps: int) -> int:
+            return _backward_shared(self.rank, self.states, warps, kept)
+
+        # as in the launch bounds
+        warps = 12 if device_limits(self.x.device.index)[2] > 200_000 else 8
+        cut = self._cut(_backward_width(self.states), warps, warps, shared)
         sums = self.empty(self.batch * cut[3], self.routes, self.groups,
                           self.states + self.rank + 2, self.dim)
         self._launch(backward_instance(self.type, self.states, self.sequence), cut,
-                     _backward_shared(self.rank, self.states, cut[0]), raw=raw, B=B, C=C,
+                     shared(cut[0]), raw=raw, B=B, C=C,
                      states=states, grad=grad, grad_x=grad_x, sums=sums,
                      entries=self._entries(summarise, GRADIENTS, cut), **outputs(cut[1]))
         return sums.sum(0)
 
     def _forward_cut(self):
-        return self._cut(_FORWARD_RESIDENT,
+        return self._cut(32, _FORWARD_WARPS, _FORWARD_RESIDENT,
                          lambda n: _forward_shared(self.rank, self.states, n, RUN))
 
     def _entries(self, run, mode: int, cut) -> Tensor | None:
