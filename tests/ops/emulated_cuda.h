@@ -106,7 +106,7 @@ struct Fiber {
 static Fiber *fibers, *current;
 static char *stacks;
 static Warp warps[MOST_THREADS / 32];
-static Barrier block_barrier;
+static Barrier barriers[16];  // of the block; 0 is that of __syncthreads
 static u32 alive;
 static int threads, step;  // step: 1, or -1 to run lanes in the opposite order
 static u32 random_state, patience;
@@ -186,7 +186,7 @@ static void enter() {
     current->done = true;
     --alive;
     if (--warp.alive) release_if_all(warp.barrier, warp.alive);
-    if (alive) release_if_all(block_barrier, alive);
+    if (alive) release_if_all(barriers[0], alive);
     run_another();
 }
 
@@ -202,7 +202,7 @@ static const Given *exchange(T... words) {
 
 static void run_block(int shared) {
     memset(dynamic_shared, POISON, shared + GUARD);
-    block_barrier = {};
+    memset(barriers, 0, sizeof(barriers));
     alive = threads;
     for (int w = 0; 32 * w < threads; ++w) {
         warps[w].barrier = {};
@@ -261,7 +261,7 @@ static void call_kernel(void (*kernel)(Params), const void *params) {
 #define threadIdx (emulated::current->thread)
 
 static inline void __syncthreads() {
-    emulated::wait_for_all(emulated::block_barrier, emulated::alive);
+    emulated::wait_for_all(emulated::barriers[0], emulated::alive);
 }
 
 static inline void __syncwarp() { emulated::exchange(); }
@@ -308,6 +308,7 @@ static inline float flush(float f) { return fabsf(f) < 0x1p-126f ? copysignf(0.f
 
 static void ex2_approx_ftz_f32(float &y, float x) { y = flush(exp2f(flush(x))); }
 static void lg2_approx_ftz_f32(float &y, float x) { y = flush(log2f(flush(x))); }
+static void ld_global_nc_u16(u32 &v, const void *p) { v = *(const u16 *)p; }
 static void rcp_approx_ftz_f32(float &y, float x) { y = flush(1.f / flush(x)); }
 
 // Half precision by hand: _Float16 is for GCC 12 and newer.
@@ -455,6 +456,15 @@ static void cp_async_ca_shared_global(u32 to, const void *from, int bytes, int v
 
 static void cp_async_ca_shared_global(u32 to, const void *from, int bytes) {
     cp_async_ca_shared_global(to, from, bytes, bytes);
+}
+
+static void bar_sync(int barrier, u32 threads) {
+    emulated::wait_for_all(emulated::barriers[barrier], threads);
+}
+
+static void bar_arrive(int barrier, u32 threads) {
+    ++emulated::barriers[barrier].arrived;
+    emulated::release_if_all(emulated::barriers[barrier], threads);
 }
 
 static void cp_async_commit_group() { ++current->copies.groups; }
