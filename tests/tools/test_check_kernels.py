@@ -9,14 +9,20 @@ import pytest
 from vmamba_mm.ops import instances, nvrtc
 
 SOURCE = r'''
-extern "C" __global__ void good(float *x) {
+struct Params { float *x; };
+struct ParamsOfStack { float *x; int k; };
+
+extern "C" __global__ void good(Params p) {
+    float *const x = p.x;
     __shared__ float s[64];
     s[threadIdx.x] = x[threadIdx.x];
     __syncthreads();
     x[threadIdx.x] = s[63 - threadIdx.x];
 }
 
-extern "C" __global__ void stack(float *x, int k) {
+extern "C" __global__ void stack(ParamsOfStack p) {
+    float *const x = p.x;
+    const int k = p.k;
     float a[100];
     for (int i = 0; i < 100; i++) a[i] = x[i];
     a[k] = 3;
@@ -25,7 +31,8 @@ extern "C" __global__ void stack(float *x, int k) {
     x[0] = s;
 }
 
-extern "C" __global__ void spill(float *x) {
+extern "C" __global__ void spill(Params p) {
+    float *const x = p.x;
     float a[64];
 #pragma unroll
     for (int i = 0; i < 64; i++) a[i] = x[i * 32];
