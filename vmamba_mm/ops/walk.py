@@ -231,8 +231,8 @@ class Walk:
         def shared(warps: int) -> int:
             return _backward_shared(self.rank, self.states, warps, kept)
 
-        # as in the launch bounds
-        warps = 12 if device_limits(self.x.device.index)[2] > 200_000 else 8
+        # As in the launch bounds; memory for 12 alone, which sm_110 has too, is not enough.
+        warps = 12 if torch.cuda.get_device_capability(self.x.get_device())[0] in (9, 10) else 8
         cut = self._cut(_backward_width(self.states), warps, warps, shared)
         sums = self.empty(self.batch * cut[3], self.routes, self.groups,
                           self.states + self.rank + 2, self.dim)

@@ -98,7 +98,7 @@ def ss2d_scan(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_proj
 
     Cross scan along K routes, per-route projection of x to (dt, B, C), softplus(dt W + bias),
     selective scan, cross merge. Every input has a gradient. Kept for the backward are the inputs;
-    by the CUDA kernels also the projected input, a state for each 48 or 56 positions and, for
+    by the CUDA kernels also the projected input, a state for each 24 or 56 positions and, for
     N = 1, the parameters as the kernels take them.
 
     Args:
