@@ -1,6 +1,6 @@
 // Forward of ss2d_scan for N = 1 on half-precision maps. A block walks a span of one route, to a map
-// of its own; or, where spans are of whole images, of the two routes of an axis, one after the
-// other, and the second is added to the map of the first.
+// of its own; or, where spans are of whole images, of the two routes of an axis, in turn for every
+// few images, so that the second is added to what the first has just written.
 #include "ss2d_scan.cuh"
 
 struct Params {
@@ -10,6 +10,7 @@ struct Params {
     float *states;         // (K, chunks, D): the state that enters each chunk, or null
     const float *entries;  // (K, spans, D): the state that enters each span, or null
     float *decays, *ends;  // (K, spans, D): of a span from a zero state, if SUMMARY
+    int unit;              // chunks that a route takes before it is the other one's turn
 };
 
 // Staged chunks: while some warps stage the next one, others may still read the one before.
@@ -17,6 +18,7 @@ constexpr int STAGES = 3;
 
 template <class T, int TILES, bool SUMMARY>
 __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_fwd(const Params params) {
+    wait_for_memory();
     const Scan &p = params.scan;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
     const int g = lane >> 2, t = lane & 3;
@@ -30,10 +32,11 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_fwd(const Params
     extern __shared__ __align__(16) char shared[];
     const int staged_bytes = (p.row >> 3) * UNIT_BYTES + PAD_BYTES;
     char *const barriers = shared, *const staged_memory = shared + 64;
-    char *const own = staged_memory + STAGES * staged_bytes + warp * (TILES * 256 + 192);
-    u32 *const fragments = (u32 *)own;
-    float *const bias = (float *)(fragments + TILES * 64), *const rates = bias + 16;
-    float *const skip = rates + 16;
+    // Of a warp: 64 bytes of skip, then for each of its routes the fragments, bias and rates.
+    constexpr int ROUTE_BYTES = TILES * 256 + 128;
+    const int turns = p.routes / maps;
+    char *const own = staged_memory + STAGES * staged_bytes + warp * (turns * ROUTE_BYTES + 64);
+    float *const skip = (float *)own;
 
     float enter[4], decay[4] = {1.f, 1.f, 1.f, 1.f};
 #pragma unroll
@@ -42,125 +45,142 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_fwd(const Params
             ? params.entries[((long long)map * p.spans + span) * p.dim + channel + c] : 0.f;
 
     if (threadIdx.x < STAGES) make_barrier(barriers + threadIdx.x * BARRIER_BYTES);
-    __syncthreads();
-    const Stager stager;
-    int turn = 0;
-    u32 parity = 0;
-    for (int route = map; route < p.routes; route += maps) {
-        uint2 ahead[OWN];
-        auto stage = [&](const Path &path, int chunk, int turn) {
-            stager.stage(p, path, staged_memory + turn * staged_bytes, route, chunk);
-            arrive_with_copies(barriers + turn * BARRIER_BYTES);
-            const Place place = find_place(p, path, chunk * 8 + g);
-            if (active)
-                read_map(p, path, params.x, place, channel,
-                         [&](int i, const unsigned short *from) { ahead[i] = *(const uint2 *)from; },
-                         [&](int i, uint2 v) {
-#pragma unroll
-                             for (int j = 0; j < OWN; ++j)
-                                 if (j == i) ahead[j] = v;
-                         });
-        };
-        __syncwarp();  // the warp's channels of the map are written, if there was a route before
-        if (active) {
-            const int at = route * groups + group;
+    if (active) {
+        for (int i = 0; i < turns; ++i) {
+            const int at = (map + i * maps) * groups + group;
+            u32 *const fragments = (u32 *)(own + 64 + i * ROUTE_BYTES);
+            float *const bias = (float *)(fragments + TILES * 64);
             for (int j = lane; j < TILES * 64; j += 32)
                 fragments[j] = p.fragments[(long long)at * TILES * 64 + j];
             bias[lane] = (lane < 16 ? p.bias : p.rates)[at * 16 + lane % 16];
-            if (lane < 16) skip[lane] = p.skip[group * 16 + lane];
         }
-        stage(make_path(p, route), first, turn);
-        for (int chunk = first; chunk < last; ++chunk) {
-            const char *staged = staged_memory + turn * staged_bytes;
-            wait_for_copies(barriers + turn * BARRIER_BYTES, parity);
-            if (++turn == STAGES) turn = 0, parity ^= 1;
-            uint2 x[OWN];
+        if (lane < 16) skip[lane] = p.skip[group * 16 + lane];
+    }
+    __syncthreads();
+    const Stager stager;
+    uint2 ahead[OWN];
+    auto stage = [&](int route, int chunk, int turn) {
+        const Path path = make_path(p, route);
+        stager.stage(p, path, staged_memory + turn * staged_bytes, route, chunk);
+        arrive_with_copies(barriers + turn * BARRIER_BYTES);
+        const Place place = find_place(p, path, chunk * 8 + g);
+        if (active)
+            read_map(p, path, params.x, place, channel,
+                     [&](int i, const unsigned short *from) { ahead[i] = *(const uint2 *)from; },
+                     [&](int i, uint2 v) {
 #pragma unroll
-            for (int i = 0; i < OWN; ++i) x[i] = ahead[i];
-            // Calculated again for each chunk: there are no registers to keep it.
-            asm("" : "+r"(route));
-            const Place place = find_place(p, make_path(p, route), chunk * 8 + g);
-            if (chunk + 1 < last) stage(make_path(p, route), chunk + 1, turn);
-            if (!active) continue;
+                         for (int j = 0; j < OWN; ++j)
+                             if (j == i) ahead[j] = v;
+                     });
+    };
+    int turn = 0, route = map, chunk = first, unit = first;
+    u32 parity = 0;
+    stage(route, chunk, turn);
+    while (chunk < last) {
+        const char *staged = staged_memory + turn * staged_bytes;
+        wait_for_copies(barriers + turn * BARRIER_BYTES, parity);
+        if (++turn == STAGES) turn = 0, parity ^= 1;
+        uint2 x[OWN];
+#pragma unroll
+        for (int i = 0; i < OWN; ++i) x[i] = ahead[i];
+        // Calculated again for each chunk: there are no registers to keep it.
+        asm("" : "+r"(route));
+        const int now = route, at = chunk;
+        const Place place = find_place(p, make_path(p, now), at * 8 + g);
+        if (++chunk == min(unit + params.unit, last)) {
+            if (route + maps < p.routes) {
+                route += maps;
+                chunk = unit;
+            } else {
+                route = map;
+                unit = chunk;
+            }
+        }
+        if (chunk < last) stage(route, chunk, turn);
+        if (!active) continue;
 
-            if (params.states && g == 0) {
-                float *to = params.states + (long long)(route * p.chunks + chunk) * p.dim + channel;
-                if ((p.dim & 3) == 0) {
-                    if (channel < p.dim)
-                        *(float4 *)to = make_float4(enter[0], enter[1], enter[2], enter[3]);
-                } else {
+        const u32 *const fragments
+            = (const u32 *)(own + 64 + (now == map ? 0 : ROUTE_BYTES));
+        const float *const bias = (const float *)(fragments + TILES * 64);
+        const float *const rates = bias + 16;
+        if (params.states && g == 0) {
+            float *to = params.states + (long long)(now * p.chunks + at) * p.dim + channel;
+            if ((p.dim & 3) == 0) {
+                if (channel < p.dim)
+                    *(float4 *)to = make_float4(enter[0], enter[1], enter[2], enter[3]);
+            } else {
 #pragma unroll
-                    for (int c = 0; c < 4; ++c)
-                        if (channel + c < p.dim) to[c] = enter[c];
+                for (int c = 0; c < 4; ++c)
+                    if (channel + c < p.dim) to[c] = enter[c];
+            }
+        }
+        u32 pairs[OWN];  // (B, C), unpacked where they are used, for want of registers
+        load_pairs(pairs, staged, (p.rank + 1) & ~1, g);
+        uint2 y[OWN];
+#pragma unroll
+        for (int pair = 0; pair < 2; ++pair) {
+            float z[OWN][2], a[OWN][2], q[OWN][2], P[2], h[2];
+            const float2 rate = *(const float2 *)(rates + 4 * t + 2 * pair);
+            project_dt<T, TILES, false>(z, staged, fragments, bias, pair, lane,
+                                        length - place.start);
+#pragma unroll
+            for (int i = 0; i < OWN; ++i) {
+                const float2 x2 = T::unpack(pair ? x[i].y : x[i].x);
+                const float B = LN2 * T::unpack(pairs[i]).x;
+#pragma unroll
+                for (int c = 0; c < 2; ++c) {
+                    const float l = softplus2(z[i][c]);
+                    a[i][c] = ex2((c ? rate.y : rate.x) * l);
+                    q[i][c] = l * (c ? x2.y : x2.x) * B;
+                    P[c] = i ? P[c] * a[i][c] : a[i][c];
+                    h[c] = i ? a[i][c] * h[c] + q[i][c] : q[i][c];
                 }
             }
-            u32 pairs[OWN];  // (B, C), unpacked where they are used, for want of registers
-            load_pairs(pairs, staged, (p.rank + 1) & ~1, g);
-            uint2 y[OWN];
 #pragma unroll
-            for (int pair = 0; pair < 2; ++pair) {
-                float z[OWN][2], a[OWN][2], q[OWN][2], P[2], h[2];
-                const float2 rate = *(const float2 *)(rates + 4 * t + 2 * pair);
-                project_dt<T, TILES, false>(z, staged, fragments, bias, pair, lane,
-                                            length - place.start);
+            for (int c = 0; c < 2; ++c) {
+                const int n = 2 * pair + c;
+                combine_lanes<false>(P[c], h[c], min(g, place.slot));
+                const bool entered = place.slot > g;  // the image began in an earlier chunk
+                const float after = entered ? P[c] * enter[n] + h[c] : h[c];
+                const float before = __shfl_up_sync(ALL, after, 4);
+                h[c] = place.slot == 0 ? 0.f : g ? before : enter[n];
+                enter[n] = __shfl_sync(ALL, after, 28 + t);
+                if (SUMMARY)
+                    decay[n] = __shfl_sync(ALL, entered ? decay[n] * P[c] : 0.f, 28 + t);
+            }
+            if (SUMMARY) continue;
+            float out[OWN][2];
+#pragma unroll
+            for (int i = 0; i < OWN; ++i) {
+                const float C = T::unpack(pairs[i]).y;
+#pragma unroll
+                for (int c = 0; c < 2; ++c) {
+                    h[c] = a[i][c] * h[c] + q[i][c];
+                    out[i][c] = C * h[c];
+                }
+            }
+            if (now == 0) {
+                const float2 D = *(const float2 *)(skip + 4 * t + 2 * pair);
 #pragma unroll
                 for (int i = 0; i < OWN; ++i) {
                     const float2 x2 = T::unpack(pair ? x[i].y : x[i].x);
-                    const float B = LN2 * T::unpack(pairs[i]).x;
-#pragma unroll
-                    for (int c = 0; c < 2; ++c) {
-                        const float l = softplus2(z[i][c]);
-                        a[i][c] = ex2((c ? rate.y : rate.x) * l);
-                        q[i][c] = l * (c ? x2.y : x2.x) * B;
-                        P[c] = i ? P[c] * a[i][c] : a[i][c];
-                        h[c] = i ? a[i][c] * h[c] + q[i][c] : q[i][c];
-                    }
+                    out[i][0] += D.x * x2.x;
+                    out[i][1] += D.y * x2.y;
                 }
-#pragma unroll
-                for (int c = 0; c < 2; ++c) {
-                    const int n = 2 * pair + c;
-                    combine_lanes<false>(P[c], h[c], min(g, place.slot));
-                    const bool entered = place.slot > g;  // the image began in an earlier chunk
-                    const float after = entered ? P[c] * enter[n] + h[c] : h[c];
-                    const float before = __shfl_up_sync(ALL, after, 4);
-                    h[c] = place.slot == 0 ? 0.f : g ? before : enter[n];
-                    enter[n] = __shfl_sync(ALL, after, 28 + t);
-                    if (SUMMARY)
-                        decay[n] = __shfl_sync(ALL, entered ? decay[n] * P[c] : 0.f, 28 + t);
-                }
-                if (SUMMARY) continue;
-                float out[OWN][2];
-#pragma unroll
-                for (int i = 0; i < OWN; ++i) {
-                    const float C = T::unpack(pairs[i]).y;
-#pragma unroll
-                    for (int c = 0; c < 2; ++c) {
-                        h[c] = a[i][c] * h[c] + q[i][c];
-                        out[i][c] = C * h[c];
-                    }
-                }
-                if (route == 0) {
-                    const float2 D = *(const float2 *)(skip + 4 * t + 2 * pair);
-#pragma unroll
-                    for (int i = 0; i < OWN; ++i) {
-                        const float2 x2 = T::unpack(pair ? x[i].y : x[i].x);
-                        out[i][0] += D.x * x2.x;
-                        out[i][1] += D.y * x2.y;
-                    }
-                }
-#pragma unroll
-                for (int i = 0; i < OWN; ++i)
-                    (pair ? y[i].y : y[i].x) = T::pack(out[i][0], out[i][1]);
             }
-            if (!SUMMARY)
-                write_map<T>(p, make_path(p, route), map_of(p, params.y, map), [&](int i) {
-                    uint2 v = y[0];
 #pragma unroll
-                    for (int j = 1; j < OWN; ++j)
-                        if (j == i) v = y[j];
-                    return v;
-                }, place, channel, route != map);
+            for (int i = 0; i < OWN; ++i)
+                (pair ? y[i].y : y[i].x) = T::pack(out[i][0], out[i][1]);
         }
+        if (SUMMARY) continue;
+        __syncwarp();  // what is added to is written, by other lanes of the warp
+        write_map<T>(p, make_path(p, now), map_of(p, params.y, map), [&](int i) {
+            uint2 v = y[0];
+#pragma unroll
+            for (int j = 1; j < OWN; ++j)
+                if (j == i) v = y[j];
+            return v;
+        }, place, channel, now != map);
     }
     if (SUMMARY && active && g == 0)
 #pragma unroll

@@ -109,10 +109,12 @@ def cut_by_hand(monkeypatch, maps, slots, spans):
         if slots == 'rounded':
             count = -(-count // 8) * 8
         chunks = -(-batch * count // 8)
-        unit = count // math.gcd(count, 8) if maps == 2 else 1
+        alone = count // math.gcd(count, 8)
+        unit = alone if maps == 2 else 1
         span = -(-chunks // (unit * spans)) * unit
-        cuts = [cut._replace(maps=maps, span=span, spans=-(-chunks // span),
-                             independent=maps == 2 or span >= chunks)
+        cuts = [cut._replace(maps=maps, span=span, spans=-(-chunks // span), alone=alone,
+                             independent=maps == 2 or span >= chunks,
+                             shared=cut.shared + cut.warps * 2048)  # for one more route
                 for cut in (plan.forward, plan.backward)]
         return plan._replace(slots=count, chunks=chunks, forward=cuts[0], backward=cuts[1],
                              magic=(*plan.magic[:2], cuda._magic(count)))

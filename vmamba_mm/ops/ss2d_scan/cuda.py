@@ -52,7 +52,7 @@ def prepare_instance(type_: str) -> Instance:
 
 def forward_instance(type_: str, tiles: int, summary: bool) -> Instance:
     return Instance('ss2d_scan_fwd.cu', f'ss2d_scan_fwd<{type_}, {tiles}, {str(summary).lower()}>',
-                    _SCAN + _MAP + 'P' * 5,
+                    _SCAN + _MAP + 'P' * 5 + 'i',
                     (('WARPS', _FORWARD_WARPS), ('BLOCKS', _FORWARD_BLOCKS)))
 
 
@@ -86,13 +86,14 @@ def _kernel(index: int, instance: Callable[..., Instance], *args) -> Kernel:
 
 class _Cut(NamedTuple):
     """A launch: maps that it writes, warps of a block, blocks for the channels, spans of so many
-    chunks, shared bytes; whether the spans begin at an image, so that nothing enters them; what it
-    costs."""
+    chunks, chunks of whole images, shared bytes; whether the spans begin at an image, so that
+    nothing enters them; what it costs."""
     maps: int
     warps: int
     columns: int
     span: int
     spans: int
+    alone: int
     shared: int
     independent: bool
     cost: float
@@ -123,9 +124,9 @@ def _plan(batch: int, dim: int, height: int, width: int, rank: int, routes: int,
     properties = torch.cuda.get_device_properties(index)
     multiprocessors = properties.multi_processor_count
 
-    def cuts(most, blocks, of_block, per_warp, saved, slots):
+    def cuts(most, blocks, of_block, per_warp, per_route, saved, reach, slots):
         limit = properties.shared_memory_per_block_optin - 1024
-        most = min(most, (limit - of_block) // per_warp)
+        most = min(most, (limit - of_block) // (per_warp + per_route))
         if most < 2:
             raise ValueError(f'dt_rank={rank} needs more shared memory than the {limit} bytes of '
                              f'this GPU')
@@ -133,15 +134,16 @@ def _plan(batch: int, dim: int, height: int, width: int, rank: int, routes: int,
         alone = slots // math.gcd(slots, 8)  # chunks until an image begins with a chunk
         for columns in {-(-groups // warps) for warps in range(2, most + 1)}:
             warps = max(2, -(-groups // columns))
-            shared = of_block + warps * per_warp
-            at_once = min(blocks * most // warps,
-                          properties.shared_memory_per_multiprocessor // (shared + 1024))
-            at_once *= multiprocessors
-            # Two routes one after the other, into one map, need whole images, and an addition to
-            # half-precision memory.
-            fewest = 2 if saved and routes == 4 and properties.major >= 9 else routes
+            # Two routes into one map need whole images, and an addition to half-precision memory.
+            fewest = 2 if routes == 4 and properties.major >= 9 else routes
             for maps, independent in {(fewest, True), (routes, True), (routes, False)}:
                 unit, walks = alone if independent else 1, columns * maps
+                shared = of_block + warps * (per_warp + routes // maps * per_route)
+                if shared > limit:
+                    continue
+                at_once = multiprocessors * min(
+                    blocks * most // warps,
+                    properties.shared_memory_per_multiprocessor // (shared + 1024))
                 for spans in {max(1, n * at_once // walks) for n in (1, 2, 3, 4)}:
                     span = -(-chunks // (unit * spans)) * unit
                     spans = -(-chunks // span)
@@ -151,26 +153,28 @@ def _plan(batch: int, dim: int, height: int, width: int, rank: int, routes: int,
                     # is worth half a chunk. What enters a span costs two more launches.
                     waves = -(-walks * spans // at_once)
                     resident = min(at_once, walks * spans) * warps / multiprocessors
+                    if maps < routes and resident * alone * _CHUNK_MAP * multiprocessors > reach:
+                        continue
                     # 16 warps take as long for a chunk of each as 12 do, less 5 %.
                     resident = max(8, resident * (0.95 if resident > 12 else 1))
                     cost = waves * (span * routes // maps + 0.5) * resident
                     cost *= (1 + 0.004 * columns) * (1 if maps == routes else 1 - saved)
                     if not independent and spans > 1:
                         cost = 1.6 * cost + 16
-                    yield _Cut(maps, warps, columns, span, spans, shared,
+                    yield _Cut(maps, warps, columns, span, spans, alone, shared,
                                independent or spans == 1, cost)
 
-    # What a map less to write and to add up saves. A forward waits for additions to a map that is
-    # not in L2; a backward has other things to do.
-    in_cache = 2 * batch * length * dim < properties.L2_cache_size
-    saved = 0.005 if in_cache else 0, 0.1
+    # What a map less to write and to add up saves; a forward waits for additions to what is not in
+    # L2 any more (measured: 53 of 50 MB are fast, 159 slow), a backward has other things to do.
+    l2 = properties.L2_cache_size
     best = None
     exact = -(-length // _SLOT)
     for slots in {exact, -(-exact // 8) * 8}:
         forward, backward = (min(cuts(*sizes, slots), key=lambda cut: cut.cost) for sizes in (
-            (_FORWARD_WARPS, _FORWARD_BLOCKS, 64 + 3 * staged, 256 * tiles + 192, saved[0]),
+            (_FORWARD_WARPS, _FORWARD_BLOCKS, 64 + 3 * staged, 64, 256 * tiles + 128, 0.03,
+             1.5 * l2),
             (_BACKWARD_WARPS, _BACKWARD_BLOCKS, 2 * staged,
-             4 * _CHUNK_MAP + 768 * tiles + 320 + 2048, saved[1])))
+             4 * _CHUNK_MAP + 768 * tiles + 320 + 2048, 0, 0.1, math.inf)))
         if best is None or forward.cost + 2 * backward.cost < best[1].cost + 2 * best[2].cost:
             best = slots, forward, backward
     slots, forward, backward = best
@@ -277,14 +281,14 @@ def _scan_fields(plan, cut, kept, projected, x, rank):
             *plan.magic)
 
 
-def _walk(plan, cut, instance, fields, x, back):
-    """Launch a scan of ``x``, in spans where the plan says so; ``fields`` are all but the last
-    three."""
+def _walk(plan, cut, instance, fields, x, back, *last):
+    """Launch a scan of ``x``, in spans where the plan says so; between ``fields`` and ``last`` come
+    its three pointers for the spans."""
     type_, index = _TYPES[x.dtype], x.get_device()
     kernel = _kernel(index, instance, type_, plan.tiles, False)
     grid, block = (cut.maps, cut.columns, cut.spans), (32 * cut.warps, 1, 1)
     if cut.independent:
-        kernel.launch(grid, block, (*fields, 0, 0, 0), cut.shared)
+        kernel.launch(grid, block, (*fields, 0, 0, 0, *last), cut.shared)
         return
     walks, dim = cut.maps, x.shape[1]
     size = walks * cut.spans * dim
@@ -292,11 +296,11 @@ def _walk(plan, cut, instance, fields, x, back):
     decays = memory.data_ptr()
     ends, entries = decays + 4 * size, decays + 8 * size
     _kernel(index, instance, type_, plan.tiles, True).launch(
-        grid, block, (*fields, 0, decays, ends), cut.shared)
+        grid, block, (*fields, 0, decays, ends, *last), cut.shared)
     _kernel(index, combine_instance).launch(
         (-(-walks * dim // 128), 1, 1), (128, 1, 1),
         (decays, ends, entries, walks, cut.spans, dim, int(back)))
-    kernel.launch(grid, block, (*fields, entries, 0, 0), cut.shared)
+    kernel.launch(grid, block, (*fields, entries, 0, 0, *last), cut.shared)
 
 
 def _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save):
@@ -321,7 +325,7 @@ def _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save):
     maps = x.new_empty((plan.forward.maps, batch, height, width, dim))
     fields = (*_scan_fields(plan, plan.forward, kept, projected, x, rank), *_map(x),
               maps.data_ptr(), start + plan.offsets[-2] if save else 0)
-    _walk(plan, plan.forward, forward_instance, fields, x, False)
+    _walk(plan, plan.forward, forward_instance, fields, x, False, plan.forward.alone)
     return maps, _images(plan, plan.forward, batch), projected, kept
 
 
