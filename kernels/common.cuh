@@ -119,6 +119,42 @@ struct BFloat {
     }
 };
 
+struct Float {  // fp32, beside Half and BFloat
+    static constexpr int CODE = 0;
+};
+
+template <class A, class B> constexpr bool same = false;
+template <class A> constexpr bool same<A, A> = true;
+
+// Four adjacent elements of T, aligned, as loaded; as numbers; and stored.
+template <class T> struct Raw { typedef uint2 type; };
+template <> struct Raw<Float> { typedef float4 type; };
+
+template <class T>
+__device__ __forceinline__ typename Raw<T>::type load4(const void *p, long long i, bool valid) {
+    typedef typename Raw<T>::type R;
+    if (valid) return *(const R *)((const char *)p + i * (sizeof(R) / 4));
+    return R{};
+}
+
+__device__ __forceinline__ void unpack4(float (&v)[4], const float4 &raw, Float) {
+    v[0] = raw.x, v[1] = raw.y, v[2] = raw.z, v[3] = raw.w;
+}
+
+template <class T>
+__device__ __forceinline__ void unpack4(float (&v)[4], const uint2 &raw, T) {
+    const float2 lo = T::unpack(raw.x), hi = T::unpack(raw.y);
+    v[0] = lo.x, v[1] = lo.y, v[2] = hi.x, v[3] = hi.y;
+}
+
+template <class T>
+__device__ __forceinline__ void store4(void *p, long long i, const float (&v)[4]) {
+    if constexpr (same<T, Float>)
+        *(float4 *)((float *)p + i) = make_float4(v[0], v[1], v[2], v[3]);
+    else
+        *(uint2 *)((unsigned short *)p + i) = make_uint2(T::pack(v[0], v[1]), T::pack(v[2], v[3]));
+}
+
 // An element of a parameter: type 0 is fp32, 1 fp16, 2 bf16.
 __device__ __forceinline__ float load_parameter(const void *p, long long i, int type) {
     if (type == 0) return ((const float *)p)[i];

@@ -35,10 +35,6 @@ struct Params {
     u32 magic_height, magic_width;
 };
 
-struct Float {};  // fp32 maps, beside Half and BFloat
-
-template <class A, class B> constexpr bool same = false;
-template <class A> constexpr bool same<A, A> = true;
 template <class T> constexpr int type_of = same<T, Float> ? 0 : same<T, Half> ? 1 : 2;
 
 // Without what C++ does to a short before it is an int: that would wait for the load.

@@ -33,7 +33,7 @@ COMPILER = shutil.which('c++') or shutil.which('g++')  # None: there is none
 PROPERTIES = dict(multi_processor_count=4, shared_memory_per_multiprocessor=228 * 1024,
                   shared_memory_per_block_optin=227 * 1024, L2_cache_size=50 * 2**20)
 WHY_NOT = walk.why_not  # the real one
-CACHES = (cuda._plan, cuda._kernel, walk.device_limits, walk._why_not_on)
+CACHES = (cuda._plan, nvrtc.kernel, walk.device_limits, walk._why_not_on)
 
 
 def translate(source: str) -> str:

@@ -19,12 +19,16 @@ class DropPath(nn.Module):
             raise ValueError(f'drop_prob must be in [0, 1), got {drop_prob}')
         self.drop_prob = drop_prob
 
-    def forward(self, x: Tensor) -> Tensor:
+    def factors(self, x: Tensor) -> Tensor | None:
+        """(B), fp32: the factor for each sample of a branch beside ``x``; None for 1."""
         if not self.training or self.drop_prob == 0.0:
-            return x
+            return None
         keep = 1.0 - self.drop_prob
-        shape = (x.shape[0],) + (1,) * (x.dim() - 1)
-        return x * torch.empty(shape, dtype=x.dtype, device=x.device).bernoulli_(keep).div_(keep)
+        return torch.empty(len(x), device=x.device).bernoulli_(keep).div_(keep)
+
+    def forward(self, x: Tensor) -> Tensor:
+        factors = self.factors(x)
+        return x if factors is None else x * factors.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
 
     def extra_repr(self) -> str:
         return f'drop_prob={self.drop_prob:.3f}'

@@ -4,10 +4,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vmamba_mm.layers.norm import LayerNorm
+
 
 def _conv_nhwc(conv: nn.Conv2d, x_BHWC: Tensor) -> Tensor:
     """A convolution on a channels-last map; both permutes are views."""
     return conv(x_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def _channels_last(x_BCHW: Tensor) -> Tensor:
+    """The images as the first convolution takes them, by one copy at most."""
+    device = x_BCHW.device.type
+    autocasts = torch.is_autocast_enabled(device) and x_BCHW.dtype == torch.float32
+    return x_BCHW.to(torch.get_autocast_dtype(device) if autocasts else x_BCHW.dtype,
+                     memory_format=torch.channels_last)
 
 
 class PatchStem(nn.Module):
@@ -20,14 +30,13 @@ class PatchStem(nn.Module):
     def __init__(self, in_channels: int, embed_dims: int):
         super().__init__()
         self.proj = nn.Conv2d(in_channels, embed_dims, kernel_size=4, stride=4)
-        self.norm = nn.LayerNorm(embed_dims)
+        self.norm = LayerNorm(embed_dims)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
         if height < 4 or width < 4:
             x = F.pad(x, (0, max(0, 4 - width), 0, max(0, 4 - height)))
-        x = x.contiguous(memory_format=torch.channels_last)
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+        return self.norm(self.proj(_channels_last(x)).permute(0, 2, 3, 1))
 
 
 class ConvStem(nn.Module):
@@ -37,14 +46,13 @@ class ConvStem(nn.Module):
     def __init__(self, in_channels: int, embed_dims: int):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, embed_dims // 2, kernel_size=3, stride=2, padding=1)
-        self.norm1 = nn.LayerNorm(embed_dims // 2)
+        self.norm1 = LayerNorm(embed_dims // 2, feeds_matmul=True)
         self.act = nn.GELU()
         self.conv2 = nn.Conv2d(embed_dims // 2, embed_dims, kernel_size=3, stride=2, padding=1)
-        self.norm2 = nn.LayerNorm(embed_dims)
+        self.norm2 = LayerNorm(embed_dims)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
-        x = self.act(self.norm1(self.conv1(x).permute(0, 2, 3, 1)))
+        x = self.act(self.norm1(self.conv1(_channels_last(x)).permute(0, 2, 3, 1)))
         return self.norm2(_conv_nhwc(self.conv2, x))
 
 
@@ -53,7 +61,7 @@ class MergeDownsample(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.norm = nn.LayerNorm(4 * dim)
+        self.norm = LayerNorm(4 * dim, feeds_matmul=True)
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,7 +77,7 @@ class ConvDownsample(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.conv = nn.Conv2d(dim, 2 * dim, kernel_size=3, stride=2, padding=1)
-        self.norm = nn.LayerNorm(2 * dim)
+        self.norm = LayerNorm(2 * dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(_conv_nhwc(self.conv, x))

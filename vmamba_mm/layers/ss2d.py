@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vmamba_mm.layers.norm import LayerNorm
 from vmamba_mm.layers.ssm_init import init_A_logs, init_dt_bias, init_dt_proj, init_x_proj
-from vmamba_mm.ops import ss2d_scan_norm
+from vmamba_mm.ops import dwconv_silu, ss2d_scan_norm
 
 NUM_ROUTES = 4
 
@@ -38,16 +39,16 @@ class SS2D(nn.Module):
         self.dt_projs_bias = nn.Parameter(init_dt_bias(NUM_ROUTES, inner))
         self.A_logs = nn.Parameter(init_A_logs(NUM_ROUTES, inner, d_state))
         self.Ds = nn.Parameter(torch.ones(NUM_ROUTES * inner))
-        self.out_norm = nn.LayerNorm(inner)
+        self.out_norm = LayerNorm(inner)
         self.out_proj = nn.Linear(inner, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.in_proj(x)
         if self.gate:
             x, z = x.chunk(2, dim=-1)
-        x_BDHW = F.silu(self.conv2d(x.permute(0, 3, 1, 2)))
+        x = dwconv_silu(x, self.conv2d.weight, self.conv2d.bias)
         y_BDHW = ss2d_scan_norm(
-            x_BDHW, self.x_proj_weight, self.dt_projs_weight, self.dt_projs_bias,
+            x.permute(0, 3, 1, 2), self.x_proj_weight, self.dt_projs_weight, self.dt_projs_bias,
             -torch.exp(self.A_logs.float()), self.Ds, self.out_norm.weight, self.out_norm.bias,
             self.out_norm.eps)
         y = y_BDHW.permute(0, 2, 3, 1)

@@ -7,7 +7,9 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from vmamba_mm.layers.drop_path import DropPath
+from vmamba_mm.layers.norm import LayerNorm
 from vmamba_mm.layers.ss2d import SS2D
+from vmamba_mm.ops import add_norm
 
 
 class Mlp(nn.Module):
@@ -40,17 +42,18 @@ class VSSBlock(nn.Module):
                  ssm_cfg: dict):
         super().__init__()
         self.with_cp = with_cp
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim, feeds_matmul=True)
         self.ssm = SS2D(dim, **ssm_cfg)
-        self.norm2 = nn.LayerNorm(dim) if mlp_ratio > 0 else None
+        self.norm2 = LayerNorm(dim, feeds_matmul=True) if mlp_ratio > 0 else None
         self.mlp = Mlp(dim, int(mlp_ratio * dim)) if mlp_ratio > 0 else None
         self.drop_path = DropPath(drop_path)
 
     def _forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.ssm(self.norm1(x)))
+        branch = self.ssm(self.norm1(x))
         if self.mlp is not None:
-            x = x + self.drop_path(self.mlp(self.norm2(x)))
-        return x
+            x, normed = self.norm2(x, branch, self.drop_path.factors(x))
+            branch = self.mlp(normed)
+        return add_norm(x, branch, None, None, scale=self.drop_path.factors(x))[0]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.with_cp and torch.is_grad_enabled():

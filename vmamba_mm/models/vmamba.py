@@ -17,6 +17,7 @@ from vmamba_mm.files import read_checkpoint
 from vmamba_mm.layers import (
     ConvDownsample,
     ConvStem,
+    LayerNorm,
     MergeDownsample,
     PatchStem,
     VSSBlock,
@@ -104,7 +105,7 @@ class VMamba(BaseModule):
             downsample = None if last else _DOWNSAMPLES[self.arch['downsample']](dim)
             self.stages.append(VSSStage(blocks, downsample))
         for i in self.out_indices:
-            self.add_module(f'norm{i}', nn.LayerNorm(self.num_features[i]))
+            self.add_module(f'norm{i}', LayerNorm(self.num_features[i]))
 
         self.apply(_init_linear)
         self._freeze_stages()

@@ -1,6 +1,9 @@
 """Every kernel instantiation that the ops load, for tools/check_kernels.py and the tests."""
 
 from vmamba_mm.ops import walk
+from vmamba_mm.ops.add_norm import cuda as norm
+from vmamba_mm.ops.channels import sum_instance
+from vmamba_mm.ops.dwconv import cuda as dwconv
 from vmamba_mm.ops.nvrtc import Instance
 from vmamba_mm.ops.ss2d_scan import cuda
 
@@ -9,6 +12,10 @@ _TILES = (1, 2, 3, 4, 6, 8)  # of 8 in dt_rank: those of the nine published arch
 # Type, states of a thread, selective_scan: half maps with N = 1 have kernels of their own.
 _WALKS = [('Half', 16, False), ('BFloat', 16, False), ('Float', 1, False), ('Float', 16, False),
           ('Half', 1, True), ('Float', 16, True)]
+
+# Types of x, branch and result: pure half, autocast, pure fp32
+_NORMS = [('Half', 'Half', 'Half'), ('BFloat', 'BFloat', 'BFloat'), ('Float', 'Half', 'Half'),
+          ('Float', 'BFloat', 'BFloat'), ('Float', 'Float', 'Float')]
 
 #: What is compiled, and the lowest compute capability (75 for 7.5) that it is for.
 INSTANCES: dict[Instance, int] = {
@@ -21,12 +28,21 @@ INSTANCES: dict[Instance, int] = {
     **{cuda.merge_instance(type_, *rest): low for type_, low in _TYPES.items()
        for rest in ((4, False, 1, False), (4, False, 1, True), (4, False, 12, False),
                     (4, True, 12, False), (2, False, 12, False), (2, True, 12, False))},
-    **{cuda.norm_backward_instance(type_, parts, warps): low for type_, low in _TYPES.items()
-       for parts, warps in ((1, 1), (4, 4))},
     **{kernel: _TYPES.get(type_, 75) for type_, states, sequence in _WALKS
        for kernel in (walk.forward_instance(type_, states, sequence, walk.RUN),
                       walk.backward_instance(type_, states, sequence))},
     **{walk.forward_instance('Half', 16, False, mode): 75 for mode in (walk.ENDS, walk.GRADIENTS)},
+    **{kernel: 80 if 'BFloat' in types else 75 for types in _NORMS for kernel in (
+        *(norm.forward_instance(*types, adds, parts) for adds in (False, True)
+          for parts in (1, 6, 12)),
+        *(norm.backward_instance(types[2], types[0], types[1], *parts)
+          for parts in ((1, 1), (4, 1), (4, 4))))},
+    norm.forward_instance('Half', 'Half', 'Float', False, 1): 75,
+    norm.backward_instance('Float', 'Half', 'Half', 1, 1): 75,
+    **{make(type_): _TYPES.get(type_, 75) for type_ in ('Half', 'BFloat', 'Float')
+       for make in (lambda t: dwconv.forward_instance(t, True),
+                    lambda t: dwconv.forward_instance(t, False), dwconv.backward_instance)},
+    sum_instance(): 75,
     walk.prepare_instance(): 75,
     walk.combine_instance(): 75,
 }

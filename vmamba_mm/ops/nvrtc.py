@@ -18,7 +18,7 @@ import struct
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -508,6 +508,12 @@ def load(instance: Instance, device: torch.device | str | int) -> Kernel:
                 arch = target(10 * capability[0] + capability[1], find_nvrtc().archs)
                 kernel = _kernels[instance, index] = Kernel(instance, index, build(instance, arch))
     return kernel
+
+
+@functools.cache
+def kernel(index: int, instance: Callable[..., Instance], *args) -> Kernel:
+    """``load(instance(*args), index)``, by a look-up that a launch can afford."""
+    return load(instance(*args), index)
 
 
 def _device_index(device: torch.device | str | int) -> int:

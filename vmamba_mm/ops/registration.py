@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 NAMESPACE = 'vmamba_mm'
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def register(name: str, *, fake: Callable, backward: Callable | None = None,
-             setup_context: Callable | None = None) -> Callable[[Callable], Callable]:
+             setup_context: Callable | None = None, results: int = 1
+             ) -> Callable[[Callable], Callable]:
     """Decorator that registers a function as ``torch.ops.vmamba_mm.<name>``, for any device.
 
     The function has annotations that ``torch.library.infer_schema`` reads and positional arguments
@@ -24,14 +26,16 @@ def register(name: str, *, fake: Callable, backward: Callable | None = None,
     Args:
         name: of the op; a name registered before, as by a module imported again, is replaced.
         fake: results from the same arguments, of which only metadata counts.
-        backward: ``(ctx, grad) -> gradients``, one for each argument, from the gradient by the
-            first result, never None; the other results are not differentiable. It should call
-            ops. Without it a backward through the op raises.
+        backward: ``(ctx, *grads) -> gradients``, one for each argument, from those by the first
+            ``results`` results, None for a result that was not used (never all); the other
+            results are not differentiable. It should call ops. Without it a backward through the
+            op raises.
         setup_context: ``(ctx, inputs, output)``, as for ``torch.autograd.Function``.
+        results: how many results have a gradient.
 
     Returns:
-        What calls the op with positional arguments: in eager mode without what the dispatcher does
-        above autograd.
+        What calls the op with positional arguments: the function itself where nothing watches or
+        transforms what the dispatcher does, which a small map would wait for.
     """
     def decorate(function: Callable) -> Callable:
         library = _library(name)
@@ -39,25 +43,27 @@ def register(name: str, *, fake: Callable, backward: Callable | None = None,
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         op = getattr(getattr(torch.ops, NAMESPACE), name).default
 
-        # What runs eagerly inside a compiled model is not for Dynamo either.
-        @torch._disable_dynamo
-        @functools.wraps(function)
-        def kernel(*args):
+        def direct(*args):
             with torch._C._DisableAutocast():
                 return function(*args)
 
-        through_autograd = _differentiable(op, name, backward, setup_context)
-        library.impl(name, kernel, 'CompositeExplicitAutograd')
-        library.impl(name, through_autograd, 'Autograd')
+        def below_autograd(*args):
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(*args)
+
+        differentiable = functools.partial(_differentiable, name, len(op._schema.arguments),
+                                           len(op._schema.returns), backward, setup_context,
+                                           results)
+        direct_with_grad = differentiable(direct)
+        # What runs eagerly inside a compiled model is not for Dynamo either.
+        library.impl(name, torch._disable_dynamo(functools.wraps(function)(direct)),
+                     'CompositeExplicitAutograd')
+        library.impl(name, differentiable(below_autograd), 'Autograd')
         torch.library.register_fake(f'{NAMESPACE}::{name}', fake, lib=library)
 
         @functools.wraps(function)
         def call(*args):
-            # The dispatcher would come to the same, later; tracers and transforms sit above it.
-            if (torch.compiler.is_compiling() or torch._C._is_tracing()
-                    or torch._C._are_functorch_transforms_active()):
-                return op(*args)
-            return through_autograd(*args)
+            return op(*args) if _is_watched(args) else direct_with_grad(*args)
 
         return call
 
@@ -73,36 +79,42 @@ def _library(name: str) -> torch.library.Library:
     return libraries[name]
 
 
-def _differentiable(op, name: str, backward: Callable | None, setup_context: Callable | None
-                    ) -> Callable:
-    """The kernel of the Autograd key."""
-    num_arguments = len(op._schema.arguments)
-    has_others = len(op._schema.returns) > 1
+def _is_watched(args: tuple) -> bool:
+    """Whether a compiler, a mode, a profiler or a subclass of tensors wants to see the op."""
+    return (torch.compiler.is_compiling() or torch._C._is_tracing()
+            or torch._C._are_functorch_transforms_active()
+            or torch._C._len_torch_dispatch_stack() > 0 or torch.autograd._profiler_enabled()
+            or any(isinstance(arg, Tensor) and type(arg) not in _PLAIN for arg in args))
 
+
+def _differentiable(name: str, num_arguments: int, num_returns: int, backward: Callable | None,
+                    setup_context: Callable | None, results: int, function: Callable) -> Callable:
+    """``function`` with the op's backward."""
     def forward(ctx, *args):
-        with torch._C._AutoDispatchBelowAutograd():
-            output = op(*args)
+        output = function(*args)
         if backward is not None:
             ctx.set_materialize_grads(False)
-            if has_others:
-                ctx.mark_non_differentiable(*output[1:])
+            if num_returns > results:
+                ctx.mark_non_differentiable(*output[results:])
             if setup_context is not None:
                 setup_context(ctx, args, output)
         return output
 
-    def first_backward(ctx, grad, *_):
+    def first_backward(ctx, *grads):
         if backward is None:
             raise RuntimeError(f'{NAMESPACE}::{name} has no backward')
-        return (None,) * num_arguments if grad is None else backward(ctx, grad)
+        grads = grads[:results]
+        if all(grad is None for grad in grads):
+            return (None,) * num_arguments
+        return backward(ctx, *grads)
 
     node = type(name, (torch.autograd.Function,), {
         'forward': staticmethod(forward), 'backward': staticmethod(first_backward)})
 
-    def kernel(*args):
+    def call(*args):
         if torch.is_grad_enabled() and any(
                 isinstance(arg, Tensor) and arg.requires_grad for arg in args):
             return node.apply(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
+        return function(*args)
 
-    return kernel
+    return call

@@ -6,15 +6,15 @@ compiles at first use. The kernels' own comments and ``kernels/README.md`` say h
 """
 
 import math
-from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vmamba_mm.ops.nvrtc import Instance, Kernel, load
+from vmamba_mm.ops.add_norm.cuda import launch_backward
+from vmamba_mm.ops.nvrtc import Instance, kernel
 from vmamba_mm.ops.ss2d_scan import layout, walk
 from vmamba_mm.ops.walk import combine_instance, device_limits, pointer
 
@@ -69,17 +69,6 @@ def finish_instance(type_: str) -> Instance:
 def merge_instance(type_: str, maps: int, extra: bool, parts: int, to_float: bool) -> Instance:
     return Instance('ss2d_merge.cu', f'ss2d_merge<{type_}, {maps}, {str(extra).lower()}, {parts}, '
                     f'{str(to_float).lower()}>', 'P' * 7 + 'fiiiii')
-
-
-def norm_backward_instance(type_: str, parts: int, warps: int) -> Instance:
-    return Instance('ss2d_norm_bwd.cu', f'ss2d_norm_bwd<{type_}, {parts}, {warps}>',
-                    'P' * 6 + 'iii')
-
-
-@cache
-def _kernel(index: int, instance: Callable[..., Instance], *args) -> Kernel:
-    """A look-up that a launch can afford."""
-    return load(instance(*args), index)
 
 
 # --- how the work is cut ----------------------------------------------------------------------
@@ -285,22 +274,22 @@ def _walk(plan, cut, instance, fields, x, back, *last):
     """Launch a scan of ``x``, in spans where the plan says so; between ``fields`` and ``last`` come
     its three pointers for the spans."""
     type_, index = _TYPES[x.dtype], x.get_device()
-    kernel = _kernel(index, instance, type_, plan.tiles, False)
+    scan = kernel(index, instance, type_, plan.tiles, False)
     grid, block = (cut.maps, cut.columns, cut.spans), (32 * cut.warps, 1, 1)
     if cut.independent:
-        kernel.launch(grid, block, (*fields, 0, 0, 0, *last), cut.shared)
+        scan.launch(grid, block, (*fields, 0, 0, 0, *last), cut.shared)
         return
     walks, dim = cut.maps, x.shape[1]
     size = walks * cut.spans * dim
     memory = x.new_empty(3 * size, dtype=torch.float32)
     decays = memory.data_ptr()
     ends, entries = decays + 4 * size, decays + 8 * size
-    _kernel(index, instance, type_, plan.tiles, True).launch(
+    kernel(index, instance, type_, plan.tiles, True).launch(
         grid, block, (*fields, 0, decays, ends, *last), cut.shared)
-    _kernel(index, combine_instance).launch(
+    kernel(index, combine_instance).launch(
         (-(-walks * dim // 128), 1, 1), (128, 1, 1),
         (decays, ends, entries, walks, cut.spans, dim, int(back)))
-    kernel.launch(grid, block, (*fields, entries, 0, 0, *last), cut.shared)
+    scan.launch(grid, block, (*fields, entries, 0, 0, *last), cut.shared)
 
 
 def _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save):
@@ -316,7 +305,7 @@ def _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save):
     kept = x.new_empty(plan.offsets[-1 if save else -2] // 2)
     start = kept.data_ptr()
     parameters = [t.contiguous() for t in (x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)]
-    _kernel(index, prepare_instance, type_).launch(
+    kernel(index, prepare_instance, type_).launch(
         (min(1024, -(-plan.offsets[-2] // 512)), 1, 1), (256, 1, 1),
         (*[t.data_ptr() for t in parameters], *[start + n for n in plan.offsets[:5]], dim, rank,
          routes, plan.row, plan.tiles, *[_CODES[t.dtype] for t in parameters]))
@@ -342,7 +331,7 @@ def _merge(maps, images, merged, extra=0, normed=0, weight=None, bias=None, mome
     """
     count, batch, height, width, dim = maps.shape
     positions, index = batch * height * width, maps.get_device()
-    _kernel(index, merge_instance, _TYPES[maps.dtype], count, extra != 0, -(-dim // 128),
+    kernel(index, merge_instance, _TYPES[maps.dtype], count, extra != 0, -(-dim // 128),
             to_float).launch(
         (min(-(-positions // 8), 8 * device_limits(index)[0]), 1, 1), (256, 1, 1),
         (maps.data_ptr(), extra, merged, normed, pointer(weight), pointer(bias), moments, eps,
@@ -394,7 +383,7 @@ def backward(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, pro
     grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in parameters]
     blocks = -(-columns // 32) + -(-grads[0].numel() // 256) + (-(-dim // 16) if norm else 0)
     absent = (0,) * (2 - len(norm))
-    _kernel(index, finish_instance, type_).launch(
+    kernel(index, finish_instance, type_).launch(
         (blocks, 1, 1), (32, 8, 1),
         (partials.data_ptr(), product.data_ptr(), pointer(norm_sums),
          *[t.data_ptr() for t in grads], *absent, cut.spans, len(norm_sums) if norm else 0, dim,
@@ -405,16 +394,9 @@ def backward(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, pro
 def backward_norm(grad, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, norm_weight,
                   norm_bias, projected, kept, merged):
     """Gradients by x, the five parameters, and the norm's weight and bias, in their dtypes."""
-    batch, dim, height, width = grad.shape
-    positions, index = batch * height * width, grad.get_device()
     grad = grad.contiguous(memory_format=torch.channels_last)
-    warps = 1 << ((dim - 1) // 512).bit_length()  # 1, 2, 4 or 8: 512 channels each
-    blocks = min(-(-positions * warps // 8), 4 * device_limits(index)[0])
-    grad_y, sums = torch.empty_like(grad), x.new_empty((blocks, 2, dim), dtype=torch.float32)
-    weight, start = norm_weight.contiguous(), merged.data_ptr()
-    _kernel(index, norm_backward_instance, _TYPES[x.dtype], -(-dim // (128 * warps)), warps).launch(
-        (blocks, 1, 1), (256, 1, 1),
-        (grad.data_ptr(), start, start + 2 * positions * dim, weight.data_ptr(),
-         grad_y.data_ptr(), sums.data_ptr(), positions, dim, _CODES[weight.dtype]), 8 * dim)
+    grad_y = torch.empty_like(grad)
+    sums = launch_backward(grad, merged, merged.data_ptr() + 2 * grad.numel(), norm_weight, None,
+                           None, grad_y, None, grad.shape[2] * grad.shape[3])
     return backward(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, projected,
                     kept, (norm_weight, norm_bias), sums)

@@ -1,18 +1,22 @@
-// Backward of the LayerNorm after ss2d_scan.
+// Backward of a LayerNorm, and of the sum that came before it.
 #include "common.cuh"
 
 struct Params {
-    const void *grad, *merged;  // (M, D): by the norm's output; its input
-    const float2 *moments;      // (M): mean and 1 / deviation
-    const void *weight;         // (D)
-    void *dmerged;              // (M, D)
-    float *partials;            // (blocks, 2, D): of weight and bias
-    int positions, dim, parameter_type;
+    const void *grad;             // (M, D) of G, by the norm's output
+    const void *input;            // (M, D) of X: the norm's input
+    const float2 *moments;        // (M): mean and 1 / deviation
+    const void *weight;           // (D)
+    const void *others;           // (M, D) of X: what else is the gradient by that input, or null
+    const float *scale;           // (samples) of the branch, or null
+    void *dinput;                 // (M, D) of X
+    void *dbranch;                // (M, D) of B, or null
+    float *partials;              // (blocks, 2, D): of weight and bias
+    int positions, length, dim, parameter_type;
 };
 
 // TEAM warps per position; a lane has 4 adjacent channels out of each 128 * TEAM.
-template <class T, int PARTS, int TEAM>
-__global__ void __launch_bounds__(256) ss2d_norm_bwd(const Params p) {
+template <class G, class X, class B, int PARTS, int TEAM>
+__global__ void __launch_bounds__(256) norm_bwd(const Params p) {
     wait_for_memory();
     constexpr int TEAMS = 8 / TEAM;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -35,22 +39,20 @@ __global__ void __launch_bounds__(256) ss2d_norm_bwd(const Params p) {
         const long long at = (long long)m * p.dim;
         float g[PARTS][4], y[PARTS][4], sum = 0.f, product = 0.f;
         const float2 moments = valid ? p.moments[m] : make_float2(0.f, 0.f);
-        uint2 grad[PARTS], merged[PARTS];
+        typename Raw<G>::type grad[PARTS];
+        typename Raw<X>::type input[PARTS], others[PARTS];
 #pragma unroll
         for (int i = 0; i < PARTS; ++i) {
             const int c = i * 128 * TEAM + first;
             const bool in = valid && c < p.dim;
-            grad[i] = in ? *(const uint2 *)((const unsigned short *)p.grad + at + c)
-                         : make_uint2(0u, 0u);
-            merged[i] = in ? *(const uint2 *)((const unsigned short *)p.merged + at + c)
-                           : make_uint2(0u, 0u);
+            grad[i] = load4<G>(p.grad, at + c, in);
+            input[i] = load4<X>(p.input, at + c, in);
+            others[i] = load4<X>(p.others, at + c, in && p.others);
         }
 #pragma unroll
         for (int i = 0; i < PARTS; ++i) {
-            const float2 g0 = T::unpack(grad[i].x), g1 = T::unpack(grad[i].y);
-            const float2 y0 = T::unpack(merged[i].x), y1 = T::unpack(merged[i].y);
-            g[i][0] = g0.x, g[i][1] = g0.y, g[i][2] = g1.x, g[i][3] = g1.y;
-            y[i][0] = y0.x, y[i][1] = y0.y, y[i][2] = y1.x, y[i][3] = y1.y;
+            unpack4(g[i], grad[i], G{});
+            unpack4(y[i], input[i], X{});
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 y[i][e] = (y[i][e] - moments.x) * moments.y;
@@ -80,15 +82,21 @@ __global__ void __launch_bounds__(256) ss2d_norm_bwd(const Params p) {
         }
         sum *= per;
         product *= per;
+        const float scale = p.scale && valid ? p.scale[m / p.length] : 1.f;
 #pragma unroll
         for (int i = 0; i < PARTS; ++i) {
             const int c = i * 128 * TEAM + first;
             float o[4];
+            unpack4(o, others[i], X{});
 #pragma unroll
-            for (int e = 0; e < 4; ++e) o[e] = (g[i][e] - sum - y[i][e] * product) * moments.y;
-            if (valid && c < p.dim)
-                *(uint2 *)((unsigned short *)p.dmerged + at + c)
-                    = make_uint2(T::pack(o[0], o[1]), T::pack(o[2], o[3]));
+            for (int e = 0; e < 4; ++e)
+                o[e] += (g[i][e] - sum - y[i][e] * product) * moments.y;
+            if (!valid || c >= p.dim) continue;
+            store4<X>(p.dinput, at + c, o);
+            if (!p.dbranch) continue;
+#pragma unroll
+            for (int e = 0; e < 4; ++e) o[e] *= scale;
+            store4<B>(p.dbranch, at + c, o);
         }
     }
     float *const sums = (float *)shared;

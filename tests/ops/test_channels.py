@@ -1,0 +1,266 @@
+"""add_norm, layer_norm and dwconv_silu: the CUDA kernels on a GPU and emulated on the CPU, and what
+runs elsewhere."""
+
+import os
+import sys
+
+import emulated_cuda
+import pytest
+import torch
+import torch.nn.functional as F
+from emulated_cuda import emulated_gpu
+from torch.library import opcheck
+
+from vmamba_mm.ops import add_norm, dwconv_silu, layer_norm, nvrtc
+from vmamba_mm.testing import relative_error
+
+HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
+# Residual, branch, result
+TYPES = [(SINGLE, HALF, HALF), (HALF, HALF, HALF), (SINGLE, BRAIN, BRAIN), (SINGLE, SINGLE, SINGLE),
+         (HALF, HALF, SINGLE)]
+LIMITS = {HALF: 1e-3, BRAIN: 8e-3, SINGLE: 1e-5}  # of a result rounded once, and sums over it
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp('emulated_channels')
+
+
+@pytest.fixture(params=['emulated', 'cuda', 'sm_75', 'elsewhere'])
+def device(request, folder):
+    """'cpu' with the kernels emulated or without them, or 'cuda'."""
+    if request.param == 'cuda':
+        if not torch.cuda.is_available():
+            pytest.skip('needs an NVIDIA GPU')
+        yield 'cuda'
+    elif request.param == 'elsewhere':
+        yield 'cpu'
+    else:
+        if sys.platform != 'linux' or emulated_cuda.COMPILER is None and not os.environ.get('CI'):
+            pytest.skip('needs Linux and a C++ compiler')
+        with emulated_gpu(folder, (7, 5) if request.param == 'sm_75' else (9, 0)):
+            yield 'cpu'
+
+
+@pytest.fixture
+def kernels(device, request):
+    """The device, where kernels run."""
+    if 'elsewhere' in request.node.callspec.id:
+        pytest.skip('there are no kernels')
+    return device
+
+
+def randn(*shape, dtype=SINGLE, device='cpu', seed=0):
+    rng = torch.Generator().manual_seed(seed + len(shape))
+    return torch.randn(*shape, generator=rng, dtype=torch.float64).to(device, dtype)
+
+
+def has_kernels(request):
+    return 'elsewhere' not in request.node.callspec.id
+
+
+def skip_types(request, *types):
+    if BRAIN in types and 'sm_75' in request.node.callspec.id:
+        pytest.skip('bf16 needs sm_80')
+
+
+def exact_norm(x, branch, scale, weight, bias, eps):
+    x, branch, weight, bias = (t.double() for t in (x, branch, weight, bias))
+    total = x + branch * (1 if scale is None else scale.double()[:, None, None, None])
+    return total, F.layer_norm(total, weight.shape, weight, bias, eps)
+
+
+# --- add_norm ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('types', TYPES, ids=str)
+@pytest.mark.parametrize('shape, scaled', [
+    ((1, 1, 1, 4), False), ((3, 5, 7, 96), True), ((2, 3, 3, 100), True), ((2, 3, 1, 768), False),
+    ((2, 2, 3, 1536), True), ((1, 1, 3, 4096), False)], ids=str)
+def test_add_norm(request, device, types, shape, scaled):
+    skip_types(request, *types)
+    dim = shape[-1]
+    inputs = [randn(*shape, dtype=types[0], device=device) * 2 + 1,
+              randn(*shape, dtype=types[1], device=device, seed=1),
+              randn(dim, device=device, seed=2), randn(dim, device=device, seed=3)]
+    scale = randn(shape[0], device=device, seed=4) if scaled else None
+    grads = [randn(*shape, dtype=types[0], device=device, seed=5),
+             randn(*shape, dtype=types[2], device=device, seed=6)]
+    if not has_kernels(request):
+        inputs[0], inputs[1] = inputs[0].to(types[0]).float(), inputs[1].float()
+        grads = [g.float() for g in grads]
+    leaves = [t.requires_grad_() for t in inputs]
+    found = add_norm(*leaves, 1e-3, scale=scale, out_dtype=types[2])
+    if has_kernels(request):
+        assert [t.dtype for t in found] == [types[0], types[2]]
+    found_grads = torch.autograd.grad(found, leaves, [g.to(t.dtype) for g, t in
+                                                      zip(grads, found, strict=True)])
+    expected = exact_norm(inputs[0], inputs[1], scale, inputs[2], inputs[3], 1e-3)
+    expected_grads = torch.autograd.grad(expected, leaves, [g.double() for g in grads])
+    for one, other in zip((*found, *found_grads), (*expected, *expected_grads), strict=True):
+        # The gradient's sum over positions is fp32, of a sum that was rounded for the backward.
+        limit = max(LIMITS[one.dtype], LIMITS[types[0]] if one.dim() == 1 else 0)
+        assert relative_error(one, other) <= limit
+
+
+@pytest.mark.parametrize('types', TYPES, ids=str)
+def test_layer_norm(request, device, types):
+    skip_types(request, *types)
+    x = randn(2, 3, 5, 48, dtype=types[0], device=device).requires_grad_()
+    weight, bias = (randn(48, device=device, seed=i).to(types[1]).requires_grad_() for i in (1, 2))
+    if not has_kernels(request):
+        x, weight, bias = (t.detach().float().requires_grad_() for t in (x, weight, bias))
+    y = layer_norm(x, weight, bias, out_dtype=types[2])
+    grad = randn(*x.shape, device=device, seed=3).to(y.dtype)
+    leaves = (x, weight, bias)
+    exact = F.layer_norm(x.double(), (48,), weight.double(), bias.double())
+    for one, other in zip((y, *torch.autograd.grad(y, leaves, grad)),
+                          (exact, *torch.autograd.grad(exact, leaves, grad.double())), strict=True):
+        assert relative_error(one, other) <= LIMITS[one.dtype]
+
+
+def test_sum_without_norm(device):
+    x, branch = randn(3, 2, 2, 8, device=device), randn(3, 2, 2, 8, device=device, seed=1)
+    scale = torch.tensor([0., 2., 0.5], device=device)
+    for factor in (None, scale):
+        leaves = [t.clone().requires_grad_() for t in (x, branch)]
+        total, normed = add_norm(*leaves, None, None, scale=factor)
+        by_hand = 1 if factor is None else factor[:, None, None, None]
+        assert normed is None
+        torch.testing.assert_close(total, x + branch * by_hand)
+        dx, dbranch = torch.autograd.grad(total, leaves, x)
+        torch.testing.assert_close(dx, x)
+        torch.testing.assert_close(dbranch, x * by_hand)
+
+
+@pytest.mark.parametrize('used', [0, 1])
+def test_one_of_the_results_is_not_used(device, used):
+    leaves = [randn(2, 3, 2, 8, device=device, seed=i).requires_grad_() for i in (0, 1)]
+    weight, bias = (randn(8, device=device, seed=i) for i in (2, 3))
+    grad = randn(2, 3, 2, 8, device=device, seed=4)
+    found = torch.autograd.grad(add_norm(*leaves, weight, bias)[used], leaves, grad)
+    expected = torch.autograd.grad(exact_norm(*leaves, None, weight, bias, 1e-5)[used], leaves,
+                                   grad.double())
+    for one, other in zip(found, expected, strict=True):
+        assert relative_error(one, other) <= 1e-5
+
+
+def test_norm_of_strided_and_empty_maps(kernels):
+    weight, bias = randn(8, device=kernels), randn(8, device=kernels, seed=1)
+    x = randn(2, 8, 3, 5, device=kernels).permute(0, 2, 3, 1)
+    torch.testing.assert_close(layer_norm(x, weight, bias), F.layer_norm(x, (8,), weight, bias))
+    x = torch.empty(2, 0, 3, 8, device=kernels, requires_grad=True)
+    y = layer_norm(x, weight.requires_grad_(), bias)
+    assert y.shape == x.shape
+    y.sum().backward()
+    assert torch.equal(weight.grad, torch.zeros(8, device=kernels))
+
+
+def test_norm_of_other_channels_is_pytorchs(kernels):
+    x, weight, bias = (randn(*s, device=kernels) for s in ((2, 3, 6), (6,), (6,)))
+    assert torch.equal(layer_norm(x, weight, bias), F.layer_norm(x, (6,), weight, bias))
+
+
+# --- dwconv_silu ------------------------------------------------------------------------------
+
+def plain_dwconv(x, weight, bias):
+    y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1, groups=x.shape[3])
+    return F.silu(y).permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize('dtype', [HALF, BRAIN, SINGLE], ids=['fp16', 'bf16', 'fp32'])
+@pytest.mark.parametrize('shape, biased', [
+    ((1, 1, 1, 4), True), ((2, 1, 9, 96), False), ((2, 9, 1, 36), True), ((3, 7, 7, 128), False),
+    ((2, 5, 13, 268), True), ((1, 14, 30, 8), False)], ids=str)
+def test_dwconv(request, device, dtype, shape, biased):
+    skip_types(request, dtype)
+    if not has_kernels(request) and dtype != SINGLE:
+        pytest.skip("PyTorch's own")
+    x = randn(*shape, dtype=dtype, device=device).requires_grad_()
+    weight = randn(shape[3], 1, 3, 3, device=device).requires_grad_()
+    bias = randn(shape[3], device=device).requires_grad_() if biased else None
+    leaves = [x, weight, *([bias] if biased else [])]
+    y = dwconv_silu(x, weight, bias)
+    assert y.dtype == dtype and y.shape == x.shape
+    grad = randn(*shape, dtype=dtype, device=device, seed=7)
+    found = torch.autograd.grad(y, leaves, grad)
+    exact = plain_dwconv(x.double(), weight.double(), bias.double() if biased else None)
+    expected = torch.autograd.grad(exact, leaves, grad.double())
+    assert relative_error(y, exact) <= LIMITS[dtype]
+    # By x through dz, which is rounded; by the parameters in fp32.
+    for one, other in zip(found, expected, strict=True):
+        assert relative_error(one, other) <= LIMITS[one.dtype]
+
+
+def test_dwconv_of_a_slice(kernels):
+    """What vanilla VMamba's gate leaves: every other run of channels."""
+    whole = randn(2, 5, 6, 32, device=kernels)
+    x = whole.chunk(2, dim=3)[0]
+    weight = randn(16, 1, 3, 3, device=kernels)
+    expected = plain_dwconv(x, weight, None)
+    torch.testing.assert_close(dwconv_silu(x, weight), expected)
+    turned = x.transpose(1, 2).contiguous().transpose(1, 2)
+    torch.testing.assert_close(dwconv_silu(turned, weight), expected)
+
+
+def test_nan_stays_in_its_image(kernels):
+    x, weight = randn(3, 6, 6, 8, device=kernels), randn(8, 1, 3, 3, device=kernels)
+    clean = dwconv_silu(x, weight)
+    x[1] = torch.nan
+    found = dwconv_silu(x, weight)
+    assert torch.equal(found[0], clean[0]) and torch.equal(found[2], clean[2])
+    assert found[1].isnan().all()
+
+
+@pytest.mark.parametrize('arguments', [
+    ((2, 3, 3, 8), (4, 1, 3, 3), None), ((2, 3, 3, 8), (8, 1, 3, 3), (4,)), ((3, 3, 8), (8, 1, 3, 3),
+                                                                            None)])
+def test_shapes_that_do_not_fit(arguments):
+    x, weight, bias = (None if shape is None else torch.zeros(shape) for shape in arguments)
+    with pytest.raises(ValueError, match=r'dwconv_silu expects x \(B, H, W, D\)'):
+        dwconv_silu(x, weight, bias)
+
+
+# --- both -------------------------------------------------------------------------------------
+
+def test_opcheck(kernels):
+    if kernels == 'cpu':
+        pytest.skip('fake tensors need a GPU here')
+    x, branch = (randn(2, 3, 2, 8, dtype=HALF, device=kernels).requires_grad_() for _ in range(2))
+    weight, bias = (randn(8, device=kernels).requires_grad_() for _ in range(2))
+    scale = torch.ones(2, device=kernels)
+    for arguments in ((x, branch, scale, weight, bias), (x, None, None, weight, bias),
+                      (x, branch, None, None, None)):
+        opcheck(torch.ops.vmamba_mm.add_norm.default, (*arguments, 1e-5, HALF, True))
+    filters = randn(8, 1, 3, 3, device=kernels).requires_grad_()
+    for one in (bias, None):
+        opcheck(torch.ops.vmamba_mm.dwconv_silu.default, (x, filters, one))
+
+
+def test_bit_equal_whichever_thread_is_first(kernels, monkeypatch):
+    """The gradients by parameters are sums over all blocks and threads."""
+    x = randn(3, 9, 10, 96, device=kernels).requires_grad_()
+    weight, bias = (randn(96, device=kernels, seed=i).requires_grad_() for i in (1, 2))
+    filters = randn(96, 1, 3, 3, device=kernels).requires_grad_()
+    leaves = (x, weight, bias, filters)
+
+    def run():
+        y = dwconv_silu(layer_norm(x, weight, bias), filters, bias)
+        return y, *torch.autograd.grad(y.square().sum(), leaves)
+
+    first = run()
+    for seed in (1, 2):
+        monkeypatch.setattr(emulated_cuda.Kernel, 'seed', seed)
+        assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+
+
+def test_kernels_are_used(kernels, monkeypatch):
+    def fail(*args):
+        raise AssertionError('launched')
+
+    monkeypatch.setattr(nvrtc, 'load', fail)
+    nvrtc.kernel.cache_clear()
+    x = randn(2, 3, 3, 8, device=kernels)
+    for call in (lambda: layer_norm(x, x[0, 0, 0], x[0, 0, 1]),
+                 lambda: dwconv_silu(x, randn(8, 1, 3, 3, device=kernels))):
+        with pytest.raises(AssertionError, match='launched'):
+            call()

@@ -1,0 +1,84 @@
+"""``add_norm`` by the CUDA kernels ``add_norm.cu`` and ``norm_bwd.cu``."""
+
+import torch
+from torch import Tensor
+
+from vmamba_mm.ops.channels import parameter_grads, why_not_channels
+from vmamba_mm.ops.nvrtc import Instance, kernel
+from vmamba_mm.ops.walk import CODES, TYPES, device_limits, pointer
+
+
+def why_not(x: Tensor, *others: Tensor | None) -> str | None:
+    """What keeps the kernels from taking these inputs, or None."""
+    return why_not_channels(x, x.shape[-1], others)
+
+
+def forward_instance(x_type: str, branch_type: str, out_type: str, adds: bool, parts: int
+                     ) -> Instance:
+    return Instance('add_norm.cu', f'add_norm<{x_type}, {branch_type}, {out_type}, '
+                    f'{str(adds).lower()}, {parts}>', 'P' * 8 + 'fiiii')
+
+
+def backward_instance(grad_type: str, x_type: str, branch_type: str, parts: int, team: int
+                      ) -> Instance:
+    return Instance('norm_bwd.cu', f'norm_bwd<{grad_type}, {x_type}, {branch_type}, {parts}, '
+                    f'{team}>', 'P' * 9 + 'iiii')
+
+
+def forward(x, branch, scale, weight, bias, eps, out_dtype, save):
+    """(sum, normed, moments): shapes and dtypes as in the op."""
+    x, index = x.contiguous(), x.get_device()
+    dim, adds, norms = x.shape[-1], branch is not None, weight is not None
+    positions = x.numel() // dim
+    total = torch.empty_like(x) if adds else x.new_empty(0)
+    normed = torch.empty_like(x, dtype=out_dtype) if norms else x.new_empty(0, dtype=out_dtype)
+    moments = x.new_empty((positions if save and norms else 0, 2), dtype=torch.float32)
+    if positions == 0:
+        return total, normed, moments
+    if adds:
+        branch = branch.contiguous()
+    if norms:
+        bias = bias.to(weight.dtype)
+    kernel(index, forward_instance, TYPES[x.dtype], TYPES[(branch if adds else x).dtype],
+           TYPES[out_dtype], adds, -(-dim // 128)).launch(
+        (min(-(-positions // 8), 8 * device_limits(index)[0]), 1, 1), (256, 1, 1),
+        (x.data_ptr(), pointer(branch), pointer(scale), pointer(weight), pointer(bias),
+         pointer(total) if adds else 0, pointer(normed) if norms else 0,
+         pointer(moments) if save and norms else 0, eps, positions, positions // len(x), dim,
+         CODES[weight.dtype] if norms else 0), 8 * dim if norms else 0)
+    return total, normed, moments
+
+
+def backward(grad, x, moments, weight, bias, others, scale, branch_dtype):
+    """(dx, dbranch, dweight, dbias): as in the op ``add_norm_bwd``."""
+    dim = x.shape[-1]
+    dx = torch.empty_like(x)
+    dbranch = x.new_empty(x.shape if branch_dtype else (0,), dtype=branch_dtype or x.dtype)
+    if x.numel() == 0:
+        return dx, dbranch, torch.zeros_like(weight), torch.zeros_like(bias)
+    if others is not None:
+        others = others.contiguous()
+    partials = launch_backward(grad.contiguous(), x, moments.data_ptr(), weight, others, scale, dx,
+                               dbranch if branch_dtype else None, x.numel() // dim // len(x))
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
+    parameter_grads(partials, dweight, dbias, 1)
+    return dx, dbranch, dweight, dbias
+
+
+def launch_backward(grad, x, moments, weight, others, scale, dx, dbranch, length):
+    """Writes ``dx`` and ``dbranch``; returns parts (n, 2, D) of the gradients by weight and bias.
+
+    ``moments`` is an address; all maps are (..., D) without gaps, ``length`` positions to a sample.
+    """
+    index, dim = x.get_device(), weight.numel()
+    positions = grad.numel() // dim
+    team = 1 << ((dim - 1) // 512).bit_length()  # 1, 2, 4 or 8 warps: 512 channels each
+    blocks = min(-(-positions * team // 8), 4 * device_limits(index)[0])
+    partials = x.new_empty((blocks, 2, dim), dtype=torch.float32)
+    kernel(index, backward_instance, TYPES[grad.dtype], TYPES[x.dtype],
+           TYPES[(x if dbranch is None else dbranch).dtype], -(-dim // (128 * team)), team).launch(
+        (blocks, 1, 1), (256, 1, 1),
+        (grad.data_ptr(), x.data_ptr(), moments, weight.data_ptr(), pointer(others),
+         pointer(scale), dx.data_ptr(), pointer(dbranch), partials.data_ptr(), positions, length,
+         dim, CODES[weight.dtype]), 8 * dim)
+    return partials

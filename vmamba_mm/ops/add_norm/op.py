@@ -1,0 +1,112 @@
+"""LayerNorm over the last dimension, and the residual sum before it, in one pass."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vmamba_mm.ops.add_norm import cuda
+from vmamba_mm.ops.registration import register
+
+
+def _bwd_fake(grad, x, moments, weight, bias, others, scale, branch_dtype):
+    dbranch = x.new_empty(x.shape if branch_dtype else (0,), dtype=branch_dtype or x.dtype)
+    return torch.empty_like(x), dbranch, torch.empty_like(weight), torch.empty_like(bias)
+
+
+@register('add_norm_bwd', fake=_bwd_fake)
+def _bwd(grad: Tensor, x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor,
+         others: Tensor | None, scale: Tensor | None, branch_dtype: torch.dtype | None
+         ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients by the norm's input (``others`` added), times ``scale`` by the branch (empty if
+    ``branch_dtype`` is None), and by weight and bias."""
+    return cuda.backward(grad, x, moments, weight, bias, others, scale, branch_dtype)
+
+
+def _setup_context(ctx, inputs, output):
+    x, branch, scale, weight, bias, *_ = inputs
+    total, _, moments = output
+    ctx.branch_dtype = None if branch is None else branch.dtype
+    if weight is None:
+        ctx.save_for_backward(scale)
+    else:
+        ctx.save_for_backward(scale, x if branch is None else total, moments, weight, bias)
+
+
+def _backward(ctx, grad_sum, grad_normed):
+    scale, *saved = ctx.saved_tensors
+    if grad_normed is None or not saved:
+        dbranch = None
+        if ctx.branch_dtype is not None and grad_sum is not None:
+            factor = 1 if scale is None else scale.view(-1, *[1] * (grad_sum.dim() - 1))
+            dbranch = (grad_sum * factor).to(ctx.branch_dtype)
+        return grad_sum, dbranch, *[None] * 6
+    dx, dbranch, dweight, dbias = _bwd(grad_normed, *saved, grad_sum, scale, ctx.branch_dtype)
+    return (dx, None if ctx.branch_dtype is None else dbranch, None, dweight, dbias,
+            None, None, None)
+
+
+def _fwd_fake(x, branch, scale, weight, bias, eps, out_dtype, save):
+    x = x.new_empty(x.shape)
+    return (x if branch is not None else x.new_empty(0),
+            x.new_empty(x.shape if weight is not None else (0,), dtype=out_dtype),
+            x.new_empty((x.numel() // x.shape[-1] if save and weight is not None else 0, 2),
+                        dtype=torch.float32))
+
+
+@register('add_norm', fake=_fwd_fake, backward=_backward, setup_context=_setup_context, results=2)
+def _fwd(x: Tensor, branch: Tensor | None, scale: Tensor | None, weight: Tensor | None,
+         bias: Tensor | None, eps: float, out_dtype: torch.dtype, save: bool
+         ) -> tuple[Tensor, Tensor, Tensor]:
+    """(x + scale branch, its norm, moments); empty is what was not asked for."""
+    return cuda.forward(x, branch, scale, weight, bias, eps, out_dtype, save)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *,
+               out_dtype: torch.dtype | None = None) -> Tensor:
+    """LayerNorm over the last dimension, computed in fp32 and rounded once.
+
+    Args:
+        x: (B, ..., D).
+        weight, bias: (D).
+        eps: added to the variance.
+        out_dtype: of the result where the kernels take ``x``; None for ``x``'s, or fp32 under
+            autocast. Other inputs go to ``torch.nn.functional.layer_norm``.
+    """
+    if cuda.why_not(x, weight, bias) is not None:
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+    return _fwd(x, None, None, weight, bias, eps, out_dtype or _default_dtype(x),
+                _wants_grad(x, weight, bias))[1]
+
+
+def add_norm(x: Tensor, branch: Tensor, weight: Tensor | None, bias: Tensor | None,
+             eps: float = 1e-5, *, scale: Tensor | None = None,
+             out_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
+    """A residual sum and the LayerNorm that follows it.
+
+    Args:
+        x: (B, ..., D), of which the sum has the dtype where the kernels take it.
+        branch: (B, ..., D).
+        weight, bias: (D); None for no norm.
+        scale: (B), fp32: a factor for each sample of ``branch`` (stochastic depth); None for 1.
+        eps, out_dtype: as in :func:`layer_norm`.
+
+    Returns:
+        (x + scale * branch, its norm or None).
+    """
+    if cuda.why_not(x, branch, weight, bias) is not None:
+        if scale is not None:
+            branch = branch * scale.to(branch.dtype).view(-1, *[1] * (branch.dim() - 1))
+        total = x + branch
+        return total, (None if weight is None
+                       else F.layer_norm(total, weight.shape, weight, bias, eps))
+    total, normed, _ = _fwd(x, branch, scale, weight, bias, eps, out_dtype or _default_dtype(x),
+                            _wants_grad(x, branch, weight, bias))
+    return total, None if weight is None else normed
+
+
+def _default_dtype(x: Tensor) -> torch.dtype:
+    return torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
+def _wants_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
