@@ -6,7 +6,7 @@ struct Params {
     const void *x_weight;   // (K, R + 2, D)
     const void *dt_weight;  // (K, D, R)
     const void *dt_bias;    // (K, D)
-    const void *A;          // (K * D, 1)
+    const void *A;          // (K * D, 1), or log(-A)
     const void *D;          // (K * D)
     void *weight;           // (K, P, D): dt (R), a zero row if R is odd, B, C, zeros
     u32 *fragments;         // (K, G, TILES, 2, 32), times log2(e)
@@ -15,6 +15,7 @@ struct Params {
     float *skip;            // (16 G): the sum over the routes
     int dim, rank, routes, row, tiles;
     int x_type, dt_type, bias_type, A_type, D_type;  // 0 fp32, 1 fp16, 2 bf16
+    int logs;  // whether it is log(-A)
 };
 
 template <class T>
@@ -65,7 +66,8 @@ __global__ void ss2d_prepare(const Params p) {
         i -= biases;
         if (i < rates) {
             const int d = i % padded, k = i / padded;
-            p.rates[i] = d < p.dim ? load_parameter(p.A, k * p.dim + d, p.A_type) : 0.f;
+            const float A = d < p.dim ? load_parameter(p.A, k * p.dim + d, p.A_type) : 0.f;
+            p.rates[i] = p.logs ? -ex2(LOG2E * A) : A;
             continue;
         }
         i -= rates;

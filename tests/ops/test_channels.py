@@ -1,6 +1,7 @@
-"""add_norm, layer_norm and dwconv_silu: the CUDA kernels on a GPU and emulated on the CPU, and what
-runs elsewhere."""
+"""add_norm, layer_norm, dwconv_silu, mlp and ss2d: the CUDA kernels on a GPU and emulated on the
+CPU, and what runs elsewhere."""
 
+import copy
 import os
 import sys
 
@@ -11,7 +12,10 @@ import torch.nn.functional as F
 from emulated_cuda import emulated_gpu
 from torch.library import opcheck
 
-from vmamba_mm.ops import add_norm, dwconv_silu, layer_norm, nvrtc
+import vmamba_mm.layers.ss2d as layers
+from vmamba_mm.layers import SS2D
+from vmamba_mm.ops import add_norm, dwconv_silu, layer_norm, mlp, nvrtc
+from vmamba_mm.ops.ss2d import ss2d
 from vmamba_mm.testing import relative_error
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
@@ -212,15 +216,93 @@ def test_nan_stays_in_its_image(kernels):
 
 
 @pytest.mark.parametrize('arguments', [
-    ((2, 3, 3, 8), (4, 1, 3, 3), None), ((2, 3, 3, 8), (8, 1, 3, 3), (4,)), ((3, 3, 8), (8, 1, 3, 3),
-                                                                            None)])
+    ((2, 3, 3, 8), (4, 1, 3, 3), None), ((2, 3, 3, 8), (8, 1, 3, 3), (4,)),
+    ((3, 3, 8), (8, 1, 3, 3), None)], ids=str)
 def test_shapes_that_do_not_fit(arguments):
     x, weight, bias = (None if shape is None else torch.zeros(shape) for shape in arguments)
     with pytest.raises(ValueError, match=r'dwconv_silu expects x \(B, H, W, D\)'):
         dwconv_silu(x, weight, bias)
 
 
-# --- both -------------------------------------------------------------------------------------
+# --- mlp --------------------------------------------------------------------------------------
+
+def plain_mlp(x, w1, b1, w2, b2):
+    return F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
+
+
+def make_mlp(device, shape=(2, 3, 5, 24), hidden=72, out=20, dtype=SINGLE, weight_dtype=SINGLE):
+    sizes = ((hidden, shape[-1]), (hidden,), (out, hidden), (out,))
+    parameters = [randn(*size, device=device, dtype=weight_dtype, seed=i) / size[-1] ** 0.5
+                  for i, size in enumerate(sizes)]
+    return [t.detach().requires_grad_()
+            for t in (randn(*shape, device=device, dtype=dtype) * 3, *parameters)]
+
+
+@pytest.mark.parametrize('dtype, weight_dtype', [
+    (HALF, SINGLE), (HALF, HALF), (BRAIN, SINGLE), (SINGLE, SINGLE)], ids=str)
+@pytest.mark.parametrize('shape', [(1, 4), (2, 3, 5, 24), (40, 260)], ids=str)
+def test_mlp(request, device, shape, dtype, weight_dtype):
+    """At most twice the error of plain PyTorch, whose products round the same."""
+    skip_types(request, dtype)
+    if not has_kernels(request):
+        dtype = weight_dtype = SINGLE
+    leaves = make_mlp(device, shape, dtype=dtype, weight_dtype=weight_dtype)
+    grad = randn(*shape[:-1], 20, device=device, dtype=dtype, seed=9)
+
+    def run(function, *arguments):
+        y = function(*arguments)
+        return y, *torch.autograd.grad(y, leaves, grad.to(y.dtype))
+
+    exact = run(plain_mlp, *(t.double() for t in leaves))
+    naive = run(plain_mlp, *(t.to(dtype) for t in leaves))
+    for found, one, right in zip(run(mlp, *leaves), naive, exact, strict=True):
+        assert found.dtype == one.dtype and found.shape == one.shape
+        assert relative_error(found, right) <= max(2 * relative_error(one, right),
+                                                   LIMITS[dtype])
+    with torch.no_grad():
+        assert relative_error(mlp(*leaves), exact[0]) <= max(2 * relative_error(naive[0], exact[0]),
+                                                             LIMITS[dtype])
+
+
+def test_mlp_keeps_the_input_and_what_gelu_takes(kernels):
+    kept = []
+    leaves = make_mlp(kernels)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        mlp(*leaves)
+    maps = [t for t in kept if not any(t is leaf for leaf in leaves[1:])]
+    assert sorted(t.numel() for t in maps) == [30 * 24, 30 * 72]
+
+
+# --- ss2d: inference ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize('dtype', [HALF, BRAIN], ids=['fp16', 'bf16'])
+@pytest.mark.parametrize('shape, ratio', [((2, 7, 7, 32), 1.0), ((1, 9, 20, 40), 2.0)], ids=str)
+def test_module_in_one_op(request, kernels, shape, ratio, dtype):
+    skip_types(request, dtype)
+    torch.manual_seed(0)
+    layer = SS2D(shape[3], ssm_ratio=ratio, conv_bias=True).to(kernels)
+    layer.A_logs.data.normal_()
+    x = randn(*shape, device=kernels)
+    exact = copy.deepcopy(layer).double()(x.double())
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, 'ss2d', lambda *args: calls.append(1) or ss2d(*args))
+        with torch.no_grad(), torch.autocast(kernels, dtype):
+            found = layer(x.to(dtype))
+            handle = layer.out_proj.register_forward_hook(lambda *args: calls.append(2))
+            step_by_step = layer(x.to(dtype))
+            handle.remove()
+        pure = copy.deepcopy(layer).to(dtype)
+        with torch.no_grad():
+            other = pure(x.to(dtype))
+    assert calls == [1, 2, 1]
+    assert found.dtype == other.dtype == dtype and found.shape == exact.shape
+    limit = max(2 * relative_error(step_by_step, exact), LIMITS[dtype])
+    assert relative_error(found, exact) <= limit
+    assert relative_error(other, exact) <= 2 * limit
+
+
+# --- all ----------------------------------------------------------------------------------------
 
 def test_opcheck(kernels):
     if kernels == 'cpu':
@@ -234,6 +316,7 @@ def test_opcheck(kernels):
     filters = randn(8, 1, 3, 3, device=kernels).requires_grad_()
     for one in (bias, None):
         opcheck(torch.ops.vmamba_mm.dwconv_silu.default, (x, filters, one))
+    opcheck(torch.ops.vmamba_mm.mlp.default, (*make_mlp(kernels, dtype=HALF), True))
 
 
 def test_bit_equal_whichever_thread_is_first(kernels, monkeypatch):
@@ -241,10 +324,11 @@ def test_bit_equal_whichever_thread_is_first(kernels, monkeypatch):
     x = randn(3, 9, 10, 96, device=kernels).requires_grad_()
     weight, bias = (randn(96, device=kernels, seed=i).requires_grad_() for i in (1, 2))
     filters = randn(96, 1, 3, 3, device=kernels).requires_grad_()
-    leaves = (x, weight, bias, filters)
+    parameters = make_mlp(kernels, (1, 96))[1:]
+    leaves = (x, weight, bias, filters, *parameters)
 
     def run():
-        y = dwconv_silu(layer_norm(x, weight, bias), filters, bias)
+        y = mlp(dwconv_silu(layer_norm(x, weight, bias), filters, bias), *parameters)
         return y, *torch.autograd.grad(y.square().sum(), leaves)
 
     first = run()
@@ -261,6 +345,7 @@ def test_kernels_are_used(kernels, monkeypatch):
     nvrtc.kernel.cache_clear()
     x = randn(2, 3, 3, 8, device=kernels)
     for call in (lambda: layer_norm(x, x[0, 0, 0], x[0, 0, 1]),
-                 lambda: dwconv_silu(x, randn(8, 1, 3, 3, device=kernels))):
+                 lambda: dwconv_silu(x, randn(8, 1, 3, 3, device=kernels)),
+                 lambda: mlp(*(t.half() for t in make_mlp(kernels)[:1]), *make_mlp(kernels)[1:])):
         with pytest.raises(AssertionError, match='launched'):
             call()

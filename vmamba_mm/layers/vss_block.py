@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from vmamba_mm.layers.drop_path import DropPath
 from vmamba_mm.layers.norm import LayerNorm
+from vmamba_mm.layers.plain import is_plain
 from vmamba_mm.layers.ss2d import SS2D
-from vmamba_mm.ops import add_norm
+from vmamba_mm.ops import add_norm, mlp
 
 
 class Mlp(nn.Module):
@@ -18,11 +20,12 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, hidden: int):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
-        self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        if not (is_plain(self.fc1, nn.Linear) and is_plain(self.fc2, nn.Linear)):
+            return self.fc2(F.gelu(self.fc1(x)))
+        return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
 
 
 class VSSBlock(nn.Module):

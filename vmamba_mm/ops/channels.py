@@ -22,11 +22,12 @@ def sum_instance() -> Instance:
     return Instance('sum_parts.cu', 'sum_parts', 'PPPiiiii')
 
 
-def parameter_grads(partials: Tensor, dweight: Tensor, dbias: Tensor | None, rows: int) -> None:
+def parameter_grads(partials: Tensor, dweight: Tensor | None, dbias: Tensor | None, rows: int
+                    ) -> None:
     """Sum ``partials`` (n, rows + 1, D), fp32, into the gradients: (D, rows) elements, and D."""
+    codes = [0 if t is None else CODES[t.dtype] for t in (dweight, dbias)]
     dim, index = partials.shape[2], partials.get_device()
     kernel(index, sum_instance).launch(
         (-(-(rows + 1) * dim // 32), 1, 1), (32, 8, 1),
-        (partials.data_ptr(), dweight.data_ptr(), 0 if dbias is None else dbias.data_ptr(),
-         len(partials), rows, dim, CODES[dweight.dtype],
-         CODES[dweight.dtype if dbias is None else dbias.dtype]))
+        (partials.data_ptr(), walk.pointer(dweight), walk.pointer(dbias), len(partials), rows, dim,
+         *codes))

@@ -47,7 +47,7 @@ def _is_fast(x: Tensor, state: int) -> bool:
 # --- what is compiled -------------------------------------------------------------------------
 
 def prepare_instance(type_: str) -> Instance:
-    return Instance('ss2d_prepare.cu', f'ss2d_prepare<{type_}>', 'P' * 10 + 'i' * 10)
+    return Instance('ss2d_prepare.cu', f'ss2d_prepare<{type_}>', 'P' * 10 + 'i' * 11)
 
 
 def forward_instance(type_: str, tiles: int, summary: bool) -> Instance:
@@ -230,14 +230,15 @@ def norm_fits(x: Tensor) -> bool:
 
 
 def forward_norm(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, norm_weight, norm_bias,
-                 eps, save):
+                 eps, save, logs=False):
     """(out, projected, kept, merged) for inputs for which ``norm_fits``.
 
     ``merged``, which the norm's backward needs, is the map (B, H, W, D) in ``x``'s dtype and then
-    for each position mean and 1 / deviation in fp32; empty unless ``save``.
+    for each position mean and 1 / deviation in fp32; empty unless ``save``. With ``logs``, where
+    N = 1 and ``x`` is in half precision, A is -exp of what is given as such.
     """
     maps, images, projected, kept = _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D,
-                                          save)
+                                          save, logs)
     out = torch.empty_like(x, memory_format=torch.channels_last)
     merged = x.new_empty(merged_size(x) if save else 0)
     if norm_bias.dtype != norm_weight.dtype:
@@ -292,7 +293,7 @@ def _walk(plan, cut, instance, fields, x, back, *last):
     scan.launch(grid, block, (*fields, entries, 0, 0, *last), cut.shared)
 
 
-def _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save):
+def _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save, logs=False):
     """Maps (a number, B, H, W, D) to be added up, images of a span, ``projected``, ``kept``."""
     if not _is_fast(x, A.shape[1]):
         maps, *others = walk.forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save)
@@ -308,7 +309,7 @@ def _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save):
     kernel(index, prepare_instance, type_).launch(
         (min(1024, -(-plan.offsets[-2] // 512)), 1, 1), (256, 1, 1),
         (*[t.data_ptr() for t in parameters], *[start + n for n in plan.offsets[:5]], dim, rank,
-         routes, plan.row, plan.tiles, *[_CODES[t.dtype] for t in parameters]))
+         routes, plan.row, plan.tiles, *[_CODES[t.dtype] for t in parameters], logs))
 
     projected = layout.project(x, kept.as_strided((routes * plan.row, dim), (dim, 1)))
     maps = x.new_empty((plan.forward.maps, batch, height, width, dim))

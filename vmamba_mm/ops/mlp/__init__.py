@@ -1,0 +1,3 @@
+from vmamba_mm.ops.mlp.op import mlp
+
+__all__ = ['mlp']
