@@ -6,7 +6,7 @@ struct Params {
     const void *branch;           // (M, D) of B, if ADD
     const float *scale;           // (samples) of the branch, or null
     const void *weight, *bias;    // (D)
-    void *sum;                    // (M, D) of X, if ADD
+    void *sum;                    // (M, D), if ADD: of X; of O, if there is no norm
     void *normed;                 // (M, D) of O, or null: no norm
     float2 *moments;              // (M): mean and 1 / deviation, or null
     float eps;
@@ -16,7 +16,6 @@ struct Params {
 // A warp per position; a lane has 4 adjacent channels out of each 128.
 template <class X, class B, class O, bool ADD, int PARTS>
 __global__ void __launch_bounds__(256, 2) add_norm(const Params p) {
-    wait_for_memory();
     const int lane = threadIdx.x & 31;
     const int warps = gridDim.x * (blockDim.x >> 5);
     extern __shared__ __align__(16) float shared[];  // weight and bias, if there is a norm
@@ -41,7 +40,8 @@ __global__ void __launch_bounds__(256, 2) add_norm(const Params p) {
 #pragma unroll
                 // What is left out is 0 times a finite number, or NaN, as in PyTorch.
                 for (int e = 0; e < 4; ++e) v[i][e] += scale * b[e];
-                if (c < p.dim) store4<X>(p.sum, at + c, v[i]);
+                if (c < p.dim && p.normed) store4<X>(p.sum, at + c, v[i]);
+                else if (c < p.dim) store4<O>(p.sum, at + c, v[i]);
             }
 #pragma unroll
             for (int e = 0; e < 4; ++e) sum += v[i][e];

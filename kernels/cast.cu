@@ -12,7 +12,6 @@ struct Params {
 
 template <class T>
 __global__ void __launch_bounds__(256) cast(const Params p) {
-    wait_for_memory();
     for (int j = blockIdx.x * blockDim.x + threadIdx.x; j < p.starts[MOST];
          j += gridDim.x * blockDim.x) {
 #pragma unroll

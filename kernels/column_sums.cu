@@ -13,7 +13,6 @@ struct Params {
 // Blocks of 32 x 8 threads: a thread has 4 adjacent columns, and every so many rows.
 template <class T, bool GELU>
 __global__ void __launch_bounds__(256) column_sums(const Params p) {
-    wait_for_memory();
     __shared__ float shared[8][128];
     const int column = (blockIdx.y * 32 + threadIdx.x) * 4;
     float sums[4] = {};

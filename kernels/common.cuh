@@ -13,15 +13,6 @@ typedef unsigned int u32;
 #define ADD_TO_MEMORY(...)  // never called
 #endif
 
-// The first statement of every kernel. From sm_90 on it may be launched before the kernel before it
-// has ended, so that only what needs no memory runs ahead; and so may the one after it.
-__device__ __forceinline__ void wait_for_memory() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
 __device__ __forceinline__ float ex2(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

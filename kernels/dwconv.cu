@@ -11,7 +11,6 @@ struct Params {
 
 template <class T, bool FORWARD, int ROWS>
 __global__ void __launch_bounds__(256) dwconv(const Params p) {
-    wait_for_memory();
     extern __shared__ __align__(16) float shared[];  // (9, channels)
     load_weights(shared, p.weight, p.weight_type, p.x.dim);
     const int channels = 4 * blockDim.x, channel = (blockIdx.y * blockDim.x + threadIdx.x) * 4;

@@ -13,7 +13,6 @@ struct Params {
 
 template <class T, int ROWS>
 __global__ void __launch_bounds__(128) dwconv_bwd(const Params p) {
-    wait_for_memory();
     extern __shared__ __align__(16) float shared[];  // (10, channels)
     load_weights(shared, p.weight, p.weight_type, p.x.dim);
     const int channels = 4 * blockDim.x, channel = (blockIdx.y * blockDim.x + threadIdx.x) * 4;

@@ -1,6 +1,4 @@
 // From the decay and the end of each span, started from zero, to what enters it.
-#include "common.cuh"
-
 struct Params {
     const float *decays, *ends;  // (walks, spans, D)
     float *entries;              // (walks, spans, D)
@@ -9,7 +7,6 @@ struct Params {
 
 template <int AHEAD>
 __global__ void scan_combine(const Params p) {
-    wait_for_memory();
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= p.walks * p.dim) return;
     const int walk = i / p.dim;

@@ -15,7 +15,6 @@ struct Params {
 // come those for the norm, alike, and those for x_proj_weight, an element to a thread.
 template <class T>
 __global__ void __launch_bounds__(256) ss2d_finish(const Params p) {
-    wait_for_memory();
     __shared__ float sums[8][32];
     const int KD = p.routes * p.dim, of_scan = KD * (p.rank + 2) + p.dim;
     const int of_norm = p.norm ? 2 * p.dim : 0;

@@ -17,7 +17,6 @@ struct Params {
 // ones of a backward, which is what has an extra map.
 template <class T, int MAPS, bool EXTRA, int PARTS, bool FLOAT>
 __global__ void __launch_bounds__(256) ss2d_merge(const Params p) {
-    wait_for_memory();
     const int lane = threadIdx.x & 31;
     const int warps = gridDim.x * (blockDim.x >> 5);
     extern __shared__ __align__(16) float shared[];  // weight and bias, if there is a norm

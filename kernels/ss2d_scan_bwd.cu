@@ -98,7 +98,6 @@ __device__ __forceinline__ void add_weight(float4 *dweight, const char *staged, 
 
 template <class T, int TILES, bool SUMMARY>
 __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_bwd(const Params params) {
-    wait_for_memory();
     const Scan &p = params.scan;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
     const int g = lane >> 2, t = lane & 3;

@@ -18,7 +18,6 @@ constexpr int STAGES = 3;
 
 template <class T, int TILES, bool SUMMARY>
 __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_fwd(const Params params) {
-    wait_for_memory();
     const Scan &p = params.scan;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
     const int g = lane >> 2, t = lane & 3;

@@ -9,7 +9,6 @@ struct Params {
 
 // Blocks of 32 x 8 threads: 32 columns, each summed in 8 slices.
 __global__ void __launch_bounds__(256) sum_parts(const Params p) {
-    wait_for_memory();
     __shared__ float sums[8][32];
     const int columns = (p.rows + 1) * p.dim, column = blockIdx.x * 32 + threadIdx.x;
     float sum = 0.f;

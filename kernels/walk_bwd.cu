@@ -54,7 +54,6 @@ __device__ __forceinline__ float halve(float first, float second, bool upper, in
 
 template <class T, int STATE, bool SEQ>
 __global__ void __launch_bounds__(32 * WARPS, 1) walk_bwd(const Params p) {
-    wait_for_memory();
     constexpr int STATES = STATE < 4 ? STATE : 4;   // of a lane
     constexpr int CHANNELS = STATE == 16 ? 2 : 1;   // of a lane
     constexpr int SHARING = 32 * STATES / STATE;    // lanes that have the same states

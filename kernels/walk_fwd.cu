@@ -18,7 +18,6 @@ constexpr int RUN = 0, ENDS = 1, GRADIENTS = 2;
 
 template <class T, int STATE, bool SEQ, int MODE>
 __global__ void __launch_bounds__(192, BLOCKS<STATE, SEQ>) walk_fwd(const Params p) {
-    wait_for_memory();
     const Place place(p);
     const int k = place.k, b = place.b, group = place.group;
     const int own = threadIdx.x, width = blockDim.x, channel = place.column * width + own;

@@ -467,10 +467,6 @@ static void bar_arrive(int barrier, u32 threads) {
     emulated::release_if_all(emulated::barriers[barrier], threads);
 }
 
-static void griddepcontrol_wait() {}  // launches come one after the other here
-
-static void griddepcontrol_launch_dependents() {}
-
 static void cp_async_commit_group() { ++current->copies.groups; }
 
 static void finish_copies(int before_group) {

@@ -136,6 +136,17 @@ def test_sum_without_norm(device):
         torch.testing.assert_close(dbranch, x * by_hand)
 
 
+def test_sum_without_norm_in_another_dtype(kernels):
+    x, branch = randn(3, 2, 2, 8, device=kernels), randn(3, 2, 2, 8, device=kernels, dtype=HALF)
+    leaves = [t.requires_grad_() for t in (x, branch)]
+    total, _ = add_norm(*leaves, None, None, out_dtype=HALF)
+    assert total.dtype == HALF
+    assert torch.equal(total, (x + branch).half())
+    found = torch.autograd.grad(total, leaves, branch.detach())
+    assert [t.dtype for t in found] == [SINGLE, HALF]
+    assert torch.equal(found[0], branch.float()) and torch.equal(found[1], branch)
+
+
 @pytest.mark.parametrize('used', [0, 1])
 def test_one_of_the_results_is_not_used(device, used):
     leaves = [randn(2, 3, 2, 8, device=device, seed=i).requires_grad_() for i in (0, 1)]

@@ -14,7 +14,6 @@ import torch
 
 from vmamba_mm.ops import nvrtc
 from vmamba_mm.ops.nvrtc import Instance
-from vmamba_mm.ops.walk import combine_instance
 
 ARCHS = (75, 80, 86, 89, 90, 100, 120)
 SOURCE = r'''
@@ -125,12 +124,6 @@ def test_compiles_for(arch, folder):
     binary = nvrtc.build(KINDS, f'sm_{arch}')
     assert binary.image.startswith(b'\x7fELF') and binary.symbol.startswith('_Z5kinds')
     assert binary.param_types == ('b8[48]',)  # 44 and padding
-
-
-@needs_nvrtc
-@pytest.mark.parametrize(('arch', 'waits'), [('sm_89', False), ('sm_90', True)])
-def test_a_kernel_that_waits_by_itself_is_known(arch, waits):
-    assert nvrtc.build(combine_instance(), arch).waits == waits
 
 
 @needs_nvrtc
@@ -341,7 +334,6 @@ class FakeDriver:
 
     def __init__(self):
         self.launches, self.calls, self.codes = [], [], []
-        self.early, self.version = 0, 12030
 
     def cuLaunchKernel(self, function, *rest):
         *numbers, stream, pointers, extra = rest
@@ -350,16 +342,6 @@ class FakeDriver:
         values = kinds.unpack(ctypes.string_at(start, kinds.size))
         self.launches.append((numbers, stream.value, values))
         return self.codes.pop(0) if self.codes else 0
-
-    def cuLaunchKernelEx(self, config, function, pointers, extra):
-        *numbers, stream, at, count = nvrtc.LAUNCH_CONFIG.unpack(config)
-        assert count == 1 and ctypes.string_at(at, 12) == struct.pack('I4xi', 6, 1)
-        self.early += 1
-        return self.cuLaunchKernel(function, *numbers, ctypes.c_void_p(stream), pointers, extra)
-
-    def cuDriverGetVersion(self, out):
-        out._obj.value = self.version
-        return 0
 
     def cuGetErrorName(self, code, out):
         out._obj.value = b'CUDA_ERROR_SOMETHING'
@@ -385,27 +367,21 @@ def fake(monkeypatch):
 
     driver.entered = entered
     monkeypatch.setattr(nvrtc, '_driver', lambda: driver)
-    monkeypatch.setattr(nvrtc, '_driver_version', nvrtc._driver_version.__wrapped__)
     monkeypatch.setattr(nvrtc, '_current', current)
     monkeypatch.setattr(torch._C, '_cuda_getCurrentRawStream', lambda i: 1000 + i, raising=False)
     monkeypatch.setattr(torch._C, '_cuda_getDevice', lambda: 1, raising=False)
     return driver
 
 
-BINARY = nvrtc.Binary('k', ('b8[48]',), False, '', b'')
-WAITING = BINARY._replace(waits=True)
+BINARY = nvrtc.Binary('k', ('b8[48]',), '', b'')
 ARGS = (2**64 - 1, -3, -2**40, 0.5, 0.1, 9)
 
 
-@pytest.mark.parametrize(('binary', 'version', 'early'), [
-    (BINARY, 12030, 0), (WAITING, 12020, 0), (WAITING, 12030, 1)])
-def test_launch_packs_every_kind_of_argument(fake, binary, version, early):
-    fake.version = version
-    kernel = nvrtc.Kernel(KINDS, 1, binary)
+def test_launch_packs_every_kind_of_argument(fake):
+    kernel = nvrtc.Kernel(KINDS, 1, BINARY)
     fake.entered.clear()
     kernel.launch((2, 3, 4), (32, 1, 1), ARGS, 256)
     assert fake.launches == [([2, 3, 4, 32, 1, 1, 256], 1001, ARGS)]
-    assert fake.early == early
     assert not fake.entered
 
 

@@ -6,6 +6,12 @@ from torch import Tensor, nn
 from vmamba_mm.ops import add_norm, layer_norm
 
 
+def matmul_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast rounds a matrix product's input to, None without autocast."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 class LayerNorm(nn.LayerNorm):
     """``nn.LayerNorm`` of the last dimension; on an NVIDIA GPU one kernel, as is the sum before it.
 
@@ -24,10 +30,7 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor, branch: Tensor | None = None, scale: Tensor | None = None
                 ) -> Tensor | tuple[Tensor, Tensor]:
-        device = x.device.type
-        dtype = None
-        if self.feeds_matmul and torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+        dtype = matmul_dtype(x) if self.feeds_matmul else None
         if branch is None:
             return layer_norm(x, self.weight, self.bias, self.eps, out_dtype=dtype)
         return add_norm(x, branch, self.weight, self.bias, self.eps, scale=scale, out_dtype=dtype)

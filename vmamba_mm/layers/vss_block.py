@@ -8,7 +8,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from vmamba_mm.layers.drop_path import DropPath
-from vmamba_mm.layers.norm import LayerNorm
+from vmamba_mm.layers.norm import LayerNorm, matmul_dtype
 from vmamba_mm.layers.plain import is_plain
 from vmamba_mm.layers.ss2d import SS2D
 from vmamba_mm.ops import add_norm, mlp
@@ -37,14 +37,17 @@ class VSSBlock(nn.Module):
         drop_path: probability to drop a branch, the same for both.
         with_cp: recompute the block in the backward pass to save memory.
         ssm_cfg: keyword arguments of :class:`SS2D`.
+        feeds_matmul: whether a matrix product or convolution takes the result, see
+            :class:`LayerNorm`.
 
     Shape: (B, H, W, C) -> (B, H, W, C).
     """
 
     def __init__(self, dim: int, *, mlp_ratio: float, drop_path: float, with_cp: bool,
-                 ssm_cfg: dict):
+                 ssm_cfg: dict, feeds_matmul: bool = False):
         super().__init__()
         self.with_cp = with_cp
+        self.feeds_matmul = feeds_matmul
         self.norm1 = LayerNorm(dim, feeds_matmul=True)
         self.ssm = SS2D(dim, **ssm_cfg)
         self.norm2 = LayerNorm(dim, feeds_matmul=True) if mlp_ratio > 0 else None
@@ -56,7 +59,8 @@ class VSSBlock(nn.Module):
         if self.mlp is not None:
             x, normed = self.norm2(x, branch, self.drop_path.factors(x))
             branch = self.mlp(normed)
-        return add_norm(x, branch, None, None, scale=self.drop_path.factors(x))[0]
+        return add_norm(x, branch, None, None, scale=self.drop_path.factors(x),
+                        out_dtype=matmul_dtype(x) if self.feeds_matmul else None)[0]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.with_cp and torch.is_grad_enabled():

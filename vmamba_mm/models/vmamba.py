@@ -99,9 +99,10 @@ class VMamba(BaseModule):
         self.patch_embed = _STEMS[self.arch['stem']](in_channels, self.num_features[0])
         self.stages = nn.ModuleList()
         for i, (dim, depth) in enumerate(zip(self.num_features, self.depths, strict=True)):
-            blocks = [VSSBlock(dim, mlp_ratio=self.arch['mlp_ratio'], drop_path=next(rates),
-                               with_cp=with_cp, ssm_cfg=ssm_cfg) for _ in range(depth)]
             last = i == _NUM_STAGES - 1
+            blocks = [VSSBlock(dim, mlp_ratio=self.arch['mlp_ratio'], drop_path=next(rates),
+                               with_cp=with_cp, ssm_cfg=ssm_cfg,
+                               feeds_matmul=not last and j == depth - 1) for j in range(depth)]
             downsample = None if last else _DOWNSAMPLES[self.arch['downsample']](dim)
             self.stages.append(VSSStage(blocks, downsample))
         for i in self.out_indices:

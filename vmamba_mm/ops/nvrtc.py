@@ -28,7 +28,7 @@ from vmamba_mm.atomic import write_atomic
 
 KERNELS = Path(__file__).parents[1] / 'kernels'
 OPTIONS = ('--std=c++17', '-lineinfo')
-CACHE_MAGIC = b'vmamba_mm kernel 2\n'
+CACHE_MAGIC = b'vmamba_mm kernel 1\n'
 
 CUDA_ERROR_INVALID_CONTEXT = 201
 CAPTURE_MODE_RELAXED = 2
@@ -56,11 +56,9 @@ class Instance(NamedTuple):
 
 
 class Binary(NamedTuple):
-    """A compiled kernel: mangled name, PTX types of the parameters, whether it waits by itself for
-    the kernel before it (griddepcontrol.wait), NVRTC's log, cubin or PTX."""
+    """A compiled kernel: mangled name, PTX types of the parameters, NVRTC's log, cubin or PTX."""
     symbol: str
     param_types: tuple[str, ...]
-    waits: bool
     log: str
     image: bytes
 
@@ -134,11 +132,9 @@ class Nvrtc:
             lowered = symbol.value.decode()
             ptx = self._get('PTX', program)
             image = self._get('CUBIN', program) or ptx
-            text = ptx.decode()
         finally:
             self._call('DestroyProgram', ctypes.byref(program))
-        return Binary(lowered, ptx_param_types(text, lowered), 'griddepcontrol.wait' in text, log,
-                      image)
+        return Binary(lowered, ptx_param_types(ptx.decode(), lowered), log, image)
 
 
 def ptx_param_types(ptx: str, symbol: str) -> tuple[str, ...]:
@@ -306,12 +302,12 @@ def _read_cache(key: str) -> Binary | None:
     if data[:start] != CACHE_MAGIC + _digest(key, data[start:]):
         return None
     head, _, image = data[start:].partition(b'\n')
-    symbol, param_types, waits, log = json.loads(head)
-    return Binary(symbol, tuple(param_types), waits, log, image)
+    symbol, param_types, log = json.loads(head)
+    return Binary(symbol, tuple(param_types), log, image)
 
 
 def _write_cache(key: str, binary: Binary) -> None:
-    body = json.dumps(binary[:4]).encode() + b'\n' + binary.image
+    body = json.dumps(binary[:3]).encode() + b'\n' + binary.image
     try:
         write_atomic(CACHE_MAGIC + _digest(key, body) + body, cache_dir() / f'{key}.kernel')
     except (OSError, RuntimeError) as err:
@@ -356,13 +352,6 @@ def _check(code: int, what: object) -> None:
 
 
 @functools.cache
-def _driver_version() -> int:
-    version = ctypes.c_int()
-    _cuda('cuDriverGetVersion', ctypes.byref(version))
-    return version.value
-
-
-@functools.cache
 def _primary_context(index: int) -> ctypes.c_void_p:
     device, context = ctypes.c_int(), ctypes.c_void_p()
     _cuda('cuDeviceGet', ctypes.byref(device), index)
@@ -396,19 +385,11 @@ def _capture_allows_loading() -> Iterator[None]:
         _cuda('cuThreadExchangeStreamCaptureMode', ctypes.byref(mode))
 
 
-# CUlaunchConfig: grid, block, shared bytes, stream, attributes and their number; and the one
-# CUlaunchAttribute, CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6, allowed.
-LAUNCH_CONFIG = struct.Struct('7I4xQQI4x')
-EARLY = ctypes.create_string_buffer(struct.pack('I4xi60x', 6, 1))
-_EARLY_AT = ctypes.addressof(EARLY)
-
-
 class Kernel:
     """A kernel on one device.
 
     ``registers`` a thread, ``local_bytes`` a thread (spills and stack), ``shared_bytes`` (static),
-    ``max_threads`` a block. ``early``: one that waits by itself for the memory of the kernel before
-    it is started before that has ended (CUDA's programmatic dependent launch).
+    ``max_threads`` a block.
     """
 
     def __init__(self, instance: Instance, index: int, binary: Binary):
@@ -422,8 +403,7 @@ class Kernel:
                 self._attribute(number) for number in (0, 1, 3, 4))
         self._shared_allowed = SHARED_BY_DEFAULT - self.shared_bytes
         self._pack = struct.Struct(f'@{instance.params}').pack
-        self.early = binary.waits and _driver_version() >= 12030  # from which graphs know it
-        self._launch = _driver().cuLaunchKernelEx if self.early else _driver().cuLaunchKernel
+        self._launch = _driver().cuLaunchKernel
         self._stream = torch._C._cuda_getCurrentRawStream
         self._device = torch._C._cuda_getDevice
 
@@ -441,13 +421,8 @@ class Kernel:
         if shared > self._shared_allowed:
             self._allow_shared(shared)
         # The driver takes an array of a pointer for each parameter, and copies what they point to.
-        params = ctypes.byref(ctypes.c_char_p(self._pack(*args)))
-        stream = self._stream(self.index)
-        if self.early:
-            config = LAUNCH_CONFIG.pack(*grid, *block, shared, stream, _EARLY_AT, 1)
-            values = config, self._function, params, None
-        else:
-            values = self._function, *grid, *block, shared, ctypes.c_void_p(stream), params, None
+        values = (self._function, *grid, *block, shared, ctypes.c_void_p(self._stream(self.index)),
+                  ctypes.byref(ctypes.c_char_p(self._pack(*args))), None)
         if self._device() == self.index:
             code = self._launch(*values)
         else:

@@ -30,7 +30,7 @@ def forward(x, branch, scale, weight, bias, eps, out_dtype, save):
     x, index = x.contiguous(), x.get_device()
     dim, adds, norms = x.shape[-1], branch is not None, weight is not None
     positions = x.numel() // dim
-    total = torch.empty_like(x) if adds else x.new_empty(0)
+    total = torch.empty_like(x, dtype=x.dtype if norms else out_dtype) if adds else x.new_empty(0)
     normed = torch.empty_like(x, dtype=out_dtype) if norms else x.new_empty(0, dtype=out_dtype)
     moments = x.new_empty((positions if save and norms else 0, 2), dtype=torch.float32)
     if positions == 0:

@@ -25,7 +25,7 @@ def _bwd(grad: Tensor, x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor,
 def _setup_context(ctx, inputs, output):
     x, branch, scale, weight, bias, *_ = inputs
     total, _, moments = output
-    ctx.branch_dtype = None if branch is None else branch.dtype
+    ctx.x_dtype, ctx.branch_dtype = x.dtype, None if branch is None else branch.dtype
     if weight is None:
         ctx.save_for_backward(scale)
     else:
@@ -39,15 +39,15 @@ def _backward(ctx, grad_sum, grad_normed):
         if ctx.branch_dtype is not None and grad_sum is not None:
             factor = 1 if scale is None else scale.view(-1, *[1] * (grad_sum.dim() - 1))
             dbranch = (grad_sum * factor).to(ctx.branch_dtype)
-        return grad_sum, dbranch, *[None] * 6
+        return None if grad_sum is None else grad_sum.to(ctx.x_dtype), dbranch, *[None] * 6
     dx, dbranch, dweight, dbias = _bwd(grad_normed, *saved, grad_sum, scale, ctx.branch_dtype)
     return (dx, None if ctx.branch_dtype is None else dbranch, None, dweight, dbias,
             None, None, None)
 
 
 def _fwd_fake(x, branch, scale, weight, bias, eps, out_dtype, save):
-    x = x.new_empty(x.shape)
-    return (x if branch is not None else x.new_empty(0),
+    sum_dtype = out_dtype if weight is None else x.dtype
+    return (x.new_empty(x.shape if branch is not None else (0,), dtype=sum_dtype),
             x.new_empty(x.shape if weight is not None else (0,), dtype=out_dtype),
             x.new_empty((x.numel() // x.shape[-1] if save and weight is not None else 0, 2),
                         dtype=torch.float32))
@@ -84,11 +84,12 @@ def add_norm(x: Tensor, branch: Tensor, weight: Tensor | None, bias: Tensor | No
     """A residual sum and the LayerNorm that follows it.
 
     Args:
-        x: (B, ..., D), of which the sum has the dtype where the kernels take it.
+        x: (B, ..., D), of which the sum before a norm has the dtype where the kernels take it.
         branch: (B, ..., D).
         weight, bias: (D); None for no norm.
         scale: (B), fp32: a factor for each sample of ``branch`` (stochastic depth); None for 1.
-        eps, out_dtype: as in :func:`layer_norm`.
+        eps: as in :func:`layer_norm`.
+        out_dtype: as there; without a norm the dtype of the sum, None for that of ``x``.
 
     Returns:
         (x + scale * branch, its norm or None).
@@ -99,7 +100,8 @@ def add_norm(x: Tensor, branch: Tensor, weight: Tensor | None, bias: Tensor | No
         total = x + branch
         return total, (None if weight is None
                        else F.layer_norm(total, weight.shape, weight, bias, eps))
-    total, normed, _ = _fwd(x, branch, scale, weight, bias, eps, out_dtype or _default_dtype(x),
+    default = x.dtype if weight is None else _default_dtype(x)
+    total, normed, _ = _fwd(x, branch, scale, weight, bias, eps, out_dtype or default,
                             _wants_grad(x, branch, weight, bias))
     return total, None if weight is None else normed
 
