@@ -1,5 +1,5 @@
-"""add_norm, layer_norm, dwconv_silu, mlp and ss2d: the CUDA kernels on a GPU and emulated on the
-CPU, and what runs elsewhere."""
+"""add_norm, layer_norm, dwconv_silu, mlp and vss_block: the CUDA kernels on a GPU and emulated on
+the CPU, and what runs elsewhere."""
 
 import copy
 import os
@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from emulated_cuda import emulated_gpu
 from torch.library import opcheck
 
-import vmamba_mm.layers.ss2d as layers
-from vmamba_mm.layers import SS2D
+import vmamba_mm.layers.vss_block as layers
+from vmamba_mm.layers import VSSBlock
 from vmamba_mm.ops import add_norm, dwconv_silu, layer_norm, mlp, nvrtc
-from vmamba_mm.ops.ss2d import ss2d
+from vmamba_mm.ops.vss_block import vss_block
 from vmamba_mm.testing import relative_error
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
@@ -284,33 +284,43 @@ def test_mlp_keeps_the_input_and_what_gelu_takes(kernels):
     assert sorted(t.numel() for t in maps) == [30 * 24, 30 * 72]
 
 
-# --- ss2d: inference ----------------------------------------------------------------------------
+# --- a block in one op: inference ---------------------------------------------------------------
 
 @pytest.mark.parametrize('dtype', [HALF, BRAIN], ids=['fp16', 'bf16'])
-@pytest.mark.parametrize('shape, ratio', [((2, 7, 7, 32), 1.0), ((1, 9, 20, 40), 2.0)], ids=str)
-def test_module_in_one_op(request, kernels, shape, ratio, dtype):
+@pytest.mark.parametrize('shape, ratio, feeds', [
+    ((2, 7, 7, 32), 1.0, False), ((1, 9, 20, 40), 2.0, True), ((3, 1, 1, 32), 1.0, False)],
+    ids=str)
+def test_block_in_one_op(request, kernels, monkeypatch, shape, ratio, feeds, dtype):
+    """As step by step, which a hook brings back."""
     skip_types(request, dtype)
     torch.manual_seed(0)
-    layer = SS2D(shape[3], ssm_ratio=ratio, conv_bias=True).to(kernels)
-    layer.A_logs.data.normal_()
+    block = VSSBlock(shape[3], mlp_ratio=4.0, drop_path=0.1, with_cp=False, feeds_matmul=feeds,
+                     ssm_cfg=dict(ssm_ratio=ratio, conv_bias=True)).eval().to(kernels)
+    for name, parameter in block.named_parameters():
+        if 'norm' in name or 'A_logs' in name:
+            parameter.data.normal_(mean=0.5)
     x = randn(*shape, device=kernels)
-    exact = copy.deepcopy(layer).double()(x.double())
+    exact = copy.deepcopy(block).double()(x.double()).detach()
     calls = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, 'ss2d', lambda *args: calls.append(1) or ss2d(*args))
-        with torch.no_grad(), torch.autocast(kernels, dtype):
-            found = layer(x.to(dtype))
-            handle = layer.out_proj.register_forward_hook(lambda *args: calls.append(2))
-            step_by_step = layer(x.to(dtype))
+    if kernels == 'cpu':
+        monkeypatch.setattr(torch.Tensor, 'is_cuda', True)
+    monkeypatch.setattr(layers, 'vss_block', lambda *args: calls.append(1) or vss_block(*args))
+    with torch.no_grad(), torch.autocast(kernels, dtype):
+        found = block(x)
+        for name in ('ssm', 'ssm.out_proj', 'mlp', 'mlp.fc1', 'norm2'):
+            handle = block.get_submodule(name).register_forward_hook(
+                lambda *args: calls.append(2))
+            step_by_step = block(x)
             handle.remove()
-        pure = copy.deepcopy(layer).to(dtype)
-        with torch.no_grad():
-            other = pure(x.to(dtype))
-    assert calls == [1, 2, 1]
-    assert found.dtype == other.dtype == dtype and found.shape == exact.shape
+    assert calls == [1, *[2] * 5]
+    assert found.dtype == step_by_step.dtype == (dtype if feeds else SINGLE)
     limit = max(2 * relative_error(step_by_step, exact), LIMITS[dtype])
     assert relative_error(found, exact) <= limit
-    assert relative_error(other, exact) <= 2 * limit
+    with torch.no_grad():
+        pure = copy.deepcopy(block).to(dtype)(x.to(dtype))
+    assert pure.dtype == dtype and relative_error(pure, exact) <= 2 * limit
+    assert block(x.requires_grad_()).requires_grad
+    assert calls == [1, *[2] * 5, 1]
 
 
 # --- all ----------------------------------------------------------------------------------------

@@ -8,8 +8,6 @@ from vmamba_mm.layers.norm import LayerNorm
 from vmamba_mm.layers.plain import is_plain
 from vmamba_mm.layers.ssm_init import init_A_logs, init_dt_bias, init_dt_proj, init_x_proj
 from vmamba_mm.ops import dwconv_silu, ss2d_scan_norm
-from vmamba_mm.ops.ss2d import ss2d
-from vmamba_mm.ops.ss2d import why_not as why_not_ss2d
 
 NUM_ROUTES = 4
 
@@ -46,15 +44,6 @@ class SS2D(nn.Module):
         self.out_proj = nn.Linear(inner, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.gate and not torch.compiler.is_compiling() and all(
-                is_plain(module, nn.Linear) for module in (self.in_proj, self.out_proj)) \
-                and is_plain(self.conv2d, nn.Conv2d):
-            arguments = (
-                x, self.in_proj.weight, self.conv2d.weight, self.conv2d.bias, self.x_proj_weight,
-                self.dt_projs_weight, self.dt_projs_bias, self.A_logs, self.Ds,
-                self.out_norm.weight, self.out_norm.bias)
-            if why_not_ss2d(*arguments, self.out_proj.weight) is None:
-                return ss2d(*arguments, self.out_norm.eps, self.out_proj.weight)
         x = self.in_proj(x)
         if self.gate:
             x, z = x.chunk(2, dim=-1)

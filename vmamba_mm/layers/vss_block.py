@@ -12,6 +12,7 @@ from vmamba_mm.layers.norm import LayerNorm, matmul_dtype
 from vmamba_mm.layers.plain import is_plain
 from vmamba_mm.layers.ss2d import SS2D
 from vmamba_mm.ops import add_norm, mlp
+from vmamba_mm.ops.vss_block import vss_block, why_not
 
 
 class Mlp(nn.Module):
@@ -55,12 +56,36 @@ class VSSBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def _forward(self, x: Tensor) -> Tensor:
+        out_dtype = matmul_dtype(x) if self.feeds_matmul else None
+        if (tensors := self._in_one_op(x)) is not None:
+            return vss_block(x, *tensors, self.ssm.conv2d.bias, self.norm1.eps,
+                             matmul_dtype(x) or x.dtype, out_dtype or x.dtype)
         branch = self.ssm(self.norm1(x))
         if self.mlp is not None:
             x, normed = self.norm2(x, branch, self.drop_path.factors(x))
             branch = self.mlp(normed)
         return add_norm(x, branch, None, None, scale=self.drop_path.factors(x),
-                        out_dtype=matmul_dtype(x) if self.feeds_matmul else None)[0]
+                        out_dtype=out_dtype)[0]
+
+    def _in_one_op(self, x: Tensor) -> tuple[Tensor, ...] | None:
+        """The parameters for the op ``vss_block``, or None where it does not apply."""
+        ssm, mlp = self.ssm, self.mlp
+        if (self.training or torch.is_grad_enabled() or not x.is_cuda or mlp is None or ssm.gate
+                or torch.compiler.is_compiling()):
+            return None
+        linears = (ssm.in_proj, ssm.out_proj, mlp.fc1, mlp.fc2)
+        norms = (self.norm1, ssm.out_norm, self.norm2)
+        if not (all(is_plain(module, nn.Linear) for module in linears)
+                and all(is_plain(module, LayerNorm) for module in norms)
+                and is_plain(ssm, SS2D) and is_plain(mlp, Mlp)
+                and is_plain(ssm.conv2d, nn.Conv2d)):
+            return None
+        tensors = (
+            self.norm1.weight, self.norm1.bias, ssm.in_proj.weight, ssm.conv2d.weight,
+            ssm.x_proj_weight, ssm.dt_projs_weight, ssm.dt_projs_bias, ssm.A_logs, ssm.Ds,
+            ssm.out_norm.weight, ssm.out_norm.bias, ssm.out_proj.weight, self.norm2.weight,
+            self.norm2.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
+        return None if why_not(x, matmul_dtype(x) or x.dtype, tensors) else tensors
 
     def forward(self, x: Tensor) -> Tensor:
         if self.with_cp and torch.is_grad_enabled():

@@ -6,12 +6,13 @@ time: per call it flattens arguments, builds key sets and compares every result 
 
 import functools
 from collections.abc import Callable
+from types import NoneType
 
 import torch
 from torch import Tensor
 
 NAMESPACE = 'vmamba_mm'
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = {Tensor, torch.nn.Parameter, NoneType, bool, int, float, str, torch.dtype}
 
 
 def register(name: str, *, fake: Callable, backward: Callable | None = None,
@@ -84,7 +85,7 @@ def _is_watched(args: tuple) -> bool:
     return (torch.compiler.is_compiling() or torch._C._is_tracing()
             or torch._C._are_functorch_transforms_active()
             or torch._C._len_torch_dispatch_stack() > 0 or torch.autograd._profiler_enabled()
-            or any(isinstance(arg, Tensor) and type(arg) not in _PLAIN for arg in args))
+            or not _PLAIN.issuperset(map(type, args)))
 
 
 def _differentiable(name: str, num_arguments: int, num_returns: int, backward: Callable | None,

@@ -26,13 +26,13 @@ def backward_instance(grad_type: str, x_type: str, branch_type: str, parts: int,
 
 
 def forward(x, branch, scale, weight, bias, eps, out_dtype, save):
-    """(sum, normed, moments): shapes and dtypes as in the op."""
+    """(sum, normed, moments): shapes and dtypes as in the op, None for what was not asked for."""
     x, index = x.contiguous(), x.get_device()
     dim, adds, norms = x.shape[-1], branch is not None, weight is not None
     positions = x.numel() // dim
-    total = torch.empty_like(x, dtype=x.dtype if norms else out_dtype) if adds else x.new_empty(0)
-    normed = torch.empty_like(x, dtype=out_dtype) if norms else x.new_empty(0, dtype=out_dtype)
-    moments = x.new_empty((positions if save and norms else 0, 2), dtype=torch.float32)
+    total = torch.empty_like(x, dtype=x.dtype if norms else out_dtype) if adds else None
+    normed = torch.empty_like(x, dtype=out_dtype) if norms else None
+    moments = x.new_empty((positions, 2), dtype=torch.float32) if save and norms else None
     if positions == 0:
         return total, normed, moments
     if adds:
@@ -43,9 +43,8 @@ def forward(x, branch, scale, weight, bias, eps, out_dtype, save):
            TYPES[out_dtype], adds, -(-dim // 128)).launch(
         (min(-(-positions // 8), 8 * device_limits(index)[0]), 1, 1), (256, 1, 1),
         (x.data_ptr(), pointer(branch), pointer(scale), pointer(weight), pointer(bias),
-         pointer(total) if adds else 0, pointer(normed) if norms else 0,
-         pointer(moments) if save and norms else 0, eps, positions, positions // len(x), dim,
-         CODES[weight.dtype] if norms else 0), 8 * dim if norms else 0)
+         pointer(total), pointer(normed), pointer(moments), eps, positions, positions // len(x),
+         dim, CODES[weight.dtype] if norms else 0), 8 * dim if norms else 0)
     return total, normed, moments
 
 

@@ -58,7 +58,10 @@ def _fwd(x: Tensor, branch: Tensor | None, scale: Tensor | None, weight: Tensor 
          bias: Tensor | None, eps: float, out_dtype: torch.dtype, save: bool
          ) -> tuple[Tensor, Tensor, Tensor]:
     """(x + scale branch, its norm, moments); empty is what was not asked for."""
-    return cuda.forward(x, branch, scale, weight, bias, eps, out_dtype, save)
+    total, normed, moments = cuda.forward(x, branch, scale, weight, bias, eps, out_dtype, save)
+    return (x.new_empty(0) if total is None else total,
+            x.new_empty(0, dtype=out_dtype) if normed is None else normed,
+            x.new_empty((0, 2), dtype=torch.float32) if moments is None else moments)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *,

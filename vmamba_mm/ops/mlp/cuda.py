@@ -1,5 +1,6 @@
 """``mlp`` by torch's matrix products and the CUDA kernels ``cast.cu`` and ``column_sums.cu``."""
 
+from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
@@ -28,7 +29,7 @@ def column_instance(type_: str, gelu: bool) -> Instance:
     return Instance('column_sums.cu', f'column_sums<{type_}, {str(gelu).lower()}>', 'P' * 5 + 'ii')
 
 
-def cast(parameters: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def cast(parameters: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Each parameter in ``dtype``, without gaps; at most six, rounded by one launch."""
     parameters = [p.contiguous() for p in parameters]
     if all(p.dtype == dtype for p in parameters):
