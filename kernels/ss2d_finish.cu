@@ -9,6 +9,7 @@ struct Params {
     void *x_weight, *dt_weight, *bias, *A, *D, *norm_weight, *norm_bias;
     int parts, norm_parts, dim, rank, routes, row;
     int x_type, dt_type, bias_type, A_type, D_type, norm_weight_type, norm_bias_type;
+    const void *A_logs;     // log(-A), by which the gradient is then, or null
 };  // types: 0 fp32, 1 fp16, 2 bf16
 
 // Blocks of 32 x 8 threads: 32 columns of the partials, each summed in 8 slices; after these blocks
@@ -50,7 +51,11 @@ __global__ void __launch_bounds__(256) ss2d_finish(const Params p) {
     }
     const int KDR = KD * p.rank;
     if (column < KDR) store_parameter(p.dt_weight, column, p.dt_type, sum);
-    else if (column < KDR + KD) store_parameter(p.A, column - KDR, p.A_type, sum);
+    else if (column < KDR + KD) {
+        const int i = column - KDR;
+        if (p.A_logs) sum *= -ex2(1.4426950408889634f * load_parameter(p.A_logs, i, p.A_type));
+        store_parameter(p.A, i, p.A_type, sum);
+    }
     else if (column < KDR + 2 * KD) store_parameter(p.bias, column - KDR - KD, p.bias_type, sum);
     else
         for (int k = 0; k < p.routes; ++k)

@@ -15,7 +15,6 @@ from torch.library import opcheck
 import vmamba_mm.layers.vss_block as layers
 from vmamba_mm.layers import VSSBlock
 from vmamba_mm.ops import add_norm, dwconv_silu, layer_norm, mlp, nvrtc
-from vmamba_mm.ops.vss_block import vss_block
 from vmamba_mm.testing import relative_error
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
@@ -284,27 +283,41 @@ def test_mlp_keeps_the_input_and_what_gelu_takes(kernels):
     assert sorted(t.numel() for t in maps) == [30 * 24, 30 * 72]
 
 
-# --- a block in one op: inference ---------------------------------------------------------------
+# --- a block in one op --------------------------------------------------------------------------
 
-@pytest.mark.parametrize('dtype', [HALF, BRAIN], ids=['fp16', 'bf16'])
-@pytest.mark.parametrize('shape, ratio, feeds', [
-    ((2, 7, 7, 32), 1.0, False), ((1, 9, 20, 40), 2.0, True), ((3, 1, 1, 32), 1.0, False)],
-    ids=str)
-def test_block_in_one_op(request, kernels, monkeypatch, shape, ratio, feeds, dtype):
-    """As step by step, which a hook brings back."""
-    skip_types(request, dtype)
+BLOCKS = pytest.mark.parametrize('shape, ratio, feeds', [
+    ((2, 7, 7, 32), 1.0, False), ((2, 9, 20, 40), 2.0, True), ((3, 1, 1, 32), 1.0, False)], ids=str)
+
+
+@pytest.fixture
+def calls(kernels, monkeypatch):
+    """A list to which a call of the op appends 1."""
+    if kernels == 'cpu':
+        monkeypatch.setattr(torch.Tensor, 'is_cuda', True)
+    calls, op = [], layers.vss_block
+    monkeypatch.setattr(layers, 'vss_block', lambda *args: calls.append(1) or op(*args))
+    return calls
+
+
+def make_block(device, dim, ratio, feeds=False, drop_path=0.0):
     torch.manual_seed(0)
-    block = VSSBlock(shape[3], mlp_ratio=4.0, drop_path=0.1, with_cp=False, feeds_matmul=feeds,
-                     ssm_cfg=dict(ssm_ratio=ratio, conv_bias=True)).eval().to(kernels)
+    block = VSSBlock(dim, mlp_ratio=4.0, drop_path=drop_path, with_cp=False, feeds_matmul=feeds,
+                     ssm_cfg=dict(ssm_ratio=ratio, conv_bias=True)).to(device)
     for name, parameter in block.named_parameters():
         if 'norm' in name or 'A_logs' in name:
             parameter.data.normal_(mean=0.5)
+    return block
+
+
+@pytest.mark.parametrize('dtype', [HALF, BRAIN], ids=['fp16', 'bf16'])
+@BLOCKS
+def test_block_in_one_op(request, kernels, calls, shape, ratio, feeds, dtype):
+    """As step by step, which a hook brings back."""
+    skip_types(request, dtype)
+    block = make_block(kernels, shape[3], ratio, feeds).eval()
     x = randn(*shape, device=kernels)
     exact = copy.deepcopy(block).double()(x.double()).detach()
-    calls = []
-    if kernels == 'cpu':
-        monkeypatch.setattr(torch.Tensor, 'is_cuda', True)
-    monkeypatch.setattr(layers, 'vss_block', lambda *args: calls.append(1) or vss_block(*args))
+    assert not calls
     with torch.no_grad(), torch.autocast(kernels, dtype):
         found = block(x)
         for name in ('ssm', 'ssm.out_proj', 'mlp', 'mlp.fc1', 'norm2'):
@@ -319,8 +332,30 @@ def test_block_in_one_op(request, kernels, monkeypatch, shape, ratio, feeds, dty
     with torch.no_grad():
         pure = copy.deepcopy(block).to(dtype)(x.to(dtype))
     assert pure.dtype == dtype and relative_error(pure, exact) <= 2 * limit
-    assert block(x.requires_grad_()).requires_grad
-    assert calls == [1, *[2] * 5, 1]
+
+
+@BLOCKS
+def test_gradients_of_a_block_in_one_op(kernels, calls, shape, ratio, feeds):
+    block = make_block(kernels, shape[3], ratio, feeds, drop_path=0.3).train()
+    x = randn(*shape, device=kernels).requires_grad_()
+    grad = randn(*shape, device=kernels, seed=1)
+
+    def run(block, x, dtype):
+        torch.manual_seed(1)
+        with torch.autocast(kernels, HALF, enabled=dtype == HALF):
+            y = block(x)
+        return y, *torch.autograd.grad(y, [x, *block.parameters()], grad.to(y.dtype))
+
+    exact = run(copy.deepcopy(block).double(), x.detach().double().requires_grad_(), torch.double)
+    found = run(block, x, HALF)
+    assert calls == [1]
+    block.ssm.in_proj.register_forward_hook(lambda *args: None)
+    names = ['y', 'x', *(name for name, _ in block.named_parameters())]
+    for name, one, other, right in zip(names, found, run(block, x, HALF), exact, strict=True):
+        assert one.dtype == other.dtype and one.shape == other.shape, name
+        limit = max(2 * relative_error(other, right), LIMITS[HALF])
+        assert relative_error(one, right) <= limit, name
+    assert calls == [1]
 
 
 # --- all ----------------------------------------------------------------------------------------
@@ -338,6 +373,14 @@ def test_opcheck(kernels):
     for one in (bias, None):
         opcheck(torch.ops.vmamba_mm.dwconv_silu.default, (x, filters, one))
     opcheck(torch.ops.vmamba_mm.mlp.default, (*make_mlp(kernels, dtype=HALF), True))
+    block = make_block(kernels, 32, 1.0)
+    x = randn(2, 5, 6, 32, device=kernels)
+    parameters = block._in_one_op(x.half())
+    arguments = (block.ssm.conv2d.bias, torch.ones(2, device=kernels), None, 1e-5, HALF, SINGLE)
+    opcheck(torch.ops.vmamba_mm.vss_block_fwd.default, (x.requires_grad_(), *parameters, *arguments),
+            test_utils=('test_schema', 'test_autograd_registration', 'test_faketensor'))
+    opcheck(torch.ops.vmamba_mm.vss_block.default,
+            (x.detach(), [t.detach() for t in parameters], None, *arguments[3:]))
 
 
 def test_bit_equal_whichever_thread_is_first(kernels, monkeypatch):

@@ -57,8 +57,9 @@ class VSSBlock(nn.Module):
 
     def _forward(self, x: Tensor) -> Tensor:
         out_dtype = matmul_dtype(x) if self.feeds_matmul else None
-        if (tensors := self._in_one_op(x)) is not None:
-            return vss_block(x, *tensors, self.ssm.conv2d.bias, self.norm1.eps,
+        if (parameters := self._in_one_op(x)) is not None:
+            scales = self.drop_path.factors(x), self.drop_path.factors(x)
+            return vss_block(x, parameters, self.ssm.conv2d.bias, scales, self.norm1.eps,
                              matmul_dtype(x) or x.dtype, out_dtype or x.dtype)
         branch = self.ssm(self.norm1(x))
         if self.mlp is not None:
@@ -70,8 +71,7 @@ class VSSBlock(nn.Module):
     def _in_one_op(self, x: Tensor) -> tuple[Tensor, ...] | None:
         """The parameters for the op ``vss_block``, or None where it does not apply."""
         ssm, mlp = self.ssm, self.mlp
-        if (self.training or torch.is_grad_enabled() or not x.is_cuda or mlp is None or ssm.gate
-                or torch.compiler.is_compiling()):
+        if not x.is_cuda or mlp is None or ssm.gate or torch.compiler.is_compiling():
             return None
         linears = (ssm.in_proj, ssm.out_proj, mlp.fc1, mlp.fc2)
         norms = (self.norm1, ssm.out_norm, self.norm2)

@@ -64,6 +64,14 @@ def backward(grad, x, moments, weight, bias, others, scale, branch_dtype):
     return dx, dbranch, dweight, dbias
 
 
+def scaled(grad, scale, dtype):
+    """``grad`` of a sum, times ``scale`` for each sample, as the gradient by its branch."""
+    if scale is None:
+        return grad.to(dtype)
+    return torch.mul(grad, scale.view(-1, *[1] * (grad.dim() - 1)),
+                     out=torch.empty_like(grad, dtype=dtype))
+
+
 def launch_backward(grad, x, moments, weight, others, scale, dx, dbranch, length):
     """Writes ``dx`` and ``dbranch``; returns parts (n, 2, D) of the gradients by weight and bias.
 

@@ -37,8 +37,7 @@ def _backward(ctx, grad_sum, grad_normed):
     if grad_normed is None or not saved:
         dbranch = None
         if ctx.branch_dtype is not None and grad_sum is not None:
-            factor = 1 if scale is None else scale.view(-1, *[1] * (grad_sum.dim() - 1))
-            dbranch = (grad_sum * factor).to(ctx.branch_dtype)
+            dbranch = cuda.scaled(grad_sum, scale, ctx.branch_dtype)
         return None if grad_sum is None else grad_sum.to(ctx.x_dtype), dbranch, *[None] * 6
     dx, dbranch, dweight, dbias = _bwd(grad_normed, *saved, grad_sum, scale, ctx.branch_dtype)
     return (dx, None if ctx.branch_dtype is None else dbranch, None, dweight, dbias,

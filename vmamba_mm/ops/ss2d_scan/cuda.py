@@ -63,7 +63,7 @@ def backward_instance(type_: str, tiles: int, summary: bool) -> Instance:
 
 
 def finish_instance(type_: str) -> Instance:
-    return Instance('ss2d_finish.cu', f'ss2d_finish<{type_}>', 'P' * 10 + 'i' * 13)
+    return Instance('ss2d_finish.cu', f'ss2d_finish<{type_}>', 'P' * 10 + 'i' * 13 + 'P')
 
 
 def merge_instance(type_: str, maps: int, extra: bool, parts: int, to_float: bool) -> Instance:
@@ -343,11 +343,12 @@ def _merge(maps, images, merged, extra=0, normed=0, weight=None, bias=None, mome
 # --- backward ---------------------------------------------------------------------------------
 
 def backward(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, projected, kept,
-             norm=(), norm_sums=None):
+             norm=(), norm_sums=None, logs=False):
     """Gradients by x, the five parameters and those of ``norm``, in their dtypes.
 
     ``grad_y`` is (B, D, H, W) of any strides and dtype; it is rounded to ``x``'s. ``norm_sums``
-    (n, 2, D) are fp32 parts of the gradients by the two of ``norm``.
+    (n, 2, D) are fp32 parts of the gradients by the two of ``norm``. ``logs``: as in
+    :func:`forward_norm`; then the gradient is by them.
     """
     if grad_y.dtype != x.dtype:
         grad_y = grad_y.to(x.dtype)
@@ -388,16 +389,17 @@ def backward(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, pro
         (blocks, 1, 1), (32, 8, 1),
         (partials.data_ptr(), product.data_ptr(), pointer(norm_sums),
          *[t.data_ptr() for t in grads], *absent, cut.spans, len(norm_sums) if norm else 0, dim,
-         rank, routes, plan.row, *[_CODES[t.dtype] for t in grads], *absent))
+         rank, routes, plan.row, *[_CODES[t.dtype] for t in grads], *absent,
+         A.contiguous().data_ptr() if logs else 0))
     return layout.like(grad_x, given), *grads
 
 
 def backward_norm(grad, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, norm_weight,
-                  norm_bias, projected, kept, merged):
+                  norm_bias, projected, kept, merged, logs=False):
     """Gradients by x, the five parameters, and the norm's weight and bias, in their dtypes."""
     grad = grad.contiguous(memory_format=torch.channels_last)
     grad_y = torch.empty_like(grad)
     sums = launch_backward(grad, merged, merged.data_ptr() + 2 * grad.numel(), norm_weight, None,
                            None, grad_y, None, grad.shape[2] * grad.shape[3])
     return backward(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, projected,
-                    kept, (norm_weight, norm_bias), sums)
+                    kept, (norm_weight, norm_bias), sums, logs)
