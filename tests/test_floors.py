@@ -35,7 +35,8 @@ ALLOWED = {
     'timm.py': ('torch', 'timm', 'vmamba_mm'),
     'mmpretrain.py': ('mmpretrain', 'vmamba_mm.compat'),
     # Imported when a config names one of its transforms.
-    'transforms.py': ('torch', 'numpy', 'cv2', 'mmcv', 'mmpretrain', 'vmamba_mm.compat'),
+    'transforms.py': ('torch', 'numpy', 'cv2', 'mmcv', 'mmpretrain', 'vmamba_mm.compat',
+                      'vmamba_mm.registry'),
 }
 
 

@@ -1,13 +1,9 @@
-"""The training transforms of the ImageNet recipe, faster: ``type='vmamba_mm.transforms.X'``.
+"""The training transforms of the ImageNet recipe, faster: ``type='vmamba_mm.RandAugment'``, ...
 
 Each class subclasses mmpretrain's or mmcv's of the same name, takes the same arguments and draws
 the same numbers from numpy's generator in the same order, so a seed gives the stock image: bit for
 bit, but for the two steps that say otherwise (RandomResizedCrop with backend 'torch', the noise of
 RandomErasing). Images are (H, W, 3) uint8 arrays. tools/bench/data_pipeline.py times each step.
-
-A config gives the full path instead of ``vmamba_mm.X``. A registry of transforms with our scope
-would be asked for mmpretrain's, mmdet's and mmseg's transforms too wherever a config is read as
-``_base_ = 'vmamba_mm::...'``, and would not have them.
 """
 
 import cv2
@@ -18,6 +14,7 @@ from mmcv.transforms import RandomFlip as MMCVRandomFlip
 from mmcv.transforms.utils import cache_randomness
 
 from vmamba_mm.compat import prepare_mm, require_working
+from vmamba_mm.registry import TRANSFORMS
 
 prepare_mm()  # before mmpretrain, which some releases of transformers break
 require_working('mmpretrain')
@@ -28,8 +25,9 @@ from mmpretrain.datasets.transforms.auto_augment import RANDAUG_POLICIES  # noqa
 RAMP = np.repeat(np.arange(256, dtype=np.uint8), 3).reshape(1, 256, 3)
 
 
+@TRANSFORMS.register_module()
 class RandomResizedCrop(stock.RandomResizedCrop):
-    """Stock, with ``backend`` 'torch' (the uint8 kernel of antialiased interpolate) or 'pillow'.
+    """Stock, with ``backend`` 'torch' (the default: interpolate's uint8 kernel) or 'pillow'.
 
     'pillow' gives the stock bits. 'torch' computes the same antialiased filter, and 95 % of the
     values are equal. The others are one grey level apart: both round after each axis, and Pillow 13
@@ -39,7 +37,7 @@ class RandomResizedCrop(stock.RandomResizedCrop):
     Raises ValueError for another backend, or an interpolation that torch has no such kernel for.
     """
 
-    def __init__(self, *args, interpolation='bicubic', backend='torch', **kwargs):
+    def __init__(self, *args, interpolation='bilinear', backend='torch', **kwargs):
         if backend not in ('torch', 'pillow'):
             raise ValueError(f"backend must be 'torch' or 'pillow', not {backend!r}")
         if backend == 'torch' and interpolation not in ('bilinear', 'bicubic'):
@@ -65,6 +63,7 @@ class RandomResizedCrop(stock.RandomResizedCrop):
         return results
 
 
+@TRANSFORMS.register_module()
 class RandomFlip(MMCVRandomFlip):
     """Stock; the image of a horizontal flip is an array of its own, not a view read backwards."""
 
@@ -84,6 +83,7 @@ class RandomFlip(MMCVRandomFlip):
 
 # --- RandAugment ----------------------------------------------------------------------------
 
+@TRANSFORMS.register_module()
 class AutoContrast(stock.AutoContrast):
     """mmcv.auto_contrast depends on the smallest and largest value of a channel alone: it is run
     on 256 values with the same two, and cv2 looks the image up."""
@@ -98,6 +98,7 @@ class AutoContrast(stock.AutoContrast):
         return results
 
 
+@TRANSFORMS.register_module()
 class Equalize(stock.Equalize):
     """mmcv.imequalize with its histogram counted by cv2 and its table applied by cv2."""
 
@@ -119,6 +120,7 @@ class Equalize(stock.Equalize):
         return table
 
 
+@TRANSFORMS.register_module()
 class Contrast(stock.Contrast):
     """mmcv.adjust_contrast: its mean over the image, the rest on 256 values."""
 
@@ -141,6 +143,7 @@ class Contrast(stock.Contrast):
 FASTER = {t.__name__: t for t in (AutoContrast, Equalize, Contrast)}
 
 
+@TRANSFORMS.register_module()
 class RandAugment(stock.RandAugment):
     """Stock, with the three operations above where the policies name mmpretrain's.
 
@@ -153,7 +156,7 @@ class RandAugment(stock.RandAugment):
                 raise ValueError(f'policies must be a list or one of {sorted(RANDAUG_POLICIES)}, '
                                  f'not {policies!r}')
             policies = RANDAUG_POLICIES[policies]
-        policies = [dict(p, type=f'{__name__}.{p["type"]}') if p.get('type') in FASTER else p
+        policies = [dict(p, type=f'vmamba_mm.{p["type"]}') if p.get('type') in FASTER else p
                     for p in policies]
         super().__init__(policies, *args, **kwargs)
 
@@ -165,6 +168,7 @@ class RandAugment(stock.RandAugment):
 
 # --- after it -------------------------------------------------------------------------------
 
+@TRANSFORMS.register_module()
 class RandomErasing(stock.RandomErasing):
     """Stock; the normal noise of ``mode='rand'`` with ``fill_std`` comes from torch's generator.
 
@@ -180,6 +184,7 @@ class RandomErasing(stock.RandomErasing):
         return img
 
 
+@TRANSFORMS.register_module()
 class PackInputs(stock.PackInputs):
     """Stock; cv2 takes the channels of a uint8 colour image apart."""
 
