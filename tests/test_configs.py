@@ -37,7 +37,9 @@ START = {
 }
 IN_3X = ['vanilla-tiny', 'vanilla-small', 'tiny-s2l5', 'small-s2l15', 'tiny-s1l8']
 
-IMAGENET = [f'imagenet/vmamba-{v}_8xb128_in1k-224.py' for v in VARIANTS]
+# The last one is the recipe of tiny-s1l8 on the pipeline of vmamba_mm/transforms.py.
+IMAGENET = [f'imagenet/vmamba-{v}_8xb128_in1k-224.py' for v in VARIANTS] + [
+    'imagenet/vmamba-tiny-s1l8_8xb128-fast_in1k-224.py']
 COCO_BS8 = 'coco/mask-rcnn_vmamba-base-s2l15_fpn_8xb1-1x_coco.py'
 COCO = ([f'coco/mask-rcnn_vmamba-{v}_fpn_1x_coco.py' for v in DENSE] + [COCO_BS8] +
         [f'coco/mask-rcnn_vmamba-{v}_fpn_ms-3x_coco.py' for v in IN_3X])
@@ -241,7 +243,7 @@ def learning_rates(cfg, epoch_length, total):
     return found
 
 
-@pytest.mark.parametrize('path', IMAGENET[-3:-2])
+@pytest.mark.parametrize('path', [p for p in IMAGENET if 'tiny-s1l8' in p])
 def test_imagenet_schedule(path, load):
     cfg = load(path)
     assert cfg.train_cfg.max_epochs == 300 and cfg.train_cfg.by_epoch

@@ -34,6 +34,9 @@ ALLOWED = {
     # Imported by nobody but the user, who has timm or mmpretrain then.
     'timm.py': ('torch', 'timm', 'vmamba_mm'),
     'mmpretrain.py': ('mmpretrain', 'vmamba_mm.compat'),
+    # Imported when a config names one of its transforms.
+    'transforms.py': ('torch', 'numpy', 'cv2', 'mmcv', 'mmpretrain', 'vmamba_mm.compat',
+                      'vmamba_mm.registry'),
 }
 
 
