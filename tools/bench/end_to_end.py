@@ -336,12 +336,6 @@ def attempt(case, args):
     return nothing, problem
 
 
-def free(args):
-    gc.collect()
-    if args.device == 'cuda':
-        torch.cuda.empty_cache()
-
-
 def measure_all(args, rows, setting):
     """Adds to ``rows``, and to the CSV file after each: a run may be cut off."""
     done = set()
@@ -354,7 +348,9 @@ def measure_all(args, rows, setting):
             done.add(case)
             start = time.monotonic()
             numbers, problem = attempt(case, args)
-            free(args)
+            if args.device == 'cuda':
+                gc.collect()
+                torch.cuda.empty_cache()
             rows[case] = {**numbers, 'problem': problem, **setting}
             result = problem or (f'{numbers["ms"]:.3f} ms, {numbers["images_per_s"]:.0f} images/s, '
                                  f'{numbers["peak_gib"]:.2f} GiB')
