@@ -1,0 +1,174 @@
+"""tools/bench/end_to_end.py on a CPU, with small models in the places of those it measures."""
+
+import csv
+import functools
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = Path(__file__).parents[2] / 'tools' / 'bench'
+ARCH = dict(embed_dims=16, depths=(1, 1, 1, 1), d_state=1, ssm_ratio=1.0, dt_rank='auto',
+            conv_bias=False, gate=False, mlp_ratio=4.0, stem='conv', downsample='conv',
+            scan='cross')
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    """end_to_end with small models; call(*argv) runs its main."""
+    pytest.importorskip('timm')
+    pytest.importorskip('mmengine')
+    monkeypatch.syspath_prepend(BENCH)
+    import end_to_end
+
+    make = end_to_end.make_model
+
+    def make_small(name, output, height, width):
+        if name == 'tiny_s1l8':
+            return (end_to_end.VMamba(ARCH) if output == 'maps'
+                    else end_to_end.vmamba_mm.timm.TimmVMamba(ARCH, num_classes=10))
+        if name == 'convnext_t':
+            return make_peer(output)
+        if name == 'swin_t':
+            raise RuntimeError('this one\nfails')
+        return make(name, output, height, width)
+
+    def make_peer(output):
+        import timm
+        return timm.create_model('test_convnext', features_only=output == 'maps')
+
+    def call(*argv):
+        end_to_end.make_subject.cache_clear()
+        monkeypatch.setattr(sys, 'argv', ['end_to_end.py', *map(str, argv)])
+        end_to_end.main()
+
+    monkeypatch.setattr(end_to_end, 'make_model', make_small)
+    monkeypatch.setattr(end_to_end, 'call', call, raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, 'benchmark', False)  # put back afterwards
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the maps are small
+    yield end_to_end
+    torch.set_num_threads(threads)
+
+
+ON_CPU = ('--device', 'cpu', '--shrink', 64, '--quick', '--dtype', 'bfloat16')
+
+
+def test_all_sections(tool, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, 'mambavision', None)  # an import of it fails
+    monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='eager'))
+    tool.call(*ON_CPU, '--models', 'tiny_s1l8', 'convnext_t', 'swin_t', 'mambavision_t',
+              '--sections', *tool.SECTIONS, '--csv', tmp_path / 'a.csv', '--png',
+              tmp_path / 'a.png')
+    out, err = capsys.readouterr()
+    ratios, requirements, medians, missing = (out.index(text) for text in (
+        'Times as fast as the peer', 'Required of an H100', 'Medians', 'Not measured'))
+    assert ratios < requirements < medians < missing
+    assert 'swin_t: RuntimeError: this one fails' in out[missing:]
+    assert 'mambavision_t: not installed' in out[missing:]
+    assert 'no verdicts' in out and 'MISSED' not in out
+    assert 'time per pixel' in out
+    assert 'compiled-training: ' in err
+
+    lines = list(csv.DictReader((tmp_path / 'a.csv').open()))
+    cases = {(line['model'], line['task'], line['how'], line['precision'], line['batch'],
+              line['height'], line['output']) for line in lines}
+    assert len(cases) == len(lines) == 4 * (3 + 10 + 6 + 2)
+    for line in lines:
+        fails = line['model'] in ('swin_t', 'mambavision_t') or line['how'] == 'graph'
+        assert bool(line['problem']) == fails
+        assert (float(line['ms']) > 0) != fails
+        checked = line['model'] == 'tiny_s1l8' and not fails
+        assert (0 < float(line['error']) < 6e-2) == checked
+        assert (0 < float(line['grad_error']) < 0.15) == (
+            checked and line['task'] == 'forward+backward')
+    png = (tmp_path / 'a.png').read_bytes()
+    assert png.startswith(b'\x89PNG') and len(png) > 30_000
+
+    tool.call('--merge', tmp_path / 'a.csv', '--csv', tmp_path / 'b.csv')
+    assert capsys.readouterr().out.splitlines()[1:] == out.splitlines()[2:]
+    assert (tmp_path / 'b.csv').read_text() == (tmp_path / 'a.csv').read_text()
+    other = (tmp_path / 'a.csv').read_text().replace(',CPU,', ',another GPU,')
+    (tmp_path / 'c.csv').write_text(other.replace(',tiny_s1l8,', ',base_s1l20,'))
+    with pytest.raises(tool._cli.UserError, match='device CPU and another GPU'):
+        tool.call(*ON_CPU, '--sections', 'headline', '--merge', tmp_path / 'c.csv')
+
+
+@pytest.mark.parametrize('what', ['the output', "the parameters' gradient"])
+def test_what_is_wrong_is_not_timed(tool, monkeypatch, tmp_path, what):
+    """A kernel that is wrong under autocast only, forward or backward."""
+    import vmamba_mm.layers.ss2d as layer
+
+    right = layer.ss2d_scan_norm
+
+    def wrong(x, *args):
+        y = right(x, *args)
+        if x.dtype == torch.float32:
+            return y
+        return y * 1.5 if what == 'the output' else y.detach() + 0 * x
+
+    monkeypatch.setattr(layer, 'ss2d_scan_norm', wrong)
+    with pytest.raises(tool._cli.UserError, match=f'tiny_s1l8 is wrong.*: {what} differs'):
+        tool.call(*ON_CPU, '--models', 'convnext_t', 'tiny_s1l8', '--csv', tmp_path / 'a.csv')
+    lines = list(csv.DictReader((tmp_path / 'a.csv').open()))
+    assert {line['model'] for line in lines} == {'convnext_t'}
+
+
+def test_our_failure_is_an_error(tool, monkeypatch, capsys):
+    monkeypatch.setattr(tool, 'make_model', lambda *args: 1 / 0)
+    with pytest.raises(tool._cli.UserError, match='tiny_s1l8 failed'):
+        tool.call(*ON_CPU, '--models', 'tiny_s1l8')
+    assert 'tiny_s1l8: ZeroDivisionError' in capsys.readouterr().out
+
+
+def test_graph_is_checked(tool, monkeypatch):
+    """The path of CUDA graphs, with a call in the place of a replay."""
+    monkeypatch.setattr(tool, 'graphed', lambda function: function)
+    args = type('args', (), dict(device='cpu', dtype=torch.bfloat16, shrink=16, quick=True))
+    case = tool.Case('tiny_s1l8', how='graph', batch=1, height=800, width=1280, output='maps')
+    numbers = tool.measure(case, args)
+    assert 0 < numbers['error'] < 6e-2 and numbers['peak_gib'] != numbers['peak_gib']
+
+
+def test_verdicts(tool, capsys):
+    report = tool.report
+    setting = dict(device='NVIDIA H100 80GB HBM3', torch='2', timm='1', dtype='float16',
+                   shrink='1')
+    rows = {report.Case('tiny_s1l8'): dict(images_per_s=9000.0),
+            report.Case('tiny_s1l8', batch=1): dict(ms=5.6),
+            report.Case('small_s1l20', 'forward+backward'): dict(images_per_s=1702.0)}
+    for side, batch, speed in ((224, 64, 8000.0), (1024, 4, 400.0)):
+        rows[report.Case('tiny_s1l8', batch=batch, height=side, width=side)] = dict(
+            images_per_s=speed)
+    rows = {case: dict.fromkeys(report.NUMBERS, report.NAN) | row for case, row in rows.items()}
+    report.print_requirements(rows, setting)
+    lines = capsys.readouterr().out.splitlines()[3:]
+    verdicts = [[word for word in line.split() if word in ('met', 'MISSED')] for line in lines]
+    # Per pixel 8000 / 400 * (224 / 1024)^2 = 0.957.
+    assert verdicts == [['met', 'MISSED'], ['MISSED', 'MISSED'], ['MISSED', 'MISSED'], ['met'],
+                        ['met']]
+    report.print_requirements(rows, setting | dict(dtype='bfloat16'))
+    assert 'MISSED' not in capsys.readouterr().out
+
+
+def test_every_model_builds(tool, monkeypatch):
+    monkeypatch.undo()  # the real make_model
+    for name in tool.MODELS:
+        if name != 'mambavision_t':
+            with torch.device('meta'):
+                model = tool.make_model(name, 'logits', 224, 224)
+            assert sum(p.numel() for p in model.parameters()) > 2e7
+
+
+def test_mistakes(tool, tmp_path, capsys):
+    for argv, match in ((('--shrink', 0), 'at least 1'),
+                        (('--merge', tmp_path / 'none.csv'), 'none.csv'),
+                        (('--merge', __file__), 'no CSV file of this tool')):
+        with pytest.raises((tool._cli.UserError, FileNotFoundError), match=match):
+            tool.call(*argv)
+    if not torch.cuda.is_available():
+        with pytest.raises(tool._cli.UserError, match='finds no GPU'):
+            tool.call()
+    with pytest.raises(SystemExit):
+        tool.call('--sections', 'none')

@@ -1,0 +1,428 @@
+"""Speed and memory of whole models beside their peers in timm, in one run on one GPU.
+
+It prints the ratios to the peers, then what is required of an H100, then every number. Before an
+architecture of ours is timed, what is timed is checked at its own size: the output for the first
+and the last image (the last alone above 512x512), and in training up to there the gradient of the
+parameters by them, against the same model in fp32 on the CPU, where all of it is plain PyTorch.
+What is wrong ends the run; a requirement that is missed is shown only.
+
+All models: the same images, dtype, drop path 0, cudnn.benchmark, PyTorch's defaults for TF32, and
+the layout that suits them. "autocast" has fp32 parameters, "pure" half-precision ones. The peak
+memory of forward+backward has parameters and the gradients of the step before in it. "maps" are
+the four outputs of the backbone as a detector reads them; a peer's lack the norms of ours.
+
+Sections: GPU time is dear, so each is a run of its own, and --merge shows them together.
+  headline            tiny models, batch 128, eager: inference and forward+backward
+  archs               the nine architectures and Swin and ConvNeXt, small and base, likewise
+  batch1              tiny models, one image of 224, 512, 800x1280: eager and as a CUDA graph
+  resolutions         tiny models from 224 (batch 64) to 1024 (batch 4)
+  compiled-inference  torch.compile, batch 128, half-precision parameters
+  compiled-training   torch.compile, batch 128, autocast
+"""
+
+import copy
+import functools
+import gc
+import math
+import statistics
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import timm
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import _cli  # noqa: E402  (a sibling script, not a package)
+import end_to_end_report as report  # noqa: E402
+from end_to_end_report import NAN, OURS, RESOLUTIONS, Case  # noqa: E402
+from ss2d_gpu import graphed, median_ms  # noqa: E402
+
+import vmamba_mm  # noqa: E402
+import vmamba_mm.timm  # noqa: E402
+from vmamba_mm.models import VMamba  # noqa: E402
+
+EXAMPLES = '''  python tools/bench/end_to_end.py --sections headline batch1 --csv a.csv
+  python tools/bench/end_to_end.py --sections compiled-training --models tiny_s1l8 --csv b.csv
+  python tools/bench/end_to_end.py --merge a.csv b.csv --csv all.csv --png all.png
+  python tools/bench/end_to_end.py --device cpu --shrink 16 --models tiny_s1l8 swin_t'''
+#: name: timm's name, the layout that suits it, whether it is built for one size of images
+PEERS = {'swin_t': ('swin_tiny_patch4_window7_224', torch.contiguous_format, True),
+         'swin_s': ('swin_small_patch4_window7_224', torch.contiguous_format, True),
+         'swin_b': ('swin_base_patch4_window7_224', torch.contiguous_format, True),
+         'convnext_t': ('convnext_tiny', torch.channels_last, False),
+         'convnext_s': ('convnext_small', torch.channels_last, False),
+         'convnext_b': ('convnext_base', torch.channels_last, False),
+         'deit_s': ('deit_small_patch16_224', torch.contiguous_format, True),
+         'mambaout_t': ('mambaout_tiny', torch.channels_last, False),
+         'mambavision_t': ('mamba_vision_T', torch.contiguous_format, False)}
+MODELS = (*OURS, *PEERS)
+#: relative 2-norms of the output's error and of the gradient's; bf16 has an eighth of the digits
+MAX_ERRORS = {torch.float16: (2e-2, 5e-2), torch.bfloat16: (6e-2, 1.5e-1)}
+#: of an image whose gradient is checked too
+FEW_PIXELS = 512 * 512
+NO_GRAPHS = 'CUDA graphs need a GPU'
+WARM_UP = 5
+
+
+# --- sections -------------------------------------------------------------------------------
+# Cases of one model and size follow one another, so that it is built once. Training comes first: to
+# work out what it must give gives the outputs too. Half-precision parameters come last: they stay.
+
+def headline(model):
+    return [*archs(model), Case(model, precision='pure')]
+
+
+def archs(model):
+    return [Case(model, 'forward+backward'), Case(model)]
+
+
+def batch1(model):
+    cases = []
+    for height, width, output in ((224, 224, 'logits'), (512, 512, 'logits'),
+                                  (800, 1280, 'maps')):
+        case = Case(model, batch=1, height=height, width=width, output=output)
+        graph = case._replace(how='graph')
+        cases += [case._replace(task='forward+backward'), case, graph]
+        if height == 224:
+            cases.append(graph._replace(precision='pure'))
+    return cases
+
+
+def resolutions(model):
+    return [Case(model, batch=batch, height=side, width=side) for side, batch in RESOLUTIONS]
+
+
+def compiled_inference(model):
+    return [Case(model, how='compiled', precision='pure')]
+
+
+def compiled_training(model):
+    return [Case(model, 'forward+backward', 'compiled')]
+
+
+THREE = ('tiny_s1l8', 'swin_t', 'convnext_t')
+SECTIONS = {'headline': (headline, report.TINY),
+            'archs': (archs, (*OURS, 'swin_s', 'convnext_s', 'swin_b', 'convnext_b')),
+            'batch1': (batch1, (*THREE, 'deit_s')),
+            'resolutions': (resolutions, THREE),
+            'compiled-inference': (compiled_inference, THREE),
+            'compiled-training': (compiled_training, THREE)}
+
+
+# --- models ---------------------------------------------------------------------------------
+
+def make_model(name, output, height, width):
+    """A model with random weights, on the default device."""
+    if name in OURS:
+        if output == 'maps':
+            return VMamba(name, out_indices=(0, 1, 2, 3))
+        return timm.create_model(f'vmamba_{name}', drop_path_rate=0.0)
+    timm_name, _, one_size = PEERS[name]
+    options = dict(img_size=(height, width)) if one_size else {}
+    if output == 'maps':
+        options['features_only'] = True
+    create = timm.create_model
+    if name == 'mambavision_t':
+        from mambavision import create_model as create
+    return create(timm_name, drop_path_rate=0.0, **options)
+
+
+def outputs(result):
+    return list(result) if isinstance(result, list | tuple) else [result]
+
+
+class Subject:
+    """A model, its images, and what it must give for the first and the last of them."""
+
+    def __init__(self, name, output, batch, height, width, device):
+        torch.manual_seed(0)
+        with torch.device(device):
+            model = make_model(name, output, height, width)
+            images = torch.randn(batch, 3, height, width)
+        layout = torch.channels_last if name in OURS else PEERS[name][1]
+        self.model = model.to(device, memory_format=layout)
+        self.images = images.contiguous(memory_format=layout)
+        # The CPU needs seconds for a large image; the last one is furthest in memory.
+        self.few = height * width <= FEW_PIXELS
+        self.checked = sorted({0, batch - 1}) if self.few else [batch - 1]
+        self.expected = self.expected_grad = self.cotangents = None
+
+    def work_out(self, training, dtype):
+        """Sets what is expected, in fp32 on the CPU; once, as it takes the longest there."""
+        training = training and self.few
+        if self.expected_grad is not None or (self.expected is not None and not training):
+            return
+        model = copy.deepcopy(self.model).float().cpu().eval()
+        model.zero_grad(set_to_none=True)
+        with torch.set_grad_enabled(training):
+            found = outputs(model(self.images[self.checked].float().cpu()))
+        self.expected = [o.detach() for o in found]
+        if training:
+            self.cotangents = [torch.randn_like(o).to(dtype) for o in found]
+            torch.autograd.backward(found, [c.float() for c in self.cotangents])
+            self.expected_grad = flat_grad(model)
+
+
+@functools.lru_cache(maxsize=1)
+def make_subject(*args):
+    return Subject(*args)
+
+
+def flat_grad(model):
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    return torch.cat([grad.flatten().double().cpu() for grad in grads])
+
+
+def distance(found, expected):
+    """Largest relative 2-norm of the differences of tensors; NaN if any has NaN."""
+    errors = [((a.double().cpu() - b.double()).norm() / b.double().norm()).item()
+              for a, b in zip(found, expected, strict=True)]
+    return NAN if any(map(math.isnan, errors)) else max(errors)
+
+
+# --- measuring ------------------------------------------------------------------------------
+
+def autocast(case, args):
+    return torch.autocast(args.device, args.dtype, enabled=case.precision == 'autocast')
+
+
+def median(function, args):
+    for _ in range(1 if args.device == 'cpu' else WARM_UP):
+        function()
+    spend = 100 if args.quick else 500
+    if args.device == 'cuda':
+        return median_ms(function, spend)
+    times = []
+    while len(times) < 3 or (sum(times) < spend and len(times) < 50):
+        start = time.perf_counter()
+        function()
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times)
+
+
+def peak_gib(function, args):
+    if args.device == 'cpu':
+        return NAN
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
+def check(case, what, error, limit):
+    if not error <= limit:
+        raise _cli.UserError(f'{case.model} is wrong, nothing more was timed: {case.what}: {what} '
+                             f'differs from fp32 by {error:.1e} (relative 2-norm), allowed '
+                             f'{limit:.0e}')
+
+
+def measure(case, args):
+    """{number: value} of a case; an architecture of ours is checked first.
+
+    Raises:
+        UserError: if its results are wrong.
+    """
+    subject = make_subject(case.model, case.output, *shrunk(case, args.shrink), args.device)
+    numbers = dict.fromkeys(report.NUMBERS, NAN)
+    if case.precision == 'pure':
+        if case.model in OURS:
+            subject.work_out(False, args.dtype)  # while the parameters have all their digits
+        make_subject.cache_clear()
+        subject.model.to(args.dtype)
+        subject.images = subject.images.to(args.dtype)
+    if case.task == 'inference':
+        run, error = make_inference(case, subject, args)
+        numbers['error'] = error
+    else:
+        run, numbers['error'], numbers['grad_error'] = make_training(case, subject, args)
+    numbers['ms'] = median(run, args)
+    numbers['images_per_s'] = len(subject.images) / numbers['ms'] * 1e3
+    if case.how != 'graph':  # whose memory lies in a pool of its own
+        if case.task == 'inference':
+            numbers['peak_gib'] = peak_gib(run, args)
+        else:
+            numbers['peak_gib'] = peak_gib(functools.partial(run, keep=True), args)
+    return numbers
+
+
+def make_inference(case, subject, args):
+    """What is timed, and its error."""
+    model = subject.model.eval()
+    model.zero_grad(set_to_none=True)  # left by training
+    called = torch.compile(model, dynamic=False) if case.how == 'compiled' else model
+    held = {}
+
+    def run():
+        held.clear()  # or the last outputs would count in the peak memory
+        with torch.inference_mode(), autocast(case, args):
+            held['outputs'] = outputs(called(subject.images))
+
+    if case.how == 'graph':
+        for _ in range(WARM_UP):  # a capture finds the libraries' choices made
+            run()
+        run = graphed(run)
+    run()
+    error = NAN
+    if case.model in OURS:
+        subject.work_out(False, args.dtype)
+        error = distance([o[subject.checked] for o in held['outputs']], subject.expected)
+        check(case, 'the output', error, MAX_ERRORS[args.dtype][0])
+    return run, error
+
+
+def make_training(case, subject, args):
+    """What is timed, the error of the output and that of the parameters' gradient."""
+    model = subject.model.train()
+    called = torch.compile(model, dynamic=False) if case.how == 'compiled' else model
+    held = []
+
+    def run(keep=False, cotangents=None):
+        if not keep:
+            model.zero_grad(set_to_none=True)
+        with autocast(case, args):
+            found = outputs(called(subject.images))
+        if not held:
+            held.extend(torch.randn_like(o) for o in found)
+        torch.autograd.backward(found, cotangents or held)
+        return found
+
+    found = [o.detach()[subject.checked] for o in run()]
+    if case.model not in OURS:
+        return run, NAN, NAN
+    subject.work_out(True, args.dtype)
+    error = distance(found, subject.expected)
+    check(case, 'the output', error, MAX_ERRORS[args.dtype][0])
+    if subject.expected_grad is None:
+        return run, error, NAN
+    # No gradient by the other images, so that the parameters' is that of the checked ones.
+    only = [torch.zeros_like(c) for c in held]
+    for whole, few in zip(only, subject.cotangents, strict=True):
+        whole[subject.checked] = few.to(whole)
+    run(cotangents=only)
+    grad_error = distance([flat_grad(model)], [subject.expected_grad])
+    check(case, "the parameters' gradient", grad_error, MAX_ERRORS[args.dtype][1])
+    return run, error, grad_error
+
+
+def shrunk(case, by):
+    """(batch, height, width); sides stay multiples of 32."""
+    return (max(1, case.batch // by),
+            *(max(1, round(side / by / 32)) * 32 for side in (case.height, case.width)))
+
+
+def attempt(case, args):
+    """(numbers, problem): a model that fails is reported, one with wrong results ends the run."""
+    nothing = dict.fromkeys(report.NUMBERS, NAN)
+    if case.how == 'graph' and args.device == 'cpu':
+        return nothing, NO_GRAPHS
+    if case.how == 'compiled':
+        torch.compiler.reset()
+    try:
+        return measure(case, args), ''
+    except _cli.UserError:
+        raise
+    except ModuleNotFoundError as err:
+        problem = f'not installed ({err})'
+    except Exception as err:
+        problem = f'{type(err).__name__}: {" ".join(str(err).split())[:200]}'
+        if case.model in OURS:
+            traceback.print_exc()
+    make_subject.cache_clear()
+    return nothing, problem
+
+
+def measure_all(args, rows, setting):
+    """Adds to ``rows``, and to the CSV file after each: a run may be cut off."""
+    done = set()
+    for section in args.sections:
+        cases, models = SECTIONS[section]
+        began = time.monotonic()
+        for case in (case for model in args.models or models for case in cases(model)):
+            if case in done:
+                continue
+            done.add(case)
+            start = time.monotonic()
+            numbers, problem = attempt(case, args)
+            if args.device == 'cuda':
+                gc.collect()
+                torch.cuda.empty_cache()
+            rows[case] = {**numbers, 'problem': problem, **setting}
+            result = problem or (f'{numbers["ms"]:.3f} ms, {numbers["images_per_s"]:.0f} images/s, '
+                                 f'{numbers["peak_gib"]:.2f} GiB')
+            print(f'  {case.model}: {case.what}: {result} [{time.monotonic() - start:.0f} s]',
+                  file=sys.stderr, flush=True)
+            if args.csv:
+                report.write_rows(args.csv, rows)
+        print(f'{section}: {time.monotonic() - began:.0f} s', file=sys.stderr, flush=True)
+
+
+# --- command line ---------------------------------------------------------------------------
+
+def parse_args():
+    parser = _cli.make_parser(__doc__, EXAMPLES)
+    parser.add_argument('--sections', nargs='+', choices=SECTIONS, metavar='SECTION',
+                        help=f'what to measure: {", ".join(SECTIONS)} (default: headline; nothing '
+                        'with --merge)')
+    parser.add_argument('--models', nargs='+', choices=MODELS, metavar='MODEL',
+                        help=f"instead of the sections' own: {', '.join(MODELS)}")
+    parser.add_argument('--dtype', choices=('float16', 'bfloat16'), default='float16')
+    parser.add_argument('--device', choices=('cuda', 'cpu'), default='cuda')
+    parser.add_argument('--quick', action='store_true', help='a fifth of the repetitions')
+    parser.add_argument('--shrink', type=int, default=1, metavar='N',
+                        help='batches and sides by N, to try the tool out where there is no GPU')
+    parser.add_argument('--merge', nargs='+', default=[], metavar='CSV',
+                        help='show the rows of earlier runs too; those measured now replace them')
+    parser.add_argument('--csv', metavar='FILE', help='write all rows there')
+    parser.add_argument('--png', metavar='FILE', help='draw them there')
+    parser.add_argument('--traceback', action='store_true', help=_cli.argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.shrink < 1:
+        raise _cli.UserError(f'--shrink must be at least 1, got {args.shrink}')
+    if args.sections is None:
+        args.sections = [] if args.merge else ['headline']
+    if args.sections and args.device == 'cuda' and not torch.cuda.is_available():
+        raise _cli.UserError('torch finds no GPU here; --device cpu --shrink 16 tries the tool out')
+    return args
+
+
+def main():
+    args = parse_args()
+    rows = {}
+    for path in args.merge:
+        rows |= report.read_rows(path)
+    setting = dict(device=torch.cuda.get_device_name() if args.device == 'cuda' else 'CPU',
+                   torch=torch.__version__, timm=timm.__version__, dtype=args.dtype,
+                   shrink=str(args.shrink)) if args.sections else report.find_setting(rows)
+    report.find_setting({**rows, None: setting})
+    args.dtype = getattr(torch, args.dtype)
+    torch.backends.cudnn.benchmark = True
+    title = (f'{setting["device"]}; {setting["dtype"]}; torch {setting["torch"]}, timm '
+             f'{setting["timm"]}')
+    if setting['shrink'] != '1':
+        title += f'; every batch and side by {setting["shrink"]}: nothing to compare with'
+    print(title)
+    if args.sections:
+        tf32 = {True: 'on', False: 'off'}
+        print(f'vmamba_mm {vmamba_mm.__version__}; the same for all models: drop path 0, '
+              f'cudnn.benchmark on, TF32 {tf32[torch.backends.cudnn.allow_tf32]} in convolutions '
+              f'and {tf32[torch.backends.cuda.matmul.allow_tf32]} in products')
+    sys.stdout.flush()
+    measure_all(args, rows, setting)
+    report.print_ratios(rows)
+    report.print_requirements(rows, setting)
+    report.print_rows(rows)
+    if args.csv:
+        report.write_rows(args.csv, rows)
+    if args.png:
+        report.plot(rows, args.png, title)
+    failed = sorted({case.model for case, row in rows.items()
+                     if case.model in OURS and row['problem'] not in ('', NO_GRAPHS)})
+    if failed:
+        raise _cli.UserError(f'{", ".join(failed)} failed: see above')
+
+
+if __name__ == '__main__':
+    _cli.run(main)
