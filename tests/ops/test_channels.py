@@ -377,7 +377,8 @@ def test_opcheck(kernels):
     x = randn(2, 5, 6, 32, device=kernels)
     parameters = block._in_one_op(x.half())
     arguments = (block.ssm.conv2d.bias, torch.ones(2, device=kernels), None, 1e-5, HALF, SINGLE)
-    opcheck(torch.ops.vmamba_mm.vss_block_fwd.default, (x.requires_grad_(), *parameters, *arguments),
+    opcheck(torch.ops.vmamba_mm.vss_block_fwd.default,
+            (x.requires_grad_(), *parameters, *arguments),
             test_utils=('test_schema', 'test_autograd_registration', 'test_faketensor'))
     opcheck(torch.ops.vmamba_mm.vss_block.default,
             (x.detach(), [t.detach() for t in parameters], None, *arguments[3:]))
