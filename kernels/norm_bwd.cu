@@ -16,7 +16,8 @@ struct Params {
 
 // TEAM warps per position; a lane has 4 adjacent channels out of each 128 * TEAM.
 template <class G, class X, class B, int PARTS, int TEAM>
-__global__ void __launch_bounds__(256) norm_bwd(const Params p) {
+__global__ void __launch_bounds__(256, same<X, Float> && PARTS > 3 ? 1 : 2)
+norm_bwd(const Params p) {
     constexpr int TEAMS = 8 / TEAM;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int team = warp / TEAM, first = ((warp % TEAM) * 32 + lane) * 4;

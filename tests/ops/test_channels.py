@@ -358,6 +358,22 @@ def test_gradients_of_a_block_in_one_op(kernels, calls, shape, ratio, feeds):
     assert calls == [1]
 
 
+@pytest.mark.parametrize('gate', [False, True], ids=['one op', 'vanilla'])
+def test_block_recomputed(kernels, calls, gate):
+    torch.manual_seed(0)
+    block = VSSBlock(32, mlp_ratio=2.0, drop_path=0.5, with_cp=False,
+                     ssm_cfg=dict(gate=gate, d_state=4 if gate else 1)).to(kernels)
+    x = randn(3, 5, 6, 32, device=kernels).requires_grad_()
+    results = []
+    for block.with_cp in (False, True):
+        torch.manual_seed(1)
+        with torch.autocast(kernels, HALF):
+            y = block(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *block.parameters()])])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert len(calls) == (0 if gate else 3)  # one of them again, in the backward
+
+
 # --- all ----------------------------------------------------------------------------------------
 
 def test_opcheck(kernels):

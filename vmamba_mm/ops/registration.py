@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 NAMESPACE = 'vmamba_mm'
-_PLAIN = {Tensor, torch.nn.Parameter, NoneType, bool, int, float, str, torch.dtype}
+_PLAIN = {Tensor, torch.nn.Parameter, NoneType, bool, int, float, str, list, torch.dtype}
 
 
 def register(name: str, *, fake: Callable, backward: Callable | None = None,
@@ -85,7 +85,8 @@ def _is_watched(args: tuple) -> bool:
     return (torch.compiler.is_compiling() or torch._C._is_tracing()
             or torch._C._are_functorch_transforms_active()
             or torch._C._len_torch_dispatch_stack() > 0 or torch.autograd._profiler_enabled()
-            or not _PLAIN.issuperset(map(type, args)))
+            or not _PLAIN.issuperset(map(type, args))
+            or any(type(arg) is list and not _PLAIN.issuperset(map(type, arg)) for arg in args))
 
 
 def _differentiable(name: str, num_arguments: int, num_returns: int, backward: Callable | None,

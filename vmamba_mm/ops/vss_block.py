@@ -109,8 +109,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    dx, *grads, dconv_bias = _bwd(grad, *ctx.saved_tensors)
-    if ctx.saved_tensors[19] is None:
+    saved = ctx.saved_tensors  # once: checkpointing unpacks a tensor a single time
+    dx, *grads, dconv_bias = _bwd(grad, *saved)
+    if saved[19] is None:
         dconv_bias = None
     return dx, *grads, dconv_bias, *[None] * 5
 

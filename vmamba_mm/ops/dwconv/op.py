@@ -25,8 +25,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    dx, dweight, dbias = _bwd(grad, *ctx.saved_tensors)
-    return dx, dweight, None if ctx.saved_tensors[2] is None else dbias
+    saved = ctx.saved_tensors  # once: checkpointing unpacks a tensor a single time
+    dx, dweight, dbias = _bwd(grad, *saved)
+    return dx, dweight, None if saved[2] is None else dbias
 
 
 @register('dwconv_silu', fake=lambda x, weight, bias: x.new_empty(x.shape), backward=_backward,
