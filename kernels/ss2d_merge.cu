@@ -1,5 +1,5 @@
 // The sum of the maps of the routes, and, if asked for, its LayerNorm over the channels.
-#include "common.cuh"
+#include "norm.cuh"
 
 struct Params {
     const void *maps;             // (MAPS, M, D)
@@ -20,13 +20,7 @@ __global__ void __launch_bounds__(256) ss2d_merge(const Params p) {
     const int lane = threadIdx.x & 31;
     const int warps = gridDim.x * (blockDim.x >> 5);
     extern __shared__ __align__(16) float shared[];  // weight and bias, if there is a norm
-    if (p.normed) {
-        for (int j = threadIdx.x; j < p.dim; j += blockDim.x) {
-            shared[j] = load_parameter(p.weight, j, p.parameter_type);
-            shared[p.dim + j] = load_parameter(p.bias, j, p.parameter_type);
-        }
-        __syncthreads();
-    }
+    if (p.normed) load_affine(shared, p.weight, p.bias, p.dim, p.parameter_type);
     const long long map = (long long)p.batch * p.length * p.dim;
     const u32 spans = (p.batch + p.images - 1) / p.images, all = spans * p.images * p.length;
     for (u32 j = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5); j < all; j += warps) {
@@ -69,35 +63,7 @@ __global__ void __launch_bounds__(256) ss2d_merge(const Params p) {
                         = make_uint2(T::pack(v[i][0], v[i][1]), T::pack(v[i][2], v[i][3]));
             }
         if (!p.normed) continue;
-        float sum = 0.f, squares = 0.f;
-#pragma unroll
-        for (int i = 0; i < PARTS; ++i)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) sum += v[i][e];
-#pragma unroll
-        for (int d = 16; d; d >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, d);
-        const float mean = sum / p.dim;
-#pragma unroll
-        for (int i = 0; i < PARTS; ++i)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                v[i][e] -= mean;
-                if (i * 128 + lane * 4 < p.dim) squares += v[i][e] * v[i][e];
-            }
-#pragma unroll
-        for (int d = 16; d; d >>= 1) squares += __shfl_xor_sync(0xffffffffu, squares, d);
-        const float scale = rsqrtf(squares / p.dim + p.eps);
-#pragma unroll
-        for (int i = 0; i < PARTS; ++i) {
-            const int c = i * 128 + lane * 4;
-            if (c >= p.dim) continue;
-            const float4 w = *(const float4 *)(shared + c);
-            const float4 b = *(const float4 *)(shared + p.dim + c);
-            const float o[4] = {v[i][0] * scale * w.x + b.x, v[i][1] * scale * w.y + b.y,
-                                v[i][2] * scale * w.z + b.z, v[i][3] * scale * w.w + b.w};
-            *(uint2 *)((unsigned short *)p.normed + to + c)
-                = make_uint2(T::pack(o[0], o[1]), T::pack(o[2], o[3]));
-        }
-        if (p.moments && lane == 0) p.moments[m] = make_float2(mean, scale);
+        const float2 moments = store_norm<T>(p.normed, to, v, shared, p.dim, lane, p.eps);
+        if (p.moments && lane == 0) p.moments[m] = moments;
     }
 }

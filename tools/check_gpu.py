@@ -72,6 +72,7 @@ def run_cases(tool, only):
     """Each case forward and backward; names the kernels' files that were launched."""
     import torch
 
+    from vmamba_mm.layers import VSSBlock
     from vmamba_mm.ops import nvrtc, selective_scan, ss2d_scan, ss2d_scan_norm
     from vmamba_mm.testing import selective_scan_inputs, ss2d_scan_inputs, with_grads
 
@@ -99,6 +100,24 @@ def run_cases(tool, only):
         torch.cuda.synchronize()
         print(f'{time.monotonic() - began:.0f} s: {op.__name__}, {name}', flush=True)
 
+    def run_block(name, dtype):
+        """The step-by-step path, which a hook chooses, and the whole as one op."""
+        if only not in f'block, {name}':
+            return
+        torch.manual_seed(0)
+        block = VSSBlock(36, mlp_ratio=2.0, drop_path=0.5, with_cp=False,
+                         ssm_cfg={'ssm_ratio': 2.0, 'conv_bias': True}).cuda()
+        for hook in (None, lambda *args: None):
+            if hook is not None:
+                block.mlp.register_forward_hook(hook)
+            x = torch.randn(3, 5, 9, 36, device='cuda', requires_grad=True)
+            with torch.autocast('cuda', dtype, enabled=dtype != torch.float32):
+                block(x).float().sum().backward()
+                with torch.no_grad():
+                    block(x)
+        torch.cuda.synchronize()
+        print(f'{time.monotonic() - began:.0f} s: block, {name}', flush=True)
+
     began = time.monotonic()
     for name, shape, kwargs, dtype, norm in scan_cases():
         inputs = ss2d_scan_inputs(*shape, **kwargs)
@@ -110,6 +129,8 @@ def run_cases(tool, only):
     for state, dtype in ((1, torch.float32), (16, torch.float16)):
         inputs = selective_scan_inputs(2, 2, 9, 150, state, dtype=dtype)
         run(f'N = {state}', selective_scan, inputs, delta_softplus=True)
+    for name, dtype in (('half', torch.float16), ('fp32', torch.float32)):
+        run_block(name, dtype)
     print(f'{MARKS["launched"]}{" ".join(sorted(launched))}\n{MARKS["done"]}')
 
 

@@ -133,3 +133,24 @@ def test_pure_half_and_autocast(dtype):
     half = block.to(dtype)(x.to(dtype))
     assert half.dtype == dtype
     torch.testing.assert_close(half.float(), exact, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize('name', ['ssm.conv2d', 'mlp.fc1', 'mlp.fc2', 'ssm.in_proj'])
+def test_what_stands_in_for_a_submodule_is_called(name):
+    """Adapters replace submodules or hook to them; the ops that take their parameters know."""
+    block = VSSBlock(8, mlp_ratio=2.0, drop_path=0.0, with_cp=False, ssm_cfg={})
+    x = torch.randn(1, 3, 4, 8)
+    plain = block(x)
+    parent, _, child = name.rpartition('.')
+    inner = block.get_submodule(name)
+
+    class Adapter(type(inner)):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    handle = inner.register_forward_hook(lambda module, args, y: 2 * y)
+    hooked = block(x)
+    handle.remove()
+    assert torch.equal(block(x), plain)
+    inner.__class__ = Adapter
+    assert torch.equal(block(x), hooked) and not torch.allclose(hooked, plain)

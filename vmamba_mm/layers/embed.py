@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmamba_mm.layers.norm import LayerNorm
+from vmamba_mm.ops.backends import autocast_dtype
 
 
 def _conv_nhwc(conv: nn.Conv2d, x_BHWC: Tensor) -> Tensor:
@@ -14,10 +15,8 @@ def _conv_nhwc(conv: nn.Conv2d, x_BHWC: Tensor) -> Tensor:
 
 def _channels_last(x_BCHW: Tensor) -> Tensor:
     """The images as the first convolution takes them, by one copy at most."""
-    device = x_BCHW.device.type
-    autocasts = torch.is_autocast_enabled(device) and x_BCHW.dtype == torch.float32
-    return x_BCHW.to(torch.get_autocast_dtype(device) if autocasts else x_BCHW.dtype,
-                     memory_format=torch.channels_last)
+    dtype = autocast_dtype(x_BCHW) if x_BCHW.dtype == torch.float32 else None
+    return x_BCHW.to(dtype or x_BCHW.dtype, memory_format=torch.channels_last)
 
 
 class PatchStem(nn.Module):

@@ -1,15 +1,9 @@
 """LayerNorm, with the residual sum before it."""
 
-import torch
 from torch import Tensor, nn
 
 from vmamba_mm.ops import add_norm, layer_norm
-
-
-def matmul_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast rounds a matrix product's input to, None without autocast."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+from vmamba_mm.ops.backends import autocast_dtype
 
 
 class LayerNorm(nn.LayerNorm):
@@ -30,7 +24,7 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor, branch: Tensor | None = None, scale: Tensor | None = None
                 ) -> Tensor | tuple[Tensor, Tensor]:
-        dtype = matmul_dtype(x) if self.feeds_matmul else None
+        dtype = autocast_dtype(x) if self.feeds_matmul else None
         if branch is None:
             return layer_norm(x, self.weight, self.bias, self.eps, out_dtype=dtype)
         return add_norm(x, branch, self.weight, self.bias, self.eps, scale=scale, out_dtype=dtype)

@@ -8,10 +8,11 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from vmamba_mm.layers.drop_path import DropPath
-from vmamba_mm.layers.norm import LayerNorm, matmul_dtype
+from vmamba_mm.layers.norm import LayerNorm
 from vmamba_mm.layers.plain import is_plain
 from vmamba_mm.layers.ss2d import SS2D
 from vmamba_mm.ops import add_norm, mlp
+from vmamba_mm.ops.backends import autocast_dtype
 from vmamba_mm.ops.vss_block import vss_block, why_not
 
 
@@ -56,11 +57,11 @@ class VSSBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def _forward(self, x: Tensor) -> Tensor:
-        out_dtype = matmul_dtype(x) if self.feeds_matmul else None
+        out_dtype = autocast_dtype(x) if self.feeds_matmul else None
         if (parameters := self._in_one_op(x)) is not None:
             scales = self.drop_path.factors(x), self.drop_path.factors(x)
             return vss_block(x, parameters, self.ssm.conv2d.bias, scales, self.norm1.eps,
-                             matmul_dtype(x) or x.dtype, out_dtype or x.dtype)
+                             autocast_dtype(x) or x.dtype, out_dtype or x.dtype)
         branch = self.ssm(self.norm1(x))
         if self.mlp is not None:
             x, normed = self.norm2(x, branch, self.drop_path.factors(x))
@@ -85,7 +86,7 @@ class VSSBlock(nn.Module):
             ssm.x_proj_weight, ssm.dt_projs_weight, ssm.dt_projs_bias, ssm.A_logs, ssm.Ds,
             ssm.out_norm.weight, ssm.out_norm.bias, ssm.out_proj.weight, self.norm2.weight,
             self.norm2.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
-        return None if why_not(x, matmul_dtype(x) or x.dtype, tensors) else tensors
+        return None if why_not(x, autocast_dtype(x) or x.dtype, tensors) else tensors
 
     def forward(self, x: Tensor) -> Tensor:
         if self.with_cp and torch.is_grad_enabled():

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 #: 'reference' is the specification (a loop over L), 'chunked' the parallel plain-PyTorch one,
 #: 'cuda' the kernels for NVIDIA GPUs, 'triton' those for any GPU that Triton knows.
@@ -34,6 +35,14 @@ def resolve_backend(backend: str | None, **why_not: Callable[[], str | None]) ->
         raise ValueError(f'backend={backend!r} does not take these inputs: {reason}; choose None '
                          "or 'chunked'")
     return backend
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast rounds ``x`` to before a matrix product, None without autocast."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vmamba_mm.ops.add_norm import cuda
+from vmamba_mm.ops.backends import autocast_dtype
 from vmamba_mm.ops.registration import register
 
 
@@ -109,7 +110,7 @@ def add_norm(x: Tensor, branch: Tensor, weight: Tensor | None, bias: Tensor | No
 
 
 def _default_dtype(x: Tensor) -> torch.dtype:
-    return torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
+    return x.dtype if autocast_dtype(x) is None else torch.float32
 
 
 def _wants_grad(*tensors: Tensor | None) -> bool:

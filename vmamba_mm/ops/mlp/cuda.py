@@ -6,6 +6,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from vmamba_mm.ops.backends import autocast_dtype
 from vmamba_mm.ops.channels import parameter_grads, why_not_channels
 from vmamba_mm.ops.nvrtc import Instance, kernel
 from vmamba_mm.ops.walk import CODES, TYPES, device_limits, pointer
@@ -15,7 +16,7 @@ _MOST = 6  # parameters of a launch of the cast kernel
 
 def why_not(x: Tensor, *parameters: Tensor) -> str | None:
     """What keeps the kernels from taking these inputs, or None."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
+    if x.dtype == torch.float32 and autocast_dtype(x):
         return 'autocast rounds its input first'
     return (why_not_channels(x, parameters[0].shape[0], parameters)
             or why_not_channels(x, parameters[2].shape[0], ()))
