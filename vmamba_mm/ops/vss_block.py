@@ -19,15 +19,15 @@ def why_not(x: Tensor, dtype: torch.dtype, tensors: tuple[Tensor, ...]) -> str |
     """What keeps :func:`vss_block` from taking these inputs, or None; ``tensors`` are its
     parameters without the bias of the convolution."""
     in_proj, x_proj, dt_projs, hidden = tensors[2], tensors[4], tensors[5], tensors[14]
-    dim, inner = x.shape[3], len(in_proj)
+    dim, inner, wide = x.shape[3], in_proj.shape[0], hidden.shape[0]
     if dtype not in (torch.float16, torch.bfloat16) or x_proj.shape[1] != dt_projs.shape[2] + 2:
         return 'it takes a state of 1 and matrix products in half precision'
-    if dim % 4 or inner % 4 or len(hidden) % 4 or max(dim, inner) > _WIDEST:
-        return f'{dim} channels, {inner} inner and {len(hidden)} hidden ones: it takes multiples ' \
-               f'of 4 up to {_WIDEST}'
-    if x.numel() // len(x) // dim * inner >= 2**31:
+    if dim % 4 or inner % 4 or wide % 4 or max(dim, inner) > _WIDEST:
+        return f'{dim} channels, {inner} inner and {wide} hidden ones: it takes multiples of 4 ' \
+               f'up to {_WIDEST}'
+    if x.shape[1] * x.shape[2] * inner >= 2**31:
         return 'a sample has 2^31 elements or more'
-    if any(t.dtype not in walk.CODES for t in tensors):
+    if not walk.CODES.keys() >= {t.dtype for t in tensors}:
         return 'a parameter is neither float32 nor float16 nor bfloat16'
     return walk.why_not(x, dt_projs.shape[2], 1)
 

@@ -43,7 +43,7 @@ def forward(x, branch, scale, weight, bias, eps, out_dtype, save):
            TYPES[out_dtype], adds, -(-dim // 128)).launch(
         (min(-(-positions // 8), 8 * device_limits(index)[0]), 1, 1), (256, 1, 1),
         (x.data_ptr(), pointer(branch), pointer(scale), pointer(weight), pointer(bias),
-         pointer(total), pointer(normed), pointer(moments), eps, positions, positions // len(x),
+         pointer(total), pointer(normed), pointer(moments), eps, positions, positions // x.shape[0],
          dim, CODES[weight.dtype] if norms else 0), 8 * dim if norms else 0)
     return total, normed, moments
 
@@ -58,7 +58,7 @@ def backward(grad, x, moments, weight, bias, others, scale, branch_dtype):
     if others is not None:
         others = others.contiguous()
     partials = launch_backward(grad.contiguous(), x, moments.data_ptr(), weight, others, scale, dx,
-                               dbranch if branch_dtype else None, x.numel() // dim // len(x))
+                               dbranch if branch_dtype else None, x.numel() // dim // x.shape[0])
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     parameter_grads(partials, dweight, dbias, 1)
     return dx, dbranch, dweight, dbias
