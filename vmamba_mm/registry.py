@@ -7,6 +7,7 @@ config needs no ``custom_imports`` and this package needs no mmdet, mmseg or mmp
 from mmengine.registry import FUNCTIONS as MMENGINE_FUNCTIONS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_CONSTRUCTORS
 from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry
 
@@ -16,6 +17,8 @@ HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='vmamba_mm',
                  locations=['vmamba_mm.engine'])
 FUNCTIONS = Registry('function', parent=MMENGINE_FUNCTIONS, scope='vmamba_mm',
                      locations=['vmamba_mm.engine'])
+OPTIM_WRAPPER_CONSTRUCTORS = Registry('optim wrapper constructor', parent=MMENGINE_CONSTRUCTORS,
+                                      scope='vmamba_mm', locations=['vmamba_mm.engine'])
 # These build on mmpretrain's, which is imported when a config names the first of them.
 TRANSFORMS = Registry('transform', parent=MMENGINE_TRANSFORMS, scope='vmamba_mm',
                       locations=['vmamba_mm.transforms'])

@@ -6,6 +6,9 @@ optim_wrapper = dict(
     # fp16 autocast with a dynamic loss scale, as published. A GPU is needed; on a CPU use
     # type='OptimWrapper' (tools/train.py does so by itself and says it).
     type='AmpOptimWrapper',
+    # Few groups and one kernel for each: the same update, without waiting for Python.
+    constructor='vmamba_mm.GroupedOptimWrapperConstructor',
+    optimizer=dict(fused=True),
     clip_grad=dict(max_norm=5.0),
     # The published rule: every 1-D parameter (norms, Ds) and every '.bias' has no decay.
     # A_logs, dt_projs_weight, dt_projs_bias and x_proj_weight have two or more dimensions
