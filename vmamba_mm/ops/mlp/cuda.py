@@ -40,7 +40,7 @@ def cast(parameters: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     buffer = parameters[0].new_empty(starts[-1], dtype=dtype)
     absent = _MOST - len(sizes)
     kernel(buffer.get_device(), cast_instance, TYPES[dtype]).launch(
-        (min(1024, -(-starts[-1] // 256)), 1, 1), (256, 1, 1),
+        (min(1024, -(-starts[-1] // 2048)), 1, 1), (256, 1, 1),
         (*[p.data_ptr() for p in parameters], *[0] * absent, buffer.data_ptr(),
          *starts, *[starts[-1]] * absent, *sizes, *[0] * absent,
          *[CODES[p.dtype] for p in parameters], *[0] * absent))
