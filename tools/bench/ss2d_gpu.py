@@ -238,7 +238,8 @@ def print_times(rows, args, backward, gpu):
     print('\nMedians in ms: replays of a graph, 20 eager calls in a row, one alone; official: '
           'published anchors, measured by us on an H100; met: graph if calls in a row are slower\n'
           f'{"":20}{"":9}{"graph":>8}{"in a row":>10}{"alone":>8}{"official":>10}'
-          f'{"faster":>8}{"required":>10}{"met":>7}{"aim":>8}{"met":>7}' + (f'{"plain":>9}' if args.plain else ''))
+          f'{"faster":>8}{"required":>10}{"met":>7}{"aim":>8}{"met":>7}'
+          + (f'{"plain":>9}' if args.plain else ''))
     records = []
     for row in rows:
         for i in range(1 + backward):
