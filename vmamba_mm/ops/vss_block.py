@@ -53,7 +53,7 @@ def _run(x, parameters, scales, eps, dtype, out_dtype, save):
     active = torch.nn.functional.gelu(hidden) if save else torch.ops.aten.gelu_(hidden)
     branch = torch.addmm(bias2, active, fc2.T).view(x.shape)
     result = norm.forward(total, branch, scales[1], None, None, eps, out_dtype, False)[0]
-    return result, (normed1, moments1, before, inner, *kept, y, total, normed2, moments2, hidden)
+    return result, (normed1, moments1, before, inner, *kept, total, normed2, moments2, hidden)
 
 
 @register('vss_block', fake=lambda x, *args: torch.empty_like(x, dtype=args[-1]))
@@ -75,8 +75,8 @@ def _bwd(grad: Tensor, x: Tensor, norm1: Tensor, norm1_bias: Tensor, in_proj: Te
          norm2_bias: Tensor, fc1: Tensor, fc1_bias: Tensor, fc2: Tensor, fc2_bias: Tensor,
          conv_bias: Tensor | None, scale1: Tensor | None, scale2: Tensor | None,
          normed1: Tensor, moments1: Tensor, before: Tensor, inner: Tensor, projected: Tensor,
-         kept: Tensor, merged: Tensor, y: Tensor, total: Tensor, normed2: Tensor,
-         moments2: Tensor, hidden: Tensor
+         kept: Tensor, merged: Tensor, total: Tensor, normed2: Tensor, moments2: Tensor,
+         hidden: Tensor, eps: float
          ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                     Tensor]:
@@ -89,8 +89,12 @@ def _bwd(grad: Tensor, x: Tensor, norm1: Tensor, norm1_bias: Tensor, in_proj: Te
     dx, branch, dnorm2, dnorm2_bias = norm.backward(
         dnormed2, total, moments2, norm2, norm2_bias, grad.to(x.dtype), scale1, dtype)
     branch = branch.view(-1, dim)
+    # What out_proj took is calculated again, from the map before its norm.
+    before_norm = merged[:inner.numel()].view(-1, inner.shape[3])
+    y = norm.forward(before_norm, None, None, out_norm, out_norm_bias, eps, dtype, False)[1]
     dy = torch.mm(branch, half_out).view(inner.shape).permute(0, 3, 1, 2)
     dout = torch.mm(branch.T, y).to(out_proj.dtype)
+    del y
     dinner, *dscan = scan.backward_norm(dy, inner.permute(0, 3, 1, 2), x_proj, dt_projs, dt_bias,
                                         A_logs, D, out_norm, out_norm_bias, projected, kept,
                                         merged, logs=True)
@@ -106,11 +110,12 @@ def _bwd(grad: Tensor, x: Tensor, norm1: Tensor, norm1_bias: Tensor, in_proj: Te
 
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:22], *output[1:])
+    ctx.eps = inputs[22]
 
 
 def _backward(ctx, grad):
     saved = ctx.saved_tensors  # once: checkpointing unpacks a tensor a single time
-    dx, *grads, dconv_bias = _bwd(grad, *saved)
+    dx, *grads, dconv_bias = _bwd(grad, *saved, ctx.eps)
     if saved[19] is None:
         dconv_bias = None
     return dx, *grads, dconv_bias, *[None] * 5
@@ -132,8 +137,8 @@ def _fwd_fake(x, *args):
     projected, kept, _ = scan.saved(maps, rank, routes, 1, True)
     return (x.new_empty(x.shape, dtype=out_dtype), half(*x.shape), moments(),
             half(*x.shape[:3], inner), half(*x.shape[:3], inner), half(*projected), half(*kept),
-            half(scan.merged_size(maps)), half(pixels, inner), x.new_empty(x.shape),
-            half(*x.shape), moments(), half(pixels, len(parameters[14])))
+            half(scan.merged_size(maps)), x.new_empty(x.shape), half(*x.shape), moments(),
+            half(pixels, len(parameters[14])))
 
 
 @register('vss_block_fwd', fake=_fwd_fake, backward=_backward, setup_context=_setup_context)
@@ -144,7 +149,7 @@ def _training(x: Tensor, norm1: Tensor, norm1_bias: Tensor, in_proj: Tensor, con
               conv_bias: Tensor | None, scale1: Tensor | None, scale2: Tensor | None, eps: float,
               dtype: torch.dtype, out_dtype: torch.dtype
               ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                         Tensor, Tensor, Tensor, Tensor]:
+                         Tensor, Tensor, Tensor]:
     """The result, and what ``_run`` keeps."""
     parameters = (norm1, norm1_bias, in_proj, conv, x_proj, dt_projs, dt_bias, A_logs, D, out_norm,
                   out_norm_bias, out_proj, norm2, norm2_bias, fc1, fc1_bias, fc2, fc2_bias,
@@ -158,8 +163,9 @@ def vss_block(x: Tensor, parameters: tuple[Tensor, ...], conv_bias: Tensor | Non
               out_dtype: torch.dtype) -> Tensor:
     """``x + ss2d(norm(x))``, then ``x + mlp(norm(x))``, for inputs for which ``why_not`` is None.
 
-    For its backward it keeps the input, both norms' results, the sum between, five maps within
-    SS2D and what GELU takes.
+    For its backward it keeps the input, both norms' results, the sum between, three maps within
+    SS2D with the projected input, and what GELU takes; it calculates GELU, SiLU's input, the scan
+    and the map that out_proj takes again.
 
     Args:
         x: (B, H, W, C), the residual sum.
