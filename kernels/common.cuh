@@ -4,6 +4,8 @@
 
 typedef unsigned int u32;
 
+constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+
 #if __CUDA_ARCH__ >= 800
 #define CP_ASYNC 1
 #endif

@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(256) dwconv(const Params p) {
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
                     y[e] = sums[r][0][e];
-                    if (FORWARD) y[e] *= rcp(1.f + ex2(-1.4426950408889634f * y[e]));
+                    if (FORWARD) y[e] *= sigmoid(y[e]);
                 }
                 const long long pixel = ((long long)strip.number * p.x.height + strip.row + r)
                                         * p.x.width + column - 1;

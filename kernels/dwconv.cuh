@@ -2,6 +2,8 @@
 // ROWS rows, and walks a segment of their columns; blockDim.x threads are side by side in channels.
 #include "common.cuh"
 
+__device__ __forceinline__ float sigmoid(float z) { return rcp(1.f + ex2(-LOG2E * z)); }
+
 // A map (B, H, W, D), with gaps between the pixels or without.
 struct Pixels {
     const void *data;

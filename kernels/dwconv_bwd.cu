@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(128) dwconv_bwd(const Params p) {
                     float z = bias[e];
 #pragma unroll
                     for (int k = 0; k < 9; ++k) z += w[k][e] * x[k % 3][r + k / 3][e];
-                    const float s = rcp(1.f + ex2(-1.4426950408889634f * z));
+                    const float s = sigmoid(z);
                     dz[e] *= s + z * s * (1.f - s);
                     db[e] += dz[e];
 #pragma unroll

@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(256) ss2d_finish(const Params p) {
     if (column < KDR) store_parameter(p.dt_weight, column, p.dt_type, sum);
     else if (column < KDR + KD) {
         const int i = column - KDR;
-        if (p.A_logs) sum *= -ex2(1.4426950408889634f * load_parameter(p.A_logs, i, p.A_type));
+        if (p.A_logs) sum *= -ex2(LOG2E * load_parameter(p.A_logs, i, p.A_type));
         store_parameter(p.A, i, p.A_type, sum);
     }
     else if (column < KDR + 2 * KD) store_parameter(p.bias, column - KDR - KD, p.bias_type, sum);

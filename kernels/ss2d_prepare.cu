@@ -20,7 +20,6 @@ struct Params {
 
 template <class T>
 __global__ void ss2d_prepare(const Params p) {
-    constexpr float LOG2E = 1.4426950408889634f;
     const int groups = (p.dim + 15) >> 4, padded = groups * 16, pairs = (p.rank + 1) & ~1;
     const int weights = p.routes * p.row * p.dim, fragments = p.routes * groups * p.tiles * 64;
     const int biases = p.routes * padded, rates = biases;

@@ -5,7 +5,6 @@
 #include "common.cuh"
 
 constexpr int OWN = 7, CHUNK = 8 * OWN;
-constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 constexpr u32 ALL = 0xffffffffu;
 constexpr int UNIT_BYTES = CHUNK * 16;  // of 8 staged columns, for a chunk
 constexpr int PAD_BYTES = 128;          // after the last one, see project_dt

@@ -7,7 +7,6 @@
 #pragma once
 #include "common.cuh"
 
-constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 constexpr int SAVED = 24;  // positions between two saved states
 template <int POSITIONS> constexpr int pitch_for = POSITIONS + 4;  // 16-byte rows, few conflicts
 

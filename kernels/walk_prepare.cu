@@ -15,7 +15,6 @@ struct Params {
 };
 
 __global__ void walk_prepare(const Params p) {
-    constexpr float LOG2E = 1.4426950408889634f;
     const int plain = p.routes * p.dim, weights = plain * p.rank, rates = plain * p.padded;
     const int total = weights + rates + 2 * plain;
     for (int j = blockIdx.x * blockDim.x + threadIdx.x; j < total; j += gridDim.x * blockDim.x) {

@@ -1,6 +1,7 @@
 """add_norm, layer_norm, dwconv_silu, mlp and vss_block: the CUDA kernels on a GPU and emulated on
 the CPU, and what runs elsewhere."""
 
+import contextlib
 import copy
 import os
 import sys
@@ -29,28 +30,34 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp('emulated_channels')
 
 
-@pytest.fixture(params=['emulated', 'cuda', 'sm_75', 'elsewhere'])
-def device(request, folder):
-    """'cpu' with the kernels emulated or without them, or 'cuda'."""
-    if request.param == 'cuda':
+@contextlib.contextmanager
+def with_kernels(where, folder):
+    if where == 'cuda':
         if not torch.cuda.is_available():
             pytest.skip('needs an NVIDIA GPU')
         yield 'cuda'
-    elif request.param == 'elsewhere':
-        yield 'cpu'
     else:
         if sys.platform != 'linux' or emulated_cuda.COMPILER is None and not os.environ.get('CI'):
             pytest.skip('needs Linux and a C++ compiler')
-        with emulated_gpu(folder, (7, 5) if request.param == 'sm_75' else (9, 0)):
+        with emulated_gpu(folder, (7, 5) if where == 'sm_75' else (9, 0)):
             yield 'cpu'
 
 
-@pytest.fixture
-def kernels(device, request):
-    """The device, where kernels run."""
-    if 'elsewhere' in request.node.callspec.id:
-        pytest.skip('there are no kernels')
-    return device
+@pytest.fixture(params=['emulated', 'cuda', 'sm_75'])
+def kernels(request, folder):
+    """'cpu', where the kernels are emulated, or 'cuda'."""
+    with with_kernels(request.param, folder) as device:
+        yield device
+
+
+@pytest.fixture(params=['emulated', 'cuda', 'sm_75', 'elsewhere'])
+def device(request, folder):
+    """The same, and 'cpu' without kernels."""
+    if request.param == 'elsewhere':
+        yield 'cpu'
+    else:
+        with with_kernels(request.param, folder) as device:
+            yield device
 
 
 def randn(*shape, dtype=SINGLE, device='cpu', seed=0):
@@ -188,7 +195,7 @@ def plain_dwconv(x, weight, bias):
 def test_dwconv(request, device, dtype, shape, biased):
     skip_types(request, dtype)
     if not has_kernels(request) and dtype != SINGLE:
-        pytest.skip("PyTorch's own")
+        pytest.skip("elsewhere it is PyTorch's own convolution, tested in fp32")
     x = randn(*shape, dtype=dtype, device=device).requires_grad_()
     weight = randn(shape[3], 1, 3, 3, device=device).requires_grad_()
     bias = randn(shape[3], device=device).requires_grad_() if biased else None

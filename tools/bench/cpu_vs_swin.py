@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 import timm
 import torch
+from cpu_name import cpu_name
 
 import vmamba_mm
 from vmamba_mm.models import VMamba
@@ -147,15 +148,6 @@ def main() -> None:
     print(f'written to {args.out}')
     if not all(row['met'] for row in rows):
         sys.exit(1)
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-    except OSError:
-        return 'unknown CPU'
-    return next((line.split(':', 1)[1].strip() for line in lines if 'model name' in line),
-                'unknown CPU')
 
 
 if __name__ == '__main__':

@@ -25,6 +25,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from cpu_name import cpu_name
 
 from vmamba_mm.compat import prepare_mm
 
@@ -215,15 +216,6 @@ def bench(args, files):
         seconds={name: dict(zip(steps, s.tolist(), strict=True)) for name, s in seconds.items()},
     ), indent=2) + '\n')
     print(f'written to {args.out}')
-
-
-def cpu_name():
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-    except OSError:
-        return 'unknown CPU'
-    return next((line.split(':', 1)[1].strip() for line in lines if 'model name' in line),
-                'unknown CPU')
 
 
 if __name__ == '__main__':

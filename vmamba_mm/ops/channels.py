@@ -6,13 +6,13 @@ from vmamba_mm.ops import walk
 from vmamba_mm.ops.nvrtc import Instance, kernel
 from vmamba_mm.ops.walk import CODES
 
-_WIDEST = 4096  # channels
+WIDEST = 4096  # channels
 
 
 def why_not_channels(x: Tensor, dim: int, others: tuple[Tensor | None, ...]) -> str | None:
     """What keeps the kernels from taking a map with so many channels, or None."""
-    if dim % 4 or dim > _WIDEST:
-        return f'{dim} channels; the kernels take multiples of 4 up to {_WIDEST}'
+    if dim % 4 or dim > WIDEST:
+        return f'{dim} channels; the kernels take multiples of 4 up to {WIDEST}'
     if any(t is not None and t.dtype not in CODES for t in others):
         return 'an input is neither float32 nor float16 nor bfloat16'
     return walk.why_not(x, 1, 1)

@@ -6,13 +6,12 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vmamba_mm.ops import walk
 from vmamba_mm.ops.add_norm import cuda as norm
+from vmamba_mm.ops.channels import WIDEST
 from vmamba_mm.ops.dwconv import cuda as dwconv
 from vmamba_mm.ops.mlp import cuda as mlp
 from vmamba_mm.ops.registration import register
 from vmamba_mm.ops.ss2d_scan import cuda as scan
 from vmamba_mm.ops.ss2d_scan.op import _fwd_flops
-
-_WIDEST = 4096  # channels
 
 
 def why_not(x: Tensor, dtype: torch.dtype, tensors: tuple[Tensor, ...]) -> str | None:
@@ -22,9 +21,9 @@ def why_not(x: Tensor, dtype: torch.dtype, tensors: tuple[Tensor, ...]) -> str |
     dim, inner, wide = x.shape[3], in_proj.shape[0], hidden.shape[0]
     if dtype not in (torch.float16, torch.bfloat16) or x_proj.shape[1] != dt_projs.shape[2] + 2:
         return 'it takes a state of 1 and matrix products in half precision'
-    if dim % 4 or inner % 4 or wide % 4 or max(dim, inner) > _WIDEST:
+    if dim % 4 or inner % 4 or wide % 4 or max(dim, inner) > WIDEST:
         return f'{dim} channels, {inner} inner and {wide} hidden ones: it takes multiples of 4 ' \
-               f'up to {_WIDEST}'
+               f'up to {WIDEST}'
     if x.shape[1] * x.shape[2] * inner >= 2**31:
         return 'a sample has 2^31 elements or more'
     if not walk.CODES.keys() >= {t.dtype for t in tensors}:
