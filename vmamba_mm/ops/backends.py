@@ -1,5 +1,6 @@
 """Which implementation of an op runs: the only place that decides."""
 
+import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -40,9 +41,17 @@ def resolve_backend(backend: str | None, **why_not: Callable[[], str | None]) ->
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast rounds ``x`` to before a matrix product, None without autocast."""
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if _has_autocast(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return None
+
+
+@torch.compiler.assume_constant_result  # Dynamo of torch 2.11 cannot trace it
+def _has_autocast(device: str) -> bool:
+    return _asked(device)
+
+
+_asked = functools.cache(torch.amp.is_autocast_available)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
