@@ -78,13 +78,13 @@ def run_cases(tool, only):
 
     if tool != 'memcheck':
         write_products_plainly(torch)
-    launched, launch = set(), nvrtc.Kernel.launch
+    launched, bind = set(), nvrtc.Kernel.bind
 
-    def recorded(self, *args, **kwargs):
+    def recorded(self, *args):
         launched.add(self.instance.source)
-        launch(self, *args, **kwargs)
+        return bind(self, *args)
 
-    nvrtc.Kernel.launch = recorded
+    nvrtc.Kernel.bind = recorded
 
     def run(name, op, inputs, **kwargs):
         if only not in f'{op.__name__}, {name}':

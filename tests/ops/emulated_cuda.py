@@ -24,7 +24,6 @@ import pytest
 import torch
 
 from vmamba_mm.ops import nvrtc, walk
-from vmamba_mm.ops.ss2d_scan import cuda
 from vmamba_mm.ops.ss2d_scan import walk as ss2d_walk
 
 HEADER = Path(__file__).with_name('emulated_cuda.h')
@@ -33,7 +32,6 @@ COMPILER = shutil.which('c++') or shutil.which('g++')  # None: there is none
 PROPERTIES = dict(multi_processor_count=4, shared_memory_per_multiprocessor=228 * 1024,
                   shared_memory_per_block_optin=227 * 1024, L2_cache_size=50 * 2**20)
 WHY_NOT = walk.why_not  # the real one
-CACHES = (cuda._plan, nvrtc.kernel, walk.device_limits, walk._why_not_on)
 
 
 def translate(source: str) -> str:
@@ -86,13 +84,21 @@ class Kernel:
             raise ValueError(f'{instance}: params={instance.params!r} is a struct of {self._size} '
                              f'bytes, but the kernel takes {self._lib.params_size()}')
 
-    def launch(self, grid, block, args, shared=0):
+    def bind(self, grid, block, shared=0):
         if shared > PROPERTIES['shared_memory_per_block_optin'] or max(grid[1:]) > 65535:
             raise RuntimeError(f'{self.instance}: no launch of {grid} with {shared} bytes')
-        params = struct.pack(f'@{self.instance.params}', *args).ljust(self._size)
-        error = self._lib.launch(params, *grid, *block, shared, self.seed)
-        if error:
-            raise RuntimeError(f'{self.instance}, grid {grid}, block {block}: {error.decode()}')
+
+        def run(*args):
+            params = struct.pack(f'@{self.instance.params}', *args).ljust(self._size)
+            error = self._lib.launch(params, *grid, *block, shared, self.seed)
+            if error:
+                raise RuntimeError(f'{self.instance}, grid {grid}, block {block}: '
+                                   f'{error.decode()}')
+
+        return run
+
+    def launch(self, grid, block, args, shared=0):
+        self.bind(grid, block, shared)(*args)
 
 
 def build(instance: nvrtc.Instance, arch: str, folder: Path) -> Path:
@@ -144,14 +150,12 @@ def emulated_gpu(folder: Path, capability: tuple[int, int] = (9, 0)):
                 (torch.cuda, 'get_device_properties', lambda _: properties),
                 (walk, 'why_not', why_not), (ss2d_walk, 'why_not', why_not)):
             patch.setattr(target, name, value)
-        for cached in CACHES:
-            cached.cache_clear()
+        nvrtc.forget()
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # for so little work, others only wait for a core
         yield
         torch.set_num_threads(threads)
-    for cached in CACHES:
-        cached.cache_clear()
+    nvrtc.forget()
 
 
 def why_not(tensor, rank, state):

@@ -13,7 +13,7 @@ from test_ss2d_cuda import check, check_norm, cut_by_hand, exact, make, norm_err
 
 from vmamba_mm.ops import nvrtc, ss2d_scan
 from vmamba_mm.ops import walk as launches
-from vmamba_mm.ops.ss2d_scan import cuda
+from vmamba_mm.ops.ss2d_scan import cut
 from vmamba_mm.testing import with_grads
 
 pytestmark = pytest.mark.skipif(
@@ -67,7 +67,7 @@ def test_gpus_and_dtypes(gpu, dtype):
     for shape, independent in (((1, 48, 9, 14), True), ((12, 48, 7, 7), True),
                                ((1, 33, 30, 31), False)):
         inputs = on_cpu(*shape, dtype=dtype)
-        plan = cuda._plan(*shape, 2, 4, inputs['x'].get_device())
+        plan = cut.plan_of(*shape, 2, 4, inputs['x'].get_device())
         assert plan.forward.independent == plan.backward.independent == independent
         check(inputs)
 

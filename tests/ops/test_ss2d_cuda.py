@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch.library import opcheck
 
-from vmamba_mm.ops import cross_merge, cross_scan, selective_scan, ss2d_scan, ss2d_scan_norm
+from vmamba_mm.ops import cross_merge, cross_scan, nvrtc, selective_scan, ss2d_scan, ss2d_scan_norm
 from vmamba_mm.ops.instances import INSTANCES
-from vmamba_mm.ops.ss2d_scan import chunked, cuda
+from vmamba_mm.ops.ss2d_scan import chunked, cuda, cut
+from vmamba_mm.ops.walk import magic
 from vmamba_mm.testing import relative_error, ss2d_scan_inputs, with_grads
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available() or torch.version.hip is not None,
@@ -101,7 +102,7 @@ def check_norm(inputs):
 
 def cut_by_hand(monkeypatch, maps, slots, spans):
     """Plans of so many maps and spans, the slots of an image 'exact' or 'rounded'."""
-    plan_of = cuda._plan
+    plan_of = cut.plan_of
 
     def plan(batch, dim, height, width, *args):
         plan = plan_of(batch, dim, height, width, *args)
@@ -112,14 +113,15 @@ def cut_by_hand(monkeypatch, maps, slots, spans):
         alone = count // math.gcd(count, 8)
         unit = alone if maps == 2 else 1
         span = -(-chunks // (unit * spans)) * unit
-        cuts = [cut._replace(maps=maps, span=span, spans=-(-chunks // span), alone=alone,
-                             independent=maps == 2 or span >= chunks,
-                             shared=cut.shared + cut.warps * 2048)  # for one more route
-                for cut in (plan.forward, plan.backward)]
+        cuts = [work._replace(maps=maps, span=span, spans=-(-chunks // span), alone=alone,
+                              independent=maps == 2 or span >= chunks,
+                              shared=work.shared + work.warps * 2048)  # for one more route
+                for work in (plan.forward, plan.backward)]
         return plan._replace(slots=count, chunks=chunks, forward=cuts[0], backward=cuts[1],
-                             magic=(*plan.magic[:2], cuda._magic(count)))
+                             magic=(*plan.magic[:2], magic(count)))
 
-    monkeypatch.setattr(cuda, '_plan', plan)
+    monkeypatch.setattr(cut, 'plan_of', plan)
+    nvrtc.forget()
 
 
 @pytest.fixture(autouse=True)
@@ -132,6 +134,8 @@ def poison(monkeypatch):
         return out.fill_(torch.nan) if out.is_floating_point() else out.fill_(2**31 - 1)
 
     monkeypatch.setattr(torch, 'empty', poisoned)
+    yield
+    nvrtc.forget()  # a plan made by hand
 
 
 @needs_gpu
@@ -165,7 +169,7 @@ def test_more_states_by_the_walk_kernels(state):
 @needs_gpu
 def test_many_images_to_a_block():
     inputs = make(300, 384, 7, 7)
-    plan = cuda._plan(*inputs['x'].shape, inputs['dt_projs_weight'].shape[2], 4, 0)
+    plan = cut.plan_of(*inputs['x'].shape, inputs['dt_projs_weight'].shape[2], 4, 0)
     assert 8 * plan.forward.span > plan.slots and 8 * plan.backward.span > plan.slots
     check(inputs)
 

@@ -407,32 +407,40 @@ class Kernel:
         self._stream = torch._C._cuda_getCurrentRawStream
         self._device = torch._C._cuda_getDevice
 
-    def launch(self, grid: tuple[int, int, int], block: tuple[int, int, int], args: Sequence,
-               shared: int = 0) -> None:
-        """Launch on torch's current stream of the kernel's device; nothing waits or allocates.
+    def bind(self, grid: tuple[int, int, int], block: tuple[int, int, int], shared: int = 0
+             ) -> Callable[..., None]:
+        """A function that launches blocks of so many threads, with ``shared`` bytes of dynamic
+        shared memory, on torch's current stream of the kernel's device; nothing waits or allocates.
 
-        ``args`` are numbers, one for each letter of ``instance.params``; tensors go as
-        ``x.data_ptr()`` and must live on the kernel's device. ``shared`` is in bytes, dynamic.
-
-        Raises:
-            struct.error: if number, type or range of the arguments do not fit.
-            RuntimeError: with the driver's text.
+        It takes numbers, one for each letter of ``instance.params``; tensors go as
+        ``x.data_ptr()`` and must live on the kernel's device. It raises struct.error if number,
+        type or range of the arguments do not fit, RuntimeError with the driver's text.
         """
         if shared > self._shared_allowed:
             self._allow_shared(shared)
-        # The driver takes an array of a pointer for each parameter, and copies what they point to.
-        values = (self._function, *grid, *block, shared, ctypes.c_void_p(self._stream(self.index)),
-                  ctypes.byref(ctypes.c_char_p(self._pack(*args))), None)
-        if self._device() == self.index:
-            code = self._launch(*values)
-        else:
-            code = CUDA_ERROR_INVALID_CONTEXT
-        if code:
-            if code == CUDA_ERROR_INVALID_CONTEXT:  # another device, or a new thread
-                with _current(self.index):
-                    code = self._launch(*values)
-            _check(code, f'launch of {self.instance}, grid {grid}, block {block}, {shared} bytes '
-                         f'of shared memory,')
+        sizes = (self._function, *grid, *block, shared)
+        index, pack, launch = self.index, self._pack, self._launch
+        stream, device = self._stream, self._device
+
+        def run(*args):
+            # The driver takes an array of a pointer for each parameter, and copies what they
+            # point to.
+            values = (*sizes, ctypes.c_void_p(stream(index)),
+                      ctypes.byref(ctypes.c_char_p(pack(*args))), None)
+            code = launch(*values) if device() == index else CUDA_ERROR_INVALID_CONTEXT
+            if code:
+                if code == CUDA_ERROR_INVALID_CONTEXT:  # another device, or a new thread
+                    with _current(index):
+                        code = launch(*values)
+                _check(code, f'launch of {self.instance}, grid {grid}, block {block}, {shared} '
+                             f'bytes of shared memory,')
+
+        return run
+
+    def launch(self, grid: tuple[int, int, int], block: tuple[int, int, int], args: Sequence,
+               shared: int = 0) -> None:
+        """What :meth:`bind` gives, called once."""
+        self.bind(grid, block, shared)(*args)
 
     def occupancy(self, threads: int, shared: int = 0) -> int:
         """Blocks of so many threads and bytes of dynamic shared memory that a multiprocessor
@@ -485,9 +493,25 @@ def load(instance: Instance, device: torch.device | str | int) -> Kernel:
     return kernel
 
 
-@functools.cache
+_caches = []
+
+
+def cached(function: Callable) -> Callable:
+    """``functools.lru_cache`` for what depends on sizes, dtypes and the GPU alone, as a bound
+    launch; :func:`forget` empties all of them."""
+    _caches.append(functools.lru_cache(maxsize=4096)(function))
+    return _caches[-1]
+
+
+def forget() -> None:
+    """Empty the caches of :func:`cached`, for tests."""
+    for cache in _caches:
+        cache.cache_clear()
+
+
+@cached
 def kernel(index: int, instance: Callable[..., Instance], *args) -> Kernel:
-    """``load(instance(*args), index)``, by a look-up that a launch can afford."""
+    """``load(instance(*args), index)``."""
     return load(instance(*args), index)
 
 

@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from vmamba_mm.ops.nvrtc import Instance, load
+from vmamba_mm.ops.nvrtc import Instance, cached, load
 
 TYPES = {torch.float32: 'Float', torch.float16: 'Half', torch.bfloat16: 'BFloat'}
 CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -46,7 +46,7 @@ def backward_instance(type_: str, states: int, sequence: bool) -> Instance:
                     _PARAMS)
 
 
-@cache
+@cached
 def device_limits(index: int) -> tuple[int, int, int]:
     """(multiprocessors, bytes of shared memory of each, of a block at most)."""
     properties = torch.cuda.get_device_properties(index)
@@ -71,7 +71,7 @@ def _why_not_here(index: int, dtype: torch.dtype, rank: int, state: int) -> str 
     return _why_not_on(index, dtype, rank, state)
 
 
-@cache
+@cached
 def _why_not_on(index: int, dtype: torch.dtype, rank: int, state: int) -> str | None:
     capability = torch.cuda.get_device_capability(index)
     if capability < ((8, 0) if dtype == torch.bfloat16 else (7, 5)):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from vmamba_mm.ops.channels import parameter_grads, why_not_channels
-from vmamba_mm.ops.nvrtc import Instance, kernel
+from vmamba_mm.ops.nvrtc import Instance, cached, kernel
 from vmamba_mm.ops.walk import CODES, TYPES, device_limits, pointer
 
 
@@ -25,10 +25,40 @@ def backward_instance(grad_type: str, x_type: str, branch_type: str, parts: int,
                     f'{team}>', 'P' * 9 + 'iiii')
 
 
+@cached
+def forward_launch(index, x, branch, out, weight, batch, length, dim):
+    """The forward for these dtypes, None of ``branch`` without a sum, of ``weight`` without a norm.
+
+    Of addresses: x, branch, scale, weight, bias, sum, normed, moments; and eps.
+    """
+    positions = batch * length
+    launch = kernel(index, forward_instance, TYPES[x], TYPES[branch or x], TYPES[out],
+                    branch is not None, -(-dim // 128)).bind(
+        (min(-(-positions // 8), 8 * device_limits(index)[0]), 1, 1), (256, 1, 1),
+        8 * dim if weight else 0)
+    sizes = positions, length, dim, CODES.get(weight, 0)
+    return lambda *addresses: launch(*addresses, *sizes)
+
+
+@cached
+def backward_launch(index, grad, x, branch, weight, batch, length, dim):
+    """Blocks, each of which leaves a part (2, D) of the gradients by weight and bias, and the
+    backward for these dtypes, None of ``branch`` without a sum.
+
+    Of addresses: grad, x, moments, weight, others, scale, dx, dbranch, partials.
+    """
+    positions = batch * length
+    team = 1 << ((dim - 1) // 512).bit_length()  # 1, 2, 4 or 8 warps: 512 channels each
+    blocks = min(-(-positions * team // 8), 4 * device_limits(index)[0])
+    launch = kernel(index, backward_instance, TYPES[grad], TYPES[x], TYPES[branch or x],
+                    -(-dim // (128 * team)), team).bind((blocks, 1, 1), (256, 1, 1), 8 * dim)
+    sizes = positions, length, dim, CODES[weight]
+    return blocks, lambda *addresses: launch(*addresses, *sizes)
+
+
 def forward(x, branch, scale, weight, bias, eps, out_dtype, save):
     """(sum, normed, moments): shapes and dtypes as in the op, None for what was not asked for."""
-    x, index = x.contiguous(), x.get_device()
-    dim, adds, norms = x.shape[-1], branch is not None, weight is not None
+    x, dim, adds, norms = x.contiguous(), x.shape[-1], branch is not None, weight is not None
     positions = x.numel() // dim
     total = torch.empty_like(x, dtype=x.dtype if norms else out_dtype) if adds else None
     normed = torch.empty_like(x, dtype=out_dtype) if norms else None
@@ -39,12 +69,10 @@ def forward(x, branch, scale, weight, bias, eps, out_dtype, save):
         branch = branch.contiguous()
     if norms:
         bias = bias.to(weight.dtype)
-    kernel(index, forward_instance, TYPES[x.dtype], TYPES[(branch if adds else x).dtype],
-           TYPES[out_dtype], adds, -(-dim // 128)).launch(
-        (min(-(-positions // 8), 8 * device_limits(index)[0]), 1, 1), (256, 1, 1),
-        (x.data_ptr(), pointer(branch), pointer(scale), pointer(weight), pointer(bias),
-         pointer(total), pointer(normed), pointer(moments), eps, positions, positions // x.shape[0],
-         dim, CODES[weight.dtype] if norms else 0), 8 * dim if norms else 0)
+    forward_launch(x.get_device(), x.dtype, branch.dtype if adds else None, out_dtype,
+                   weight.dtype if norms else None, len(x), positions // len(x), dim)(
+        x.data_ptr(), pointer(branch), pointer(scale), pointer(weight), pointer(bias),
+        pointer(total), pointer(normed), pointer(moments), eps)
     return total, normed, moments
 
 
@@ -57,8 +85,13 @@ def backward(grad, x, moments, weight, bias, others, scale, branch_dtype):
         return dx, dbranch, torch.zeros_like(weight), torch.zeros_like(bias)
     if others is not None:
         others = others.contiguous()
-    partials = launch_backward(grad.contiguous(), x, moments.data_ptr(), weight, others, scale, dx,
-                               dbranch if branch_dtype else None, x.numel() // dim // x.shape[0])
+    grad = grad.contiguous()
+    blocks, launch = backward_launch(x.get_device(), grad.dtype, x.dtype, branch_dtype,
+                                     weight.dtype, len(x), x.numel() // dim // len(x), dim)
+    partials = x.new_empty((blocks, 2, dim), dtype=torch.float32)
+    launch(grad.data_ptr(), x.data_ptr(), moments.data_ptr(), weight.data_ptr(), pointer(others),
+           pointer(scale), dx.data_ptr(), dbranch.data_ptr() if branch_dtype else 0,
+           partials.data_ptr())
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     parameter_grads(partials, dweight, dbias, 1)
     return dx, dbranch, dweight, dbias
@@ -71,21 +104,3 @@ def scaled(grad, scale, dtype):
     return torch.mul(grad, scale.view(-1, *[1] * (grad.dim() - 1)),
                      out=torch.empty_like(grad, dtype=dtype))
 
-
-def launch_backward(grad, x, moments, weight, others, scale, dx, dbranch, length):
-    """Writes ``dx`` and ``dbranch``; returns parts (n, 2, D) of the gradients by weight and bias.
-
-    ``moments`` is an address; all maps are (..., D) without gaps, ``length`` positions to a sample.
-    """
-    index, dim = x.get_device(), weight.numel()
-    positions = grad.numel() // dim
-    team = 1 << ((dim - 1) // 512).bit_length()  # 1, 2, 4 or 8 warps: 512 channels each
-    blocks = min(-(-positions * team // 8), 4 * device_limits(index)[0])
-    partials = x.new_empty((blocks, 2, dim), dtype=torch.float32)
-    kernel(index, backward_instance, TYPES[grad.dtype], TYPES[x.dtype],
-           TYPES[(x if dbranch is None else dbranch).dtype], -(-dim // (128 * team)), team).launch(
-        (blocks, 1, 1), (256, 1, 1),
-        (grad.data_ptr(), x.data_ptr(), moments, weight.data_ptr(), pointer(others),
-         pointer(scale), dx.data_ptr(), pointer(dbranch), partials.data_ptr(), positions, length,
-         dim, CODES[weight.dtype]), 8 * dim)
-    return partials

@@ -1,12 +1,10 @@
 """``dwconv_silu`` by the CUDA kernels ``dwconv.cu`` and ``dwconv_bwd.cu``."""
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from vmamba_mm.ops.channels import parameter_grads, why_not_channels
-from vmamba_mm.ops.nvrtc import Instance, kernel
+from vmamba_mm.ops.nvrtc import Instance, cached, kernel
 from vmamba_mm.ops.walk import CODES, TYPES, device_limits, pointer
 
 _ROWS, _ROWS_BACK = 2, 2  # rows of a thread
@@ -29,7 +27,7 @@ def backward_instance(type_: str) -> Instance:
                     _PIXELS + 'PPPPPiiii')
 
 
-@lru_cache(maxsize=4096)
+@cached
 def _cut(batch: int, height: int, width: int, dim: int, rows: int, threads: int, index: int):
     """Threads side by side in channels and one above the other, blocks of channels, segments of a
     row and their columns, blocks for the strips."""
@@ -45,6 +43,35 @@ def _cut(batch: int, height: int, width: int, dim: int, rows: int, threads: int,
     return side, above, -(-groups // side), segments, columns, -(-strips * segments // above)
 
 
+@cached
+def forward_launch(index, dtype, weight, bias, forward, strides, shape):
+    """The forward for these dtypes (None of ``bias`` without one), or the gradient by the input.
+
+    ``strides`` of x from an image and a pixel to the next, ``shape`` (B, H, W, D). Of addresses:
+    x, weight, bias, y.
+    """
+    side, above, columns_of_blocks, segments, columns, blocks = _cut(*shape, _ROWS, 256, index)
+    launch = kernel(index, forward_instance, TYPES[dtype], forward).bind(
+        (blocks, columns_of_blocks, 1), (side, above, 1), 144 * side)
+    pixels, sizes = (*strides, *shape), (segments, columns, CODES[weight], CODES[bias or weight])
+    return lambda x, *others: launch(x, *pixels, *others, *sizes)
+
+
+@cached
+def backward_launch(index, dtype, weight, bias, strides, shape):
+    """Blocks, each of which leaves a part (10, D) of the gradients by weight and bias, and the
+    backward up to the gradient dz by the convolution's result.
+
+    Of addresses: x, weight, bias, grad, dz, partials.
+    """
+    side, above, columns_of_blocks, segments, columns, blocks = _cut(*shape, _ROWS_BACK, 128, index)
+    blocks = min(blocks, -(-8 * device_limits(index)[0] // columns_of_blocks))
+    launch = kernel(index, backward_instance, TYPES[dtype]).bind(
+        (blocks, columns_of_blocks, 1), (side, above, 1), 160 * side)
+    pixels, sizes = (*strides, *shape), (segments, columns, CODES[weight], CODES[bias or weight])
+    return blocks, lambda x, *others: launch(x, *pixels, *others, *sizes)
+
+
 def _pixels(x_BHWD: Tensor) -> Tensor:
     """``x_BHWD``, or a copy if its pixels are not evenly spaced vectors of channels."""
     _, _, width, dim = x_BHWD.shape
@@ -54,18 +81,11 @@ def _pixels(x_BHWD: Tensor) -> Tensor:
     return x_BHWD if stride_d == 1 and even and aligned else x_BHWD.contiguous()
 
 
-def _fields(x_BHWD: Tensor) -> tuple[int, ...]:
-    return x_BHWD.data_ptr(), x_BHWD.stride(0), x_BHWD.stride(2), *x_BHWD.shape
-
-
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, forward: bool) -> Tensor:
-    index = x.get_device()
     y = x.new_empty(x.shape)
-    side, above, columns_of_blocks, segments, columns, blocks = _cut(*x.shape, _ROWS, 256, index)
-    kernel(index, forward_instance, TYPES[x.dtype], forward).launch(
-        (blocks, columns_of_blocks, 1), (side, above, 1),
-        (*_fields(x), weight.data_ptr(), pointer(bias), y.data_ptr(), segments, columns,
-         CODES[weight.dtype], CODES[(weight if bias is None else bias).dtype]), 144 * side)
+    forward_launch(x.get_device(), x.dtype, weight.dtype, bias.dtype if bias is not None else None,
+                   forward, (x.stride(0), x.stride(2)), x.shape)(
+        x.data_ptr(), weight.data_ptr(), pointer(bias), y.data_ptr())
     return y
 
 
@@ -77,17 +97,14 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
              ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by x, weight and bias (empty without one)."""
-    x, grad, flat, index = _pixels(x), grad.contiguous(), weight.contiguous(), x.get_device()
-    side, above, columns_of_blocks, segments, columns, blocks = _cut(
-        *x.shape, _ROWS_BACK, 128, index)
-    blocks = min(blocks, -(-8 * device_limits(index)[0] // columns_of_blocks))
+    x, grad, flat = _pixels(x), grad.contiguous(), weight.contiguous()
+    blocks, launch = backward_launch(
+        x.get_device(), x.dtype, weight.dtype, bias.dtype if bias is not None else None,
+        (x.stride(0), x.stride(2)), x.shape)
     partials = x.new_empty((blocks, 10, x.shape[3]), dtype=torch.float32)
     dz = x.new_empty(x.shape)
-    kernel(index, backward_instance, TYPES[x.dtype]).launch(
-        (blocks, columns_of_blocks, 1), (side, above, 1),
-        (*_fields(x), flat.data_ptr(), pointer(bias), grad.data_ptr(), dz.data_ptr(),
-         partials.data_ptr(), segments, columns, CODES[weight.dtype],
-         CODES[(weight if bias is None else bias).dtype]), 160 * side)
+    launch(x.data_ptr(), flat.data_ptr(), pointer(bias), grad.data_ptr(), dz.data_ptr(),
+           partials.data_ptr())
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     dbias = weight.new_empty(0) if bias is None else torch.empty_like(bias)
     parameter_grads(partials, dweight, None if bias is None else dbias, 9)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vmamba_mm.ops.backends import autocast_dtype
 from vmamba_mm.ops.channels import parameter_grads, why_not_channels
-from vmamba_mm.ops.nvrtc import Instance, kernel
+from vmamba_mm.ops.nvrtc import Instance, cached, kernel
 from vmamba_mm.ops.walk import CODES, TYPES, device_limits, pointer
 
 _MOST = 6  # parameters of a launch of the cast kernel
@@ -30,36 +30,53 @@ def column_instance(type_: str, gelu: bool) -> Instance:
     return Instance('column_sums.cu', f'column_sums<{type_}, {str(gelu).lower()}>', 'P' * 5 + 'ii')
 
 
+@cached
+def cast_launch(index, dtype, sizes, dtypes):
+    """Where each of at most six tensors of ``sizes`` elements begins in one of ``dtype``, where
+    that ends, and what rounds them into it. Of addresses: them, the result."""
+    starts = [0, *accumulate(-(-size // 8) * 8 for size in sizes)]
+    absent = [0] * (_MOST - len(sizes))
+    launch = kernel(index, cast_instance, TYPES[dtype]).bind(
+        (min(1024, -(-starts[-1] // 2048)), 1, 1), (256, 1, 1))
+    rest = (*starts, *[starts[-1]] * len(absent), *sizes, *absent, *[CODES[d] for d in dtypes],
+            *absent)
+    return starts, lambda *addresses: launch(*addresses[:-1], *absent, addresses[-1], *rest)
+
+
 def cast(parameters: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Each parameter in ``dtype``, without gaps; at most six, rounded by one launch."""
     parameters = [p.contiguous() for p in parameters]
     if all(p.dtype == dtype for p in parameters):
         return parameters
-    sizes = [p.numel() for p in parameters]
-    starts = [0, *accumulate(-(-size // 8) * 8 for size in sizes)]
+    starts, launch = cast_launch(parameters[0].get_device(), dtype,
+                                 tuple(p.numel() for p in parameters),
+                                 tuple(p.dtype for p in parameters))
     buffer = parameters[0].new_empty(starts[-1], dtype=dtype)
-    absent = _MOST - len(sizes)
-    kernel(buffer.get_device(), cast_instance, TYPES[dtype]).launch(
-        (min(1024, -(-starts[-1] // 2048)), 1, 1), (256, 1, 1),
-        (*[p.data_ptr() for p in parameters], *[0] * absent, buffer.data_ptr(),
-         *starts, *[starts[-1]] * absent, *sizes, *[0] * absent,
-         *[CODES[p.dtype] for p in parameters], *[0] * absent))
+    launch(*[p.data_ptr() for p in parameters], buffer.data_ptr())
     return [buffer.as_strided(p.shape, p.stride(), start)
             for p, start in zip(parameters, starts, strict=False)]
 
 
+@cached
+def column_launch(index, dtype, gelu, rows, dim):
+    """Blocks, each of which leaves a part (1, D) of the sums over the rows, and what sums.
+
+    Of addresses: grad (rows, D), inner, result, partials. With ``gelu``, of which ``inner`` is the
+    input, ``grad`` is first turned into the gradient by it, in place, and ``result`` is written.
+    """
+    wide = -(-dim // 128)
+    blocks = min(-(-rows // 8), max(1, -(-8 * device_limits(index)[0] // wide)))
+    launch = kernel(index, column_instance, TYPES[dtype], gelu).bind((blocks, wide, 1), (32, 8, 1))
+    return blocks, lambda grad, inner, result, partials: launch(grad, inner, result, grad, partials,
+                                                                rows, dim)
+
+
 def _column_sums(grad: Tensor, bias: Tensor, inner: Tensor | None = None,
                  result: Tensor | None = None) -> Tensor:
-    """The sums over the rows of ``grad``, as the gradient of ``bias``; with ``inner``, GELU's
-    input, ``grad`` is first turned into the gradient by it, in place, and ``result`` is written."""
-    rows, dim = grad.shape
-    index, wide = grad.get_device(), -(-dim // 128)
-    blocks = min(-(-rows // 8), max(1, -(-8 * device_limits(index)[0] // wide)))
-    partials = grad.new_empty((blocks, 1, dim), dtype=torch.float32)
-    kernel(index, column_instance, TYPES[grad.dtype], inner is not None).launch(
-        (blocks, wide, 1), (32, 8, 1),
-        (grad.data_ptr(), pointer(inner), pointer(result), grad.data_ptr(), partials.data_ptr(),
-         rows, dim))
+    """The sums over the rows of ``grad``, as the gradient of ``bias``."""
+    blocks, launch = column_launch(grad.get_device(), grad.dtype, inner is not None, *grad.shape)
+    partials = grad.new_empty((blocks, 1, grad.shape[1]), dtype=torch.float32)
+    launch(grad.data_ptr(), pointer(inner), pointer(result), partials.data_ptr())
     dbias = torch.empty_like(bias)
     parameter_grads(partials, None, dbias, 0)
     return dbias
