@@ -98,36 +98,36 @@ def judge(value, limit, higher_is_better=False):
 
 # --- rows -----------------------------------------------------------------------------------
 
-def write_rows(path, rows):
+def write_rows(path, rows, kind=Case, numbers=NUMBERS, setting=SETTING):
     text = io.StringIO()
-    writer = csv.DictWriter(text, [*Case._fields, *NUMBERS, 'problem', *SETTING])
+    writer = csv.DictWriter(text, [*kind._fields, *numbers, 'problem', *setting])
     writer.writeheader()
     writer.writerows({**case._asdict(), **row} for case, row in rows.items())
     write_atomic(text.getvalue().encode(), path)
 
 
-def read_rows(path):
-    """{case: row} of a file of write_rows."""
+def read_rows(path, kind=Case, numbers=NUMBERS, setting=SETTING):
+    """{case: row} of a file of write_rows; ``kind`` has a default for all but its first field."""
     rows = {}
     try:
         with open(path, newline='') as file:
             for line in csv.DictReader(file):
-                case = Case(*(type(default)(line[name]) for name, default in
-                              Case('')._asdict().items()))
-                rows[case] = {name: float(line[name]) for name in NUMBERS}
-                rows[case] |= {name: line[name] for name in ('problem', *SETTING)}
+                case = kind(*(type(default)(line[name]) for name, default in
+                              kind('')._asdict().items()))
+                rows[case] = {name: float(line[name]) for name in numbers}
+                rows[case] |= {name: line[name] for name in ('problem', *setting)}
     except (KeyError, ValueError, TypeError, csv.Error) as err:
         raise UserError(f'{path} is no CSV file of this tool: {err!r}') from err
     return rows
 
 
-def find_setting(rows):
+def find_setting(rows, names=SETTING):
     """The setting that all rows have.
 
     Raises:
         UserError: if they have several: their times do not compare.
     """
-    values = {name: sorted({row[name] for row in rows.values()}) for name in SETTING}
+    values = {name: sorted({row[name] for row in rows.values()}) for name in names}
     differing = [f'{name} {" and ".join(v)}' for name, v in values.items() if len(v) > 1]
     if differing:
         raise UserError(f'rows of different settings do not compare: {"; ".join(differing)}')
