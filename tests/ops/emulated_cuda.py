@@ -158,8 +158,14 @@ def emulated_gpu(folder: Path, capability: tuple[int, int] = (9, 0)):
     nvrtc.forget()
 
 
+class OnGpu:
+    """A tensor as a GPU's; a class that Dynamo can trace."""
+    is_cuda, device = True, torch.device('cuda', 0)
+
+    def __init__(self, tensor):
+        self.dtype, self.shape, self.numel = tensor.dtype, tensor.shape, tensor.numel
+
+
 def why_not(tensor, rank, state):
     """What the op says to such a tensor on a GPU."""
-    on_gpu = SimpleNamespace(is_cuda=True, device=torch.device('cuda', 0), dtype=tensor.dtype,
-                             shape=tensor.shape, numel=tensor.numel)
-    return WHY_NOT(on_gpu, rank, state)
+    return WHY_NOT(OnGpu(tensor), rank, state)

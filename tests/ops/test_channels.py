@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from emulated_cuda import emulated_gpu
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
 import vmamba_mm.layers.vss_block as layers
@@ -299,8 +300,6 @@ BLOCKS = pytest.mark.parametrize('shape, ratio, feeds', [
 @pytest.fixture
 def calls(kernels, monkeypatch):
     """A list to which a call of the op appends 1."""
-    if kernels == 'cpu':
-        monkeypatch.setattr(torch.Tensor, 'is_cuda', True)
     calls, op = [], layers.vss_block
     monkeypatch.setattr(layers, 'vss_block', lambda *args: calls.append(1) or op(*args))
     return calls
@@ -381,11 +380,28 @@ def test_block_recomputed(kernels, calls, gate):
     assert len(calls) == (0 if gate else 3)  # one of them again, in the backward
 
 
+def test_compiled_block(kernels):
+    """As one op, in one graph for all sizes."""
+    block = make_block(kernels, 32, 1.0)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend('aot_eager')
+    compiled = torch.compile(block, backend=counter, fullgraph=True, dynamic=True)
+    for shape in ((2, 5, 6, 32), (3, 7, 4, 32), (2, 8, 9, 32)):
+        x = randn(*shape, device=kernels).requires_grad_()
+        results = []
+        for run in (block, compiled):
+            with torch.autocast(kernels, HALF):
+                y = run(x)
+            results.append([y, *torch.autograd.grad(y.square().sum(), [x, *block.parameters()])])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert counter.frame_count == 1
+    assert [node.target for node in counter.graphs[0].graph.nodes if node.op == 'call_function'
+            and 'vmamba_mm' in str(node.target)] == [torch.ops.vmamba_mm.vss_block_fwd.default]
+
+
 # --- all ----------------------------------------------------------------------------------------
 
-def test_opcheck(kernels, monkeypatch):
-    if kernels == 'cpu':
-        monkeypatch.setattr(torch.Tensor, 'is_cuda', True)
+def test_opcheck(kernels):
     x, branch = (randn(2, 3, 2, 8, dtype=HALF, device=kernels).requires_grad_() for _ in range(2))
     weight, bias = (randn(8, device=kernels).requires_grad_() for _ in range(2))
     scale = torch.ones(2, device=kernels)
@@ -398,7 +414,7 @@ def test_opcheck(kernels, monkeypatch):
     opcheck(torch.ops.vmamba_mm.mlp.default, (*make_mlp(kernels, dtype=HALF), True))
     block = make_block(kernels, 32, 1.0)
     x = randn(2, 5, 6, 32, device=kernels)
-    parameters = block._in_one_op(x.half())
+    parameters = block._in_one_op(x, HALF)
     arguments = (block.ssm.conv2d.bias, torch.ones(2, device=kernels), None, 1e-5, HALF, SINGLE)
     opcheck(torch.ops.vmamba_mm.vss_block_fwd.default,
             (x.requires_grad_(), *parameters, *arguments),

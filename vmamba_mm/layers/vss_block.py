@@ -57,35 +57,39 @@ class VSSBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def _forward(self, x: Tensor) -> Tensor:
-        out_dtype = autocast_dtype(x) if self.feeds_matmul else None
-        if (parameters := self._in_one_op(x)) is not None:
-            scales = self.drop_path.factors(x), self.drop_path.factors(x)
+        autocast, drop_path = autocast_dtype(x), self.drop_path
+        out_dtype = autocast if self.feeds_matmul else None
+        if (parameters := self._in_one_op(x, autocast or x.dtype)) is not None:
+            scales = drop_path.factors(x), drop_path.factors(x)
             return vss_block(x, parameters, self.ssm.conv2d.bias, scales, self.norm1.eps,
-                             autocast_dtype(x) or x.dtype, out_dtype or x.dtype)
+                             autocast or x.dtype, out_dtype or x.dtype)
         branch = self.ssm(self.norm1(x))
         if self.mlp is not None:
-            x, normed = self.norm2(x, branch, self.drop_path.factors(x))
+            x, normed = self.norm2(x, branch, drop_path.factors(x))
             branch = self.mlp(normed)
-        return add_norm(x, branch, None, None, scale=self.drop_path.factors(x),
-                        out_dtype=out_dtype)[0]
+        return add_norm(x, branch, None, None, scale=drop_path.factors(x), out_dtype=out_dtype)[0]
 
-    def _in_one_op(self, x: Tensor) -> tuple[Tensor, ...] | None:
+    def _in_one_op(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...] | None:
         """The parameters for the op ``vss_block``, or None where it does not apply."""
-        ssm, mlp = self.ssm, self.mlp
-        if not x.is_cuda or mlp is None or ssm.gate or torch.compiler.is_compiling():
+        # Past nn.Module.__getattr__, which would take a tenth of the block's time in Python.
+        own = self._modules
+        ssm, mlp = own['ssm'], own['mlp']
+        if mlp is None or not (is_plain(ssm, SS2D) and is_plain(mlp, Mlp)) or ssm.gate:
             return None
-        modules = (self.norm1, ssm, ssm.in_proj, ssm.conv2d, ssm.out_norm, ssm.out_proj,
-                   self.norm2, mlp, mlp.fc1, mlp.fc2)
+        inner, outer = ssm._modules, mlp._modules
+        modules = (own['norm1'], inner['in_proj'], inner['conv2d'], inner['out_norm'],
+                   inner['out_proj'], own['norm2'], outer['fc1'], outer['fc2'])
         if not all(map(is_plain, modules, _KINDS)):
             return None
-        # Past nn.Module.__getattr__, which would take a tenth of the block's time in Python.
-        norm1, own, in_proj, conv, out_norm, out_proj, norm2, _, fc1, fc2 = (
+        norm1, in_proj, conv, out_norm, out_proj, norm2, fc1, fc2 = (
             module._parameters for module in modules)
-        tensors = (*norm1.values(), in_proj['weight'], conv['weight'], own['x_proj_weight'],
-                   own['dt_projs_weight'], own['dt_projs_bias'], own['A_logs'], own['Ds'],
-                   *out_norm.values(), out_proj['weight'], *norm2.values(), *fc1.values(),
-                   *fc2.values())
-        return None if why_not(x, autocast_dtype(x) or x.dtype, tensors) else tensors
+        routes = ssm._parameters
+        tensors = (norm1['weight'], norm1['bias'], in_proj['weight'], conv['weight'],
+                   routes['x_proj_weight'], routes['dt_projs_weight'], routes['dt_projs_bias'],
+                   routes['A_logs'], routes['Ds'], out_norm['weight'], out_norm['bias'],
+                   out_proj['weight'], norm2['weight'], norm2['bias'], fc1['weight'], fc1['bias'],
+                   fc2['weight'], fc2['bias'])
+        return None if why_not(x, dtype, tensors) else tensors
 
     def forward(self, x: Tensor) -> Tensor:
         if self.with_cp and torch.is_grad_enabled():
@@ -94,8 +98,7 @@ class VSSBlock(nn.Module):
 
 
 # Of a block's modules, as in _in_one_op.
-_KINDS = (LayerNorm, SS2D, nn.Linear, nn.Conv2d, LayerNorm, nn.Linear, LayerNorm, Mlp, nn.Linear,
-          nn.Linear)
+_KINDS = (LayerNorm, nn.Linear, nn.Conv2d, LayerNorm, nn.Linear, LayerNorm, nn.Linear, nn.Linear)
 
 
 class VSSStage(nn.Module):

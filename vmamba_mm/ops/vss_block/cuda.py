@@ -29,6 +29,8 @@ def why_not(x: Tensor, dtype: torch.dtype, tensors: tuple[Tensor, ...]) -> str |
     """What keeps ``vss_block`` from taking these inputs, or None; ``tensors`` are its parameters
     without the bias of the convolution."""
     in_proj, x_proj, dt_projs, hidden = tensors[2], tensors[4], tensors[5], tensors[14]
+    if (reason := walk.why_not(x, dt_projs.shape[2], 1)) is not None:
+        return reason
     dim, inner, wide = x.shape[3], in_proj.shape[0], hidden.shape[0]
     if dtype not in (torch.float16, torch.bfloat16) or x_proj.shape[1] != dt_projs.shape[2] + 2:
         return 'it takes a state of 1 and matrix products in half precision'
@@ -40,9 +42,9 @@ def why_not(x: Tensor, dtype: torch.dtype, tensors: tuple[Tensor, ...]) -> str |
     dtypes = [t.dtype for t in tensors]
     if not walk.CODES.keys() >= set(dtypes):
         return 'a parameter is neither float32 nor float16 nor bfloat16'
-    if any(dtypes[i] != dtypes[i + 1] for i in (0, 9, 12)):
+    if dtypes[0] != dtypes[1] or dtypes[9] != dtypes[10] or dtypes[12] != dtypes[13]:
         return 'weight and bias of a norm differ in dtype'
-    return walk.why_not(x, dt_projs.shape[2], 1)
+    return None
 
 
 def saved_places(x: Tensor, parameters: tuple[Tensor, ...]) -> tuple[list[int], int]:
