@@ -23,7 +23,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vmamba_mm.ops import nvrtc, walk
+from vmamba_mm.ops import cublas, nvrtc, walk
 from vmamba_mm.ops.ss2d_scan import walk as ss2d_walk
 
 HEADER = Path(__file__).with_name('emulated_cuda.h')
@@ -135,6 +135,26 @@ def run_compiler(*arguments: str, text: str | None = None) -> str:
     return done.stdout
 
 
+def product(index, dtype, out_dtype, rows, columns, inner, left_t=False, right_t=False, bias=False):
+    """In place of :func:`vmamba_mm.ops.cublas.product`; leaves NaN in its workspace."""
+    def matrix(address, height, width, dtype):
+        size = height * width * dtype.itemsize
+        memory = (ctypes.c_char * size).from_address(address)
+        return torch.frombuffer(memory, dtype=dtype).view(height, width)
+
+    def run(left, right, out, workspace, *bias):
+        left = matrix(left, inner, rows, dtype).T if left_t else matrix(left, rows, inner, dtype)
+        right = (matrix(right, columns, inner, dtype).T if right_t
+                 else matrix(right, inner, columns, dtype))
+        result = left.float() @ right.float()
+        if bias:
+            result += matrix(*bias, 1, columns, dtype)
+        matrix(out, rows, columns, out_dtype).copy_(result)
+        matrix(workspace, 1, 64, torch.float32).fill_(torch.nan)
+
+    return cublas.Product(run, 256)
+
+
 @contextlib.contextmanager
 def emulated_gpu(folder: Path, capability: tuple[int, int] = (9, 0)):
     """Ops take tensors of the CPU for those of a GPU of this compute capability; ``folder`` keeps
@@ -148,6 +168,7 @@ def emulated_gpu(folder: Path, capability: tuple[int, int] = (9, 0)):
                 (nvrtc, 'build', lambda instance, arch: build(instance, arch, folder)),
                 (torch.cuda, 'get_device_capability', lambda _: capability),
                 (torch.cuda, 'get_device_properties', lambda _: properties),
+                (cublas, 'product', product), (cublas, 'why_not', lambda: None),
                 (walk, 'why_not', why_not), (ss2d_walk, 'why_not', why_not)):
             patch.setattr(target, name, value)
         nvrtc.forget()

@@ -202,7 +202,7 @@ def test_nvrtc_of_another_cuda_is_refused(monkeypatch):
 @needs_nvrtc
 def test_nvrtc_is_found_before_torch_has_loaded_it(monkeypatch):
     path = nvrtc.find_nvrtc().path
-    monkeypatch.setattr(nvrtc, '_loaded_libraries', lambda: [])
+    monkeypatch.setattr(nvrtc, 'loaded_libraries', lambda: [])
     found = [os.path.realpath(p) for p in nvrtc._nvrtc_candidates(None) if os.sep in p]
     assert os.path.realpath(path) in found and not any('alt' in p for p in found)
 
@@ -367,7 +367,7 @@ def fake(monkeypatch):
 
     driver.entered = entered
     monkeypatch.setattr(nvrtc, '_driver', lambda: driver)
-    monkeypatch.setattr(nvrtc, '_current', current)
+    monkeypatch.setattr(nvrtc, 'current', current)
     monkeypatch.setattr(torch._C, '_cuda_getCurrentRawStream', lambda i: 1000 + i, raising=False)
     monkeypatch.setattr(torch._C, '_cuda_getDevice', lambda: 1, raising=False)
     return driver

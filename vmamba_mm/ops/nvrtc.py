@@ -179,14 +179,14 @@ def _nvrtc_candidates(major: int | None) -> Iterator[str]:
     folders += [home / 'lib', Path(sys.prefix, 'lib')]
     for root in (os.environ.get('CUDA_HOME'), os.environ.get('CUDA_PATH'), '/usr/local/cuda'):
         folders += [Path(root, 'lib64'), Path(root, 'lib')] if root else []
-    found = _loaded_libraries()
+    found = loaded_libraries()
     found += [str(file) for folder in folders for file in sorted(folder.glob('libnvrtc*.so*'))]
     yield from dict.fromkeys(path for path in found if is_nvrtc(os.path.basename(path)))
     yield from (f'libnvrtc.so.{n}' for n in ([major] if major else [13, 12]))
     yield 'libnvrtc.so'
 
 
-def _loaded_libraries() -> list[str]:
+def loaded_libraries() -> list[str]:
     with contextlib.suppress(OSError), open('/proc/self/maps') as maps:
         return sorted({line.split(maxsplit=5)[5].rstrip('\n') for line in maps if '.so' in line})
     return []
@@ -360,7 +360,7 @@ def _primary_context(index: int) -> ctypes.c_void_p:
 
 
 @contextlib.contextmanager
-def _current(index: int) -> Iterator[None]:
+def current(index: int) -> Iterator[None]:
     """The device and its primary context current in this thread.
 
     torch alone does not see to that: in a new thread, as autograd's, device 0 counts as current
@@ -375,7 +375,7 @@ def _current(index: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _capture_allows_loading() -> Iterator[None]:
+def capture_allows_loading() -> Iterator[None]:
     """Loading a module is no work of a stream: let a capture that is under way go on."""
     mode = ctypes.c_int(CAPTURE_MODE_RELAXED)
     _cuda('cuThreadExchangeStreamCaptureMode', ctypes.byref(mode))
@@ -395,7 +395,7 @@ class Kernel:
     def __init__(self, instance: Instance, index: int, binary: Binary):
         self.instance, self.index = instance, index
         self._function, module = ctypes.c_void_p(), ctypes.c_void_p()
-        with _current(index), _capture_allows_loading():
+        with current(index), capture_allows_loading():
             _cuda('cuModuleLoadData', ctypes.byref(module), binary.image)
             _cuda('cuModuleGetFunction', ctypes.byref(self._function), module,
                   binary.symbol.encode())
@@ -430,7 +430,7 @@ class Kernel:
             code = launch(*values) if device() == index else CUDA_ERROR_INVALID_CONTEXT
             if code:
                 if code == CUDA_ERROR_INVALID_CONTEXT:  # another device, or a new thread
-                    with _current(index):
+                    with current(index):
                         code = launch(*values)
                 _check(code, f'launch of {self.instance}, grid {grid}, block {block}, {shared} '
                              f'bytes of shared memory,')
@@ -448,7 +448,7 @@ class Kernel:
         blocks = ctypes.c_int()
         if shared > self._shared_allowed:
             self._allow_shared(shared)
-        with _current(self.index):
+        with current(self.index):
             _cuda('cuOccupancyMaxActiveBlocksPerMultiprocessor', ctypes.byref(blocks),
                   self._function, threads, shared)
         return blocks.value
@@ -461,7 +461,7 @@ class Kernel:
     def _allow_shared(self, size: int) -> None:
         with _lock:
             if size > self._shared_allowed:
-                with _current(self.index):
+                with current(self.index):
                     code = _driver().cuFuncSetAttribute(self._function, MAX_DYNAMIC_SHARED, size)
                 _check(code, f'{size} bytes of shared memory for {self.instance}')
                 self._shared_allowed = size

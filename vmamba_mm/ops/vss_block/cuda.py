@@ -1,4 +1,4 @@
-"""``vss_block`` by the CUDA kernels of the ops that it is made of, and torch's matrix products.
+"""``vss_block`` by the CUDA kernels of the ops that it is made of, and cuBLASLt.
 
 A small batch waits for Python. So what depends on sizes and dtypes is worked out once, a call
 deals in addresses, and maps lie in one or two slabs of memory, where one takes another's place.
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmamba_mm.ops import walk
+from vmamba_mm.ops import cublas, walk
 from vmamba_mm.ops.add_norm import cuda as norm
 from vmamba_mm.ops.channels import WIDEST, sum_launch
 from vmamba_mm.ops.dwconv import cuda as dwconv
@@ -42,9 +42,11 @@ def why_not(x: Tensor, dtype: torch.dtype, tensors: tuple[Tensor, ...]) -> str |
     dtypes = [t.dtype for t in tensors]
     if not walk.CODES.keys() >= set(dtypes):
         return 'a parameter is neither float32 nor float16 nor bfloat16'
+    if not {dtype, torch.float32} >= {dtypes[i] for i in _CAST}:
+        return f'a parameter of a matrix product is neither float32 nor {dtype}'
     if dtypes[0] != dtypes[1] or dtypes[9] != dtypes[10] or dtypes[12] != dtypes[13]:
         return 'weight and bias of a norm differ in dtype'
-    return None
+    return cublas.why_not()
 
 
 def saved_places(x: Tensor, parameters: tuple[Tensor, ...]) -> tuple[list[int], int]:
@@ -77,113 +79,105 @@ class _Launches:
         self.pixels = batch * self.length
         self.sizes = (batch, self.inner, height, width, rank, routes)
         self.plan = cut.plan_of(*self.sizes, index)
-        self.product = routes * self.plan.row
+        self.projected = routes * self.plan.row
         self.on_dim = index, batch, self.length, self.dim
         self.map = (self.length * self.inner, self.inner), (batch, height, width, self.inner)
         self.fields = (self.length * self.inner, self.inner, 1, 1, 0)  # of a map of the scan
+        self.workspace_size = 0
 
     def norm(self, *dtypes):
         index, *shape = self.on_dim
         return norm.forward_launch(index, *dtypes, *shape)
 
-    def cast(self, index, parameters, dtypes, sizes):
-        """Where the parameters begin in a slab, and what rounds them there; [], None where all
-        have the dtype."""
-        if all(dtypes[i] == self.dtype for i in parameters):
-            return [0], None
-        return mlp.cast_launch(index, self.dtype, sizes, tuple(dtypes[i] for i in parameters))
+    def product(self, *sizes, out_dtype=None, **kwargs):
+        made = cublas.product(self.on_dim[0], self.dtype, out_dtype or self.dtype, *sizes, **kwargs)
+        self.workspace_size = max(self.workspace_size, made.workspace // 2)
+        return made.run
 
-    def matrix(self, slab, place, columns):
-        """A map in a slab, as (pixels, columns)."""
-        return slab.as_strided((self.pixels, columns), (columns, 1), place)
+    def cast(self, parameters, dtypes, sizes):
+        """Where the parameters begin in a slab, in bytes, and what rounds them there; None where
+        all have the dtype."""
+        if all(dtypes[i] == self.dtype for i in parameters):
+            return 0, None
+        starts, launch = mlp.cast_launch(self.on_dim[0], self.dtype, sizes,
+                                         tuple(dtypes[i] for i in parameters))
+        starts = [2 * start for start in starts]
+
+        def run(addresses, to):
+            launch(*addresses, to)
+            return [to + start for start in starts[:-1]]
+
+        return starts[-1] // 2, run
 
 
 class _Forward(_Launches):
     def __init__(self, index, shape, widths, x_dtype, dtype, out_dtype, dtypes, save):
         super().__init__(index, shape, widths, x_dtype, dtype, dtypes)
-        dim, inner, hidden, plan = self.dim, self.inner, self.hidden, self.plan
+        dim, inner, hidden, pixels, plan = (self.dim, self.inner, self.hidden, self.pixels,
+                                            self.plan)
+        weights, self.round = self.cast(_CAST, dtypes, (
+            inner * dim, dim * inner, hidden * dim, hidden, dim * hidden, dim))
         self.norm1 = self.norm(x_dtype, None, dtype, dtypes[0])
-        self.norm2 = self.norm(x_dtype, dtype, dtype, dtypes[12])
-        self.add = self.norm(x_dtype, dtype, out_dtype, None)
+        self.in_proj = self.product(pixels, inner, dim, right_t=True)
         self.convolve = dwconv.forward_launch(index, dtype, dtypes[3], dtypes[18], True, *self.map)
         self.prepare = scan.prepare_launch(index, dtype, self.sizes, dtypes[_SCAN], True)
+        self.project = self.product(pixels, self.projected, inner, right_t=True)
         self.scan = scan.scan_launch(index, dtype, self.sizes, (self.fields,), False)
         self.merge = scan.merge_launch(index, dtype, self.sizes, False, False, dtypes[9])
-        self.starts, self.round = self.cast(index, _CAST, dtypes, (
-            inner * dim, dim * inner, hidden * dim, hidden, dim * hidden, dim))
+        self.out_proj = self.product(pixels, dim, inner, right_t=True)
+        self.norm2 = self.norm(x_dtype, dtype, dtype, dtypes[12])
+        self.fc1 = self.product(pixels, hidden, dim, right_t=True, bias=True)
+        self.fc2 = self.product(pixels, dim, hidden, right_t=True, bias=True)
+        self.add = self.norm(x_dtype, dtype, out_dtype, None)
         # Maps that take one another's place: the products' results; what the scan reads, and the
         # branch; the scan's maps, and what is hidden in the MLP.
-        narrow, wide = max(dim, inner), max(plan.forward.maps * inner, hidden)
-        absent = 0 if save else self.pixels
-        places, self.size = _places(
-            self.starts[-1], self.pixels * narrow, self.pixels * narrow, self.pixels * wide,
-            self.scan.memory // 2, absent * dim, absent * self.product,
-            0 if save else plan.offsets[-2] // 2, absent * dim * x_dtype.itemsize // 2)
-        (self.weights, self.narrow, self.other, self.wide, self.memory, self.normed,
-         self.projected, self.kept, self.total) = places
+        narrow, wide = pixels * max(dim, inner), pixels * max(plan.forward.maps * inner, hidden)
+        (self.weights, self.workspace, self.memory, self.narrow, self.other, self.wide,
+         *self.places), self.size = _places(
+            weights, self.workspace_size, self.scan.memory // 2, narrow, narrow, wide,
+            *() if save else (pixels * dim, pixels * self.projected, plan.offsets[-2] // 2,
+                              pixels * dim * x_dtype.itemsize // 2))
 
     def __call__(self, x, parameters, scales, eps, result, saved, places):
         """Writes ``result``, and ``saved``, if it is there, at its ``places``."""
-        dim, inner, hidden = self.dim, self.inner, self.hidden
-        work = x.new_empty(self.size, dtype=self.dtype)
-        base, x = work.data_ptr(), x.data_ptr()
+        slab = x.new_empty(self.size, dtype=self.dtype)
+        base = slab.data_ptr()
+        narrow, other, wide = base + 2 * self.narrow, base + 2 * self.other, base + 2 * self.wide
+        workspace = base + 2 * self.workspace
+        merged = moments1 = moments2 = moments = states = 0
         if saved is None:
-            slab = work
-            normed1 = normed2 = self.normed
-            before, given, branch, merging = self.narrow, self.other, self.other, self.narrow
-            projected, kept, total, wide = self.projected, self.kept, self.total, self.wide
-            merged = moments1 = moments2 = moments = states = 0
+            normed1, projected, kept, total = (base + 2 * n for n in self.places)
+            normed2, before, given, inside = normed1, narrow, other, wide
         else:
-            slab = saved
+            start = saved.data_ptr()
             (normed1, moments1, before, given, projected, kept, merged, total, normed2, moments2,
-             wide) = places
-            branch, merging = self.other, self.narrow
-        start = slab.data_ptr()
-        if saved is not None:
-            moments1, merged, moments2 = (start + 2 * n for n in (moments1, merged, moments2))
-            moments = merged + 2 * self.pixels * inner
-            states = start + 2 * kept + self.plan.offsets[-2]
+             inside) = (start + 2 * n for n in places)
+            moments = merged + 2 * self.pixels * self.inner
+            states = kept + self.plan.offsets[-2]
         (norm1, norm1_bias, in_proj, conv, x_proj, dt_projs, dt_bias, A_logs, D, out_norm,
-         out_norm_bias, out_proj, norm2, norm2_bias, fc1, fc1_bias, fc2, fc2_bias, conv_bias
+         out_norm_bias, out_proj, norm2, norm2_bias, fc1, bias1, fc2, bias2, conv_bias
          ) = [0 if t is None else t.data_ptr() for t in parameters]
         scale1, scale2 = (0 if scale is None else scale.data_ptr() for scale in scales)
+        if self.round is not None:
+            in_proj, out_proj, fc1, bias1, fc2, bias2 = self.round(
+                (in_proj, out_proj, fc1, bias1, fc2, bias2), base + 2 * self.weights)
+        x = x.data_ptr()
 
-        def at(place):
-            return start + 2 * place
-
-        if self.round is None:
-            in_proj, out_proj, fc1, bias1, fc2, bias2 = (parameters[i] for i in _CAST)
-            in_proj, out_proj, fc1, fc2 = in_proj.t(), out_proj.t(), fc1.t(), fc2.t()
-        else:
-            self.round(in_proj, out_proj, fc1, fc1_bias, fc2, fc2_bias, base + 2 * self.weights)
-            first, second, third, fourth, fifth, sixth, _ = (n + self.weights for n in self.starts)
-            in_proj = work.as_strided((dim, inner), (1, dim), first)
-            out_proj = work.as_strided((inner, dim), (1, inner), second)
-            fc1 = work.as_strided((dim, hidden), (1, dim), third)
-            bias1 = work.as_strided((hidden,), (1,), fourth)
-            fc2 = work.as_strided((hidden, dim), (1, hidden), fifth)
-            bias2 = work.as_strided((dim,), (1,), sixth)
-
-        self.norm1(x, 0, 0, norm1, norm1_bias, 0, at(normed1), moments1, eps)
-        torch.mm(self.matrix(slab, normed1, dim), in_proj, out=self.matrix(slab, before, inner))
-        self.convolve(at(before), conv, conv_bias, at(given))
-        self.prepare(x_proj, dt_projs, dt_bias, A_logs, D, at(kept))
-        torch.mm(self.matrix(slab, given, inner),
-                 slab.as_strided((inner, self.product), (1, inner), kept),
-                 out=self.matrix(slab, projected, self.product))
-        self.scan.run(at(projected), at(kept), (at(given),), base + 2 * self.wide, states, (),
-                      base + 2 * self.memory)
-        self.merge(base + 2 * self.wide, 0, merged, base + 2 * merging, out_norm, out_norm_bias,
-                   moments, eps)
-        torch.mm(self.matrix(work, merging, inner), out_proj, out=self.matrix(work, branch, dim))
-        self.norm2(x, base + 2 * branch, scale1, norm2, norm2_bias, at(total), at(normed2),
-                   moments2, eps)
-        inside = self.matrix(slab, wide, hidden)
-        torch.addmm(bias1, self.matrix(slab, normed2, dim), fc1, out=inside)
-        active = inside if saved is None else self.matrix(work, self.wide, hidden)
-        F.gelu(inside, out=active)
-        torch.addmm(bias2, active, fc2, out=self.matrix(work, self.narrow, dim))
-        self.add(at(total), base + 2 * self.narrow, scale2, 0, 0, result.data_ptr(), 0, 0, 0.0)
+        self.norm1(x, 0, 0, norm1, norm1_bias, 0, normed1, moments1, eps)
+        self.in_proj(normed1, in_proj, before, workspace)
+        self.convolve(before, conv, conv_bias, given)
+        self.prepare(x_proj, dt_projs, dt_bias, A_logs, D, kept)
+        self.project(given, kept, projected, workspace)
+        self.scan.run(projected, kept, (given,), wide, states, (), base + 2 * self.memory)
+        self.merge(wide, 0, merged, narrow, out_norm, out_norm_bias, moments, eps)
+        self.out_proj(narrow, out_proj, other, workspace)
+        self.norm2(x, other, scale1, norm2, norm2_bias, total, normed2, moments2, eps)
+        self.fc1(normed2, fc1, inside, workspace, bias1)
+        size = self.pixels * self.hidden
+        active = slab.as_strided((size,), (1,), self.wide)
+        F.gelu(active if saved is None else saved.as_strided((size,), (1,), places[-1]), out=active)
+        self.fc2(wide, fc2, narrow, workspace, bias2)
+        self.add(total, narrow, scale2, 0, 0, result.data_ptr(), 0, 0, 0.0)
 
 
 class _Backward(_Launches):
@@ -191,137 +185,116 @@ class _Backward(_Launches):
         super().__init__(index, shape, widths, x_dtype, dtype, dtypes)
         dim, inner, hidden, pixels = self.dim, self.inner, self.hidden, self.pixels
         batch, length, work = shape[0], self.length, self.plan.backward
-        self.starts, self.round = self.cast(index, _CAST_BACK, dtypes, (
+        weights, self.round = self.cast(_CAST_BACK, dtypes, (
             inner * dim, dim * inner, hidden * dim, dim * hidden))
+
+        self.fc2 = self.product(pixels, hidden, dim)
         parts, self.gelu = mlp.column_launch(index, dtype, True, pixels, hidden)
         self.sum1 = sum_launch(index, parts, 0, hidden, None, dtypes[15])
-        most = parts * hidden
+        sizes = [parts * hidden]
+        self.dfc2 = self.product(dim, hidden, pixels, left_t=True, out_dtype=dtypes[16])
+        self.fc1 = self.product(pixels, dim, hidden)
+        self.dfc1 = self.product(hidden, dim, pixels, left_t=True, out_dtype=dtypes[14])
         parts, self.columns = mlp.column_launch(index, dtype, False, pixels, dim)
         self.sum2 = sum_launch(index, parts, 0, dim, None, dtypes[17])
-        most = max(most, parts * dim)
+        sizes.append(parts * dim)
 
         def norm_backward(branch, first):
             parts, launch = norm.backward_launch(index, dtype, x_dtype, branch, dtypes[first],
                                                  batch, length, dim)
-            return 2 * parts * dim, launch, sum_launch(index, parts, 1, dim, dtypes[first],
-                                                       dtypes[first + 1])
+            sizes.append(2 * parts * dim)
+            return launch, sum_launch(index, parts, 1, dim, *dtypes[first:first + 2])
 
-        size, self.norm2, self.sum_norm2 = norm_backward(dtype, 12)
-        most = max(most, size)
-        size, self.norm1, self.sum_norm1 = norm_backward(None, 0)
-        most = max(most, size)
+        self.norm2, self.sum_norm2 = norm_backward(dtype, 12)
         self.merged_norm = norm.forward_launch(index, dtype, None, dtype, dtypes[9], batch, length,
                                                inner)
+        self.out_proj = self.product(pixels, inner, dim)
+        self.dout_proj = self.product(dim, inner, pixels, left_t=True, out_dtype=dtypes[11])
         sums, self.out_norm = norm.backward_launch(index, dtype, dtype, None, dtypes[9], batch,
                                                    length, inner)
         self.scan = scan.scan_launch(index, dtype, self.sizes, (self.fields,) * 2, True)
+        sizes.append(work.spans * scan.columns_of(self.sizes))
+        self.project = self.product(pixels, inner, self.projected)
+        self.dproject = self.product(self.projected, inner, pixels, left_t=True)
         self.merge = scan.merge_launch(index, dtype, self.sizes, True, True, None)
         self.finish = scan.finish_launch(index, dtype, self.sizes,
                                          dtypes[_SCAN] + dtypes[9:11], sums)
-        most = max(most, work.spans * scan.columns_of(self.sizes))
         parts, self.convolve = dwconv.backward_launch(index, dtype, dtypes[3], dtypes[18],
                                                       *self.map)
         self.sum_conv = sum_launch(index, parts, 9, inner, dtypes[3], dtypes[18])
-        most = max(most, 10 * parts * inner)
+        sizes.append(10 * parts * inner)
         self.transposed = dwconv.forward_launch(index, dtype, dtypes[3], None, False, *self.map)
-        # Two maps of the MLP, or all of the scan's: then others take the place of what was read.
-        mlps, _ = _places(pixels * hidden, pixels * hidden)
-        scans, end = _places(pixels * inner, pixels * inner, pixels * inner,
-                             work.maps * pixels * inner, work.columns * pixels * self.product,
-                             self.scan.memory // 2)
-        end = max(end, mlps[1] + pixels * hidden)
+        self.din_proj = self.product(inner, dim, pixels, left_t=True, out_dtype=dtypes[2])
+        self.in_proj = self.product(pixels, dim, inner)
+        self.norm1, self.sum_norm1 = norm_backward(None, 0)
+
+        # Two maps of the MLP, then all of the scan's, of which others take the place later.
+        mlps, end = _places(pixels * hidden, pixels * hidden)
+        scans, other_end = _places(*[pixels * inner] * 3, work.maps * pixels * inner,
+                                   work.columns * pixels * self.projected,
+                                   self.projected * inner, self.scan.memory // 2)
         places, self.size = _places(
-            self.starts[-1], pixels * dim, pixels * dim, pixels * dim * x_dtype.itemsize // 2,
-            2 * most, 4 * sums * inner, end)
-        (self.weights, self.narrow, self.branch, self.dx, self.partials, self.sums, rest) = places
-        self.inside, self.active = (rest + n for n in mlps)
-        self.first, self.second, self.third, self.maps, self.dprojected, self.memory = (
-            rest + n for n in scans)
+            weights, self.workspace_size, pixels * dim, pixels * dim,
+            pixels * dim * x_dtype.itemsize // 2, 2 * max(sizes), 4 * sums * inner,
+            max(end, other_end))
+        self.places = [2 * n for n in (*places[:-1], *(places[-1] + n for n in (*mlps, *scans)))]
 
     def __call__(self, grad, x, parameters, scales, saved, places, eps):
         """Gradients by x and the parameters, an empty one by a bias that is None."""
-        dim, inner, hidden, dtype = self.dim, self.inner, self.hidden, self.dtype
-        given, conv_bias = x, parameters[18]
-        work = x.new_empty(self.size, dtype=dtype)
-        base, start, x = work.data_ptr(), saved.data_ptr(), x.data_ptr()
-        normed1, moments1, before, scanned, projected, kept, merged, total, normed2, moments2, \
-            hidden_in = places
-        pointers = [0 if t is None else t.data_ptr() for t in parameters]
-        dx = given.new_empty(given.shape)
-        grads = [parameters[0].new_empty(0) if t is None else
-                 None if i in _CAST_BACK else t.new_empty(t.shape)
-                 for i, t in enumerate(parameters)]
-        results = [0 if t is None else t.data_ptr() for t in grads]
-        partials, sums = base + 2 * self.partials, base + 2 * self.sums
+        slab = x.new_empty(self.size, dtype=self.dtype)
+        base, start = slab.data_ptr(), saved.data_ptr()
+        (weights, workspace, narrow, branch, dtotal, partials, sums, inside, active, first, second,
+         third, maps, dprojected, product, memory) = [base + n for n in self.places]
+        (normed1, moments1, before, given, projected, kept, merged, total, normed2, moments2,
+         hidden) = [start + 2 * n for n in places]
+        (norm1, _, in_proj, conv, _, _, _, A_logs, _, out_norm, out_norm_bias, out_proj, norm2, _,
+         fc1, _, fc2, _, conv_bias) = [0 if t is None else t.data_ptr() for t in parameters]
+        dx = x.new_empty(x.shape)
+        grads = [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in parameters]
+        to = [t.data_ptr() for t in grads]
+        if self.round is not None:
+            in_proj, out_proj, fc1, fc2 = self.round((in_proj, out_proj, fc1, fc2), weights)
+        others = grad.to(x.dtype)
+        dbranch = norm.scaled(grad, scales[1], self.dtype)
+        dsum = dbranch.data_ptr()
 
-        def at(place):
-            return start + 2 * place
-
-        def matrix(place, columns):
-            return self.matrix(work, place, columns)
-
-        def weight_grad(i, left, right):
-            grads[i] = torch.mm(left.t(), right).to(parameters[i].dtype)
-
-        if self.round is None:
-            in_proj, out_proj, fc1, fc2 = (parameters[i] for i in _CAST_BACK)
-        else:
-            self.round(*[pointers[i] for i in _CAST_BACK], base + 2 * self.weights)
-            in_proj, out_proj, fc1, fc2 = (
-                work.as_strided(size, (size[1], 1), self.weights + n) for size, n in zip(
-                    ((inner, dim), (dim, inner), (hidden, dim), (dim, hidden)), self.starts,
-                    strict=False))
-
-        branch = norm.scaled(grad, scales[1], dtype).view(-1, dim)
-        inside, active = matrix(self.inside, hidden), matrix(self.active, hidden)
-        torch.mm(branch, fc2, out=inside)
-        self.gelu(base + 2 * self.inside, at(hidden_in), base + 2 * self.active, partials)
-        self.sum1(partials, 0, results[15])
-        weight_grad(16, branch, active)
-        torch.mm(inside, fc1, out=matrix(self.narrow, dim))
-        weight_grad(14, inside, self.matrix(saved, normed2, dim))
-        self.columns(branch.data_ptr(), 0, 0, partials)
-        self.sum2(partials, 0, results[17])
-        others = grad.to(given.dtype)
-        self.norm2(base + 2 * self.narrow, at(total), at(moments2), pointers[12],
-                   others.data_ptr(), 0 if scales[0] is None else scales[0].data_ptr(),
-                   base + 2 * self.dx, base + 2 * self.branch, partials)
-        self.sum_norm2(partials, results[12], results[13])
+        self.fc2(dsum, fc2, inside, workspace)
+        self.gelu(inside, hidden, active, partials)
+        self.sum1(partials, 0, to[15])
+        self.dfc2(dsum, active, to[16], workspace)
+        self.fc1(inside, fc1, narrow, workspace)
+        self.dfc1(inside, normed2, to[14], workspace)
+        self.columns(dsum, 0, 0, partials)
+        self.sum2(partials, 0, to[17])
+        self.norm2(narrow, total, moments2, norm2, others.data_ptr(),
+                   0 if scales[0] is None else scales[0].data_ptr(), dtotal, branch, partials)
+        self.sum_norm2(partials, to[12], to[13])
 
         # What out_proj took is calculated again, from the map before its norm.
-        branch, out, dout = (matrix(self.branch, dim), matrix(self.first, inner),
-                             matrix(self.second, inner))
-        self.merged_norm(at(merged), 0, 0, pointers[9], pointers[10], 0, base + 2 * self.first, 0,
-                         eps)
-        torch.mm(branch, out_proj, out=dout)
-        weight_grad(11, branch, out)
-        dy = base + 2 * self.third
-        self.out_norm(base + 2 * self.second, at(merged), at(merged) + 2 * self.pixels * inner,
-                      pointers[9], 0, 0, dy, 0, sums)
-        self.scan.run(at(projected), at(kept), (at(scanned), dy), base + 2 * self.maps,
-                      at(kept) + self.plan.offsets[-2], (base + 2 * self.dprojected, partials),
-                      base + 2 * self.memory)
-        columns = self.plan.backward.columns
-        dprojected = work.as_strided((columns, self.pixels, self.product), (
-            self.pixels * self.product, self.product, 1), self.dprojected)
-        dprojected = dprojected[0] if columns == 1 else dprojected.sum(0)
-        torch.mm(dprojected, saved.as_strided((self.product, inner), (inner, 1), kept), out=dout)
-        dinner = base + 2 * self.second
-        self.merge(base + 2 * self.maps, dinner, dinner, 0, 0, 0, 0, 0.0)
-        product = torch.mm(dprojected.t(), self.matrix(saved, scanned, inner))
-        self.finish(partials, product.data_ptr(), sums, *results[_SCAN], *results[9:11],
-                    pointers[7])
+        self.merged_norm(merged, 0, 0, out_norm, out_norm_bias, 0, first, 0, eps)
+        self.out_proj(branch, out_proj, second, workspace)
+        self.dout_proj(branch, first, to[11], workspace)
+        self.out_norm(second, merged, merged + 2 * self.pixels * self.inner, out_norm, 0, 0, third,
+                      0, sums)
+        self.scan.run(projected, kept, (given, third), maps, kept + self.plan.offsets[-2],
+                      (dprojected, partials), memory)
+        if (columns := self.plan.backward.columns) > 1:
+            size = self.pixels * self.projected
+            parts = slab.as_strided((columns, size), (size, 1), (dprojected - base) // 2)
+            together = parts.sum(0)
+            dprojected = together.data_ptr()
+        self.project(dprojected, kept, second, workspace)
+        self.merge(maps, second, second, 0, 0, 0, 0, 0.0)
+        self.dproject(dprojected, given, product, workspace)
+        self.finish(partials, product, sums, *to[_SCAN], *to[9:11], A_logs)
 
-        self.convolve(at(before), pointers[3], pointers[18], dinner, base + 2 * self.first,
-                      partials)
-        self.sum_conv(partials, results[3], 0 if conv_bias is None else results[18])
-        self.transposed(base + 2 * self.first, pointers[3], 0, dy)
-        dbefore = matrix(self.third, inner)
-        weight_grad(2, dbefore, self.matrix(saved, normed1, dim))
-        torch.mm(dbefore, in_proj, out=matrix(self.narrow, dim))
-        self.norm1(base + 2 * self.narrow, x, at(moments1), pointers[0], base + 2 * self.dx, 0,
-                   dx.data_ptr(), 0, partials)
-        self.sum_norm1(partials, results[0], results[1])
+        self.convolve(before, conv, conv_bias, second, first, partials)
+        self.sum_conv(partials, to[3], to[18])
+        self.transposed(first, conv, 0, third)
+        self.din_proj(third, normed1, to[2], workspace)
+        self.in_proj(third, in_proj, narrow, workspace)
+        self.norm1(narrow, x.data_ptr(), moments1, norm1, dtotal, 0, dx.data_ptr(), 0, partials)
+        self.sum_norm1(partials, to[0], to[1])
         return dx, *grads
 
 
@@ -334,13 +307,16 @@ def _key(x, parameters, dtype):
              dtype), tuple([None if t is None else t.dtype for t in parameters]))
 
 
-def _plain(parameters):
-    return [t if t is None or t.is_contiguous() else t.contiguous() for t in parameters]
+def _plain(t):
+    """A tensor as kernels and products take it: without gaps, at a multiple of 16 bytes."""
+    if t is None or t.is_contiguous() and t.data_ptr() % 16 == 0:
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
 
 
 def forward(x, parameters, scales, eps, dtype, out_dtype, save):
     """The result, and if ``save`` the slab for the backward, else None."""
-    x, parameters = x.contiguous(), _plain(parameters)
+    x, parameters = _plain(x), [_plain(t) for t in parameters]
     key, dtypes = _key(x, parameters, dtype)
     result = x.new_empty(x.shape, dtype=out_dtype)
     places, saved = None, None
@@ -353,7 +329,7 @@ def forward(x, parameters, scales, eps, dtype, out_dtype, save):
 
 def backward(grad, x, parameters, scales, saved, eps):
     """Gradients by x and the parameters, an empty one by a bias that is None."""
-    x, parameters = x.contiguous(), _plain(parameters)
+    x, parameters = _plain(x), [_plain(t) for t in parameters]
     key, dtypes = _key(x, parameters, saved.dtype)
-    return _backward_of(*key, dtypes)(grad.contiguous(), x, parameters, scales, saved,
+    return _backward_of(*key, dtypes)(_plain(grad), x, parameters, scales, saved,
                                       saved_places(x, parameters)[0], eps)

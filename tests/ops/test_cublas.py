@@ -1,0 +1,88 @@
+"""Products by cuBLASLt against fp64, on an NVIDIA GPU."""
+
+import threading
+
+import pytest
+import torch
+
+from vmamba_mm.ops import cublas
+from vmamba_mm.testing import relative_error
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs an NVIDIA GPU')
+
+
+def make(rows, columns, inner, dtype, out_dtype, **kwargs):
+    """Left, right, bias, where the result goes (NaN), and what calculates it."""
+    product = cublas.product(0, dtype, out_dtype, rows, columns, inner, **kwargs)
+
+    def matrix(height, width, transposed):
+        shape = (width, height) if transposed else (height, width)
+        return torch.randn(shape, device='cuda').to(dtype)
+
+    left = matrix(rows, inner, kwargs.get('left_t'))
+    right = matrix(inner, columns, kwargs.get('right_t'))
+    bias = torch.randn(columns, device='cuda').to(dtype)
+    out = torch.full((rows, columns), torch.nan, device='cuda', dtype=out_dtype)
+    workspace = torch.full((product.workspace // 2,), torch.nan, device='cuda', dtype=dtype)
+
+    def run():
+        product.run(*[t.data_ptr() for t in (left, right, out, workspace)],
+                    *[bias.data_ptr()] * bool(kwargs.get('bias')))
+
+    expected = ((left.T if kwargs.get('left_t') else left).double()
+                @ (right.T if kwargs.get('right_t') else right).double())
+    return run, out, expected + bias if kwargs.get('bias') else expected
+
+
+@needs_gpu
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=['fp16', 'bf16'])
+@pytest.mark.parametrize('sizes', [(49, 768, 3072), (1, 4, 8), (3137, 36, 100), (96, 96, 25088)],
+                         ids=str)
+@pytest.mark.parametrize('kwargs', [{}, {'left_t': True}, {'right_t': True},
+                                    {'right_t': True, 'bias': True}], ids=str)
+@pytest.mark.parametrize('to_float', [False, True], ids=['half', 'to fp32'])
+def test_products(dtype, sizes, kwargs, to_float):
+    if to_float and 'bias' in kwargs:
+        pytest.skip('no such product is asked for: a bias has the dtype of the result')
+    run, out, expected = make(*sizes, dtype, torch.float32 if to_float else dtype, **kwargs)
+    run()
+    limit = 1e-5 if to_float else torch.finfo(dtype).eps
+    assert relative_error(out, expected) <= limit
+
+
+@needs_gpu
+def test_threads_that_share_a_product():
+    """Each with a bias of its own, in a thread without a context."""
+    runs = [make(64, 32, 48, torch.float16, torch.float16, right_t=True, bias=True)
+            for _ in range(4)]
+    torch.cuda.synchronize()
+    threads = [threading.Thread(target=lambda run=run: [run() for _ in range(200)])
+               for run, *_ in runs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(relative_error(out, expected) <= 1e-3 for _, out, expected in runs)
+
+
+@needs_gpu
+def test_in_a_graph():
+    run, out, expected = make(40, 24, 56, torch.float16, torch.float16)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    assert out.isnan().all()
+    graph.replay()
+    assert relative_error(out, expected) <= 1e-3
+
+
+@needs_gpu
+def test_what_cannot_be_raises():
+    with pytest.raises(RuntimeError, match=r'product of \(4, 8\) and \(8, 4\) torch.float16 to '
+                                           r'torch.bfloat16 by cuBLASLt failed'):
+        cublas.product(0, torch.float16, torch.bfloat16, 4, 4, 8)
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    monkeypatch.setattr(cublas, '_library', lambda: None)
+    assert 'libcublasLt' in cublas.why_not()
