@@ -40,9 +40,9 @@ def why_not(x: Tensor, dtype: torch.dtype, tensors: tuple[Tensor, ...]) -> str |
     if x.shape[1] * x.shape[2] * inner >= 2**31:
         return 'a sample has 2^31 elements or more'
     dtypes = [t.dtype for t in tensors]
-    if not walk.CODES.keys() >= set(dtypes):
+    if any(d not in walk.CODES for d in dtypes):  # sets are too much for Dynamo of torch 2.11
         return 'a parameter is neither float32 nor float16 nor bfloat16'
-    if not {dtype, torch.float32} >= {dtypes[i] for i in _CAST}:
+    if any(dtypes[i] not in (dtype, torch.float32) for i in _CAST):
         return f'a parameter of a matrix product is neither float32 nor {dtype}'
     if dtypes[0] != dtypes[1] or dtypes[9] != dtypes[10] or dtypes[12] != dtypes[13]:
         return 'weight and bias of a norm differ in dtype'
