@@ -73,11 +73,11 @@ def run_cases(tool, only):
     import torch
 
     from vmamba_mm.layers import VSSBlock
-    from vmamba_mm.ops import nvrtc, selective_scan, ss2d_scan, ss2d_scan_norm
+    from vmamba_mm.ops import cublas, nvrtc, selective_scan, ss2d_scan, ss2d_scan_norm
     from vmamba_mm.testing import selective_scan_inputs, ss2d_scan_inputs, with_grads
 
     if tool != 'memcheck':
-        write_products_plainly(torch)
+        write_products_plainly(torch, cublas)
     launched, bind = set(), nvrtc.Kernel.bind
 
     def recorded(self, *args):
@@ -134,7 +134,7 @@ def run_cases(tool, only):
     print(f'{MARKS["launched"]}{" ".join(sorted(launched))}\n{MARKS["done"]}')
 
 
-def write_products_plainly(torch):
+def write_products_plainly(torch, cublas):
     """Matrix products by sums in place of cuBLAS, which the tools do not understand.
 
     initcheck does not see all that it writes, racecheck reports races in its kernels for Hopper,
@@ -160,6 +160,30 @@ def write_products_plainly(torch):
         library.impl(f'{name}.out', lambda bias, a, b, *, beta=1, alpha=1, out:
                      out.copy_(scaled(bias, a, b, beta, alpha)), 'CUDA')
     write_products_plainly.library = library  # it holds as long as this lives
+
+    class Memory:
+        def __init__(self, address, size, dtype):
+            self.__cuda_array_interface__ = dict(
+                data=(address, False), shape=(size,), typestr=f'<i{dtype.itemsize}', version=3)
+
+    def matrix(address, height, width, dtype):
+        memory = torch.as_tensor(Memory(address, height * width, dtype), device='cuda')
+        return memory.view(dtype).view(height, width)
+
+    def on_addresses(index, dtype, out_dtype, rows, columns, inner, left_t=False, right_t=False,
+                     bias=False):
+        def run(left, right, out, workspace, *bias):
+            a = matrix(left, inner, rows, dtype).T if left_t else matrix(left, rows, inner, dtype)
+            b = (matrix(right, columns, inner, dtype).T if right_t
+                 else matrix(right, inner, columns, dtype))
+            result = product(a, b)
+            if bias:
+                result += matrix(*bias, 1, columns, dtype)
+            matrix(out, rows, columns, out_dtype).copy_(result)
+
+        return cublas.Product(run, 0)
+
+    cublas.product = on_addresses
 
 
 # --- the tools ------------------------------------------------------------------------------
