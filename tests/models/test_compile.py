@@ -3,13 +3,20 @@
 On a CPU; ``tests/ops/test_gpu_integration.py`` has the layers on a GPU.
 """
 
+import os
+import shutil
 from contextlib import nullcontext
 
 import pytest
 import torch
+import torch._inductor.config
 from torch._dynamo.backends.debugging import aot_eager
 
+from vmamba_mm.layers import ConvStem
 from vmamba_mm.models import VMamba
+
+# Inductor compiles in this process: its pool of others can keep pytest from ending.
+os.environ.setdefault('TORCHINDUCTOR_COMPILE_THREADS', '1')
 
 S1 = dict(embed_dims=8, depths=(1, 1, 1, 1), d_state=1, ssm_ratio=1.0, dt_rank='auto',
           conv_bias=False, gate=False, mlp_ratio=2.0, stem='conv', downsample='conv', scan='cross')
@@ -105,3 +112,22 @@ def test_argument_compile(counting):
     assert VMamba(S1, compile=True)._compiled_call_impl is not None
     assert VMamba(S1, compile={})._compiled_call_impl is not None
     assert VMamba(S1, compile=None)._compiled_call_impl is None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which('g++') is None, reason='needs a C++ compiler')
+def test_inductor_with_both_sides_variable():
+    """The option that the README gives: without it, torch 2.14 raises at the second size."""
+    options = dict(strict_output_strides=True)
+    if not hasattr(torch._inductor.config, 'strict_output_strides'):
+        pytest.skip('this torch has no such option')
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    stem = ConvStem(3, 8)
+    compiled = torch.compile(stem, fullgraph=True, options=options)
+    for size in ((64, 96), (80, 64), (97, 131)):
+        x = torch.randn(2, 3, *size)
+        results = [torch.autograd.grad(called(x).square().mean(), list(stem.parameters()))
+                   for called in (compiled, stem)]
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
