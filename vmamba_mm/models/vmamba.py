@@ -51,6 +51,8 @@ class VMamba(BaseModule):
             norms only, which keep no statistics, so this matters to modules swapped in.
         with_cp: recompute each block in the backward pass (gradient checkpointing).
         in_channels: channels of the input.
+        compile: True, or keyword arguments of ``torch.compile``, to compile the backbone alone,
+            for training and evaluation (mmengine's own ``compile`` takes the training step).
         init_cfg: mmengine's, for example ``dict(type='Pretrained', checkpoint=...)``. None keeps
             the published initialisation, which the layers set by themselves.
 
@@ -69,7 +71,8 @@ class VMamba(BaseModule):
     def __init__(self, arch: str | Mapping[str, Any] = 'tiny_s1l8',
                  out_indices: Sequence[int] = (0, 1, 2, 3), drop_path_rate: float = 0.0,
                  frozen_stages: int = -1, norm_eval: bool = False, with_cp: bool = False,
-                 in_channels: int = 3, init_cfg: dict | list[dict] | None = None, **leftover):
+                 in_channels: int = 3, compile: bool | Mapping[str, Any] = False,
+                 init_cfg: dict | list[dict] | None = None, **leftover):
         if leftover:
             raise TypeError(
                 f'VMamba has no argument {", ".join(map(repr, sorted(leftover)))}. If the config '
@@ -110,6 +113,8 @@ class VMamba(BaseModule):
 
         self.apply(_init_linear)
         self._freeze_stages()
+        if compile or isinstance(compile, Mapping):  # an empty dict asks for it too
+            self.compile(**(compile if isinstance(compile, Mapping) else {}))
 
     def init_weights(self) -> None:
         """As mmengine's; ``init_cfg=dict(type='Pretrained', ...)`` loads strictly.
