@@ -3,10 +3,10 @@
 
 struct Params {
     const void *x;                // (M, D) of X
-    const void *branch;           // (M, D) of B, if ADD
+    const void *branch;           // (M, D) of B, if ADD; else (D) of fp32, 16 bytes aligned, or null
     const float *scale;           // (samples) of the branch, or null
     const void *weight, *bias;    // (D)
-    void *sum;                    // (M, D), if ADD: of X; of O, if there is no norm
+    void *sum;                    // (M, D) of X, or null without ADD; of O, if there is no norm
     void *normed;                 // (M, D) of O, or null: no norm
     float2 *moments;              // (M): mean and 1 / deviation, or null
     float eps;
@@ -36,6 +36,12 @@ __global__ void __launch_bounds__(256, 2) add_norm(const Params p) {
                 for (int e = 0; e < 4; ++e) v[i][e] += scale * b[e];
                 if (c < p.dim && p.normed) store4<X>(p.sum, at + c, v[i]);
                 else if (c < p.dim) store4<O>(p.sum, at + c, v[i]);
+            } else if (p.branch && c < p.dim) {
+                float b[4];
+                unpack4(b, *(const float4 *)((const float *)p.branch + c), Float{});
+#pragma unroll
+                for (int e = 0; e < 4; ++e) v[i][e] += b[e];
+                if (p.sum) store4<X>(p.sum, at + c, v[i]);
             }
         }
         if (!p.normed) continue;

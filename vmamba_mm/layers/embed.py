@@ -5,18 +5,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmamba_mm.layers.norm import LayerNorm
+from vmamba_mm.layers.plain import is_plain
+from vmamba_mm.ops import conv_norm
 from vmamba_mm.ops.backends import autocast_dtype
 
 
-def _conv_nhwc(conv: nn.Conv2d, x_BHWC: Tensor) -> Tensor:
-    """A convolution on a channels-last map; both permutes are views."""
-    return conv(x_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+def _conv_norm(conv: nn.Conv2d, norm: LayerNorm, x_BHWC: Tensor) -> Tensor:
+    """A convolution and the norm that follows it, on channels-last maps."""
+    if is_plain(conv, nn.Conv2d) and is_plain(norm, LayerNorm):
+        return conv_norm(x_BHWC, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps,
+                         stride=conv.stride[0], padding=conv.padding[0],
+                         out_dtype=autocast_dtype(x_BHWC) if norm.feeds_matmul else None)
+    return norm(conv(x_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
 def _channels_last(x_BCHW: Tensor) -> Tensor:
-    """The images as the first convolution takes them, by one copy at most."""
+    """The images as the first convolution takes them, (B, H, W, C), by one copy at most."""
     dtype = autocast_dtype(x_BCHW) if x_BCHW.dtype == torch.float32 else None
-    return x_BCHW.to(dtype or x_BCHW.dtype, memory_format=torch.channels_last)
+    x_BCHW = x_BCHW.to(dtype or x_BCHW.dtype, memory_format=torch.channels_last)
+    return x_BCHW.permute(0, 2, 3, 1)
 
 
 class PatchStem(nn.Module):
@@ -35,7 +42,7 @@ class PatchStem(nn.Module):
         height, width = x.shape[2:]
         if height < 4 or width < 4:
             x = F.pad(x, (0, max(0, 4 - width), 0, max(0, 4 - height)))
-        return self.norm(self.proj(_channels_last(x)).permute(0, 2, 3, 1))
+        return _conv_norm(self.proj, self.norm, _channels_last(x))
 
 
 class ConvStem(nn.Module):
@@ -51,8 +58,8 @@ class ConvStem(nn.Module):
         self.norm2 = LayerNorm(embed_dims)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.norm1(self.conv1(_channels_last(x)).permute(0, 2, 3, 1)))
-        return self.norm2(_conv_nhwc(self.conv2, x))
+        x = self.act(_conv_norm(self.conv1, self.norm1, _channels_last(x)))
+        return _conv_norm(self.conv2, self.norm2, x)
 
 
 class MergeDownsample(nn.Module):
@@ -79,4 +86,4 @@ class ConvDownsample(nn.Module):
         self.norm = LayerNorm(2 * dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(_conv_nhwc(self.conv, x))
+        return _conv_norm(self.conv, self.norm, x)

@@ -73,7 +73,7 @@ class VSSBlock(nn.Module):
         """The parameters for the op ``vss_block``, or None where it does not apply."""
         # Past nn.Module.__getattr__, which would take a tenth of the block's time in Python.
         own = self._modules
-        ssm, mlp = own['ssm'], own['mlp']
+        ssm, mlp = own['ssm'], own.get('mlp')  # None is no module
         if mlp is None or not (is_plain(ssm, SS2D) and is_plain(mlp, Mlp)) or ssm.gate:
             return None
         inner, outer = ssm._modules, mlp._modules

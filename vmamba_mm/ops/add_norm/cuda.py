@@ -29,7 +29,8 @@ def backward_instance(grad_type: str, x_type: str, branch_type: str, parts: int,
 def forward_launch(index, x, branch, out, weight, batch, length, dim):
     """The forward for these dtypes, None of ``branch`` without a sum, of ``weight`` without a norm.
 
-    Of addresses: x, branch, scale, weight, bias, sum, normed, moments; and eps.
+    Of addresses: x, branch (without a sum, (D) in fp32 to be added before the norm, or 0), scale,
+    weight, bias, sum, normed, moments; and eps.
     """
     positions = batch * length
     launch = kernel(index, forward_instance, TYPES[x], TYPES[branch or x], TYPES[out],
@@ -56,8 +57,12 @@ def backward_launch(index, grad, x, branch, weight, batch, length, dim):
     return blocks, lambda *addresses: launch(*addresses, *sizes)
 
 
-def forward(x, branch, scale, weight, bias, eps, out_dtype, save):
-    """(sum, normed, moments): shapes and dtypes as in the op, None for what was not asked for."""
+def forward(x, branch, scale, weight, bias, eps, out_dtype, save, shift=None):
+    """(sum, normed, moments): shapes and dtypes as in the op, None for what was not asked for.
+
+    ``shift`` (D), fp32, is for calls without a branch: added before the norm, and if ``save`` to
+    ``x`` itself, which has no gaps.
+    """
     x, dim, adds, norms = x.contiguous(), x.shape[-1], branch is not None, weight is not None
     positions = x.numel() // dim
     total = torch.empty_like(x, dtype=x.dtype if norms else out_dtype) if adds else None
@@ -71,8 +76,9 @@ def forward(x, branch, scale, weight, bias, eps, out_dtype, save):
         bias = bias.to(weight.dtype)
     forward_launch(x.get_device(), x.dtype, branch.dtype if adds else None, out_dtype,
                    weight.dtype if norms else None, len(x), positions // len(x), dim)(
-        x.data_ptr(), pointer(branch), pointer(scale), pointer(weight), pointer(bias),
-        pointer(total), pointer(normed), pointer(moments), eps)
+        x.data_ptr(), pointer(branch if adds else shift), pointer(scale), pointer(weight),
+        pointer(bias), x.data_ptr() if save and shift is not None else pointer(total),
+        pointer(normed), pointer(moments), eps)
     return total, normed, moments
 
 

@@ -71,7 +71,7 @@ def column_launch(index, dtype, gelu, rows, dim):
                                                                 rows, dim)
 
 
-def _column_sums(grad: Tensor, bias: Tensor, inner: Tensor | None = None,
+def column_sums(grad: Tensor, bias: Tensor, inner: Tensor | None = None,
                  result: Tensor | None = None) -> Tensor:
     """The sums over the rows of ``grad``, as the gradient of ``bias``."""
     blocks, launch = column_launch(grad.get_device(), grad.dtype, inner is not None, *grad.shape)
@@ -96,8 +96,8 @@ def backward(grad, x, inner, w1, b1, w2, b2):
     half_w1, half_w2 = cast([w1, w2], x.dtype)
     grad, flat = grad.reshape(-1, grad.shape[-1]).contiguous(), x.reshape(-1, x.shape[-1])
     dinner, hidden = torch.mm(grad, half_w2), torch.empty_like(inner)
-    db1 = _column_sums(dinner, b1, inner, hidden)
+    db1 = column_sums(dinner, b1, inner, hidden)
     dw2 = torch.mm(grad.T, hidden).to(w2.dtype)
     del hidden
     return (torch.mm(dinner, half_w1).view(x.shape), torch.mm(dinner.T, flat).to(w1.dtype), db1,
-            dw2, _column_sums(grad, b2))
+            dw2, column_sums(grad, b2))

@@ -1,0 +1,123 @@
+"""conv_norm: on a GPU, with the kernels emulated on the CPU, and by PyTorch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_channels import BRAIN, HALF, SINGLE, device, folder, has_kernels, randn, skip_types
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+from vmamba_mm.ops import conv_norm
+from vmamba_mm.testing import relative_error
+
+__all__ = ['device', 'folder']  # fixtures
+NAMES = 'y', 'x', 'weight', 'bias', 'norm weight', 'norm bias'
+
+
+def make(device, shape=(2, 9, 6, 8), out=36, size=3, dtype=SINGLE, parameters=SINGLE):
+    """x, weight, bias, weight and bias of the norm."""
+    return [randn(*shape, dtype=dtype, device=device),
+            randn(out, shape[3], size, size, dtype=parameters, device=device),
+            *(randn(out, dtype=parameters, device=device, seed=i) for i in (1, 2, 3))]
+
+
+def run(leaves, stride, padding, **kwargs):
+    leaves = [t.detach().requires_grad_() for t in leaves]
+    y = conv_norm(*leaves, stride=stride, padding=padding, **kwargs)
+    grad = randn(*y.shape, device=y.device, seed=5).to(y.dtype)
+    return y, *torch.autograd.grad(y, leaves, grad)
+
+
+def exact(leaves, stride, padding):
+    """The same in fp64, by PyTorch."""
+    leaves = [t.detach().double().requires_grad_() for t in leaves]
+    x, weight, bias, *affine = leaves
+    y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride, padding)
+    y = F.layer_norm(y.permute(0, 2, 3, 1), bias.shape, *affine)
+    return y, *torch.autograd.grad(y, leaves, randn(*y.shape, device=y.device, seed=5).to(y))
+
+
+@pytest.mark.parametrize('shape, out, size, stride, padding', [
+    ((2, 9, 6, 8), 36, 3, 2, 1), ((3, 8, 12, 3), 48, 4, 4, 0), ((1, 1, 1, 4), 516, 3, 2, 1)],
+    ids=str)
+def test_fp32(device, shape, out, size, stride, padding):
+    leaves = make(device, shape, out, size)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        found = run(leaves, stride, padding)
+    for name, one, right in zip(NAMES, found, exact(leaves, stride, padding), strict=True):
+        assert one.shape == right.shape and one.dtype == SINGLE, name
+        assert relative_error(one, right) <= 1e-5, name
+
+
+@pytest.mark.parametrize('feeds', [False, True], ids=['to fp32', 'to half'])
+@pytest.mark.parametrize('dtype', [HALF, BRAIN], ids=['fp16', 'bf16'])
+def test_autocast(request, device, dtype, feeds):
+    """No further from fp64 than twice what autocast's own steps are."""
+    skip_types(request, dtype)
+    leaves = make(device)
+    with torch.autocast(device, dtype):
+        found = run(leaves, 2, 1, out_dtype=dtype if feeds else None)
+        plain = [t.detach().requires_grad_() for t in leaves]
+        y = F.conv2d(plain[0].permute(0, 3, 1, 2), plain[1], plain[2], 2, 1)
+        y = F.layer_norm(y.permute(0, 2, 3, 1).float(), (36,), *plain[3:])
+        grad = randn(*y.shape, device=device, seed=5)
+        plain = y, *torch.autograd.grad(y, plain, grad)
+    if has_kernels(request):
+        assert found[0].dtype == (dtype if feeds else SINGLE)
+    for name, one, other, right in zip(NAMES, found, plain, exact(leaves, 2, 1), strict=True):
+        limit = 2 * max(relative_error(other, right), torch.finfo(dtype).eps)
+        assert relative_error(one, right) <= limit, name
+
+
+@pytest.mark.parametrize('dtype', [HALF, BRAIN], ids=['fp16', 'bf16'])
+def test_half_parameters(request, device, dtype):
+    skip_types(request, dtype)
+    leaves = make(device, dtype=dtype, parameters=dtype)
+    found = run(leaves, 2, 1)
+    for name, one, right in zip(NAMES, found, exact(leaves, 2, 1), strict=True):
+        assert one.dtype == dtype, name
+        assert relative_error(one, right) <= 4 * torch.finfo(dtype).eps, name
+
+
+def test_images_get_no_gradient_and_parameters_alone_do(device):
+    x, *parameters = make(device)
+    parameters = [p.requires_grad_() for p in parameters]
+    y = conv_norm(x, *parameters, stride=2, padding=1)
+    found = torch.autograd.grad(y.square().sum(), parameters)
+    x.requires_grad_()
+    y = conv_norm(x, *parameters, stride=2, padding=1)
+    assert all(torch.equal(a, b) for a, b in
+               zip(found, torch.autograd.grad(y.square().sum(), parameters), strict=True))
+
+
+def test_without_grad_nothing_is_kept(request, device):
+    if not has_kernels(request):
+        pytest.skip('the op is for the kernels')
+    leaves = make(device)
+    y, mapped, moments = torch.ops.vmamba_mm.conv_norm(*leaves, 2, 1, 1e-5, SINGLE, False)
+    assert mapped.numel() == moments.numel() == 0
+    assert torch.equal(y, conv_norm(*leaves, stride=2, padding=1))
+
+
+def test_a_sample_with_nan_stays_alone(device):
+    leaves = make(device)
+    right = conv_norm(*leaves, stride=2, padding=1)
+    leaves[0][0, 4, 4, 4] = torch.nan
+    y = conv_norm(*leaves, stride=2, padding=1)
+    assert y[0].isnan().any() and torch.equal(y[1], right[1])
+
+
+def test_opcheck_and_flops(request, device):
+    if not has_kernels(request):
+        pytest.skip('the op is for the kernels')
+    leaves = make(device)
+    for x_grad in (False, True):
+        inputs = [t.detach().requires_grad_(i > 0 or x_grad) for i, t in enumerate(leaves)]
+        opcheck(torch.ops.vmamba_mm.conv_norm.default, (*inputs, 2, 1, 1e-5, SINGLE, True),
+                test_utils=('test_schema', 'test_autograd_registration', 'test_faketensor',
+                            'test_aot_dispatch_dynamic'))
+    with FlopCounterMode(display=False) as counter:
+        y = conv_norm(*inputs, stride=2, padding=1)
+        forward = counter.get_total_flops()
+        y.sum().backward()
+    assert forward == 2 * 2 * 5 * 3 * 36 * 8 * 9 and counter.get_total_flops() == 3 * forward
