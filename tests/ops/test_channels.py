@@ -11,11 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from emulated_cuda import emulated_gpu
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
 import vmamba_mm.layers.vss_block as layers
-from vmamba_mm.layers import VSSBlock
+from vmamba_mm.layers import ConvDownsample, ConvStem, VSSBlock
 from vmamba_mm.ops import add_norm, dwconv_silu, layer_norm, mlp, nvrtc
 from vmamba_mm.testing import relative_error
 
@@ -380,23 +381,25 @@ def test_block_recomputed(kernels, calls, gate):
     assert len(calls) == (0 if gate else 3)  # one of them again, in the backward
 
 
-def test_compiled_block(kernels):
-    """As one op, in one graph for all sizes."""
-    block = make_block(kernels, 32, 1.0)
+def test_compiled_stem_block_and_downsampling(kernels):
+    """As an op each, in one graph for all sizes."""
+    model = nn.Sequential(ConvStem(3, 32), make_block(kernels, 32, 1.0, feeds=True),
+                          ConvDownsample(32)).to(kernels)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend('aot_eager')
-    compiled = torch.compile(block, backend=counter, fullgraph=True, dynamic=True)
-    for shape in ((2, 5, 6, 32), (3, 7, 4, 32), (2, 8, 9, 32)):
-        x = randn(*shape, device=kernels).requires_grad_()
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    for shape in ((2, 3, 20, 24), (3, 3, 26, 16), (2, 3, 32, 36)):
+        x = randn(*shape, device=kernels)
         results = []
-        for run in (block, compiled):
+        for run in (model, compiled):
             with torch.autocast(kernels, HALF):
                 y = run(x)
-            results.append([y, *torch.autograd.grad(y.square().sum(), [x, *block.parameters()])])
+            results.append([y, *torch.autograd.grad(y.square().sum(), list(model.parameters()))])
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    ops = [node.target for graph in counter.graphs for node in graph.graph.nodes
+    ops = [node.target.name() for graph in counter.graphs for node in graph.graph.nodes
            if 'vmamba_mm' in str(node.target)]
-    assert ops == [torch.ops.vmamba_mm.vss_block_fwd.default]
+    assert ops == [f'vmamba_mm::{name}' for name in
+                   ('conv_norm', 'conv_norm', 'vss_block_fwd', 'conv_norm')]
 
 
 # --- all ----------------------------------------------------------------------------------------
