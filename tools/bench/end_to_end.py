@@ -18,6 +18,7 @@ Sections: GPU time is dear, so each is a run of its own, and --merge shows them 
   resolutions         tiny models from 224 (batch 64) to 1024 (batch 4)
   compiled-inference  torch.compile, batch 128, half-precision parameters
   compiled-training   torch.compile, batch 128, autocast
+  max-autotune        both by torch.compile's mode of that name, CUDA graphs included
 """
 
 import copy
@@ -63,6 +64,7 @@ MAX_ERRORS = {torch.float16: (2e-2, 5e-2), torch.bfloat16: (6e-2, 1.5e-1)}
 #: of an image whose gradient is checked too
 FEW_PIXELS = 512 * 512
 NO_GRAPHS = 'CUDA graphs need a GPU'
+AUTOTUNED = 'max-autotune'
 WARM_UP = 5
 
 
@@ -102,13 +104,19 @@ def compiled_training(model):
     return [Case(model, 'forward+backward', 'compiled')]
 
 
+def autotuned(model):
+    return [Case(model, 'forward+backward', AUTOTUNED),
+            Case(model, how=AUTOTUNED, precision='pure')]
+
+
 THREE = ('tiny_s1l8', 'swin_t', 'convnext_t')
 SECTIONS = {'headline': (headline, report.TINY),
             'archs': (archs, (*OURS, 'swin_s', 'convnext_s', 'swin_b', 'convnext_b')),
             'batch1': (batch1, (*THREE, 'deit_s')),
             'resolutions': (resolutions, THREE),
             'compiled-inference': (compiled_inference, THREE),
-            'compiled-training': (compiled_training, THREE)}
+            'compiled-training': (compiled_training, THREE),
+            'max-autotune': (autotuned, THREE)}
 
 
 # --- models ---------------------------------------------------------------------------------
@@ -240,7 +248,7 @@ def measure(case, args):
         run, numbers['error'], numbers['grad_error'] = make_training(case, subject, args)
     numbers['ms'] = median(run, args)
     numbers['images_per_s'] = len(subject.images) / numbers['ms'] * 1e3
-    if case.how != 'graph':  # whose memory lies in a pool of its own
+    if case.how not in ('graph', AUTOTUNED):  # whose memory lies in a pool of its own
         if case.task == 'inference':
             numbers['peak_gib'] = peak_gib(run, args)
         else:
@@ -248,14 +256,22 @@ def measure(case, args):
     return numbers
 
 
+def compiled(model, case):
+    if case.how not in ('compiled', AUTOTUNED):
+        return model
+    mode = AUTOTUNED if case.how == AUTOTUNED else None
+    return torch.compile(model, dynamic=False, mode=mode)
+
+
 def make_inference(case, subject, args):
     """What is timed, and its error."""
     model = subject.model.eval()
     model.zero_grad(set_to_none=True)  # left by training
-    called = torch.compile(model, dynamic=False) if case.how == 'compiled' else model
+    called = compiled(model, case)
     held = {}
 
     def run():
+        torch.compiler.cudagraph_mark_step_begin()
         held.clear()  # or the last outputs would count in the peak memory
         with torch.inference_mode(), autocast(case, args):
             held['outputs'] = outputs(called(subject.images))
@@ -276,10 +292,11 @@ def make_inference(case, subject, args):
 def make_training(case, subject, args):
     """What is timed, the error of the output and that of the parameters' gradient."""
     model = subject.model.train()
-    called = torch.compile(model, dynamic=False) if case.how == 'compiled' else model
+    called = compiled(model, case)
     held = []
 
     def run(keep=False, cotangents=None):
+        torch.compiler.cudagraph_mark_step_begin()
         if not keep:
             model.zero_grad(set_to_none=True)
         with autocast(case, args):
@@ -318,7 +335,7 @@ def attempt(case, args):
     nothing = dict.fromkeys(report.NUMBERS, NAN)
     if case.how == 'graph' and args.device == 'cpu':
         return nothing, NO_GRAPHS
-    if case.how == 'compiled':
+    if case.how in ('compiled', AUTOTUNED):
         torch.compiler.reset()
     try:
         return measure(case, args), ''
