@@ -1,11 +1,15 @@
 """The tools for a GPU machine, as far as one without a GPU can tell."""
 
 import csv
+import ctypes
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+
+from vmamba_mm.ops import cublas
 
 TOOLS = Path(__file__).parents[2] / 'tools'
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason='for machines without a GPU')
@@ -105,13 +109,29 @@ def test_products_of_initcheck():
         class library:  # noqa: N801
             Library = staticmethod(lambda *args: Library())
 
-    check_gpu.write_products_plainly(Torch)
+        @staticmethod
+        def as_tensor(memory, device):
+            """A tensor of the CPU, which has no such interface."""
+            given = memory.__cuda_array_interface__
+            size = given['shape'][0]
+            words = {'<i2': ctypes.c_int16, '<i4': ctypes.c_int32}[given['typestr']] * size
+            return torch.frombuffer(words.from_address(given['data'][0]),
+                                    dtype=getattr(torch, f'int{8 * ctypes.sizeof(words) // size}'))
+
+    blas = SimpleNamespace(Product=cublas.Product)
+    check_gpu.write_products_plainly(Torch, blas)
     a, b, bias = torch.randn(2, 7, 5), torch.randn(2, 5, 3), torch.randn(3)
     out = torch.empty(7, 3)
     torch.testing.assert_close(registered['bmm'](a, b), a @ b)
     torch.testing.assert_close(registered['mm.out'](a[0], b[0], out=out), a[0] @ b[0])
     torch.testing.assert_close(registered['addmm'](bias, a[0], b[0], beta=2),
                                torch.addmm(bias, a[0], b[0], beta=2))
+
+    a, b, bias = (t.bfloat16() for t in (a[0].T.contiguous(), b[0].T.contiguous(), bias))
+    blas.product(0, torch.bfloat16, torch.float32, 7, 3, 5, left_t=True, right_t=True, bias=True
+                 ).run(a.data_ptr(), b.data_ptr(), out.data_ptr(), 0, bias.data_ptr())
+    expected = a.double().T @ b.double().T + bias
+    torch.testing.assert_close(out.double(), expected, rtol=0.02, atol=0.02)  # rounded before
 
 
 def test_loss_curve(monkeypatch, tmp_path, capsys):
