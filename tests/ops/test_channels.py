@@ -341,6 +341,18 @@ def test_block_in_one_op(request, kernels, calls, shape, ratio, feeds, dtype):
     assert pure.dtype == dtype and relative_error(pure, exact) <= 2 * limit
 
 
+def test_a_block_with_another_convolution(kernels, calls):
+    block = make_block(kernels, 32, 1.0)
+    x = randn(2, 5, 6, 32, device=kernels)
+    for options in (dict(kernel_size=5, padding=2), dict(kernel_size=3, padding=2, dilation=2)):
+        block.ssm.conv2d = nn.Conv2d(32, 32, groups=32, **options).to(kernels)
+        with torch.no_grad():
+            exact = copy.deepcopy(block).double()(x.double())
+            with torch.autocast(kernels, HALF):
+                assert relative_error(block(x), exact) <= 2e-3
+    assert not calls
+
+
 @BLOCKS
 def test_gradients_of_a_block_in_one_op(kernels, calls, shape, ratio, feeds):
     block = make_block(kernels, shape[3], ratio, feeds, drop_path=0.3).train()

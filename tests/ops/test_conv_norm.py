@@ -3,14 +3,26 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_channels import BRAIN, HALF, SINGLE, device, folder, has_kernels, randn, skip_types
+from test_channels import (
+    BRAIN,
+    HALF,
+    SINGLE,
+    device,
+    folder,
+    has_kernels,
+    kernels,
+    randn,
+    skip_types,
+)
+from torch import nn
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
+from vmamba_mm.layers import ConvDownsample
 from vmamba_mm.ops import conv_norm
 from vmamba_mm.testing import relative_error
 
-__all__ = ['device', 'folder']  # fixtures
+__all__ = ['device', 'folder', 'kernels']  # fixtures
 NAMES = 'y', 'x', 'weight', 'bias', 'norm weight', 'norm bias'
 
 
@@ -90,10 +102,8 @@ def test_images_get_no_gradient_and_parameters_alone_do(device):
                zip(found, torch.autograd.grad(y.square().sum(), parameters), strict=True))
 
 
-def test_without_grad_nothing_is_kept(request, device):
-    if not has_kernels(request):
-        pytest.skip('the op is for the kernels')
-    leaves = make(device)
+def test_without_grad_nothing_is_kept(kernels):
+    leaves = make(kernels)
     y, mapped, moments = torch.ops.vmamba_mm.conv_norm(*leaves, 2, 1, 1e-5, SINGLE, False)
     assert mapped.numel() == moments.numel() == 0
     assert torch.equal(y, conv_norm(*leaves, stride=2, padding=1))
@@ -107,10 +117,8 @@ def test_a_sample_with_nan_stays_alone(device):
     assert y[0].isnan().any() and torch.equal(y[1], right[1])
 
 
-def test_opcheck_and_flops(request, device):
-    if not has_kernels(request):
-        pytest.skip('the op is for the kernels')
-    leaves = make(device)
+def test_opcheck_and_flops(kernels):
+    leaves = make(kernels)
     for x_grad in (False, True):
         inputs = [t.detach().requires_grad_(i > 0 or x_grad) for i, t in enumerate(leaves)]
         opcheck(torch.ops.vmamba_mm.conv_norm.default, (*inputs, 2, 1, 1e-5, SINGLE, True),
@@ -121,3 +129,18 @@ def test_opcheck_and_flops(request, device):
         forward = counter.get_total_flops()
         y.sum().backward()
     assert forward == 2 * 2 * 5 * 3 * 36 * 8 * 9 and counter.get_total_flops() == 3 * forward
+
+
+@pytest.mark.parametrize('changes', [
+    {}, dict(dilation=2), dict(groups=2), dict(bias=False), dict(padding_mode='circular'),
+    dict(stride=(1, 2)), dict(padding='same', stride=1)], ids=str)
+def test_a_convolution_of_another_kind_does_its_own_work(device, changes):
+    """A user's own in the place of ours: nothing that the op does not know is left out."""
+    down = ConvDownsample(8).to(device)
+    options = dict(kernel_size=3, stride=2, padding=1) | changes
+    down.conv = nn.Conv2d(8, 16, **options).to(device)
+    x = randn(2, 9, 6, 8, device=device)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        y = down.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        expected = F.layer_norm(y, (16,), down.norm.weight, down.norm.bias)
+        torch.testing.assert_close(down(x), expected, rtol=1e-4, atol=1e-5)

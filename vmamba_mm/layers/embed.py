@@ -5,14 +5,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmamba_mm.layers.norm import LayerNorm
-from vmamba_mm.layers.plain import is_plain
+from vmamba_mm.layers.plain import is_plain, is_plain_conv
 from vmamba_mm.ops import conv_norm
 from vmamba_mm.ops.backends import autocast_dtype
 
 
 def _conv_norm(conv: nn.Conv2d, norm: LayerNorm, x_BHWC: Tensor) -> Tensor:
     """A convolution and the norm that follows it, on channels-last maps."""
-    if is_plain(conv, nn.Conv2d) and is_plain(norm, LayerNorm):
+    if is_plain_conv(conv) and is_plain(norm, LayerNorm):
         return conv_norm(x_BHWC, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps,
                          stride=conv.stride[0], padding=conv.padding[0],
                          out_dtype=autocast_dtype(x_BHWC) if norm.feeds_matmul else None)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmamba_mm.layers.norm import LayerNorm
-from vmamba_mm.layers.plain import is_plain
+from vmamba_mm.layers.plain import is_depthwise_3x3
 from vmamba_mm.layers.ssm_init import init_A_logs, init_dt_bias, init_dt_proj, init_x_proj
 from vmamba_mm.ops import dwconv_silu, ss2d_scan_norm
 
@@ -47,7 +47,7 @@ class SS2D(nn.Module):
         x = self.in_proj(x)
         if self.gate:
             x, z = x.chunk(2, dim=-1)
-        if is_plain(self.conv2d, nn.Conv2d):
+        if is_depthwise_3x3(self.conv2d):
             x = dwconv_silu(x, self.conv2d.weight, self.conv2d.bias)
         else:
             x = F.silu(self.conv2d(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)

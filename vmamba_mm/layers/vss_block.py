@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vmamba_mm.layers.drop_path import DropPath
 from vmamba_mm.layers.norm import LayerNorm
-from vmamba_mm.layers.plain import is_plain
+from vmamba_mm.layers.plain import is_depthwise_3x3, is_plain
 from vmamba_mm.layers.ss2d import SS2D
 from vmamba_mm.ops import add_norm, mlp
 from vmamba_mm.ops.backends import autocast_dtype
@@ -79,7 +79,7 @@ class VSSBlock(nn.Module):
         inner, outer = ssm._modules, mlp._modules
         modules = (own['norm1'], inner['in_proj'], inner['conv2d'], inner['out_norm'],
                    inner['out_proj'], own['norm2'], outer['fc1'], outer['fc2'])
-        if not all(map(is_plain, modules, _KINDS)):
+        if not (all(map(is_plain, modules, _KINDS)) and is_depthwise_3x3(inner['conv2d'])):
             return None
         norm1, in_proj, conv, out_norm, out_proj, norm2, fc1, fc2 = (
             module._parameters for module in modules)
