@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from vmamba_mm.layers import LayerNorm
 from vmamba_mm.ops import cublas
 
 TOOLS = Path(__file__).parents[2] / 'tools'
@@ -137,7 +138,6 @@ def test_products_of_initcheck():
 def test_loss_curve(monkeypatch, tmp_path, capsys):
     import loss_curve
 
-    monkeypatch.setattr('vmamba_mm.layers.ss2d.ss2d_scan_norm', None)  # put back afterwards
     monkeypatch.setattr(torch.backends.cudnn, 'deterministic', False)
     with pytest.raises(SystemExit, match='the loss does not fall'):
         call(loss_curve.main, monkeypatch, '--backend', 'reference', '--size', 32, '--steps', 2,
@@ -149,3 +149,18 @@ def test_loss_curve(monkeypatch, tmp_path, capsys):
     assert (tmp_path / 'loss_curve.png').stat().st_size > 10_000
     with pytest.raises(SystemExit, match='no two folders'):
         call(loss_curve.main, monkeypatch, '--backend', 'chunked', '--images', tmp_path)
+
+
+def test_plain_pytorch_of_the_loss_curve_has_no_kernel(monkeypatch):
+    import loss_curve
+
+    def load(*args):
+        raise RuntimeError('a kernel')
+
+    monkeypatch.setattr('vmamba_mm.ops.walk.why_not', lambda *args: None)  # as on a GPU
+    monkeypatch.setattr('vmamba_mm.ops.nvrtc.load', load)
+    norm, x = LayerNorm(8), torch.randn(2, 3, 8)
+    with loss_curve.only('cuda'), pytest.raises(RuntimeError, match='a kernel'):
+        norm(x)
+    with loss_curve.only('chunked'):
+        torch.testing.assert_close(norm(x), torch.nn.functional.layer_norm(x, (8,)))

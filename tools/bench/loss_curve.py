@@ -1,6 +1,7 @@
 """Train a small VMamba for some hundred steps with the kernels and with plain PyTorch.
 
-fp16 autocast and loss scaling, the same weights and batches. Two more runs of plain PyTorch show
+Plain PyTorch has no kernel of ours at all; --backend other than 'cuda' has that scan alone. fp16
+autocast and loss scaling, the same weights and batches. Two more runs of plain PyTorch show
 what is noise: one in fp32, and one that sees the images in another order. The kernels' loss must
 follow plain PyTorch's as closely as the other order does: the mean difference of the smoothed
 curves may be no larger. A curve that does not fall shows nothing, and fails too.
@@ -9,13 +10,14 @@ Without --images, the classes are gratings of eight directions in noise.
 """
 
 import argparse
+import contextlib
 import csv
 import functools
 import statistics
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import matplotlib
 import numpy as np
@@ -25,7 +27,7 @@ from torch import nn
 
 import vmamba_mm.layers.ss2d
 from vmamba_mm.layers import ConvDownsample, ConvStem, VSSBlock
-from vmamba_mm.ops import BACKENDS, ss2d_scan_norm
+from vmamba_mm.ops import BACKENDS, nvrtc, ss2d_scan_norm, walk
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
@@ -83,9 +85,28 @@ class Mean(nn.Module):
         return x_BHWC.mean((1, 2))
 
 
+@contextlib.contextmanager
+def only(backend):
+    """The scan by ``backend`` within; but for 'cuda', where all kernels are at work, everything
+    else by plain PyTorch: a CUDA kernel that is asked for raises."""
+    with contextlib.ExitStack() as stack:
+        replace = stack.enter_context
+        replace(mock.patch.object(vmamba_mm.layers.ss2d, 'ss2d_scan_norm',
+                                  functools.partial(ss2d_scan_norm, backend=backend)))
+        if backend != 'cuda':
+            replace(mock.patch.object(walk, 'why_not', lambda *args: 'not asked for'))
+            replace(mock.patch.object(nvrtc, 'load', side_effect=AssertionError('a kernel')))
+            nvrtc.forget()  # launches that are bound already
+        yield
+
+
 def train(images, labels, args, backend, order, half=True):
     """The loss of each step."""
-    vmamba_mm.layers.ss2d.ss2d_scan_norm = functools.partial(ss2d_scan_norm, backend=backend)
+    with only(backend):
+        return _train(images, labels, args, order, half)
+
+
+def _train(images, labels, args, order, half):
     device = images.device
     model = build(int(labels.max()) + 1).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.05)
@@ -97,7 +118,7 @@ def train(images, labels, args, backend, order, half=True):
     for _ in range(args.steps):
         picked = torch.randperm(len(images), generator=rng)[:args.batch].to(device)
         x = (images[picked].float() - 118) / 60
-        with torch.autocast(device.type, torch.float16) if half else nullcontext():
+        with torch.autocast(device.type, torch.float16) if half else contextlib.nullcontext():
             loss = F.cross_entropy(model(x), labels[picked])
         optimizer.zero_grad()
         scaler.scale(loss).backward()
