@@ -4,7 +4,7 @@
 struct Params {
     const void *maps;             // (MAPS, M, D)
     const void *extra;            // (M, D), one more if EXTRA; may be `merged`
-    void *merged;                 // (M, D) of OUT, or null
+    void *merged;                 // (M, D) of T, or if FLOAT in fp32, or null
     void *normed;                 // (M, D) of T, or null
     const void *weight, *bias;    // (D)
     float2 *moments;              // (M): mean and 1 / deviation, or null
@@ -17,6 +17,8 @@ struct Params {
 // ones of a backward, which is what has an extra map.
 template <class T, int MAPS, bool EXTRA, int PARTS, bool FLOAT>
 __global__ void __launch_bounds__(256) ss2d_merge(const Params p) {
+    typedef typename Raw<T>::type R;
+    constexpr int SIZE = sizeof(R) / 4;
     const int lane = threadIdx.x & 31;
     const int warps = gridDim.x * (blockDim.x >> 5);
     extern __shared__ __align__(16) float shared[];  // weight and bias, if there is a norm
@@ -28,26 +30,24 @@ __global__ void __launch_bounds__(256) ss2d_merge(const Params p) {
         const int image = (rank - turn * spans) * p.images + (EXTRA ? turn : p.images - 1 - turn);
         if (image >= p.batch) continue;
         const int m = image * p.length + (j - rank * p.length);
-        const unsigned short *at = (const unsigned short *)p.maps + (long long)m * p.dim;
         const long long to = (long long)m * p.dim;
+        const char *at = (const char *)p.maps + to * SIZE;
         float v[PARTS][4];
 #pragma unroll
         for (int i = 0; i < PARTS; ++i) {
             const int c = i * 128 + lane * 4;
-            uint2 in[MAPS + EXTRA];
+            R in[MAPS + EXTRA];
 #pragma unroll
             for (int j = 0; j < MAPS; ++j)
-                in[j] = c < p.dim ? *(const uint2 *)(at + j * map + c) : make_uint2(0u, 0u);
+                in[j] = c < p.dim ? *(const R *)(at + (j * map + c) * SIZE) : R{};
             if (EXTRA)
-                in[MAPS] = c < p.dim ? *(const uint2 *)((const unsigned short *)p.extra + to + c)
-                                     : make_uint2(0u, 0u);
+                in[MAPS] = c < p.dim ? *(const R *)((const char *)p.extra + (to + c) * SIZE) : R{};
 #pragma unroll
             for (int j = 0; j < MAPS + EXTRA; ++j) {
-                const float2 lo = T::unpack(in[j].x), hi = T::unpack(in[j].y);
-                v[i][0] = j ? v[i][0] + lo.x : lo.x;
-                v[i][1] = j ? v[i][1] + lo.y : lo.y;
-                v[i][2] = j ? v[i][2] + hi.x : hi.x;
-                v[i][3] = j ? v[i][3] + hi.y : hi.y;
+                float add[4];
+                unpack4(add, in[j], T{});
+#pragma unroll
+                for (int e = 0; e < 4; ++e) v[i][e] = j ? v[i][e] + add[e] : add[e];
             }
         }
         if (p.merged)
@@ -55,12 +55,8 @@ __global__ void __launch_bounds__(256) ss2d_merge(const Params p) {
             for (int i = 0; i < PARTS; ++i) {
                 const int c = i * 128 + lane * 4;
                 if (c >= p.dim) continue;
-                if (FLOAT)
-                    *(float4 *)((float *)p.merged + to + c)
-                        = make_float4(v[i][0], v[i][1], v[i][2], v[i][3]);
-                else
-                    *(uint2 *)((unsigned short *)p.merged + to + c)
-                        = make_uint2(T::pack(v[i][0], v[i][1]), T::pack(v[i][2], v[i][3]));
+                if (FLOAT) store4<Float>(p.merged, to + c, v[i]);
+                else store4<T>(p.merged, to + c, v[i]);
             }
         if (!p.normed) continue;
         const float2 moments = store_norm<T>(p.normed, to, v, shared, p.dim, lane, p.eps);

@@ -4,7 +4,7 @@
 struct Params {
     const void *dt_weight;  // (K, D, R)
     const void *dt_bias;    // (K, D), or null
-    const void *A;          // (K * D, N)
+    const void *A;          // (K * D, N), or log(-A)
     const void *D;          // (K * D), or null
     float *weights;         // (K, R, D), times log2(e)
     float *bias;            // (K, D), times log2(e)
@@ -12,6 +12,7 @@ struct Params {
     float *skip;            // (K, D); if `merged` the first has the sum over K, the others zero
     int dim, rank, state, padded, routes, merged;  // padded: P
     int dt_type, bias_type, A_type, D_type;
+    int logs;  // whether it is log(-A)
 };
 
 __global__ void walk_prepare(const Params p) {
@@ -28,8 +29,9 @@ __global__ void walk_prepare(const Params p) {
         i -= weights;
         if (i < rates) {
             const int d = i % p.dim, n = i / p.dim % p.padded, k = i / p.dim / p.padded;
-            p.rates[i] = n < p.state ? load_parameter(
+            const float A = n < p.state ? load_parameter(
                 p.A, ((long long)k * p.dim + d) * p.state + n, p.A_type) : 0.f;
+            p.rates[i] = p.logs && n < p.state ? -ex2(LOG2E * A) : A;
             continue;
         }
         i -= rates;

@@ -6,7 +6,7 @@ from vmamba_mm.ops.channels import sum_instance
 from vmamba_mm.ops.dwconv import cuda as dwconv
 from vmamba_mm.ops.mlp import cuda as mlp
 from vmamba_mm.ops.nvrtc import Instance
-from vmamba_mm.ops.ss2d_scan import cuda
+from vmamba_mm.ops.ss2d_scan import cuda, merge
 
 _TYPES = {'Half': 75, 'BFloat': 80}
 _TILES = (1, 2, 3, 4, 6, 8)  # of 8 in dt_rank: those of the nine published architectures
@@ -26,9 +26,11 @@ INSTANCES: dict[Instance, int] = {
        for make in (cuda.forward_instance, cuda.backward_instance)},
     **{make(type_): low for type_, low in _TYPES.items()
        for make in (cuda.prepare_instance, cuda.finish_instance)},
-    **{cuda.merge_instance(type_, *rest): low for type_, low in _TYPES.items()
+    **{merge.merge_instance(type_, *rest): low for type_, low in _TYPES.items()
        for rest in ((4, False, 1, False), (4, False, 1, True), (4, False, 12, False),
                     (4, True, 12, False), (2, False, 12, False), (2, True, 12, False))},
+    **{merge.merge_instance('Float', maps, extra, parts, False): 75 for maps, extra, parts in (
+        (1, True, 12), (2, True, 12), (4, False, 1), (4, False, 12), (4, True, 12))},
     **{kernel: _TYPES.get(type_, 75) for type_, states, sequence in _WALKS
        for kernel in (walk.forward_instance(type_, states, sequence, walk.RUN),
                       walk.backward_instance(type_, states, sequence))},
@@ -48,5 +50,6 @@ INSTANCES: dict[Instance, int] = {
     **{mlp.cast_instance(type_): low for type_, low in _TYPES.items()},
     sum_instance(): 75,
     walk.prepare_instance(): 75,
+    walk.finish_instance(): 75,
     walk.combine_instance(): 75,
 }

@@ -5,12 +5,13 @@ A walk is a route of ss2d_scan over an image, or a sequence of selective_scan;
 states, 16 to a walk: more are several walks.
 """
 
-from functools import cache
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vmamba_mm.ops.nvrtc import Instance, cached, load
+from vmamba_mm.ops.nvrtc import Instance, cached, kernel
 
 TYPES = {torch.float32: 'Float', torch.float16: 'Half', torch.bfloat16: 'BFloat'}
 CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -20,27 +21,27 @@ _FORWARD_WARPS, _FORWARD_RESIDENT = 6, 24
 RUN, ENDS, GRADIENTS = range(3)
 
 
-@cache
 def prepare_instance() -> Instance:
-    return Instance('walk_prepare.cu', 'walk_prepare', 'P' * 8 + 'i' * 10)
+    return Instance('walk_prepare.cu', 'walk_prepare', 'P' * 8 + 'i' * 11)
 
 
-@cache
 def combine_instance() -> Instance:
     return Instance('scan_combine.cu', 'scan_combine<8>', 'PPPiiii')
+
+
+def finish_instance() -> Instance:
+    return Instance('walk_finish.cu', 'walk_finish', 'P' * 6 + 'i' * 11)
 
 
 _PARAMS = 'P' * 19 + 'q' * 8 + 'i' * 18
 
 
-@cache
 def forward_instance(type_: str, states: int, sequence: bool, mode: int) -> Instance:
     """``states`` of a walk: 1, 4 or 16; ``mode`` is RUN, ENDS or GRADIENTS."""
     return Instance('walk_fwd.cu', f'walk_fwd<{type_}, {states}, {str(sequence).lower()}, '
                     f'{mode}>', _PARAMS)
 
 
-@cache
 def backward_instance(type_: str, states: int, sequence: bool) -> Instance:
     return Instance('walk_bwd.cu', f'walk_bwd<{type_}, {states}, {str(sequence).lower()}>',
                     _PARAMS)
@@ -94,6 +95,11 @@ def states_shape(batch: int, routes: int, length: int, state: int, dim: int) -> 
     return batch, routes * groups, -(-length // _SAVED), states, dim
 
 
+def maps_dtype(dtype: torch.dtype, state: int) -> torch.dtype:
+    """Of the result of each walk: fp32 where several are to be added for one of ``dtype``."""
+    return dtype if groups_of(state)[1] == 1 else torch.float32
+
+
 def _backward_width(states: int) -> int:
     """Channels of a warp."""
     return 16 if states == 16 else 32
@@ -124,67 +130,39 @@ def pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+class Cut(NamedTuple):
+    """Of a launch: warps of a block, blocks side by side, positions of a span, spans."""
+    warps: int
+    columns: int
+    span: int
+    spans: int
+
+
 class Walk:
-    """The launches of one op's forward or backward: sizes, parameters, spans.
+    """What the launches for such sizes share: see :func:`forward_launch`."""
 
-    Args:
-        x: (B, D, H, W) map, or u as (B, K * D, 1, L); any strides for a map.
-        parameters: dt_projs_weight (K, D, R) or None, its bias (K * D values) or None, A (K*D, N),
-            D (K * D values) or None.
-        sequence: for selective_scan.
-    """
+    max_span = None  # for tests, which then ``forget``: positions after which a walk is cut
 
-    max_span = None  # for tests: positions after which a walk is cut
-    softplus = 1
-
-    def __init__(self, x: Tensor, routes: int, rank: int, parameters, sequence: bool):
-        self.x, self.sequence = x, sequence
-        self.batch, channels, self.height, self.width = x.shape
-        self.dim = channels // routes if sequence else channels
-        self.routes, self.rank, self.state = routes, rank, parameters[2].shape[1]
-        self.length = self.height * self.width
-        self.states, self.groups = groups_of(self.state)
+    def __init__(self, index: int, dtype: torch.dtype, sizes: tuple[int, ...], state: int,
+                 sequence: bool, softplus: bool):
+        self.index, self.sequence, self.softplus = index, sequence, softplus
+        self.type, self.sizes, self.state = TYPES[dtype], sizes, state
+        batch, self.dim, height, width, self.rank, self.routes = sizes
+        self.length = height * width
+        self.states, self.groups = groups_of(state)
         self.chunks = -(-self.length // _SAVED)
-        self.type = TYPES[x.dtype]
-        self.walks = self.batch * routes * self.groups
-        plain, padded = routes * self.dim, self.groups * self.states
-        prepared = self.empty(plain * (rank + padded + 2))
-        self.weights = prepared.data_ptr()
-        self.rates = self.weights + 4 * plain * rank
-        self.bias = self.rates + 4 * plain * padded
-        self.skip = self.bias + 4 * plain
-        self.prepared = prepared  # the addresses above are into it
-        parameters = [None if t is None else t.contiguous() for t in parameters]
-        load(prepare_instance(), x.device).launch(
-            (min(1024, -(-prepared.numel() // 256)), 1, 1), (256, 1, 1),
-            (*map(pointer, parameters), self.weights, self.bias, self.rates, self.skip, self.dim,
-             rank, self.state, padded, routes, int(not sequence),
-             *(0 if t is None else CODES[t.dtype] for t in parameters)))
+        self.walks = batch * self.routes * self.groups
+        self.offsets = _prepared_offsets(sizes, state)[:4]
 
-    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.x.device)
-
-    def maps(self, dtype: torch.dtype) -> Tensor:
-        """For results of each walk, fp32 where several are to be added for one."""
-        dtype = dtype if self.groups == 1 else torch.float32
-        if self.sequence:
-            return self.empty(self.groups, self.batch, self.routes * self.dim, self.length,
-                              dtype=dtype)
-        return self.empty(self.groups, self.routes, self.batch, self.height, self.width, self.dim,
-                          dtype=dtype)
-
-    def merge_groups(self, maps: Tensor, dtype: torch.dtype) -> Tensor:
-        return maps[0] if self.groups == 1 else maps.sum(0).to(dtype)
-
-    def _cut(self, width: int, of_a_block: int, most: int, shared) -> tuple[int, int, int, int]:
-        """(warps, blocks side by side, positions of a span, spans): few walks are cut.
+    def _cut(self, width: int, of_a_block: int, most: int, shared) -> Cut:
+        """Few walks are cut.
 
         Args:
             width: channels of a warp.
             of_a_block, most: warps of a block and of a multiprocessor at most.
             shared: bytes of a block by its warps.
         """
-        multiprocessors, of_all, of_block = device_limits(self.x.device.index)
+        multiprocessors, of_all, of_block = device_limits(self.index)
 
         def resident(n: int) -> int:
             return min(of_all // (shared(n) + 1024), most // n) * n
@@ -199,85 +177,229 @@ class Walk:
         if self.max_span:
             spans = max(spans, -(-self.length // self.max_span))
         span = -(-self.chunks // spans)
-        return warps, columns, span * _SAVED, -(-self.chunks // span)
+        return Cut(warps, columns, span * _SAVED, -(-self.chunks // span))
 
-    def forward(self, raw: Tensor, B: Tensor | None, C: Tensor | None, y: Tensor | None,
-                states: Tensor | None) -> None:
-        """Fill ``y`` and ``states``, where given."""
-        def run(mode, **buffers):
-            self._launch(forward_instance(self.type, self.states, self.sequence, mode), cut,
-                         _forward_shared(self.rank, self.states, cut[0], mode), raw=raw, B=B, C=C,
-                         **buffers)
+    def forward_cut(self) -> Cut:
+        return self._cut(32, _FORWARD_WARPS, _FORWARD_RESIDENT,
+                         lambda n: _forward_shared(self.rank, self.states, n, RUN))
 
-        cut = self._forward_cut()
-        run(RUN, entries=self._entries(run, ENDS, cut), y=y, states=states)
-
-    def backward(self, raw: Tensor, B: Tensor | None, C: Tensor | None, states: Tensor,
-                 grad: Tensor, grad_x: Tensor, outputs) -> Tensor:
-        """Fill ``grad_x`` and what ``outputs(columns)`` gives by name.
-
-        Returns:
-            fp32 (K, G, states + R + 2, D): gradients by A, dt_projs_weight, dt_projs_bias and D.
-        """
-        def summarise(mode, **buffers):
-            self._launch(forward_instance(self.type, self.states, self.sequence, mode),
-                         (forward_warps, forward_columns, *cut[2:]),
-                         _forward_shared(self.rank, self.states, forward_warps, mode), raw=raw,
-                         B=B, C=C, grad=grad, **buffers)
-
-        forward_warps, forward_columns = self._forward_cut()[:2]
+    def backward_cut(self) -> tuple[Cut, int]:
+        """And bytes of shared memory."""
         kept = 1 if self.type != 'Float' else 2 * self.sequence
 
         def shared(warps: int) -> int:
             return _backward_shared(self.rank, self.states, warps, kept)
 
         # As in the launch bounds; memory for 12 alone, which sm_110 has too, is not enough.
-        warps = 12 if torch.cuda.get_device_capability(self.x.get_device())[0] in (9, 10) else 8
+        warps = 12 if torch.cuda.get_device_capability(self.index)[0] in (9, 10) else 8
         cut = self._cut(_backward_width(self.states), warps, warps, shared)
-        sums = self.empty(self.batch * cut[3], self.routes, self.groups,
-                          self.states + self.rank + 2, self.dim)
-        self._launch(backward_instance(self.type, self.states, self.sequence), cut,
-                     shared(cut[0]), raw=raw, B=B, C=C,
-                     states=states, grad=grad, grad_x=grad_x, sums=sums,
-                     entries=self._entries(summarise, GRADIENTS, cut), **outputs(cut[1]))
-        return sums.sum(0)
+        return cut, shared(cut.warps)
 
-    def _forward_cut(self):
-        return self._cut(32, _FORWARD_WARPS, _FORWARD_RESIDENT,
-                         lambda n: _forward_shared(self.rank, self.states, n, RUN))
+    def bind(self, cut: Cut, shared: int, strides: tuple[int, ...], written: torch.dtype,
+             part: torch.dtype, instance: Callable[..., Instance], *args) -> Callable[..., None]:
+        """Of addresses: x, raw, B, C, prepared, and those from ``entries`` on as in walk.cuh."""
+        launch = kernel(self.index, instance, self.type, self.states, self.sequence, *args).bind(
+            (self.walks * cut.spans * cut.columns, 1, 1), (32 * cut.warps, 1, 1), shared)
+        batch, dim, height, width, rank, routes = self.sizes
+        shape = (*strides, batch, dim, height, width, rank, self.state, routes, self.groups,
+                 cut.span, cut.spans, self.chunks, cut.columns, int(self.softplus), CODES[written],
+                 CODES[part])
+        last, offsets = (magic(height), magic(width)), self.offsets
+        rows = self.sequence and self.length % 8 == 0
 
-    def _entries(self, run, mode: int, cut) -> Tensor | None:
-        """What enters each span, (walks, spans, states, D); None for one span."""
-        spans = cut[3]
-        if spans == 1:
-            return None
-        decays, ends, entries = (self.empty(self.walks, spans, self.states, self.dim)
-                                 for _ in range(3))
-        run(mode, decays=decays, ends=ends)
+        def run(x, raw, B, C, prepared, *others):
+            y, grad, grad_x, grad_raw = others[4:8]
+            vector = int(rows and (x | raw | y | grad | grad_x | grad_raw) % 16 == 0)
+            launch(x, raw, B, C, *[prepared + n for n in offsets], *others, *shape, vector, *last)
+
+        return run
+
+    def entering(self, cut: Cut, mode: int, strides: tuple[int, ...], dtype: torch.dtype):
+        """Bytes of memory, and what finds there what enters each span: it takes what :meth:`bind`
+        takes first (a tuple), grad, and the memory, and gives the address."""
+        if cut.spans == 1:
+            return 0, lambda *_: 0
+        warps, columns = self.forward_cut()[:2]
         inner = self.states * self.dim
-        load(combine_instance(), self.x.device).launch(
-            (-(-self.walks * inner // 128), 1, 1), (128, 1, 1),
-            (decays.data_ptr(), ends.data_ptr(), entries.data_ptr(), self.walks, spans, inner,
-             0))
-        return entries
+        size, sizes = 4 * self.walks * cut.spans * inner, (self.walks, cut.spans, inner, 0)
+        summarise = self.bind(
+            cut._replace(warps=warps, columns=columns),
+            _forward_shared(self.rank, self.states, warps, mode), strides, dtype, dtype,
+            forward_instance, mode)
+        combine = kernel(self.index, combine_instance).bind(
+            (-(-self.walks * inner // 128), 1, 1), (128, 1, 1))
 
-    def _launch(self, instance: Instance, cut, shared: int, *, raw, B=None, C=None, entries=None,
-                states=None, decays=None, ends=None, y=None, grad=None, grad_x=None,
-                grad_raw=None, grad_B=None, grad_C=None, sums=None) -> None:
-        warps, columns, span, spans = cut
-        x, result = self.x, y if grad_x is None else grad_x
-        # fp32 or the map's own, as the kernels write them
-        part = grad_B if grad_raw is None or self.sequence else grad_raw
-        vector = self.length % 8 == 0 and all(
-            t is None or t.data_ptr() % 16 == 0 for t in (x, raw, result, grad, grad_raw))
-        load(instance, x.device).launch(
-            (self.walks * spans * columns, 1, 1), (32 * warps, 1, 1),
-            (x.data_ptr(), raw.data_ptr(), pointer(B), pointer(C), self.weights, self.bias,
-             self.rates, self.skip, pointer(entries), pointer(states), pointer(decays),
-             pointer(ends), pointer(y), pointer(grad), pointer(grad_x), pointer(grad_raw),
-             pointer(grad_B), pointer(grad_C), pointer(sums), *x.stride(),
-             *(x.stride() if grad is None else grad.stride()), self.batch, self.dim, self.height,
-             self.width, self.rank, self.state, self.routes, self.groups, span, spans,
-             self.chunks, columns, self.softplus, 0 if result is None else CODES[result.dtype],
-             0 if part is None else CODES[part.dtype], int(vector), magic(self.height),
-             magic(self.width)), shared)
+        def run(first, grad, memory):
+            decays, ends, entries = memory, memory + size, memory + 2 * size
+            summarise(*first, 0, 0, decays, ends, 0, grad, 0, 0, 0, 0, 0)
+            combine(decays, ends, entries, *sizes)
+            return entries
+
+        return 3 * size, run
+
+
+def _strides(sizes: tuple[int, ...], sequence: bool) -> tuple[int, ...]:
+    """Of a map (B, D, H, W) with the channels last, or a sequence, without gaps."""
+    _, dim, height, width, _, routes = sizes
+    if sequence:
+        return routes * dim * width, width, width, 1
+    return height * width * dim, 1, width * dim, dim
+
+
+def _prepared_offsets(sizes: tuple[int, ...], state: int) -> list[int]:
+    """Bytes: where each part of what ``walk_prepare`` writes begins, and where the last ends."""
+    plain = sizes[1] * sizes[5]
+    states, groups = groups_of(state)
+    weights, rates = plain * sizes[4], plain * groups * states
+    return [0, 4 * (weights + rates), 4 * weights, 4 * (weights + rates + plain),
+            4 * (weights + rates + 2 * plain)]
+
+
+# --- launches, of addresses -----------------------------------------------------------------------
+# For sizes (batch, dim, height, width, rank, routes); of selective_scan dim is that of a group,
+# height 1 and rank 0.
+
+@cached
+def prepare_launch(index: int, sizes: tuple[int, ...], state: int,
+                   dtypes: tuple[torch.dtype | None, ...], logs: bool, merged: bool = True
+                   ) -> tuple[int, Callable[..., None]]:
+    """Elements, fp32, of ``prepared``, which the others take, and what writes it.
+
+    Of addresses: dt_projs_weight (K, D, R), dt_projs_bias (K, D), A (K * D, N) or with ``logs``
+    log(-A), D (K * D), each of its dtype (0 and None for one that there is not), and ``prepared``.
+    ``merged``: the results of the routes are added up.
+    """
+    *parts, size = _prepared_offsets(sizes, state)
+    states, groups = groups_of(state)
+    launch = kernel(index, prepare_instance).bind((min(1024, -(-size // 1024)), 1, 1), (256, 1, 1))
+    rest = (sizes[1], sizes[4], state, groups * states, sizes[5], int(merged),
+            *[CODES.get(d, 0) for d in dtypes], int(logs))
+    return size // 4, lambda *addresses: launch(
+        *addresses[:4], *[addresses[4] + n for n in parts], *rest)
+
+
+class Launch(NamedTuple):
+    """``run``; the bytes of memory that it needs; of a backward the parts that are to be summed, of
+    ``dprojected`` (of the gradients by B and C, of selective_scan) and of ``sums``."""
+    run: Callable[..., None]
+    memory: int
+    columns: int = 1
+    parts: int = 1
+
+
+@cached
+def forward_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...], state: int,
+                   strides: tuple[int, ...] | None = None, *, sequence: bool = False,
+                   softplus: bool = True, written: torch.dtype | None = None) -> Launch:
+    """The forward, for x (B, D, H, W) of ``dtype``, and of ``strides`` unless it is channels-last
+    without gaps.
+
+    Of addresses: x, projected (B * L, K * (R + 2 N)) of ``dtype``, prepared, maps (G, K, B, H, W,
+    D) and states (:func:`states_shape`, fp32), each written where it is not 0, and memory. G and
+    the maps' dtype: :func:`groups_of`, :func:`maps_dtype` of ``written`` or else ``dtype``.
+
+    With ``sequence``: u, delta (B, K * D, L), prepared, y (G, B, K * D, L), states, memory, B and
+    C (B, K, N, L).
+    """
+    walk = Walk(index, dtype, sizes, state, sequence, softplus)
+    plain = _strides(sizes, sequence)
+    strides, cut = (*(strides or plain), *plain), walk.forward_cut()
+    shared = _forward_shared(walk.rank, walk.states, cut.warps, RUN)
+    scan = walk.bind(cut, shared, strides, maps_dtype(written or dtype, state), dtype,
+                     forward_instance, RUN)
+    bytes_, enter = walk.entering(cut, ENDS, strides, dtype)
+
+    def run(x, projected, prepared, maps, states, memory, B=0, C=0):
+        first = x, projected, B, C, prepared
+        scan(*first, enter(first, 0, memory), states, 0, 0, maps, 0, 0, 0, 0, 0, 0)
+
+    return Launch(run, bytes_)
+
+
+@cached
+def backward_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...], state: int,
+                    strides: tuple[int, ...] | None = None,
+                    grad_strides: tuple[int, ...] | None = None, *, sequence: bool = False,
+                    softplus: bool = True) -> Launch:
+    """The backward of :func:`forward_launch`.
+
+    Of addresses: x, projected, prepared, states, grad (of ``dtype``, by the sum of the maps), maps
+    (by x, as in the forward), dprojected (columns, like projected), sums (parts, K, G, states + R +
+    2, D, fp32: of A, dt_projs_weight, dt_projs_bias and D), and memory. dprojected has ``dtype``
+    where there is one column, else fp32; with G > 1 it is to be zero before.
+
+    With ``sequence`` dprojected is by delta, like y, and after memory come B, C, and the gradients
+    by them (columns, B, K, N, L).
+    """
+    walk = Walk(index, dtype, sizes, state, sequence, softplus)
+    plain = _strides(sizes, sequence)
+    strides = *(strides or plain), *(grad_strides or plain)
+    cut, shared = walk.backward_cut()
+    columns = cut.columns if sequence else cut.columns * walk.groups
+    scan = walk.bind(cut, shared, strides, maps_dtype(dtype, state),
+                     dtype if columns == 1 else torch.float32, backward_instance)
+    bytes_, enter = walk.entering(cut, GRADIENTS, strides, dtype)
+
+    def run(x, projected, prepared, states, grad, maps, dprojected, sums, memory, B=0, C=0,
+            grad_B=0, grad_C=0):
+        first = x, projected, B, C, prepared
+        scan(*first, enter(first, grad, memory), states, 0, 0, 0, grad, maps, dprojected, grad_B,
+             grad_C, sums)
+
+    return Launch(run, bytes_, columns, sizes[0] * cut.spans)
+
+
+@cached
+def finish_launch(index: int, sizes: tuple[int, ...], state: int,
+                  dtypes: tuple[torch.dtype | None, ...], parts: int) -> Callable[..., None]:
+    """The gradients by the parameters of :func:`prepare_launch`, of these dtypes, from ``parts`` of
+    ``sums``.
+
+    Of addresses: sums, the gradients (each written where it is not 0), and log(-A), by which the
+    gradient is then, or 0.
+    """
+    dim, rank, routes = sizes[1], *sizes[4:]
+    states, groups = groups_of(state)
+    launch = kernel(index, finish_instance).bind(
+        (-(-routes * (state + rank + 2) * dim // 32), 1, 1), (32, 8, 1))
+    rest = (parts, dim, rank, state, states, routes, groups, *[CODES.get(d, 0) for d in dtypes])
+    return lambda *addresses: launch(*addresses, *rest)
+
+
+# --- what both ops do with tensors ----------------------------------------------------------------
+
+def prepare(sizes: tuple[int, ...], parameters: tuple[Tensor | None, ...], logs: bool = False,
+            merged: bool = True) -> Tensor:
+    """``prepared``, of the four parameters of :func:`prepare_launch`, None for 0."""
+    parameters = [None if t is None else t.contiguous() for t in parameters]
+    A = parameters[2]
+    size, run = prepare_launch(A.get_device(), sizes, A.shape[1], _dtypes(parameters), logs, merged)
+    prepared = A.new_empty(size, dtype=torch.float32)
+    run(*map(pointer, parameters), prepared.data_ptr())
+    return prepared
+
+
+def merge_groups(maps: Tensor, dtype: torch.dtype) -> Tensor:
+    """One result of ``dtype`` for those of the walks that share a channel's states."""
+    return maps[0] if len(maps) == 1 else maps.sum(0).to(dtype)
+
+
+def empty_sums(x: Tensor, sizes: tuple[int, ...], state: int, parts: int) -> Tensor:
+    _, dim, _, _, rank, routes = sizes
+    states, groups = groups_of(state)
+    return x.new_empty((parts, routes, groups, states + rank + 2, dim), dtype=torch.float32)
+
+
+def finish(sums: Tensor, sizes: tuple[int, ...], parameters: tuple[Tensor | None, ...],
+           logs: bool = False) -> list[Tensor | None]:
+    """The gradients by the ``parameters`` of :func:`prepare`, in their dtypes, from ``sums``."""
+    grads = [None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
+             for t in parameters]
+    A = parameters[2].contiguous()
+    finish_launch(sums.get_device(), sizes, A.shape[1], _dtypes(grads), len(sums))(
+        sums.data_ptr(), *map(pointer, grads), A.data_ptr() if logs else 0)
+    return grads
+
+
+def _dtypes(tensors) -> tuple[torch.dtype | None, ...]:
+    return tuple(None if t is None else t.dtype for t in tensors)

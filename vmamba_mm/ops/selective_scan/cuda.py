@@ -18,21 +18,37 @@ def why_not(u, delta, A, B, C, D, delta_bias, out_dtype) -> str | None:
     return walk.why_not(u, 0, A.shape[1])
 
 
-def _start(u, delta, A, B, C, D, delta_bias, delta_softplus):
-    """The launches, and u, delta, B, C in one dtype, contiguous."""
+def _start(u, delta, A, B, C, D, delta_bias):
+    """u, delta, B, C in one dtype, contiguous; sizes; the parameters as the kernels take them."""
     dtype = u.dtype if all(t.dtype == u.dtype for t in (delta, B, C)) else torch.float32
     u, delta, B, C = (t.to(dtype).contiguous() for t in (u, delta, B, C))
-    launches = walk.Walk(u.unsqueeze(2), B.shape[1], 0, (None, delta_bias, A, D), True)
-    launches.softplus = int(delta_softplus)
-    return launches, delta, B, C
+    batch, channels, length = u.shape
+    routes = B.shape[1]
+    sizes = batch, channels // routes, 1, length, 0, routes
+    return u, delta, B, C, sizes, walk.prepare(sizes, (None, delta_bias, A, D), merged=False)
+
+
+def _empty(u: Tensor, dtype: torch.dtype, state: int) -> Tensor:
+    """For the results of each walk."""
+    return u.new_empty((walk.groups_of(state)[1], *u.shape), dtype=walk.maps_dtype(dtype, state))
+
+
+def _forward(u, delta, B, C, sizes, prepared, state, delta_softplus, out_dtype, y, states):
+    """Fill ``y`` and ``states``, where given."""
+    launch = walk.forward_launch(u.get_device(), u.dtype, sizes, state, sequence=True,
+                                 softplus=delta_softplus, written=out_dtype)
+    memory = u.new_empty(launch.memory, dtype=torch.uint8)
+    launch.run(u.data_ptr(), delta.data_ptr(), prepared.data_ptr(), walk.pointer(y),
+               walk.pointer(states), memory.data_ptr(), B.data_ptr(), C.data_ptr())
 
 
 def forward(u, delta, A, B, C, D, delta_bias, delta_softplus, out_dtype) -> Tensor:
     """Shapes as in :func:`vmamba_mm.ops.selective_scan`; inputs for which ``why_not`` is None."""
-    launches, delta, B, C = _start(u, delta, A, B, C, D, delta_bias, delta_softplus)
-    y = launches.maps(out_dtype)
-    launches.forward(delta, B, C, y, None)
-    return launches.merge_groups(y, out_dtype)
+    u, *rest = _start(u, delta, A, B, C, D, delta_bias)
+    state = A.shape[1]
+    y = _empty(u, out_dtype, state)
+    _forward(u, *rest, state, delta_softplus, out_dtype, y, None)
+    return walk.merge_groups(y, out_dtype)
 
 
 def backward(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus):
@@ -41,26 +57,25 @@ def backward(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus):
     The states between chunks are computed again.
     """
     inputs = (u, delta, A, B, C, D, delta_bias)
-    launches, delta, B, C = _start(u, delta, A, B, C, D, delta_bias, delta_softplus)
-    dtype = delta.dtype
-    states = launches.empty(*walk.states_shape(
-        launches.batch, launches.routes, launches.length, launches.state, launches.dim))
-    launches.forward(delta, B, C, None, states)
-    grad_u, grad_delta = launches.maps(dtype), launches.maps(dtype)
-    parts = {}
-
-    def outputs(columns: int):
-        for name in ('grad_B', 'grad_C'):
-            parts[name] = launches.empty(columns, *B.shape,
-                                         dtype=dtype if columns == 1 else torch.float32)
-        return dict(parts, grad_raw=grad_delta)
-
-    grad_y = grad_y.to(dtype).contiguous().unsqueeze(2)
-    sums = launches.backward(delta, B, C, states, grad_y, grad_u, outputs)
-    grad_B, grad_C = (t[0] if len(t) == 1 else t.sum(0) for t in parts.values())
-    by_A, by_bias, by_D = sums.split((launches.states, 1, 1), dim=2)
-    by_A = by_A.flatten(1, 2)[:, :launches.state].transpose(1, 2).reshape(A.shape)
-    grads = (launches.merge_groups(grad_u, dtype), launches.merge_groups(grad_delta, dtype), by_A,
-             grad_B, grad_C, by_D[:, 0].reshape(-1), by_bias.sum(1).reshape(-1))
+    u, delta, B, C, sizes, prepared = _start(*inputs)
+    dtype, state = u.dtype, A.shape[1]
+    batch, dim, _, length, _, routes = sizes
+    states = u.new_empty(walk.states_shape(batch, routes, length, state, dim), dtype=torch.float32)
+    _forward(u, delta, B, C, sizes, prepared, state, delta_softplus, dtype, None, states)
+    launch = walk.backward_launch(u.get_device(), dtype, sizes, state, sequence=True,
+                                  softplus=delta_softplus)
+    grad_u, grad_delta = _empty(u, dtype, state), _empty(u, dtype, state)
+    grad_B, grad_C = (u.new_empty((launch.columns, *B.shape),
+                                  dtype=dtype if launch.columns == 1 else torch.float32)
+                      for _ in range(2))
+    sums = walk.empty_sums(u, sizes, state, launch.parts)
+    memory = u.new_empty(launch.memory, dtype=torch.uint8)
+    grad_y = grad_y.to(dtype).contiguous()
+    launch.run(*[t.data_ptr() for t in (u, delta, prepared, states, grad_y, grad_u, grad_delta,
+                                        sums, memory, B, C, grad_B, grad_C)])
+    grad_B, grad_C = (t[0] if len(t) == 1 else t.sum(0) for t in (grad_B, grad_C))
+    _, by_bias, by_A, by_D = walk.finish(sums, sizes, (None, delta_bias, A, D))
+    grads = (walk.merge_groups(grad_u, dtype), walk.merge_groups(grad_delta, dtype), by_A, grad_B,
+             grad_C, by_D, by_bias)
     return tuple(None if t is None else g.to(t.dtype)
                  for g, t in zip(grads, inputs, strict=True))

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from vmamba_mm.ops.add_norm import cuda as norm
 from vmamba_mm.ops.nvrtc import Instance, cached, kernel
-from vmamba_mm.ops.ss2d_scan import cut, layout, walk
-from vmamba_mm.ops.walk import CODES, TYPES, combine_instance, device_limits, pointer
+from vmamba_mm.ops.ss2d_scan import cut, layout, merge, walk
+from vmamba_mm.ops.walk import CODES, TYPES, combine_instance, pointer
 
 _SCAN = 'P' * 5 + 'i' * 15
 _MAP = 'Pqiiii'
@@ -56,11 +56,6 @@ def backward_instance(type_: str, tiles: int, summary: bool) -> Instance:
 
 def finish_instance(type_: str) -> Instance:
     return Instance('ss2d_finish.cu', f'ss2d_finish<{type_}>', 'P' * 10 + 'i' * 13 + 'P')
-
-
-def merge_instance(type_: str, maps: int, extra: bool, parts: int, to_float: bool) -> Instance:
-    return Instance('ss2d_merge.cu', f'ss2d_merge<{type_}, {maps}, {str(extra).lower()}, {parts}, '
-                    f'{str(to_float).lower()}>', 'P' * 7 + 'fiiiii')
 
 
 # --- launches, for sizes (batch, dim, height, width, rank, routes), of addresses -----------------
@@ -126,33 +121,24 @@ def scan_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...],
     return ScanLaunch(run, 3 * bytes_)
 
 
-@cached
 def merge_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...], back: bool, extra: bool,
                  weight: torch.dtype | None, to_float: bool = False) -> Callable[..., None]:
-    """The sum of the maps that a scan, or its backward, wrote, and of ``extra``; its LayerNorm
-    for a ``weight`` of this dtype.
-
-    Of addresses: maps, extra, merged, normed, weight, bias, moments, each written where it is not
-    0; and eps.
-    """
+    """:func:`merge.launch` for the maps that a scan, or its backward, wrote; for fp32 that of the
+    walk kernels."""
     batch, dim, height, width = sizes[:4]
-    plan = cut.plan_of(*sizes, index)
-    work = plan.backward if back else plan.forward
-    # Images of a span; all, where spans are not of whole images.
-    images = work.span * 8 // plan.slots if work.independent and work.spans > 1 else batch
-    return _merge_launch(index, dtype, work.maps, images, (batch, dim, height * width), extra,
-                         weight, to_float)
+    if dtype in _HALVES:
+        plan = cut.plan_of(*sizes, index)
+        work = plan.backward if back else plan.forward
+        count, images = work.maps, _images(sizes, plan, work)
+    else:
+        count, images = sizes[5], batch
+    return merge.launch(index, dtype, count, images, (batch, dim, height * width), extra, weight,
+                        to_float)
 
 
-@cached
-def _merge_launch(index, dtype, count, images, sizes, extra, weight, to_float):
-    batch, dim, length = sizes
-    launch = kernel(index, merge_instance, TYPES[dtype], count, extra, -(-dim // 128),
-                    to_float).bind(
-        (min(-(-batch * length // 8), 8 * device_limits(index)[0]), 1, 1), (256, 1, 1),
-        8 * dim if weight else 0)
-    rest = batch, length, images, dim, CODES.get(weight, 0)
-    return lambda *addresses: launch(*addresses, *rest)
+def _images(sizes: tuple[int, ...], plan: cut.Plan, work: cut.Cut) -> int:
+    """Of a span; all, where spans are not of whole images."""
+    return work.span * 8 // plan.slots if work.independent and work.spans > 1 else sizes[0]
 
 
 @cached
@@ -212,7 +198,7 @@ def saved(x, rank, routes, state, save):
 
 def norm_fits(x: Tensor) -> bool:
     """Whether the kernels that add the maps and normalise take maps like ``x``."""
-    return x.dtype in _HALVES and x.shape[1] % 4 == 0 and x.shape[1] <= 4096
+    return merge.fits(x.shape[1])
 
 
 def forward_norm(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, norm_weight, norm_bias,
@@ -220,8 +206,8 @@ def forward_norm(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, norm_we
     """(out, projected, kept, merged) for inputs for which ``norm_fits``.
 
     ``merged``, which the norm's backward needs, is the map (B, H, W, D) in ``x``'s dtype and then
-    for each position mean and 1 / deviation in fp32; empty unless ``save``. With ``logs``, where
-    N = 1 and ``x`` is in half precision, A is -exp of what is given as such.
+    for each position mean and 1 / deviation in fp32; empty unless ``save``. With ``logs`` A is
+    -exp of what is given as such.
     """
     maps, sizes, projected, kept = _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D,
                                          save, logs)
@@ -232,7 +218,7 @@ def forward_norm(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, norm_we
     start = merged.data_ptr()
     _merging(x, maps, sizes, norm_weight.dtype)(
         maps.data_ptr(), 0, start, out.data_ptr(), norm_weight.data_ptr(), norm_bias.data_ptr(),
-        start + 2 * x.numel() if save else 0, eps)
+        start + x.itemsize * x.numel() if save else 0, eps)
     return layout.like(out, x), projected, kept, merged
 
 
@@ -241,14 +227,14 @@ def _merging(x, maps, sizes, weight, to_float=False):
     if sizes is not None:
         return merge_launch(x.get_device(), x.dtype, sizes, False, False, weight, to_float)
     batch, dim, height, width = x.shape
-    return _merge_launch(x.get_device(), x.dtype, len(maps), batch, (batch, dim, height * width),
-                         False, weight, to_float)
+    return merge.launch(x.get_device(), x.dtype, len(maps), batch, (batch, dim, height * width),
+                        False, weight, to_float)
 
 
 def merged_size(x):
     """Elements of ``merged``."""
     batch, dim, height, width = x.shape
-    return batch * height * width * (dim + 4)
+    return batch * height * width * (dim + 8 // x.itemsize)
 
 
 def _fields(x_BDHW: Tensor) -> tuple[int, ...]:
@@ -271,7 +257,8 @@ def _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save, logs=Fal
     """Maps (a number, B, H, W, D) to be added up, sizes of the kernels here or None, ``projected``,
     ``kept``."""
     if not _is_fast(x, A.shape[1]):
-        maps, *others = walk.forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save)
+        maps, *others = walk.forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save,
+                                     logs)
         return maps, None, *others
     batch, dim, height, width = x.shape
     routes, _, rank = dt_projs_weight.shape
@@ -303,7 +290,7 @@ def backward(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, pro
         grad_y = grad_y.to(x.dtype)
     parameters = (x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, *norm_parameters)
     if not _is_fast(x, A.shape[1]):
-        grads = walk.backward(grad_y, x, *parameters[:5], projected, kept)
+        grads = walk.backward(grad_y, x, *parameters[:5], projected, kept, logs)
         return *grads, *(s.to(t.dtype, copy=True) for s, t in zip(
             norm_sums.sum(0) if norm_parameters else (), norm_parameters, strict=True))
     batch, dim, height, width = x.shape
@@ -320,11 +307,7 @@ def backward(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, pro
 
     dprojected = dprojected[0] if len(dprojected) == 1 else dprojected.sum(0)
     grad_x = torch.mm(dprojected, kept.as_strided((routes * plan.row, dim), (dim, 1)))
-    if norm_fits(x):
-        merge_launch(index, x.dtype, sizes, True, True, None)(
-            maps.data_ptr(), grad_x.data_ptr(), grad_x.data_ptr(), 0, 0, 0, 0, 0.0)
-    else:
-        grad_x = torch.sum(maps.flatten(1, 3), 0, dtype=torch.float32).add_(grad_x).to(x.dtype)
+    grad_x = merge.add(maps, grad_x, _images(sizes, plan, plan.backward))
     grad_x = grad_x.view(batch, height, width, dim).permute(0, 3, 1, 2)
     product = layout.project_weight_grad(dprojected, x)
 
@@ -344,7 +327,7 @@ def backward_norm(grad, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, 
     blocks, launch = norm.backward_launch(grad.get_device(), grad.dtype, merged.dtype, None,
                                           norm_weight.dtype, batch, height * width, dim)
     grad_y, sums = torch.empty_like(grad), grad.new_empty((blocks, 2, dim), dtype=torch.float32)
-    launch(grad.data_ptr(), merged.data_ptr(), merged.data_ptr() + 2 * grad.numel(),
+    launch(grad.data_ptr(), merged.data_ptr(), merged.data_ptr() + merged.itemsize * grad.numel(),
            norm_weight.data_ptr(), 0, 0, grad_y.data_ptr(), 0, sums.data_ptr())
     return backward(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, projected,
                     kept, (norm_weight, norm_bias), sums, logs)
