@@ -171,7 +171,7 @@ def write_products_plainly(torch, cublas):
         return memory.view(dtype).view(height, width)
 
     def on_addresses(index, dtype, out_dtype, rows, columns, inner, left_t=False, right_t=False,
-                     bias=False):
+                     bias=False, tf32=False):
         def run(left, right, out, workspace, *bias):
             a = matrix(left, inner, rows, dtype).T if left_t else matrix(left, rows, inner, dtype)
             b = (matrix(right, columns, inner, dtype).T if right_t

@@ -135,7 +135,8 @@ def run_compiler(*arguments: str, text: str | None = None) -> str:
     return done.stdout
 
 
-def product(index, dtype, out_dtype, rows, columns, inner, left_t=False, right_t=False, bias=False):
+def product(index, dtype, out_dtype, rows, columns, inner, left_t=False, right_t=False, bias=False,
+            tf32=False):
     """In place of :func:`vmamba_mm.ops.cublas.product`; leaves NaN in its workspace."""
     def matrix(address, height, width, dtype):
         size = height * width * dtype.itemsize

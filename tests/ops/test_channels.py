@@ -306,6 +306,11 @@ def calls(kernels, monkeypatch):
     return calls
 
 
+def autocast(device, dtype):
+    """None for fp32."""
+    return torch.autocast(device, HALF if dtype == SINGLE else dtype, enabled=dtype != SINGLE)
+
+
 def make_block(device, dim, ratio, feeds=False, drop_path=0.0):
     torch.manual_seed(0)
     block = VSSBlock(dim, mlp_ratio=4.0, drop_path=drop_path, with_cp=False, feeds_matmul=feeds,
@@ -316,7 +321,7 @@ def make_block(device, dim, ratio, feeds=False, drop_path=0.0):
     return block
 
 
-@pytest.mark.parametrize('dtype', [HALF, BRAIN], ids=['fp16', 'bf16'])
+@pytest.mark.parametrize('dtype', [HALF, BRAIN, SINGLE], ids=['fp16', 'bf16', 'fp32'])
 @BLOCKS
 def test_block_in_one_op(request, kernels, calls, shape, ratio, feeds, dtype):
     """As step by step, which a hook brings back."""
@@ -325,7 +330,7 @@ def test_block_in_one_op(request, kernels, calls, shape, ratio, feeds, dtype):
     x = randn(*shape, device=kernels)
     exact = copy.deepcopy(block).double()(x.double()).detach()
     assert not calls
-    with torch.no_grad(), torch.autocast(kernels, dtype):
+    with torch.no_grad(), autocast(kernels, dtype):
         found = block(x)
         for name in ('ssm', 'ssm.out_proj', 'mlp', 'mlp.fc1', 'norm2'):
             handle = block.get_submodule(name).register_forward_hook(
@@ -353,26 +358,27 @@ def test_a_block_with_another_convolution(kernels, calls):
     assert not calls
 
 
+@pytest.mark.parametrize('dtype', [HALF, SINGLE], ids=['fp16', 'fp32'])
 @BLOCKS
-def test_gradients_of_a_block_in_one_op(kernels, calls, shape, ratio, feeds):
+def test_gradients_of_a_block_in_one_op(kernels, calls, shape, ratio, feeds, dtype):
     block = make_block(kernels, shape[3], ratio, feeds, drop_path=0.3).train()
     x = randn(*shape, device=kernels).requires_grad_()
     grad = randn(*shape, device=kernels, seed=1)
 
-    def run(block, x, dtype):
+    def run(block, x, dtype=SINGLE):
         torch.manual_seed(1)
-        with torch.autocast(kernels, HALF, enabled=dtype == HALF):
+        with autocast(kernels, dtype):
             y = block(x)
         return y, *torch.autograd.grad(y, [x, *block.parameters()], grad.to(y.dtype))
 
-    exact = run(copy.deepcopy(block).double(), x.detach().double().requires_grad_(), torch.double)
-    found = run(block, x, HALF)
+    exact = run(copy.deepcopy(block).double(), x.detach().double().requires_grad_())
+    found = run(block, x, dtype)
     assert calls == [1]
     block.ssm.in_proj.register_forward_hook(lambda *args: None)
     names = ['y', 'x', *(name for name, _ in block.named_parameters())]
-    for name, one, other, right in zip(names, found, run(block, x, HALF), exact, strict=True):
+    for name, one, other, right in zip(names, found, run(block, x, dtype), exact, strict=True):
         assert one.dtype == other.dtype and one.shape == other.shape, name
-        limit = max(2 * relative_error(other, right), LIMITS[HALF])
+        limit = max(2 * relative_error(other, right), LIMITS[dtype])
         assert relative_error(one, right) <= limit, name
     assert calls == [1]
 
@@ -430,12 +436,13 @@ def test_opcheck(kernels):
     block = make_block(kernels, 32, 1.0)
     x = randn(2, 5, 6, 32, device=kernels)
     parameters = block._in_one_op(x, HALF)
-    arguments = (block.ssm.conv2d.bias, torch.ones(2, device=kernels), None, 1e-5, HALF, SINGLE)
-    opcheck(torch.ops.vmamba_mm.vss_block_fwd.default,
-            (x.requires_grad_(), *parameters, *arguments),
-            test_utils=('test_schema', 'test_autograd_registration', 'test_faketensor'))
-    opcheck(torch.ops.vmamba_mm.vss_block.default,
-            (x.detach(), [t.detach() for t in parameters], None, *arguments[3:]))
+    for dtype in (HALF, SINGLE):
+        rest = block.ssm.conv2d.bias, torch.ones(2, device=kernels), None, 1e-5, dtype, SINGLE
+        opcheck(torch.ops.vmamba_mm.vss_block_fwd.default,
+                (x.detach().requires_grad_(), *parameters, *rest),
+                test_utils=('test_schema', 'test_autograd_registration', 'test_faketensor'))
+        opcheck(torch.ops.vmamba_mm.vss_block.default,
+                (x.detach(), [t.detach() for t in parameters], None, *rest[3:]))
 
 
 def test_bit_equal_whichever_thread_is_first(kernels, monkeypatch):

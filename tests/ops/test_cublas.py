@@ -50,6 +50,17 @@ def test_products(dtype, sizes, kwargs, to_float):
 
 
 @needs_gpu
+@pytest.mark.parametrize('kwargs', [{}, {'left_t': True}, {'right_t': True, 'bias': True}], ids=str)
+def test_products_in_fp32(kwargs):
+    errors = []
+    for tf32 in (False, True):
+        run, out, expected = make(3137, 96, 388, torch.float32, torch.float32, tf32=tf32, **kwargs)
+        run()
+        errors.append(relative_error(out, expected))
+    assert errors[0] <= 2e-6 and 1e-5 <= errors[1] <= 1e-3
+
+
+@needs_gpu
 def test_threads_that_share_a_product():
     """Each with a bias of its own, in a thread without a context."""
     runs = [make(64, 32, 48, torch.float16, torch.float16, right_t=True, bias=True)

@@ -16,7 +16,7 @@ import torch
 from vmamba_mm.ops import nvrtc
 
 _TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}  # cudaDataType
-_COMPUTE_32F = 68
+_COMPUTE_32F, _COMPUTE_32F_FAST_TF32 = 68, 77
 _TRANSA, _TRANSB, _EPILOGUE, _BIAS_POINTER = 3, 4, 7, 8  # of a product
 _EPILOGUE_BIAS = 4
 _WORKSPACE, _REDUCTIONS, _ALIGNMENTS = 1, 3, (5, 6, 7, 8)  # of a preference
@@ -94,19 +94,21 @@ def _handle(index: int) -> ctypes.c_void_p:
 
 @nvrtc.cached
 def product(index: int, dtype: torch.dtype, out_dtype: torch.dtype, rows: int, columns: int,
-            inner: int, left_t: bool = False, right_t: bool = False, bias: bool = False
-            ) -> Product:
+            inner: int, left_t: bool = False, right_t: bool = False, bias: bool = False,
+            tf32: bool = False) -> Product:
     """``left`` (rows, inner) times ``right`` (inner, columns), plus ``bias`` (columns), each
     without gaps, of which a transposed one lies there as (inner, rows) or (columns, inner).
 
-    Sums are in fp32 and rounded once. Every address is a multiple of 16.
+    Sums are in fp32 and rounded once; ``tf32`` rounds factors in fp32 to that. Every address is a
+    multiple of 16.
 
     Raises:
         RuntimeError: with the library's words, if it cannot.
     """
     matmul, set_attribute = _library().cublasLtMatmul, _library().cublasLtMatmulDescSetAttribute
     # The library's matrices have columns one after the other: to it, all here are transposed.
-    descriptor = _make('MatmulDescCreate', _COMPUTE_32F, _TYPES[torch.float32])
+    descriptor = _make('MatmulDescCreate', _COMPUTE_32F_FAST_TF32 if tf32 else _COMPUTE_32F,
+                       _TYPES[torch.float32])
     _set('MatmulDesc', descriptor, _TRANSA, ctypes.c_int(right_t))
     _set('MatmulDesc', descriptor, _TRANSB, ctypes.c_int(left_t))
     if bias:

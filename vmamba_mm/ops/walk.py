@@ -255,6 +255,11 @@ def _prepared_offsets(sizes: tuple[int, ...], state: int) -> list[int]:
             4 * (weights + rates + 2 * plain)]
 
 
+def prepared_size(sizes: tuple[int, ...], state: int) -> int:
+    """Elements, fp32, of what :func:`prepare_launch` writes."""
+    return _prepared_offsets(sizes, state)[-1] // 4
+
+
 # --- launches, of addresses -----------------------------------------------------------------------
 # For sizes (batch, dim, height, width, rank, routes); of selective_scan dim is that of a group,
 # height 1 and rank 0.

@@ -16,13 +16,12 @@ from vmamba_mm.ops.channels import WIDEST, sum_launch
 from vmamba_mm.ops.dwconv import cuda as dwconv
 from vmamba_mm.ops.mlp import cuda as mlp
 from vmamba_mm.ops.nvrtc import cached
-from vmamba_mm.ops.ss2d_scan import cuda as scan
-from vmamba_mm.ops.ss2d_scan import cut
+from vmamba_mm.ops.vss_block import scan
 
 #: in this order: weights and biases of norm1, in_proj, conv, x_proj, dt_projs, dt_projs' bias,
 #: A_logs, D, of out_norm, out_proj, of norm2, of fc1, of fc2, and the convolution's bias
 _CAST, _CAST_BACK = (2, 11, 14, 15, 16, 17), (2, 11, 14, 16)
-_SCAN = slice(4, 9)
+_SCAN, _OUT_NORM = slice(4, 9), slice(9, 11)
 
 
 def why_not(x: Tensor, dtype: torch.dtype, tensors: tuple[Tensor, ...]) -> str | None:
@@ -32,8 +31,8 @@ def why_not(x: Tensor, dtype: torch.dtype, tensors: tuple[Tensor, ...]) -> str |
     if (reason := walk.why_not(x, dt_projs.shape[2], 1)) is not None:
         return reason
     dim, inner, wide = x.shape[3], in_proj.shape[0], hidden.shape[0]
-    if dtype not in (torch.float16, torch.bfloat16) or x_proj.shape[1] != dt_projs.shape[2] + 2:
-        return 'it takes a state of 1 and matrix products in half precision'
+    if dtype not in walk.CODES or x_proj.shape[1] != dt_projs.shape[2] + 2:
+        return 'it takes a state of 1 and matrix products in float32, float16 or bfloat16'
     if dim % 4 or inner % 4 or wide % 4 or max(dim, inner) > WIDEST:
         return f'{dim} channels, {inner} inner and {wide} hidden ones: it takes multiples of 4 ' \
                f'up to {WIDEST}'
@@ -42,6 +41,8 @@ def why_not(x: Tensor, dtype: torch.dtype, tensors: tuple[Tensor, ...]) -> str |
     dtypes = [t.dtype for t in tensors]
     if any(d not in walk.CODES for d in dtypes):  # sets are too much for Dynamo of torch 2.11
         return 'a parameter is neither float32 nor float16 nor bfloat16'
+    if dtype == torch.float32 and any(d != dtype for d in (x.dtype, *dtypes)):
+        return 'matrix products in float32 are for a map and parameters in float32'
     if any(dtypes[i] not in (dtype, torch.float32) for i in _CAST):
         return f'a parameter of a matrix product is neither float32 nor {dtype}'
     if dtypes[0] != dtypes[1] or dtypes[9] != dtypes[10] or dtypes[12] != dtypes[13]:
@@ -49,22 +50,34 @@ def why_not(x: Tensor, dtype: torch.dtype, tensors: tuple[Tensor, ...]) -> str |
     return cublas.why_not()
 
 
-def saved_places(x: Tensor, parameters: tuple[Tensor, ...]) -> tuple[list[int], int]:
-    """Where in the slab for the backward each part begins, and its size, in elements: normed1 and
-    its moments, what the convolution and the scan take, the projected input, the scan's ``kept``
-    and ``merged``, the sum and its norm with moments, GELU's input."""
-    batch, height, width, dim = x.shape
+def saved_size(x: Tensor, parameters: tuple[Tensor, ...], dtype: torch.dtype) -> int:
+    """Elements of ``dtype`` that a forward keeps in its slab for the backward."""
+    return _saved(x.shape, _widths(parameters), x.dtype, dtype)[1]
+
+
+def _widths(parameters):
+    """Inner channels, hidden ones, rank and routes."""
     routes, inner, rank = parameters[5].shape
-    length, hidden = height * width, parameters[14].shape[0]
-    pixels = batch * length
-    return _places(pixels * dim, 4 * pixels, pixels * inner, pixels * inner,
-                   pixels * routes * cut.row_of(rank),
-                   sum(cut.kept_sizes(batch, inner, length, rank, routes)), pixels * (inner + 4),
-                   pixels * dim * x.dtype.itemsize // 2, pixels * dim, 4 * pixels, pixels * hidden)
+    return inner, parameters[14].shape[0], rank, routes
+
+
+def _saved(shape, widths, x_dtype, dtype):
+    """Where in that slab each part begins, and its size, in elements: normed1 and its moments, what
+    the convolution and the scan take, the projected input, what the scan keeps, the map before its
+    norm and its moments, the sum and its norm with moments, GELU's input."""
+    batch, height, width, dim = shape
+    inner, hidden, rank, routes = widths
+    pixels = batch * height * width
+    row, *kept = scan.kept_sizes(dtype, (batch, inner, height, width, rank, routes))
+    moments = 8 // dtype.itemsize * pixels
+    return _places(pixels * dim, moments, pixels * inner, pixels * inner, pixels * routes * row,
+                   sum(kept), pixels * inner + moments,
+                   pixels * dim * x_dtype.itemsize // dtype.itemsize, pixels * dim, moments,
+                   pixels * hidden)
 
 
 def _places(*sizes: int) -> tuple[list[int], int]:
-    """Where in a slab each begins, at a multiple of 256 bytes, and where the last ends."""
+    """Where in a slab each begins, at a multiple of 128 elements, and where the last ends."""
     *starts, end = accumulate((-(-size // 128) * 128 for size in sizes), initial=0)
     return starts, end
 
@@ -72,17 +85,17 @@ def _places(*sizes: int) -> tuple[list[int], int]:
 class _Launches:
     """What a forward and a backward share, for these sizes and dtypes."""
 
-    def __init__(self, index, shape, widths, x_dtype, dtype, dtypes):
+    def __init__(self, index, shape, widths, x_dtype, dtype, tf32):
         batch, height, width, self.dim = shape
         self.inner, self.hidden, rank, routes = widths
-        self.dtype, self.length = dtype, height * width
+        self.dtype, self.unit, self.tf32 = dtype, dtype.itemsize, tf32
+        self.residual = x_dtype.itemsize // self.unit
+        self.length = height * width
         self.pixels = batch * self.length
         self.sizes = (batch, self.inner, height, width, rank, routes)
-        self.plan = cut.plan_of(*self.sizes, index)
-        self.projected = routes * self.plan.row
         self.on_dim = index, batch, self.length, self.dim
         self.map = (self.length * self.inner, self.inner), (batch, height, width, self.inner)
-        self.fields = (self.length * self.inner, self.inner, 1, 1, 0)  # of a map of the scan
+        self.saved, self.saved_size = _saved(shape, widths, x_dtype, dtype)
         self.workspace_size = 0
 
     def norm(self, *dtypes):
@@ -90,8 +103,9 @@ class _Launches:
         return norm.forward_launch(index, *dtypes, *shape)
 
     def product(self, *sizes, out_dtype=None, **kwargs):
-        made = cublas.product(self.on_dim[0], self.dtype, out_dtype or self.dtype, *sizes, **kwargs)
-        self.workspace_size = max(self.workspace_size, made.workspace // 2)
+        made = cublas.product(self.on_dim[0], self.dtype, out_dtype or self.dtype, *sizes,
+                              tf32=self.tf32, **kwargs)
+        self.workspace_size = max(self.workspace_size, made.workspace // self.unit)
         return made.run
 
     def cast(self, parameters, dtypes, sizes):
@@ -101,29 +115,26 @@ class _Launches:
             return 0, None
         starts, launch = mlp.cast_launch(self.on_dim[0], self.dtype, sizes,
                                          tuple(dtypes[i] for i in parameters))
-        starts = [2 * start for start in starts]
+        starts = [self.unit * start for start in starts]
 
         def run(addresses, to):
             launch(*addresses, to)
             return [to + start for start in starts[:-1]]
 
-        return starts[-1] // 2, run
+        return starts[-1] // self.unit, run
 
 
 class _Forward(_Launches):
-    def __init__(self, index, shape, widths, x_dtype, dtype, out_dtype, dtypes, save):
-        super().__init__(index, shape, widths, x_dtype, dtype, dtypes)
-        dim, inner, hidden, pixels, plan = (self.dim, self.inner, self.hidden, self.pixels,
-                                            self.plan)
+    def __init__(self, index, shape, widths, x_dtype, dtype, tf32, out_dtype, dtypes, save):
+        super().__init__(index, shape, widths, x_dtype, dtype, tf32)
+        dim, inner, hidden, pixels = self.dim, self.inner, self.hidden, self.pixels
         weights, self.round = self.cast(_CAST, dtypes, (
             inner * dim, dim * inner, hidden * dim, hidden, dim * hidden, dim))
         self.norm1 = self.norm(x_dtype, None, dtype, dtypes[0])
         self.in_proj = self.product(pixels, inner, dim, right_t=True)
         self.convolve = dwconv.forward_launch(index, dtype, dtypes[3], dtypes[18], True, *self.map)
-        self.prepare = scan.prepare_launch(index, dtype, self.sizes, dtypes[_SCAN], True)
-        self.project = self.product(pixels, self.projected, inner, right_t=True)
-        self.scan = scan.scan_launch(index, dtype, self.sizes, (self.fields,), False)
-        self.merge = scan.merge_launch(index, dtype, self.sizes, False, False, dtypes[9])
+        self.scan = scan.forward_of(dtype)(
+            index, dtype, self.sizes, dtypes[_SCAN] + dtypes[_OUT_NORM], self.product)
         self.out_proj = self.product(pixels, dim, inner, right_t=True)
         self.norm2 = self.norm(x_dtype, dtype, dtype, dtypes[12])
         self.fc1 = self.product(pixels, hidden, dim, right_t=True, bias=True)
@@ -131,60 +142,59 @@ class _Forward(_Launches):
         self.add = self.norm(x_dtype, dtype, out_dtype, None)
         # Maps that take one another's place: the products' results; what the scan reads, and the
         # branch; the scan's maps, and what is hidden in the MLP.
-        narrow, wide = pixels * max(dim, inner), pixels * max(plan.forward.maps * inner, hidden)
+        narrow, wide = pixels * max(dim, inner), pixels * max(self.scan.maps * inner, hidden)
         (self.weights, self.workspace, self.memory, self.narrow, self.other, self.wide,
          *self.places), self.size = _places(
-            weights, self.workspace_size, self.scan.memory // 2, narrow, narrow, wide,
-            *() if save else (pixels * dim, pixels * self.projected, plan.offsets[-2] // 2,
-                              pixels * dim * x_dtype.itemsize // 2))
+            weights, self.workspace_size, self.scan.memory, narrow, narrow, wide,
+            *() if save else (pixels * dim, pixels * self.scan.columns,
+                              self.scan.states // self.unit, pixels * dim * self.residual))
 
-    def __call__(self, x, parameters, scales, eps, result, saved, places):
-        """Writes ``result``, and ``saved``, if it is there, at its ``places``."""
-        slab = x.new_empty(self.size, dtype=self.dtype)
+    def __call__(self, x, parameters, scales, eps, result, saved):
+        """Writes ``result``, and ``saved``, if it is there."""
+        slab, unit = x.new_empty(self.size, dtype=self.dtype), self.unit
         base = slab.data_ptr()
-        narrow, other, wide = base + 2 * self.narrow, base + 2 * self.other, base + 2 * self.wide
-        workspace = base + 2 * self.workspace
-        merged = moments1 = moments2 = moments = states = 0
+        narrow, other, wide, workspace, memory = [base + unit * n for n in (
+            self.narrow, self.other, self.wide, self.workspace, self.memory)]
+        merged = moments1 = moments2 = moments = 0
         if saved is None:
-            normed1, projected, kept, total = (base + 2 * n for n in self.places)
+            normed1, projected, kept, total = [base + unit * n for n in self.places]
             normed2, before, given, inside = normed1, narrow, other, wide
         else:
             start = saved.data_ptr()
             (normed1, moments1, before, given, projected, kept, merged, total, normed2, moments2,
-             inside) = (start + 2 * n for n in places)
-            moments = merged + 2 * self.pixels * self.inner
-            states = kept + self.plan.offsets[-2]
+             inside) = [start + unit * n for n in self.saved]
+            moments = merged + unit * self.pixels * self.inner
         (norm1, norm1_bias, in_proj, conv, x_proj, dt_projs, dt_bias, A_logs, D, out_norm,
          out_norm_bias, out_proj, norm2, norm2_bias, fc1, bias1, fc2, bias2, conv_bias
          ) = [0 if t is None else t.data_ptr() for t in parameters]
         scale1, scale2 = (0 if scale is None else scale.data_ptr() for scale in scales)
         if self.round is not None:
             in_proj, out_proj, fc1, bias1, fc2, bias2 = self.round(
-                (in_proj, out_proj, fc1, bias1, fc2, bias2), base + 2 * self.weights)
+                (in_proj, out_proj, fc1, bias1, fc2, bias2), base + unit * self.weights)
         x = x.data_ptr()
 
         self.norm1(x, 0, 0, norm1, norm1_bias, 0, normed1, moments1, eps)
         self.in_proj(normed1, in_proj, before, workspace)
         self.convolve(before, conv, conv_bias, given)
-        self.prepare(x_proj, dt_projs, dt_bias, A_logs, D, kept)
-        self.project(given, kept, projected, workspace)
-        self.scan.run(projected, kept, (given,), wide, states, (), base + 2 * self.memory)
-        self.merge(wide, 0, merged, narrow, out_norm, out_norm_bias, moments, eps)
+        self.scan.run((x_proj, dt_projs, dt_bias, A_logs, D), given, projected, kept, wide,
+                      saved is not None, memory, workspace)
+        self.scan.merge(wide, 0, merged, narrow, out_norm, out_norm_bias, moments, eps)
         self.out_proj(narrow, out_proj, other, workspace)
         self.norm2(x, other, scale1, norm2, norm2_bias, total, normed2, moments2, eps)
         self.fc1(normed2, fc1, inside, workspace, bias1)
         size = self.pixels * self.hidden
         active = slab.as_strided((size,), (1,), self.wide)
-        F.gelu(active if saved is None else saved.as_strided((size,), (1,), places[-1]), out=active)
+        inner = active if saved is None else saved.as_strided((size,), (1,), self.saved[-1])
+        F.gelu(inner, out=active)
         self.fc2(wide, fc2, narrow, workspace, bias2)
         self.add(total, narrow, scale2, 0, 0, result.data_ptr(), 0, 0, 0.0)
 
 
 class _Backward(_Launches):
-    def __init__(self, index, shape, widths, x_dtype, dtype, dtypes):
-        super().__init__(index, shape, widths, x_dtype, dtype, dtypes)
+    def __init__(self, index, shape, widths, x_dtype, dtype, tf32, dtypes):
+        super().__init__(index, shape, widths, x_dtype, dtype, tf32)
         dim, inner, hidden, pixels = self.dim, self.inner, self.hidden, self.pixels
-        batch, length, work = shape[0], self.length, self.plan.backward
+        batch, length = shape[0], self.length
         weights, self.round = self.cast(_CAST_BACK, dtypes, (
             inner * dim, dim * inner, hidden * dim, dim * hidden))
 
@@ -212,13 +222,9 @@ class _Backward(_Launches):
         self.dout_proj = self.product(dim, inner, pixels, left_t=True, out_dtype=dtypes[11])
         sums, self.out_norm = norm.backward_launch(index, dtype, dtype, None, dtypes[9], batch,
                                                    length, inner)
-        self.scan = scan.scan_launch(index, dtype, self.sizes, (self.fields,) * 2, True)
-        sizes.append(work.spans * scan.columns_of(self.sizes))
-        self.project = self.product(pixels, inner, self.projected)
-        self.dproject = self.product(self.projected, inner, pixels, left_t=True)
-        self.merge = scan.merge_launch(index, dtype, self.sizes, True, True, None)
-        self.finish = scan.finish_launch(index, dtype, self.sizes,
-                                         dtypes[_SCAN] + dtypes[9:11], sums)
+        self.scan = scan.backward_of(dtype)(
+            index, dtype, self.sizes, dtypes[_SCAN] + dtypes[_OUT_NORM], sums, self.product)
+        sizes.append(self.scan.partials)
         parts, self.convolve = dwconv.backward_launch(index, dtype, dtypes[3], dtypes[18],
                                                       *self.map)
         self.sum_conv = sum_launch(index, parts, 9, inner, dtypes[3], dtypes[18])
@@ -230,25 +236,27 @@ class _Backward(_Launches):
 
         # Two maps of the MLP, then all of the scan's, of which others take the place later.
         mlps, end = _places(pixels * hidden, pixels * hidden)
-        scans, other_end = _places(*[pixels * inner] * 3, work.maps * pixels * inner,
-                                   work.columns * pixels * self.projected,
-                                   self.projected * inner, self.scan.memory // 2)
+        scans, other_end = _places(*[pixels * inner] * 3, self.scan.maps * pixels * inner,
+                                   self.scan.parts * pixels * self.scan.columns, self.scan.product,
+                                   self.scan.memory)
+        single = 4 // self.unit
         places, self.size = _places(
             weights, self.workspace_size, pixels * dim, pixels * dim,
-            pixels * dim * x_dtype.itemsize // 2, 2 * max(sizes), 4 * sums * inner,
+            pixels * dim * self.residual, single * max(sizes), 2 * single * sums * inner,
             max(end, other_end))
-        self.places = [2 * n for n in (*places[:-1], *(places[-1] + n for n in (*mlps, *scans)))]
+        self.places = [self.unit * n for n in (*places[:-1],
+                                               *(places[-1] + n for n in (*mlps, *scans)))]
 
-    def __call__(self, grad, x, parameters, scales, saved, places, eps):
+    def __call__(self, grad, x, parameters, scales, saved, eps):
         """Gradients by x and the parameters, an empty one by a bias that is None."""
         slab = x.new_empty(self.size, dtype=self.dtype)
         base, start = slab.data_ptr(), saved.data_ptr()
         (weights, workspace, narrow, branch, dtotal, partials, sums, inside, active, first, second,
          third, maps, dprojected, product, memory) = [base + n for n in self.places]
         (normed1, moments1, before, given, projected, kept, merged, total, normed2, moments2,
-         hidden) = [start + 2 * n for n in places]
-        (norm1, _, in_proj, conv, _, _, _, A_logs, _, out_norm, out_norm_bias, out_proj, norm2, _,
-         fc1, _, fc2, _, conv_bias) = [0 if t is None else t.data_ptr() for t in parameters]
+         hidden) = [start + self.unit * n for n in self.saved]
+        (norm1, _, in_proj, conv, *scans, out_norm, out_norm_bias, out_proj, norm2, _, fc1, _, fc2,
+         _, conv_bias) = [0 if t is None else t.data_ptr() for t in parameters]
         dx = x.new_empty(x.shape)
         grads = [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in parameters]
         to = [t.data_ptr() for t in grads]
@@ -274,19 +282,16 @@ class _Backward(_Launches):
         self.merged_norm(merged, 0, 0, out_norm, out_norm_bias, 0, first, 0, eps)
         self.out_proj(branch, out_proj, second, workspace)
         self.dout_proj(branch, first, to[11], workspace)
-        self.out_norm(second, merged, merged + 2 * self.pixels * self.inner, out_norm, 0, 0, third,
-                      0, sums)
-        self.scan.run(projected, kept, (given, third), maps, kept + self.plan.offsets[-2],
-                      (dprojected, partials), memory)
-        if (columns := self.plan.backward.columns) > 1:
-            size = self.pixels * self.projected
-            parts = slab.as_strided((columns, size), (size, 1), (dprojected - base) // 2)
-            together = parts.sum(0)
+        moments = merged + self.unit * self.pixels * self.inner
+        self.out_norm(second, merged, moments, out_norm, 0, 0, third, 0, sums)
+        self.scan.run(given, third, projected, kept, maps, dprojected, partials, memory)
+        if self.scan.parts > 1:
+            size = self.pixels * self.scan.columns
+            together = slab.as_strided((self.scan.parts, size), (size, 1),
+                                       (dprojected - base) // self.unit).sum(0)
             dprojected = together.data_ptr()
-        self.project(dprojected, kept, second, workspace)
-        self.merge(maps, second, second, 0, 0, 0, 0, 0.0)
-        self.dproject(dprojected, given, product, workspace)
-        self.finish(partials, product, sums, *to[_SCAN], *to[9:11], A_logs)
+        self.scan.end(scans, given, kept, maps, dprojected, partials, product, sums, second,
+                      to[_SCAN] + to[_OUT_NORM], workspace)
 
         self.convolve(before, conv, conv_bias, second, first, partials)
         self.sum_conv(partials, to[3], to[18])
@@ -302,9 +307,9 @@ _forward_of, _backward_of = cached(_Forward), cached(_Backward)
 
 
 def _key(x, parameters, dtype):
-    routes, inner, rank = parameters[5].shape
-    return ((x.get_device(), x.shape, (inner, parameters[14].shape[0], rank, routes), x.dtype,
-             dtype), tuple([None if t is None else t.dtype for t in parameters]))
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return ((x.get_device(), x.shape, _widths(parameters), x.dtype, dtype, tf32),
+            tuple([None if t is None else t.dtype for t in parameters]))
 
 
 def _plain(t):
@@ -319,11 +324,9 @@ def forward(x, parameters, scales, eps, dtype, out_dtype, save):
     x, parameters = _plain(x), [_plain(t) for t in parameters]
     key, dtypes = _key(x, parameters, dtype)
     result = x.new_empty(x.shape, dtype=out_dtype)
-    places, saved = None, None
-    if save:
-        places, size = saved_places(x, parameters)
-        saved = x.new_empty(size, dtype=dtype)
-    _forward_of(*key, out_dtype, dtypes, save)(x, parameters, scales, eps, result, saved, places)
+    launches = _forward_of(*key, out_dtype, dtypes, save)
+    saved = x.new_empty(launches.saved_size, dtype=dtype) if save else None
+    launches(x, parameters, scales, eps, result, saved)
     return result, saved
 
 
@@ -331,5 +334,4 @@ def backward(grad, x, parameters, scales, saved, eps):
     """Gradients by x and the parameters, an empty one by a bias that is None."""
     x, parameters = _plain(x), [_plain(t) for t in parameters]
     key, dtypes = _key(x, parameters, saved.dtype)
-    return _backward_of(*key, dtypes)(_plain(grad), x, parameters, scales, saved,
-                                      saved_places(x, parameters)[0], eps)
+    return _backward_of(*key, dtypes)(_plain(grad), x, parameters, scales, saved, eps)

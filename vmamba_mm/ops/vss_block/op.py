@@ -44,7 +44,7 @@ def _backward(ctx, grad):
 def _fwd_fake(x, *args):
     dtype, out_dtype = args[22:]
     return (x.new_empty(x.shape, dtype=out_dtype),
-            x.new_empty(cuda.saved_places(x, args[:18])[1], dtype=dtype))
+            x.new_empty(cuda.saved_size(x, args[:18], dtype), dtype=dtype))
 
 
 @register('vss_block_fwd', fake=_fwd_fake, backward=_backward, setup_context=_setup_context)
@@ -78,7 +78,7 @@ def vss_block(x: Tensor, parameters: tuple[Tensor, ...], conv_bias: Tensor | Non
         conv_bias: (D), or None.
         scales: (B), fp32, factors of the two branches, or None for 1.
         eps: of the three norms.
-        dtype: of the matrix products, fp16 or bf16.
+        dtype: of the matrix products, fp16 or bf16, or fp32, which ``x`` has then too.
         out_dtype: of the result.
 
     Returns:

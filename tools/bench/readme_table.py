@@ -1,0 +1,117 @@
+"""Write the performance tables of README.md from what end_to_end.py and dense_steps.py measured.
+
+What stands between the lines "<!-- performance -->" and "<!-- /performance -->" is replaced; the
+rows of all files must be of one device and torch.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import _cli  # noqa: E402  (a sibling script, not a package)
+import dense_steps_report as steps  # noqa: E402
+import end_to_end_report as report  # noqa: E402
+from end_to_end_report import FAMILIES, OURS, Case, find_setting, number, show  # noqa: E402
+
+from vmamba_mm.atomic import write_atomic  # noqa: E402
+
+EXAMPLES = '''  python tools/bench/readme_table.py --models a.csv b.csv --steps steps.csv'''
+BEGIN, END = '<!-- performance -->\n', '<!-- /performance -->\n'
+TINY = {'tiny_s1l8': 'VMamba-T (`tiny_s1l8`)', 'swin_t': 'Swin-T', 'convnext_t': 'ConvNeXt-T'}
+PEERS = {name: f'{family}-{size[0].upper()}' for family in ('Swin', 'ConvNeXt')
+         for size, name in FAMILIES[family].items()}
+_TRAIN = Case('', 'forward+backward')
+_LARGE = dict(height=800, width=1280, output='maps')
+LINES = [
+    ('inference, images/s', Case(''), 'images_per_s'),
+    ('inference, fp16 parameters, images/s', Case('', precision='pure'), 'images_per_s'),
+    ('the same, compiled', Case('', how='compiled', precision='pure'), 'images_per_s'),
+    ('forward + backward, images/s', _TRAIN, 'images_per_s'),
+    ('the same, compiled', _TRAIN._replace(how='compiled'), 'images_per_s'),
+    ("the same, compiled with mode='max-autotune'", _TRAIN._replace(how='max-autotune'),
+     'images_per_s'),
+    ('peak memory of forward + backward, GiB', _TRAIN, 'peak_gib'),
+    ('one image, ms', Case('', batch=1), 'ms'),
+    ('one image, CUDA graph, ms', Case('', batch=1, how='graph'), 'ms'),
+    ('one image of 800x1280, the maps, ms', Case('', batch=1, **_LARGE), 'ms'),
+    ('one image of 800x1280, the maps, CUDA graph, ms', Case('', batch=1, how='graph', **_LARGE),
+     'ms'),
+    ('four images of 1024x1024, images/s', Case('', batch=4, height=1024, width=1024),
+     'images_per_s')]
+
+
+def table(head, lines):
+    """Markdown; lines without a number are left out."""
+    rows = [head, ['---'] * len(head), *(line for line in lines if any(
+        cell not in ('', '-') for cell in line[1:]))]
+    return '\n'.join(f'| {" | ".join(row)} |' for row in rows) + '\n'
+
+
+def count(value):
+    """All digits, in thousands."""
+    return '-' if math.isnan(value) else f'{value:,.0f}'
+
+
+def tiny_table(rows):
+    styles = {'images_per_s': count, 'ms': show, 'peak_gib': show}
+    return table(['224x224, batch 128 unless said', *TINY.values()], [
+        [text, *(styles[name](number(rows, case._replace(model=model), name)) for model in TINY)]
+        for text, case, name in LINES])
+
+
+def model_table(rows):
+    lines = []
+    for model in (*OURS, *PEERS):
+        inference, train = Case(model), Case(model, 'forward+backward')
+        lines.append([
+            PEERS.get(model, f'`{model}`'), count(number(rows, inference, 'images_per_s')),
+            count(number(rows, train, 'images_per_s')), show(number(rows, train, 'peak_gib'))])
+    return table(['224x224, batch 128', 'inference, images/s', 'forward + backward, images/s',
+                  'its peak memory, GiB'], lines)
+
+
+def step_table(rows):
+    return table(['a training step', *TINY.values()], [
+        [f'{steps.WHAT[need.task]}, {need.precision}: {unit}',
+         *(show(number(rows, steps.Case(model, need.task, need.precision), name))
+           for model in TINY)]
+        for need in steps.REQUIREMENTS if need.task != steps.BACKBONE
+        for name, unit in (('ms', 'ms'), ('peak_gib', 'peak GiB'))])
+
+
+def write(path, text):
+    """Replace what stands between the marks in the file."""
+    before, found, rest = path.read_text(encoding='utf-8').partition(BEGIN)
+    _, ended, after = rest.partition(END)
+    if not (found and ended):
+        raise _cli.UserError(f'{path} has no lines {BEGIN.strip()} and {END.strip()}')
+    write_atomic(''.join([before, BEGIN, text, END, after]).encode(), path)
+
+
+def main():
+    parser = _cli.make_parser(__doc__, EXAMPLES)
+    parser.add_argument('--models', nargs='+', required=True, metavar='CSV',
+                        help='of end_to_end.py')
+    parser.add_argument('--steps', nargs='+', default=[], metavar='CSV', help='of dense_steps.py')
+    parser.add_argument('--readme', type=Path, default=Path('README.md'), metavar='FILE')
+    parser.add_argument('--traceback', action='store_true', help=_cli.argparse.SUPPRESS)
+    args = parser.parse_args()
+    rows, step_rows = {}, {}
+    for path in args.models:
+        rows |= report.read_rows(path)
+    for path in args.steps:
+        step_rows |= report.read_rows(path, steps.Case, steps.NUMBERS, steps.SETTING)
+    setting = find_setting(rows)
+    find_setting({**rows, **step_rows}, ('device', 'torch', 'shrink'))
+    dtype = {'float16': 'fp16', 'bfloat16': 'bf16'}.get(setting['dtype'], setting['dtype'])
+    parts = [f'{setting["device"]}, torch {setting["torch"]}, timm {setting["timm"]}, {dtype} '
+             f'autocast and eager unless said.\n', tiny_table(rows), model_table(rows)]
+    if step_rows:
+        parts.append(step_table(step_rows))
+    write(args.readme, '\n'.join(['', *parts, '']))
+    print(f'wrote the tables of {args.readme}')
+
+
+if __name__ == '__main__':
+    _cli.run(main)
