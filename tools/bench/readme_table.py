@@ -72,12 +72,14 @@ def model_table(rows):
 
 
 def step_table(rows):
-    return table(['a training step', *TINY.values()], [
-        [f'{steps.WHAT[need.task]}, {need.precision}: {unit}',
-         *(show(number(rows, steps.Case(model, need.task, need.precision), name))
-           for model in TINY)]
-        for need in steps.REQUIREMENTS if need.task != steps.BACKBONE
-        for name, unit in (('ms', 'ms'), ('peak_gib', 'peak GiB'))])
+    def cell(case):
+        ms, peak = (number(rows, case, name) for name in ('ms', 'peak_gib'))
+        return '-' if math.isnan(ms) else f'{show(ms)} ms, {show(peak)} GiB'
+
+    return table(['a training step, its peak memory', *TINY.values()], [
+        [f'{steps.WHAT[need.task]}, {need.precision}',
+         *(cell(steps.Case(model, need.task, need.precision)) for model in TINY)]
+        for need in steps.REQUIREMENTS if need.task != steps.BACKBONE])
 
 
 def write(path, text):
