@@ -120,8 +120,8 @@ template <class A, class B> constexpr bool same = false;
 template <class A> constexpr bool same<A, A> = true;
 
 // Four adjacent elements of T, aligned, as loaded; as numbers; and stored.
-template <class T> struct Raw { typedef uint2 type; };
-template <> struct Raw<Float> { typedef float4 type; };
+template <class T> struct Raw { typedef uint2 type; typedef unsigned short element; };
+template <> struct Raw<Float> { typedef float4 type; typedef float element; };
 
 template <class T>
 __device__ __forceinline__ typename Raw<T>::type load4(const void *p, long long i, bool valid) {

@@ -18,7 +18,7 @@ struct Params {
 template <class T, int MAPS, bool EXTRA, int PARTS, bool FLOAT>
 __global__ void __launch_bounds__(256) ss2d_merge(const Params p) {
     typedef typename Raw<T>::type R;
-    constexpr int SIZE = sizeof(R) / 4;
+    typedef typename Raw<T>::element Element;
     const int lane = threadIdx.x & 31;
     const int warps = gridDim.x * (blockDim.x >> 5);
     extern __shared__ __align__(16) float shared[];  // weight and bias, if there is a norm
@@ -30,8 +30,8 @@ __global__ void __launch_bounds__(256) ss2d_merge(const Params p) {
         const int image = (rank - turn * spans) * p.images + (EXTRA ? turn : p.images - 1 - turn);
         if (image >= p.batch) continue;
         const int m = image * p.length + (j - rank * p.length);
+        const Element *at = (const Element *)p.maps + (long long)m * p.dim;
         const long long to = (long long)m * p.dim;
-        const char *at = (const char *)p.maps + to * SIZE;
         float v[PARTS][4];
 #pragma unroll
         for (int i = 0; i < PARTS; ++i) {
@@ -39,9 +39,9 @@ __global__ void __launch_bounds__(256) ss2d_merge(const Params p) {
             R in[MAPS + EXTRA];
 #pragma unroll
             for (int j = 0; j < MAPS; ++j)
-                in[j] = c < p.dim ? *(const R *)(at + (j * map + c) * SIZE) : R{};
+                in[j] = c < p.dim ? *(const R *)(at + j * map + c) : R{};
             if (EXTRA)
-                in[MAPS] = c < p.dim ? *(const R *)((const char *)p.extra + (to + c) * SIZE) : R{};
+                in[MAPS] = c < p.dim ? *(const R *)((const Element *)p.extra + to + c) : R{};
 #pragma unroll
             for (int j = 0; j < MAPS + EXTRA; ++j) {
                 float add[4];

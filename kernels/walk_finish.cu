@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(256) walk_finish(const Params p) {
         if (p.D) store_parameter(p.D, channel, p.D_type, sum);
     } else if (row == rows - 2) {
         if (p.dt_bias) store_parameter(p.dt_bias, channel, p.bias_type, sum);
-    } else {
+    } else if (p.dt_weight) {
         store_parameter(p.dt_weight, channel * p.rank + row - p.state, p.dt_type, sum);
     }
 }

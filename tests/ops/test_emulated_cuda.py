@@ -10,9 +10,9 @@ import test_walk_cuda as walks
 import torch
 from emulated_cuda import emulated_gpu
 from test_ss2d_cuda import check, check_norm, cut_by_hand, exact, make, norm_error
+from test_walk_cuda import cut_walks  # noqa: F401 (a fixture)
 
 from vmamba_mm.ops import nvrtc, ss2d_scan
-from vmamba_mm.ops import walk as launches
 from vmamba_mm.ops.ss2d_scan import cut
 from vmamba_mm.testing import with_grads
 
@@ -126,7 +126,8 @@ def test_bit_equal_whichever_thread_is_first(monkeypatch, shape, kwargs):
 
 
 @pytest.mark.parametrize('dim, dtype', [
-    *((dim, torch.float16) for dim in (18, 32, 100, 768, 1536)), (48, torch.bfloat16)], ids=str)
+    *((dim, torch.float16) for dim in (18, 32, 100, 768, 1536)), (48, torch.bfloat16),
+    (18, torch.float32), (100, torch.float32)], ids=str)
 def test_norm(dim, dtype):
     check_norm(on_cpu(2, dim, 5, 7, dtype=dtype))
 
@@ -147,8 +148,8 @@ def test_walks_of_halves(dtype):
 
 
 @pytest.mark.parametrize('state', [1, 4, 16])
-def test_walks_in_spans(monkeypatch, state):
-    monkeypatch.setattr(launches.Walk, 'max_span', 96)
+@pytest.mark.usefixtures('cut_walks')
+def test_walks_in_spans(state):
     walks.check(*walks.make(2, 40, 17, 23, state, 4, 3, device='cpu'))
 
 
@@ -168,6 +169,26 @@ def test_selective_scan(shape, softplus):
     walks.assert_within(walks.run_sequence(inputs, grad_y, softplus),
                         walks.exact_sequence(inputs, grad_y, softplus), [1e-5] * 8,
                         walks.SEQUENCE_NAMES)
+
+
+@pytest.mark.usefixtures('cut_walks')
+def test_selective_scan_without_skip_and_bias_and_in_spans():
+    walks.check_selective_scan_without_skip_and_bias('cpu')
+
+
+def test_logs_of_walks():
+    walks.check_logs('cpu')
+
+
+@pytest.mark.parametrize('case', walks.FINISHES, ids=str)
+def test_finish_of_walks(case):
+    walks.check_finish(*case, 'cpu')
+
+
+@pytest.mark.parametrize('case', walks.MERGES, ids=str)
+def test_merge_of_fp32(case):
+    for sizes in ((3, 100, 15), (1, 4, 1), (2, 132, 5)):
+        walks.check_merge(*case, *sizes, 'cpu')
 
 
 # --- the emulation itself ----------------------------------------------------------------------

@@ -2,14 +2,15 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from vmamba_mm.ops import selective_scan
+from vmamba_mm.ops import nvrtc, selective_scan
 from vmamba_mm.ops import walk as launches
 from vmamba_mm.ops.cross_scan import reference as cross
 from vmamba_mm.ops.selective_scan import chunked as s6_chunked
 from vmamba_mm.ops.selective_scan import cuda as s6_cuda
 from vmamba_mm.ops.selective_scan import reference as s6
-from vmamba_mm.ops.ss2d_scan import chunked, walk
+from vmamba_mm.ops.ss2d_scan import chunked, merge, walk
 from vmamba_mm.testing import (
     relative_error,
     selective_scan_inputs,
@@ -27,6 +28,10 @@ SHAPES = [(1, 32, 1, 1, 1, 4, 2), (3, 20, 1, 40, 4, 4, 1), (1, 33, 37, 1, 16, 2,
           (3, 96, 56, 56, 16, 4, 6), (1, 40, 200, 336, 16, 4, 2), (1, 64, 200, 336, 1, 4, 2),
           (2, 400, 9, 30, 5, 4, 25), (150, 192, 7, 7, 16, 4, 6)]
 NAMES = ('y', 'x', 'x_proj_weight', 'dt_projs_weight', 'dt_projs_bias', 'A', 'D')
+# N, K, R, D, parts: one group of states and three
+FINISHES = [(1, 4, 2, 20, 300), (5, 2, 3, 33, 1), (40, 1, 1, 12, 9), (16, 4, 0, 7, 20)]
+MERGES = [(maps, extra, norm) for maps in (1, 2, 4) for extra in (False, True)
+          for norm in (False, True)]
 SEQUENCE_NAMES = ('y', 'u', 'delta', 'A', 'B', 'C', 'D', 'delta_bias')
 
 
@@ -40,11 +45,20 @@ def make(batch, dim, height, width, state, routes, rank, dtype=torch.float32, de
         memory_format=torch.channels_last)
 
 
-def run(inputs, grad_y):
+@pytest.fixture
+def cut_walks(monkeypatch):
+    """Every walk is cut into spans."""
+    monkeypatch.setattr(launches.Walk, 'max_span', 96)
+    nvrtc.forget()
+    yield
+    nvrtc.forget()
+
+
+def run(inputs, grad_y, logs=False):
     """(y in fp32, six gradients) of the kernels."""
-    maps, projected, states = walk.forward(*inputs.values(), save=True)
+    maps, projected, states = walk.forward(*inputs.values(), save=True, logs=logs)
     y = maps.sum(0, dtype=torch.float32).permute(0, 3, 1, 2)
-    grads = walk.backward(grad_y, *inputs.values(), projected, states)
+    grads = walk.backward(grad_y, *inputs.values(), projected, states, logs)
     for grad, given in zip(grads, inputs.values(), strict=True):
         assert grad.dtype == given.dtype and grad.shape == given.shape
     assert grads[0].stride() == torch.empty_like(inputs['x']).stride()
@@ -108,9 +122,83 @@ def test_halves(shape, dtype):
 
 @needs_gpu
 @pytest.mark.parametrize('state', [1, 4, 16])
-def test_spans_change_nothing_but_rounding(state, monkeypatch):
-    monkeypatch.setattr(launches.Walk, 'max_span', 96)
+@pytest.mark.usefixtures('cut_walks')
+def test_spans_change_nothing_but_rounding(state):
     check(*make(2, 40, 37, 53, state, 4, 3))
+
+
+def check_logs(device):
+    """A is -exp of what is given, and the gradient is by that."""
+    inputs, grad_y = make(2, 20, 5, 7, 5, 4, 3, device=device)
+    y, *grads = run(inputs, grad_y)
+    logs = (-inputs['A']).log()
+    actual = run(dict(inputs, A=logs), grad_y, logs=True)
+    grads[4] = grads[4] * inputs['A']
+    assert_within(actual, (y, *grads), [1e-5] * 7, NAMES)
+
+
+@needs_gpu
+def test_logs():
+    check_logs('cuda')
+
+
+def check_finish(state, routes, rank, dim, parts, device):
+    """Against sums by PyTorch, in dtypes that differ, and with nothing but A."""
+    rng = torch.Generator(device).manual_seed(0)
+    states, groups = launches.groups_of(state)
+    sizes = 1, dim, 1, 1, rank, routes
+    sums = torch.randn(parts, routes, groups, states + rank + 2, dim, generator=rng, device=device)
+    halves = torch.float16, torch.bfloat16
+    shapes = (routes, dim, rank), (routes, dim), (routes * dim, state), (routes * dim,)
+    dtypes = (halves[0], torch.float32, torch.float32, halves[1])
+    parameters = [torch.randn(shape, generator=rng, device=device).to(dtype)
+                  for shape, dtype in zip(shapes, dtypes, strict=True)]
+    by_A, by_weight, by_bias, by_D = sums.double().sum(0).split((states, rank, 1, 1), dim=2)
+    by_A = by_A.flatten(1, 2)[:, :state].transpose(1, 2).reshape(shapes[2])
+    expected = [by_weight.sum(1).transpose(1, 2), by_bias.sum((1, 2)), by_A, by_D[:, 0].flatten()]
+    grads = launches.finish(sums, sizes, parameters)
+    for grad, other, given in zip(grads, expected, parameters, strict=True):
+        assert grad.dtype == given.dtype and grad.shape == given.shape and grad.is_contiguous()
+        assert torch.allclose(grad.double(), other, rtol=torch.finfo(grad.dtype).eps, atol=1e-4)
+    alone = launches.finish(sums, sizes, (None, None, parameters[2], None), logs=True)
+    assert alone[0] is alone[1] is alone[3] is None
+    assert torch.allclose(alone[2], -grads[2] * parameters[2].exp(), rtol=1e-5)
+
+
+@needs_gpu
+@pytest.mark.parametrize('case', FINISHES, ids=str)
+def test_finish(case):
+    check_finish(*case, 'cuda')
+
+
+def check_merge(count, extra, norm, batch, dim, length, device):
+    """fp32 maps added up, in the extra one's place if there is one, and normed."""
+    rng = torch.Generator(device).manual_seed(0)
+    maps = torch.randn(count, batch, length, dim, generator=rng, device=device)
+    weight, bias = (torch.randn(dim, generator=rng, device=device).half() for _ in range(2))
+    other = torch.randn(batch, length, dim, generator=rng, device=device) if extra else None
+    expected = maps.double().sum(0) + (other.double() if extra else 0)
+    normed, moments = torch.empty_like(maps[0]), maps.new_empty(batch, length, 2)
+    merged = other if extra else torch.empty_like(normed)
+    merge.launch(maps.get_device(), maps.dtype, count, batch, (batch, dim, length), extra,
+                 weight.dtype if norm else None)(
+        maps.data_ptr(), launches.pointer(other), merged.data_ptr(),
+        *(t.data_ptr() if norm else 0 for t in (normed, weight, bias, moments)), 1e-5)
+    assert relative_error(merged, expected) < 1e-6
+    if not norm:
+        return
+    assert relative_error(normed, F.layer_norm(expected, (dim,), weight.double(), bias.double())
+                          ) < 1e-5
+    variance = expected.var(2, correction=0)
+    assert relative_error(moments[..., 0], expected.mean(2)) < 1e-4
+    assert relative_error(moments[..., 1], (variance + 1e-5).rsqrt()) < 1e-5
+
+
+@needs_gpu
+@pytest.mark.parametrize('case', MERGES, ids=str)
+def test_merge_of_fp32(case):
+    for sizes in ((3, 100, 63), (1, 4, 1), (2, 1536, 49)):
+        check_merge(*case, *sizes, 'cuda')
 
 
 @needs_gpu
@@ -210,10 +298,14 @@ def test_selective_scan_of_halves(dtype, length):
 
 
 @needs_gpu
-def test_selective_scan_without_skip_and_bias_and_in_spans(monkeypatch):
-    inputs, grad_y = make_sequence(2, 2, 20, 301, 4)
+@pytest.mark.usefixtures('cut_walks')
+def test_selective_scan_without_skip_and_bias_and_in_spans():
+    check_selective_scan_without_skip_and_bias('cuda')
+
+
+def check_selective_scan_without_skip_and_bias(device):
+    inputs, grad_y = make_sequence(2, 2, 20, 301, 4, device=device)
     del inputs['D'], inputs['delta_bias']
-    monkeypatch.setattr(launches.Walk, 'max_span', 96)
     results, expected = (f(inputs, grad_y) for f in (run_sequence, exact_sequence))
     assert results[6:] == expected[6:] == (None, None)
     assert_within(results[:6], expected[:6], [1e-5] * 6, SEQUENCE_NAMES[:6])
