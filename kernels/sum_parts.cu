@@ -1,27 +1,45 @@
-// The gradients by a weight and a bias over the channels, from what each block of a backward left.
+// The gradients by weights and biases over the channels, from what each block of a backward left.
 #include "common.cuh"
 
+constexpr int MOST = 6, SLICES = 32, AHEAD = 12;
+
 struct Params {
-    const float *partials;      // (parts, rows + 1, D): of the weight's rows, then of the bias
-    void *weight, *bias;        // (D, rows); (D), or null
-    int parts, rows, dim, weight_type, bias_type;  // types: 0 fp32, 1 fp16, 2 bf16
+    struct {
+        const float *partials;  // (parts, rows + 1, D): of the weight's rows, then of the bias
+        void *weight, *bias;    // (D, rows); (D), or null
+    } maps[MOST];
+    struct { int parts, rows, dim, weight_type, bias_type; } jobs[MOST];  // 0 fp32, 1 fp16, 2 bf16
 };
 
-// Blocks of 32 x 8 threads: 32 columns, each summed in 8 slices.
-__global__ void __launch_bounds__(256) sum_parts(const Params p) {
-    __shared__ float sums[8][32];
-    const int columns = (p.rows + 1) * p.dim, column = blockIdx.x * 32 + threadIdx.x;
+// A block has 32 columns of a job, and a warp a slice, every 32nd part of them. The time is that
+// of reads that wait for one another, so a thread has 12 under way.
+__global__ void __launch_bounds__(32 * SLICES) sum_parts(const Params p) {
+    __shared__ float sums[SLICES][32];
+    int j = 0, block = blockIdx.x;
+    for (int blocks; block >= (blocks = ((p.jobs[j].rows + 1) * p.jobs[j].dim + 31) / 32); ++j)
+        block -= blocks;
+    const int parts = p.jobs[j].parts, rows = p.jobs[j].rows, dim = p.jobs[j].dim;
+    const int columns = (rows + 1) * dim, column = block * 32 + threadIdx.x;
     float sum = 0.f;
-    if (column < columns)
-#pragma unroll 8
-        for (int i = threadIdx.y; i < p.parts; i += 8)
-            sum += p.partials[(long long)i * columns + column];
+    if (column < columns) {
+        const float *from = p.maps[j].partials + (int)threadIdx.y * columns + column;
+#pragma unroll 1
+        for (int part = threadIdx.y; part < parts; part += SLICES * AHEAD) {
+            float v[AHEAD];
+#pragma unroll
+            for (int i = 0; i < AHEAD; ++i, from += SLICES * columns)
+                v[i] = part + SLICES * i < parts ? *from : 0.f;
+#pragma unroll
+            for (int i = 0; i < AHEAD; ++i) sum += v[i];
+        }
+    }
     sums[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();
     if (threadIdx.y || column >= columns) return;
 #pragma unroll
-    for (int i = 1; i < 8; ++i) sum += sums[i][threadIdx.x];
-    const int row = column / p.dim, c = column - row * p.dim;
-    if (row < p.rows) store_parameter(p.weight, (long long)c * p.rows + row, p.weight_type, sum);
-    else if (p.bias) store_parameter(p.bias, c, p.bias_type, sum);
+    for (int i = 1; i < SLICES; ++i) sum += sums[i][threadIdx.x];
+    const int row = column / dim, c = column - row * dim;
+    void *const weight = p.maps[j].weight, *const bias = p.maps[j].bias;
+    if (row < rows) store_parameter(weight, (long long)c * rows + row, p.jobs[j].weight_type, sum);
+    else if (bias) store_parameter(bias, c, p.jobs[j].bias_type, sum);
 }

@@ -18,6 +18,7 @@ from torch.library import opcheck
 import vmamba_mm.layers.vss_block as layers
 from vmamba_mm.layers import ConvDownsample, ConvStem, VSSBlock
 from vmamba_mm.ops import add_norm, dwconv_silu, layer_norm, mlp, nvrtc
+from vmamba_mm.ops.channels import sum_launch
 from vmamba_mm.testing import relative_error
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
@@ -461,6 +462,30 @@ def test_bit_equal_whichever_thread_is_first(kernels, monkeypatch):
     for seed in (1, 2):
         monkeypatch.setattr(emulated_cuda.Kernel, 'seed', seed)
         assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+
+
+# Parts, rows of a weight, D, and dtypes of weight and bias.
+JOBS = [(1, 0, 4, None, SINGLE), (385, 1, 100, HALF, HALF), (31, 9, 36, SINGLE, None),
+        (800, 0, 260, None, BRAIN), (33, 2, 32, BRAIN, HALF), (2, 1, 8, SINGLE, SINGLE)]
+
+
+@pytest.mark.parametrize('jobs', [JOBS, JOBS[::-1], JOBS[1:4], JOBS[2:3]], ids=[6, -6, 3, 1])
+def test_jobs_of_sums(kernels, jobs):
+    """Writes what it is asked for and nothing beside it."""
+    addresses, results = [], []
+    partials = [randn(parts, rows + 1, dim, device=kernels) for parts, rows, dim, *_ in jobs]
+    for t, (_, rows, _, *dtypes) in zip(partials, jobs, strict=True):
+        addresses.append(t.data_ptr())
+        right = t.double().sum(0)
+        for exact, dtype in zip((right[:rows].T, right[rows]), dtypes, strict=True):
+            size = exact.numel()
+            found = torch.full((size + 16,), torch.nan, dtype=dtype or HALF, device=kernels)
+            addresses.append(0 if dtype is None else found[8:].data_ptr())
+            results.append((found, 8 + size if dtype else 8, exact))
+    sum_launch(partials[0].get_device(), *jobs)(*addresses)
+    for found, end, exact in results:
+        assert found[:8].isnan().all() and found[end:].isnan().all()
+        torch.testing.assert_close(found[8:end], exact.reshape(-1)[:end - 8].to(found.dtype))
 
 
 def test_kernels_are_used(kernels, monkeypatch):

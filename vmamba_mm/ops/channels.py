@@ -10,6 +10,7 @@ from vmamba_mm.ops.nvrtc import Instance, cached, kernel
 from vmamba_mm.ops.walk import CODES
 
 WIDEST = 4096  # channels
+_MOST = 6  # jobs of a launch of the kernel that sums parts
 
 
 def why_not_channels(x: Tensor, dim: int, others: tuple[Tensor | None, ...]) -> str | None:
@@ -22,22 +23,31 @@ def why_not_channels(x: Tensor, dim: int, others: tuple[Tensor | None, ...]) -> 
 
 
 def sum_instance() -> Instance:
-    return Instance('sum_parts.cu', 'sum_parts', 'PPPiiiii')
+    return Instance('sum_parts.cu', 'sum_parts', 'P' * (3 * _MOST) + 'i' * (5 * _MOST))
 
 
 @cached
-def sum_launch(index: int, parts: int, rows: int, dim: int, weight: torch.dtype | None,
-               bias: torch.dtype | None) -> Callable[..., None]:
-    """What sums ``parts`` (rows + 1, D), fp32, into gradients: (D, rows) elements, and D; given
-    their dtypes. Of addresses: partials, dweight, dbias."""
-    launch = kernel(index, sum_instance).bind((-(-(rows + 1) * dim // 32), 1, 1), (32, 8, 1))
-    sizes = parts, rows, dim, CODES.get(weight, 0), CODES.get(bias, 0)
-    return lambda partials, dweight, dbias: launch(partials, dweight, dbias, *sizes)
+def sum_launch(index: int, *jobs: tuple[int, int, int, torch.dtype | None, torch.dtype | None]
+               ) -> Callable[..., None]:
+    """What does at most six jobs by one launch: to sum parts (rows + 1, D), fp32, into gradients,
+    (D, rows) elements by a weight and D by a bias.
+
+    A job is parts, rows, D, and the dtypes of weight and bias, None without one. Of addresses, for
+    each job: partials, dweight, dbias.
+    """
+    blocks = sum(-(-(rows + 1) * dim // 32) for _, rows, dim, *_ in jobs)
+    launch = kernel(index, sum_instance).bind((blocks, 1, 1), (32, 32, 1))
+    absent = _MOST - len(jobs)
+    rest = [0] * (3 * absent)
+    for *sizes, weight, bias in jobs:
+        rest += *sizes, CODES.get(weight, 0), CODES.get(bias, 0)
+    rest += [0] * (5 * absent)
+    return lambda *addresses: launch(*addresses, *rest)
 
 
 def parameter_grads(partials: Tensor, dweight: Tensor | None, dbias: Tensor | None, rows: int
                     ) -> None:
     """Sum ``partials`` (n, rows + 1, D), fp32, into the gradients: (D, rows) elements, and D."""
     dtypes = (None if t is None else t.dtype for t in (dweight, dbias))
-    sum_launch(partials.get_device(), len(partials), rows, partials.shape[2], *dtypes)(
+    sum_launch(partials.get_device(), (len(partials), rows, partials.shape[2], *dtypes))(
         partials.data_ptr(), walk.pointer(dweight), walk.pointer(dbias))

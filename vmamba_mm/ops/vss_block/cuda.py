@@ -200,22 +200,20 @@ class _Backward(_Launches):
 
         self.fc2 = self.product(pixels, hidden, dim)
         parts, self.gelu = mlp.column_launch(index, dtype, True, pixels, hidden)
-        self.sum1 = sum_launch(index, parts, 0, hidden, None, dtypes[15])
-        sizes = [parts * hidden]
+        jobs = [(parts, 0, hidden, None, dtypes[15])]
         self.dfc2 = self.product(dim, hidden, pixels, left_t=True, out_dtype=dtypes[16])
         self.fc1 = self.product(pixels, dim, hidden)
         self.dfc1 = self.product(hidden, dim, pixels, left_t=True, out_dtype=dtypes[14])
         parts, self.columns = mlp.column_launch(index, dtype, False, pixels, dim)
-        self.sum2 = sum_launch(index, parts, 0, dim, None, dtypes[17])
-        sizes.append(parts * dim)
+        jobs.append((parts, 0, dim, None, dtypes[17]))
 
         def norm_backward(branch, first):
             parts, launch = norm.backward_launch(index, dtype, x_dtype, branch, dtypes[first],
                                                  batch, length, dim)
-            sizes.append(2 * parts * dim)
-            return launch, sum_launch(index, parts, 1, dim, *dtypes[first:first + 2])
+            jobs.append((parts, 1, dim, *dtypes[first:first + 2]))
+            return launch
 
-        self.norm2, self.sum_norm2 = norm_backward(dtype, 12)
+        self.norm2 = norm_backward(dtype, 12)
         self.merged_norm = norm.forward_launch(index, dtype, None, dtype, dtypes[9], batch, length,
                                                inner)
         self.out_proj = self.product(pixels, inner, dim)
@@ -224,15 +222,17 @@ class _Backward(_Launches):
                                                    length, inner)
         self.scan = scan.backward_of(dtype)(
             index, dtype, self.sizes, dtypes[_SCAN] + dtypes[_OUT_NORM], sums, self.product)
-        sizes.append(self.scan.partials)
         parts, self.convolve = dwconv.backward_launch(index, dtype, dtypes[3], dtypes[18],
                                                       *self.map)
-        self.sum_conv = sum_launch(index, parts, 9, inner, dtypes[3], dtypes[18])
-        sizes.append(10 * parts * inner)
+        jobs.append((parts, 9, inner, dtypes[3], dtypes[18]))
         self.transposed = dwconv.forward_launch(index, dtype, dtypes[3], None, False, *self.map)
         self.din_proj = self.product(inner, dim, pixels, left_t=True, out_dtype=dtypes[2])
         self.in_proj = self.product(pixels, dim, inner)
-        self.norm1, self.sum_norm1 = norm_backward(None, 0)
+        self.norm1 = norm_backward(None, 0)
+        self.sum = sum_launch(index, *jobs, *self.scan.jobs)
+        partials = [parts * (rows + 1) * width for parts, rows, width, *_ in jobs]
+        # The scan's are summed before there are those of the convolution, the fourth.
+        partials[3] = max(partials[3], self.scan.partials)
 
         # Two maps of the MLP, then all of the scan's, of which others take the place later.
         mlps, end = _places(pixels * hidden, pixels * hidden)
@@ -242,8 +242,8 @@ class _Backward(_Launches):
         single = 4 // self.unit
         places, self.size = _places(
             weights, self.workspace_size, pixels * dim, pixels * dim,
-            pixels * dim * self.residual, single * max(sizes), 2 * single * sums * inner,
-            max(end, other_end))
+            pixels * dim * self.residual, *[single * size for size in partials],
+            2 * single * sums * inner, max(end, other_end))
         self.places = [self.unit * n for n in (*places[:-1],
                                                *(places[-1] + n for n in (*mlps, *scans)))]
 
@@ -251,8 +251,9 @@ class _Backward(_Launches):
         """Gradients by x and the parameters, an empty one by a bias that is None."""
         slab = x.new_empty(self.size, dtype=self.dtype)
         base, start = slab.data_ptr(), saved.data_ptr()
-        (weights, workspace, narrow, branch, dtotal, partials, sums, inside, active, first, second,
-         third, maps, dprojected, product, memory) = [base + n for n in self.places]
+        (weights, workspace, narrow, branch, dtotal, parts1, parts2, parts_norm2, parts_conv,
+         parts_norm1, sums, inside, active, first, second, third, maps, dprojected, product,
+         memory) = [base + n for n in self.places]
         (normed1, moments1, before, given, projected, kept, merged, total, normed2, moments2,
          hidden) = [start + self.unit * n for n in self.saved]
         (norm1, _, in_proj, conv, *scans, out_norm, out_norm_bias, out_proj, norm2, _, fc1, _, fc2,
@@ -267,16 +268,13 @@ class _Backward(_Launches):
         dsum = dbranch.data_ptr()
 
         self.fc2(dsum, fc2, inside, workspace)
-        self.gelu(inside, hidden, active, partials)
-        self.sum1(partials, 0, to[15])
+        self.gelu(inside, hidden, active, parts1)
         self.dfc2(dsum, active, to[16], workspace)
         self.fc1(inside, fc1, narrow, workspace)
         self.dfc1(inside, normed2, to[14], workspace)
-        self.columns(dsum, 0, 0, partials)
-        self.sum2(partials, 0, to[17])
+        self.columns(dsum, 0, 0, parts2)
         self.norm2(narrow, total, moments2, norm2, others.data_ptr(),
-                   0 if scales[0] is None else scales[0].data_ptr(), dtotal, branch, partials)
-        self.sum_norm2(partials, to[12], to[13])
+                   0 if scales[0] is None else scales[0].data_ptr(), dtotal, branch, parts_norm2)
 
         # What out_proj took is calculated again, from the map before its norm.
         self.merged_norm(merged, 0, 0, out_norm, out_norm_bias, 0, first, 0, eps)
@@ -284,22 +282,23 @@ class _Backward(_Launches):
         self.dout_proj(branch, first, to[11], workspace)
         moments = merged + self.unit * self.pixels * self.inner
         self.out_norm(second, merged, moments, out_norm, 0, 0, third, 0, sums)
-        self.scan.run(given, third, projected, kept, maps, dprojected, partials, memory)
+        self.scan.run(given, third, projected, kept, maps, dprojected, parts_conv, memory)
         if self.scan.parts > 1:
             size = self.pixels * self.scan.columns
             together = slab.as_strided((self.scan.parts, size), (size, 1),
                                        (dprojected - base) // self.unit).sum(0)
             dprojected = together.data_ptr()
-        self.scan.end(scans, given, kept, maps, dprojected, partials, product, sums, second,
+        self.scan.end(scans, given, kept, maps, dprojected, parts_conv, product, sums, second,
                       to[_SCAN] + to[_OUT_NORM], workspace)
 
-        self.convolve(before, conv, conv_bias, second, first, partials)
-        self.sum_conv(partials, to[3], to[18])
+        self.convolve(before, conv, conv_bias, second, first, parts_conv)
         self.transposed(first, conv, 0, third)
         self.din_proj(third, normed1, to[2], workspace)
         self.in_proj(third, in_proj, narrow, workspace)
-        self.norm1(narrow, x.data_ptr(), moments1, norm1, dtotal, 0, dx.data_ptr(), 0, partials)
-        self.sum_norm1(partials, to[0], to[1])
+        self.norm1(narrow, x.data_ptr(), moments1, norm1, dtotal, 0, dx.data_ptr(), 0, parts_norm1)
+        self.sum(parts1, 0, to[15], parts2, 0, to[17], parts_norm2, to[12], to[13],
+                 parts_conv, to[3], to[18], parts_norm1, to[0], to[1],
+                 *(sums, to[9], to[10])[:3 * len(self.scan.jobs)])
         return dx, *grads
 
 

@@ -10,7 +10,6 @@ import math
 import torch
 
 from vmamba_mm.ops import walk
-from vmamba_mm.ops.channels import sum_launch
 from vmamba_mm.ops.ss2d_scan import cuda, cut
 
 
@@ -55,7 +54,8 @@ class HalfForward(_Sizes):
 
 class HalfBackward(_Sizes):
     """``maps`` that it writes; ``parts`` of the gradient by the projected input; elements of that
-    by x_proj_weight, of ``partials`` in fp32 and of ``memory``."""
+    by x_proj_weight, of ``partials`` in fp32 and of ``memory``; ``jobs`` for sum_launch: what it
+    leaves of the gradients by the norm."""
 
     def __init__(self, index, dtype, sizes, dtypes, norm_parts, product):
         super().__init__(dtype, sizes)
@@ -67,7 +67,7 @@ class HalfBackward(_Sizes):
         self.finish = cuda.finish_launch(index, dtype, sizes, dtypes, norm_parts)
         self.maps, self.parts = plan.backward.maps, plan.backward.columns
         self.product, self.memory = self.columns * self.dim, self.scan.memory // 2
-        self.partials = plan.backward.spans * cuda.columns_of(sizes)
+        self.partials, self.jobs = plan.backward.spans * cuda.columns_of(sizes), ()
 
     def run(self, given, grad, projected, kept, maps, dprojected, partials, memory):
         self.scan.run(projected, kept, (given, grad), maps, kept + self.states,
@@ -109,7 +109,7 @@ class FloatBackward(_Sizes):
         self.merge = cuda.merge_launch(index, dtype, sizes, True, True, None)
         self.dproject = product(self.columns, self.dim, self.pixels, left_t=True)
         self.finish = walk.finish_launch(index, sizes, 1, dtypes[1:5], self.scan.parts)
-        self.sum_norm = sum_launch(index, norm_parts, 1, self.dim, *dtypes[5:])
+        self.jobs = (norm_parts, 1, self.dim, *dtypes[5:]),
         self.maps, self.parts, self.product = self.routes, self.scan.columns, 0
         self.memory = self.scan.memory // 4
         self.partials = self.scan.parts * self.routes * (sizes[4] + 3) * self.dim
@@ -124,7 +124,6 @@ class FloatBackward(_Sizes):
         self.merge(maps, dgiven, dgiven, 0, 0, 0, 0, 0.0)
         self.dproject(dprojected, given, grads[0], workspace)
         self.finish(partials, *grads[1:5], parameters[3])
-        self.sum_norm(norm_sums, *grads[5:])
 
 
 def forward_of(dtype: torch.dtype) -> type[HalfForward] | type[FloatForward]:
