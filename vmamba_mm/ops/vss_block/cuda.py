@@ -149,8 +149,8 @@ class _Forward(_Launches):
             *() if save else (pixels * dim, pixels * self.scan.columns,
                               self.scan.states // self.unit, pixels * dim * self.residual))
 
-    def __call__(self, x, parameters, scales, eps, result, saved):
-        """Writes ``result``, and ``saved``, if it is there."""
+    def __call__(self, x, addresses, scales, eps, result, saved):
+        """Writes ``result``, and ``saved``, if it is there; ``addresses`` of the parameters."""
         slab, unit = x.new_empty(self.size, dtype=self.dtype), self.unit
         base = slab.data_ptr()
         narrow, other, wide, workspace, memory = [base + unit * n for n in (
@@ -165,8 +165,7 @@ class _Forward(_Launches):
              inside) = [start + unit * n for n in self.saved]
             moments = merged + unit * self.pixels * self.inner
         (norm1, norm1_bias, in_proj, conv, x_proj, dt_projs, dt_bias, A_logs, D, out_norm,
-         out_norm_bias, out_proj, norm2, norm2_bias, fc1, bias1, fc2, bias2, conv_bias
-         ) = [0 if t is None else t.data_ptr() for t in parameters]
+         out_norm_bias, out_proj, norm2, norm2_bias, fc1, bias1, fc2, bias2, conv_bias) = addresses
         scale1, scale2 = (0 if scale is None else scale.data_ptr() for scale in scales)
         if self.round is not None:
             in_proj, out_proj, fc1, bias1, fc2, bias2 = self.round(
@@ -247,7 +246,7 @@ class _Backward(_Launches):
         self.places = [self.unit * n for n in (*places[:-1],
                                                *(places[-1] + n for n in (*mlps, *scans)))]
 
-    def __call__(self, grad, x, parameters, scales, saved, eps):
+    def __call__(self, grad, x, parameters, addresses, scales, saved, eps):
         """Gradients by x and the parameters, an empty one by a bias that is None."""
         slab = x.new_empty(self.size, dtype=self.dtype)
         base, start = slab.data_ptr(), saved.data_ptr()
@@ -257,9 +256,9 @@ class _Backward(_Launches):
         (normed1, moments1, before, given, projected, kept, merged, total, normed2, moments2,
          hidden) = [start + self.unit * n for n in self.saved]
         (norm1, _, in_proj, conv, *scans, out_norm, out_norm_bias, out_proj, norm2, _, fc1, _, fc2,
-         _, conv_bias) = [0 if t is None else t.data_ptr() for t in parameters]
-        dx = x.new_empty(x.shape)
-        grads = [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in parameters]
+         _, conv_bias) = addresses
+        dx = torch.empty_like(x)
+        grads = [x.new_empty(0) if t is None else torch.empty_like(t) for t in parameters]
         to = [t.data_ptr() for t in grads]
         if self.round is not None:
             in_proj, out_proj, fc1, fc2 = self.round((in_proj, out_proj, fc1, fc2), weights)
@@ -311,26 +310,30 @@ def _key(x, parameters, dtype):
             tuple([None if t is None else t.dtype for t in parameters]))
 
 
-def _plain(t):
-    """A tensor as kernels and products take it: without gaps, at a multiple of 16 bytes."""
-    if t is None or t.is_contiguous() and t.data_ptr() % 16 == 0:
-        return t
-    return t.clone(memory_format=torch.contiguous_format)
+def _plain(*tensors):
+    """Tensors, or None, as kernels and products take them, without gaps and at a multiple of 16
+    bytes; and where they are."""
+    tensors, addresses = list(tensors), [0 if t is None else t.data_ptr() for t in tensors]
+    for i, (t, address) in enumerate(zip(tensors, addresses, strict=True)):
+        if address % 16 or address and not t.is_contiguous():
+            tensors[i] = t.clone(memory_format=torch.contiguous_format)
+            addresses[i] = tensors[i].data_ptr()
+    return tensors, addresses
 
 
 def forward(x, parameters, scales, eps, dtype, out_dtype, save):
     """The result, and if ``save`` the slab for the backward, else None."""
-    x, parameters = _plain(x), [_plain(t) for t in parameters]
+    (x, *parameters), (_, *addresses) = _plain(x, *parameters)
     key, dtypes = _key(x, parameters, dtype)
     result = x.new_empty(x.shape, dtype=out_dtype)
     launches = _forward_of(*key, out_dtype, dtypes, save)
     saved = x.new_empty(launches.saved_size, dtype=dtype) if save else None
-    launches(x, parameters, scales, eps, result, saved)
+    launches(x, addresses, scales, eps, result, saved)
     return result, saved
 
 
 def backward(grad, x, parameters, scales, saved, eps):
     """Gradients by x and the parameters, an empty one by a bias that is None."""
-    x, parameters = _plain(x), [_plain(t) for t in parameters]
+    (grad, x, *parameters), (_, _, *addresses) = _plain(grad, x, *parameters)
     key, dtypes = _key(x, parameters, saved.dtype)
-    return _backward_of(*key, dtypes)(_plain(grad), x, parameters, scales, saved, eps)
+    return _backward_of(*key, dtypes)(grad, x, parameters, addresses, scales, saved, eps)
