@@ -319,6 +319,12 @@ def test_is_chosen_without_being_told():
         assert all(map(torch.equal, (y, *grads.values()), run_sequence(inputs, grad_y)))
 
 
+def test_strides_of_what_has_no_gaps():
+    x = torch.empty(2, 5, 3, 4).contiguous(memory_format=torch.channels_last)
+    assert launches._strides((*x.shape, 1, 4), False) == x.stride()
+    assert launches._strides((2, 3, 1, 7, 0, 4), True) == torch.empty(2, 12, 1, 7).stride()
+
+
 def test_reasons_against():
     inputs = selective_scan_inputs(1, 1, 2, 3, 1)
     reason = s6_cuda.why_not(*map(inputs.get, SEQUENCE_NAMES[1:]), torch.float32)

@@ -121,6 +121,7 @@ def scan_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...],
     return ScanLaunch(run, 3 * bytes_)
 
 
+@cached
 def merge_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...], back: bool, extra: bool,
                  weight: torch.dtype | None, to_float: bool = False) -> Callable[..., None]:
     """:func:`merge.launch` for the maps that a scan, or its backward, wrote; for fp32 that of the
