@@ -20,8 +20,12 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     assert sorted(y.unique().tolist()) == pytest.approx([0.0, 4 / 3])
     assert (y == y[:, :1, :1]).all()
     assert abs(y.mean() - 1) < 0.05
+    one, other = layer.factors(torch.ones(4000, 2), 2)
+    assert one.shape == (4000,) and one.dtype == torch.float32
+    both = ((one > 0) & (other > 0)).float().mean()
+    assert abs(both - 0.75**2) < 0.03  # they are independent
     x = torch.randn(2, 3)
-    assert layer.eval()(x) is x
+    assert layer.eval()(x) is x and layer.factors(x, 2) == (None, None)
     with pytest.raises(ValueError, match='drop_prob'):
         DropPath(1.0)
 

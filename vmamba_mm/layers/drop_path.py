@@ -19,15 +19,16 @@ class DropPath(nn.Module):
             raise ValueError(f'drop_prob must be in [0, 1), got {drop_prob}')
         self.drop_prob = drop_prob
 
-    def factors(self, x: Tensor) -> Tensor | None:
-        """(B), fp32: the factor for each sample of a branch beside ``x``; None for 1."""
+    def factors(self, x: Tensor, branches: int) -> tuple[Tensor | None, ...]:
+        """For each of so many branches beside ``x``, (B), fp32: a factor for each sample; None
+        for 1. Drawn together, as small batches wait for the calls."""
         if not self.training or self.drop_prob == 0.0:
-            return None
+            return (None,) * branches
         keep = 1.0 - self.drop_prob
-        return torch.empty(len(x), device=x.device).bernoulli_(keep).div_(keep)
+        return torch.empty((branches, len(x)), device=x.device).bernoulli_(keep).div_(keep).unbind()
 
     def forward(self, x: Tensor) -> Tensor:
-        factors = self.factors(x)
+        factors, = self.factors(x, 1)
         return x if factors is None else x * factors.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
 
     def extra_repr(self) -> str:

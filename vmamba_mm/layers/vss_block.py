@@ -57,17 +57,17 @@ class VSSBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def _forward(self, x: Tensor) -> Tensor:
-        autocast, drop_path = autocast_dtype(x), self.drop_path
+        autocast = autocast_dtype(x)
+        scales = self.drop_path.factors(x, 1 if self.mlp is None else 2)
         out_dtype = autocast if self.feeds_matmul else None
         if (parameters := self._in_one_op(x, autocast or x.dtype)) is not None:
-            scales = drop_path.factors(x), drop_path.factors(x)
             return vss_block(x, parameters, self.ssm.conv2d.bias, scales, self.norm1.eps,
                              autocast or x.dtype, out_dtype or x.dtype)
         branch = self.ssm(self.norm1(x))
         if self.mlp is not None:
-            x, normed = self.norm2(x, branch, drop_path.factors(x))
+            x, normed = self.norm2(x, branch, scales[0])
             branch = self.mlp(normed)
-        return add_norm(x, branch, None, None, scale=drop_path.factors(x), out_dtype=out_dtype)[0]
+        return add_norm(x, branch, None, None, scale=scales[-1], out_dtype=out_dtype)[0]
 
     def _in_one_op(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...] | None:
         """The parameters for the op ``vss_block``, or None where it does not apply."""
