@@ -10,6 +10,7 @@ from types import NoneType
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 NAMESPACE = 'vmamba_mm'
 _PLAIN = {Tensor, torch.nn.Parameter, NoneType, bool, int, float, str, list, torch.dtype}
@@ -22,7 +23,9 @@ def register(name: str, *, fake: Callable, backward: Callable | None = None,
 
     The function has annotations that ``torch.library.infer_schema`` reads and positional arguments
     without defaults; its results share memory with nothing (``opcheck`` tells, a call does not).
-    It runs below autograd, with autocast off: an op has its own dtype policy.
+    It runs below autograd, with autocast off: an op has its own dtype policy. There, modes and
+    compiled graphs see ``_<name>``, of which autograd knows nothing: a compiled model would wait
+    for Python twice otherwise.
 
     Args:
         name: of the op; a name registered before, as by a module imported again, is replaced.
@@ -41,8 +44,7 @@ def register(name: str, *, fake: Callable, backward: Callable | None = None,
     def decorate(function: Callable) -> Callable:
         library = _library(name)
         schema = torch.library.infer_schema(function, mutates_args=())
-        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        op = getattr(getattr(torch.ops, NAMESPACE), name).default
+        op, below = (_define(library, n, schema, fake) for n in (name, f'_{name}'))
 
         def direct(*args):
             with torch._C._DisableAutocast():
@@ -50,17 +52,19 @@ def register(name: str, *, fake: Callable, backward: Callable | None = None,
 
         def below_autograd(*args):
             with torch._C._AutoDispatchBelowAutograd():
-                return op(*args)
+                return below(*args)
 
         differentiable = functools.partial(_differentiable, name, len(op._schema.arguments),
                                            len(op._schema.returns), backward, setup_context,
                                            results)
         direct_with_grad = differentiable(direct)
         # What runs eagerly inside a compiled model is not for Dynamo either.
-        library.impl(name, torch._disable_dynamo(functools.wraps(function)(direct)),
-                     'CompositeExplicitAutograd')
-        library.impl(name, differentiable(below_autograd), 'Autograd')
-        torch.library.register_fake(f'{NAMESPACE}::{name}', fake, lib=library)
+        hidden = torch._disable_dynamo(functools.wraps(function)(direct))
+        for key, kernel, kernel_below in (
+                ('CompositeExplicitAutograd', hidden, hidden),
+                ('Autograd', differentiable(below_autograd), torch.library.fallthrough_kernel)):
+            library.impl(name, kernel, key)
+            library.impl(f'_{name}', kernel_below, key)
 
         @functools.wraps(function)
         def call(*args):
@@ -69,6 +73,19 @@ def register(name: str, *, fake: Callable, backward: Callable | None = None,
         return call
 
     return decorate
+
+
+def flop_formula(*names: str) -> Callable[[Callable], Callable]:
+    """``register_flop_formula`` for ops of :func:`register`."""
+    ops = getattr(torch.ops, NAMESPACE)
+    return register_flop_formula([getattr(ops, n) for name in names for n in (name, f'_{name}')])
+
+
+def _define(library: torch.library.Library, name: str, schema: str, fake: Callable
+            ) -> torch._ops.OpOverload:
+    library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f'{NAMESPACE}::{name}', fake, lib=library)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 def _library(name: str) -> torch.library.Library:

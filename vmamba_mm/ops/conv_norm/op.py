@@ -3,12 +3,11 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from vmamba_mm.ops.add_norm.op import layer_norm
 from vmamba_mm.ops.backends import autocast_dtype
 from vmamba_mm.ops.conv_norm import cuda
-from vmamba_mm.ops.registration import register
+from vmamba_mm.ops.registration import flop_formula, register
 
 
 def _shape(x_shape, weight_shape, stride, padding) -> tuple[int, ...]:
@@ -60,7 +59,7 @@ def _fwd(x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias
             x.new_empty((0, 2), dtype=torch.float32) if moments is None else moments)
 
 
-@register_flop_formula(torch.ops.vmamba_mm.conv_norm)
+@flop_formula('conv_norm')
 def _flops(x_shape, weight_shape, bias_shape, norm_shape, other_shape, stride, padding, *args,
            out_shape=None, **kwargs) -> int:
     batch, height, width, out = _shape(x_shape, weight_shape, stride, padding)
@@ -68,7 +67,7 @@ def _flops(x_shape, weight_shape, bias_shape, norm_shape, other_shape, stride, p
     return 2 * batch * height * width * out * channels * rows * columns
 
 
-@register_flop_formula(torch.ops.vmamba_mm.conv_norm_bwd)
+@flop_formula('conv_norm_bwd')
 def _bwd_flops(grad_shape, x_shape, weight_shape, bias_shape, norm_shape, other_shape, y_shape,
                moments_shape, stride, padding, wants_dx, *args, out_shape=None, **kwargs) -> int:
     return (1 + wants_dx) * _flops(x_shape, weight_shape, bias_shape, norm_shape, other_shape,

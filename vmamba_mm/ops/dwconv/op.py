@@ -3,10 +3,9 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from vmamba_mm.ops.dwconv import cuda
-from vmamba_mm.ops.registration import register
+from vmamba_mm.ops.registration import flop_formula, register
 
 
 def _bwd_fake(grad, x, weight, bias):
@@ -36,13 +35,13 @@ def _fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return cuda.forward(x, weight, bias)
 
 
-@register_flop_formula(torch.ops.vmamba_mm.dwconv_silu)
+@flop_formula('dwconv_silu')
 def _flops(x_shape, *args, out_shape=None, **kwargs) -> int:
     batch, height, width, dim = x_shape
     return 2 * 9 * batch * height * width * dim
 
 
-@register_flop_formula(torch.ops.vmamba_mm.dwconv_silu_bwd)
+@flop_formula('dwconv_silu_bwd')
 def _bwd_flops(grad_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * _flops(grad_shape)
 

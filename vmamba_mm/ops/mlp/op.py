@@ -3,10 +3,9 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from vmamba_mm.ops.mlp import cuda
-from vmamba_mm.ops.registration import register
+from vmamba_mm.ops.registration import flop_formula, register
 
 
 def _bwd_fake(grad, x, inner, w1, b1, w2, b2):
@@ -41,7 +40,7 @@ def _fwd(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, save: bool
     return cuda.forward(x, w1, b1, w2, b2, save)
 
 
-@register_flop_formula(torch.ops.vmamba_mm.mlp)
+@flop_formula('mlp')
 def _flops(x_shape, w1_shape, b1_shape, w2_shape, *args, out_shape=None, **kwargs) -> int:
     rows = 1
     for size in x_shape[:-1]:
@@ -49,7 +48,7 @@ def _flops(x_shape, w1_shape, b1_shape, w2_shape, *args, out_shape=None, **kwarg
     return 2 * rows * (w1_shape[0] * w1_shape[1] + w2_shape[0] * w2_shape[1])
 
 
-@register_flop_formula(torch.ops.vmamba_mm.mlp_bwd)
+@flop_formula('mlp_bwd')
 def _bwd_flops(grad_shape, x_shape, inner_shape, *shapes, out_shape=None, **kwargs) -> int:
     return 2 * _flops(x_shape, *shapes)
 

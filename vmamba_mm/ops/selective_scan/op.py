@@ -2,10 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from vmamba_mm.ops.backends import Backend, resolve_backend
-from vmamba_mm.ops.registration import register
+from vmamba_mm.ops.registration import flop_formula, register
 from vmamba_mm.ops.selective_scan import chunked, cuda, reference, triton_scan
 
 _IMPLEMENTATIONS = {'reference': reference, 'chunked': chunked, 'cuda': cuda,
@@ -59,13 +58,13 @@ def scan_flops(batch: int, channels: int, length: int, state: int) -> int:
     return 2 * batch * length * channels * (9 * state + 1)
 
 
-@register_flop_formula(torch.ops.vmamba_mm.selective_scan_fwd)
+@flop_formula('selective_scan_fwd')
 def _fwd_flops(u_shape, delta_shape, A_shape, *args, out_shape=None, **kwargs) -> int:
     batch, channels, length = u_shape
     return scan_flops(batch, channels, length, A_shape[1])
 
 
-@register_flop_formula(torch.ops.vmamba_mm.selective_scan_bwd)
+@flop_formula('selective_scan_bwd')
 def _bwd_flops(grad_shape, u_shape, delta_shape, A_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * _fwd_flops(u_shape, delta_shape, A_shape)
 

@@ -3,11 +3,10 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from vmamba_mm.ops.backends import Backend, resolve_backend
 from vmamba_mm.ops.cross_scan.reference import ROUTES
-from vmamba_mm.ops.registration import register
+from vmamba_mm.ops.registration import flop_formula, register
 from vmamba_mm.ops.selective_scan.op import scan_flops
 from vmamba_mm.ops.ss2d_scan import chunked, cuda, reference, triton_scan
 
@@ -76,7 +75,7 @@ def _wants_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-@register_flop_formula(torch.ops.vmamba_mm.ss2d_scan_fwd)
+@flop_formula('ss2d_scan_fwd')
 def _fwd_flops(x_shape, x_proj_shape, dt_projs_shape, bias_shape, A_shape, *args,
                out_shape=None, **kwargs) -> int:
     batch, dim, height, width = x_shape
@@ -86,7 +85,7 @@ def _fwd_flops(x_shape, x_proj_shape, dt_projs_shape, bias_shape, A_shape, *args
     return projections + scan_flops(batch, num_routes * dim, length, A_shape[1])
 
 
-@register_flop_formula(torch.ops.vmamba_mm.ss2d_scan_bwd)
+@flop_formula('ss2d_scan_bwd')
 def _bwd_flops(grad_shape, *shapes, out_shape=None, **kwargs) -> int:
     return 2 * _fwd_flops(*shapes)
 
@@ -172,12 +171,12 @@ def _fwd_norm(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_proj
                              norm_bias, eps, save)
 
 
-@register_flop_formula(torch.ops.vmamba_mm.ss2d_scan_norm)
+@flop_formula('ss2d_scan_norm')
 def _fwd_norm_flops(*shapes, out_shape=None, **kwargs) -> int:
     return _fwd_flops(*shapes)
 
 
-@register_flop_formula(torch.ops.vmamba_mm.ss2d_scan_norm_bwd)
+@flop_formula('ss2d_scan_norm_bwd')
 def _bwd_norm_flops(*shapes, out_shape=None, **kwargs) -> int:
     return _bwd_flops(*shapes)
 

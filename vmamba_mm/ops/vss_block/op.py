@@ -2,9 +2,8 @@
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from vmamba_mm.ops.registration import register
+from vmamba_mm.ops.registration import flop_formula, register
 from vmamba_mm.ops.ss2d_scan.op import _fwd_flops
 from vmamba_mm.ops.vss_block import cuda
 
@@ -97,16 +96,16 @@ def _block_flops(x_shape, in_proj, x_proj, dt_projs, A_logs, fc1) -> int:
             + _fwd_flops((batch, inner, height, width), x_proj, dt_projs, None, A_logs))
 
 
-@register_flop_formula(torch.ops.vmamba_mm.vss_block)
+@flop_formula('vss_block')
 def _flops(x_shape, shapes, *args, out_shape=None, **kwargs) -> int:
     return _block_flops(x_shape, *(shapes[i] for i in (2, 4, 5, 7, 14)))
 
 
-@register_flop_formula(torch.ops.vmamba_mm.vss_block_fwd)
+@flop_formula('vss_block_fwd')
 def _training_flops(x_shape, *shapes, out_shape=None, **kwargs) -> int:
     return _flops(x_shape, shapes)
 
 
-@register_flop_formula(torch.ops.vmamba_mm.vss_block_bwd)
+@flop_formula('vss_block_bwd')
 def _bwd_flops(grad_shape, x_shape, shapes, *args, out_shape=None, **kwargs) -> int:
     return 2 * _flops(x_shape, shapes)
