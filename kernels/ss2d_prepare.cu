@@ -1,6 +1,7 @@
 // The parameters of ss2d_scan as its forward takes them, in one launch: x_proj_weight with the rows
-// of a route padded and reordered, dt_projs_weight as fragments of the tensor cores, and fp32.
-#include "common.cuh"
+// of a route padded and reordered, dt_projs_weight as fragments of the tensor cores, and fp32. Its
+// last blocks round other parameters, if there are any, to half precision.
+#include "cast.cuh"
 
 struct Params {
     const void *x_weight;   // (K, R + 2, D)
@@ -16,15 +17,22 @@ struct Params {
     int dim, rank, routes, row, tiles;
     int x_type, dt_type, bias_type, A_type, D_type;  // 0 fp32, 1 fp16, 2 bf16
     int logs;  // whether it is log(-A)
+    int cast_blocks;
+    Cast cast;
 };
 
 template <class T>
-__global__ void ss2d_prepare(const Params p) {
+__global__ void __launch_bounds__(256) ss2d_prepare(const Params p) {
+    const int blocks = gridDim.x - p.cast_blocks;
+    if ((int)blockIdx.x >= blocks) {
+        round_parameters<T>(p.cast, blockIdx.x - blocks, p.cast_blocks);
+        return;
+    }
     const int groups = (p.dim + 15) >> 4, padded = groups * 16, pairs = (p.rank + 1) & ~1;
     const int weights = p.routes * p.row * p.dim, fragments = p.routes * groups * p.tiles * 64;
     const int biases = p.routes * padded, rates = biases;
     const int total = weights + fragments + biases + rates + padded;
-    for (int j = blockIdx.x * blockDim.x + threadIdx.x; j < total; j += gridDim.x * blockDim.x) {
+    for (int j = blockIdx.x * blockDim.x + threadIdx.x; j < total; j += blocks * blockDim.x) {
         int i = j;
         if (i < weights) {
             const int d = i % p.dim, row = i / p.dim % p.row, k = i / p.dim / p.row;

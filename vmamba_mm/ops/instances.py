@@ -2,6 +2,7 @@
 
 from vmamba_mm.ops import walk
 from vmamba_mm.ops.add_norm import cuda as norm
+from vmamba_mm.ops.cast import cast_instance
 from vmamba_mm.ops.channels import sum_instance
 from vmamba_mm.ops.dwconv import cuda as dwconv
 from vmamba_mm.ops.mlp import cuda as mlp
@@ -47,7 +48,7 @@ INSTANCES: dict[Instance, int] = {
                     lambda t: dwconv.forward_instance(t, False), dwconv.backward_instance)},
     **{mlp.column_instance(type_, gelu): _TYPES.get(type_, 75)
        for type_ in ('Half', 'BFloat', 'Float') for gelu in (False, True)},
-    **{mlp.cast_instance(type_): low for type_, low in _TYPES.items()},
+    **{cast_instance(type_): low for type_, low in _TYPES.items()},
     sum_instance(): 75,
     walk.prepare_instance(): 75,
     walk.finish_instance(): 75,

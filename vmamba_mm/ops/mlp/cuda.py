@@ -1,17 +1,13 @@
 """``mlp`` by torch's matrix products and the CUDA kernels ``cast.cu`` and ``column_sums.cu``."""
 
-from collections.abc import Sequence
-from itertools import accumulate
-
 import torch
 from torch import Tensor
 
 from vmamba_mm.ops.backends import autocast_dtype
+from vmamba_mm.ops.cast import cast
 from vmamba_mm.ops.channels import parameter_grads, why_not_channels
 from vmamba_mm.ops.nvrtc import Instance, cached, kernel
-from vmamba_mm.ops.walk import CODES, TYPES, device_limits, pointer
-
-_MOST = 6  # parameters of a launch of the cast kernel
+from vmamba_mm.ops.walk import TYPES, device_limits, pointer
 
 
 def why_not(x: Tensor, *parameters: Tensor) -> str | None:
@@ -22,39 +18,8 @@ def why_not(x: Tensor, *parameters: Tensor) -> str | None:
             or why_not_channels(x, parameters[2].shape[0], ()))
 
 
-def cast_instance(type_: str) -> Instance:
-    return Instance('cast.cu', f'cast<{type_}>', 'P' * (_MOST + 1) + 'i' * (3 * _MOST + 1))
-
-
 def column_instance(type_: str, gelu: bool) -> Instance:
     return Instance('column_sums.cu', f'column_sums<{type_}, {str(gelu).lower()}>', 'P' * 5 + 'ii')
-
-
-@cached
-def cast_launch(index, dtype, sizes, dtypes):
-    """Where each of at most six tensors of ``sizes`` elements begins in one of ``dtype``, where
-    that ends, and what rounds them into it. Of addresses: them, the result."""
-    starts = [0, *accumulate(-(-size // 8) * 8 for size in sizes)]
-    absent = [0] * (_MOST - len(sizes))
-    launch = kernel(index, cast_instance, TYPES[dtype]).bind(
-        (min(1024, -(-starts[-1] // 2048)), 1, 1), (256, 1, 1))
-    rest = (*starts, *[starts[-1]] * len(absent), *sizes, *absent, *[CODES[d] for d in dtypes],
-            *absent)
-    return starts, lambda *addresses: launch(*addresses[:-1], *absent, addresses[-1], *rest)
-
-
-def cast(parameters: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Each parameter in ``dtype``, without gaps; at most six, rounded by one launch."""
-    parameters = [p.contiguous() for p in parameters]
-    if all(p.dtype == dtype for p in parameters):
-        return parameters
-    starts, launch = cast_launch(parameters[0].get_device(), dtype,
-                                 tuple(p.numel() for p in parameters),
-                                 tuple(p.dtype for p in parameters))
-    buffer = parameters[0].new_empty(starts[-1], dtype=dtype)
-    launch(*[p.data_ptr() for p in parameters], buffer.data_ptr())
-    return [buffer.as_strided(p.shape, p.stride(), start)
-            for p, start in zip(parameters, starts, strict=False)]
 
 
 @cached

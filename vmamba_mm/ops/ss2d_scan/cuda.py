@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vmamba_mm.ops.add_norm import cuda as norm
+from vmamba_mm.ops.cast import FIELDS, plan_cast
 from vmamba_mm.ops.nvrtc import Instance, cached, kernel
 from vmamba_mm.ops.ss2d_scan import cut, layout, merge, walk
 from vmamba_mm.ops.walk import CODES, TYPES, combine_instance, pointer
@@ -39,7 +40,7 @@ def _is_fast(x: Tensor, state: int) -> bool:
 # --- what is compiled -------------------------------------------------------------------------
 
 def prepare_instance(type_: str) -> Instance:
-    return Instance('ss2d_prepare.cu', f'ss2d_prepare<{type_}>', 'P' * 10 + 'i' * 11)
+    return Instance('ss2d_prepare.cu', f'ss2d_prepare<{type_}>', 'P' * 10 + 'i' * 12 + FIELDS)
 
 
 def forward_instance(type_: str, tiles: int, summary: bool) -> Instance:
@@ -62,14 +63,25 @@ def finish_instance(type_: str) -> Instance:
 
 @cached
 def prepare_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...],
-                   dtypes: tuple[torch.dtype, ...], logs: bool) -> Callable[..., None]:
-    """Of x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, of these dtypes, and ``kept``."""
+                   dtypes: tuple[torch.dtype, ...], logs: bool,
+                   casts: tuple[tuple[int, ...], tuple[torch.dtype, ...]] = ((), ())
+                   ) -> Callable[..., None]:
+    """Of addresses: x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, of these dtypes, ``kept``,
+    and the parameters that are rounded too, ``casts`` their elements and dtypes, and where to, as
+    of :func:`vmamba_mm.ops.cast.plan_cast`."""
     plan = cut.plan_of(*sizes, index)
+    starts, cast_blocks, fields = plan_cast(*casts)
     launch = kernel(index, prepare_instance, TYPES[dtype]).bind(
-        (min(1024, -(-plan.offsets[-2] // 512)), 1, 1), (256, 1, 1))
+        (min(1024, -(-plan.offsets[-2] // 512)) + cast_blocks, 1, 1), (256, 1, 1))
     parts = plan.offsets[:5]
-    rest = (sizes[1], *sizes[4:], plan.row, plan.tiles, *[CODES[d] for d in dtypes], int(logs))
-    return lambda *addresses: launch(*addresses[:5], *[addresses[5] + n for n in parts], *rest)
+    rest = (sizes[1], *sizes[4:], plan.row, plan.tiles, *[CODES[d] for d in dtypes], int(logs),
+            cast_blocks)
+
+    def run(*addresses):
+        kept = addresses[5]
+        launch(*addresses[:5], *[kept + n for n in parts], *rest, *fields(*addresses[6:] or (0,)))
+
+    return run
 
 
 class ScanLaunch(NamedTuple):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vmamba_mm.ops import cublas, walk
 from vmamba_mm.ops.add_norm import cuda as norm
+from vmamba_mm.ops.cast import cast_launch, plan_cast
 from vmamba_mm.ops.channels import WIDEST, sum_launch
 from vmamba_mm.ops.dwconv import cuda as dwconv
 from vmamba_mm.ops.mlp import cuda as mlp
@@ -108,33 +109,21 @@ class _Launches:
         self.workspace_size = max(self.workspace_size, made.workspace // self.unit)
         return made.run
 
-    def cast(self, parameters, dtypes, sizes):
-        """Where the parameters begin in a slab, in bytes, and what rounds them there; None where
-        all have the dtype."""
-        if all(dtypes[i] == self.dtype for i in parameters):
-            return 0, None
-        starts, launch = mlp.cast_launch(self.on_dim[0], self.dtype, sizes,
-                                         tuple(dtypes[i] for i in parameters))
-        starts = [self.unit * start for start in starts]
-
-        def run(addresses, to):
-            launch(*addresses, to)
-            return [to + start for start in starts[:-1]]
-
-        return starts[-1] // self.unit, run
-
 
 class _Forward(_Launches):
     def __init__(self, index, shape, widths, x_dtype, dtype, tf32, out_dtype, dtypes, save):
         super().__init__(index, shape, widths, x_dtype, dtype, tf32)
         dim, inner, hidden, pixels = self.dim, self.inner, self.hidden, self.pixels
-        weights, self.round = self.cast(_CAST, dtypes, (
-            inner * dim, dim * inner, hidden * dim, hidden, dim * hidden, dim))
+        casts, self.starts = ((), ()), ()
+        if any(dtypes[i] != dtype for i in _CAST):
+            casts = ((inner * dim, dim * inner, hidden * dim, hidden, dim * hidden, dim),
+                     tuple(dtypes[i] for i in _CAST))
+            self.starts = plan_cast(*casts)[0]
         self.norm1 = self.norm(x_dtype, None, dtype, dtypes[0])
         self.in_proj = self.product(pixels, inner, dim, right_t=True)
         self.convolve = dwconv.forward_launch(index, dtype, dtypes[3], dtypes[18], True, *self.map)
         self.scan = scan.forward_of(dtype)(
-            index, dtype, self.sizes, dtypes[_SCAN] + dtypes[_OUT_NORM], self.product)
+            index, dtype, self.sizes, dtypes[_SCAN] + dtypes[_OUT_NORM], self.product, casts)
         self.out_proj = self.product(pixels, dim, inner, right_t=True)
         self.norm2 = self.norm(x_dtype, dtype, dtype, dtypes[12])
         self.fc1 = self.product(pixels, hidden, dim, right_t=True, bias=True)
@@ -145,7 +134,7 @@ class _Forward(_Launches):
         narrow, wide = pixels * max(dim, inner), pixels * max(self.scan.maps * inner, hidden)
         (self.weights, self.workspace, self.memory, self.narrow, self.other, self.wide,
          *self.places), self.size = _places(
-            weights, self.workspace_size, self.scan.memory, narrow, narrow, wide,
+            sum(self.starts[-1:]), self.workspace_size, self.scan.memory, narrow, narrow, wide,
             *() if save else (pixels * dim, pixels * self.scan.columns,
                               self.scan.states // self.unit, pixels * dim * self.residual))
 
@@ -167,16 +156,18 @@ class _Forward(_Launches):
         (norm1, norm1_bias, in_proj, conv, x_proj, dt_projs, dt_bias, A_logs, D, out_norm,
          out_norm_bias, out_proj, norm2, norm2_bias, fc1, bias1, fc2, bias2, conv_bias) = addresses
         scale1, scale2 = (0 if scale is None else scale.data_ptr() for scale in scales)
-        if self.round is not None:
-            in_proj, out_proj, fc1, bias1, fc2, bias2 = self.round(
-                (in_proj, out_proj, fc1, bias1, fc2, bias2), base + unit * self.weights)
+        scans, products = (x_proj, dt_projs, dt_bias, A_logs, D), ()
+        if self.starts:
+            to = base + unit * self.weights
+            products = in_proj, out_proj, fc1, bias1, fc2, bias2, to
+            in_proj, out_proj, fc1, bias1, fc2, bias2 = [to + unit * n for n in self.starts[:-1]]
+        self.scan.prepare(*scans, kept, *products)
         x = x.data_ptr()
 
         self.norm1(x, 0, 0, norm1, norm1_bias, 0, normed1, moments1, eps)
         self.in_proj(normed1, in_proj, before, workspace)
         self.convolve(before, conv, conv_bias, given)
-        self.scan.run((x_proj, dt_projs, dt_bias, A_logs, D), given, projected, kept, wide,
-                      saved is not None, memory, workspace)
+        self.scan.run(scans, given, projected, kept, wide, saved is not None, memory, workspace)
         self.scan.merge(wide, 0, merged, narrow, out_norm, out_norm_bias, moments, eps)
         self.out_proj(narrow, out_proj, other, workspace)
         self.norm2(x, other, scale1, norm2, norm2_bias, total, normed2, moments2, eps)
@@ -194,7 +185,7 @@ class _Backward(_Launches):
         super().__init__(index, shape, widths, x_dtype, dtype, tf32)
         dim, inner, hidden, pixels = self.dim, self.inner, self.hidden, self.pixels
         batch, length = shape[0], self.length
-        weights, self.round = self.cast(_CAST_BACK, dtypes, (
+        weights, self.round = self._cast(_CAST_BACK, dtypes, (
             inner * dim, dim * inner, hidden * dim, dim * hidden))
 
         self.fc2 = self.product(pixels, hidden, dim)
@@ -245,6 +236,21 @@ class _Backward(_Launches):
             2 * single * sums * inner, max(end, other_end))
         self.places = [self.unit * n for n in (*places[:-1],
                                                *(places[-1] + n for n in (*mlps, *scans)))]
+
+    def _cast(self, parameters, dtypes, sizes):
+        """Where the parameters begin in a slab, in bytes, and what rounds them there; None where
+        all have the dtype."""
+        if all(dtypes[i] == self.dtype for i in parameters):
+            return 0, None
+        starts, launch = cast_launch(self.on_dim[0], self.dtype, sizes,
+                                     tuple(dtypes[i] for i in parameters))
+        starts = [self.unit * start for start in starts]
+
+        def run(addresses, to):
+            launch(*addresses, to)
+            return [to + start for start in starts[:-1]]
+
+        return starts[-1] // self.unit, run
 
     def __call__(self, grad, x, parameters, addresses, scales, saved, eps):
         """Gradients by x and the parameters, an empty one by a bias that is None."""

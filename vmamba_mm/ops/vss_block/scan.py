@@ -35,18 +35,18 @@ class _Sizes:
 
 
 class HalfForward(_Sizes):
-    """``maps`` that it writes, to be merged; elements of ``memory`` that it needs."""
+    """``maps`` that it writes, to be merged; elements of ``memory`` that it needs. ``prepare``
+    takes the parameters, ``kept``, and what is rounded at the same time, as prepare_launch."""
 
-    def __init__(self, index, dtype, sizes, dtypes, product):
+    def __init__(self, index, dtype, sizes, dtypes, product, casts):
         super().__init__(dtype, sizes)
-        self.prepare = cuda.prepare_launch(index, dtype, sizes, dtypes[:5], True)
+        self.prepare = cuda.prepare_launch(index, dtype, sizes, dtypes[:5], True, casts)
         self.project = product(self.pixels, self.columns, self.dim, right_t=True)
         self.scan = cuda.scan_launch(index, dtype, sizes, _fields(self, 1), False)
         self.merge = cuda.merge_launch(index, dtype, sizes, False, False, dtypes[5])
         self.maps, self.memory = cut.plan_of(*sizes, index).forward.maps, self.scan.memory // 2
 
     def run(self, parameters, given, projected, kept, maps, save, memory, workspace):
-        self.prepare(*parameters, kept)
         self.project(given, kept, projected, workspace)
         self.scan.run(projected, kept, (given,), maps, kept + self.states if save else 0, (),
                       memory)
@@ -82,20 +82,19 @@ class HalfBackward(_Sizes):
 
 
 class FloatForward(_Sizes):
-    """As :class:`HalfForward`."""
+    """As :class:`HalfForward`; nothing is rounded."""
 
-    def __init__(self, index, dtype, sizes, dtypes, product):
+    def __init__(self, index, dtype, sizes, dtypes, product, casts):
         super().__init__(dtype, sizes)
-        _, self.prepare = walk.prepare_launch(index, sizes, 1, dtypes[1:5], True)
+        _, prepare = walk.prepare_launch(index, sizes, 1, dtypes[1:5], True)
+        self.prepare = lambda x_proj, *others: prepare(*others)
         self.project = product(self.pixels, self.columns, self.dim, right_t=True)
         self.scan = walk.forward_launch(index, dtype, sizes, 1)
         self.merge = cuda.merge_launch(index, dtype, sizes, False, False, dtypes[5])
         self.maps, self.memory = self.routes, self.scan.memory // 4
 
     def run(self, parameters, given, projected, kept, maps, save, memory, workspace):
-        x_proj, *others = parameters
-        self.prepare(*others, kept)
-        self.project(given, x_proj, projected, workspace)
+        self.project(given, parameters[0], projected, workspace)
         self.scan.run(given, projected, kept, maps, kept + self.states if save else 0, memory)
 
 
