@@ -119,6 +119,12 @@ struct Float {  // fp32, beside Half and BFloat
 template <class A, class B> constexpr bool same = false;
 template <class A> constexpr bool same<A, A> = true;
 
+// What a part of a scan makes of the state that enters it, from its decay and its end from zero. No
+// decay at all: the image is another one, and NaN stays in its own.
+__device__ __forceinline__ float follow(float decay, float end, float enter) {
+    return decay == 0.f ? end : decay * enter + end;
+}
+
 // Four adjacent elements of T, aligned, as loaded; as numbers; and stored.
 template <class T> struct Raw { typedef uint2 type; typedef unsigned short element; };
 template <> struct Raw<Float> { typedef float4 type; typedef float element; };

@@ -35,13 +35,27 @@ struct Scan {
     u32 magic_height, magic_width, magic_slots;
 };
 
-// Of a slot: the image, its number there, its first position in the image's scan, the pixel of that
-// one, and how many positions there are to the end of the row.
+// A position of a slot, its first if nothing else is said: the image, the slot's number there, the
+// position in the image's scan, its pixel, and how many there are from it to the end of the row.
+// Beyond the batch: after the end of image 0, and no slot's number is that of another image's.
 struct Place {
     int image, slot, start, pixel, wrap;
 };
 
-__device__ __forceinline__ Place find_place(const Scan &p, const Path &path, int slot) {
+__device__ __forceinline__ void locate(const Scan &p, const Path &path, Place &place, int i) {
+    place.start = place.slot * OWN + i;
+    if (place.image >= p.batch) {
+        place.image = 0;
+        place.slot = 1 << 30;
+        place.start = p.height * p.width;
+    }
+    const int row = (int)__umulhi((u32)place.start, path.magic);
+    const int rest = place.start - row * path.inner_length;
+    place.pixel = path.origin + row * path.outer + rest * path.inner;
+    place.wrap = path.inner_length - rest;
+}
+
+__device__ __forceinline__ Place find_place(const Scan &p, const Path &path, int slot, int i = 0) {
     Place place;
     place.image = p.magic_slots ? (int)__umulhi((u32)slot, p.magic_slots) : slot;
     place.slot = slot - place.image * p.slots;
@@ -49,16 +63,26 @@ __device__ __forceinline__ Place find_place(const Scan &p, const Path &path, int
         --place.image;
         place.slot += p.slots;
     }
-    place.start = place.slot * OWN;
-    if (place.image >= p.batch) {
-        place.image = 0;
-        place.start = p.height * p.width;
-    }
-    const int row = (int)__umulhi((u32)place.start, path.magic);
-    const int rest = place.start - row * path.inner_length;
-    place.pixel = path.origin + row * path.outer + rest * path.inner;
-    place.wrap = path.inner_length - rest;
+    locate(p, path, place, i);
     return place;
+}
+
+// To the same position of the next slot.
+__device__ __forceinline__ void advance(const Scan &p, const Path &path, Place &place, int i = 0) {
+    if (++place.slot == p.slots) {
+        place.slot = 0;
+        ++place.image;
+        locate(p, path, place, i);
+        return;
+    }
+    place.start += OWN;
+    place.pixel += OWN * path.inner;
+    place.wrap -= OWN;
+#pragma unroll 1
+    while (place.wrap <= 0) {
+        place.pixel += path.jump;
+        place.wrap += path.inner_length;
+    }
 }
 
 // A map (B, H, W, D) by strides in elements; a pixel is h * W + w.
@@ -101,19 +125,18 @@ struct Stager {
         if (unit >= step) unit = 1 << 20;  // nothing to do
     }
 
-    __device__ __forceinline__ void stage(const Scan &p, const Path &path, char *to, int route,
-                                          int chunk) const {
+    // `place` is of position i of slot g.
+    __device__ __forceinline__ void stage(const Scan &p, const Place &place, char *to,
+                                          int route) const {
         const int units = p.row >> 3;
         if (unit >= units) return;
         const int length = p.height * p.width;
-        const Place place = find_place(p, path, chunk * 8 + g);
-        const int at = place.start + i;
         const char *from = (const char *)p.projected + ((long long)place.image * length
-              + path.find(at)) * (p.routes * p.row * 2) + (route * p.row + unit * 8) * 2;
+              + place.pixel) * (p.routes * p.row * 2) + (route * p.row + unit * 8) * 2;
         to += ((unit * OWN + i) * 8 + g) * 16;
 #pragma unroll 1
         for (int u = unit; u < units; u += step) {
-            copy16(to, from, at < length);
+            copy16(to, from, place.start < length);
             to += step * UNIT_BYTES;
             from += step * 16;
         }
@@ -143,7 +166,7 @@ __device__ __forceinline__ void read_map(const Scan &p, const Path &path, const 
           + (long long)channel * map.stride_d;
     auto at = [&](int i, int pixel) { take(i, base + pixel * map.stride_pixel); };
     if (map.vector && count >= OWN && path.inner_length >= OWN) {
-        if (p.aligned) for_pixels<true>(path, place, at);
+        if (p.aligned || place.wrap >= OWN) for_pixels<true>(path, place, at);
         else for_pixels<false>(path, place, at);
         return;
     }
@@ -175,8 +198,9 @@ __device__ __forceinline__ void write_map(const Scan &p, const Path &path, const
     auto put = [&](int i, int pixel) { *(uint2 *)(out + pixel * p.dim) = get(i); };
     auto add = [&](int i, int pixel) { T::add(out + pixel * p.dim, get(i)); };
     if (map.vector && count >= OWN && path.inner_length >= OWN) {
-        if (p.aligned && adds) for_pixels<true>(path, place, add);
-        else if (p.aligned) for_pixels<true>(path, place, put);
+        const bool straight = p.aligned || place.wrap >= OWN;
+        if (straight && adds) for_pixels<true>(path, place, add);
+        else if (straight) for_pixels<true>(path, place, put);
         else if (adds) for_pixels<false>(path, place, add);
         else for_pixels<false>(path, place, put);
         return;
@@ -203,6 +227,42 @@ __device__ __forceinline__ void copy_map(const Scan &p, const Path &path, const 
     read_map(p, path, map, place, channel,
              [&](int i, const unsigned short *from) { copy8(to + i * 256, from); },
              [&](int i, uint2 v) { *(uint2 *)(to + i * 256) = v; });
+}
+
+// What a warp needs of the parameters of a route, in its shared memory: the fragments, and of its 16
+// channels bias and rate.
+template <int TILES>
+struct Weights {
+    static constexpr int BYTES = TILES * 256 + 128;
+    const u32 *fragments;
+    const float *bias, *rates;
+
+    __device__ __forceinline__ Weights(const char *memory)
+        : fragments((const u32 *)memory), bias((const float *)(memory + TILES * 256)),
+          rates(bias + 16) {}
+
+    static __device__ __forceinline__ void load(const Scan &p, char *memory, int route, int group,
+                                                int lane) {
+        const int at = route * ((p.dim + 15) >> 4) + group;
+        u32 *const fragments = (u32 *)memory;
+        for (int j = lane; j < TILES * 64; j += 32)
+            fragments[j] = p.fragments[(long long)at * TILES * 64 + j];
+        ((float *)(fragments + TILES * 64))[lane] = (lane < 16 ? p.bias : p.rates)[at * 16 + lane % 16];
+    }
+};
+
+// The states of a lane's channels that enter a chunk, to what is kept of them: (K, chunks, D).
+__device__ __forceinline__ void keep_states(const Scan &p, float *states, int route, int chunk,
+                                            int channel, const float (&enter)[4]) {
+    float *const to = states + (long long)(route * p.chunks + chunk) * p.dim + channel;
+    if ((p.dim & 3) == 0) {
+        if (channel < p.dim)
+            *(float4 *)to = make_float4(enter[0], enter[1], enter[2], enter[3]);
+    } else {
+#pragma unroll
+        for (int c = 0; c < 4; ++c)
+            if (channel + c < p.dim) to[c] = enter[c];
+    }
 }
 
 // z = log2(e) (W dt + bias) of a lane's positions and of its channels 2 pair, 2 pair + 1; far below

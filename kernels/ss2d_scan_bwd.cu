@@ -133,7 +133,8 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_bwd(const Params
     const Stager stager;
     for (int route = map; route < p.routes; route += maps) {
         auto stage = [&](const Path &path, int chunk, int turn) {
-            stager.stage(p, path, shared + turn * staged_bytes, route, chunk);
+            stager.stage(p, find_place(p, path, chunk * 8 + stager.g, stager.i),
+                         shared + turn * staged_bytes, route);
             const Place place = find_place(p, path, chunk * 8 + g);
             if (active) {
                 char *to = own + turn * 2 * MAP_BYTES;

@@ -1,6 +1,6 @@
-// Forward of ss2d_scan for N = 1 on half-precision maps. A block walks a span of one route, to a map
-// of its own; or, where spans are of whole images, of the two routes of an axis, in turn for every
-// few images, so that the second is added to what the first has just written.
+// Forward of ss2d_scan for N = 1 on half-precision maps, in spans of whole images, so that nothing
+// enters one. A block walks a span of one route, to a map of its own; or of the two routes of an
+// axis, in turn for every few images, so that the second is added to what the first has just written.
 #include "ss2d_scan.cuh"
 
 struct Params {
@@ -8,15 +8,13 @@ struct Params {
     Map x;
     void *y;               // (maps, B, H, W, D): gridDim.x of them
     float *states;         // (K, chunks, D): the state that enters each chunk, or null
-    const float *entries;  // (K, spans, D): the state that enters each span, or null
-    float *decays, *ends;  // (K, spans, D): of a span from a zero state, if SUMMARY
     int unit;              // chunks that a route takes before it is the other one's turn
 };
 
 // Staged chunks: while some warps stage the next one, others may still read the one before.
 constexpr int STAGES = 3;
 
-template <class T, int TILES, bool SUMMARY>
+template <class T, int TILES>
 __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_fwd(const Params params) {
     const Scan &p = params.scan;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
@@ -32,27 +30,16 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_fwd(const Params
     const int staged_bytes = (p.row >> 3) * UNIT_BYTES + PAD_BYTES;
     char *const barriers = shared, *const staged_memory = shared + 64;
     // Of a warp: 64 bytes of skip, then for each of its routes the fragments, bias and rates.
-    constexpr int ROUTE_BYTES = TILES * 256 + 128;
+    constexpr int ROUTE_BYTES = Weights<TILES>::BYTES;
     const int turns = p.routes / maps;
     char *const own = staged_memory + STAGES * staged_bytes + warp * (turns * ROUTE_BYTES + 64);
     float *const skip = (float *)own;
 
-    float enter[4], decay[4] = {1.f, 1.f, 1.f, 1.f};
-#pragma unroll
-    for (int c = 0; c < 4; ++c)
-        enter[c] = params.entries && channel + c < p.dim
-            ? params.entries[((long long)map * p.spans + span) * p.dim + channel + c] : 0.f;
-
+    float enter[4] = {};
     if (threadIdx.x < STAGES) make_barrier(barriers + threadIdx.x * BARRIER_BYTES);
     if (active) {
-        for (int i = 0; i < turns; ++i) {
-            const int at = (map + i * maps) * groups + group;
-            u32 *const fragments = (u32 *)(own + 64 + i * ROUTE_BYTES);
-            float *const bias = (float *)(fragments + TILES * 64);
-            for (int j = lane; j < TILES * 64; j += 32)
-                fragments[j] = p.fragments[(long long)at * TILES * 64 + j];
-            bias[lane] = (lane < 16 ? p.bias : p.rates)[at * 16 + lane % 16];
-        }
+        for (int i = 0; i < turns; ++i)
+            Weights<TILES>::load(p, own + 64 + i * ROUTE_BYTES, map + i * maps, group, lane);
         if (lane < 16) skip[lane] = p.skip[group * 16 + lane];
     }
     __syncthreads();
@@ -60,7 +47,8 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_fwd(const Params
     uint2 ahead[OWN];
     auto stage = [&](int route, int chunk, int turn) {
         const Path path = make_path(p, route);
-        stager.stage(p, path, staged_memory + turn * staged_bytes, route, chunk);
+        stager.stage(p, find_place(p, path, chunk * 8 + stager.g, stager.i),
+                     staged_memory + turn * staged_bytes, route);
         arrive_with_copies(barriers + turn * BARRIER_BYTES);
         const Place place = find_place(p, path, chunk * 8 + g);
         if (active)
@@ -98,29 +86,17 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_fwd(const Params
         if (chunk < last) stage(route, chunk, turn);
         if (!active) continue;
 
-        const u32 *const fragments
-            = (const u32 *)(own + 64 + (now == map ? 0 : ROUTE_BYTES));
-        const float *const bias = (const float *)(fragments + TILES * 64);
-        const float *const rates = bias + 16;
-        if (params.states && g == 0) {
-            float *to = params.states + (long long)(now * p.chunks + at) * p.dim + channel;
-            if ((p.dim & 3) == 0) {
-                if (channel < p.dim)
-                    *(float4 *)to = make_float4(enter[0], enter[1], enter[2], enter[3]);
-            } else {
-#pragma unroll
-                for (int c = 0; c < 4; ++c)
-                    if (channel + c < p.dim) to[c] = enter[c];
-            }
-        }
+        const Weights<TILES> weights(own + 64 + (now == map ? 0 : ROUTE_BYTES));
+        if (params.states && g == 0)
+            keep_states(p, params.states, now, at, channel, enter);
         u32 pairs[OWN];  // (B, C), unpacked where they are used, for want of registers
         load_pairs(pairs, staged, (p.rank + 1) & ~1, g);
         uint2 y[OWN];
 #pragma unroll
         for (int pair = 0; pair < 2; ++pair) {
             float z[OWN][2], a[OWN][2], q[OWN][2], P[2], h[2];
-            const float2 rate = *(const float2 *)(rates + 4 * t + 2 * pair);
-            project_dt<T, TILES, false>(z, staged, fragments, bias, pair, lane,
+            const float2 rate = *(const float2 *)(weights.rates + 4 * t + 2 * pair);
+            project_dt<T, TILES, false>(z, staged, weights.fragments, weights.bias, pair, lane,
                                         length - place.start);
 #pragma unroll
             for (int i = 0; i < OWN; ++i) {
@@ -144,10 +120,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_fwd(const Params
                 const float before = __shfl_up_sync(ALL, after, 4);
                 h[c] = place.slot == 0 ? 0.f : g ? before : enter[n];
                 enter[n] = __shfl_sync(ALL, after, 28 + t);
-                if (SUMMARY)
-                    decay[n] = __shfl_sync(ALL, entered ? decay[n] * P[c] : 0.f, 28 + t);
             }
-            if (SUMMARY) continue;
             float out[OWN][2];
 #pragma unroll
             for (int i = 0; i < OWN; ++i) {
@@ -171,7 +144,6 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_fwd(const Params
             for (int i = 0; i < OWN; ++i)
                 (pair ? y[i].y : y[i].x) = T::pack(out[i][0], out[i][1]);
         }
-        if (SUMMARY) continue;
         __syncwarp();  // what is added to is written, by other lanes of the warp
         write_map<T>(p, make_path(p, now), map_of(p, params.y, map), [&](int i) {
             uint2 v = y[0];
@@ -181,12 +153,4 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_fwd(const Params
             return v;
         }, place, channel, now != map);
     }
-    if (SUMMARY && active && g == 0)
-#pragma unroll
-        for (int c = 0; c < 4; ++c)
-            if (channel + c < p.dim) {
-                const long long at = ((long long)map * p.spans + span) * p.dim + channel + c;
-                params.ends[at] = enter[c];
-                params.decays[at] = decay[c];
-            }
 }

@@ -21,10 +21,13 @@ _NORMS = [('Half', 'Half', 'Half'), ('BFloat', 'BFloat', 'BFloat'), ('Float', 'H
 
 #: What is compiled, and the lowest compute capability (75 for 7.5) that it is for.
 INSTANCES: dict[Instance, int] = {
-    **{make(type_, tiles, False): low for type_, low in _TYPES.items() for tiles in _TILES
-       for make in (cuda.forward_instance, cuda.backward_instance)},
+    **{kernel: low for type_, low in _TYPES.items() for tiles in _TILES
+       for kernel in (cuda.forward_instance(type_, tiles),
+                      cuda.backward_instance(type_, tiles, False))},
     **{make(type_, 1, True): low for type_, low in _TYPES.items()
-       for make in (cuda.forward_instance, cuda.backward_instance)},
+       for make in (cuda.runs_instance, cuda.backward_instance)},
+    **{cuda.runs_instance(type_, tiles, False): low for type_, low in _TYPES.items()
+       for tiles in (1, 3, 8)},
     **{make(type_): low for type_, low in _TYPES.items()
        for make in (cuda.prepare_instance, cuda.finish_instance)},
     **{merge.merge_instance(type_, *rest): low for type_, low in _TYPES.items()

@@ -19,6 +19,8 @@ from vmamba_mm.ops.walk import CODES, TYPES, combine_instance, pointer
 
 _SCAN = 'P' * 5 + 'i' * 15
 _MAP = 'Pqiiii'
+_FORWARD = (('WARPS', cut.FORWARD_WARPS), ('BLOCKS', cut.FORWARD_BLOCKS))
+RUNS = 8  # of a span, see ss2d_scan_runs.cu
 _HALVES = torch.float16, torch.bfloat16
 
 
@@ -43,10 +45,14 @@ def prepare_instance(type_: str) -> Instance:
     return Instance('ss2d_prepare.cu', f'ss2d_prepare<{type_}>', 'P' * 10 + 'i' * 12 + FIELDS)
 
 
-def forward_instance(type_: str, tiles: int, summary: bool) -> Instance:
-    return Instance('ss2d_scan_fwd.cu', f'ss2d_scan_fwd<{type_}, {tiles}, {str(summary).lower()}>',
-                    _SCAN + _MAP + 'P' * 5 + 'i',
-                    (('WARPS', cut.FORWARD_WARPS), ('BLOCKS', cut.FORWARD_BLOCKS)))
+def forward_instance(type_: str, tiles: int) -> Instance:
+    return Instance('ss2d_scan_fwd.cu', f'ss2d_scan_fwd<{type_}, {tiles}>',
+                    _SCAN + _MAP + 'PPi', _FORWARD)
+
+
+def runs_instance(type_: str, tiles: int, summary: bool) -> Instance:
+    return Instance('ss2d_scan_runs.cu', f'ss2d_scan_runs<{type_}, {tiles}, {str(summary).lower()}>',
+                    _SCAN + _MAP + 'P' * 5, _FORWARD)
 
 
 def backward_instance(type_: str, tiles: int, summary: bool) -> Instance:
@@ -97,40 +103,43 @@ def scan_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...],
     """The scan, or its backward; ``read`` has of each map read the fields after its address."""
     batch, dim, height, width, rank, routes = sizes
     plan = cut.plan_of(*sizes, index)
-    if back:
-        instance, work, last = backward_instance, plan.backward, ()
-    else:
-        instance, work, last = forward_instance, plan.forward, (plan.forward.alone,)
+    work = plan.backward if back else plan.forward
     parts = plan.offsets[1:5]
     shape = (batch, dim, height, width, rank, routes, plan.row, plan.slots, plan.chunks, work.span,
              work.spans, plan.aligned, *plan.magic)
     walks = work.maps
     grid, block = (walks, work.columns, work.spans), (32 * work.warps, 1, 1)
 
-    def bound(summary):
-        return kernel(index, instance, TYPES[dtype], plan.tiles, summary).bind(grid, block,
-                                                                              work.shared)
+    def bound(instance, *which):
+        return kernel(index, instance, TYPES[dtype], plan.tiles, *which).bind(grid, block,
+                                                                             work.shared)
 
-    scan, bytes_ = bound(False), 0
+    # Pointers that follow those of the maps: what enters each span, and of its parts decay and end.
     if not work.independent:
-        bytes_ = 4 * walks * work.spans * dim
-        summarise = bound(True)
+        instance, runs = (backward_instance, 1) if back else (runs_instance, RUNS)
+        scan, summarise = bound(instance, False), bound(instance, True)
         combine = kernel(index, combine_instance).bind((-(-walks * dim // 128), 1, 1),
                                                        (128, 1, 1))
+        bytes_ = 4 * walks * work.spans * dim
+    elif back:
+        scan, bytes_, runs, last = bound(backward_instance, False), 0, 0, (0, 0, 0)
+    else:
+        scan, bytes_, runs, last = bound(forward_instance), 0, 0, (plan.forward.alone,)
 
     def run(projected, kept, maps, written, states, others, memory):
         fields = (projected, *[kept + n for n in parts], *shape)
         for address, rest in zip(maps, read, strict=True):
             fields += address, *rest
         fields += (states, written, *others) if back else (written, states)
-        entries = 0
-        if bytes_:
-            decays, ends, entries = memory, memory + bytes_, memory + 2 * bytes_
-            summarise(*fields, 0, decays, ends, *last)
-            combine(decays, ends, entries, walks, work.spans, dim, int(back))
-        scan(*fields, entries, 0, 0, *last)
+        if work.independent:
+            scan(*fields, *last)
+            return
+        entries, decays, ends = memory, memory + bytes_, memory + (1 + runs) * bytes_
+        summarise(*fields, 0, decays, ends)
+        combine(decays, ends, entries, walks, work.spans, runs, dim, int(back))
+        scan(*fields, entries, decays, ends)
 
-    return ScanLaunch(run, 3 * bytes_)
+    return ScanLaunch(run, (1 + 2 * runs) * bytes_)
 
 
 @cached

@@ -56,10 +56,10 @@ def plan_of(batch: int, dim: int, height: int, width: int, rank: int, routes: in
     properties = torch.cuda.get_device_properties(index)
     multiprocessors = properties.multi_processor_count
 
-    def cuts(most, blocks, of_block, per_warp, per_route, saved, reach, slots):
-        limit = properties.shared_memory_per_block_optin - 1024
-        most = min(most, (limit - of_block) // (per_warp + per_route))
-        if most < 2:
+    limit = properties.shared_memory_per_block_optin - 1024
+
+    def cuts(most, blocks, of_block, per_warp, per_route, in_runs, saved, reach, slots):
+        if of_block + 2 * (per_warp + per_route) > limit:
             raise ValueError(f'dt_rank={rank} needs more shared memory than the {limit} bytes of '
                              f'this GPU')
         chunks = -(-batch * slots // 8)
@@ -71,6 +71,8 @@ def plan_of(batch: int, dim: int, height: int, width: int, rank: int, routes: in
             for maps, independent in {(fewest, True), (routes, True), (routes, False)}:
                 unit, walks = alone if independent else 1, columns * maps
                 shared = of_block + warps * (per_warp + routes // maps * per_route)
+                if not independent:
+                    shared += in_runs[0] + warps * in_runs[1]
                 if shared > limit:
                     continue
                 at_once = multiprocessors * min(
@@ -79,7 +81,7 @@ def plan_of(batch: int, dim: int, height: int, width: int, rank: int, routes: in
                 for spans in {max(1, n * at_once // walks) for n in (1, 2, 3, 4)}:
                     span = -(-chunks // (unit * spans)) * unit
                     spans = -(-chunks // span)
-                    if spans > 65535:
+                    if spans > 65535 or (spans == 1 and not independent):
                         continue
                     # In chunks of a warp on a multiprocessor, which 8 warps fill; a block's start
                     # is worth half a chunk. What enters a span costs two more launches.
@@ -91,10 +93,9 @@ def plan_of(batch: int, dim: int, height: int, width: int, rank: int, routes: in
                     resident = max(8, resident * (0.95 if resident > 12 else 1))
                     cost = waves * (span * routes // maps + 0.5) * resident
                     cost *= (1 + 0.004 * columns) * (1 if maps == routes else 1 - saved)
-                    if not independent and spans > 1:
+                    if not independent:
                         cost = 1.6 * cost + 16
-                    yield Cut(maps, warps, columns, span, spans, alone, shared,
-                               independent or spans == 1, cost)
+                    yield Cut(maps, warps, columns, span, spans, alone, shared, independent, cost)
 
     # What a map less to write and to add up saves; a forward waits for additions to what is not in
     # L2 any more (measured: 53 of 50 MB are fast, 159 slow), a backward has other things to do.
@@ -103,10 +104,10 @@ def plan_of(batch: int, dim: int, height: int, width: int, rank: int, routes: in
     exact = -(-length // _SLOT)
     for slots in {exact, -(-exact // 8) * 8}:
         forward, backward = (min(cuts(*sizes, slots), key=lambda cut: cut.cost) for sizes in (
-            (FORWARD_WARPS, FORWARD_BLOCKS, 64 + 3 * staged, 64, 256 * tiles + 128, 0.03,
-             1.5 * l2),
+            (FORWARD_WARPS, FORWARD_BLOCKS, 64 + 3 * staged, 64, 256 * tiles + 128,
+             (2 * staged, 3 * _CHUNK_MAP), 0.03, 1.5 * l2),
             (BACKWARD_WARPS, BACKWARD_BLOCKS, 2 * staged,
-             4 * _CHUNK_MAP + 768 * tiles + 320 + 2048, 0, 0.1, math.inf)))
+             4 * _CHUNK_MAP + 768 * tiles + 320 + 2048, 0, (0, 0), 0.1, math.inf)))
         if best is None or forward.cost + 2 * backward.cost < best[1].cost + 2 * best[2].cost:
             best = slots, forward, backward
     slots, forward, backward = best
