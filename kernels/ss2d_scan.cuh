@@ -302,12 +302,16 @@ __device__ __forceinline__ void project_dt(float (&z)[OWN][2], const char *stage
             if (i >= count) z[i][0] = z[i][1] = -1e4f;
 }
 
-// (B, C) of a lane's positions, packed; column: of the staged row.
+// Where (B, C) of a lane's positions are, packed, 128 bytes apart; column: of the staged row.
+__device__ __forceinline__ const char *pairs_of(const char *staged, int column, int g) {
+    return staged + (column >> 3) * UNIT_BYTES + g * 16 + (column & 7) * 2;
+}
+
 __device__ __forceinline__ void load_pairs(u32 (&pairs)[OWN], const char *staged, int column,
                                            int g) {
-    const char *pair = staged + (column >> 3) * UNIT_BYTES + g * 16 + (column & 7) * 2;
+    const char *const from = pairs_of(staged, column, g);
 #pragma unroll
-    for (int i = 0; i < OWN; ++i) pairs[i] = *(const u32 *)(pair + i * 128);
+    for (int i = 0; i < OWN; ++i) pairs[i] = *(const u32 *)(from + i * 128);
 }
 
 // Lane g has the map h -> P h + q over its positions; combine it with those of up to `reach` lanes

@@ -15,7 +15,7 @@ struct Params {
 
 // Slots are staged two ahead, as memory is busy: while some warps stage those, others may still read
 // the slots of two before.
-constexpr int AHEAD = 2, STAGES = 2 * AHEAD + 1;
+constexpr int AHEAD = 1, STAGES = 2 * AHEAD + 1;
 
 template <class T, int TILES, bool SUMMARY>
 __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_runs(const Params params) {
@@ -73,18 +73,15 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_runs(const Param
         if (number + AHEAD < count) stage(number + AHEAD);
         if (!active) continue;
 
-        uint2 x[OWN], y[OWN];
-#pragma unroll
-        for (int i = 0; i < OWN; ++i)
-            x[i] = *(const uint2 *)(own_x + number % (AHEAD + 1) * MAP_BYTES + i * 256 + lane * 8);
+        const char *const x = own_x + number % (AHEAD + 1) * MAP_BYTES + lane * 8;
+        const char *const BC = pairs_of(staged, (p.rank + 1) & ~1, g);
+        uint2 y[OWN];
         const int slot = first * 8 + g * count + number;
         if (!SUMMARY && params.states && slot % 8 == 0)
             keep_states(p, params.states, route, slot / 8, channel, enter);
 #pragma unroll
         for (int c = 0; c < 4; ++c)
             if (place.slot == 0) enter[c] = decay[c] = 0.f;
-        u32 pairs[OWN];  // (B, C)
-        load_pairs(pairs, staged, (p.rank + 1) & ~1, g);
 #pragma unroll
         for (int pair = 0; pair < 2; ++pair) {
             float z[OWN][2];
@@ -93,16 +90,17 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_runs(const Param
             const float2 rate = *(const float2 *)(weights.rates + 4 * t + 2 * pair);
 #pragma unroll
             for (int i = 0; i < OWN; ++i) {
-                const float2 x2 = T::unpack(pair ? x[i].y : x[i].x), BC = T::unpack(pairs[i]);
+                const float2 x2 = T::unpack(*(const u32 *)(x + i * 256 + pair * 4));
+                const float2 both = T::unpack(*(const u32 *)(BC + i * 128));
                 float out[2];
 #pragma unroll
                 for (int c = 0; c < 2; ++c) {
                     const int n = 2 * pair + c;
                     const float l = softplus2(z[i][c]), x1 = c ? x2.y : x2.x;
                     const float a = ex2((c ? rate.y : rate.x) * l);
-                    enter[n] = a * enter[n] + l * x1 * (LN2 * BC.x);
+                    enter[n] = a * enter[n] + l * x1 * (LN2 * both.x);
                     if (SUMMARY) decay[n] *= a;
-                    else out[c] = BC.y * enter[n] + skip[n] * x1;
+                    else out[c] = both.y * enter[n] + skip[n] * x1;
                 }
                 if (!SUMMARY) (pair ? y[i].y : y[i].x) = T::pack(out[0], out[1]);
             }
