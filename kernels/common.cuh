@@ -247,6 +247,17 @@ __device__ __forceinline__ void wait_for_copies(char *barrier, u32 parity) {
 #undef WAIT
 }
 
+// A flag that another block waits for: what was written before it is there for who has seen it.
+__device__ __forceinline__ void store_release(int *to, int v) {
+    asm volatile("st.release.gpu.global.s32 [%0], %1;" :: "l"(to), "r"(v) : "memory");
+}
+
+__device__ __forceinline__ int load_acquire(const int *from) {
+    int v;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
+    return v;
+}
+
 // Two 8 x 8 tiles of half-precision values; lane l gives the address of row l % 8 of tile l / 8,
 // and those from 16 on any address.
 __device__ __forceinline__ void load_tiles(u32 &a, u32 &b, u32 row) {

@@ -14,6 +14,8 @@ struct Params {
     float *bias;            // (K, 16 G), times log2(e)
     float *rates;           // (K, 16 G)
     float *skip;            // (16 G): the sum over the routes
+    int *zeros;             // (count): what becomes 0
+    int count;
     int dim, rank, routes, row, tiles;
     int x_type, dt_type, bias_type, A_type, D_type;  // 0 fp32, 1 fp16, 2 bf16
     int logs;  // whether it is log(-A)
@@ -31,7 +33,7 @@ __global__ void __launch_bounds__(256) ss2d_prepare(const Params p) {
     const int groups = (p.dim + 15) >> 4, padded = groups * 16, pairs = (p.rank + 1) & ~1;
     const int weights = p.routes * p.row * p.dim, fragments = p.routes * groups * p.tiles * 64;
     const int biases = p.routes * padded, rates = biases;
-    const int total = weights + fragments + biases + rates + padded;
+    const int total = weights + fragments + biases + rates + padded + p.count;
     for (int j = blockIdx.x * blockDim.x + threadIdx.x; j < total; j += blocks * blockDim.x) {
         int i = j;
         if (i < weights) {
@@ -77,6 +79,10 @@ __global__ void __launch_bounds__(256) ss2d_prepare(const Params p) {
             continue;
         }
         i -= rates;
+        if (i >= padded) {
+            p.zeros[i - padded] = 0;
+            continue;
+        }
         float sum = 0.f;
         for (int k = 0; i < p.dim && k < p.routes; ++k)
             sum += load_parameter(p.D, k * p.dim + i, p.D_type);

@@ -36,21 +36,23 @@ struct Scan {
 };
 
 // A position of a slot, its first if nothing else is said: the image, the slot's number there, the
-// position in the image's scan, its pixel, and how many there are from it to the end of the row.
-// Beyond the batch: after the end of image 0, and no slot's number is that of another image's.
+// pixel, and how many there are from it to the end of the row. Beyond the batch the slot's number is
+// so high that the image has ended long before.
 struct Place {
-    int image, slot, start, pixel, wrap;
+    int image, slot, pixel, wrap;
+
+    // The position of the slot's first in the image's scan.
+    __device__ __forceinline__ int start() const { return slot * OWN; }
 };
 
 __device__ __forceinline__ void locate(const Scan &p, const Path &path, Place &place, int i) {
-    place.start = place.slot * OWN + i;
     if (place.image >= p.batch) {
-        place.image = 0;
-        place.slot = 1 << 30;
-        place.start = p.height * p.width;
+        place = {0, 1 << 27, 0, 1 << 30};
+        return;
     }
-    const int row = (int)__umulhi((u32)place.start, path.magic);
-    const int rest = place.start - row * path.inner_length;
+    const int at = place.start() + i;
+    const int row = (int)__umulhi((u32)at, path.magic);
+    const int rest = at - row * path.inner_length;
     place.pixel = path.origin + row * path.outer + rest * path.inner;
     place.wrap = path.inner_length - rest;
 }
@@ -67,15 +69,14 @@ __device__ __forceinline__ Place find_place(const Scan &p, const Path &path, int
     return place;
 }
 
-// To the same position of the next slot.
-__device__ __forceinline__ void advance(const Scan &p, const Path &path, Place &place, int i = 0) {
+// To the next slot, as find_place does for its first position.
+__device__ __forceinline__ void advance(const Scan &p, const Path &path, Place &place) {
     if (++place.slot == p.slots) {
-        place.slot = 0;
         ++place.image;
-        locate(p, path, place, i);
+        place.slot = 0;
+        locate(p, path, place, 0);
         return;
     }
-    place.start += OWN;
     place.pixel += OWN * path.inner;
     place.wrap -= OWN;
 #pragma unroll 1
@@ -136,7 +137,7 @@ struct Stager {
         to += ((unit * OWN + i) * 8 + g) * 16;
 #pragma unroll 1
         for (int u = unit; u < units; u += step) {
-            copy16(to, from, place.start < length);
+            copy16(to, from, place.start() + i < length);
             to += step * UNIT_BYTES;
             from += step * 16;
         }
@@ -161,7 +162,7 @@ __device__ __forceinline__ void for_pixels(const Path &path, const Place &place,
 template <class Take, class Put>
 __device__ __forceinline__ void read_map(const Scan &p, const Path &path, const Map &map,
                                          const Place &place, int channel, Take take, Put put) {
-    const int count = channel < p.dim ? p.height * p.width - place.start : 0;
+    const int count = channel < p.dim ? p.height * p.width - place.start() : 0;
     const unsigned short *base = (const unsigned short *)map.data + place.image * map.stride_b
           + (long long)channel * map.stride_d;
     auto at = [&](int i, int pixel) { take(i, base + pixel * map.stride_pixel); };
@@ -174,7 +175,7 @@ __device__ __forceinline__ void read_map(const Scan &p, const Path &path, const 
     for (int i = 0; i < OWN; ++i) {
         u32 v[4] = {};
         if (i < count) {
-            const unsigned short *from = base + path.find(place.start + i) * map.stride_pixel;
+            const unsigned short *from = base + path.find(place.start() + i) * map.stride_pixel;
 #pragma unroll
             for (int c = 0; c < 4; ++c)
                 if (channel + c < p.dim) v[c] = from[(long long)c * map.stride_d];
@@ -193,7 +194,7 @@ __device__ __forceinline__ Map map_of(const Scan &p, void *maps, int number) {
 template <class T, class Get>
 __device__ __forceinline__ void write_map(const Scan &p, const Path &path, const Map &map,
                                           Get get, const Place &place, int channel, bool adds) {
-    const int count = channel < p.dim ? p.height * p.width - place.start : 0;
+    const int count = channel < p.dim ? p.height * p.width - place.start() : 0;
     unsigned short *const out = (unsigned short *)map.data + place.image * map.stride_b + channel;
     auto put = [&](int i, int pixel) { *(uint2 *)(out + pixel * p.dim) = get(i); };
     auto add = [&](int i, int pixel) { T::add(out + pixel * p.dim, get(i)); };
@@ -207,7 +208,7 @@ __device__ __forceinline__ void write_map(const Scan &p, const Path &path, const
     }
 #pragma unroll 1
     for (int i = 0; i < min(count, OWN); ++i) {
-        unsigned short *const to = out + path.find(place.start + i) * p.dim;
+        unsigned short *const to = out + path.find(place.start() + i) * p.dim;
         const uint2 v = get(i);
 #pragma unroll
         for (int c = 0; c < 4; ++c) {

@@ -54,7 +54,7 @@ __device__ __forceinline__ void add_projected(const Params &params, const Path &
                 c[2] += s < 3 ? LN2 * from[4].x : 0.f;
                 c[3] += s < 3 ? from[4].y : 0.f;
             }
-        const int position = place.start + s;
+        const int position = place.start() + s;
         if (position < length)
             *(u32 *)(out + path.find(position) * (long long)stride + tile * 8)
                 = T::pack(c[0], c[1]);
@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_bwd(const Params
                 for (int pair = 0; pair < 2; ++pair) {
                     float z[OWN][2], dx[OWN][2], dB[OWN][2], dC[OWN][2];
                     project_dt<T, TILES, true>(z, staged, fragments, bias, pair, lane,
-                                               length - place.start);
+                                               length - place.start());
                     u32 *const x_at = (u32 *)(x_slot + lane * 8 + 4 * pair);
                     u32 *const dy_at = (u32 *)(dy_slot + lane * 8 + 4 * pair);
 #pragma unroll

@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_fwd(const Params
             float z[OWN][2], a[OWN][2], q[OWN][2], P[2], h[2];
             const float2 rate = *(const float2 *)(weights.rates + 4 * t + 2 * pair);
             project_dt<T, TILES, false>(z, staged, weights.fragments, weights.bias, pair, lane,
-                                        length - place.start);
+                                        length - place.start());
 #pragma unroll
             for (int i = 0; i < OWN; ++i) {
                 const float2 x2 = T::unpack(pair ? x[i].y : x[i].x);

@@ -265,6 +265,8 @@ static inline void __syncthreads() {
 }
 
 static inline void __syncwarp() { emulated::exchange(); }
+static inline void __threadfence() {}
+static inline int atomicAdd(int *to, int v) { return (*to += v) - v; }
 
 namespace emulated {
 
@@ -346,6 +348,9 @@ static void cvt_rn_f16_f32__cvt_rn_f16_f32__mov_b32(float lo, float hi, u32 &v) 
 static void cvt_rn_bf16x2_f32(u32 &v, float hi, float lo) {
     v = to_bfloat(lo) | (u32)to_bfloat(hi) << 16;
 }
+
+static void st_release_gpu_global_s32(int *to, int v) { *to = v; }
+static void ld_acquire_gpu_global_s32(int &v, const int *from) { v = *from; }
 
 static inline void add_half(void *to, u16 v) {
     *(u16 *)to = to_half(from_half(*(u16 *)to) + from_half(v));

@@ -24,10 +24,8 @@ INSTANCES: dict[Instance, int] = {
     **{kernel: low for type_, low in _TYPES.items() for tiles in _TILES
        for kernel in (cuda.forward_instance(type_, tiles),
                       cuda.backward_instance(type_, tiles, False))},
-    **{make(type_, 1, True): low for type_, low in _TYPES.items()
-       for make in (cuda.runs_instance, cuda.backward_instance)},
-    **{cuda.runs_instance(type_, tiles, False): low for type_, low in _TYPES.items()
-       for tiles in (1, 3, 8)},
+    **{cuda.runs_instance(type_, tiles): low for type_, low in _TYPES.items() for tiles in _TILES},
+    **{cuda.backward_instance(type_, 1, True): low for type_, low in _TYPES.items()},
     **{make(type_): low for type_, low in _TYPES.items()
        for make in (cuda.prepare_instance, cuda.finish_instance)},
     **{merge.merge_instance(type_, *rest): low for type_, low in _TYPES.items()

@@ -26,7 +26,7 @@ def prepare_instance() -> Instance:
 
 
 def combine_instance() -> Instance:
-    return Instance('scan_combine.cu', 'scan_combine<8>', 'PPPiiiii')
+    return Instance('scan_combine.cu', 'scan_combine<8>', 'PPPiiii')
 
 
 def finish_instance() -> Instance:
@@ -221,7 +221,7 @@ class Walk:
             return 0, lambda *_: 0
         warps, columns = self.forward_cut()[:2]
         inner = self.states * self.dim
-        size, sizes = 4 * self.walks * cut.spans * inner, (self.walks, cut.spans, 1, inner, 0)
+        size, sizes = 4 * self.walks * cut.spans * inner, (self.walks, cut.spans, inner, 0)
         summarise = self.bind(
             cut._replace(warps=warps, columns=columns),
             _forward_shared(self.rank, self.states, warps, mode), strides, dtype, dtype,

@@ -20,7 +20,6 @@ from vmamba_mm.ops.walk import CODES, TYPES, combine_instance, pointer
 _SCAN = 'P' * 5 + 'i' * 15
 _MAP = 'Pqiiii'
 _FORWARD = (('WARPS', cut.FORWARD_WARPS), ('BLOCKS', cut.FORWARD_BLOCKS))
-RUNS = 8  # of a span, see ss2d_scan_runs.cu
 _HALVES = torch.float16, torch.bfloat16
 
 
@@ -42,7 +41,7 @@ def _is_fast(x: Tensor, state: int) -> bool:
 # --- what is compiled -------------------------------------------------------------------------
 
 def prepare_instance(type_: str) -> Instance:
-    return Instance('ss2d_prepare.cu', f'ss2d_prepare<{type_}>', 'P' * 10 + 'i' * 12 + FIELDS)
+    return Instance('ss2d_prepare.cu', f'ss2d_prepare<{type_}>', 'P' * 11 + 'i' * 13 + FIELDS)
 
 
 def forward_instance(type_: str, tiles: int) -> Instance:
@@ -50,9 +49,9 @@ def forward_instance(type_: str, tiles: int) -> Instance:
                     _SCAN + _MAP + 'PPi', _FORWARD)
 
 
-def runs_instance(type_: str, tiles: int, summary: bool) -> Instance:
-    return Instance('ss2d_scan_runs.cu', f'ss2d_scan_runs<{type_}, {tiles}, {str(summary).lower()}>',
-                    _SCAN + _MAP + 'P' * 5, _FORWARD)
+def runs_instance(type_: str, tiles: int) -> Instance:
+    return Instance('ss2d_scan_runs.cu', f'ss2d_scan_runs<{type_}, {tiles}>',
+                    _SCAN + _MAP + 'P' * 6, _FORWARD)
 
 
 def backward_instance(type_: str, tiles: int, summary: bool) -> Instance:
@@ -73,21 +72,30 @@ def prepare_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...],
                    casts: tuple[tuple[int, ...], tuple[torch.dtype, ...]] = ((), ())
                    ) -> Callable[..., None]:
     """Of addresses: x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, of these dtypes, ``kept``,
-    and the parameters that are rounded too, ``casts`` their elements and dtypes, and where to, as
-    of :func:`vmamba_mm.ops.cast.plan_cast`."""
+    ``memory`` of the scan, and the parameters that are rounded too, ``casts`` their elements and
+    dtypes, and where to, as of :func:`vmamba_mm.ops.cast.plan_cast`."""
     plan = cut.plan_of(*sizes, index)
+    zeros = _flags(sizes, plan)
     starts, cast_blocks, fields = plan_cast(*casts)
     launch = kernel(index, prepare_instance, TYPES[dtype]).bind(
-        (min(1024, -(-plan.offsets[-2] // 512)) + cast_blocks, 1, 1), (256, 1, 1))
+        (min(1024, -(-(plan.offsets[-2] + 2 * zeros) // 512)) + cast_blocks, 1, 1), (256, 1, 1))
     parts = plan.offsets[:5]
-    rest = (sizes[1], *sizes[4:], plan.row, plan.tiles, *[CODES[d] for d in dtypes], int(logs),
-            cast_blocks)
+    rest = (zeros, sizes[1], *sizes[4:], plan.row, plan.tiles, *[CODES[d] for d in dtypes],
+            int(logs), cast_blocks)
 
     def run(*addresses):
-        kept = addresses[5]
-        launch(*addresses[:5], *[kept + n for n in parts], *rest, *fields(*addresses[6:] or (0,)))
+        kept, memory, *products = addresses[5:]
+        launch(*addresses[:5], *[kept + n for n in parts], memory, *rest,
+               *fields(*products or (0,)))
 
     return run
+
+
+def _flags(sizes: tuple[int, ...], plan: cut.Plan) -> int:
+    """Of the warps' spans and the blocks that have begun, int32 at the beginning of the memory of
+    the scan in runs; whole units of 16 bytes."""
+    flags = sizes[-1] * plan.forward.spans * plan.groups + 1
+    return 0 if plan.forward.independent else -(-flags // 4) * 4
 
 
 class ScanLaunch(NamedTuple):
@@ -114,32 +122,44 @@ def scan_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...],
         return kernel(index, instance, TYPES[dtype], plan.tiles, *which).bind(grid, block,
                                                                              work.shared)
 
-    # Pointers that follow those of the maps: what enters each span, and of its parts decay and end.
-    if not work.independent:
-        instance, runs = (backward_instance, 1) if back else (runs_instance, RUNS)
-        scan, summarise = bound(instance, False), bound(instance, True)
+    def fields(projected, kept, maps, *others):
+        found = (projected, *[kept + n for n in parts], *shape)
+        for address, rest in zip(maps, read, strict=True):
+            found += address, *rest
+        return *found, *others
+
+    bytes_ = 4 * walks * work.spans * dim
+    if not back and work.independent:
+        scan, size = bound(forward_instance), 0
+
+        def run(projected, kept, maps, written, states, others, memory):
+            scan(*fields(projected, kept, maps, written, states), plan.forward.alone)
+    elif not back:
+        scan, flags = bound(runs_instance), 4 * _flags(sizes, plan)
+        size = flags + 2 * bytes_
+
+        def run(projected, kept, maps, written, states, others, memory):
+            scan(*fields(projected, kept, maps, written, states), memory + flags,
+                 memory + flags + bytes_, memory, memory + flags - 4)
+    elif work.independent:
+        scan, size = bound(backward_instance, False), 0
+
+        def run(projected, kept, maps, written, states, others, memory):
+            scan(*fields(projected, kept, maps, states, written, *others), 0, 0, 0)
+    else:
+        scan, summarise = bound(backward_instance, False), bound(backward_instance, True)
         combine = kernel(index, combine_instance).bind((-(-walks * dim // 128), 1, 1),
                                                        (128, 1, 1))
-        bytes_ = 4 * walks * work.spans * dim
-    elif back:
-        scan, bytes_, runs, last = bound(backward_instance, False), 0, 0, (0, 0, 0)
-    else:
-        scan, bytes_, runs, last = bound(forward_instance), 0, 0, (plan.forward.alone,)
+        size = 3 * bytes_
 
-    def run(projected, kept, maps, written, states, others, memory):
-        fields = (projected, *[kept + n for n in parts], *shape)
-        for address, rest in zip(maps, read, strict=True):
-            fields += address, *rest
-        fields += (states, written, *others) if back else (written, states)
-        if work.independent:
-            scan(*fields, *last)
-            return
-        entries, decays, ends = memory, memory + bytes_, memory + (1 + runs) * bytes_
-        summarise(*fields, 0, decays, ends)
-        combine(decays, ends, entries, walks, work.spans, runs, dim, int(back))
-        scan(*fields, entries, decays, ends)
+        def run(projected, kept, maps, written, states, others, memory):
+            found = fields(projected, kept, maps, states, written, *others)
+            decays, ends, entries = memory, memory + bytes_, memory + 2 * bytes_
+            summarise(*found, 0, decays, ends)
+            combine(decays, ends, entries, walks, work.spans, dim, 1)
+            scan(*found, entries, 0, 0)
 
-    return ScanLaunch(run, (1 + 2 * runs) * bytes_)
+    return ScanLaunch(run, size)
 
 
 @cached
@@ -267,14 +287,6 @@ def _fields(x_BDHW: Tensor) -> tuple[int, ...]:
     return stride_b, stride_pixel, stride_d, int(vector and x_BDHW.data_ptr() % 8 == 0), 0
 
 
-def _launch_scan(x, sizes, read, back, projected, kept, written, states, others=()):
-    index = x.get_device()
-    scan = scan_launch(index, x.dtype, sizes, tuple(_fields(t) for t in read), back)
-    memory = x.new_empty(scan.memory, dtype=torch.uint8)
-    scan.run(projected.data_ptr(), kept.data_ptr(), [t.data_ptr() for t in read],
-             written.data_ptr(), states, others, memory.data_ptr())
-
-
 def _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save, logs=False):
     """Maps (a number, B, H, W, D) to be added up, sizes of the kernels here or None, ``projected``,
     ``kept``."""
@@ -289,12 +301,14 @@ def _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save, logs=Fal
     x = layout.pixels(x)
     kept = x.new_empty(plan.offsets[-1 if save else -2] // 2)
     parameters = [t.contiguous() for t in (x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)]
+    scan = scan_launch(index, x.dtype, sizes, (_fields(x),), False)
+    memory = x.new_empty(scan.memory, dtype=torch.uint8)
     prepare_launch(index, x.dtype, sizes, tuple(t.dtype for t in parameters), logs)(
-        *[t.data_ptr() for t in parameters], kept.data_ptr())
+        *[t.data_ptr() for t in parameters], kept.data_ptr(), memory.data_ptr())
     projected = layout.project(x, kept.as_strided((routes * plan.row, dim), (dim, 1)))
     maps = x.new_empty((plan.forward.maps, batch, height, width, dim))
-    _launch_scan(x, sizes, (x,), False, projected, kept, maps,
-                 kept.data_ptr() + plan.offsets[-2] if save else 0)
+    scan.run(projected.data_ptr(), kept.data_ptr(), (x.data_ptr(),), maps.data_ptr(),
+             kept.data_ptr() + plan.offsets[-2] if save else 0, (), memory.data_ptr())
     return maps, sizes, projected, kept
 
 
@@ -324,8 +338,11 @@ def backward(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, pro
     maps = x.new_empty((plan.backward.maps, batch, height, width, dim))
     dprojected = x.new_empty((plan.backward.columns, *projected.shape))
     partials = x.new_empty(plan.backward.spans * columns_of(sizes), dtype=torch.float32)
-    _launch_scan(x, sizes, (x, grad_y), True, projected, kept, maps,
-                 kept.data_ptr() + plan.offsets[-2], (dprojected.data_ptr(), partials.data_ptr()))
+    scan = scan_launch(index, x.dtype, sizes, (_fields(x), _fields(grad_y)), True)
+    memory = x.new_empty(scan.memory, dtype=torch.uint8)
+    scan.run(projected.data_ptr(), kept.data_ptr(), (x.data_ptr(), grad_y.data_ptr()),
+             maps.data_ptr(), kept.data_ptr() + plan.offsets[-2],
+             (dprojected.data_ptr(), partials.data_ptr()), memory.data_ptr())
 
     dprojected = dprojected[0] if len(dprojected) == 1 else dprojected.sum(0)
     grad_x = torch.mm(dprojected, kept.as_strided((routes * plan.row, dim), (dim, 1)))

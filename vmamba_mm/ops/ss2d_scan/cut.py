@@ -46,6 +46,22 @@ class Plan(NamedTuple):
     backward: Cut
 
 
+class _Spans(NamedTuple):
+    """Spans that something enters: shared bytes more of a block and a warp; how much more they
+    cost, also for the start of a block (in chunks), for a pixel's channels in several blocks, and
+    for spans so long that what is written at a time lies far apart. Measured."""
+    of_block: int
+    per_warp: int
+    factor: float
+    start: float
+    columns: float
+    far: float
+
+    def cost(self, waves: int, span: int, columns: int) -> float:
+        cost = self.factor * waves * (span + self.start) * (1 + span / self.far)
+        return cost * (1 + self.columns * (1 - 1 / columns + columns / 30))
+
+
 @cached
 def plan_of(batch: int, dim: int, height: int, width: int, rank: int, routes: int,
             index: int) -> Plan:
@@ -55,7 +71,6 @@ def plan_of(batch: int, dim: int, height: int, width: int, rank: int, routes: in
     staged = row // 8 * 16 * 8 * _SLOT + 128
     properties = torch.cuda.get_device_properties(index)
     multiprocessors = properties.multi_processor_count
-
     limit = properties.shared_memory_per_block_optin - 1024
 
     def cuts(most, blocks, of_block, per_warp, per_route, in_runs, saved, reach, slots):
@@ -72,7 +87,7 @@ def plan_of(batch: int, dim: int, height: int, width: int, rank: int, routes: in
                 unit, walks = alone if independent else 1, columns * maps
                 shared = of_block + warps * (per_warp + routes // maps * per_route)
                 if not independent:
-                    shared += in_runs[0] + warps * in_runs[1]
+                    shared += in_runs.of_block + warps * in_runs.per_warp
                 if shared > limit:
                     continue
                 at_once = multiprocessors * min(
@@ -83,18 +98,20 @@ def plan_of(batch: int, dim: int, height: int, width: int, rank: int, routes: in
                     spans = -(-chunks // span)
                     if spans > 65535 or (spans == 1 and not independent):
                         continue
-                    # In chunks of a warp on a multiprocessor, which 8 warps fill; a block's start
-                    # is worth half a chunk. What enters a span costs two more launches.
+                    # In chunks of a warp on a multiprocessor, which 8 warps fill; for blocks that
+                    # share one, on the fullest.
                     waves = -(-walks * spans // at_once)
-                    resident = min(at_once, walks * spans) * warps / multiprocessors
+                    resident = min(at_once, walks * spans) / multiprocessors
+                    resident = warps * (math.ceil(resident) if blocks > 1 else resident)
                     if maps < routes and resident * alone * _CHUNK_MAP * multiprocessors > reach:
                         continue
                     # 16 warps take as long for a chunk of each as 12 do, less 5 %.
                     resident = max(8, resident * (0.95 if resident > 12 else 1))
-                    cost = waves * (span * routes // maps + 0.5) * resident
-                    cost *= (1 + 0.004 * columns) * (1 if maps == routes else 1 - saved)
-                    if not independent:
-                        cost = 1.6 * cost + 16
+                    if independent:  # a block's start is worth half a chunk
+                        cost = waves * (span * routes // maps + 0.5) * resident
+                        cost *= (1 + 0.004 * columns) * (1 if maps == routes else 1 - saved)
+                    else:
+                        cost = in_runs.cost(waves, span, columns) * resident
                     yield Cut(maps, warps, columns, span, spans, alone, shared, independent, cost)
 
     # What a map less to write and to add up saves; a forward waits for additions to what is not in
@@ -105,9 +122,10 @@ def plan_of(batch: int, dim: int, height: int, width: int, rank: int, routes: in
     for slots in {exact, -(-exact // 8) * 8}:
         forward, backward = (min(cuts(*sizes, slots), key=lambda cut: cut.cost) for sizes in (
             (FORWARD_WARPS, FORWARD_BLOCKS, 64 + 3 * staged, 64, 256 * tiles + 128,
-             (2 * staged, 3 * _CHUNK_MAP), 0.03, 1.5 * l2),
+             _Spans(staged, 2 * _CHUNK_MAP, 1.35, 2, 0.3, 500), 0.06, 1.5 * l2),
             (BACKWARD_WARPS, BACKWARD_BLOCKS, 2 * staged,
-             4 * _CHUNK_MAP + 768 * tiles + 320 + 2048, 0, (0, 0), 0.1, math.inf)))
+             4 * _CHUNK_MAP + 768 * tiles + 320 + 2048, 0, _Spans(0, 0, 1.6, 0.5, 0, math.inf),
+             0.1, math.inf)))
         if best is None or forward.cost + 2 * backward.cost < best[1].cost + 2 * best[2].cost:
             best = slots, forward, backward
     slots, forward, backward = best

@@ -161,7 +161,7 @@ class _Forward(_Launches):
             to = base + unit * self.weights
             products = in_proj, out_proj, fc1, bias1, fc2, bias2, to
             in_proj, out_proj, fc1, bias1, fc2, bias2 = [to + unit * n for n in self.starts[:-1]]
-        self.scan.prepare(*scans, kept, *products)
+        self.scan.prepare(*scans, kept, memory, *products)
         x = x.data_ptr()
 
         self.norm1(x, 0, 0, norm1, norm1_bias, 0, normed1, moments1, eps)

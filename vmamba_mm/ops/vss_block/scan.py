@@ -36,7 +36,7 @@ class _Sizes:
 
 class HalfForward(_Sizes):
     """``maps`` that it writes, to be merged; elements of ``memory`` that it needs. ``prepare``
-    takes the parameters, ``kept``, and what is rounded at the same time, as prepare_launch."""
+    takes the parameters, ``kept``, ``memory``, and what is rounded too, as prepare_launch."""
 
     def __init__(self, index, dtype, sizes, dtypes, product, casts):
         super().__init__(dtype, sizes)
@@ -87,7 +87,7 @@ class FloatForward(_Sizes):
     def __init__(self, index, dtype, sizes, dtypes, product, casts):
         super().__init__(dtype, sizes)
         _, prepare = walk.prepare_launch(index, sizes, 1, dtypes[1:5], True)
-        self.prepare = lambda x_proj, *others: prepare(*others)
+        self.prepare = lambda x_proj, *others: prepare(*others[:-1])
         self.project = product(self.pixels, self.columns, self.dim, right_t=True)
         self.scan = walk.forward_launch(index, dtype, sizes, 1)
         self.merge = cuda.merge_launch(index, dtype, sizes, False, False, dtypes[5])
