@@ -47,12 +47,14 @@ class Plan(NamedTuple):
 
 
 class _Spans(NamedTuple):
-    """Spans that something enters: shared bytes more of a block and a warp; how much more they
-    cost, also for the start of a block (in chunks), for a pixel's channels in several blocks, and
-    for spans so long that what is written at a time lies far apart. Measured."""
+    """Spans that something enters: shared bytes more of a block and a warp; what they cost more, by
+    a factor, for other launches and for the start of a block (in chunks), for a pixel's channels in
+    several blocks, and for spans so long that what is written at a time lies far apart. Measured.
+    """
     of_block: int
     per_warp: int
     factor: float
+    launches: float
     start: float
     columns: float
     far: float
@@ -73,7 +75,7 @@ def plan_of(batch: int, dim: int, height: int, width: int, rank: int, routes: in
     multiprocessors = properties.multi_processor_count
     limit = properties.shared_memory_per_block_optin - 1024
 
-    def cuts(most, blocks, of_block, per_warp, per_route, in_runs, saved, reach, slots):
+    def cuts(most, blocks, of_block, per_warp, per_route, entered, saved, reach, slots):
         if of_block + 2 * (per_warp + per_route) > limit:
             raise ValueError(f'dt_rank={rank} needs more shared memory than the {limit} bytes of '
                              f'this GPU')
@@ -87,7 +89,7 @@ def plan_of(batch: int, dim: int, height: int, width: int, rank: int, routes: in
                 unit, walks = alone if independent else 1, columns * maps
                 shared = of_block + warps * (per_warp + routes // maps * per_route)
                 if not independent:
-                    shared += in_runs.of_block + warps * in_runs.per_warp
+                    shared += entered.of_block + warps * entered.per_warp
                 if shared > limit:
                     continue
                 at_once = multiprocessors * min(
@@ -111,7 +113,7 @@ def plan_of(batch: int, dim: int, height: int, width: int, rank: int, routes: in
                         cost = waves * (span * routes // maps + 0.5) * resident
                         cost *= (1 + 0.004 * columns) * (1 if maps == routes else 1 - saved)
                     else:
-                        cost = in_runs.cost(waves, span, columns) * resident
+                        cost = entered.cost(waves, span, columns) * resident + entered.launches
                     yield Cut(maps, warps, columns, span, spans, alone, shared, independent, cost)
 
     # What a map less to write and to add up saves; a forward waits for additions to what is not in
@@ -122,9 +124,9 @@ def plan_of(batch: int, dim: int, height: int, width: int, rank: int, routes: in
     for slots in {exact, -(-exact // 8) * 8}:
         forward, backward = (min(cuts(*sizes, slots), key=lambda cut: cut.cost) for sizes in (
             (FORWARD_WARPS, FORWARD_BLOCKS, 64 + 3 * staged, 64, 256 * tiles + 128,
-             _Spans(staged, 2 * _CHUNK_MAP, 1.35, 2, 0.3, 500), 0.06, 1.5 * l2),
+             _Spans(staged, 2 * _CHUNK_MAP, 1.35, 0, 2, 0.3, 500), 0.06, 1.5 * l2),
             (BACKWARD_WARPS, BACKWARD_BLOCKS, 2 * staged,
-             4 * _CHUNK_MAP + 768 * tiles + 320 + 2048, 0, _Spans(0, 0, 1.6, 0.5, 0, math.inf),
+             4 * _CHUNK_MAP + 768 * tiles + 320 + 2048, 0, _Spans(0, 0, 1.6, 16, 0.5, 0, math.inf),
              0.1, math.inf)))
         if best is None or forward.cost + 2 * backward.cost < best[1].cost + 2 * best[2].cost:
             best = slots, forward, backward
