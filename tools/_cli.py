@@ -1,4 +1,4 @@
-"""What train.py, test.py and predict.py share: options, the config and one-line errors."""
+"""What the tools share: options, the config, the model and one-line errors."""
 
 import argparse
 import atexit
