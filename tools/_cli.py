@@ -1,4 +1,4 @@
-"""What train.py, test.py and predict.py share: options, the config and one-line errors."""
+"""What the tools share: options, the config, the model and one-line errors."""
 
 import argparse
 import atexit
@@ -50,6 +50,27 @@ def add_weights_option(parser):
     parser.add_argument('--weights', choices=('auto', 'model', 'model_ema'), default='auto',
                         help='which weights of an official training file: auto takes model_ema '
                         '(the averaged ones) where it is present, else model (default: auto)')
+
+
+def add_device_option(parser):
+    parser.add_argument('--device', help='cpu, cuda, cuda:1, ... (default: a GPU if there is one)')
+
+
+def list_images(names):
+    """The image files named, or in the folders named, in order."""
+    paths = []
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            found = sorted(p for p in path.rglob('*') if p.suffix.lower() in IMAGE_SUFFIXES)
+            if not found:
+                raise UserError(f'the folder {path} has no images')
+            paths += found
+        elif not path.is_file():
+            raise UserError(f'the image {path} does not exist')
+        else:
+            paths.append(path)
+    return paths
 
 
 def run(main):
@@ -295,6 +316,15 @@ def has_gpu():
     return get_device() not in ('cpu', 'mps')
 
 
+def choose_device(name):
+    """--device, else a GPU if there is one."""
+    from mmengine.device import get_device
+
+    if name and name.startswith('cuda') and not has_gpu():
+        raise UserError(f'--device {name}: torch finds no GPU here')
+    return name or get_device()
+
+
 def evaluate_in_fp32_without_gpu(cfg):
     """On a CPU mmengine takes fp16=True for bf16, which would change the metrics."""
     loops = [name for name in ('val_cfg', 'test_cfg') if (cfg.get(name) or {}).get('fp16')]
@@ -373,6 +403,17 @@ def add_hooks(cfg, *types):
     present = {hook.get('type') for hook in hooks if isinstance(hook, dict)}
     hooks += [dict(type=f'vmamba_mm.{t}') for t in types if f'vmamba_mm.{t}' not in present]
     cfg.custom_hooks = hooks
+
+
+def build_model(cfg):
+    """The config's model alone, on the CPU; its weights are neither initialised nor loaded."""
+    from mmengine.model import revert_sync_batchnorm
+    from mmengine.registry import MODELS, init_default_scope
+
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    if cfg.get('data_preprocessor') is not None:
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+    return revert_sync_batchnorm(MODELS.build(cfg.model))
 
 
 def build_runner(cfg):

@@ -24,7 +24,7 @@ def parse_args():
                         help='where the pictures are written (default: predictions)')
     parser.add_argument('--score-thr', type=float, default=0.3, metavar='S',
                         help='draw boxes from this score on (default: 0.3)')
-    parser.add_argument('--device', help='cpu, cuda, cuda:1, ... (default: a GPU if there is one)')
+    _cli.add_device_option(parser)
     _cli.add_common_options(parser, launcher=False)
     return parser.parse_args()
 
@@ -33,18 +33,7 @@ def find_images(names):
     """The image files named, or in the folders named; each must be readable."""
     from vmamba_mm.engine.data import is_image
 
-    paths = []
-    for name in names:
-        path = Path(name)
-        if path.is_dir():
-            found = sorted(p for p in path.rglob('*') if p.suffix.lower() in _cli.IMAGE_SUFFIXES)
-            if not found:
-                raise _cli.UserError(f'the folder {path} has no images')
-            paths += found
-        elif not path.is_file():
-            raise _cli.UserError(f'the image {path} does not exist')
-        else:
-            paths.append(path)
+    paths = _cli.list_images(names)
     for path in paths:
         if not is_image(path):
             raise _cli.UserError(f'{path} is corrupt, or no image')
@@ -53,15 +42,9 @@ def find_images(names):
 
 def build_model(cfg, checkpoint, name, device):
     """The config's model with all of the checkpoint's weights."""
-    from mmengine.model import revert_sync_batchnorm
-    from mmengine.registry import MODELS, init_default_scope
-
     from vmamba_mm.engine.strict_load import check_fits
 
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
-    if cfg.get('data_preprocessor') is not None:
-        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    model = revert_sync_batchnorm(MODELS.build(cfg.model))
+    model = _cli.build_model(cfg)
     state, _ = check_fits(model, checkpoint, name)
     model.load_state_dict(state)
     return model.to(device).eval()
@@ -203,14 +186,11 @@ def main():
     if cfg.get('test_dataloader') is None:
         raise _cli.UserError(f'the config {args.config} has no test_dataloader, whose pipeline '
                              'prepares the images')
-    from mmengine.device import get_device
-
     from vmamba_mm.files import read_checkpoint
+
     checkpoint = read_checkpoint(args.checkpoint, args.weights)
     images = find_images(args.images)
-    device = args.device or get_device()
-    if device.startswith('cuda') and not _cli.has_gpu():
-        raise _cli.UserError(f'--device {device}: torch finds no GPU here')
+    device = _cli.choose_device(args.device)
     model = build_model(cfg, checkpoint, args.checkpoint, device)
     pipeline = build_pipeline(cfg)
     meta = find_meta(cfg, checkpoint)
