@@ -30,7 +30,10 @@ TABLES = {'imagenet': ('cls', 1), 'coco': ('det', 0), 'ade20k': ('seg', 0)}  # d
 MISTAKES = {('coco', 'small_s2l15'): (
     384, "the release page's 384 is a slip of digits: the authors' own analyze/flops.py notes "
     '348.92, and the paper prints 349')}
-COLUMNS = ('table', 'config', 'height', 'width', 'part', 'kind', 'parameters', 'flops')
+GREYS = ('#444444', '#AAAAAA', '#777777')
+HATCHES = ('//', '', 'xx', '..', '\\\\')
+COLUMNS = ('table', 'config', 'height', 'width', 'part', 'kind', 'parameters', 'flops',
+           'multiply-add')
 
 
 def parse_args():
@@ -61,8 +64,8 @@ def parse_args():
 
 # --- one model --------------------------------------------------------------------------------
 
-def giga(value):
-    return f'{value / 1e9:,.3f} G'
+def metric(value):
+    return f'{value / 1e9:,.3f} G' if value >= 1e9 else f'{value / 1e6:,.3f} M'
 
 
 def print_count(name, count, unit):
@@ -73,13 +76,13 @@ def print_count(name, count, unit):
     for row in count.rows:
         label = f'  {row.kind}' if row.kind else row.part
         parameters = '' if row.parameters is None else f'{row.parameters:,}'
-        print(f'{label:24}{parameters:>14}{giga(factor * row.flops):>16}')
-    print(f'{"total":24}{count.parameters:>14,}{giga(factor * count.flops):>16}   {meaning}')
+        print(f'{label:24}{parameters:>14}{metric(factor * row.flops):>16}')
+    print(f'{"total":24}{count.parameters:>14,}{metric(factor * count.flops):>16}   {meaning}')
     extras = {k: v for k, v in count.extras.items() if v}
     if extras:
         print('beside it, as fvcore and mmengine count: '
-              + ', '.join(f'{k} {giga(factor * v)}' for k, v in extras.items())
-              + f'; with them {giga(factor * (count.flops + sum(extras.values())))}')
+              + ', '.join(f'{k} {metric(factor * v)}' for k, v in extras.items())
+              + f'; with them {metric(factor * (count.flops + sum(extras.values())))}')
     for note in count.notes:
         print(note)
 
@@ -170,10 +173,10 @@ def write(found, unit, folder, stem):
         for table, name, count, _ in found:
             for row in count.rows:
                 writer.writerow((table, name, *count.shape, row.part, row.kind, row.parameters,
-                                 factor * row.flops))
+                                 factor * row.flops, factor))
             for extra, value in count.extras.items():
                 writer.writerow((table, name, *count.shape, 'not in the sum', extra, None,
-                                 factor * value))
+                                 factor * value, factor))
     models = [dict(table=table, config=name, shape=count.shape, parameters=count.parameters,
                    flops=factor * count.flops,
                    rows=[dataclasses.asdict(r) | {'flops': factor * r.flops} for r in count.rows],
@@ -197,6 +200,7 @@ def shares(count):
 
 def draw(found, unit, path):
     """A bar for each model, by parts; a panel for each table."""
+    from flops import KINDS
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -204,11 +208,13 @@ def draw(found, unit, path):
 
     tables = list(dict.fromkeys(table for table, *_ in found))
     sizes = [sum(t == table for t, *_ in found) for table in tables]
-    labels = list(dict.fromkeys(label for *_, count, _ in found for label in shares(count)))
-    hatches = ('', '//', '', '..', '', 'xx', '\\\\')
-    style = {label: dict(color=COLOURS[i % len(COLOURS)], edgecolor='white', linewidth=0.5,
-                         hatch=hatches[i % len(hatches)] if i < len(COLOURS) else 'oo')
-             for i, label in enumerate(labels)}
+    kinds = [f'backbone: {kind}' for kind in KINDS]
+    others = dict.fromkeys(label for *_, count, _ in found for label in shares(count))
+    others = [label for label in others if label not in kinds]
+    # The backbone in colours that are always the same, the rest grey and hatched.
+    style = {label: dict(color=colour) for label, colour in zip(kinds, COLOURS, strict=False)}
+    style |= {label: dict(color=GREYS[i % len(GREYS)], hatch=HATCHES[i % len(HATCHES)])
+              for i, label in enumerate(others)}
     figure = Figure(figsize=(10, 1.6 + 0.8 * len(tables) + 0.36 * len(found)),
                     layout='constrained')
     FigureCanvasAgg(figure)
@@ -221,7 +227,8 @@ def draw(found, unit, path):
             left = 0
             for label, flops in shares(count).items():
                 width = factor * flops / 1e9
-                bar = axes.barh(y, width, left=left, label=label, **style[label])
+                bar = axes.barh(y, width, left=left, label=label, edgecolor='white',
+                                linewidth=0.5, **style[label])
                 handles.setdefault(label, bar)
                 left += width
             axes.text(left, y, f' {left:#.3g}' if left < 100 else f' {left:.0f}', va='center')
@@ -230,7 +237,8 @@ def draw(found, unit, path):
         axes.margins(x=0.09)
         for side in ('top', 'right'):
             axes.spines[side].set_visible(False)
-    figure.legend(handles.values(), handles, loc='outside upper center', ncols=5, frameon=False)
+    shown = {label: handles[label] for label in style if label in handles}
+    figure.legend(shown.values(), shown, loc='outside upper center', ncols=5, frameon=False)
     figure.savefig(path, dpi=110)
 
 
