@@ -1,0 +1,262 @@
+"""Parameters and FLOPs of models, part by part: classifiers, detectors, segmentors.
+
+Counted are matrix products, convolutions and the selective scan, which costs 9 B L D N and, for
+its skip, B L D (arXiv 2401.10166): B images, L positions, D channels of all routes, N states. One
+multiply-add is 1; --unit flop counts it as 2. Shown apart is what fvcore and mmengine, the
+counters behind the published numbers, count besides: norms, resizing, pooling. Weights and images
+are not needed, and nothing is computed.
+"""
+
+import csv
+import dataclasses
+import json
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import _cli  # noqa: E402  (a sibling script, not a package)
+
+EXAMPLES = """\
+  python tools/analysis/get_flops.py configs/imagenet/vmamba-tiny-s1l8_8xb128_in1k-224.py
+  python tools/analysis/get_flops.py CONFIG --shape 512 2048 --unit flop
+  python tools/analysis/get_flops.py CONFIG mmpretrain::resnet/resnet50_8xb32_in1k.py
+  python tools/analysis/get_flops.py --published            # beside the published numbers"""
+
+ROOT = Path(__file__).resolve().parents[2]
+UNITS = {'mac': (1, 'one multiply-add counts as 1'), 'flop': (2, 'one multiply-add counts as 2')}
+TABLES = {'imagenet': ('cls', 1), 'coco': ('det', 0), 'ade20k': ('seg', 0)}  # digits of a G
+# Published numbers that no count gives, and why.
+MISTAKES = {('coco', 'small_s2l15'): (
+    384, "the release page's 384 is a slip of digits: the authors' own analyze/flops.py notes "
+    '348.92, and the paper prints 349')}
+GREYS = ('#444444', '#AAAAAA', '#777777')
+HATCHES = ('//', '', 'xx', '..', '\\\\')
+COLUMNS = ('table', 'config', 'height', 'width', 'part', 'kind', 'parameters', 'flops',
+           'multiply-add')
+
+
+def parse_args():
+    parser = _cli.make_parser(__doc__, EXAMPLES)
+    parser.add_argument('configs', metavar='CONFIG', nargs='*',
+                        help='a config file, or a stock one as mmdet::folder/name.py')
+    parser.add_argument('--shape', type=int, nargs=2, metavar=('H', 'W'),
+                        help='size of the image (default: 224 224 for a classifier, 1280 800 for '
+                        'a detector, 512 2048 for a segmentor)')
+    parser.add_argument('--unit', choices=UNITS, default='mac',
+                        help='whether a multiply-add counts as 1 (mac, as in the papers) or as 2 '
+                        '(flop) (default: mac)')
+    parser.add_argument('--published', nargs='*', choices=TABLES, metavar='TABLE',
+                        help='instead of CONFIG: the published models beside their published '
+                        f'numbers, of {", ".join(TABLES)} (default: all)')
+    parser.add_argument('--out-dir', type=Path, default=Path('work_dirs/flops'), metavar='FOLDER',
+                        help='where the CSV, JSON and PNG are written (default: work_dirs/flops)')
+    _cli.add_common_options(parser, launcher=False)
+    args = parser.parse_args()
+    if bool(args.configs) == (args.published is not None):
+        raise _cli.UserError('name at least one CONFIG, or else --published')
+    if args.published is not None and (args.shape or args.cfg_options or args.unit != 'mac'):
+        raise _cli.UserError('--published has its own sizes, settings and unit')
+    if args.shape and min(args.shape) < 1:
+        raise _cli.UserError(f'--shape takes a height and a width of at least 1, not {args.shape}')
+    return args
+
+
+# --- one model --------------------------------------------------------------------------------
+
+def metric(value):
+    return f'{value / 1e9:,.3f} G' if value >= 1e9 else f'{value / 1e6:,.3f} M'
+
+
+def print_count(name, count, unit):
+    """The table of one model."""
+    factor, meaning = UNITS[unit]
+    print(f'\n{name}, image of {count.shape[0]}x{count.shape[1]}')
+    print(f'{"":24}{"parameters":>14}{"FLOPs":>16}')
+    for row in count.rows:
+        label = f'  {row.kind}' if row.kind else row.part
+        parameters = '' if row.parameters is None else f'{row.parameters:,}'
+        print(f'{label:24}{parameters:>14}{metric(factor * row.flops):>16}')
+    print(f'{"total":24}{count.parameters:>14,}{metric(factor * count.flops):>16}   {meaning}')
+    extras = {k: v for k, v in count.extras.items() if v}
+    if extras:
+        print('beside it, as fvcore and mmengine count: '
+              + ', '.join(f'{k} {metric(factor * v)}' for k, v in extras.items())
+              + f'; with them {metric(factor * (count.flops + sum(extras.values())))}')
+    for note in count.notes:
+        print(note)
+
+
+def count_config(path, options, shape):
+    import flops
+
+    cfg = _cli.load_config(path, options)
+    task = _cli.find_task(cfg)
+    if shape is None and task is None:
+        raise _cli.UserError(f'{path} is of no known task: give the size of its image by --shape')
+    return flops.count(cfg, task, tuple(shape or flops.SHAPES[task]))
+
+
+# --- beside the published numbers ---------------------------------------------------------------
+
+def published_models(table):
+    """(config, parameters, FLOPs) of each architecture of one metafile, published."""
+    from mmengine.fileio import load
+
+    seen = set()
+    for model in load(ROOT / 'configs' / table / 'metafile.yml')['Models']:
+        name = re.search('vmamba-(?:vanilla-)?[a-z]+(?:-s[0-9]l[0-9]+)?', model['Name'])[0]
+        if name not in seen:  # once, whatever the schedule
+            seen.add(name)
+            data = model['Metadata']
+            yield _cli.load_config(str(ROOT / model['Config'])), data['Parameters'], data['FLOPs']
+
+
+def compare(table, arch, count, parameters, published):
+    """Whether the count agrees with the published FLOPs to the printed digit, or why not."""
+    digits = TABLES[table][1]
+
+    def printed(value):
+        return round(value / 1e9, digits)
+
+    extras = {k: v for k, v in count.extras.items() if v >= 0.5e6}
+    told = 'with ' + ', '.join(f'{k} {v / 1e9:.3f}' for k, v in extras.items())
+    if round(count.parameters / 1e6) != round(parameters / 1e6):
+        return f'differs by {count.parameters - parameters:,} parameters'
+    if printed(count.flops) == printed(published):
+        return 'agrees'
+    total = count.flops + sum(count.extras.values())
+    if printed(total) == printed(published):
+        return f'agrees {told}'
+    wrong, reason = MISTAKES.get((table, arch), (None, ''))
+    if wrong is not None and wrong == printed(published):
+        return reason
+    return f'differs by {(published - total) / 1e9:.3f} G, {told}'
+
+
+def print_published(tables):
+    """Each model on a line as soon as it is counted; all of them, with the verdicts."""
+    import flops
+
+    found = []
+    print(f'{UNITS["mac"][1]}; "all" adds norms, resizing and pooling, which the authors\' '
+          'counters (fvcore, mmengine) count;\npublished: by the authors, on their release page')
+    for table in tables:
+        task, digits = TABLES[table]
+        height, width = flops.SHAPES[task]
+        print(f'\n{table}, {height}x{width}\n{"":14}{"parameters":>24}{"FLOPs":>29}\n'
+              f'{"":14}{"counted":>13}{"published":>11}{"counted":>10}{"all":>10}'
+              f'{"published":>11}')
+        for cfg, parameters, published in published_models(table):
+            arch = cfg.model.backbone.arch
+            count = flops.count(cfg, task, flops.SHAPES[task])
+            verdict = compare(table, arch, count, parameters, published)
+            total = count.flops + sum(count.extras.values())
+            print(f'{arch:14}{count.parameters:>13,}{f"{parameters / 1e6:.0f} M":>11}'
+                  f'{count.flops / 1e9:>10.3f}{total / 1e9:>10.3f}'
+                  f'{f"{published / 1e9:.{digits}f} G":>11}  {verdict}', flush=True)
+            found.append((table, arch, count, dict(
+                all_flops=total, published_parameters=parameters, published_flops=published,
+                verdict=verdict)))
+    return found
+
+
+# --- files --------------------------------------------------------------------------------------
+
+def write(found, unit, folder, stem):
+    """CSV (a line for each part), JSON (everything) and a picture of (table, name, count, more)."""
+    factor, meaning = UNITS[unit]
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f'{stem}.csv', 'w', newline='') as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for table, name, count, _ in found:
+            for row in count.rows:
+                writer.writerow((table, name, *count.shape, row.part, row.kind, row.parameters,
+                                 factor * row.flops, factor))
+            for extra, value in count.extras.items():
+                writer.writerow((table, name, *count.shape, 'not in the sum', extra, None,
+                                 factor * value, factor))
+    models = [dict(table=table, config=name, shape=count.shape, parameters=count.parameters,
+                   flops=factor * count.flops,
+                   rows=[dataclasses.asdict(r) | {'flops': factor * r.flops} for r in count.rows],
+                   extras={k: factor * v for k, v in count.extras.items()}, notes=count.notes,
+                   **more) for table, name, count, more in found]
+    (folder / f'{stem}.json').write_text(json.dumps(dict(unit=meaning, models=models), indent=1))
+    draw(found, unit, folder / f'{stem}.png')
+    print(f'\nWritten: {folder / stem}.csv, .json, .png')
+
+
+def shares(count):
+    """Label -> FLOPs of what a bar is made of: the backbone's kinds, then the other parts."""
+    found = {}
+    split = {row.part for row in count.rows if row.kind}
+    for row in count.rows:
+        label = f'{row.part}: {row.kind}' if row.kind else row.part.rpartition('.')[2]
+        if row.kind or row.part not in split:
+            found[label] = found.get(label, 0) + row.flops
+    return {label: flops for label, flops in found.items() if flops}
+
+
+def draw(found, unit, path):
+    """A bar for each model, by parts; a panel for each table."""
+    from flops import KINDS
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from vmamba_mm.engine.curves import COLOURS
+
+    tables = list(dict.fromkeys(table for table, *_ in found))
+    sizes = [sum(t == table for t, *_ in found) for table in tables]
+    kinds = [f'backbone: {kind}' for kind in KINDS]
+    others = dict.fromkeys(label for *_, count, _ in found for label in shares(count))
+    others = [label for label in others if label not in kinds]
+    # The backbone in colours that are always the same, the rest grey and hatched.
+    style = {label: dict(color=colour) for label, colour in zip(kinds, COLOURS, strict=False)}
+    style |= {label: dict(color=GREYS[i % len(GREYS)], hatch=HATCHES[i % len(HATCHES)])
+              for i, label in enumerate(others)}
+    figure = Figure(figsize=(10, 1.6 + 0.8 * len(tables) + 0.36 * len(found)),
+                    layout='constrained')
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(tables), 1, height_ratios=[1 + n for n in sizes], squeeze=False)
+    factor, meaning = UNITS[unit]
+    handles = {}
+    for axes, table in zip(panels[:, 0], tables, strict=True):
+        models = [(name, count) for t, name, count, _ in found if t == table]
+        for y, (_, count) in enumerate(models):
+            left = 0
+            for label, flops in shares(count).items():
+                width = factor * flops / 1e9
+                bar = axes.barh(y, width, left=left, label=label, edgecolor='white',
+                                linewidth=0.5, **style[label])
+                handles.setdefault(label, bar)
+                left += width
+            axes.text(left, y, f' {left:#.3g}' if left < 100 else f' {left:.0f}', va='center')
+        axes.set_yticks(range(len(models)), [name for name, _ in models])
+        axes.set(xlabel=f'GFLOPs, {meaning}', title=table, ylim=(len(models) - 0.4, -0.6))
+        axes.margins(x=0.09)
+        for side in ('top', 'right'):
+            axes.spines[side].set_visible(False)
+    shown = {label: handles[label] for label in style if label in handles}
+    figure.legend(shown.values(), shown, loc='outside upper center', ncols=5, frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def main():
+    args = parse_args()
+    _cli.prepare_mm()
+    if args.published is not None:
+        found = print_published(args.published or TABLES)
+        write(found, args.unit, args.out_dir, 'published')
+        return
+    found = []
+    for path in args.configs:
+        count = count_config(path, args.cfg_options, args.shape)
+        name = Path(path.rpartition('::')[2]).stem
+        print_count(name, count, args.unit)
+        found.append((f'{count.shape[0]}x{count.shape[1]}', name, count, {}))
+    write(found, args.unit, args.out_dir, found[0][1] if len(found) == 1 else 'models')
+
+
+if __name__ == '__main__':
+    _cli.run(main)
