@@ -66,6 +66,26 @@ def test_initialisation(arch):
     assert (ssm.Ds == 1).all() and not ssm.A_logs[:, 0].any()
 
 
+def test_optional_keys_reach_every_block():
+    """Absent, they are what is published; the names of the parameters do not change."""
+    published = dict(act='silu', conv_kernel=3, ssm_init='mamba')
+    torch.manual_seed(0)
+    plain = VMamba(S1).state_dict()
+    torch.manual_seed(0)
+    spelled_out = VMamba(dict(S1, **published)).state_dict()
+    assert list(plain) == list(spelled_out)
+    assert all(torch.equal(value, spelled_out[key]) for key, value in plain.items())
+
+    model = VMamba(dict(S1, d_state=2, act='relu', conv_kernel=0, ssm_init='zero'))
+    for stage in model.stages:
+        for block in stage.blocks:
+            assert block.ssm.act == 'relu' and block.ssm.conv2d is None
+            assert not block.ssm.A_logs.any()
+    assert set(plain) - set(model.state_dict()) == {k for k in plain if 'conv2d' in k}
+    model = VMamba(dict(S1, conv_kernel=7))
+    assert model.stages[3].blocks[0].ssm.conv2d.weight.shape == (64, 1, 7, 7)
+
+
 def test_drop_path_grows_linearly():
     model = VMamba(S1, drop_path_rate=0.4)
     rates = [block.drop_path.drop_prob for stage in model.stages for block in stage.blocks]
@@ -175,6 +195,10 @@ def test_mmsegs_pretrained_key_is_explained():
     (dict(arch=dict(S1, depths=(1, 1, 1))), '4 ints'),
     (dict(arch=dict(S1, gate=1)), 'True or False'),
     (dict(arch=dict(S1, dt_rank='full')), "'auto' or an int"),
+    (dict(arch=dict(S1, act='tanh')), "act.*'silu', 'gelu' or 'relu'"),
+    (dict(arch=dict(S1, conv_kernel=2)), 'conv_kernel.*0 .no convolution. or an odd int'),
+    (dict(arch=dict(S1, conv_kernel=None)), 'conv_kernel'),
+    (dict(arch=dict(S1, ssm_init='ones')), "ssm_init.*'mamba', 'random' or 'zero'"),
     (dict(arch={**S1, 'dims': 3}), r"unknown keys \['dims'\]"),
     (dict(arch={k: v for k, v in S1.items() if k != 'gate'}), r"lacks \['gate'\]"),
     (dict(out_indices=(4,)), 'out_indices'), (dict(out_indices=(1, 0)), 'out_indices'),
