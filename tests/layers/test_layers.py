@@ -142,7 +142,8 @@ def manual_ss2d(layer: SS2D, x, act='silu'):
 @pytest.mark.parametrize('config', [
     dict(), dict(d_state=4, ssm_ratio=2.0, conv_bias=True, gate=True), dict(dt_rank=3),
     dict(act='gelu'), dict(act='relu', gate=True), dict(conv_kernel=5, conv_bias=True),
-    dict(conv_kernel=0), dict(conv_kernel=0, act='gelu', d_state=2, ssm_init='random')],
+    dict(conv_kernel=0),
+    dict(conv_kernel=0, act='gelu', gate=True, d_state=2, ssm_init='random')],
     ids=['s1', 'vanilla', 'dt-rank', 'gelu', 'relu-gate', '5x5', 'no-conv', 'no-conv-gelu'])
 def test_ss2d_is_the_papers_figure(config):
     torch.manual_seed(0)

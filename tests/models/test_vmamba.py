@@ -15,6 +15,7 @@ S1 = dict(embed_dims=8, depths=(1, 1, 2, 1), d_state=1, ssm_ratio=1.0, dt_rank='
           conv_bias=False, gate=False, mlp_ratio=4.0, stem='conv', downsample='conv', scan='cross')
 VANILLA = dict(S1, d_state=4, ssm_ratio=2.0, conv_bias=True, gate=True, mlp_ratio=0.0,
                stem='patch', downsample='merge')
+OTHER = dict(S1, d_state=2, act='relu', conv_kernel=0, gate=True, ssm_init='zero')
 ARCHS = [pytest.param(S1, id='s1'), pytest.param(VANILLA, id='vanilla')]
 
 
@@ -76,7 +77,7 @@ def test_optional_keys_reach_every_block():
     assert list(plain) == list(spelled_out)
     assert all(torch.equal(value, spelled_out[key]) for key, value in plain.items())
 
-    model = VMamba(dict(S1, d_state=2, act='relu', conv_kernel=0, ssm_init='zero'))
+    model = VMamba(dict(OTHER, gate=False))
     for stage in model.stages:
         for block in stage.blocks:
             assert block.ssm.act == 'relu' and block.ssm.conv2d is None
@@ -153,8 +154,9 @@ def test_get_layer_depth():
     assert model.get_layer_depth('head.fc.weight', 'backbone.') == (6, 7)
 
 
-def test_one_graph_under_compile():
-    model = VMamba(S1).eval()
+@pytest.mark.parametrize('arch', [S1, OTHER], ids=['s1', 'other'])
+def test_one_graph_under_compile(arch):
+    model = VMamba(arch).eval()
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
     x = torch.randn(1, 3, 33, 40)
     with torch.no_grad():
@@ -162,10 +164,11 @@ def test_one_graph_under_compile():
             torch.testing.assert_close(out, expected)
 
 
+@pytest.mark.parametrize('arch', [S1, OTHER], ids=['s1', 'other'])
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=['fp16', 'bf16'])
-def test_half_precision(dtype):
+def test_half_precision(dtype, arch):
     torch.manual_seed(0)
-    model, x = VMamba(S1).eval(), torch.randn(1, 3, 32, 48)
+    model, x = VMamba(arch).eval(), torch.randn(1, 3, 32, 48)
     exact = model(x)
     with torch.autocast('cpu', dtype):
         cast = model(x)

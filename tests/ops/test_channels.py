@@ -360,7 +360,8 @@ def test_a_block_with_another_convolution(kernels, calls):
 
 
 @pytest.mark.parametrize('options', [dict(act='gelu'), dict(act='relu'), dict(conv_kernel=5),
-                                     dict(conv_kernel=0)], ids=str)
+                                     dict(conv_kernel=0), dict(conv_kernel=0, gate=True)],
+                         ids=str)
 def test_a_block_of_an_ablation(kernels, calls, monkeypatch, options):
     """Neither the op of a block nor that of convolution and SiLU is taken where it is another."""
     monkeypatch.setattr('vmamba_mm.layers.ss2d.dwconv_silu', lambda *args: calls.append(2))
