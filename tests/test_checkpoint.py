@@ -123,10 +123,14 @@ def test_arch_is_told_from_names_and_shapes(name):
 @pytest.mark.parametrize('change', [
     dict(embed_dims=12), dict(depths=(1, 2, 3, 4)), dict(d_state=3), dict(ssm_ratio=1.5),
     dict(dt_rank=5), dict(conv_bias=True), dict(gate=True), dict(mlp_ratio=0.0),
-    dict(mlp_ratio=2.0), dict(stem='patch'), dict(downsample='merge')])
+    dict(mlp_ratio=2.0), dict(stem='patch'), dict(downsample='merge'), dict(conv_kernel=0),
+    dict(conv_kernel=5), dict(conv_kernel=0, gate=True)])
 def test_own_arch_is_told(change):
     arch = dict(S1, **change)
-    assert infer_arch(VMamba(arch).state_dict()) == arch
+    model = VMamba(arch)
+    assert infer_arch(model.state_dict()) == arch
+    assert_same(to_mm(dense_state(model)),
+                {f'backbone.{k}': v for k, v in model.state_dict().items()})
 
 
 def test_config_exists():

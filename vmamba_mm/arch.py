@@ -50,6 +50,13 @@ _RULES = {
     'downsample': (lambda v: v in ('merge', 'conv'), "'merge' or 'conv'"),
     'scan': (lambda v: v == 'cross', "'cross'"),
 }
+#: As above, for keys that may be absent: SS2D's own defaults are what is published.
+_OPTIONAL = {
+    'act': (lambda v: v in ('silu', 'gelu', 'relu'), "'silu', 'gelu' or 'relu'"),
+    'conv_kernel': (lambda v: _is_int(v, 0) and (v == 0 or v % 2 == 1 and v > 1),
+                    '0 (no convolution) or an odd int of at least 3'),
+    'ssm_init': (lambda v: v in ('mamba', 'random', 'zero'), "'mamba', 'random' or 'zero'"),
+}
 
 
 def resolve_arch(arch: str | Mapping[str, Any]) -> dict[str, Any]:
@@ -62,16 +69,17 @@ def resolve_arch(arch: str | Mapping[str, Any]) -> dict[str, Any]:
         if arch not in ARCH_SETTINGS:
             raise ValueError(f'arch={arch!r} does not exist; choose one of '
                              f'{sorted(ARCH_SETTINGS)}, or pass a dict with the keys '
-                             f'{list(_RULES)}')
+                             f'{list(_RULES)} (optional: {list(_OPTIONAL)})')
         return dict(ARCH_SETTINGS[arch])
     if not isinstance(arch, Mapping):
         raise ValueError(f'arch must be a name or a dict, got {type(arch).__name__}; names: '
                          f'{sorted(ARCH_SETTINGS)}')
-    unknown, missing = sorted(set(arch) - set(_RULES)), sorted(set(_RULES) - set(arch))
+    unknown = sorted(set(arch) - set(_RULES) - set(_OPTIONAL))
+    missing = sorted(set(_RULES) - set(arch))
     if unknown or missing:
         raise ValueError(f'arch has unknown keys {unknown} and lacks {missing}; it must have '
-                         f'exactly the keys {list(_RULES)}')
-    for key, (allowed, choices) in _RULES.items():
-        if not allowed(arch[key]):
+                         f'the keys {list(_RULES)} and may have {list(_OPTIONAL)}')
+    for key, (allowed, choices) in {**_RULES, **_OPTIONAL}.items():
+        if key in arch and not allowed(arch[key]):
             raise ValueError(f'arch[{key!r}]={arch[key]!r} is not allowed; it must be {choices}')
     return dict(arch, depths=tuple(arch['depths']))

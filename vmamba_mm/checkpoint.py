@@ -205,8 +205,9 @@ def infer_arch(state_dict: StateDict) -> str | dict[str, Any]:
         state_dict: of an official file or of ours, with a backbone.
 
     Returns:
-        A name of ``VMamba.arch_settings``, or a dict for none of them. The scan order leaves no
-        trace in names and shapes: it is 'cross', the only published one.
+        A name of ``VMamba.arch_settings``, or a dict for none of them. The scan order, the
+        activation and the initialisation leave no trace in names and shapes: they are taken to
+        be the published ones.
 
     Raises:
         UserError: if the first block lacks a weight that tells the architecture.
@@ -216,13 +217,13 @@ def infer_arch(state_dict: StateDict) -> str | dict[str, Any]:
               for i in range(4)]
     try:
         block = {k: weights[f'stages.0.blocks.0.{k}'].shape for k in (
-            'norm1.weight', 'ssm.in_proj.weight', 'ssm.conv2d.weight', 'ssm.A_logs',
-            'ssm.dt_projs_weight')}
+            'norm1.weight', 'ssm.in_proj.weight', 'ssm.A_logs', 'ssm.dt_projs_weight')}
     except KeyError as err:
         raise UserError(f'the weights are named like those of a VMamba, but lack {err}') from err
     dims, = block['norm1.weight']
-    inner = block['ssm.conv2d.weight'][0]
-    rank = block['ssm.dt_projs_weight'][2]
+    _, inner, rank = block['ssm.dt_projs_weight']
+    conv = weights.get('stages.0.blocks.0.ssm.conv2d.weight')
+    kernel = 0 if conv is None else conv.shape[-1]
     mlp = weights.get('stages.0.blocks.0.mlp.fc1.weight')
     arch = dict(
         embed_dims=dims, depths=tuple(depths), d_state=block['ssm.A_logs'][1],
@@ -233,6 +234,8 @@ def infer_arch(state_dict: StateDict) -> str | dict[str, Any]:
         stem='conv' if 'patch_embed.conv1.weight' in weights else 'patch',
         downsample='merge' if 'stages.0.downsample.reduction.weight' in weights else 'conv',
         scan='cross')
+    if kernel != 3:
+        arch['conv_kernel'] = kernel
     return name_of(arch) or arch
 
 

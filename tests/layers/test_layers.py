@@ -10,7 +10,13 @@ from vmamba_mm.layers import (
     PatchStem,
     VSSBlock,
 )
-from vmamba_mm.layers.ssm_init import init_A_logs, init_dt_bias, init_dt_proj, init_x_proj
+from vmamba_mm.layers.ssm_init import (
+    init_A_logs,
+    init_dt_bias,
+    init_dt_proj,
+    init_ssm,
+    init_x_proj,
+)
 
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():
@@ -70,13 +76,46 @@ def test_ssm_initialisation_is_the_published_one():
     assert 0.09 < init_x_proj(4, 8, 100).abs().max() <= 0.1
 
 
-def manual_ss2d(layer: SS2D, x):
+def test_other_ssm_initialisations():
+    torch.manual_seed(0)
+    for kind in ('mamba', 'random', 'zero'):
+        weight, bias, A_logs = init_ssm(kind, 4, 500, 2, 6)
+        assert (weight.shape, bias.shape, A_logs.shape) == ((4, 500, 6), (4, 500), (2000, 2))
+        if kind == 'mamba':
+            assert torch.equal(A_logs, init_A_logs(4, 500, 2))
+        elif kind == 'random':
+            for values, std in ((weight, 0.1), (bias, 0.1), (A_logs, 1.0)):
+                assert values.std() == pytest.approx(std, rel=0.05)
+                assert abs(values.mean()) < 0.1 * std
+        else:
+            assert not A_logs.any()
+            for values in (weight, bias):
+                assert values.min() >= 0 and values.max() < 0.1
+                assert values.mean() == pytest.approx(0.05, rel=0.05)
+        assert (SS2D(6, ssm_init=kind).Ds == 1).all()
+
+
+@pytest.mark.parametrize(('config', 'message'), [
+    (dict(act='tanh'), 'silu.*gelu.*relu'), (dict(conv_kernel=4), '0 .no convolution. or an odd'),
+    (dict(conv_kernel=1), 'at least 3'), (dict(ssm_init='ones'), 'mamba.*random.*zero')],
+    ids=str)
+def test_ss2d_names_the_choices(config, message):
+    with pytest.raises(ValueError, match=message):
+        SS2D(6, **config)
+
+
+ACTS = {'silu': lambda u: u / (1 + torch.exp(-u)), 'relu': lambda u: u * (u > 0),
+        'gelu': lambda u: u * (1 + torch.erf(u / 2 ** 0.5)) / 2}
+
+
+def manual_ss2d(layer: SS2D, x, act='silu'):
     """The paper's figure 3, step by step and loop by loop, in fp64."""
     xz = x @ layer.in_proj.weight.T
     z = None
     if layer.gate:
         xz, z = xz.chunk(2, dim=-1)
-    u = torch.nn.functional.silu(layer.conv2d(xz.permute(0, 3, 1, 2)))
+    u = xz.permute(0, 3, 1, 2)
+    u = ACTS[act](u if layer.conv2d is None else layer.conv2d(u))
     batch, dim, height, width = u.shape
     rank, state = layer.dt_projs_weight.shape[2], layer.A_logs.shape[1]
     orders = torch.arange(height * width).view(height, width)
@@ -96,18 +135,22 @@ def manual_ss2d(layer: SS2D, x):
             total[:, :, position] += (h * c[:, None]).sum(-1) + skip * u_t
     y = layer.out_norm(total.view(batch, dim, height, width).permute(0, 2, 3, 1))
     if z is not None:
-        y = y * torch.nn.functional.silu(z)
+        y = y * ACTS[act](z)
     return y @ layer.out_proj.weight.T
 
 
 @pytest.mark.parametrize('config', [
-    dict(), dict(d_state=4, ssm_ratio=2.0, conv_bias=True, gate=True), dict(dt_rank=3)],
-    ids=['s1', 'vanilla', 'dt-rank'])
+    dict(), dict(d_state=4, ssm_ratio=2.0, conv_bias=True, gate=True), dict(dt_rank=3),
+    dict(act='gelu'), dict(act='relu', gate=True), dict(conv_kernel=5, conv_bias=True),
+    dict(conv_kernel=0),
+    dict(conv_kernel=0, act='gelu', gate=True, d_state=2, ssm_init='random')],
+    ids=['s1', 'vanilla', 'dt-rank', 'gelu', 'relu-gate', '5x5', 'no-conv', 'no-conv-gelu'])
 def test_ss2d_is_the_papers_figure(config):
     torch.manual_seed(0)
     layer = SS2D(6, **config).double()
     x = torch.randn(2, 3, 5, 6, dtype=torch.float64)
-    torch.testing.assert_close(layer(x), manual_ss2d(layer, x), rtol=1e-6, atol=1e-8)
+    expected = manual_ss2d(layer, x, config.get('act', 'silu'))
+    torch.testing.assert_close(layer(x), expected, rtol=1e-6, atol=1e-8)
 
 
 def test_with_cp_gives_the_same_result_and_gradients():

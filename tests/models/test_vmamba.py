@@ -15,6 +15,7 @@ S1 = dict(embed_dims=8, depths=(1, 1, 2, 1), d_state=1, ssm_ratio=1.0, dt_rank='
           conv_bias=False, gate=False, mlp_ratio=4.0, stem='conv', downsample='conv', scan='cross')
 VANILLA = dict(S1, d_state=4, ssm_ratio=2.0, conv_bias=True, gate=True, mlp_ratio=0.0,
                stem='patch', downsample='merge')
+OTHER = dict(S1, d_state=2, act='relu', conv_kernel=0, gate=True, ssm_init='zero')
 ARCHS = [pytest.param(S1, id='s1'), pytest.param(VANILLA, id='vanilla')]
 
 
@@ -64,6 +65,26 @@ def test_initialisation(arch):
             assert (module.weight == 1).all() and (module.bias == 0).all()
     ssm = model.stages[0].blocks[0].ssm
     assert (ssm.Ds == 1).all() and not ssm.A_logs[:, 0].any()
+
+
+def test_optional_keys_reach_every_block():
+    """Absent, they are what is published; the names of the parameters do not change."""
+    published = dict(act='silu', conv_kernel=3, ssm_init='mamba')
+    torch.manual_seed(0)
+    plain = VMamba(S1).state_dict()
+    torch.manual_seed(0)
+    spelled_out = VMamba(dict(S1, **published)).state_dict()
+    assert list(plain) == list(spelled_out)
+    assert all(torch.equal(value, spelled_out[key]) for key, value in plain.items())
+
+    model = VMamba(dict(OTHER, gate=False))
+    for stage in model.stages:
+        for block in stage.blocks:
+            assert block.ssm.act == 'relu' and block.ssm.conv2d is None
+            assert not block.ssm.A_logs.any()
+    assert set(plain) - set(model.state_dict()) == {k for k in plain if 'conv2d' in k}
+    model = VMamba(dict(S1, conv_kernel=7))
+    assert model.stages[3].blocks[0].ssm.conv2d.weight.shape == (64, 1, 7, 7)
 
 
 def test_drop_path_grows_linearly():
@@ -133,8 +154,9 @@ def test_get_layer_depth():
     assert model.get_layer_depth('head.fc.weight', 'backbone.') == (6, 7)
 
 
-def test_one_graph_under_compile():
-    model = VMamba(S1).eval()
+@pytest.mark.parametrize('arch', [S1, OTHER], ids=['s1', 'other'])
+def test_one_graph_under_compile(arch):
+    model = VMamba(arch).eval()
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
     x = torch.randn(1, 3, 33, 40)
     with torch.no_grad():
@@ -142,10 +164,11 @@ def test_one_graph_under_compile():
             torch.testing.assert_close(out, expected)
 
 
+@pytest.mark.parametrize('arch', [S1, OTHER], ids=['s1', 'other'])
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=['fp16', 'bf16'])
-def test_half_precision(dtype):
+def test_half_precision(dtype, arch):
     torch.manual_seed(0)
-    model, x = VMamba(S1).eval(), torch.randn(1, 3, 32, 48)
+    model, x = VMamba(arch).eval(), torch.randn(1, 3, 32, 48)
     exact = model(x)
     with torch.autocast('cpu', dtype):
         cast = model(x)
@@ -175,6 +198,10 @@ def test_mmsegs_pretrained_key_is_explained():
     (dict(arch=dict(S1, depths=(1, 1, 1))), '4 ints'),
     (dict(arch=dict(S1, gate=1)), 'True or False'),
     (dict(arch=dict(S1, dt_rank='full')), "'auto' or an int"),
+    (dict(arch=dict(S1, act='tanh')), "act.*'silu', 'gelu' or 'relu'"),
+    (dict(arch=dict(S1, conv_kernel=2)), 'conv_kernel.*0 .no convolution. or an odd int'),
+    (dict(arch=dict(S1, conv_kernel=None)), 'conv_kernel'),
+    (dict(arch=dict(S1, ssm_init='ones')), "ssm_init.*'mamba', 'random' or 'zero'"),
     (dict(arch={**S1, 'dims': 3}), r"unknown keys \['dims'\]"),
     (dict(arch={k: v for k, v in S1.items() if k != 'gate'}), r"lacks \['gate'\]"),
     (dict(out_indices=(4,)), 'out_indices'), (dict(out_indices=(1, 0)), 'out_indices'),

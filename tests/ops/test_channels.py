@@ -312,10 +312,10 @@ def autocast(device, dtype):
     return torch.autocast(device, HALF if dtype == SINGLE else dtype, enabled=dtype != SINGLE)
 
 
-def make_block(device, dim, ratio, feeds=False, drop_path=0.0):
+def make_block(device, dim, ratio, feeds=False, drop_path=0.0, **ssm_cfg):
     torch.manual_seed(0)
     block = VSSBlock(dim, mlp_ratio=4.0, drop_path=drop_path, with_cp=False, feeds_matmul=feeds,
-                     ssm_cfg=dict(ssm_ratio=ratio, conv_bias=True)).to(device)
+                     ssm_cfg=dict(ssm_ratio=ratio, conv_bias=True, **ssm_cfg)).to(device)
     for name, parameter in block.named_parameters():
         if 'norm' in name or 'A_logs' in name:
             parameter.data.normal_(mean=0.5)
@@ -356,6 +356,26 @@ def test_a_block_with_another_convolution(kernels, calls):
             exact = copy.deepcopy(block).double()(x.double())
             with torch.autocast(kernels, HALF):
                 assert relative_error(block(x), exact) <= 2e-3
+    assert not calls
+
+
+@pytest.mark.parametrize('options', [dict(act='gelu'), dict(act='relu'), dict(conv_kernel=5),
+                                     dict(conv_kernel=0), dict(conv_kernel=0, gate=True)],
+                         ids=str)
+def test_a_block_of_an_ablation(kernels, calls, monkeypatch, options):
+    """Neither the op of a block nor that of convolution and SiLU is taken where it is another."""
+    monkeypatch.setattr('vmamba_mm.layers.ss2d.dwconv_silu', lambda *args: calls.append(2))
+    block = make_block(kernels, 32, 1.0, **options).train()
+    x = randn(2, 5, 6, 32, device=kernels).requires_grad_()
+
+    def run(block, x):
+        y = block(x)
+        return y, *torch.autograd.grad(y.square().mean(), [x, *block.parameters()])
+
+    exact = run(copy.deepcopy(block).double(), x.detach().double().requires_grad_())
+    with torch.autocast(kernels, HALF):
+        for one, right in zip(run(block, x), exact, strict=True):
+            assert relative_error(one, right) <= 2e-2
     assert not calls
 
 

@@ -19,7 +19,7 @@ def is_plain_conv(module: nn.Module) -> bool:
             and module.padding == module.padding[::-1])  # which no name, as 'same', is
 
 
-def is_depthwise_3x3(module: nn.Module) -> bool:
+def is_depthwise_3x3(module: nn.Module | None) -> bool:
     """Whether it is a plain depthwise 3x3 convolution that keeps the size of a map."""
     return (is_plain(module, nn.Conv2d)
             and module.groups == module.in_channels == module.out_channels

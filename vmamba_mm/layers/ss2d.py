@@ -6,14 +6,15 @@ from torch import Tensor, nn
 
 from vmamba_mm.layers.norm import LayerNorm
 from vmamba_mm.layers.plain import is_depthwise_3x3
-from vmamba_mm.layers.ssm_init import init_A_logs, init_dt_bias, init_dt_proj, init_x_proj
+from vmamba_mm.layers.ssm_init import init_ssm, init_x_proj
 from vmamba_mm.ops import dwconv_silu, ss2d_scan_norm
 
 NUM_ROUTES = 4
+_ACTS = {'silu': F.silu, 'gelu': F.gelu, 'relu': F.relu}
 
 
 class SS2D(nn.Module):
-    """in_proj -> depthwise 3x3 -> SiLU -> ``ss2d_scan_norm`` [-> * SiLU(z)] -> out_proj.
+    """in_proj -> depthwise conv -> act -> ``ss2d_scan_norm`` [-> * act(z)] -> out_proj.
 
     Args:
         dim: C, channels of the block.
@@ -22,23 +23,38 @@ class SS2D(nn.Module):
         dt_rank: R; 'auto' for ceil(C / 16).
         conv_bias: whether the depthwise convolution has a bias.
         gate: the multiplicative branch z of vanilla VMamba.
+        act: 'silu', 'gelu' or 'relu' (table 15), after the convolution and on z; there without a
+            convolution too. The MLP beside SS2D keeps its GELU.
+        conv_kernel: odd size of the depthwise convolution; 0 for none (table 10).
+        ssm_init: 'mamba', 'random' or 'zero' (table 11), see :func:`init_ssm`.
 
     Shape: (B, H, W, C) -> (B, H, W, C), any H and W.
+
+    Raises:
+        ValueError: on an ``act``, ``conv_kernel`` or ``ssm_init`` that does not exist.
     """
 
     def __init__(self, dim: int, *, d_state: int = 1, ssm_ratio: float = 1.0,
-                 dt_rank: int | str = 'auto', conv_bias: bool = False, gate: bool = False):
+                 dt_rank: int | str = 'auto', conv_bias: bool = False, gate: bool = False,
+                 act: str = 'silu', conv_kernel: int = 3, ssm_init: str = 'mamba'):
         super().__init__()
+        if act not in _ACTS:
+            raise ValueError(f'act={act!r} does not exist; choose one of {list(_ACTS)}')
+        if conv_kernel != 0 and (conv_kernel < 3 or conv_kernel % 2 == 0):
+            raise ValueError(f'conv_kernel must be 0 (no convolution) or an odd int of at least 3, '
+                             f'got {conv_kernel}')
         inner = int(ssm_ratio * dim)
         rank = -(-dim // 16) if dt_rank == 'auto' else int(dt_rank)
         self.gate = gate
+        self.act = act
         self.in_proj = nn.Linear(dim, inner * (2 if gate else 1), bias=False)
-        self.conv2d = nn.Conv2d(inner, inner, kernel_size=3, padding=1, groups=inner,
-                                bias=conv_bias)
+        self.conv2d = nn.Conv2d(inner, inner, kernel_size=conv_kernel, padding=conv_kernel // 2,
+                                groups=inner, bias=conv_bias) if conv_kernel else None
         self.x_proj_weight = nn.Parameter(init_x_proj(NUM_ROUTES, rank + 2 * d_state, inner))
-        self.dt_projs_weight = nn.Parameter(init_dt_proj(NUM_ROUTES, inner, rank))
-        self.dt_projs_bias = nn.Parameter(init_dt_bias(NUM_ROUTES, inner))
-        self.A_logs = nn.Parameter(init_A_logs(NUM_ROUTES, inner, d_state))
+        dt_weight, dt_bias, A_logs = init_ssm(ssm_init, NUM_ROUTES, inner, d_state, rank)
+        self.dt_projs_weight = nn.Parameter(dt_weight)
+        self.dt_projs_bias = nn.Parameter(dt_bias)
+        self.A_logs = nn.Parameter(A_logs)
         self.Ds = nn.Parameter(torch.ones(NUM_ROUTES * inner))
         self.out_norm = LayerNorm(inner)
         self.out_proj = nn.Linear(inner, dim, bias=False)
@@ -47,15 +63,18 @@ class SS2D(nn.Module):
         x = self.in_proj(x)
         if self.gate:
             x, z = x.chunk(2, dim=-1)
-        if is_depthwise_3x3(self.conv2d):
+        act = _ACTS[self.act]
+        if self.act == 'silu' and is_depthwise_3x3(self.conv2d):
             x = dwconv_silu(x, self.conv2d.weight, self.conv2d.bias)
+        elif self.conv2d is not None:
+            x = act(self.conv2d(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         else:
-            x = F.silu(self.conv2d(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+            x = act(x)
         y_BDHW = ss2d_scan_norm(
             x.permute(0, 3, 1, 2), self.x_proj_weight, self.dt_projs_weight, self.dt_projs_bias,
             -torch.exp(self.A_logs.float()), self.Ds, self.out_norm.weight, self.out_norm.bias,
             self.out_norm.eps)
         y = y_BDHW.permute(0, 2, 3, 1)
         if self.gate:
-            y = y * F.silu(z)
+            y = y * act(z)
         return self.out_proj(y)

@@ -74,10 +74,11 @@ class VSSBlock(nn.Module):
         # Past nn.Module.__getattr__, which would take a tenth of the block's time in Python.
         own = self._modules
         ssm, mlp = own['ssm'], own.get('mlp')  # None is no module
-        if mlp is None or not (is_plain(ssm, SS2D) and is_plain(mlp, Mlp)) or ssm.gate:
+        if mlp is None or not (is_plain(ssm, SS2D) and is_plain(mlp, Mlp)) \
+                or ssm.gate or ssm.act != 'silu':
             return None
         inner, outer = ssm._modules, mlp._modules
-        modules = (own['norm1'], inner['in_proj'], inner['conv2d'], inner['out_norm'],
+        modules = (own['norm1'], inner['in_proj'], inner.get('conv2d'), inner['out_norm'],
                    inner['out_proj'], own['norm2'], outer['fc1'], outer['fc2'])
         if not (all(map(is_plain, modules, _KINDS)) and is_depthwise_3x3(inner['conv2d'])):
             return None

@@ -27,6 +27,8 @@ from vmamba_mm.registry import MODELS
 
 _STEMS = {'patch': PatchStem, 'conv': ConvStem}
 _DOWNSAMPLES = {'merge': MergeDownsample, 'conv': ConvDownsample}
+_SSM_KEYS = ('d_state', 'ssm_ratio', 'dt_rank', 'conv_bias', 'gate', 'act', 'conv_kernel',
+             'ssm_init')
 _NUM_STAGES = 4
 _PRETRAINED = ('Pretrained', 'mmengine.Pretrained', PretrainedInit)
 _OUT_NORM = re.compile(r'norm\d\.')
@@ -37,12 +39,14 @@ class VMamba(BaseModule):
     """VMamba as a backbone for mmpretrain, mmdet and mmseg.
 
     Args:
-        arch: a key of ``VMamba.arch_settings``, or a dict with exactly the keys ``embed_dims``
+        arch: a key of ``VMamba.arch_settings``, or a dict with the keys ``embed_dims``
             (channels C of the first stage, doubled at each further one), ``depths`` (blocks of
             the 4 stages), ``d_state`` (N), ``ssm_ratio`` (D / C), ``dt_rank`` ('auto' for
             ceil(C / 16), or an int), ``conv_bias``, ``gate`` (the SiLU(z) branch), ``mlp_ratio``
             (0 for no MLP), ``stem`` ('patch' or 'conv'), ``downsample`` ('merge' or 'conv'),
-            ``scan`` ('cross').
+            ``scan`` ('cross'), and as it likes ``act`` ('silu', 'gelu' or 'relu'), ``conv_kernel``
+            (3; 0 for no convolution) and ``ssm_init`` ('mamba', 'random' or 'zero'), as of
+            :class:`SS2D`.
         out_indices: stages to return, each through a norm of its own, ``norm{i}``.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
         frozen_stages: -1 freezes nothing, 0 the stem, i the stem and the first i stages with
@@ -95,8 +99,7 @@ class VMamba(BaseModule):
 
         self.depths = self.arch['depths']
         self.num_features = [self.arch['embed_dims'] * 2 ** i for i in range(_NUM_STAGES)]
-        ssm_cfg = {key: self.arch[key]
-                   for key in ('d_state', 'ssm_ratio', 'dt_rank', 'conv_bias', 'gate')}
+        ssm_cfg = {key: self.arch[key] for key in _SSM_KEYS if key in self.arch}
         rates = iter(torch.linspace(0, drop_path_rate, sum(self.depths), device='cpu').tolist())
 
         self.patch_embed = _STEMS[self.arch['stem']](in_channels, self.num_features[0])

@@ -1,0 +1,4 @@
+# Table 12: d_state 4.
+_base_ = ['_base_/vmamba-tiny-s2l5.py']
+
+model = dict(backbone=dict(arch=dict(d_state=4)))
