@@ -76,7 +76,7 @@ def prepare_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...],
     dtypes, and where to, as of :func:`vmamba_mm.ops.cast.plan_cast`."""
     plan = cut.plan_of(*sizes, index)
     zeros = _flags(sizes, plan)
-    starts, cast_blocks, fields = plan_cast(*casts)
+    _, cast_blocks, fields = plan_cast(*casts)
     launch = kernel(index, prepare_instance, TYPES[dtype]).bind(
         (min(1024, -(-(plan.offsets[-2] + 2 * zeros) // 512)) + cast_blocks, 1, 1), (256, 1, 1))
     parts = plan.offsets[:5]
