@@ -212,15 +212,15 @@ __device__ __forceinline__ void wait_copies() {
 #endif
 }
 
-// A barrier in shared memory that completes a phase when all threads of the block have arrived and
-// what each copied before has come; a wait is for the data alone, not for the other threads. GPUs
-// without such copies wait for one another.
+// A barrier in shared memory that completes a phase when so many threads have arrived and what each
+// copied before has come; a wait is for the data alone, not for the other threads. GPUs without such
+// copies wait for all threads of the block.
 constexpr int BARRIER_BYTES = 8;
 
-__device__ __forceinline__ void make_barrier(char *barrier) {
+__device__ __forceinline__ void make_barrier(char *barrier, u32 threads) {
 #ifdef CP_ASYNC
     asm volatile("mbarrier.init.shared.b64 [%0], %1;"
-                 :: "r"(shared_address(barrier)), "r"(blockDim.x) : "memory");
+                 :: "r"(shared_address(barrier)), "r"(threads) : "memory");
 #endif
 }
 

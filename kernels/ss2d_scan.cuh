@@ -119,10 +119,11 @@ __device__ __forceinline__ Path make_path(const Scan &p, int route) {
 struct Stager {
     int g, i, unit, step;
 
-    __device__ __forceinline__ Stager() {
-        const int position = threadIdx.x % CHUNK;
+    // Of the threads that stage together, this one's number and how many there are.
+    __device__ __forceinline__ Stager(u32 thread, u32 threads) {
+        const int position = thread % CHUNK;
         g = position / OWN, i = position % OWN;
-        unit = threadIdx.x / CHUNK, step = blockDim.x / CHUNK;
+        unit = thread / CHUNK, step = threads / CHUNK;
         if (unit >= step) unit = 1 << 20;  // nothing to do
     }
 

@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_bwd(const Params
     if (active && lane < 16)
         states[lane] = states[16 + lane] = 0.f;  // channels beyond the last stay so
 
-    const Stager stager;
+    const Stager stager(threadIdx.x, blockDim.x);
     for (int route = map; route < p.routes; route += maps) {
         auto stage = [&](const Path &path, int chunk, int turn) {
             stager.stage(p, find_place(p, path, chunk * 8 + stager.g, stager.i),

@@ -1,6 +1,17 @@
 // Forward of ss2d_scan for N = 1 on half-precision maps, in spans of whole images, so that nothing
 // enters one. A block walks a span of one route, to a map of its own; or of the two routes of an
 // axis, in turn for every few images, so that the second is added to what the first has just written.
+//
+// Where images are few and large, the chunks of a span go around (CLUSTER): sets of a block's warps,
+// and the blocks of a cluster, take one after the other. A warp scans its chunk from zero, takes the
+// state that enters from the warp that has the chunk before, and hands on what leaves.
+#ifdef CLUSTER
+#include "cluster.cuh"
+#define CLUSTER_DIMS __cluster_dims__(1, 1, CLUSTER)
+#else
+#define CLUSTER 0
+#define CLUSTER_DIMS
+#endif
 #include "ss2d_scan.cuh"
 
 struct Params {
@@ -9,18 +20,27 @@ struct Params {
     void *y;               // (maps, B, H, W, D): gridDim.x of them
     float *states;         // (K, chunks, D): the state that enters each chunk, or null
     int unit;              // chunks that a route takes before it is the other one's turn
+    int sets;              // of the warps of a block: 1 without a cluster
 };
 
+constexpr bool AROUND = CLUSTER > 0;
+constexpr int BLOCKS_OF_SPAN = AROUND ? CLUSTER : 1;
+// Of a lane's four channels, scanned at a time: all, so that a state is waited for once, or for want
+// of registers half of them.
+constexpr int PAIRS = AROUND ? 2 : 1;
 // Staged chunks: while some warps stage the next one, others may still read the one before.
 constexpr int STAGES = 3;
+constexpr int BARRIERS = AROUND ? 256 : 64;  // bytes
 
 template <class T, int TILES>
-__global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_fwd(const Params params) {
+__global__ void __launch_bounds__(32 * WARPS, BLOCKS) CLUSTER_DIMS ss2d_scan_fwd(const Params params) {
     const Scan &p = params.scan;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
     const int g = lane >> 2, t = lane & 3;
-    const int map = blockIdx.x, maps = gridDim.x, span = blockIdx.z;
-    const int groups = (p.dim + 15) >> 4, group = blockIdx.y * warps + warp;
+    const int sets = AROUND ? params.sets : 1, width = AROUND ? warps / sets : warps;
+    const int set = AROUND ? warp / width : 0;
+    const int map = blockIdx.x, maps = gridDim.x, span = blockIdx.z / BLOCKS_OF_SPAN;
+    const int groups = (p.dim + 15) >> 4, group = blockIdx.y * width + warp - set * width;
     const int channel = group * 16 + 4 * t;
     const bool active = group < groups;
     const int first = span * p.span, last = min(first + p.span, p.chunks);
@@ -28,22 +48,40 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_fwd(const Params
 
     extern __shared__ __align__(16) char shared[];
     const int staged_bytes = (p.row >> 3) * UNIT_BYTES + PAD_BYTES;
-    char *const barriers = shared, *const staged_memory = shared + 64;
+    char *const barriers = shared + set * STAGES * BARRIER_BYTES;
+    char *const staged_memory = shared + BARRIERS + set * STAGES * staged_bytes;
     // Of a warp: 64 bytes of skip, then for each of its routes the fragments, bias and rates.
     constexpr int ROUTE_BYTES = Weights<TILES>::BYTES;
-    const int turns = p.routes / maps;
-    char *const own = staged_memory + STAGES * staged_bytes + warp * (turns * ROUTE_BYTES + 64);
+    const int turns = AROUND ? 1 : p.routes / maps;
+    char *const own_memory = shared + BARRIERS + sets * STAGES * staged_bytes;
+    char *const own = own_memory + warp * (turns * ROUTE_BYTES + 64);
     float *const skip = (float *)own;
 
     float enter[4] = {};
-    if (threadIdx.x < STAGES) make_barrier(barriers + threadIdx.x * BARRIER_BYTES);
+    if (AROUND ? threadIdx.x % (32 * width) < STAGES : threadIdx.x < STAGES)
+        make_barrier(barriers + (AROUND ? threadIdx.x % (32 * width) : threadIdx.x) * BARRIER_BYTES,
+                     32 * width);
     if (active) {
         for (int i = 0; i < turns; ++i)
             Weights<TILES>::load(p, own + 64 + i * ROUTE_BYTES, map + i * maps, group, lane);
         if (lane < 16) skip[lane] = p.skip[group * 16 + lane];
     }
+#if CLUSTER
+    Mailbox *const mailboxes = (Mailbox *)(own_memory + warps * (ROUTE_BYTES + 64));
+    Mailbox *const mailbox = mailboxes + warp;
+    if (lane == 0) mailbox->make();
+    // Of the warp that has the next chunk.
+    const bool stays = set + 1 < sets;
+    const u32 block = blockIdx.z % CLUSTER;
+    const u32 next_mailbox = address_in_block(
+        shared_address(mailboxes + (stays ? warp + width : warp - set * width)),
+        stays ? block : (block + 1) % CLUSTER);
+    u32 taken = 0;  // parity of what was taken last
+    wait_for_cluster();
+#else
     __syncthreads();
-    const Stager stager;
+#endif
+    const Stager stager(threadIdx.x - set * 32 * width, 32 * width);
     uint2 ahead[OWN];
     auto stage = [&](int route, int chunk, int turn) {
         const Path path = make_path(p, route);
@@ -60,9 +98,10 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_fwd(const Params
                              if (j == i) ahead[j] = v;
                      });
     };
-    int turn = 0, route = map, chunk = first, unit = first;
+    int turn = 0, route = map, unit = first;
+    int chunk = first + (AROUND ? blockIdx.z % BLOCKS_OF_SPAN * sets + set : 0);
     u32 parity = 0;
-    stage(route, chunk, turn);
+    if (!AROUND || chunk < last) stage(route, chunk, turn);
     while (chunk < last) {
         const char *staged = staged_memory + turn * staged_bytes;
         wait_for_copies(barriers + turn * BARRIER_BYTES, parity);
@@ -74,7 +113,9 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_fwd(const Params
         asm("" : "+r"(route));
         const int now = route, at = chunk;
         const Place place = find_place(p, make_path(p, now), at * 8 + g);
-        if (++chunk == min(unit + params.unit, last)) {
+        if (AROUND) {
+            chunk += BLOCKS_OF_SPAN * sets;
+        } else if (++chunk == min(unit + params.unit, last)) {
             if (route + maps < p.routes) {
                 route += maps;
                 chunk = unit;
@@ -87,63 +128,95 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_fwd(const Params
         if (!active) continue;
 
         const Weights<TILES> weights(own + 64 + (now == map ? 0 : ROUTE_BYTES));
-        if (params.states && g == 0)
+        if (!AROUND && params.states && g == 0)
             keep_states(p, params.states, now, at, channel, enter);
         u32 pairs[OWN];  // (B, C), unpacked where they are used, for want of registers
         load_pairs(pairs, staged, (p.rank + 1) & ~1, g);
         uint2 y[OWN];
 #pragma unroll
-        for (int pair = 0; pair < 2; ++pair) {
-            float z[OWN][2], a[OWN][2], q[OWN][2], P[2], h[2];
-            const float2 rate = *(const float2 *)(weights.rates + 4 * t + 2 * pair);
-            project_dt<T, TILES, false>(z, staged, weights.fragments, weights.bias, pair, lane,
-                                        length - place.start());
+        for (int from = 0; from < 2; from += PAIRS) {
+            float a[PAIRS][OWN][2], q[PAIRS][OWN][2], P[PAIRS][2], h[PAIRS][2];
 #pragma unroll
-            for (int i = 0; i < OWN; ++i) {
-                const float2 x2 = T::unpack(pair ? x[i].y : x[i].x);
-                const float B = LN2 * T::unpack(pairs[i]).x;
-#pragma unroll
-                for (int c = 0; c < 2; ++c) {
-                    const float l = softplus2(z[i][c]);
-                    a[i][c] = ex2((c ? rate.y : rate.x) * l);
-                    q[i][c] = l * (c ? x2.y : x2.x) * B;
-                    P[c] = i ? P[c] * a[i][c] : a[i][c];
-                    h[c] = i ? a[i][c] * h[c] + q[i][c] : q[i][c];
-                }
-            }
-#pragma unroll
-            for (int c = 0; c < 2; ++c) {
-                const int n = 2 * pair + c;
-                combine_lanes<false>(P[c], h[c], min(g, place.slot));
-                const bool entered = place.slot > g;  // the image began in an earlier chunk
-                const float after = entered ? P[c] * enter[n] + h[c] : h[c];
-                const float before = __shfl_up_sync(ALL, after, 4);
-                h[c] = place.slot == 0 ? 0.f : g ? before : enter[n];
-                enter[n] = __shfl_sync(ALL, after, 28 + t);
-            }
-            float out[OWN][2];
-#pragma unroll
-            for (int i = 0; i < OWN; ++i) {
-                const float C = T::unpack(pairs[i]).y;
-#pragma unroll
-                for (int c = 0; c < 2; ++c) {
-                    h[c] = a[i][c] * h[c] + q[i][c];
-                    out[i][c] = C * h[c];
-                }
-            }
-            if (now == 0) {
-                const float2 D = *(const float2 *)(skip + 4 * t + 2 * pair);
+            for (int j = 0; j < PAIRS; ++j) {
+                const int pair = from + j;
+                const float2 rate = *(const float2 *)(weights.rates + 4 * t + 2 * pair);
+                float z[OWN][2];
+                project_dt<T, TILES, false>(z, staged, weights.fragments, weights.bias, pair, lane,
+                                            length - place.start());
 #pragma unroll
                 for (int i = 0; i < OWN; ++i) {
                     const float2 x2 = T::unpack(pair ? x[i].y : x[i].x);
-                    out[i][0] += D.x * x2.x;
-                    out[i][1] += D.y * x2.y;
+                    const float B = LN2 * T::unpack(pairs[i]).x;
+#pragma unroll
+                    for (int c = 0; c < 2; ++c) {
+                        const float l = softplus2(z[i][c]), one = ex2((c ? rate.y : rate.x) * l);
+                        a[j][i][c] = one;
+                        q[j][i][c] = l * (c ? x2.y : x2.x) * B;
+                        P[j][c] = i ? P[j][c] * one : one;
+                        h[j][c] = i ? one * h[j][c] + q[j][i][c] : q[j][i][c];
+                    }
                 }
             }
 #pragma unroll
-            for (int i = 0; i < OWN; ++i)
-                (pair ? y[i].y : y[i].x) = T::pack(out[i][0], out[i][1]);
+            for (int j = 0; j < PAIRS; ++j)
+#pragma unroll
+                for (int c = 0; c < 2; ++c) combine_lanes<false>(P[j][c], h[j][c], min(g, place.slot));
+#if CLUSTER
+            if (at > first) mailbox->take(enter, lane, taken);
+            if (g == 7 && at + 1 < last) {
+                float leave[4];
+#pragma unroll
+                for (int n = 0; n < 4; ++n)
+                    leave[n] = place.slot > 7 ? P[n / 2][n % 2] * enter[n] + h[n / 2][n % 2]
+                                              : h[n / 2][n % 2];
+                send(next_mailbox, lane, leave);
+            }
+            if (at > first && lane == 0) mailbox->expect();
+#endif
+#pragma unroll
+            for (int j = 0; j < PAIRS; ++j)
+#pragma unroll
+                for (int c = 0; c < 2; ++c) {
+                    const int n = 2 * (from + j) + c;
+                    const bool entered = place.slot > g;  // the image began in an earlier chunk
+                    const float after = entered ? P[j][c] * enter[n] + h[j][c] : h[j][c];
+                    const float before = __shfl_up_sync(ALL, after, 4);
+                    h[j][c] = place.slot == 0 ? 0.f : g ? before : enter[n];
+#if !CLUSTER
+                    enter[n] = __shfl_sync(ALL, after, 28 + t);
+#endif
+                }
+#pragma unroll
+            for (int j = 0; j < PAIRS; ++j) {
+                const int pair = from + j;
+                float out[OWN][2];
+#pragma unroll
+                for (int i = 0; i < OWN; ++i) {
+                    const float C = T::unpack(pairs[i]).y;
+#pragma unroll
+                    for (int c = 0; c < 2; ++c) {
+                        h[j][c] = a[j][i][c] * h[j][c] + q[j][i][c];
+                        out[i][c] = C * h[j][c];
+                    }
+                }
+                if (now == 0) {
+                    const float2 D = *(const float2 *)(skip + 4 * t + 2 * pair);
+#pragma unroll
+                    for (int i = 0; i < OWN; ++i) {
+                        const float2 x2 = T::unpack(pair ? x[i].y : x[i].x);
+                        out[i][0] += D.x * x2.x;
+                        out[i][1] += D.y * x2.y;
+                    }
+                }
+#pragma unroll
+                for (int i = 0; i < OWN; ++i)
+                    (pair ? y[i].y : y[i].x) = T::pack(out[i][0], out[i][1]);
+            }
         }
+#if CLUSTER
+        if (at > first) taken ^= 1;
+        if (params.states && g == 0) keep_states(p, params.states, now, at, channel, enter);
+#endif
         __syncwarp();  // what is added to is written, by other lanes of the warp
         write_map<T>(p, make_path(p, now), map_of(p, params.y, map), [&](int i) {
             uint2 v = y[0];

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_runs(const Param
     int *const ticket = (int *)(barriers + STAGES * BARRIER_BYTES);
     // A block waits for earlier spans, so those must be in the hands of blocks that have begun.
     if (threadIdx.x == 0) *ticket = atomicAdd(params.tickets, 1);
-    if (threadIdx.x < STAGES) make_barrier(barriers + threadIdx.x * BARRIER_BYTES);
+    if (threadIdx.x < STAGES) make_barrier(barriers + threadIdx.x * BARRIER_BYTES, blockDim.x);
     __syncthreads();
     const int route = *ticket % gridDim.x, column = *ticket / gridDim.x % gridDim.y;
     const int span = *ticket / gridDim.x / gridDim.y;
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_runs(const Param
     }
     __syncwarp();
 
-    const Stager stager;
+    const Stager stager(threadIdx.x, blockDim.x);
     Place next;  // of the slot that was staged last
     auto stage = [&](int step) {
         asm("" : "+r"(again));

@@ -1,6 +1,6 @@
 // CUDA on a CPU, for emulated_cuda.py: the built-ins and PTX instructions that kernels/ uses, and
-// launches. A thread of a block is a fiber that runs until it has to wait for others; the blocks
-// run one after the other. Portable C++ for Linux, 64 bits, little-endian.
+// launches. A thread of a cluster is a fiber that runs until it has to wait for others; the clusters
+// (of one block, but for kernels that say so) run one after the other. Portable C++ for Linux, 64 bits, little-endian.
 #pragma once
 #include <math.h>
 #include <setjmp.h>
@@ -13,6 +13,7 @@
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define __shared__ static
 #define rsqrtf(x) (1.f / sqrtf(x))
 
@@ -47,12 +48,11 @@ static inline float __uint_as_float(u32 v) {
 
 // --- threads ----------------------------------------------------------------------------------
 
-static dim3 gridDim, blockDim, blockIdx;
-static char *dynamic_shared;
+static dim3 gridDim, blockDim;
 
 namespace emulated {
 
-constexpr int MOST_THREADS = 1024, STACK = 1 << 17, GUARD = 1024;
+constexpr int MOST_THREADS = 1024, MOST_BLOCKS = 8, STACK = 1 << 17, GUARD = 1024;
 constexpr int POISON = 0xff;  // of every byte: NaN in all floating-point types
 static const char *error;
 
@@ -91,11 +91,20 @@ struct Warp {
     Given given[2][32];
 };
 
+struct Block {
+    dim3 index;
+    char *shared;
+    Barrier barriers[16];  // 0 is that of __syncthreads
+    u32 alive;
+};
+
 struct Fiber {
     dim3 thread;
+    Block *block;
     int lane, turn;
     Warp *warp;
     bool started, done;
+    u32 cluster_phase;
     const u32 *awaited;  // null, or it goes on when this is `seen` no longer
     u32 seen;
     jmp_buf place;
@@ -105,10 +114,11 @@ struct Fiber {
 
 static Fiber *fibers, *current;
 static char *stacks;
-static Warp warps[MOST_THREADS / 32];
-static Barrier barriers[16];  // of the block; 0 is that of __syncthreads
+static Warp warps[MOST_BLOCKS * MOST_THREADS / 32];
+static Block blocks[MOST_BLOCKS];  // of the cluster
+static Barrier cluster_barrier;
 static u32 alive;
-static int threads, step;  // step: 1, or -1 to run lanes in the opposite order
+static int threads, step;  // of the cluster; step: 1, or -1 to run lanes in the opposite order
 static u32 random_state, patience;
 static jmp_buf launcher;
 static void (*kernel)();
@@ -186,7 +196,7 @@ static void enter() {
     current->done = true;
     --alive;
     if (--warp.alive) release_if_all(warp.barrier, warp.alive);
-    if (alive) release_if_all(barriers[0], alive);
+    if (--current->block->alive) release_if_all(current->block->barriers[0], current->block->alive);
     run_another();
 }
 
@@ -200,20 +210,24 @@ static const Given *exchange(T... words) {
     return given;
 }
 
-static void run_block(int shared) {
-    memset(dynamic_shared, POISON, shared + GUARD);
-    memset(barriers, 0, sizeof(barriers));
-    alive = threads;
-    for (int w = 0; 32 * w < threads; ++w) {
-        warps[w].barrier = {};
-        warps[w].alive = min(32, threads - 32 * w);
+static void run_cluster(int count, int shared) {
+    const int own = threads / count;  // threads of a block
+    for (int n = 0; n < count; ++n) {
+        memset(blocks[n].shared, POISON, shared + GUARD);
+        memset(blocks[n].barriers, 0, sizeof(blocks[n].barriers));
+        blocks[n].alive = own;
     }
+    cluster_barrier = {};
+    alive = threads;
     for (int i = 0; i < threads; ++i) {
         Fiber &fiber = fibers[i];
-        fiber.thread = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
-        fiber.lane = i % 32;
+        const u32 j = i % own;
+        fiber.block = blocks + i / own;
+        fiber.thread = {j % blockDim.x, j / blockDim.x % blockDim.y, j / blockDim.x / blockDim.y};
+        fiber.lane = j % 32;
         fiber.turn = 0;
-        fiber.warp = warps + i / 32;
+        fiber.warp = warps + i / own * (MOST_THREADS / 32) + j / 32;
+        if (fiber.lane == 0) *fiber.warp = {{}, (u32)min(32, own - (int)j)};
         fiber.started = fiber.done = false;
         fiber.awaited = nullptr;
         fiber.copies.count = fiber.copies.groups = 0;
@@ -221,29 +235,38 @@ static void run_block(int shared) {
     patience = 1 << random_number() % 13;
     current = fibers;
     if (!_setjmp(launcher)) run_another();
-    for (int i = 0; i < GUARD && !error; ++i)
-        if (dynamic_shared[shared + i] != (char)POISON) error = "writes beyond its shared memory";
+    for (int n = 0; n < count; ++n)
+        for (int i = 0; i < GUARD && !error; ++i)
+            if (blocks[n].shared[shared + i] != (char)POISON)
+                error = "writes beyond its shared memory";
 }
 
-static const char *launch(void (*call)(), dim3 grid, dim3 block, int shared, u32 seed) {
+// Clusters are of blocks that follow one another in z.
+static const char *launch(void (*call)(), dim3 grid, dim3 block, int shared, u32 seed, int count) {
     gridDim = grid, blockDim = block, kernel = call;
-    threads = block.x * block.y * block.z;
-    if (threads < 1 || threads > MOST_THREADS) return "too many threads";
+    const int own = block.x * block.y * block.z;
+    if (own < 1 || own > MOST_THREADS) return "too many threads";
+    if (count > MOST_BLOCKS || grid.z % count) return "no such clusters";
+    threads = count * own;
     step = seed & 1 ? -1 : 1;
     random_state = seed;
     error = nullptr;
-    dynamic_shared = (char *)aligned_alloc(128, (shared + GUARD + 127) / 128 * 128);
+    const size_t size = (shared + GUARD + 127) / 128 * 128;
+    char *const memory = (char *)aligned_alloc(128, count * size);
     fibers = (Fiber *)malloc(threads * sizeof(Fiber));
     stacks = (char *)malloc((size_t)threads * STACK);
-    const u32 blocks = grid.x * grid.y * grid.z;
-    for (u32 n = 0; n < blocks && !error; ++n) {
-        const u32 i = seed & 1 ? blocks - 1 - n : n;
-        blockIdx = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
-        run_block(shared);
+    const u32 clusters = grid.x * grid.y * (grid.z / count);
+    for (u32 n = 0; n < clusters && !error; ++n) {
+        const u32 i = seed & 1 ? clusters - 1 - n : n;
+        for (u32 k = 0; k < (u32)count; ++k) {
+            blocks[k].index = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y * count + k};
+            blocks[k].shared = memory + k * size;
+        }
+        run_cluster(count, shared);
     }
     free(stacks);
     free(fibers);
-    free(dynamic_shared);
+    free(memory);
     return error;
 }
 
@@ -259,9 +282,11 @@ static void call_kernel(void (*kernel)(Params), const void *params) {
 }  // namespace emulated
 
 #define threadIdx (emulated::current->thread)
+#define blockIdx (emulated::current->block->index)
+#define dynamic_shared (emulated::current->block->shared)
 
 static inline void __syncthreads() {
-    emulated::wait_for_all(emulated::barriers[0], emulated::alive);
+    emulated::wait_for_all(emulated::current->block->barriers[0], emulated::current->block->alive);
 }
 
 static inline void __syncwarp() { emulated::exchange(); }
@@ -464,12 +489,12 @@ static void cp_async_ca_shared_global(u32 to, const void *from, int bytes) {
 }
 
 static void bar_sync(int barrier, u32 threads) {
-    emulated::wait_for_all(emulated::barriers[barrier], threads);
+    emulated::wait_for_all(current->block->barriers[barrier], threads);
 }
 
 static void bar_arrive(int barrier, u32 threads) {
-    ++emulated::barriers[barrier].arrived;
-    emulated::release_if_all(emulated::barriers[barrier], threads);
+    ++current->block->barriers[barrier].arrived;
+    emulated::release_if_all(current->block->barriers[barrier], threads);
 }
 
 static void cp_async_commit_group() { ++current->copies.groups; }
@@ -491,28 +516,73 @@ static void finish_copies(int before_group) {
 
 static void cp_async_wait_group(int pending) { finish_copies(current->copies.groups - pending); }
 
-// In the 8 bytes of the barrier.
+// In the 8 bytes of the barrier; `due`: bytes that are announced and have not come, or fewer than 0.
 struct MBarrier {
-    u16 expected, arrived;
     u32 phase;
+    u32 expected : 11, arrived : 11;
+    int due : 10;
+
+    void complete() {
+        if (arrived < expected || due) return;
+        arrived = 0;
+        ++phase;
+    }
 };
 
 static inline MBarrier *barrier_at(u32 at) { return (MBarrier *)(dynamic_shared + at); }
 
-static void mbarrier_init_shared_b64(u32 at, u32 expected) { *barrier_at(at) = {(u16)expected}; }
+static void mbarrier_init_shared_b64(u32 at, u32 expected) { *barrier_at(at) = {0, expected}; }
 
 static void cp_async_mbarrier_arrive_noinc_shared_b64(u32 at) {
     finish_copies(current->copies.groups + 1);
     MBarrier *const barrier = barrier_at(at);
-    if (++barrier->arrived < barrier->expected) return;
-    barrier->arrived = 0;
-    ++barrier->phase;
+    ++barrier->arrived;
+    barrier->complete();
+}
+
+static void mbarrier_arrive_expect_tx_shared_b64(u32 at, int bytes) {
+    MBarrier *const barrier = barrier_at(at);
+    ++barrier->arrived;
+    barrier->due += bytes;
+    barrier->complete();
+}
+
+// Shared memory of the blocks of a cluster: the block above 24 bits.
+static void mapa_shared__cluster_u32(u32 &there, u32 address, u32 block) {
+    there = block << 24 | address;
+}
+
+static inline char *in_cluster(u32 address) {
+    return emulated::blocks[address >> 24].shared + (address & 0xffffffu);
+}
+
+static void st_async_weak_shared__cluster_mbarrier__bytes_v4_b32(u32 to, u32 a, u32 b, u32 c, u32 d,
+                                                                 u32 at) {
+    *(uint4 *)in_cluster(to) = {a, b, c, d};
+    MBarrier *const barrier = (MBarrier *)in_cluster(at);
+    barrier->due -= 16;
+    barrier->complete();
+}
+
+static void barrier_cluster_arrive_release_aligned() {
+    current->cluster_phase = emulated::cluster_barrier.phase;
+    ++emulated::cluster_barrier.arrived;
+    emulated::release_if_all(emulated::cluster_barrier, emulated::alive);
+}
+
+static void barrier_cluster_wait_acquire_aligned() {
+    if (emulated::cluster_barrier.phase == current->cluster_phase)
+        emulated::wait_for_change(&emulated::cluster_barrier.phase);
 }
 
 // In a loop until it succeeds.
 static void mbarrier_try_wait_parity_shared_b64(u32 at, u32 parity) {
     const u32 *const phase = &barrier_at(at)->phase;
     if ((*phase & 1) == parity) emulated::wait_for_change(phase);
+}
+
+static void mbarrier_try_wait_parity_acquire_cluster_shared__cta_b64(u32 at, u32 parity) {
+    mbarrier_try_wait_parity_shared_b64(at, parity);
 }
 
 static void mbarrier_test_wait_parity_shared_b64(u32 at, u32 parity) {

@@ -2,7 +2,7 @@
 
 The C++ compiler takes a kernel's source as it is, but for two things: an ``asm`` statement becomes
 a call of a function with the name of its instruction, and dynamic shared memory a pointer.
-``emulated_cuda.h`` has those functions, CUDA's built-ins, and a fiber for each thread of a block.
+``emulated_cuda.h`` has those functions, CUDA's built-ins, and a fiber for each thread of a cluster.
 The launches are the real ones.
 
 Of mistakes that results on a GPU may not show, these are found: dynamic shared memory is NaN until
@@ -80,6 +80,7 @@ class Kernel:
         self._lib = ctypes.CDLL(str(library))
         self._lib.launch.restype = ctypes.c_char_p
         self._size = nvrtc.packed_size(instance.params)
+        self._cluster = max(1, dict(instance.defines).get('CLUSTER', 1))
         if self._lib.params_size() != self._size:
             raise ValueError(f'{instance}: params={instance.params!r} is a struct of {self._size} '
                              f'bytes, but the kernel takes {self._lib.params_size()}')
@@ -90,12 +91,16 @@ class Kernel:
 
         def run(*args):
             params = struct.pack(f'@{self.instance.params}', *args).ljust(self._size)
-            error = self._lib.launch(params, *grid, *block, shared, self.seed)
+            error = self._lib.launch(params, *grid, *block, shared, self.seed, self._cluster)
             if error:
                 raise RuntimeError(f'{self.instance}, grid {grid}, block {block}: '
                                    f'{error.decode()}')
 
         return run
+
+    def clusters(self, cluster, threads, shared):
+        blocks = PROPERTIES['shared_memory_per_multiprocessor'] // (shared + 1024)
+        return PROPERTIES['multi_processor_count'] * blocks // cluster
 
     def launch(self, grid, block, args, shared=0):
         self.bind(grid, block, shared)(*args)
@@ -115,9 +120,10 @@ def build(instance: nvrtc.Instance, arch: str, folder: Path) -> Path:
         f'static void call() {{ emulated::call_kernel({name}, given); }}',
         f'EXPORT int params_size() {{ return emulated::size_of_params({name}); }}',
         'EXPORT const char *launch(const void *params, u32 x, u32 y, u32 z, u32 block_x, '
-        'u32 block_y, u32 block_z, int shared, u32 seed) {',
+        'u32 block_y, u32 block_z, int shared, u32 seed, int cluster) {',
         '    given = params;',
-        '    return emulated::launch(call, {x, y, z}, {block_x, block_y, block_z}, shared, seed);',
+        '    return emulated::launch(call, {x, y, z}, {block_x, block_y, block_z}, shared, seed, '
+        'cluster);',
         '}'))
     # C's own headers take half the time of those that C++ wraps around them.
     run_compiler('-std=c++17', '-O1', '-nostdinc++', '-fno-strict-aliasing', '-shared', '-fPIC',

@@ -9,7 +9,16 @@ import pytest
 import test_walk_cuda as walks
 import torch
 from emulated_cuda import emulated_gpu
-from test_ss2d_cuda import check, check_norm, cut_by_hand, exact, make, norm_error
+from test_ss2d_cuda import (
+    check,
+    check_norm,
+    cut_around,
+    cut_by_hand,
+    exact,
+    make,
+    norm_error,
+    without_clusters,
+)
 from test_walk_cuda import cut_walks  # noqa: F401 (a fixture)
 
 from vmamba_mm.ops import nvrtc, ss2d_scan
@@ -58,8 +67,9 @@ def test_routes_and_ranks(routes, rank):
 
 @GPUS
 @pytest.mark.parametrize('dtype', HALVES, ids=['fp16', 'bf16'])
-def test_gpus_and_dtypes(gpu, dtype):
+def test_gpus_and_dtypes(monkeypatch, gpu, dtype):
     """One walk, whole images to a span, and part of an image, where what enters must be found."""
+    without_clusters(monkeypatch)
     if (dtype, gpu) == (torch.bfloat16, (7, 5)):
         with pytest.raises(ValueError, match='too old for torch.bfloat16'):
             check(on_cpu(2, 48, 9, 20, dtype=dtype))
@@ -81,6 +91,22 @@ def test_any_cut(monkeypatch, size, maps, slots, spans):
     check(on_cpu(size[0], 48, *size[1:]))
 
 
+@pytest.mark.parametrize('dtype', HALVES, ids=['fp16', 'bf16'])
+@pytest.mark.parametrize('width, sets, cluster, spans', [
+    (2, 1, 2, 3), (3, 4, 1, 1), (2, 2, 4, 2), (3, 1, 7, 1), (2, 1, 8, 1)])
+@pytest.mark.parametrize('size', [(3, 30, 31), (5, 7, 7), (2, 1, 1)])
+def test_chunks_that_go_around(monkeypatch, size, width, sets, cluster, spans, dtype):
+    """Sets and blocks for which there is a chunk, many or none; several images in a span."""
+    cut_around(monkeypatch, width, sets, cluster, spans, 'exact' if spans == 1 else 'rounded')
+    check(on_cpu(size[0], 40, *size[1:], dtype=dtype))
+
+
+def test_large_images_go_around():
+    """What a GPU that has clusters chooses for few and large images."""
+    assert cut.plan_of(2, 96, 64, 64, 6, 4, 0).forward.cluster > 0
+    assert cut.plan_of(256, 96, 14, 14, 6, 4, 0).forward.cluster == 0
+
+
 def test_strides_of_x():
     inputs = on_cpu(2, 32, 9, 14)
     x = inputs['x']
@@ -99,10 +125,14 @@ def test_extreme_delta(bias):
         check(inputs)
 
 
-@pytest.mark.parametrize('maps', [2, 4])
+@pytest.mark.parametrize('maps', [2, 4, 'around'])
 def test_nan_stays_in_its_sample(monkeypatch, maps):
-    """Four spans; with four maps, images 5, 11 and 17 are in two of them each."""
-    cut_by_hand(monkeypatch, maps, 'exact', 4)
+    """Four spans; with four maps, images 5, 11 and 17 are in two of them each. Or chunks that go
+    around, where a state is handed on whatever it is."""
+    if maps == 'around':
+        cut_around(monkeypatch, 2, 2, 2, 1)
+    else:
+        cut_by_hand(monkeypatch, maps, 'exact', 4)
     inputs = on_cpu(20, 32, 7, 7)
     clean = with_grads(ss2d_scan, inputs)
     inputs['x'][11, 0, 2, 2] = torch.nan

@@ -101,17 +101,48 @@ def check_norm(inputs):
         assert norm_error(grad, true[name]) <= limit, name
 
 
+def without_clusters(monkeypatch):
+    """Plans in which a warp has all chunks of its span."""
+    monkeypatch.setattr(cut, '_around', lambda *args: ())
+    nvrtc.forget()
+
+
+def cut_around(monkeypatch, width, sets, cluster, spans, slots='exact'):
+    """Plans in which the chunks go around so many sets of ``width`` warps, and blocks."""
+    plan_of = cut.plan_of
+
+    def plan(batch, dim, height, width_of_map, *args):
+        plan = plan_of(batch, dim, height, width_of_map, *args)
+        count, chunks, alone = slots_of(slots, batch, height * width_of_map)
+        span = -(-chunks // (alone * spans)) * alone
+        work = plan.forward._replace(
+            maps=plan.routes, warps=width * sets, columns=-(-plan.groups // width), span=span,
+            spans=-(-chunks // span), alone=alone, independent=True, sets=sets, cluster=cluster,
+            shared=100_000)  # or less
+        back = plan.backward._replace(maps=plan.routes, span=chunks, spans=1, independent=True)
+        return plan._replace(slots=count, chunks=chunks, forward=work, backward=back,
+                             magic=(*plan.magic[:2], magic(count)))
+
+    monkeypatch.setattr(cut, 'plan_of', plan)
+    nvrtc.forget()
+
+
+def slots_of(slots, batch, length):
+    """Of an image, 'exact' or 'rounded'; chunks of the batch, and until an image begins with one."""
+    count = -(-length // 7)
+    if slots == 'rounded':
+        count = -(-count // 8) * 8
+    return count, -(-batch * count // 8), count // math.gcd(count, 8)
+
+
 def cut_by_hand(monkeypatch, maps, slots, spans):
     """Plans of so many maps and spans, the slots of an image 'exact' or 'rounded'."""
+    without_clusters(monkeypatch)
     plan_of = cut.plan_of
 
     def plan(batch, dim, height, width, *args):
         plan = plan_of(batch, dim, height, width, *args)
-        count = -(-height * width // 7)
-        if slots == 'rounded':
-            count = -(-count // 8) * 8
-        chunks = -(-batch * count // 8)
-        alone = count // math.gcd(count, 8)
+        count, chunks, alone = slots_of(slots, batch, height * width)
         unit = alone if maps == 2 else 1
         span = -(-chunks // (unit * spans)) * unit
         cuts = [work._replace(maps=maps, span=span, spans=-(-chunks // span), alone=alone,
@@ -185,6 +216,20 @@ def test_any_cut(monkeypatch, size, maps, slots, spans):
     batch, height, width = size
     cut_by_hand(monkeypatch, maps, slots, spans)
     check(make(batch, 48, height, width))
+
+
+@needs_gpu
+@pytest.mark.parametrize('width, sets, cluster', [
+    (2, 1, 2), (3, 4, 1), (2, 2, 4), (3, 2, 7), (2, 3, 8), (12, 1, 2)])
+@pytest.mark.parametrize('size', [(1, 37, 53), (5, 7, 7), (3, 2, 3), (2, 40, 25)])
+def test_chunks_that_go_around(monkeypatch, size, width, sets, cluster):
+    """Sets and blocks for which there is a chunk, many or none; several images in a span."""
+    batch, height, width_of_map = size
+    for slots, spans in (('exact', 1), ('rounded', batch)):
+        with monkeypatch.context() as patch:
+            cut_around(patch, width, sets, cluster, spans, slots)
+            check(make(batch, 72, height, width_of_map))
+    nvrtc.forget()
 
 
 @needs_gpu

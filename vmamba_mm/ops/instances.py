@@ -7,7 +7,7 @@ from vmamba_mm.ops.channels import sum_instance
 from vmamba_mm.ops.dwconv import cuda as dwconv
 from vmamba_mm.ops.mlp import cuda as mlp
 from vmamba_mm.ops.nvrtc import Instance
-from vmamba_mm.ops.ss2d_scan import cuda, merge
+from vmamba_mm.ops.ss2d_scan import cuda, cut, merge
 
 _TYPES = {'Half': 75, 'BFloat': 80}
 _TILES = (1, 2, 3, 4, 6, 8)  # of 8 in dt_rank: those of the nine published architectures
@@ -25,6 +25,8 @@ INSTANCES: dict[Instance, int] = {
        for kernel in (cuda.forward_instance(type_, tiles),
                       cuda.backward_instance(type_, tiles, False))},
     **{cuda.runs_instance(type_, tiles): low for type_, low in _TYPES.items() for tiles in _TILES},
+    **{cuda.forward_instance(type_, tiles, 8): 90 for type_ in _TYPES for tiles in _TILES},
+    **{cuda.forward_instance('Half', 1, cluster): 90 for cluster in cut.CLUSTERS},
     **{cuda.backward_instance(type_, 1, True): low for type_, low in _TYPES.items()},
     **{make(type_): low for type_, low in _TYPES.items()
        for make in (cuda.prepare_instance, cuda.finish_instance)},

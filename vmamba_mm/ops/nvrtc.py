@@ -33,6 +33,7 @@ CACHE_MAGIC = b'vmamba_mm kernel 1\n'
 CUDA_ERROR_INVALID_CONTEXT = 201
 CAPTURE_MODE_RELAXED = 2
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 SHARED_BY_DEFAULT = 48 * 1024
 
 
@@ -452,6 +453,22 @@ class Kernel:
             _cuda('cuOccupancyMaxActiveBlocksPerMultiprocessor', ctypes.byref(blocks),
                   self._function, threads, shared)
         return blocks.value
+
+    def clusters(self, cluster: int, threads: int, shared: int) -> int:
+        """Clusters of so many blocks that the GPU holds at once; a block as for :meth:`occupancy`.
+        For GPUs from compute capability 9.0 on."""
+        found = ctypes.c_int()
+        if shared > self._shared_allowed:
+            self._allow_shared(shared)
+        # CUlaunchAttribute and CUlaunchConfig.
+        attribute = ctypes.create_string_buffer(
+            struct.pack('@i4x3I52x', CLUSTER_DIMENSION, 1, 1, cluster))
+        config = struct.pack('@7I4xPPI4x', 1, 1, 4096 * cluster, threads, 1, 1, shared, 0,
+                             ctypes.addressof(attribute), 1)
+        with current(self.index):
+            _cuda('cuOccupancyMaxActiveClusters', ctypes.byref(found), self._function,
+                  ctypes.c_char_p(config))
+        return found.value
 
     def _attribute(self, number: int) -> int:
         value = ctypes.c_int()

@@ -20,6 +20,7 @@ from vmamba_mm.ops.walk import CODES, TYPES, combine_instance, pointer
 _SCAN = 'P' * 5 + 'i' * 15
 _MAP = 'Pqiiii'
 _FORWARD = (('WARPS', cut.FORWARD_WARPS), ('BLOCKS', cut.FORWARD_BLOCKS))
+_AROUND = (('WARPS', cut.AROUND_WARPS), ('BLOCKS', 1))
 _HALVES = torch.float16, torch.bfloat16
 
 
@@ -44,9 +45,9 @@ def prepare_instance(type_: str) -> Instance:
     return Instance('ss2d_prepare.cu', f'ss2d_prepare<{type_}>', 'P' * 11 + 'i' * 13 + FIELDS)
 
 
-def forward_instance(type_: str, tiles: int) -> Instance:
-    return Instance('ss2d_scan_fwd.cu', f'ss2d_scan_fwd<{type_}, {tiles}>',
-                    _SCAN + _MAP + 'PPi', _FORWARD)
+def forward_instance(type_: str, tiles: int, cluster: int = 0) -> Instance:
+    return Instance('ss2d_scan_fwd.cu', f'ss2d_scan_fwd<{type_}, {tiles}>', _SCAN + _MAP + 'PPii',
+                    (*_AROUND, ('CLUSTER', cluster)) if cluster else _FORWARD)
 
 
 def runs_instance(type_: str, tiles: int) -> Instance:
@@ -116,7 +117,8 @@ def scan_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...],
     shape = (batch, dim, height, width, rank, routes, plan.row, plan.slots, plan.chunks, work.span,
              work.spans, plan.aligned, *plan.magic)
     walks = work.maps
-    grid, block = (walks, work.columns, work.spans), (32 * work.warps, 1, 1)
+    grid = walks, work.columns, work.spans * max(1, work.cluster)
+    block = 32 * work.warps, 1, 1
 
     def bound(instance, *which):
         return kernel(index, instance, TYPES[dtype], plan.tiles, *which).bind(grid, block,
@@ -130,10 +132,10 @@ def scan_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...],
 
     bytes_ = 4 * walks * work.spans * dim
     if not back and work.independent:
-        scan, size = bound(forward_instance), 0
+        scan, size = bound(forward_instance, work.cluster), 0
 
         def run(projected, kept, maps, written, states, others, memory):
-            scan(*fields(projected, kept, maps, written, states), plan.forward.alone)
+            scan(*fields(projected, kept, maps, written, states), work.alone, work.sets)
     elif not back:
         scan, flags = bound(runs_instance), 4 * _flags(sizes, plan)
         size = flags + 2 * bytes_

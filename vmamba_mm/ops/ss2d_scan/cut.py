@@ -1,19 +1,23 @@
 """How the N = 1 kernels' work is cut for a GPU: warps, blocks, spans, and what they keep."""
 
 import math
+from collections.abc import Iterator
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 
-from vmamba_mm.ops.nvrtc import cached
-from vmamba_mm.ops.walk import magic
+from vmamba_mm.ops.nvrtc import cached, kernel
+from vmamba_mm.ops.walk import combine_instance, magic
 
 _SLOT = 7  # positions of a slot; a warp takes a chunk of 8 slots at a time
 _CHUNK_MAP = 8 * _SLOT * 32  # bytes of a warp's part of a map
 # Warps that a block may have (16 channels each), and blocks of so many that fit a multiprocessor.
 FORWARD_WARPS, FORWARD_BLOCKS = 8, 2
 BACKWARD_WARPS, BACKWARD_BLOCKS = 12, 1
+# Where chunks go around: warps of a multiprocessor, and blocks of a cluster. Of 8 an H100 holds 15, as
+# not all its parts have 16 multiprocessors that work; of 7 it holds more.
+AROUND_WARPS, CLUSTERS = 12, (1, 2, 4, 7, 8)
 
 
 class Cut(NamedTuple):
@@ -29,6 +33,8 @@ class Cut(NamedTuple):
     shared: int
     independent: bool
     cost: float
+    sets: int = 1     # of a block's warps, and of
+    cluster: int = 0  # blocks, which the chunks of a span go around; 0: a warp has them all
 
 
 class Plan(NamedTuple):
@@ -62,6 +68,48 @@ class _Spans(NamedTuple):
     def cost(self, waves: int, span: int, columns: int) -> float:
         cost = self.factor * waves * (span + self.start) * (1 + span / self.far)
         return cost * (1 + self.columns * (1 - 1 / columns + columns / 30))
+
+
+@cached
+def _clusters(index: int, cluster: int, blocks: int) -> int:
+    """That the GPU holds at once, with so many blocks on a multiprocessor."""
+    memory = torch.cuda.get_device_properties(index).shared_memory_per_multiprocessor
+    return kernel(index, combine_instance).clusters(cluster, 32, memory // blocks - 1024)
+
+
+def _around(index: int, groups: int, tiles: int, staged: int, chunks: int, alone: int,
+            routes: int) -> Iterator[Cut]:
+    """Forward cuts where chunks go around. Costs are as those of plan_of, measured."""
+    properties = torch.cuda.get_device_properties(index)
+    multiprocessors = properties.multi_processor_count
+    images = -(-chunks // alone)
+    for columns in {-(-groups // width) for width in range(2, AROUND_WARPS + 1)}:
+        width = max(2, -(-groups // columns))
+        for sets in range(1, AROUND_WARPS // width + 1):
+            warps = width * sets
+            shared = 256 + 3 * staged * sets + warps * (256 * tiles + 128 + 64 + 80)
+            blocks = min(AROUND_WARPS // warps,
+                         properties.shared_memory_per_multiprocessor // (shared + 1024))
+            if blocks == 0 or shared > properties.shared_memory_per_block_optin - 1024:
+                continue
+            for cluster in CLUSTERS:
+                if cluster * sets == 1:
+                    continue
+                at_once = _clusters(index, cluster, blocks)
+                if at_once == 0:
+                    continue
+                span = -(-images // max(1, at_once // (routes * columns))) * alone
+                spans = -(-chunks // span)
+                if spans * cluster > 65535:
+                    continue
+                walks = routes * columns * spans
+                resident = warps * min(blocks, -(-walks * cluster // multiprocessors))
+                # What the warps calculate, or that a state goes from chunk to chunk.
+                cost = max(0.97 * (span / (cluster * sets) + 0.5) * max(11.5, resident),
+                           0.67 * span * (1 + 0.015 * resident))
+                cost = 6 + -(-walks // at_once) * cost * (1 + 0.01 * math.sqrt(columns))
+                yield Cut(routes, warps, columns, span, spans, alone, shared, True, cost, sets,
+                          cluster)
 
 
 @cached
@@ -128,6 +176,10 @@ def plan_of(batch: int, dim: int, height: int, width: int, rank: int, routes: in
             (BACKWARD_WARPS, BACKWARD_BLOCKS, 2 * staged,
              4 * _CHUNK_MAP + 768 * tiles + 320 + 2048, 0, _Spans(0, 0, 1.6, 16, 0.5, 0, math.inf),
              0.1, math.inf)))
+        if properties.major >= 9:
+            chunks, alone = -(-batch * slots // 8), slots // math.gcd(slots, 8)
+            around = _around(index, groups, tiles, staged, chunks, alone, routes)
+            forward = min([forward, *around], key=lambda cut: cut.cost)
         if best is None or forward.cost + 2 * backward.cost < best[1].cost + 2 * best[2].cost:
             best = slots, forward, backward
     slots, forward, backward = best

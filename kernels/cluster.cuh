@@ -1,0 +1,56 @@
+// A state from warp to warp, of one block or of the blocks of a cluster (sm_90 and later).
+#pragma once
+#include "common.cuh"
+
+// To what is at this address of shared memory in another block of the cluster.
+__device__ __forceinline__ u32 address_in_block(u32 address, u32 block) {
+    u32 there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(block));
+    return there;
+}
+
+// All threads of the cluster have come here; what they wrote to shared memory is seen.
+__device__ __forceinline__ void wait_for_cluster() {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// In shared memory, of a warp: 16 bytes from each of 4 lanes of another warp, and a barrier that
+// counts them as they come.
+struct Mailbox {
+    float4 values[4];
+    char barrier[BARRIER_BYTES];
+    char unused[8];
+
+    // By one thread, before wait_for_cluster.
+    __device__ __forceinline__ void make() {
+        make_barrier(barrier, 1);
+        expect();
+    }
+
+    // By the warp; lane t has what was sent by the t-th. `parity` as of wait_for_copies.
+    __device__ __forceinline__ void take(float (&v)[4], int lane, u32 parity) {
+        asm volatile("{.reg .pred done; again: "
+                     "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1; "
+                     "@!done bra again;}"
+                     :: "r"(shared_address(barrier)), "r"(parity) : "memory");
+        const float4 sent = values[lane & 3];
+        v[0] = sent.x, v[1] = sent.y, v[2] = sent.z, v[3] = sent.w;
+        __syncwarp();  // before what the next send may overwrite
+    }
+
+    // After take, by one thread: the next one.
+    __device__ __forceinline__ void expect() {
+        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], 64;"
+                     :: "r"(shared_address(barrier)) : "memory");
+    }
+};
+
+// By 4 lanes, t of lane & 3; `mailbox` as of address_in_block.
+__device__ __forceinline__ void send(u32 mailbox, int lane, const float (&v)[4]) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 "
+                 "[%0], {%1, %2, %3, %4}, [%5];"
+                 :: "r"(mailbox + (lane & 3) * 16), "r"(__float_as_uint(v[0])),
+                    "r"(__float_as_uint(v[1])), "r"(__float_as_uint(v[2])),
+                    "r"(__float_as_uint(v[3])), "r"(mailbox + 64) : "memory");
+}
