@@ -126,7 +126,7 @@ def test_routes_take_the_parameters_of_their_k():
     register_scan('mixed', (ROW, ROW_BACK, ROW, ROW_BACK))
     assert_close(scan_norm(**mixed, scan='mixed'), scan_norm(**inputs, scan='bidirectional'), 1e-12)
     register_scan('three', [falling, rising, falling, falling])
-    register_scan('apart', [falling, rising, lambda h, w: falling(h, w), lambda h, w: falling(h, w)])
+    register_scan('apart', [falling, rising, *(lambda h, w: falling(h, w) for _ in range(2))])
     assert [len(patterns._PATTERNS[name]) for name in ('three', 'apart')] == [3, 4]
     check(with_grads(scan_norm, inputs, scan='three'), with_grads(scan_norm, inputs, scan='apart'),
           1e-12)
