@@ -101,6 +101,23 @@ def test_cross_is_the_op_itself():
     assert all(torch.equal(grads[name], grad) for name, grad in expected_grads.items())
 
 
+@pytest.mark.parametrize(('scan', 'given'), [
+    ('unidirectional', ['x', 'x']), ('bidirectional', ['x']), ('cascade', ['copy'] * 4),
+    ('diagonal', ['copy'] * 4)])
+def test_what_the_op_is_given(monkeypatch, scan, given):
+    """The map itself wherever its order in memory will do; at most one copy for a route."""
+    inputs, found = make(2, 4, 3, 5), []
+    for op in ('ss2d_scan', 'ss2d_scan_norm'):
+        def record(x, *args, op=getattr(patterns, op), **kwargs):
+            assert x.is_contiguous(memory_format=torch.channels_last) and x.shape[2] == 1
+            assert x.numel() == inputs['x'].numel()
+            found.append('x' if x.data_ptr() == inputs['x'].data_ptr() else 'copy')
+            return op(x, *args, **kwargs)
+        monkeypatch.setattr(patterns, op, record)
+    scan_norm(**inputs, scan=scan)
+    assert found == given
+
+
 ROW, COLUMN, ROW_BACK, COLUMN_BACK = ('row-major', 'column-major', 'reversed row-major',
                                       'reversed column-major')
 
