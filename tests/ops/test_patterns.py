@@ -107,13 +107,17 @@ def test_cross_is_the_op_itself():
 def test_what_the_op_is_given(monkeypatch, scan, given):
     """The map itself wherever its order in memory will do; at most one copy for a route."""
     inputs, found = make(2, 4, 3, 5), []
-    for op in ('ss2d_scan', 'ss2d_scan_norm'):
-        def record(x, *args, op=getattr(patterns, op), **kwargs):
+
+    def recorded(op):
+        def call(x, *args, **kwargs):
             assert x.is_contiguous(memory_format=torch.channels_last) and x.shape[2] == 1
             assert x.numel() == inputs['x'].numel()
             found.append('x' if x.data_ptr() == inputs['x'].data_ptr() else 'copy')
             return op(x, *args, **kwargs)
-        monkeypatch.setattr(patterns, op, record)
+        return call
+
+    for op in ('ss2d_scan', 'ss2d_scan_norm'):
+        monkeypatch.setattr(patterns, op, recorded(getattr(patterns, op)))
     scan_norm(**inputs, scan=scan)
     assert found == given
 
@@ -122,13 +126,14 @@ ROW, COLUMN, ROW_BACK, COLUMN_BACK = ('row-major', 'column-major', 'reversed row
                                       'reversed column-major')
 
 
-@pytest.mark.parametrize(('scan', 'routes', 'calls'), [
-    ('cross', (ROW, COLUMN, ROW_BACK, COLUMN_BACK), 4), ('unidirectional', (ROW,) * 4, 2),
-    ('bidirectional', (ROW, ROW, ROW_BACK, ROW_BACK), 1)])
-def test_named_routes_make_the_papers_patterns(scan, routes, calls):
+@pytest.mark.parametrize(('scan', 'routes'), [
+    ('cross', (ROW, COLUMN, ROW_BACK, COLUMN_BACK)), ('unidirectional', (ROW,) * 4),
+    ('bidirectional', (ROW, ROW, ROW_BACK, ROW_BACK))])
+def test_named_routes_make_the_papers_patterns(scan, routes):
     """The paper's own, registered a second time."""
     register_scan('again', routes)
-    assert len(patterns._PATTERNS['again']) == calls
+    if scan != 'cross':
+        assert patterns._PATTERNS['again'] == patterns._PATTERNS[scan]
     inputs = make(2, 4, 3, 5)
     check(with_grads(scan_norm, inputs, scan='again'), with_grads(scan_norm, inputs, scan=scan),
           1e-12)
@@ -144,7 +149,7 @@ def test_routes_take_the_parameters_of_their_k():
     assert_close(scan_norm(**mixed, scan='mixed'), scan_norm(**inputs, scan='bidirectional'), 1e-12)
     register_scan('three', [falling, rising, falling, falling])
     register_scan('apart', [falling, rising, *(lambda h, w: falling(h, w) for _ in range(2))])
-    assert [len(patterns._PATTERNS[name]) for name in ('three', 'apart')] == [3, 4]
+    assert [len(patterns._PATTERNS[name]) for name in ('three', 'apart')] == [2, 4]
     check(with_grads(scan_norm, inputs, scan='three'), with_grads(scan_norm, inputs, scan='apart'),
           1e-12)
 
@@ -282,6 +287,14 @@ def test_what_cannot_be_registered(name, routes, message):
     assert before == patterns._PATTERNS
 
 
+def test_orders_found_in_inference_mode_serve_training():
+    inputs = make(1, 4, 4, 9)
+    with torch.inference_mode():
+        y = scan_norm(**inputs, scan='diagonal')
+    found, _ = with_grads(scan_norm, inputs, scan='diagonal')
+    assert torch.equal(found, y)
+
+
 def test_an_order_is_checked_at_every_size():
     register_scan('some sizes', (lambda h, w: range(15),) * 4)
     with pytest.raises(ValueError, match='0 to 5 once'):
@@ -306,7 +319,7 @@ def check_kernels(inputs, scan, backend):
         scan_norm, {name: t.double() for name, t in inputs.items()}, eps=EPS, scan=scan)
     plain, plain_grads = with_grads(scan_norm, inputs, eps=EPS, scan=scan, backend='chunked')
     y, grads = with_grads(scan_norm, inputs, eps=EPS, scan=scan, backend=backend)
-    floor = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[inputs['x'].dtype]
+    floor = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}[inputs['x'].dtype]
     assert y.dtype == inputs['x'].dtype and y.is_contiguous(memory_format=torch.channels_last)
     assert relative_error(y, exact) <= 2 * max(floor, relative_error(plain, exact))
     for name, grad in grads.items():
@@ -316,7 +329,7 @@ def check_kernels(inputs, scan, backend):
 
 
 KERNEL_SHAPES = pytest.mark.parametrize('shape', [
-    (1, 16, 1, 1), (3, 32, 5, 7), (2, 20, 1, 40), (2, 18, 37, 1)],
+    (1, 16, 1, 1), (3, 32, 5, 7), (2, 20, 1, 40), (2, 18, 37, 1), (1, 36, 20, 31)],
     ids='B{0[0]}-D{0[1]}-{0[2]}x{0[3]}'.format)
 DTYPES = pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16],
                                  ids=['fp32', 'fp16', 'bf16'])
@@ -339,23 +352,34 @@ def test_emulated_cuda(folder, shape, dtype, scan):
         check_kernels(inputs, scan, 'cuda')
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+
+
 @ALL
 @DTYPES
 @pytest.mark.parametrize('state', [1, 4])
-@pytest.mark.parametrize('shape', [(1, 32, 1, 1), (3, 96, 7, 7), (2, 192, 56, 56), (1, 96, 37, 53),
-                                   (2, 18, 9, 11)], ids='B{0[0]}-D{0[1]}-{0[2]}x{0[3]}'.format)
-@pytest.mark.parametrize('backend', ['cuda', 'triton'])
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-def test_gpu(backend, shape, state, dtype, scan):
-    if backend == 'cuda' and torch.version.hip is not None:
-        pytest.skip('needs an NVIDIA GPU')
+@pytest.mark.parametrize('shape', [
+    (3, 96, 7, 7), (2, 192, 56, 56), (1, 96, 37, 53), (2, 18, 9, 11)],
+    ids='B{0[0]}-D{0[1]}-{0[2]}x{0[3]}'.format)
+@needs_gpu
+@pytest.mark.skipif(torch.version.hip is not None, reason='needs an NVIDIA GPU')
+def test_cuda(shape, state, dtype, scan):
     inputs = make(*shape, torch.float32, state=state, device='cuda')
     inputs['x'] = inputs['x'].to(dtype)
-    check_kernels(inputs, scan, backend)
+    check_kernels(inputs, scan, 'cuda')
 
 
 @ALL
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@DTYPES
+@needs_gpu
+def test_triton(dtype, scan):
+    inputs = make(2, 18, 9, 11, torch.float32, device='cuda')
+    inputs['x'] = inputs['x'].to(dtype)
+    check_kernels(inputs, scan, 'triton')
+
+
+@ALL
+@needs_gpu
 def test_training_step_on_a_gpu(scan):
     """A block under autocast, eager and compiled, is the one in fp64; runs are bit-equal."""
     torch.manual_seed(0)

@@ -27,10 +27,11 @@ Order = Callable[[int, int], Tensor | Sequence[int]]
 _ROW, _COLUMN, _ROW_BACK, _COLUMN_BACK = ROUTES
 
 
-class _Call(NamedTuple):
-    """Of the op, on the map in this order, with the parameters of these routes."""
+class _Part(NamedTuple):
+    """The map in an order, and the calls of the op on it, each by the routes whose parameters it
+    takes."""
     order: str
-    routes: tuple[int, ...]
+    calls: tuple[tuple[int, ...], ...]
 
 
 def _by_column(height: int, width: int) -> Tensor:
@@ -42,11 +43,11 @@ _ORDERS: dict[str, Order] = {
     _COLUMN: _by_column,
     _ROW_BACK: lambda height, width: torch.arange(height * width).flip(0),
     _COLUMN_BACK: lambda height, width: _by_column(height, width).flip(0)}
-# The calls whose results add up; None for what scan_norm does otherwise.
-_PATTERNS: dict[str, tuple[_Call, ...] | None] = {
+# What adds up to the result; None for what scan_norm does otherwise.
+_PATTERNS: dict[str, tuple[_Part, ...] | None] = {
     'cross': None,
-    'unidirectional': (_Call(_ROW, (0, 1)), _Call(_ROW, (2, 3))),
-    'bidirectional': (_Call(_ROW, (0, 1, 2, 3)),),
+    'unidirectional': (_Part(_ROW, ((0, 1), (2, 3))),),
+    'bidirectional': (_Part(_ROW, ((0, 1, 2, 3),)),),
     'cascade': None}
 
 
@@ -70,12 +71,12 @@ def register_scan(name: str, routes: Sequence[str | Order]) -> None:
         routes: of k = 0 to 3, the order in which parameters are stacked: 'row-major',
             'column-major', 'reversed row-major' or 'reversed column-major', or a function
             ``(H, W) -> order``, an int tensor (L) or sequence of the positions h * W + w in the
-            order of the visit. It is called once for each size and device, of which the latest
-            256 are kept.
+            order of the visit. It is called once for each size and device, and the latest 1024
+            orders are kept.
 
     The pattern is trained like the others: gradients are the op's. Of the map, each distinct order
     but row-major makes one copy, kept for the backward, and one of its result; routes of the same
-    order (the same function) share them, two to a call of the op.
+    order (the same function) share them.
 
     Raises:
         ValueError: on a name that exists, other than four routes, or an order that is no
@@ -100,11 +101,11 @@ def register_scan(name: str, routes: Sequence[str | Order]) -> None:
         places.setdefault(route, []).append(k)
     _ORDERS.update({order: function for function, order in functions.items()})
     if len(places.get(_ROW, ())) == len(places.get(_ROW_BACK, ())) == 2:
-        _PATTERNS[name] = (_Call(_ROW, (*places[_ROW], *places[_ROW_BACK])),)
+        _PATTERNS[name] = (_Part(_ROW, ((*places[_ROW], *places[_ROW_BACK]),)),)
     else:
-        _PATTERNS[name] = tuple(_Call(order, tuple(found[i:i + 2]))
-                                for order, found in places.items()
-                                for i in range(0, len(found), 2))
+        _PATTERNS[name] = tuple(
+            _Part(order, tuple(tuple(found[i:i + 2]) for i in range(0, len(found), 2)))
+            for order, found in places.items())
 
 
 def scan_norm(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_projs_bias: Tensor,
@@ -151,9 +152,9 @@ def scan_norm(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_proj
         raise ValueError(f'scan={scan!r} expects the parameters of K = 4 routes, got '
                          f'x_proj_weight {tuple(x_proj_weight.shape)}')
     height, width = x.shape[2:]
-    x_BHWD, calls = x.permute(0, 2, 3, 1), _PATTERNS[scan]
-    if calls is not None and len(calls) == 1:
-        y_BD1L = ss2d_scan_norm(_one_row(x_BHWD.flatten(1, 2)), *_of(parameters, calls[0].routes),
+    x_BHWD, parts = x.permute(0, 2, 3, 1), _PATTERNS[scan]
+    if parts is not None and len(parts) == len(parts[0].calls) == 1:  # on the map as it is
+        y_BD1L = ss2d_scan_norm(_one_row(x_BHWD.flatten(1, 2)), *_of(parameters, parts[0].calls[0]),
                                 norm_weight, norm_bias, eps, backend=backend)
         return _sequences(y_BD1L).unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
@@ -164,14 +165,13 @@ def scan_norm(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_proj
         return _sequences(ss2d_scan(_one_row(x_MTD), *_of(parameters, routes),
                                     out_dtype=out_dtype, backend=backend))
 
-    if scan == 'cascade':
+    if parts is None:  # 'cascade'
         y_BHWD = _both_ways(_norm(x_BHWD, x.dtype), run, 0)
         y_BWHD = _both_ways(_norm(y_BHWD.transpose(1, 2), x.dtype), run, 2)
         y_BHWD = y_BWHD.transpose(1, 2)
     else:
         x_BLD = x_BHWD.flatten(1, 2)
-        y_BLD = functools.reduce(torch.add, [_in_order(call, x_BLD, run, height, width)
-                                             for call in calls])
+        y_BLD = _add([_run_part(part, x_BLD, run, height, width) for part in parts])
         y_BHWD = y_BLD.unflatten(1, (height, width))
     y_BHWD = layer_norm(y_BHWD.contiguous(), norm_weight, norm_bias, eps, out_dtype=x.dtype)
     return y_BHWD.to(x.dtype).permute(0, 3, 1, 2)
@@ -206,12 +206,17 @@ def _both_ways(x_BHWD: Tensor, run: Callable, k: int) -> Tensor:
     return y.reshape(x_BHWD.shape)
 
 
-def _in_order(call: _Call, x_BLD: Tensor, run: Callable, height: int, width: int) -> Tensor:
-    """The result of a call, put back into place."""
-    if call.order == _ROW:
-        return run(x_BLD, call.routes)
-    y = run(_reorder(x_BLD, height, width, call.order, False), call.routes)
-    return _reorder(y, height, width, call.order, True)
+def _run_part(part: _Part, x_BLD: Tensor, run: Callable, height: int, width: int) -> Tensor:
+    """The sum of its calls, put back into place."""
+    if part.order == _ROW:
+        return _add([run(x_BLD, routes) for routes in part.calls])
+    x_BLD = _reorder(x_BLD, height, width, part.order, False)
+    y_BLD = _add([run(x_BLD, routes) for routes in part.calls])
+    return _reorder(y_BLD, height, width, part.order, True)
+
+
+def _add(tensors: list[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, tensors)
 
 
 # --- the map in another order -----------------------------------------------------------------
@@ -238,7 +243,7 @@ def _reorder(x: Tensor, height: int, width: int, order: str, back: bool) -> Tens
     return x.index_select(1, indices[back])
 
 
-@functools.lru_cache(256)
+@functools.lru_cache(1024)
 def _find_indices(order: Order, height: int, width: int, device: torch.device
                   ) -> tuple[Tensor, Tensor]:
     """The positions in the order of the visit, and when each is visited; int32."""
