@@ -319,7 +319,7 @@ def check_kernels(inputs, scan, backend):
         scan_norm, {name: t.double() for name, t in inputs.items()}, eps=EPS, scan=scan)
     plain, plain_grads = with_grads(scan_norm, inputs, eps=EPS, scan=scan, backend='chunked')
     y, grads = with_grads(scan_norm, inputs, eps=EPS, scan=scan, backend=backend)
-    floor = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}[inputs['x'].dtype]
+    floor = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[inputs['x'].dtype]
     assert y.dtype == inputs['x'].dtype and y.is_contiguous(memory_format=torch.channels_last)
     assert relative_error(y, exact) <= 2 * max(floor, relative_error(plain, exact))
     for name, grad in grads.items():
