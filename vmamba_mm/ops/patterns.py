@@ -216,7 +216,10 @@ def _run_part(part: _Part, x_BLD: Tensor, run: Callable, height: int, width: int
 
 
 def _add(tensors: list[Tensor]) -> Tensor:
-    return functools.reduce(torch.add, tensors)
+    total = tensors[0]
+    for tensor in tensors[1:]:
+        total = total + tensor
+    return total
 
 
 # --- the map in another order -----------------------------------------------------------------
