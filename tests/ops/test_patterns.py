@@ -1,5 +1,6 @@
 """Scan patterns against loops over positions (scan_by_hand.py), with every gradient."""
 
+import importlib.util
 import sys
 from contextlib import nullcontext
 
@@ -372,6 +373,7 @@ def test_cuda(shape, state, dtype, scan):
 @ALL
 @DTYPES
 @needs_gpu
+@pytest.mark.skipif(importlib.util.find_spec('triton') is None, reason='needs triton')
 def test_triton(dtype, scan):
     inputs = make(2, 18, 9, 11, torch.float32, device='cuda')
     inputs['x'] = inputs['x'].to(dtype)
