@@ -128,7 +128,7 @@ def scan_norm(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_proj
     Copies of a map that is channels last, beside what the op itself makes: none by 'cross' and
     'bidirectional' (one call of the op, norm included); the two results that are summed by
     'unidirectional'; for rows as for columns by 'cascade' the norm's, one turned around and its
-    result turned back. Other maps are first made channels last, but by 'cross'.
+    result turned back; by a registered pattern as said there.
 
     Args:
         norm_weight, norm_bias: (D).
@@ -137,7 +137,7 @@ def scan_norm(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_proj
         Others as in :func:`ss2d_scan`, for K = 4 (by 'cross' for any of its K).
 
     Returns:
-        (B, D, H, W) in the dtype of ``x``; by 'cross' with its strides, else channels last.
+        (B, D, H, W) in the dtype of ``x``, channels last if ``x`` is; by 'cross' with its strides.
 
     Raises:
         ValueError: on a ``scan`` that does not exist, else as :func:`ss2d_scan`.
