@@ -10,7 +10,13 @@ FOLDER = Path(__file__).resolve().parents[1] / 'configs/ablations'
 # What each changes of tiny_s1l8. Its depths are those of tiny_s2l5 where SS2D is wider.
 L5 = dict(depths=(2, 2, 5, 2))
 ROWS = {
+    'unidirectional': dict(scan='unidirectional'),
+    'bidirectional': dict(scan='bidirectional'),
+    'cascade': dict(scan='cascade'),
     'no-dwconv': dict(conv_kernel=0),
+    'no-dwconv-unidirectional': dict(conv_kernel=0, scan='unidirectional'),
+    'no-dwconv-bidirectional': dict(conv_kernel=0, scan='bidirectional'),
+    'no-dwconv-cascade': dict(conv_kernel=0, scan='cascade'),
     'init-random': dict(ssm_init='random'),
     'init-zero': dict(ssm_init='zero'),
     'dstate2': dict(L5, d_state=2, ssm_ratio=2.0),

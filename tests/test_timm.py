@@ -123,6 +123,19 @@ def test_export():
     assert_close(exported(image(32, 32)), model(image(32, 32)), 1e-6)
 
 
+@pytest.mark.parametrize('scan', ['unidirectional', 'bidirectional', 'cascade'])
+def test_other_scans(tmp_path, scan):
+    """Of one set of weights, which a file keeps as any other's."""
+    arch = dict(SMALL['tiny_s1l8'], scan=scan)
+    cross, model = create().eval(), create(arch=arch).eval()
+    torch.save(cross.state_dict(), tmp_path / 'cross.pth')
+    again = create(arch=arch, checkpoint_path=str(tmp_path / 'cross.pth')).eval()
+    x = image(32, 40)
+    assert torch.equal(again(x), model(x)) and not torch.allclose(model(x), cross(x))
+    exported = torch.export.export(model, (x,)).module()
+    assert_close(exported(x), model(x), 1e-6)
+
+
 def test_drop_rates():
     model = create(drop_rate=0.3, drop_path_rate=0.4)
     assert model.head.drop.p == 0.3
@@ -192,6 +205,7 @@ def test_no_pooling():
     (dict(in_chans=0), ValueError, 'in_channels'),
     (dict(drop_path_rate=1.0), ValueError, 'drop_path_rate'),
     (dict(arch='tiny'), ValueError, "arch='tiny' does not exist; choose one of"),
+    (dict(arch=dict(SMALL['tiny_s1l8'], scan='zigzag')), ValueError, "scan='zigzag' .*'cascade'"),
     (dict(img_size=224), TypeError, 'img_size'),
     (dict(features_only=True, feature_cls='list'), ValueError, "must be 'getter', got 'list'"),
 ])

@@ -97,7 +97,8 @@ def test_other_ssm_initialisations():
 
 @pytest.mark.parametrize(('config', 'message'), [
     (dict(act='tanh'), 'silu.*gelu.*relu'), (dict(conv_kernel=4), '0 .no convolution. or an odd'),
-    (dict(conv_kernel=1), 'at least 3'), (dict(ssm_init='ones'), 'mamba.*random.*zero')],
+    (dict(conv_kernel=1), 'at least 3'), (dict(ssm_init='ones'), 'mamba.*random.*zero'),
+    (dict(scan='zigzag'), 'cross.*unidirectional.*bidirectional.*cascade')],
     ids=str)
 def test_ss2d_names_the_choices(config, message):
     with pytest.raises(ValueError, match=message):

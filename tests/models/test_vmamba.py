@@ -15,6 +15,7 @@ S1 = dict(embed_dims=8, depths=(1, 1, 2, 1), d_state=1, ssm_ratio=1.0, dt_rank='
           conv_bias=False, gate=False, mlp_ratio=4.0, stem='conv', downsample='conv', scan='cross')
 VANILLA = dict(S1, d_state=4, ssm_ratio=2.0, conv_bias=True, gate=True, mlp_ratio=0.0,
                stem='patch', downsample='merge')
+SCANS = ('unidirectional', 'bidirectional', 'cascade')
 OTHER = dict(S1, d_state=2, act='relu', conv_kernel=0, gate=True, ssm_init='zero')
 ARCHS = [pytest.param(S1, id='s1'), pytest.param(VANILLA, id='vanilla')]
 
@@ -85,6 +86,22 @@ def test_optional_keys_reach_every_block():
     assert set(plain) - set(model.state_dict()) == {k for k in plain if 'conv2d' in k}
     model = VMamba(dict(S1, conv_kernel=7))
     assert model.stages[3].blocks[0].ssm.conv2d.weight.shape == (64, 1, 7, 7)
+
+
+@pytest.mark.parametrize('scan', SCANS)
+def test_scan_reaches_every_block_and_leaves_no_trace(scan):
+    torch.manual_seed(0)
+    plain = VMamba(S1)
+    torch.manual_seed(0)
+    model = VMamba(dict(S1, scan=scan))
+    assert all(b.ssm.scan == scan for stage in model.stages for b in stage.blocks)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert all(torch.equal(v, plain.state_dict()[k]) for k, v in model.state_dict().items())
+    x = torch.randn(2, 3, 31, 44)
+    outs = model(x)
+    assert not any(torch.allclose(one, other) for one, other in zip(outs, plain(x), strict=True))
+    sum(out.square().mean() for out in outs).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_drop_path_grows_linearly():
@@ -194,7 +211,8 @@ def test_mmsegs_pretrained_key_is_explained():
     (dict(arch='tiny'), "arch='tiny' does not exist.*tiny_s1l8"),
     (dict(arch=7), 'a name or a dict'),
     (dict(arch=dict(S1, stem='swin')), r"stem.*'patch' or 'conv'"),
-    (dict(arch=dict(S1, scan='diagonal')), "scan.*'cross'"),
+    (dict(arch=dict(S1, scan='zigzag')), "scan='zigzag' does not exist.*'cross', 'unidirectional'"),
+    (dict(arch=dict(S1, scan=4)), "scan.*a str, such as 'cross'"),
     (dict(arch=dict(S1, depths=(1, 1, 1))), '4 ints'),
     (dict(arch=dict(S1, gate=1)), 'True or False'),
     (dict(arch=dict(S1, dt_rank='full')), "'auto' or an int"),

@@ -6,8 +6,9 @@ before triton is imported. It takes milliseconds for each position, hence the si
 
 import pytest
 import torch
+from scan_by_hand import scan_by_hand
 
-from vmamba_mm.ops import selective_scan, ss2d_scan, triton_backend
+from vmamba_mm.ops import scan_norm, selective_scan, ss2d_scan, triton_backend
 from vmamba_mm.ops.selective_scan import reference as s6
 from vmamba_mm.ops.ss2d_scan import reference
 from vmamba_mm.testing import (
@@ -56,6 +57,13 @@ def test_ss2d_scan(shape, sizes):
     inputs = ss2d_scan_inputs(*shape, **sizes)
     y = check(ss2d_scan, ss2d_reference, inputs)
     assert y.stride() == inputs['x'].stride() and y.dtype == torch.float32
+
+
+@pytest.mark.parametrize('scan', ['unidirectional', 'bidirectional', 'cascade'])
+def test_patterns(scan):
+    inputs = ss2d_scan_inputs(1, 4, 3, 4)
+    inputs |= dict(norm_weight=inputs['D'][:4].clone(), norm_bias=inputs['D'][4:8].clone())
+    check(scan_norm, scan_by_hand, inputs, 1e-4, eps=1e-3, scan=scan)
 
 
 def test_strides():

@@ -420,6 +420,17 @@ def test_block_recomputed(kernels, calls, gate):
     assert len(calls) == (0 if gate else 3)  # one of them again, in the backward
 
 
+@pytest.mark.parametrize('scan', ['unidirectional', 'bidirectional', 'cascade'])
+def test_block_of_another_scan_is_not_one_op(kernels, calls, scan):
+    """Step by step, as in fp64 by plain PyTorch."""
+    block = make_block(kernels, 32, 1.0, scan=scan).eval()
+    x = randn(2, 5, 6, 32, device=kernels)
+    with torch.no_grad(), torch.autocast(kernels, HALF):
+        y = block(x)
+    assert not calls
+    assert relative_error(y, block.double()(x.double())) <= 0.02
+
+
 def test_compiled_stem_block_and_downsampling(kernels):
     """As an op each, in one graph for all sizes."""
     model = nn.Sequential(ConvStem(3, 32), make_block(kernels, 32, 1.0, feeds=True),

@@ -31,7 +31,8 @@ needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two 
 on_both = pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=needs_gpu)])
 HALVES = [pytest.param(torch.float16, id='fp16'), pytest.param(torch.bfloat16, id='bf16')]
 VANILLA = dict(d_state=4, ssm_ratio=2.0, conv_bias=True, gate=True)
-CONFIGS = [pytest.param({}, id='s1'), pytest.param(VANILLA, id='vanilla')]
+CONFIGS = [pytest.param({}, id='s1'), pytest.param(VANILLA, id='vanilla'),
+           pytest.param(dict(scan='cascade'), id='cascade')]
 DIM = 16
 
 

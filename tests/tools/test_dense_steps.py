@@ -106,15 +106,15 @@ def test_what_is_wrong_is_not_timed(tool, monkeypatch, tmp_path, what):
     """A kernel that is wrong under autocast only, forward or backward."""
     import vmamba_mm.layers.ss2d as layer
 
-    right = layer.ss2d_scan_norm
+    right = layer.scan_norm
 
-    def wrong(x, *args):
-        y = right(x, *args)
+    def wrong(x, *args, **kwargs):
+        y = right(x, *args, **kwargs)
         if x.dtype == torch.float32:
             return y
         return y * 1.5 if what == 'maps' else y.detach() + 0 * x
 
-    monkeypatch.setattr(layer, 'ss2d_scan_norm', wrong)
+    monkeypatch.setattr(layer, 'scan_norm', wrong)
     found = "the backbone's maps are" if what == 'maps' else '(no gradient|gradient is)'
     with pytest.raises(tool._cli.UserError, match=f'tiny_s1l8 is wrong.*fp16: .*{found}'):
         tool.call(*ON_CPU, '--tasks', 'upernet', '--csv', tmp_path / 'a.csv')

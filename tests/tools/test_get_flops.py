@@ -95,15 +95,16 @@ def test_every_published_model_has_a_row(table):
 
 # --- by hand ----------------------------------------------------------------------------------
 
-def test_kinds_of_a_small_model_by_hand(tmp_path):
+@pytest.mark.parametrize('scan', ['cross', 'unidirectional', 'bidirectional', 'cascade'])
+def test_kinds_of_a_small_model_by_hand(tmp_path, scan):
     """One block at 4x6 (an image of 16x24), N = 3, ratio 2, gate; other stages do not run."""
-    (tmp_path / 'config.py').write_text("""
+    (tmp_path / 'config.py').write_text(f"""
 default_scope = 'mmpretrain'
 model = dict(type='ImageClassifier', backbone=dict(
     type='vmamba_mm.VMamba', out_indices=(0,), arch=dict(
         embed_dims=8, depths=(1, 1, 1, 1), d_state=3, ssm_ratio=2.0, dt_rank='auto',
         conv_bias=False, gate=True, mlp_ratio=4.0, stem='conv', downsample='conv',
-        scan='cross')))
+        scan={scan!r})))
 """)
     found = count(tmp_path / 'config.py', (16, 24))
     length, dim, inner, state, rank = 4 * 6, 8, 16, 3, 1
@@ -114,6 +115,8 @@ model = dict(type='ImageClassifier', backbone=dict(
         'convolutions': 8 * 12 * 4 * 3 * 9 + length * 8 * 4 * 9 + length * inner * 9,
         'MLP': length * 2 * dim * 4 * dim}
     elements = 8 * 12 * 4 + length * 8 + length * (8 + 16 + 8) + length * 8
+    if scan == 'cascade':
+        elements += 2 * length * inner  # before the rows, and before the columns
     assert found.extras == {'norms': 5 * elements, 'resizes': 0, 'pooling': 0}
 
 

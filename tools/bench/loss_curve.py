@@ -27,7 +27,7 @@ from torch import nn
 
 import vmamba_mm.layers.ss2d
 from vmamba_mm.layers import ConvDownsample, ConvStem, VSSBlock
-from vmamba_mm.ops import BACKENDS, nvrtc, ss2d_scan_norm, walk
+from vmamba_mm.ops import BACKENDS, nvrtc, scan_norm, walk
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
@@ -91,8 +91,8 @@ def only(backend):
     else by plain PyTorch: a CUDA kernel that is asked for raises."""
     with contextlib.ExitStack() as stack:
         replace = stack.enter_context
-        replace(mock.patch.object(vmamba_mm.layers.ss2d, 'ss2d_scan_norm',
-                                  functools.partial(ss2d_scan_norm, backend=backend)))
+        replace(mock.patch.object(vmamba_mm.layers.ss2d, 'scan_norm',
+                                  functools.partial(scan_norm, backend=backend)))
         if backend != 'cuda':
             replace(mock.patch.object(walk, 'why_not', lambda *args: 'not asked for'))
             replace(mock.patch.object(nvrtc, 'load', side_effect=AssertionError('a kernel')))

@@ -7,14 +7,15 @@ from torch import Tensor, nn
 from vmamba_mm.layers.norm import LayerNorm
 from vmamba_mm.layers.plain import is_depthwise_3x3
 from vmamba_mm.layers.ssm_init import init_ssm, init_x_proj
-from vmamba_mm.ops import dwconv_silu, ss2d_scan_norm
+from vmamba_mm.ops import dwconv_silu, scan_norm
+from vmamba_mm.ops.patterns import check_scan
 
 NUM_ROUTES = 4
 _ACTS = {'silu': F.silu, 'gelu': F.gelu, 'relu': F.relu}
 
 
 class SS2D(nn.Module):
-    """in_proj -> depthwise conv -> act -> ``ss2d_scan_norm`` [-> * act(z)] -> out_proj.
+    """in_proj -> depthwise conv -> act -> ``scan_norm`` [-> * act(z)] -> out_proj.
 
     Args:
         dim: C, channels of the block.
@@ -27,26 +28,31 @@ class SS2D(nn.Module):
             convolution too. The MLP beside SS2D keeps its GELU.
         conv_kernel: odd size of the depthwise convolution; 0 for none (table 10).
         ssm_init: 'mamba', 'random' or 'zero' (table 11), see :func:`init_ssm`.
+        scan: order of the routes over the map (table 10): 'cross', 'unidirectional',
+            'bidirectional', 'cascade' or a registered one, see :func:`vmamba_mm.ops.scan_norm`.
 
     Shape: (B, H, W, C) -> (B, H, W, C), any H and W.
 
     Raises:
-        ValueError: on an ``act``, ``conv_kernel`` or ``ssm_init`` that does not exist.
+        ValueError: on an ``act``, ``conv_kernel``, ``ssm_init`` or ``scan`` that does not exist.
     """
 
     def __init__(self, dim: int, *, d_state: int = 1, ssm_ratio: float = 1.0,
                  dt_rank: int | str = 'auto', conv_bias: bool = False, gate: bool = False,
-                 act: str = 'silu', conv_kernel: int = 3, ssm_init: str = 'mamba'):
+                 act: str = 'silu', conv_kernel: int = 3, ssm_init: str = 'mamba',
+                 scan: str = 'cross'):
         super().__init__()
         if act not in _ACTS:
             raise ValueError(f'act={act!r} does not exist; choose one of {list(_ACTS)}')
         if conv_kernel != 0 and (conv_kernel < 3 or conv_kernel % 2 == 0):
             raise ValueError(f'conv_kernel must be 0 (no convolution) or an odd int of at least 3, '
                              f'got {conv_kernel}')
+        check_scan(scan)
         inner = int(ssm_ratio * dim)
         rank = -(-dim // 16) if dt_rank == 'auto' else int(dt_rank)
         self.gate = gate
         self.act = act
+        self.scan = scan
         self.in_proj = nn.Linear(dim, inner * (2 if gate else 1), bias=False)
         self.conv2d = nn.Conv2d(inner, inner, kernel_size=conv_kernel, padding=conv_kernel // 2,
                                 groups=inner, bias=conv_bias) if conv_kernel else None
@@ -70,10 +76,10 @@ class SS2D(nn.Module):
             x = act(self.conv2d(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         else:
             x = act(x)
-        y_BDHW = ss2d_scan_norm(
+        y_BDHW = scan_norm(
             x.permute(0, 3, 1, 2), self.x_proj_weight, self.dt_projs_weight, self.dt_projs_bias,
             -torch.exp(self.A_logs.float()), self.Ds, self.out_norm.weight, self.out_norm.bias,
-            self.out_norm.eps)
+            self.out_norm.eps, scan=self.scan)
         y = y_BDHW.permute(0, 2, 3, 1)
         if self.gate:
             y = y * act(z)

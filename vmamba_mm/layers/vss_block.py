@@ -75,7 +75,7 @@ class VSSBlock(nn.Module):
         own = self._modules
         ssm, mlp = own['ssm'], own.get('mlp')  # None is no module
         if mlp is None or not (is_plain(ssm, SS2D) and is_plain(mlp, Mlp)) \
-                or ssm.gate or ssm.act != 'silu':
+                or ssm.gate or ssm.act != 'silu' or ssm.scan != 'cross':
             return None
         inner, outer = ssm._modules, mlp._modules
         modules = (own['norm1'], inner['in_proj'], inner.get('conv2d'), inner['out_norm'],

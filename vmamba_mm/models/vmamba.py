@@ -28,7 +28,7 @@ from vmamba_mm.registry import MODELS
 _STEMS = {'patch': PatchStem, 'conv': ConvStem}
 _DOWNSAMPLES = {'merge': MergeDownsample, 'conv': ConvDownsample}
 _SSM_KEYS = ('d_state', 'ssm_ratio', 'dt_rank', 'conv_bias', 'gate', 'act', 'conv_kernel',
-             'ssm_init')
+             'ssm_init', 'scan')
 _NUM_STAGES = 4
 _PRETRAINED = ('Pretrained', 'mmengine.Pretrained', PretrainedInit)
 _OUT_NORM = re.compile(r'norm\d\.')
@@ -44,9 +44,10 @@ class VMamba(BaseModule):
             the 4 stages), ``d_state`` (N), ``ssm_ratio`` (D / C), ``dt_rank`` ('auto' for
             ceil(C / 16), or an int), ``conv_bias``, ``gate`` (the SiLU(z) branch), ``mlp_ratio``
             (0 for no MLP), ``stem`` ('patch' or 'conv'), ``downsample`` ('merge' or 'conv'),
-            ``scan`` ('cross'), and as it likes ``act`` ('silu', 'gelu' or 'relu'), ``conv_kernel``
-            (3; 0 for no convolution) and ``ssm_init`` ('mamba', 'random' or 'zero'), as of
-            :class:`SS2D`.
+            ``scan`` ('cross', 'unidirectional', 'bidirectional', 'cascade', or a name of
+            :func:`vmamba_mm.ops.register_scan`), and as it likes ``act`` ('silu', 'gelu' or
+            'relu'), ``conv_kernel`` (3; 0 for no convolution) and ``ssm_init`` ('mamba', 'random'
+            or 'zero'), as of :class:`SS2D`.
         out_indices: stages to return, each through a norm of its own, ``norm{i}``.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
         frozen_stages: -1 freezes nothing, 0 the stem, i the stem and the first i stages with

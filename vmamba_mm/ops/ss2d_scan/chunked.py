@@ -43,7 +43,7 @@ def _add_to_map(out_BDHW: Tensor, y_TGBD: Tensor, column: bool) -> None:
 def _blocks(x: Tensor):
     """Slices of the batch that keep the working set in cache on a CPU; the batch elsewhere."""
     batch = x.shape[0]
-    size = batch if x.is_cuda else max(1, _BLOCK // max(1, x[0].numel()))
+    size = max(1, batch if x.is_cuda else _BLOCK // max(1, x.shape[1:].numel()))
     return (slice(i, i + size) for i in range(0, batch, size))
 
 

@@ -122,7 +122,7 @@ def ss2d_scan(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_proj
         ValueError: on shapes that do not fit one another, or an unknown backend.
     """
     parameters = (x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
-    _check(x, *parameters)
+    check(x, *parameters)
     out_dtype = out_dtype or x.dtype
     by_default = backend is None
     backend = resolve_backend(
@@ -200,7 +200,7 @@ def ss2d_scan_norm(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor,
     """
     parameters = (x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
     everything = (x, *parameters, norm_weight, norm_bias)
-    _check(x, *parameters)
+    check(x, *parameters)
     resolved = resolve_backend(backend, cuda=lambda: cuda.why_not(x, x.dtype, everything[1:]))
     if resolved == 'cuda' and cuda.norm_fits(x):
         return _fwd_norm(*everything, eps, _wants_grad(*everything))[0]
@@ -213,7 +213,8 @@ def ss2d_scan_norm(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor,
     return y.to(x.dtype) if y.stride() == x.stride() else torch.empty_like(x).copy_(y)
 
 
-def _check(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D) -> None:
+def check(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D) -> None:
+    """Raise ValueError unless the shapes fit one another."""
     if x.dim() != 4 or dt_projs_weight.dim() != 3 or A.dim() != 2:
         raise ValueError('ss2d_scan expects x (B, D, H, W), dt_projs_weight (K, D, R) and '
                          f'A (K*D, N); got x {tuple(x.shape)}, dt_projs_weight '

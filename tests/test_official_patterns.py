@@ -1,0 +1,87 @@
+"""Checkpoints in the official format, run by each scan pattern, against loops over positions; and
+the README's scan of one's own."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from official import S1, S2, dense_state, random_backbone
+from scan_by_hand import scan_by_hand
+
+from vmamba_mm.models import VMamba
+from vmamba_mm.ops import patterns, scan_patterns
+from vmamba_mm.testing import assert_close
+
+README = Path(__file__).resolve().parents[1] / 'README.md'
+ARCHS = {'s1': S1, 's2': dict(S2, d_state=3)}
+
+
+def ss2d_by_hand(x_BHWC, weights, scan):
+    """From the file's own tensors, in fp64; gradients by autograd."""
+    u = (x_BHWC @ weights['in_proj.weight'].T).permute(0, 3, 1, 2)
+    u = F.silu(F.conv2d(u, weights['conv2d.weight'], padding=1, groups=u.shape[1]))
+    y = scan_by_hand(u, weights['x_proj_weight'], weights['dt_projs_weight'],
+                     weights['dt_projs_bias'], -weights['A_logs'].exp(), weights['Ds'],
+                     weights['out_norm.weight'], weights['out_norm.bias'], 1e-5, scan)
+    return y.permute(0, 2, 3, 1) @ weights['out_proj.weight'].T
+
+
+def check_blocks(model, image, scan, official=None):
+    """The result of every SS2D, and its gradients by input and weights."""
+    found = {}
+
+    def keep(name):
+        def hook(module, args, y):
+            found[name] = (args[0].detach().double().requires_grad_(), y)
+        return hook
+
+    for i, stage in enumerate(model.stages):
+        for j, block in enumerate(stage.blocks):
+            block.ssm.register_forward_hook(keep(f'layers.{i}.blocks.{j}.op.'))
+    model(image)
+    for name, (x, y) in found.items():
+        ssm = model.get_submodule(name.replace('layers', 'stages').replace('.op.', '.ssm'))
+        tensors = official or {f'backbone.{name}{k}': v for k, v in ssm.state_dict().items()}
+        start = f'backbone.{name}'
+        weights = {key[len(start):]: value.detach().double().requires_grad_()
+                   for key, value in tensors.items() if key.startswith(start)}
+        expected = ss2d_by_hand(x, weights, scan)
+        assert_close(y, expected, 1e-5, name)
+        ours = x.detach().float().requires_grad_()
+        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+        named = dict(ssm.named_parameters())
+        assert named.keys() == weights.keys()
+        grads = torch.autograd.grad(ssm(ours), [ours, *named.values()], grad)
+        exact = torch.autograd.grad(expected, [x, *(weights[key] for key in named)], grad.double())
+        for key, one, other in zip(['x', *named], grads, exact, strict=True):
+            assert_close(one, other, 1e-4, f'{name} gradient by {key}')
+    return len(found)
+
+
+@pytest.mark.parametrize('arch', ARCHS)
+@pytest.mark.parametrize('scan', ['cross', 'unidirectional', 'bidirectional', 'cascade'])
+def test_official_checkpoint(tmp_path, scan, arch):
+    official = dense_state(random_backbone(ARCHS[arch]))
+    torch.save({'model': official}, tmp_path / 'official.pth')
+    model = VMamba(dict(ARCHS[arch], scan=scan))
+    model.load_pretrained(str(tmp_path / 'official.pth'))
+    assert not any('scan' in key for key in model.state_dict())
+    image = torch.randn(2, 3, 36, 27, generator=torch.Generator().manual_seed(2))
+    assert check_blocks(model, image, scan, official) == 5
+
+
+def test_readmes_own_scan(monkeypatch):
+    """As it stands there."""
+    monkeypatch.setattr(patterns, '_PATTERNS', dict(patterns._PATTERNS))
+    monkeypatch.setattr(patterns, '_ORDERS', dict(patterns._ORDERS))
+    example = re.search(r'### A scan of your own\n.*?```python\n(.*?)```', README.read_text(),
+                        re.DOTALL)[1]
+    names = {}
+    exec(example, names)
+    assert scan_patterns()[-1] == 'diagonal'
+    assert [tuple(m.shape) for m in names['maps']] == [
+        (1, 96 * 2 ** i, 16 // 2 ** i, 24 // 2 ** i) for i in range(4)]
+    model = VMamba(dict(S1, scan='diagonal'))
+    assert check_blocks(model, torch.randn(1, 3, 20, 27), 'diagonal') == 5
