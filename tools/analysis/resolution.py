@@ -327,9 +327,11 @@ def main():
               + (f'; no accuracy: {subject.no_accuracy}' if subject.no_accuracy else ''),
               flush=True)
 
+    threads = torch.get_num_threads()
     setting = dict(
-        device=torch.cuda.get_device_name() if on_gpu else f'CPU, {torch.get_num_threads()} '
-        'thread(s)', dtype='fp16 autocast' if args.dtype == 'fp16' else args.dtype,
+        device=torch.cuda.get_device_name() if on_gpu
+        else f'CPU, {threads} thread{"s" if threads > 1 else ""}',
+        dtype='fp16 autocast' if args.dtype == 'fp16' else args.dtype,
         torch=torch.__version__, multiply_add=1, num_images=args.num_images, seed=args.seed,
         configs=dict(zip(names, args.configs, strict=True)),
         checkpoints=dict(zip(names, files, strict=True)),

@@ -25,8 +25,8 @@ def fit_growth(sizes, flops):
 
     Returns:
         None for fewer than three sizes, else a dict: the line's 'slope' (FLOPs per pixel),
-        'intercept' (FLOPs), 'r2' and 'worst' (largest distance from the line / FLOPs), and of the
-        power law FLOPs = 'factor' * pixels ** 'exponent', fitted to the logarithms.
+        'intercept' (FLOPs), 'r2' and 'worst' (largest distance from the line / largest FLOPs),
+        and of the power law FLOPs = 'factor' * pixels ** 'exponent', fitted to the logarithms.
     """
     if len(sizes) < FEWEST:
         return None
@@ -36,7 +36,7 @@ def fit_growth(sizes, flops):
     exponent, factor = np.polyfit(np.log(pixels), np.log(flops), 1)
     found = dict(slope=slope, intercept=intercept,
                  r2=1 - np.square(off).sum() / np.square(flops - flops.mean()).sum(),
-                 worst=np.abs(off / flops).max(), exponent=exponent, factor=np.exp(factor))
+                 worst=np.abs(off).max() / flops.max(), exponent=exponent, factor=np.exp(factor))
     return {name: float(value) for name, value in found.items()}
 
 
@@ -94,8 +94,8 @@ def show(rows):
             continue
         print(f'{name:{width}}  {fit["slope"] * 1e-3:.4g} G per megapixel '
               f'{"-" if fit["intercept"] < 0 else "+"} {abs(fit["intercept"]) * 1e-9:.3g} G, '
-              f'R2 {fit["r2"]:.5f}, off by at most {100 * fit["worst"]:.2g} %; '
-              f'pixels^{fit["exponent"]:.3f}')
+              f'off by up to {100 * fit["worst"]:.2f} % '
+              f'of the largest, R2 {fit["r2"]:.5f}; pixels^{fit["exponent"]:.3f}')
 
 
 def write(rows, setting, folder):
@@ -156,8 +156,8 @@ def label_ends(ax, ends):
         ax.annotate(text, (x, y), xycoords='data', xytext=(1.03, height),
                     textcoords='axes fraction', color=colour, fontsize=9, va='center',
                     annotation_clip=False, arrowprops=dict(
-                        arrowstyle='-', color=colour, linewidth=0.6, alpha=0.6, shrinkA=1,
-                        shrinkB=4))
+                        arrowstyle='-', color=colour, linewidth=0.6, alpha=0.6, relpos=(0, 0.5),
+                        shrinkA=1, shrinkB=4))
 
 
 def style_of(i):
@@ -233,7 +233,7 @@ def draw_flops(rows, path):
                 x = np.linspace(pixels[0], pixels[-1], 200)
                 if ax is plain:
                     y = (fit['slope'] * x * 1e6 + fit['intercept']) / 1e9
-                    text += f'\nline: off by up to {100 * fit["worst"]:.2g} %'
+                    text += f': {100 * fit["worst"]:.1f} %'
                 else:
                     y = fit['factor'] * (x * 1e6)**fit['exponent'] / 1e9
                     text += f': pixels$^{{{fit["exponent"]:.2f}}}$'
@@ -242,10 +242,10 @@ def draw_flops(rows, path):
     log.set(xscale='log', yscale='log')
     plain_ticks(log.yaxis)
     plain_ticks(log.xaxis)
-    for ax, title in ((plain, 'FLOPs of an image, and the straight line nearest to them'),
-                      (log, 'The same, and the nearest power law')):
-        finish(ax, title, 'pixels of the image, millions',
-               'GFLOPs (a multiply-add is 1)')
+    for ax, title in ((plain, 'FLOPs of an image, and the straight lines nearest to them, with the '
+                       'largest error\nin % of the largest FLOPs'),
+                      (log, 'The same, and the power laws nearest to them')):
+        finish(ax, title, 'pixels of the image, millions', 'GFLOPs (a multiply-add is 1)')
     figure.draw_without_rendering()
     for ax, own in ends.items():
         label_ends(ax, own)
