@@ -234,6 +234,26 @@ def test_time_of_a_known_call(tool):
     assert 20 <= measuring.median(lambda: time.sleep(0.02), on_gpu=False, spend=50) < 60
 
 
+def test_memory_that_is_used_up(tool, monkeypatch, vit, tmp_path):
+    """The other sizes are measured and drawn nevertheless."""
+    speed = tool.measure_speed
+
+    def measure_speed(model, size, *args):
+        if size == 64:
+            raise torch.OutOfMemoryError
+        return speed(model, size, *args)
+
+    monkeypatch.setattr(tool, 'measure_speed', measure_speed)
+    subject = make_subject(tool, vit)
+    subject.no_accuracy = 'no checkpoint'
+    rows = [tool.measure(subject, subject.count_at(size), size, 1, options())
+            for size in (32, 64, 96)]
+    assert ['memory is used up' in row['problem'] for row in rows] == [False, True, False]
+    assert [row['images_per_s'] is None for row in rows] == [False, True, False]
+    found = tool.report.draw_all(rows, dict(device='CPU', dtype='fp32'), tmp_path)
+    assert {'flops.png', 'throughput.png'} <= set(found) and 'accuracy.png' not in found
+
+
 # --- runs -------------------------------------------------------------------------------------
 
 def run(call, out, *argv):

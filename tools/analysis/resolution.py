@@ -13,9 +13,9 @@ throughput  Images/s of the forward up to the logits: median of warm calls, imag
             PyTorch's default memory format. Measured after the output was found to be finite and
             of the right shape.
 memory      Peak of that forward. On a GPU, what PyTorch has allocated. On a CPU, the weights, the
-            images, and the rise of the process's resident set in one forward (Linux only, else
-            left out). The picture has it for an image, without what does not grow: the rise by
-            the number of images, and the image.
+            images, and the rise of the process's resident set in one forward, which repeats to
+            some 20 % (Linux only, else left out). The picture has it for each image and without
+            the weights: the rise by the number of images, and the image.
 
 Batches have as many pixels at every size as --batch-size images of the smallest, so that larger
 images do not fill the memory. A backbone that takes img_size (ViT, Swin, ...) is built for each
@@ -37,9 +37,9 @@ from erf import NONE, build_random, short_names  # noqa: E402
 
 EXAMPLES = """\
   python tools/analysis/resolution.py configs/imagenet/vmamba-tiny-s1l8_8xb128_in1k-224.py \\
-      mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py mmpretrain::deit/deit-small_4xb256_in1k.py \\
-      --checkpoint vssm1_tiny_0230s_ckpt_epoch_264.pth none none --dtype fp16
-  python tools/analysis/resolution.py CONFIG --resolutions 224 384 --device cpu --batch-size 2"""  # noqa: E501
+      mmpretrain::deit/deit-small_4xb256_in1k.py \\
+      --checkpoint vssm1_tiny_0230s_ckpt_epoch_264.pth none --dtype fp16
+  python tools/analysis/resolution.py CONFIG --resolutions 224 384 --device cpu --batch-size 2"""
 
 RESOLUTIONS = (224, 288, 384, 512, 640, 768, 1024)  # the paper's
 DTYPES = ('fp32', 'fp16')
@@ -169,7 +169,7 @@ def scale_pipeline(pipeline, size):
 
 
 def build_loader(cfg, size, batch, num_images):
-    """The config's test data at a size; the first ``num_images`` of an even spread, or all."""
+    """The config's test data at a size: all, or ``num_images`` of it, spread evenly."""
     from mmengine.registry import DATASETS
     from mmengine.runner import Runner
 
@@ -306,7 +306,7 @@ def main():
     args.device = _cli.choose_device(args.device)
     on_gpu = args.device.startswith('cuda')
     if on_gpu:
-        torch.cuda.set_device(args.device)
+        torch.cuda.set_device(torch.device(args.device).index or 0)
     elif args.dtype != 'fp32':
         raise UserError(f'--dtype {args.dtype} is for a GPU; on a CPU leave it out')
     torch.backends.cudnn.benchmark = True

@@ -6,8 +6,6 @@ import math
 
 import numpy as np
 
-from vmamba_mm.engine.curves import COLOURS, MARKERS
-
 COLUMNS = ('model', 'resolution', 'batch', 'parameters', 'flops', 'ms', 'images_per_s', 'peak_mib',
            'mib_per_image', 'accuracy', 'images', 'problem')
 FEWEST = 3  # sizes that a fit needs: two are always on a line
@@ -161,6 +159,8 @@ def label_ends(ax, ends):
 
 
 def style_of(i):
+    from vmamba_mm.engine.curves import COLOURS, MARKERS
+
     return dict(color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], markersize=6,
                 linestyle=LINES[i // len(COLOURS) % len(LINES)])
 
@@ -260,7 +260,7 @@ def draw_all(rows, setting, folder):
     where = f'{setting["device"]}, {setting["dtype"]}'
     panels = {
         'accuracy.png': ('accuracy', False, 'top-1 accuracy, %',
-                         f'Accuracy at other sizes than that of training; {where}'),
+                         f'Accuracy, resizing and cropping of the test data scaled; {where}'),
         'throughput.png': ('images_per_s', True, 'images/s',
                            f'Throughput of inference; {where}'),
         'memory.png': ('mib_per_image', True, 'MiB for an image',
