@@ -40,7 +40,7 @@ from dense_steps_report import BACKBONE, MODELS, NUMBERS, OURS, SETTING, WHAT, C
 from end_to_end import MAX_ERRORS as HALF_ERRORS  # noqa: E402
 from end_to_end import WARM_UP, distance, flat_grad, median, peak_gib  # noqa: E402
 from end_to_end_report import NAN, find_setting, read_rows, show, write_rows  # noqa: E402
-from ss2d_gpu import median_ms  # noqa: E402
+from measuring import median_ms  # noqa: E402
 
 import vmamba_mm  # noqa: E402
 from vmamba_mm.compat import require_working  # noqa: E402

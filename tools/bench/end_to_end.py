@@ -25,7 +25,6 @@ import copy
 import functools
 import gc
 import math
-import statistics
 import sys
 import time
 import traceback
@@ -37,8 +36,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import _cli  # noqa: E402  (a sibling script, not a package)
 import end_to_end_report as report  # noqa: E402
+import measuring  # noqa: E402
 from end_to_end_report import NAN, OURS, RESOLUTIONS, Case  # noqa: E402
-from ss2d_gpu import graphed, median_ms  # noqa: E402
+from measuring import WARM_UP  # noqa: E402
+from ss2d_gpu import graphed  # noqa: E402
 
 import vmamba_mm  # noqa: E402
 import vmamba_mm.timm  # noqa: E402
@@ -65,7 +66,6 @@ MAX_ERRORS = {torch.float16: (2e-2, 5e-2), torch.bfloat16: (6e-2, 1.5e-1)}
 FEW_PIXELS = 512 * 512
 NO_GRAPHS = 'CUDA graphs need a GPU'
 AUTOTUNED = 'max-autotune'
-WARM_UP = 5
 
 
 # --- sections -------------------------------------------------------------------------------
@@ -197,27 +197,13 @@ def autocast(case, args):
 
 
 def median(function, args):
-    for _ in range(1 if args.device == 'cpu' else WARM_UP):
-        function()
-    spend = 100 if args.quick else 500
-    if args.device == 'cuda':
-        return median_ms(function, spend)
-    times = []
-    while len(times) < 3 or (sum(times) < spend and len(times) < 50):
-        start = time.perf_counter()
-        function()
-        times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times)
+    return measuring.median(function, args.device == 'cuda', 100 if args.quick else 500)
 
 
 def peak_gib(function, args):
     if args.device == 'cpu':
         return NAN
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    function()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() / 2**30
+    return measuring.held_and_peak(function, on_gpu=True)[1] / 2**30
 
 
 def check(case, what, error, limit):

@@ -10,7 +10,6 @@ and its own CUDA extension. Compare them on the same GPU only.
 
 import argparse
 import csv
-import statistics
 import subprocess
 import sys
 from typing import NamedTuple
@@ -19,6 +18,7 @@ import materialised
 import torch
 import torch.nn.functional as F
 from floors import ROUTES, floors
+from measuring import median_ms
 
 from vmamba_mm.ops import BACKENDS, ss2d_scan, ss2d_scan_norm
 from vmamba_mm.testing import relative_error, ss2d_scan_inputs
@@ -106,21 +106,6 @@ def forward(op, inputs, **kwargs):
 def forward_backward(op, inputs, grad_y, **kwargs):
     y = forward(op, inputs, **kwargs)
     return y, torch.autograd.grad(y, list(inputs.values()), grad_y)
-
-
-def median_ms(function, spend=250, in_a_row=1):
-    """Of a call: the median over about ``spend`` ms of them, 3 to 50 times so many in a row."""
-    function()
-    times = []
-    while len(times) < 3 or (sum(times) * in_a_row < spend and len(times) < 50):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(in_a_row):
-            function()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / in_a_row)
-    return statistics.median(times)
 
 
 def graphed(function):
