@@ -7,7 +7,7 @@ from vmamba_mm.ops.cross_scan import cross_merge, cross_scan
 from vmamba_mm.ops.dwconv import dwconv_silu
 from vmamba_mm.ops.mlp import mlp
 from vmamba_mm.ops.selective_scan import selective_scan
-from vmamba_mm.ops.ss2d_scan import ss2d_scan, ss2d_scan_norm
+from vmamba_mm.ops.ss2d_scan import ss2d_attention, ss2d_scan, ss2d_scan_norm
 
 __all__ = ['BACKENDS', 'add_norm', 'conv_norm', 'cross_merge', 'cross_scan', 'dwconv_silu',
-           'layer_norm', 'mlp', 'selective_scan', 'ss2d_scan', 'ss2d_scan_norm']
+           'layer_norm', 'mlp', 'selective_scan', 'ss2d_attention', 'ss2d_scan', 'ss2d_scan_norm']
