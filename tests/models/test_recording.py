@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vmamba_mm.layers import record_scan_inputs
+from vmamba_mm.layers import record_scan_inputs, recording
 from vmamba_mm.models import VMamba
 from vmamba_mm.testing import DEVICES, assert_close
 
@@ -43,6 +43,28 @@ def test_records_what_the_scan_gets(device, arch, guard):
         assert all(map(torch.equal, parameters, own))
         assert not any(t.requires_grad for t in (x_BDHW, *parameters))
         assert not module._forward_pre_hooks
+
+
+def test_watched_blocks_do_not_run_as_one_op(monkeypatch):
+    """As they do on NVIDIA GPUs, where no scan would be seen in them."""
+    from vmamba_mm.layers import vss_block
+
+    monkeypatch.setattr(vss_block, 'why_not', lambda *args: None)
+    model, _ = make()
+    watched, other = model.stages[1].blocks
+    x = torch.randn(1, 4, 4, 16)
+    assert watched._in_one_op(x, x.dtype) is not None
+    with record_scan_inputs([watched.ssm]):
+        assert watched._in_one_op(x, x.dtype) is None
+        assert other._in_one_op(x, x.dtype) is not None
+    assert watched._in_one_op(x, x.dtype) is not None
+
+
+def test_ops_that_are_watched_begin_with_the_scans_inputs():
+    expected = ['x', 'x_proj_weight', 'dt_projs_weight', 'dt_projs_bias', 'A', 'D']
+    for name in recording._SCANS:
+        schema = getattr(torch.ops.vmamba_mm, name.removeprefix('vmamba_mm::')).default._schema
+        assert [argument.name for argument in schema.arguments[:recording._INPUTS]] == expected
 
 
 @pytest.mark.parametrize('kwargs', [dict(compile=dict(backend='aot_eager')), dict(with_cp=True)],

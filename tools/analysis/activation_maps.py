@@ -187,7 +187,7 @@ def draw(found, image, position, title, path):
                         markerfacecolor='none', markeredgewidth=width)
     for ax, name in zip(axes[0], ('query', *ROUTES, 'all four'), strict=True):
         ax.set_title(name, fontsize=10)
-    figure.colorbar(drawn, ax=axes, label='value / largest value of the map', shrink=0.8,
+    figure.colorbar(drawn, ax=axes, label='value / largest', shrink=0.8,
                     aspect=15 * len(found), pad=0.01)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=110)
