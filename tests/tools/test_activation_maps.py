@@ -157,6 +157,8 @@ def test_default_blocks(call, tool, projects, image, tmp_path):
     project = projects('cls')
     report, maps = run(call, project, tmp_path / 'out', image, '--pixel', 3, '0.6')
     assert report['setting']['size'] == SIZE and report['setting']['map'] == 'attention'
+    assert report['setting']['routes'] == ['row-major', 'column-major', 'reversed row-major',
+                                           'reversed column-major']
     found = report['images']['photo']
     assert found['position'] == [3.5 / 20, 0.6]
     assert list(found['blocks']) == maps['photo'].files == ['0.0', '1.0', '2.0']

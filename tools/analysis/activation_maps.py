@@ -9,9 +9,9 @@ SS2D and self-attention). For channel d, with n over the states,
 
 --map attention shows |a_ti|, in the paper (Q * w) (K / w)^T with the decay w; contribution shows
 |a_ti delta_i u_i|; both averaged over the channels d. qk shows |sum_n C_tn B_in|, without the
-decay. 'all four' is the sum of the routes. Colours are relative to the largest value of each map;
-below it stand its value and the share of the route in the sum. Where a route has not been, the
-image stays grey.
+decay. 'all four' is the sum of the routes. Colours are relative to the largest value of each map,
+on a square-root scale; below it stand its value and the share of the route in the sum. Where a
+route has not been, the image stays grey.
 
 The maps are of single blocks, not of the network, at the resolution of the block: a pixel of it is
 4, 8, 16 or 32 pixels of the image, by stage.
@@ -39,7 +39,6 @@ EXAMPLES = """\
 MAPS = {'attention': r'attention, $|(Q \odot w)(K / w)^T|$, mean over channels',
         'contribution': r'contribution, $|(Q \odot w)(K / w)^T V|$, mean over channels',
         'qk': r'attention without decay, $|Q K^T|$'}
-ROUTES = ('rows, forwards', 'columns, forwards', 'rows, backwards', 'columns, backwards')
 
 
 def parse_args():
@@ -161,7 +160,10 @@ def find_shares(maps):
 def draw(found, image, position, title, path):
     """A row for each block: the image with the query, the four routes over it, and their sum."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
+
+    from vmamba_mm.ops.cross_scan.reference import ROUTES
 
     side = image.shape[0]
     grey = 60 + 0.5 * image.mean(-1)  # little contrast: shades under a colour change it
@@ -173,21 +175,23 @@ def draw(found, image, position, title, path):
         centre = [(q + 0.5) / n for q, n in zip(query, total.shape, strict=True)]
         row[0].imshow(image)
         row[0].set_ylabel(f'block {block}, {total.shape[0]}x{total.shape[1]}', fontsize=9)
-        for ax, values, share in zip(row[1:], (*maps, total), (*find_shares(maps), 1), strict=True):
+        shares = [f', share {100 * share:.2g} %' for share in find_shares(maps)]
+        for ax, values, share in zip(row[1:], (*maps, total), (*shares, ''), strict=True):
             ax.imshow(grey, cmap='gray', vmin=0, vmax=255)
             largest = np.nanmax(values)
-            drawn = ax.imshow(values / (largest or 1), cmap='viridis', vmin=0, vmax=1, alpha=0.8,
+            drawn = ax.imshow(values / (largest or 1), cmap='viridis', alpha=0.8,
+                              norm=PowerNorm(0.5, 0, 1),  # single peaks would hide the rest
                               extent=(-0.5, side - 0.5, side - 0.5, -0.5))
-            label = f'max {largest:.2g}' + (f', share {100 * share:.2g} %' if share < 1 else '')
-            ax.set_xlabel(label, fontsize=9)
-        for ax, (y, x) in zip(row, [position] + [centre] * 5, strict=True):
+            ax.set_xlabel(f'max {largest:.2g}{share}', fontsize=9)
+        for ax, (y, x) in zip(row, [position] + [centre] * (len(row) - 1), strict=True):
             ax.set(xticks=[], yticks=[])
             for colour, width in (('white', 3), ('red', 1.5)):  # an open ring: its inside counts
                 ax.plot(x * side - 0.5, y * side - 0.5, 'o', markersize=9, markeredgecolor=colour,
-                        markerfacecolor='none', markeredgewidth=width)
+                        markerfacecolor='none', markeredgewidth=width, clip_on=False)
     for ax, name in zip(axes[0], ('query', *ROUTES, 'all four'), strict=True):
         ax.set_title(name, fontsize=10)
     figure.colorbar(drawn, ax=axes, label='value / largest', shrink=0.8,
+                    ticks=(0, 0.01, 0.1, 0.3, 0.6, 1), format='%g',
                     aspect=15 * len(found), pad=0.01)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=110)
@@ -205,6 +209,7 @@ def main():
 
     from vmamba_mm.files import read_checkpoint
     from vmamba_mm.models import VMamba
+    from vmamba_mm.ops.cross_scan.reference import ROUTES
 
     MMLogger.get_current_instance().setLevel(logging.ERROR)
     model = build_model(cfg, read_checkpoint(args.checkpoint, args.weights), args.checkpoint,
