@@ -128,7 +128,8 @@ def cut_around(monkeypatch, width, sets, cluster, spans, slots='exact'):
 
 
 def slots_of(slots, batch, length):
-    """Of an image, 'exact' or 'rounded'; chunks of the batch, and until an image begins with one."""
+    """Of an image, 'exact' or 'rounded'; chunks of the batch, and until an image begins with one
+    again."""
     count = -(-length // 7)
     if slots == 'rounded':
         count = -(-count // 8) * 8
