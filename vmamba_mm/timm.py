@@ -100,7 +100,7 @@ class TimmVMamba(nn.Module):
         return self.num_features * self.head.global_pool.feat_mult()
 
     def forward_features(self, x: Tensor) -> Tensor:
-        return self.backbone(x)[0]
+        return self.backbone.forward_channels_last(x)[0].permute(0, 3, 1, 2)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         return self.head(x, pre_logits=pre_logits)

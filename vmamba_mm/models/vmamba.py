@@ -201,14 +201,18 @@ class VMamba(BaseModule):
             raise UserError(explain_differences(wrong, expected, found, name))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        # mmcv's RoIAlign reads raw memory: channels-last strides would reach it through the FPN's
+        # convolutions, and it would pool the wrong pixels without a word.
+        return tuple(y.permute(0, 3, 1, 2).contiguous() for y in self.forward_channels_last(x))
+
+    def forward_channels_last(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What ``forward`` gives, (B, H, W, C), as the network has it: without its copies."""
         x = self.patch_embed(x)
         outs = []
         for i, stage in enumerate(self.stages):
             x = stage.blocks(x)
             if i in self.out_indices:
-                # mmcv's RoIAlign reads raw memory: channels-last strides would reach it through
-                # the FPN's convolutions, and it would pool the wrong pixels without a word.
-                outs.append(getattr(self, f'norm{i}')(x).permute(0, 3, 1, 2).contiguous())
+                outs.append(getattr(self, f'norm{i}')(x))
             if i == self.out_indices[-1]:
                 break
             x = stage.downsample(x)

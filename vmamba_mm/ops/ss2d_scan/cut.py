@@ -15,8 +15,8 @@ _CHUNK_MAP = 8 * _SLOT * 32  # bytes of a warp's part of a map
 # Warps that a block may have (16 channels each), and blocks of so many that fit a multiprocessor.
 FORWARD_WARPS, FORWARD_BLOCKS = 8, 2
 BACKWARD_WARPS, BACKWARD_BLOCKS = 12, 1
-# Where chunks go around: warps of a multiprocessor, and blocks of a cluster. Of clusters of 8 an H100
-# may hold 15, not 16, for want of one part with 16 multiprocessors: hence 7.
+# Where chunks go around: warps of a multiprocessor, and blocks of a cluster. Of clusters of 8 an
+# H100 may hold 15, not 16, for want of one part with 16 multiprocessors: hence 7.
 AROUND_WARPS, CLUSTERS = 12, (1, 2, 4, 7, 8)
 
 
