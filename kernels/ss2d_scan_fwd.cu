@@ -76,7 +76,8 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) CLUSTER_DIMS ss2d_scan_fwd
     const u32 next_mailbox = address_in_block(
         shared_address(mailboxes + (stays ? warp + width : warp - set * width)),
         stays ? block : (block + 1) % CLUSTER);
-    u32 taken = 0;  // parity of what was taken last
+    u32 taken = 0;  // parity of what is taken next
+    __syncthreads();  // for racecheck, which does not know of the next line
     wait_for_cluster();
 #else
     __syncthreads();
@@ -157,10 +158,22 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) CLUSTER_DIMS ss2d_scan_fwd
                     }
                 }
             }
+            // From what the lanes do up to each to the states that enter them.
+            auto enter_lanes = [&](int j, int c) {
+                const int n = 2 * (from + j) + c;
+                const bool entered = place.slot > g;  // the image began in an earlier chunk
+                const float after = entered ? P[j][c] * enter[n] + h[j][c] : h[j][c];
+                const float before = __shfl_up_sync(ALL, after, 4);
+                h[j][c] = place.slot == 0 ? 0.f : g ? before : enter[n];
+                if (!AROUND) enter[n] = __shfl_sync(ALL, after, 28 + t);
+            };
 #pragma unroll
             for (int j = 0; j < PAIRS; ++j)
 #pragma unroll
-                for (int c = 0; c < 2; ++c) combine_lanes<false>(P[j][c], h[j][c], min(g, place.slot));
+                for (int c = 0; c < 2; ++c) {
+                    combine_lanes<false>(P[j][c], h[j][c], min(g, place.slot));
+                    if (!AROUND) enter_lanes(j, c);
+                }
 #if CLUSTER
             if (at > first) mailbox->take(enter, lane, taken);
             if (g == 7 && at + 1 < last) {
@@ -172,20 +185,11 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) CLUSTER_DIMS ss2d_scan_fwd
                 send(next_mailbox, lane, leave);
             }
             if (at > first && lane == 0) mailbox->expect();
-#endif
 #pragma unroll
             for (int j = 0; j < PAIRS; ++j)
 #pragma unroll
-                for (int c = 0; c < 2; ++c) {
-                    const int n = 2 * (from + j) + c;
-                    const bool entered = place.slot > g;  // the image began in an earlier chunk
-                    const float after = entered ? P[j][c] * enter[n] + h[j][c] : h[j][c];
-                    const float before = __shfl_up_sync(ALL, after, 4);
-                    h[j][c] = place.slot == 0 ? 0.f : g ? before : enter[n];
-#if !CLUSTER
-                    enter[n] = __shfl_sync(ALL, after, 28 + t);
+                for (int c = 0; c < 2; ++c) enter_lanes(j, c);
 #endif
-                }
 #pragma unroll
             for (int j = 0; j < PAIRS; ++j) {
                 const int pair = from + j;

@@ -173,8 +173,8 @@ def emulated_gpu(folder: Path, capability: tuple[int, int] = (9, 0)):
                 (nvrtc, '_kernels', {}), (nvrtc, 'Kernel', Kernel),
                 (nvrtc, '_device_index', lambda _: 0), (nvrtc, 'find_nvrtc', lambda: archs),
                 (nvrtc, 'build', lambda instance, arch: build(instance, arch, folder)),
-                (torch.cuda, 'get_device_capability', lambda _: capability),
-                (torch.cuda, 'get_device_properties', lambda _: properties),
+                (torch.cuda, 'get_device_capability', lambda *_: capability),
+                (torch.cuda, 'get_device_properties', lambda *_: properties),
                 (cublas, 'product', product), (cublas, 'why_not', lambda: None),
                 (walk, 'why_not', why_not), (ss2d_walk, 'why_not', why_not)):
             patch.setattr(target, name, value)
