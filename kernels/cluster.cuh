@@ -15,18 +15,12 @@ __device__ __forceinline__ void wait_for_cluster() {
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// In shared memory, of a warp: 16 bytes from each of 4 lanes of another warp, and a barrier that
-// counts them as they come.
+// In shared memory, of a warp: 16 bytes from each of 4 lanes of another warp, and a barrier for one
+// thread that counts them as they come.
 struct Mailbox {
     float4 values[4];
     char barrier[BARRIER_BYTES];
     char unused[8];
-
-    // By one thread, before wait_for_cluster.
-    __device__ __forceinline__ void make() {
-        make_barrier(barrier, 1);
-        expect();
-    }
 
     // By the warp; lane t has what was sent by the t-th. `parity` as of wait_for_copies.
     __device__ __forceinline__ void take(float (&v)[4], int lane, u32 parity) {
@@ -39,7 +33,7 @@ struct Mailbox {
         __syncwarp();  // before what the next send may overwrite
     }
 
-    // After take, by one thread: the next one.
+    // Before the first take and after each, by one thread.
     __device__ __forceinline__ void expect() {
         asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], 64;"
                      :: "r"(shared_address(barrier)) : "memory");

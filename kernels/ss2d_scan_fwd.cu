@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) CLUSTER_DIMS ss2d_scan_fwd
 #if CLUSTER
     Mailbox *const mailboxes = (Mailbox *)(own_memory + warps * (ROUTE_BYTES + 64));
     Mailbox *const mailbox = mailboxes + warp;
-    if (lane == 0) mailbox->make();
+    if (lane == 0) make_barrier(mailbox->barrier, 1);
     // Of the warp that has the next chunk.
     const bool stays = set + 1 < sets;
     const u32 block = blockIdx.z % CLUSTER;
@@ -77,10 +77,11 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) CLUSTER_DIMS ss2d_scan_fwd
         shared_address(mailboxes + (stays ? warp + width : warp - set * width)),
         stays ? block : (block + 1) % CLUSTER);
     u32 taken = 0;  // parity of what is taken next
-    __syncthreads();  // for racecheck, which does not know of the next line
-    wait_for_cluster();
-#else
+#endif
     __syncthreads();
+#if CLUSTER
+    if (lane == 0) mailbox->expect();
+    wait_for_cluster();
 #endif
     const Stager stager(threadIdx.x - set * 32 * width, 32 * width);
     uint2 ahead[OWN];
