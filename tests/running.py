@@ -27,7 +27,7 @@ def _child(tool, argv, cwd, out, env, max_file_size):
     os.chdir(cwd)
     for stream, fd in ((f'{out}.out', 1), (f'{out}.err', 2)):
         os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
-    sys.path.insert(0, str(TOOLS))
+    sys.path.insert(0, str((TOOLS / tool).parent))
     sys.argv = [tool, *argv]
     runpy.run_path(str(TOOLS / tool), run_name='__main__')
 

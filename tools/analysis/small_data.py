@@ -360,6 +360,17 @@ class Training:
         self.model.train()
         return 100 * correct.item() / len(val)
 
+    def evaluate_without_scan(self):
+        """Top-1 in % after B, C and delta's input are set to zero for good; None for Swin.
+
+        The states stay at zero then, and a scan returns its skip D x alone (LayerNorms included
+        that are part of the pattern). How far it falls tells how much the model uses its scan.
+        """
+        scans = [p for name, p in self.model.named_parameters() if name.endswith('x_proj_weight')]
+        for weight in scans:
+            weight.data.zero_()
+        return self.evaluate() if scans else None
+
     def run_epoch(self):
         """Train and evaluate; a row of the results without its names."""
         start = time.perf_counter()
@@ -369,7 +380,8 @@ class Training:
             raise UserError(f'the loss is {loss} after {self.step} steps: lower --lr, or train '
                             'with --dtype fp32')
         count = len(self.splits['train']) // self.args.batch_size * self.args.batch_size
-        return dict(loss=loss, top1=self.evaluate(), images_per_s=count / seconds)
+        return dict(loss=loss, top1=self.evaluate(), top1_no_scan=None,
+                    images_per_s=count / seconds)
 
 
 def find_epochs(models, splits, num_classes, args, start):
@@ -406,6 +418,7 @@ def train_all(models, splits, num_classes, epochs, args):
             for epoch in range(1, epochs + 1):
                 rows.append(dict(model=name, seed=seed, epoch=epoch, **training.run_epoch()))
                 bar.update()
+            rows[-1]['top1_no_scan'] = training.evaluate_without_scan()
             print(f'\n{name}, seed {seed}: loss {rows[-1]["loss"]:.3f}, top-1 '
                   f'{rows[-1]["top1"]:.1f} %', flush=True)
     return sorted(rows, key=lambda row: args.models.index(row['model']))

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from _cli import UserError
 
-COLUMNS = dict(model=str, seed=int, epoch=int, loss=float, top1=float, images_per_s=float)
+COLUMNS = dict(model=str, seed=int, epoch=int, loss=float, top1=float,
+               top1_no_scan=lambda text: float(text) if text else None, images_per_s=float)
 
 LIMITS = (
     'A tiny set, seen from scratch by small models: what helps here need not help on ImageNet, '
@@ -62,7 +63,8 @@ def read(folder):
 def summarise(rows, setting):
     """Model -> the accuracies (%) of the last epoch for each seed, and what they amount to.
 
-    ``std`` is that of a sample (n - 1), None for one seed; ``images_per_s`` is the median of all
+    ``std`` is that of a sample (n - 1), None for one seed; ``no_scan`` is the mean without the
+    scan, None for a model that has none; ``images_per_s`` is the median of all
     epochs, so that the first, which compiles, does not count.
     """
     found = {}
@@ -70,9 +72,11 @@ def summarise(rows, setting):
         own = [row for row in rows if row['model'] == name]
         last = max(row['epoch'] for row in own)
         top1 = [row['top1'] for row in own if row['epoch'] == last]
+        no_scan = [row['top1_no_scan'] for row in own if row['top1_no_scan'] is not None]
         found[name] = dict(
             model, top1=top1, mean=statistics.fmean(top1), min=min(top1), max=max(top1),
             std=statistics.stdev(top1) if len(top1) > 1 else None,
+            no_scan=statistics.fmean(no_scan) if no_scan else None,
             images_per_s=statistics.median(row['images_per_s'] for row in own))
     return found
 
@@ -106,16 +110,25 @@ def findings(summary, setting):
         parted = [f'{a} over {b} (+{d:.1f})' for a, b, d, apart in pairs if apart]
         within = [f'{a} and {b} ({d:.1f})' for a, b, d, apart in pairs if not apart]
         if parted:
-            lines.append('Above in every seed, with the difference of the means in points: '
-                         + ', '.join(parted) + '.')
+            lines.append('Every seed of the first above every seed of the second, with the '
+                         'difference of the means in points: ' + ', '.join(parted) + '.')
         if within:
-            lines.append('Within the spread of the seeds, so not told apart: '
+            lines.append('Within the spread of the seeds, so not told apart (difference of the '
+                         'means in points): '
                          + ', '.join(within) + '.')
         chance = 2 / math.comb(2 * seeds, seeds)
         number = '1 pair was' if len(pairs) == 1 else f'{len(pairs)} pairs were'
         lines.append(f'{seeds} seeds are few: two models that are equally good would be parted '
                      f'like that in {100 * chance:.2g} % of all studies, and {number} compared '
                      'here.')
+    falls = {n: m['mean'] - m['no_scan'] for n, m in summary.items() if m['no_scan'] is not None}
+    if falls:
+        lines.append('Without scan: the trained weights with x_proj at zero, which leaves SS2D its '
+                     'skip D x, so that only convolutions see neighbours. The mean changes by '
+                     + ', '.join(f'{-d:+.1f} ({n})' for n, d in falls.items()) + ' points.'
+                     + (' That is less than the standard error below: the scans hardly take part '
+                        'in what these models decide, so their accuracies say little about '
+                        'which scan is best.' if max(map(abs, falls.values())) < error else ''))
     lines.append(f'Val has {images} images: one is {100 / images:.2f} points, and another draw of '
                  f'as many would move an accuracy of {mean:.0f} % by {error:.1f} points (one '
                  'standard error), which the spread of the seeds does not contain.')
@@ -125,11 +138,13 @@ def findings(summary, setting):
 def table(summary):
     """Rows of text, the first of them the titles."""
     lines = [('model', 'parameters', 'MFLOPs', 'top-1, mean', 'std', 'min to max',
-              'training, images/s')]
+              'mean without scan', 'training, images/s')]
     for name, m in summary.items():
         lines.append((name, f'{m["parameters"]:,}', f'{m["flops"] / 1e6:,.1f}',
                       f'{m["mean"]:.1f}', '-' if m['std'] is None else f'{m["std"]:.1f}',
-                      f'{m["min"]:.1f} to {m["max"]:.1f}', f'{m["images_per_s"]:,.0f}'))
+                      f'{m["min"]:.1f} to {m["max"]:.1f}',
+                      '-' if m['no_scan'] is None else f'{m["no_scan"]:.1f}',
+                      f'{m["images_per_s"]:,.0f}'))
     return lines
 
 
