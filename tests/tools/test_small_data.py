@@ -31,8 +31,8 @@ def small_data(monkeypatch):
 @pytest.fixture
 def args(small_data):
     return argparse.Namespace(models=list(small_data.MODELS), seeds=[0, 1], size=32, lr=1e-3,
-                              embed_dims=12, depths=[1, 1, 1, 1], batch_size=8, dtype='fp32',
-                              cuda_graphs=False)
+                              embed_dims=12, depths=[1, 1, 1, 1], conv_kernel=3, batch_size=8,
+                              dtype='fp32', cuda_graphs=False)
 
 
 @pytest.fixture
@@ -231,8 +231,8 @@ def results(small_data, tmp_path):
     setting = dict(
         command='python tools/analysis/small_data.py --data flowers --epochs 3', data='flowers',
         classes=['a', 'b', 'c', 'd', 'e'], train_images=800, val_images=300, chance=20.0, size=96,
-        batch_size=128, epochs=3, steps=18, lr=1e-3, embed_dims=48, depths=[2, 2, 4, 2], window=6,
-        recipe=small_data.RECIPE, seeds=[0, 1, 2], dtype='fp16', cuda_graphs=False,
+        batch_size=128, epochs=3, steps=18, lr=1e-3, embed_dims=48, depths=[2, 2, 4, 2],
+        conv_kernel=3, window=6, recipe=small_data.RECIPE, seeds=[0, 1, 2], dtype='fp16', cuda_graphs=False,
         device='some GPU', seconds=12.3, torch='2.14', timm='1.0', vmamba_mm='0.1', python='3.11',
         models={name: dict(parameters=1000 + i, flops=2_500_000, mlp_ratio=3.75)
                 for i, name in enumerate(FINAL)})

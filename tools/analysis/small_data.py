@@ -40,6 +40,8 @@ RECIPE = dict(weight_decay=0.05, warm_up=0.1, final_lr=0.01, max_norm=5.0, label
               colour=0.3)
 MOST_DIFFERENCE = 0.02  # of parameters
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+SETTINGS = ('seeds', 'size', 'batch_size', 'lr', 'embed_dims', 'depths', 'conv_kernel', 'dtype',
+            'cuda_graphs')  # options that are kept as they are
 MARGIN = 0.9  # of what is left of --minutes: speed varies
 
 
@@ -67,6 +69,9 @@ def parse_args():
                         help='channels of the first stage, a multiple of 12 (default: 48)')
     parser.add_argument('--depths', type=int, nargs=4, default=[2, 2, 4, 2], metavar='N',
                         help='blocks of the four stages (default: 2 2 4 2)')
+    parser.add_argument('--conv-kernel', type=int, choices=(0, 3), default=3,
+                        help="size of SS2D's depthwise convolution; 0 for none, so that the scans "
+                        'matter more (default: 3)')
     parser.add_argument('--dtype', choices=('fp16', 'fp32'),
                         help='fp16 is autocast, on a GPU (default: fp16 on a GPU, else fp32)')
     parser.add_argument('--cuda-graphs', action='store_true',
@@ -230,7 +235,8 @@ def build(name, num_classes, args, mlp_ratio=4.0):
             depths=args.depths, num_heads=(3, 6, 12, 24), mlp_ratio=mlp_ratio,
             num_classes=num_classes, drop_path_rate=rate)
     arch = {**ARCH_SETTINGS['tiny_s1l8'], 'embed_dims': args.embed_dims,
-            'depths': tuple(args.depths), 'scan': name.removeprefix('vmamba-')}
+            'depths': tuple(args.depths), 'conv_kernel': args.conv_kernel,
+            'scan': name.removeprefix('vmamba-')}
     return TimmVMamba(arch, num_classes=num_classes, drop_path_rate=rate)
 
 
@@ -429,10 +435,11 @@ def train_all(models, splits, num_classes, epochs, args):
 def command_of(args, epochs):
     """The command that trains the same again, with no path of this machine in it."""
     words = ['python tools/analysis/small_data.py', f'--data {args.data.resolve().name}',
-             f'--epochs {epochs}', f'--size {args.size}', f'--batch-size {args.batch_size}',
-             f'--lr {args.lr:g}', f'--embed-dims {args.embed_dims}',
-             f'--depths {" ".join(map(str, args.depths))}', f'--dtype {args.dtype}',
-             f'--seeds {" ".join(map(str, args.seeds))}']
+             f'--epochs {epochs}']
+    for name in SETTINGS[:-1]:
+        value = getattr(args, name)
+        value = ' '.join(map(str, value)) if isinstance(value, list) else value
+        words.append(f'--{name.replace("_", "-")} {value}')
     if args.models != list(MODELS):
         words.append(f'--models {" ".join(args.models)}')
     return ' '.join(words + ['--cuda-graphs'] * args.cuda_graphs)
@@ -472,10 +479,9 @@ def study(args):
     return rows, dict(
         command=command_of(args, epochs), data=args.data.resolve().name, classes=classes,
         train_images=len(splits['train']), val_images=len(splits['val']),
-        chance=100 * max(counts) / sum(counts), size=args.size, batch_size=args.batch_size,
-        epochs=epochs, steps=epochs * (len(splits['train']) // args.batch_size), lr=args.lr,
-        embed_dims=args.embed_dims, depths=args.depths, window=window_of(args.size),
-        recipe=RECIPE, seeds=args.seeds, dtype=args.dtype, cuda_graphs=args.cuda_graphs,
+        chance=100 * max(counts) / sum(counts), epochs=epochs,
+        steps=epochs * (len(splits['train']) // args.batch_size), window=window_of(args.size),
+        recipe=RECIPE, **{name: getattr(args, name) for name in SETTINGS},
         device=torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
         seconds=round(time.perf_counter() - start, 1), torch=torch.__version__,
         timm=timm.__version__, vmamba_mm=vmamba_mm.__version__,

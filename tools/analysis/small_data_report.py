@@ -258,7 +258,9 @@ def markdown(summary, setting, picture):
     rows = '\n'.join(f'| {" | ".join(row)} |'
                      for row in (titles, ('---', *['---:'] * (len(titles) - 1)), *lines))
     models = (f'Models: `vmamba-*` are `tiny_s1l8` at embed_dims {s["embed_dims"]} and depths '
-              f'{tuple(s["depths"])}; with one seed their weights at the start are the same')
+              f'{tuple(s["depths"])}'
+              f'{"" if s["conv_kernel"] else " without depthwise convolutions"}; with one seed '
+              'their weights at the start are the same')
     if 'swin' in summary:
         models += (f"; `swin` is timm's of the same width and depths, with heads (3, 6, 12, 24), "
                    f'windows of {s["window"]} and, for equal parameters, mlp_ratio '
