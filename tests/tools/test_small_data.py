@@ -229,10 +229,12 @@ def results(small_data, tmp_path):
             for name, final in FINAL.items() for seed, top1 in enumerate(final)
             for epoch in (1, 2, 3)]
     setting = dict(
-        command='python tools/analysis/small_data.py --data flowers --epochs 3', data='flowers',
+        command='python tools/analysis/small_data.py --data flowers --epochs 3 '
+                '--size 96 --batch-size 128 --lr 0.001', data='flowers',
         classes=['a', 'b', 'c', 'd', 'e'], train_images=800, val_images=300, chance=20.0, size=96,
         batch_size=128, epochs=3, steps=18, lr=1e-3, embed_dims=48, depths=[2, 2, 4, 2],
-        conv_kernel=3, window=6, recipe=small_data.RECIPE, seeds=[0, 1, 2], dtype='fp16', cuda_graphs=False,
+        conv_kernel=3, window=6, recipe=small_data.RECIPE, seeds=[0, 1, 2], dtype='fp16',
+        cuda_graphs=False,
         device='some GPU', seconds=12.3, torch='2.14', timm='1.0', vmamba_mm='0.1', python='3.11',
         models={name: dict(parameters=1000 + i, flops=2_500_000, mlp_ratio=3.75)
                 for i, name in enumerate(FINAL)})
@@ -249,6 +251,8 @@ def test_report(small_data, call, results, tmp_path):
     assert '| vmamba-cascade | 1,001 | 2.5 | 71.0 | 2.0 | 69.0 to 73.0 | 66.0 | 200 |' in text
     assert '| swin | 1,002 | 2.5 | 63.0 | 3.0 | 60.0 to 66.0 | - | 200 |' in text
     assert '![Accuracy over epochs, and of each seed at the end](study.png)' in text
+    assert ('    python tools/analysis/small_data.py --data flowers --epochs 3 --size 96 '
+            '--batch-size 128 \\\n        --lr 0.001\n') in text
     flat = ' '.join(text.split())
     assert 'vmamba-cross over swin (+9.0), vmamba-cascade over swin (+8.0).' in flat
     assert 'in points): vmamba-cross and vmamba-cascade (1.0).' in flat

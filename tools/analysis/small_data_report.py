@@ -281,6 +281,9 @@ def markdown(summary, setting, picture):
         f'{s["device"]}, {s["dtype"]}{" autocast" if s["dtype"] == "fp16" else ""}'
         f'{", CUDA graphs" if s["cuda_graphs"] else ""}; torch {s["torch"]}, timm {s["timm"]}, '
         f'vmamba_mm {s["vmamba_mm"]}, Python {s["python"]}; {s["seconds"]:.0f} s in all.']
+    # Lines break before an option, not before its value.
+    command = s['command'].replace(' ', '\xa0').replace('\xa0--', ' --')
+    command = wrapped(command, '    ', '        ', end=' \\').replace('\xa0', ' ')
     intro = (f'{", ".join(f"`{name}`" for name in summary)}, of equal parameters, trained from '
              f'scratch on `{s["data"]}`: {s["train_images"]:,} training and {s["val_images"]:,} '
              f'validation images of {len(s["classes"])} classes ({", ".join(s["classes"])}). '
@@ -297,7 +300,7 @@ def markdown(summary, setting, picture):
 
 Measured with this command, where `--data` takes the place of the folder:
 
-{wrapped(s['command'], '    ', '        ', end=' ' + chr(92))}
+{command}
 
 ## What this shows and what it does not
 
