@@ -450,6 +450,9 @@ def study(args):
     start = time.perf_counter()
     import platform
 
+    from vmamba_mm.compat import require
+
+    require('timm')
     import timm
     import torch
     from cpu_name import cpu_name

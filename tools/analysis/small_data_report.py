@@ -232,9 +232,10 @@ def draw(rows, summary, setting, path):
     for ax in (left, right):
         ax.grid(alpha=0.3)
         ax.spines[['top', 'right']].set_visible(False)
+    count = len(setting['seeds'])
     figure.suptitle(f'{setting["data"]}: {setting["train_images"]} training images, '
                     f'{len(setting["classes"])} classes, {setting["size"]}x{setting["size"]}, '
-                    f'{len(setting["seeds"])} seed(s)', fontsize=11)
+                    f'{count} seed{"s" if count > 1 else ""}', fontsize=11)
     figure.savefig(path, dpi=130)
 
 
