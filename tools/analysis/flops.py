@@ -97,6 +97,11 @@ def count(cfg, task, shape):
                     f'{type(failure).__name__}: {failure}') from failure
 
 
+def count_module(model, shape):
+    """Count a plain module, (1, 3, H, W) to anything, on its device, in evaluation mode."""
+    return _measure(model.eval(), 'module', shape)
+
+
 def _measure(model, task, shape):
     """Count on the model's device."""
     notes, device = [], next(model.parameters()).device
@@ -151,7 +156,7 @@ class _Whole(nn.Module):
             return self._detect(x)
         if self.task == 'seg' and hasattr(self.model, 'decode_head'):
             return self._segment(x)
-        return self.model(x, mode='tensor')
+        return self.model(x) if self.task == 'module' else self.model(x, mode='tensor')
 
     def _segment(self, x):
         model, shape = self.model, x.shape[2:]
