@@ -260,11 +260,11 @@ def draw_all(rows, setting, folder):
     where = f'{setting["device"]}, {setting["dtype"]}'
     panels = {
         'accuracy.png': ('accuracy', False, 'top-1 accuracy, %',
-                         f'Accuracy, resizing and cropping of the test data scaled; {where}'),
+                         f'Accuracy, resizing and cropping of the test data scaled\n{where}'),
         'throughput.png': ('images_per_s', True, 'images/s',
-                           f'Throughput of inference; {where}'),
+                           f'Throughput of inference\n{where}'),
         'memory.png': ('mib_per_image', True, 'MiB for an image',
-                       f'Peak memory of inference for each image, without weights; {where}')}
+                       f'Peak memory of inference for each image, without weights\n{where}')}
     made = ['flops.png']
     draw_flops(rows, folder / 'flops.png')
     for file, (column, log, ylabel, title) in panels.items():

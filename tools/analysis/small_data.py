@@ -14,6 +14,7 @@ once and stay on the device, where crops, flips and colours are batched; so a GP
 for a CPU that reads files.
 """
 
+import gc
 import math
 import sys
 import time
@@ -312,6 +313,7 @@ class Training:
         self.autocast = torch.autocast(device.type, torch.float16, enabled=half,
                                        cache_enabled=False)
         if args.cuda_graphs:
+            gc.collect()  # graphs of an earlier training, freed during a capture, would end it
             sample = torch.zeros(args.batch_size, 3, args.size, args.size, device=device)
             with self.autocast:
                 self.model = torch.cuda.make_graphed_callables(self.model, (sample,))
