@@ -209,7 +209,13 @@ __device__ __forceinline__ void write_map(const Scan &p, const Path &path, const
     }
 #pragma unroll 1
     for (int i = 0; i < min(count, OWN); ++i) {
-        unsigned short *const to = out + path.find(place.start() + i) * p.dim;
+        const int pixel = path.find(place.start() + i);
+        if (map.vector) {  // an addition to less is a loop
+            if (adds) add(i, pixel);
+            else put(i, pixel);
+            continue;
+        }
+        unsigned short *const to = out + pixel * p.dim;
         const uint2 v = get(i);
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
