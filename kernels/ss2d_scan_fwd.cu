@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) CLUSTER_DIMS ss2d_scan_fwd
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
     const int g = lane >> 2, t = lane & 3;
     const int sets = AROUND ? params.sets : 1, width = AROUND ? warps / sets : warps;
-    const int set = AROUND ? warp / width : 0;
+    const int set = AROUND ? warp / width : 0, thread = threadIdx.x - set * 32 * width;
     const int map = blockIdx.x, maps = gridDim.x, span = blockIdx.z / BLOCKS_OF_SPAN;
     const int groups = (p.dim + 15) >> 4, group = blockIdx.y * width + warp - set * width;
     const int channel = group * 16 + 4 * t;
@@ -58,9 +58,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) CLUSTER_DIMS ss2d_scan_fwd
     float *const skip = (float *)own;
 
     float enter[4] = {};
-    if (AROUND ? threadIdx.x % (32 * width) < STAGES : threadIdx.x < STAGES)
-        make_barrier(barriers + (AROUND ? threadIdx.x % (32 * width) : threadIdx.x) * BARRIER_BYTES,
-                     32 * width);
+    if (thread < STAGES) make_barrier(barriers + thread * BARRIER_BYTES, 32 * width);
     if (active) {
         for (int i = 0; i < turns; ++i)
             Weights<TILES>::load(p, own + 64 + i * ROUTE_BYTES, map + i * maps, group, lane);
@@ -83,7 +81,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) CLUSTER_DIMS ss2d_scan_fwd
     if (lane == 0) mailbox->expect();
     wait_for_cluster();
 #endif
-    const Stager stager(threadIdx.x - set * 32 * width, 32 * width);
+    const Stager stager(thread, 32 * width);
     uint2 ahead[OWN];
     auto stage = [&](int route, int chunk, int turn) {
         const Path path = make_path(p, route);
@@ -114,6 +112,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) CLUSTER_DIMS ss2d_scan_fwd
         // Calculated again for each chunk: there are no registers to keep it.
         asm("" : "+r"(route));
         const int now = route, at = chunk;
+        const bool second = !AROUND && now != map;  // of the two routes of an axis
         const Place place = find_place(p, make_path(p, now), at * 8 + g);
         if (AROUND) {
             chunk += BLOCKS_OF_SPAN * sets;
@@ -129,7 +128,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) CLUSTER_DIMS ss2d_scan_fwd
         if (chunk < last) stage(route, chunk, turn);
         if (!active) continue;
 
-        const Weights<TILES> weights(own + 64 + (now == map ? 0 : ROUTE_BYTES));
+        const Weights<TILES> weights(own + 64 + (second ? ROUTE_BYTES : 0));
         if (!AROUND && params.states && g == 0)
             keep_states(p, params.states, now, at, channel, enter);
         u32 pairs[OWN];  // (B, C), unpacked where they are used, for want of registers
@@ -229,6 +228,6 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) CLUSTER_DIMS ss2d_scan_fwd
             for (int j = 1; j < OWN; ++j)
                 if (j == i) v = y[j];
             return v;
-        }, place, channel, now != map);
+        }, place, channel, second);
     }
 }
