@@ -317,6 +317,13 @@ def test_end_to_end(call, data, tmp_path):
     assert (tmp_path / 'out/small_data.png').is_file()
 
 
+def test_name_of_data(small_data, tmp_path):
+    """As it is given, but for what leads to it on this machine."""
+    for given, name in (('data/demo/imagenet', 'data/demo/imagenet'), ('../flowers', 'flowers'),
+                        (tmp_path / 'flowers', 'flowers')):
+        assert small_data.name_of(Path(given)) == name
+
+
 def test_minutes(small_data, args, splits, monkeypatch):
     """As many epochs as fit, the same for all; too few minutes say so."""
     models = {name: dict(mlp_ratio=4.0) for name in ('vmamba-cross', 'swin')}

@@ -434,9 +434,15 @@ def train_all(models, splits, num_classes, epochs, args):
 
 # --- the tool -------------------------------------------------------------------------------
 
+def name_of(folder):
+    """Of the data: as it was given, or the folder's own, with no path of this machine in it."""
+    here = not folder.is_absolute() and '..' not in folder.parts
+    return folder.as_posix() if here else folder.resolve().name
+
+
 def command_of(args, epochs):
     """The command that trains the same again, with no path of this machine in it."""
-    words = ['python tools/analysis/small_data.py', f'--data {args.data.resolve().name}',
+    words = ['python tools/analysis/small_data.py', f'--data {name_of(args.data)}',
              f'--epochs {epochs}']
     for name in SETTINGS[:-1]:
         value = getattr(args, name)
@@ -482,7 +488,7 @@ def study(args):
     rows = train_all(models, splits, len(classes), epochs, args)
     counts = splits['val'].labels.bincount(minlength=len(classes)).tolist()
     return rows, dict(
-        command=command_of(args, epochs), data=args.data.resolve().name, classes=classes,
+        command=command_of(args, epochs), data=name_of(args.data), classes=classes,
         train_images=len(splits['train']), val_images=len(splits['val']),
         chance=100 * max(counts) / sum(counts), epochs=epochs,
         steps=epochs * (len(splits['train']) // args.batch_size), window=window_of(args.size),
