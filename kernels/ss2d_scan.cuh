@@ -210,7 +210,7 @@ __device__ __forceinline__ void write_map(const Scan &p, const Path &path, const
 #pragma unroll 1
     for (int i = 0; i < min(count, OWN); ++i) {
         const int pixel = path.find(place.start() + i);
-        if (map.vector) {  // an addition to less is a loop
+        if (map.vector) {  // an addition to two bytes alone is a loop
             if (adds) add(i, pixel);
             else put(i, pixel);
             continue;
