@@ -23,7 +23,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vmamba_mm.ops import cublas, nvrtc, walk
+from vmamba_mm.ops import cublas, graphs, nvrtc, walk
 from vmamba_mm.ops.ss2d_scan import walk as ss2d_walk
 
 HEADER = Path(__file__).with_name('emulated_cuda.h')
@@ -176,6 +176,7 @@ def emulated_gpu(folder: Path, capability: tuple[int, int] = (9, 0)):
                 (torch.cuda, 'get_device_capability', lambda *_: capability),
                 (torch.cuda, 'get_device_properties', lambda *_: properties),
                 (cublas, 'product', product), (cublas, 'why_not', lambda: None),
+                (graphs, 'is_current_stream_capturing', lambda: True),  # there are no graphs
                 (walk, 'why_not', why_not), (ss2d_walk, 'why_not', why_not)):
             patch.setattr(target, name, value)
         nvrtc.forget()

@@ -15,6 +15,7 @@ from vmamba_mm.ops.add_norm import cuda as norm
 from vmamba_mm.ops.cast import cast_launch, plan_cast
 from vmamba_mm.ops.channels import WIDEST, sum_launch
 from vmamba_mm.ops.dwconv import cuda as dwconv
+from vmamba_mm.ops.graphs import replay
 from vmamba_mm.ops.mlp import cuda as mlp
 from vmamba_mm.ops.nvrtc import cached
 from vmamba_mm.ops.vss_block import scan
@@ -140,44 +141,45 @@ class _Forward(_Launches):
 
     def __call__(self, x, addresses, scales, eps, result, saved):
         """Writes ``result``, and ``saved``, if it is there; ``addresses`` of the parameters."""
-        slab, unit = x.new_empty(self.size, dtype=self.dtype), self.unit
-        base = slab.data_ptr()
+        slab = x.new_empty(self.size, dtype=self.dtype)
+        size = self.pixels * self.hidden
+        active = slab.as_strided((size,), (1,), self.wide)
+        hidden = active if saved is None else saved.as_strided((size,), (1,), self.saved[-1])
+        at = (*_addresses(x, slab, result, saved, *scales), *addresses)
+        replay(self.on_dim[0], (self, eps, at), lambda: self._launch(eps, hidden, active, *at))
+
+    def _launch(self, eps, hidden, active, x, base, result, start, scale1, scale2, *addresses):
+        unit = self.unit
         narrow, other, wide, workspace, memory = [base + unit * n for n in (
             self.narrow, self.other, self.wide, self.workspace, self.memory)]
         merged = moments1 = moments2 = moments = 0
-        if saved is None:
+        if not start:
             normed1, projected, kept, total = [base + unit * n for n in self.places]
             normed2, before, given, inside = normed1, narrow, other, wide
         else:
-            start = saved.data_ptr()
             (normed1, moments1, before, given, projected, kept, merged, total, normed2, moments2,
              inside) = [start + unit * n for n in self.saved]
             moments = merged + unit * self.pixels * self.inner
         (norm1, norm1_bias, in_proj, conv, x_proj, dt_projs, dt_bias, A_logs, D, out_norm,
          out_norm_bias, out_proj, norm2, norm2_bias, fc1, bias1, fc2, bias2, conv_bias) = addresses
-        scale1, scale2 = (0 if scale is None else scale.data_ptr() for scale in scales)
         scans, products = (x_proj, dt_projs, dt_bias, A_logs, D), ()
         if self.starts:
             to = base + unit * self.weights
             products = in_proj, out_proj, fc1, bias1, fc2, bias2, to
             in_proj, out_proj, fc1, bias1, fc2, bias2 = [to + unit * n for n in self.starts[:-1]]
         self.scan.prepare(*scans, kept, memory, *products)
-        x = x.data_ptr()
 
         self.norm1(x, 0, 0, norm1, norm1_bias, 0, normed1, moments1, eps)
         self.in_proj(normed1, in_proj, before, workspace)
         self.convolve(before, conv, conv_bias, given)
-        self.scan.run(scans, given, projected, kept, wide, saved is not None, memory, workspace)
+        self.scan.run(scans, given, projected, kept, wide, start != 0, memory, workspace)
         self.scan.merge(wide, 0, merged, narrow, out_norm, out_norm_bias, moments, eps)
         self.out_proj(narrow, out_proj, other, workspace)
         self.norm2(x, other, scale1, norm2, norm2_bias, total, normed2, moments2, eps)
         self.fc1(normed2, fc1, inside, workspace, bias1)
-        size = self.pixels * self.hidden
-        active = slab.as_strided((size,), (1,), self.wide)
-        inner = active if saved is None else saved.as_strided((size,), (1,), self.saved[-1])
-        F.gelu(inner, out=active)
+        F.gelu(hidden, out=active)
         self.fc2(wide, fc2, narrow, workspace, bias2)
-        self.add(total, narrow, scale2, 0, 0, result.data_ptr(), 0, 0, 0.0)
+        self.add(total, narrow, scale2, 0, 0, result, 0, 0, 0.0)
 
 
 class _Backward(_Launches):
@@ -225,10 +227,11 @@ class _Backward(_Launches):
         partials[3] = max(partials[3], self.scan.partials)
 
         # Two maps of the MLP, then all of the scan's, of which others take the place later.
+        projected = pixels * self.scan.columns
         mlps, end = _places(pixels * hidden, pixels * hidden)
         scans, other_end = _places(*[pixels * inner] * 3, self.scan.maps * pixels * inner,
-                                   self.scan.parts * pixels * self.scan.columns, self.scan.product,
-                                   self.scan.memory)
+                                   self.scan.parts * projected, self.scan.product,
+                                   self.scan.memory, projected if self.scan.parts > 1 else 0)
         single = 4 // self.unit
         places, self.size = _places(
             weights, self.workspace_size, pixels * dim, pixels * dim,
@@ -236,6 +239,8 @@ class _Backward(_Launches):
             2 * single * sums * inner, max(end, other_end))
         self.places = [self.unit * n for n in (*places[:-1],
                                                *(places[-1] + n for n in (*mlps, *scans)))]
+        # torch may need memory of its own to sum more.
+        self.graphs = self.scan.parts * projected * self.unit < 2**31
 
     def _cast(self, parameters, dtypes, sizes):
         """Where the parameters begin in a slab, in bytes, and what rounds them there; None where
@@ -255,22 +260,31 @@ class _Backward(_Launches):
     def __call__(self, grad, x, parameters, addresses, scales, saved, eps):
         """Gradients by x and the parameters, an empty one by a bias that is None."""
         slab = x.new_empty(self.size, dtype=self.dtype)
-        base, start = slab.data_ptr(), saved.data_ptr()
+        dx = torch.empty_like(x)
+        grads = [x.new_empty(0) if t is None else torch.empty_like(t) for t in parameters]
+        others, dbranch = grad.to(x.dtype), norm.scaled(grad, scales[1], self.dtype)
+        at = (*_addresses(x, slab, saved, others, dbranch, dx, scales[0]), *addresses)
+        to = _addresses(*grads)
+
+        def launch():
+            self._launch(eps, slab, to, *at)
+
+        if self.graphs:
+            replay(self.on_dim[0], (self, eps, at, to), launch)
+        else:
+            launch()
+        return dx, *grads
+
+    def _launch(self, eps, slab, to, x, base, start, others, dsum, dx, scale, *addresses):
         (weights, workspace, narrow, branch, dtotal, parts1, parts2, parts_norm2, parts_conv,
          parts_norm1, sums, inside, active, first, second, third, maps, dprojected, product,
-         memory) = [base + n for n in self.places]
+         memory, together) = [base + n for n in self.places]
         (normed1, moments1, before, given, projected, kept, merged, total, normed2, moments2,
          hidden) = [start + self.unit * n for n in self.saved]
         (norm1, _, in_proj, conv, *scans, out_norm, out_norm_bias, out_proj, norm2, _, fc1, _, fc2,
          _, conv_bias) = addresses
-        dx = torch.empty_like(x)
-        grads = [x.new_empty(0) if t is None else torch.empty_like(t) for t in parameters]
-        to = [t.data_ptr() for t in grads]
         if self.round is not None:
             in_proj, out_proj, fc1, fc2 = self.round((in_proj, out_proj, fc1, fc2), weights)
-        others = grad.to(x.dtype)
-        dbranch = norm.scaled(grad, scales[1], self.dtype)
-        dsum = dbranch.data_ptr()
 
         self.fc2(dsum, fc2, inside, workspace)
         self.gelu(inside, hidden, active, parts1)
@@ -278,8 +292,7 @@ class _Backward(_Launches):
         self.fc1(inside, fc1, narrow, workspace)
         self.dfc1(inside, normed2, to[14], workspace)
         self.columns(dsum, 0, 0, parts2)
-        self.norm2(narrow, total, moments2, norm2, others.data_ptr(),
-                   0 if scales[0] is None else scales[0].data_ptr(), dtotal, branch, parts_norm2)
+        self.norm2(narrow, total, moments2, norm2, others, scale, dtotal, branch, parts_norm2)
 
         # What out_proj took is calculated again, from the map before its norm.
         self.merged_norm(merged, 0, 0, out_norm, out_norm_bias, 0, first, 0, eps)
@@ -290,9 +303,10 @@ class _Backward(_Launches):
         self.scan.run(given, third, projected, kept, maps, dprojected, parts_conv, memory)
         if self.scan.parts > 1:
             size = self.pixels * self.scan.columns
-            together = slab.as_strided((self.scan.parts, size), (size, 1),
-                                       (dprojected - base) // self.unit).sum(0)
-            dprojected = together.data_ptr()
+            parts, whole = ((place - base) // self.unit for place in (dprojected, together))
+            torch.sum(slab.as_strided((self.scan.parts, size), (size, 1), parts), 0,
+                      out=slab.as_strided((size,), (1,), whole))
+            dprojected = together
         self.scan.end(scans, given, kept, maps, dprojected, parts_conv, product, sums, second,
                       to[_SCAN] + to[_OUT_NORM], workspace)
 
@@ -300,11 +314,10 @@ class _Backward(_Launches):
         self.transposed(first, conv, 0, third)
         self.din_proj(third, normed1, to[2], workspace)
         self.in_proj(third, in_proj, narrow, workspace)
-        self.norm1(narrow, x.data_ptr(), moments1, norm1, dtotal, 0, dx.data_ptr(), 0, parts_norm1)
+        self.norm1(narrow, x, moments1, norm1, dtotal, 0, dx, 0, parts_norm1)
         self.sum(parts1, 0, to[15], parts2, 0, to[17], parts_norm2, to[12], to[13],
                  parts_conv, to[3], to[18], parts_norm1, to[0], to[1],
                  *(sums, to[9], to[10])[:3 * len(self.scan.jobs)])
-        return dx, *grads
 
 
 _forward_of, _backward_of = cached(_Forward), cached(_Backward)
@@ -316,10 +329,14 @@ def _key(x, parameters, dtype):
             tuple([None if t is None else t.dtype for t in parameters]))
 
 
+def _addresses(*tensors):
+    return tuple([0 if t is None else t.data_ptr() for t in tensors])
+
+
 def _plain(*tensors):
     """Tensors, or None, as kernels and products take them, without gaps and at a multiple of 16
     bytes; and where they are."""
-    tensors, addresses = list(tensors), [0 if t is None else t.data_ptr() for t in tensors]
+    tensors, addresses = list(tensors), list(_addresses(*tensors))
     for i, (t, address) in enumerate(zip(tensors, addresses, strict=True)):
         if address % 16 or address and not t.is_contiguous():
             tensors[i] = t.clone(memory_format=torch.contiguous_format)
