@@ -13,30 +13,35 @@ struct Params {
     int positions, length, dim, parameter_type;  // length: positions of a sample
 };
 
-// A warp per position; a lane has 4 adjacent channels out of each 128.
-template <class X, class B, class O, bool ADD, int PARTS>
+// LANES to a position: a warp, or where there are few channels half of one, so that more is read at
+// a time; a lane has 4 adjacent channels out of each 4 LANES.
+template <class X, class B, class O, bool ADD, int PARTS, int LANES>
 __global__ void __launch_bounds__(256, 2) add_norm(const Params p) {
-    const int lane = threadIdx.x & 31;
-    const int warps = gridDim.x * (blockDim.x >> 5);
+    constexpr int OF_WARP = 32 / LANES;
+    const int lane = threadIdx.x % LANES, warps = gridDim.x * (blockDim.x >> 5);
     extern __shared__ __align__(16) float shared[];  // weight and bias, if there is a norm
     if (p.normed) load_affine(shared, p.weight, p.bias, p.dim, p.parameter_type);
-    for (int m = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5); m < p.positions; m += warps) {
+    for (int first = (blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5)) * OF_WARP;
+         first < p.positions; first += warps * OF_WARP) {
+        const int m = first + threadIdx.x % 32 / LANES;
+        const bool valid = OF_WARP == 1 || m < p.positions;
         const long long at = (long long)m * p.dim;
-        const float scale = ADD && p.scale ? p.scale[m / p.length] : 1.f;
+        const float scale = ADD && valid && p.scale ? p.scale[m / p.length] : 1.f;
         float v[PARTS][4];
 #pragma unroll
         for (int i = 0; i < PARTS; ++i) {
-            const int c = i * 128 + lane * 4;
-            unpack4(v[i], load4<X>(p.x, at + c, c < p.dim), X{});
+            const int c = (i * LANES + lane) * 4;
+            const bool there = c < p.dim && valid;
+            unpack4(v[i], load4_last<X>(p.x, at + c, there), X{});
             if (ADD) {
                 float b[4];
-                unpack4(b, load4<B>(p.branch, at + c, c < p.dim), B{});
+                unpack4(b, load4_last<B>(p.branch, at + c, there), B{});
                 // What is left out is 0 times a finite number, or NaN, as in PyTorch.
 #pragma unroll
                 for (int e = 0; e < 4; ++e) v[i][e] += scale * b[e];
-                if (c < p.dim && p.normed) store4<X>(p.sum, at + c, v[i]);
-                else if (c < p.dim) store4<O>(p.sum, at + c, v[i]);
-            } else if (p.branch && c < p.dim) {
+                if (there && p.normed) store4_aside<X>(p.sum, at + c, v[i]);
+                else if (there) store4<O>(p.sum, at + c, v[i]);
+            } else if (p.branch && there) {
                 float b[4];
                 unpack4(b, *(const float4 *)((const float *)p.branch + c), Float{});
 #pragma unroll
@@ -45,7 +50,8 @@ __global__ void __launch_bounds__(256, 2) add_norm(const Params p) {
             }
         }
         if (!p.normed) continue;
-        const float2 moments = store_norm<O>(p.normed, at, v, shared, p.dim, lane, p.eps);
-        if (p.moments && lane == 0) p.moments[m] = moments;
+        const float2 moments = store_norm<O, LANES>(p.normed, at, v, shared, p.dim, lane, p.eps,
+                                                    valid);
+        if (p.moments && lane == 0 && valid) p.moments[m] = moments;
     }
 }

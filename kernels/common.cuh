@@ -136,6 +136,14 @@ __device__ __forceinline__ typename Raw<T>::type load4(const void *p, long long 
     return R{};
 }
 
+// The same for what is not read again soon, so that it makes room in L2 for others.
+template <class T>
+__device__ __forceinline__ typename Raw<T>::type load4_last(const void *p, long long i, bool valid) {
+    typedef typename Raw<T>::type R;
+    if (valid) return __ldcs((const R *)((const char *)p + i * (sizeof(R) / 4)));
+    return R{};
+}
+
 __device__ __forceinline__ void unpack4(float (&v)[4], const float4 &raw, Float) {
     v[0] = raw.x, v[1] = raw.y, v[2] = raw.z, v[3] = raw.w;
 }
@@ -152,6 +160,16 @@ __device__ __forceinline__ void store4(void *p, long long i, const float (&v)[4]
         *(float4 *)((float *)p + i) = make_float4(v[0], v[1], v[2], v[3]);
     else
         *(uint2 *)((unsigned short *)p + i) = make_uint2(T::pack(v[0], v[1]), T::pack(v[2], v[3]));
+}
+
+// The same for what is read much later.
+template <class T>
+__device__ __forceinline__ void store4_aside(void *p, long long i, const float (&v)[4]) {
+    if constexpr (same<T, Float>)
+        __stcs((float4 *)((float *)p + i), make_float4(v[0], v[1], v[2], v[3]));
+    else
+        __stcs((uint2 *)((unsigned short *)p + i),
+               make_uint2(T::pack(v[0], v[1]), T::pack(v[2], v[3])));
 }
 
 // An element of a parameter: type 0 is fp32, 1 fp16, 2 bf16.

@@ -14,7 +14,8 @@ __global__ void __launch_bounds__(256) dwconv(const Params p) {
     extern __shared__ __align__(16) float shared[];  // (9, channels)
     load_weights(shared, p.weight, p.weight_type, p.x.dim);
     const int channels = 4 * blockDim.x, channel = (blockIdx.y * blockDim.x + threadIdx.x) * 4;
-    const int i = blockIdx.x * blockDim.y + threadIdx.y;
+    // From the end: what was written last is still in L2, and so is, for the next, what it reads first.
+    const int i = (gridDim.x - 1 - blockIdx.x) * blockDim.y + threadIdx.y;
     if (channel >= p.x.dim || i >= count_strips(p.x, ROWS, p.segments)) return;
     const Strip<ROWS> strip(p.x, i, p.segments, p.columns);
 

@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(256) ss2d_merge(const Params p) {
             R in[MAPS + EXTRA];
 #pragma unroll
             for (int j = 0; j < MAPS; ++j)
-                in[j] = c < p.dim ? *(const R *)(at + j * map + c) : R{};
+                in[j] = load4_last<T>(at + j * map, c, c < p.dim);
             if (EXTRA)
                 in[MAPS] = c < p.dim ? *(const R *)((const Element *)p.extra + to + c) : R{};
 #pragma unroll

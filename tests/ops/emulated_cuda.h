@@ -32,6 +32,8 @@ static inline float4 make_float4(float x, float y, float z, float w) { return {x
 template <class T> static inline T min(T a, T b) { return b < a ? b : a; }
 template <class T> static inline T max(T a, T b) { return a < b ? b : a; }
 template <class T> static inline T __ldg(const T *p) { return *p; }
+template <class T> static inline T __ldcs(const T *p) { return *p; }
+template <class T> static inline void __stcs(T *p, T v) { *p = v; }
 static inline u32 __umulhi(u32 a, u32 b) { return (uint64_t)a * b >> 32; }
 
 static inline u32 __float_as_uint(float f) {

@@ -40,8 +40,8 @@ INSTANCES: dict[Instance, int] = {
                       walk.backward_instance(type_, states, sequence))},
     **{walk.forward_instance('Half', 16, False, mode): 75 for mode in (walk.ENDS, walk.GRADIENTS)},
     **{kernel: 80 if 'BFloat' in types else 75 for types in _NORMS for kernel in (
-        *(norm.forward_instance(*types, adds, parts) for adds in (False, True)
-          for parts in (1, 6, 12)),
+        *(norm.forward_instance(*types, adds, *parts) for adds in (False, True)
+          for parts in ((1, 16), (1,), (6,), (12,))),
         *(norm.backward_instance(types[2], types[0], types[1], *parts)
           for parts in ((1, 1), (3, 2), (4, 4))))},
     norm.forward_instance('Half', 'Half', 'Float', False, 1): 75,
@@ -51,6 +51,7 @@ INSTANCES: dict[Instance, int] = {
                     lambda t: dwconv.forward_instance(t, False), dwconv.backward_instance)},
     **{mlp.column_instance(type_, gelu): _TYPES.get(type_, 75)
        for type_ in ('Half', 'BFloat', 'Float') for gelu in (False, True)},
+    **{mlp.gelu_instance(type_): _TYPES.get(type_, 75) for type_ in ('Half', 'BFloat', 'Float')},
     **{cast_instance(type_): low for type_, low in _TYPES.items()},
     sum_instance(): 75,
     walk.prepare_instance(): 75,

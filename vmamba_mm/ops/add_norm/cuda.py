@@ -13,10 +13,10 @@ def why_not(x: Tensor, *others: Tensor | None) -> str | None:
     return why_not_channels(x, x.shape[-1], others)
 
 
-def forward_instance(x_type: str, branch_type: str, out_type: str, adds: bool, parts: int
-                     ) -> Instance:
+def forward_instance(x_type: str, branch_type: str, out_type: str, adds: bool, parts: int,
+                     lanes: int = 32) -> Instance:
     return Instance('add_norm.cu', f'add_norm<{x_type}, {branch_type}, {out_type}, '
-                    f'{str(adds).lower()}, {parts}>', 'P' * 8 + 'fiiii')
+                    f'{str(adds).lower()}, {parts}, {lanes}>', 'P' * 8 + 'fiiii')
 
 
 def backward_instance(grad_type: str, x_type: str, branch_type: str, parts: int, team: int
@@ -32,10 +32,10 @@ def forward_launch(index, x, branch, out, weight, batch, length, dim):
     Of addresses: x, branch (without a sum, (D) in fp32 to be added before the norm, or 0), scale,
     weight, bias, sum, normed, moments; and eps.
     """
-    positions = batch * length
+    positions, lanes = batch * length, 16 if dim <= 64 else 32
     launch = kernel(index, forward_instance, TYPES[x], TYPES[branch or x], TYPES[out],
-                    branch is not None, -(-dim // 128)).bind(
-        (min(-(-positions // 8), 8 * device_limits(index)[0]), 1, 1), (256, 1, 1),
+                    branch is not None, -(-dim // 128), lanes).bind(
+        (min(-(-positions * lanes // 256), 8 * device_limits(index)[0]), 1, 1), (256, 1, 1),
         8 * dim if weight else 0)
     sizes = positions, length, dim, CODES.get(weight, 0)
     return lambda *addresses: launch(*addresses, *sizes)

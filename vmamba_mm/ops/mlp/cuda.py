@@ -1,4 +1,5 @@
-"""``mlp`` by torch's matrix products and the CUDA kernels ``cast.cu`` and ``column_sums.cu``."""
+"""``mlp`` by torch's matrix products and the CUDA kernels ``cast.cu``, ``gelu.cu`` and
+``column_sums.cu``."""
 
 import torch
 from torch import Tensor
@@ -16,6 +17,18 @@ def why_not(x: Tensor, *parameters: Tensor) -> str | None:
         return 'autocast rounds its input first'
     return (why_not_channels(x, parameters[0].shape[0], parameters)
             or why_not_channels(x, parameters[2].shape[0], ()))
+
+
+def gelu_instance(type_: str) -> Instance:
+    return Instance('gelu.cu', f'gelu<{type_}>', 'PPq')
+
+
+@cached
+def gelu_launch(index, dtype, size):
+    """GELU of so many elements, a multiple of 4. Of addresses: input and result, which may be
+    one."""
+    launch = kernel(index, gelu_instance, TYPES[dtype]).bind((-(-size // 4096), 1, 1), (256, 1, 1))
+    return lambda x, y: launch(x, y, size)
 
 
 def column_instance(type_: str, gelu: bool) -> Instance:
@@ -51,7 +64,9 @@ def forward(x, w1, b1, w2, b2, save):
     """(y, inner): as the op ``mlp``."""
     w1, b1, w2, b2 = cast([w1, b1, w2, b2], x.dtype)
     inner = torch.addmm(b1, x.reshape(-1, x.shape[-1]), w1.T)
-    hidden = torch.nn.functional.gelu(inner) if save else torch.ops.aten.gelu_(inner)
+    hidden = torch.empty_like(inner) if save else inner
+    if inner.numel():
+        gelu_launch(x.get_device(), x.dtype, inner.numel())(inner.data_ptr(), hidden.data_ptr())
     y = torch.addmm(b2, hidden, w2.T).view(*x.shape[:-1], -1)
     return y, inner if save else x.new_empty(0)
 

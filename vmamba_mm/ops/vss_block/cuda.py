@@ -7,7 +7,6 @@ deals in addresses, and maps lie in one or two slabs of memory, where one takes 
 from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vmamba_mm.ops import cublas, walk
@@ -128,6 +127,7 @@ class _Forward(_Launches):
         self.out_proj = self.product(pixels, dim, inner, right_t=True)
         self.norm2 = self.norm(x_dtype, dtype, dtype, dtypes[12])
         self.fc1 = self.product(pixels, hidden, dim, right_t=True, bias=True)
+        self.gelu = mlp.gelu_launch(index, dtype, pixels * hidden)
         self.fc2 = self.product(pixels, dim, hidden, right_t=True, bias=True)
         self.add = self.norm(x_dtype, dtype, out_dtype, None)
         # Maps that take one another's place: the products' results; what the scan reads, and the
@@ -142,13 +142,10 @@ class _Forward(_Launches):
     def __call__(self, x, addresses, scales, eps, result, saved):
         """Writes ``result``, and ``saved``, if it is there; ``addresses`` of the parameters."""
         slab = x.new_empty(self.size, dtype=self.dtype)
-        size = self.pixels * self.hidden
-        active = slab.as_strided((size,), (1,), self.wide)
-        hidden = active if saved is None else saved.as_strided((size,), (1,), self.saved[-1])
         at = (*_addresses(x, slab, result, saved, *scales), *addresses)
-        replay(self.on_dim[0], (self, eps, at), lambda: self._launch(eps, hidden, active, *at))
+        replay(self.on_dim[0], (self, eps, at), lambda: self._launch(eps, *at))
 
-    def _launch(self, eps, hidden, active, x, base, result, start, scale1, scale2, *addresses):
+    def _launch(self, eps, x, base, result, start, scale1, scale2, *addresses):
         unit = self.unit
         narrow, other, wide, workspace, memory = [base + unit * n for n in (
             self.narrow, self.other, self.wide, self.workspace, self.memory)]
@@ -177,7 +174,7 @@ class _Forward(_Launches):
         self.out_proj(narrow, out_proj, other, workspace)
         self.norm2(x, other, scale1, norm2, norm2_bias, total, normed2, moments2, eps)
         self.fc1(normed2, fc1, inside, workspace, bias1)
-        F.gelu(hidden, out=active)
+        self.gelu(inside, wide)
         self.fc2(wide, fc2, narrow, workspace, bias2)
         self.add(total, narrow, scale2, 0, 0, result, 0, 0, 0.0)
 
