@@ -19,12 +19,13 @@ __global__ void __launch_bounds__(256) column_sums(const Params p) {
     if (column < p.dim)
 #pragma unroll 4
         for (int row = blockIdx.x * 8 + threadIdx.y; row < p.rows; row += gridDim.x * 8) {
-            const long long at = (long long)row * p.dim + column;
+            // With GELU from the end, as what the product before has written last is still in L2.
+            const long long at = (long long)(GELU ? p.rows - 1 - row : row) * p.dim + column;
             float grad[4];
             unpack4(grad, load4<T>(p.grad, at, true), T{});
             if (GELU) {
                 float x[4], y[4];
-                unpack4(x, load4<T>(p.input, at, true), T{});
+                unpack4(x, load4_last<T>(p.input, at, true), T{});
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
                     const float below = 0.5f + 0.5f * erff(x[e] * 0.7071067811865476f);

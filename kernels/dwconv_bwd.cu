@@ -44,8 +44,8 @@ __global__ void __launch_bounds__(128) dwconv_bwd(const Params p) {
             load_column<T, ROWS>(window[2], p.x, strip.image, strip.row, column + 1, channel);
 #pragma unroll
             for (int r = 0; r < ROWS; ++r)
-                dys[r] = load4<T>(p.dy, (first + r * p.x.width) * p.x.dim + channel,
-                                  strip.row + r < p.x.height);
+                dys[r] = load4_last<T>(p.dy, (first + r * p.x.width) * p.x.dim + channel,
+                                       strip.row + r < p.x.height);
             float x[3][ROWS + 2][4];
 #pragma unroll
             for (int j = 0; j < 3; ++j)

@@ -14,13 +14,14 @@ struct Params {
     int positions, length, dim, parameter_type;
 };
 
-// TEAM warps per position; a lane has 4 adjacent channels out of each 128 * TEAM.
-template <class G, class X, class B, int PARTS, int TEAM>
+// TEAM warps per position, or where there are few channels half of one; LANES of a warp are of one
+// position, and a lane has 4 adjacent channels out of each 4 * LANES * TEAM.
+template <class G, class X, class B, int PARTS, int TEAM, int LANES>
 __global__ void __launch_bounds__(256, same<X, Float> && PARTS > 3 ? 1 : 2)
 norm_bwd(const Params p) {
-    constexpr int TEAMS = 8 / TEAM;
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    const int team = warp / TEAM, first = ((warp % TEAM) * 32 + lane) * 4;
+    constexpr int TEAMS = 256 / LANES / TEAM, STEP = 4 * LANES * TEAM;
+    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
+    const int team = warp / TEAM, first = ((warp % TEAM) * LANES + lane) * 4;
     __shared__ float2 exchange[2][8];
     extern __shared__ __align__(16) char shared[];  // (2, D) floats
     float w[PARTS][4], dw[PARTS][4] = {}, db[PARTS][4] = {};
@@ -28,7 +29,7 @@ norm_bwd(const Params p) {
     for (int i = 0; i < PARTS; ++i)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-            const int c = i * 128 * TEAM + first + e;
+            const int c = i * STEP + first + e;
             w[i][e] = c < p.dim ? load_parameter(p.weight, c, p.parameter_type) : 0.f;
         }
     int turn = 0;
@@ -43,11 +44,11 @@ norm_bwd(const Params p) {
         typename Raw<X>::type input[PARTS], others[PARTS];
 #pragma unroll
         for (int i = 0; i < PARTS; ++i) {
-            const int c = i * 128 * TEAM + first;
+            const int c = i * STEP + first;
             const bool in = valid && c < p.dim;
-            grad[i] = load4<G>(p.grad, at + c, in);
-            input[i] = load4<X>(p.input, at + c, in);
-            others[i] = load4<X>(p.others, at + c, in && p.others);
+            grad[i] = load4_last<G>(p.grad, at + c, in);
+            input[i] = load4_last<X>(p.input, at + c, in);
+            others[i] = load4_last<X>(p.others, at + c, in && p.others);
         }
 #pragma unroll
         for (int i = 0; i < PARTS; ++i) {
@@ -64,7 +65,7 @@ norm_bwd(const Params p) {
             }
         }
 #pragma unroll
-        for (int d = 16; d; d >>= 1) {
+        for (int d = LANES / 2; d; d >>= 1) {
             sum += __shfl_xor_sync(0xffffffffu, sum, d);
             product += __shfl_xor_sync(0xffffffffu, product, d);
         }
@@ -85,15 +86,18 @@ norm_bwd(const Params p) {
         const float scale = p.scale && valid ? p.scale[m / p.length] : 1.f;
 #pragma unroll
         for (int i = 0; i < PARTS; ++i) {
-            const int c = i * 128 * TEAM + first;
+            const int c = i * STEP + first;
             float o[4];
             unpack4(o, others[i], X{});
 #pragma unroll
             for (int e = 0; e < 4; ++e)
                 o[e] += (g[i][e] - sum - y[i][e] * product) * moments.y;
             if (!valid || c >= p.dim) continue;
-            store4<X>(p.dinput, at + c, o);
-            if (!p.dbranch) continue;
+            if (!p.dbranch) {
+                store4<X>(p.dinput, at + c, o);
+                continue;
+            }
+            store4_aside<X>(p.dinput, at + c, o);
 #pragma unroll
             for (int e = 0; e < 4; ++e) o[e] *= scale;
             store4<B>(p.dbranch, at + c, o);
@@ -107,7 +111,7 @@ norm_bwd(const Params p) {
         for (int i = 0; i < PARTS; ++i)
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                const int c = i * 128 * TEAM + first + e;
+                const int c = i * STEP + first + e;
                 if (c >= p.dim) continue;
                 sums[c] = turn ? sums[c] + dw[i][e] : dw[i][e];
                 sums[p.dim + c] = turn ? sums[p.dim + c] + db[i][e] : db[i][e];

@@ -43,7 +43,7 @@ INSTANCES: dict[Instance, int] = {
         *(norm.forward_instance(*types, adds, *parts) for adds in (False, True)
           for parts in ((1, 16), (1,), (6,), (12,))),
         *(norm.backward_instance(types[2], types[0], types[1], *parts)
-          for parts in ((1, 1), (3, 2), (4, 4))))},
+          for parts in ((1, 1, 16), (1, 1), (3, 2), (4, 4))))},
     norm.forward_instance('Half', 'Half', 'Float', False, 1): 75,
     norm.backward_instance('Float', 'Half', 'Half', 1, 1): 75,
     **{make(type_): _TYPES.get(type_, 75) for type_ in ('Half', 'BFloat', 'Float')

@@ -19,10 +19,15 @@ def forward_instance(x_type: str, branch_type: str, out_type: str, adds: bool, p
                     f'{str(adds).lower()}, {parts}, {lanes}>', 'P' * 8 + 'fiiii')
 
 
-def backward_instance(grad_type: str, x_type: str, branch_type: str, parts: int, team: int
-                      ) -> Instance:
+def backward_instance(grad_type: str, x_type: str, branch_type: str, parts: int, team: int,
+                      lanes: int = 32) -> Instance:
     return Instance('norm_bwd.cu', f'norm_bwd<{grad_type}, {x_type}, {branch_type}, {parts}, '
-                    f'{team}>', 'P' * 9 + 'iiii')
+                    f'{team}, {lanes}>', 'P' * 9 + 'iiii')
+
+
+def _lanes(dim: int) -> int:
+    """That have a position."""
+    return 16 if dim <= 64 else 32
 
 
 @cached
@@ -32,7 +37,7 @@ def forward_launch(index, x, branch, out, weight, batch, length, dim):
     Of addresses: x, branch (without a sum, (D) in fp32 to be added before the norm, or 0), scale,
     weight, bias, sum, normed, moments; and eps.
     """
-    positions, lanes = batch * length, 16 if dim <= 64 else 32
+    positions, lanes = batch * length, _lanes(dim)
     launch = kernel(index, forward_instance, TYPES[x], TYPES[branch or x], TYPES[out],
                     branch is not None, -(-dim // 128), lanes).bind(
         (min(-(-positions * lanes // 256), 8 * device_limits(index)[0]), 1, 1), (256, 1, 1),
@@ -48,11 +53,11 @@ def backward_launch(index, grad, x, branch, weight, batch, length, dim):
 
     Of addresses: grad, x, moments, weight, others, scale, dx, dbranch, partials.
     """
-    positions = batch * length
+    positions, lanes = batch * length, _lanes(dim)
     team = 1 << ((dim - 1) // 512).bit_length()  # 1, 2, 4 or 8 warps: 512 channels each
-    blocks = min(-(-positions * team // 8), 4 * device_limits(index)[0])
+    blocks = min(-(-positions * team * lanes // 256), 4 * device_limits(index)[0])
     launch = kernel(index, backward_instance, TYPES[grad], TYPES[x], TYPES[branch or x],
-                    -(-dim // (128 * team)), team).bind((blocks, 1, 1), (256, 1, 1), 8 * dim)
+                    -(-dim // (128 * team)), team, lanes).bind((blocks, 1, 1), (256, 1, 1), 8 * dim)
     sizes = positions, length, dim, CODES[weight]
     return blocks, lambda *addresses: launch(*addresses, *sizes)
 
