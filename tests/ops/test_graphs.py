@@ -26,6 +26,8 @@ def told(monkeypatch):
 
     monkeypatch.setattr(graphs, 'Graph', Graph)
     monkeypatch.setattr(graphs, 'is_current_stream_capturing', lambda: False)
+    monkeypatch.setattr(graphs, '_Balance', type('_Balance', (graphs._Balance,),
+                                                 dict(made=0, replayed=0)))
     graphs._seen.cache_clear()
     yield done
     graphs._seen.cache_clear()
@@ -56,11 +58,26 @@ def test_what_was_not_used_for_longest_is_forgotten(told):
     assert call(told, 0) == ['launched'] == call(told, 0)  # its first time was forgotten
 
 
+def test_graphs_must_be_earned(told):
+    """Addresses that come three times and never again."""
+    made = 0
+    for key in range(2 * graphs.FREE):
+        made += sum('made' in call(told, key) for _ in range(3))
+    # The replay of each that was made counts too.
+    assert graphs.FREE <= made <= graphs.FREE * graphs.EARNED_BY / (graphs.EARNED_BY - 1) + 1
+    for _ in range(3 * graphs.EARNED_BY):
+        call(told, 0)
+    for _ in range(3):
+        last = call(told, 'another')
+    assert last == ['made', 'replayed']
+
+
 # --- blocks on a GPU ----------------------------------------------------------------------------
 
 @pytest.fixture
 def replays(monkeypatch):
     """A list to which a replay appends 1."""
+    monkeypatch.setattr(graphs, 'FREE', 10**9)
     done, run = [], graphs.Graph.__call__
     monkeypatch.setattr(graphs.Graph, '__call__', lambda self: done.append(1) or run(self))
     graphs._seen.cache_clear()

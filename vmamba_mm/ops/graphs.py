@@ -21,6 +21,9 @@ WORTH_IT = 3
 #: Lists of launches that are remembered; the one that was not used for longest is forgotten. A
 #: graph takes 136 KiB of an H100.
 MOST = 512
+#: Graphs that are made in any case; each further one is earned by so many replays, which save about
+#: what it costs. So memory that lies elsewhere each time cannot make a model slow.
+FREE, EARNED_BY = 128, 8
 _THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may do as they like
 
 _lock = threading.Lock()
@@ -69,6 +72,14 @@ class _Seen:
     times, graph = 0, None
 
 
+class _Balance:
+    made = replayed = 0
+
+    @classmethod
+    def allows(cls) -> bool:
+        return cls.made < FREE + cls.replayed // EARNED_BY
+
+
 @functools.lru_cache(maxsize=MOST)
 def _seen(index: int, key: Hashable) -> _Seen:
     return _Seen()
@@ -82,7 +93,9 @@ def replay(index: int, key: Hashable, launch: Callable[[], None]) -> None:
     seen = _seen(index, key)
     if seen.graph is None:
         seen.times += 1
-        if seen.times < WORTH_IT:
+        if seen.times < WORTH_IT or not _Balance.allows():
             return launch()
         seen.graph = Graph(index, launch)
+        _Balance.made += 1
     seen.graph()
+    _Balance.replayed += 1
