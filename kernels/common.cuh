@@ -172,6 +172,11 @@ __device__ __forceinline__ void store4_aside(void *p, long long i, const float (
                make_uint2(T::pack(v[0], v[1]), T::pack(v[2], v[3])));
 }
 
+// The exact one.
+__device__ __forceinline__ float gelu(float x) {
+    return x * (0.5f + 0.5f * erff(x * 0.7071067811865476f));
+}
+
 // An element of a parameter: type 0 is fp32, 1 fp16, 2 bf16.
 __device__ __forceinline__ float load_parameter(const void *p, long long i, int type) {
     if (type == 0) return ((const float *)p)[i];

@@ -149,6 +149,12 @@ __device__ __forceinline__ float element(const float4 &v, int i) {
     return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
+// Whether no row ends within a slot of the warp; asked of all lanes, or those of one kind would wait
+// for those of the other.
+__device__ __forceinline__ bool is_straight(const Scan &p, const Place &place) {
+    return p.aligned || __all_sync(ALL, place.wrap >= OWN);
+}
+
 // Calls f(i, pixel) for the positions of a slot, where all rows are 7 long or more, so that at most
 // one ends here; ALIGNED: whether none does.
 template <bool ALIGNED, class F>
@@ -167,8 +173,9 @@ __device__ __forceinline__ void read_map(const Scan &p, const Path &path, const 
     const unsigned short *base = (const unsigned short *)map.data + place.image * map.stride_b
           + (long long)channel * map.stride_d;
     auto at = [&](int i, int pixel) { take(i, base + pixel * map.stride_pixel); };
+    const bool straight = is_straight(p, place);
     if (map.vector && count >= OWN && path.inner_length >= OWN) {
-        if (p.aligned || place.wrap >= OWN) for_pixels<true>(path, place, at);
+        if (straight) for_pixels<true>(path, place, at);
         else for_pixels<false>(path, place, at);
         return;
     }
@@ -199,8 +206,8 @@ __device__ __forceinline__ void write_map(const Scan &p, const Path &path, const
     unsigned short *const out = (unsigned short *)map.data + place.image * map.stride_b + channel;
     auto put = [&](int i, int pixel) { *(uint2 *)(out + pixel * p.dim) = get(i); };
     auto add = [&](int i, int pixel) { T::add(out + pixel * p.dim, get(i)); };
+    const bool straight = is_straight(p, place);
     if (map.vector && count >= OWN && path.inner_length >= OWN) {
-        const bool straight = p.aligned || place.wrap >= OWN;
         if (straight && adds) for_pixels<true>(path, place, add);
         else if (straight) for_pixels<true>(path, place, put);
         else if (adds) for_pixels<false>(path, place, add);

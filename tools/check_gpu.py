@@ -73,7 +73,7 @@ def run_cases(tool, only):
     """Each case forward and backward; names the kernels' files that were launched."""
     import torch
 
-    from vmamba_mm.layers import VSSBlock
+    from vmamba_mm.layers import ConvStem, VSSBlock
     from vmamba_mm.ops import cublas, nvrtc, selective_scan, ss2d_scan, ss2d_scan_norm
     from vmamba_mm.ops.ss2d_scan import cut
     from vmamba_mm.testing import selective_scan_inputs, ss2d_scan_inputs, with_grads
@@ -120,6 +120,14 @@ def run_cases(tool, only):
         torch.cuda.synchronize()
         print(f'{time.monotonic() - began:.0f} s: block, {name}', flush=True)
 
+    def run_stem():
+        if only not in 'stem':
+            return
+        with torch.no_grad(), torch.autocast('cuda', torch.float16):
+            ConvStem(3, 96).cuda()(torch.randn(2, 3, 19, 37, device='cuda'))
+        torch.cuda.synchronize()
+        print(f'{time.monotonic() - began:.0f} s: stem', flush=True)
+
     began, around = time.monotonic(), cut._around
     for name, shape, kwargs, dtype, norm in scan_cases():
         # Spans would be gone around too, where the GPU has clusters.
@@ -136,6 +144,7 @@ def run_cases(tool, only):
         run(f'N = {state}', selective_scan, inputs, delta_softplus=True)
     for name, dtype in (('half', torch.float16), ('fp32', torch.float32)):
         run_block(name, dtype)
+    run_stem()
     print(f'{MARKS["launched"]}{" ".join(sorted(launched))}\n{MARKS["done"]}')
 
 

@@ -167,7 +167,7 @@ class TimmVMamba(nn.Module):
         for i, stage in enumerate(stages):
             if i > 0:
                 x = stages[i - 1].downsample(x)
-            x = raw = stage.blocks(x)
+            x = raw = stage.run_blocks(x)
             if i == self.backbone.out_indices[-1]:
                 x = getattr(self.backbone, f'norm{i}')(x)
             if i in take:

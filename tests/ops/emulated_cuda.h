@@ -321,6 +321,16 @@ template <class T> static inline T __shfl_down_sync(u32, T v, int by) {
     return emulated::shuffle(v, emulated::current->lane + by);
 }
 
+static inline bool __all_sync(u32, bool v) {
+    const auto *const given = emulated::exchange((u32)v);
+    for (int lane = 0; lane < 32; ++lane) {
+        u32 other;
+        memcpy(&other, &given[lane].words[0], 4);
+        v = v && other;
+    }
+    return v;
+}
+
 static inline size_t __cvta_generic_to_shared(const void *p) {
     return (const char *)p - dynamic_shared;
 }

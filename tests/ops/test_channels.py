@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
 import vmamba_mm.layers.vss_block as layers
-from vmamba_mm.layers import ConvDownsample, ConvStem, VSSBlock
+from vmamba_mm.layers import ConvDownsample, ConvStem, VSSBlock, VSSStage
 from vmamba_mm.ops import add_norm, dwconv_silu, layer_norm, mlp, nvrtc
 from vmamba_mm.ops.channels import sum_launch
 from vmamba_mm.testing import relative_error
@@ -347,6 +347,70 @@ def test_block_in_one_op(request, kernels, calls, shape, ratio, feeds, dtype):
     assert pure.dtype == dtype and relative_error(pure, exact) <= 2 * limit
 
 
+@pytest.fixture
+def chains(kernels, monkeypatch):
+    """A list to which a call of the op of several blocks appends their number."""
+    chains, op = [], layers.vss_blocks
+    monkeypatch.setattr(layers, 'vss_blocks',
+                        lambda x, own, *args: chains.append(len(own)) or op(x, own, *args))
+    return chains
+
+
+def make_stage(device, dim=36, ratio=1.0, feeds=False, depth=3, drop_path=0.0):
+    return VSSStage([make_block(device, dim, ratio, feeds and i == depth - 1, drop_path)
+                     for i in range(depth)], None)
+
+
+@pytest.mark.parametrize('dtype', [HALF, BRAIN, SINGLE], ids=['fp16', 'bf16', 'fp32'])
+@BLOCKS
+def test_blocks_in_one_op(request, kernels, chains, shape, ratio, feeds, dtype):
+    """To the bit what they are one by one, for their sums are kept in fp32."""
+    skip_types(request, dtype)
+    stage, x = make_stage(kernels, shape[3], ratio, feeds).eval(), randn(*shape, device=kernels)
+    for parameter in stage.parameters():
+        parameter.data += 0.1 * torch.rand_like(parameter)  # no block is another
+    with torch.no_grad(), autocast(kernels, dtype):
+        found, expected = stage.run_blocks(x), stage.blocks(x)
+        assert chains == [3]
+        assert found.dtype == expected.dtype == (dtype if feeds else SINGLE)
+        assert torch.equal(found, expected)
+    with torch.no_grad():
+        exact = copy.deepcopy(stage).double().blocks(x.double())
+        stage.to(dtype)
+        found, expected = stage.run_blocks(x.to(dtype)), stage.blocks(x.to(dtype))
+    assert chains == [3, 3] and found.dtype == dtype
+    limit = max(2 * relative_error(expected, exact), LIMITS[dtype])
+    assert relative_error(found, exact) <= limit
+
+
+def test_blocks_that_do_not_run_as_one_op(kernels, chains):
+    x = randn(2, 5, 6, 36, device=kernels)
+
+    def runs(stage, x=x):
+        chains.clear()
+        with torch.no_grad():
+            assert torch.equal(stage.run_blocks(x), stage.blocks(x))
+        return bool(chains)
+
+    stage = make_stage(kernels).eval()
+    assert runs(stage)
+    for module in (stage.blocks, stage.blocks[1], stage.blocks[2].mlp, stage.blocks[0].ssm.conv2d):
+        handle = module.register_forward_hook(lambda *args: None)
+        assert not runs(stage)
+        handle.remove()
+    assert runs(stage)
+    chains.clear()
+    stage.run_blocks(x).sum().backward()
+    assert not chains and stage.blocks[1].norm1.weight.grad is not None
+    stage.blocks[1].norm1.eps = 1e-3
+    assert not runs(stage)
+    dropping = make_stage(kernels, drop_path=0.5).train()
+    with torch.no_grad():
+        dropping.run_blocks(x)
+    assert not chains
+    assert runs(dropping.eval())
+
+
 def test_a_block_with_another_convolution(kernels, calls):
     block = make_block(kernels, 32, 1.0)
     x = randn(2, 5, 6, 32, device=kernels)
@@ -474,7 +538,7 @@ def test_opcheck(kernels):
                 (x.detach().requires_grad_(), *parameters, *rest),
                 test_utils=('test_schema', 'test_autograd_registration', 'test_faketensor'))
         opcheck(torch.ops.vmamba_mm.vss_block.default,
-                (x.detach(), [t.detach() for t in parameters], None, *rest[3:]))
+                (x.detach(), [t.detach() for t in parameters], [], *rest[3:]))
 
 
 def test_bit_equal_whichever_thread_is_first(kernels, monkeypatch):

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from vmamba_mm.layers.norm import LayerNorm
 from vmamba_mm.layers.plain import is_plain, is_plain_conv
-from vmamba_mm.ops import conv_norm
+from vmamba_mm.ops import channels_last, conv_norm, conv_norm_gelu
 from vmamba_mm.ops.backends import autocast_dtype
 
 
@@ -17,13 +17,6 @@ def _conv_norm(conv: nn.Conv2d, norm: LayerNorm, x_BHWC: Tensor) -> Tensor:
                          stride=conv.stride[0], padding=conv.padding[0],
                          out_dtype=autocast_dtype(x_BHWC) if norm.feeds_matmul else None)
     return norm(conv(x_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-
-
-def _channels_last(x_BCHW: Tensor) -> Tensor:
-    """The images as the first convolution takes them, (B, H, W, C), by one copy at most."""
-    dtype = autocast_dtype(x_BCHW) if x_BCHW.dtype == torch.float32 else None
-    x_BCHW = x_BCHW.to(dtype or x_BCHW.dtype, memory_format=torch.channels_last)
-    return x_BCHW.permute(0, 2, 3, 1)
 
 
 class PatchStem(nn.Module):
@@ -42,7 +35,7 @@ class PatchStem(nn.Module):
         height, width = x.shape[2:]
         if height < 4 or width < 4:
             x = F.pad(x, (0, max(0, 4 - width), 0, max(0, 4 - height)))
-        return _conv_norm(self.proj, self.norm, _channels_last(x))
+        return _conv_norm(self.proj, self.norm, channels_last(x))
 
 
 class ConvStem(nn.Module):
@@ -58,7 +51,13 @@ class ConvStem(nn.Module):
         self.norm2 = LayerNorm(embed_dims)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.act(_conv_norm(self.conv1, self.norm1, _channels_last(x)))
+        conv, norm = self.conv1, self.norm1
+        if (is_plain_conv(conv) and (conv.kernel_size, conv.stride, conv.padding)
+                == ((3, 3), (2, 2), (1, 1)) and is_plain(norm, LayerNorm)
+                and is_plain(self.act, nn.GELU) and self.act.approximate == 'none'):
+            x = conv_norm_gelu(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps)
+        else:
+            x = self.act(_conv_norm(conv, norm, channels_last(x)))
         return _conv_norm(self.conv2, self.norm2, x)
 
 

@@ -13,7 +13,7 @@ from vmamba_mm.layers.plain import is_depthwise_3x3, is_plain
 from vmamba_mm.layers.ss2d import SS2D
 from vmamba_mm.ops import add_norm, mlp
 from vmamba_mm.ops.backends import autocast_dtype
-from vmamba_mm.ops.vss_block import vss_block, why_not
+from vmamba_mm.ops.vss_block import vss_block, vss_blocks, why_not
 
 
 class Mlp(nn.Module):
@@ -112,3 +112,29 @@ class VSSStage(nn.Module):
         super().__init__()
         self.blocks = nn.Sequential(*blocks)
         self.downsample = downsample
+
+    def run_blocks(self, x: Tensor) -> Tensor:
+        """``blocks(x)``, in inference on an NVIDIA GPU as one op."""
+        return self.blocks(x) if (y := self._in_one_op(x)) is None else y
+
+    def _in_one_op(self, x: Tensor) -> Tensor | None:
+        """The result, or None where the op ``vss_blocks`` does not apply."""
+        if torch.is_grad_enabled() or not is_plain(self.blocks, nn.Sequential):
+            return None
+        blocks, autocast = list(self.blocks), autocast_dtype(x)
+        dtype, parameters = autocast or x.dtype, []
+        for block in blocks:
+            drop_path = block.drop_path
+            if not is_plain(block, VSSBlock) or drop_path.training and drop_path.drop_prob > 0:
+                return None
+            if (own := block._in_one_op(x, dtype)) is None:
+                return None
+            parameters.append(own)
+        biases = [bias for block in blocks if (bias := block.ssm.conv2d.bias) is not None]
+        kinds = [(block.norm1.eps, *[t.dtype for t in own])
+                 for block, own in zip(blocks, parameters, strict=True)]
+        if any(kind != kinds[0] for kind in kinds) or len(biases) not in (0, len(blocks)) \
+                or any(block.feeds_matmul for block in blocks[:-1]):
+            return None
+        out_dtype = autocast if blocks[-1].feeds_matmul else None
+        return vss_blocks(x, parameters, biases, blocks[0].norm1.eps, dtype, out_dtype or x.dtype)

@@ -210,7 +210,7 @@ class VMamba(BaseModule):
         x = self.patch_embed(x)
         outs = []
         for i, stage in enumerate(self.stages):
-            x = stage.blocks(x)
+            x = stage.run_blocks(x)
             if i in self.out_indices:
                 outs.append(getattr(self, f'norm{i}')(x))
             if i == self.out_indices[-1]:

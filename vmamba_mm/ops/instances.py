@@ -8,6 +8,7 @@ from vmamba_mm.ops.dwconv import cuda as dwconv
 from vmamba_mm.ops.mlp import cuda as mlp
 from vmamba_mm.ops.nvrtc import Instance
 from vmamba_mm.ops.ss2d_scan import cuda, cut, merge
+from vmamba_mm.ops.stem.cuda import stem_instance
 
 _TYPES = {'Half': 75, 'BFloat': 80}
 _TILES = (1, 2, 3, 4, 6, 8)  # of 8 in dt_rank: those of the nine published architectures
@@ -51,6 +52,8 @@ INSTANCES: dict[Instance, int] = {
                     lambda t: dwconv.forward_instance(t, False), dwconv.backward_instance)},
     **{mlp.column_instance(type_, gelu): _TYPES.get(type_, 75)
        for type_ in ('Half', 'BFloat', 'Float') for gelu in (False, True)},
+    **{stem_instance(image, type_, channels): low for type_, low in _TYPES.items()
+       for image in ('Float', type_) for channels in (4, 8, 12, 16)},
     **{mlp.gelu_instance(type_): _TYPES.get(type_, 75) for type_ in ('Half', 'BFloat', 'Float')},
     **{cast_instance(type_): low for type_, low in _TYPES.items()},
     sum_instance(): 75,

@@ -74,6 +74,13 @@ def _bwd_flops(grad_shape, x_shape, weight_shape, bias_shape, norm_shape, other_
                                    stride, padding)
 
 
+def channels_last(x_BCHW: Tensor) -> Tensor:
+    """Images as :func:`conv_norm` takes them, (B, H, W, C), by one copy at most."""
+    dtype = autocast_dtype(x_BCHW) if x_BCHW.dtype == torch.float32 else None
+    x_BCHW = x_BCHW.to(dtype or x_BCHW.dtype, memory_format=torch.channels_last)
+    return x_BCHW.permute(0, 2, 3, 1)
+
+
 def conv_norm(x_BHWC: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor,
               norm_bias: Tensor, eps: float = 1e-5, *, stride: int, padding: int = 0,
               out_dtype: torch.dtype | None = None) -> Tensor:

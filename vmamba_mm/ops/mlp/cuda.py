@@ -20,7 +20,7 @@ def why_not(x: Tensor, *parameters: Tensor) -> str | None:
 
 
 def gelu_instance(type_: str) -> Instance:
-    return Instance('gelu.cu', f'gelu<{type_}>', 'PPq')
+    return Instance('gelu.cu', f'gelu_map<{type_}>', 'PPq')
 
 
 @cached

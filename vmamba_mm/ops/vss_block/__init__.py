@@ -1,4 +1,4 @@
 from vmamba_mm.ops.vss_block.cuda import why_not
-from vmamba_mm.ops.vss_block.op import vss_block
+from vmamba_mm.ops.vss_block.op import vss_block, vss_blocks
 
-__all__ = ['vss_block', 'why_not']
+__all__ = ['vss_block', 'vss_blocks', 'why_not']

@@ -19,10 +19,11 @@ from vmamba_mm.ops.mlp import cuda as mlp
 from vmamba_mm.ops.nvrtc import cached
 from vmamba_mm.ops.vss_block import scan
 
-#: in this order: weights and biases of norm1, in_proj, conv, x_proj, dt_projs, dt_projs' bias,
-#: A_logs, D, of out_norm, out_proj, of norm2, of fc1, of fc2, and the convolution's bias
+#: of a block, in this order: weights and biases of norm1, in_proj, conv, x_proj, dt_projs, the
+#: latter's bias, A_logs, D, of out_norm, out_proj, of norm2, of fc1, of fc2, and the convolution's
+#: bias
 _CAST, _CAST_BACK = (2, 11, 14, 15, 16, 17), (2, 11, 14, 16)
-_SCAN, _OUT_NORM = slice(4, 9), slice(9, 11)
+_SCAN, _OUT_NORM, _ALL = slice(4, 9), slice(9, 11), 19
 
 
 def why_not(x: Tensor, dtype: torch.dtype, tensors: tuple[Tensor, ...]) -> str | None:
@@ -129,6 +130,7 @@ class _Forward(_Launches):
         self.fc1 = self.product(pixels, hidden, dim, right_t=True, bias=True)
         self.gelu = mlp.gelu_launch(index, dtype, pixels * hidden)
         self.fc2 = self.product(pixels, dim, hidden, right_t=True, bias=True)
+        self.join = self.norm(x_dtype, dtype, dtype, dtypes[0])
         self.add = self.norm(x_dtype, dtype, out_dtype, None)
         # Maps that take one another's place: the products' results; what the scan reads, and the
         # branch; the scan's maps, and what is hidden in the MLP.
@@ -140,7 +142,8 @@ class _Forward(_Launches):
                               self.scan.states // self.unit, pixels * dim * self.residual))
 
     def __call__(self, x, addresses, scales, eps, result, saved):
-        """Writes ``result``, and ``saved``, if it is there; ``addresses`` of the parameters."""
+        """Writes ``result``, and ``saved``, if it is there; ``addresses`` of the parameters of a
+        block, or without ``saved`` of several."""
         slab = x.new_empty(self.size, dtype=self.dtype)
         at = (*_addresses(x, slab, result, saved, *scales), *addresses)
         replay(self.on_dim[0], (self, eps, at), lambda: self._launch(eps, *at))
@@ -157,25 +160,32 @@ class _Forward(_Launches):
             (normed1, moments1, before, given, projected, kept, merged, total, normed2, moments2,
              inside) = [start + unit * n for n in self.saved]
             moments = merged + unit * self.pixels * self.inner
-        (norm1, norm1_bias, in_proj, conv, x_proj, dt_projs, dt_bias, A_logs, D, out_norm,
-         out_norm_bias, out_proj, norm2, norm2_bias, fc1, bias1, fc2, bias2, conv_bias) = addresses
-        scans, products = (x_proj, dt_projs, dt_bias, A_logs, D), ()
-        if self.starts:
-            to = base + unit * self.weights
-            products = in_proj, out_proj, fc1, bias1, fc2, bias2, to
-            in_proj, out_proj, fc1, bias1, fc2, bias2 = [to + unit * n for n in self.starts[:-1]]
-        self.scan.prepare(*scans, kept, memory, *products)
+        for i in range(0, len(addresses), _ALL):
+            (norm1, norm1_bias, in_proj, conv, x_proj, dt_projs, dt_bias, A_logs, D, out_norm,
+             out_norm_bias, out_proj, norm2, norm2_bias, fc1, bias1, fc2, bias2,
+             conv_bias) = addresses[i:i + _ALL]
+            scans, products = (x_proj, dt_projs, dt_bias, A_logs, D), ()
+            if self.starts:
+                to = base + unit * self.weights
+                products = in_proj, out_proj, fc1, bias1, fc2, bias2, to
+                in_proj, out_proj, fc1, bias1, fc2, bias2 = [
+                    to + unit * n for n in self.starts[:-1]]
+            self.scan.prepare(*scans, kept, memory, *products)
 
-        self.norm1(x, 0, 0, norm1, norm1_bias, 0, normed1, moments1, eps)
-        self.in_proj(normed1, in_proj, before, workspace)
-        self.convolve(before, conv, conv_bias, given)
-        self.scan.run(scans, given, projected, kept, wide, start != 0, memory, workspace)
-        self.scan.merge(wide, 0, merged, narrow, out_norm, out_norm_bias, moments, eps)
-        self.out_proj(narrow, out_proj, other, workspace)
-        self.norm2(x, other, scale1, norm2, norm2_bias, total, normed2, moments2, eps)
-        self.fc1(normed2, fc1, inside, workspace, bias1)
-        self.gelu(inside, wide)
-        self.fc2(wide, fc2, narrow, workspace, bias2)
+            if i == 0:
+                self.norm1(x, 0, 0, norm1, norm1_bias, 0, normed1, moments1, eps)
+            else:  # the end of the block before and the beginning of this one
+                self.join(total, narrow, 0, norm1, norm1_bias, total, normed1, 0, eps)
+                x = total
+            self.in_proj(normed1, in_proj, before, workspace)
+            self.convolve(before, conv, conv_bias, given)
+            self.scan.run(scans, given, projected, kept, wide, start != 0, memory, workspace)
+            self.scan.merge(wide, 0, merged, narrow, out_norm, out_norm_bias, moments, eps)
+            self.out_proj(narrow, out_proj, other, workspace)
+            self.norm2(x, other, scale1, norm2, norm2_bias, total, normed2, moments2, eps)
+            self.fc1(normed2, fc1, inside, workspace, bias1)
+            self.gelu(inside, wide)
+            self.fc2(wide, fc2, narrow, workspace, bias2)
         self.add(total, narrow, scale2, 0, 0, result, 0, 0, 0.0)
 
 
@@ -342,9 +352,10 @@ def _plain(*tensors):
 
 
 def forward(x, parameters, scales, eps, dtype, out_dtype, save):
-    """The result, and if ``save`` the slab for the backward, else None."""
+    """The result, and if ``save`` the slab for the backward, else None; ``parameters`` of one block
+    after the other, all in the same dtypes, more than one without ``save`` and ``scales``."""
     (x, *parameters), (_, *addresses) = _plain(x, *parameters)
-    key, dtypes = _key(x, parameters, dtype)
+    key, dtypes = _key(x, parameters[:_ALL], dtype)
     result = x.new_empty(x.shape, dtype=out_dtype)
     launches = _forward_of(*key, out_dtype, dtypes, save)
     saved = x.new_empty(launches.saved_size, dtype=dtype) if save else None

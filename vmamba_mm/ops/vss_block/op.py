@@ -1,4 +1,4 @@
-"""A whole VSS block as one op: a small batch waits for Python, not for the GPU."""
+"""A whole VSS block as one op, and in inference several: a small batch waits for Python."""
 
 import torch
 from torch import Tensor
@@ -7,11 +7,17 @@ from vmamba_mm.ops.registration import flop_formula, register
 from vmamba_mm.ops.ss2d_scan.op import _fwd_flops
 from vmamba_mm.ops.vss_block import cuda
 
+_OWN = 18  # parameters of a block without the bias of its convolution
+
 
 @register('vss_block', fake=lambda x, *args: x.new_empty(x.shape, dtype=args[-1]))
-def _inference(x: Tensor, parameters: list[Tensor], conv_bias: Tensor | None, eps: float,
+def _inference(x: Tensor, parameters: list[Tensor], conv_biases: list[Tensor], eps: float,
                dtype: torch.dtype, out_dtype: torch.dtype) -> Tensor:
-    return cuda.forward(x, (*parameters, conv_bias), (None, None), eps, dtype, out_dtype, False)[0]
+    """``parameters`` of one block after the other; no ``conv_biases``, or one for each block."""
+    found = []
+    for i in range(len(parameters) // _OWN):
+        found += *parameters[i * _OWN:(i + 1) * _OWN], conv_biases[i] if conv_biases else None
+    return cuda.forward(x, found, (None, None), eps, dtype, out_dtype, False)[0]
 
 
 def _bwd_fake(grad, x, parameters, conv_bias, *args):
@@ -86,7 +92,21 @@ def vss_block(x: Tensor, parameters: tuple[Tensor, ...], conv_bias: Tensor | Non
     if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in parameters)) \
             or any(scale is not None for scale in scales):
         return _training(x, *parameters, conv_bias, *scales, eps, dtype, out_dtype)[0]
-    return _inference(x, list(parameters), conv_bias, eps, dtype, out_dtype)
+    return vss_blocks(x, [parameters], [] if conv_bias is None else [conv_bias], eps, dtype,
+                      out_dtype)
+
+
+def vss_blocks(x: Tensor, parameters: list[tuple[Tensor, ...]], conv_biases: list[Tensor],
+               eps: float, dtype: torch.dtype, out_dtype: torch.dtype) -> Tensor:
+    """Blocks one after the other, without gradients: :func:`vss_block` of each, but that the sum at
+    the end of one and the norm at the beginning of the next read a map once.
+
+    Args:
+        x, eps, dtype, out_dtype: as there; ``out_dtype`` of the last block.
+        parameters: of each block, in the same dtypes, each of which takes ``x``.
+        conv_biases: of each block, or none.
+    """
+    return _inference(x, [t for own in parameters for t in own], conv_biases, eps, dtype, out_dtype)
 
 
 def _block_flops(x_shape, in_proj, x_proj, dt_projs, A_logs, fc1) -> int:
@@ -98,7 +118,8 @@ def _block_flops(x_shape, in_proj, x_proj, dt_projs, A_logs, fc1) -> int:
 
 @flop_formula('vss_block')
 def _flops(x_shape, shapes, *args, out_shape=None, **kwargs) -> int:
-    return _block_flops(x_shape, *(shapes[i] for i in (2, 4, 5, 7, 14)))
+    return sum(_block_flops(x_shape, *(shapes[first + i] for i in (2, 4, 5, 7, 14)))
+               for first in range(0, len(shapes) - _OWN + 1, _OWN))
 
 
 @flop_formula('vss_block_fwd')

@@ -1,0 +1,134 @@
+"""conv_norm_gelu: on a GPU, with the kernel emulated on the CPU, and by PyTorch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_channels import (
+    BRAIN,
+    HALF,
+    SINGLE,
+    device,
+    folder,
+    kernels,
+    randn,
+    skip_types,
+)
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+import vmamba_mm.ops.stem.op as op
+from vmamba_mm.layers.embed import ConvStem
+from vmamba_mm.ops import conv_norm_gelu
+from vmamba_mm.testing import relative_error
+
+__all__ = ['device', 'folder', 'kernels']  # fixtures
+
+
+def make(device, shape=(2, 3, 21, 38), out=48, dtype=SINGLE, parameters=SINGLE):
+    """Images, weight, bias, weight and bias of the norm."""
+    return [randn(*shape, dtype=dtype, device=device),
+            randn(out, shape[1], 3, 3, dtype=parameters, device=device),
+            *(randn(out, dtype=parameters, device=device, seed=i) for i in (1, 2, 3))]
+
+
+def exact(x, weight, bias, *affine):
+    """By PyTorch, in the dtype of what it is given."""
+    y = F.conv2d(x, weight, bias, 2, 1).permute(0, 2, 3, 1)
+    return F.gelu(F.layer_norm(y, bias.shape, *affine))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """A list to which a call of the kernel appends 1."""
+    made, forward = [], op.cuda.forward
+    monkeypatch.setattr(op.cuda, 'forward', lambda *args: made.append(1) or forward(*args))
+    return made
+
+
+@pytest.mark.parametrize('shape, out', [
+    ((2, 3, 21, 38), 48), ((1, 3, 1, 1), 16), ((3, 3, 2, 70), 64), ((2, 3, 64, 33), 32)], ids=str)
+@pytest.mark.parametrize('dtype', [HALF, BRAIN], ids=['fp16', 'bf16'])
+@pytest.mark.parametrize('pure', [False, True], ids=['autocast', 'pure'])
+def test_result(request, kernels, calls, shape, out, dtype, pure):
+    """No further from fp64 than twice what PyTorch's own steps are."""
+    skip_types(request, dtype)
+    leaves = make(kernels, shape, out, *[dtype if pure else SINGLE] * 2)
+    right = exact(*(t.double() for t in leaves))
+    with torch.autocast(kernels, dtype, enabled=not pure), torch.no_grad():
+        found, plain = conv_norm_gelu(*leaves), exact(*leaves)
+    assert calls and found.dtype == dtype and found.is_contiguous()
+    assert found.shape == right.shape == (shape[0], (shape[2] + 1) // 2, (shape[3] + 1) // 2, out)
+    limit = 2 * max(relative_error(plain, right), torch.finfo(dtype).eps / 2)
+    assert relative_error(found, right) <= limit
+
+
+def test_layouts(kernels, calls):
+    """Images of any strides give the same."""
+    x, *parameters = make(kernels, (2, 3, 20, 36))
+    wide = randn(2, 3, 20, 50, device=kernels)
+    wide[..., 7:43] = x
+    with torch.autocast(kernels, HALF), torch.no_grad():
+        expected = conv_norm_gelu(x, *parameters)
+        for other in (x.contiguous(memory_format=torch.channels_last), wide[..., 7:43],
+                      x.transpose(2, 3).contiguous().transpose(2, 3), x.flip(0).flip(0)):
+            assert torch.equal(conv_norm_gelu(other, *parameters), expected)
+    assert len(calls) == 5
+
+
+def test_nan_stays_in_its_image(kernels):
+    x, *parameters = make(kernels)
+    with torch.autocast(kernels, HALF), torch.no_grad():
+        clean = conv_norm_gelu(x, *parameters)
+        x[1, 2, 3, 4] = torch.nan
+        found = conv_norm_gelu(x, *parameters)
+    assert torch.equal(found[0], clean[0])
+    assert found[1, 1:3, 2].isnan().all() and found[1].isnan().sum() == 2 * 48
+
+
+def test_what_is_left_to_the_others(kernels, calls):
+    """Training, fp32, other channels: the same by conv_norm and GELU."""
+    leaves = make(kernels)
+    with torch.autocast(kernels, HALF):
+        for one in leaves:
+            one.requires_grad_()
+            y = conv_norm_gelu(*leaves)
+            y.float().sum().backward()
+            assert one.grad is not None and y.dtype == HALF
+            one.requires_grad_(False)
+    y = conv_norm_gelu(*leaves)
+    assert y.dtype == SINGLE
+    assert relative_error(y, exact(*(t.double() for t in leaves))) <= 1e-3  # TF32 on a GPU
+    for shape, out in (((2, 1, 8, 8), 48), ((2, 3, 8, 8), 40)):
+        other = make(kernels, shape, out)
+        with torch.autocast(kernels, HALF):
+            y = conv_norm_gelu(*other)
+        assert relative_error(y, exact(*(t.double() for t in other))) <= 1e-2
+    assert not calls
+
+
+@pytest.mark.parametrize('dtype', [HALF, SINGLE], ids=['fp16', 'fp32'])
+def test_a_stem(device, dtype):
+    """In one op what it is step by step, which a hook brings back."""
+    torch.manual_seed(0)
+    stem = ConvStem(3, 96).to(device)
+    x = randn(2, 3, 30, 44, device=device)
+    right = stem.double()(x.double())
+    stem.float()
+    with torch.no_grad(), torch.autocast(device, HALF, enabled=dtype == HALF):
+        found = stem(x)
+        for name in ('conv1', 'norm1', 'act'):
+            handle = stem.get_submodule(name).register_forward_hook(lambda *args: None)
+            step_by_step = stem(x)
+            handle.remove()
+            assert found.dtype == step_by_step.dtype
+            limit = 2 * max(relative_error(step_by_step, right), 1e-3 if dtype == HALF else 1e-6)
+            assert relative_error(found, right) <= limit
+
+
+def test_opcheck_and_flops(kernels):
+    leaves = make(kernels)
+    opcheck(torch.ops.vmamba_mm.conv_norm_gelu.default, (*leaves, 1e-5, HALF),
+            test_utils=('test_schema', 'test_faketensor'))
+    with FlopCounterMode(display=False) as counter, torch.autocast(kernels, HALF):
+        conv_norm_gelu(*leaves)
+    assert counter.get_total_flops() == 2 * 2 * 11 * 19 * 48 * 27
