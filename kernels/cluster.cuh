@@ -25,7 +25,7 @@ struct Mailbox {
     // By the warp; lane t has what was sent by the t-th. `parity` as of wait_for_copies.
     __device__ __forceinline__ void take(float (&v)[4], int lane, u32 parity) {
         asm volatile("{.reg .pred done; again: "
-                     "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1; "
+                     "mbarrier.try_wait.parity.shared.b64 done, [%0], %1; "
                      "@!done bra again;}"
                      :: "r"(shared_address(barrier)), "r"(parity) : "memory");
         const float4 sent = values[lane & 3];
@@ -33,7 +33,7 @@ struct Mailbox {
         __syncwarp();  // before what the next send may overwrite
     }
 
-    // Before the first take and after each, by one thread.
+    // Before the first `send` and after each `take`, by one thread.
     __device__ __forceinline__ void expect() {
         asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], 64;"
                      :: "r"(shared_address(barrier)) : "memory");

@@ -11,10 +11,12 @@ constexpr int PAD_BYTES = 128;          // after the last one, see project_dt
 constexpr int MAP_BYTES = CHUNK * 32;   // of a warp's channels, for a chunk
 
 // The pixels of a route in the order of its scan.
-struct Path {
-    int inner_length, inner, outer, origin;
+struct alignas(16) Path {
+    int inner_length, inner;
     int jump;   // from the end of a row to the next one
     u32 magic;  // 2^32 / inner_length, rounded up; 0 for 1, where all is in one row
+    int outer, origin;
+    int far_pixel, far_rest;  // of `move`: how far the pixel goes, and how far in its row
 
     __device__ __forceinline__ int find(int i) const {
         const int row = (int)__umulhi((u32)i, magic);
@@ -31,7 +33,6 @@ struct Scan {
     const float *skip;      // (16 G): the sum of D over the routes
     int batch, dim, height, width, rank, routes, row;  // row: P
     int slots, chunks, span, spans;  // slots of an image, chunks of the batch and of a block's span
-    int aligned;                     // whether rows and columns are multiples of 7 long
     u32 magic_height, magic_width, magic_slots;
 };
 
@@ -69,6 +70,19 @@ __device__ __forceinline__ Place find_place(const Scan &p, const Path &path, int
     return place;
 }
 
+// To the slot that is so many chunks further, as many as make_path was told, if its image has it.
+__device__ __forceinline__ bool move(const Scan &p, const Path &path, Place &place, int chunks) {
+    if (place.slot + 8 * chunks >= p.slots) return false;
+    place.slot += 8 * chunks;
+    place.pixel += path.far_pixel;
+    place.wrap -= path.far_rest;
+    if (place.wrap <= 0) {
+        place.pixel += path.jump;
+        place.wrap += path.inner_length;
+    }
+    return true;
+}
+
 // To the next slot, as find_place does for its first position.
 __device__ __forceinline__ void advance(const Scan &p, const Path &path, Place &place) {
     if (++place.slot == p.slots) {
@@ -89,13 +103,11 @@ __device__ __forceinline__ void advance(const Scan &p, const Path &path, Place &
 // A map (B, H, W, D) by strides in elements; a pixel is h * W + w.
 struct Map {
     const void *data;
-    long long stride_b;
-    int stride_pixel, stride_d;
+    int stride_b, stride_pixel, stride_d;
     int vector;  // whether 4 adjacent channels are 8 aligned bytes
-    int unused;
 };
 
-__device__ __forceinline__ Path make_path(const Scan &p, int route) {
+__device__ __forceinline__ Path make_path(const Scan &p, int route, int chunks = 0) {
     Path path;
     const bool column = route & 1;
     path.inner_length = column ? p.height : p.width;
@@ -110,35 +122,38 @@ __device__ __forceinline__ Path make_path(const Scan &p, int route) {
     }
     if (path.inner_length == 1) path.inner = path.outer;
     path.jump = path.outer - path.inner_length * path.inner;
+    const int far = chunks * CHUNK, rows = (int)__umulhi((u32)far, path.magic);
+    path.far_pixel = far * path.inner + rows * path.jump;
+    path.far_rest = far - rows * path.inner_length;
     return path;
 }
 
 // Stages `projected` of a chunk: 16-byte units by (unit of the row, position of the slot, slot), so
-// that the rows of a tensor-core tile are next to one another. A thread has one position; it takes
-// two warps.
+// that the rows of a tensor-core tile are next to one another. A thread has one position of its
+// slot; it takes two warps.
 struct Stager {
-    int g, i, unit, step;
+    int i, unit, step;
 
     // Of the threads that stage together, this one's number and how many there are.
     __device__ __forceinline__ Stager(u32 thread, u32 threads) {
-        const int position = thread % CHUNK;
-        g = position / OWN, i = position % OWN;
-        unit = thread / CHUNK, step = threads / CHUNK;
-        if (unit >= step) unit = 1 << 20;  // nothing to do
+        i = (thread & 3) + (thread >> 3 & 4);
+        unit = thread >> 6, step = threads >> 6;
+        if (unit >= step || i >= OWN) unit = 1 << 20;  // nothing to do
     }
 
-    // `place` is of position i of slot g.
-    __device__ __forceinline__ void stage(const Scan &p, const Place &place, char *to,
-                                          int route) const {
+    __device__ __forceinline__ void stage(const Scan &p, const Path &path, const Place &place,
+                                          char *to, int route, int g) const {
         const int units = p.row >> 3;
         if (unit >= units) return;
-        const int length = p.height * p.width;
-        const char *from = (const char *)p.projected + ((long long)place.image * length
-              + place.pixel) * (p.routes * p.row * 2) + (route * p.row + unit * 8) * 2;
+        const int length = p.height * p.width, position = place.start() + i;
+        int pixel = place.pixel + i * path.inner + (i < place.wrap ? 0 : path.jump);
+        if (path.inner_length < OWN) pixel = path.find(position);  // more than one row may end
+        const char *from = (const char *)p.projected + ((long long)place.image * length + pixel)
+              * (p.routes * p.row * 2) + (route * p.row + unit * 8) * 2;
         to += ((unit * OWN + i) * 8 + g) * 16;
 #pragma unroll 1
         for (int u = unit; u < units; u += step) {
-            copy16(to, from, place.start() + i < length);
+            copy16(to, from, position < length);
             to += step * UNIT_BYTES;
             from += step * 16;
         }
@@ -149,19 +164,18 @@ __device__ __forceinline__ float element(const float4 &v, int i) {
     return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
-// Whether no row ends within a slot of the warp; asked of all lanes, or those of one kind would wait
-// for those of the other.
-__device__ __forceinline__ bool is_straight(const Scan &p, const Place &place) {
-    return p.aligned || __all_sync(ALL, place.wrap >= OWN);
-}
-
-// Calls f(i, pixel) for the positions of a slot, where all rows are 7 long or more, so that at most
-// one ends here; ALIGNED: whether none does.
-template <bool ALIGNED, class F>
-__device__ __forceinline__ void for_pixels(const Path &path, const Place &place, F f) {
+// Calls f(i, pointer) for the positions of a slot, where all rows are 7 long or more, so that at most
+// one ends here. `image`: of a map with that many elements from a pixel to the next.
+template <class E, class F>
+__device__ __forceinline__ void for_pixels(const Path &path, const Place &place, E *image,
+                                           int stride, F f) {
+    E *at = image + place.pixel * stride;
+    const int near = path.inner * stride, far = near + path.jump * stride;
 #pragma unroll
-    for (int i = 0; i < OWN; ++i)
-        f(i, place.pixel + i * path.inner + (ALIGNED || i < place.wrap ? 0 : path.jump));
+    for (int i = 0; i < OWN; ++i) {
+        f(i, at);
+        at += i + 1 == place.wrap ? far : near;
+    }
 }
 
 // A lane's own 7 x 4 elements of a map, zeros beyond the end: take(i, pointer) for 8 aligned bytes
@@ -170,20 +184,15 @@ template <class Take, class Put>
 __device__ __forceinline__ void read_map(const Scan &p, const Path &path, const Map &map,
                                          const Place &place, int channel, Take take, Put put) {
     const int count = channel < p.dim ? p.height * p.width - place.start() : 0;
-    const unsigned short *base = (const unsigned short *)map.data + place.image * map.stride_b
-          + (long long)channel * map.stride_d;
-    auto at = [&](int i, int pixel) { take(i, base + pixel * map.stride_pixel); };
-    const bool straight = is_straight(p, place);
-    if (map.vector && count >= OWN && path.inner_length >= OWN) {
-        if (straight) for_pixels<true>(path, place, at);
-        else for_pixels<false>(path, place, at);
-        return;
-    }
+    const unsigned short *image = (const unsigned short *)map.data
+          + (long long)place.image * map.stride_b + (long long)channel * map.stride_d;
+    if (map.vector && count >= OWN && path.inner_length >= OWN)
+        return for_pixels(path, place, image, map.stride_pixel, take);
 #pragma unroll 1
     for (int i = 0; i < OWN; ++i) {
         u32 v[4] = {};
         if (i < count) {
-            const unsigned short *from = base + path.find(place.start() + i) * map.stride_pixel;
+            const unsigned short *from = image + path.find(place.start() + i) * map.stride_pixel;
 #pragma unroll
             for (int c = 0; c < 4; ++c)
                 if (channel + c < p.dim) v[c] = from[(long long)c * map.stride_d];
@@ -194,8 +203,9 @@ __device__ __forceinline__ void read_map(const Scan &p, const Path &path, const 
 
 // Map number `number` of (maps, B, H, W, D).
 __device__ __forceinline__ Map map_of(const Scan &p, void *maps, int number) {
-    const long long image = (long long)p.height * p.width * p.dim;
-    return {(unsigned short *)maps + number * p.batch * image, image, p.dim, 1, (p.dim & 3) == 0, 0};
+    const int image = p.height * p.width * p.dim;
+    return {(unsigned short *)maps + (long long)number * p.batch * image, image, p.dim, 1,
+            (p.dim & 3) == 0};
 }
 
 // Writes a lane's elements, get(i) for each position, to such a map, or adds them to what is there.
@@ -203,26 +213,21 @@ template <class T, class Get>
 __device__ __forceinline__ void write_map(const Scan &p, const Path &path, const Map &map,
                                           Get get, const Place &place, int channel, bool adds) {
     const int count = channel < p.dim ? p.height * p.width - place.start() : 0;
-    unsigned short *const out = (unsigned short *)map.data + place.image * map.stride_b + channel;
-    auto put = [&](int i, int pixel) { *(uint2 *)(out + pixel * p.dim) = get(i); };
-    auto add = [&](int i, int pixel) { T::add(out + pixel * p.dim, get(i)); };
-    const bool straight = is_straight(p, place);
-    if (map.vector && count >= OWN && path.inner_length >= OWN) {
-        if (straight && adds) for_pixels<true>(path, place, add);
-        else if (straight) for_pixels<true>(path, place, put);
-        else if (adds) for_pixels<false>(path, place, add);
-        else for_pixels<false>(path, place, put);
-        return;
-    }
+    unsigned short *const image = (unsigned short *)map.data
+          + (long long)place.image * map.stride_b + channel;
+    auto put = [&](int i, unsigned short *to) { *(uint2 *)to = get(i); };
+    auto add = [&](int i, unsigned short *to) { T::add(to, get(i)); };
+    if (map.vector && count >= OWN && path.inner_length >= OWN)
+        return adds ? for_pixels(path, place, image, p.dim, add)
+                    : for_pixels(path, place, image, p.dim, put);
 #pragma unroll 1
     for (int i = 0; i < min(count, OWN); ++i) {
-        const int pixel = path.find(place.start() + i);
+        unsigned short *const to = image + path.find(place.start() + i) * p.dim;
         if (map.vector) {  // an addition to two bytes alone is a loop
-            if (adds) add(i, pixel);
-            else put(i, pixel);
+            if (adds) add(i, to);
+            else put(i, to);
             continue;
         }
-        unsigned short *const to = out + pixel * p.dim;
         const uint2 v = get(i);
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
@@ -244,17 +249,20 @@ __device__ __forceinline__ void copy_map(const Scan &p, const Path &path, const 
              [&](int i, uint2 v) { *(uint2 *)(to + i * 256) = v; });
 }
 
+// The channel whose bias is at this place: of each two channels they are there twice.
+__device__ __forceinline__ int twice(int lane) { return lane / 4 * 2 + lane % 2; }
+
 // What a warp needs of the parameters of a route, in its shared memory: the fragments, and of its 16
 // channels bias and rate.
 template <int TILES>
 struct Weights {
-    static constexpr int BYTES = TILES * 256 + 128;
+    static constexpr int BYTES = TILES * 256 + 192;
     const u32 *fragments;
-    const float *bias, *rates;
+    const float *bias, *rates;  // bias: of each two channels twice, as project_dt takes it
 
     __device__ __forceinline__ Weights(const char *memory)
         : fragments((const u32 *)memory), bias((const float *)(memory + TILES * 256)),
-          rates(bias + 16) {}
+          rates(bias + 32) {}
 
     static __device__ __forceinline__ void load(const Scan &p, char *memory, int route, int group,
                                                 int lane) {
@@ -262,7 +270,9 @@ struct Weights {
         u32 *const fragments = (u32 *)memory;
         for (int j = lane; j < TILES * 64; j += 32)
             fragments[j] = p.fragments[(long long)at * TILES * 64 + j];
-        ((float *)(fragments + TILES * 64))[lane] = (lane < 16 ? p.bias : p.rates)[at * 16 + lane % 16];
+        float *const bias = (float *)(fragments + TILES * 64);
+        bias[lane] = p.bias[at * 16 + twice(lane)];
+        if (lane < 16) bias[32 + lane] = p.rates[at * 16 + lane];
     }
 };
 
@@ -280,41 +290,55 @@ __device__ __forceinline__ void keep_states(const Scan &p, float *states, int ro
     }
 }
 
-// z = log2(e) (W dt + bias) of a lane's positions and of its channels 2 pair, 2 pair + 1; far below
-// zero beyond the end, so that nothing happens there. A row of a 16 x 8 tile may be any position:
-// row g is 7 g + s, and row g + 8 is 7 g + 4 + s.
-template <class T, int TILES, bool TURNED>
-__device__ __forceinline__ void project_dt(float (&z)[OWN][2], const char *staged,
+// z = log2(e) (W dt + bias) of a lane's positions and of its channels 2 pair, 2 pair + 1, for some
+// pairs; far below zero beyond the end, so that nothing happens there. A row of a 16 x 8 tile may be
+// any position: row g is 7 g + s, and row g + 8 is 7 g + 4 + s.
+template <class T, int TILES, bool TURNED, int PAIRS>
+__device__ __forceinline__ void project_dt(float (&z)[PAIRS][OWN][2], const char *staged,
                                            const u32 *fragments, const float *bias, int pair,
                                            int lane, int count) {
-    const float2 start = *(const float2 *)(bias + 4 * (lane & 3) + 2 * pair);
-    const float biases[4] = {start.x, start.y, start.x, start.y};
     // Lanes 0 to 7 name the rows of positions s, 8 to 15 those of s + 4: of 7, which there is not,
     // any memory.
     u32 rows = shared_address(staged + (lane & 7) * 16 + (lane & 8) * 64);
-    float c[4][4];
+    float c[PAIRS][4][4];
 #pragma unroll 8
     for (int k = 0; k < TILES; ++k) {
-        u32 fragment = fragments[(2 * k + pair) * 32 + lane];
-        if (TURNED) fragment = transpose_tile(fragment);
+        u32 b[PAIRS];
+#pragma unroll
+        for (int j = 0; j < PAIRS; ++j) {
+            b[j] = fragments[(2 * k + pair + j) * 32 + lane];
+            if (TURNED) b[j] = transpose_tile(b[j]);
+        }
         asm volatile("" : "+r"(rows));  // one tile after the other, for want of registers
 #pragma unroll
         for (int s = 0; s < 4; ++s) {
             u32 a0, a1;
             load_tiles(a0, a1, rows + s * 128);
-            if (k) T::mma(c[s], a0, a1, fragment);
-            else T::mma(c[s], a0, a1, fragment, biases);
+#pragma unroll
+            for (int j = 0; j < PAIRS; ++j) {
+                if (k) {
+                    T::mma(c[j][s], a0, a1, b[j]);
+                } else {
+                    const float4 start = *(const float4 *)(bias + 8 * (lane & 3) + 4 * (pair + j));
+                    const float biases[4] = {start.x, start.y, start.z, start.w};
+                    T::mma(c[j][s], a0, a1, b[j], biases);
+                }
+            }
         }
         rows += UNIT_BYTES;
     }
 #pragma unroll
-    for (int i = 0; i < OWN; ++i)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) z[i][e] = c[i & 3][(i >> 2) * 2 + e];
-    if (count < OWN)
+    for (int j = 0; j < PAIRS; ++j)
 #pragma unroll
         for (int i = 0; i < OWN; ++i)
-            if (i >= count) z[i][0] = z[i][1] = -1e4f;
+#pragma unroll
+            for (int e = 0; e < 2; ++e) z[j][i][e] = c[j][i & 3][(i >> 2) * 2 + e];
+    if (count < OWN)
+#pragma unroll
+        for (int j = 0; j < PAIRS; ++j)
+#pragma unroll
+            for (int i = 0; i < OWN; ++i)
+                if (i >= count) z[j][i][0] = z[j][i][1] = -1e4f;
 }
 
 // Where (B, C) of a lane's positions are, packed, 128 bytes apart; column: of the staged row.
@@ -337,9 +361,7 @@ __device__ __forceinline__ void combine_lanes(float &P, float &q, int reach) {
     for (int d = 1; d < 8; d *= 2) {
         const float P2 = BACK ? __shfl_down_sync(ALL, P, 4 * d) : __shfl_up_sync(ALL, P, 4 * d);
         const float q2 = BACK ? __shfl_down_sync(ALL, q, 4 * d) : __shfl_up_sync(ALL, q, 4 * d);
-        if (d <= reach) {
-            q = P * q2 + q;
-            P *= P2;
-        }
+        q += P * (d <= reach ? q2 : 0.f);
+        P *= d <= reach ? P2 : 1.f;
     }
 }

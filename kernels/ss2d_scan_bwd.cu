@@ -112,13 +112,13 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_bwd(const Params
 
     extern __shared__ __align__(16) char shared[];
     const int staged_bytes = (p.row >> 3) * UNIT_BYTES + PAD_BYTES;
-    constexpr int warp_bytes = 4 * MAP_BYTES + TILES * 768 + 320 + 2048;
+    constexpr int warp_bytes = 4 * MAP_BYTES + TILES * 768 + 384 + 2048;
     char *const warp_memory = shared + 2 * staged_bytes;
     char *const own = warp_memory + warp * warp_bytes;  // x and dy, twice each
     float4 *const dweight = (float4 *)(own + 4 * MAP_BYTES) + lane;  // of each tile
     u32 *const fragments = (u32 *)(own + 4 * MAP_BYTES + TILES * 512);  // transposed
     float *const bias = (float *)(fragments + TILES * 64);
-    float *const rates = bias + 16, *const skip = rates + 16;
+    float *const rates = bias + 32, *const skip = rates + 16;
     float *const states = skip + 16;  // twice
     // Of the lane's 4 channels each: the carry; then the sums of A, bias and skip, or the decay.
     float *const carry = states + 32 + lane, *const sums = carry + 128;
@@ -133,9 +133,8 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_bwd(const Params
     const Stager stager(threadIdx.x, blockDim.x);
     for (int route = map; route < p.routes; route += maps) {
         auto stage = [&](const Path &path, int chunk, int turn) {
-            stager.stage(p, find_place(p, path, chunk * 8 + stager.g, stager.i),
-                         shared + turn * staged_bytes, route);
             const Place place = find_place(p, path, chunk * 8 + g);
+            stager.stage(p, path, place, shared + turn * staged_bytes, route, g);
             if (active) {
                 char *to = own + turn * 2 * MAP_BYTES;
                 copy_map(p, path, params.dy, place, channel, to + MAP_BYTES, lane);
@@ -152,7 +151,8 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_bwd(const Params
             const int at = route * groups + group;
             for (int j = lane; j < TILES * 64; j += 32)
                 fragments[j] = transpose_tile(p.fragments[(long long)at * TILES * 64 + j]);
-            bias[lane] = (lane < 16 ? p.bias : p.rates)[at * 16 + lane % 16];
+            bias[lane] = p.bias[at * 16 + twice(lane)];
+            if (lane < 16) rates[lane] = p.rates[at * 16 + lane];
             if (lane < 16) skip[lane] = p.skip[group * 16 + lane];
 #pragma unroll
             for (int j = 0; j < TILES; ++j) dweight[j * 32] = make_float4(0.f, 0.f, 0.f, 0.f);
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_bwd(const Params
                 float dpairs[4][4] = {};  // of ln 2 B and C: tiles of 16 positions x 8 columns
 #pragma unroll 1
                 for (int pair = 0; pair < 2; ++pair) {
-                    float z[OWN][2], dx[OWN][2], dB[OWN][2], dC[OWN][2];
+                    float z[1][OWN][2], dx[OWN][2], dB[OWN][2], dC[OWN][2];
                     project_dt<T, TILES, true>(z, staged, fragments, bias, pair, lane,
                                                length - place.start());
                     u32 *const x_at = (u32 *)(x_slot + lane * 8 + 4 * pair);
@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_bwd(const Params
                         float l[OWN], a[OWN], q[OWN], x[OWN], dy[OWN], P = 1.f, h = 0.f;
 #pragma unroll
                         for (int i = 0; i < OWN; ++i) {
-                            l[i] = softplus2(z[i][c]);
+                            l[i] = softplus2(z[0][i][c]);
                             a[i] = ex2(rate * l[i]);
                             P = i ? P * a[i] : a[i];
                             const float2 dy2 = T::unpack(dy_at[i * 64]);
@@ -242,9 +242,9 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_bwd(const Params
                             dB[i][c] = moved * x[i];
                             dA += moved * q[i];
                             // By z, times ln 2; the derivative of softplus is 2^(z - l).
-                            z[i][c] = (pairs[i].x * x[i] + q[i] * (LN2 * rate))
-                                      * (dh * ex2(z[i][c] - l[i]));
-                            dbias += z[i][c];
+                            z[0][i][c] = (pairs[i].x * x[i] + q[i] * (LN2 * rate))
+                                      * (dh * ex2(z[0][i][c] - l[i]));
+                            dbias += z[0][i][c];
                         }
                         sums[n * 32] += dA;
                         sums[(4 + n) * 32] += dbias;
@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_bwd(const Params
 #pragma unroll
                         for (int i = 0; i < OWN; ++i) {
                             x_at[i * 64] = T::pack(dx[i][0], dx[i][1]);
-                            dy_at[i * 64] = T::pack(z[i][0], z[i][1]);
+                            dy_at[i * 64] = T::pack(z[0][i][0], z[0][i][1]);
                         }
 #pragma unroll
                         for (int s = 0; s < 4; ++s) {

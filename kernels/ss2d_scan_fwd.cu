@@ -30,12 +30,13 @@ constexpr int BLOCKS_OF_SPAN = AROUND ? CLUSTER : 1;
 constexpr int PAIRS = AROUND ? 2 : 1;
 // Staged chunks: while some warps stage the next one, others may still read the one before.
 constexpr int STAGES = 3;
-constexpr int BARRIERS = AROUND ? 256 : 64;  // bytes
+// Bytes: barriers, then the paths of a block's one or two routes.
+constexpr int BARRIERS = AROUND ? 256 : 64, HEAD = BARRIERS + 64;
 
 template <class T, int TILES>
 __global__ void __launch_bounds__(32 * WARPS, BLOCKS) CLUSTER_DIMS ss2d_scan_fwd(const Params params) {
     const Scan &p = params.scan;
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
+    const int lane = threadIdx.x & 31, warp = __shfl_sync(ALL, (int)threadIdx.x >> 5, 0), warps = blockDim.x >> 5;
     const int g = lane >> 2, t = lane & 3;
     const int sets = AROUND ? params.sets : 1, width = AROUND ? warps / sets : warps;
     const int set = AROUND ? warp / width : 0, thread = threadIdx.x - set * 32 * width;
@@ -45,19 +46,23 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) CLUSTER_DIMS ss2d_scan_fwd
     const bool active = group < groups;
     const int first = span * p.span, last = min(first + p.span, p.chunks);
     const int length = p.height * p.width;
+    const int step = AROUND ? BLOCKS_OF_SPAN * sets : 1;  // chunks from one to the next
 
     extern __shared__ __align__(16) char shared[];
     const int staged_bytes = (p.row >> 3) * UNIT_BYTES + PAD_BYTES;
     char *const barriers = shared + set * STAGES * BARRIER_BYTES;
-    char *const staged_memory = shared + BARRIERS + set * STAGES * staged_bytes;
+    char *const staged_memory = shared + HEAD + set * STAGES * staged_bytes;
     // Of a warp: 64 bytes of skip, then for each of its routes the fragments, bias and rates.
     constexpr int ROUTE_BYTES = Weights<TILES>::BYTES;
     const int turns = AROUND ? 1 : p.routes / maps;
-    char *const own_memory = shared + BARRIERS + sets * STAGES * staged_bytes;
+    char *const own_memory = shared + HEAD + sets * STAGES * staged_bytes;
     char *const own = own_memory + warp * (turns * ROUTE_BYTES + 64);
     float *const skip = (float *)own;
 
+    int chunk = first + (AROUND ? blockIdx.z % BLOCKS_OF_SPAN * sets + set : 0);
     float enter[4] = {};
+    Path *const paths = (Path *)(shared + BARRIERS);
+    if (threadIdx.x < turns) paths[threadIdx.x] = make_path(p, map + threadIdx.x * maps, step);
     if (thread < STAGES) make_barrier(barriers + thread * BARRIER_BYTES, 32 * width);
     if (active) {
         for (int i = 0; i < turns; ++i)
@@ -80,17 +85,20 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) CLUSTER_DIMS ss2d_scan_fwd
 #if CLUSTER
     if (lane == 0) mailbox->expect();
     wait_for_cluster();
+    if (chunk == first && g == 7)  // nothing enters the span
+        send(address_in_block(shared_address(mailbox), block), lane, {});
 #endif
     const Stager stager(thread, 32 * width);
     uint2 ahead[OWN];
+    Place next;  // of the slot that was staged last
+    next.slot = p.slots;
     auto stage = [&](int route, int chunk, int turn) {
-        const Path path = make_path(p, route);
-        stager.stage(p, find_place(p, path, chunk * 8 + stager.g, stager.i),
-                     staged_memory + turn * staged_bytes, route);
+        const Path path = paths[!AROUND && route != map];
+        if (!move(p, path, next, step)) next = find_place(p, path, chunk * 8 + g);
+        stager.stage(p, path, next, staged_memory + turn * staged_bytes, route, g);
         arrive_with_copies(barriers + turn * BARRIER_BYTES);
-        const Place place = find_place(p, path, chunk * 8 + g);
         if (active)
-            read_map(p, path, params.x, place, channel,
+            read_map(p, path, params.x, next, channel,
                      [&](int i, const unsigned short *from) { ahead[i] = *(const uint2 *)from; },
                      [&](int i, uint2 v) {
 #pragma unroll
@@ -99,7 +107,6 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) CLUSTER_DIMS ss2d_scan_fwd
                      });
     };
     int turn = 0, route = map, unit = first;
-    int chunk = first + (AROUND ? blockIdx.z % BLOCKS_OF_SPAN * sets + set : 0);
     u32 parity = 0;
     if (!AROUND || chunk < last) stage(route, chunk, turn);
     while (chunk < last) {
@@ -109,14 +116,12 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) CLUSTER_DIMS ss2d_scan_fwd
         uint2 x[OWN];
 #pragma unroll
         for (int i = 0; i < OWN; ++i) x[i] = ahead[i];
-        // Calculated again for each chunk: there are no registers to keep it.
-        asm("" : "+r"(route));
         const int now = route, at = chunk;
         const bool second = !AROUND && now != map;  // of the two routes of an axis
-        const Place place = find_place(p, make_path(p, now), at * 8 + g);
-        if (AROUND) {
-            chunk += BLOCKS_OF_SPAN * sets;
-        } else if (++chunk == min(unit + params.unit, last)) {
+        const Place place = next;
+        chunk += step;
+        if (!AROUND && chunk == min(unit + params.unit, last)) {
+            next.slot = p.slots;  // elsewhere
             if (route + maps < p.routes) {
                 route += maps;
                 chunk = unit;
@@ -137,20 +142,20 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) CLUSTER_DIMS ss2d_scan_fwd
 #pragma unroll
         for (int from = 0; from < 2; from += PAIRS) {
             float a[PAIRS][OWN][2], q[PAIRS][OWN][2], P[PAIRS][2], h[PAIRS][2];
+            float z[PAIRS][OWN][2];
+            project_dt<T, TILES, false>(z, staged, weights.fragments, weights.bias, from, lane,
+                                        length - place.start());
 #pragma unroll
             for (int j = 0; j < PAIRS; ++j) {
                 const int pair = from + j;
                 const float2 rate = *(const float2 *)(weights.rates + 4 * t + 2 * pair);
-                float z[OWN][2];
-                project_dt<T, TILES, false>(z, staged, weights.fragments, weights.bias, pair, lane,
-                                            length - place.start());
 #pragma unroll
                 for (int i = 0; i < OWN; ++i) {
                     const float2 x2 = T::unpack(pair ? x[i].y : x[i].x);
                     const float B = LN2 * T::unpack(pairs[i]).x;
 #pragma unroll
                     for (int c = 0; c < 2; ++c) {
-                        const float l = softplus2(z[i][c]), one = ex2((c ? rate.y : rate.x) * l);
+                        const float l = softplus2(z[j][i][c]), one = ex2((c ? rate.y : rate.x) * l);
                         a[j][i][c] = one;
                         q[j][i][c] = l * (c ? x2.y : x2.x) * B;
                         P[j][c] = i ? P[j][c] * one : one;
@@ -158,38 +163,36 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) CLUSTER_DIMS ss2d_scan_fwd
                     }
                 }
             }
-            // From what the lanes do up to each to the states that enter them.
-            auto enter_lanes = [&](int j, int c) {
-                const int n = 2 * (from + j) + c;
-                const bool entered = place.slot > g;  // the image began in an earlier chunk
-                const float after = entered ? P[j][c] * enter[n] + h[j][c] : h[j][c];
-                const float before = __shfl_up_sync(ALL, after, 4);
-                h[j][c] = place.slot == 0 ? 0.f : g ? before : enter[n];
-                if (!AROUND) enter[n] = __shfl_sync(ALL, after, 28 + t);
-            };
+#pragma unroll
+            for (int j = 0; j < PAIRS; ++j)
+#pragma unroll
+                for (int c = 0; c < 2; ++c)
+                    combine_lanes<false>(P[j][c], h[j][c], min(g, place.slot));
+            const bool entered = place.slot > g;  // the image began in an earlier chunk
+#if CLUSTER
+            const bool sends = g == 7 && at + 1 < last;
+            mailbox->take(enter, lane, taken);
+#endif
+            // The states that leave each lane: while one is waited for, nothing else is done first.
+#pragma unroll
+            for (int j = 0; j < PAIRS; ++j)
+#pragma unroll
+                for (int c = 0; c < 2; ++c)
+                    if (entered) h[j][c] += P[j][c] * enter[2 * (from + j) + c];
+#if CLUSTER
+            if (sends) send(next_mailbox, lane, {h[0][0], h[0][1], h[1][0], h[1][1]});
+            if (lane == 0) mailbox->expect();
+#endif
+            // The states that enter it.
 #pragma unroll
             for (int j = 0; j < PAIRS; ++j)
 #pragma unroll
                 for (int c = 0; c < 2; ++c) {
-                    combine_lanes<false>(P[j][c], h[j][c], min(g, place.slot));
-                    if (!AROUND) enter_lanes(j, c);
+                    float &entering = enter[2 * (from + j) + c];
+                    const float after = h[j][c], before = __shfl_up_sync(ALL, after, 4);
+                    h[j][c] = place.slot == 0 ? 0.f : g ? before : entering;
+                    if (!AROUND) entering = __shfl_sync(ALL, after, 28 + t);
                 }
-#if CLUSTER
-            if (at > first) mailbox->take(enter, lane, taken);
-            if (g == 7 && at + 1 < last) {
-                float leave[4];
-#pragma unroll
-                for (int n = 0; n < 4; ++n)
-                    leave[n] = place.slot > 7 ? P[n / 2][n % 2] * enter[n] + h[n / 2][n % 2]
-                                              : h[n / 2][n % 2];
-                send(next_mailbox, lane, leave);
-            }
-            if (at > first && lane == 0) mailbox->expect();
-#pragma unroll
-            for (int j = 0; j < PAIRS; ++j)
-#pragma unroll
-                for (int c = 0; c < 2; ++c) enter_lanes(j, c);
-#endif
 #pragma unroll
             for (int j = 0; j < PAIRS; ++j) {
                 const int pair = from + j;
@@ -218,11 +221,11 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) CLUSTER_DIMS ss2d_scan_fwd
             }
         }
 #if CLUSTER
-        if (at > first) taken ^= 1;
+        taken ^= 1;
         if (params.states && g == 0) keep_states(p, params.states, now, at, channel, enter);
 #endif
         __syncwarp();  // what is added to is written, by other lanes of the warp
-        write_map<T>(p, make_path(p, now), map_of(p, params.y, map), [&](int i) {
+        write_map<T>(p, paths[second], map_of(p, params.y, map), [&](int i) {
             uint2 v = y[0];
 #pragma unroll
             for (int j = 1; j < OWN; ++j)

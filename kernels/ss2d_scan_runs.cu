@@ -62,8 +62,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_runs(const Param
         if (number == 0) next = find_place(p, path, first * 8 + g * count);
         else advance(p, path, next);
         const int turn = step & 3;
-        stager.stage(p, find_place(p, path, first * 8 + stager.g * count + number, stager.i),
-                     staged_memory + turn * staged_bytes, route);
+        stager.stage(p, path, next, staged_memory + turn * staged_bytes, route, g);
         if (active)
             copy_map(p, path, params.x, next, channel, own_x + (step & 1) * MAP_BYTES, lane);
         arrive_with_copies(barriers + turn * BARRIER_BYTES);
@@ -87,7 +86,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_runs(const Param
 #pragma unroll
         for (int pair = 0; pair < 2; ++pair) {
             asm volatile("" ::: "memory");  // one after the other, for want of registers
-            float z[OWN][2];
+            float z[1][OWN][2];
             project_dt<T, TILES, false>(z, staged, weights.fragments, weights.bias, pair, lane,
                                         length - place.start());
             const float2 rate = *(const float2 *)(weights.rates + 4 * t + 2 * pair);
@@ -100,7 +99,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_runs(const Param
 #pragma unroll
                 for (int c = 0; c < 2; ++c) {
                     const int n = 2 * pair + c;
-                    const float l = softplus2(z[i][c]), x1 = c ? x2.y : x2.x;
+                    const float l = softplus2(z[0][i][c]), x1 = c ? x2.y : x2.x;
                     const float a = ex2((c ? rate.y : rate.x) * l);
                     enter[n] = a * enter[n] + l * x1 * (LN2 * both.x);
                     if (SUMMARY) decay[n] *= a;

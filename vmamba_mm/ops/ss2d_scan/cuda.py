@@ -17,8 +17,8 @@ from vmamba_mm.ops.nvrtc import Instance, cached, kernel
 from vmamba_mm.ops.ss2d_scan import cut, layout, merge, walk
 from vmamba_mm.ops.walk import CODES, TYPES, combine_instance, pointer
 
-_SCAN = 'P' * 5 + 'i' * 15
-_MAP = 'Pqiiii'
+_SCAN = 'P' * 5 + 'i' * 14
+_MAP = 'Piiii'
 _FORWARD = (('WARPS', cut.FORWARD_WARPS), ('BLOCKS', cut.FORWARD_BLOCKS))
 _AROUND = (('WARPS', cut.AROUND_WARPS), ('BLOCKS', 1))
 _HALVES = torch.float16, torch.bfloat16
@@ -115,7 +115,7 @@ def scan_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...],
     work = plan.backward if back else plan.forward
     parts = plan.offsets[1:5]
     shape = (batch, dim, height, width, rank, routes, plan.row, plan.slots, plan.chunks, work.span,
-             work.spans, plan.aligned, *plan.magic)
+             work.spans, *plan.magic)
     walks = work.maps
     grid = walks, work.columns, work.spans * max(1, work.cluster)
     block = 32 * work.warps, 1, 1
@@ -286,7 +286,7 @@ def _fields(x_BDHW: Tensor) -> tuple[int, ...]:
     dim = x_BDHW.shape[1]
     stride_b, stride_pixel, stride_d = layout.strides(x_BDHW)
     vector = (stride_d == 1 or dim == 1) and dim % 4 == stride_b % 4 == stride_pixel % 4 == 0
-    return stride_b, stride_pixel, stride_d, int(vector and x_BDHW.data_ptr() % 8 == 0), 0
+    return stride_b, stride_pixel, stride_d, int(vector and x_BDHW.data_ptr() % 8 == 0)
 
 
 def _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save, logs=False):

@@ -45,7 +45,6 @@ class Plan(NamedTuple):
     groups: int   # of 16 channels
     slots: int    # of 7 positions, of an image
     chunks: int   # of 8 slots, of the batch
-    aligned: int  # whether rows and columns are multiples of 7 long
     magic: tuple[int, int, int]
     offsets: tuple[int, ...]  # bytes, of the parts of `kept` and of its end
     forward: Cut
@@ -87,7 +86,7 @@ def _around(index: int, groups: int, tiles: int, staged: int, chunks: int, alone
         width = max(2, -(-groups // columns))
         for sets in range(1, AROUND_WARPS // width + 1):
             warps = width * sets
-            shared = 256 + 3 * staged * sets + warps * (256 * tiles + 128 + 64 + 80)
+            shared = 320 + 3 * staged * sets + warps * (256 * tiles + 192 + 64 + 80)
             blocks = min(AROUND_WARPS // warps,
                          properties.shared_memory_per_multiprocessor // (shared + 1024))
             if blocks == 0 or shared > properties.shared_memory_per_block_optin - 1024:
@@ -171,10 +170,10 @@ def plan_of(batch: int, dim: int, height: int, width: int, rank: int, routes: in
     exact = -(-length // _SLOT)
     for slots in {exact, -(-exact // 8) * 8}:
         forward, backward = (min(cuts(*sizes, slots), key=lambda cut: cut.cost) for sizes in (
-            (FORWARD_WARPS, FORWARD_BLOCKS, 64 + 3 * staged, 64, 256 * tiles + 128,
+            (FORWARD_WARPS, FORWARD_BLOCKS, 128 + 3 * staged, 64, 256 * tiles + 192,
              _Spans(staged, 2 * _CHUNK_MAP, 1.35, 0, 2, 0.3, 500), 0.06, 1.5 * l2),
             (BACKWARD_WARPS, BACKWARD_BLOCKS, 2 * staged,
-             4 * _CHUNK_MAP + 768 * tiles + 320 + 2048, 0, _Spans(0, 0, 1.6, 16, 0.5, 0, math.inf),
+             4 * _CHUNK_MAP + 768 * tiles + 384 + 2048, 0, _Spans(0, 0, 1.6, 16, 0.5, 0, math.inf),
              0.1, math.inf)))
         if properties.major >= 9:
             chunks, alone = -(-batch * slots // 8), slots // math.gcd(slots, 8)
@@ -184,7 +183,6 @@ def plan_of(batch: int, dim: int, height: int, width: int, rank: int, routes: in
             best = slots, forward, backward
     slots, forward, backward = best
     return Plan(routes, tiles, row, groups, slots, -(-batch * slots // 8),
-                 int(height % _SLOT == width % _SLOT == 0),
                  (magic(height), magic(width), magic(slots)), (0, *accumulate(
                      2 * size for size in kept_sizes(batch, dim, length, rank, routes))),
                  forward, backward)
