@@ -15,14 +15,26 @@ __device__ __forceinline__ void wait_for_cluster() {
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// In shared memory, of a warp: 16 bytes from each of 4 lanes of another warp, and a barrier for one
-// thread that counts them as they come.
+// In shared memory, of a warp: 16 bytes from each of 4 lanes of another warp, of its own block or of
+// another one of the cluster, and a barrier that counts the lanes, or the bytes as they come.
 struct Mailbox {
     float4 values[4];
     char barrier[BARRIER_BYTES];
     char unused[8];
 
-    // By the warp; lane t has what was sent by the t-th. `parity` as of wait_for_copies.
+    // By one thread; `near`: whether the lanes are of its own block.
+    __device__ __forceinline__ void make(bool near) {
+        make_barrier(barrier, near ? 4 : 1);
+        if (!near) expect();
+    }
+
+    // By one thread, where they are of another block, after each `take`.
+    __device__ __forceinline__ void expect() {
+        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], 64;"
+                     :: "r"(shared_address(barrier)) : "memory");
+    }
+
+    // By the warp; lane t has what the t-th lane sent. `parity` as of wait_for_copies.
     __device__ __forceinline__ void take(float (&v)[4], int lane, u32 parity) {
         asm volatile("{.reg .pred done; again: "
                      "mbarrier.try_wait.parity.shared.b64 done, [%0], %1; "
@@ -30,17 +42,20 @@ struct Mailbox {
                      :: "r"(shared_address(barrier)), "r"(parity) : "memory");
         const float4 sent = values[lane & 3];
         v[0] = sent.x, v[1] = sent.y, v[2] = sent.z, v[3] = sent.w;
-        __syncwarp();  // before what the next send may overwrite
-    }
-
-    // Before the first `send` and after each `take`, by one thread.
-    __device__ __forceinline__ void expect() {
-        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], 64;"
-                     :: "r"(shared_address(barrier)) : "memory");
+        __syncwarp();  // before what comes next may overwrite it
     }
 };
 
-// By 4 lanes, t of lane & 3; `mailbox` as of address_in_block.
+// To a mailbox of the same block, by 4 lanes, t of lane & 3.
+__device__ __forceinline__ void put(u32 mailbox, int lane, const float (&v)[4]) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};"
+                 :: "r"(mailbox + (lane & 3) * 16), "r"(__float_as_uint(v[0])),
+                    "r"(__float_as_uint(v[1])), "r"(__float_as_uint(v[2])),
+                    "r"(__float_as_uint(v[3])) : "memory");
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" :: "r"(mailbox + 64) : "memory");
+}
+
+// To one of another block; `mailbox` as of address_in_block.
 __device__ __forceinline__ void send(u32 mailbox, int lane, const float (&v)[4]) {
     asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 "
                  "[%0], {%1, %2, %3, %4}, [%5];"

@@ -4,6 +4,8 @@
 // positions of slot g and the channels 4 t .. 4 t + 3.
 #include "common.cuh"
 
+#define LIKELY(condition) __builtin_expect(condition, 1)  // so the other way is out of line
+
 constexpr int OWN = 7, CHUNK = 8 * OWN;
 constexpr u32 ALL = 0xffffffffu;
 constexpr int UNIT_BYTES = CHUNK * 16;  // of 8 staged columns, for a chunk
@@ -186,7 +188,7 @@ __device__ __forceinline__ void read_map(const Scan &p, const Path &path, const 
     const int count = channel < p.dim ? p.height * p.width - place.start() : 0;
     const unsigned short *image = (const unsigned short *)map.data
           + (long long)place.image * map.stride_b + (long long)channel * map.stride_d;
-    if (map.vector && count >= OWN && path.inner_length >= OWN)
+    if (LIKELY(map.vector && count >= OWN && path.inner_length >= OWN))
         return for_pixels(path, place, image, map.stride_pixel, take);
 #pragma unroll 1
     for (int i = 0; i < OWN; ++i) {
@@ -217,7 +219,7 @@ __device__ __forceinline__ void write_map(const Scan &p, const Path &path, const
           + (long long)place.image * map.stride_b + channel;
     auto put = [&](int i, unsigned short *to) { *(uint2 *)to = get(i); };
     auto add = [&](int i, unsigned short *to) { T::add(to, get(i)); };
-    if (map.vector && count >= OWN && path.inner_length >= OWN)
+    if (LIKELY(map.vector && count >= OWN && path.inner_length >= OWN))
         return adds ? for_pixels(path, place, image, p.dim, add)
                     : for_pixels(path, place, image, p.dim, put);
 #pragma unroll 1
@@ -333,7 +335,7 @@ __device__ __forceinline__ void project_dt(float (&z)[PAIRS][OWN][2], const char
         for (int i = 0; i < OWN; ++i)
 #pragma unroll
             for (int e = 0; e < 2; ++e) z[j][i][e] = c[j][i & 3][(i >> 2) * 2 + e];
-    if (count < OWN)
+    if (!LIKELY(count >= OWN))
 #pragma unroll
         for (int j = 0; j < PAIRS; ++j)
 #pragma unroll

@@ -30,8 +30,7 @@ constexpr int BLOCKS_OF_SPAN = AROUND ? CLUSTER : 1;
 constexpr int PAIRS = AROUND ? 2 : 1;
 // Staged chunks: while some warps stage the next one, others may still read the one before.
 constexpr int STAGES = 3;
-// Bytes: barriers, then the paths of a block's one or two routes.
-constexpr int BARRIERS = AROUND ? 256 : 64, HEAD = BARRIERS + 64;
+constexpr int BARRIERS = AROUND ? 256 : 64;  // bytes
 
 template <class T, int TILES>
 __global__ void __launch_bounds__(32 * WARPS, BLOCKS) CLUSTER_DIMS ss2d_scan_fwd(const Params params) {
@@ -51,18 +50,19 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) CLUSTER_DIMS ss2d_scan_fwd
     extern __shared__ __align__(16) char shared[];
     const int staged_bytes = (p.row >> 3) * UNIT_BYTES + PAD_BYTES;
     char *const barriers = shared + set * STAGES * BARRIER_BYTES;
-    char *const staged_memory = shared + HEAD + set * STAGES * staged_bytes;
+    char *const staged_memory = shared + BARRIERS + set * STAGES * staged_bytes;
     // Of a warp: 64 bytes of skip, then for each of its routes the fragments, bias and rates.
     constexpr int ROUTE_BYTES = Weights<TILES>::BYTES;
     const int turns = AROUND ? 1 : p.routes / maps;
-    char *const own_memory = shared + HEAD + sets * STAGES * staged_bytes;
+    char *const own_memory = shared + BARRIERS + sets * STAGES * staged_bytes;
     char *const own = own_memory + warp * (turns * ROUTE_BYTES + 64);
     float *const skip = (float *)own;
 
     int chunk = first + (AROUND ? blockIdx.z % BLOCKS_OF_SPAN * sets + set : 0);
     float enter[4] = {};
-    Path *const paths = (Path *)(shared + BARRIERS);
-    if (threadIdx.x < turns) paths[threadIdx.x] = make_path(p, map + threadIdx.x * maps, step);
+    const Path path0 = make_path(p, map, step);
+    const Path path1 = AROUND ? path0 : make_path(p, map + maps, step);
+    auto path_of = [&](int route) { return AROUND || route == map ? path0 : path1; };
     if (thread < STAGES) make_barrier(barriers + thread * BARRIER_BYTES, 32 * width);
     if (active) {
         for (int i = 0; i < turns; ++i)
@@ -72,29 +72,32 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) CLUSTER_DIMS ss2d_scan_fwd
 #if CLUSTER
     Mailbox *const mailboxes = (Mailbox *)(own_memory + warps * (ROUTE_BYTES + 64));
     Mailbox *const mailbox = mailboxes + warp;
-    if (lane == 0) make_barrier(mailbox->barrier, 1);
+    const bool near = set > 0 || CLUSTER == 1;  // what enters comes from this block
+    if (lane == 0) mailbox->make(near);
     // Of the warp that has the next chunk.
-    const bool stays = set + 1 < sets;
-    const u32 block = blockIdx.z % CLUSTER;
-    const u32 next_mailbox = address_in_block(
-        shared_address(mailboxes + (stays ? warp + width : warp - set * width)),
-        stays ? block : (block + 1) % CLUSTER);
+    const bool stays = set + 1 < sets || CLUSTER == 1;
+    u32 next_mailbox = shared_address(mailboxes + (set + 1 < sets ? warp + width
+                                                                  : warp - set * width));
+    if (!stays) next_mailbox = address_in_block(next_mailbox, (blockIdx.z + 1) % CLUSTER);
+    asm volatile("" : "+r"(next_mailbox));  // not calculated again where others wait
     u32 taken = 0;  // parity of what is taken next
 #endif
     __syncthreads();
 #if CLUSTER
-    if (lane == 0) mailbox->expect();
     wait_for_cluster();
-    if (chunk == first && g == 7)  // nothing enters the span
-        send(address_in_block(shared_address(mailbox), block), lane, {});
+    if (chunk == first && g == 7) {  // nothing enters the span
+        const u32 own = shared_address(mailbox);
+        if (near) put(own, lane, {});
+        else send(address_in_block(own, blockIdx.z % CLUSTER), lane, {});
+    }
 #endif
     const Stager stager(thread, 32 * width);
     uint2 ahead[OWN];
     Place next;  // of the slot that was staged last
     next.slot = p.slots;
     auto stage = [&](int route, int chunk, int turn) {
-        const Path path = paths[!AROUND && route != map];
-        if (!move(p, path, next, step)) next = find_place(p, path, chunk * 8 + g);
+        const Path path = path_of(route);
+        if (!LIKELY(move(p, path, next, step))) next = find_place(p, path, chunk * 8 + g);
         stager.stage(p, path, next, staged_memory + turn * staged_bytes, route, g);
         arrive_with_copies(barriers + turn * BARRIER_BYTES);
         if (active)
@@ -163,35 +166,46 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) CLUSTER_DIMS ss2d_scan_fwd
                     }
                 }
             }
+            // Of each lane, what it and those before it do to a state that enters the chunk: P h + q;
+            // and what only those before it do.
+            float Q[PAIRS][2], before[PAIRS][2];
+            const bool entered = place.slot > g;  // the image began in an earlier chunk
 #pragma unroll
             for (int j = 0; j < PAIRS; ++j)
 #pragma unroll
-                for (int c = 0; c < 2; ++c)
+                for (int c = 0; c < 2; ++c) {
                     combine_lanes<false>(P[j][c], h[j][c], min(g, place.slot));
-            const bool entered = place.slot > g;  // the image began in an earlier chunk
+                    Q[j][c] = __shfl_up_sync(ALL, P[j][c], 4);
+                    before[j][c] = __shfl_up_sync(ALL, h[j][c], 4);
+                    if (g == 0) Q[j][c] = 1.f;
+                    if (g == 0 || place.slot == 0) before[j][c] = 0.f;
+                }
 #if CLUSTER
             const bool sends = g == 7 && at + 1 < last;
             mailbox->take(enter, lane, taken);
 #endif
-            // The states that leave each lane: while one is waited for, nothing else is done first.
 #pragma unroll
             for (int j = 0; j < PAIRS; ++j)
 #pragma unroll
                 for (int c = 0; c < 2; ++c)
                     if (entered) h[j][c] += P[j][c] * enter[2 * (from + j) + c];
 #if CLUSTER
-            if (sends) send(next_mailbox, lane, {h[0][0], h[0][1], h[1][0], h[1][1]});
-            if (lane == 0) mailbox->expect();
+            if (sends) {
+                const float leave[4] = {h[0][0], h[0][1], h[1][0], h[1][1]};
+                if (stays) put(next_mailbox, lane, leave);
+                else send(next_mailbox, lane, leave);
+            }
+            if (lane == 0 && !near) mailbox->expect();
 #endif
-            // The states that enter it.
 #pragma unroll
             for (int j = 0; j < PAIRS; ++j)
 #pragma unroll
                 for (int c = 0; c < 2; ++c) {
                     float &entering = enter[2 * (from + j) + c];
-                    const float after = h[j][c], before = __shfl_up_sync(ALL, after, 4);
-                    h[j][c] = place.slot == 0 ? 0.f : g ? before : entering;
-                    if (!AROUND) entering = __shfl_sync(ALL, after, 28 + t);
+                    const float leave = h[j][c];
+                    h[j][c] = before[j][c];
+                    if (entered) h[j][c] += Q[j][c] * entering;
+                    if (!AROUND) entering = __shfl_sync(ALL, leave, 28 + t);
                 }
 #pragma unroll
             for (int j = 0; j < PAIRS; ++j) {
@@ -225,7 +239,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) CLUSTER_DIMS ss2d_scan_fwd
         if (params.states && g == 0) keep_states(p, params.states, now, at, channel, enter);
 #endif
         __syncwarp();  // what is added to is written, by other lanes of the warp
-        write_map<T>(p, paths[second], map_of(p, params.y, map), [&](int i) {
+        write_map<T>(p, path_of(now), map_of(p, params.y, map), [&](int i) {
             uint2 v = y[0];
 #pragma unroll
             for (int j = 1; j < OWN; ++j)

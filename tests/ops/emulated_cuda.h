@@ -552,6 +552,12 @@ static void cp_async_mbarrier_arrive_noinc_shared_b64(u32 at) {
     barrier->complete();
 }
 
+static void mbarrier_arrive_shared_b64(u32 at) {
+    MBarrier *const barrier = barrier_at(at);
+    ++barrier->arrived;
+    barrier->complete();
+}
+
 static void mbarrier_arrive_expect_tx_shared_b64(u32 at, int bytes) {
     MBarrier *const barrier = barrier_at(at);
     ++barrier->arrived;
@@ -566,6 +572,10 @@ static void mapa_shared__cluster_u32(u32 &there, u32 address, u32 block) {
 
 static inline char *in_cluster(u32 address) {
     return emulated::blocks[address >> 24].shared + (address & 0xffffffu);
+}
+
+static void st_shared_v4_b32(u32 to, u32 a, u32 b, u32 c, u32 d) {
+    *(uint4 *)(dynamic_shared + to) = {a, b, c, d};
 }
 
 static void st_async_weak_shared__cluster_mbarrier__bytes_v4_b32(u32 to, u32 a, u32 b, u32 c, u32 d,
@@ -591,10 +601,6 @@ static void barrier_cluster_wait_acquire_aligned() {
 static void mbarrier_try_wait_parity_shared_b64(u32 at, u32 parity) {
     const u32 *const phase = &barrier_at(at)->phase;
     if ((*phase & 1) == parity) emulated::wait_for_change(phase);
-}
-
-static void mbarrier_try_wait_parity_acquire_cluster_shared__cta_b64(u32 at, u32 parity) {
-    mbarrier_try_wait_parity_shared_b64(at, parity);
 }
 
 static void mbarrier_test_wait_parity_shared_b64(u32 at, u32 parity) {

@@ -135,4 +135,4 @@ def backward_of(dtype: torch.dtype) -> type[HalfBackward] | type[FloatBackward]:
 
 def _fields(sizes, maps):
     """Of so many maps, after the address."""
-    return ((sizes.length * sizes.dim, sizes.dim, 1, 1, 0),) * maps
+    return ((sizes.length * sizes.dim, sizes.dim, 1, 1),) * maps
