@@ -34,11 +34,13 @@ struct Mailbox {
                      :: "r"(shared_address(barrier)) : "memory");
     }
 
-    // By the warp; lane t has what the t-th lane sent. `parity` as of wait_for_copies.
+    // By the warp; lane t has what the t-th lane sent. `parity` as of wait_for_copies. It is asked
+    // first without waiting, for the compiler lets that begin before what comes before it has ended.
     __device__ __forceinline__ void take(float (&v)[4], int lane, u32 parity) {
-        asm volatile("{.reg .pred done; again: "
-                     "mbarrier.try_wait.parity.shared.b64 done, [%0], %1; "
-                     "@!done bra again;}"
+        asm volatile("{.reg .pred done; "
+                     "mbarrier.test_wait.parity.shared.b64 done, [%0], %1; @done bra over; "
+                     "again: mbarrier.try_wait.parity.shared.b64 done, [%0], %1; "
+                     "@!done bra again; over:}"
                      :: "r"(shared_address(barrier)), "r"(parity) : "memory");
         const float4 sent = values[lane & 3];
         v[0] = sent.x, v[1] = sent.y, v[2] = sent.z, v[3] = sent.w;

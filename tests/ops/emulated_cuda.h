@@ -607,4 +607,10 @@ static void mbarrier_test_wait_parity_shared_b64(u32 at, u32 parity) {
     mbarrier_try_wait_parity_shared_b64(at, parity);
 }
 
+// Once, and then in a loop.
+static void mbarrier_test_wait_parity_shared_b64__mbarrier_try_wait_parity_shared_b64(
+    u32 at, u32 parity, u32, u32) {
+    mbarrier_try_wait_parity_shared_b64(at, parity);
+}
+
 }  // namespace ptx
