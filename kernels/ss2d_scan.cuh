@@ -363,7 +363,12 @@ __device__ __forceinline__ void combine_lanes(float &P, float &q, int reach) {
     for (int d = 1; d < 8; d *= 2) {
         const float P2 = BACK ? __shfl_down_sync(ALL, P, 4 * d) : __shfl_up_sync(ALL, P, 4 * d);
         const float q2 = BACK ? __shfl_down_sync(ALL, q, 4 * d) : __shfl_up_sync(ALL, q, 4 * d);
-        q += P * (d <= reach ? q2 : 0.f);
-        P *= d <= reach ? P2 : 1.f;
+        if (!BACK) {  // fewer instructions
+            q += P * (d <= reach ? q2 : 0.f);
+            P *= d <= reach ? P2 : 1.f;
+        } else if (d <= reach) {  // fewer registers, which the backward wants
+            q += P * q2;
+            P *= P2;
+        }
     }
 }

@@ -105,7 +105,7 @@ def _around(index: int, groups: int, tiles: int, staged: int, chunks: int, alone
                 resident = warps * min(blocks, -(-walks * cluster // multiprocessors))
                 # What the warps calculate, or that a state goes from chunk to chunk.
                 cost = max(0.97 * (span / (cluster * sets) + 0.5) * max(11.5, resident),
-                           0.67 * span * (1 + 0.015 * resident))
+                           0.46 * span * (1 + 0.015 * resident))
                 cost = 6 + -(-walks // at_once) * cost * (1 + 0.01 * math.sqrt(columns))
                 yield Cut(routes, warps, columns, span, spans, alone, shared, True, cost, sets,
                           cluster)
