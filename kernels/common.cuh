@@ -172,6 +172,27 @@ __device__ __forceinline__ void store4_aside(void *p, long long i, const float (
                make_uint2(T::pack(v[0], v[1]), T::pack(v[2], v[3])));
 }
 
+// Stores what others read soon, so that it is the last to leave L2.
+__device__ __forceinline__ void store_kept(void *to, uint2 v) {
+#if __CUDA_ARCH__ >= 800
+    unsigned long long policy;
+    asm("createpolicy.fractional.L2::evict_last.b64 %0;" : "=l"(policy));
+    asm volatile("st.global.L2::cache_hint.v2.u32 [%0], {%1, %2}, %3;"
+                 :: "l"(to), "r"(v.x), "r"(v.y), "l"(policy) : "memory");
+#else
+    *(uint2 *)to = v;
+#endif
+}
+
+// Of aligned memory: what is in it is lost, if L2 has it.
+constexpr int LINE_BYTES = 128;
+
+__device__ __forceinline__ void discard_line(const void *line) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("discard.global.L2 [%0], 128;" :: "l"(line) : "memory");
+#endif
+}
+
 // The exact one.
 __device__ __forceinline__ float gelu(float x) {
     return x * (0.5f + 0.5f * erff(x * 0.7071067811865476f));

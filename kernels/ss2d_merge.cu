@@ -24,6 +24,10 @@ __global__ void __launch_bounds__(256) ss2d_merge(const Params p) {
     extern __shared__ __align__(16) float shared[];  // weight and bias, if there is a norm
     if (p.normed) load_affine(shared, p.weight, p.bias, p.dim, p.parameter_type);
     const long long map = (long long)p.batch * p.length * p.dim;
+    // Nobody reads these maps again: what of them is still in L2 need not go to memory. Not of two
+    // maps, which fit in L2 anyway; a backward was not measured.
+    const int bytes = p.dim * (int)sizeof(Element), lines = bytes / LINE_BYTES;
+    const bool discards = MAPS == 4 && !EXTRA && ((size_t)p.maps | bytes) % LINE_BYTES == 0;
     const u32 spans = (p.batch + p.images - 1) / p.images, all = spans * p.images * p.length;
     for (u32 j = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5); j < all; j += warps) {
         const u32 rank = j / (u32)p.length, turn = rank / spans;
@@ -61,5 +65,9 @@ __global__ void __launch_bounds__(256) ss2d_merge(const Params p) {
         if (!p.normed) continue;
         const float2 moments = store_norm<T>(p.normed, to, v, shared, p.dim, lane, p.eps);
         if (p.moments && lane == 0) p.moments[m] = moments;
+        if (!discards) continue;
+        __syncwarp();  // all have read
+        for (int l = lane; l < MAPS * lines; l += 32)
+            discard_line((const char *)(at + l / lines * map) + l % lines * LINE_BYTES);
     }
 }

@@ -211,13 +211,17 @@ __device__ __forceinline__ Map map_of(const Scan &p, void *maps, int number) {
 }
 
 // Writes a lane's elements, get(i) for each position, to such a map, or adds them to what is there.
-template <class T, class Get>
+// KEPT: so that they stay in L2.
+template <class T, bool KEPT = false, class Get>
 __device__ __forceinline__ void write_map(const Scan &p, const Path &path, const Map &map,
                                           Get get, const Place &place, int channel, bool adds) {
     const int count = channel < p.dim ? p.height * p.width - place.start() : 0;
     unsigned short *const image = (unsigned short *)map.data
           + (long long)place.image * map.stride_b + channel;
-    auto put = [&](int i, unsigned short *to) { *(uint2 *)to = get(i); };
+    auto put = [&](int i, unsigned short *to) {
+        if (KEPT) store_kept(to, get(i));
+        else *(uint2 *)to = get(i);
+    };
     auto add = [&](int i, unsigned short *to) { T::add(to, get(i)); };
     if (LIKELY(map.vector && count >= OWN && path.inner_length >= OWN))
         return adds ? for_pixels(path, place, image, p.dim, add)

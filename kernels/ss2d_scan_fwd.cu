@@ -239,7 +239,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) CLUSTER_DIMS ss2d_scan_fwd
         if (params.states && g == 0) keep_states(p, params.states, now, at, channel, enter);
 #endif
         __syncwarp();  // what is added to is written, by other lanes of the warp
-        write_map<T>(p, path_of(now), map_of(p, params.y, map), [&](int i) {
+        write_map<T, AROUND>(p, path_of(now), map_of(p, params.y, map), [&](int i) {
             uint2 v = y[0];
 #pragma unroll
             for (int j = 1; j < OWN; ++j)

@@ -574,6 +574,18 @@ static inline char *in_cluster(u32 address) {
     return emulated::blocks[address >> 24].shared + (address & 0xffffffu);
 }
 
+static void createpolicy_fractional_L2__evict_last_b64(unsigned long long &policy) { policy = 1; }
+
+static void st_global_L2__cache_hint_v2_u32(void *to, u32 x, u32 y, unsigned long long policy) {
+    *(uint2 *)to = {x, y};
+}
+
+// What is there is lost: NaN in any type.
+static void discard_global_L2(const void *line, u32 bytes) {
+    if ((size_t)line % bytes) abort();
+    memset((void *)line, 0xff, bytes);
+}
+
 static void st_shared_v4_b32(u32 to, u32 a, u32 b, u32 c, u32 d) {
     *(uint4 *)(dynamic_shared + to) = {a, b, c, d};
 }
