@@ -46,3 +46,9 @@ def test_products_and_strides(make, size):
 def test_copies_nothing(name):
     x = LAYOUTS[name](torch.randn(3, 6, 5, 4))
     assert layout.pixels(x).data_ptr() == x.data_ptr()
+
+
+def test_images_far_apart_are_copied():
+    x = torch.empty_strided((2, 4, 3, 5), (2**31, 1, 20, 4), device='meta')
+    assert layout.strides(layout.pixels(x)) == (60, 4, 1)
+    assert layout.strides(layout.pixels(x[:1])) == (0, 4, 1)

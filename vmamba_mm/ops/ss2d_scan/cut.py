@@ -86,7 +86,7 @@ def _around(index: int, groups: int, tiles: int, staged: int, chunks: int, alone
         width = max(2, -(-groups // columns))
         for sets in range(1, AROUND_WARPS // width + 1):
             warps = width * sets
-            shared = 320 + 3 * staged * sets + warps * (256 * tiles + 192 + 64 + 80)
+            shared = 256 + 3 * staged * sets + warps * (256 * tiles + 192 + 64 + 80)
             blocks = min(AROUND_WARPS // warps,
                          properties.shared_memory_per_multiprocessor // (shared + 1024))
             if blocks == 0 or shared > properties.shared_memory_per_block_optin - 1024:
@@ -170,7 +170,7 @@ def plan_of(batch: int, dim: int, height: int, width: int, rank: int, routes: in
     exact = -(-length // _SLOT)
     for slots in {exact, -(-exact // 8) * 8}:
         forward, backward = (min(cuts(*sizes, slots), key=lambda cut: cut.cost) for sizes in (
-            (FORWARD_WARPS, FORWARD_BLOCKS, 128 + 3 * staged, 64, 256 * tiles + 192,
+            (FORWARD_WARPS, FORWARD_BLOCKS, 64 + 3 * staged, 64, 256 * tiles + 192,
              _Spans(staged, 2 * _CHUNK_MAP, 1.35, 0, 2, 0.3, 500), 0.06, 1.5 * l2),
             (BACKWARD_WARPS, BACKWARD_BLOCKS, 2 * staged,
              4 * _CHUNK_MAP + 768 * tiles + 384 + 2048, 0, _Spans(0, 0, 1.6, 16, 0.5, 0, math.inf),

@@ -7,16 +7,18 @@ from torch import Tensor
 def strides(x_BDHW: Tensor) -> tuple[int, int, int]:
     """From an image, a pixel and a channel to the next, for a map that :func:`pixels` gave."""
     stride_b, stride_d, stride_h, stride_w = x_BDHW.stride()
+    stride_b = stride_b if x_BDHW.shape[0] > 1 else 0
     return stride_b, stride_w if x_BDHW.shape[3] > 1 else stride_h, stride_d
 
 
 def pixels(x_BDHW: Tensor) -> Tensor:
-    """``x_BDHW`` as it is, unless rows of pixels have gaps between them, or an image goes beyond
-    the kernels' 32-bit offsets: then a copy, channels last."""
+    """``x_BDHW`` as it is, unless rows of pixels have gaps between them, or an image or the way to
+    the next one goes beyond the kernels' 32-bit offsets: then a copy, channels last."""
     _, _, height, width = x_BDHW.shape
     _, _, stride_h, stride_w = x_BDHW.stride()
     gaps = height > 1 and width > 1 and stride_h != width * stride_w
-    if gaps or height * width * (stride_w if width > 1 else stride_h) >= 2**31:
+    stride_b, stride_pixel, _ = strides(x_BDHW)
+    if gaps or max(stride_b, height * width * stride_pixel) >= 2**31:
         return x_BDHW.contiguous(memory_format=torch.channels_last)
     return x_BDHW
 
