@@ -35,10 +35,10 @@ constexpr int BARRIERS = AROUND ? 256 : 64;  // bytes
 template <class T, int TILES>
 __global__ void __launch_bounds__(32 * WARPS, BLOCKS) CLUSTER_DIMS ss2d_scan_fwd(const Params params) {
     const Scan &p = params.scan;
-    const int lane = threadIdx.x & 31, warps = blockDim.x >> 5;
-    // By a shuffle, so that the compiler knows that a warp has one: what follows from it, as the paths,
-    // is in uniform registers.
-    const int warp = __shfl_sync(ALL, (int)threadIdx.x >> 5, 0);
+    // The warp by a shuffle, so that the compiler knows it to be the same for all lanes: what follows
+    // from it, as the paths, is in uniform registers.
+    const int lane = threadIdx.x & 31, warp = __shfl_sync(ALL, (int)threadIdx.x >> 5, 0);
+    const int warps = blockDim.x >> 5;
     const int g = lane >> 2, t = lane & 3;
     const int sets = AROUND ? params.sets : 1, width = AROUND ? warps / sets : warps;
     const int set = AROUND ? warp / width : 0, thread = threadIdx.x - set * 32 * width;
