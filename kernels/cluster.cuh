@@ -36,6 +36,8 @@ struct Mailbox {
 
     // By the warp; lane t has what the t-th lane sent. `parity` as of wait_for_copies. It is asked
     // first without waiting, for the compiler lets that begin before what comes before it has ended.
+    // To acquire for the cluster would empty the cache of global memory each time; what comes is in
+    // shared memory, which has none, and is there before the barrier counts it.
     __device__ __forceinline__ void take(float (&v)[4], int lane, u32 parity) {
         asm volatile("{.reg .pred done; "
                      "mbarrier.test_wait.parity.shared.b64 done, [%0], %1; @done bra over; "
