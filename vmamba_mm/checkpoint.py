@@ -9,7 +9,7 @@ first; its Linear weights may be (out, in, 1, 1) in both.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,8 +51,22 @@ _CLASSIFIER_NORM = (('classifier.norm', 'norm3'),)
 _CLASSIFIER_HEAD = (('classifier.head', 'head.fc'),)
 
 _LINEAR = re.compile(r'\.(in_proj|out_proj|fc1|fc2|reduction|head|fc)\.weight$')
-_WRAPPERS = ('module.', '_orig_mod.', 'model.')
-_COUNTERS = ('total_ops', 'total_params')  # left in the file by thop
+#: around everything
+_WRAPPERS = ('module.', '_orig_mod.', 'model.', '_forward_module.', '_fsdp_wrapped_module.')
+#: anywhere: put there by torch.compile, FSDP, activation checkpointing and Lightning's strategies
+_INNER_WRAPPERS = re.compile(r'(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|'
+                             r'_checkpoint_wrapped_module|_forward_module)\.')
+#: left in the file by thop, and by torch's AveragedModel
+_COUNTERS = ('total_ops', 'total_params', 'n_averaged')
+#: of a trainer's own, beside its model: weights of a loss, states of a metric, pixel statistics
+_NOT_OF_THE_MODEL = re.compile(
+    r'(?:\w+_)?(?:criterion|loss|loss_fn|loss_func|losses|metrics?|acc|accuracy)(?:\.|$)'
+    r'|(?:\w+_)?(?:loss|class|pos)_weights?$|(?:\w+_)?(?:mean|std)$')
+#: what tells a VMamba, official or ours; before it stands its place
+_A_LOGS = re.compile(
+    r'((?:.*?\.)??)(layers|stages)\.\d+\.blocks\.\d+\.(?:op|self_attention|ssm)\.A_logs$')
+#: the first convolution of either stem
+FIRST_CONVS = ('patch_embed.conv1.weight', 'patch_embed.proj.weight')
 
 _CONFIGS = {'cls': 'configs/imagenet/vmamba-{}_8xb128_in1k-224.py',
             'det': 'configs/coco/mask-rcnn_vmamba-{}_fpn_1x_coco.py',
@@ -70,11 +84,20 @@ def is_vmamba(state_dict: Mapping[str, Any]) -> bool:
     return any(_is_text(k) and k.endswith('.A_logs') and 'blocks.' in k for k in state_dict)
 
 
-def to_mm(state_dict: StateDict) -> dict[str, torch.Tensor]:
+def to_mm(state_dict: StateDict, keep_places: bool = False) -> dict[str, torch.Tensor]:
     """The same weights under our names; names that are ours already stay.
 
-    ``module.`` and ``model.`` around everything and thop's counters are dropped, a bare backbone
-    becomes ``backbone.*``, Linear weights become 2-D. Tensors are not copied.
+    ``module.`` and ``model.`` around everything, the wrappers of torch.compile, FSDP and
+    activation checkpointing anywhere, and the counters of thop and of averages are dropped; a bare
+    backbone becomes ``backbone.*``, Linear weights become 2-D. Tensors are not copied.
+
+    The only VMamba of a state dict comes to ``backbone.``, whatever the trainer called its place
+    (``net.``, ``net.backbone.``), if all else lies there with it, but for the weights of a loss or
+    the state of a metric, which are dropped. Else places stay as they are.
+
+    Args:
+        state_dict: the weights.
+        keep_places: VMambas that have our names keep their places and the wrappers in them.
 
     Raises:
         UserError: if the state dict is of no VMamba, or has a backbone's name that is unknown.
@@ -83,9 +106,31 @@ def to_mm(state_dict: StateDict) -> dict[str, torch.Tensor]:
         shown = ', '.join(map(str, list(state_dict)[:3])) or 'nothing'
         raise UserError(f'the weights are not those of a VMamba; they are named {shown}, ...')
     state = _unwrap(state_dict)
-    for prefix in _backbone_prefixes(state):
+    found = [m for k in state if (m := _A_LOGS.match(plain_name(k)))]
+    if keep_places and found and all(m[1] and m[2] == 'stages' for m in found):
+        return state
+    state = drop_wrappers(state)
+    if not keep_places:
+        state = _to_top(state)
+    for prefix in backbone_prefixes(state):
         state = _rename_backbone(state, prefix)
     return state
+
+
+def is_official(state_dict: Mapping[str, Any]) -> bool:
+    """Whether the names are those of an official VMamba alone, of either generation."""
+    return any((m := _A_LOGS.match(plain_name(k))) and m[1] == '' and m[2] == 'layers'
+               for k in state_dict)
+
+
+def plain_name(name: str) -> str:
+    """A name without the wrappers of torch.compile, FSDP and activation checkpointing."""
+    return _INNER_WRAPPERS.sub('', name)
+
+
+def backbone_prefixes(state_dict: Mapping[str, Any]) -> list[str]:
+    """What stands before each VMamba's names: '' or 'backbone.' or, in a distiller, several."""
+    return sorted({m[1] for k in state_dict if (m := _A_LOGS.match(plain_name(k)))})
 
 
 def to_official(state_dict: StateDict) -> dict[str, torch.Tensor]:
@@ -124,10 +169,39 @@ def _unwrap(state_dict):
         state = _inside(state, prefix)
 
 
-def _backbone_prefixes(state):
-    """What stands before each VMamba's names: '' or 'backbone.' or, in a distiller, several."""
-    return sorted({m[1] for k in state
-                   if (m := re.match(r'(.*?)(?:layers|stages)\.\d+\.blocks\.\d+\..*A_logs$', k))})
+def drop_wrappers(state: StateDict) -> dict[str, torch.Tensor]:
+    """The same weights by their :func:`plain_name`, which must be of one each."""
+    plain = {}
+    for key, value in state.items():
+        if (name := plain_name(key)) in plain:
+            raise UserError(f'{name} is there twice, once as {key}: save one of the two, the '
+                            'compiled (or wrapped) model or the one in it')
+        plain[name] = value
+    return plain
+
+
+def _to_top(state):
+    """Bring the only VMamba, with all that lies beside it, to where our models have it."""
+    places = backbone_prefixes(state)
+    if len(places) != 1:
+        return state
+    parts = places[0].split('.')[:-1]
+    for depth in reversed([i for i, part in enumerate(parts) if part == 'module']):
+        # Data-parallel wrappers inside; they are around the neighbours too.
+        state = {_without_part(k, depth, 'module'): v for k, v in state.items()}
+        del parts[depth]
+    root = ''.join(f'{part}.' for part in (parts[:-1] if parts[-1:] == ['backbone'] else parts))
+    outside = [k for k in state if not k.startswith(root)]
+    if root and all(_NOT_OF_THE_MODEL.match(k) for k in outside):
+        return _inside(state, root)
+    return state
+
+
+def _without_part(key, depth, part):
+    parts = key.split('.')
+    if parts[depth:depth + 1] == [part]:
+        del parts[depth]
+    return '.'.join(parts)
 
 
 def _rename_backbone(state, prefix):
@@ -266,6 +340,87 @@ def differences(expected: StateDict, found: StateDict) -> dict[str, str]:
     return wrong
 
 
+def fit_names(state_dict: StateDict, expected: StateDict) -> dict[str, torch.Tensor]:
+    """The same weights by the names of a model that may have its VMamba in another place.
+
+    Wrappers of torch.compile, FSDP and activation checkpointing may be in the model, in the file
+    or in both. What belongs to a trainer's loss or metric, and to nothing in the model, is left
+    out.
+
+    Args:
+        state_dict: as :func:`vmamba_mm.files.read_checkpoint` gives it.
+        expected: the model's own.
+    """
+    state = dict(state_dict)
+    if not set(expected) <= set(state) and is_vmamba(state) and is_vmamba(expected):
+        own = {plain_name(k): k for k in expected}
+        places = backbone_prefixes(own)
+        if not set(places) <= set(backbone_prefixes(state)):
+            state = to_mm(state)
+            found = backbone_prefixes(state)
+            if len(places) == len(found) == 1:
+                state = _move(state, found[0], places[0])
+        state = {own.get(plain_name(k), k): v for k, v in state.items()}
+    return {k: v for k, v in state.items() if k in expected or not _NOT_OF_THE_MODEL.match(k)}
+
+
+def _move(state, old, new):
+    if old.endswith('backbone.') and new.endswith('.backbone.'):
+        # Its neighbours are beside it in the model too.
+        old, new = old.removesuffix('backbone.'), new.removesuffix('backbone.')
+    return {new + k[len(old):] if k.startswith(old) else k: v for k, v in state.items()}
+
+
+def find_excused(names: Iterable[str], allow: str | Sequence[str]) -> list[str]:
+    """The names that a pattern of ``allow`` is found in, in order.
+
+    Args:
+        names: with ``backbone.`` before those of a backbone.
+        allow: regular expressions; those of a backbone's names may leave ``backbone.`` out.
+
+    Raises:
+        UserError: on a pattern that is no regular expression.
+    """
+    patterns = []
+    for pattern in [allow] if isinstance(allow, str) else allow or ():
+        try:
+            patterns.append(re.compile(pattern))
+        except (re.error, TypeError) as err:
+            raise UserError(f'allow takes regular expressions of names, not {pattern!r}: '
+                            f'{err}') from err
+    return sorted(k for k in names if any(p.search(k) or p.search(k.removeprefix('backbone.'))
+                                          for p in patterns))
+
+
+def adapt_in_channels(weight: torch.Tensor, in_channels: int) -> torch.Tensor:
+    """A first convolution's weight for another number of input channels, as timm adapts it.
+
+    For one channel the sum over the channels; for others they are repeated in turn, and scaled so
+    that an input with equal channels gives what it gave before.
+
+    Args:
+        weight: (C, I, k, k).
+        in_channels: wanted in place of I.
+
+    Raises:
+        UserError: if I is neither 1 nor 3 and more than one channel is wanted: nobody can say
+            which channel is which.
+    """
+    held = weight.shape[1]
+    if held == in_channels:
+        return weight
+    values = weight.float()  # halves would be summed in their own precision
+    if in_channels == 1:
+        values = values.sum(dim=1, keepdim=True)
+    elif held in (1, 3):
+        values = values.repeat(1, math.ceil(in_channels / held), 1, 1)[:, :in_channels]
+        values = values * (held / in_channels)
+    else:
+        raise UserError(f'a stem of {held} channels cannot be adapted to {in_channels}: only '
+                        'weights for 1 or 3 channels can, or any to 1')
+    return values.to(weight.dtype)
+
+
 def _shape(value):
     return tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
 
@@ -282,7 +437,35 @@ def explain_differences(wrong: Mapping[str, str], expected: StateDict, found: St
     shown = [f'{key} {text}' for key, text in list(wrong.items())[:3]]
     if len(wrong) > 3:
         shown.append(f'{len(wrong) - 3} more')
+    shown += ["give adapt_in_channels=True to the backbone's load_pretrained, or to its "
+              "init_cfg=dict(type='Pretrained', ...), to adapt the stem from "
+              f'{found[key].shape[1]} to {expected[key].shape[1]} channels'
+              for key in wrong if _differs_in_channels(key, expected, found)]
     return f'{name} does not fit the model: {_mix_up(expected, found)}{"; ".join(shown)}'
+
+
+def _differs_in_channels(key, expected, found):
+    """Whether the weight is a stem's first, for another number of channels and else equal."""
+    if not key.endswith(FIRST_CONVS) or key not in expected or key not in found:
+        return False
+    ours, theirs = _shape(expected[key]), _shape(found[key])
+    return len(ours) == len(theirs) == 4 and ours[1] != theirs[1] \
+        and ours[:1] + ours[2:] == theirs[:1] + theirs[2:]
+
+
+def describe_places(state_dict: StateDict) -> str:
+    """Which VMambas lie where, and what else there is, for messages."""
+    places = backbone_prefixes(state_dict)
+    parts = []
+    for place in places:
+        try:
+            arch = infer_arch({f'backbone.{k}': v for k, v in _inside(state_dict, place).items()})
+        except UserError:
+            arch = None
+        name = f' ({arch})' if isinstance(arch, str) else ''
+        parts.append(f'a VMamba{name} under {place!r}')
+    tops = sorted({k.partition('.')[0] for k in state_dict if not k.startswith(tuple(places))})
+    return ' and '.join(parts) + (f', and beside it {", ".join(tops[:8])}' if tops else '')
 
 
 def _mix_up(expected, found):
@@ -290,6 +473,9 @@ def _mix_up(expected, found):
         return ''
     if not is_vmamba(found):
         return 'it holds no VMamba backbone; '
+    theirs, ours = backbone_prefixes(found), backbone_prefixes(expected)
+    if theirs and ours and not set(ours) & set(theirs):
+        return f'it holds {describe_places(found)}, the model has its own under {ours[0]!r}; '
     try:
         wanted, held = infer_arch(expected), infer_arch(found)
     except UserError:

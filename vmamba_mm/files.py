@@ -1,6 +1,7 @@
 """Checkpoint files: read without running their code, downloaded once."""
 
 import contextlib
+import functools
 import hashlib
 import http.client
 import json
@@ -8,8 +9,7 @@ import os
 import re
 import urllib.error
 import urllib.request
-import zipfile
-from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,14 @@ import torch
 
 from vmamba_mm.atomic import atomic_file, write_atomic
 from vmamba_mm.checkpoint import infer_arch, infer_task, is_vmamba, to_mm
-from vmamba_mm.compat import UserError, safe_numpy_types
+from vmamba_mm.compat import UserError
+from vmamba_mm.formats import read_content, refuse_module, refuse_text
 
 WEIGHTS = ('auto', 'model', 'model_ema')
+#: Where trainers keep weights, in the order of preference where there are several.
+_KEYS = ('model_ema', 'state_dict_ema', 'ema_state_dict', 'state_dict', 'model', '')
+#: 'model_ema', 'state_dict_ema', 'swa_model', 'averaged_model', ...
+_AVERAGED = re.compile(r'(?:^|[_.])(?:ema|swa|avg|averaged?)(?:[_.]|$)')
 _CHUNK = 1 << 20
 _TIMEOUT = 60  # seconds without a byte
 
@@ -27,25 +32,31 @@ _TIMEOUT = 60  # seconds without a byte
 # --- reading --------------------------------------------------------------------------------
 
 def read_checkpoint(source: str | os.PathLike, weights: str = 'auto',
-                    map_location: Any = 'cpu') -> dict[str, Any]:
+                    map_location: Any = 'cpu', keep_places: bool = False) -> dict[str, Any]:
     """Read a checkpoint of any format; VMamba weights come under our names.
 
     No code of the file runs: besides tensors, plain values, numpy arrays and mmengine's history,
     an object of any other class is read as the plain data in it, and a file that calls a function
-    is refused.
+    is refused, as are whole pickled models and programs (TorchScript, torch.export).
 
     Args:
         source: a path, ``file://``, ``http://`` or ``https://`` (downloaded once, see
             :func:`fetch`). A ``.pth`` of the official training (dict of ``model`` and
-            ``model_ema``), a checkpoint of mmengine, a bare state dict, or safetensors.
-        weights: which of an official training file: 'model', 'model_ema' (the averaged weights),
-            or 'auto' for ``model_ema`` where it is present, else ``model``.
+            ``model_ema``), a checkpoint of mmengine, timm, Lightning or another trainer, a bare
+            state dict, safetensors, the index of weights in several parts, or a folder of Hugging
+            Face's or of torch.distributed.checkpoint.
+        weights: which of a file that holds two sets: 'model', 'model_ema' (the averaged weights,
+            whatever the trainer calls them), or 'auto' for the averaged ones where they are
+            present (one printed line says so), else the others.
         map_location: of ``torch.load``.
+        keep_places: leave a VMamba that has our names in its place and its wrappers, for a model
+            that has it there too; see :func:`vmamba_mm.checkpoint.to_mm`.
 
     Returns:
         ``{'meta': ..., 'state_dict': ...}``, with all else that a checkpoint of mmengine holds.
-        'meta' has the 'arch' and 'task', as :mod:`vmamba_mm.checkpoint` infers them. A checkpoint
-        of another model is returned as it is.
+        'meta' has the 'arch' and 'task', as :mod:`vmamba_mm.checkpoint` infers them, if the
+        VMamba is at ``backbone.``, and in 'weights' which of the two sets it is. A checkpoint of
+        another model is returned as it is.
 
     Raises:
         ValueError: on other ``weights``.
@@ -54,132 +65,93 @@ def read_checkpoint(source: str | os.PathLike, weights: str = 'auto',
     if weights not in WEIGHTS:
         raise ValueError(f'weights={weights!r} does not exist; choose one of {WEIGHTS}')
     path = fetch(source)
-    if _find_kind(path) == 'safetensors':
-        content = _read_safetensors(path)
-    else:
-        content = _read_pickle(path, map_location)
+    content = read_content(path, map_location)
     if not isinstance(content, dict):
         raise UserError(f'{path} holds a {type(content).__name__}, not a checkpoint')
-    chosen = _choose(content, weights, path)
-    if chosen is None:
+    found = _choose(content, weights, path)
+    if found is None:
+        refuse_module(content, path)
         return content
-    checkpoint = dict(content) if chosen == 'state_dict' else {}
-    state = content if chosen == '' else content[chosen]
-    if not any(k.startswith('backbone.stages.') for k in state):
-        state = to_mm(state)
+    key, state, kind = found
+    checkpoint = {}
+    if key == 'state_dict' or _is_swapped(content):
+        checkpoint = {k: v for k, v in content.items() if k != key or key == 'state_dict'}
+    state = to_mm(state, keep_places)
     meta = dict(checkpoint.get('meta') or {})
-    if chosen in ('model', 'model_ema'):
-        meta['weights'] = chosen
-        if isinstance(content.get('epoch'), int):
-            meta['epoch'] = content['epoch']
+    if kind:
+        meta['weights'] = kind
+    if isinstance(content.get('epoch'), int) and key:
+        meta.setdefault('epoch', content['epoch'])
     if any(k.startswith('backbone.stages.') for k in state):
         meta.update(arch=infer_arch(state), task=infer_task(state))
     return dict(checkpoint, meta=meta, state_dict=state)
 
 
 def _choose(content, weights, path):
-    """The key of the chosen VMamba weights; '' if they are the content itself, None without."""
-    held = [k for k in ('model_ema', 'state_dict', 'model')
-            if isinstance(content.get(k), dict) and is_vmamba(content[k])]
+    """(key, state dict, 'model' or 'model_ema', if the file tells) of the chosen weights."""
+    held = {key: (state, _kind_of(content, key, state)) for key, state in _find_states(content)}
+    averaged = [key for key, (_, kind) in held.items() if kind == 'model_ema']
+    others = [key for key in held if key not in averaged]
     if weights == 'auto':
-        return held[0] if held else '' if is_vmamba(content) else None
-    if weights not in held:
+        if not held:
+            return None
+        keys = averaged or others
+    else:
+        keys = averaged if weights == 'model_ema' else others
+    if not keys:
+        shown = ', '.join(repr(key) for key in held if key)
         raise UserError(f'{path} holds no weights of a VMamba under {weights!r}'
-                        + (f', only under {", ".join(map(repr, held))}' if held else ''))
-    return weights
+                        + (f', only under {shown}' if shown else ''))
+    known = [key for key in _KEYS if key in keys]
+    if not known and len(keys) > 1:
+        raise UserError(f'{path} holds several VMambas, under {", ".join(map(repr, keys))}: save '
+                        'the one that is meant alone')
+    key = (known or keys)[0]
+    state, kind = held[key]
+    if weights == 'auto' and averaged and others:
+        _say_once(f'{path}: taking the averaged weights, {key!r}, not {others[0]!r} '
+                  "(weights='model' takes those)")
+    if key == 'ema_state_dict' and kind == 'model':
+        state = {k.removeprefix('module.'): v for k, v in state.items()
+                 if k.startswith('module.')}
+    if len(held) == 1 and key in ('state_dict', '') and kind == 'model':
+        kind = None  # the file does not say
+    return key, state, kind
 
 
-def _find_kind(path):
-    """'safetensors' or 'pickle' by the first bytes; one clear line for what is neither."""
-    if not path.is_file():
-        what = 'is a folder' if path.is_dir() else 'does not exist'
-        raise UserError(f'the checkpoint {path} {what}')
-    with open(path, 'rb') as f:
-        start = f.read(512)
-    _refuse_text(start, path)
-    if start[8:9] == b'{' and int.from_bytes(start[:8], 'little') < path.stat().st_size:
-        return 'safetensors'
-    return 'pickle'
+def _find_states(content, place='', depth=0):
+    """(key, state dict) of each VMamba; the key of an inner dict has a dot for each level."""
+    if is_vmamba({k: v for k, v in content.items() if isinstance(v, torch.Tensor)}):
+        yield place, content
+    elif depth < 3:
+        for key, value in content.items():
+            if isinstance(value, Mapping):
+                yield from _find_states(value, f'{place}.{key}' if place else str(key), depth + 1)
 
 
-def _refuse_text(start, name):
-    """A server's answer in place of the file."""
-    text = start.lstrip().lower()
-    if not text:
-        raise UserError(f'{name} is empty')
-    if text.startswith((b'<!doctype', b'<html', b'<?xml')):
-        raise UserError(f'{name} is a web page, not a checkpoint: the server answered with a page '
-                        'in place of the file; download it again')
-    if text.startswith(b'version https://git-lfs'):
-        raise UserError(f'{name} is a pointer of Git LFS, not the file itself: run git lfs pull')
+def _is_swapped(content):
+    """mmengine's EMAHook: the averaged weights are 'state_dict', the others 'ema_state_dict'."""
+    return isinstance(content.get('ema_state_dict'), Mapping) \
+        and 'steps' in content['ema_state_dict']
 
 
-def _read_safetensors(path):
-    try:
-        from safetensors import safe_open
-    except ImportError as err:
-        raise UserError(f'{path} needs the package safetensors: pip install safetensors') from err
-    try:
-        with safe_open(path, 'pt') as f:
-            meta = json.loads((f.metadata() or {}).get('meta', '{}'))
-            return dict(meta=meta, state_dict={k: f.get_tensor(k) for k in f.keys()})  # noqa: SIM118
-    except Exception as err:
-        raise _unreadable(path, err) from err
+def _kind_of(content, key, state):
+    if _is_swapped(content) and key in ('state_dict', 'ema_state_dict'):
+        return 'model_ema' if key == 'state_dict' else 'model'
+    if key == 'state_dict' and 'current_model_state' in content:  # Lightning's WeightAveraging
+        return 'model_ema'
+    meta = content.get('meta')
+    if key == 'state_dict' and isinstance(meta, Mapping) and meta.get('weights') in WEIGHTS[1:]:
+        return meta['weights']  # of a file that convert_checkpoint.py wrote
+    if 'n_averaged' in state or _AVERAGED.search(key.lower()):
+        return 'model_ema'
+    return 'model'
 
 
-def _read_pickle(path, map_location):
-    try:
-        if not zipfile.is_zipfile(path):  # written by torch < 1.6, or cut off
-            return torch.load(path, map_location, weights_only=True)
-        with torch.serialization.safe_globals(_find_stand_ins(path)):
-            return torch.load(path, map_location, weights_only=True, mmap=True)
-    except UserError as err:
-        raise UserError(f'{path} is not safe to load: {err}') from err
-    except Exception as err:
-        found = re.search(r'GLOBAL (\S+)', str(err))
-        if found:
-            raise UserError(f'{path} is not safe to load: it holds {found[1]}, which could run '
-                            'code') from err
-        raise _unreadable(path, err) from err
-
-
-def _unreadable(path, err):
-    reason = str(err).strip().partition('\n')[0] or type(err).__name__
-    return UserError(f'{path} cannot be read as a checkpoint (incomplete, or not one): {reason}')
-
-
-def _find_stand_ins(path):
-    """[(what the pickle gets, name in it)] for names that torch.load refuses; none is imported."""
-    numpy_types = safe_numpy_types()
-    stand_ins = [(t, name) for name, t in numpy_types.items()]
-    for name in torch.serialization.get_unsafe_globals_in_checkpoint(path):
-        if name not in numpy_types:
-            stand_in = _getattr if name == 'builtins.getattr' else _Calls(name, (_Data,), {})
-            stand_ins.append((stand_in, name))
-    # safe_globals would remove at its end what was allowed before.
-    allowed = torch.serialization.get_safe_globals()
-    return [pair for pair in stand_ins if pair not in allowed]
-
-
-class _Calls(type):
-    """A class that can be instantiated by a pickle's NEWOBJ, which runs no code, and not called."""
-
-    def __call__(cls, *args, **kwargs):
-        raise UserError(f'it calls {cls.__name__}, which could run code')
-
-
-class _Data(metaclass=_Calls):
-    """The plain data of an object whose class is not looked at, such as yacs' CfgNode."""
-
-    def __new__(cls, *args):
-        return OrderedDict()
-
-
-def _getattr(owner, name):
-    """mmengine's history pickles its own methods as getattr(HistoryBuffer, name)."""
-    if not (isinstance(owner, _Calls) and owner.__name__.startswith('mmengine.')):
-        raise UserError('it calls getattr, which could run code')
-    return f'{owner.__name__}.{name}'
+@functools.cache
+def _say_once(text):
+    if os.environ.get('RANK', '0') == '0':
+        print(text, flush=True)
 
 
 # --- downloading ------------------------------------------------------------------------------
@@ -263,7 +235,7 @@ def _download(url, path):
             expected = answer.headers.get('Content-Length')
             while chunk := answer.read(_CHUNK):
                 if not f.tell():
-                    _refuse_text(chunk, url)
+                    refuse_text(chunk, url)
                 f.write(chunk)
                 digest.update(chunk)
             size = f.tell()

@@ -15,10 +15,13 @@ PREFIXES = ('', 'file://', 'http://', 'https://')
 
 
 def register(weights='auto'):
-    """Register the loader; ``weights`` as in ``read_checkpoint``."""
+    """Register the loader; ``weights`` as in ``read_checkpoint``.
+
+    Which model the weights go to is not known here: they keep their places.
+    """
 
     def load_from_vmamba_mm(filename, map_location=None):
-        return read_checkpoint(filename, weights, map_location)
+        return read_checkpoint(filename, weights, map_location, keep_places=True)
 
     CheckpointLoader.register_scheme(PREFIXES, load_from_vmamba_mm, force=True)
 

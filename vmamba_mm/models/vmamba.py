@@ -1,7 +1,8 @@
 """The VMamba backbone (arXiv 2401.10166)."""
 
+import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vmamba_mm.arch import ARCH_SETTINGS, resolve_arch
-from vmamba_mm.checkpoint import differences, explain_differences, to_mm
+from vmamba_mm.checkpoint import (
+    FIRST_CONVS,
+    adapt_in_channels,
+    backbone_prefixes,
+    describe_places,
+    drop_wrappers,
+    is_vmamba,
+    to_mm,
+)
 from vmamba_mm.compat import UserError
 from vmamba_mm.files import read_checkpoint
 from vmamba_mm.layers import (
@@ -23,6 +32,7 @@ from vmamba_mm.layers import (
     VSSBlock,
     VSSStage,
 )
+from vmamba_mm.models.fitting import check_fits, find_caller, under_names_of
 from vmamba_mm.registry import MODELS
 
 _STEMS = {'patch': PatchStem, 'conv': ConvStem}
@@ -30,7 +40,6 @@ _DOWNSAMPLES = {'merge': MergeDownsample, 'conv': ConvDownsample}
 _SSM_KEYS = ('d_state', 'ssm_ratio', 'dt_rank', 'conv_bias', 'gate', 'act', 'conv_kernel',
              'ssm_init', 'scan')
 _NUM_STAGES = 4
-_PRETRAINED = ('Pretrained', 'mmengine.Pretrained', PretrainedInit)
 _OUT_NORM = re.compile(r'norm\d\.')
 
 
@@ -127,78 +136,144 @@ class VMamba(BaseModule):
         """
         init_cfg = self.init_cfg
         cfgs = [init_cfg] if isinstance(init_cfg, dict) else list(init_cfg or ())
-        pretrained = [c for c in cfgs if c['type'] in _PRETRAINED]
+        pretrained = [c for c in cfgs if _is_pretrained(c.get('type'))]
         if self._is_init or not pretrained:
             super().init_weights()
             return
+        arguments = [{k: v for k, v in c.items() if k != 'type'} for c in pretrained]
+        for kwargs in arguments:
+            _check_keys(kwargs, self.load_pretrained)
         self.init_cfg = [c for c in cfgs if c not in pretrained]
         super().init_weights()
         self.init_cfg = init_cfg
-        for cfg in pretrained:
-            self.load_pretrained(**{k: v for k, v in cfg.items() if k != 'type'})
+        for kwargs in arguments:
+            self.load_pretrained(**kwargs)
             if hasattr(self, '_params_init_info'):
-                update_init_info(self, init_info=f'loaded from {cfg["checkpoint"]}')
+                update_init_info(self, init_info=f'loaded from {kwargs["checkpoint"]}')
 
     def load_pretrained(self, checkpoint: str, prefix: str | None = None,
-                        weights: str = 'auto', map_location: Any = 'cpu') -> None:
+                        weights: str = 'auto', map_location: Any = 'cpu',
+                        adapt_in_channels: bool = False, strict: bool | None = None,
+                        allow: str | Sequence[str] = ()) -> None:
         """Load the backbone of a checkpoint, official or ours; all of it, or raise.
 
         The norms of the outputs, ``norm{i}``, belong to the task: they are loaded if the
         checkpoint has all that this model has, and stay as they are otherwise, as the published
         detectors and segmentors started from classifiers. A head beside the backbone is ignored.
 
+        What a VMamba of this architecture has must be in the checkpoint. What a user added to the
+        model (modules of a subclass, buffers, adapters), or to the model in the checkpoint,
+        follows ``strict``.
+
         Args:
             checkpoint, weights, map_location: as of :func:`vmamba_mm.files.read_checkpoint`.
-            prefix: where the backbone lies in the checkpoint, under our names; None for
-                ``'backbone.'``, where official files have it too.
+            prefix: where the backbone lies in the checkpoint; None for ``'backbone.'``, where
+                official files have it too under our names, or for the only VMamba there is.
+            adapt_in_channels: adapt the stem's first convolution to ``in_channels``, as timm
+                does: :func:`vmamba_mm.checkpoint.adapt_in_channels`.
+            strict: None: what a user added to the model may be missing from the checkpoint, and
+                stays as it is, but nothing may be left over. True: it may not be missing either.
+                False: what the model has no place for may be left over too.
+            allow: regular expressions of names that may be missing, left over or of another
+                shape, such as ``['^stages\\.3\\.', 'norm1']``; names are those of the error
+                messages, with or without their ``backbone.``. Another architecture is refused all
+                the same.
 
         Raises:
             UserError: if the file cannot be read, or any weight is missing, left over or of
-                another shape; it names the architecture that the file holds.
+                another shape; it names the architecture that the file holds. The model is then as
+                it was.
         """
-        state = read_checkpoint(checkpoint, weights, map_location)
-        state = state.get('state_dict', state)
-        prefix = f'{(prefix or "backbone").rstrip(".")}.'
-        found = {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
+        state = self._find_backbone(checkpoint, prefix, weights, map_location)
+        ours = self.state_dict()
+        norms = {k for k in ours if _OUT_NORM.match(k)}
+        found = under_names_of(state, ours)
+        logger = MMLogger.get_current_instance()
+        if not norms <= set(found):
+            logger.info(f'{checkpoint} has not the norms of all outputs {self.out_indices}: they '
+                        'start anew')
+            found.update({k: v for k, v in ours.items() if k in norms})
+        found = {k: v for k, v in found.items() if k in norms or not _OUT_NORM.match(k)}
+        if adapt_in_channels:
+            self._adapt_stem(found, ours, checkpoint)
+        left = check_fits(self, found, str(checkpoint), strict, allow)
+        if left:
+            logger.info(f'Not loaded from {checkpoint} (missing, left over or of another shape): '
+                        f'{", ".join(left[:20])}'
+                        + (f' and {len(left) - 20} more' if len(left) > 20 else ''))
+        self.load_state_dict({k: v for k, v in found.items() if k not in left}, strict=False)
+
+    def _find_backbone(self, checkpoint, prefix, weights, map_location):
+        """The weights in a checkpoint, by the names that they have below their place."""
+        place = f'{(prefix or "backbone").rstrip(".")}.'
+        usual = place == 'backbone.'
+        state = read_checkpoint(checkpoint, weights, map_location, keep_places=not usual)
+        state = drop_wrappers(state.get('state_dict', state))
+        places = backbone_prefixes(state)
+        if usual and place not in places:
+            if len(places) > 1:
+                raise UserError(f'{checkpoint} holds {describe_places(state)}: say with prefix= '
+                                'which one is meant')
+            place = places[0] if places else place
+        found = {k[len(place):]: v for k, v in state.items() if k.startswith(place)}
         if not found:
             tops = sorted({k.partition('.')[0] for k in state})
-            raise UserError(f'{checkpoint} has no weights that begin with {prefix!r}, only with: '
-                            f'{", ".join(tops[:8])}')
-        norms = {k for k in self.state_dict() if _OUT_NORM.match(k)}
-        if not norms <= set(found):
-            MMLogger.get_current_instance().info(
-                f'{checkpoint} has not the norms of all outputs {self.out_indices}: they start '
-                'anew')
-            found.update({k: v for k, v in self.state_dict().items() if k in norms})
-        found = {k: v for k, v in found.items() if k in norms or not _OUT_NORM.match(k)}
-        self._check_fits(found, str(checkpoint))
-        self.load_state_dict(found)
+            raise UserError(f'{checkpoint} has no weights that begin with {place!r}, only with: '
+                            f'{", ".join(tops[:8])}'
+                            + (f'; it holds {describe_places(state)}' if places else ''))
+        # A classifier around a bare VMamba has its head beside the stages.
+        return {k: v for k, v in found.items() if not k.startswith('head.fc.')
+                or k in self.state_dict()}
+
+    def _adapt_stem(self, found, ours, checkpoint):
+        for key in FIRST_CONVS:
+            if key in found and key in ours and found[key].dim() == 4:
+                try:
+                    found[key] = adapt_in_channels(found[key], ours[key].shape[1])
+                except UserError as err:
+                    raise UserError(f'{checkpoint}: {err}') from err
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        """Take official names, and refuse a state dict that is not this model's, strict or not.
+        """Take official names, and refuse a state dict that is not this model's.
 
-        mmengine loads whole models with strict=False and only logs what did not fit. Norms of
-        outputs that this model does not have are left to ``strict``. To load a part on purpose,
-        complete it first: ``{**model.state_dict(), **part}``.
+        mmengine loads whole models with strict=False and only logs what did not fit: what a
+        VMamba of this architecture has must be complete there. ``load_state_dict(part,
+        strict=False)`` of torch, of this model or of one around it, loads a part, unless it has
+        none of this model's names. Norms of outputs that this model does not have are left to
+        ``strict``.
         """
+        caller = find_caller()
         found = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
-        if any(k.startswith('layers.') for k in found):
+        ours = self.state_dict()
+        renamed = under_names_of(found, ours)
+        if list(renamed) != list(found):
             for key in found:
                 del state_dict[prefix + key]
-            found = {k.removeprefix('backbone.'): v for k, v in to_mm(found).items()}
-            state_dict.update({prefix + k: v for k, v in found.items()})
-        ours = self.state_dict()
-        self._check_fits({k: v for k, v in found.items() if k in ours or not _OUT_NORM.match(k)},
-                         'the state dict')
+            state_dict.update({prefix + k: v for k, v in renamed.items()})
+        if caller.strict or caller.is_mmengine:
+            self._check_whole(renamed, ours, prefix, caller)
+        elif not prefix and not set(renamed) & set(ours):
+            check_fits(self, renamed, 'the state dict')
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _check_fits(self, found: dict[str, Tensor], name: str) -> None:
-        expected = self.state_dict()
-        wrong = differences(expected, found)
-        if wrong:
-            expected, found = ({f'backbone.{k}': v for k, v in state.items()}
-                               for state in (expected, found))
-            raise UserError(explain_differences(wrong, expected, found, name))
+    def plain_state(self, arch: str | Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+        """Names and shapes (3 channels) of a VMamba that nobody added to, on the device meta.
+
+        Args:
+            arch: as of the class; None for this model's.
+        """
+        with torch.device('meta'):
+            return VMamba(arch or self.arch, self.out_indices).state_dict()
+
+    def _check_whole(self, found, ours, prefix, caller):
+        whole = caller.state_dict
+        if not found and isinstance(whole, Mapping) and is_vmamba(whole):
+            raise UserError(f'the state dict does not fit the model: it holds '
+                            f'{describe_places(whole)}, and nothing under {prefix!r}, where the '
+                            'model has its VMamba; tools/convert_checkpoint.py brings a VMamba '
+                            'alone to its usual place')
+        found = {k: v for k, v in found.items() if k in ours or not _OUT_NORM.match(k)}
+        check_fits(self, found, 'the state dict', caller.strict, is_whole=True)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         # mmcv's RoIAlign reads raw memory: channels-last strides would reach it through the FPN's
@@ -262,6 +337,26 @@ class VMamba(BaseModule):
         for module in frozen:
             module.eval()
             module.requires_grad_(False)
+
+
+def _is_pretrained(kind: Any) -> bool:
+    """Whether a type of init_cfg is mmengine's Pretrained, by name, path or class."""
+    if isinstance(kind, str):
+        return kind.rpartition('.')[2] in ('Pretrained', 'PretrainedInit')
+    return isinstance(kind, type) and issubclass(kind, PretrainedInit)
+
+
+def _check_keys(given: Mapping[str, Any], function: Callable) -> None:
+    """Raise one line that names the keys if ``given`` are none to call ``function`` with."""
+    parameters = inspect.signature(function).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    unknown = sorted(set(given) - set(parameters))
+    if unknown or 'checkpoint' not in given:
+        wrong = f'has no key {", ".join(map(repr, unknown))}' if unknown else \
+            "needs the key 'checkpoint'"
+        raise TypeError(f"init_cfg=dict(type='Pretrained', ...) of VMamba {wrong}; its keys are "
+                        f'{", ".join(parameters)}')
 
 
 def _check_out_indices(out_indices: Sequence[int]) -> tuple[int, ...]:
