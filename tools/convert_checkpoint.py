@@ -10,18 +10,24 @@ import _cli
 EXAMPLES = """\
   python tools/convert_checkpoint.py vssm1_tiny_0230s_ckpt_epoch_264.pth vmamba-tiny-s1l8.pth
   python tools/convert_checkpoint.py vssm1_tiny_0230s_ckpt_epoch_264.pth vmamba.safetensors
-  python tools/convert_checkpoint.py work_dirs/NAME/epoch_300.pth official.pth --to official"""
+  python tools/convert_checkpoint.py work_dirs/NAME/epoch_300.pth official.pth --to official
+  python tools/convert_checkpoint.py lightning.ckpt vmamba.pth"""
+SUFFIXES = ('.pth', '.pt', '.bin', '.ckpt', '.safetensors')
 
 
 def parse_args():
     parser = _cli.make_parser(__doc__, EXAMPLES)
     parser.add_argument('source', metavar='SRC',
-                        help='a checkpoint file or web address, official or ours')
-    parser.add_argument('target', metavar='DST', help='the file to write')
+                        help='a checkpoint file, folder or web address: official, ours, or of '
+                        'another trainer')
+    parser.add_argument('target', metavar='DST',
+                        help=f'the file to write, ending with {", ".join(SUFFIXES)}')
     parser.add_argument('--to', choices=('mm', 'official', 'safetensors'),
                         help="mm: names of this package and OpenMMLab, {'meta', 'state_dict'}; "
                         'official: names of the released files; safetensors: names as mm '
                         '(default: safetensors if DST ends so, else mm)')
+    parser.add_argument('--force', action='store_true',
+                        help='write over DST if it exists (never over SRC)')
     _cli.add_weights_option(parser)
     parser.add_argument('--traceback', action='store_true', help=_cli.argparse.SUPPRESS)
     return parser.parse_args()
@@ -46,6 +52,41 @@ def check_complete(state, arch, source):
         raise _cli.UserError(explain_differences(wrong, expected, found, source))
 
 
+def check_target(target, to, force):
+    """Before any work: a name that says what the file is, and nothing lost that is there."""
+    path = Path(target)
+    if path.is_dir():
+        raise _cli.UserError(f'{target} is a folder: name the file to write')
+    if path.suffix.lower() not in SUFFIXES:
+        raise _cli.UserError(f'{target} has not the ending of a file of weights: name it with one '
+                             f'of {", ".join(SUFFIXES)}')
+    if (to == 'safetensors') != (path.suffix.lower() == '.safetensors'):
+        raise _cli.UserError(f'--to {to} and the name {target} do not agree: files of '
+                             'safetensors, and no others, end with .safetensors')
+    if os.path.lexists(path) and not force:
+        raise _cli.UserError(f'{target} exists: choose another name, or write over it with '
+                             '--force')
+
+
+def refuse_own_input(source, files, target):
+    """Whatever links or relative names the two are called by."""
+    if not os.path.exists(target):
+        return
+    for file in files:
+        if file.exists() and os.path.samefile(file, target):
+            raise _cli.UserError(f'{target} is the input itself ({source}), which would be lost: '
+                                 'choose another name')
+
+
+def find_left_out(content, key, held, state):
+    """What of the input is not in the weights to write, for the report."""
+    known = ('meta', 'epoch', key.partition('.')[0])
+    left = [] if key == '' else [k for k in content if k not in known]
+    kept = {v.untyped_storage().data_ptr() for v in state.values()}
+    return left + [k for k, v in held.items() if not hasattr(v, 'untyped_storage')
+                   or v.untyped_storage().data_ptr() not in kept]
+
+
 def make_meta(checkpoint, source, path):
     """What is worth keeping: plain values without anybody's paths or settings."""
     from vmamba_mm import __version__
@@ -54,7 +95,9 @@ def make_meta(checkpoint, source, path):
     meta = checkpoint['meta']
     kept = {k: meta[k] for k in ('arch', 'task', 'weights', 'epoch', 'iter', 'dataset_meta')
             if k in meta}
-    return dict(kept, source=os.path.basename(str(source)), source_sha256=sha256_of(path),
+    if path.is_file():
+        kept['source_sha256'] = sha256_of(path)
+    return dict(kept, source=os.path.basename(str(source).rstrip('/')),
                 vmamba_mm_version=__version__)
 
 
@@ -81,20 +124,27 @@ def save(state, meta, target, to):
 
 def main():
     args = parse_args()
-    to = args.to or ('safetensors' if args.target.endswith('.safetensors') else 'mm')
-    if (to == 'safetensors') != args.target.endswith('.safetensors'):
-        raise _cli.UserError(f'--to {to} and the name {args.target} do not agree: files of '
-                             'safetensors, and no others, end with .safetensors')
-    if Path(args.target).is_dir():
-        raise _cli.UserError(f'{args.target} is a folder: name the file to write')
-    from vmamba_mm.checkpoint import is_vmamba
-    from vmamba_mm.files import fetch, read_checkpoint
+    is_safetensors = args.target.lower().endswith('.safetensors')
+    to = args.to or ('safetensors' if is_safetensors else 'mm')
+    if '://' not in args.source:
+        refuse_own_input(args.source, [Path(args.source).expanduser()], args.target)
+    check_target(args.target, to, args.force)
+    from vmamba_mm.checkpoint import backbone_prefixes, describe_places
+    from vmamba_mm.files import choose_weights, fetch, select_weights
+    from vmamba_mm.formats import list_files, read_content
 
     path = fetch(args.source)
-    checkpoint = read_checkpoint(path, args.weights)
+    refuse_own_input(args.source, list_files(path), args.target)
+    content = read_content(path)
+    checkpoint = select_weights(content, args.weights, path)
     state = checkpoint.get('state_dict', checkpoint)
-    if not is_vmamba(state) or 'arch' not in checkpoint['meta']:
+    if 'arch' not in (checkpoint.get('meta') or {}):
+        if backbone_prefixes(state):
+            raise _cli.UserError(f'{args.source} holds {describe_places(state)}: convert takes one '
+                                 "VMamba under 'backbone.', with its heads beside it, or alone; "
+                                 'save that one alone')
         raise _cli.UserError(f'{args.source} holds no VMamba')
+    key, held, _ = choose_weights(content, args.weights, path)
     arch = checkpoint['meta']['arch']
     check_complete(state, arch, args.source)
     meta = make_meta(checkpoint, args.source, path)
@@ -103,8 +153,11 @@ def main():
     print(f'{args.source}: {arch if isinstance(arch, str) else "VMamba of its own"}, task '
           f'{meta["task"]}, {len(state)} tensors, {count:,} values'
           + (f', weights of {meta["weights"]!r}' if 'weights' in meta else ''))
+    if left_out := find_left_out(content, key, held, state):
+        print(f'Left out: {", ".join(map(str, left_out[:12]))}'
+              + (f' and {len(left_out) - 12} more' if len(left_out) > 12 else ''))
     print(f'Written: {args.target} ({os.path.getsize(args.target) / 2**20:.1f} MiB, '
-          f'{os.path.getsize(path) / 2**20:.1f} MiB before)')
+          f'{sum(p.stat().st_size for p in list_files(path)) / 2**20:.1f} MiB before)')
 
 
 if __name__ == '__main__':

@@ -65,10 +65,15 @@ def read_checkpoint(source: str | os.PathLike, weights: str = 'auto',
     if weights not in WEIGHTS:
         raise ValueError(f'weights={weights!r} does not exist; choose one of {WEIGHTS}')
     path = fetch(source)
-    content = read_content(path, map_location)
+    return select_weights(read_content(path, map_location), weights, path, keep_places)
+
+
+def select_weights(content: Any, weights: str, path: Path,
+                   keep_places: bool = False) -> dict[str, Any]:
+    """What :func:`read_checkpoint` gives, of the content of a file that was read already."""
     if not isinstance(content, dict):
         raise UserError(f'{path} holds a {type(content).__name__}, not a checkpoint')
-    found = _choose(content, weights, path)
+    found = choose_weights(content, weights, path)
     if found is None:
         refuse_module(content, path)
         return content
@@ -76,7 +81,9 @@ def read_checkpoint(source: str | os.PathLike, weights: str = 'auto',
     checkpoint = {}
     if key == 'state_dict' or _is_swapped(content):
         checkpoint = {k: v for k, v in content.items() if k != key or key == 'state_dict'}
-    state = to_mm(state, keep_places)
+    renamed = to_mm(state, keep_places)
+    if list(renamed) != list(state) or any(renamed[k] is not state[k] for k in state):
+        state = renamed  # else the dict of the file, which modules' versions hang on
     meta = dict(checkpoint.get('meta') or {})
     if kind:
         meta['weights'] = kind
@@ -87,8 +94,17 @@ def read_checkpoint(source: str | os.PathLike, weights: str = 'auto',
     return dict(checkpoint, meta=meta, state_dict=state)
 
 
-def _choose(content, weights, path):
-    """(key, state dict, 'model' or 'model_ema', if the file tells) of the chosen weights."""
+def choose_weights(content: dict[str, Any], weights: str, path: Path
+                   ) -> tuple[str, dict[str, torch.Tensor], str | None] | None:
+    """Find a VMamba's weights among all that a file holds.
+
+    Returns:
+        The key ('' if the content itself is the weights), the weights as they are named there, and
+        'model' or 'model_ema' if the file tells; None if it holds no VMamba.
+
+    Raises:
+        UserError: if there is none of that kind, or several and no telling which.
+    """
     held = {key: (state, _kind_of(content, key, state)) for key, state in _find_states(content)}
     averaged = [key for key, (_, kind) in held.items() if kind == 'model_ema']
     others = [key for key in held if key not in averaged]

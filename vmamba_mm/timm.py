@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from timm.layers import ClassifierHead
 from timm.models import (
-    adapt_input_conv,
     build_model_with_cfg,
     generate_default_cfgs,
     register_model,
@@ -22,7 +21,12 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from vmamba_mm.arch import ARCH_SETTINGS
-from vmamba_mm.checkpoint import differences, explain_differences
+from vmamba_mm.checkpoint import (
+    adapt_in_channels,
+    differences,
+    explain_differences,
+    fit_names,
+)
 from vmamba_mm.compat import UserError
 from vmamba_mm.files import read_checkpoint
 from vmamba_mm.models import VMamba
@@ -207,11 +211,11 @@ class TimmVMamba(nn.Module):
             UserError: with one line that says what does not fit, and what to do.
         """
         checkpoint = read_checkpoint(checkpoint_path, weights)
-        found = dict(checkpoint.get('state_dict', checkpoint))
         expected = self.state_dict()
+        found = fit_names(checkpoint.get('state_dict', checkpoint), expected)
         conv = _FIRST_CONV[self.backbone.arch['stem']] + '.weight'
         if conv in found and found[conv].shape[1] == 3:
-            found[conv] = adapt_input_conv(self.in_chans, found[conv])
+            found[conv] = adapt_in_channels(found[conv], self.in_chans)
         held = len(found['head.fc.bias']) if 'head.fc.bias' in found else 0
         if held != self.num_classes:
             found = {k: v for k, v in found.items() if not k.startswith('head.fc.')}

@@ -123,7 +123,8 @@ def test_convert_on_a_full_disk(official, call, tmp_path):
     target = tmp_path / 'out.pth'
     target.write_bytes(b'old')
     before = sorted(p.name for p in tmp_path.iterdir())
-    assert_one_line(call('convert_checkpoint.py', official, target, max_file_size=20_000),
+    assert_one_line(call('convert_checkpoint.py', official, target, '--force',
+                         max_file_size=20_000),
                     'File too large', target)
     assert target.read_bytes() == b'old'
     assert [n for n in sorted(p.name for p in tmp_path.iterdir())

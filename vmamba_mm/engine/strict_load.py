@@ -6,7 +6,7 @@ from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import BaseLoop
 
-from vmamba_mm.checkpoint import differences, explain_differences
+from vmamba_mm.checkpoint import differences, explain_differences, find_excused, fit_names
 from vmamba_mm.compat import UserError
 from vmamba_mm.registry import HOOKS
 
@@ -15,8 +15,8 @@ def check_fits(model, checkpoint, name, allow=(), hint=''):
     """Raise one line if a checkpoint is not this model's; ``allow``: patterns of excused keys.
 
     Returns:
-        The checkpoint's weights by the model's own names, and the excused names. Those have the
-        model's own values, so that the weights fit exactly.
+        The checkpoint's weights by the model's own names, wherever it has its VMamba, and the
+        excused names. Those have the model's own values, so that the weights fit exactly.
     """
     if is_model_wrapper(model):
         model = model.module
@@ -25,8 +25,9 @@ def check_fits(model, checkpoint, name, allow=(), hint=''):
     ours = model.state_dict()
     theirs = checkpoint.get('state_dict', checkpoint)
     theirs = {re.sub(r'^module\.', '', key): value for key, value in theirs.items()}
+    theirs = fit_names(theirs, ours)
     wrong = differences(ours, theirs)
-    excused = sorted(k for k in wrong if any(re.search(p, k) for p in allow))
+    excused = find_excused(wrong, allow)
     wrong = {k: v for k, v in wrong.items() if k not in excused}
     if wrong:
         raise UserError(explain_differences(wrong, ours, theirs, name) + hint)
@@ -43,13 +44,14 @@ class StrictLoadHook(Hook):
 
     Args:
         allow: regular expressions of parameter names that may differ, for example
-            ``['^head\\.fc\\.']`` to fine-tune with another number of classes.
+            ``['^head\\.fc\\.']`` to fine-tune with another number of classes. Those of a backbone's
+            names may leave ``backbone.`` out.
     """
 
     priority = 'VERY_HIGH'  # before EMAHook copies the state dict
 
     def __init__(self, allow=()):
-        self.allow = tuple(allow)
+        self.allow = (allow,) if isinstance(allow, str) else tuple(allow)
 
     def after_load_checkpoint(self, runner, checkpoint):
         name = runner._load_from or 'to load'
@@ -58,6 +60,7 @@ class StrictLoadHook(Hook):
             hint = ('. To start from it nevertheless, name those that may differ: '
                     "custom_hooks=[dict(type='vmamba_mm.StrictLoadHook', allow=['^head'])]")
         state, excused = check_fits(runner.model, checkpoint, name, self.allow, hint)
+        if excused or set(state) != set(checkpoint.get('state_dict', checkpoint)):
+            checkpoint['state_dict'] = state
         if excused:
             runner.logger.info(f'Not loaded, as StrictLoadHook.allow says: {", ".join(excused)}')
-            checkpoint['state_dict'] = state
