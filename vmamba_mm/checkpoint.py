@@ -112,6 +112,8 @@ def to_mm(state_dict: StateDict, keep_places: bool = False) -> dict[str, torch.T
     state = drop_wrappers(state)
     if not keep_places:
         state = _to_top(state)
+    if is_official(state):
+        state = {k: v for k, v in state.items() if not _NOT_OF_THE_MODEL.match(k)}
     for prefix in backbone_prefixes(state):
         state = _rename_backbone(state, prefix)
     return state
@@ -183,18 +185,17 @@ def drop_wrappers(state: StateDict) -> dict[str, torch.Tensor]:
 def _to_top(state):
     """Bring the only VMamba, with all that lies beside it, to where our models have it."""
     places = backbone_prefixes(state)
-    if len(places) != 1:
+    if len(places) != 1 or places[0] in ('', 'backbone.'):
         return state
     parts = places[0].split('.')[:-1]
+    moved = {k: v for k, v in state.items()
+             if k.startswith(f'{parts[0]}.') or not _NOT_OF_THE_MODEL.match(k)}
     for depth in reversed([i for i, part in enumerate(parts) if part == 'module']):
         # Data-parallel wrappers inside; they are around the neighbours too.
-        state = {_without_part(k, depth, 'module'): v for k, v in state.items()}
+        moved = {_without_part(k, depth, 'module'): v for k, v in moved.items()}
         del parts[depth]
     root = ''.join(f'{part}.' for part in (parts[:-1] if parts[-1:] == ['backbone'] else parts))
-    outside = [k for k in state if not k.startswith(root)]
-    if root and all(_NOT_OF_THE_MODEL.match(k) for k in outside):
-        return _inside(state, root)
-    return state
+    return _inside(moved, root) if all(k.startswith(root) for k in moved) else state
 
 
 def _without_part(key, depth, part):

@@ -126,7 +126,7 @@ def choose_weights(content: dict[str, Any], weights: str, path: Path
     state, kind = held[key]
     if weights == 'auto' and averaged and others:
         _say_once(f'{path}: taking the averaged weights, {key!r}, not {others[0]!r} '
-                  "(weights='model' takes those)")
+                  "(weights='model', --weights model, takes those)")
     if key == 'ema_state_dict' and kind == 'model':
         state = {k.removeprefix('module.'): v for k, v in state.items()
                  if k.startswith('module.')}

@@ -160,14 +160,19 @@ def _read_parts(path, map_location):
 # --- torch.save -----------------------------------------------------------------------------------
 
 def _read_pickle(path, map_location):
+    names = []
+    _refuse_program(path)
     try:
         if not zipfile.is_zipfile(path):  # written by torch < 1.6, or cut off
             return torch.load(path, map_location, weights_only=True)
-        _refuse_program(path)
-        with torch.serialization.safe_globals(_find_stand_ins(path)):
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with torch.serialization.safe_globals(_find_stand_ins(names)):
             return torch.load(path, map_location, weights_only=True, mmap=True)
     except UserError as err:
-        raise UserError(f'{path} {err}') from err
+        hint = ''
+        if any(name.startswith('torch.nn.modules.') for name in names):
+            hint = f'; it holds pickled modules: if they are a whole model, {_ADVICE}'
+        raise UserError(f'{path} is not safe to load: {err}{hint}') from err
     except Exception as err:
         text = str(err)
         if 'DTensor' in text or 'DeviceMesh' in text or 'ShardedTensor' in text:
@@ -175,10 +180,6 @@ def _read_pickle(path, map_location):
                             'the full state dict (get_model_state_dict of torch.distributed.'
                             'checkpoint.state_dict with full_state_dict=True), or give the folder '
                             'of torch.distributed.checkpoint') from err
-        if 'persistent' in text and 'module' in text:
-            # The old format keeps the class of a module in a record of its own.
-            raise UserError(f'{path} is not safe to load: it holds a whole pickled model; '
-                            f'{_ADVICE}') from err
         found = re.search(r'GLOBAL (\S+)', text)
         if found:
             raise UserError(f'{path} is not safe to load: it holds {found[1]}, which could run '
@@ -188,13 +189,17 @@ def _read_pickle(path, map_location):
 
 def _refuse_program(path):
     """A model with its code, by the names of what lies in the archive."""
+    if not zipfile.is_zipfile(path):
+        return
     with zipfile.ZipFile(path) as archive:
         names = {name.partition('/')[2] or name for name in archive.namelist()}
     if 'constants.pkl' in names or any(n.startswith('code/') for n in names):
-        raise UserError(f'is a TorchScript program (torch.jit.save), not a checkpoint: {_ADVICE}')
-    if names & {'archive_format', 'serialized_exported_program.json', 'models/model.json'}:
-        raise UserError('is a program of torch.export or AOTInductor (.pt2), not a checkpoint: '
-                        f'{_ADVICE}')
+        kind = 'of TorchScript (torch.jit.save)'
+    elif names & {'archive_format', 'serialized_exported_program.json', 'models/model.json'}:
+        kind = 'of torch.export or AOTInductor (.pt2)'
+    else:
+        return
+    raise UserError(f'{path} is a program {kind}, not a checkpoint: {_ADVICE}')
 
 
 def _unreadable(path, err):
@@ -202,17 +207,13 @@ def _unreadable(path, err):
     return UserError(f'{path} cannot be read as a checkpoint (incomplete, or not one): {reason}')
 
 
-def _find_stand_ins(path):
+def _find_stand_ins(names):
     """[(what the pickle gets, name in it)] for names that torch.load refuses; none is imported."""
     numpy_types = safe_numpy_types()
     stand_ins = [(t, name) for name, t in numpy_types.items()]
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    is_model = any(name.startswith('torch.nn.modules.') for name in names)
     for name in names:
         if name not in numpy_types:
-            stand_in = _getattr if name == 'builtins.getattr' else _Calls(
-                name, (_Data,), {'advice': f'; it holds pickled modules: {_ADVICE}'
-                                 if is_model else ''})
+            stand_in = _getattr if name == 'builtins.getattr' else _Calls(name, (_Data,), {})
             stand_ins.append((stand_in, name))
     # safe_globals would remove at its end what was allowed before.
     allowed = torch.serialization.get_safe_globals()
@@ -223,8 +224,7 @@ class _Calls(type):
     """A class that can be instantiated by a pickle's NEWOBJ, which runs no code, and not called."""
 
     def __call__(cls, *args, **kwargs):
-        raise UserError(f'is not safe to load: it calls {cls.__name__}, which could run '
-                        f'code{cls.advice}')
+        raise UserError(f'it calls {cls.__name__}, which could run code')
 
 
 class _Data(metaclass=_Calls):
@@ -239,7 +239,7 @@ class _Data(metaclass=_Calls):
 def _getattr(owner, name):
     """mmengine's history pickles its own methods as getattr(HistoryBuffer, name)."""
     if not (isinstance(owner, _Calls) and owner.__name__.startswith('mmengine.')):
-        raise UserError('is not safe to load: it calls getattr, which could run code')
+        raise UserError('it calls getattr, which could run code')
     return f'{owner.__name__}.{name}'
 
 
