@@ -8,6 +8,7 @@ first; its Linear weights may be (out, in, 1, 1) in both.
 """
 
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -208,7 +209,7 @@ def _without_part(key, depth, part):
 def _rename_backbone(state, prefix):
     """Rename the VMamba below ``prefix``; without a prefix all of it is one."""
     inner = _inside(state, prefix)
-    if any(k.startswith('layers.') for k in inner):
+    if is_official(inner):
         inner = _rename_official(inner)
     inner = {k: _flatten_linear(k, v) for k, v in inner.items()}
     if not prefix:
@@ -441,7 +442,8 @@ def explain_differences(wrong: Mapping[str, str], expected: StateDict, found: St
     shown += ["give adapt_in_channels=True to the backbone's load_pretrained, or to its "
               "init_cfg=dict(type='Pretrained', ...), to adapt the stem from "
               f'{found[key].shape[1]} to {expected[key].shape[1]} channels'
-              for key in wrong if _differs_in_channels(key, expected, found)]
+              for key in (f'backbone.{k.removeprefix("backbone.")}' for k in wrong)
+              if _differs_in_channels(key, expected, found)]
     return f'{name} does not fit the model: {_mix_up(expected, found)}{"; ".join(shown)}'
 
 
@@ -465,8 +467,16 @@ def describe_places(state_dict: StateDict) -> str:
             arch = None
         name = f' ({arch})' if isinstance(arch, str) else ''
         parts.append(f'a VMamba{name} under {place!r}')
-    tops = sorted({k.partition('.')[0] for k in state_dict if not k.startswith(tuple(places))})
-    return ' and '.join(parts) + (f', and beside it {", ".join(tops[:8])}' if tops else '')
+    beside = sorted({_first_parts(k, places) for k in state_dict
+                     if not k.startswith(tuple(places))})
+    return ' and '.join(parts) + (f', and beside it {", ".join(beside[:8])}' if beside else '')
+
+
+def _first_parts(key, places):
+    """As much of a name as tells it from the places of VMambas."""
+    parts = key.split('.')
+    common = max(len(os.path.commonprefix([parts, place.split('.')])) for place in places)
+    return '.'.join(parts[:common + 1])
 
 
 def _mix_up(expected, found):
