@@ -175,7 +175,7 @@ def _read_pickle(path, map_location):
         raise UserError(f'{path} is not safe to load: {err}{hint}') from err
     except Exception as err:
         text = str(err)
-        if 'DTensor' in text or 'DeviceMesh' in text or 'ShardedTensor' in text:
+        if any(re.search('DTensor|DeviceMesh|ShardedTensor', t) for t in (text, *names)):
             raise UserError(f'{path} holds the share of one process (DTensor, ShardedTensor): save '
                             'the full state dict (get_model_state_dict of torch.distributed.'
                             'checkpoint.state_dict with full_state_dict=True), or give the folder '
@@ -267,7 +267,7 @@ def _is_state_dict(value):
 
 def _read_distributed(path):
     """The tensors of such a folder, but the optimizer's, whole, nested as they were saved."""
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint import CheckpointException, FileSystemReader
     from torch.distributed.checkpoint.metadata import StorageMeta, TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
@@ -297,6 +297,9 @@ def _read_distributed(path):
         _load_state_dict(tensors, reader, no_dist=True)
     except UserError as err:
         raise UserError(f'{path} is not safe to load: {err}') from err
+    except CheckpointException as err:  # of several processes; no Exception
+        reason, _ = next(iter(err.failures.values()))
+        raise _unreadable(path, reason) from err
     except Exception as err:
         raise _unreadable(path, err) from err
     return content
