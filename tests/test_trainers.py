@@ -1,4 +1,4 @@
-"""Checkpoints as real trainers write them: loaded, or refused by a message that names what is there.
+"""Checkpoints as real trainers write them: loaded, or refused by a message that says why.
 
 What other packages write is written out here by hand where the package is no dependency.
 """
@@ -310,7 +310,7 @@ def test_distributed_checkpoints(states, tmp_path):
         read_checkpoint(part.parent)
 
 
-# --- programs and whole models ----------------------------------------------------------------------
+# --- programs and whole models ------------------------------------------------------------------
 
 def test_whole_models_are_refused_by_name(tmp_path):
     model, path = random_backbone(S1), tmp_path / 'a.pth'
@@ -328,7 +328,7 @@ def test_whole_models_are_refused_by_name(tmp_path):
     with pytest.raises(UserError, match='whole pickled model'):
         read_checkpoint(path)
     # One beside the weights does no harm: Lightning pickles what it was built from.
-    torch.save(dict(state_dict=model.state_dict(), hyper_parameters=dict(loss=nn.MSELoss())), path)
+    torch.save(dict(state_dict=model.state_dict(), hyper_parameters=nn.MSELoss()), path)
     assert read_checkpoint(path)['meta']['arch'] == S1
 
 

@@ -286,7 +286,8 @@ def infer_arch(state_dict: StateDict) -> str | dict[str, Any]:
         be the published ones.
 
     Raises:
-        UserError: if the first block lacks a weight that tells the architecture.
+        UserError: if the first block lacks a weight that tells the architecture, or has others'
+            shapes.
     """
     weights = _inside(to_mm(state_dict), 'backbone.')
     depths = [len({m[1] for k in weights if (m := re.match(rf'stages\.{i}\.blocks\.(\d+)\.', k))})
@@ -296,13 +297,18 @@ def infer_arch(state_dict: StateDict) -> str | dict[str, Any]:
             'norm1.weight', 'ssm.in_proj.weight', 'ssm.A_logs', 'ssm.dt_projs_weight')}
     except KeyError as err:
         raise UserError(f'the weights are named like those of a VMamba, but lack {err}') from err
-    dims, = block['norm1.weight']
-    _, inner, rank = block['ssm.dt_projs_weight']
+    try:
+        dims, = block['norm1.weight']
+        _, inner, rank = block['ssm.dt_projs_weight']
+        _, d_state = block['ssm.A_logs']
+    except ValueError as err:
+        raise UserError('the weights are named like those of a VMamba, but have not its shapes: '
+                        + ', '.join(f'{k} is {tuple(v)}' for k, v in block.items())) from err
     conv = weights.get('stages.0.blocks.0.ssm.conv2d.weight')
     kernel = 0 if conv is None else conv.shape[-1]
     mlp = weights.get('stages.0.blocks.0.mlp.fc1.weight')
     arch = dict(
-        embed_dims=dims, depths=tuple(depths), d_state=block['ssm.A_logs'][1],
+        embed_dims=dims, depths=tuple(depths), d_state=d_state,
         ssm_ratio=inner / dims, dt_rank='auto' if rank == math.ceil(dims / 16) else rank,
         conv_bias='stages.0.blocks.0.ssm.conv2d.bias' in weights,
         gate=block['ssm.in_proj.weight'][0] == 2 * inner,
@@ -397,8 +403,8 @@ def find_excused(names: Iterable[str], allow: str | Sequence[str]) -> list[str]:
 def adapt_in_channels(weight: torch.Tensor, in_channels: int) -> torch.Tensor:
     """A first convolution's weight for another number of input channels, as timm adapts it.
 
-    For one channel the sum over the channels; for others they are repeated in turn, and scaled so
-    that an input with equal channels gives what it gave before.
+    For one channel the sum over the channels; for others they are repeated in turn, the last round
+    cut off, and scaled by I / in_channels, so that the results keep their size.
 
     Args:
         weight: (C, I, k, k).

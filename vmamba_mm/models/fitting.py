@@ -1,4 +1,4 @@
-"""Whether weights are a VMamba's: what is published must be complete, what a user added need not."""
+"""Whether weights are a VMamba's: what is published must be complete, a user's own need not be."""
 
 import sys
 from collections.abc import Mapping, Sequence

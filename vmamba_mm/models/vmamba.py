@@ -19,7 +19,6 @@ from vmamba_mm.checkpoint import (
     describe_places,
     drop_wrappers,
     is_vmamba,
-    to_mm,
 )
 from vmamba_mm.compat import UserError
 from vmamba_mm.files import read_checkpoint
