@@ -1,4 +1,5 @@
 """timm's conventions, as its own test suite asks for them, and loading through timm."""
+import argparse
 import json
 from pathlib import Path
 
@@ -417,6 +418,25 @@ def test_timm_hub_folder(official, tmp_path):
     assert torch.equal(loaded(image(64, 64)), model(image(64, 64)))
 
 
+def test_training_file_of_timm(official, tmp_path, capsys):
+    """As its train.py writes it: the averaged weights are taken, as where they are 'model_ema'."""
+    model = official[1]
+    averaged = timm.utils.ModelEmaV3(model)
+    for p in averaged.module.parameters():
+        p.data.mul_(0.5)
+    saver = timm.utils.CheckpointSaver(model, torch.optim.SGD(model.parameters()),
+                                       args=argparse.Namespace(model='vmamba'),
+                                       model_ema=averaged, checkpoint_dir=str(tmp_path))
+    saver.save_checkpoint(0, metric=1.0)
+    path = str(tmp_path / 'last.pth.tar')
+    for weights, expected in (('auto', averaged.module), ('model', model)):
+        loaded = create(num_classes=10)
+        loaded.pretrained_cfg = dict(num_classes=10)
+        loaded.load_pretrained(path, weights)
+        assert torch.equal(loaded.head.fc.weight, expected.head.fc.weight)
+    assert "averaged weights, 'state_dict_ema', not 'state_dict'" in capsys.readouterr().out
+
+
 def test_default_link_is_downloaded_and_loaded(official, monkeypatch):
     path, model = official
     asked = []
@@ -457,6 +477,7 @@ def test_other_input_channels(official, channels):
     ours, theirs = (m.backbone.patch_embed.conv1.weight for m in (loaded, model))
     expected = theirs.sum(1, keepdim=True) if channels == 1 else theirs[:, [0, 1, 2, 0]] * 3 / 4
     assert_close(ours, expected, 1e-6)
+    assert torch.equal(ours, timm.models.adapt_input_conv(channels, theirs))
     assert torch.equal(loaded.backbone.patch_embed.conv2.weight,
                        model.backbone.patch_embed.conv2.weight)
 

@@ -129,3 +129,64 @@ def test_convert_on_a_full_disk(official, call, tmp_path):
     assert target.read_bytes() == b'old'
     assert [n for n in sorted(p.name for p in tmp_path.iterdir())
             if not n.startswith('log')] == [n for n in before if not n.startswith('log')]
+
+
+def test_convert_overwrites_nothing(official, call, tmp_path):
+    """A training checkpoint is the only one of its kind; the input is never written onto."""
+    own = tmp_path / 'epoch_3.pth'
+    state = to_mm(classifier_state(random_backbone(ARCH, (3,)), 2))
+    torch.save(dict(meta=dict(epoch=3, iter=9), state_dict=state, optimizer=dict(state={}),
+                    message_hub={}), own)
+    before = own.read_bytes()
+    names = {'relative': 'epoch_3.pth', 'dotted': f'{tmp_path}/data/../epoch_3.pth',
+             'symlink': 'soft.pth', 'hard link': 'hard.pt'}
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'soft.pth').symlink_to(own)
+    (tmp_path / 'hard.pt').hardlink_to(own)
+    for target in names.values():
+        assert_one_line(call('convert_checkpoint.py', own, target, '--to', 'official', '--force'),
+                        target, 'is the input itself')
+    target = tmp_path / 'other.pth'
+    target.write_bytes(b'old')
+    assert_one_line(call('convert_checkpoint.py', own, target), target, 'exists', '--force')
+    assert target.read_bytes() == b'old'
+    for name in ('own.onnx', 'own.pt2', 'own', 'own.txt'):
+        assert_one_line(call('convert_checkpoint.py', tmp_path / 'no.pth', name), name,
+                        '.pth, .pt, .bin, .ckpt, .safetensors')
+    code, out, err = call('convert_checkpoint.py', own, target, '--force')
+    assert code == 0 and 'Left out: optimizer, message_hub\n' in out, err
+    assert len(torch.load(target, weights_only=True)['state_dict']) == len(state)
+    assert own.read_bytes() == before
+
+
+def test_checkpoints_of_other_trainers(config, call, tmp_path):
+    """From Lightning through every tool; what cannot be told is named by its place."""
+    model = random_backbone(ARCH, (3,))
+    state = to_mm(classifier_state(model, 2))
+    lightning = tmp_path / 'last.ckpt'
+    content = {'state_dict': {f'net.{k}': v for k, v in state.items()}
+               | {'criterion.weight': torch.ones(2)},
+               'optimizer_states': [{}], 'pytorch-lightning_version': '2.5.0'}
+    torch.save(content, lightning)
+    folder = tmp_path / 'folder'
+    code, out, err = call('convert_checkpoint.py', lightning, folder / 'model.safetensors')
+    assert code == 0, err
+    assert 'Left out: optimizer_states, pytorch-lightning_version, criterion.weight\n' in out
+    assert_one_line(call('convert_checkpoint.py', folder, folder / 'model.safetensors', '--force'),
+                    'is the input itself')
+    code, out, err = call('convert_checkpoint.py', folder, tmp_path / 'again.bin')
+    assert code == 0 and 'Left out' not in out, err
+    found = torch.load(tmp_path / 'again.bin', weights_only=True)['state_dict']
+    assert found.keys() == state.keys() and all(torch.equal(found[k], state[k]) for k in state)
+    code, out, err = call('test.py', config, lightning)  # by mmengine's loader
+    assert code == 0 and 'accuracy/top1' in out, err
+    code, out, err = call('predict.py', config, folder, tmp_path / 'data/val/red/0.png')
+    assert code == 0, err
+    # Its own head beside a bare backbone: nobody can say what it is to this model.
+    backbone = {f'net.{k}': v for k, v in model.state_dict().items()}
+    torch.save(dict(state_dict=backbone | {'fc.weight': torch.zeros(2, 64)}), lightning)
+    named = "a VMamba under 'net.', and beside it fc"
+    assert_one_line(call('convert_checkpoint.py', lightning, tmp_path / 'no.pth'), named)
+    assert_one_line(call('test.py', config, lightning), 'fc.weight', 'head.fc.weight is missing')
+    torch.save(model, lightning)
+    assert_one_line(call('test.py', config, lightning), 'last.ckpt', 'whole pickled model')
