@@ -48,8 +48,9 @@ def add_common_options(parser, launcher=True):
 
 def add_weights_option(parser):
     parser.add_argument('--weights', choices=('auto', 'model', 'model_ema'), default='auto',
-                        help='which weights of an official training file: auto takes model_ema '
-                        '(the averaged ones) where it is present, else model (default: auto)')
+                        help='which weights of a training file that holds two sets: model_ema '
+                        'are the averaged ones, whatever the trainer calls them; auto takes them '
+                        'where they are present, else model (default: auto)')
 
 
 def add_device_option(parser):
