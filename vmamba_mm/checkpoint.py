@@ -360,7 +360,9 @@ def fit_names(state_dict: StateDict, expected: StateDict) -> dict[str, torch.Ten
         expected: the model's own.
     """
     state = dict(state_dict)
-    if not set(expected) <= set(state) and is_vmamba(state) and is_vmamba(expected):
+    if not (is_vmamba(state) and is_vmamba(expected)):
+        return state
+    if not set(expected) <= set(state):
         own = {plain_name(k): k for k in expected}
         places = backbone_prefixes(own)
         if not set(places) <= set(backbone_prefixes(state)):
@@ -472,7 +474,7 @@ def describe_places(state_dict: StateDict) -> str:
         except UserError:
             arch = None
         name = f' ({arch})' if isinstance(arch, str) else ''
-        parts.append(f'a VMamba{name} under {place!r}')
+        parts.append(f'a VMamba{name} ' + (f'under {place!r}' if place else 'at the top'))
     beside = sorted({_first_parts(k, places) for k in state_dict
                      if not k.startswith(tuple(places))})
     return ' and '.join(parts) + (f', and beside it {", ".join(beside[:8])}' if beside else '')

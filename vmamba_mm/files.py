@@ -47,7 +47,7 @@ def read_checkpoint(source: str | os.PathLike, weights: str = 'auto',
             Face's or of torch.distributed.checkpoint.
         weights: which of a file that holds two sets: 'model', 'model_ema' (the averaged weights,
             whatever the trainer calls them), or 'auto' for the averaged ones where they are
-            present (one printed line says so), else the others.
+            present (one printed line says so, except of mmengine's), else the others.
         map_location: of ``torch.load``.
         keep_places: leave a VMamba that has our names in its place and its wrappers, for a model
             that has it there too; see :func:`vmamba_mm.checkpoint.to_mm`.
@@ -124,7 +124,7 @@ def choose_weights(content: dict[str, Any], weights: str, path: Path
                         'the one that is meant alone')
     key = (known or keys)[0]
     state, kind = held[key]
-    if weights == 'auto' and averaged and others:
+    if weights == 'auto' and averaged and others and not _is_swapped(content):  # resumes with both
         _say_once(f'{path}: taking the averaged weights, {key!r}, not {others[0]!r} '
                   "(weights='model', --weights model, takes those)")
     if key == 'ema_state_dict' and kind == 'model':
@@ -137,8 +137,10 @@ def choose_weights(content: dict[str, Any], weights: str, path: Path
 
 def _find_states(content, place='', depth=0):
     """(key, state dict) of each VMamba; the key of an inner dict has a dot for each level."""
-    if is_vmamba({k: v for k, v in content.items() if isinstance(v, torch.Tensor)}):
-        yield place, content
+    tensors = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)}
+    if is_vmamba(tensors):
+        # Beside bare weights there may be an epoch; inside a model, a module's extra state.
+        yield place, content if place or len(tensors) == len(content) else tensors
     elif depth < 3:
         for key, value in content.items():
             if isinstance(value, Mapping):

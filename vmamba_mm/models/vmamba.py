@@ -174,9 +174,8 @@ class VMamba(BaseModule):
                 stays as it is, but nothing may be left over. True: it may not be missing either.
                 False: what the model has no place for may be left over too.
             allow: regular expressions of names that may be missing, left over or of another
-                shape, such as ``['^stages\\.3\\.', 'norm1']``; names are those of the error
-                messages, with or without their ``backbone.``. Another architecture is refused all
-                the same.
+                shape, such as ``['^stages.3', 'norm1']``; the names are this model's, with or
+                without ``backbone.`` before them. Another architecture is refused all the same.
 
         Raises:
             UserError: if the file cannot be read, or any weight is missing, left over or of
@@ -207,7 +206,8 @@ class VMamba(BaseModule):
         place = f'{(prefix or "backbone").rstrip(".")}.'
         usual = place == 'backbone.'
         state = read_checkpoint(checkpoint, weights, map_location, keep_places=not usual)
-        state = drop_wrappers(state.get('state_dict', state))
+        state = state.get('state_dict', state)
+        state = drop_wrappers({k: v for k, v in state.items() if isinstance(k, str)})
         places = backbone_prefixes(state)
         if usual and place not in places:
             if len(places) > 1:
