@@ -88,6 +88,8 @@ def test_wrappers_and_places(names, states, tmp_path):
         'Lightning, compiled': dict(lightning, state_dict=under('net._orig_mod.', state) | loss),
         'Lightning, module': dict(lightning, state_dict=under('module.', state)),
         'Lightning, deeper': dict(lightning, state_dict=under('task.backbone_net.', state)),
+        'Lightning, average': dict(lightning, state_dict={
+            'net.n_averaged': torch.tensor(5), **under('net.module.', state)}),
         'average': {'n_averaged': torch.tensor(5), **under('module.', state)},
         'Lightning, hydra': dict(lightning, state_dict=under('net.', state),
                                  hyper_parameters=hyper_parameters),
@@ -149,6 +151,18 @@ def test_several_or_unclear_places_are_named(states, tmp_path):
                                            backbone['stages.0.blocks.0.ssm.Ds']}), path)
     with pytest.raises(UserError, match='Ds is there twice'):
         read_checkpoint(path)
+
+
+def test_somebody_elses_model_is_left_alone(tmp_path):
+    """Names that only resemble ours."""
+    state = {'net._orig_mod.blocks.0.mixer.A_logs': torch.zeros(3), 'net.n_averaged': torch.ones(1)}
+    for content in (dict(state_dict=state, meta={}), dict(state_dict=state, meta={}, ema=state)):
+        torch.save(content, tmp_path / 'a.pth')
+        found = read_checkpoint(tmp_path / 'a.pth')
+        assert_same(found['state_dict'], state)
+        assert found['meta'] == {} and found.keys() == content.keys()
+    torch.save(dict(net=state), tmp_path / 'a.pth')
+    assert_same(read_checkpoint(tmp_path / 'a.pth')['net'], state)
 
 
 def test_whole_models_by_mmengine(mm, states, tmp_path, capsys):

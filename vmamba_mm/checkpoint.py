@@ -57,8 +57,10 @@ _WRAPPERS = ('module.', '_orig_mod.', 'model.', '_forward_module.', '_fsdp_wrapp
 #: anywhere: put there by torch.compile, FSDP, activation checkpointing and Lightning's strategies
 _INNER_WRAPPERS = re.compile(r'(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|'
                              r'_checkpoint_wrapped_module|_forward_module)\.')
-#: left in the file by thop, and by torch's AveragedModel
-_COUNTERS = ('total_ops', 'total_params', 'n_averaged')
+#: left in the file by thop
+_COUNTERS = ('total_ops', 'total_params')
+#: beside the module that torch's AveragedModel averages
+_AVERAGE_COUNTER = re.compile(r'(?:.*\.)?n_averaged$')
 #: of a trainer's own, beside its model: weights of a loss, states of a metric, pixel statistics
 _NOT_OF_THE_MODEL = re.compile(
     r'(?:\w+_)?(?:criterion|loss|loss_fn|loss_func|losses|metrics?|acc|accuracy)(?:\.|$)'
@@ -106,9 +108,11 @@ def to_mm(state_dict: StateDict, keep_places: bool = False) -> dict[str, torch.T
     if not is_vmamba(state_dict):
         shown = ', '.join(map(str, list(state_dict)[:3])) or 'nothing'
         raise UserError(f'the weights are not those of a VMamba; they are named {shown}, ...')
+    if keep_places and any(k.startswith('backbone.stages.') for k in state_dict):
+        return dict(state_dict)
     state = _unwrap(state_dict)
     found = [m for k in state if (m := _A_LOGS.match(plain_name(k)))]
-    if keep_places and found and all(m[1] and m[2] == 'stages' for m in found):
+    if not found or keep_places and all(m[1] and m[2] == 'stages' for m in found):
         return state
     state = drop_wrappers(state)
     if not keep_places:
@@ -164,7 +168,8 @@ def _inside(state, prefix):
 
 
 def _unwrap(state_dict):
-    state = {k: v for k, v in state_dict.items() if k.rpartition('.')[2] not in _COUNTERS}
+    state = {k: v for k, v in state_dict.items()
+             if k.rpartition('.')[2] not in _COUNTERS and k != 'n_averaged'}
     while True:
         prefix = next((w for w in _WRAPPERS if all(k.startswith(w) for k in state)), None)
         if prefix is None:
@@ -189,8 +194,8 @@ def _to_top(state):
     if len(places) != 1 or places[0] in ('', 'backbone.'):
         return state
     parts = places[0].split('.')[:-1]
-    moved = {k: v for k, v in state.items()
-             if k.startswith(f'{parts[0]}.') or not _NOT_OF_THE_MODEL.match(k)}
+    moved = {k: v for k, v in state.items() if not _AVERAGE_COUNTER.match(k)
+             and (k.startswith(f'{parts[0]}.') or not _NOT_OF_THE_MODEL.match(k))}
     for depth in reversed([i for i, part in enumerate(parts) if part == 'module']):
         # Data-parallel wrappers inside; they are around the neighbours too.
         moved = {_without_part(k, depth, 'module'): v for k, v in moved.items()}

@@ -16,13 +16,15 @@ from typing import Any
 import torch
 
 from vmamba_mm.atomic import atomic_file, write_atomic
-from vmamba_mm.checkpoint import infer_arch, infer_task, is_vmamba, to_mm
+from vmamba_mm.checkpoint import backbone_prefixes, infer_arch, infer_task, is_vmamba, to_mm
 from vmamba_mm.compat import UserError
 from vmamba_mm.formats import read_content, refuse_module, refuse_text
 
 WEIGHTS = ('auto', 'model', 'model_ema')
 #: Where trainers keep weights, in the order of preference where there are several.
 _KEYS = ('model_ema', 'state_dict_ema', 'ema_state_dict', 'state_dict', 'model', '')
+#: Of the official files and mmengine's; under others the names must be exactly a VMamba's.
+_OWN_KEYS = ('', 'model', 'model_ema', 'state_dict')
 #: 'model_ema', 'state_dict_ema', 'swa_model', 'averaged_model', ...
 _AVERAGED = re.compile(r'(?:^|[_.])(?:ema|swa|avg|averaged?)(?:[_.]|$)')
 _CHUNK = 1 << 20
@@ -138,7 +140,7 @@ def choose_weights(content: dict[str, Any], weights: str, path: Path
 def _find_states(content, place='', depth=0):
     """(key, state dict) of each VMamba; the key of an inner dict has a dot for each level."""
     tensors = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)}
-    if is_vmamba(tensors):
+    if is_vmamba(tensors) and (place in _OWN_KEYS or backbone_prefixes(tensors)):
         # Beside bare weights there may be an epoch; inside a model, a module's extra state.
         yield place, content if place or len(tensors) == len(content) else tensors
     elif depth < 3:

@@ -363,6 +363,29 @@ def test_deliberate_part_by_torch():
             model.load_state_dict(nothing, strict=False)
 
 
+def test_hooks_of_others_rename_first():
+    """An adapter may put the weights of the layer that it replaced where it wants them."""
+    source = random_backbone(S1)
+    model = VMamba(S1)
+    block = model.stages[0].blocks[0]
+    block.norm1 = nn.Sequential(block.norm1)
+
+    def rename(module, state, prefix, *args):
+        for leaf in ('weight', 'bias'):
+            old = f'{prefix}stages.0.blocks.0.norm1.{leaf}'
+            if old in state:
+                state[f'{prefix}stages.0.blocks.0.norm1.0.{leaf}'] = state.pop(old)
+
+    with pytest.raises(UserError, match='norm1.weight is not in the model'):
+        model.load_state_dict(source.state_dict())
+    model.register_load_state_dict_pre_hook(rename)
+    model.load_state_dict(source.state_dict())
+    assert torch.equal(block.norm1[0].weight, source.stages[0].blocks[0].norm1.weight)
+    whole = Around(model)
+    whole.load_state_dict(Around(source).state_dict() | {'head.bias': torch.ones(2)})
+    assert len(model._load_state_dict_pre_hooks) == 1
+
+
 def test_replaced_and_wrapped_submodules(tmp_path):
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
     from torch.nn.utils import prune

@@ -214,7 +214,7 @@ class VMamba(BaseModule):
                 raise UserError(f'{checkpoint} holds {describe_places(state)}: say with prefix= '
                                 'which one is meant')
             place = places[0] if places else place
-        found = {k[len(place):]: v for k, v in state.items() if k.startswith(place)}
+        found = _inside(state, place)
         if not found:
             tops = sorted({k.partition('.')[0] for k in state})
             raise UserError(f'{checkpoint} has no weights that begin with {place!r}, only with: '
@@ -242,18 +242,19 @@ class VMamba(BaseModule):
         ``strict``.
         """
         caller = find_caller()
-        found = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
-        ours = self.state_dict()
-        renamed = under_names_of(found, ours)
+        found = _inside(state_dict, prefix)
+        renamed = under_names_of(found, self.state_dict())
         if list(renamed) != list(found):
             for key in found:
                 del state_dict[prefix + key]
             state_dict.update({prefix + k: v for k, v in renamed.items()})
-        if caller.strict or caller.is_mmengine:
-            self._check_whole(renamed, ours, prefix, caller)
-        elif not prefix and not set(renamed) & set(ours):
-            check_fits(self, renamed, 'the state dict')
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        # As the last of the hooks: those of others may rename what they know.
+        check = self.register_load_state_dict_pre_hook(
+            lambda _, state, *args: self._check_state(_inside(state, prefix), prefix, caller))
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        finally:
+            check.remove()
 
     def plain_state(self, arch: str | Mapping[str, Any] | None = None) -> dict[str, Tensor]:
         """Names and shapes (3 channels) of a VMamba that nobody added to, on the device meta.
@@ -264,7 +265,12 @@ class VMamba(BaseModule):
         with torch.device('meta'):
             return VMamba(arch or self.arch, self.out_indices).state_dict()
 
-    def _check_whole(self, found, ours, prefix, caller):
+    def _check_state(self, found, prefix, caller):
+        ours = self.state_dict()
+        if not (caller.strict or caller.is_mmengine):
+            if not prefix and not set(found) & set(ours):
+                check_fits(self, found, 'the state dict')
+            return
         whole = caller.state_dict
         if not found and isinstance(whole, Mapping) and is_vmamba(whole):
             raise UserError(f'the state dict does not fit the model: it holds '
@@ -336,6 +342,10 @@ class VMamba(BaseModule):
         for module in frozen:
             module.eval()
             module.requires_grad_(False)
+
+
+def _inside(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
 
 
 def _is_pretrained(kind: Any) -> bool:
