@@ -9,6 +9,8 @@ import functools
 import json
 import os
 import pickle
+import sys
+import types
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,7 +78,8 @@ def test_wrappers_and_places(names, states, tmp_path):
     state = getattr(states, names)
     hyper_parameters = dict(optimizer=functools.partial(torch.optim.SGD, lr=0.1),
                             root=Path('data'), seen=collections.defaultdict(list, a=[1]))
-    loss = {'criterion.weight': torch.ones(10), 'train_acc.total': torch.zeros(3)}
+    loss = {'criterion.weight': torch.ones(10), 'train_acc.total': torch.zeros(3),
+            'loss_ce.weight': torch.ones(10), 'class_weights': torch.ones(10)}
     lightning = {'pytorch-lightning_version': '2.5.0', 'epoch': 3, 'global_step': 10,
                  'callbacks': {}, 'optimizer_states': [{}],
                  'hyper_parameters': argparse.Namespace(lr=0.1)}
@@ -353,6 +356,23 @@ def test_whole_models_are_refused_by_name(tmp_path):
     # One beside the weights does no harm: Lightning pickles what it was built from.
     torch.save(dict(state_dict=model.state_dict(), hyper_parameters=nn.MSELoss()), path)
     assert read_checkpoint(path)['meta']['arch'] == S1
+
+
+class DTensor:
+    """Pickles as torch's, which needs the processes that it was spread over."""
+
+    def __reduce__(self):
+        return torch._tensor._rebuild_from_type_v2, (torch.Tensor, DTensor, (), {})
+
+
+def test_share_of_one_process_is_refused_by_name(monkeypatch, tmp_path):
+    other = types.ModuleType('elsewhere')
+    other.DTensor = DTensor
+    monkeypatch.setitem(sys.modules, 'elsewhere', other)
+    monkeypatch.setattr(DTensor, '__module__', 'elsewhere')
+    torch.save({'layers.0.blocks.0.op.A_logs': DTensor()}, tmp_path / 'a.pth')
+    with pytest.raises(UserError, match='a.pth holds the share of one process.*full_state_dict'):
+        read_checkpoint(tmp_path / 'a.pth')
 
 
 def test_programs_are_refused_by_name(tmp_path):

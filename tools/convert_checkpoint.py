@@ -58,7 +58,7 @@ def check_target(target, to, force):
     if path.is_dir():
         raise _cli.UserError(f'{target} is a folder: name the file to write')
     if path.suffix.lower() not in SUFFIXES:
-        raise _cli.UserError(f'{target} has not the ending of a file of weights: name it with one '
+        raise _cli.UserError(f'{target} does not end like a file of weights: name it with one '
                              f'of {", ".join(SUFFIXES)}')
     if (to == 'safetensors') != (path.suffix.lower() == '.safetensors'):
         raise _cli.UserError(f'--to {to} and the name {target} do not agree: files of '

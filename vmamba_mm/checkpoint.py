@@ -63,7 +63,8 @@ _COUNTERS = ('total_ops', 'total_params')
 _AVERAGE_COUNTER = re.compile(r'(?:.*\.)?n_averaged$')
 #: of a trainer's own, beside its model: weights of a loss, states of a metric, pixel statistics
 _NOT_OF_THE_MODEL = re.compile(
-    r'(?:\w+_)?(?:criterion|loss|loss_fn|loss_func|losses|metrics?|acc|accuracy)(?:\.|$)'
+    r'(?:\w+_)?(?:criterions?|loss|loss_fn|losses|metrics?|acc|accuracy|f1|m?iou|auroc)(?:\.|$)'
+    r'|(?:loss|criterion)_\w+(?:\.|$)'
     r'|(?:\w+_)?(?:loss|class|pos)_weights?$|(?:\w+_)?(?:mean|std)$')
 #: what tells a VMamba, official or ours; before it stands its place
 _A_LOGS = re.compile(
