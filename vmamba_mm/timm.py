@@ -3,7 +3,7 @@
     model = timm.create_model('vmamba_tiny_s1l8', pretrained=True)
     model = timm.create_model('vmamba_tiny_s1l8', features_only=True, out_indices=(1, 3))
 
-torch.compile and torch.export work; torch.jit.script and torch.fx do not, as they cannot follow the
+torch.compile, torch.export and torch.fx work; torch.jit.script does not, as it cannot follow the
 model's Python code.
 """
 

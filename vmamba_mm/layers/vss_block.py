@@ -16,11 +16,10 @@ from vmamba_mm.ops import add_norm, mlp
 from vmamba_mm.ops.backends import autocast_dtype, wants_grad
 from vmamba_mm.ops.vss_block import vss_block, vss_blocks, why_not
 
-
 # What torch.fx records as it is, since it looks at shapes.
 torch.fx.wrap('add_norm')
-torch.fx.wrap('mlp')
 torch.fx.wrap('autocast_dtype')
+torch.fx.wrap('mlp')
 
 
 class Mlp(nn.Module):

@@ -135,8 +135,8 @@ def _transformable(name: str, num_arguments: int, backward: Callable | None,
         return tuple(map(torch.stack, zip(*parts, strict=True))), (0,) * len(parts[0])
 
     def jvp(ctx, *tangents):
-        raise NotImplementedError(f'{NAMESPACE}::{name} has no forward-mode derivative: take one by '
-                                  'reverse mode, such as torch.func.grad, vjp or jacrev')
+        raise NotImplementedError(f'{NAMESPACE}::{name} has no forward-mode derivative: take one '
+                                  'by reverse mode, such as torch.func.grad, vjp or jacrev')
 
     node = _make_node(name, num_arguments, backward, results, forward=lambda *args: function(*args),
                       setup_context=setup, vmap=loop, jvp=jvp)

@@ -76,7 +76,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *,
     """
     out_dtype = out_dtype or _default_dtype(x)
     if cuda.why_not(x, weight, bias) is not None:
-        return F.layer_norm(x, weight.shape, weight, bias, eps).to(out_dtype)
+        return _norm(x, weight, bias, eps).to(out_dtype)
     return _fwd(x, None, None, weight, bias, eps, out_dtype, wants_grad(x, weight, bias))[1]
 
 
@@ -103,11 +103,16 @@ def add_norm(x: Tensor, branch: Tensor, weight: Tensor | None, bias: Tensor | No
         total = x + branch
         if weight is None:
             return total.to(out_dtype), None
-        normed = F.layer_norm(total, weight.shape, weight, bias, eps)
-        return total.to(x.dtype), normed.to(out_dtype)
+        return total.to(x.dtype), _norm(total, weight, bias, eps).to(out_dtype)
     total, normed, _ = _fwd(x, branch, scale, weight, bias, eps, out_dtype,
                             wants_grad(x, branch, weight, bias))
     return total, None if weight is None else normed
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    if torch.promote_types(x.dtype, weight.dtype) == x.dtype:  # F.layer_norm takes no smaller one
+        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
 def _default_dtype(x: Tensor) -> torch.dtype:
