@@ -11,7 +11,7 @@ from vmamba_mm.ops.registration import register
 
 def _bwd_fake(grad, x, moments, weight, bias, others, scale, branch_dtype):
     dbranch = x.new_empty(x.shape if branch_dtype else (0,), dtype=branch_dtype or x.dtype)
-    return torch.empty_like(x), dbranch, torch.empty_like(weight), torch.empty_like(bias)
+    return x.new_empty(x.shape), dbranch, torch.empty_like(weight), torch.empty_like(bias)
 
 
 @register('add_norm_bwd', fake=_bwd_fake)
