@@ -458,3 +458,16 @@ def test_a_module_compiled_in_place_runs_as_compiled(device):
             module._compiled_call_impl = None
             assert graphs, name
             assert_same((outs, {}), (expected, {}), device)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
+@all_archs
+def test_data_parallel_on_two_gpus(arch):
+    model, x = make('cuda', arch)
+    expected = step(copy.deepcopy(model), x)
+    parallel = nn.DataParallel(model, device_ids=[0, 1])
+    outs, grads = step(parallel, x)
+    grads = {name.removeprefix('module.'): grad for name, grad in grads.items()}
+    assert_same((outs, grads), expected, 'cuda')
+    with torch.no_grad():
+        assert_same((parallel(x), {}), (expected[0], {}), 'cuda')

@@ -104,8 +104,8 @@ def add_norm(x: Tensor, branch: Tensor, weight: Tensor | None, bias: Tensor | No
         if weight is None:
             return total.to(out_dtype), None
         return total.to(x.dtype), _norm(total, weight, bias, eps).to(out_dtype)
-    total, normed, _ = _fwd(x, branch, scale, weight, bias, eps, out_dtype,
-                            wants_grad(x, branch, weight, bias))
+    save = weight is not None and wants_grad(x, branch, weight, bias)
+    total, normed, _ = _fwd(x, branch, scale, weight, bias, eps, out_dtype, save)
     return total, None if weight is None else normed
 
 
