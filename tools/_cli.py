@@ -17,6 +17,7 @@ except ModuleNotFoundError:  # not installed: use the checkout that this file is
     sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from vmamba_mm.compat import EXTRAS, UserError, missing_package, prepare_mm  # noqa: E402
+from vmamba_mm.config import scopes_of, type_name  # noqa: E402
 
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.ppm')
@@ -240,12 +241,14 @@ def _similar_files(path):
 
 def find_task(cfg):
     """'cls', 'det' or 'seg', and the package installed for it; other scopes pass as None."""
-    scope = cfg.get('default_scope') or str(cfg.model.get('type', '')).rpartition('.')[0]
-    task = EXTRAS.get(scope)
-    if task in ('cls', 'det', 'seg'):
-        from vmamba_mm.compat import require_working
-        require_working(scope)
-        return task
+    from vmamba_mm.compat import require_working
+
+    scopes = [cfg.default_scope] if cfg.get('default_scope') else scopes_of(cfg.model)
+    for scope in scopes:
+        task = EXTRAS.get(scope)
+        if task in ('cls', 'det', 'seg'):
+            require_working(scope)
+            return task
     return None
 
 
@@ -279,13 +282,13 @@ def check_data_paths(cfg, *loaders):
         for metric in evaluators if isinstance(evaluators, list | tuple) else [evaluators]:
             path = metric.get('ann_file')
             if path and '://' not in path and not os.path.exists(path):
-                raise UserError(f'the annotation file {path} of {metric.get("type")} '
+                raise UserError(f'the annotation file {path} of {type_name(metric)} '
                                 f'({loader.replace("dataloader", "evaluator")}.ann_file) does '
                                 'not exist')
 
 
 def _check_dataset_paths(name, dataset):
-    if dataset.get('backend_args') or str(dataset.get('type')).rpartition('.')[2] in DOWNLOADING:
+    if dataset.get('backend_args') or type_name(dataset) in DOWNLOADING:
         return
     root = dataset.get('data_root') or ''
     prefixes = dataset.get('data_prefix') or {}
@@ -373,7 +376,8 @@ def start_processes(cfg, launcher):
 def sync_to_plain_batch_norm(node):
     """SyncBN runs on GPUs only."""
     if isinstance(node, dict):
-        if node.get('type') in ('SyncBN', 'MMSyncBN', 'mmengine.SyncBN'):
+        # torch's class is SyncBatchNorm, mmcv's are SyncBatchNorm and NaiveSyncBatchNorm.
+        if type_name(node) in ('SyncBN', 'MMSyncBN', 'SyncBatchNorm', 'NaiveSyncBatchNorm'):
             node['type'] = 'BN'
         for value in node.values():
             sync_to_plain_batch_norm(value)
@@ -400,8 +404,8 @@ def set_loader_defaults(cfg, task):
 def add_hooks(cfg, *types):
     """Add hooks of vmamba_mm unless the config has them with its own settings."""
     hooks = list(cfg.get('custom_hooks') or [])
-    present = {hook.get('type') for hook in hooks if isinstance(hook, dict)}
-    hooks += [dict(type=f'vmamba_mm.{t}') for t in types if f'vmamba_mm.{t}' not in present]
+    present = {type_name(hook) for hook in hooks}
+    hooks += [dict(type=f'vmamba_mm.{t}') for t in types if t not in present]
     cfg.custom_hooks = hooks
 
 

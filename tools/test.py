@@ -124,7 +124,7 @@ def main():
         set_tta(cfg, task)
     # The averaged weights are what a checkpoint holds: EMAHook would only average them once more.
     cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or []
-                        if str(hook.get('type')).rpartition('.')[2] != 'EMAHook']
+                        if _cli.type_name(hook) != 'EMAHook']
     _cli.add_hooks(cfg, 'CheckDataHook', 'StrictLoadHook', 'ProgressHook')
     runner = _cli.build_runner(cfg)
     if args.out and args.out.endswith(('.pkl', '.pickle')):

@@ -35,12 +35,12 @@ def set_amp(cfg, asked):
     wrapper = cfg.get('optim_wrapper')
     if wrapper is None:
         return
-    name = str(getattr(wrapper.get('type'), '__name__', wrapper.get('type', 'OptimWrapper')))
-    is_amp = name.rpartition('.')[2] == 'AmpOptimWrapper'
+    name = _cli.type_name(wrapper) or 'OptimWrapper'
+    is_amp = name == 'AmpOptimWrapper'
     if asked and not _cli.has_gpu():
         raise _cli.UserError('--amp needs a GPU, and torch finds none here; train without --amp')
     if asked and not is_amp:
-        if name.rpartition('.')[2] != 'OptimWrapper':
+        if name != 'OptimWrapper':
             raise _cli.UserError(f'--amp cannot be used with optim_wrapper.type={name}')
         wrapper.type = 'AmpOptimWrapper'
         wrapper.setdefault('loss_scale', 'dynamic')
@@ -86,8 +86,7 @@ def set_hooks(cfg):
     hooks = dict(cfg.get('default_hooks') or {})
     checkpoint = hooks.get('checkpoint', dict(type='CheckpointHook', interval=1))
     if checkpoint is not None:
-        name = getattr(checkpoint['type'], '__name__', checkpoint['type'])
-        if name.rpartition('.')[2] == 'CheckpointHook':
+        if _cli.type_name(checkpoint) == 'CheckpointHook':
             checkpoint['type'] = 'vmamba_mm.AtomicCheckpointHook'
         hooks['checkpoint'] = checkpoint
     cfg.default_hooks = hooks
@@ -101,7 +100,7 @@ def set_visualizer(cfg):
 
     visualizer = cfg.get('visualizer') or dict(type='Visualizer')
     backends = list(visualizer.get('vis_backends') or [])
-    present = {str(b.get('type')).rpartition('.')[2] for b in backends}
+    present = {_cli.type_name(b) for b in backends}
     wanted = ['LocalVisBackend']
     if find_spec('tensorboard'):
         wanted.append('TensorboardVisBackend')
