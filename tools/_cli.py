@@ -19,6 +19,7 @@ except ModuleNotFoundError:  # not installed: use the checkout that this file is
 from vmamba_mm.compat import EXTRAS, UserError, missing_package, prepare_mm  # noqa: E402
 from vmamba_mm.config import scopes_of, type_name  # noqa: E402
 
+TASKS = ('cls', 'det', 'seg')
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.ppm')
 # These fetch their data themselves, so that a missing folder is no mistake.
@@ -201,7 +202,8 @@ def _registered(registry_name):
 def load_config(path, options=()):
     """Read a config file, or a stock one as ``mmdet::folder/name.py``, and apply KEY=VALUE."""
     prepare_mm()
-    from mmengine.config import Config, DictAction
+    from _options import parse_options, say_what_is_lost
+    from mmengine.config import Config
 
     try:
         if '::' in path:
@@ -216,18 +218,20 @@ def load_config(path, options=()):
     except Exception as err:
         raise UserError(f'the config {path} cannot be read: {type(err).__name__}: {err}') from err
     if options:
-        parser = argparse.ArgumentParser()
-        parser.add_argument('options', nargs='+', action=DictAction)
-        wrong = [o for o in options if '=' not in o]
-        if wrong:
-            raise UserError(f'--cfg-options takes KEY=VALUE, not {wrong[0]!r}')
+        hooks = list(cfg.get('custom_hooks') or ())
         try:
-            cfg.merge_from_dict(parser.parse_args(list(options)).options)
-        except (KeyError, TypeError, IndexError, AssertionError) as err:
+            cfg.merge_from_dict(parse_options(options))
+        except (KeyError, TypeError, IndexError, AttributeError, AssertionError) as err:
             raise UserError(f'--cfg-options {" ".join(options)}: {err}') from err
+        say_what_is_lost(hooks, cfg.get('custom_hooks'), '--cfg-options custom_hooks=')
     if cfg.get('model') is None:
         raise UserError(f'the config {path} has no model')
     find_task(cfg)
+    if not isinstance(cfg.model.get('type'), str) or cfg.model.type.count('.') > 1:
+        # In mmengine's pure Python style nothing looks names up in a scope, but what the tools add
+        # to the config does.
+        cfg.default_scope = cfg.get('default_scope') or next(
+            (s for s in scopes_of(cfg.model) if EXTRAS.get(s) in TASKS), 'mmengine')
     return cfg
 
 
@@ -246,7 +250,7 @@ def find_task(cfg):
     scopes = [cfg.default_scope] if cfg.get('default_scope') else scopes_of(cfg.model)
     for scope in scopes:
         task = EXTRAS.get(scope)
-        if task in ('cls', 'det', 'seg'):
+        if task in TASKS:
             require_working(scope)
             return task
     return None

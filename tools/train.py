@@ -8,6 +8,7 @@ EXAMPLES = """\
   python tools/train.py configs/imagenet/vmamba-tiny-s1l8_8xb128_in1k-224.py
   python tools/train.py CONFIG --work-dir work_dirs/try1 --resume
   python tools/train.py CONFIG --cfg-options train_dataloader.batch_size=16 --auto-scale-lr
+  python tools/train.py CONFIG --cfg-options load_from=FILE --allow-mismatch '^head'
   tools/dist_train.sh CONFIG 8 --amp                   (8 GPUs of one machine)"""
 
 
@@ -21,6 +22,10 @@ def parse_args():
     parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
                         help='go on from a checkpoint; without a value, or with "auto", from the '
                         'newest complete one in the work dir, if any')
+    parser.add_argument('--allow-mismatch', nargs='+', default=[], metavar='PATTERN',
+                        help='start from a load_from that fits in part: regular expressions of '
+                        'the names of parameters that may differ and then start anew, for example '
+                        "'^head' (added to the config's allow_mismatch)")
     parser.add_argument('--amp', action='store_true',
                         help='mixed precision (needs a GPU)')
     parser.add_argument('--auto-scale-lr', action='store_true',
@@ -82,6 +87,19 @@ def set_resume(cfg, wanted):
         cfg.randomness = dict(cfg.get('randomness') or {}, seed=meta['seed'])
 
 
+def set_allowed(cfg, patterns):
+    """Names of parameters that StrictLoadHook lets differ: the config's and the option's."""
+    from vmamba_mm.engine.strict_load import check_patterns
+
+    if patterns and not cfg.get('load_from'):
+        raise _cli.UserError('--allow-mismatch needs a checkpoint to start from: '
+                             '--cfg-options load_from=FILE')
+    allowed = [*check_patterns(cfg.get('allow_mismatch') or (), 'allow_mismatch of the config'),
+               *check_patterns(patterns, '--allow-mismatch')]
+    if allowed:
+        cfg.allow_mismatch = allowed
+
+
 def set_hooks(cfg):
     hooks = dict(cfg.get('default_hooks') or {})
     checkpoint = hooks.get('checkpoint', dict(type='CheckpointHook', interval=1))
@@ -133,6 +151,7 @@ def main():
     _cli.start_processes(cfg, args.launcher)
     _cli.set_loader_defaults(cfg, _cli.find_task(cfg))
     set_resume(cfg, args.resume)
+    set_allowed(cfg, args.allow_mismatch)
     set_hooks(cfg)
     set_visualizer(cfg)
     runner = _cli.build_runner(cfg)
