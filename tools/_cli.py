@@ -139,6 +139,10 @@ def _explain(err):
         return f'the config gives a setting that its type does not have: {text}'
     if isinstance(err, ValueError | TypeError) and _raised_in(err, 'vmamba_mm'):
         return text
+    if isinstance(err, ValueError | TypeError) and _raised_in(err, 'torch.optim'):
+        return f'optim_wrapper.optimizer of the config is not allowed: {text}'
+    if isinstance(err, AssertionError) and text.startswith('self.begin_'):
+        return f'an EMAHook of the config begins after the end of the training: {text}'
     if 'TTA of instance segmentation' in text:
         return 'mmdet has no test-time augmentation for models with masks: test without --tta'
     if 'end should be larger than begin' in text:
@@ -164,15 +168,15 @@ def _own_message(err):
 
 
 def _raised_in(err, package):
-    """Whether the innermost frame of an error is in a package."""
+    """Whether the innermost frame of an error is in a package or module."""
     frame = err.__traceback__
     while frame.tb_next is not None:
         frame = frame.tb_next
-    return frame.tb_frame.f_globals.get('__name__', '').split('.')[0] == package
+    return f'{frame.tb_frame.f_globals.get("__name__", "")}.'.startswith(f'{package}.')
 
 
 def _explain_type(text):
-    found = re.search(r'(\S+) is not in the (\S+) registry', text)
+    found = re.search(r'(\S+) is not in the (.+?) registry', text)
     if not found:
         return text
     name, registry = found[1].strip('\'"'), found[2].rpartition('::')[2]
@@ -327,9 +331,19 @@ def choose_device(name):
     """--device, else a GPU if there is one."""
     from mmengine.device import get_device
 
-    if name and name.startswith('cuda') and not has_gpu():
+    if not name:
+        return get_device()
+    if name.startswith('cuda') and not has_gpu():
         raise UserError(f'--device {name}: torch finds no GPU here')
-    return name or get_device()
+    import torch
+
+    try:
+        torch.zeros(1, device=name).cpu()
+    except Exception as err:
+        there = ['cpu', *(f'cuda:{i}' for i in range(torch.cuda.device_count()))]
+        raise UserError(f'--device {name}: torch cannot compute there ({str(err).splitlines()[0]}'
+                        f'); choose one of {", ".join(there)}') from err
+    return name
 
 
 def evaluate_in_fp32_without_gpu(cfg):

@@ -2,6 +2,7 @@
 
 import os
 
+import _checks
 import _cli
 
 EXAMPLES = """\
@@ -142,6 +143,7 @@ def main():
     if cfg.get('train_dataloader') is None or cfg.get('train_cfg') is None:
         raise _cli.UserError(f'the config {args.config} has no train_dataloader and train_cfg: '
                              'it is no training recipe')
+    _checks.check_training(cfg)
     _cli.set_work_dir(cfg, args)
     set_amp(cfg, args.amp)
     if args.auto_scale_lr:
