@@ -152,10 +152,30 @@ def _explain(err):
         return ('some parameters have no part in the loss, which several processes do not allow: '
                 'let model.backbone.out_indices name the outputs in use, or set '
                 'find_unused_parameters=True')
+    if 'need at least one array to concatenate' in text:
+        return _explain_empty(err)
     known = ('Found 0 files in subfolders of', 'Failed to load `ann_file`',
              "doesn't match the number of specified classes")
     if any(k in text for k in known):
         return text
+    return None
+
+
+def _explain_empty(err):
+    """mmengine cannot pack a data set of no samples: look for it in the frames of the error."""
+    from vmamba_mm.engine.labels import check_categories
+
+    frame = err.__traceback__
+    while frame is not None:
+        dataset = frame.tb_frame.f_locals.get('self')
+        if hasattr(dataset, 'ann_file') and hasattr(dataset, 'metainfo'):
+            try:
+                check_categories(dataset, 'the dataset', lambda line: None)
+            except UserError as found:
+                return str(found)
+            return (f'the data set {type(dataset).__name__} ({dataset.ann_file}) has no samples, '
+                    'or its filter_cfg leaves none')
+        frame = frame.tb_next
     return None
 
 

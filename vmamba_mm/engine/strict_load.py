@@ -12,6 +12,13 @@ from vmamba_mm.compat import UserError
 from vmamba_mm.registry import HOOKS
 
 
+def unwrapped(model):
+    """The model itself, inside what makes it parallel or augments its test."""
+    if is_model_wrapper(model):
+        model = model.module
+    return model.module if isinstance(model, BaseTTAModel) else model
+
+
 def check_fits(model, checkpoint, name, allow=(), hint=None):
     """Raise one line if a checkpoint is not this model's.
 
@@ -23,10 +30,7 @@ def check_fits(model, checkpoint, name, allow=(), hint=None):
         The checkpoint's weights by the model's own names, and the excused names. Those have the
         model's own values, so that the weights fit exactly.
     """
-    if is_model_wrapper(model):
-        model = model.module
-    if isinstance(model, BaseTTAModel):
-        model = model.module
+    model = unwrapped(model)
     ours = model.state_dict()
     theirs = checkpoint.get('state_dict', checkpoint)
     theirs = {re.sub(r'^module\.', '', key): value for key, value in theirs.items()}
