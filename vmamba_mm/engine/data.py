@@ -109,11 +109,16 @@ def check_classes(dataset):
                         'images or delete the folder')
 
 
-def check_dataset(dataset):
-    if not isinstance(dataset, IterableDataset) and len(dataset) == 0:
+def check_dataset(dataset, model, place, warn):
+    """``place``: of the data set in the config; ``warn`` is called with lines of doubt."""
+    if isinstance(dataset, IterableDataset):
+        return
+    if len(dataset):
+        check_classes(dataset)
+    check_num_classes(model, dataset, place, warn)  # which may be why there are no images
+    if len(dataset) == 0:
         where = getattr(dataset, 'data_prefix', None) or getattr(dataset, 'data_root', '')
         raise UserError(f'the data set {type(dataset).__name__} has no images: {where}')
-    check_classes(dataset)
 
 
 def measures_masks(loop):
@@ -140,10 +145,8 @@ class CheckDataHook(Hook):
             if not hasattr(loop, 'dataloader'):
                 continue
             dataset = loop.dataloader.dataset
-            if not isinstance(dataset, IterableDataset):
-                check_num_classes(runner.model, dataset, f'{name}_dataloader.dataset',
-                                  runner.logger.warning)
-            check_dataset(dataset)
+            check_dataset(dataset, runner.model, f'{name}_dataloader.dataset',
+                          runner.logger.warning)
             check_instances(dataset, measures_masks(loop))
             add_mask_checks(dataset, number, ignored)
             install_reader(loop.dataloader)

@@ -102,11 +102,11 @@ class StrictLoadHook(Hook):
         allow, hint = (), None
         if isinstance(runner._train_loop, BaseLoop) and not runner._resume:
             more = check_patterns(runner.cfg.get('allow_mismatch') or (), 'allow_mismatch')
-            allow, hint = [*self.allow, *more], how_to_allow
+            self.allow = [*dict.fromkeys([*self.allow, *more])]
+            allow, hint = self.allow, how_to_allow
         state, excused = check_fits(runner.model, checkpoint, name, allow, hint)
         if excused:
-            runner.logger.info('Not loaded, as StrictLoadHook.allow or allow_mismatch says: '
-                               f'{", ".join(excused)}')
+            runner.logger.info(f'Not loaded, as StrictLoadHook.allow says: {", ".join(excused)}')
             checkpoint['state_dict'] = state
             # It has the averages already, and mmpretrain's EMAHook would load these strictly.
             checkpoint.pop('ema_state_dict', None)
