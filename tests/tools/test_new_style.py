@@ -1,6 +1,7 @@
 """Configs in mmengine's pure Python style: imports, read_base, classes as types."""
 
 import json
+import shutil
 
 import tiny
 
@@ -17,7 +18,7 @@ def test_all_tools(call, tmp_path):
                         'model.head.type=LinearClsHead')
     assert code == 0, err
     # It has every type as a full path, which is a fourth way to write one.
-    dumped = tmp_path / 'w' / 'leaf.py'
+    dumped = shutil.copy(tmp_path / 'w' / 'leaf.py', tmp_path / 'dumped.py')
     words = dumped.read_text()
     assert words.count('LocalVisBackend') == 1 and 'vmamba_mm.AtomicCheckpointHook' in words
     assert "'mmengine.optim.OptimWrapper'" in words or "type='OptimWrapper'" in words
