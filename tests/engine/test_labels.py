@@ -72,6 +72,14 @@ def resize(path):
     Image.open(path).resize((16, 24), 0).save(path)
 
 
+def sixteen_bits(path):
+    Image.fromarray(np.array(Image.open(path)).astype(np.uint16) * 150).save(path)
+
+
+def sixteen_small_bits(path):
+    Image.fromarray(np.array(Image.open(path)).astype(np.uint16)).save(path)
+
+
 def colour(path):
     Image.open(path).convert('RGB').save(path)
 
@@ -92,6 +100,7 @@ RESIZE = dict(type='Resize', scale=(48, 48))
 @pytest.mark.parametrize(('change', 'message'), [
     (resize, r'3.png is 16 x 24 and its image .*3.jpg 32 x 32'),
     (colour, r'3.png is a colour image of shape \(32, 32, 3\)'),
+    (sixteen_bits, '3.png has values up to 300 in 16 bits'),
     (fill(152), r'3.png has the value\(s\) 151 .*0 to 149 for num_classes=150')])
 @pytest.mark.parametrize('first', [(), (RESIZE,)], ids=['train', 'test'])
 def test_wrong_masks(change, message, first, seg_dataset):
@@ -107,9 +116,10 @@ def test_wrong_masks(change, message, first, seg_dataset):
 
 
 @pytest.mark.parametrize(('change', 'more', 'load'), [
-    (nothing, (), {}), (palette, (), {}), (fill(0), (), {}), (fill(150), (RESIZE,), {}),
+    (nothing, (), {}), (palette, (), {}), (sixteen_small_bits, (), {}),
+    (fill(0), (), {}), (fill(150), (RESIZE,), {}),
     (nothing, (dict(type='RandomCrop', crop_size=(16, 16)), dict(type='RandomFlip', prob=0.5)),
-     dict(reduce_zero_label=True))], ids=range(5))
+     dict(reduce_zero_label=True))], ids=range(6))
 def test_sound_masks(change, more, load, seg_dataset):
     dataset = seg_dataset(change, *more, load=load)
     add_mask_checks(dataset, 150, 255)
@@ -242,3 +252,19 @@ def test_classes_of_a_classifier():
     assert len(said) == 1 and 'num_classes is 5, and train has 3 classes (a, b, c)' in said[0]
     with pytest.raises(UserError, match='set model.head.num_classes=3'):
         check_num_classes(model_of(head=dict(num_classes=2)), Data(), 'train', pytest.fail)
+
+
+@pytest.mark.parametrize(('labels', 'wrong'), [([0, 1, 2], False), ([0, 3], True), ([-1, 0], True),
+                                               ([[0, 1], [2, 3]], False), ([0.5, 9.0], False)])
+def test_labels_of_an_annotation_file(labels, wrong):
+    class Data(list):
+        ann_file = 'meta/train.txt'
+
+        def get_gt_labels(self):
+            return list(self)
+
+    model = model_of(head=dict(num_classes=3))
+    if not wrong:
+        return check_num_classes(model, Data(labels), 'train', pytest.fail)
+    with pytest.raises(UserError, match='meta/train.txt has labels from .* expected 0 to 2'):
+        check_num_classes(model, Data(labels), 'train', pytest.fail)
