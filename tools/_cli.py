@@ -17,7 +17,9 @@ except ModuleNotFoundError:  # not installed: use the checkout that this file is
     sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from vmamba_mm.compat import EXTRAS, UserError, missing_package, prepare_mm  # noqa: E402
+from vmamba_mm.config import scopes_of, type_name  # noqa: E402
 
+TASKS = ('cls', 'det', 'seg')
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.ppm')
 # These fetch their data themselves, so that a missing folder is no mistake.
@@ -138,6 +140,10 @@ def _explain(err):
         return f'the config gives a setting that its type does not have: {text}'
     if isinstance(err, ValueError | TypeError) and _raised_in(err, 'vmamba_mm'):
         return text
+    if isinstance(err, ValueError | TypeError) and _raised_in(err, 'torch.optim'):
+        return f'optim_wrapper.optimizer of the config is not allowed: {text}'
+    if isinstance(err, AssertionError) and text.startswith('self.begin_'):
+        return f'an EMAHook of the config begins after the end of the training: {text}'
     if 'TTA of instance segmentation' in text:
         return 'mmdet has no test-time augmentation for models with masks: test without --tta'
     if 'end should be larger than begin' in text:
@@ -147,10 +153,30 @@ def _explain(err):
         return ('some parameters have no part in the loss, which several processes do not allow: '
                 'let model.backbone.out_indices name the outputs in use, or set '
                 'find_unused_parameters=True')
+    if 'need at least one array to concatenate' in text:
+        return _explain_empty(err)
     known = ('Found 0 files in subfolders of', 'Failed to load `ann_file`',
              "doesn't match the number of specified classes")
     if any(k in text for k in known):
         return text
+    return None
+
+
+def _explain_empty(err):
+    """mmengine cannot pack a data set of no samples: look for it in the frames of the error."""
+    from vmamba_mm.engine.labels import check_categories
+
+    frame = err.__traceback__
+    while frame is not None:
+        dataset = frame.tb_frame.f_locals.get('self')
+        if hasattr(dataset, 'ann_file') and hasattr(dataset, 'metainfo'):
+            try:
+                check_categories(dataset, 'the dataset', lambda line: None)
+            except UserError as found:
+                return str(found)
+            return (f'the data set {type(dataset).__name__} ({dataset.ann_file}) has no samples, '
+                    'or its filter_cfg leaves none')
+        frame = frame.tb_next
     return None
 
 
@@ -163,15 +189,15 @@ def _own_message(err):
 
 
 def _raised_in(err, package):
-    """Whether the innermost frame of an error is in a package."""
+    """Whether the innermost frame of an error is in a package or module."""
     frame = err.__traceback__
     while frame.tb_next is not None:
         frame = frame.tb_next
-    return frame.tb_frame.f_globals.get('__name__', '').split('.')[0] == package
+    return f'{frame.tb_frame.f_globals.get("__name__", "")}.'.startswith(f'{package}.')
 
 
 def _explain_type(text):
-    found = re.search(r'(\S+) is not in the (\S+) registry', text)
+    found = re.search(r'(\S+) is not in the (.+?) registry', text)
     if not found:
         return text
     name, registry = found[1].strip('\'"'), found[2].rpartition('::')[2]
@@ -201,7 +227,8 @@ def _registered(registry_name):
 def load_config(path, options=()):
     """Read a config file, or a stock one as ``mmdet::folder/name.py``, and apply KEY=VALUE."""
     prepare_mm()
-    from mmengine.config import Config, DictAction
+    from _options import parse_options, say_what_is_lost
+    from mmengine.config import Config
 
     try:
         if '::' in path:
@@ -216,18 +243,20 @@ def load_config(path, options=()):
     except Exception as err:
         raise UserError(f'the config {path} cannot be read: {type(err).__name__}: {err}') from err
     if options:
-        parser = argparse.ArgumentParser()
-        parser.add_argument('options', nargs='+', action=DictAction)
-        wrong = [o for o in options if '=' not in o]
-        if wrong:
-            raise UserError(f'--cfg-options takes KEY=VALUE, not {wrong[0]!r}')
+        hooks = list(cfg.get('custom_hooks') or ())
         try:
-            cfg.merge_from_dict(parser.parse_args(list(options)).options)
-        except (KeyError, TypeError, IndexError, AssertionError) as err:
+            cfg.merge_from_dict(parse_options(options))
+        except (KeyError, TypeError, IndexError, AttributeError, AssertionError) as err:
             raise UserError(f'--cfg-options {" ".join(options)}: {err}') from err
+        say_what_is_lost(hooks, cfg.get('custom_hooks'), '--cfg-options custom_hooks=')
     if cfg.get('model') is None:
         raise UserError(f'the config {path} has no model')
     find_task(cfg)
+    if not isinstance(cfg.model.get('type'), str) or cfg.model.type.count('.') > 1:
+        # In mmengine's pure Python style nothing looks names up in a scope, but what the tools add
+        # to the config does.
+        cfg.default_scope = cfg.get('default_scope') or next(
+            (s for s in scopes_of(cfg.model) if EXTRAS.get(s) in TASKS), 'mmengine')
     return cfg
 
 
@@ -241,12 +270,14 @@ def _similar_files(path):
 
 def find_task(cfg):
     """'cls', 'det' or 'seg', and the package installed for it; other scopes pass as None."""
-    scope = cfg.get('default_scope') or str(cfg.model.get('type', '')).rpartition('.')[0]
-    task = EXTRAS.get(scope)
-    if task in ('cls', 'det', 'seg'):
-        from vmamba_mm.compat import require_working
-        require_working(scope)
-        return task
+    from vmamba_mm.compat import require_working
+
+    scopes = [cfg.default_scope] if cfg.get('default_scope') else scopes_of(cfg.model)
+    for scope in scopes:
+        task = EXTRAS.get(scope)
+        if task in TASKS:
+            require_working(scope)
+            return task
     return None
 
 
@@ -280,13 +311,13 @@ def check_data_paths(cfg, *loaders):
         for metric in evaluators if isinstance(evaluators, list | tuple) else [evaluators]:
             path = metric.get('ann_file')
             if path and '://' not in path and not os.path.exists(path):
-                raise UserError(f'the annotation file {path} of {metric.get("type")} '
+                raise UserError(f'the annotation file {path} of {type_name(metric)} '
                                 f'({loader.replace("dataloader", "evaluator")}.ann_file) does '
                                 'not exist')
 
 
 def _check_dataset_paths(name, dataset):
-    if dataset.get('backend_args') or str(dataset.get('type')).rpartition('.')[2] in DOWNLOADING:
+    if dataset.get('backend_args') or type_name(dataset) in DOWNLOADING:
         return
     root = dataset.get('data_root') or ''
     prefixes = dataset.get('data_prefix') or {}
@@ -321,9 +352,19 @@ def choose_device(name):
     """--device, else a GPU if there is one."""
     from mmengine.device import get_device
 
-    if name and name.startswith('cuda') and not has_gpu():
+    if not name:
+        return get_device()
+    if name.startswith('cuda') and not has_gpu():
         raise UserError(f'--device {name}: torch finds no GPU here')
-    return name or get_device()
+    import torch
+
+    try:
+        torch.zeros(1, device=name).cpu()
+    except Exception as err:
+        there = ['cpu', *(f'cuda:{i}' for i in range(torch.cuda.device_count()))]
+        raise UserError(f'--device {name}: torch cannot compute there ({str(err).splitlines()[0]}'
+                        f'); choose one of {", ".join(there)}') from err
+    return name
 
 
 def evaluate_in_fp32_without_gpu(cfg):
@@ -374,7 +415,8 @@ def start_processes(cfg, launcher):
 def sync_to_plain_batch_norm(node):
     """SyncBN runs on GPUs only."""
     if isinstance(node, dict):
-        if node.get('type') in ('SyncBN', 'MMSyncBN', 'mmengine.SyncBN'):
+        # torch's class is SyncBatchNorm, mmcv's are SyncBatchNorm and NaiveSyncBatchNorm.
+        if type_name(node) in ('SyncBN', 'MMSyncBN', 'SyncBatchNorm', 'NaiveSyncBatchNorm'):
             node['type'] = 'BN'
         for value in node.values():
             sync_to_plain_batch_norm(value)
@@ -401,8 +443,8 @@ def set_loader_defaults(cfg, task):
 def add_hooks(cfg, *types):
     """Add hooks of vmamba_mm unless the config has them with its own settings."""
     hooks = list(cfg.get('custom_hooks') or [])
-    present = {hook.get('type') for hook in hooks if isinstance(hook, dict)}
-    hooks += [dict(type=f'vmamba_mm.{t}') for t in types if f'vmamba_mm.{t}' not in present]
+    present = {type_name(hook) for hook in hooks if next(scopes_of(hook), None) == 'vmamba_mm'}
+    hooks += [dict(type=f'vmamba_mm.{t}') for t in types if t not in present]
     cfg.custom_hooks = hooks
 
 

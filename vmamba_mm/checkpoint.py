@@ -387,25 +387,33 @@ def _move(state, old, new):
     return {new + k[len(old):] if k.startswith(old) else k: v for k, v in state.items()}
 
 
-def find_excused(names: Iterable[str], allow: str | Sequence[str]) -> list[str]:
-    """The names that a pattern of ``allow`` is found in, in order.
+def check_patterns(patterns: str | Sequence[str], name: str) -> list[str]:
+    """Patterns as a list of regular expressions; one alone may be a str.
+
+    Raises:
+        UserError: on anything else; ``name`` says in the message whose patterns they are.
+    """
+    if isinstance(patterns, str):
+        patterns = [patterns]
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as err:
+            raise UserError(f'{name}: {pattern!r} is no regular expression of parameter names, '
+                            f"such as '^head': {err}") from err
+    return list(patterns)
+
+
+def find_excused(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """The names that one of the patterns is found in, sorted.
 
     Args:
         names: with ``backbone.`` before those of a backbone.
-        allow: regular expressions; those of a backbone's names may leave ``backbone.`` out.
-
-    Raises:
-        UserError: on a pattern that is no regular expression.
+        patterns: of :func:`check_patterns`; those of a backbone's names may leave ``backbone.``
+            out.
     """
-    patterns = []
-    for pattern in [allow] if isinstance(allow, str) else allow or ():
-        try:
-            patterns.append(re.compile(pattern))
-        except (re.error, TypeError) as err:
-            raise UserError(f'allow takes regular expressions of names, not {pattern!r}: '
-                            f'{err}') from err
-    return sorted(k for k in names if any(p.search(k) or p.search(k.removeprefix('backbone.'))
-                                          for p in patterns))
+    return sorted(k for k in names if any(re.search(p, k) or re.search(
+        p, k.removeprefix('backbone.')) for p in patterns))
 
 
 def adapt_in_channels(weight: torch.Tensor, in_channels: int) -> torch.Tensor:

@@ -81,10 +81,11 @@ def drop_pretrained(node):
         if isinstance(node.get('pretrained'), str | bool):
             node['pretrained'] = None if isinstance(node['pretrained'], str) else False
         init = node.get('init_cfg')
-        if isinstance(init, dict) and init.get('type') == 'Pretrained':
+        if isinstance(init, dict) and _cli.type_name(init) in ('Pretrained', 'PretrainedInit'):
             node['init_cfg'] = None
         elif isinstance(init, list | tuple):
-            node['init_cfg'] = [i for i in init if i.get('type') != 'Pretrained']
+            node['init_cfg'] = [i for i in init
+                                if _cli.type_name(i) not in ('Pretrained', 'PretrainedInit')]
         for value in node.values():
             drop_pretrained(value)
     elif isinstance(node, list | tuple):

@@ -147,16 +147,16 @@ def scale_pipeline(pipeline, size):
         UserError: if it makes no square images of one size.
     """
     steps = [(step, keys[kind]) for step in pipeline for keys in (RESIZES, CROPS)
-             for kind in [str(step['type']).rpartition('.')[2]] if kind in keys]
+             for kind in [_cli.type_name(step)] if kind in keys]
     own, padded = None, []
     for step, key in steps:
         found = step[key] if isinstance(step[key], tuple | list) else (step[key],)
         if len(set(found)) > 1:
             raise UserError(f'the test pipeline makes images that are not square: {dict(step)}')
         step[key] = found[0]
-        if not str(step['type']).endswith('ResizeEdge'):
+        if not _cli.type_name(step).endswith('ResizeEdge'):
             own = found[0]
-        if str(step['type']).endswith('EfficientNetCenterCrop'):
+        if _cli.type_name(step).endswith('EfficientNetCenterCrop'):
             padded.append((step, 'crop_padding'))
             step.setdefault('crop_padding', 32)  # its default
     if own is None:
@@ -164,7 +164,7 @@ def scale_pipeline(pipeline, size):
                         f'{", ".join(["Resize", *CROPS])}')
     for step, key in steps + padded:
         value = step[key] * size // own
-        square = str(step['type']).rpartition('.')[2] == 'Resize'  # one number may keep a ratio
+        square = _cli.type_name(step) == 'Resize'  # one number may keep a ratio
         step[key] = (value, value) if square else value
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from vmamba_mm.checkpoint import (
+    check_patterns,
     differences,
     explain_differences,
     find_excused,
@@ -71,6 +72,7 @@ def check_fits(model: nn.Module, found: Mapping[str, Tensor], name: str,
     Returns:
         The names that were found, or are the model's, and cannot be loaded, all of them excused.
     """
+    patterns = check_patterns(allow or (), 'allow')
     expected = model.state_dict()
     wrong = differences(expected, found)
     if not wrong:
@@ -82,7 +84,7 @@ def check_fits(model: nn.Module, found: Mapping[str, Tensor], name: str,
                  if (k not in found and k not in plain and strict is not True)
                  or (k not in expected and strict is False and not (is_whole and k in plain))}
     excused = {k.removeprefix('backbone.') for k in
-               find_excused([f'backbone.{k}' for k in wrong], allow)}
+               find_excused([f'backbone.{k}' for k in wrong], patterns)}
     rest = {k: v for k, v in wrong.items() if k not in tolerated | excused}
     hint = ''
     if not rest and any(k in found or k in excused for k in wrong) \

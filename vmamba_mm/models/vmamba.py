@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from mmengine.logging import MMLogger
-from mmengine.model import BaseModule, PretrainedInit, update_init_info
+from mmengine.model import BaseModule, update_init_info
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -21,6 +21,7 @@ from vmamba_mm.checkpoint import (
     is_vmamba,
 )
 from vmamba_mm.compat import UserError
+from vmamba_mm.config import type_name
 from vmamba_mm.files import read_checkpoint
 from vmamba_mm.layers import (
     ConvDownsample,
@@ -39,6 +40,7 @@ _DOWNSAMPLES = {'merge': MergeDownsample, 'conv': ConvDownsample}
 _SSM_KEYS = ('d_state', 'ssm_ratio', 'dt_rank', 'conv_bias', 'gate', 'act', 'conv_kernel',
              'ssm_init', 'scan')
 _NUM_STAGES = 4
+_PRETRAINED = ('Pretrained', 'PretrainedInit')
 _OUT_NORM = re.compile(r'norm\d\.')
 
 
@@ -135,7 +137,7 @@ class VMamba(BaseModule):
         """
         init_cfg = self.init_cfg
         cfgs = [init_cfg] if isinstance(init_cfg, dict) else list(init_cfg or ())
-        pretrained = [c for c in cfgs if _is_pretrained(c.get('type'))]
+        pretrained = [c for c in cfgs if type_name(c) in _PRETRAINED]
         if self._is_init or not pretrained:
             super().init_weights()
             return
@@ -365,13 +367,6 @@ class VMamba(BaseModule):
 
 def _inside(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
-
-
-def _is_pretrained(kind: Any) -> bool:
-    """Whether a type of init_cfg is mmengine's Pretrained, by name, path or class."""
-    if isinstance(kind, str):
-        return kind.rpartition('.')[2] in ('Pretrained', 'PretrainedInit')
-    return isinstance(kind, type) and issubclass(kind, PretrainedInit)
 
 
 def _check_keys(given: Mapping[str, Any], function: Callable) -> None:
