@@ -5,8 +5,7 @@ import math
 import os
 from pathlib import Path
 
-from vmamba_mm.compat import UserError
-from vmamba_mm.config import type_name
+from _cli import UserError, type_name
 
 # --- rules for single values ----------------------------------------------------------------------
 

@@ -80,11 +80,10 @@ class StrictLoadHook(Hook):
     """Refuse a checkpoint whose parameters differ from the model's (mmengine only warns).
 
     Args:
-        allow: regular expressions of the names of parameters that may differ when a training
-            starts from a checkpoint, for example ``['^head\\.fc\\.']`` to fine-tune with another
-            number of classes; those of a backbone's names may leave ``backbone.`` out. The
-            config's key ``allow_mismatch`` is added to them. What is resumed or tested has to
-            fit as it is.
+        allow: regular expressions of the names of parameters that may differ, for example
+            ``['^auxiliary_head']``; those of a backbone's names may leave ``backbone.`` out. When
+            a training starts from a checkpoint, the config's key ``allow_mismatch`` is added to
+            them: what is resumed or tested later has to fit again.
     """
 
     priority = 'VERY_HIGH'  # before EMAHook copies the state dict
@@ -94,11 +93,10 @@ class StrictLoadHook(Hook):
 
     def after_load_checkpoint(self, runner, checkpoint):
         name = runner._load_from or 'to load'
-        allow, hint = (), None
+        allow, hint = self.allow, None
         if isinstance(runner._train_loop, BaseLoop) and not runner._resume:
             more = check_patterns(runner.cfg.get('allow_mismatch') or (), 'allow_mismatch')
-            self.allow = [*dict.fromkeys([*self.allow, *more])]
-            allow, hint = self.allow, how_to_allow
+            allow, hint = [*dict.fromkeys([*allow, *more])], how_to_allow
         state, excused = check_fits(runner.model, checkpoint, name, allow, hint)
         if excused or set(state) != set(checkpoint.get('state_dict', checkpoint)):
             checkpoint['state_dict'] = state
