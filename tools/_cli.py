@@ -2,6 +2,7 @@
 
 import argparse
 import atexit
+import copy
 import difflib
 import os
 import re
@@ -57,12 +58,21 @@ def add_device_option(parser):
 
 
 def list_images(names):
-    """The image files named, or in the folders named, in order."""
+    """The image files named, or in the folders named, in order.
+
+    What is hidden in a folder (``._a.jpg``, all in ``.thumbnails``) is left out, which is said.
+    """
     paths = []
     for name in names:
         path = Path(name)
         if path.is_dir():
-            found = sorted(p for p in path.rglob('*') if p.suffix.lower() in IMAGE_SUFFIXES)
+            files = sorted(p for p in path.rglob('*') if not p.is_dir())
+            hidden = [p for p in files
+                      if any(part.startswith('.') for part in p.relative_to(path).parts)]
+            if hidden:
+                print(f'skipped {len(hidden)} hidden file(s): {shorten(hidden)}', file=sys.stderr)
+            hidden = set(hidden)
+            found = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and p not in hidden]
             if not found:
                 raise UserError(f'the folder {path} has no images')
             paths += found
@@ -71,6 +81,17 @@ def list_images(names):
         else:
             paths.append(path)
     return paths
+
+
+def shorten(items, most=5):
+    """Them in one line, or the first few and how many more."""
+    left = len(items) - most
+    return ', '.join(map(str, items[:most])) + (f' and {left} more' if left > 0 else '')
+
+
+def wants_traceback():
+    return ('--traceback' in sys.argv
+            or os.environ.get('VMAMBA_TRACEBACK', '0') not in ('', '0'))
 
 
 def run(main):
@@ -85,7 +106,7 @@ def run(main):
         message = explain(err)
         if message is None:
             raise
-        if '--traceback' in sys.argv or os.environ.get('VMAMBA_TRACEBACK', '0') not in ('', '0'):
+        if wants_traceback():
             traceback.print_exc()
         rank = os.environ.get('RANK')
         who = f' (process {rank})' if rank else ''
@@ -238,15 +259,71 @@ def _similar_files(path):
     return f'; did you mean {" or ".join(close)}?' if close else ''
 
 
+def type_name(node):
+    """The bare name of what a config's node is: 'X' of 'X', 'mmdet.X', 'mmdet.models.X' or class X.
+
+    ``node``: a dict with a ``type``, or the type itself; '' without one.
+    """
+    kind = node.get('type') if isinstance(node, dict) else node
+    if isinstance(kind, str):
+        return kind.rpartition('.')[2]
+    return getattr(kind, '__name__', '')
+
+
+def scope_of(node):
+    """The package that a node's type names, such as 'mmdet'; of a class its module's; else ''."""
+    kind = node.get('type') if isinstance(node, dict) else node
+    if not isinstance(kind, str):
+        return getattr(kind, '__module__', '').partition('.')[0]
+    scope = kind.partition('.')[0] if '.' in kind else ''
+    return scope or (node.get('_scope_') or '' if isinstance(node, dict) else '')
+
+
 def find_task(cfg):
-    """'cls', 'det' or 'seg', and the package installed for it; other scopes pass as None."""
-    scope = cfg.get('default_scope') or str(cfg.model.get('type', '')).rpartition('.')[0]
-    task = EXTRAS.get(scope)
-    if task in ('cls', 'det', 'seg'):
-        from vmamba_mm.compat import require_working
-        require_working(scope)
-        return task
-    return None
+    """'cls', 'det' or 'seg', whose package is installed; None for a model of no such package.
+
+    It follows from the model's type where that names a package or is a class (of a package or
+    derived from one of its), else from default_scope, which is set where the config has none.
+
+    Raises:
+        UserError: if there is no such model, as in a config of another OpenMMLab package.
+    """
+    tasks = {scope: task for scope, task in EXTRAS.items() if task in ('cls', 'det', 'seg')}
+    kind, default = cfg.model.get('type'), cfg.get('default_scope')
+    scopes = [scope_of(base) for base in getattr(kind, '__mro__', ())]
+    scopes += [scope_of(cfg.model), default]
+    scope = next((s for s in scopes if s in tasks), None)
+    if scope is None and (kind is None or isinstance(kind, str)):
+        bases = getattr(_find_class(kind, default), '__mro__', ())
+        if not bases:
+            raise UserError(
+                f"the config's model type={kind!r} and default_scope={default!r} are of no task "
+                f'that is known here: default_scope is {", ".join(map(repr, tasks))}, or the '
+                "model's type begins with one of them, as 'mmdet.MaskRCNN' does")
+        scope = next((s for s in map(scope_of, bases) if s in tasks), None)
+    if scope is None:
+        return None
+    from vmamba_mm.compat import require_working
+    require_working(scope)
+    if not default:
+        cfg.default_scope = scope
+    return tasks[scope]
+
+
+def _find_class(kind, scope):
+    """What a registry holds under a type's name, or None."""
+    import logging
+
+    from mmengine.registry import MODELS
+
+    logging.disable(logging.WARNING)  # mmengine's advice to install a package
+    try:
+        with MODELS.switch_scope_and_registry(scope or 'mmengine') as registry:
+            return registry.get(kind)
+    except Exception:  # of packages that are not installed, or of modules that do not exist
+        return None
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def set_work_dir(cfg, args):
@@ -405,15 +482,21 @@ def add_hooks(cfg, *types):
     cfg.custom_hooks = hooks
 
 
+def model_settings(cfg):
+    """A copy of the config's model, its preprocessor included: some models change what they get."""
+    settings = copy.deepcopy(cfg.model)
+    if cfg.get('data_preprocessor') is not None:
+        settings.setdefault('data_preprocessor', copy.deepcopy(cfg.data_preprocessor))
+    return settings
+
+
 def build_model(cfg):
     """The config's model alone, on the CPU; its weights are neither initialised nor loaded."""
     from mmengine.model import revert_sync_batchnorm
     from mmengine.registry import MODELS, init_default_scope
 
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
-    if cfg.get('data_preprocessor') is not None:
-        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    return revert_sync_batchnorm(MODELS.build(cfg.model))
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    return revert_sync_batchnorm(MODELS.build(model_settings(cfg)))
 
 
 def build_runner(cfg):
