@@ -57,6 +57,19 @@ def add_device_option(parser):
     parser.add_argument('--device', help='cpu, cuda, cuda:1, ... (default: a GPU if there is one)')
 
 
+def add_channels_option(parser):
+    parser.add_argument('--channels', type=int, nargs='+', metavar='C',
+                        help='draw these channels of the images as they are loaded, counted from '
+                        '0: one for grey, three for red, green and blue (default: colours as they '
+                        'are; of 2 channels the first, of more than 4 the first three)')
+
+
+def check_channels_option(args):
+    if args.channels and (len(args.channels) not in (1, 3) or min(args.channels) < 0):
+        raise UserError('--channels takes one or three numbers, counted from 0, not '
+                        f'{" ".join(map(str, args.channels))}')
+
+
 def list_images(names):
     """The image files named, or in the folders named, in order.
 
