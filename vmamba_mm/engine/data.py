@@ -127,19 +127,33 @@ def apply_steps(steps, info):
 
 
 def _unreadable(path, step, err=''):
+    """Why a step cannot load a file; corrupt is what nothing else can read either."""
     if isinstance(err, OSError) and err.errno is not None:
         return f'the image {path} cannot be read: {err.strerror}'
-    reason = '' if str(path) in str(err) else f' ({type(err).__name__}: {err})' if err else ''
+    told = str(err) and str(path) not in str(err) and type(err).__name__ != 'error'  # OpenCV's own
+    reason = f' ({type(err).__name__}: {err})' if told else ''
+    if is_image(path):
+        return (f'the image {path} is of a kind that {type(step).__name__} of the pipeline does '
+                f'not read{reason}; convert it, or change how the pipeline reads')
     return (f'the image {path} is corrupt, or no image: {type(step).__name__} of the pipeline '
             f'cannot read it{reason}; delete it or replace it with a sound copy')
 
 
 def is_image(path):
+    """Whether mmcv or Pillow can read a file, whatever its dtype and number of channels."""
     import mmcv
+    from PIL import Image
 
     try:
         with open(path, 'rb') as f:
-            return mmcv.imfrombytes(f.read(), flag='unchanged') is not None
+            if mmcv.imfrombytes(f.read(), flag='unchanged') is not None:
+                return True
+    except Exception:
+        pass
+    try:
+        with Image.open(path) as image:
+            image.load()
+        return True
     except Exception:
         return False
 
