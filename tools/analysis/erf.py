@@ -22,8 +22,9 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import _cli  # noqa: E402  (a sibling script, not a package)
+import _cli  # noqa: E402  (sibling scripts, not a package)
 from _cli import UserError  # noqa: E402
+from predict import build_steps  # noqa: E402
 
 EXAMPLES = """\
   python tools/analysis/erf.py configs/imagenet/vmamba-tiny-s1l8_8xb128_in1k-224.py \\
@@ -81,10 +82,11 @@ def drop_pretrained(node):
         if isinstance(node.get('pretrained'), str | bool):
             node['pretrained'] = None if isinstance(node['pretrained'], str) else False
         init = node.get('init_cfg')
-        if isinstance(init, dict) and init.get('type') == 'Pretrained':
+        loads = ('Pretrained', 'PretrainedInit')  # by name, and its class
+        if isinstance(init, dict) and _cli.type_name(init) in loads:
             node['init_cfg'] = None
         elif isinstance(init, list | tuple):
-            node['init_cfg'] = [i for i in init if i.get('type') != 'Pretrained']
+            node['init_cfg'] = [i for i in init if _cli.type_name(i) not in loads]
         for value in node.values():
             drop_pretrained(value)
     elif isinstance(node, list | tuple):
@@ -144,21 +146,60 @@ def find_size(cfg, backbone):
 
 # --- the measure ----------------------------------------------------------------------------
 
-def read_image(path, size):
-    """(3, size, size) uint8 in BGR, the order of mm* pipelines; resized by bicubic."""
+def loader_of(cfg, model, name):
+    """The steps that load an image for a model, or None where any photograph will do.
+
+    Raises:
+        UserError: if there are none, and the model takes no photographs.
+    """
+    from flops import find_channels, reads_colours
+
+    channels = find_channels(cfg, model)
+    if cfg.get('test_dataloader') is not None:
+        return None if channels == 3 and reads_colours(cfg) else build_steps(cfg)
+    if channels != 3:
+        raise UserError(f'{name}: the model takes images of {channels} channel(s), and the config '
+                        'has no test_dataloader, whose pipeline loads them')
+    return None
+
+
+def load_image(path, steps=None):
+    """(H, W, C): of a photograph uint8 in BGR, the order of mm* pipelines, else as steps load it.
+
+    Raises:
+        UserError: if the file cannot be read.
+    """
+    from PIL import Image
+
+    if steps is not None:
+        from vmamba_mm.engine import data
+
+        image = data.load_image(steps, path)
+        return image if image.ndim == 3 else image[..., None]
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert('RGB'))[..., ::-1]
+    except (OSError, SyntaxError) as err:
+        raise UserError(f'{path} is corrupt, or no image') from err
+
+
+def resize(image, size):
+    """(H, W, C) to a tensor (C, size, size) by bicubic, uint8 or else fp32."""
     import torch
     from PIL import Image
 
-    try:
-        with Image.open(path) as image:
-            rgb = np.asarray(image.convert('RGB').resize((size, size), Image.Resampling.BICUBIC))
-    except (OSError, SyntaxError) as err:
-        raise UserError(f'{path} is corrupt, or no image') from err
-    return torch.from_numpy(rgb[..., ::-1].copy()).permute(2, 0, 1)
+    if image.dtype == np.uint8 and image.shape[2] == 3:
+        resized = np.array(Image.fromarray(np.ascontiguousarray(image)).resize(
+            (size, size), Image.Resampling.BICUBIC))
+    else:
+        resized = np.stack([np.asarray(Image.fromarray(channel).resize(
+            (size, size), Image.Resampling.BICUBIC))
+            for channel in np.moveaxis(image.astype(np.float32), -1, 0).copy()], -1)
+    return torch.from_numpy(resized).permute(2, 0, 1)
 
 
 def preprocess(model, image):
-    """(1, 3, H, W), as the model's preprocessor normalises an image on the model's device."""
+    """(1, C, H, W), as the model's preprocessor normalises an image on the model's device."""
     import torch
 
     inputs = model.data_preprocessor(dict(inputs=[image], data_samples=None))['inputs']
@@ -179,8 +220,8 @@ def contributions(backbone, x, gradient='absolute'):
     LayerNorm sum to a constant, whose gradient is zero.
 
     Args:
-        backbone: (B, 3, H, W) -> map or tokens, see :func:`as_map`.
-        x: (B, 3, H, W), normalised.
+        backbone: (B, C, H, W) -> map or tokens, see :func:`as_map`.
+        x: (B, C, H, W), normalised.
         gradient: 'absolute' or 'positive' (negative ones count nothing).
 
     Returns:
@@ -196,7 +237,7 @@ def contributions(backbone, x, gradient='absolute'):
     return grad.sum((0, 1)).double().cpu().numpy()
 
 
-def measure(model, paths, args, name, native):
+def measure(model, paths, args, name, native, steps=None):
     """The mean of :func:`contributions` over images: (size, size) float64.
 
     Raises:
@@ -209,7 +250,7 @@ def measure(model, paths, args, name, native):
     total = np.zeros((args.size, args.size))
     try:
         for path in track_iter_progress(paths):
-            x = preprocess(model, read_image(path, args.size))
+            x = preprocess(model, resize(load_image(path, steps), args.size))
             total += contributions(model.backbone, x, args.gradient)
     except torch.OutOfMemoryError as err:
         raise UserError(f'{name}: the GPU memory is used up; choose a smaller --size') from err
@@ -340,15 +381,15 @@ def main():
         model = build_random(cfg, args.seed)
         if not isinstance(getattr(model, 'backbone', None), torch.nn.Module):
             raise UserError(f'{name}: the model {type(model).__name__} has no backbone')
-        native = find_size(cfg, model.backbone)
+        native, steps = find_size(cfg, model.backbone), loader_of(cfg, model, name)
         if file != NONE:  # before the first run, which takes long
             state, _ = check_fits(model, read_checkpoint(file, args.weights), file)
         print(f'{name}, {BEFORE}')
-        erfs[name, BEFORE] = measure(model.to(device), paths, args, name, native)
+        erfs[name, BEFORE] = measure(model.to(device), paths, args, name, native, steps)
         if file != NONE:
             print(f'{name}, {AFTER}')
             model.load_state_dict(state)
-            erfs[name, AFTER] = measure(model, paths, args, name, native)
+            erfs[name, AFTER] = measure(model, paths, args, name, native, steps)
 
     rows = tabulate(erfs)
     show(rows)

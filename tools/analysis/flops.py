@@ -115,13 +115,19 @@ def find_channels(cfg, model):
         found = settings.get(name, getattr(default, 'default', None))
         if isinstance(found, int):
             return found
-    dataset = (cfg.get('test_dataloader') or {}).get('dataset')
-    if any(type_name(step) == 'LoadImageFromFile'
-           and step.get('color_type', 'color').startswith('color')
-           for _, inner in (datasets_of(dataset, '') if dataset else ())
-           for step in inner.get('pipeline') or ()):
+    if reads_colours(cfg):
         return 3
     return next((m.in_channels for m in backbone.modules() if isinstance(m, nn.Conv2d)), 3)
+
+
+def reads_colours(cfg):
+    """Whether the test pipeline reads images as photographs: 8-bit, in blue, green and red."""
+    dataset = (cfg.get('test_dataloader') or {}).get('dataset')
+    return any(type_name(step) == 'LoadImageFromFile'
+               and step.get('color_type', 'color').startswith('color')
+               and step.get('imdecode_backend') != 'tifffile'
+               for _, inner in (datasets_of(dataset, '') if dataset else ())
+               for step in inner.get('pipeline') or ())
 
 
 def _measure(model, task, shape, channels=3):

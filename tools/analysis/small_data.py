@@ -124,7 +124,8 @@ def find_classes(folder):
     if not folder.is_dir():
         raise UserError(f'the folder {folder} does not exist: --data takes a folder with train/ '
                         'and val/, both with a folder for each class')
-    found = {p.name: _cli.list_images([p]) for p in sorted(folder.iterdir()) if p.is_dir()}
+    found = {p.name: _cli.list_images([p]) for p in sorted(folder.iterdir())
+             if p.is_dir() and not p.name.startswith('.')}
     if len(found) < 2:
         raise UserError(f'{folder} has {len(found)} class folder(s); at least 2 are needed')
     return found

@@ -126,6 +126,19 @@ def apply_steps(steps, info):
     return data, loaded
 
 
+def load_image(steps, path):
+    """An image as the loader of a pipeline reads it, (H, W) or (H, W, C).
+
+    Raises:
+        UserError: if it cannot, or if there is no step that loads.
+    """
+    for i in range(1, len(steps) + 1):
+        _, image = apply_steps(steps[:i], dict(img_path=str(path)))
+        if image is not None:
+            return image
+    raise UserError(f'the test pipeline has no step that loads {path}, such as LoadImageFromFile')
+
+
 def _unreadable(path, step, err=''):
     """Why a step cannot load a file; corrupt is what nothing else can read either."""
     if isinstance(err, OSError) and err.errno is not None:

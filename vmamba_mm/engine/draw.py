@@ -6,8 +6,7 @@ import os
 from mmengine.hooks import Hook
 from mmengine.visualization import Visualizer
 
-from vmamba_mm.compat import UserError
-from vmamba_mm.engine.data import apply_steps, steps_of
+from vmamba_mm.engine.data import load_image, steps_of
 from vmamba_mm.engine.pictures import Pictures, reads_bgr
 from vmamba_mm.engine.text import ascii_only, drawable, families
 from vmamba_mm.registry import HOOKS
@@ -87,14 +86,16 @@ class DrawHook(Hook):
     def after_test_iter(self, runner, batch_idx, data_batch=None, outputs=()):
         for number, sample in enumerate(outputs):
             if self.count % self.interval == 0:
-                self.draw(sample, data_batch['inputs'][number])
+                self.draw(sample, data_batch, number)
             self.count += 1
 
-    def draw(self, sample, inputs):
-        """``inputs``: (C, H, W) as the model gets it, for images that are no files."""
+    def draw(self, sample, data_batch, number):
         path = sample.get('img_path')
-        image = self.load(path) if path else inputs.permute(1, 2, 0).cpu().numpy()
-        out = self.name(path) if path else os.path.join(self.out_dir, f'{self.count}.png')
+        if path:
+            image, out = load_image(self.steps, path), self.name(path)
+        else:  # as the model gets it, for images that are no files
+            image = data_batch['inputs'][number].permute(1, 2, 0).cpu().numpy()
+            out = os.path.join(self.out_dir, f'{self.count}.png')
         os.makedirs(os.path.dirname(out) or '.', exist_ok=True)
         picture = self.to_picture(image)
         if self.task == 'cls':
@@ -104,13 +105,6 @@ class DrawHook(Hook):
         else:
             self.visualizer.add_datasample(out, picture, data_sample=sample.cpu(), out_file=out,
                                            **self.settings)
-
-    def load(self, path):
-        for i in range(1, len(self.steps) + 1):
-            _, image = apply_steps(self.steps[:i], dict(img_path=path))
-            if image is not None:
-                return image
-        raise UserError(f'the test pipeline has no step that loads {path}')
 
     def name(self, path):
         below = os.path.relpath(os.path.abspath(path), self.root)
