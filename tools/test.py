@@ -69,10 +69,9 @@ STOCK_DRAWING = {'cls': 'VisualizationHook', 'det': 'DetVisualizationHook',
 
 def set_show_dir(cfg, task, folder, channels):
     """Draw by our hook in place of the stock ones, with their settings; leave any other."""
-    hooks = cfg.get('default_hooks') or {}
-    hook = hooks.get('visualization')
-    if hook is None:
-        raise _cli.UserError('--show-dir needs default_hooks.visualization in the config')
+    if cfg.get('default_hooks') is None:
+        cfg.default_hooks = {}
+    hook = cfg.default_hooks.get('visualization') or dict(type=STOCK_DRAWING[task], interval=1)
     if _cli.type_name(hook) != STOCK_DRAWING[task]:
         hook.update({'enable': True, 'out_dir': folder} if task == 'cls' else {'draw': True})
         cfg.visualizer['save_dir'] = folder
@@ -86,8 +85,8 @@ def set_show_dir(cfg, task, folder, channels):
     else:
         ours.update(settings={k: hook[k] for k in ('show', 'wait_time') if k in hook})
         if 'score_thr' in hook:
-            ours['score_thr'] = hook.score_thr
-    hooks['visualization'] = ours
+            ours['score_thr'] = hook['score_thr']
+    cfg.default_hooks['visualization'] = ours
 
 
 def set_out(cfg, task, path):

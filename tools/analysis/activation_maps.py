@@ -28,7 +28,7 @@ sys.path[:0] = [str(TOOLS), str(TOOLS / 'analysis')]
 import _cli  # noqa: E402  (a sibling script, not a package)
 from _cli import UserError  # noqa: E402
 from _outputs import Failures, Outputs, sign  # noqa: E402
-from erf import find_size, load_image, loader_of, preprocess, resize  # noqa: E402
+from erf import Loader, find_size, preprocess, resize  # noqa: E402
 from predict import build_model  # noqa: E402
 
 EXAMPLES = """\
@@ -213,7 +213,7 @@ def main():
     from mmengine.logging import MMLogger
     from mmengine.utils import track_iter_progress
 
-    from vmamba_mm.engine.pictures import Pictures, reads_bgr
+    from vmamba_mm.engine.pictures import Pictures
     from vmamba_mm.engine.text import drawable
     from vmamba_mm.files import read_checkpoint
     from vmamba_mm.models import VMamba
@@ -232,14 +232,14 @@ def main():
     blocks = find_blocks(backbone, args.block)
     size = args.size or find_size(cfg, backbone) or 224
 
-    steps = loader_of(cfg, model, args.config)
-    to_picture = Pictures(args.channels, steps is None or reads_bgr(steps, model.data_preprocessor))
+    load = Loader(cfg, model, args.config)
+    to_picture = Pictures(args.channels, load.bgr)
 
     out = Path(args.out)
     outputs, failures, report = Outputs(out), Failures(len(images), 'shown'), {}
     for path in track_iter_progress(images):
         try:
-            loaded = load_image(path, steps)
+            loaded = load(path)
         except UserError as err:
             failures.add(path, err)
             continue

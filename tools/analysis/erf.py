@@ -146,41 +146,57 @@ def find_size(cfg, backbone):
 
 # --- the measure ----------------------------------------------------------------------------
 
-def loader_of(cfg, model, name):
-    """The steps that load an image for a model, or None where any photograph will do.
+class Loader:
+    """Loads images for a model: photographs by Pillow, all else by the config's test pipeline.
+
+    Args:
+        cfg, model: a config and its model.
+        name: of the config, for errors.
 
     Raises:
-        UserError: if there are none, and the model takes no photographs.
+        UserError: if there is no pipeline, and the model takes no photographs.
     """
-    from flops import find_channels, reads_colours
 
-    channels = find_channels(cfg, model)
-    if cfg.get('test_dataloader') is not None:
-        return None if channels == 3 and reads_colours(cfg) else build_steps(cfg)
-    if channels != 3:
-        raise UserError(f'{name}: the model takes images of {channels} channel(s), and the config '
-                        'has no test_dataloader, whose pipeline loads them')
-    return None
+    def __init__(self, cfg, model, name):
+        from flops import find_channels, reads_colours
 
+        self.name, self.channels, self.steps = name, find_channels(cfg, model), None
+        self.bgr = True
+        if cfg.get('test_dataloader') is None:
+            if self.channels != 3:
+                raise UserError(f'{name}: the model takes images of {self.channels} channel(s), '
+                                'and the config has no test_dataloader, whose pipeline loads them')
+        elif self.channels != 3 or not reads_colours(cfg):
+            from vmamba_mm.engine.pictures import reads_bgr
 
-def load_image(path, steps=None):
-    """(H, W, C): of a photograph uint8 in BGR, the order of mm* pipelines, else as steps load it.
+            self.steps = build_steps(cfg)
+            self.bgr = reads_bgr(self.steps, getattr(model, 'data_preprocessor', None))
 
-    Raises:
-        UserError: if the file cannot be read.
-    """
-    from PIL import Image
+    def __call__(self, path):
+        """(H, W, C): of a photograph uint8 in BGR, the order of mm* pipelines.
 
-    if steps is not None:
-        from vmamba_mm.engine import data
+        Raises:
+            UserError: if the file cannot be read, or has not as many channels as the model takes.
+        """
+        image = self._read(path)
+        image = image if image.ndim == 3 else image[..., None]
+        if image.shape[2] != self.channels:
+            raise UserError(f'{path} has {image.shape[2]} channel(s) as the test pipeline of '
+                            f'{self.name} loads it, and the model takes {self.channels}')
+        return image
 
-        image = data.load_image(steps, path)
-        return image if image.ndim == 3 else image[..., None]
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert('RGB'))[..., ::-1]
-    except (OSError, SyntaxError) as err:
-        raise UserError(f'{path} is corrupt, or no image') from err
+    def _read(self, path):
+        from PIL import Image
+
+        from vmamba_mm.engine.data import load_image
+
+        if self.steps is not None:
+            return load_image(self.steps, path)
+        try:
+            with Image.open(path) as image:
+                return np.asarray(image.convert('RGB'))[..., ::-1]
+        except (OSError, SyntaxError) as err:
+            raise UserError(f'{path} is corrupt, or no image') from err
 
 
 def resize(image, size):
@@ -237,7 +253,7 @@ def contributions(backbone, x, gradient='absolute'):
     return grad.sum((0, 1)).double().cpu().numpy()
 
 
-def measure(model, paths, args, name, native, steps=None):
+def measure(model, paths, args, name, native, load):
     """The mean of :func:`contributions` over images: (size, size) float64.
 
     Raises:
@@ -250,7 +266,7 @@ def measure(model, paths, args, name, native, steps=None):
     total = np.zeros((args.size, args.size))
     try:
         for path in track_iter_progress(paths):
-            x = preprocess(model, resize(load_image(path, steps), args.size))
+            x = preprocess(model, resize(load(path), args.size))
             total += contributions(model.backbone, x, args.gradient)
     except torch.OutOfMemoryError as err:
         raise UserError(f'{name}: the GPU memory is used up; choose a smaller --size') from err
@@ -381,15 +397,15 @@ def main():
         model = build_random(cfg, args.seed)
         if not isinstance(getattr(model, 'backbone', None), torch.nn.Module):
             raise UserError(f'{name}: the model {type(model).__name__} has no backbone')
-        native, steps = find_size(cfg, model.backbone), loader_of(cfg, model, name)
+        native, load = find_size(cfg, model.backbone), Loader(cfg, model, name)
         if file != NONE:  # before the first run, which takes long
             state, _ = check_fits(model, read_checkpoint(file, args.weights), file)
         print(f'{name}, {BEFORE}')
-        erfs[name, BEFORE] = measure(model.to(device), paths, args, name, native, steps)
+        erfs[name, BEFORE] = measure(model.to(device), paths, args, name, native, load)
         if file != NONE:
             print(f'{name}, {AFTER}')
             model.load_state_dict(state)
-            erfs[name, AFTER] = measure(model, paths, args, name, native, steps)
+            erfs[name, AFTER] = measure(model, paths, args, name, native, load)
 
     rows = tabulate(erfs)
     show(rows)
