@@ -335,7 +335,10 @@ def draw(erfs, rows, title, path):
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
+    from vmamba_mm.engine.text import drawable
+
     names = list(dict.fromkeys(name for name, _ in erfs))
+    shown = {name: drawable(name) for name in names}
     states = [s for s in (BEFORE, AFTER) if any(state == s for _, state in erfs)]
     shape = (1, len(states)) if len(names) == 1 else (len(states), len(names))
     figure = Figure(figsize=(2.9 * shape[1] + 1.5, 3.8 * shape[0] + 0.4), layout='constrained')
@@ -345,7 +348,7 @@ def draw(erfs, rows, title, path):
     for ax, (state, name) in zip(axes.flat, itertools.product(states, names), strict=True):
         ax.set(xticks=[], yticks=[])
         # Names of configs are too long for one line; behind '_' is the recipe.
-        ax.set_title(name.replace('_', '\n_', 1) + f'\n{state}', fontsize=9)
+        ax.set_title(shown[name].replace('_', '\n_', 1) + f'\n{state}', fontsize=9)
         if (name, state) not in erfs:
             ax.text(0.5, 0.5, 'no checkpoint', ha='center', va='center')
             ax.set(aspect='equal')

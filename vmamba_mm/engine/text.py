@@ -11,7 +11,8 @@ def drawable(text):
 
     Fonts that have the letters which the default one lacks are looked for on this machine and
     become its fallbacks. What none has is written as an escape, such as ``\\u732b``, which is
-    said once. Dollar signs begin no formula.
+    said once. Dollar signs begin no formula. Call this before the figure is made: axes keep the
+    fonts that they begin with.
     """
     new = set(text) - _drawn - _lacking
     if new:
@@ -39,7 +40,7 @@ def _look_up(letters):
     used = matplotlib.rcParams['font.family']
     left = set(letters)
     for family in used:
-        left -= _letters_of(manager.findfont(font_manager.FontProperties([family])), left)
+        left -= _letters_of(manager.findfont(font_manager.FontProperties(family=[family])), left)
     # The manager's own list is of the day when it was made, and misses fonts installed since.
     for path in _candidates() if left else ():
         found = _letters_of(path, left)
@@ -47,7 +48,7 @@ def _look_up(letters):
             manager.addfont(path)
             family = font_manager.get_font(path).family_name
             # Of the family another style may be chosen, which need not have them.
-            chosen = manager.findfont(font_manager.FontProperties([family]))
+            chosen = manager.findfont(font_manager.FontProperties(family=[family]))
             found = _letters_of(chosen, found)
         if found:
             matplotlib.rcParams['font.family'] = [*matplotlib.rcParams['font.family'], family]
