@@ -44,7 +44,7 @@ class Pack:
 @pytest.fixture
 def dataset(mm, tmp_path):
     """Two sound samples and bad ones: too small, corrupt, missing; labels of both kinds."""
-    from mmengine.dataset import BaseDataset, RepeatDataset
+    from mmengine.dataset import BaseDataset, ConcatDataset, RepeatDataset
     from mmengine.dataset.base_dataset import Compose
 
     names = ('good', 'small', 'corrupt', 'missing', 'labels', 'high')
@@ -64,7 +64,7 @@ def dataset(mm, tmp_path):
     made = Data(test_mode=True)
     made.pipeline = Compose([])
     made.pipeline.transforms = [Load(), NeedsTwoRows(), LoadAnnotations(), Pack()]
-    return RepeatDataset(made, times=2)
+    return ConcatDataset([made, RepeatDataset(made, times=2)])
 
 
 @pytest.mark.parametrize(('index', 'corrupt', 'words'), [
@@ -76,7 +76,7 @@ def test_what_failed(dataset, index, corrupt, words):
     reader = SampleReader(dataset)
     assert reader([0])[0]['inputs'].shape == (4, 5, 6)
     with pytest.raises(UserError) as err:
-        reader([0, index])
+        reader([0, index + 12])  # of the second data set, the second time
     assert ('corrupt' in str(err.value)) == corrupt
     assert all(word in str(err.value) for word in words), err.value
 

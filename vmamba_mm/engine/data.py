@@ -77,14 +77,14 @@ def find_bad_file(dataset, index):
 
 def steps_of(dataset, index=0):
     """The transforms that make a sample, of the innermost data set that it is from."""
-    while True:
+    while hasattr(dataset, 'dataset') or hasattr(dataset, 'datasets'):
+        found = getattr(dataset, '_get_ori_dataset_idx', lambda i: i)(index)
         if hasattr(dataset, 'datasets'):
-            which, index = dataset._get_ori_dataset_idx(index)
+            which, index = found
             dataset = dataset.datasets[which]
-        elif hasattr(dataset, 'dataset'):
-            dataset = dataset.dataset
         else:
-            return getattr(getattr(dataset, 'pipeline', None), 'transforms', ())
+            dataset, index = dataset.dataset, found
+    return getattr(getattr(dataset, 'pipeline', None), 'transforms', ())
 
 
 def apply_steps(steps, info):
