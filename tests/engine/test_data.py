@@ -41,8 +41,8 @@ class Pack:
         return dict(inputs=results['img'], data_samples=None)
 
 
-@pytest.fixture
-def dataset(mm, tmp_path):
+@pytest.fixture(params=['repeated', 'joined'])
+def dataset(mm, tmp_path, request):
     """Two sound samples and bad ones: too small, corrupt, missing; labels of both kinds."""
     from mmengine.dataset import BaseDataset, ConcatDataset, RepeatDataset
     from mmengine.dataset.base_dataset import Compose
@@ -64,7 +64,9 @@ def dataset(mm, tmp_path):
     made = Data(test_mode=True)
     made.pipeline = Compose([])
     made.pipeline.transforms = [Load(), NeedsTwoRows(), LoadAnnotations(), Pack()]
-    return ConcatDataset([made, RepeatDataset(made, times=2)])
+    if request.param == 'joined':
+        return ConcatDataset([made, made])
+    return RepeatDataset(made, times=2)
 
 
 @pytest.mark.parametrize(('index', 'corrupt', 'words'), [
@@ -76,7 +78,7 @@ def test_what_failed(dataset, index, corrupt, words):
     reader = SampleReader(dataset)
     assert reader([0])[0]['inputs'].shape == (4, 5, 6)
     with pytest.raises(UserError) as err:
-        reader([0, index + 12])  # of the second data set, the second time
+        reader([0, index + 6])  # of the second time, or data set
     assert ('corrupt' in str(err.value)) == corrupt
     assert all(word in str(err.value) for word in words), err.value
 
