@@ -48,6 +48,8 @@ class SampleReader:
             seed_all(*words, cuda=False)
         try:
             return self.dataset[index]
+        except UserError:
+            raise
         except Exception as err:
             problem = find_bad_file(self.dataset, index)
             if problem:
@@ -109,6 +111,8 @@ def apply_steps(steps, info):
         labels = 'Annotations' in type(step).__name__ and info.get('seg_map_path')
         try:
             data = step(data)
+        except UserError:
+            raise
         except Exception as err:
             if loading and not isinstance(err, _NOT_THE_FILE):
                 raise UserError(_unreadable(path, step, err)) from err
