@@ -3,7 +3,7 @@
     model = timm.create_model('vmamba_tiny_s1l8', pretrained=True)
     model = timm.create_model('vmamba_tiny_s1l8', features_only=True, out_indices=(1, 3))
 
-torch.compile and torch.export work; torch.jit.script and torch.fx do not, as they cannot follow the
+torch.compile, torch.export and torch.fx work; torch.jit.script does not, as it cannot follow the
 model's Python code.
 """
 
@@ -100,7 +100,7 @@ class TimmVMamba(nn.Module):
         return self.num_features * self.head.global_pool.feat_mult()
 
     def forward_features(self, x: Tensor) -> Tensor:
-        return self.backbone.forward_channels_last(x)[0].permute(0, 3, 1, 2)
+        return self.backbone.forward_channels_last(x)[0]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         return self.head(x, pre_logits=pre_logits)
@@ -158,22 +158,17 @@ class TimmVMamba(nn.Module):
         """
         if output_fmt not in ('NCHW', 'NHWC'):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
-        stages = list(self.backbone.stages)
-        take, last = feature_take_indices(len(stages), indices)
-        if stop_early or intermediates_only:
-            stages = stages[:last + 1]
-        maps = []
-        x = self.backbone.patch_embed(x)
-        for i, stage in enumerate(stages):
-            if i > 0:
-                x = stages[i - 1].downsample(x)
-            x = raw = stage.run_blocks(x)
-            if i == self.backbone.out_indices[-1]:
-                x = getattr(self.backbone, f'norm{i}')(x)
-            if i in take:
-                taken = x if norm else raw
-                maps.append(taken if output_fmt == 'NHWC' else _to_nchw(taken))
-        return maps if intermediates_only else (_to_nchw(x), maps)
+        backbone = self.backbone
+        take, last = feature_take_indices(len(backbone.stages), indices)
+        final = last if stop_early or intermediates_only else len(backbone.stages) - 1
+        computed = sorted({*take, final})
+        raw = dict(zip(computed, backbone.forward_stages(x, computed), strict=True))
+        outs = {i: y.permute(0, 3, 1, 2) for i, y in raw.items()}
+        normed = outs | {i: backbone.norm_output(i, raw[i])
+                         for i in computed if i == backbone.out_indices[-1]}
+        maps = [(normed if norm else outs)[i] for i in take]
+        maps = [y.permute(0, 2, 3, 1) if output_fmt == 'NHWC' else y.contiguous() for y in maps]
+        return maps if intermediates_only else (normed[final].contiguous(), maps)
 
     def prune_intermediate_layers(self, indices: int | Sequence[int] = 1, prune_norm: bool = False,
                                   prune_head: bool = True) -> list[int]:
@@ -224,10 +219,6 @@ class TimmVMamba(nn.Module):
             raise UserError(f'{checkpoint_path} holds a classifier of {held} classes, the model '
                             f'has {promised}: create it with num_classes={held}')
         self.load_state_dict(found)
-
-
-def _to_nchw(x_BHWC: Tensor) -> Tensor:
-    return x_BHWC.permute(0, 3, 1, 2).contiguous()
 
 
 def _check_head(num_classes: int, global_pool: str) -> None:

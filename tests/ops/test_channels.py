@@ -370,14 +370,14 @@ def test_blocks_in_one_op(request, kernels, chains, shape, ratio, feeds, dtype):
     for parameter in stage.parameters():
         parameter.data += 0.1 * torch.rand_like(parameter)  # no block is another
     with torch.no_grad(), autocast(kernels, dtype):
-        found, expected = stage.run_blocks(x), stage.blocks(x)
+        found, expected = stage(x), stage.blocks(x)
         assert chains == [3]
         assert found.dtype == expected.dtype == (dtype if feeds else SINGLE)
         assert torch.equal(found, expected)
     with torch.no_grad():
         exact = copy.deepcopy(stage).double().blocks(x.double())
         stage.to(dtype)
-        found, expected = stage.run_blocks(x.to(dtype)), stage.blocks(x.to(dtype))
+        found, expected = stage(x.to(dtype)), stage.blocks(x.to(dtype))
     assert chains == [3, 3] and found.dtype == dtype
     limit = max(2 * relative_error(expected, exact), LIMITS[dtype])
     assert relative_error(found, exact) <= limit
@@ -389,7 +389,7 @@ def test_blocks_that_do_not_run_as_one_op(kernels, chains):
     def runs(stage, x=x):
         chains.clear()
         with torch.no_grad():
-            assert torch.equal(stage.run_blocks(x), stage.blocks(x))
+            assert torch.equal(stage(x), stage.blocks(x))
         return bool(chains)
 
     stage = make_stage(kernels).eval()
@@ -400,13 +400,13 @@ def test_blocks_that_do_not_run_as_one_op(kernels, chains):
         handle.remove()
     assert runs(stage)
     chains.clear()
-    stage.run_blocks(x).sum().backward()
+    stage(x).sum().backward()
     assert not chains and stage.blocks[1].norm1.weight.grad is not None
     stage.blocks[1].norm1.eps = 1e-3
     assert not runs(stage)
     dropping = make_stage(kernels, drop_path=0.5).train()
     with torch.no_grad():
-        dropping.run_blocks(x)
+        dropping(x)
     assert not chains
     assert runs(dropping.eval())
 

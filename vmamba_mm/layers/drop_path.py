@@ -25,7 +25,8 @@ class DropPath(nn.Module):
         if not self.training or self.drop_prob == 0.0:
             return (None,) * branches
         keep = 1.0 - self.drop_prob
-        return torch.empty((branches, len(x)), device=x.device).bernoulli_(keep).div_(keep).unbind()
+        factors = x.new_empty((branches, x.shape[0]), dtype=torch.float32)
+        return factors.bernoulli_(keep).div_(keep).unbind()
 
     def forward(self, x: Tensor) -> Tensor:
         factors, = self.factors(x, 1)

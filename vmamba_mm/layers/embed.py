@@ -1,13 +1,19 @@
 """Stems and downsamplings. Maps between them are channels last: (B, H, W, C)."""
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmamba_mm.layers.norm import LayerNorm
 from vmamba_mm.layers.plain import is_plain, is_plain_conv
 from vmamba_mm.ops import channels_last, conv_norm, conv_norm_gelu
-from vmamba_mm.ops.backends import autocast_dtype
+
+# What torch.fx records as it is, since it looks at shapes.
+torch.fx.wrap('channels_last')
+torch.fx.wrap('conv_norm')
+torch.fx.wrap('conv_norm_gelu')
+torch.fx.wrap('_pad_to_a_patch')
 
 
 def _conv_norm(conv: nn.Conv2d, norm: LayerNorm, x_BHWC: Tensor) -> Tensor:
@@ -15,8 +21,15 @@ def _conv_norm(conv: nn.Conv2d, norm: LayerNorm, x_BHWC: Tensor) -> Tensor:
     if is_plain_conv(conv) and is_plain(norm, LayerNorm):
         return conv_norm(x_BHWC, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps,
                          stride=conv.stride[0], padding=conv.padding[0],
-                         out_dtype=autocast_dtype(x_BHWC) if norm.feeds_matmul else None)
+                         out_dtype=norm.out_dtype(x_BHWC))
     return norm(conv(x_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+def _pad_to_a_patch(x_BCHW: Tensor) -> Tensor:
+    height, width = x_BCHW.shape[2:]
+    if height >= 4 and width >= 4:
+        return x_BCHW
+    return F.pad(x_BCHW, (0, max(0, 4 - width), 0, max(0, 4 - height)))
 
 
 class PatchStem(nn.Module):
@@ -32,10 +45,7 @@ class PatchStem(nn.Module):
         self.norm = LayerNorm(embed_dims)
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[2:]
-        if height < 4 or width < 4:
-            x = F.pad(x, (0, max(0, 4 - width), 0, max(0, 4 - height)))
-        return _conv_norm(self.proj, self.norm, channels_last(x))
+        return _conv_norm(self.proj, self.norm, channels_last(_pad_to_a_patch(x)))
 
 
 class ConvStem(nn.Module):

@@ -1,30 +1,61 @@
-"""LayerNorm, with the residual sum before it."""
+"""LayerNorm of maps that are channels last, and the residual sum before it."""
 
+import torch
+import torch.fx
 from torch import Tensor, nn
 
+from vmamba_mm.layers.plain import is_plain
 from vmamba_mm.ops import add_norm, layer_norm
 from vmamba_mm.ops.backends import autocast_dtype
 
+# What torch.fx records as it is, since it looks at shapes.
+torch.fx.wrap('add_norm')
+torch.fx.wrap('layer_norm')
+torch.fx.wrap('autocast_dtype')
+
 
 class LayerNorm(nn.LayerNorm):
-    """``nn.LayerNorm`` of the last dimension; on an NVIDIA GPU one kernel, as is the sum before it.
+    """``nn.LayerNorm`` of the last dimension; on an NVIDIA GPU one kernel.
 
     Args:
         dim: C.
-        feeds_matmul: under autocast on an NVIDIA GPU the result has autocast's dtype, to which the
-            product that takes it would round it anyway; else it is fp32, as autocast has it.
+        feeds_matmul: under autocast the result has autocast's dtype, to which the product that
+            takes it would round it anyway; else it is fp32, as autocast has it.
 
-    Shape: (B, ..., C) -> (B, ..., C). With ``branch`` (B, ..., C), and ``scale`` (B) or None, the
-    sum ``x + scale * branch`` and its norm.
+    Shape: (B, ..., C) -> (B, ..., C).
     """
 
     def __init__(self, dim: int, feeds_matmul: bool = False):
         super().__init__(dim)
         self.feeds_matmul = feeds_matmul
 
-    def forward(self, x: Tensor, branch: Tensor | None = None, scale: Tensor | None = None
-                ) -> Tensor | tuple[Tensor, Tensor]:
-        dtype = autocast_dtype(x) if self.feeds_matmul else None
-        if branch is None:
-            return layer_norm(x, self.weight, self.bias, self.eps, out_dtype=dtype)
-        return add_norm(x, branch, self.weight, self.bias, self.eps, scale=scale, out_dtype=dtype)
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps, out_dtype=self.out_dtype(x))
+
+    def out_dtype(self, x: Tensor) -> torch.dtype | None:
+        """What the ops need to know: the dtype of the result, None for their default."""
+        return autocast_dtype(x) if self.feeds_matmul else None
+
+
+class LayerNorm2d(LayerNorm):
+    """The same over the channels of an output: (B, C, H, W) -> (B, C, H, W), where a hook sees
+    what tools that draw class activation maps expect."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def sum_and_norm(norm: nn.Module, x: Tensor, branch: Tensor, scale: Tensor | None
+                 ) -> tuple[Tensor, Tensor]:
+    """``x + scale * branch`` and ``norm`` of it, on an NVIDIA GPU in one pass.
+
+    Args:
+        norm: a norm of the last dimension.
+        x, branch: (B, ..., C).
+        scale: (B), or None for 1.
+    """
+    if is_plain(norm, LayerNorm):
+        return add_norm(x, branch, norm.weight, norm.bias, norm.eps, scale=scale,
+                        out_dtype=norm.out_dtype(x))
+    total = add_norm(x, branch, None, None, scale=scale)[0]
+    return total, norm(total)

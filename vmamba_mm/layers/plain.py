@@ -1,13 +1,26 @@
 """Whether an op may take the place of submodules."""
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling ``module`` does what its class does and no more: it is not wrapped or
-    replaced, as by adapters, and nothing is hooked to it."""
-    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks
-                                         or module._backward_hooks or module._backward_pre_hooks)
+    """Whether calling ``module`` does what its class does and no more.
+
+    It is not wrapped, replaced or compiled, has no ``forward`` of its own as adapters and
+    offloading libraries set it, and nobody watches: no hook, be it on this module or on all.
+    """
+    return (type(module) is kind and 'forward' not in module.__dict__
+            and module._compiled_call_impl is None
+            and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+                     or module._backward_pre_hooks or _has_any_global_hook()))
+
+
+def read_parameters(module: nn.Module, *names: str) -> list[Tensor | None]:
+    """Its parameters, which may be plain attributes: FSDP's views of its flat parameter, and
+    those of nn.DataParallel's replicas, are. ``nn.Module.__getattr__`` is slower."""
+    own = module._parameters
+    return [own[name] if name in own else getattr(module, name) for name in names]
 
 
 def is_plain_conv(module: nn.Module) -> bool:

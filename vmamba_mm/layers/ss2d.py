@@ -1,14 +1,19 @@
 """SS2D: the 2-D selective scan module (section 4.3, arXiv 2401.10166)."""
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmamba_mm.layers.norm import LayerNorm
-from vmamba_mm.layers.plain import is_depthwise_3x3
+from vmamba_mm.layers.plain import is_depthwise_3x3, is_plain
 from vmamba_mm.layers.ssm_init import init_ssm, init_x_proj
 from vmamba_mm.ops import dwconv_silu, scan_norm
 from vmamba_mm.ops.patterns import check_scan
+
+# What torch.fx records as it is, since it looks at shapes.
+torch.fx.wrap('dwconv_silu')
+torch.fx.wrap('scan_norm')
 
 NUM_ROUTES = 4
 _ACTS = {'silu': F.silu, 'gelu': F.gelu, 'relu': F.relu}
@@ -76,11 +81,16 @@ class SS2D(nn.Module):
             x = act(self.conv2d(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         else:
             x = act(x)
-        y_BDHW = scan_norm(
-            x.permute(0, 3, 1, 2), self.x_proj_weight, self.dt_projs_weight, self.dt_projs_bias,
-            -torch.exp(self.A_logs.float()), self.Ds, self.out_norm.weight, self.out_norm.bias,
-            self.out_norm.eps, scan=self.scan)
-        y = y_BDHW.permute(0, 2, 3, 1)
+        y = self._scan_and_norm(x)
         if self.gate:
             y = y * act(z)
         return self.out_proj(y)
+
+    def _scan_and_norm(self, x: Tensor) -> Tensor:
+        norm, is_fused = self.out_norm, is_plain(self.out_norm, LayerNorm)
+        y_BDHW = scan_norm(
+            x.permute(0, 3, 1, 2), self.x_proj_weight, self.dt_projs_weight, self.dt_projs_bias,
+            -torch.exp(self.A_logs.float()), self.Ds, *(
+                (norm.weight, norm.bias, norm.eps) if is_fused else (None, None)), scan=self.scan)
+        y = y_BDHW.permute(0, 2, 3, 1)
+        return y if is_fused else norm(y).to(x.dtype)

@@ -3,17 +3,23 @@
 from collections.abc import Sequence
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from vmamba_mm.layers.drop_path import DropPath
-from vmamba_mm.layers.norm import LayerNorm
-from vmamba_mm.layers.plain import is_depthwise_3x3, is_plain
+from vmamba_mm.layers.norm import LayerNorm, sum_and_norm
+from vmamba_mm.layers.plain import is_depthwise_3x3, is_plain, read_parameters
 from vmamba_mm.layers.ss2d import SS2D
 from vmamba_mm.ops import add_norm, mlp
-from vmamba_mm.ops.backends import autocast_dtype
+from vmamba_mm.ops.backends import autocast_dtype, wants_grad
 from vmamba_mm.ops.vss_block import vss_block, vss_blocks, why_not
+
+# What torch.fx records as it is, since it looks at shapes.
+torch.fx.wrap('add_norm')
+torch.fx.wrap('autocast_dtype')
+torch.fx.wrap('mlp')
 
 
 class Mlp(nn.Module):
@@ -58,18 +64,21 @@ class VSSBlock(nn.Module):
 
     def _forward(self, x: Tensor) -> Tensor:
         autocast = autocast_dtype(x)
-        scales = self.drop_path.factors(x, 1 if self.mlp is None else 2)
         out_dtype = autocast if self.feeds_matmul else None
-        if (parameters := self._in_one_op(x, autocast or x.dtype)) is not None:
-            return vss_block(x, parameters, self.ssm.conv2d.bias, scales, self.norm1.eps,
-                             autocast or x.dtype, out_dtype or x.dtype)
-        branch = self.ssm(self.norm1(x))
+        drop, scales = self.drop_path, (None, None)
+        if is_plain(drop, DropPath):  # then the factors go into the sums
+            drop, scales = _keep, drop.factors(x, 1 if self.mlp is None else 2)
+            if not isinstance(x, torch.fx.Proxy) \
+                    and (parameters := self._in_one_op(x, autocast or x.dtype)) is not None:
+                return vss_block(x, parameters, self.ssm.conv2d.bias, scales, self.norm1.eps,
+                                 autocast or x.dtype, out_dtype or x.dtype)
+        branch = drop(self.ssm(self.norm1(x)))
         if self.mlp is not None:
-            x, normed = self.norm2(x, branch, scales[0])
-            branch = self.mlp(normed)
+            x, normed = sum_and_norm(self.norm2, x, branch, scales[0])
+            branch = drop(self.mlp(normed))
         return add_norm(x, branch, None, None, scale=scales[-1], out_dtype=out_dtype)[0]
 
-    def _in_one_op(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...] | None:
+    def _in_one_op(self, x: Tensor, dtype: torch.dtype) -> list[Tensor] | None:
         """The parameters for the op ``vss_block``, or None where it does not apply."""
         # Past nn.Module.__getattr__, which would take a tenth of the block's time in Python.
         own = self._modules
@@ -82,14 +91,13 @@ class VSSBlock(nn.Module):
                    inner['out_proj'], own['norm2'], outer['fc1'], outer['fc2'])
         if not (all(map(is_plain, modules, _KINDS)) and is_depthwise_3x3(inner['conv2d'])):
             return None
-        norm1, in_proj, conv, out_norm, out_proj, norm2, fc1, fc2 = (
-            module._parameters for module in modules)
-        routes = ssm._parameters
-        tensors = (norm1['weight'], norm1['bias'], in_proj['weight'], conv['weight'],
-                   routes['x_proj_weight'], routes['dt_projs_weight'], routes['dt_projs_bias'],
-                   routes['A_logs'], routes['Ds'], out_norm['weight'], out_norm['bias'],
-                   out_proj['weight'], norm2['weight'], norm2['bias'], fc1['weight'], fc1['bias'],
-                   fc2['weight'], fc2['bias'])
+        norm1, in_proj, conv, out_norm, out_proj, norm2, fc1, fc2 = modules
+        both = 'weight', 'bias'
+        tensors = [*read_parameters(norm1, *both), *read_parameters(in_proj, 'weight'),
+                   *read_parameters(conv, 'weight'), *read_parameters(ssm, *_OF_ROUTES),
+                   *read_parameters(out_norm, *both), *read_parameters(out_proj, 'weight'),
+                   *read_parameters(norm2, *both), *read_parameters(fc1, *both),
+                   *read_parameters(fc2, *both)]
         return None if why_not(x, dtype, tensors) else tensors
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,14 +106,25 @@ class VSSBlock(nn.Module):
         return self._forward(x)
 
 
+def _keep(branch: Tensor) -> Tensor:
+    return branch
+
+
 # Of a block's modules, as in _in_one_op.
 _KINDS = (LayerNorm, nn.Linear, nn.Conv2d, LayerNorm, nn.Linear, LayerNorm, nn.Linear, nn.Linear)
+_OF_ROUTES = 'x_proj_weight', 'dt_projs_weight', 'dt_projs_bias', 'A_logs', 'Ds'
 
 
 class VSSStage(nn.Module):
     """Blocks at one resolution, and the downsampling that follows them (None in the last stage).
 
-    Shape of the blocks: (B, H, W, C) -> (B, H, W, C).
+    Args of ``forward``:
+        x: (B, H, W, C).
+        downsample: False to stop before the downsampling.
+        with_map: also return the map before the downsampling.
+
+    Shape: (B, H, W, C) -> (B, H', W', 2C); (B, H, W, C) without a downsampling. With ``with_map``
+    that, and (B, H, W, C).
     """
 
     def __init__(self, blocks: Sequence[VSSBlock], downsample: nn.Module | None):
@@ -113,19 +132,29 @@ class VSSStage(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.downsample = downsample
 
-    def run_blocks(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, downsample: bool = True, with_map: bool = False
+                ) -> Tensor | tuple[Tensor, Tensor]:
+        before = self._run_blocks(x)
+        after = self.downsample(before) if downsample and self.downsample is not None else before
+        return (after, before) if with_map else after
+
+    def _run_blocks(self, x: Tensor) -> Tensor:
         """``blocks(x)``, in inference on an NVIDIA GPU as one op."""
         return self.blocks(x) if (y := self._in_one_op(x)) is None else y
 
     def _in_one_op(self, x: Tensor) -> Tensor | None:
         """The result, or None where the op ``vss_blocks`` does not apply."""
-        if torch.is_grad_enabled() or not is_plain(self.blocks, nn.Sequential):
+        if torch.jit.is_tracing():  # which runs with and without gradients, and compares
+            trains = wants_grad(x, *self.parameters())
+        else:
+            trains = torch.is_grad_enabled()
+        if trains or isinstance(x, torch.fx.Proxy) or not is_plain(self.blocks, nn.Sequential):
             return None
         blocks, autocast = list(self.blocks), autocast_dtype(x)
         dtype, parameters = autocast or x.dtype, []
         for block in blocks:
-            drop_path = block.drop_path
-            if not is_plain(block, VSSBlock) or drop_path.training and drop_path.drop_prob > 0:
+            if not is_plain(block, VSSBlock) or not is_plain(drop := block.drop_path, DropPath) \
+                    or drop.training and drop.drop_prob > 0:
                 return None
             if (own := block._in_one_op(x, dtype)) is None:
                 return None

@@ -17,7 +17,7 @@ from vmamba_mm.files import read_checkpoint
 from vmamba_mm.layers import (
     ConvDownsample,
     ConvStem,
-    LayerNorm,
+    LayerNorm2d,
     MergeDownsample,
     PatchStem,
     VSSBlock,
@@ -113,7 +113,7 @@ class VMamba(BaseModule):
             downsample = None if last else _DOWNSAMPLES[self.arch['downsample']](dim)
             self.stages.append(VSSStage(blocks, downsample))
         for i in self.out_indices:
-            self.add_module(f'norm{i}', LayerNorm(self.num_features[i]))
+            self.add_module(f'norm{i}', LayerNorm2d(self.num_features[i]))
 
         self.apply(_init_linear)
         self._freeze_stages()
@@ -203,20 +203,39 @@ class VMamba(BaseModule):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         # mmcv's RoIAlign reads raw memory: channels-last strides would reach it through the FPN's
         # convolutions, and it would pool the wrong pixels without a word.
-        return tuple(y.permute(0, 3, 1, 2).contiguous() for y in self.forward_channels_last(x))
+        return tuple(y.contiguous() for y in self.forward_channels_last(x))
 
     def forward_channels_last(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What ``forward`` gives, (B, H, W, C), as the network has it: without its copies."""
-        x = self.patch_embed(x)
-        outs = []
+        """What ``forward`` gives, in the memory format ``channels_last``: without its copies."""
+        maps = self.forward_stages(x, self.out_indices)
+        return tuple(self.norm_output(i, y) for i, y in zip(self.out_indices, maps, strict=True))
+
+    def forward_stages(self, x: Tensor, indices: Sequence[int]) -> list[Tensor]:
+        """The maps of some stages before norm and downsampling, each (B, H, W, C).
+
+        Args:
+            x: (B, in_channels, H, W).
+            indices: increasing numbers of stages; none after the last one runs.
+        """
+        x, maps, final = self.patch_embed(x), [], len(self.stages) - 1
         for i, stage in enumerate(self.stages):
-            x = stage.run_blocks(x)
-            if i in self.out_indices:
-                outs.append(getattr(self, f'norm{i}')(x))
-            if i == self.out_indices[-1]:
+            # The plain call wherever it does: another module may stand in for a stage.
+            if i == indices[-1]:
+                maps.append(stage(x) if i == final else stage(x, downsample=False))
                 break
-            x = stage.downsample(x)
-        return tuple(outs)
+            if i in indices:
+                x, before = stage(x, with_map=True)
+                maps.append(before)
+            else:
+                x = stage(x)
+        return maps
+
+    def norm_output(self, i: int, x: Tensor) -> Tensor:
+        """The norm of output ``i``: (B, H, W, C) to (B, C, H, W), a view."""
+        norm = getattr(self, f'norm{i}')
+        if isinstance(norm, nn.LayerNorm) and not isinstance(norm, LayerNorm2d):
+            return norm(x).permute(0, 3, 1, 2)  # put there by a user: of the last dimension
+        return norm(x.permute(0, 3, 1, 2))
 
     def train(self, mode: bool = True) -> 'VMamba':
         super().train(mode)

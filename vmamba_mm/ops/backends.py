@@ -54,6 +54,16 @@ def _has_autocast(device: str) -> bool:
 _asked = functools.cache(torch.amp.is_autocast_available)
 
 
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether an op has to keep what its backward needs.
+
+    ``torch.jit.trace`` checks what it has recorded by recording it again without gradients: both
+    must be the same, so there the mode does not count.
+    """
+    return ((torch.is_grad_enabled() or torch.jit.is_tracing())
+            and any(t is not None and t.requires_grad for t in tensors))
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of states and sums: fp32 for fp16, bf16 and fp32 input, fp64 for fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -109,8 +109,8 @@ def register_scan(name: str, routes: Sequence[str | Order]) -> None:
 
 
 def scan_norm(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_projs_bias: Tensor,
-              A: Tensor, D: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float = 1e-5, *,
-              scan: str = 'cross', backend: Backend | None = None) -> Tensor:
+              A: Tensor, D: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
+              eps: float = 1e-5, *, scan: str = 'cross', backend: Backend | None = None) -> Tensor:
     """The middle of SS2D by a scan pattern, and the LayerNorm over D that follows.
 
     By the direction k = 0 to 3 in which parameters are stacked, the routes are
@@ -131,22 +131,30 @@ def scan_norm(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_proj
     result turned back; by a registered pattern as said there.
 
     Args:
-        norm_weight, norm_bias: (D).
+        norm_weight, norm_bias: (D); None for no norm at the end.
         eps: of the last norm.
         scan: a name of :func:`scan_patterns`.
         Others as in :func:`ss2d_scan`, for K = 4 (by 'cross' for any of its K).
 
     Returns:
-        (B, D, H, W) in the dtype of ``x``, channels last if ``x`` is; by 'cross' with its strides.
+        (B, D, H, W), channels last if ``x`` is; by 'cross' with its strides. In the dtype of
+        ``x``; without a norm in that to which ``x`` and ``D`` promote, which under autocast is
+        fp32 up to the norm, as published.
 
     Raises:
         ValueError: on a ``scan`` that does not exist, else as :func:`ss2d_scan`.
     """
-    if scan == 'cross':
-        return ss2d_scan_norm(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, norm_weight,
-                              norm_bias, eps, backend=backend)
-    check_scan(scan)
     parameters = (x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
+    out_dtype = torch.promote_types(x.dtype, (D if norm_weight is None else norm_weight).dtype)
+
+    def run_map(x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+        if norm_weight is None:
+            return ss2d_scan(x, *parameters, out_dtype=out_dtype, backend=backend)
+        return ss2d_scan_norm(x, *parameters, norm_weight, norm_bias, eps, backend=backend)
+
+    if scan == 'cross':
+        return run_map(x, parameters)
+    check_scan(scan)
     check(x, *parameters)
     if len(x_proj_weight) != 4:
         raise ValueError(f'scan={scan!r} expects the parameters of K = 4 routes, got '
@@ -154,12 +162,8 @@ def scan_norm(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_proj
     height, width = x.shape[2:]
     x_BHWD, parts = x.permute(0, 2, 3, 1), _PATTERNS[scan]
     if parts is not None and len(parts) == len(parts[0].calls) == 1:  # on the map as it is
-        y_BD1L = ss2d_scan_norm(_one_row(x_BHWD.flatten(1, 2)), *_of(parameters, parts[0].calls[0]),
-                                norm_weight, norm_bias, eps, backend=backend)
+        y_BD1L = run_map(_one_row(x_BHWD.flatten(1, 2)), _of(parameters, parts[0].calls[0]))
         return _sequences(y_BD1L).unflatten(1, (height, width)).permute(0, 3, 1, 2)
-
-    # Under autocast results stay fp32 up to a norm, as published.
-    out_dtype = torch.promote_types(x.dtype, norm_weight.dtype)
 
     def run(x_MTD: Tensor, routes: tuple[int, ...]) -> Tensor:
         return _sequences(ss2d_scan(_one_row(x_MTD), *_of(parameters, routes),
@@ -173,8 +177,9 @@ def scan_norm(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_proj
         x_BLD = x_BHWD.flatten(1, 2)
         y_BLD = _add([_run_part(part, x_BLD, run, height, width) for part in parts])
         y_BHWD = y_BLD.unflatten(1, (height, width))
-    y_BHWD = layer_norm(y_BHWD.contiguous(), norm_weight, norm_bias, eps, out_dtype=x.dtype)
-    return y_BHWD.to(x.dtype).permute(0, 3, 1, 2)
+    if norm_weight is not None:
+        y_BHWD = layer_norm(y_BHWD.contiguous(), norm_weight, norm_bias, eps, out_dtype=x.dtype)
+    return y_BHWD.permute(0, 3, 1, 2)
 
 
 def _one_row(x_MTD: Tensor) -> Tensor:

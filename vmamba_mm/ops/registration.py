@@ -55,8 +55,7 @@ def register(name: str, *, fake: Callable, backward: Callable | None = None,
                 return below(*args)
 
         differentiable = functools.partial(_differentiable, name, len(op._schema.arguments),
-                                           len(op._schema.returns), backward, setup_context,
-                                           results)
+                                           backward, setup_context, results)
         direct_with_grad = differentiable(direct)
         # What runs eagerly inside a compiled model is not for Dynamo either.
         hidden = torch._disable_dynamo(functools.wraps(function)(direct))
@@ -66,9 +65,16 @@ def register(name: str, *, fake: Callable, backward: Callable | None = None,
             library.impl(name, kernel, key)
             library.impl(f'_{name}', kernel_below, key)
 
+        transformable = _transformable(name, len(op._schema.arguments), backward, setup_context,
+                                       results, direct)
+
         @functools.wraps(function)
         def call(*args):
-            return op(*args) if _is_watched(args) else direct_with_grad(*args)
+            if not _is_watched(args):
+                return direct_with_grad(*args)
+            if _is_transformed():
+                return transformable.apply(*args)
+            return op(*args)
 
         return call
 
@@ -99,26 +105,61 @@ def _library(name: str) -> torch.library.Library:
 
 def _is_watched(args: tuple) -> bool:
     """Whether a compiler, a mode, a profiler or a subclass of tensors wants to see the op."""
-    return (torch.compiler.is_compiling() or torch._C._is_tracing()
-            or torch._C._are_functorch_transforms_active()
+    return (torch.compiler.is_compiling() or torch._C._is_tracing() or _is_transformed()
+            # A batched backward comes with its gradient, which is first.
+            or isinstance(args[0], Tensor) and torch._C._functorch.is_legacy_batchedtensor(args[0])
             or torch._C._len_torch_dispatch_stack() > 0 or torch.autograd._profiler_enabled()
             or not _PLAIN.issuperset(map(type, args))
             or any(type(arg) is list and not _PLAIN.issuperset(map(type, arg)) for arg in args))
 
 
-def _differentiable(name: str, num_arguments: int, num_returns: int, backward: Callable | None,
-                    setup_context: Callable | None, results: int, function: Callable) -> Callable:
-    """``function`` with the op's backward."""
-    def forward(ctx, *args):
-        output = function(*args)
-        if backward is not None:
-            ctx.set_materialize_grads(False)
-            if num_returns > results:
-                ctx.mark_non_differentiable(*output[results:])
-            if setup_context is not None:
-                setup_context(ctx, args, output)
-        return output
+def _is_transformed() -> bool:
+    """Whether torch.func transforms are at work, such as grad and vmap, and no compiler is."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
+
+def _transformable(name: str, num_arguments: int, backward: Callable | None,
+                   setup_context: Callable | None, results: int, function: Callable
+                   ) -> type[torch.autograd.Function]:
+    """``function`` with the op's backward, in the form that torch.func's transforms ask for.
+
+    vmap runs it for one sample after the other: kernels know no further dimension of batches.
+    """
+    def setup(ctx, inputs, output):
+        _prepare(ctx, inputs, output, setup_context, results)
+
+    def loop(info, in_dims, *args):
+        parts = [node.apply(*_sample(args, in_dims, i)) for i in range(info.batch_size)]
+        if isinstance(parts[0], Tensor):
+            return torch.stack(parts), 0
+        return tuple(map(torch.stack, zip(*parts, strict=True))), (0,) * len(parts[0])
+
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(f'{NAMESPACE}::{name} has no forward-mode derivative: take one '
+                                  'by reverse mode, such as torch.func.grad, vjp or jacrev')
+
+    node = _make_node(name, num_arguments, backward, results, forward=lambda *args: function(*args),
+                      setup_context=setup, vmap=loop, jvp=jvp)
+    return node
+
+
+def _sample(args: tuple, dims: tuple, index: int) -> tuple:
+    """Sample ``index`` of batched arguments, of which ``dims`` tells where the batch is."""
+    return tuple(_sample(arg, dim, index) if isinstance(arg, list | tuple)
+                 else arg if dim is None else arg.select(dim, index)
+                 for arg, dim in zip(args, dims, strict=True))
+
+
+def _prepare(ctx, inputs: tuple, output, setup_context: Callable | None, results: int) -> None:
+    ctx.set_materialize_grads(False)
+    if isinstance(output, tuple) and len(output) > results:
+        ctx.mark_non_differentiable(*output[results:])
+    if setup_context is not None:
+        setup_context(ctx, inputs, output)
+
+
+def _make_node(name: str, num_arguments: int, backward: Callable | None, results: int,
+               **methods: Callable) -> type[torch.autograd.Function]:
     def first_backward(ctx, *grads):
         if backward is None:
             raise RuntimeError(f'{NAMESPACE}::{name} has no backward')
@@ -127,8 +168,21 @@ def _differentiable(name: str, num_arguments: int, num_returns: int, backward: C
             return (None,) * num_arguments
         return backward(ctx, *grads)
 
-    node = type(name, (torch.autograd.Function,), {
-        'forward': staticmethod(forward), 'backward': staticmethod(first_backward)})
+    methods['backward'] = first_backward
+    return type(name, (torch.autograd.Function,),
+                {key: staticmethod(method) for key, method in methods.items()})
+
+
+def _differentiable(name: str, num_arguments: int, backward: Callable | None,
+                    setup_context: Callable | None, results: int, function: Callable) -> Callable:
+    """``function`` with the op's backward, in the form that costs little."""
+    def forward(ctx, *args):
+        output = function(*args)
+        if backward is not None:
+            _prepare(ctx, args, output, setup_context, results)
+        return output
+
+    node = _make_node(name, num_arguments, backward, results, forward=forward)
 
     def call(*args):
         if torch.is_grad_enabled() and any(

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vmamba_mm.ops.add_norm import cuda
-from vmamba_mm.ops.backends import autocast_dtype
+from vmamba_mm.ops.backends import autocast_dtype, wants_grad
 from vmamba_mm.ops.registration import register
 
 
@@ -72,13 +72,12 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *,
         x: (B, ..., D).
         weight, bias: (D).
         eps: added to the variance.
-        out_dtype: of the result where the kernels take ``x``; None for ``x``'s, or fp32 under
-            autocast. Other inputs go to ``torch.nn.functional.layer_norm``.
+        out_dtype: of the result; None for ``x``'s, or fp32 under autocast.
     """
+    out_dtype = out_dtype or _default_dtype(x)
     if cuda.why_not(x, weight, bias) is not None:
-        return F.layer_norm(x, weight.shape, weight, bias, eps)
-    return _fwd(x, None, None, weight, bias, eps, out_dtype or _default_dtype(x),
-                _wants_grad(x, weight, bias))[1]
+        return _norm(x, weight, bias, eps).to(out_dtype)
+    return _fwd(x, None, None, weight, bias, eps, out_dtype, wants_grad(x, weight, bias))[1]
 
 
 def add_norm(x: Tensor, branch: Tensor, weight: Tensor | None, bias: Tensor | None,
@@ -87,7 +86,7 @@ def add_norm(x: Tensor, branch: Tensor, weight: Tensor | None, bias: Tensor | No
     """A residual sum and the LayerNorm that follows it.
 
     Args:
-        x: (B, ..., D), of which the sum before a norm has the dtype where the kernels take it.
+        x: (B, ..., D), of which the sum before a norm has the dtype.
         branch: (B, ..., D).
         weight, bias: (D); None for no norm.
         scale: (B), fp32: a factor for each sample of ``branch`` (stochastic depth); None for 1.
@@ -97,21 +96,24 @@ def add_norm(x: Tensor, branch: Tensor, weight: Tensor | None, bias: Tensor | No
     Returns:
         (x + scale * branch, its norm or None).
     """
+    out_dtype = out_dtype or (x.dtype if weight is None else _default_dtype(x))
     if cuda.why_not(x, branch, weight, bias) is not None:
         if scale is not None:
             branch = branch * scale.to(branch.dtype).view(-1, *[1] * (branch.dim() - 1))
         total = x + branch
-        return total, (None if weight is None
-                       else F.layer_norm(total, weight.shape, weight, bias, eps))
-    default = x.dtype if weight is None else _default_dtype(x)
-    total, normed, _ = _fwd(x, branch, scale, weight, bias, eps, out_dtype or default,
-                            _wants_grad(x, branch, weight, bias))
+        if weight is None:
+            return total.to(out_dtype), None
+        return total.to(x.dtype), _norm(total, weight, bias, eps).to(out_dtype)
+    total, normed, _ = _fwd(x, branch, scale, weight, bias, eps, out_dtype,
+                            wants_grad(x, branch, weight, bias))
     return total, None if weight is None else normed
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    if torch.promote_types(x.dtype, weight.dtype) == x.dtype:  # F.layer_norm takes no smaller one
+        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
 def _default_dtype(x: Tensor) -> torch.dtype:
     return x.dtype if autocast_dtype(x) is None else torch.float32
-
-
-def _wants_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

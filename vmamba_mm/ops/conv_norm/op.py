@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vmamba_mm.ops.add_norm.op import layer_norm
-from vmamba_mm.ops.backends import autocast_dtype
+from vmamba_mm.ops.backends import autocast_dtype, wants_grad
 from vmamba_mm.ops.conv_norm import cuda
 from vmamba_mm.ops.registration import flop_formula, register
 
@@ -77,8 +77,9 @@ def _bwd_flops(grad_shape, x_shape, weight_shape, bias_shape, norm_shape, other_
 def channels_last(x_BCHW: Tensor) -> Tensor:
     """Images as :func:`conv_norm` takes them, (B, H, W, C), by one copy at most."""
     dtype = autocast_dtype(x_BCHW) if x_BCHW.dtype == torch.float32 else None
-    x_BCHW = x_BCHW.to(dtype or x_BCHW.dtype, memory_format=torch.channels_last)
-    return x_BCHW.permute(0, 2, 3, 1)
+    # On the permuted map, since vmap does not know memory_format=torch.channels_last.
+    return x_BCHW.permute(0, 2, 3, 1).to(dtype or x_BCHW.dtype,
+                                         memory_format=torch.contiguous_format)
 
 
 def conv_norm(x_BHWC: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor,
@@ -105,6 +106,5 @@ def conv_norm(x_BHWC: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor,
         return layer_norm(y.permute(0, 2, 3, 1), norm_weight, norm_bias, eps, out_dtype=out_dtype)
     x = x_BHWC.to(autocast or x_BHWC.dtype)
     leaves = (x, weight, bias, norm_weight, norm_bias)
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in leaves)
     out_dtype = out_dtype or (torch.float32 if autocast else x.dtype)
-    return _fwd(*leaves, stride, padding, eps, out_dtype, save)[0]
+    return _fwd(*leaves, stride, padding, eps, out_dtype, wants_grad(*leaves))[0]

@@ -72,4 +72,4 @@ def dwconv_silu(x_BHWD: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     if cuda.why_not(x_BHWD, weight, bias) is None:
         return _fwd(x_BHWD, weight, bias)
     y = F.conv2d(x_BHWD.permute(0, 3, 1, 2), weight, bias, padding=1, groups=dim)
-    return F.silu(y).permute(0, 2, 3, 1)
+    return F.silu(y).to(x_BHWD.dtype).permute(0, 2, 3, 1)

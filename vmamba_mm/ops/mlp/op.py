@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vmamba_mm.ops.backends import wants_grad
 from vmamba_mm.ops.mlp import cuda
 from vmamba_mm.ops.registration import flop_formula, register
 
@@ -69,5 +70,4 @@ def mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling() or cuda.why_not(x, w1, b1, w2, b2) is not None:
         return F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w1, b1, w2, b2))
-    return _fwd(x, w1, b1, w2, b2, save)[0]
+    return _fwd(x, w1, b1, w2, b2, wants_grad(x, w1, b1, w2, b2))[0]

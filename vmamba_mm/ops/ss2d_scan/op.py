@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmamba_mm.ops.backends import Backend, resolve_backend
+from vmamba_mm.ops.backends import Backend, resolve_backend, wants_grad
 from vmamba_mm.ops.cross_scan.reference import ROUTES
 from vmamba_mm.ops.registration import flop_formula, register
 from vmamba_mm.ops.selective_scan.op import scan_flops
@@ -71,10 +71,6 @@ def _fwd(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_projs_bia
     return y, x.new_empty(0), x.new_empty(0)
 
 
-def _wants_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-
-
 @flop_formula('ss2d_scan_fwd')
 def _fwd_flops(x_shape, x_proj_shape, dt_projs_shape, bias_shape, A_shape, *args,
                out_shape=None, **kwargs) -> int:
@@ -128,7 +124,7 @@ def ss2d_scan(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_proj
     backend = resolve_backend(
         backend, cuda=lambda: cuda.why_not(x, out_dtype, parameters),
         triton=lambda: triton_scan.why_not(x, out_dtype, parameters, by_default))
-    save = backend == 'cuda' and _wants_grad(x, *parameters)
+    save = backend == 'cuda' and wants_grad(x, *parameters)
     return _fwd(x, *parameters, out_dtype, backend, save)[0]
 
 
@@ -203,7 +199,7 @@ def ss2d_scan_norm(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor,
     check(x, *parameters)
     resolved = resolve_backend(backend, cuda=lambda: cuda.why_not(x, x.dtype, everything[1:]))
     if resolved == 'cuda' and cuda.norm_fits(x):
-        return _fwd_norm(*everything, eps, _wants_grad(*everything))[0]
+        return _fwd_norm(*everything, eps, wants_grad(*everything))[0]
     # Under autocast the merged map stays fp32 up to the norm, as published.
     y_BDHW = ss2d_scan(x, *parameters, backend=backend,
                        out_dtype=torch.promote_types(x.dtype, norm_weight.dtype))

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmamba_mm.ops.backends import autocast_dtype
+from vmamba_mm.ops.backends import autocast_dtype, wants_grad
 from vmamba_mm.ops.conv_norm.op import channels_last, conv_norm
 from vmamba_mm.ops.registration import flop_formula, register
 from vmamba_mm.ops.stem import cuda
@@ -46,8 +46,7 @@ def conv_norm_gelu(x_BCHW: Tensor, weight: Tensor, bias: Tensor, norm_weight: Te
     """
     leaves = x_BCHW, weight, bias, norm_weight, norm_bias
     out_dtype = autocast_dtype(x_BCHW) or x_BCHW.dtype
-    trains = torch.is_grad_enabled() and any(t.requires_grad for t in leaves)
-    if trains or cuda.why_not(x_BCHW, out_dtype, *leaves[1:]) is not None:
+    if wants_grad(*leaves) or cuda.why_not(x_BCHW, out_dtype, *leaves[1:]) is not None:
         return F.gelu(conv_norm(channels_last(x_BCHW), *leaves[1:], eps, stride=2, padding=1,
                                 out_dtype=autocast_dtype(x_BCHW)))
     return _inference(*leaves, eps, out_dtype)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from vmamba_mm.ops.backends import wants_grad
 from vmamba_mm.ops.registration import flop_formula, register
 from vmamba_mm.ops.ss2d_scan.op import _fwd_flops
 from vmamba_mm.ops.vss_block import cuda
@@ -89,8 +90,7 @@ def vss_block(x: Tensor, parameters: tuple[Tensor, ...], conv_bias: Tensor | Non
     Returns:
         (B, H, W, C).
     """
-    if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in parameters)) \
-            or any(scale is not None for scale in scales):
+    if wants_grad(x, *parameters) or any(scale is not None for scale in scales):
         return _training(x, *parameters, conv_bias, *scales, eps, dtype, out_dtype)[0]
     return vss_blocks(x, [parameters], [] if conv_bias is None else [conv_bias], eps, dtype,
                       out_dtype)
