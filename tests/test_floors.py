@@ -14,11 +14,13 @@ MM = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain')
 #: what the modules below a path may import, besides the standard library and themselves
 ALLOWED = {
     '__init__.py': (),
-    'ops': ('torch', 'triton', 'vmamba_mm.ops', 'vmamba_mm.atomic'),
+    'ops': ('torch', 'triton', 'vmamba_mm.ops', 'vmamba_mm.atomic', 'vmamba_mm.links'),
     'testing.py': ('torch', 'vmamba_mm.ops'),
     'layers': ('torch', 'vmamba_mm.ops', 'vmamba_mm.layers'),
     'arch.py': (),
     'atomic.py': (),
+    'config.py': (),
+    'links.py': (),
     'compat.py': ('torch', 'numpy', 'mmengine'),
     'checkpoint.py': ('torch', 'vmamba_mm.arch', 'vmamba_mm.compat'),
     'files.py': ('torch', 'safetensors', 'vmamba_mm.atomic', 'vmamba_mm.compat',
@@ -27,16 +29,16 @@ ALLOWED = {
     'loading.py': ('mmengine', 'vmamba_mm.compat', 'vmamba_mm.files'),
     'models': ('torch', 'mmengine', 'vmamba_mm.ops', 'vmamba_mm.layers', 'vmamba_mm.models',
                'vmamba_mm.registry', 'vmamba_mm.arch', 'vmamba_mm.compat', 'vmamba_mm.checkpoint',
-               'vmamba_mm.files', 'vmamba_mm.loading'),
+               'vmamba_mm.files', 'vmamba_mm.loading', 'vmamba_mm.config'),
     'engine': ('torch', 'numpy', 'matplotlib', 'mmengine', 'mmcv', 'vmamba_mm.compat',
                'vmamba_mm.registry', 'vmamba_mm.engine', 'vmamba_mm.checkpoint',
-               'vmamba_mm.atomic', 'vmamba_mm.files'),
+               'vmamba_mm.atomic', 'vmamba_mm.files', 'vmamba_mm.config'),
     # Imported by nobody but the user, who has timm or mmpretrain then.
     'timm.py': ('torch', 'timm', 'vmamba_mm'),
-    'mmpretrain.py': ('mmpretrain', 'vmamba_mm.compat'),
+    'mmpretrain.py': ('mmpretrain', 'vmamba_mm.compat', 'vmamba_mm.links'),
     # Imported when a config names one of its transforms.
     'transforms.py': ('torch', 'numpy', 'cv2', 'mmcv', 'mmpretrain', 'vmamba_mm.compat',
-                      'vmamba_mm.registry'),
+                      'vmamba_mm.config', 'vmamba_mm.registry'),
 }
 
 

@@ -2,10 +2,8 @@
 
 import json
 import re
-import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -300,24 +298,6 @@ def test_hub_loads_an_official_file(mm):
 
 
 # -- the installed package -----------------------------------------------------------------
-
-def test_wheel_holds_the_zoo(tmp_path):
-    """The links in vmamba_mm/.mim, where mm* look for configs, become files of the wheel."""
-    for name in ('pyproject.toml', 'README.md', 'LICENSE', 'model-index.yml'):
-        shutil.copy(REPO / name, tmp_path)
-    for name in ('vmamba_mm', 'configs'):
-        shutil.copytree(REPO / name, tmp_path / name, symlinks=True,
-                        ignore=shutil.ignore_patterns('__pycache__'))
-    wheel = run('from setuptools import build_meta\n'
-                'print()\n'
-                'print(build_meta.build_wheel("."))', tmp_path)
-    with zipfile.ZipFile(tmp_path / wheel) as archive:
-        found = {name.removeprefix('vmamba_mm/.mim/'): archive.read(name)
-                 for name in archive.namelist() if '/.mim/' in name}
-    files = [REPO / 'model-index.yml', *CONFIGS.rglob('*')]
-    assert found == {p.relative_to(REPO).as_posix(): p.read_bytes() for p in files
-                     if p.is_file() and '__pycache__' not in p.parts}
-
 
 @pytest.mark.parametrize('name', ['imagenet/vmamba-tiny-s1l8_8xb128_in1k-224',
                                   'coco/mask-rcnn_vmamba-base-s2l15_fpn_8xb1-1x_coco',

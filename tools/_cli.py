@@ -18,7 +18,9 @@ except ModuleNotFoundError:  # not installed: use the checkout that this file is
     sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from vmamba_mm.compat import EXTRAS, UserError, missing_package, prepare_mm  # noqa: E402
+from vmamba_mm.config import scopes_of, type_name  # noqa: E402
 
+TASKS = ('cls', 'det', 'seg')
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.ppm')
 # These fetch their data themselves, so that a missing folder is no mistake.
@@ -171,6 +173,10 @@ def _explain(err):
         return f'the config gives a setting that its type does not have: {text}'
     if isinstance(err, ValueError | TypeError) and _raised_in(err, 'vmamba_mm'):
         return text
+    if isinstance(err, ValueError | TypeError) and _raised_in(err, 'torch.optim'):
+        return f'optim_wrapper.optimizer of the config is not allowed: {text}'
+    if isinstance(err, AssertionError) and text.startswith('self.begin_'):
+        return f'an EMAHook of the config begins after the end of the training: {text}'
     if 'TTA of instance segmentation' in text:
         return 'mmdet has no test-time augmentation for models with masks: test without --tta'
     if 'end should be larger than begin' in text:
@@ -180,10 +186,30 @@ def _explain(err):
         return ('some parameters have no part in the loss, which several processes do not allow: '
                 'let model.backbone.out_indices name the outputs in use, or set '
                 'find_unused_parameters=True')
+    if 'need at least one array to concatenate' in text:
+        return _explain_empty(err)
     known = ('Found 0 files in subfolders of', 'Failed to load `ann_file`',
              "doesn't match the number of specified classes")
     if any(k in text for k in known):
         return text
+    return None
+
+
+def _explain_empty(err):
+    """mmengine cannot pack a data set of no samples: look for it in the frames of the error."""
+    from vmamba_mm.engine.labels import check_categories
+
+    frame = err.__traceback__
+    while frame is not None:
+        dataset = frame.tb_frame.f_locals.get('self')
+        if hasattr(dataset, 'ann_file') and hasattr(dataset, 'metainfo'):
+            try:
+                check_categories(dataset, 'the dataset', lambda line: None)
+            except UserError as found:
+                return str(found)
+            return (f'the data set {type(dataset).__name__} ({dataset.ann_file}) has no samples, '
+                    'or its filter_cfg leaves none')
+        frame = frame.tb_next
     return None
 
 
@@ -196,15 +222,15 @@ def _own_message(err):
 
 
 def _raised_in(err, package):
-    """Whether the innermost frame of an error is in a package."""
+    """Whether the innermost frame of an error is in a package or module."""
     frame = err.__traceback__
     while frame.tb_next is not None:
         frame = frame.tb_next
-    return frame.tb_frame.f_globals.get('__name__', '').split('.')[0] == package
+    return f'{frame.tb_frame.f_globals.get("__name__", "")}.'.startswith(f'{package}.')
 
 
 def _explain_type(text):
-    found = re.search(r'(\S+) is not in the (\S+) registry', text)
+    found = re.search(r'(\S+) is not in the (.+?) registry', text)
     if not found:
         return text
     name, registry = found[1].strip('\'"'), found[2].rpartition('::')[2]
@@ -234,7 +260,8 @@ def _registered(registry_name):
 def load_config(path, options=()):
     """Read a config file, or a stock one as ``mmdet::folder/name.py``, and apply KEY=VALUE."""
     prepare_mm()
-    from mmengine.config import Config, DictAction
+    from _options import parse_options, say_what_is_lost
+    from mmengine.config import Config
 
     try:
         if '::' in path:
@@ -249,18 +276,19 @@ def load_config(path, options=()):
     except Exception as err:
         raise UserError(f'the config {path} cannot be read: {type(err).__name__}: {err}') from err
     if options:
-        parser = argparse.ArgumentParser()
-        parser.add_argument('options', nargs='+', action=DictAction)
-        wrong = [o for o in options if '=' not in o]
-        if wrong:
-            raise UserError(f'--cfg-options takes KEY=VALUE, not {wrong[0]!r}')
+        hooks = list(cfg.get('custom_hooks') or ())
         try:
-            cfg.merge_from_dict(parser.parse_args(list(options)).options)
-        except (KeyError, TypeError, IndexError, AssertionError) as err:
+            cfg.merge_from_dict(parse_options(options))
+        except (KeyError, TypeError, IndexError, AttributeError, AssertionError) as err:
             raise UserError(f'--cfg-options {" ".join(options)}: {err}') from err
+        say_what_is_lost(hooks, cfg.get('custom_hooks'), '--cfg-options custom_hooks=')
     if cfg.get('model') is None:
         raise UserError(f'the config {path} has no model')
     find_task(cfg)
+    if not isinstance(cfg.model.get('type'), str) or cfg.model.type.count('.') > 1:
+        # In mmengine's pure Python style nothing looks names up in a scope, but what the tools add
+        # to the config does.
+        cfg.default_scope = cfg.get('default_scope') or 'mmengine'
     return cfg
 
 
@@ -272,26 +300,6 @@ def _similar_files(path):
     return f'; did you mean {" or ".join(close)}?' if close else ''
 
 
-def type_name(node):
-    """The bare name of what a config's node is: 'X' of 'X', 'mmdet.X', 'mmdet.models.X' or class X.
-
-    ``node``: a dict with a ``type``, or the type itself; '' without one.
-    """
-    kind = node.get('type') if isinstance(node, dict) else node
-    if isinstance(kind, str):
-        return kind.rpartition('.')[2]
-    return getattr(kind, '__name__', '')
-
-
-def scope_of(node):
-    """The package that a node's type names, such as 'mmdet'; of a class its module's; else ''."""
-    kind = node.get('type') if isinstance(node, dict) else node
-    if not isinstance(kind, str):
-        return getattr(kind, '__module__', '').partition('.')[0]
-    scope = kind.partition('.')[0] if '.' in kind else ''
-    return scope or (node.get('_scope_') or '' if isinstance(node, dict) else '')
-
-
 def find_task(cfg):
     """'cls', 'det' or 'seg', whose package is installed; None for a model of no such package.
 
@@ -299,21 +307,21 @@ def find_task(cfg):
     derived from one of its), else from default_scope, which is set where the config has none.
 
     Raises:
-        UserError: if there is no such model, as in a config of another OpenMMLab package.
+        UserError: if there is no such scope or model, as in a config of another OpenMMLab package.
     """
-    tasks = {scope: task for scope, task in EXTRAS.items() if task in ('cls', 'det', 'seg')}
+    tasks = {scope: task for scope, task in EXTRAS.items() if task in TASKS}
     kind, default = cfg.model.get('type'), cfg.get('default_scope')
-    scopes = [scope_of(base) for base in getattr(kind, '__mro__', ())]
-    scopes += [scope_of(cfg.model), default]
+    scopes = [*scopes_of(kind), cfg.model.get('_scope_'), default]
     scope = next((s for s in scopes if s in tasks), None)
+    found = kind
     if scope is None and (kind is None or isinstance(kind, str)):
-        bases = getattr(_find_class(kind, default), '__mro__', ())
-        if not bases:
-            raise UserError(
-                f"the config's model type={kind!r} and default_scope={default!r} are of no task "
-                f'that is known here: default_scope is {", ".join(map(repr, tasks))}, or the '
-                "model's type begins with one of them, as 'mmdet.MaskRCNN' does")
-        scope = next((s for s in map(scope_of, bases) if s in tasks), None)
+        found = _find_class(kind, default)
+        scope = next((s for s in scopes_of(found) if s in tasks), None)
+    if found is None or default and not _is_scope(default):
+        raise UserError(
+            f"the config's model type={kind!r} and default_scope={default!r} are of no task that "
+            f'is known here: default_scope is {", ".join(map(repr, tasks))}, or, in a config of '
+            "'mmengine', the model's type begins with one of them, as 'mmdet.MaskRCNN' does")
     if scope is None:
         return None
     from vmamba_mm.compat import require_working
@@ -321,6 +329,15 @@ def find_task(cfg):
     if not default:
         cfg.default_scope = scope
     return tasks[scope]
+
+
+def _is_scope(name):
+    """Whether a default_scope is that of a package, or of a registry that was made."""
+    from importlib.util import find_spec
+
+    from mmengine.registry import MODELS
+
+    return name in MODELS.children or name.isidentifier() and find_spec(name) is not None
 
 
 def _find_class(kind, scope):
@@ -369,13 +386,13 @@ def check_data_paths(cfg, *loaders):
         for metric in evaluators if isinstance(evaluators, list | tuple) else [evaluators]:
             path = metric.get('ann_file')
             if path and '://' not in path and not os.path.exists(path):
-                raise UserError(f'the annotation file {path} of {metric.get("type")} '
+                raise UserError(f'the annotation file {path} of {type_name(metric)} '
                                 f'({loader.replace("dataloader", "evaluator")}.ann_file) does '
                                 'not exist')
 
 
 def _check_dataset_paths(name, dataset):
-    if dataset.get('backend_args') or str(dataset.get('type')).rpartition('.')[2] in DOWNLOADING:
+    if dataset.get('backend_args') or type_name(dataset) in DOWNLOADING:
         return
     root = dataset.get('data_root') or ''
     prefixes = dataset.get('data_prefix') or {}
@@ -410,9 +427,19 @@ def choose_device(name):
     """--device, else a GPU if there is one."""
     from mmengine.device import get_device
 
-    if name and name.startswith('cuda') and not has_gpu():
+    if not name:
+        return get_device()
+    if name.startswith('cuda') and not has_gpu():
         raise UserError(f'--device {name}: torch finds no GPU here')
-    return name or get_device()
+    import torch
+
+    try:
+        torch.zeros(1, device=name).cpu()
+    except Exception as err:
+        there = ['cpu', *(f'cuda:{i}' for i in range(torch.cuda.device_count()))]
+        raise UserError(f'--device {name}: torch cannot compute there ({str(err).splitlines()[0]}'
+                        f'); choose one of {", ".join(there)}') from err
+    return name
 
 
 def evaluate_in_fp32_without_gpu(cfg):
@@ -463,7 +490,8 @@ def start_processes(cfg, launcher):
 def sync_to_plain_batch_norm(node):
     """SyncBN runs on GPUs only."""
     if isinstance(node, dict):
-        if node.get('type') in ('SyncBN', 'MMSyncBN', 'mmengine.SyncBN'):
+        # torch's class is SyncBatchNorm, mmcv's are SyncBatchNorm and NaiveSyncBatchNorm.
+        if type_name(node) in ('SyncBN', 'MMSyncBN', 'SyncBatchNorm', 'NaiveSyncBatchNorm'):
             node['type'] = 'BN'
         for value in node.values():
             sync_to_plain_batch_norm(value)
@@ -490,8 +518,8 @@ def set_loader_defaults(cfg, task):
 def add_hooks(cfg, *types):
     """Add hooks of vmamba_mm unless the config has them with its own settings."""
     hooks = list(cfg.get('custom_hooks') or [])
-    present = {hook.get('type') for hook in hooks if isinstance(hook, dict)}
-    hooks += [dict(type=f'vmamba_mm.{t}') for t in types if f'vmamba_mm.{t}' not in present]
+    present = {type_name(hook) for hook in hooks}
+    hooks += [dict(type=f'vmamba_mm.{t}') for t in types if t not in present]
     cfg.custom_hooks = hooks
 
 

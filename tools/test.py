@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 
+import _checks
 import _cli
 
 EXAMPLES = """\
@@ -120,6 +121,7 @@ def main():
     task = _cli.find_task(cfg)
     if cfg.get('test_dataloader') is None or cfg.get('test_evaluator') is None:
         raise _cli.UserError(f'the config {args.config} has no test_dataloader and test_evaluator')
+    _checks.check_testing(cfg)
     _cli.set_work_dir(cfg, args)
     from vmamba_mm.files import fetch, read_checkpoint
     from vmamba_mm.loading import register
@@ -142,7 +144,7 @@ def main():
         set_tta(cfg, task)
     # The averaged weights are what a checkpoint holds: EMAHook would only average them once more.
     cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or []
-                        if str(hook.get('type')).rpartition('.')[2] != 'EMAHook']
+                        if _cli.type_name(hook) != 'EMAHook']
     _cli.add_hooks(cfg, 'CheckDataHook', 'StrictLoadHook', 'ProgressHook')
     runner = _cli.build_runner(cfg)
     if args.out and args.out.endswith(('.pkl', '.pickle')):

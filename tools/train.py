@@ -2,12 +2,14 @@
 
 import os
 
+import _checks
 import _cli
 
 EXAMPLES = """\
   python tools/train.py configs/imagenet/vmamba-tiny-s1l8_8xb128_in1k-224.py
   python tools/train.py CONFIG --work-dir work_dirs/try1 --resume
   python tools/train.py CONFIG --cfg-options train_dataloader.batch_size=16 --auto-scale-lr
+  python tools/train.py CONFIG --cfg-options load_from=FILE --allow-mismatch '^head'
   tools/dist_train.sh CONFIG 8 --amp                   (8 GPUs of one machine)"""
 
 
@@ -21,6 +23,10 @@ def parse_args():
     parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
                         help='go on from a checkpoint; without a value, or with "auto", from the '
                         'newest complete one in the work dir, if any')
+    parser.add_argument('--allow-mismatch', nargs='+', default=[], metavar='PATTERN',
+                        help='start from a load_from that fits in part: regular expressions of '
+                        'the names of parameters that may differ and then start anew, for example '
+                        "'^head' (added to the config's allow_mismatch)")
     parser.add_argument('--amp', action='store_true',
                         help='mixed precision (needs a GPU)')
     parser.add_argument('--auto-scale-lr', action='store_true',
@@ -35,12 +41,12 @@ def set_amp(cfg, asked):
     wrapper = cfg.get('optim_wrapper')
     if wrapper is None:
         return
-    name = str(getattr(wrapper.get('type'), '__name__', wrapper.get('type', 'OptimWrapper')))
-    is_amp = name.rpartition('.')[2] == 'AmpOptimWrapper'
+    name = _cli.type_name(wrapper) or 'OptimWrapper'
+    is_amp = name == 'AmpOptimWrapper'
     if asked and not _cli.has_gpu():
         raise _cli.UserError('--amp needs a GPU, and torch finds none here; train without --amp')
     if asked and not is_amp:
-        if name.rpartition('.')[2] != 'OptimWrapper':
+        if name != 'OptimWrapper':
             raise _cli.UserError(f'--amp cannot be used with optim_wrapper.type={name}')
         wrapper.type = 'AmpOptimWrapper'
         wrapper.setdefault('loss_scale', 'dynamic')
@@ -82,12 +88,24 @@ def set_resume(cfg, wanted):
         cfg.randomness = dict(cfg.get('randomness') or {}, seed=meta['seed'])
 
 
+def set_allowed(cfg, patterns):
+    """Names of parameters that StrictLoadHook lets differ: the config's and the option's."""
+    from vmamba_mm.engine.strict_load import check_patterns
+
+    if patterns and not cfg.get('load_from'):
+        raise _cli.UserError('--allow-mismatch needs a checkpoint to start from: '
+                             '--cfg-options load_from=FILE')
+    allowed = [*check_patterns(cfg.get('allow_mismatch') or (), 'allow_mismatch of the config'),
+               *check_patterns(patterns, '--allow-mismatch')]
+    if allowed:
+        cfg.allow_mismatch = allowed
+
+
 def set_hooks(cfg):
     hooks = dict(cfg.get('default_hooks') or {})
     checkpoint = hooks.get('checkpoint', dict(type='CheckpointHook', interval=1))
     if checkpoint is not None:
-        name = getattr(checkpoint['type'], '__name__', checkpoint['type'])
-        if name.rpartition('.')[2] == 'CheckpointHook':
+        if _cli.type_name(checkpoint) == 'CheckpointHook':
             checkpoint['type'] = 'vmamba_mm.AtomicCheckpointHook'
         hooks['checkpoint'] = checkpoint
     cfg.default_hooks = hooks
@@ -101,7 +119,7 @@ def set_visualizer(cfg):
 
     visualizer = cfg.get('visualizer') or dict(type='Visualizer')
     backends = list(visualizer.get('vis_backends') or [])
-    present = {str(b.get('type')).rpartition('.')[2] for b in backends}
+    present = {_cli.type_name(b) for b in backends}
     wanted = ['LocalVisBackend']
     if find_spec('tensorboard'):
         wanted.append('TensorboardVisBackend')
@@ -125,6 +143,7 @@ def main():
     if cfg.get('train_dataloader') is None or cfg.get('train_cfg') is None:
         raise _cli.UserError(f'the config {args.config} has no train_dataloader and train_cfg: '
                              'it is no training recipe')
+    _checks.check_training(cfg)
     _cli.set_work_dir(cfg, args)
     set_amp(cfg, args.amp)
     if args.auto_scale_lr:
@@ -134,6 +153,7 @@ def main():
     _cli.start_processes(cfg, args.launcher)
     _cli.set_loader_defaults(cfg, _cli.find_task(cfg))
     set_resume(cfg, args.resume)
+    set_allowed(cfg, args.allow_mismatch)
     set_hooks(cfg)
     set_visualizer(cfg)
     runner = _cli.build_runner(cfg)

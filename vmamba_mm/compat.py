@@ -100,6 +100,11 @@ def get_installed_path(package):
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise missing_package(module)
+    if module == 'vmamba_mm' and not (Path(spec.origin).parent / '.mim/configs').is_dir():
+        raise UserError(
+            "vmamba_mm:: finds no configs: git wrote text files in place of the checkout's "
+            'symbolic links (core.symlinks=false); name the config by its path in the checkout, '
+            'or install with pip install . and not as editable')
     return spec.origin.rpartition('/__init__.py')[0] or spec.submodule_search_locations[0]
 
 

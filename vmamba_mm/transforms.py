@@ -14,6 +14,7 @@ from mmcv.transforms import RandomFlip as MMCVRandomFlip
 from mmcv.transforms.utils import cache_randomness
 
 from vmamba_mm.compat import prepare_mm, require_working
+from vmamba_mm.config import scopes_of, type_name
 from vmamba_mm.registry import TRANSFORMS
 
 prepare_mm()  # before mmpretrain, which some releases of transformers break
@@ -143,6 +144,12 @@ class Contrast(stock.Contrast):
 FASTER = {t.__name__: t for t in (AutoContrast, Equalize, Contrast)}
 
 
+def _is_stock(policy):
+    """Whether a policy names one of mmpretrain's three operations, in whichever way."""
+    return type_name(policy) in FASTER and \
+        next(scopes_of(policy), 'mmpretrain') in ('mmpretrain', 'mmcls')
+
+
 @TRANSFORMS.register_module()
 class RandAugment(stock.RandAugment):
     """Stock, with the three operations above where the policies name mmpretrain's.
@@ -156,7 +163,7 @@ class RandAugment(stock.RandAugment):
                 raise ValueError(f'policies must be a list or one of {sorted(RANDAUG_POLICIES)}, '
                                  f'not {policies!r}')
             policies = RANDAUG_POLICIES[policies]
-        policies = [dict(p, type=f'vmamba_mm.{p["type"]}') if p.get('type') in FASTER else p
+        policies = [dict(p, type=f'vmamba_mm.{type_name(p)}') if _is_stock(p) else p
                     for p in policies]
         super().__init__(policies, *args, **kwargs)
 

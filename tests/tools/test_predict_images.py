@@ -265,7 +265,8 @@ def test_letters_that_no_font_has(task, projects, call, tmp_path):
 
 @pytest.mark.parametrize(('scope', 'kind'), [
     ("'mmaction'", "'ImageClassifier'"), ('None', "'ImageClassifier'"),
-    ("'mmpretain'", "'ImageClassifier'"), ("'mmengine'", "'mmrotate.OrientedRCNN'")])
+    ("'mmpretain'", "'ImageClassifier'"), ("'mmengine'", "'mmrotate.OrientedRCNN'"),
+    ("'mmaction'", "'mmpretrain.ImageClassifier'")])
 @pytest.mark.parametrize('tool', ['predict.py', 'test.py'])
 def test_unknown_scope(tool, scope, kind, projects, call, tmp_path):
     config, checkpoint, images = projects('cls')
@@ -281,7 +282,7 @@ def test_unknown_scope(tool, scope, kind, projects, call, tmp_path):
 def test_task_of_a_model(mm, tools_on_path):
     import mmdet.models
     import mmpretrain.models
-    from _cli import find_task, scope_of, type_name
+    from _cli import find_task
     from mmengine.config import ConfigDict
     from mmengine.model import BaseModel
 
@@ -302,8 +303,3 @@ def test_task_of_a_model(mm, tools_on_path):
     cfg = ConfigDict(model=dict(type=Mine))
     find_task(cfg)
     assert cfg.default_scope == 'mmdet'
-    for node in ('X', 'mmdet.X', 'mmdet.models.X', dict(type='mmdet.X')):
-        assert type_name(node) == 'X'
-    assert type_name(dict(type=Mine)) == 'Mine' and type_name({}) == ''
-    assert scope_of(dict(type=mmdet.models.MaskRCNN)) == scope_of('mmdet.models.X') == 'mmdet'
-    assert scope_of('X') == ''

@@ -8,6 +8,12 @@ from mmengine.hooks import Hook
 from torch.utils.data import IterableDataset
 
 from vmamba_mm.compat import UserError
+from vmamba_mm.engine.labels import (
+    add_mask_checks,
+    check_instances,
+    check_num_classes,
+    segmentation_classes,
+)
 from vmamba_mm.registry import HOOKS
 
 FILE_KEYS = ('img_path', 'seg_map_path')
@@ -198,21 +204,44 @@ def check_classes(dataset):
                         'images or delete the folder')
 
 
-def check_dataset(dataset):
-    if not isinstance(dataset, IterableDataset) and len(dataset) == 0:
+def check_dataset(dataset, model, place, warn):
+    """``place``: of the data set in the config; ``warn`` is called with lines of doubt."""
+    if isinstance(dataset, IterableDataset):
+        return
+    if len(dataset):
+        check_classes(dataset)
+    check_num_classes(model, dataset, place, warn)  # which may be why there are no images
+    if len(dataset) == 0:
         where = getattr(dataset, 'data_prefix', None) or getattr(dataset, 'data_root', '')
         raise UserError(f'the data set {type(dataset).__name__} has no images: {where}')
-    check_classes(dataset)
+
+
+def measures_masks(loop):
+    """Whether a loop's evaluation computes an AP of instance masks from COCO annotations."""
+    metrics = getattr(getattr(loop, 'evaluator', None), 'metrics', ())
+    return any('segm' in (getattr(metric, 'metrics', None) or ()) for metric in metrics)
 
 
 @HOOKS.register_module()
 class CheckDataHook(Hook):
-    """Empty data sets and class folders, and corrupt images, end the run with one clear line."""
+    """Data that cannot be right end the run with one clear line.
+
+    Before it starts: empty data sets and class folders, another number of classes than the
+    model's, objects without masks. As they are loaded: corrupt images, and masks of another size
+    than their image or with values that the model does not know.
+    """
 
     priority = 'VERY_HIGH'
 
     def before_run(self, runner):
-        for loop in (runner._train_loop, runner._val_loop, runner._test_loop):
-            if hasattr(loop, 'dataloader'):
-                check_dataset(loop.dataloader.dataset)
-                install_reader(loop.dataloader)
+        number, ignored = segmentation_classes(runner.model)
+        for name in ('train', 'val', 'test'):
+            loop = getattr(runner, f'_{name}_loop')
+            if not hasattr(loop, 'dataloader'):
+                continue
+            dataset = loop.dataloader.dataset
+            check_dataset(dataset, runner.model, f'{name}_dataloader.dataset',
+                          runner.logger.warning)
+            check_instances(dataset, measures_masks(loop))
+            add_mask_checks(dataset, number, ignored)
+            install_reader(loop.dataloader)

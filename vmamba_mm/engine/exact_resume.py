@@ -7,7 +7,7 @@ run is. Augmentation then depends neither on the number of workers nor of proces
 """
 
 from mmengine.dist import broadcast_object_list, get_dist_info
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook, Hook
 from mmengine.registry import DATA_SAMPLERS
 from torch.utils.data import BatchSampler
 
@@ -108,6 +108,9 @@ class ExactResumeHook(Hook):
     def __init__(self):
         self.batches = None
 
+    def after_load_checkpoint(self, runner, checkpoint):
+        prepare_averages(runner)
+
     def before_train(self, runner):
         loop = runner.train_loop
         loader = loop.dataloader
@@ -147,6 +150,18 @@ class ExactResumeHook(Hook):
 
     def seed(self, runner):
         seed_all(MODEL, runner.seed, runner.iter, runner.rank)
+
+
+def prepare_averages(runner):
+    """Let an EMAHook make its model before a checkpoint is put into it.
+
+    It does so in ``before_run``, which some runners (mmengine's FlexibleRunner) call after they
+    have loaded the checkpoint: the hook would have no model then, or make another one.
+    """
+    for hook in runner.hooks:
+        if isinstance(hook, EMAHook) and not hasattr(hook, 'ema_model'):
+            hook.before_run(runner)
+            hook.before_run = lambda runner: None
 
 
 def rebuild_batches(runner, loader):

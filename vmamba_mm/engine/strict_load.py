@@ -1,6 +1,7 @@
 """Loading all of a checkpoint or none of it."""
 
 import re
+import shlex
 
 from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
@@ -11,17 +12,25 @@ from vmamba_mm.compat import UserError
 from vmamba_mm.registry import HOOKS
 
 
-def check_fits(model, checkpoint, name, allow=(), hint=''):
-    """Raise one line if a checkpoint is not this model's; ``allow``: patterns of excused keys.
+def unwrapped(model):
+    """The model itself, inside what makes it parallel or augments its test."""
+    if is_model_wrapper(model):
+        model = model.module
+    return model.module if isinstance(model, BaseTTAModel) else model
+
+
+def check_fits(model, checkpoint, name, allow=(), hint=None):
+    """Raise one line if a checkpoint is not this model's.
+
+    Args:
+        allow: regular expressions of names that are excused.
+        hint: gives the end of the line for the names that differ.
 
     Returns:
         The checkpoint's weights by the model's own names, and the excused names. Those have the
         model's own values, so that the weights fit exactly.
     """
-    if is_model_wrapper(model):
-        model = model.module
-    if isinstance(model, BaseTTAModel):
-        model = model.module
+    model = unwrapped(model)
     ours = model.state_dict()
     theirs = checkpoint.get('state_dict', checkpoint)
     theirs = {re.sub(r'^module\.', '', key): value for key, value in theirs.items()}
@@ -29,7 +38,8 @@ def check_fits(model, checkpoint, name, allow=(), hint=''):
     excused = sorted(k for k in wrong if any(re.search(p, k) for p in allow))
     wrong = {k: v for k, v in wrong.items() if k not in excused}
     if wrong:
-        raise UserError(explain_differences(wrong, ours, theirs, name) + hint)
+        raise UserError(explain_differences(wrong, ours, theirs, name)
+                        + (hint(wrong) if hint else ''))
     for key in excused:
         theirs.pop(key, None)
         if key in ours:
@@ -37,27 +47,66 @@ def check_fits(model, checkpoint, name, allow=(), hint=''):
     return theirs, excused
 
 
+def patterns_of(names, most=4):
+    """Regular expressions for parameters' names: ``most``, or for each name's first word."""
+    paths = [name.split('.')[:-1] or [name] for name in names]
+    for depth in range(max(map(len, paths)), 0, -1):
+        prefixes = dict.fromkeys('.'.join(path[:depth]) for path in paths)
+        if len(prefixes) <= most:
+            break
+    return [f'^{re.escape(prefix)}' + r'\b' for prefix in prefixes]
+
+
+def how_to_allow(names):
+    """The end of a message: how to start from a checkpoint in which these parameters differ."""
+    patterns = patterns_of(names)
+    if len(patterns) > 8:  # another model altogether
+        return ''
+    option = ' '.join(map(shlex.quote, patterns))
+    key = ', '.join(f"r'{p}'" for p in patterns)
+    return ('. To start from it nevertheless, tell StrictLoadHook which may differ: '
+            f'--allow-mismatch {option} (or, in the config, allow_mismatch = [{key}])')
+
+
+def check_patterns(patterns, name):
+    """Patterns as a list of regular expressions; one alone may be a str."""
+    if isinstance(patterns, str):
+        patterns = [patterns]
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as err:
+            raise UserError(f'{name}: {pattern!r} is no regular expression of parameter names, '
+                            f"such as '^head': {err}") from err
+    return list(patterns)
+
+
 @HOOKS.register_module()
 class StrictLoadHook(Hook):
     """Refuse a checkpoint whose parameters differ from the model's (mmengine only warns).
 
     Args:
-        allow: regular expressions of parameter names that may differ, for example
-            ``['^head\\.fc\\.']`` to fine-tune with another number of classes.
+        allow: regular expressions of the names of parameters that may differ when a training
+            starts from a checkpoint, for example ``['^head\\.fc\\.']`` to fine-tune with another
+            number of classes. The config's key ``allow_mismatch`` is added to them. What is
+            resumed or tested has to fit as it is.
     """
 
     priority = 'VERY_HIGH'  # before EMAHook copies the state dict
 
     def __init__(self, allow=()):
-        self.allow = tuple(allow)
+        self.allow = check_patterns(allow, 'StrictLoadHook.allow')
 
     def after_load_checkpoint(self, runner, checkpoint):
         name = runner._load_from or 'to load'
-        hint = ''
+        allow, hint = (), None
         if isinstance(runner._train_loop, BaseLoop) and not runner._resume:
-            hint = ('. To start from it nevertheless, name those that may differ: '
-                    "custom_hooks=[dict(type='vmamba_mm.StrictLoadHook', allow=['^head'])]")
-        state, excused = check_fits(runner.model, checkpoint, name, self.allow, hint)
+            more = check_patterns(runner.cfg.get('allow_mismatch') or (), 'allow_mismatch')
+            self.allow = [*dict.fromkeys([*self.allow, *more])]
+            allow, hint = self.allow, how_to_allow
+        state, excused = check_fits(runner.model, checkpoint, name, allow, hint)
         if excused:
             runner.logger.info(f'Not loaded, as StrictLoadHook.allow says: {", ".join(excused)}')
             checkpoint['state_dict'] = state
+            # It has the averages already, and mmpretrain's EMAHook would load these strictly.
+            checkpoint.pop('ema_state_dict', None)

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from mmengine.logging import MMLogger
-from mmengine.model import BaseModule, PretrainedInit, update_init_info
+from mmengine.model import BaseModule, update_init_info
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vmamba_mm.arch import ARCH_SETTINGS, resolve_arch
 from vmamba_mm.checkpoint import differences, explain_differences, to_mm
 from vmamba_mm.compat import UserError
+from vmamba_mm.config import type_name
 from vmamba_mm.files import read_checkpoint
 from vmamba_mm.layers import (
     ConvDownsample,
@@ -30,7 +31,7 @@ _DOWNSAMPLES = {'merge': MergeDownsample, 'conv': ConvDownsample}
 _SSM_KEYS = ('d_state', 'ssm_ratio', 'dt_rank', 'conv_bias', 'gate', 'act', 'conv_kernel',
              'ssm_init', 'scan')
 _NUM_STAGES = 4
-_PRETRAINED = ('Pretrained', 'mmengine.Pretrained', PretrainedInit)
+_PRETRAINED = ('Pretrained', 'PretrainedInit')
 _OUT_NORM = re.compile(r'norm\d\.')
 
 
@@ -127,7 +128,7 @@ class VMamba(BaseModule):
         """
         init_cfg = self.init_cfg
         cfgs = [init_cfg] if isinstance(init_cfg, dict) else list(init_cfg or ())
-        pretrained = [c for c in cfgs if c['type'] in _PRETRAINED]
+        pretrained = [c for c in cfgs if type_name(c) in _PRETRAINED]
         if self._is_init or not pretrained:
             super().init_weights()
             return

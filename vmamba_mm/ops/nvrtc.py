@@ -25,8 +25,9 @@ from typing import NamedTuple
 import torch
 
 from vmamba_mm.atomic import write_atomic
+from vmamba_mm.links import follow
 
-KERNELS = Path(__file__).parents[1] / 'kernels'
+KERNELS = follow(Path(__file__).parents[1] / 'kernels')
 OPTIONS = ('--std=c++17', '-lineinfo')
 CACHE_MAGIC = b'vmamba_mm kernel 1\n'
 
