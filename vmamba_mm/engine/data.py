@@ -204,17 +204,13 @@ def check_classes(dataset):
                         'images or delete the folder')
 
 
-def check_dataset(dataset, model=None, place='', warn=print):
-    """Refuse a data set without images, with empty classes, or of other classes than the model's.
-
-    ``place``: of the data set in the config; ``warn`` is called with lines of doubt.
-    """
+def check_dataset(dataset, model, place, warn):
+    """``place``: of the data set in the config; ``warn`` is called with lines of doubt."""
     if isinstance(dataset, IterableDataset):
         return
     if len(dataset):
         check_classes(dataset)
-    if model is not None:
-        check_num_classes(model, dataset, place, warn)  # which may be why there are no images
+    check_num_classes(model, dataset, place, warn)  # which may be why there are no images
     if len(dataset) == 0:
         where = getattr(dataset, 'data_prefix', None) or getattr(dataset, 'data_root', '')
         raise UserError(f'the data set {type(dataset).__name__} has no images: {where}')
