@@ -166,7 +166,7 @@ class Loader:
             if self.channels != 3:
                 raise UserError(f'{name}: the model takes images of {self.channels} channel(s), '
                                 'and the config has no test_dataloader, whose pipeline loads them')
-        elif self.channels != 3 or not reads_colours(cfg):
+        elif self.channels != 3 or reads_colours(cfg) is False:
             from vmamba_mm.engine.pictures import reads_bgr
 
             self.steps = build_steps(cfg)

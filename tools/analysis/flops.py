@@ -105,8 +105,8 @@ def count_module(model, shape):
 def find_channels(cfg, model):
     """How many channels the images of a config's model have.
 
-    The backbone's ``in_channels`` as configured or by default; else 3 where the test pipeline
-    reads colours; else those of its first convolution, which another step may come before.
+    The backbone's ``in_channels`` as configured or by default; else those of its first
+    convolution, unless the test pipeline reads photographs, which have 3.
     """
     backbone = getattr(model, 'backbone', model)
     settings = cfg.model.get('backbone') or cfg.model
@@ -115,19 +115,21 @@ def find_channels(cfg, model):
         found = settings.get(name, getattr(default, 'default', None))
         if isinstance(found, int):
             return found
-    if reads_colours(cfg):
-        return 3
-    return next((m.in_channels for m in backbone.modules() if isinstance(m, nn.Conv2d)), 3)
+    first = next((m.in_channels for m in backbone.modules() if isinstance(m, nn.Conv2d)), 3)
+    # A first step may put neighbouring pixels into channels, as YOLOX does: 12 of 3.
+    return 3 if first > 3 and reads_colours(cfg) else first
 
 
 def reads_colours(cfg):
-    """Whether the test pipeline reads images as photographs: 8-bit, in blue, green and red."""
+    """Whether the test pipeline reads photographs; None if it loads nothing that is known."""
     dataset = (cfg.get('test_dataloader') or {}).get('dataset')
-    return any(type_name(step) == 'LoadImageFromFile'
-               and step.get('color_type', 'color').startswith('color')
-               and step.get('imdecode_backend') != 'tifffile'
-               for _, inner in (datasets_of(dataset, '') if dataset else ())
-               for step in inner.get('pipeline') or ())
+    loaders = [step for _, inner in (datasets_of(dataset, '') if dataset else ())
+               for step in inner.get('pipeline') or () if type_name(step).startswith('Load')
+               and 'Annotations' not in type_name(step)]
+    return None if not loaders else all(
+        type_name(step) == 'LoadImageFromFile'
+        and step.get('color_type', 'color').startswith('color')
+        and step.get('imdecode_backend') != 'tifffile' for step in loaders)
 
 
 def _measure(model, task, shape, channels=3):
