@@ -1,5 +1,6 @@
 """The nine published architectures, and the check of a user's own."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +33,7 @@ def _is_int(value: Any, low: int) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 #: key -> (test, what is allowed)
@@ -83,4 +84,10 @@ def resolve_arch(arch: str | Mapping[str, Any]) -> dict[str, Any]:
     for key, (allowed, choices) in {**_RULES, **_OPTIONAL}.items():
         if key in arch and not allowed(arch[key]):
             raise ValueError(f'arch[{key!r}]={arch[key]!r} is not allowed; it must be {choices}')
+    for key, part in (('ssm_ratio', 'SS2D'), ('mlp_ratio', 'the MLP')):
+        if 0 < arch[key] and int(arch[key] * arch['embed_dims']) == 0:
+            zero = ', or 0 for no MLP' if key == 'mlp_ratio' else ''
+            raise ValueError(f'arch[{key!r}]={arch[key]!r} leaves {part} no channel of the '
+                             f'{arch["embed_dims"]} of embed_dims; it must be at least '
+                             f'1/{arch["embed_dims"]}{zero}')
     return dict(arch, depths=tuple(arch['depths']))

@@ -98,11 +98,17 @@ def test_other_ssm_initialisations():
 @pytest.mark.parametrize(('config', 'message'), [
     (dict(act='tanh'), 'silu.*gelu.*relu'), (dict(conv_kernel=4), '0 .no convolution. or an odd'),
     (dict(conv_kernel=1), 'at least 3'), (dict(ssm_init='ones'), 'mamba.*random.*zero'),
-    (dict(scan='zigzag'), 'cross.*unidirectional.*bidirectional.*cascade')],
+    (dict(scan='zigzag'), 'cross.*unidirectional.*bidirectional.*cascade'),
+    (dict(ssm_ratio=0.1), 'ssm_ratio must be at least 1/6')],
     ids=str)
 def test_ss2d_names_the_choices(config, message):
     with pytest.raises(ValueError, match=message):
         SS2D(6, **config)
+
+
+def test_mlp_of_no_width():
+    with pytest.raises(ValueError, match='mlp_ratio must be 0 .no MLP. or at least 1/6'):
+        VSSBlock(6, mlp_ratio=0.1, drop_path=0.0, with_cp=False, ssm_cfg={})
 
 
 ACTS = {'silu': lambda u: u / (1 + torch.exp(-u)), 'relu': lambda u: u * (u > 0),

@@ -144,3 +144,132 @@ def test_nothing_to_resume(tools, tmp_path):
     cfg = config(work_dir=str(tmp_path / 'new'), load_from=str(tmp_path / 'pretrained.pth'))
     train.set_resume(cfg, 'auto')
     assert cfg.resume is False and cfg.load_from.endswith('pretrained.pth')
+
+
+# --- --cfg-options --------------------------------------------------------------------------
+
+@pytest.mark.parametrize(('text', 'value'), [
+    ("[dict(type='A', allow=['^head'])]", [dict(type='A', allow=['^head'])]),
+    ("dict(type='A', n=-1, f=1e-4, t=(True, None))", dict(type='A', n=-1, f=1e-4,
+                                                          t=(True, None))),
+    ("{'a': {'b': []}}", dict(a=dict(b=[]))), ("'[1, 2]'", [1, 2]), ('"[\'^head\']"', ['^head']),
+    ("['a b', '^(c|d), e']", ['a b', '^(c|d), e']), ('(1,2),(3,4)', ((1, 2), (3, 4))),
+    # as mmengine reads it
+    ('[a,b]', ['a', 'b']), ('1,2', [1, 2]), ('(1)', (1,)), ('[(1,2),[a,b],c]',
+                                                          [(1, 2), ['a', 'b'], 'c']),
+    ('[true,1.5]', [True, 1.5]), ('None', None), ('false', False), ('4', 4), ('x', 'x'),
+    ('epoch_{}.pth', 'epoch_{}.pth'), ('/my data (2)/x', '/my data (2)/x')], ids=str)
+def test_values_of_options(text, value, tools):
+    from _options import parse_options
+    found = parse_options([f'a.b={text}'])
+    assert found == {'a.b': value} and type(found['a.b']) is type(value)
+
+
+@pytest.mark.parametrize('text', ['[dict(type=EMAHook)]', "[dict(type='A'", '[1,[2',
+                                  "dict(**a)", "[dict(type='A', b=true)]", "{'a': b}"])
+def test_values_that_are_no_python(text, tools):
+    from _options import parse_options
+    with pytest.raises(UserError, match=r"quote .*custom_hooks=\[dict\(type='EMAHook'"):
+        parse_options([f'custom_hooks={text}'])
+
+
+def test_options_say_which_hooks_they_replace(tools, tmp_path, capsys):
+    cli, _ = tools
+    path = tmp_path / 'config.py'
+    path.write_text("model = dict(type='A')\ncustom_hooks = [dict(type='EMAHook')]\n")
+    cfg = cli.load_config(str(path), ["custom_hooks=[dict(type='B')]"])
+    assert cfg.custom_hooks == [dict(type='B')]
+    assert 'gone: EMAHook' in capsys.readouterr().out
+    with pytest.raises(UserError, match='custom_hooks'):
+        cli.load_config(str(path), ['custom_hooks=[]', 'custom_hooks.0.type=B'])
+
+
+# --- settings that cannot work --------------------------------------------------------------
+
+@pytest.fixture
+def cls_config(tools, tmp_path):
+    """cls_config(*options): the config of the tiny classification, read as train.py does."""
+    cli, _ = tools
+    path = tmp_path / 'config.py'
+    path.write_text(tiny.cls_config(tmp_path))
+    return lambda *options: cli.load_config(str(path), options)
+
+
+@pytest.mark.parametrize(('option', 'expected'), [
+    *((f'train_dataloader.batch_size={v}', 'an int of at least 1')
+      for v in ('0', '-2', 'abc', '2.5', 'True', '[2]')),
+    ('val_dataloader.batch_size=0', 'an int of at least 1'),
+    ('train_dataloader.num_workers=-1', 'an int of at least 0'),
+    ('train_dataloader.num_workers=two', 'an int of at least 0'),
+    ('train_dataloader=3', 'must be a dict'),
+    *((f'optim_wrapper.optimizer.lr={v}', 'a finite number of at least 0')
+      for v in ('-1e-3', 'nan', 'inf', 'abc', 'True')),
+    ('optim_wrapper.optimizer.weight_decay=-1', 'a finite number of at least 0'),
+    ('optim_wrapper.optimizer.type=AdamX', 'did you mean Adam'),
+    ('optim_wrapper.optimizer.type=torch.optim.AdamX', 'did you mean Adam'),
+    *((f'train_cfg.max_epochs={v}', 'a whole number of at least 1')
+      for v in ('0', 'x', '-1', '1.5')),
+    ('train_cfg.val_interval=0', 'a whole number of at least 1'),
+    ('auto_scale_lr.base_batch_size=0', 'an int of at least 1'),
+    ('model.head.num_classes=0', 'an int of at least 1'),
+    ('model.head.num_classes=5', 'data_preprocessor.num_classes=2, which Mixup'),
+    ('val_evaluator.topk=(1,5)', r'give --cfg-options "val_evaluator.topk=\(1,\)"'),
+    ('val_evaluator.topk=5', 'knows 2 classes only'),
+    ("val_evaluator=[dict(type='mmpretrain.Accuracy', topk=(1, 3))]", 'val_evaluator.0.topk')])
+def test_settings_that_cannot_work(option, expected, cls_config):
+    import _checks
+    cfg = cls_config(option)
+    with pytest.raises(UserError, match=expected) as found:
+        _checks.check_training(cfg)
+    assert cfg.filename in str(found.value) and '\n' not in str(found.value)
+
+
+@pytest.mark.parametrize('options', [
+    [], ['train_cfg.max_epochs=3.0'], ['optim_wrapper.optimizer.lr=0'],
+    ['optim_wrapper.optimizer.type=torch.optim.AdamW'], ['optim_wrapper.optimizer.type=Lamb'],
+    ["optim_wrapper=dict(constructor='Own', a=dict(optimizer=dict(type='SGD', lr=1)))"],
+    ['model.head.topk=(1,5)'], ['model.backbone.num_classes=0'],
+    ['model.train_cfg=None', 'model.head.num_classes=5', 'val_evaluator.topk=(1,5)'],
+    ['val_cfg=None', 'val_dataloader=None', 'val_evaluator=None']], ids=' '.join)
+def test_settings_that_work(options, cls_config):
+    import _checks
+    _checks.check_training(cls_config(*options))
+
+
+def test_folders_of_ones_own_with_the_imagenet_config(tools, tmp_path, monkeypatch):
+    """The line's own options are what it takes."""
+    import shlex
+
+    import _checks
+    cli, _ = tools
+    tiny.make_cls(tmp_path, per_class=1)
+    path = str(tiny.ROOT / 'configs/imagenet/vmamba-tiny-s1l8_8xb128_in1k-224.py')
+    roots = [f'{name}_dataloader.dataset.data_root={tmp_path}' for name in ('train', 'val', 'test')]
+    with pytest.raises(UserError, match=r'2 class folder\(s\) \(blue, red\)') as found:
+        _checks.check_training(cli.load_config(path, roots))
+    options = shlex.split(str(found.value).rpartition('--cfg-options ')[2])
+    cfg = cli.load_config(path, [*roots, *options])
+    _checks.check_training(cfg)
+    _checks.check_testing(cfg)
+    assert cfg.train_dataloader.dataset.metainfo.classes == ['blue', 'red']
+    assert cfg.model.head.num_classes == cfg.data_preprocessor.num_classes == 2
+
+
+@pytest.mark.parametrize('name', ['tpu', 'meta', 'cpu of mine', 'cuda:99', 'cuda:-1', 'cuda'])
+def test_devices_that_do_not_exist(name, tools, gpu):
+    cli, _ = tools
+    gpu(False)
+    with pytest.raises(UserError, match=f'--device {name}: torch'):
+        cli.choose_device(name)
+    assert cli.choose_device('cpu') == 'cpu'
+
+
+@pytest.mark.parametrize('name', [
+    'imagenet/vmamba-tiny-s1l8_8xb128_in1k-224', 'coco/mask-rcnn_vmamba-tiny-s1l8_fpn_1x_coco',
+    'ade20k/upernet_vmamba-tiny-s1l8_8xb2-160k_ade20k-512x512', 'demo/upernet_vmamba_digits-128'])
+def test_our_configs_pass_the_checks(name, tools):
+    import _checks
+    cli, _ = tools
+    cfg = cli.load_config(str(tiny.ROOT / f'configs/{name}.py'))
+    _checks.check_training(cfg)
+    _checks.check_testing(cfg)

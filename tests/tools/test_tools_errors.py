@@ -1,9 +1,14 @@
 """A mistake in the input ends with one clear line on stderr and an exit code that is not 0."""
 
+import json
+import shlex
 import shutil
 
 import pytest
 import tiny
+from PIL import Image
+
+from vmamba_mm.files import read_checkpoint
 
 
 @pytest.fixture
@@ -111,6 +116,36 @@ def test_checkpoint_of_another_model(cls, call, checkpoint):
                     'missing', checkpoint, 'StrictLoadHook')
 
 
+def test_start_from_a_part_as_the_message_says(cls, call, tmp_path):
+    """The option is copied from the line; the config's own hooks stay; a trainer's checkpoint."""
+    work = tmp_path / 'w'
+    assert call('train.py', cls, '--work-dir', work)[0] == 0
+    start = f'load_from={work / "epoch_3.pth"}'
+    cls.write_text(cls.read_text().replace('num_classes=2', 'num_classes=3'))
+    line = assert_one_line(call('train.py', cls, '--cfg-options', start), 'head.fc.weight')
+    option = shlex.split(line[line.index('--allow-mismatch'):line.index(' (or, in the config')])
+    assert option == ['--allow-mismatch', r'^head\.fc\b']
+    code, out, err = call('train.py', cls, '--work-dir', tmp_path / 'w2', '--cfg-options', start,
+                          *option)
+    assert code == 0, err
+    assert 'Not loaded, as StrictLoadHook.allow says: head.fc.bias, head.fc.weight' in out
+    assert "type='EMAHook'" in (tmp_path / 'w2' / 'config.py').read_text()
+    assert 'ema_state_dict' in read_checkpoint(tmp_path / 'w2' / 'epoch_3.pth')
+
+    key = line[line.index('allow_mismatch ='):].rstrip(')')
+    cls.write_text(f'{cls.read_text()}\n{key}\n')
+    code, out, err = call('train.py', cls, '--cfg-options', start, 'train_cfg.max_epochs=3')
+    assert code == 0, err
+    assert 'head.fc.bias, head.fc.weight' in out
+    assert_one_line(call('test.py', cls, work / 'epoch_3.pth'), 'head.fc.weight')
+
+
+def test_wrong_use_of_allow_mismatch(cls, call, checkpoint):
+    assert_one_line(call('train.py', cls, '--allow-mismatch', '^head'), 'load_from=FILE')
+    assert_one_line(call('train.py', cls, '--cfg-options', f'load_from={checkpoint}',
+                         '--allow-mismatch', '^head('), "'^head('", 'regular expression')
+
+
 def test_part_of_a_checkpoint_to_start_from(cls, call, checkpoint):
     """Fine-tuning: the head may differ if the config says so."""
     cls.write_text(cls.read_text().replace('num_classes=2', 'num_classes=3') + """
@@ -164,3 +199,42 @@ def test_traceback_on_request(cls, call):
 def test_run_shorter_than_its_warm_up(cls, call):
     assert_one_line(call('train.py', cls, '--cfg-options', 'train_cfg.max_epochs=1'),
                     'param_scheduler')
+
+
+def test_mask_of_another_size(call, tmp_path):
+    """Today's runs ended well, having learnt from shifted labels."""
+    tiny.make_seg(tmp_path / 'data', count=3)
+    bad = tmp_path / 'data/annotations/training/2.png'
+    Image.open(bad).resize((16, 16), 0).save(bad)
+    config = tmp_path / 'config.py'
+    config.write_text(tiny.seg_config(tmp_path / 'data', workers=1))
+    assert_one_line(call('train.py', config), bad, '16 x 16', '32 x 32')
+
+
+@pytest.mark.parametrize(('change', 'words'), [
+    (lambda c: [a.pop('segmentation') for a in c['annotations']], ['no segmentation for']),
+    (lambda c: c['categories'][0].update(name='bin'), ['1 category (bin)', 'lacks box'])],
+    ids=['no masks', 'another name'])
+def test_coco_files_that_do_not_fit(change, words, call, tmp_path):
+    tiny.make_det(tmp_path / 'data')
+    file = tmp_path / 'data' / 'train.json'
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+    config = tmp_path / 'config.py'
+    config.write_text(tiny.det_config(tmp_path / 'data'))
+    assert_one_line(call('train.py', config), file, *words)
+
+
+def test_settings_of_the_optimizer(cls, call):
+    assert_one_line(call('train.py', cls, '--cfg-options', 'optim_wrapper.optimizer.type=AdamX'),
+                    cls, 'AdamX', 'did you mean Adam')
+    assert_one_line(call('train.py', cls, '--cfg-options', 'optim_wrapper.optimizer.betas=(2,2)'),
+                    'optim_wrapper.optimizer', 'beta')
+    assert_one_line(call('train.py', cls, '--cfg-options', 'param_scheduler.0.type=NoLR'),
+                    'NoLR', 'did you mean')
+
+
+def test_average_that_never_begins(cls, call):
+    assert_one_line(call('train.py', cls, '--cfg-options', 'custom_hooks.0.begin_epoch=9'),
+                    'EMAHook', 'begin_epoch: 9')

@@ -100,3 +100,21 @@ def test_kill_and_resume(task, workers, options, last, start, tmp_path):
         if part in ours:
             assert equal(ours[part], theirs[part]), part
     assert (killed / 'curves.png').stat().st_size > 1000
+
+
+@pytest.mark.parametrize('begin', [0, 3])
+def test_resume_by_a_runner_that_loads_before_its_hooks_begin(begin, start, tmp_path):
+    """mmengine's FlexibleRunner, with a moving average that begins after the checkpoint or not."""
+    tiny.make_cls(tmp_path / 'data', per_class=3)
+    path = tmp_path / 'config.py'
+    path.write_text(tiny.cls_config(tmp_path / 'data', workers=0, epochs=3))
+    options = ['--cfg-options', 'runner_type=FlexibleRunner', 'randomness.seed=1',
+               f"custom_hooks=[dict(type='mmengine.EMAHook', begin_epoch={begin})]"]
+    run = start('train.py', path, '--work-dir', tmp_path / 'a', *options)
+    assert run.wait() == 0, run.err
+    run = start('train.py', path, '--work-dir', tmp_path / 'b', '--resume',
+                tmp_path / 'a' / 'epoch_2.pth', *options)
+    assert run.wait() == 0, run.err
+    straight, resumed = (load(tmp_path / name / 'epoch_3.pth') for name in 'ab')
+    for part in ('state_dict', 'ema_state_dict', 'optimizer'):
+        assert equal(straight[part], resumed[part]), part

@@ -1,6 +1,7 @@
 """Tiny data sets and configs for the tests of the tools, in the layouts of the three tasks."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,29 @@ randomness = dict(seed={seed})
 auto_scale_lr = dict(base_batch_size=4)
 {RUNTIME.format(interval=1, by_epoch=True)}
 """
+
+
+#: where the types of cls_config are imported from in mmengine's pure Python style
+MODULES = {
+    'mmengine.dataset': 'DefaultSampler', 'mmengine.hooks': 'LoggerHook, CheckpointHook, EMAHook',
+    'mmengine.optim': 'OptimWrapper, AmpOptimWrapper, LinearLR, CosineAnnealingLR',
+    'mmengine.visualization': 'LocalVisBackend', 'torch.optim': 'AdamW',
+    'mmcv.transforms': 'LoadImageFromFile, RandomFlip, Resize',
+    'mmpretrain.datasets': 'CustomDataset, PackInputs, RandomErasing, RandomResizedCrop',
+    'mmpretrain.models': 'ImageClassifier, GlobalAveragePooling, LinearClsHead, LabelSmoothLoss, '
+                         'Mixup',
+    'mmpretrain.evaluation': 'Accuracy', 'mmpretrain.engine': 'VisualizationHook',
+    'mmpretrain.visualization': 'UniversalVisualizer', 'vmamba_mm.models': 'VMamba'}
+
+
+def new_style(text):
+    """cls_config in mmengine's pure Python style: classes as types, and no default_scope."""
+    text = re.sub(r"type='(?:\w+\.)*(\w+)'", r'type=\1', text)
+    text = text.replace("default_scope = 'mmpretrain'\n", '')
+    imports = [f'from {module} import {names}' for module, names in MODULES.items()]
+    return '\n'.join([*imports, text, 'default_hooks.update(visualization=dict('
+                      'type=VisualizationHook))', 'visualizer = dict(type=UniversalVisualizer, '
+                      'vis_backends=[dict(type=LocalVisBackend)])', ''])
 
 
 def seg_config(root, workers=1, iters=10):

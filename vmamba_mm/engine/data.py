@@ -1,6 +1,7 @@
 """Reading samples: the same random numbers for the same place in the run, and named files."""
 
 import os
+from functools import partial
 
 import numpy as np
 import torch
@@ -204,13 +205,14 @@ def check_classes(dataset):
                         'images or delete the folder')
 
 
-def check_dataset(dataset, model, place, warn):
-    """``place``: of the data set in the config; ``warn`` is called with lines of doubt."""
+def check_dataset(dataset, check_labels=None):
+    """Refuse a data set without images; ``check_labels(dataset)`` may know why it has none."""
     if isinstance(dataset, IterableDataset):
         return
     if len(dataset):
         check_classes(dataset)
-    check_num_classes(model, dataset, place, warn)  # which may be why there are no images
+    if check_labels is not None:
+        check_labels(dataset)
     if len(dataset) == 0:
         where = getattr(dataset, 'data_prefix', None) or getattr(dataset, 'data_root', '')
         raise UserError(f'the data set {type(dataset).__name__} has no images: {where}')
@@ -240,8 +242,9 @@ class CheckDataHook(Hook):
             if not hasattr(loop, 'dataloader'):
                 continue
             dataset = loop.dataloader.dataset
-            check_dataset(dataset, runner.model, f'{name}_dataloader.dataset',
-                          runner.logger.warning)
-            check_instances(dataset, measures_masks(loop))
-            add_mask_checks(dataset, number, ignored)
-            install_reader(loop.dataloader)
+            check_dataset(dataset, partial(
+                check_num_classes, runner.model, place=f'{name}_dataloader.dataset',
+                warn=runner.logger.warning))
+            if install_reader(loop.dataloader):
+                check_instances(dataset, measures_masks(loop))
+                add_mask_checks(dataset, number, ignored)

@@ -1,7 +1,9 @@
 """Labels that do not fit their images or the model: one line, before they are trained on."""
 
 import json
+import os
 
+import mmcv
 import numpy as np
 
 from vmamba_mm.compat import UserError
@@ -11,6 +13,7 @@ from vmamba_mm.engine.strict_load import unwrapped
 # that what comes before it says little.
 STOCK = ('mmcv', 'mmseg', 'mmdet', 'mmpretrain', 'vmamba_mm')
 LOOKED_AT = 200  # samples that are looked at before the first is loaded
+MOST_LABELS = 100_000  # beyond it reading them would take seconds
 
 
 def innermost(dataset):
@@ -47,6 +50,10 @@ class CheckMask:
                             'one channel whose values are class numbers; convert its colours to '
                             'class numbers (a palette PNG is read so by imdecode_backend='
                             "'pillow')")
+        if self.early and mask.dtype == np.uint8 and _is_16_bit(path) \
+                and (most := int(_read(path).max())) > 255:
+            raise UserError(f'the mask {path} has values up to {most} in 16 bits, of which mmseg '
+                            'reads 8: expected class numbers below 255; make it anew with 8 bits')
         shapes = [tuple(results['img'].shape[:2])] if 'img' in results else []
         if self.early and 'ori_shape' in results:
             shapes.append(tuple(results['ori_shape'][:2]))
@@ -65,6 +72,18 @@ class CheckMask:
                     f'for num_classes={self.num_classes} of the model, and {self.ignored} for '
                     'pixels without a label; change the mask or num_classes')
         return results
+
+
+def _is_16_bit(path):
+    """By the header of a PNG, which is read in no time beside the image."""
+    if not isinstance(path, str) or not path.lower().endswith('.png') or not os.path.isfile(path):
+        return False
+    with open(path, 'rb') as f:
+        return f.read(25)[24:] == b'\x10'
+
+
+def _read(path):
+    return mmcv.imread(path, 'unchanged', backend='pillow')
 
 
 def _size(shape):
@@ -151,6 +170,7 @@ def check_num_classes(model, dataset, place, warn):
             check_categories(inner, place, warn)
             _check_detector(model, classes, inner, place)
             _check_classifier(model, classes, place, warn)
+        _check_labels(model, inner, place)
 
 
 def check_categories(dataset, place, warn):
@@ -216,6 +236,23 @@ def _check_classifier(model, classes, place, warn):
                         f'data_preprocessor.num_classes, where the config has it)')
     if len(classes) < number:
         warn(f'{line}: the other outputs will learn nothing')
+
+
+def _check_labels(model, dataset, place):
+    """The labels of an annotation file, which nothing else compares with the classes."""
+    number = getattr(getattr(model, 'head', None), 'num_classes', None)
+    if not isinstance(number, int) or number < 1 or not hasattr(dataset, 'get_gt_labels') \
+            or not 0 < len(dataset) <= MOST_LABELS:
+        return
+    try:
+        labels = np.asarray(dataset.get_gt_labels())
+    except Exception:  # a test set without labels, or several for each image
+        return
+    if labels.ndim == 1 and labels.dtype.kind in 'iu' and \
+            not 0 <= labels.min() <= labels.max() < number:
+        raise UserError(f'{getattr(dataset, "ann_file", "") or place} has labels from '
+                        f'{labels.min()} to {labels.max()}: expected 0 to {number - 1} for '
+                        f'model.head.num_classes={number}; change the labels or num_classes')
 
 
 def segmentation_classes(model):

@@ -39,7 +39,8 @@ class SS2D(nn.Module):
     Shape: (B, H, W, C) -> (B, H, W, C), any H and W.
 
     Raises:
-        ValueError: on an ``act``, ``conv_kernel``, ``ssm_init`` or ``scan`` that does not exist.
+        ValueError: on an ``act``, ``conv_kernel``, ``ssm_init`` or ``scan`` that does not exist, or
+            an ``ssm_ratio`` that leaves no channel.
     """
 
     def __init__(self, dim: int, *, d_state: int = 1, ssm_ratio: float = 1.0,
@@ -54,6 +55,8 @@ class SS2D(nn.Module):
                              f'got {conv_kernel}')
         check_scan(scan)
         inner = int(ssm_ratio * dim)
+        if inner < 1:
+            raise ValueError(f'ssm_ratio must be at least 1/{dim} for {dim} channels: {ssm_ratio}')
         rank = -(-dim // 16) if dt_rank == 'auto' else int(dt_rank)
         self.gate = gate
         self.act = act

@@ -27,6 +27,8 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
+        if hidden < 1:
+            raise ValueError(f'mlp_ratio must be 0 (no MLP) or at least 1/{dim} for {dim} channels')
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
