@@ -73,6 +73,8 @@ def scaled_cam(maps, grads, x):
 @pytest.fixture
 def tool(mm, monkeypatch):
     """mmpretrain's vis_cam.py, beside a stand-in for pytorch_grad_cam, which it needs."""
+    from mmengine.registry import DefaultScope
+
     mmpretrain = pytest.importorskip('mmpretrain')
     package = ModuleType('pytorch_grad_cam')
     package.GradCAMPlusPlus, package.base_cam = GradCAM, ModuleType('base_cam')
@@ -88,7 +90,8 @@ def tool(mm, monkeypatch):
     spec = importlib.util.spec_from_file_location('vis_cam', path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    with DefaultScope.overwrite_default_scope('mmpretrain'):  # as in a process of its own
+        yield module
 
 
 def test_stock_tool_draws_the_backbone_s_map(tool, monkeypatch, tmp_path, capsys):

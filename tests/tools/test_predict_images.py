@@ -222,7 +222,7 @@ def test_pictures_of_any_image():
         count = image.shape[2] if image.ndim == 3 else 1
         found = Pictures()(image)
         assert found.shape == (5, 7, 3) and found.dtype == np.uint8
-        if np.ptp(image.astype(float)) > 0:
+        if np.isfinite(image).all() and np.ptp(image.astype(float)) > 0:
             assert found.min() == 0 and found.max() == 255
         assert len(default_channels(count)) in (1, 3) and max(default_channels(count)) < count
     holes = rng.random((5, 7))

@@ -164,22 +164,17 @@ def _unreadable(path, step, err=''):
 
 
 def is_image(path):
-    """Whether mmcv or Pillow can read a file, whatever its dtype and number of channels."""
+    """Whether OpenCV or Pillow can read a file, whatever its dtype and number of channels."""
     import mmcv
-    from PIL import Image
 
-    try:
-        with open(path, 'rb') as f:
-            if mmcv.imfrombytes(f.read(), flag='unchanged') is not None:
-                return True
-    except Exception:
-        pass
-    try:
-        with Image.open(path) as image:
-            image.load()
-        return True
-    except Exception:
-        return False
+    for backend in ('cv2', 'pillow'):
+        try:
+            with open(path, 'rb') as f:
+                if mmcv.imfrombytes(f.read(), flag='unchanged', backend=backend) is not None:
+                    return True
+        except Exception:  # whatever a decoder says to it
+            continue
+    return False
 
 
 def install_reader(loader):
