@@ -22,7 +22,6 @@ from vmamba_mm.config import scopes_of, type_name  # noqa: E402
 
 TASKS = ('cls', 'det', 'seg')
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
-IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.ppm')
 # These fetch their data themselves, so that a missing folder is no mistake.
 DOWNLOADING = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')
 
@@ -57,45 +56,6 @@ def add_weights_option(parser):
 
 def add_device_option(parser):
     parser.add_argument('--device', help='cpu, cuda, cuda:1, ... (default: a GPU if there is one)')
-
-
-def add_channels_option(parser):
-    parser.add_argument('--channels', type=int, nargs='+', metavar='C',
-                        help='draw these channels of the images as they are loaded, counted from '
-                        '0: one for grey, three for red, green and blue (default: colours as they '
-                        'are; of 2 channels the first, of more than 4 the first three)')
-
-
-def check_channels_option(args):
-    if args.channels and (len(args.channels) not in (1, 3) or min(args.channels) < 0):
-        raise UserError('--channels takes one or three numbers, counted from 0, not '
-                        f'{" ".join(map(str, args.channels))}')
-
-
-def list_images(names):
-    """The image files named, or in the folders named, in order.
-
-    What is hidden in a folder (``._a.jpg``, all in ``.thumbnails``) is left out, which is said.
-    """
-    paths = []
-    for name in names:
-        path = Path(name)
-        if path.is_dir():
-            files = sorted(p for p in path.rglob('*') if not p.is_dir())
-            hidden = [p for p in files
-                      if any(part.startswith('.') for part in p.relative_to(path).parts)]
-            if hidden:
-                print(f'skipped {len(hidden)} hidden file(s): {shorten(hidden)}', file=sys.stderr)
-            hidden = set(hidden)
-            found = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and p not in hidden]
-            if not found:
-                raise UserError(f'the folder {path} has no images')
-            paths += found
-        elif not path.is_file():
-            raise UserError(f'the image {path} does not exist')
-        else:
-            paths.append(path)
-    return paths
 
 
 def shorten(items, most=5):

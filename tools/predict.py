@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import _cli
-import _outputs
+import _images
 
 EXAMPLES = """\
   python tools/predict.py CONFIG CHECKPOINT photo.jpg
@@ -29,13 +29,13 @@ def parse_args():
     parser.add_argument('--out-dir', default='predictions', metavar='FOLDER',
                         help='where the pictures are written (default: predictions); a number is '
                         'added to a name that is taken, and no image is overwritten')
-    _cli.add_channels_option(parser)
+    _images.add_channels_option(parser)
     parser.add_argument('--score-thr', type=float, default=0.3, metavar='S',
                         help='draw boxes from this score on (default: 0.3)')
     _cli.add_device_option(parser)
     _cli.add_common_options(parser, launcher=False)
     args = parser.parse_args()
-    _cli.check_channels_option(args)
+    _images.check_channels_option(args)
     return args
 
 
@@ -203,9 +203,9 @@ def draw(image, sample, meta, out, detections):
 
 def find_images(names, out_dir):
     """The images named, but for pictures that this tool drew there before."""
-    images = _cli.list_images(names)
+    images = _images.list_images(names)
     drawn = [p for p in images if p.suffix.lower() == '.png' and p.parent.resolve() ==
-             out_dir.resolve() and _outputs.made_from(p)]
+             out_dir.resolve() and _images.made_from(p)]
     if drawn:
         print(f'skipped {len(drawn)} picture(s) that predict.py drew: {_cli.shorten(drawn)}',
               file=sys.stderr)
@@ -232,7 +232,7 @@ def main():
 
     steps = build_steps(cfg)
     meta = find_meta(cfg, checkpoint)
-    outputs, failures = _outputs.Outputs(out_dir), _outputs.Failures(len(images), 'predicted')
+    outputs, failures = _images.Outputs(out_dir), _images.Failures(len(images), 'predicted')
     detections = Detections(meta, args.score_thr)
     to_picture = Pictures(args.channels,
                           reads_bgr(steps, getattr(model, 'data_preprocessor', None)))
@@ -242,7 +242,7 @@ def main():
             picture = to_picture(image)
             out = outputs.choose(path)
             result = draw(picture, sample, meta, out, detections)
-            _outputs.sign(out, path)
+            _images.sign(out, path)
         except Exception as err:
             failures.add(path, err)
             continue

@@ -4,6 +4,7 @@ from copy import deepcopy
 
 import _checks
 import _cli
+import _images
 
 EXAMPLES = """\
   python tools/test.py CONFIG work_dirs/NAME/epoch_12.pth
@@ -28,13 +29,13 @@ def parse_args():
                         'segmentation a folder of label maps)')
     parser.add_argument('--show-dir', metavar='FOLDER', help='draw the predictions there, each '
                         'picture where its image lies in the data')
-    _cli.add_channels_option(parser)
+    _images.add_channels_option(parser)
     parser.add_argument('--work-dir', metavar='FOLDER',
                         help='where the log goes (default: the config\'s, else work_dirs/<name of '
                         'the config>)')
     _cli.add_common_options(parser)
     args = parser.parse_args()
-    _cli.check_channels_option(args)
+    _images.check_channels_option(args)
     return args
 
 

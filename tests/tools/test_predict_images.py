@@ -57,7 +57,7 @@ def test_nothing_is_overwritten(projects, call, tmp_path):
 
 def test_one_run_after_the_other(projects, call, tmp_path, tools_on_path):
     """Three runs, one image each; a file of somebody else's."""
-    from _outputs import made_from
+    from _images import made_from
 
     config, checkpoint, _ = projects('cls')
     other = picture(tmp_path / 'predictions/a.png').read_bytes()

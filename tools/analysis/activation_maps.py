@@ -25,9 +25,10 @@ import numpy as np
 
 TOOLS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TOOLS), str(TOOLS / 'analysis')]
-import _cli  # noqa: E402  (a sibling script, not a package)
+import _cli  # noqa: E402  (sibling scripts, not a package)
+import _images  # noqa: E402
 from _cli import UserError  # noqa: E402
-from _outputs import Failures, Outputs, sign  # noqa: E402
+from _images import Failures, Outputs, sign  # noqa: E402
 from erf import Loader, find_size, preprocess, resize  # noqa: E402
 from predict import build_model  # noqa: E402
 
@@ -60,7 +61,7 @@ def parse_args():
     parser.add_argument('--size', type=int, metavar='PIXELS',
                         help='side that the images are resized to (default: that of the test '
                         'pipeline, or 224)')
-    _cli.add_channels_option(parser)
+    _images.add_channels_option(parser)
     _cli.add_device_option(parser)
     parser.add_argument('--out', default='work_dirs/activation_maps', metavar='FOLDER',
                         help='for a picture and a .npz of the maps for each image, and '
@@ -69,7 +70,7 @@ def parse_args():
     args = parser.parse_args()
     if args.size is not None and args.size < 1:
         raise UserError('--size must be at least 1')
-    _cli.check_channels_option(args)
+    _images.check_channels_option(args)
     return args
 
 
@@ -207,7 +208,7 @@ def draw(found, image, position, title, path):
 def main():
     args = parse_args()
     cfg = _cli.load_config(args.config, args.cfg_options)
-    images = _cli.list_images(args.images)
+    images = _images.list_images(args.images)
     import logging
 
     from mmengine.logging import MMLogger

@@ -24,6 +24,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import _cli  # noqa: E402  (sibling scripts, not a package)
 from _cli import UserError  # noqa: E402
+from _images import list_images  # noqa: E402
 from predict import build_steps  # noqa: E402
 
 EXAMPLES = """\
@@ -391,7 +392,7 @@ def main():
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # for the next line, on a GPU
     torch.use_deterministic_algorithms(True, warn_only=True)
     device = _cli.choose_device(args.device)
-    paths = _cli.list_images(args.images)
+    paths = list_images(args.images)
     count = min(args.num_images, len(paths))
     paths = [paths[i * len(paths) // count] for i in range(count)]
     names = short_names(args.configs)

@@ -1,4 +1,4 @@
-"""Where a tool writes what it makes of each image: nothing is overwritten that should stay."""
+"""The images that a tool is given, and where it writes the picture that it makes of each."""
 
 import hashlib
 import os
@@ -7,8 +7,50 @@ import traceback
 from pathlib import Path
 
 import _cli
+from _cli import UserError
 
+IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.ppm')
 KEY = 'Made from'  # in the PNG: the image's name, and a hash of its path
+
+
+def add_channels_option(parser):
+    parser.add_argument('--channels', type=int, nargs='+', metavar='C',
+                        help='draw these channels of the images as they are loaded, counted from '
+                        '0: one for grey, three for red, green and blue (default: colours as they '
+                        'are; of 2 channels the first, of more than 4 the first three)')
+
+
+def check_channels_option(args):
+    if args.channels and (len(args.channels) not in (1, 3) or min(args.channels) < 0):
+        raise UserError('--channels takes one or three numbers, counted from 0, not '
+                        f'{" ".join(map(str, args.channels))}')
+
+
+def list_images(names):
+    """The image files named, or in the folders named, in order.
+
+    What is hidden in a folder (``._a.jpg``, all in ``.thumbnails``) is left out, which is said.
+    """
+    paths = []
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            files = sorted(p for p in path.rglob('*') if not p.is_dir())
+            hidden = [p for p in files
+                      if any(part.startswith('.') for part in p.relative_to(path).parts)]
+            if hidden:
+                print(f'skipped {len(hidden)} hidden file(s): {_cli.shorten(hidden)}',
+                      file=sys.stderr)
+            hidden = set(hidden)
+            found = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and p not in hidden]
+            if not found:
+                raise UserError(f'the folder {path} has no images')
+            paths += found
+        elif not path.is_file():
+            raise UserError(f'the image {path} does not exist')
+        else:
+            paths.append(path)
+    return paths
 
 
 class Outputs:
@@ -88,5 +130,5 @@ class Failures:
         if self.found:
             told = (self.found[0][1] if len(self.found) == 1
                     else _cli.shorten([image for image, _ in self.found]))
-            raise _cli.UserError(f'{len(self.found)} of {self.total} images could not be '
+            raise UserError(f'{len(self.found)} of {self.total} images could not be '
                                  f'{self.what}: {told}')
