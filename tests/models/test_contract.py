@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
 )
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.modules.module import register_module_forward_hook
@@ -269,10 +270,11 @@ def shard1(model, units, use_orig_params):
 
 
 def shard2(model, units):
+    mesh = init_device_mesh(next(model.parameters()).device.type, (1,))
     for module in model.modules():
         if isinstance(module, units):
-            fully_shard(module)
-    return fully_shard(model)
+            fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 @on_both
@@ -447,8 +449,8 @@ def test_a_module_compiled_in_place_runs_as_compiled(device):
     model, x = make(device)
     with torch.no_grad():
         expected = model(x)
-        for name in ('stages.1', 'stages.1.blocks', 'stages.1.blocks.0', 'norm0',
-                     'stages.1.blocks.0.mlp.fc1', 'stages.0.blocks.0.ssm.out_norm'):
+        for name in ('stages.1', 'stages.1.blocks.0', 'stages.1.blocks.0.mlp', 'norm0',
+                     'stages.0.blocks.0.ssm.out_norm'):
             graphs, module = [], model.get_submodule(name)
             torch._dynamo.reset()
             module.compile(backend=lambda graph, inputs, graphs=graphs: graphs.append(1) or graph)
@@ -456,3 +458,16 @@ def test_a_module_compiled_in_place_runs_as_compiled(device):
             module._compiled_call_impl = None
             assert graphs, name
             assert_same((outs, {}), (expected, {}), device)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
+@all_archs
+def test_data_parallel_on_two_gpus(arch):
+    model, x = make('cuda', arch)
+    expected = step(copy.deepcopy(model), x)
+    parallel = nn.DataParallel(model, device_ids=[0, 1])
+    outs, grads = step(parallel, x)
+    grads = {name.removeprefix('module.'): grad for name, grad in grads.items()}
+    assert_same((outs, grads), expected, 'cuda')
+    with torch.no_grad():
+        assert_same((parallel(x), {}), (expected[0], {}), 'cuda')

@@ -17,7 +17,7 @@ from torch.library import opcheck
 
 import vmamba_mm.layers.vss_block as layers
 from vmamba_mm.layers import ConvDownsample, ConvStem, VSSBlock, VSSStage
-from vmamba_mm.ops import add_norm, dwconv_silu, layer_norm, mlp, nvrtc
+from vmamba_mm.ops import add_norm, conv_norm, dwconv_silu, layer_norm, mlp, nvrtc
 from vmamba_mm.ops.channels import sum_launch
 from vmamba_mm.testing import relative_error
 
@@ -177,6 +177,48 @@ def test_norm_of_strided_and_empty_maps(kernels):
     assert y.shape == x.shape
     y.sum().backward()
     assert torch.equal(weight.grad, torch.zeros(8, device=kernels))
+
+
+def permuted(t):
+    """The same numbers, with the channels furthest apart in memory."""
+    return t.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+
+
+def shifted(t):
+    """The same numbers, one element beyond a multiple of 16 bytes."""
+    return t.new_empty(t.numel() + 1)[1:].view(t.shape).copy_(t)
+
+
+@pytest.mark.parametrize('move', [permuted, shifted, lambda t: t.repeat(1, 1, 2, 1)[:, :, ::2],
+                                  lambda t: t[:1].expand(t.shape)],
+                         ids=['permuted', 'shifted', 'gaps', 'expanded'])
+@pytest.mark.parametrize('name', ['layer_norm', 'add_norm', 'dwconv_silu', 'mlp', 'conv_norm'])
+def test_maps_of_any_strides(kernels, name, move):
+    """Inputs and their gradients may lie in memory as they like: the numbers are the same."""
+    dim = 8
+    maps = [randn(2, 5, 6, dim, device=kernels, seed=i) for i in range(2 if 'add' in name else 1)]
+    maps = [move(t) for t in maps]
+    small = [randn(dim, device=kernels, seed=i) for i in range(3, 6)]
+    op, parameters = {
+        'layer_norm': (layer_norm, small[:2]),
+        'add_norm': (lambda *args: sum(add_norm(*args)), small[:2]),
+        'dwconv_silu': (dwconv_silu, [randn(dim, 1, 3, 3, device=kernels), small[0]]),
+        'mlp': (mlp, [randn(12, dim, device=kernels), randn(12, device=kernels),
+                      randn(dim, 12, device=kernels), small[0]]),
+        'conv_norm': (lambda *args: conv_norm(*args, stride=1, padding=1),
+                      [randn(dim, dim, 3, 3, device=kernels), *small])}[name]
+
+    def run(change):
+        leaves = [change(t).detach().requires_grad_() for t in maps]
+        own = [t.detach().requires_grad_() for t in parameters]
+        y = op(*leaves, *own)
+        grad = move(randn(*y.shape, device=kernels, seed=9))
+        return y, *torch.autograd.grad(y, [*leaves, *own], change(grad))
+
+    for found, expected in zip(run(lambda t: t), run(lambda t: t.clone(
+            memory_format=torch.contiguous_format)), strict=True):
+        limit = 2e-2 if kernels == 'cuda' and name == 'conv_norm' else 1e-5  # cuDNN's TF32
+        torch.testing.assert_close(found, expected, rtol=limit, atol=limit)
 
 
 def test_norm_of_other_channels_is_pytorchs(kernels):
@@ -394,7 +436,8 @@ def test_blocks_that_do_not_run_as_one_op(kernels, chains):
 
     stage = make_stage(kernels).eval()
     assert runs(stage)
-    for module in (stage.blocks, stage.blocks[1], stage.blocks[2].mlp, stage.blocks[0].ssm.conv2d):
+    for module in (stage.blocks, stage.blocks[1], stage.blocks[2].mlp, stage.blocks[0].ssm.conv2d,
+                   stage.blocks[1].drop_path):
         handle = module.register_forward_hook(lambda *args: None)
         assert not runs(stage)
         handle.remove()

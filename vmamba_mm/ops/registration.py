@@ -7,6 +7,7 @@ time: per call it flattens arguments, builds key sets and compares every result 
 import functools
 from collections.abc import Callable
 from types import NoneType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,16 +139,37 @@ def _transformable(name: str, num_arguments: int, backward: Callable | None,
         raise NotImplementedError(f'{NAMESPACE}::{name} has no forward-mode derivative: take one '
                                   'by reverse mode, such as torch.func.grad, vjp or jacrev')
 
-    node = _make_node(name, num_arguments, backward, results, forward=lambda *args: function(*args),
-                      setup_context=setup, vmap=loop, jvp=jvp)
+    def unwrapped(ctx, *grads):
+        return backward(_Unwrapped(ctx), *grads)
+
+    node = _make_node(name, num_arguments, backward and unwrapped, results,
+                      forward=lambda *args: function(*args), setup_context=setup, vmap=loop,
+                      jvp=jvp)
     return node
 
 
 def _sample(args: tuple, dims: tuple, index: int) -> tuple:
     """Sample ``index`` of batched arguments, of which ``dims`` tells where the batch is."""
+    # A copy, since a part of memory that an op has laid out for itself can begin anywhere.
     return tuple(_sample(arg, dim, index) if isinstance(arg, list | tuple)
-                 else arg if dim is None else arg.select(dim, index)
+                 else arg if dim is None else arg.select(dim, index).clone()
                  for arg, dim in zip(args, dims, strict=True))
+
+
+class _Unwrapped:
+    """A backward's ``ctx`` without the wrappers of transforms that have ended: what vjp returns is
+    called after it."""
+
+    def __init__(self, ctx):
+        self._ctx = ctx
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor | None, ...]:
+        return tuple(None if t is None else torch._C._functorch.unwrap_if_dead(t)
+                     for t in self._ctx.saved_tensors)
 
 
 def _prepare(ctx, inputs: tuple, output, setup_context: Callable | None, results: int) -> None:

@@ -130,6 +130,14 @@ def pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def dense(tensor: Tensor | None) -> Tensor | None:
+    """``tensor`` without gaps and at a multiple of 16 bytes, as kernels take it; a copy if need
+    be."""
+    if tensor is None or tensor.is_contiguous() and tensor.data_ptr() % 16 == 0:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
 class Cut(NamedTuple):
     """Of a launch: warps of a block, blocks side by side, positions of a span, spans."""
     warps: int

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from vmamba_mm.ops.channels import parameter_grads, why_not_channels
 from vmamba_mm.ops.nvrtc import Instance, cached, kernel
-from vmamba_mm.ops.walk import CODES, TYPES, device_limits, pointer
+from vmamba_mm.ops.walk import CODES, TYPES, dense, device_limits, pointer
 
 
 def why_not(x: Tensor, *others: Tensor | None) -> str | None:
@@ -68,15 +68,14 @@ def forward(x, branch, scale, weight, bias, eps, out_dtype, save, shift=None):
     ``shift`` (D), fp32, is for calls without a branch: added before the norm, and if ``save`` to
     ``x`` itself, which has no gaps.
     """
-    x, dim, adds, norms = x.contiguous(), x.shape[-1], branch is not None, weight is not None
+    x, dim, adds, norms = dense(x), x.shape[-1], branch is not None, weight is not None
     positions = x.numel() // dim
     total = torch.empty_like(x, dtype=x.dtype if norms else out_dtype) if adds else None
     normed = torch.empty_like(x, dtype=out_dtype) if norms else None
     moments = x.new_empty((positions, 2), dtype=torch.float32) if save and norms else None
     if positions == 0:
         return total, normed, moments
-    if adds:
-        branch = branch.contiguous()
+    branch = dense(branch)
     if norms:
         bias = bias.to(weight.dtype)
     forward_launch(x.get_device(), x.dtype, branch.dtype if adds else None, out_dtype,
@@ -89,14 +88,11 @@ def forward(x, branch, scale, weight, bias, eps, out_dtype, save, shift=None):
 
 def backward(grad, x, moments, weight, bias, others, scale, branch_dtype):
     """(dx, dbranch, dweight, dbias): as in the op ``add_norm_bwd``."""
-    dim = x.shape[-1]
+    x, grad, others, dim = dense(x), dense(grad), dense(others), x.shape[-1]
     dx = torch.empty_like(x)
     dbranch = x.new_empty(x.shape if branch_dtype else (0,), dtype=branch_dtype or x.dtype)
     if x.numel() == 0:
         return dx, dbranch, torch.zeros_like(weight), torch.zeros_like(bias)
-    if others is not None:
-        others = others.contiguous()
-    grad = grad.contiguous()
     blocks, launch = backward_launch(x.get_device(), grad.dtype, x.dtype, branch_dtype,
                                      weight.dtype, len(x), x.numel() // dim // len(x), dim)
     partials = x.new_empty((blocks, 2, dim), dtype=torch.float32)

@@ -11,7 +11,7 @@ from vmamba_mm.ops.registration import register
 
 def _bwd_fake(grad, x, moments, weight, bias, others, scale, branch_dtype):
     dbranch = x.new_empty(x.shape if branch_dtype else (0,), dtype=branch_dtype or x.dtype)
-    return torch.empty_like(x), dbranch, torch.empty_like(weight), torch.empty_like(bias)
+    return x.new_empty(x.shape), dbranch, torch.empty_like(weight), torch.empty_like(bias)
 
 
 @register('add_norm_bwd', fake=_bwd_fake)
@@ -104,8 +104,8 @@ def add_norm(x: Tensor, branch: Tensor, weight: Tensor | None, bias: Tensor | No
         if weight is None:
             return total.to(out_dtype), None
         return total.to(x.dtype), _norm(total, weight, bias, eps).to(out_dtype)
-    total, normed, _ = _fwd(x, branch, scale, weight, bias, eps, out_dtype,
-                            wants_grad(x, branch, weight, bias))
+    save = weight is not None and wants_grad(x, branch, weight, bias)
+    total, normed, _ = _fwd(x, branch, scale, weight, bias, eps, out_dtype, save)
     return total, None if weight is None else normed
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from vmamba_mm.ops.channels import parameter_grads, why_not_channels
 from vmamba_mm.ops.nvrtc import Instance, cached, kernel
-from vmamba_mm.ops.walk import CODES, TYPES, device_limits, pointer
+from vmamba_mm.ops.walk import CODES, TYPES, dense, device_limits, pointer
 
 _ROWS, _ROWS_BACK = 2, 2  # rows of a thread
 _PIXELS = 'Pqiiiii'
@@ -78,7 +78,8 @@ def _pixels(x_BHWD: Tensor) -> Tensor:
     stride_b, stride_h, stride_w, stride_d = x_BHWD.stride()
     even = stride_h == width * stride_w or x_BHWD.shape[1] == 1
     aligned = stride_b % 4 == stride_w % 4 == 0 and x_BHWD.data_ptr() % 16 == 0
-    return x_BHWD if stride_d == 1 and even and aligned else x_BHWD.contiguous()
+    return x_BHWD if stride_d == 1 and even and aligned else x_BHWD.clone(
+        memory_format=torch.contiguous_format)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, forward: bool) -> Tensor:
@@ -97,7 +98,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
              ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by x, weight and bias (empty without one)."""
-    x, grad, flat = _pixels(x), grad.contiguous(), weight.contiguous()
+    x, grad, flat = _pixels(x), dense(grad), weight.contiguous()
     blocks, launch = backward_launch(
         x.get_device(), x.dtype, weight.dtype, bias.dtype if bias is not None else None,
         (x.stride(0), x.stride(2)), x.shape)

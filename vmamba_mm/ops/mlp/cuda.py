@@ -8,7 +8,7 @@ from vmamba_mm.ops.backends import autocast_dtype
 from vmamba_mm.ops.cast import cast
 from vmamba_mm.ops.channels import parameter_grads, why_not_channels
 from vmamba_mm.ops.nvrtc import Instance, cached, kernel
-from vmamba_mm.ops.walk import TYPES, device_limits, pointer
+from vmamba_mm.ops.walk import TYPES, dense, device_limits, pointer
 
 
 def why_not(x: Tensor, *parameters: Tensor) -> str | None:
@@ -74,7 +74,7 @@ def forward(x, w1, b1, w2, b2, save):
 def backward(grad, x, inner, w1, b1, w2, b2):
     """Gradients by x and the four parameters, in their dtypes."""
     half_w1, half_w2 = cast([w1, w2], x.dtype)
-    grad, flat = grad.reshape(-1, grad.shape[-1]).contiguous(), x.reshape(-1, x.shape[-1])
+    grad, flat = dense(grad.reshape(-1, grad.shape[-1])), x.reshape(-1, x.shape[-1])
     dinner, hidden = torch.mm(grad, half_w2), torch.empty_like(inner)
     db1 = column_sums(dinner, b1, inner, hidden)
     dw2 = torch.mm(grad.T, hidden).to(w2.dtype)

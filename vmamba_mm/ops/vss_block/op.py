@@ -21,19 +21,27 @@ def _inference(x: Tensor, parameters: list[Tensor], conv_biases: list[Tensor], e
     return cuda.forward(x, found, (None, None), eps, dtype, out_dtype, False)[0]
 
 
-def _bwd_fake(grad, x, parameters, conv_bias, *args):
+def _bwd_fake(grad, x, *args):
+    parameters, conv_bias = args[:_OWN], args[_OWN]
     return (x.new_empty(x.shape), *(t.new_empty(t.shape) for t in parameters),
             parameters[0].new_empty(0 if conv_bias is None else conv_bias.shape))
 
 
 @register('vss_block_bwd', fake=_bwd_fake)
-def _bwd(grad: Tensor, x: Tensor, parameters: list[Tensor], conv_bias: Tensor | None,
-         scale1: Tensor | None, scale2: Tensor | None, saved: Tensor, eps: float
+def _bwd(grad: Tensor, x: Tensor, norm1: Tensor, norm1_bias: Tensor, in_proj: Tensor, conv: Tensor,
+         x_proj: Tensor, dt_projs: Tensor, dt_bias: Tensor, A_logs: Tensor, D: Tensor,
+         out_norm: Tensor, out_norm_bias: Tensor, out_proj: Tensor, norm2: Tensor,
+         norm2_bias: Tensor, fc1: Tensor, fc1_bias: Tensor, fc2: Tensor, fc2_bias: Tensor,
+         conv_bias: Tensor | None, scale1: Tensor | None, scale2: Tensor | None, saved: Tensor,
+         eps: float
          ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                     Tensor]:
     """Gradients by x and the parameters; an empty one by a bias that is None."""
-    return cuda.backward(grad, x, (*parameters, conv_bias), (scale1, scale2), saved, eps)
+    parameters = (norm1, norm1_bias, in_proj, conv, x_proj, dt_projs, dt_bias, A_logs, D, out_norm,
+                  out_norm_bias, out_proj, norm2, norm2_bias, fc1, fc1_bias, fc2, fc2_bias,
+                  conv_bias)
+    return cuda.backward(grad, x, parameters, (scale1, scale2), saved, eps)
 
 
 def _setup_context(ctx, inputs, output):
@@ -42,9 +50,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    x, *parameters, conv_bias, scale1, scale2, saved = ctx.saved_tensors
-    *grads, dconv_bias = _bwd(grad, x, parameters, conv_bias, scale1, scale2, saved, ctx.eps)
-    return *grads, None if conv_bias is None else dconv_bias, *[None] * 5
+    saved = ctx.saved_tensors  # once: checkpointing unpacks a tensor a single time
+    *grads, dconv_bias = _bwd(grad, *saved, ctx.eps)
+    return *grads, None if saved[_OWN + 1] is None else dconv_bias, *[None] * 5
 
 
 def _fwd_fake(x, *args):
@@ -128,5 +136,5 @@ def _training_flops(x_shape, *shapes, out_shape=None, **kwargs) -> int:
 
 
 @flop_formula('vss_block_bwd')
-def _bwd_flops(grad_shape, x_shape, shapes, *args, out_shape=None, **kwargs) -> int:
-    return 2 * _flops(x_shape, shapes)
+def _bwd_flops(grad_shape, *shapes, out_shape=None, **kwargs) -> int:
+    return 2 * _training_flops(*shapes)
