@@ -166,8 +166,9 @@ def test_randaugment_is_stock(fast, read_config):
 
 def test_randaugment_policies(fast, read_config):
     read_config(STOCK)  # the scope, in which a policy of one's own is looked up
-    own = fast.RandAugment([dict(type='Equalize'), dict(type='Invert')], 1, 9)
-    assert [type(t).__module__ == fast.__name__ for t in own.transforms] == [True, False]
+    names = ('Equalize', 'mmpretrain.Equalize', 'mmpretrain.datasets.transforms.Equalize', 'Invert')
+    own = fast.RandAugment([dict(type=name) for name in names], 1, 9)
+    assert [type(t).__module__ == fast.__name__ for t in own.transforms] == [True] * 3 + [False]
     with pytest.raises(ValueError, match="'timm_increasing'.* not 'rand-m9'"):
         fast.RandAugment('rand-m9', 2, 9)
 

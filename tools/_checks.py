@@ -5,8 +5,7 @@ import math
 import os
 from pathlib import Path
 
-from vmamba_mm.compat import UserError
-from vmamba_mm.config import type_name
+from _cli import UserError, type_name
 
 # --- rules for single values ----------------------------------------------------------------------
 
@@ -32,7 +31,8 @@ WORKERS = (lambda v: _is_int(v, 0), 'an int of at least 0 (0: no worker processe
 LENGTH = (_is_length, 'a whole number of at least 1')
 RATE = (_is_rate, 'a finite number of at least 0')
 LOADER = dict(batch_size=COUNT, num_workers=WORKERS)
-LOOP = dict(max_epochs=LENGTH, max_iters=LENGTH, val_interval=LENGTH)
+INTERVAL = (lambda v: v == math.inf or _is_length(v), LENGTH[1])
+LOOP = dict(max_epochs=LENGTH, max_iters=LENGTH, val_interval=INTERVAL)
 OPTIMIZER = dict(lr=RATE, weight_decay=RATE)
 
 
@@ -160,7 +160,9 @@ def _check_k(cfg, node, place):
 
 def _check_class_folders(cfg, loader):
     """ImageNet's data set on folders of one's own: say how to name their classes."""
-    dataset = (cfg.get(loader) or {}).get('dataset') or {}
+    dataset = (cfg.get(loader) or {}).get('dataset')
+    if not isinstance(dataset, dict):
+        return
     named = (dataset.get('metainfo') or {}).get('classes') or dataset.get('classes')
     prefix = dataset.get('data_prefix') or dataset.get('split') or ''
     if type_name(dataset) != 'ImageNet' or named or dataset.get('ann_file') \

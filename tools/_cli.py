@@ -478,7 +478,7 @@ def set_loader_defaults(cfg, task):
 def add_hooks(cfg, *types):
     """Add hooks of vmamba_mm unless the config has them with its own settings."""
     hooks = list(cfg.get('custom_hooks') or [])
-    present = {type_name(hook) for hook in hooks}
+    present = {type_name(hook) for hook in hooks if next(scopes_of(hook), None) == 'vmamba_mm'}
     hooks += [dict(type=f'vmamba_mm.{t}') for t in types if t not in present]
     cfg.custom_hooks = hooks
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from mmengine.model import PretrainedInit
 from official import (
     S1,
     S2,
@@ -58,6 +59,16 @@ def test_init_cfg_from_a_classifier(prefix, official_file):
 def test_init_cfg_takes_the_norm_of_the_same_output(official_file):
     path, source = official_file
     model = VMamba(S1, (3,), init_cfg=dict(type='Pretrained', checkpoint=path))
+    model.init_weights()
+    assert_unchanged(model, source.state_dict())
+
+
+@pytest.mark.parametrize('kind', [
+    'mmengine.Pretrained', 'mmengine.model.PretrainedInit',
+    'mmengine.model.weight_init.PretrainedInit', PretrainedInit], ids=str)
+def test_init_cfg_by_other_names(kind, official_file):
+    path, source = official_file
+    model = VMamba(S1, (3,), init_cfg=dict(type=kind, checkpoint=path))
     model.init_weights()
     assert_unchanged(model, source.state_dict())
 

@@ -62,15 +62,15 @@ class CheckMask:
                             f'{results.get("img_path")} {_size(shapes[-1])} (width x height): they '
                             'must be of one size; make the mask anew, or resize it without '
                             'interpolation')
-        if self.num_classes is not None and mask.size and mask.max() >= self.num_classes:
-            found = np.unique(mask)
-            wrong = [int(v) for v in found if v >= self.num_classes and v != self.ignored]
-            if wrong:
+        if self.num_classes is not None:
+            wrong = (mask >= self.num_classes) & (mask != self.ignored)
+            if wrong.any():
+                values = ', '.join(map(str, np.unique(mask[wrong])[:5]))
                 raise UserError(
-                    f'the mask {path} has the value(s) {", ".join(map(str, wrong[:5]))} (after '
-                    f'reduce_zero_label, where that is on): expected 0 to {self.num_classes - 1} '
-                    f'for num_classes={self.num_classes} of the model, and {self.ignored} for '
-                    'pixels without a label; change the mask or num_classes')
+                    f'the mask {path} has the value(s) {values} (after reduce_zero_label, where '
+                    f'that is on): expected 0 to {self.num_classes - 1} for num_classes='
+                    f'{self.num_classes} of the model, and {self.ignored} for pixels without a '
+                    'label; change the mask or num_classes')
         return results
 
 

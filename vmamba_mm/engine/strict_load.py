@@ -70,7 +70,7 @@ def how_to_allow(names):
 
 def check_patterns(patterns, name):
     """Patterns as a list of regular expressions; one alone may be a str."""
-    if isinstance(patterns, str):
+    if not isinstance(patterns, list | tuple):
         patterns = [patterns]
     for pattern in patterns:
         try:
