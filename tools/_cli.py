@@ -2,6 +2,7 @@
 
 import argparse
 import atexit
+import copy
 import difflib
 import os
 import re
@@ -21,7 +22,6 @@ from vmamba_mm.config import scopes_of, type_name  # noqa: E402
 
 TASKS = ('cls', 'det', 'seg')
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
-IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.ppm')
 # These fetch their data themselves, so that a missing folder is no mistake.
 DOWNLOADING = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')
 
@@ -59,21 +59,15 @@ def add_device_option(parser):
     parser.add_argument('--device', help='cpu, cuda, cuda:1, ... (default: a GPU if there is one)')
 
 
-def list_images(names):
-    """The image files named, or in the folders named, in order."""
-    paths = []
-    for name in names:
-        path = Path(name)
-        if path.is_dir():
-            found = sorted(p for p in path.rglob('*') if p.suffix.lower() in IMAGE_SUFFIXES)
-            if not found:
-                raise UserError(f'the folder {path} has no images')
-            paths += found
-        elif not path.is_file():
-            raise UserError(f'the image {path} does not exist')
-        else:
-            paths.append(path)
-    return paths
+def shorten(items, most=5):
+    """Them in one line, or the first few and how many more."""
+    left = len(items) - most
+    return ', '.join(map(str, items[:most])) + (f' and {left} more' if left > 0 else '')
+
+
+def wants_traceback():
+    return ('--traceback' in sys.argv
+            or os.environ.get('VMAMBA_TRACEBACK', '0') not in ('', '0'))
 
 
 def run(main):
@@ -88,7 +82,7 @@ def run(main):
         message = explain(err)
         if message is None:
             raise
-        if '--traceback' in sys.argv or os.environ.get('VMAMBA_TRACEBACK', '0') not in ('', '0'):
+        if wants_traceback():
             traceback.print_exc()
         rank = os.environ.get('RANK')
         who = f' (process {rank})' if rank else ''
@@ -255,8 +249,7 @@ def load_config(path, options=()):
     if not isinstance(cfg.model.get('type'), str) or cfg.model.type.count('.') > 1:
         # In mmengine's pure Python style nothing looks names up in a scope, but what the tools add
         # to the config does.
-        cfg.default_scope = cfg.get('default_scope') or next(
-            (s for s in scopes_of(cfg.model) if EXTRAS.get(s) in TASKS), 'mmengine')
+        cfg.default_scope = cfg.get('default_scope') or 'mmengine'
     return cfg
 
 
@@ -269,16 +262,59 @@ def _similar_files(path):
 
 
 def find_task(cfg):
-    """'cls', 'det' or 'seg', and the package installed for it; other scopes pass as None."""
-    from vmamba_mm.compat import require_working
+    """'cls', 'det' or 'seg', whose package is installed; None for a model of no such package.
 
-    scopes = [cfg.default_scope] if cfg.get('default_scope') else scopes_of(cfg.model)
-    for scope in scopes:
-        task = EXTRAS.get(scope)
-        if task in TASKS:
-            require_working(scope)
-            return task
-    return None
+    It follows from the model's type where that names a package or is a class (of a package or
+    derived from one of its), else from default_scope, which is set where the config has none.
+
+    Raises:
+        UserError: if there is no such scope or model, as in a config of another OpenMMLab package.
+    """
+    tasks = {scope: task for scope, task in EXTRAS.items() if task in TASKS}
+    kind, default = cfg.model.get('type'), cfg.get('default_scope')
+    scopes = [*scopes_of(kind), cfg.model.get('_scope_'), default]
+    scope = next((s for s in scopes if s in tasks), None)
+    found = kind
+    if scope is None and (kind is None or isinstance(kind, str)):
+        found = _find_class(kind, default)
+        scope = next((s for s in scopes_of(found) if s in tasks), None)
+    if found is None or default and not _is_scope(default):
+        raise UserError(
+            f"the config's model type={kind!r} and default_scope={default!r} are of no task that "
+            f'is known here: default_scope is {", ".join(map(repr, tasks))}, or, in a config of '
+            "'mmengine', the model's type begins with one of them, as 'mmdet.MaskRCNN' does")
+    if scope is None:
+        return None
+    from vmamba_mm.compat import require_working
+    require_working(scope)
+    if not default:
+        cfg.default_scope = scope
+    return tasks[scope]
+
+
+def _is_scope(name):
+    """Whether a default_scope is that of a package, or of a registry that was made."""
+    from importlib.util import find_spec
+
+    from mmengine.registry import MODELS
+
+    return name in MODELS.children or name.isidentifier() and find_spec(name) is not None
+
+
+def _find_class(kind, scope):
+    """What a registry holds under a type's name, or None."""
+    import logging
+
+    from mmengine.registry import MODELS
+
+    logging.disable(logging.WARNING)  # mmengine's advice to install a package
+    try:
+        with MODELS.switch_scope_and_registry(scope or 'mmengine') as registry:
+            return registry.get(kind)
+    except Exception:  # of packages that are not installed, or of modules that do not exist
+        return None
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def set_work_dir(cfg, args):
@@ -448,15 +484,21 @@ def add_hooks(cfg, *types):
     cfg.custom_hooks = hooks
 
 
+def model_settings(cfg):
+    """A copy of the config's model, its preprocessor included: some models change what they get."""
+    settings = copy.deepcopy(cfg.model)
+    if cfg.get('data_preprocessor') is not None:
+        settings.setdefault('data_preprocessor', copy.deepcopy(cfg.data_preprocessor))
+    return settings
+
+
 def build_model(cfg):
     """The config's model alone, on the CPU; its weights are neither initialised nor loaded."""
     from mmengine.model import revert_sync_batchnorm
     from mmengine.registry import MODELS, init_default_scope
 
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
-    if cfg.get('data_preprocessor') is not None:
-        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    return revert_sync_batchnorm(MODELS.build(cfg.model))
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    return revert_sync_batchnorm(MODELS.build(model_settings(cfg)))
 
 
 def build_runner(cfg):

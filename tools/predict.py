@@ -1,13 +1,19 @@
-"""Predict on images and draw the result: classes, boxes and masks, or a segmentation."""
+"""Predict on images and draw the result: classes, boxes and masks, or a segmentation.
 
-import os
+An image that cannot be predicted is reported and passed over; the exit code is then 1.
+"""
+
+import functools
+import sys
 from pathlib import Path
 
 import _cli
+import _images
 
 EXAMPLES = """\
   python tools/predict.py CONFIG CHECKPOINT photo.jpg
-  python tools/predict.py CONFIG CHECKPOINT folder/ --out-dir drawn --score-thr 0.5"""
+  python tools/predict.py CONFIG CHECKPOINT folder/ --out-dir drawn --score-thr 0.5
+  python tools/predict.py CONFIG CHECKPOINT six_channels.tiff --channels 3 2 1"""
 
 MAX_LEGEND = 20  # classes, largest area first
 
@@ -21,23 +27,16 @@ def parse_args():
     parser.add_argument('images', metavar='IMAGE', nargs='+', help='image files or folders of them')
     _cli.add_weights_option(parser)
     parser.add_argument('--out-dir', default='predictions', metavar='FOLDER',
-                        help='where the pictures are written (default: predictions)')
+                        help='where the pictures are written (default: predictions); a number is '
+                        'added to a name that is taken, and no image is overwritten')
+    _images.add_channels_option(parser)
     parser.add_argument('--score-thr', type=float, default=0.3, metavar='S',
                         help='draw boxes from this score on (default: 0.3)')
     _cli.add_device_option(parser)
     _cli.add_common_options(parser, launcher=False)
-    return parser.parse_args()
-
-
-def find_images(names):
-    """The image files named, or in the folders named; each must be readable."""
-    from vmamba_mm.engine.data import is_image
-
-    paths = _cli.list_images(names)
-    for path in paths:
-        if not is_image(path):
-            raise _cli.UserError(f'{path} is corrupt, or no image')
-    return paths
+    args = parser.parse_args()
+    _images.check_channels_option(args)
+    return args
 
 
 def build_model(cfg, checkpoint, name, device):
@@ -50,17 +49,17 @@ def build_model(cfg, checkpoint, name, device):
     return model.to(device).eval()
 
 
-def build_pipeline(cfg):
-    """The test pipeline without the loading of annotations."""
+def build_steps(cfg):
+    """The transforms of the test pipeline but for the loading of annotations."""
     from mmengine.dataset import Compose
 
     dataset = next(d for _, d in _cli.datasets_of(cfg.test_dataloader.dataset, ''))
 
     def loads_annotations(step):
-        name = getattr(step['type'], '__name__', step['type'])
+        name = _cli.type_name(step)
         return 'Load' in name and 'Annotations' in name
 
-    return Compose([step for step in dataset.pipeline if not loads_annotations(step)])
+    return Compose([step for step in dataset.pipeline if not loads_annotations(step)]).transforms
 
 
 def find_meta(cfg, checkpoint):
@@ -83,14 +82,25 @@ def class_name(meta, label):
     return str(classes[label]) if label < len(classes) else f'class {label}'
 
 
-def predict(model, pipeline, path, number):
+def predict(model, steps, path, number):
+    """What the model finds in an image, and the image as it was loaded."""
     import torch
     from mmengine.dataset import pseudo_collate
 
-    data = pipeline(dict(img_path=str(path), img_id=number, reduce_zero_label=False,
-                         seg_fields=[]))
-    with torch.no_grad():
-        return model.test_step(pseudo_collate([data]))[0]
+    from vmamba_mm.engine.data import apply_steps
+
+    data, image = apply_steps(steps, dict(img_path=str(path), img_id=number, seg_fields=[],
+                                          reduce_zero_label=False))
+    if image is None or data is None:
+        raise _cli.UserError(f'the test pipeline makes nothing of {path}: it needs a step that '
+                             'loads the file, such as LoadImageFromFile')
+    try:
+        with torch.no_grad():
+            return model.test_step(pseudo_collate([data]))[0], image
+    except Exception as err:
+        message = _cli.explain(err) or f'{type(err).__name__}: {err}'
+        raise _cli.UserError(f'the model fails on {path}, {image.shape[1]}x{image.shape[0]} '
+                             f'pixels: {message}') from err
 
 
 # --- drawing ----------------------------------------------------------------------------------
@@ -112,12 +122,15 @@ def new_figure(image, extra):
 
 def draw_classes(image, sample, meta, out):
     """The image beside bars of the five likeliest classes."""
+    from vmamba_mm.engine.text import drawable
+
     score, label = sample.pred_score.cpu().topk(min(5, sample.pred_score.numel()))
     names = [class_name(meta, i) for i in label.tolist()]
     names = [n if len(n) <= 40 else n[:39] + '…' for n in names]
+    shown = [drawable(name) for name in names]  # before a figure, which takes its fonts
     figure, _, bars = new_figure(image, 5)
     bars.barh(range(len(names)), score, color='#56B4E9')
-    for i, (name, value) in enumerate(zip(names, score.tolist(), strict=True)):
+    for i, (name, value) in enumerate(zip(shown, score.tolist(), strict=True)):
         bars.text(0.01, i, f'{name}  {100 * value:.1f} %', va='center')
     bars.set(xlim=(0, 1), xlabel='probability', yticks=[])
     bars.invert_yaxis()
@@ -127,27 +140,37 @@ def draw_classes(image, sample, meta, out):
     return ', '.join(f'{n} {100 * v:.1f} %' for n, v in zip(names, score.tolist(), strict=True))
 
 
-def draw_detections(cfg, image, sample, meta, out, score_thr):
+class Detections:
     """mmdet's own drawing of boxes, masks and names."""
-    from mmengine.registry import VISUALIZERS
 
-    visualizer = VISUALIZERS.build(dict(type='mmdet.DetLocalVisualizer', name=f'predict {out}'))
-    visualizer.dataset_meta = meta
-    visualizer.add_datasample(str(out), image, sample, draw_gt=False, pred_score_thr=score_thr,
-                              out_file=str(out))
-    if 'pred_instances' not in sample:
-        return 'drawn'
-    found = sample.pred_instances.cpu()
-    found = found[found.scores >= score_thr]
-    text = ', '.join(f'{class_name(meta, int(i))} {100 * s:.0f} %' for i, s in
-                     list(zip(found.labels, found.scores.tolist(), strict=True))[:8])
-    return f'{len(found)} object(s) from score {score_thr}' + (f': {text}' if text else '')
+    def __init__(self, meta, score_thr):
+        self.meta, self.score_thr = meta, score_thr
+
+    @functools.cached_property
+    def visualizer(self):
+        from vmamba_mm.engine.draw import build_visualizer
+
+        return build_visualizer('det', self.meta)
+
+    def draw(self, image, sample, out):
+        self.visualizer.add_datasample(str(out), image, sample, draw_gt=False, out_file=str(out),
+                                       pred_score_thr=self.score_thr)
+        if 'pred_instances' not in sample:
+            return 'drawn'
+        found = sample.pred_instances.cpu()
+        found = found[found.scores >= self.score_thr]
+        text = ', '.join(f'{class_name(self.meta, int(i))} {100 * s:.0f} %' for i, s in
+                         list(zip(found.labels, found.scores.tolist(), strict=True))[:8])
+        return (f'{len(found)} object(s) from score {self.score_thr}'
+                + (f': {text}' if text else ''))
 
 
 def draw_segmentation(image, sample, meta, out):
     """The classes' colours over the image, with a legend by area."""
     import numpy as np
     from matplotlib.patches import Patch
+
+    from vmamba_mm.engine.text import drawable
 
     labels = sample.pred_sem_seg.data[0].cpu().numpy()
     values, counts = np.unique(labels, return_counts=True)
@@ -156,28 +179,40 @@ def draw_segmentation(image, sample, meta, out):
     if not palette or len(palette) <= values.max():
         palette = np.random.default_rng(0).integers(0, 255, (int(values.max()) + 1, 3))
     colours = np.asarray(palette, np.float32)
-    overlay = 0.45 * image + 0.55 * colours[labels]
-    figure, _, legend = new_figure(overlay.astype(np.uint8), 3)
     parts = [(int(values[i]), counts[i] / labels.size) for i in order]
+    overlay = 0.45 * image + 0.55 * colours[labels]
+    shown = {v: drawable(class_name(meta, v)) for v, _ in parts[:MAX_LEGEND]}
+    figure, _, legend = new_figure(overlay.astype(np.uint8), 3)
     legend.set_axis_off()
-    legend.legend(handles=[Patch(color=colours[v] / 255, label=f'{class_name(meta, v)} '
-                                 f'{100 * share:.1f} %') for v, share in parts[:MAX_LEGEND]],
+    legend.legend(handles=[Patch(color=colours[v] / 255, label=f'{shown[v]} {100 * share:.1f} %')
+                           for v, share in parts[:MAX_LEGEND]],
                   loc='center left', frameon=False, title='share of the image')
     figure.savefig(out, dpi=100)
     return ', '.join(f'{class_name(meta, v)} {100 * share:.0f} %' for v, share in parts[:5])
 
 
-def draw(cfg, path, sample, meta, out, score_thr):
-    import mmcv
-
-    image = mmcv.imread(str(path), channel_order='rgb')
+def draw(image, sample, meta, out, detections):
     if 'pred_sem_seg' in sample:
         return draw_segmentation(image, sample, meta, out)
     if 'pred_score' in sample:
         return draw_classes(image, sample, meta, out)
     if 'pred_instances' in sample or 'pred_panoptic_seg' in sample:
-        return draw_detections(cfg, image, sample, meta, out, score_thr)
+        return detections.draw(image, sample, out)
     raise _cli.UserError(f'predict.py does not know how to draw {type(sample).__name__}')
+
+
+def find_images(names, out_dir):
+    """The images named, but for pictures that this tool drew there before."""
+    images = _images.list_images(names)
+    drawn = [p for p in images if p.suffix.lower() == '.png' and p.parent.resolve() ==
+             out_dir.resolve() and _images.made_from(p)]
+    if drawn:
+        print(f'skipped {len(drawn)} picture(s) that predict.py drew: {_cli.shorten(drawn)}',
+              file=sys.stderr)
+        images = [p for p in images if p not in drawn]
+    if not images:
+        raise _cli.UserError(f'{", ".join(names)}: only pictures that predict.py drew')
+    return images
 
 
 def main():
@@ -188,23 +223,31 @@ def main():
                              'prepares the images')
     from vmamba_mm.files import read_checkpoint
 
+    out_dir = Path(args.out_dir)
     checkpoint = read_checkpoint(args.checkpoint, args.weights)
-    images = find_images(args.images)
+    images = find_images(args.images, out_dir)
     device = _cli.choose_device(args.device)
     model = build_model(cfg, checkpoint, args.checkpoint, device)
-    pipeline = build_pipeline(cfg)
+    from vmamba_mm.engine.pictures import Pictures, reads_bgr
+
+    steps = build_steps(cfg)
     meta = find_meta(cfg, checkpoint)
-    out_dir = Path(args.out_dir)
-    os.makedirs(out_dir, exist_ok=True)
-    written = set()
+    outputs, failures = _images.Outputs(out_dir), _images.Failures(len(images), 'predicted')
+    detections = Detections(meta, args.score_thr)
+    to_picture = Pictures(args.channels,
+                          reads_bgr(steps, getattr(model, 'data_preprocessor', None)))
     for number, path in enumerate(images):
-        out = out_dir / f'{path.stem}.png'
-        if out in written:  # the same name from two folders
-            out = out_dir / f'{path.stem}_{number}.png'
-        written.add(out)
-        sample = predict(model, pipeline, path, number)
-        result = draw(cfg, path, sample, meta, out, args.score_thr)
+        try:
+            sample, image = predict(model, steps, path, number)
+            picture = to_picture(image)
+            out = outputs.choose(path)
+            result = draw(picture, sample, meta, out, detections)
+            _images.sign(out, path)
+        except Exception as err:
+            failures.add(path, err)
+            continue
         print(f'[{number + 1}/{len(images)}] {path}: {result} -> {out}', flush=True)
+    failures.finish()
 
 
 if __name__ == '__main__':

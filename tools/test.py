@@ -4,6 +4,7 @@ from copy import deepcopy
 
 import _checks
 import _cli
+import _images
 
 EXAMPLES = """\
   python tools/test.py CONFIG work_dirs/NAME/epoch_12.pth
@@ -26,12 +27,16 @@ def parse_args():
     parser.add_argument('--out', metavar='FILE',
                         help='write the metrics (*.json) or the predictions (*.pkl; for '
                         'segmentation a folder of label maps)')
-    parser.add_argument('--show-dir', metavar='FOLDER', help='draw the predictions there')
+    parser.add_argument('--show-dir', metavar='FOLDER', help='draw the predictions there, each '
+                        'picture where its image lies in the data')
+    _images.add_channels_option(parser)
     parser.add_argument('--work-dir', metavar='FOLDER',
                         help='where the log goes (default: the config\'s, else work_dirs/<name of '
                         'the config>)')
     _cli.add_common_options(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    _images.check_channels_option(args)
+    return args
 
 
 def set_tta(cfg, task):
@@ -60,19 +65,30 @@ def set_tta(cfg, task):
     cfg.model = dict(**cfg.tta_model, module=cfg.model)
 
 
-def set_show_dir(cfg, task, folder):
-    hooks = cfg.get('default_hooks') or {}
-    hook = hooks.get('visualization')
-    if hook is None:
-        raise _cli.UserError('--show-dir needs default_hooks.visualization in the config')
+STOCK_DRAWING = {'cls': 'VisualizationHook', 'det': 'DetVisualizationHook',
+                 'seg': 'SegVisualizationHook'}
+
+
+def set_show_dir(cfg, task, folder, channels):
+    """Draw by our hook in place of the stock ones, with their settings; leave any other."""
+    if cfg.get('default_hooks') is None:
+        cfg.default_hooks = {}
+    hook = cfg.default_hooks.get('visualization') or dict(type=STOCK_DRAWING[task], interval=1)
+    if _cli.type_name(hook) != STOCK_DRAWING[task]:
+        hook.update({'enable': True, 'out_dir': folder} if task == 'cls' else {'draw': True})
+        cfg.visualizer['save_dir'] = folder
+        return
+    ours = dict(type='vmamba_mm.DrawHook', task=task, out_dir=folder, channels=channels,
+                visualizer=cfg.get('visualizer'))
+    left_out = ('type', 'priority', 'enable', 'draw', 'out_dir', 'test_out_dir', 'backend_args')
     if task == 'cls':
-        hook.update(enable=True, out_dir=folder)
-    elif task == 'det':
-        hook.update(draw=True, test_out_dir=folder)
-        cfg.visualizer['save_dir'] = folder
+        settings = {k: v for k, v in hook.items() if k not in (*left_out, 'interval')}
+        ours.update(interval=hook.get('interval', 5000), settings=settings)
     else:
-        hook.update(draw=True)
-        cfg.visualizer['save_dir'] = folder
+        ours.update(settings={k: hook[k] for k in ('show', 'wait_time') if k in hook})
+        if 'score_thr' in hook:
+            ours['score_thr'] = hook['score_thr']
+    cfg.default_hooks['visualization'] = ours
 
 
 def set_out(cfg, task, path):
@@ -118,10 +134,13 @@ def main():
     _cli.start_processes(cfg, args.launcher)
     _cli.set_loader_defaults(cfg, task)
     cfg.load_from, cfg.resume = checkpoint, False
+    if task is None and (args.show_dir or args.out and not args.out.endswith('.json')):
+        raise _cli.UserError('--show-dir and --out (but for *.json) are for models of mmpretrain, '
+                             f'mmdet and mmseg, not for model type={cfg.model.type!r}')
     if args.out:
         set_out(cfg, task, args.out)
     if args.show_dir:
-        set_show_dir(cfg, task, args.show_dir)
+        set_show_dir(cfg, task, args.show_dir, args.channels)
     if args.tta:
         set_tta(cfg, task)
     # The averaged weights are what a checkpoint holds: EMAHook would only average them once more.

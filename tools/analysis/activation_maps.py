@@ -25,10 +25,12 @@ import numpy as np
 
 TOOLS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TOOLS), str(TOOLS / 'analysis')]
-import _cli  # noqa: E402  (a sibling script, not a package)
+import _cli  # noqa: E402  (sibling scripts, not a package)
+import _images  # noqa: E402
 from _cli import UserError  # noqa: E402
-from erf import find_size, preprocess, read_image  # noqa: E402
-from predict import build_model, find_images  # noqa: E402
+from _images import Failures, Outputs, sign  # noqa: E402
+from erf import Loader, find_size, preprocess, resize  # noqa: E402
+from predict import build_model  # noqa: E402
 
 EXAMPLES = """\
   python tools/analysis/activation_maps.py configs/imagenet/vmamba-tiny-s1l8_8xb128_in1k-224.py \\
@@ -59,6 +61,7 @@ def parse_args():
     parser.add_argument('--size', type=int, metavar='PIXELS',
                         help='side that the images are resized to (default: that of the test '
                         'pipeline, or 224)')
+    _images.add_channels_option(parser)
     _cli.add_device_option(parser)
     parser.add_argument('--out', default='work_dirs/activation_maps', metavar='FOLDER',
                         help='for a picture and a .npz of the maps for each image, and '
@@ -67,6 +70,7 @@ def parse_args():
     args = parser.parse_args()
     if args.size is not None and args.size < 1:
         raise UserError('--size must be at least 1')
+    _images.check_channels_option(args)
     return args
 
 
@@ -87,12 +91,16 @@ def find_blocks(backbone, names):
     return {name: known[name] for name in dict.fromkeys(names)}
 
 
-def find_position(pixel, path):
-    """The query as shares (y, x) of an image's height and width, in the middle of a whole pixel."""
+def find_position(pixel, path, sides=None):
+    """The query as shares (y, x) of an image's height and width, in the middle of a whole pixel.
+
+    ``sides``: height and width, where Pillow does not read the image.
+    """
     from PIL import Image
 
-    with Image.open(path) as image:
-        sides = image.height, image.width
+    if sides is None:
+        with Image.open(path) as image:
+            sides = image.height, image.width
     shares = []
     for text, side in zip(pixel, sides, strict=True):
         try:
@@ -200,13 +208,14 @@ def draw(found, image, position, title, path):
 def main():
     args = parse_args()
     cfg = _cli.load_config(args.config, args.cfg_options)
-    images = find_images(args.images)
-    positions = [find_position(args.pixel, path) for path in images]
+    images = _images.list_images(args.images)
     import logging
 
     from mmengine.logging import MMLogger
     from mmengine.utils import track_iter_progress
 
+    from vmamba_mm.engine.pictures import Pictures
+    from vmamba_mm.engine.text import drawable
     from vmamba_mm.files import read_checkpoint
     from vmamba_mm.models import VMamba
     from vmamba_mm.ops.cross_scan.reference import ROUTES
@@ -224,18 +233,26 @@ def main():
     blocks = find_blocks(backbone, args.block)
     size = args.size or find_size(cfg, backbone) or 224
 
+    load = Loader(cfg, model, args.config)
+    to_picture = Pictures(args.channels, load.bgr)
+
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    report = {}
-    for number, path in enumerate(track_iter_progress(images)):
-        image, position = read_image(path, size), positions[number]
+    outputs, failures, report = Outputs(out), Failures(len(images), 'shown'), {}
+    for path in track_iter_progress(images):
+        try:
+            loaded = load(path)
+        except UserError as err:
+            failures.add(path, err)
+            continue
+        image, position = resize(loaded, size), find_position(args.pixel, path, loaded.shape[:2])
         found = measure(model, image, position, blocks, args.map)
-        # The same name from two folders
-        name = path.stem if path.stem not in report else f'{path.stem}_{number}'
-        draw(found, image.permute(1, 2, 0).flip(-1).numpy(), position,
-             f'{path.name}, {size}x{size}: {MAPS[args.map]}', out / f'{name}.png')
-        np.savez_compressed(out / f'{name}.npz', **{b: maps for b, (maps, _) in found.items()})
-        report[name] = dict(image=str(path), position=position, blocks={
+        picture = outputs.choose(path)
+        draw(found, to_picture(image.permute(1, 2, 0).numpy()), position,
+             drawable(f'{path.name}, {size}x{size}: ') + MAPS[args.map], picture)
+        sign(picture, path)
+        np.savez_compressed(picture.with_suffix('.npz'),
+                            **{b: maps for b, (maps, _) in found.items()})
+        report[picture.stem] = dict(image=str(path), position=position, blocks={
             block: dict(query=query, shares=find_shares(maps))
             for block, (maps, query) in found.items()})
     print()
@@ -243,7 +260,8 @@ def main():
                    routes=ROUTES)
     (out / 'activation_maps.json').write_text(
         json.dumps(dict(setting=setting, images=report), indent=2) + '\n')
-    print(f'wrote {len(images)} picture(s), a .npz for each, and {out}/activation_maps.json')
+    print(f'wrote {len(report)} picture(s), a .npz for each, and {out}/activation_maps.json')
+    failures.finish()
 
 
 if __name__ == '__main__':

@@ -22,8 +22,10 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import _cli  # noqa: E402  (a sibling script, not a package)
+import _cli  # noqa: E402  (sibling scripts, not a package)
 from _cli import UserError  # noqa: E402
+from _images import list_images  # noqa: E402
+from predict import build_steps  # noqa: E402
 
 EXAMPLES = """\
   python tools/analysis/erf.py configs/imagenet/vmamba-tiny-s1l8_8xb128_in1k-224.py \\
@@ -81,11 +83,11 @@ def drop_pretrained(node):
         if isinstance(node.get('pretrained'), str | bool):
             node['pretrained'] = None if isinstance(node['pretrained'], str) else False
         init = node.get('init_cfg')
-        if isinstance(init, dict) and _cli.type_name(init) in ('Pretrained', 'PretrainedInit'):
+        loads = ('Pretrained', 'PretrainedInit')  # by name, and its class
+        if isinstance(init, dict) and _cli.type_name(init) in loads:
             node['init_cfg'] = None
         elif isinstance(init, list | tuple):
-            node['init_cfg'] = [i for i in init
-                                if _cli.type_name(i) not in ('Pretrained', 'PretrainedInit')]
+            node['init_cfg'] = [i for i in init if _cli.type_name(i) not in loads]
         for value in node.values():
             drop_pretrained(value)
     elif isinstance(node, list | tuple):
@@ -145,21 +147,76 @@ def find_size(cfg, backbone):
 
 # --- the measure ----------------------------------------------------------------------------
 
-def read_image(path, size):
-    """(3, size, size) uint8 in BGR, the order of mm* pipelines; resized by bicubic."""
+class Loader:
+    """Loads images for a model: photographs by Pillow, all else by the config's test pipeline.
+
+    Args:
+        cfg, model: a config and its model.
+        name: of the config, for errors.
+
+    Raises:
+        UserError: if there is no pipeline, and the model takes no photographs.
+    """
+
+    def __init__(self, cfg, model, name):
+        from flops import find_channels, reads_colours
+
+        self.name, self.channels, self.steps = name, find_channels(cfg, model), None
+        self.bgr = True
+        if cfg.get('test_dataloader') is None:
+            if self.channels != 3:
+                raise UserError(f'{name}: the model takes images of {self.channels} channel(s), '
+                                'and the config has no test_dataloader, whose pipeline loads them')
+        elif self.channels != 3 or reads_colours(cfg) is False:
+            from vmamba_mm.engine.pictures import reads_bgr
+
+            self.steps = build_steps(cfg)
+            self.bgr = reads_bgr(self.steps, getattr(model, 'data_preprocessor', None))
+
+    def __call__(self, path):
+        """(H, W, C): of a photograph uint8 in BGR, the order of mm* pipelines.
+
+        Raises:
+            UserError: if the file cannot be read, or has not as many channels as the model takes.
+        """
+        image = self._read(path)
+        image = image if image.ndim == 3 else image[..., None]
+        if image.shape[2] != self.channels:
+            raise UserError(f'{path} has {image.shape[2]} channel(s) as the test pipeline of '
+                            f'{self.name} loads it, and the model takes {self.channels}')
+        return image
+
+    def _read(self, path):
+        from PIL import Image
+
+        from vmamba_mm.engine.data import load_image
+
+        if self.steps is not None:
+            return load_image(self.steps, path)
+        try:
+            with Image.open(path) as image:
+                return np.asarray(image.convert('RGB'))[..., ::-1]
+        except (OSError, SyntaxError) as err:
+            raise UserError(f'{path} is corrupt, or no image') from err
+
+
+def resize(image, size):
+    """(H, W, C) to a tensor (C, size, size) by bicubic, uint8 or else fp32."""
     import torch
     from PIL import Image
 
-    try:
-        with Image.open(path) as image:
-            rgb = np.asarray(image.convert('RGB').resize((size, size), Image.Resampling.BICUBIC))
-    except (OSError, SyntaxError) as err:
-        raise UserError(f'{path} is corrupt, or no image') from err
-    return torch.from_numpy(rgb[..., ::-1].copy()).permute(2, 0, 1)
+    if image.dtype == np.uint8 and image.shape[2] == 3:
+        resized = np.array(Image.fromarray(np.ascontiguousarray(image)).resize(
+            (size, size), Image.Resampling.BICUBIC))
+    else:
+        resized = np.stack([np.asarray(Image.fromarray(channel).resize(
+            (size, size), Image.Resampling.BICUBIC))
+            for channel in np.moveaxis(image.astype(np.float32), -1, 0).copy()], -1)
+    return torch.from_numpy(resized).permute(2, 0, 1)
 
 
 def preprocess(model, image):
-    """(1, 3, H, W), as the model's preprocessor normalises an image on the model's device."""
+    """(1, C, H, W), as the model's preprocessor normalises an image on the model's device."""
     import torch
 
     inputs = model.data_preprocessor(dict(inputs=[image], data_samples=None))['inputs']
@@ -180,8 +237,8 @@ def contributions(backbone, x, gradient='absolute'):
     LayerNorm sum to a constant, whose gradient is zero.
 
     Args:
-        backbone: (B, 3, H, W) -> map or tokens, see :func:`as_map`.
-        x: (B, 3, H, W), normalised.
+        backbone: (B, C, H, W) -> map or tokens, see :func:`as_map`.
+        x: (B, C, H, W), normalised.
         gradient: 'absolute' or 'positive' (negative ones count nothing).
 
     Returns:
@@ -197,7 +254,7 @@ def contributions(backbone, x, gradient='absolute'):
     return grad.sum((0, 1)).double().cpu().numpy()
 
 
-def measure(model, paths, args, name, native):
+def measure(model, paths, args, name, native, load):
     """The mean of :func:`contributions` over images: (size, size) float64.
 
     Raises:
@@ -210,7 +267,7 @@ def measure(model, paths, args, name, native):
     total = np.zeros((args.size, args.size))
     try:
         for path in track_iter_progress(paths):
-            x = preprocess(model, read_image(path, args.size))
+            x = preprocess(model, resize(load(path), args.size))
             total += contributions(model.backbone, x, args.gradient)
     except torch.OutOfMemoryError as err:
         raise UserError(f'{name}: the GPU memory is used up; choose a smaller --size') from err
@@ -279,7 +336,10 @@ def draw(erfs, rows, title, path):
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
+    from vmamba_mm.engine.text import drawable
+
     names = list(dict.fromkeys(name for name, _ in erfs))
+    shown = {name: drawable(name) for name in names}
     states = [s for s in (BEFORE, AFTER) if any(state == s for _, state in erfs)]
     shape = (1, len(states)) if len(names) == 1 else (len(states), len(names))
     figure = Figure(figsize=(2.9 * shape[1] + 1.5, 3.8 * shape[0] + 0.4), layout='constrained')
@@ -289,7 +349,7 @@ def draw(erfs, rows, title, path):
     for ax, (state, name) in zip(axes.flat, itertools.product(states, names), strict=True):
         ax.set(xticks=[], yticks=[])
         # Names of configs are too long for one line; behind '_' is the recipe.
-        ax.set_title(name.replace('_', '\n_', 1) + f'\n{state}', fontsize=9)
+        ax.set_title(shown[name].replace('_', '\n_', 1) + f'\n{state}', fontsize=9)
         if (name, state) not in erfs:
             ax.text(0.5, 0.5, 'no checkpoint', ha='center', va='center')
             ax.set(aspect='equal')
@@ -332,7 +392,7 @@ def main():
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # for the next line, on a GPU
     torch.use_deterministic_algorithms(True, warn_only=True)
     device = _cli.choose_device(args.device)
-    paths = _cli.list_images(args.images)
+    paths = list_images(args.images)
     count = min(args.num_images, len(paths))
     paths = [paths[i * len(paths) // count] for i in range(count)]
     names = short_names(args.configs)
@@ -341,15 +401,15 @@ def main():
         model = build_random(cfg, args.seed)
         if not isinstance(getattr(model, 'backbone', None), torch.nn.Module):
             raise UserError(f'{name}: the model {type(model).__name__} has no backbone')
-        native = find_size(cfg, model.backbone)
+        native, load = find_size(cfg, model.backbone), Loader(cfg, model, name)
         if file != NONE:  # before the first run, which takes long
             state, _ = check_fits(model, read_checkpoint(file, args.weights), file)
         print(f'{name}, {BEFORE}')
-        erfs[name, BEFORE] = measure(model.to(device), paths, args, name, native)
+        erfs[name, BEFORE] = measure(model.to(device), paths, args, name, native, load)
         if file != NONE:
             print(f'{name}, {AFTER}')
             model.load_state_dict(state)
-            erfs[name, AFTER] = measure(model, paths, args, name, native)
+            erfs[name, AFTER] = measure(model, paths, args, name, native, load)
 
     rows = tabulate(erfs)
     show(rows)

@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
-from _cli import UserError, sync_to_plain_batch_norm
+from _cli import UserError, datasets_of, model_settings, sync_to_plain_batch_norm, type_name
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -85,7 +85,7 @@ def count(cfg, task, shape):
                 raise
             continue
         try:
-            found = _measure(model.to(device), task, shape)
+            found = _measure(model.to(device), task, shape, find_channels(cfg, model))
         except Exception as err:
             failure = err
             continue
@@ -102,7 +102,37 @@ def count_module(model, shape):
     return _measure(model.eval(), 'module', shape)
 
 
-def _measure(model, task, shape):
+def find_channels(cfg, model):
+    """How many channels the images of a config's model have.
+
+    The backbone's ``in_channels`` as configured or by default; else those of its first
+    convolution, unless the test pipeline reads photographs, which have 3.
+    """
+    backbone = getattr(model, 'backbone', model)
+    settings = cfg.model.get('backbone') or cfg.model
+    for name in ('in_channels', 'in_chans'):
+        default = inspect.signature(type(backbone)).parameters.get(name)
+        found = settings.get(name, getattr(default, 'default', None))
+        if isinstance(found, int):
+            return found
+    first = next((m.in_channels for m in backbone.modules() if isinstance(m, nn.Conv2d)), 3)
+    # A first step may put neighbouring pixels into channels, as YOLOX does: 12 of 3.
+    return 3 if first > 3 and reads_colours(cfg) else first
+
+
+def reads_colours(cfg):
+    """Whether the test pipeline reads photographs; None if it loads nothing that is known."""
+    dataset = (cfg.get('test_dataloader') or {}).get('dataset')
+    loaders = [step for _, inner in (datasets_of(dataset, '') if dataset else ())
+               for step in inner.get('pipeline') or () if type_name(step).startswith('Load')
+               and 'Annotations' not in type_name(step)]
+    return None if not loaders else all(
+        type_name(step) == 'LoadImageFromFile'
+        and step.get('color_type', 'color').startswith('color')
+        and step.get('imdecode_backend') != 'tifffile' for step in loaders)
+
+
+def _measure(model, task, shape, channels=3):
     """Count on the model's device."""
     notes, device = [], next(model.parameters()).device
     divisor = getattr(getattr(model, 'data_preprocessor', None), 'pad_size_divisor', 1)
@@ -114,7 +144,7 @@ def _measure(model, task, shape):
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), \
             FlopCounterMode(display=False) as products, \
             FlopCounterMode(display=False, custom_mapping=_formulas()) as others:
-        whole(torch.empty(1, 3, *shape, device=device))
+        whole(torch.empty(1, channels, *shape, device=device))
     counts, others = products.get_flop_counts(), others.get_flop_counts()
     missing = sorted({type(m).__name__ for m in model.modules()
                       if type(m).__module__.startswith('mmcv.ops')}.difference(_FREE))
@@ -125,8 +155,8 @@ def _measure(model, task, shape):
     found = Count(shape, sum(p.numel() for p in model.parameters()), rows, _extras(others), notes)
     # A model that uses its modules past their forward would lose its parts without a word.
     left = sum(counts.get('Global', {}).values()) // 2 - found.flops
-    if left:
-        rows.append(Row('other', '', None, left))
+    if left:  # parts that call the same module, as decoder and head of a DETR, both have its FLOPs
+        rows.append(Row('other' if left > 0 else 'in two of these', '', None, left))
     return found
 
 
@@ -134,11 +164,11 @@ def _build(cfg, task, device):
     """The model with whatever weights, in evaluation mode."""
     from mmengine.registry import MODELS, DefaultScope
 
-    settings = cfg.model.copy()
+    settings = model_settings(cfg)
     sync_to_plain_batch_norm(settings)
     if task == 'cls':
         settings.pop('train_cfg', None)  # mixup, of which the preprocessor would speak
-    with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')), \
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope') or 'mmengine'), \
             warnings.catch_warnings(), torch.device(device):
         warnings.simplefilter('ignore')
         return MODELS.build(settings).eval()

@@ -205,6 +205,7 @@ def draw(found, unit, path):
     from matplotlib.figure import Figure
 
     from vmamba_mm.engine.curves import COLOURS
+    from vmamba_mm.engine.text import drawable
 
     tables = list(dict.fromkeys(table for table, *_ in found))
     sizes = [sum(t == table for t, *_ in found) for table in tables]
@@ -215,6 +216,7 @@ def draw(found, unit, path):
     style = {label: dict(color=colour) for label, colour in zip(kinds, COLOURS, strict=False)}
     style |= {label: dict(color=GREYS[i % len(GREYS)], hatch=HATCHES[i % len(HATCHES)])
               for i, label in enumerate(others)}
+    shown_names = {name: drawable(name) for _, name, *_ in found}
     figure = Figure(figsize=(10, 1.6 + 0.8 * len(tables) + 0.36 * len(found)),
                     layout='constrained')
     FigureCanvasAgg(figure)
@@ -232,7 +234,7 @@ def draw(found, unit, path):
                 handles.setdefault(label, bar)
                 left += width
             axes.text(left, y, f' {left:#.3g}' if left < 100 else f' {left:.0f}', va='center')
-        axes.set_yticks(range(len(models)), [name for name, _ in models])
+        axes.set_yticks(range(len(models)), [shown_names[name] for name, _ in models])
         axes.set(xlabel=f'GFLOPs, {meaning}', title=table, ylim=(len(models) - 0.4, -0.6))
         axes.margins(x=0.09)
         for side in ('top', 'right'):

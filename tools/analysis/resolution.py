@@ -94,6 +94,8 @@ class Subject:
     """A config with its weights, if there are any, to be built for any size."""
 
     def __init__(self, name, cfg, checkpoint, args):
+        import flops
+
         from vmamba_mm.engine.strict_load import check_fits
         from vmamba_mm.files import read_checkpoint
 
@@ -106,6 +108,7 @@ class Subject:
             raise UserError(f'{name}: the model {type(model).__name__} has no head with '
                             'num_classes, which tells what its output has to be')
         backbone = type(model.backbone)
+        self.channels = flops.find_channels(cfg, model)
         self.has_size = any('img_size' in inspect.signature(base.__init__).parameters
                             for base in backbone.__mro__)
         if checkpoint != NONE:
@@ -154,9 +157,9 @@ def scale_pipeline(pipeline, size):
         if len(set(found)) > 1:
             raise UserError(f'the test pipeline makes images that are not square: {dict(step)}')
         step[key] = found[0]
-        if not _cli.type_name(step).endswith('ResizeEdge'):
+        if _cli.type_name(step) != 'ResizeEdge':
             own = found[0]
-        if _cli.type_name(step).endswith('EfficientNetCenterCrop'):
+        if _cli.type_name(step) == 'EfficientNetCenterCrop':
             padded.append((step, 'crop_padding'))
             step.setdefault('crop_padding', 32)  # its default
     if own is None:
@@ -243,13 +246,13 @@ def check_logits(logits, batch, classes, what):
         raise UserError(f'{what}: the output is not finite: not timed')
 
 
-def measure_speed(model, size, batch, args, what):
+def measure_speed(model, size, batch, args, what, channels=3):
     """{column: value} of throughput and memory."""
     import measuring
     import torch
 
     on_gpu = args.device.startswith('cuda')
-    images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(0))
     images = images.to(args.device)
 
     def run():
@@ -281,7 +284,8 @@ def measure(subject, count, size, batch, args):
     _cli.set_loader_defaults(cfg, 'cls')
     try:
         model = subject.build_at(size).to(args.device)
-        row |= measure_speed(model, size, batch, args, f'{subject.name} at {size}x{size}')
+        row |= measure_speed(model, size, batch, args, f'{subject.name} at {size}x{size}',
+                             subject.channels)
         if not subject.no_accuracy:
             row['accuracy'], row['images'] = measure_accuracy(model, cfg, size, batch, args)
     except torch.OutOfMemoryError:

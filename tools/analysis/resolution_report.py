@@ -143,6 +143,8 @@ def label_ends(ax, ends):
     Args:
         ends: [(x, y, text, colour)], after all is drawn and scaled.
     """
+    from vmamba_mm.engine.text import drawable
+
     if not ends:
         return
     ax.set_ylim(*ax.get_ylim())
@@ -151,7 +153,7 @@ def label_ends(ax, ends):
     gap = 13 / (ax.figure.get_size_inches()[1] * 72 * 0.8)  # 9 pt of text, in axes
     heights = spread([y for _, y in places], gap)
     for (x, y, text, colour), height in zip(ends, heights, strict=True):
-        ax.annotate(text, (x, y), xycoords='data', xytext=(1.03, height),
+        ax.annotate(drawable(text), (x, y), xycoords='data', xytext=(1.03, height),
                     textcoords='axes fraction', color=colour, fontsize=9, va='center',
                     annotation_clip=False, arrowprops=dict(
                         arrowstyle='-', color=colour, linewidth=0.6, alpha=0.6, relpos=(0, 0.5),

@@ -26,6 +26,7 @@ sys.path[:0] = [str(TOOLS), str(TOOLS / 'bench')]
 import _cli  # noqa: E402  (sibling scripts, not a package)
 import small_data_report as report  # noqa: E402
 from _cli import UserError  # noqa: E402
+from _images import list_images  # noqa: E402
 
 EXAMPLES = """\
   python tools/analysis/small_data.py --data data/flowers --minutes 3
@@ -124,7 +125,8 @@ def find_classes(folder):
     if not folder.is_dir():
         raise UserError(f'the folder {folder} does not exist: --data takes a folder with train/ '
                         'and val/, both with a folder for each class')
-    found = {p.name: _cli.list_images([p]) for p in sorted(folder.iterdir()) if p.is_dir()}
+    found = {p.name: list_images([p]) for p in sorted(folder.iterdir())
+             if p.is_dir() and not p.name.startswith('.')}
     if len(found) < 2:
         raise UserError(f'{folder} has {len(found)} class folder(s); at least 2 are needed')
     return found

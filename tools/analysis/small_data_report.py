@@ -181,6 +181,7 @@ def draw(rows, summary, setting, path):
     from matplotlib.figure import Figure
 
     from vmamba_mm.engine.curves import COLOURS, MARKERS
+    from vmamba_mm.engine.text import drawable
 
     colours = dict(zip(summary, itertools.cycle(COLOURS), strict=False))
     markers = dict(zip(summary, itertools.cycle(MARKERS), strict=False))
@@ -233,7 +234,7 @@ def draw(rows, summary, setting, path):
         ax.grid(alpha=0.3)
         ax.spines[['top', 'right']].set_visible(False)
     count = len(setting['seeds'])
-    figure.suptitle(f'{setting["data"]}: {setting["train_images"]} training images, '
+    figure.suptitle(f'{drawable(setting["data"])}: {setting["train_images"]} training images, '
                     f'{len(setting["classes"])} classes, {setting["size"]}x{setting["size"]}, '
                     f'{count} seed{"s" if count > 1 else ""}', fontsize=11)
     figure.savefig(path, dpi=130)

@@ -7,6 +7,7 @@ from pathlib import Path
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 
+from vmamba_mm.engine.text import drawable
 from vmamba_mm.registry import HOOKS
 
 # Okabe and Ito's colours, told apart with every kind of colour vision.
@@ -82,6 +83,9 @@ def plot_curves(work_dir, by_epoch=None):
     panels = group_metrics(series(val))
     if not losses and not panels:
         return None
+    losses = {drawable(name): values for name, values in losses.items()}
+    panels = [(drawable(prefix), {drawable(name.rpartition('/')[2]): values for name, values in
+                                  members.items()}) for prefix, members in panels]
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -101,7 +105,7 @@ def plot_curves(work_dir, by_epoch=None):
     for ax, (prefix, members) in zip(axes, panels, strict=False):
         for i, (name, (steps, values)) in enumerate(members.items()):
             ax.plot(steps, values, color=COLOURS[i], marker=MARKERS[i], markersize=5,
-                    label=name.rpartition('/')[2])
+                    label=name)
         ax.set(title=f'validation: {prefix}', xlabel='epoch' if by_epoch else 'iteration')
         _finish(ax)
         if len(members) == 1:

@@ -18,6 +18,8 @@ from vmamba_mm.engine.labels import (
 from vmamba_mm.registry import HOOKS
 
 FILE_KEYS = ('img_path', 'seg_map_path')
+# What a step that loads raises when it lacks a package, or is wrong itself.
+_NOT_THE_FILE = (ImportError, AttributeError, NameError)
 
 
 def seed_all(*words, cuda=True):
@@ -53,6 +55,8 @@ class SampleReader:
             seed_all(*words, cuda=False)
         try:
             return self.dataset[index]
+        except UserError:
+            raise
         except Exception as err:
             problem = find_bad_file(self.dataset, index)
             if problem:
@@ -61,30 +65,116 @@ class SampleReader:
 
 
 def find_bad_file(dataset, index):
-    """One line about the unreadable file of a sample, or None if its files are sound."""
+    """One line about the file of a sample that its pipeline fails on, or None if it does not.
+
+    The pipeline runs once more, step by step; call this for a sample that could not be made.
+    """
     try:
         info = dataset.get_data_info(index)
     except Exception:
         return None
     for key in FILE_KEYS:
         path = info.get(key)
-        if not isinstance(path, str) or '://' in path:
-            continue
-        if not os.path.isfile(path):
+        if isinstance(path, str) and '://' not in path and not os.path.isfile(path):
             return f'the image {path} does not exist (the data set lists it)'
-        if not is_image(path):
-            return f'the image {path} is corrupt; delete it or replace it with a sound copy'
+    try:
+        apply_steps(steps_of(dataset, index), info)
+    except UserError as err:
+        return str(err)
     return None
 
 
+def steps_of(dataset, index=0):
+    """The transforms that make a sample, of the innermost data set that it is from."""
+    while hasattr(dataset, 'dataset') or hasattr(dataset, 'datasets'):
+        found = getattr(dataset, '_get_ori_dataset_idx', lambda i: i)(index)
+        if hasattr(dataset, 'datasets'):
+            which, index = found
+            dataset = dataset.datasets[which]
+        else:
+            dataset, index = dataset.dataset, found
+    return getattr(getattr(dataset, 'pipeline', None), 'transforms', ())
+
+
+def apply_steps(steps, info):
+    """Run the steps of a pipeline one by one.
+
+    Args:
+        steps: transforms; the first ones, until there is an ``img``, load the image.
+        info: of the sample, with ``img_path`` where it is a file.
+
+    Returns:
+        What the last step gives, and the image as it was loaded, (H, W) or (H, W, C), or None if
+        the sample had one from the beginning, or no step loads any.
+
+    Raises:
+        UserError: with the file and the step that failed. The file is called corrupt only if it
+            was a step that loads it.
+    """
+    loaded, data = None, info
+    path = info.get('img_path') or 'without a file name'
+    for step in steps:
+        loading = loaded is None and 'img' not in data
+        labels = 'Annotations' in type(step).__name__ and info.get('seg_map_path')
+        try:
+            data = step(data)
+        except UserError:
+            raise
+        except Exception as err:
+            if loading and not isinstance(err, _NOT_THE_FILE):
+                raise UserError(_unreadable(path, step, err)) from err
+            if labels and not is_image(labels):
+                raise UserError(_unreadable(labels, step, err)) from err
+            size = f', {loaded.shape[1]}x{loaded.shape[0]} pixels' if loaded is not None else ''
+            raise UserError(f'the step {type(step).__name__} of the pipeline fails on the image '
+                            f'{path}{size}: {type(err).__name__}: {err}') from err
+        if data is None:
+            if loading:
+                raise UserError(_unreadable(path, step))
+            return None, loaded  # to be replaced by another sample
+        if loading and 'img' in data:
+            loaded = np.array(data['img'])  # some steps write into it
+    return data, loaded
+
+
+def load_image(steps, path):
+    """An image as the loader of a pipeline reads it, (H, W) or (H, W, C).
+
+    Raises:
+        UserError: if it cannot, or if there is no step that loads.
+    """
+    for i in range(1, len(steps) + 1):
+        _, image = apply_steps(steps[:i], dict(img_path=str(path)))
+        if image is not None:
+            return image
+    raise UserError(f'the test pipeline has no step that loads {path}, such as LoadImageFromFile')
+
+
+def _unreadable(path, step, err=''):
+    """Why a step cannot load a file; corrupt is what nothing else can read either."""
+    if isinstance(err, OSError) and err.errno is not None:
+        return f'the image {path} cannot be read: {err.strerror}'
+    told = str(err) and str(path) not in str(err) and type(err).__name__ != 'error'  # OpenCV's own
+    reason = f' ({type(err).__name__}: {err})' if told else ''
+    if is_image(path):
+        return (f'the image {path} is of a kind that {type(step).__name__} of the pipeline does '
+                f'not read{reason}; convert it, or change how the pipeline reads')
+    return (f'the image {path} is corrupt, or no image: {type(step).__name__} of the pipeline '
+            f'cannot read it{reason}; delete it or replace it with a sound copy')
+
+
 def is_image(path):
+    """Whether OpenCV or Pillow can read a file, whatever its dtype and number of channels."""
     import mmcv
 
-    try:
-        with open(path, 'rb') as f:
-            return mmcv.imfrombytes(f.read(), flag='unchanged') is not None
-    except Exception:
-        return False
+    for backend in ('cv2', 'pillow'):
+        try:
+            with open(path, 'rb') as f:
+                if mmcv.imfrombytes(f.read(), flag='unchanged', backend=backend) is not None:
+                    return True
+        except Exception:  # whatever a decoder says to it
+            continue
+    return False
 
 
 def install_reader(loader):
