@@ -1,4 +1,4 @@
-"""Models as scripts, notebooks and worker processes handle them: copied, pickled, sent elsewhere."""
+"""What scripts, notebooks and worker processes do with a model: copy, pickle, send elsewhere."""
 import copy
 import io
 import pickle
