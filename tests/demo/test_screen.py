@@ -10,7 +10,8 @@ import screen  # noqa: E402
 
 STAMP = '11/29 13:03:52 - mmengine - '
 HIDDEN = ['', '    sys.platform: linux', 'max_epochs = 12', "    type='Runner')",
-          '|    IoU    |  80.1  |', '(ABOVE_NORMAL) EMAHook', 'Could not import OneDL', 'loading annotations into memory...',
+          '|    IoU    |  80.1  |', '(ABOVE_NORMAL) EMAHook', 'Could not import OneDL',
+          'loading annotations into memory...',
           '/a/b.py:33: UserWarning: Fail to import', "  warnings.warn('Fail to import",
           f'{STAMP}INFO - ', f'{STAMP}INFO - Config:', f'{STAMP}INFO - Hooks will be executed in',
           f'{STAMP}INFO - paramwise_options -- norm.weight:weight_decay=0.0',
