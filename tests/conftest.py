@@ -1,11 +1,11 @@
 """Shared by all tests. Nothing heavy happens before a test asks for it."""
 import logging
 import os
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from running import call, forkserver, start  # noqa: F401 (fixtures)
+from sharing import shared_or_alone
 
 WORKER = 'PYTEST_XDIST_WORKER' in os.environ  # one of several processes (pytest-xdist)
 # Read when torch loads: the tests are small, and more threads than cores only slow them down.
@@ -63,17 +63,6 @@ def pytest_runtest_protocol(item):
     folder = item.config._tmp_path_factory.getbasetemp().parent  # shared by the processes
     with shared_or_alone(folder, bool(item.get_closest_marker('alone'))):
         return (yield)
-
-
-@contextmanager
-def shared_or_alone(folder, alone):
-    """Hold a lock with everybody, or alone. A gate keeps those who come later behind who waits."""
-    import fcntl
-    with open(folder / 'gate.lock', 'w') as gate, open(folder / 'tests.lock', 'w') as tests:
-        fcntl.flock(gate, fcntl.LOCK_EX)
-        fcntl.flock(tests, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
-        fcntl.flock(gate, fcntl.LOCK_UN)
-        yield
 
 
 # --- mm* ----------------------------------------------------------------------------------------

@@ -55,6 +55,10 @@ def require_working(module):
     try:
         importlib.import_module(f'{module}.models')
     except (AssertionError, ImportError) as err:
+        if getattr(err, 'name', None) == 'mmcv._ext':
+            raise UserError(f'mmcv was installed without its compiled operators, which {module} '
+                            'needs: run tools/setup_env.sh ops (make demo-det does), or install '
+                            'an mmcv that has them') from err
         raise UserError(f'the installed {module} cannot be imported: {err}') from err
 
 
