@@ -42,7 +42,7 @@ demo-seg: $(ENV)
 
 # ARGS passes options on: make test ARGS='-m "not slow" -x'; with -n 0 all run in one process
 test: $(SETUP)
-	@$(PY) -m pytest -n auto --dist loadfile $(ARGS)
+	@$(PY) -m pytest -n auto --dist worksteal $(ARGS)
 
 test-gpu: $(ENV)
 	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("PyTorch finds no GPU here")'
