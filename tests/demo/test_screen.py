@@ -13,6 +13,7 @@ HIDDEN = ['', '    sys.platform: linux', 'max_epochs = 12', "    type='Runner')"
           '|    IoU    |  80.1  |', '(ABOVE_NORMAL) EMAHook', 'Could not import OneDL',
           'loading annotations into memory...',
           '/a/b.py:33: UserWarning: Fail to import', "  warnings.warn('Fail to import",
+          f'{STAMP}INFO - Iter(val) [ 50/100]    eta: 0:00:03  time: 0.1  data_time: 0.2',
           f'{STAMP}INFO - ', f'{STAMP}INFO - Config:', f'{STAMP}INFO - Hooks will be executed in',
           f'{STAMP}INFO - paramwise_options -- norm.weight:weight_decay=0.0',
           f'{STAMP}WARNING - "FileClient" will be deprecated in future.']

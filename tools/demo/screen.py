@@ -6,7 +6,8 @@ from collections import deque
 
 RECORD = re.compile(r'\d\d/\d\d \d\d:\d\d:\d\d - mmengine - (\w+) - (.*)')
 # Of the log's records; those of several lines (the config, hooks, tables) are not among them.
-MATTERS = re.compile(r'(Epoch|Iter)\((train|val|test)\) ')
+# An evaluation is shown when it is over: then it has no time left.
+MATTERS = re.compile(r'(Epoch|Iter)\((train|(val|test)(?!.* eta: ))\) ')
 # Of lines that a tool prints itself.
 PRINTED = re.compile(r'\[\d+/\d+\] |(accuracy|coco|mIoU|aAcc|mAcc)[\w/.]* = |No GPU|Done\.|error')
 # Numbers of a step, besides the losses' sum and the time that is left.
