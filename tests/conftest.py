@@ -5,12 +5,67 @@ from pathlib import Path
 
 import pytest
 from running import call, forkserver, start  # noqa: F401 (fixtures)
+from sharing import shared_or_alone
 
+WORKER = 'PYTEST_XDIST_WORKER' in os.environ  # one of several processes (pytest-xdist)
 # Read when torch loads: the tests are small, and more threads than cores only slow them down.
-os.environ.setdefault('OMP_NUM_THREADS', str(min(2, os.cpu_count() or 1)))
+os.environ.setdefault('OMP_NUM_THREADS', '1' if WORKER else str(min(2, os.cpu_count() or 1)))
 
 REPO = Path(__file__).resolve().parents[1]
 
+
+# --- tests that need a GPU, and tests that must be alone ----------------------------------------
+
+def pytest_collection_modifyitems(items):
+    """``gpu`` for every test whose parameter ``device`` is 'cuda': ``-m gpu`` selects those too."""
+    for item in items:
+        on_gpu = getattr(item, 'callspec', None) and item.callspec.params.get('device') == 'cuda'
+        if on_gpu and not item.get_closest_marker('gpu'):
+            item.add_marker('gpu')
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    for marker in item.iter_markers('gpu'):
+        reason = why_no_gpu(**marker.kwargs)
+        if reason:
+            pytest.skip(reason)
+
+
+def why_no_gpu(nvidia=False, count=1):
+    """What is missing here for a test marked ``gpu(...)``, or None."""
+    import torch
+    if torch.cuda.device_count() < count:
+        return f'needs {count} GPUs' if count > 1 else 'needs a GPU'
+    return 'needs an NVIDIA GPU' if nvidia and torch.version.hip is not None else None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """Processes for ``-n auto``: bounded by cores and memory, a GPU's with ``-m gpu``."""
+    import psutil
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    marks = config.option.markexpr
+    if 'gpu' not in marks or 'not gpu' in marks:
+        return max(1, min(cores, psutil.virtual_memory().total // (4 << 30), 8))
+    import torch
+    if not torch.cuda.is_available():
+        return 1
+    # A core for each test's Python; the rest compiles kernels.
+    return max(1, min(cores * 3 // 4, torch.cuda.mem_get_info()[1] // (6 << 30), 12))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Among several processes a test marked ``alone`` waits for the others', and they for it."""
+    if not WORKER:
+        return (yield)
+    folder = item.config._tmp_path_factory.getbasetemp().parent  # shared by the processes
+    with shared_or_alone(folder, bool(item.get_closest_marker('alone'))):
+        return (yield)
+
+
+# --- mm* ----------------------------------------------------------------------------------------
 
 @pytest.fixture(scope='session')
 def mm():

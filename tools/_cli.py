@@ -119,7 +119,7 @@ def _explain(err):
     text = _own_message(err)
     if isinstance(err, UserError):
         return str(err)
-    if isinstance(err, ModuleNotFoundError) and err.name in EXTRAS:
+    if isinstance(err, ModuleNotFoundError) and err.name in (*EXTRAS, 'mmcv._ext'):
         return str(missing_package(err.name))
     if isinstance(err, OSError):
         if err.filename is not None:

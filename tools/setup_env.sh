@@ -2,11 +2,14 @@
 # Make or complete .venv at the root of the checkout; every make target calls this first.
 # A second call takes a fraction of a second. Nothing outside .venv (and pip's cache) is touched.
 #
+#   tools/setup_env.sh           all but mmcv's operators: classification and segmentation run
+#   tools/setup_env.sh ops       those too, which detection needs; they have to be compiled
+#
 #   PYTHON=python3.12            the interpreter for a new .venv (3.10 to 3.13)
 #   VMAMBA_MM_TORCH='torch==... torchvision==...'   another pair of releases
-#   VMAMBA_MM_CUDA_OPS=0|1       build mmcv's operators without / with CUDA (default: with CUDA
-#                                where a GPU and a matching toolkit are found)
-#   MAX_JOBS=N                   compiler processes (default: the number of cores)
+#   VMAMBA_MM_CUDA_OPS=0|1       ops: without / with CUDA (default: with CUDA where a GPU and a
+#                                matching toolkit are found)
+#   MAX_JOBS=N                   ops: compiler processes (default: the number of cores)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PIP_REQUIRE_VIRTUALENV=1 PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -15,6 +18,7 @@ unset PYTHONPATH PYTHONHOME
 VENV=$PWD/.venv
 PY=$VENV/bin/python
 STAMP=$VENV/setup.stamp
+OPS_STAMP=$VENV/ops.stamp
 LOG=$VENV/setup.log
 MMCV='onedl-mmcv==2.3.6'
 case "$(uname -sm)" in
@@ -38,13 +42,34 @@ step() {
     say "$name: done in $((SECONDS - start)) s"
 }
 
-# What this .venv was made for. The path is in it because a venv that was moved does not work.
-fingerprint() {
-    { echo "$VENV|$PAIR|$MMCV|${VMAMBA_MM_CUDA_OPS:-}"; cat pyproject.toml tools/setup_env.sh; } \
-        | cksum
+# compiling NAME EXPECTED-TIME COMMAND...: a step that says every 20 s how far ninja has come
+compiling() {
+    local parent=$$
+    {
+        sleep 20 >/dev/null 2>&1
+        while kill -0 "$parent" 2>/dev/null; do
+            say "  compiled $(grep -oE '^ *\[[0-9]+/[0-9]+\]' "$LOG" | tail -n 1 | tr -d ' []' \
+                | sed 's,/, of ,' | grep . || echo nothing yet)"
+            sleep 20 >/dev/null 2>&1  # not to hold a pipe open that somebody reads
+        done
+    } 9>&- &
+    local reporter=$!
+    trap "kill $reporter 2>/dev/null || true" EXIT
+    step "$@"
+    kill "$reporter" 2>/dev/null || true
+    trap - EXIT
 }
 
-complete() {
+# What this .venv was made for. The path is in it because a venv that was moved does not work.
+fingerprint() {
+    { echo "$VENV|$PAIR|$MMCV"; cat pyproject.toml tools/setup_env.sh; } | cksum
+}
+
+ops_fingerprint() { echo "$VENV|$PAIR|$MMCV|${VMAMBA_MM_CUDA_OPS:-}" | cksum; }
+
+ops_complete() { [ -f "$OPS_STAMP" ] && [ "$(cat "$OPS_STAMP")" = "$(ops_fingerprint)" ]; }
+
+base_complete() {
     [ -f "$STAMP" ] && [ "$(cat "$STAMP")" = "$(fingerprint)" ] && "$PY" - <<'EOF' 2>/dev/null
 import importlib.util
 import sys
@@ -52,6 +77,8 @@ names = 'torch torchvision mmcv mmengine mmpretrain mmdet mmseg timm mlxtend vma
 sys.exit(not all(importlib.util.find_spec(name) for name in names))
 EOF
 }
+
+complete() { { [ "$WANT_OPS" = 0 ] || ops_complete; } && base_complete; }
 
 find_python() {
     local candidate
@@ -118,10 +145,17 @@ build_mmcv() {
     chmod +x "$wrapper"
     CXX=$wrapper CFLAGS='-O2 -g0 -DNDEBUG' FORCE_CUDA=$CUDA_OPS MMCV_WITH_OPS=1 \
         NVCC_APPEND_FLAGS='-std=c++20' MAX_JOBS=${MAX_JOBS:-$(getconf _NPROCESSORS_ONLN)} \
-        "$PY" -m pip install --no-build-isolation "$@" "$MMCV"
+        "$PY" -m pip install -v --no-build-isolation "$@" "$MMCV"
 }
 
-install_mmcv() {
+# In the isolated environment in which pip builds there is no torch: mmcv's set-up then leaves the
+# operators out. pip must not keep that wheel, which it would take for the one with operators.
+install_mmcv_without_ops() {
+    "$PY" -m pip install --only-binary onedl-mmcv --no-deps "$MMCV" \
+        || "$PY" -m pip install --no-cache-dir --no-deps "$MMCV"
+}
+
+install_ops() {
     # A prebuilt wheel if the index has one that works, then pip's cache, then the compiler.
     if "$PY" -m pip install --only-binary onedl-mmcv "$MMCV" && mmcv_works; then return; fi
     "$PY" -m pip uninstall -y onedl-mmcv
@@ -144,10 +178,15 @@ install_package() {
 }
 
 final_check() {
-    "$PY" -c 'import cv2, mmcv.ops, mmengine, mmpretrain, mmdet, mmseg, timm, vmamba_mm.registry' \
+    "$PY" -c 'import cv2, mmcv, mmengine, mmpretrain, mmdet, mmseg, timm, vmamba_mm.registry' \
         && "$PY" -m pip check
 }
 
+case "${1:-}" in
+    '') WANT_OPS=0 ;;
+    ops) WANT_OPS=1 ;;
+    *) die "'$1' is no argument: there is 'ops', or none" ;;
+esac
 if complete; then exit 0; fi
 
 mkdir -p "$VENV"
@@ -156,11 +195,11 @@ if command -v flock >/dev/null; then  # two make targets at once: the second wai
     flock 9
     if complete; then exit 0; fi
 fi
-rm -f "$STAMP"
+if base_complete; then HAVE_BASE=1; else HAVE_BASE=0; fi
 : >"$LOG"
 if ! "$PY" -c '' 2>/dev/null; then
     python=$(find_python) || die "no Python 3.10 to 3.13 found (tried ${PYTHON:-the usual names})"
-    say "making .venv with $(command -v "$python") (about 8 minutes and 6 GB the first time)"
+    say "making .venv with $(command -v "$python") (about 3 minutes and 6 GB the first time)"
     step 'virtual environment' '5 s' "$python" -m venv "$VENV"
 elif [ -n "${PYTHON:-}" ] && [ "$(version_of "$PYTHON")" != "$(version_of "$PY")" ]; then
     die ".venv has Python $(version_of "$PY"), PYTHON=$PYTHON asks for another: remove .venv first"
@@ -168,31 +207,43 @@ else
     say 'completing .venv'
 fi
 
-if torch_works >>"$LOG" 2>&1; then
-    say "torch: already there"
-else
-    step 'torch' '1 minute from disk, more over the network' "$PY" -m pip install $PAIR
-    torch_works >>"$LOG" 2>&1 || die "step 'torch': installed but does not run; see $LOG"
+if [ "$HAVE_BASE" = 0 ]; then
+    rm -f "$STAMP"
+    if torch_works >>"$LOG" 2>&1; then
+        say "torch: already there"
+    else
+        step 'torch' '1 minute from disk, more over the network' "$PY" -m pip install $PAIR
+        torch_works >>"$LOG" 2>&1 || die "step 'torch': installed but does not run; see $LOG"
+    fi
+    step 'build tools' '5 s' "$PY" -m pip install 'pip==25.3' 'setuptools>=77,<81' wheel packaging
+    "$PY" -m pip freeze | grep -E '^(torch|torchvision|triton)==' >"$VENV/constraints.txt"
+    if [ "$("$PY" -m pip show onedl-mmcv 2>/dev/null | sed -n 's/^Version: //p')" = \
+        "${MMCV#*==}" ]; then
+        say 'mmcv: already there'
+    else
+        step 'mmcv without operators' '10 s' install_mmcv_without_ops
+    fi
+    step 'vmamba_mm with mmdet, mmseg, mmpretrain' '40 s' install_package
+    step 'check' '20 s' final_check
+    fingerprint >"$STAMP"
 fi
-step 'build tools' '5 s' "$PY" -m pip install \
-    'pip==25.3' 'setuptools>=77,<81' wheel packaging ninja psutil numpy
-"$PY" -m pip freeze | grep -E '^(torch|torchvision|triton)==' >"$VENV/constraints.txt"
 
-CUDA_OPS=$(choose_cuda_ops)
-if mmcv_works >>"$LOG" 2>&1; then
-    say "mmcv: already there, its operators run"
-else
-    if [ "$CUDA_OPS" = 1 ]; then
-        step 'mmcv with CUDA operators' 'compiles: 10 minutes or more' install_mmcv
+if [ "$WANT_OPS" = 1 ]; then
+    step 'compiler driver' '2 s' "$PY" -m pip install ninja psutil
+    CUDA_OPS=$(choose_cuda_ops)
+    if mmcv_works >>"$LOG" 2>&1; then
+        say "mmcv: its operators are there already, and run"
+    elif [ "$CUDA_OPS" = 1 ]; then
+        compiling 'mmcv with CUDA operators' 'compiles once: 10 minutes or more' install_ops
     else
         if "$PY" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
             say 'a GPU, but no CUDA toolkit that fits: mmcv gets CPU operators; classification and' \
                 'segmentation run on the GPU, detection on the CPU'
         fi
-        step 'mmcv with CPU operators' '5 minutes on 2 cores the first time, then cached' install_mmcv
+        compiling 'mmcv with CPU operators' \
+            '5 minutes on 2 cores the first time, then from pip'"'"'s cache' install_ops
     fi
+    step 'check' '5 s' "$PY" -m pip check
+    ops_fingerprint >"$OPS_STAMP"
 fi
-step 'vmamba_mm with mmdet, mmseg, mmpretrain' '30 s' install_package
-step 'check' '20 s' final_check
-fingerprint >"$STAMP"
 say "ready in $((SECONDS - STARTED)) s: $("$PY" --version), $(tr '\n' ' ' <"$VENV/constraints.txt")"

@@ -32,6 +32,9 @@ class UserError(RuntimeError):
 
 
 def missing_package(module):
+    if module == 'mmcv._ext':
+        return UserError('mmcv was installed without its compiled operators, which this model '
+                         'needs: run tools/setup_env.sh ops, or install an mmcv that has them')
     extra = EXTRAS.get(module)
     if module in UPSTREAM and _version('mmengine'):
         return UserError(f'the package {module} is not installed; beside the upstream mmengine '
@@ -55,6 +58,8 @@ def require_working(module):
     try:
         importlib.import_module(f'{module}.models')
     except (AssertionError, ImportError) as err:
+        if getattr(err, 'name', None) == 'mmcv._ext':
+            raise missing_package('mmcv._ext') from err
         raise UserError(f'the installed {module} cannot be imported: {err}') from err
 
 

@@ -52,6 +52,16 @@ def test_packages_that_do_not_fit(monkeypatch, tmp_path):
         compat.require_working('unfit')
 
 
+def test_mmcv_without_operators(monkeypatch, tmp_path):
+    """As `make demo` installs it: what needs them says how to get them."""
+    (tmp_path / 'detector').mkdir()
+    (tmp_path / 'detector' / '__init__.py').write_text('import mmcv._ext')
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, 'mmcv._ext', None)
+    with pytest.raises(compat.UserError, match='without its compiled op.*run tools/setup_env.sh'):
+        compat.require_working('detector')
+
+
 def test_import_is_light():
     code = ('import sys, vmamba_mm.compat; '
             'assert not [m for m in sys.modules if m.startswith(("mm", "torch"))]')

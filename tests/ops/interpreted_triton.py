@@ -22,6 +22,22 @@ from vmamba_mm.testing import (
 HALF = (torch.float16, torch.bfloat16)
 
 
+@pytest.fixture(autouse=True)
+def numbers_are_indices(monkeypatch):
+    """Triton 3.6 takes int() of an array of shape (1,) for the bounds of a loop: NumPy 2.4 refuses.
+
+    It is the interpreter alone that does so; compiled kernels have no NumPy in them.
+    """
+    from triton.runtime import interpreter
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_mend(tensor, *scope):
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    monkeypatch.setattr(interpreter, '_patch_lang_tensor', patch_and_mend)
+
+
 def ss2d_reference(**inputs):
     """The specification differentiated by autograd: no code of the op's own backward."""
     return reference.forward(*inputs.values(), out_dtype=inputs['x'].dtype)

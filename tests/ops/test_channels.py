@@ -36,8 +36,6 @@ def folder(tmp_path_factory):
 @contextlib.contextmanager
 def with_kernels(where, folder):
     if where == 'cuda':
-        if not torch.cuda.is_available():
-            pytest.skip('needs an NVIDIA GPU')
         yield 'cuda'
     else:
         if sys.platform != 'linux' or emulated_cuda.COMPILER is None and not os.environ.get('CI'):
@@ -46,14 +44,17 @@ def with_kernels(where, folder):
             yield 'cpu'
 
 
-@pytest.fixture(params=['emulated', 'cuda', 'sm_75'])
+CUDA = pytest.param('cuda', marks=pytest.mark.gpu(nvidia=True))
+
+
+@pytest.fixture(params=['emulated', CUDA, 'sm_75'])
 def kernels(request, folder):
     """'cpu', where the kernels are emulated, or 'cuda'."""
     with with_kernels(request.param, folder) as device:
         yield device
 
 
-@pytest.fixture(params=['emulated', 'cuda', 'sm_75', 'elsewhere'])
+@pytest.fixture(params=['emulated', CUDA, 'sm_75', 'elsewhere'])
 def device(request, folder):
     """The same, and 'cpu' without kernels."""
     if request.param == 'elsewhere':

@@ -8,7 +8,7 @@ import torch
 from vmamba_mm.ops import cublas
 from vmamba_mm.testing import relative_error
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs an NVIDIA GPU')
+needs_gpu = pytest.mark.gpu(nvidia=True)
 
 
 def make(rows, columns, inner, dtype, out_dtype, **kwargs):

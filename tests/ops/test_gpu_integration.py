@@ -26,8 +26,8 @@ from vmamba_mm.testing import (
 # Inductor compiles in this process: its pool of others can keep pytest from ending.
 os.environ.setdefault('TORCHINDUCTOR_COMPILE_THREADS', '1')
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
+needs_gpu = pytest.mark.gpu
+needs_two = pytest.mark.gpu(count=2)
 on_both = pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=needs_gpu)])
 HALVES = [pytest.param(torch.float16, id='fp16'), pytest.param(torch.bfloat16, id='bf16')]
 VANILLA = dict(d_state=4, ssm_ratio=2.0, conv_bias=True, gate=True)

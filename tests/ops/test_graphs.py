@@ -6,7 +6,7 @@ import torch
 from vmamba_mm.layers import VSSBlock
 from vmamba_mm.ops import graphs
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+needs_gpu = pytest.mark.gpu
 SIZES = (3, 15, 10, 192), (2, 9, 11, 32)
 
 
@@ -181,6 +181,7 @@ def test_a_capture_has_no_replay_in_it(replays):
 
 
 @needs_gpu
+@pytest.mark.alone
 def test_memory_of_graphs(replays):
     """136 KiB each, measured."""
     block = make_block(32)

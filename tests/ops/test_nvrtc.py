@@ -77,8 +77,7 @@ def has_nvrtc() -> bool:
 
 
 needs_nvrtc = pytest.mark.skipif(not has_nvrtc(), reason='this torch came without NVRTC')
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available() or torch.version.hip is not None,
-                               reason='needs an NVIDIA GPU')
+needs_gpu = pytest.mark.gpu(nvidia=True)
 
 
 @pytest.fixture
@@ -584,8 +583,7 @@ def test_gpu_many_threads(folder):
     assert [x.unique().tolist() for x in values] == [[200.0 + i] for i in range(8)]
 
 
-@needs_gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
+@pytest.mark.gpu(nvidia=True, count=2)
 def test_gpu_second_device_while_the_first_is_current(folder):
     a = torch.ones(1003, device='cuda:1')
     kernel = nvrtc.load(instance(), a.device)

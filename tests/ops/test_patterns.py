@@ -355,7 +355,7 @@ def test_emulated_cuda(folder, shape, dtype, scan):
         check_kernels(inputs, scan, 'cuda')
 
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+needs_gpu = pytest.mark.gpu
 
 
 @ALL
@@ -364,8 +364,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GP
 @pytest.mark.parametrize('shape', [
     (3, 96, 7, 7), (2, 192, 56, 56), (1, 96, 37, 53), (2, 18, 9, 11)],
     ids='B{0[0]}-D{0[1]}-{0[2]}x{0[3]}'.format)
-@needs_gpu
-@pytest.mark.skipif(torch.version.hip is not None, reason='needs an NVIDIA GPU')
+@pytest.mark.gpu(nvidia=True)
 def test_cuda(shape, state, dtype, scan):
     inputs = make(*shape, torch.float32, state=state, device='cuda')
     inputs['x'] = inputs['x'].to(dtype)

@@ -13,8 +13,7 @@ from vmamba_mm.ops.ss2d_scan import chunked, cuda, cut
 from vmamba_mm.ops.walk import magic
 from vmamba_mm.testing import relative_error, ss2d_scan_inputs, with_grads
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available() or torch.version.hip is not None,
-                               reason='needs an NVIDIA GPU')
+needs_gpu = pytest.mark.gpu(nvidia=True)
 
 SHAPES = [(1, 32, 1, 1), (3, 20, 1, 40), (1, 33, 37, 1), (3, 96, 7, 7), (1, 384, 14, 14),
           (3, 5, 9, 30), (1, 96, 37, 53), (3, 192, 56, 56), (1, 96, 200, 336), (40, 768, 7, 7)]

@@ -72,8 +72,9 @@ def test_any_strides(layout):
         assert_close(ss2d_scan(**dict(inputs, x=x)), expected, 1e-14)
 
 
-def norm_after_scan(norm_weight, norm_bias, eps, **inputs):
-    y = ss2d_scan(**inputs, out_dtype=torch.promote_types(inputs['x'].dtype, norm_weight.dtype))
+def norm_after_scan(norm_weight, norm_bias, eps, backend, **inputs):
+    y = ss2d_scan(**inputs, out_dtype=torch.promote_types(inputs['x'].dtype, norm_weight.dtype),
+                  backend=backend)
     y = F.layer_norm(y.permute(0, 2, 3, 1), norm_weight.shape, norm_weight, norm_bias, eps)
     return y.permute(0, 3, 1, 2).to(inputs['x'].dtype)
 
@@ -89,12 +90,13 @@ def test_norm_has_the_strides_of_x(device, dtype, layout, compiled):
     inputs['x'] = {'channels_last': x, 'contiguous': x.contiguous(),
                    'transposed': x.contiguous().transpose(2, 3).contiguous().transpose(2, 3)
                    }[layout]
-    op = partial(ss2d_scan_norm, backend='chunked')
+    op, expected_op = (partial(f, eps=1e-5, backend='chunked')
+                       for f in (ss2d_scan_norm, norm_after_scan))
     if compiled:
         torch._dynamo.reset()
         op = torch.compile(op, fullgraph=True, backend='aot_eager')
-    y, grads = with_grads(op, inputs, eps=1e-5)
-    expected, expected_grads = with_grads(norm_after_scan, inputs, eps=1e-5)
+    y, grads = with_grads(op, inputs)
+    expected, expected_grads = with_grads(expected_op, inputs)
     assert y.dtype == dtype and y.stride() == inputs['x'].stride()
     assert_close(y, expected, 1e-6)
     for name, grad in grads.items():

@@ -21,9 +21,10 @@ from vmamba_mm.testing import (
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec('triton') is None,
                                   reason='triton is not installed (it is for Linux)')
-needs_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available() or importlib.util.find_spec('triton') is None,
-    reason='needs a GPU and triton')
+
+
+def needs_gpu(test):
+    return pytest.mark.gpu(needs_triton(test))
 
 
 def python(*argv, **env):

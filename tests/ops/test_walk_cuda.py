@@ -18,8 +18,7 @@ from vmamba_mm.testing import (
     with_grads,
 )
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available() or torch.version.hip is not None,
-                               reason='needs an NVIDIA GPU')
+needs_gpu = pytest.mark.gpu(nvidia=True)
 HALVES = pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=['fp16', 'bf16'])
 # batch, D, H, W, N, K, R
 SHAPES = [(1, 32, 1, 1, 1, 4, 2), (3, 20, 1, 40, 4, 4, 1), (1, 33, 37, 1, 16, 2, 3),

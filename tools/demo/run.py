@@ -24,6 +24,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import make_data  # noqa: E402  (sibling scripts, not a package)
 import report  # noqa: E402
+import screen  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 # The floors leave room below what the demos reach: see configs/demo and the README.
@@ -52,14 +53,14 @@ def say(text):
     print(f'[demo] {text}', flush=True)
 
 
-def run(name, *command):
-    """Run one of the tools; its output goes through. Returns the seconds it took."""
+def run(name, log, *command):
+    """Run one of the tools; what matters of its output is shown. Returns the seconds it took."""
     command = [sys.executable, *map(str, command)]
-    say(f'{name}: python {shlex.join(c for c in command[1:5])}')
+    say(f'{name}: python {shlex.join(c for c in command[1:5])} (all it says: {log})')
     start = time.time()
-    code = subprocess.run(command, cwd=ROOT).returncode
+    code = screen.run(command, ROOT, log)
     if code:
-        raise SystemExit(f'[demo] FAILED: {name} ended with exit code {code}')
+        raise SystemExit(f'[demo] FAILED: {name} ended with exit code {code}; see {log}')
     return time.time() - start
 
 
@@ -99,7 +100,8 @@ def ensure_classifier():
     say('no classifier to start from yet: training it first, as make demo does')
     make_data.build('data/demo', make_data.DEFAULTS, ['imagenet'])
     shutil.rmtree(work_dir, ignore_errors=True)
-    run('train the classifier', 'tools/train.py', TASKS['cls']['config'], '--work-dir', work_dir)
+    run('train the classifier', work_dir / 'train.log', 'tools/train.py', TASKS['cls']['config'],
+        '--work-dir', work_dir)
     keep_classifier(Path((work_dir / 'last_checkpoint').read_text().strip()), work_dir)
     return time.time() - start
 
@@ -138,20 +140,22 @@ def main():
         hide_gpu_from_cpu_operators()
     if name != 'cls':
         seconds['classifier'] = ensure_classifier()
-    seconds['train'] = run('train', 'tools/train.py', task['config'], '--work-dir', work_dir)
+    seconds['train'] = run('train', work_dir / 'train.log', 'tools/train.py', task['config'],
+                           '--work-dir', work_dir)
     checkpoint = Path((work_dir / 'last_checkpoint').read_text().strip())
     if name == 'cls':
         keep_classifier(checkpoint, work_dir)
     metrics_file = work_dir / 'metrics.json'
-    seconds['evaluate'] = run('evaluate', 'tools/test.py', task['config'], checkpoint,
-                              '--work-dir', work_dir / 'test', '--out', metrics_file)
+    seconds['evaluate'] = run('evaluate', work_dir / 'evaluate.log', 'tools/test.py',
+                              task['config'], checkpoint, '--work-dir', work_dir / 'test', '--out',
+                              metrics_file)
     images = sorted(Path().glob(task['images']))[::task['every']][:12]
     if name == 'det':
         images = enlarged(images, work_dir / 'images')
     shutil.rmtree(work_dir / 'predictions', ignore_errors=True)
-    seconds['predict'] = run('predict', 'tools/predict.py', task['config'], checkpoint,
-                             *images,
-                             '--out-dir', work_dir / 'predictions')
+    seconds['predict'] = run('predict', work_dir / 'predict.log', 'tools/predict.py',
+                             task['config'], checkpoint, *images, '--out-dir',
+                             work_dir / 'predictions')
 
     metrics = json.loads(metrics_file.read_text())
     results = {key: metrics[key] for key in task['floors']}
