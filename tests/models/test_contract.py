@@ -460,7 +460,7 @@ def test_a_module_compiled_in_place_runs_as_compiled(device):
             assert_same((outs, {}), (expected, {}), device)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
+@pytest.mark.gpu(count=2)
 @all_archs
 def test_data_parallel_on_two_gpus(arch):
     model, x = make('cuda', arch)
