@@ -7,9 +7,10 @@ import pytest
 from running import call, forkserver, start  # noqa: F401 (fixtures)
 from sharing import shared_or_alone
 
-WORKER = 'PYTEST_XDIST_WORKER' in os.environ  # one of several processes (pytest-xdist)
 # Read when torch loads: the tests are small, and more threads than cores only slow them down.
-os.environ.setdefault('OMP_NUM_THREADS', '1' if WORKER else str(min(2, os.cpu_count() or 1)))
+# The variable of pytest-xdist says that this is one of several processes.
+threads = 1 if 'PYTEST_XDIST_WORKER' in os.environ else min(2, os.cpu_count() or 1)
+os.environ.setdefault('OMP_NUM_THREADS', str(threads))
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -46,7 +47,7 @@ def pytest_xdist_auto_num_workers(config):
     import psutil
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     marks = config.option.markexpr
-    if 'gpu' not in marks or 'not gpu' in marks:
+    if 'gpu' not in marks or 'not gpu' in marks:  # see make test-gpu
         return max(1, min(cores, psutil.virtual_memory().total // (4 << 30), 8))
     import torch
     if not torch.cuda.is_available():
@@ -58,7 +59,7 @@ def pytest_xdist_auto_num_workers(config):
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
     """Among several processes a test marked ``alone`` waits for the others', and they for it."""
-    if not WORKER:
+    if not hasattr(item.config, 'workerinput'):
         return (yield)
     folder = item.config._tmp_path_factory.getbasetemp().parent  # shared by the processes
     with shared_or_alone(folder, bool(item.get_closest_marker('alone'))):
