@@ -13,7 +13,8 @@ class Subclass(dict):
     ('EMAHook', 'EMAHook', []), ('mmengine.EMAHook', 'EMAHook', ['mmengine']),
     ('mmengine.hooks.ema_hook.EMAHook', 'EMAHook', ['mmengine']), (dict, 'dict', ['builtins']),
     (Subclass, 'Subclass', [Subclass.__module__, 'builtins']),
-    (pytest.raises, 'raises', ['_pytest']), (None, '', []), ('', '', [])], ids=str)
+    (pytest.raises, 'raises', ['_pytest']), (None, '', []), ('', '', [])],
+    ids=lambda value: getattr(value, '__name__', None) or str(value))
 def test_types(kind, name, scopes):
     for node in (kind, dict(type=kind, momentum=1)):
         assert type_name(node) == name

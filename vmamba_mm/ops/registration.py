@@ -107,8 +107,9 @@ def _library(name: str) -> torch.library.Library:
 def _is_watched(args: tuple) -> bool:
     """Whether a compiler, a mode, a profiler or a subclass of tensors wants to see the op."""
     return (torch.compiler.is_compiling() or torch._C._is_tracing() or _is_transformed()
-            # A batched backward comes with its gradient, which is first.
-            or isinstance(args[0], Tensor) and torch._C._functorch.is_legacy_batchedtensor(args[0])
+            # On meta the fake is all there is to run; a batched backward's gradient is first.
+            or isinstance(args[0], Tensor) and (
+                args[0].is_meta or torch._C._functorch.is_legacy_batchedtensor(args[0]))
             or torch._C._len_torch_dispatch_stack() > 0 or torch.autograd._profiler_enabled()
             or not _PLAIN.issuperset(map(type, args))
             or any(type(arg) is list and not _PLAIN.issuperset(map(type, arg)) for arg in args))
