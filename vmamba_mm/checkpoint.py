@@ -393,7 +393,7 @@ def check_patterns(patterns: str | Sequence[str], name: str) -> list[str]:
     Raises:
         UserError: on anything else; ``name`` says in the message whose patterns they are.
     """
-    if isinstance(patterns, str):
+    if not isinstance(patterns, list | tuple):
         patterns = [patterns]
     for pattern in patterns:
         try:

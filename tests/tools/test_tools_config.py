@@ -176,7 +176,8 @@ def test_values_that_are_no_python(text, tools):
 def test_options_say_which_hooks_they_replace(tools, tmp_path, capsys):
     cli, _ = tools
     path = tmp_path / 'config.py'
-    path.write_text("model = dict(type='A')\ncustom_hooks = [dict(type='EMAHook')]\n")
+    path.write_text("default_scope = 'mmpretrain'\nmodel = dict(type='A')\n"
+                    "custom_hooks = [dict(type='EMAHook')]\n")
     cfg = cli.load_config(str(path), ["custom_hooks=[dict(type='B')]"])
     assert cfg.custom_hooks == [dict(type='B')]
     assert 'gone: EMAHook' in capsys.readouterr().out
