@@ -71,7 +71,11 @@ def parse_log(binary):
 
 
 def find_problems(found, budget):
-    """A line for each use that is an error, a spill, or above the budget."""
+    """A line for each use that is an error, a spill, or above the budget.
+
+    Registers are handed out to threads by eights. Below that NVRTC is not to be held to a number:
+    the same kernel compiled twice by one release can differ by three.
+    """
     for name, by_arch in found.items():
         for arch, use in by_arch.items():
             allowed = budget.get(name, {}).get(arch)
@@ -83,8 +87,9 @@ def find_problems(found, budget):
             if allowed is None:
                 yield f'{name}, {arch}: not in {BUDGET.name}'
                 continue
-            yield from (f'{name}, {arch}: {what} {use[what]}, allowed {allowed[what]}'
-                        for what in ('registers', 'stack') if use[what] > allowed[what])
+            limits = dict(registers=-(-allowed['registers'] // 8) * 8, stack=allowed['stack'])
+            yield from (f'{name}, {arch}: {what} {use[what]}, allowed {limit}'
+                        for what, limit in limits.items() if use[what] > limit)
 
 
 def print_table(found, archs):

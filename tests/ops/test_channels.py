@@ -455,6 +455,38 @@ def test_blocks_that_do_not_run_as_one_op(kernels, chains):
     assert runs(dropping.eval())
 
 
+@pytest.mark.parametrize(('name', 'change'), [
+    ('ssm.in_proj', lambda old: nn.Linear(old.in_features, old.out_features)),
+    ('ssm.out_proj', lambda old: nn.Linear(old.in_features, old.out_features)),
+    ('mlp.fc1', lambda old: nn.Linear(old.in_features, old.out_features, bias=False)),
+    ('mlp.fc2', lambda old: nn.Linear(old.in_features, old.out_features, bias=False)),
+    ('norm2', lambda old: nn.LayerNorm(old.normalized_shape, eps=0.5)),
+    ('ssm.out_norm', lambda old: nn.LayerNorm(old.normalized_shape, elementwise_affine=False))],
+    ids=['in_proj', 'out_proj', 'fc1', 'fc2', 'norm2', 'out_norm'])
+def test_a_block_with_another_module_of_the_same_kind(kernels, calls, name, change):
+    """A bias more or less and another eps are not read past."""
+    block, x = make_block(kernels, 36, 1.0, False, 0.0).eval(), randn(2, 5, 6, 36, device=kernels)
+    before = block(x)
+    assert calls
+    calls.clear()
+    block.set_submodule(name, change(block.get_submodule(name)).to(kernels))
+    found = block(x)
+    assert not calls and not torch.allclose(found, before, atol=1e-3)
+    exact = copy.deepcopy(block).double()(x.double())  # which no kernel takes
+    assert relative_error(found, exact) <= 1e-4
+    block.norm1.eps, block.norm2.eps = 0.1, 0.1
+    assert relative_error(block(x), copy.deepcopy(block).double()(x.double())) <= 1e-4
+    assert not calls
+
+
+@pytest.mark.parametrize('name', ['norm1', 'norm2', 'ssm.out_norm'])
+def test_a_norm_with_another_eps(kernels, calls, name):
+    block, x = make_block(kernels, 36, 1.0, False, 0.0).eval(), randn(2, 5, 6, 36, device=kernels)
+    block.get_submodule(name).eps = 0.5
+    assert relative_error(block(x), copy.deepcopy(block).double()(x.double())) <= 1e-4
+    assert not calls
+
+
 def test_a_block_with_another_convolution(kernels, calls):
     block = make_block(kernels, 32, 1.0)
     x = randn(2, 5, 6, 32, device=kernels)

@@ -33,9 +33,11 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (is_plain(self.fc1, nn.Linear) and is_plain(self.fc2, nn.Linear)):
-            return self.fc2(F.gelu(self.fc1(x)))
-        return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        fc1, fc2 = self.fc1, self.fc2
+        if is_plain(fc1, nn.Linear) and is_plain(fc2, nn.Linear) \
+                and fc1.bias is not None and fc2.bias is not None:
+            return mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        return fc2(F.gelu(fc1(x)))
 
 
 class VSSBlock(nn.Module):
@@ -95,11 +97,16 @@ class VSSBlock(nn.Module):
             return None
         norm1, in_proj, conv, out_norm, out_proj, norm2, fc1, fc2 = modules
         both = 'weight', 'bias'
-        tensors = [*read_parameters(norm1, *both), *read_parameters(in_proj, 'weight'),
-                   *read_parameters(conv, 'weight'), *read_parameters(ssm, *_OF_ROUTES),
-                   *read_parameters(out_norm, *both), *read_parameters(out_proj, 'weight'),
+        (to_inner, inner_bias), (to_outer, outer_bias) = (read_parameters(m, *both)
+                                                          for m in (in_proj, out_proj))
+        tensors = [*read_parameters(norm1, *both), to_inner, *read_parameters(conv, 'weight'),
+                   *read_parameters(ssm, *_OF_ROUTES), *read_parameters(out_norm, *both), to_outer,
                    *read_parameters(norm2, *both), *read_parameters(fc1, *both),
                    *read_parameters(fc2, *both)]
+        # A user may have put another Linear or norm in the place of ours.
+        if inner_bias is not None or outer_bias is not None or any(t is None for t in tensors) \
+                or not norm1.eps == out_norm.eps == norm2.eps:
+            return None
         return None if why_not(x, dtype, tensors) else tensors
 
     def forward(self, x: Tensor) -> Tensor:
