@@ -1,5 +1,7 @@
 """Whether an op may take the place of submodules."""
 
+from collections.abc import Iterable
+
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -10,17 +12,31 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     It is not wrapped, replaced or compiled, has no ``forward`` of its own as adapters and
     offloading libraries set it, and nobody watches: no hook, be it on this module or on all.
     """
-    return (type(module) is kind and 'forward' not in module.__dict__
-            and module._compiled_call_impl is None
-            and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-                     or module._backward_pre_hooks or _has_any_global_hook()))
+    return are_plain((module,), (kind,))
 
 
-def read_parameters(module: nn.Module, *names: str) -> list[Tensor | None]:
-    """Its parameters, which may be plain attributes: FSDP's views of its flat parameter, and
-    those of nn.DataParallel's replicas, are. ``nn.Module.__getattr__`` is slower."""
-    own = module._parameters
-    return [own[name] if name in own else getattr(module, name) for name in names]
+def are_plain(modules: Iterable[nn.Module], kinds: Iterable[type[nn.Module]]) -> bool:
+    """Whether each is, asked at once: small images wait for the questions of all blocks."""
+    for module, kind in zip(modules, kinds, strict=True):
+        if type(module) is not kind:
+            return False
+        own = module.__dict__
+        if 'forward' in own or own.get('_compiled_call_impl') is not None \
+                or own['_forward_hooks'] or own['_forward_pre_hooks'] \
+                or own['_backward_hooks'] or own['_backward_pre_hooks']:
+            return False
+    return not _has_any_global_hook()
+
+
+class Attributes:
+    """A module's parameters by name where they are plain attributes, and ``_parameters`` lacks
+    them: FSDP's views of its flat parameter, and those of nn.DataParallel's replicas."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __getitem__(self, name: str) -> Tensor | None:
+        return getattr(self.module, name)
 
 
 def is_plain_conv(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vmamba_mm.layers.drop_path import DropPath
 from vmamba_mm.layers.norm import LayerNorm, sum_and_norm
-from vmamba_mm.layers.plain import is_depthwise_3x3, is_plain, read_parameters
+from vmamba_mm.layers.plain import Attributes, are_plain, is_depthwise_3x3, is_plain
 from vmamba_mm.layers.ss2d import SS2D
 from vmamba_mm.ops import add_norm, mlp
 from vmamba_mm.ops.backends import autocast_dtype, wants_grad
@@ -82,32 +82,25 @@ class VSSBlock(nn.Module):
             branch = drop(self.mlp(normed))
         return add_norm(x, branch, None, None, scale=scales[-1], out_dtype=out_dtype)[0]
 
-    def _in_one_op(self, x: Tensor, dtype: torch.dtype) -> list[Tensor] | None:
+    def _in_one_op(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...] | None:
         """The parameters for the op ``vss_block``, or None where it does not apply."""
         # Past nn.Module.__getattr__, which would take a tenth of the block's time in Python.
         own = self._modules
         ssm, mlp = own['ssm'], own.get('mlp')  # None is no module
-        if mlp is None or not (is_plain(ssm, SS2D) and is_plain(mlp, Mlp)) \
+        if type(ssm) is not SS2D or type(mlp) is not Mlp \
                 or ssm.gate or ssm.act != 'silu' or ssm.scan != 'cross':
             return None
         inner, outer = ssm._modules, mlp._modules
-        modules = (own['norm1'], inner['in_proj'], inner.get('conv2d'), inner['out_norm'],
-                   inner['out_proj'], own['norm2'], outer['fc1'], outer['fc2'])
-        if not (all(map(is_plain, modules, _KINDS)) and is_depthwise_3x3(inner['conv2d'])):
+        modules = (mlp, ssm, own['norm1'], inner['in_proj'], inner.get('conv2d'),
+                   inner['out_norm'], inner['out_proj'], own['norm2'], outer['fc1'], outer['fc2'])
+        if not (are_plain(modules, _KINDS) and is_depthwise_3x3(inner['conv2d'])) \
+                or not own['norm1'].eps == inner['out_norm'].eps == own['norm2'].eps:
             return None
-        norm1, in_proj, conv, out_norm, out_proj, norm2, fc1, fc2 = modules
-        both = 'weight', 'bias'
-        (to_inner, inner_bias), (to_outer, outer_bias) = (read_parameters(m, *both)
-                                                          for m in (in_proj, out_proj))
-        tensors = [*read_parameters(norm1, *both), to_inner, *read_parameters(conv, 'weight'),
-                   *read_parameters(ssm, *_OF_ROUTES), *read_parameters(out_norm, *both), to_outer,
-                   *read_parameters(norm2, *both), *read_parameters(fc1, *both),
-                   *read_parameters(fc2, *both)]
-        # A user may have put another Linear or norm in the place of ours.
-        if inner_bias is not None or outer_bias is not None or any(t is None for t in tensors) \
-                or not norm1.eps == out_norm.eps == norm2.eps:
-            return None
-        return None if why_not(x, dtype, tensors) else tensors
+        try:
+            tensors = _parameters_of(*[module._parameters for module in modules[1:]])
+        except KeyError:
+            tensors = _parameters_of(*map(Attributes, modules[1:]))
+        return None if tensors is None or why_not(x, dtype, tensors) else tensors
 
     def forward(self, x: Tensor) -> Tensor:
         if self.with_cp and torch.is_grad_enabled():
@@ -119,9 +112,25 @@ def _keep(branch: Tensor) -> Tensor:
     return branch
 
 
+def _parameters_of(ssm, norm1, in_proj, conv, out_norm, out_proj, norm2, fc1, fc2
+                   ) -> tuple[Tensor, ...] | None:
+    """Of a block's modules, as :func:`vss_block` takes them; None if a user has put a norm or a
+    Linear in the place of ours that has a bias more or less."""
+    if in_proj['bias'] is not None or out_proj['bias'] is not None:
+        return None
+    biases = norm1['bias'], out_norm['bias'], norm2['bias'], fc1['bias'], fc2['bias']
+    for bias in biases:
+        if bias is None:
+            return None
+    return (norm1['weight'], biases[0], in_proj['weight'], conv['weight'], ssm['x_proj_weight'],
+            ssm['dt_projs_weight'], ssm['dt_projs_bias'], ssm['A_logs'], ssm['Ds'],
+            out_norm['weight'], biases[1], out_proj['weight'], norm2['weight'], biases[2],
+            fc1['weight'], biases[3], fc2['weight'], biases[4])
+
+
 # Of a block's modules, as in _in_one_op.
-_KINDS = (LayerNorm, nn.Linear, nn.Conv2d, LayerNorm, nn.Linear, LayerNorm, nn.Linear, nn.Linear)
-_OF_ROUTES = 'x_proj_weight', 'dt_projs_weight', 'dt_projs_bias', 'A_logs', 'Ds'
+_KINDS = (Mlp, SS2D, LayerNorm, nn.Linear, nn.Conv2d, LayerNorm, nn.Linear, LayerNorm, nn.Linear,
+          nn.Linear)
 
 
 class VSSStage(nn.Module):
@@ -162,7 +171,8 @@ class VSSStage(nn.Module):
         blocks, autocast = list(self.blocks), autocast_dtype(x)
         dtype, parameters = autocast or x.dtype, []
         for block in blocks:
-            if not is_plain(block, VSSBlock) or not is_plain(drop := block.drop_path, DropPath) \
+            drop = block._modules.get('drop_path')
+            if not are_plain((block, drop), (VSSBlock, DropPath)) \
                     or drop.training and drop.drop_prob > 0:
                 return None
             if (own := block._in_one_op(x, dtype)) is None:
