@@ -64,6 +64,9 @@ _OPTIONAL = {
 def resolve_arch(arch: str | Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a named architecture, or a checked copy of a user's dict.
 
+    With the key ``base``, the name of a published architecture, the dict only says what differs
+    from it: ``dict(base='tiny_s1l8', depths=(2, 2, 4, 2))``.
+
     Raises:
         ValueError: on an unknown name, unknown or missing keys, or a value that is not allowed.
     """
@@ -71,11 +74,18 @@ def resolve_arch(arch: str | Mapping[str, Any]) -> dict[str, Any]:
         if arch not in ARCH_SETTINGS:
             raise ValueError(f'arch={arch!r} does not exist; choose one of '
                              f'{sorted(ARCH_SETTINGS)}, or pass a dict with the keys '
-                             f'{list(_RULES)} (optional: {list(_OPTIONAL)})')
+                             f'{list(_RULES)} (optional: {list(_OPTIONAL)}), or with base=NAME '
+                             'and the keys that differ from it')
         return dict(ARCH_SETTINGS[arch])
     if not isinstance(arch, Mapping):
         raise ValueError(f'arch must be a name or a dict, got {type(arch).__name__}; names: '
                          f'{sorted(ARCH_SETTINGS)}')
+    if 'base' in arch:
+        base = arch['base']
+        if not isinstance(base, str) or base not in ARCH_SETTINGS:
+            raise ValueError(f"arch['base']={base!r} does not exist; choose one of "
+                             f'{sorted(ARCH_SETTINGS)}')
+        arch = {**ARCH_SETTINGS[base], **{k: v for k, v in arch.items() if k != 'base'}}
     unknown = sorted(set(arch) - set(_RULES) - set(_OPTIONAL))
     missing = sorted(set(_RULES) - set(arch))
     if unknown or missing:

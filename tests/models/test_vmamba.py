@@ -207,6 +207,16 @@ def test_mmsegs_pretrained_key_is_explained():
         VMamba(S1, pretrained='open-mmlab://resnet50_v1c')
 
 
+def test_a_change_of_a_published_architecture():
+    with torch.device('meta'):
+        model = VMamba(dict(base='tiny_s1l8', depths=(2, 2, 4, 2), act='gelu'))
+        assert model.arch == dict(VMamba.arch_settings['tiny_s1l8'], depths=(2, 2, 4, 2),
+                                  act='gelu')
+        assert VMamba(dict(base='tiny_s1l8')).arch == VMamba('tiny_s1l8').arch
+        assert VMamba(model.arch).arch == model.arch
+    assert VMamba.arch_settings['tiny_s1l8']['depths'] == (2, 2, 8, 2)
+
+
 @pytest.mark.parametrize(('kwargs', 'message'), [
     (dict(arch='tiny'), "arch='tiny' does not exist.*tiny_s1l8"),
     (dict(arch=7), 'a name or a dict'),
@@ -225,6 +235,10 @@ def test_mmsegs_pretrained_key_is_explained():
     (dict(arch=dict(S1, mlp_ratio=float('inf'))), 'mlp_ratio.*a number'),
     (dict(arch={**S1, 'dims': 3}), r"unknown keys \['dims'\]"),
     (dict(arch={k: v for k, v in S1.items() if k != 'gate'}), r"lacks \['gate'\]"),
+    (dict(arch=dict(base='tiny')), "base.*'tiny' does not exist.*tiny_s1l8"),
+    (dict(arch=dict(base=dict(S1))), 'base.*does not exist.*tiny_s1l8'),
+    (dict(arch=dict(base='tiny_s1l8', depth=3)), r"unknown keys \['depth'\]"),
+    (dict(arch=dict(base='tiny_s1l8', stem='swin')), r"stem.*'patch' or 'conv'"),
     (dict(out_indices=(4,)), 'out_indices'), (dict(out_indices=(1, 0)), 'out_indices'),
     (dict(frozen_stages=5), 'frozen_stages'), (dict(drop_path_rate=1.0), 'drop_path_rate'),
     (dict(in_channels=0), 'in_channels')], ids=lambda v: next(iter(v)) if isinstance(v, dict)

@@ -57,7 +57,8 @@ class VMamba(BaseModule):
             ``scan`` ('cross', 'unidirectional', 'bidirectional', 'cascade', or a name of
             :func:`vmamba_mm.ops.register_scan`), and as it likes ``act`` ('silu', 'gelu' or
             'relu'), ``conv_kernel`` (3; 0 for no convolution) and ``ssm_init`` ('mamba', 'random'
-            or 'zero'), as of :class:`SS2D`.
+            or 'zero'), as of :class:`SS2D`. With ``base``, the name of a published one, only the
+            keys that differ from it: ``dict(base='tiny_s1l8', depths=(2, 2, 4, 2))``.
         out_indices: stages to return, each through a norm of its own, ``norm{i}``.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
         frozen_stages: -1 freezes nothing, 0 the stem, i the stem and the first i stages with
