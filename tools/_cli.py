@@ -147,6 +147,11 @@ def _explain(err):
         return ('some parameters have no part in the loss, which several processes do not allow: '
                 'let model.backbone.out_indices name the outputs in use, or set '
                 'find_unused_parameters=True')
+    channels = re.search(r'to have (\d+) channels, but got (\d+) channels instead', text)
+    if channels:
+        return (f'the images have {channels[2]} channels, and the model takes {channels[1]}: set '
+                'model.backbone.in_channels, and mean and std of the data_preprocessor, to the '
+                "images' channels, or let the pipeline load others (LoadImageFromFile.color_type)")
     if 'need at least one array to concatenate' in text:
         return _explain_empty(err)
     known = ('Found 0 files in subfolders of', 'Failed to load `ann_file`',

@@ -177,6 +177,11 @@ def test_setting_left_over_from_another_backbone(cls, call):
                     'window_size')
 
 
+def test_images_of_other_channels_than_the_model(cls, call):
+    assert_one_line(call('train.py', cls, '--cfg-options', 'model.backbone.in_channels=4'),
+                    'images have 3 channels', 'model takes 4', 'in_channels')
+
+
 def test_amp_without_gpu(cls, call):
     assert_one_line(call('train.py', cls, '--amp', env={'CUDA_VISIBLE_DEVICES': ''}), '--amp',
                     'GPU')
