@@ -71,7 +71,7 @@ def pytest_runtest_protocol(item):
 @pytest.fixture(scope='session')
 def mm():
     """Make the installed mm* packages usable; a test that reads a config asks for this."""
-    from vmamba_mm.compat import prepare_mm
+    from vmamba_mm.mm.compat import prepare_mm
     prepare_mm()
 
 

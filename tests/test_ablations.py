@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from vmamba_mm.arch import ARCH_SETTINGS
+from vmamba_mm.families.vmamba import ARCH_SETTINGS
 
-FOLDER = Path(__file__).resolve().parents[1] / 'configs/ablations'
+FOLDER = Path(__file__).resolve().parents[1] / 'configs/vmamba/ablations'
 # What each changes of tiny_s1l8. Its depths are those of tiny_s2l5 where SS2D is wider.
 L5 = dict(depths=(2, 2, 5, 2))
 ROWS = {
@@ -45,7 +45,7 @@ def test_config(row, read_config):
     cfg = read_config(FOLDER / f'{name_of(row)}.py')
     arch = cfg.model.backbone.pop('arch')
     assert dict(arch, depths=tuple(arch.depths)) == dict(ARCH_SETTINGS['tiny_s1l8'], **ROWS[row])
-    recipe = read_config(FOLDER.parent / 'imagenet/vmamba-tiny-s1l8_8xb128_in1k-224.py')
+    recipe = read_config(FOLDER.parent / 'vmamba/vmamba-tiny-s1l8_8xb128_in1k-224.py')
     recipe.model.backbone.pop('arch')
     assert cfg.to_dict() == recipe.to_dict()
 

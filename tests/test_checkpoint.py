@@ -15,7 +15,7 @@ from official import (
     random_backbone,
 )
 
-from vmamba_mm.checkpoint import (
+from vmamba_mm.checkpoints.names import (
     config_of,
     differences,
     explain_differences,
@@ -25,7 +25,7 @@ from vmamba_mm.checkpoint import (
     to_mm,
     to_official,
 )
-from vmamba_mm.compat import UserError
+from vmamba_mm.errors import UserError
 from vmamba_mm.models import VMamba
 
 ARCHS = {'s1': S1, 's2': S2, 'vanilla': VANILLA}
@@ -149,7 +149,7 @@ def test_mix_up_names_the_arch_and_the_config():
     wrong = differences(expected, found)
     text = explain_differences(wrong, expected, found, 'f.pth')
     for words in ("f.pth does not fit the model: it holds the arch 'tiny_s2l5'", "'tiny_s1l8'",
-                  'configs/imagenet/vmamba-tiny-s2l5_8xb128_in1k-224.py',
+                  'configs/vmamba/vmamba-tiny-s2l5_8xb128_in1k-224.py',
                   'backbone.stages.0.blocks.0.ssm.x_proj_weight is (4, 8, 192), in the model '
                   '(4, 8, 96)'):
         assert words in text

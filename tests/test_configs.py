@@ -37,13 +37,13 @@ START = {
 }
 IN_3X = ['vanilla-tiny', 'vanilla-small', 'tiny-s2l5', 'small-s2l15', 'tiny-s1l8']
 
-# The last one is the recipe of tiny-s1l8 on the pipeline of vmamba_mm/transforms.py.
-IMAGENET = [f'imagenet/vmamba-{v}_8xb128_in1k-224.py' for v in VARIANTS] + [
-    'imagenet/vmamba-tiny-s1l8_8xb128-fast_in1k-224.py']
-COCO_BS8 = 'coco/mask-rcnn_vmamba-base-s2l15_fpn_8xb1-1x_coco.py'
-COCO = ([f'coco/mask-rcnn_vmamba-{v}_fpn_1x_coco.py' for v in DENSE] + [COCO_BS8] +
-        [f'coco/mask-rcnn_vmamba-{v}_fpn_ms-3x_coco.py' for v in IN_3X])
-ADE20K = [f'ade20k/upernet_vmamba-{v}_8xb2-160k_ade20k-512x512.py' for v in DENSE]
+# The last one is the recipe of tiny-s1l8 on the pipeline of vmamba_mm/mm/transforms.py.
+IMAGENET = [f'vmamba/vmamba-{v}_8xb128_in1k-224.py' for v in VARIANTS] + [
+    'vmamba/vmamba-tiny-s1l8_8xb128-fast_in1k-224.py']
+COCO_BS8 = 'vmamba/mask-rcnn_vmamba-base-s2l15_fpn_8xb1-1x_coco.py'
+COCO = ([f'vmamba/mask-rcnn_vmamba-{v}_fpn_1x_coco.py' for v in DENSE] + [COCO_BS8] +
+        [f'vmamba/mask-rcnn_vmamba-{v}_fpn_ms-3x_coco.py' for v in IN_3X])
+ADE20K = [f'vmamba/upernet_vmamba-{v}_8xb2-160k_ade20k-512x512.py' for v in DENSE]
 ALL = IMAGENET + COCO + ADE20K
 
 
@@ -85,7 +85,7 @@ def test_published_rows_and_no_others():
         for p in CONFIG_DIR.rglob('*.py') if not {'_base_', 'demo', 'ablations'} & set(p.parts)
     }
     assert here == set(ALL)
-    backbones = {p.stem for p in (CONFIG_DIR / '_base_/backbones').glob('*.py')}
+    backbones = {p.stem for p in (CONFIG_DIR / 'vmamba/_base_').glob('*.py')}
     assert backbones == {f'vmamba-{v}' for v in VARIANTS}
 
 

@@ -20,9 +20,9 @@ from official import (
 
 from vmamba_mm import atomic
 from vmamba_mm.atomic import write_atomic
-from vmamba_mm.checkpoint import to_mm
-from vmamba_mm.compat import UserError
-from vmamba_mm.files import fetch, read_checkpoint, sha256_of
+from vmamba_mm.checkpoints.files import fetch, read_checkpoint, sha256_of
+from vmamba_mm.checkpoints.names import to_mm
+from vmamba_mm.errors import UserError
 
 
 @pytest.fixture(scope='module')
@@ -108,7 +108,7 @@ def test_checkpoint_of_mmengine_without_mmengine(tmp_path):
     import subprocess
 
     state = dense_state(random_backbone(S1))
-    code = (f'import sys\nfrom vmamba_mm.files import read_checkpoint\n'
+    code = (f'import sys\nfrom vmamba_mm.checkpoints.files import read_checkpoint\n'
             f'found = read_checkpoint({str(tmp_path / "a.pth")!r})\n'
             'assert len(found["state_dict"]) > 10 and "mmengine" not in sys.modules')
     from mmengine.logging import MessageHub

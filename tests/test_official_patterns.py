@@ -11,7 +11,8 @@ from official import S1, S2, dense_state, random_backbone
 from scan_by_hand import scan_by_hand
 
 from vmamba_mm.models import VMamba
-from vmamba_mm.ops import patterns, scan_patterns
+from vmamba_mm.ops import scan_patterns
+from vmamba_mm.ops.ss2d_scan import patterns
 from vmamba_mm.testing import assert_close
 
 README = Path(__file__).resolve().parents[1] / 'README.md'

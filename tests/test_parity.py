@@ -4,8 +4,8 @@ import pytest
 import torch
 from official import SHARED
 
-from vmamba_mm.checkpoint import to_mm
-from vmamba_mm.files import read_checkpoint
+from vmamba_mm.checkpoints.files import read_checkpoint
+from vmamba_mm.checkpoints.names import to_mm
 from vmamba_mm.models import VMamba
 from vmamba_mm.testing import relative_error
 

@@ -80,7 +80,7 @@ def assert_falls(losses, factor):
 def test_flowers(read_config, tmp_path):
     """ImageNet config: 5 kinds of flowers, 800 training and 300 other images."""
     root = data_root('flowers')
-    cfg = read_config('configs/imagenet/vmamba-tiny-s1l8_8xb128_in1k-224.py')
+    cfg = read_config('configs/vmamba/vmamba-tiny-s1l8_8xb128_in1k-224.py')
     cfg.model.backbone.update(arch=ARCH, drop_path_rate=0.)
     cfg.model.head.update(in_channels=CHANNELS[-1], num_classes=5)
     cfg.data_preprocessor.num_classes = 5
@@ -108,7 +108,7 @@ def test_flowers(read_config, tmp_path):
 def test_fruits_nuts(read_config, tmp_path):
     """COCO config: dates, figs and hazelnuts; 14 images, learnt by heart."""
     root = data_root('fruits_nuts')
-    cfg = read_config('configs/coco/mask-rcnn_vmamba-tiny-s1l8_fpn_1x_coco.py')
+    cfg = read_config('configs/vmamba/mask-rcnn_vmamba-tiny-s1l8_fpn_1x_coco.py')
     cfg.model.backbone.update(arch=ARCH, drop_path_rate=0., init_cfg=None)
     # The stock neck and heads take most of the time: a quarter of their width, fewer samples.
     cfg.model.neck.update(in_channels=CHANNELS, out_channels=64)
@@ -145,7 +145,7 @@ def test_fruits_nuts(read_config, tmp_path):
 def test_camvid(read_config, tmp_path):
     """ADE20K config: street scenes with 11 classes."""
     root = data_root('camvid')
-    cfg = read_config('configs/ade20k/upernet_vmamba-tiny-s1l8_8xb2-160k_ade20k-512x512.py')
+    cfg = read_config('configs/vmamba/upernet_vmamba-tiny-s1l8_8xb2-160k_ade20k-512x512.py')
     cfg.model.backbone.update(arch=ARCH, drop_path_rate=0., init_cfg=None)
     cfg.model.decode_head.update(in_channels=CHANNELS, channels=64, num_classes=11)
     cfg.model.auxiliary_head.update(in_channels=CHANNELS[2], channels=64, num_classes=11)

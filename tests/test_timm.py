@@ -8,14 +8,14 @@ import timm
 import timm.data
 import timm.optim
 import torch
+import vmamba_mm.timm  # noqa: F401 (registers the models)
 from test_configs import VARIANTS
 from timm.models import FeatureInfo
 from torch import nn
 
-import vmamba_mm.timm  # noqa: F401 (registers the models)
-from vmamba_mm.arch import ARCH_SETTINGS
-from vmamba_mm.checkpoint import infer_arch, to_official
-from vmamba_mm.compat import UserError
+from vmamba_mm.checkpoints.names import infer_arch, to_official
+from vmamba_mm.errors import UserError
+from vmamba_mm.families.vmamba import ARCH_SETTINGS
 from vmamba_mm.testing import assert_close
 
 REPO = Path(__file__).resolve().parents[1]
@@ -67,7 +67,7 @@ def test_variant(variant):
 
 def test_links_are_those_of_the_zoo():
     yaml = pytest.importorskip('yaml')
-    rows = yaml.safe_load((REPO / 'configs/imagenet/metafile.yml').read_text())['Models']
+    rows = yaml.safe_load((REPO / 'configs/vmamba/metafile.yml').read_text())['Models']
     links = {row['Name'].split('_')[0].replace('-', '_'): row['Weights'] for row in rows}
     found = {f'vmamba_{arch}': timm.get_pretrained_cfg(f'vmamba_{arch}').url
              for arch in ARCH_SETTINGS}
@@ -440,7 +440,7 @@ def test_training_file_of_timm(official, tmp_path, capsys):
 def test_default_link_is_downloaded_and_loaded(official, monkeypatch):
     path, model = official
     asked = []
-    monkeypatch.setattr('vmamba_mm.files.fetch', lambda url: asked.append(url) or path)
+    monkeypatch.setattr('vmamba_mm.checkpoints.files.fetch', lambda url: asked.append(url) or path)
     for overlay in ({}, dict(url='https://example.org/a.pth')):
         loaded = create(pretrained=True, pretrained_cfg_overlay=dict(overlay, num_classes=10))
         assert torch.equal(loaded.eval()(image(64, 64)), model(image(64, 64)))

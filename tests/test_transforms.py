@@ -8,15 +8,15 @@ import pytest
 import torch
 
 REPO = Path(__file__).resolve().parents[1]
-FAST = 'configs/imagenet/vmamba-tiny-s1l8_8xb128-fast_in1k-224.py'
-STOCK = 'configs/imagenet/vmamba-tiny-s1l8_8xb128_in1k-224.py'
+FAST = 'configs/vmamba/vmamba-tiny-s1l8_8xb128-fast_in1k-224.py'
+STOCK = 'configs/vmamba/vmamba-tiny-s1l8_8xb128_in1k-224.py'
 
 
 @pytest.fixture(scope='module')
 def fast(mm):
     pytest.importorskip('mmpretrain')
-    import vmamba_mm.transforms
-    return vmamba_mm.transforms
+    import vmamba_mm.mm.transforms
+    return vmamba_mm.mm.transforms
 
 
 def photo(height, width, seed=0):

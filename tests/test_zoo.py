@@ -123,7 +123,7 @@ def test_every_config_has_its_row_and_every_row_its_config(zoo):
     assert {row.config for row in zoo.values()} == configs
     # The name of a row is that of its config, but for the second file of vanilla B.
     assert {name for name, row in zoo.items() if Path(row.config).stem != name} == {DP05}
-    assert zoo[DP05].config == 'configs/imagenet/vmamba-vanilla-base_8xb128_in1k-224.py'
+    assert zoo[DP05].config == 'configs/vmamba/vmamba-vanilla-base_8xb128_in1k-224.py'
 
 
 def test_every_published_file_is_a_row(zoo):
@@ -267,7 +267,6 @@ NAME = 'vmamba-tiny-s1l8_8xb128_in1k-224'
 def test_hub_builds_and_loads(tmp_path, mm):
     mmpretrain = pytest.importorskip('mmpretrain')
     import torch
-
     import vmamba_mm.mmpretrain  # noqa: F401
     model = mmpretrain.get_model(NAME, head=dict(num_classes=10))
     file = tmp_path / 'ours.pth'
@@ -281,9 +280,9 @@ def test_hub_builds_and_loads(tmp_path, mm):
 def test_hub_loads_an_official_file(mm):
     mmpretrain = pytest.importorskip('mmpretrain')
     import torch
-
     import vmamba_mm.mmpretrain  # noqa: F401
-    from vmamba_mm.files import read_checkpoint
+
+    from vmamba_mm.checkpoints.files import read_checkpoint
     parity = REPO.parent / 'shared/parity'
     file = parity / 's1.cls.pth'
     if not file.is_file():
@@ -299,9 +298,9 @@ def test_hub_loads_an_official_file(mm):
 
 # -- the installed package -----------------------------------------------------------------
 
-@pytest.mark.parametrize('name', ['imagenet/vmamba-tiny-s1l8_8xb128_in1k-224',
-                                  'coco/mask-rcnn_vmamba-base-s2l15_fpn_8xb1-1x_coco',
-                                  'ade20k/upernet_vmamba-vanilla-tiny_8xb2-160k_ade20k-512x512'])
+@pytest.mark.parametrize('name', ['vmamba/vmamba-tiny-s1l8_8xb128_in1k-224',
+                                  'vmamba/mask-rcnn_vmamba-base-s2l15_fpn_8xb1-1x_coco',
+                                  'vmamba/upernet_vmamba-vanilla-tiny_8xb2-160k_ade20k-512x512'])
 def test_base_by_package_name(name, tmp_path, read_config):
     """`_base_ = 'vmamba_mm::...'`: mmengine gives every type in it the scope vmamba_mm."""
     import torch

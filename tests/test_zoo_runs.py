@@ -21,16 +21,16 @@ from official import (
     save_training_file,
 )
 
-from vmamba_mm.arch import ARCH_SETTINGS
-from vmamba_mm.checkpoint import differences, infer_arch, infer_task, to_mm
+from vmamba_mm.checkpoints.names import differences, infer_arch, infer_task, to_mm
+from vmamba_mm.families.vmamba import ARCH_SETTINGS
 
 REPO = Path(__file__).resolve().parents[1]
 CONFIGS = REPO / 'configs'
-CLS = {arch: CONFIGS / f'imagenet/vmamba-{arch.replace("_", "-")}_8xb128_in1k-224.py'
+CLS = {arch: CONFIGS / f'vmamba/vmamba-{arch.replace("_", "-")}_8xb128_in1k-224.py'
        for arch in ARCH_SETTINGS}
-DET = CONFIGS / 'coco/mask-rcnn_vmamba-tiny-s2l5_fpn_1x_coco.py'
-SEG = CONFIGS / 'ade20k/upernet_vmamba-vanilla-tiny_8xb2-160k_ade20k-512x512.py'
-ZOO = sorted(p for task in ('imagenet', 'coco', 'ade20k') for p in (CONFIGS / task).glob('*.py'))
+DET = CONFIGS / 'vmamba/mask-rcnn_vmamba-tiny-s2l5_fpn_1x_coco.py'
+SEG = CONFIGS / 'vmamba/upernet_vmamba-vanilla-tiny_8xb2-160k_ade20k-512x512.py'
+ZOO = sorted((CONFIGS / 'vmamba').glob('*.py'))
 
 
 @pytest.fixture
@@ -563,8 +563,8 @@ def test_inferencers_refuse_hostile_files(task, infer, big):
 def test_inferencers_refuse_another_variant(task, tiny_file, dense, infer):
     config, file, arch = {
         'cls': (CLS['tiny_s1l8'], tiny_file[0], 'tiny_s2l5'),
-        'det': (CONFIGS / 'coco/mask-rcnn_vmamba-tiny-s1l8_fpn_1x_coco.py', None, 'tiny_s2l5'),
-        'seg': (CONFIGS / 'ade20k/upernet_vmamba-tiny-s1l8_8xb2-160k_ade20k-512x512.py', None,
+        'det': (CONFIGS / 'vmamba/mask-rcnn_vmamba-tiny-s1l8_fpn_1x_coco.py', None, 'tiny_s2l5'),
+        'seg': (CONFIGS / 'vmamba/upernet_vmamba-tiny-s1l8_8xb2-160k_ade20k-512x512.py', None,
                 'vanilla_tiny')}[task]
     err = infer(task, config, file or dense(task).file, fails=True)
     assert f"it holds the arch '{arch}', and the model is 'tiny_s1l8'" in err
@@ -587,8 +587,8 @@ def test_wrong_variant(tiny_file, small_data, run):
                    fails=True)
     line = one_error(err)
     assert str(tiny_file[0]) in line and "'tiny_s2l5'" in line and "'tiny_s1l8'" in line
-    assert 'use configs/imagenet/vmamba-tiny-s2l5_8xb128_in1k-224.py' in line
-    assert (REPO / 'configs/imagenet/vmamba-tiny-s2l5_8xb128_in1k-224.py').is_file()
+    assert 'use configs/vmamba/vmamba-tiny-s2l5_8xb128_in1k-224.py' in line
+    assert (REPO / 'configs/vmamba/vmamba-tiny-s2l5_8xb128_in1k-224.py').is_file()
     assert 'accuracy/top1 = ' not in out
 
 

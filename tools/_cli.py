@@ -17,8 +17,9 @@ try:
 except ModuleNotFoundError:  # not installed: use the checkout that this file is in
     sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from vmamba_mm.compat import EXTRAS, UserError, missing_package, prepare_mm  # noqa: E402
 from vmamba_mm.config import scopes_of, type_name  # noqa: E402
+from vmamba_mm.errors import UserError
+from vmamba_mm.mm.compat import EXTRAS, missing_package, prepare_mm  # noqa: E402
 
 TASKS = ('cls', 'det', 'seg')
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
@@ -163,7 +164,7 @@ def _explain(err):
 
 def _explain_empty(err):
     """mmengine cannot pack a data set of no samples: look for it in the frames of the error."""
-    from vmamba_mm.engine.labels import check_categories
+    from vmamba_mm.mm.labels import check_categories
 
     frame = err.__traceback__
     while frame is not None:
@@ -290,7 +291,7 @@ def find_task(cfg):
             "'mmengine', the model's type begins with one of them, as 'mmdet.MaskRCNN' does")
     if scope is None:
         return None
-    from vmamba_mm.compat import require_working
+    from vmamba_mm.mm.compat import require_working
     require_working(scope)
     if not default:
         cfg.default_scope = scope

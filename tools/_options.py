@@ -2,8 +2,8 @@
 
 import ast
 
-from vmamba_mm.compat import UserError
 from vmamba_mm.config import type_name
+from vmamba_mm.errors import UserError
 
 OPENING = ('[', '(', '{', 'dict(', 'list(', 'tuple(')
 CALLS = {'dict': dict, 'list': list, 'tuple': tuple}

@@ -74,12 +74,13 @@ def run_cases(tool, only):
     import torch
 
     from vmamba_mm.layers import ConvStem, VSSBlock
-    from vmamba_mm.ops import cublas, nvrtc, selective_scan, ss2d_scan, ss2d_scan_norm
-    from vmamba_mm.ops.ss2d_scan import cut
+    from vmamba_mm.ops import selective_scan, ss2d_scan, ss2d_scan_norm
+    from vmamba_mm.ops.core import gemm, nvrtc
+    from vmamba_mm.ops.ss2d_scan import schedule
     from vmamba_mm.testing import selective_scan_inputs, ss2d_scan_inputs, with_grads
 
     if tool != 'memcheck':
-        write_products_plainly(torch, cublas)
+        write_products_plainly(torch, gemm)
     launched, bind = set(), nvrtc.Kernel.bind
 
     def recorded(self, *args):
@@ -128,10 +129,10 @@ def run_cases(tool, only):
         torch.cuda.synchronize()
         print(f'{time.monotonic() - began:.0f} s: stem', flush=True)
 
-    began, around = time.monotonic(), cut._around
+    began, around = time.monotonic(), schedule._around
     for name, shape, kwargs, dtype, norm in scan_cases():
         # Spans would be gone around too, where the GPU has clusters.
-        cut._around = (lambda *args: ()) if name == 'in spans' else around
+        schedule._around = (lambda *args: ()) if name == 'in spans' else around
         nvrtc.forget()
         inputs = ss2d_scan_inputs(*shape, **kwargs)
         inputs['x'] = inputs['x'].to(dtype)
@@ -148,7 +149,7 @@ def run_cases(tool, only):
     print(f'{MARKS["launched"]}{" ".join(sorted(launched))}\n{MARKS["done"]}')
 
 
-def write_products_plainly(torch, cublas):
+def write_products_plainly(torch, gemm):
     """Matrix products by sums in place of cuBLAS, which the tools do not understand.
 
     initcheck does not see all that it writes, racecheck reports races in its kernels for Hopper,
@@ -195,9 +196,9 @@ def write_products_plainly(torch, cublas):
                 result += matrix(*bias, 1, columns, dtype)
             matrix(out, rows, columns, out_dtype).copy_(result)
 
-        return cublas.Product(run, 0)
+        return gemm.Product(run, 0)
 
-    cublas.product = on_addresses
+    gemm.product = on_addresses
 
 
 # --- the tools ------------------------------------------------------------------------------
@@ -233,7 +234,7 @@ def main():
     sanitizer = find_sanitizer()
     import torch
 
-    from vmamba_mm.ops.nvrtc import KERNELS
+    from vmamba_mm.ops.core.nvrtc import KERNELS
 
     if torch.version.hip is not None or not torch.cuda.is_available():
         raise _cli.UserError('torch finds no NVIDIA GPU here')

@@ -14,7 +14,7 @@ from pathlib import Path
 import _cli
 
 from vmamba_mm.atomic import write_atomic
-from vmamba_mm.ops import instances, nvrtc
+from vmamba_mm.ops.core import instances, nvrtc
 
 EXAMPLES = """\
   python tools/check_kernels.py
@@ -125,7 +125,7 @@ def main():
         print(f'{what}; NVRTC {version}')
         return
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['vmamba_mm.ops.nvrtc'])
+    context.set_forkserver_preload(['vmamba_mm.ops.core.nvrtc'])
     found = {}
     with ProcessPoolExecutor(min(args.jobs, len(jobs)), mp_context=context) as pool:
         for (instance, arch), use in zip(jobs, pool.map(measure, *zip(*jobs, strict=True)),

@@ -158,8 +158,8 @@ def _backbone(kwargs, out_indices):
 def _check_classifier(path, kwargs, cases, device, dtype, found):
     from torch import nn
 
-    from vmamba_mm.checkpoint import to_mm
-    from vmamba_mm.files import read_checkpoint
+    from vmamba_mm.checkpoints.files import read_checkpoint
+    from vmamba_mm.checkpoints.names import to_mm
 
     model = nn.ModuleDict(dict(backbone=_backbone(kwargs, (3,)), head=nn.ModuleDict(dict(
         fc=nn.Linear(8 * kwargs['dims'], kwargs['num_classes'])))))

@@ -37,7 +37,7 @@ def check_complete(state, arch, source):
     """The backbone must be all of its architecture: converting half a file would hide that."""
     import torch
 
-    from vmamba_mm.checkpoint import differences, explain_differences
+    from vmamba_mm.checkpoints.names import differences, explain_differences
     from vmamba_mm.models import VMamba
 
     found = {k: v for k, v in state.items() if k.startswith('backbone.')}
@@ -90,7 +90,7 @@ def find_left_out(content, key, held, state):
 def make_meta(checkpoint, source, path):
     """What is worth keeping: plain values without anybody's paths or settings."""
     from vmamba_mm import __version__
-    from vmamba_mm.files import sha256_of
+    from vmamba_mm.checkpoints.files import sha256_of
 
     meta = checkpoint['meta']
     kept = {k: meta[k] for k in ('arch', 'task', 'weights', 'epoch', 'iter', 'dataset_meta')
@@ -105,7 +105,7 @@ def save(state, meta, target, to):
     import torch
 
     from vmamba_mm.atomic import write_atomic
-    from vmamba_mm.checkpoint import to_official
+    from vmamba_mm.checkpoints.names import to_official
 
     # Copies, so that no larger storage around a tensor is saved with it.
     state = {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in state.items()}
@@ -129,9 +129,9 @@ def main():
     if '://' not in args.source:
         refuse_own_input(args.source, [Path(args.source).expanduser()], args.target)
     check_target(args.target, to, args.force)
-    from vmamba_mm.checkpoint import backbone_prefixes, describe_places
-    from vmamba_mm.files import choose_weights, fetch, select_weights
-    from vmamba_mm.formats import list_files, read_content
+    from vmamba_mm.checkpoints.files import choose_weights, fetch, select_weights
+    from vmamba_mm.checkpoints.formats import list_files, read_content
+    from vmamba_mm.checkpoints.names import backbone_prefixes, describe_places
 
     path = fetch(args.source)
     refuse_own_input(args.source, list_files(path), args.target)

@@ -41,7 +41,7 @@ def parse_args():
 
 def build_model(cfg, checkpoint, name, device):
     """The config's model with all of the checkpoint's weights."""
-    from vmamba_mm.engine.strict_load import check_fits
+    from vmamba_mm.mm.hooks.strict_load import check_fits
 
     model = _cli.build_model(cfg)
     state, _ = check_fits(model, checkpoint, name)
@@ -87,7 +87,7 @@ def predict(model, steps, path, number):
     import torch
     from mmengine.dataset import pseudo_collate
 
-    from vmamba_mm.engine.data import apply_steps
+    from vmamba_mm.mm.hooks.data import apply_steps
 
     data, image = apply_steps(steps, dict(img_path=str(path), img_id=number, seg_fields=[],
                                           reduce_zero_label=False))
@@ -122,7 +122,7 @@ def new_figure(image, extra):
 
 def draw_classes(image, sample, meta, out):
     """The image beside bars of the five likeliest classes."""
-    from vmamba_mm.engine.text import drawable
+    from vmamba_mm.mm.text import drawable
 
     score, label = sample.pred_score.cpu().topk(min(5, sample.pred_score.numel()))
     names = [class_name(meta, i) for i in label.tolist()]
@@ -148,7 +148,7 @@ class Detections:
 
     @functools.cached_property
     def visualizer(self):
-        from vmamba_mm.engine.draw import build_visualizer
+        from vmamba_mm.mm.hooks.draw import build_visualizer
 
         return build_visualizer('det', self.meta)
 
@@ -170,7 +170,7 @@ def draw_segmentation(image, sample, meta, out):
     import numpy as np
     from matplotlib.patches import Patch
 
-    from vmamba_mm.engine.text import drawable
+    from vmamba_mm.mm.text import drawable
 
     labels = sample.pred_sem_seg.data[0].cpu().numpy()
     values, counts = np.unique(labels, return_counts=True)
@@ -221,14 +221,14 @@ def main():
     if cfg.get('test_dataloader') is None:
         raise _cli.UserError(f'the config {args.config} has no test_dataloader, whose pipeline '
                              'prepares the images')
-    from vmamba_mm.files import read_checkpoint
+    from vmamba_mm.checkpoints.files import read_checkpoint
 
     out_dir = Path(args.out_dir)
     checkpoint = read_checkpoint(args.checkpoint, args.weights)
     images = find_images(args.images, out_dir)
     device = _cli.choose_device(args.device)
     model = build_model(cfg, checkpoint, args.checkpoint, device)
-    from vmamba_mm.engine.pictures import Pictures, reads_bgr
+    from vmamba_mm.mm.pictures import Pictures, reads_bgr
 
     steps = build_steps(cfg)
     meta = find_meta(cfg, checkpoint)

@@ -124,8 +124,8 @@ def main():
         raise _cli.UserError(f'the config {args.config} has no test_dataloader and test_evaluator')
     _checks.check_testing(cfg)
     _cli.set_work_dir(cfg, args)
-    from vmamba_mm.files import fetch, read_checkpoint
-    from vmamba_mm.loading import register
+    from vmamba_mm.checkpoints.files import fetch, read_checkpoint
+    from vmamba_mm.mm.loading import register
     register(args.weights)
     checkpoint = str(fetch(args.checkpoint))
     read_checkpoint(checkpoint, args.weights)

@@ -6,7 +6,7 @@ import _checks
 import _cli
 
 EXAMPLES = """\
-  python tools/train.py configs/imagenet/vmamba-tiny-s1l8_8xb128_in1k-224.py
+  python tools/train.py configs/vmamba/vmamba-tiny-s1l8_8xb128_in1k-224.py
   python tools/train.py CONFIG --work-dir work_dirs/try1 --resume
   python tools/train.py CONFIG --cfg-options train_dataloader.batch_size=16 --auto-scale-lr
   python tools/train.py CONFIG --cfg-options load_from=FILE --allow-mismatch '^head'
@@ -59,9 +59,9 @@ def set_amp(cfg, asked):
 
 def set_resume(cfg, wanted):
     """Decide what to load. The seed comes along: mmengine would shuffle anew without one."""
-    import vmamba_mm.loading  # noqa: F401 (mmengine reads checkpoints safely from here on)
-    from vmamba_mm.engine.checkpoint import find_resumable
-    from vmamba_mm.files import fetch, read_checkpoint
+    import vmamba_mm.mm.loading  # noqa: F401 (mmengine reads checkpoints safely from here on)
+    from vmamba_mm.checkpoints.files import fetch, read_checkpoint
+    from vmamba_mm.mm.hooks.checkpoint import find_resumable
 
     if wanted is None and cfg.get('resume'):
         wanted = cfg.get('load_from') or 'auto'
@@ -90,7 +90,7 @@ def set_resume(cfg, wanted):
 
 def set_allowed(cfg, patterns):
     """Names of parameters that StrictLoadHook lets differ: the config's and the option's."""
-    from vmamba_mm.engine.strict_load import check_patterns
+    from vmamba_mm.mm.hooks.strict_load import check_patterns
 
     if patterns and not cfg.get('load_from'):
         raise _cli.UserError('--allow-mismatch needs a checkpoint to start from: '

@@ -1,6 +1,8 @@
-"""The package's links to folders of the checkout, where git could not make symbolic ones."""
+"""Where the package has its configs and kernels: links to folders of the checkout, or folders."""
 
 from pathlib import Path
+
+_PACKAGE = Path(__file__).parent
 
 
 def follow(link: Path) -> Path:
@@ -10,3 +12,7 @@ def follow(link: Path) -> Path:
     Windows).
     """
     return (link.parent / link.read_text().strip()).resolve() if link.is_file() else link
+
+
+KERNELS = follow(_PACKAGE / 'kernels')
+CONFIGS = follow(_PACKAGE / '.mim' / 'configs')

@@ -14,11 +14,11 @@ from mmengine.registry import Registry
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope='vmamba_mm',
                   locations=['vmamba_mm.models'])
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='vmamba_mm',
-                 locations=['vmamba_mm.engine'])
+                 locations=['vmamba_mm.mm.hooks'])
 FUNCTIONS = Registry('function', parent=MMENGINE_FUNCTIONS, scope='vmamba_mm',
-                     locations=['vmamba_mm.engine'])
+                     locations=['vmamba_mm.mm.hooks'])
 OPTIM_WRAPPER_CONSTRUCTORS = Registry('optim wrapper constructor', parent=MMENGINE_CONSTRUCTORS,
-                                      scope='vmamba_mm', locations=['vmamba_mm.engine'])
+                                      scope='vmamba_mm', locations=['vmamba_mm.mm.hooks'])
 # These build on mmpretrain's, which is imported when a config names the first of them.
 TRANSFORMS = Registry('transform', parent=MMENGINE_TRANSFORMS, scope='vmamba_mm',
-                      locations=['vmamba_mm.transforms'])
+                      locations=['vmamba_mm.mm.transforms'])

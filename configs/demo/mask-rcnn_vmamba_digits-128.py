@@ -1,6 +1,6 @@
 # `make demo-det`: digits on photographs as a COCO set. The model, the losses and the loop are
 # those of the COCO config; the sizes fit 128 x 128 images with digits of 12 to 50 pixels.
-_base_ = ['../coco/mask-rcnn_vmamba-tiny-s1l8_fpn_1x_coco.py', 'small_vmamba.py']
+_base_ = ['../vmamba/mask-rcnn_vmamba-tiny-s1l8_fpn_1x_coco.py', 'small_vmamba.py']
 
 width = 64  # of the pyramid and of the heads, instead of 256
 model = dict(

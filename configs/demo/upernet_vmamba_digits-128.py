@@ -1,6 +1,6 @@
 # `make demo-seg`: digits on photographs as an ADE20K set. The model, the losses and the loop are
 # those of the ADE20K config; the sizes fit 128 x 128 images.
-_base_ = ['../ade20k/upernet_vmamba-tiny-s1l8_8xb2-160k_ade20k-512x512.py', 'small_vmamba.py']
+_base_ = ['../vmamba/upernet_vmamba-tiny-s1l8_8xb2-160k_ade20k-512x512.py', 'small_vmamba.py']
 
 digits = dict(
     # Label 0 of the files means 'not labelled'; with reduce_zero_label, 1 becomes class 0.

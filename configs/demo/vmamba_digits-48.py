@@ -1,6 +1,6 @@
 # `make demo`: digits on photographs, ten ImageNet folders. The recipe is the ImageNet one, in its
 # pipeline, its losses, its EMA and its schedule; what differs is the size of things.
-_base_ = ['../imagenet/vmamba-tiny-s1l8_8xb128_in1k-224.py', 'small_vmamba.py']
+_base_ = ['../vmamba/vmamba-tiny-s1l8_8xb128_in1k-224.py', 'small_vmamba.py']
 
 model = dict(
     backbone=dict(arch=_base_.small_arch, drop_path_rate=0.0),

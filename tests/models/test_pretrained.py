@@ -14,8 +14,8 @@ from official import (
 )
 from torch import nn
 
-from vmamba_mm.checkpoint import to_mm
-from vmamba_mm.compat import UserError
+from vmamba_mm.checkpoints.names import to_mm
+from vmamba_mm.errors import UserError
 from vmamba_mm.models import VMamba
 
 

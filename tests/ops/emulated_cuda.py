@@ -23,8 +23,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vmamba_mm.ops import cublas, graphs, nvrtc, walk
-from vmamba_mm.ops.ss2d_scan import walk as ss2d_walk
+from vmamba_mm.ops.core import gemm, graphs, nvrtc
+from vmamba_mm.ops.scan_kernels import cuda as walk
+from vmamba_mm.ops.ss2d_scan import large_state as ss2d_walk
 
 HEADER = Path(__file__).with_name('emulated_cuda.h')
 COMPILER = shutil.which('c++') or shutil.which('g++')  # None: there is none
@@ -71,7 +72,7 @@ def call_of(statement: str) -> str:
 
 
 class Kernel:
-    """In place of :class:`vmamba_mm.ops.nvrtc.Kernel`."""
+    """In place of :class:`vmamba_mm.ops.core.nvrtc.Kernel`."""
 
     seed = 0  # of the order in which blocks, warps and lanes run
 
@@ -107,7 +108,7 @@ class Kernel:
 
 
 def build(instance: nvrtc.Instance, arch: str, folder: Path) -> Path:
-    """In place of :func:`vmamba_mm.ops.nvrtc.build`: a shared library in ``folder``."""
+    """In place of :func:`vmamba_mm.ops.core.nvrtc.build`: a shared library in ``folder``."""
     library = folder / (re.sub(r'\W+', '_', f'{instance} {arch}') + '.so')
     if library.exists():
         return library
@@ -143,7 +144,7 @@ def run_compiler(*arguments: str, text: str | None = None) -> str:
 
 def product(index, dtype, out_dtype, rows, columns, inner, left_t=False, right_t=False, bias=False,
             tf32=False):
-    """In place of :func:`vmamba_mm.ops.cublas.product`; leaves NaN in its workspace."""
+    """In place of :func:`vmamba_mm.ops.core.gemm.product`; leaves NaN in its workspace."""
     def matrix(address, height, width, dtype):
         size = height * width * dtype.itemsize
         memory = (ctypes.c_char * size).from_address(address)
@@ -159,7 +160,7 @@ def product(index, dtype, out_dtype, rows, columns, inner, left_t=False, right_t
         matrix(out, rows, columns, out_dtype).copy_(result)
         matrix(workspace, 1, 64, torch.float32).fill_(torch.nan)
 
-    return cublas.Product(run, 256)
+    return gemm.Product(run, 256)
 
 
 @contextlib.contextmanager
@@ -175,7 +176,7 @@ def emulated_gpu(folder: Path, capability: tuple[int, int] = (9, 0)):
                 (nvrtc, 'build', lambda instance, arch: build(instance, arch, folder)),
                 (torch.cuda, 'get_device_capability', lambda *_: capability),
                 (torch.cuda, 'get_device_properties', lambda *_: properties),
-                (cublas, 'product', product), (cublas, 'why_not', lambda: None),
+                (gemm, 'product', product), (gemm, 'why_not', lambda: None),
                 (graphs, 'is_current_stream_capturing', lambda: True),  # there are no graphs
                 (walk, 'why_not', why_not), (ss2d_walk, 'why_not', why_not)):
             patch.setattr(target, name, value)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from scan_by_hand import scan_by_hand
 
-from vmamba_mm.ops import scan_norm, selective_scan, ss2d_scan, triton_backend
+from vmamba_mm.ops import scan_norm, selective_scan, ss2d_scan
+from vmamba_mm.ops.scan_kernels import triton_backend
 from vmamba_mm.ops.selective_scan import reference as s6
 from vmamba_mm.ops.ss2d_scan import reference
 from vmamba_mm.testing import (
@@ -98,7 +99,7 @@ def test_batch_in_blocks(monkeypatch):
 
 
 def test_several_tiles_of_a_program(monkeypatch):
-    from vmamba_mm.ops import triton_launch
+    from vmamba_mm.ops.scan_kernels import triton_launch
     monkeypatch.setattr(triton_launch, '_PROGRAMS', 1)
     check(ss2d_scan, ss2d_reference, ss2d_scan_inputs(1, 2, 4, 5, state=2))
 

@@ -17,8 +17,9 @@ from torch.library import opcheck
 
 import vmamba_mm.layers.vss_block as layers
 from vmamba_mm.layers import ConvDownsample, ConvStem, VSSBlock, VSSStage
-from vmamba_mm.ops import add_norm, conv_norm, dwconv_silu, layer_norm, mlp, nvrtc
-from vmamba_mm.ops.channels import sum_launch
+from vmamba_mm.ops import add_norm, conv_norm, dwconv_silu, layer_norm, mlp
+from vmamba_mm.ops.core import nvrtc
+from vmamba_mm.ops.fused.channels import sum_launch
 from vmamba_mm.testing import relative_error
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32

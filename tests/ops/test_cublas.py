@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from vmamba_mm.ops import cublas
+from vmamba_mm.ops.core import gemm
 from vmamba_mm.testing import relative_error
 
 needs_gpu = pytest.mark.gpu(nvidia=True)
@@ -13,7 +13,7 @@ needs_gpu = pytest.mark.gpu(nvidia=True)
 
 def make(rows, columns, inner, dtype, out_dtype, **kwargs):
     """Left, right, bias, where the result goes (NaN), and what calculates it."""
-    product = cublas.product(0, dtype, out_dtype, rows, columns, inner, **kwargs)
+    product = gemm.product(0, dtype, out_dtype, rows, columns, inner, **kwargs)
 
     def matrix(height, width, transposed):
         shape = (width, height) if transposed else (height, width)
@@ -90,9 +90,9 @@ def test_in_a_graph():
 def test_what_cannot_be_raises():
     with pytest.raises(RuntimeError, match=r'product of \(4, 8\) and \(8, 4\) torch.float16 to '
                                            r'torch.bfloat16 by cuBLASLt failed'):
-        cublas.product(0, torch.float16, torch.bfloat16, 4, 4, 8)
+        gemm.product(0, torch.float16, torch.bfloat16, 4, 4, 8)
 
 
 def test_a_missing_library_is_named(monkeypatch):
-    monkeypatch.setattr(cublas, '_library', lambda: None)
-    assert 'libcublasLt' in cublas.why_not()
+    monkeypatch.setattr(gemm, '_library', lambda: None)
+    assert 'libcublasLt' in gemm.why_not()

@@ -21,8 +21,9 @@ from test_ss2d_cuda import (
 )
 from test_walk_cuda import cut_walks  # noqa: F401 (a fixture)
 
-from vmamba_mm.ops import nvrtc, ss2d_scan
-from vmamba_mm.ops.ss2d_scan import cut
+from vmamba_mm.ops import ss2d_scan
+from vmamba_mm.ops.core import nvrtc
+from vmamba_mm.ops.ss2d_scan import schedule
 from vmamba_mm.testing import with_grads
 
 pytestmark = pytest.mark.skipif(
@@ -77,7 +78,7 @@ def test_gpus_and_dtypes(monkeypatch, gpu, dtype):
     for shape, independent in (((1, 48, 9, 14), True), ((12, 48, 7, 7), True),
                                ((1, 33, 30, 31), False)):
         inputs = on_cpu(*shape, dtype=dtype)
-        plan = cut.plan_of(*shape, 2, 4, inputs['x'].get_device())
+        plan = schedule.plan_of(*shape, 2, 4, inputs['x'].get_device())
         assert plan.forward.independent == plan.backward.independent == independent
         check(inputs)
 
@@ -103,8 +104,8 @@ def test_chunks_that_go_around(monkeypatch, size, width, sets, cluster, spans, d
 
 def test_large_images_go_around():
     """What a GPU that has clusters chooses for few and large images."""
-    assert cut.plan_of(2, 96, 64, 64, 6, 4, 0).forward.cluster > 0
-    assert cut.plan_of(256, 96, 14, 14, 6, 4, 0).forward.cluster == 0
+    assert schedule.plan_of(2, 96, 64, 64, 6, 4, 0).forward.cluster > 0
+    assert schedule.plan_of(256, 96, 14, 14, 6, 4, 0).forward.cluster == 0
 
 
 def test_strides_of_x():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vmamba_mm.layers import VSSBlock
-from vmamba_mm.ops import graphs
+from vmamba_mm.ops.core import graphs
 
 needs_gpu = pytest.mark.gpu
 SIZES = (3, 15, 10, 192), (2, 9, 11, 32)

@@ -12,8 +12,8 @@ import warnings
 import pytest
 import torch
 
-from vmamba_mm.ops import nvrtc
-from vmamba_mm.ops.nvrtc import Instance
+from vmamba_mm.ops.core import nvrtc
+from vmamba_mm.ops.core.nvrtc import Instance
 
 ARCHS = (75, 80, 86, 89, 90, 100, 120)
 SOURCE = r'''
@@ -213,7 +213,7 @@ def test_nvrtc_finds_its_builtins_in_a_process_without_torch():
             't.device = None\n'
             'import vmamba_mm; ops = types.ModuleType("vmamba_mm.ops")\n'
             'ops.__path__ = [vmamba_mm.__path__[0] + "/ops"]; sys.modules["vmamba_mm.ops"] = ops\n'
-            'from vmamba_mm.ops import nvrtc\n'
+            'from vmamba_mm.ops.core import nvrtc\n'
             'n = nvrtc.Nvrtc(sys.argv[1])\n'
             'print(n.compile({"k.cu": b"__global__ void k() {}"}, "k", []).symbol)')
     done = subprocess.run([sys.executable, '-c', code, nvrtc.find_nvrtc().path],
@@ -292,7 +292,7 @@ def test_threads_compile_once(folder, compilations):
 def test_several_processes_at_once(folder):
     code = ('import hashlib, sys\n'
             'from pathlib import Path\n'
-            'from vmamba_mm.ops import nvrtc\n'
+            'from vmamba_mm.ops.core import nvrtc\n'
             'nvrtc.KERNELS = Path(sys.argv[1])\n'
             'i = nvrtc.Instance("add.cu", "kinds<double, 7>", "Piqfdi", (("SCALE", "1.f"),))\n'
             'print(hashlib.sha256(nvrtc.build(i, "sm_80").image).hexdigest())')

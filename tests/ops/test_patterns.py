@@ -14,7 +14,8 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from vmamba_mm.layers import SS2D, VSSBlock
-from vmamba_mm.ops import patterns, register_scan, scan_norm, scan_patterns, ss2d_scan_norm
+from vmamba_mm.ops import register_scan, scan_norm, scan_patterns, ss2d_scan_norm
+from vmamba_mm.ops.ss2d_scan import patterns
 from vmamba_mm.testing import (
     DEVICES,
     assert_close,

@@ -5,7 +5,7 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from vmamba_mm.ops.registration import flop_formula, register
+from vmamba_mm.ops.core.registration import flop_formula, register
 
 ROWS, INNER = 3, 5
 

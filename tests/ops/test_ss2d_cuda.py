@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch.library import opcheck
 
-from vmamba_mm.ops import cross_merge, cross_scan, nvrtc, selective_scan, ss2d_scan, ss2d_scan_norm
-from vmamba_mm.ops.instances import INSTANCES
-from vmamba_mm.ops.ss2d_scan import chunked, cuda, cut
-from vmamba_mm.ops.walk import magic
+from vmamba_mm.ops import cross_merge, cross_scan, selective_scan, ss2d_scan, ss2d_scan_norm
+from vmamba_mm.ops.core import nvrtc
+from vmamba_mm.ops.core.instances import INSTANCES
+from vmamba_mm.ops.scan_kernels.cuda import magic
+from vmamba_mm.ops.ss2d_scan import chunked, cuda, schedule
 from vmamba_mm.testing import relative_error, ss2d_scan_inputs, with_grads
 
 needs_gpu = pytest.mark.gpu(nvidia=True)
@@ -102,13 +103,13 @@ def check_norm(inputs):
 
 def without_clusters(monkeypatch):
     """Plans in which a warp has all chunks of its span."""
-    monkeypatch.setattr(cut, '_around', lambda *args: ())
+    monkeypatch.setattr(schedule, '_around', lambda *args: ())
     nvrtc.forget()
 
 
 def cut_around(monkeypatch, width, sets, cluster, spans, slots='exact'):
     """Plans in which the chunks go around so many sets of ``width`` warps, and blocks."""
-    plan_of = cut.plan_of
+    plan_of = schedule.plan_of
 
     def plan(batch, dim, height, width_of_map, *args):
         plan = plan_of(batch, dim, height, width_of_map, *args)
@@ -122,7 +123,7 @@ def cut_around(monkeypatch, width, sets, cluster, spans, slots='exact'):
         return plan._replace(slots=count, chunks=chunks, forward=work, backward=back,
                              magic=(*plan.magic[:2], magic(count)))
 
-    monkeypatch.setattr(cut, 'plan_of', plan)
+    monkeypatch.setattr(schedule, 'plan_of', plan)
     nvrtc.forget()
 
 
@@ -138,7 +139,7 @@ def slots_of(slots, batch, length):
 def cut_by_hand(monkeypatch, maps, slots, spans):
     """Plans of so many maps and spans, the slots of an image 'exact' or 'rounded'."""
     without_clusters(monkeypatch)
-    plan_of = cut.plan_of
+    plan_of = schedule.plan_of
 
     def plan(batch, dim, height, width, *args):
         plan = plan_of(batch, dim, height, width, *args)
@@ -152,7 +153,7 @@ def cut_by_hand(monkeypatch, maps, slots, spans):
         return plan._replace(slots=count, chunks=chunks, forward=cuts[0], backward=cuts[1],
                              magic=(*plan.magic[:2], magic(count)))
 
-    monkeypatch.setattr(cut, 'plan_of', plan)
+    monkeypatch.setattr(schedule, 'plan_of', plan)
     nvrtc.forget()
 
 
@@ -201,7 +202,7 @@ def test_more_states_by_the_walk_kernels(state):
 @needs_gpu
 def test_many_images_to_a_block():
     inputs = make(300, 384, 7, 7)
-    plan = cut.plan_of(*inputs['x'].shape, inputs['dt_projs_weight'].shape[2], 4, 0)
+    plan = schedule.plan_of(*inputs['x'].shape, inputs['dt_projs_weight'].shape[2], 4, 0)
     assert 8 * plan.forward.span > plan.slots and 8 * plan.backward.span > plan.slots
     check(inputs)
 
@@ -352,7 +353,7 @@ def test_reasons_against():
 
 
 def test_every_kernel_of_the_published_models_is_checked_in_ci():
-    from vmamba_mm.arch import ARCH_SETTINGS
+    from vmamba_mm.families.vmamba import ARCH_SETTINGS
 
     for arch in ARCH_SETTINGS.values():
         for stage in range(4):

@@ -16,7 +16,7 @@ from test_channels import (
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-import vmamba_mm.ops.stem.op as op
+import vmamba_mm.ops.fused.stem.op as op
 from vmamba_mm.layers.embed import ConvStem
 from vmamba_mm.ops import conv_norm_gelu
 from vmamba_mm.testing import relative_error

@@ -46,7 +46,7 @@ def test_in_the_interpreter():
 def test_importing_the_ops_imports_no_kernels():
     """Triton takes a second to load and reads TRITON_INTERPRET then. (torch may load it itself.)"""
     done = python('-c', 'import sys, vmamba_mm.ops\n'
-                  'print("vmamba_mm.ops.triton_kernels" in sys.modules)')
+                  'print("vmamba_mm.ops.scan_kernels.triton_kernels" in sys.modules)')
     assert done.stdout.strip() == 'False', done.stderr
 
 

@@ -4,13 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vmamba_mm.ops import nvrtc, selective_scan
-from vmamba_mm.ops import walk as launches
-from vmamba_mm.ops.cross_scan import reference as cross
+from vmamba_mm.ops import selective_scan
+from vmamba_mm.ops.core import nvrtc
+from vmamba_mm.ops.orders import reference as cross
+from vmamba_mm.ops.scan_kernels import cuda as launches
 from vmamba_mm.ops.selective_scan import chunked as s6_chunked
 from vmamba_mm.ops.selective_scan import cuda as s6_cuda
 from vmamba_mm.ops.selective_scan import reference as s6
-from vmamba_mm.ops.ss2d_scan import chunked, merge, walk
+from vmamba_mm.ops.ss2d_scan import chunked, large_state, merge
 from vmamba_mm.testing import (
     relative_error,
     selective_scan_inputs,
@@ -55,9 +56,9 @@ def cut_walks(monkeypatch):
 
 def run(inputs, grad_y, logs=False):
     """(y in fp32, six gradients) of the kernels."""
-    maps, projected, states = walk.forward(*inputs.values(), save=True, logs=logs)
+    maps, projected, states = large_state.forward(*inputs.values(), save=True, logs=logs)
     y = maps.sum(0, dtype=torch.float32).permute(0, 3, 1, 2)
-    grads = walk.backward(grad_y, *inputs.values(), projected, states, logs)
+    grads = large_state.backward(grad_y, *inputs.values(), projected, states, logs)
     for grad, given in zip(grads, inputs.values(), strict=True):
         assert grad.dtype == given.dtype and grad.shape == given.shape
     assert grads[0].stride() == torch.empty_like(inputs['x']).stride()
@@ -328,4 +329,4 @@ def test_reasons_against():
     inputs = selective_scan_inputs(1, 1, 2, 3, 1)
     reason = s6_cuda.why_not(*map(inputs.get, SEQUENCE_NAMES[1:]), torch.float32)
     assert 'not on an NVIDIA GPU' in reason
-    assert 'not on an NVIDIA GPU' in walk.why_not(torch.zeros(1, 2, 3, 3), 1, 16)
+    assert 'not on an NVIDIA GPU' in large_state.why_not(torch.zeros(1, 2, 3, 3), 1, 16)

@@ -21,7 +21,7 @@ def _make_project(task, folder):
     from mmengine.config import Config
     from mmengine.registry import MODELS, init_default_scope
 
-    from vmamba_mm.compat import prepare_mm
+    from vmamba_mm.mm.compat import prepare_mm
 
     prepare_mm()
     make, write, images = {

@@ -1,7 +1,7 @@
 """Imported once by the server that the tools are forked from."""
 import contextlib
 
-from vmamba_mm.compat import prepare_mm
+from vmamba_mm.mm.compat import prepare_mm
 
 prepare_mm()
 for name in ('mmpretrain.datasets', 'mmpretrain.models', 'mmseg.datasets', 'mmseg.models',

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vmamba_mm.ops import instances, nvrtc
+from vmamba_mm.ops.core import instances, nvrtc
 
 SOURCE = r'''
 struct Params { float *x; };

@@ -8,8 +8,8 @@ import tiny
 import torch
 from official import SHARED
 
-from vmamba_mm.checkpoint import to_official
-from vmamba_mm.compat import UserError
+from vmamba_mm.checkpoints.names import to_official
+from vmamba_mm.errors import UserError
 from vmamba_mm.models import VMamba
 
 PARITY = SHARED / 'parity'

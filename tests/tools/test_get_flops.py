@@ -64,8 +64,8 @@ def test_classifiers_are_the_published_ones():
 
 @pytest.mark.parametrize('config, expected', [
     # The unrounded numbers that the authors noted in their analyze/flops.py.
-    ('configs/coco/mask-rcnn_vmamba-tiny-s1l8_fpn_1x_coco.py', 271_163_376_640),
-    ('configs/ade20k/upernet_vmamba-tiny-s1l8_8xb2-160k_ade20k-512x512.py', 948_780_189_696),
+    ('configs/vmamba/mask-rcnn_vmamba-tiny-s1l8_fpn_1x_coco.py', 271_163_376_640),
+    ('configs/vmamba/upernet_vmamba-tiny-s1l8_8xb2-160k_ade20k-512x512.py', 948_780_189_696),
     ('mmseg::upernet/upernet_r50_4xb4-160k_ade20k-512x512.py', 952_616_667_136)])
 def test_unrounded_numbers_of_the_authors(config, expected):
     pytest.importorskip('mmdet' if 'rcnn' in config else 'mmseg')
@@ -76,7 +76,7 @@ def test_unrounded_numbers_of_the_authors(config, expected):
 def test_slip_of_the_release_page_is_named():
     import get_flops
 
-    found = count(REPO / 'configs/coco/mask-rcnn_vmamba-small-s2l15_fpn_1x_coco.py')
+    found = count(REPO / 'configs/vmamba/mask-rcnn_vmamba-small-s2l15_fpn_1x_coco.py')
     verdict = get_flops.compare('coco', 'small_s2l15', found, 70e6, 384e9)
     assert 'slip of digits' in verdict and round(total(found) / 1e9) == 349
     # Only that number is excused, and of that model.
@@ -211,7 +211,7 @@ def test_command_beside_the_published(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize('argv, message', [
     ([], 'at least one CONFIG'), (['a.py', '--published'], 'at least one CONFIG'),
     (['--published', '--unit', 'flop'], 'own sizes'), (['absent.py'], 'does not exist'),
-    ([REPO / 'configs/imagenet/vmamba-tiny-s1l8_8xb128_in1k-224.py', '--shape', 0, 4],
+    ([REPO / 'configs/vmamba/vmamba-tiny-s1l8_8xb128_in1k-224.py', '--shape', 0, 4],
      'at least 1')])
 def test_mistakes(argv, message, monkeypatch):
     from _cli import UserError

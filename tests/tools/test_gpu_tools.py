@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vmamba_mm.layers import LayerNorm
-from vmamba_mm.ops import cublas
+from vmamba_mm.ops.core import gemm
 
 TOOLS = Path(__file__).parents[2] / 'tools'
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason='for machines without a GPU')
@@ -119,7 +119,7 @@ def test_products_of_initcheck():
             return torch.frombuffer(words.from_address(given['data'][0]),
                                     dtype=getattr(torch, f'int{8 * ctypes.sizeof(words) // size}'))
 
-    blas = SimpleNamespace(Product=cublas.Product)
+    blas = SimpleNamespace(Product=gemm.Product)
     check_gpu.write_products_plainly(Torch, blas)
     a, b, bias = torch.randn(2, 7, 5), torch.randn(2, 5, 3), torch.randn(3)
     out = torch.empty(7, 3)
@@ -157,8 +157,9 @@ def test_plain_pytorch_of_the_loss_curve_has_no_kernel(monkeypatch):
     def load(*args):
         raise RuntimeError('a kernel')
 
-    monkeypatch.setattr('vmamba_mm.ops.walk.why_not', lambda *args: None)  # as on a GPU
-    monkeypatch.setattr('vmamba_mm.ops.nvrtc.load', load)
+    monkeypatch.setattr('vmamba_mm.ops.scan_kernels.cuda.why_not',
+                        lambda *args: None)  # as on a GPU
+    monkeypatch.setattr('vmamba_mm.ops.core.nvrtc.load', load)
     norm, x = LayerNorm(8), torch.randn(2, 3, 8)
     with loss_curve.only('cuda'), pytest.raises(RuntimeError, match='a kernel'):
         norm(x)

@@ -208,7 +208,7 @@ def test_other_numbers_of_channels(channels, loader, projects, call, tmp_path):
 
 
 def test_pictures_of_any_image():
-    from vmamba_mm.engine.pictures import Pictures, default_channels, to_picture
+    from vmamba_mm.mm.pictures import Pictures, default_channels, to_picture
 
     rng = np.random.default_rng(0)
     colours = rng.integers(0, 256, (5, 7, 3), np.uint8)

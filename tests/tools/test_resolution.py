@@ -12,7 +12,7 @@ from test_tools_errors import assert_one_line
 from torch import nn
 
 TOOL = 'analysis/resolution.py'
-OURS = str(tiny.ROOT / 'configs/imagenet/vmamba-tiny-s1l8_8xb128_in1k-224.py')
+OURS = str(tiny.ROOT / 'configs/vmamba/vmamba-tiny-s1l8_8xb128_in1k-224.py')
 DEIT = 'mmpretrain::deit/deit-small_4xb256_in1k.py'
 SWIN = 'mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py'
 VIT = """

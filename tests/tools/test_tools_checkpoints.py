@@ -7,7 +7,7 @@ from mmengine.fileio import load
 from official import S1, classifier_state, random_backbone, save_hostile, save_training_file
 from test_tools_errors import assert_one_line
 
-from vmamba_mm.checkpoint import to_mm
+from vmamba_mm.checkpoints.names import to_mm
 
 ARCH = dict(S1, depths=(1, 1, 1, 1), mlp_ratio=2.0)  # of tiny.BACKBONE
 

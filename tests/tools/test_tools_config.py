@@ -5,7 +5,7 @@ import sys
 import pytest
 import tiny
 
-from vmamba_mm.compat import UserError
+from vmamba_mm.errors import UserError
 
 
 @pytest.fixture(scope='module')
@@ -244,7 +244,7 @@ def test_folders_of_ones_own_with_the_imagenet_config(tools, tmp_path, monkeypat
     import _checks
     cli, _ = tools
     tiny.make_cls(tmp_path, per_class=1)
-    path = str(tiny.ROOT / 'configs/imagenet/vmamba-tiny-s1l8_8xb128_in1k-224.py')
+    path = str(tiny.ROOT / 'configs/vmamba/vmamba-tiny-s1l8_8xb128_in1k-224.py')
     roots = [f'{name}_dataloader.dataset.data_root={tmp_path}' for name in ('train', 'val', 'test')]
     with pytest.raises(UserError, match=r'2 class folder\(s\) \(blue, red\)') as found:
         _checks.check_training(cli.load_config(path, roots))
@@ -266,8 +266,8 @@ def test_devices_that_do_not_exist(name, tools, gpu):
 
 
 @pytest.mark.parametrize('name', [
-    'imagenet/vmamba-tiny-s1l8_8xb128_in1k-224', 'coco/mask-rcnn_vmamba-tiny-s1l8_fpn_1x_coco',
-    'ade20k/upernet_vmamba-tiny-s1l8_8xb2-160k_ade20k-512x512', 'demo/upernet_vmamba_digits-128'])
+    'vmamba/vmamba-tiny-s1l8_8xb128_in1k-224', 'vmamba/mask-rcnn_vmamba-tiny-s1l8_fpn_1x_coco',
+    'vmamba/upernet_vmamba-tiny-s1l8_8xb2-160k_ade20k-512x512', 'demo/upernet_vmamba_digits-128'])
 def test_our_configs_pass_the_checks(name, tools):
     import _checks
     cli, _ = tools

@@ -8,7 +8,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from vmamba_mm.files import read_checkpoint
+from vmamba_mm.checkpoints.files import read_checkpoint
 
 
 @pytest.fixture

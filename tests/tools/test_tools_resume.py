@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from vmamba_mm.engine.curves import read_scalars
+from vmamba_mm.mm.hooks.curves import read_scalars
 
 TIMES = {'time', 'data_time'}
 
@@ -31,7 +31,7 @@ def logged_steps(work_dir):
 
 
 def load(path):
-    from vmamba_mm.compat import prepare_mm
+    from vmamba_mm.mm.compat import prepare_mm
     prepare_mm()
     return torch.load(path, weights_only=True)
 

@@ -33,7 +33,7 @@ from erf import Loader, find_size, preprocess, resize  # noqa: E402
 from predict import build_model  # noqa: E402
 
 EXAMPLES = """\
-  python tools/analysis/activation_maps.py configs/imagenet/vmamba-tiny-s1l8_8xb128_in1k-224.py \\
+  python tools/analysis/activation_maps.py configs/vmamba/vmamba-tiny-s1l8_8xb128_in1k-224.py \\
       --checkpoint vssm1_tiny_0230s_ckpt_epoch_264.pth photo.jpg --pixel 120 200
   python tools/analysis/activation_maps.py CONFIG --checkpoint FILE folder/ --size 448 \\
       --block 1.1 2.0 2.7 --map contribution"""
@@ -171,7 +171,7 @@ def draw(found, image, position, title, path):
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
-    from vmamba_mm.ops.cross_scan.reference import ROUTES
+    from vmamba_mm.ops.orders.reference import ROUTES
 
     side = image.shape[0]
     grey = 60 + 0.5 * image.mean(-1)  # little contrast: shades under a colour change it
@@ -214,11 +214,11 @@ def main():
     from mmengine.logging import MMLogger
     from mmengine.utils import track_iter_progress
 
-    from vmamba_mm.engine.pictures import Pictures
-    from vmamba_mm.engine.text import drawable
-    from vmamba_mm.files import read_checkpoint
+    from vmamba_mm.checkpoints.files import read_checkpoint
+    from vmamba_mm.mm.pictures import Pictures
+    from vmamba_mm.mm.text import drawable
     from vmamba_mm.models import VMamba
-    from vmamba_mm.ops.cross_scan.reference import ROUTES
+    from vmamba_mm.ops.orders.reference import ROUTES
 
     MMLogger.get_current_instance().setLevel(logging.ERROR)
     model = build_model(cfg, read_checkpoint(args.checkpoint, args.weights), args.checkpoint,

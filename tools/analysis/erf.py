@@ -28,7 +28,7 @@ from _images import list_images  # noqa: E402
 from predict import build_steps  # noqa: E402
 
 EXAMPLES = """\
-  python tools/analysis/erf.py configs/imagenet/vmamba-tiny-s1l8_8xb128_in1k-224.py \\
+  python tools/analysis/erf.py configs/vmamba/vmamba-tiny-s1l8_8xb128_in1k-224.py \\
       mmpretrain::resnet/resnet50_8xb32_in1k.py \\
       --checkpoint vssm1_tiny_0230s_ckpt_epoch_264.pth none --images data/imagenet/val
   python tools/analysis/erf.py CONFIG --images folder/ --size 192 --num-images 8 --device cpu"""
@@ -168,7 +168,7 @@ class Loader:
                 raise UserError(f'{name}: the model takes images of {self.channels} channel(s), '
                                 'and the config has no test_dataloader, whose pipeline loads them')
         elif self.channels != 3 or reads_colours(cfg) is False:
-            from vmamba_mm.engine.pictures import reads_bgr
+            from vmamba_mm.mm.pictures import reads_bgr
 
             self.steps = build_steps(cfg)
             self.bgr = reads_bgr(self.steps, getattr(model, 'data_preprocessor', None))
@@ -189,7 +189,7 @@ class Loader:
     def _read(self, path):
         from PIL import Image
 
-        from vmamba_mm.engine.data import load_image
+        from vmamba_mm.mm.hooks.data import load_image
 
         if self.steps is not None:
             return load_image(self.steps, path)
@@ -336,7 +336,7 @@ def draw(erfs, rows, title, path):
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
-    from vmamba_mm.engine.text import drawable
+    from vmamba_mm.mm.text import drawable
 
     names = list(dict.fromkeys(name for name, _ in erfs))
     shown = {name: drawable(name) for name in names}
@@ -385,8 +385,8 @@ def main():
     import torch
     from mmengine.logging import MMLogger
 
-    from vmamba_mm.engine.strict_load import check_fits
-    from vmamba_mm.files import read_checkpoint
+    from vmamba_mm.checkpoints.files import read_checkpoint
+    from vmamba_mm.mm.hooks.strict_load import check_fits
 
     MMLogger.get_current_instance().setLevel(logging.ERROR)  # a line for each parameter
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # for the next line, on a GPU

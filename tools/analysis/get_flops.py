@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import _cli  # noqa: E402  (a sibling script, not a package)
 
 EXAMPLES = """\
-  python tools/analysis/get_flops.py configs/imagenet/vmamba-tiny-s1l8_8xb128_in1k-224.py
+  python tools/analysis/get_flops.py configs/vmamba/vmamba-tiny-s1l8_8xb128_in1k-224.py
   python tools/analysis/get_flops.py CONFIG --shape 512 2048 --unit flop
   python tools/analysis/get_flops.py CONFIG mmpretrain::resnet/resnet50_8xb32_in1k.py
   python tools/analysis/get_flops.py --published            # beside the published numbers"""
@@ -204,8 +204,8 @@ def draw(found, unit, path):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from vmamba_mm.engine.curves import COLOURS
-    from vmamba_mm.engine.text import drawable
+    from vmamba_mm.mm.hooks.curves import COLOURS
+    from vmamba_mm.mm.text import drawable
 
     tables = list(dict.fromkeys(table for table, *_ in found))
     sizes = [sum(t == table for t, *_ in found) for table in tables]

@@ -36,7 +36,7 @@ from _cli import UserError  # noqa: E402
 from erf import NONE, build_random, short_names  # noqa: E402
 
 EXAMPLES = """\
-  python tools/analysis/resolution.py configs/imagenet/vmamba-tiny-s1l8_8xb128_in1k-224.py \\
+  python tools/analysis/resolution.py configs/vmamba/vmamba-tiny-s1l8_8xb128_in1k-224.py \\
       mmpretrain::deit/deit-small_4xb256_in1k.py \\
       --checkpoint vssm1_tiny_0230s_ckpt_epoch_264.pth none --dtype fp16
   python tools/analysis/resolution.py CONFIG --resolutions 224 384 --device cpu --batch-size 2"""
@@ -96,8 +96,8 @@ class Subject:
     def __init__(self, name, cfg, checkpoint, args):
         import flops
 
-        from vmamba_mm.engine.strict_load import check_fits
-        from vmamba_mm.files import read_checkpoint
+        from vmamba_mm.checkpoints.files import read_checkpoint
+        from vmamba_mm.mm.hooks.strict_load import check_fits
 
         if _cli.find_task(cfg) != 'cls':
             raise UserError(f'{name} is no classifier of mmpretrain; detectors and segmentors are '
@@ -176,7 +176,7 @@ def build_loader(cfg, size, batch, num_images):
     from mmengine.registry import DATASETS
     from mmengine.runner import Runner
 
-    from vmamba_mm.engine.data import check_dataset, install_reader
+    from vmamba_mm.mm.hooks.data import check_dataset, install_reader
 
     loader = copy.deepcopy(cfg.test_dataloader)
     for _, dataset in _cli.datasets_of(loader.dataset, ''):

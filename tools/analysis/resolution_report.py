@@ -143,7 +143,7 @@ def label_ends(ax, ends):
     Args:
         ends: [(x, y, text, colour)], after all is drawn and scaled.
     """
-    from vmamba_mm.engine.text import drawable
+    from vmamba_mm.mm.text import drawable
 
     if not ends:
         return
@@ -161,7 +161,7 @@ def label_ends(ax, ends):
 
 
 def style_of(i):
-    from vmamba_mm.engine.curves import COLOURS, MARKERS
+    from vmamba_mm.mm.hooks.curves import COLOURS, MARKERS
 
     return dict(color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], markersize=6,
                 linestyle=LINES[i // len(COLOURS) % len(LINES)])

@@ -180,8 +180,8 @@ def draw(rows, summary, setting, path):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from vmamba_mm.engine.curves import COLOURS, MARKERS
-    from vmamba_mm.engine.text import drawable
+    from vmamba_mm.mm.hooks.curves import COLOURS, MARKERS
+    from vmamba_mm.mm.text import drawable
 
     colours = dict(zip(summary, itertools.cycle(COLOURS), strict=False))
     markers = dict(zip(summary, itertools.cycle(MARKERS), strict=False))

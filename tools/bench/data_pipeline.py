@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from cpu_name import cpu_name
 
-from vmamba_mm.compat import prepare_mm
+from vmamba_mm.mm.compat import prepare_mm
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs/imagenet'
 NAMES = {'stock': 'vmamba-tiny-s1l8_8xb128_in1k-224.py',

@@ -43,7 +43,7 @@ from end_to_end_report import NAN, find_setting, read_rows, show, write_rows  # 
 from measuring import median_ms  # noqa: E402
 
 import vmamba_mm  # noqa: E402
-from vmamba_mm.compat import require_working  # noqa: E402
+from vmamba_mm.mm.compat import require_working  # noqa: E402
 
 EXAMPLES = '''  python tools/bench/dense_steps.py --csv steps.csv --profile
   python tools/bench/dense_steps.py --tasks upernet --precisions fp16 --quick
@@ -52,11 +52,11 @@ EXAMPLES = '''  python tools/bench/dense_steps.py --csv steps.csv --profile
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 #: task: our config, batch, height, width, the stock configs whose backbones the peers have
 TASKS = {
-    'mask-rcnn': (CONFIGS / 'coco/mask-rcnn_vmamba-tiny-s1l8_fpn_1x_coco.py', 2, 800, 1280, {
+    'mask-rcnn': (CONFIGS / 'vmamba/mask-rcnn_vmamba-tiny-s1l8_fpn_1x_coco.py', 2, 800, 1280, {
         'swin_t': 'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py',
         'convnext_t': 'mmdet::convnext/mask-rcnn_convnext-t-p4-w7_fpn_amp-ms-crop-3x_coco.py'}),
     'upernet': (
-        CONFIGS / 'ade20k/upernet_vmamba-tiny-s1l8_8xb2-160k_ade20k-512x512.py', 4, 512, 512, {
+        CONFIGS / 'vmamba/upernet_vmamba-tiny-s1l8_8xb2-160k_ade20k-512x512.py', 4, 512, 512, {
             'swin_t': 'mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_'
                       'ade20k-512x512.py',
             'convnext_t': 'mmseg::convnext/convnext-tiny_upernet_8xb2-amp-160k_'

@@ -27,7 +27,9 @@ from torch import nn
 
 import vmamba_mm.layers.ss2d
 from vmamba_mm.layers import ConvDownsample, ConvStem, VSSBlock
-from vmamba_mm.ops import BACKENDS, nvrtc, scan_norm, walk
+from vmamba_mm.ops import BACKENDS, scan_norm
+from vmamba_mm.ops.core import nvrtc
+from vmamba_mm.ops.scan_kernels import cuda as walk
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from vmamba_mm.layers.plain import is_plain
 from vmamba_mm.ops import add_norm, layer_norm
-from vmamba_mm.ops.backends import autocast_dtype
+from vmamba_mm.ops.core.backends import autocast_dtype
 
 # What torch.fx records as it is, since it looks at shapes.
 torch.fx.wrap('add_norm')

@@ -9,7 +9,7 @@ from vmamba_mm.layers.norm import LayerNorm
 from vmamba_mm.layers.plain import is_depthwise_3x3, is_plain
 from vmamba_mm.layers.ssm_init import init_ssm, init_x_proj
 from vmamba_mm.ops import dwconv_silu, scan_norm
-from vmamba_mm.ops.patterns import check_scan
+from vmamba_mm.ops.ss2d_scan.patterns import check_scan
 
 # What torch.fx records as it is, since it looks at shapes.
 torch.fx.wrap('dwconv_silu')

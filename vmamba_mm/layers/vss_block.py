@@ -13,7 +13,7 @@ from vmamba_mm.layers.norm import LayerNorm, sum_and_norm
 from vmamba_mm.layers.plain import Attributes, are_plain, is_depthwise_3x3, is_plain
 from vmamba_mm.layers.ss2d import SS2D
 from vmamba_mm.ops import add_norm, mlp
-from vmamba_mm.ops.backends import autocast_dtype, wants_grad
+from vmamba_mm.ops.core.backends import autocast_dtype, wants_grad
 from vmamba_mm.ops.vss_block import vss_block, vss_blocks, why_not
 
 # What torch.fx records as it is, since it looks at shapes.

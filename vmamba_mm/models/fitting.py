@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from vmamba_mm.checkpoint import (
+from vmamba_mm.checkpoints.names import (
     check_patterns,
     differences,
     explain_differences,
@@ -16,7 +16,7 @@ from vmamba_mm.checkpoint import (
     plain_name,
     to_mm,
 )
-from vmamba_mm.compat import UserError
+from vmamba_mm.errors import UserError
 
 
 class Caller(NamedTuple):

@@ -11,8 +11,8 @@ from mmengine.model import BaseModule, update_init_info
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from vmamba_mm.arch import ARCH_SETTINGS, resolve_arch
-from vmamba_mm.checkpoint import (
+from vmamba_mm.checkpoints.files import read_checkpoint
+from vmamba_mm.checkpoints.names import (
     FIRST_CONVS,
     adapt_in_channels,
     backbone_prefixes,
@@ -20,9 +20,9 @@ from vmamba_mm.checkpoint import (
     drop_wrappers,
     is_vmamba,
 )
-from vmamba_mm.compat import UserError
 from vmamba_mm.config import type_name
-from vmamba_mm.files import read_checkpoint
+from vmamba_mm.errors import UserError
+from vmamba_mm.families.vmamba import ARCH_SETTINGS, resolve_arch
 from vmamba_mm.layers import (
     ConvDownsample,
     ConvStem,
@@ -168,11 +168,12 @@ class VMamba(BaseModule):
         follows ``strict``.
 
         Args:
-            checkpoint, weights, map_location: as of :func:`vmamba_mm.files.read_checkpoint`.
+            checkpoint, weights, map_location: as of
+                :func:`vmamba_mm.checkpoints.files.read_checkpoint`.
             prefix: where the backbone lies in the checkpoint; None for ``'backbone.'``, where
                 official files have it too under our names, or for the only VMamba there is.
             adapt_in_channels: adapt the stem's first convolution to ``in_channels``, as timm
-                does: :func:`vmamba_mm.checkpoint.adapt_in_channels`.
+                does: :func:`vmamba_mm.checkpoints.names.adapt_in_channels`.
             strict: None: what a user added to the model may be missing from the checkpoint, and
                 stays as it is, but nothing may be left over. True: it may not be missing either.
                 False: what the model has no place for may be left over too.

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmamba_mm.ops.backends import compute_dtype
+from vmamba_mm.ops.core.backends import compute_dtype
 
 
 def to_chunks(x_BGTD: Tensor, dtype: torch.dtype) -> Tensor:

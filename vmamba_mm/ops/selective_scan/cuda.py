@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vmamba_mm.ops import walk
+from vmamba_mm.ops.scan_kernels import cuda as walk
 
 
 def why_not(u, delta, A, B, C, D, delta_bias, out_dtype) -> str | None:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from vmamba_mm.ops.backends import Backend, resolve_backend
-from vmamba_mm.ops.registration import flop_formula, register
+from vmamba_mm.ops.core.backends import Backend, resolve_backend
+from vmamba_mm.ops.core.registration import flop_formula, register
 from vmamba_mm.ops.selective_scan import chunked, cuda, reference, triton_scan
 
 _IMPLEMENTATIONS = {'reference': reference, 'chunked': chunked, 'cuda': cuda,

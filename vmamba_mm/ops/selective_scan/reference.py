@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmamba_mm.ops.backends import compute_dtype
+from vmamba_mm.ops.core.backends import compute_dtype
 
 
 def _prepare(u, delta, A, B, C, D, delta_bias, delta_softplus):

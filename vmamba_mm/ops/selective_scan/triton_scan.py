@@ -5,7 +5,7 @@ from math import e, log2
 import torch
 from torch import Tensor
 
-from vmamba_mm.ops import triton_backend
+from vmamba_mm.ops.scan_kernels import triton_backend
 
 
 def why_not(x: Tensor, out_dtype: torch.dtype, parameters: tuple[Tensor | None, ...],
@@ -18,7 +18,7 @@ class _Problem:
     """Sizes and fp32 parameters, and the walk of a block of the batch."""
 
     def __init__(self, u, A, B, D, delta_bias, delta_softplus, backward: bool):
-        from vmamba_mm.ops import triton_launch
+        from vmamba_mm.ops.scan_kernels import triton_launch
         self.launch = triton_launch
         batch, channels, self.length = u.shape
         self.groups, self.state = B.shape[1:3]

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmamba_mm.ops.backends import compute_dtype
-from vmamba_mm.ops.cross_scan.reference import scan_forward
+from vmamba_mm.ops.core.backends import compute_dtype
+from vmamba_mm.ops.orders.reference import scan_forward
 from vmamba_mm.ops.ss2d_scan.op import check
 from vmamba_mm.ops.ss2d_scan.reference import _project
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmamba_mm.ops.backends import compute_dtype
+from vmamba_mm.ops.core.backends import compute_dtype
 from vmamba_mm.ops.selective_scan.chunked import (
     chunk_sequence,
     scan_chunks,

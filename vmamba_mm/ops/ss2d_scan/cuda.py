@@ -1,8 +1,9 @@
 """ss2d_scan and its norm by the CUDA kernels in ``kernels/``.
 
 Here are the launches for N = 1 on half-precision maps; any other N and fp32 maps go to
-:mod:`vmamba_mm.ops.ss2d_scan.walk`. Nothing is built beforehand: :mod:`vmamba_mm.ops.nvrtc`
-compiles at first use. The kernels' own comments and ``kernels/README.md`` say how they work.
+:mod:`vmamba_mm.ops.ss2d_scan.large_state`. Nothing is built beforehand:
+:mod:`vmamba_mm.ops.core.nvrtc` compiles at first use. The kernels' own comments and
+``kernels/README.md`` say how they work.
 """
 
 from collections.abc import Callable
@@ -11,22 +12,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vmamba_mm.ops.add_norm import cuda as norm
-from vmamba_mm.ops.cast import FIELDS, plan_cast
-from vmamba_mm.ops.nvrtc import Instance, cached, kernel
-from vmamba_mm.ops.ss2d_scan import cut, layout, merge, walk
-from vmamba_mm.ops.walk import CODES, TYPES, combine_instance, pointer
+from vmamba_mm.ops.core.nvrtc import Instance, cached, kernel
+from vmamba_mm.ops.fused.add_norm import cuda as norm
+from vmamba_mm.ops.fused.cast import FIELDS, plan_cast
+from vmamba_mm.ops.scan_kernels.cuda import CODES, TYPES, combine_instance, pointer
+from vmamba_mm.ops.ss2d_scan import large_state, layout, merge, schedule
 
 _SCAN = 'P' * 5 + 'i' * 14
 _MAP = 'Piiii'
-_FORWARD = (('WARPS', cut.FORWARD_WARPS), ('BLOCKS', cut.FORWARD_BLOCKS))
-_AROUND = (('WARPS', cut.AROUND_WARPS), ('BLOCKS', 1))
+_FORWARD = (('WARPS', schedule.FORWARD_WARPS), ('BLOCKS', schedule.FORWARD_BLOCKS))
+_AROUND = (('WARPS', schedule.AROUND_WARPS), ('BLOCKS', 1))
 _HALVES = torch.float16, torch.bfloat16
 
 
 def why_not(x: Tensor, out_dtype: torch.dtype, parameters: tuple[Tensor, ...]) -> str | None:
     """What keeps the kernels from taking these inputs, or None."""
-    reason = walk.why_not(x, parameters[1].shape[2], parameters[3].shape[1])
+    reason = large_state.why_not(x, parameters[1].shape[2], parameters[3].shape[1])
     if reason is None and out_dtype not in (x.dtype, torch.float32):
         reason = f'out_dtype is {out_dtype}; the kernels give {x.dtype} and float32'
     if reason is None and any(p.dtype not in CODES for p in parameters):
@@ -58,7 +59,7 @@ def runs_instance(type_: str, tiles: int) -> Instance:
 def backward_instance(type_: str, tiles: int, summary: bool) -> Instance:
     return Instance('ss2d_scan_bwd.cu', f'ss2d_scan_bwd<{type_}, {tiles}, {str(summary).lower()}>',
                     _SCAN + _MAP + _MAP + 'P' * 7,
-                    (('WARPS', cut.BACKWARD_WARPS), ('BLOCKS', cut.BACKWARD_BLOCKS)))
+                    (('WARPS', schedule.BACKWARD_WARPS), ('BLOCKS', schedule.BACKWARD_BLOCKS)))
 
 
 def finish_instance(type_: str) -> Instance:
@@ -74,8 +75,8 @@ def prepare_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...],
                    ) -> Callable[..., None]:
     """Of addresses: x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, of these dtypes, ``kept``,
     ``memory`` of the scan, and the parameters that are rounded too, ``casts`` their elements and
-    dtypes, and where to, as of :func:`vmamba_mm.ops.cast.plan_cast`."""
-    plan = cut.plan_of(*sizes, index)
+    dtypes, and where to, as of :func:`vmamba_mm.ops.fused.cast.plan_cast`."""
+    plan = schedule.plan_of(*sizes, index)
     zeros = _flags(sizes, plan)
     _, cast_blocks, fields = plan_cast(*casts)
     launch = kernel(index, prepare_instance, TYPES[dtype]).bind(
@@ -92,7 +93,7 @@ def prepare_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...],
     return run
 
 
-def _flags(sizes: tuple[int, ...], plan: cut.Plan) -> int:
+def _flags(sizes: tuple[int, ...], plan: schedule.Plan) -> int:
     """Of the warps' spans and the blocks that have begun, int32 at the beginning of the memory of
     the scan in runs; whole units of 16 bytes."""
     flags = sizes[-1] * plan.forward.spans * plan.groups + 1
@@ -111,7 +112,7 @@ def scan_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...],
                 read: tuple[tuple[int, ...], ...], back: bool) -> ScanLaunch:
     """The scan, or its backward; ``read`` has of each map read the fields after its address."""
     batch, dim, height, width, rank, routes = sizes
-    plan = cut.plan_of(*sizes, index)
+    plan = schedule.plan_of(*sizes, index)
     work = plan.backward if back else plan.forward
     parts = plan.offsets[1:5]
     shape = (batch, dim, height, width, rank, routes, plan.row, plan.slots, plan.chunks, work.span,
@@ -171,7 +172,7 @@ def merge_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...], back: b
     walk kernels."""
     batch, dim, height, width = sizes[:4]
     if dtype in _HALVES:
-        plan = cut.plan_of(*sizes, index)
+        plan = schedule.plan_of(*sizes, index)
         work = plan.backward if back else plan.forward
         count, images = work.maps, _images(sizes, plan, work)
     else:
@@ -180,7 +181,7 @@ def merge_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...], back: b
                         to_float)
 
 
-def _images(sizes: tuple[int, ...], plan: cut.Plan, work: cut.Cut) -> int:
+def _images(sizes: tuple[int, ...], plan: schedule.Plan, work: schedule.Cut) -> int:
     """Of a span; all, where spans are not of whole images."""
     return work.span * 8 // plan.slots if work.independent and work.spans > 1 else sizes[0]
 
@@ -194,7 +195,7 @@ def finish_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...],
     parameters (0 without a norm), the gradients (7, or 5 and two 0), and A_logs, or 0.
     """
     dim, rank, routes = sizes[1], *sizes[4:]
-    plan = cut.plan_of(*sizes, index)
+    plan = schedule.plan_of(*sizes, index)
     columns, product = columns_of(sizes), routes * (rank + 2) * dim
     blocks = -(-columns // 32) + -(-product // 256) + (-(-dim // 16) if parts else 0)
     launch = kernel(index, finish_instance, TYPES[dtype]).bind((blocks, 1, 1), (32, 8, 1))
@@ -233,10 +234,10 @@ def saved(x, rank, routes, state, save):
     batch, dim, height, width = x.shape
     length = height * width
     if _is_fast(x, state):
-        sizes = cut.kept_sizes(batch, dim, length, rank, routes)
-        return ((batch * length, routes * cut.row_of(rank)),
+        sizes = schedule.kept_sizes(batch, dim, length, rank, routes)
+        return ((batch * length, routes * schedule.row_of(rank)),
                 (sum(sizes if save else sizes[:-1]),), x.dtype)
-    shape = walk.states_shape(batch, routes, length, state, dim) if save else (0,)
+    shape = large_state.states_shape(batch, routes, length, state, dim) if save else (0,)
     return (batch * length, routes * (rank + 2 * state)), shape, torch.float32
 
 
@@ -293,13 +294,13 @@ def _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save, logs=Fal
     """Maps (a number, B, H, W, D) to be added up, sizes of the kernels here or None, ``projected``,
     ``kept``."""
     if not _is_fast(x, A.shape[1]):
-        maps, *others = walk.forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save,
-                                     logs)
+        maps, *others = large_state.forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D,
+                                            save, logs)
         return maps, None, *others
     batch, dim, height, width = x.shape
     routes, _, rank = dt_projs_weight.shape
     index, sizes = x.get_device(), (batch, dim, height, width, rank, routes)
-    plan = cut.plan_of(*sizes, index)
+    plan = schedule.plan_of(*sizes, index)
     x = layout.pixels(x)
     kept = x.new_empty(plan.offsets[-1 if save else -2] // 2)
     parameters = [t.contiguous() for t in (x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)]
@@ -328,13 +329,13 @@ def backward(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, pro
         grad_y = grad_y.to(x.dtype)
     parameters = (x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, *norm_parameters)
     if not _is_fast(x, A.shape[1]):
-        grads = walk.backward(grad_y, x, *parameters[:5], projected, kept, logs)
+        grads = large_state.backward(grad_y, x, *parameters[:5], projected, kept, logs)
         return *grads, *(s.to(t.dtype, copy=True) for s, t in zip(
             norm_sums.sum(0) if norm_parameters else (), norm_parameters, strict=True))
     batch, dim, height, width = x.shape
     routes, _, rank = dt_projs_weight.shape
     index, sizes = x.get_device(), (batch, dim, height, width, rank, routes)
-    plan = cut.plan_of(*sizes, index)
+    plan = schedule.plan_of(*sizes, index)
     given, x, grad_y = x, layout.pixels(x), layout.pixels(grad_y)
 
     maps = x.new_empty((plan.backward.maps, batch, height, width, dim))

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vmamba_mm.ops.channels import WIDEST
-from vmamba_mm.ops.nvrtc import Instance, cached, kernel
-from vmamba_mm.ops.walk import CODES, TYPES, device_limits
+from vmamba_mm.ops.core.nvrtc import Instance, cached, kernel
+from vmamba_mm.ops.fused.channels import WIDEST
+from vmamba_mm.ops.scan_kernels.cuda import CODES, TYPES, device_limits
 
 
 def merge_instance(type_: str, maps: int, extra: bool, parts: int, to_float: bool) -> Instance:

@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmamba_mm.ops.backends import Backend, resolve_backend, wants_grad
-from vmamba_mm.ops.cross_scan.reference import ROUTES
-from vmamba_mm.ops.registration import flop_formula, register
+from vmamba_mm.ops.core.backends import Backend, resolve_backend, wants_grad
+from vmamba_mm.ops.core.registration import flop_formula, register
+from vmamba_mm.ops.orders.reference import ROUTES
 from vmamba_mm.ops.selective_scan.op import scan_flops
 from vmamba_mm.ops.ss2d_scan import chunked, cuda, reference, triton_scan
 

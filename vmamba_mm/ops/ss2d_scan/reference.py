@@ -7,8 +7,8 @@ arXiv 2401.10166). B batch, K directions, D channels, H/W, L = H*W, R dt rank, N
 import torch
 from torch import Tensor
 
-from vmamba_mm.ops.backends import compute_dtype
-from vmamba_mm.ops.cross_scan import reference as cross
+from vmamba_mm.ops.core.backends import compute_dtype
+from vmamba_mm.ops.orders import reference as cross
 from vmamba_mm.ops.selective_scan import reference as s6
 
 

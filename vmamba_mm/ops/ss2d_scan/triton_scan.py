@@ -9,7 +9,7 @@ from math import e, log2
 import torch
 from torch import Tensor
 
-from vmamba_mm.ops import triton_backend
+from vmamba_mm.ops.scan_kernels import triton_backend
 
 LOG2_E = log2(e)
 
@@ -24,7 +24,7 @@ class _Problem:
     """Sizes and fp32 parameters; of a block of the batch, the projections and the walks."""
 
     def __init__(self, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, backward: bool):
-        from vmamba_mm.ops import triton_launch
+        from vmamba_mm.ops.scan_kernels import triton_launch
         self.launch = triton_launch
         self.routes, self.dim, self.rank = dt_projs_weight.shape
         self.state = A.shape[1]

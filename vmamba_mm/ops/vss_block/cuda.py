@@ -9,14 +9,15 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from vmamba_mm.ops import cublas, walk
-from vmamba_mm.ops.add_norm import cuda as norm
-from vmamba_mm.ops.cast import cast_launch, plan_cast
-from vmamba_mm.ops.channels import WIDEST, sum_launch
-from vmamba_mm.ops.dwconv import cuda as dwconv
-from vmamba_mm.ops.graphs import replay
-from vmamba_mm.ops.mlp import cuda as mlp
-from vmamba_mm.ops.nvrtc import cached
+from vmamba_mm.ops.core import gemm
+from vmamba_mm.ops.core.graphs import replay
+from vmamba_mm.ops.core.nvrtc import cached
+from vmamba_mm.ops.fused.add_norm import cuda as norm
+from vmamba_mm.ops.fused.cast import cast_launch, plan_cast
+from vmamba_mm.ops.fused.channels import WIDEST, sum_launch
+from vmamba_mm.ops.fused.dwconv import cuda as dwconv
+from vmamba_mm.ops.fused.mlp import cuda as mlp
+from vmamba_mm.ops.scan_kernels import cuda as walk
 from vmamba_mm.ops.vss_block import scan
 
 #: of a block, in this order: weights and biases of norm1, in_proj, conv, x_proj, dt_projs, the
@@ -49,7 +50,7 @@ def why_not(x: Tensor, dtype: torch.dtype, tensors: tuple[Tensor, ...]) -> str |
         return f'a parameter of a matrix product is neither float32 nor {dtype}'
     if dtypes[0] != dtypes[1] or dtypes[9] != dtypes[10] or dtypes[12] != dtypes[13]:
         return 'weight and bias of a norm differ in dtype'
-    return cublas.why_not()
+    return gemm.why_not()
 
 
 def saved_size(x: Tensor, parameters: tuple[Tensor, ...], dtype: torch.dtype) -> int:
@@ -105,7 +106,7 @@ class _Launches:
         return norm.forward_launch(index, *dtypes, *shape)
 
     def product(self, *sizes, out_dtype=None, **kwargs):
-        made = cublas.product(self.on_dim[0], self.dtype, out_dtype or self.dtype, *sizes,
+        made = gemm.product(self.on_dim[0], self.dtype, out_dtype or self.dtype, *sizes,
                               tf32=self.tf32, **kwargs)
         self.workspace_size = max(self.workspace_size, made.workspace // self.unit)
         return made.run

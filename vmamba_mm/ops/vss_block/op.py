@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from vmamba_mm.ops.backends import wants_grad
-from vmamba_mm.ops.registration import flop_formula, register
+from vmamba_mm.ops.core.backends import wants_grad
+from vmamba_mm.ops.core.registration import flop_formula, register
 from vmamba_mm.ops.ss2d_scan.op import _fwd_flops
 from vmamba_mm.ops.vss_block import cuda
 

@@ -1,16 +1,17 @@
 """The scan of a block: by the kernels for half-precision maps, or by the walk kernels in fp32.
 
 ``sizes`` are (batch, D, height, width, rank, routes); ``product`` makes a matrix product, as
-:func:`vmamba_mm.ops.cublas.product` does; ``dtypes`` are those of x_proj_weight, dt_projs_weight,
-dt_projs_bias, A_logs, D, and of weight and bias of the norm. All else are addresses.
+:func:`vmamba_mm.ops.core.gemm.product` does; ``dtypes`` are those of x_proj_weight,
+dt_projs_weight, dt_projs_bias, A_logs, D, and of weight and bias of the norm. All else are
+addresses.
 """
 
 import math
 
 import torch
 
-from vmamba_mm.ops import walk
-from vmamba_mm.ops.ss2d_scan import cuda, cut
+from vmamba_mm.ops.scan_kernels import cuda as walk
+from vmamba_mm.ops.ss2d_scan import cuda, schedule
 
 
 def kept_sizes(dtype: torch.dtype, sizes: tuple[int, ...]) -> tuple[int, int, int]:
@@ -21,8 +22,8 @@ def kept_sizes(dtype: torch.dtype, sizes: tuple[int, ...]) -> tuple[int, int, in
     if dtype == torch.float32:
         return rank + 2, walk.prepared_size(sizes, 1), math.prod(
             walk.states_shape(batch, routes, length, 1, dim))
-    *parameters, states = cut.kept_sizes(batch, dim, length, rank, routes)
-    return cut.row_of(rank), sum(parameters), states
+    *parameters, states = schedule.kept_sizes(batch, dim, length, rank, routes)
+    return schedule.row_of(rank), sum(parameters), states
 
 
 class _Sizes:
@@ -44,7 +45,7 @@ class HalfForward(_Sizes):
         self.project = product(self.pixels, self.columns, self.dim, right_t=True)
         self.scan = cuda.scan_launch(index, dtype, sizes, _fields(self, 1), False)
         self.merge = cuda.merge_launch(index, dtype, sizes, False, False, dtypes[5])
-        self.maps, self.memory = cut.plan_of(*sizes, index).forward.maps, self.scan.memory // 2
+        self.maps, self.memory = schedule.plan_of(*sizes, index).forward.maps, self.scan.memory // 2
 
     def run(self, parameters, given, projected, kept, maps, save, memory, workspace):
         self.project(given, kept, projected, workspace)
@@ -59,7 +60,7 @@ class HalfBackward(_Sizes):
 
     def __init__(self, index, dtype, sizes, dtypes, norm_parts, product):
         super().__init__(dtype, sizes)
-        plan = cut.plan_of(*sizes, index)
+        plan = schedule.plan_of(*sizes, index)
         self.scan = cuda.scan_launch(index, dtype, sizes, _fields(self, 2), True)
         self.project = product(self.pixels, self.dim, self.columns)
         self.merge = cuda.merge_launch(index, dtype, sizes, True, True, None)

@@ -1,0 +1,273 @@
+"""Checkpoint files: read without running their code, downloaded once."""
+
+import contextlib
+import functools
+import hashlib
+import http.client
+import json
+import os
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vmamba_mm.atomic import atomic_file, write_atomic
+from vmamba_mm.checkpoints.formats import read_content, refuse_module, refuse_text
+from vmamba_mm.checkpoints.names import backbone_prefixes, infer_arch, infer_task, is_vmamba, to_mm
+from vmamba_mm.errors import UserError
+
+WEIGHTS = ('auto', 'model', 'model_ema')
+#: Where trainers keep weights, in the order of preference where there are several.
+_KEYS = ('model_ema', 'state_dict_ema', 'ema_state_dict', 'state_dict', 'model', '')
+#: Of the official files and mmengine's; under others the names must be exactly a VMamba's.
+_OWN_KEYS = ('', 'model', 'model_ema', 'state_dict')
+#: 'model_ema', 'state_dict_ema', 'swa_model', 'averaged_model', ...
+_AVERAGED = re.compile(r'(?:^|[_.])(?:ema|swa|avg|averaged?)(?:[_.]|$)')
+_CHUNK = 1 << 20
+_TIMEOUT = 60  # seconds without a byte
+
+
+# --- reading --------------------------------------------------------------------------------
+
+def read_checkpoint(source: str | os.PathLike, weights: str = 'auto',
+                    map_location: Any = 'cpu', keep_places: bool = False) -> dict[str, Any]:
+    """Read a checkpoint of any format; VMamba weights come under our names.
+
+    No code of the file runs: besides tensors, plain values, numpy arrays and mmengine's history,
+    an object of any other class is read as the plain data in it, and a file that calls a function
+    is refused, as are whole pickled models and programs (TorchScript, torch.export).
+
+    Args:
+        source: a path, ``file://``, ``http://`` or ``https://`` (downloaded once, see
+            :func:`fetch`). A ``.pth`` of the official training (dict of ``model`` and
+            ``model_ema``), a checkpoint of mmengine, timm, Lightning or another trainer, a bare
+            state dict, safetensors, the index of weights in several parts, or a folder of Hugging
+            Face's or of torch.distributed.checkpoint.
+        weights: which of a file that holds two sets: 'model', 'model_ema' (the averaged weights,
+            whatever the trainer calls them), or 'auto' for the averaged ones where they are
+            present (one printed line says so, except of mmengine's), else the others.
+        map_location: of ``torch.load``.
+        keep_places: leave a VMamba that has our names in its place and its wrappers, for a model
+            that has it there too; see :func:`vmamba_mm.checkpoints.names.to_mm`.
+
+    Returns:
+        ``{'meta': ..., 'state_dict': ...}``, with all else that a checkpoint of mmengine holds.
+        'meta' has the 'arch' and 'task', as :mod:`vmamba_mm.checkpoints.names` infers them, if the
+        VMamba is at ``backbone.``, and in 'weights' which of the two sets it is. A checkpoint of
+        another model is returned as it is.
+
+    Raises:
+        ValueError: on other ``weights``.
+        UserError: if the file is missing, broken, unsafe or none of these formats.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f'weights={weights!r} does not exist; choose one of {WEIGHTS}')
+    path = fetch(source)
+    return select_weights(read_content(path, map_location), weights, path, keep_places)
+
+
+def select_weights(content: Any, weights: str, path: Path,
+                   keep_places: bool = False) -> dict[str, Any]:
+    """What :func:`read_checkpoint` gives, of the content of a file that was read already."""
+    if not isinstance(content, dict):
+        raise UserError(f'{path} holds a {type(content).__name__}, not a checkpoint')
+    found = choose_weights(content, weights, path)
+    if found is None:
+        refuse_module(content, path)
+        return content
+    key, state, kind = found
+    checkpoint = {}
+    if key == 'state_dict' or _is_swapped(content):
+        checkpoint = {k: v for k, v in content.items() if k != key or key == 'state_dict'}
+    renamed = to_mm(state, keep_places)
+    if list(renamed) != list(state) or any(renamed[k] is not state[k] for k in state):
+        state = renamed  # else the dict of the file, which modules' versions hang on
+    meta = dict(checkpoint.get('meta') or {})
+    if kind:
+        meta['weights'] = kind
+    if isinstance(content.get('epoch'), int) and key:
+        meta.setdefault('epoch', content['epoch'])
+    if any(k.startswith('backbone.stages.') for k in state):
+        meta.update(arch=infer_arch(state), task=infer_task(state))
+    return dict(checkpoint, meta=meta, state_dict=state)
+
+
+def choose_weights(content: dict[str, Any], weights: str, path: Path
+                   ) -> tuple[str, dict[str, torch.Tensor], str | None] | None:
+    """Find a VMamba's weights among all that a file holds.
+
+    Returns:
+        The key ('' if the content itself is the weights), the weights as they are named there, and
+        'model' or 'model_ema' if the file tells; None if it holds no VMamba.
+
+    Raises:
+        UserError: if there is none of that kind, or several and no telling which.
+    """
+    held = {key: (state, _kind_of(content, key, state)) for key, state in _find_states(content)}
+    averaged = [key for key, (_, kind) in held.items() if kind == 'model_ema']
+    others = [key for key in held if key not in averaged]
+    if weights == 'auto':
+        if not held:
+            return None
+        keys = averaged or others
+    else:
+        keys = averaged if weights == 'model_ema' else others
+    if not keys:
+        shown = ', '.join(repr(key) for key in held if key)
+        raise UserError(f'{path} holds no weights of a VMamba under {weights!r}'
+                        + (f', only under {shown}' if shown else ''))
+    known = [key for key in _KEYS if key in keys]
+    if not known and len(keys) > 1:
+        raise UserError(f'{path} holds several VMambas, under {", ".join(map(repr, keys))}: save '
+                        'the one that is meant alone')
+    key = (known or keys)[0]
+    state, kind = held[key]
+    if weights == 'auto' and averaged and others and not _is_swapped(content):  # resumes with both
+        _say_once(f'{path}: taking the averaged weights, {key!r}, not {others[0]!r} '
+                  "(weights='model', --weights model, takes those)")
+    if key == 'ema_state_dict' and kind == 'model':
+        state = {k.removeprefix('module.'): v for k, v in state.items()
+                 if k.startswith('module.')}
+    if len(held) == 1 and key in ('state_dict', '') and kind == 'model':
+        kind = None  # the file does not say
+    return key, state, kind
+
+
+def _find_states(content, place='', depth=0):
+    """(key, state dict) of each VMamba; the key of an inner dict has a dot for each level."""
+    tensors = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)}
+    if is_vmamba(tensors) and (place in _OWN_KEYS or backbone_prefixes(tensors)):
+        # Beside bare weights there may be an epoch; inside a model, a module's extra state.
+        yield place, content if place or len(tensors) == len(content) else tensors
+    elif depth < 3:
+        for key, value in content.items():
+            if isinstance(value, Mapping):
+                yield from _find_states(value, f'{place}.{key}' if place else str(key), depth + 1)
+
+
+def _is_swapped(content):
+    """mmengine's EMAHook: the averaged weights are 'state_dict', the others 'ema_state_dict'."""
+    return isinstance(content.get('ema_state_dict'), Mapping) \
+        and 'steps' in content['ema_state_dict']
+
+
+def _kind_of(content, key, state):
+    if _is_swapped(content) and key in ('state_dict', 'ema_state_dict'):
+        return 'model_ema' if key == 'state_dict' else 'model'
+    if key == 'state_dict' and 'current_model_state' in content:  # Lightning's WeightAveraging
+        return 'model_ema'
+    meta = content.get('meta')
+    if key == 'state_dict' and isinstance(meta, Mapping) and meta.get('weights') in WEIGHTS[1:]:
+        return meta['weights']  # of a file that convert_checkpoint.py wrote
+    if 'n_averaged' in state or _AVERAGED.search(key.lower()):
+        return 'model_ema'
+    return 'model'
+
+
+@functools.cache
+def _say_once(text):
+    if os.environ.get('RANK', '0') == '0':
+        print(text, flush=True)
+
+
+# --- downloading ------------------------------------------------------------------------------
+
+def fetch(source: str | os.PathLike) -> Path:
+    """The local path of ``source``; a web address is downloaded once.
+
+    Downloads lie in torch.hub's folder (``TORCH_HOME``), each with a record of its address, size
+    and SHA-256, which is checked at each later use: a file that has changed is fetched again. A
+    file appears under its name only when it is complete, and one process downloads for all.
+
+    Raises:
+        UserError: if the address cannot be read, or answers with something else.
+        OSError: if the disk is full, or not writable.
+    """
+    text = os.fspath(source)
+    if text.startswith('file://'):
+        return Path(urllib.request.url2pathname(text.removeprefix('file://')))
+    if not text.startswith(('http://', 'https://')):
+        return Path(text).expanduser()
+    url = _quote(text)
+    name = re.sub(r'[^\w.\-]', '_', url.rpartition('/')[2].partition('?')[0]) or 'checkpoint'
+    folder = Path(torch.hub.get_dir(), 'checkpoints', 'vmamba_mm')
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f'{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}'
+    with _lock(path.with_name(f'{path.name}.lock')):
+        if not _is_recorded(path, url):
+            print(f'Downloading {url} to {path}', flush=True)
+            _download(url, path)
+    return path
+
+
+def _quote(url):
+    """The official release tags begin with '#', which would cut the address off there."""
+    return urllib.request.quote(url, safe="/:?&=%+@,;!$'()*~[]")
+
+
+@contextlib.contextmanager
+def _lock(path):
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with open(path, 'w') as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+
+def _record_of(path):
+    return path.with_name(f'{path.name}.json')
+
+
+def _is_recorded(path, url):
+    """Whether the file in the cache is the one that was downloaded from this address."""
+    try:
+        record = json.loads(_record_of(path).read_text())
+    except (OSError, ValueError):
+        return False
+    if not path.is_file() or record.get('url') != url:
+        return False
+    if path.stat().st_size == record.get('size') and sha256_of(path) == record.get('sha256'):
+        return True
+    print(f'{path} has changed since it was downloaded: fetching it again', flush=True)
+    return False
+
+
+def sha256_of(path: str | os.PathLike) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as f:
+        while chunk := f.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _download(url, path):
+    digest = hashlib.sha256()
+    try:
+        with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer, atomic_file(path) as f:
+            expected = answer.headers.get('Content-Length')
+            while chunk := answer.read(_CHUNK):
+                if not f.tell():
+                    refuse_text(chunk, url)
+                f.write(chunk)
+                digest.update(chunk)
+            size = f.tell()
+            if not size or expected is not None and size != int(expected):
+                raise UserError(f'the download of {url} broke off after {size} of '
+                                f'{expected or "?"} bytes; nothing was kept, try again')
+    except urllib.error.HTTPError as err:
+        raise UserError(f'cannot download {url}: the server says {err.code} {err.reason}') from err
+    except (OSError, http.client.HTTPException) as err:
+        if getattr(err, 'filename', None) is not None:  # the disk, not the network
+            raise
+        raise UserError(f'cannot download {url}: {getattr(err, "reason", err)}. Fetch it on a '
+                        'machine that can, and give the file in place of the address') from err
+    record = dict(url=url, size=size, sha256=digest.hexdigest())
+    write_atomic(json.dumps(record, indent=2).encode(), _record_of(path))

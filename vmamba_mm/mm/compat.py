@@ -1,0 +1,184 @@
+"""What the two mm* lines (onedl-* and upstream OpenMMLab) need before a config is read.
+
+``prepare_mm()`` is called by the tools and by tests/conftest.py. Nothing here is imported by the
+model, and importing this module imports no mm* package.
+"""
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+
+from vmamba_mm.checkpoints.formats import safe_numpy_types
+from vmamba_mm.errors import UserError
+
+EXTRAS = {'mmpretrain': 'cls', 'mmdet': 'det', 'mmseg': 'seg', 'mmcv': 'all', 'mmengine': 'all'}
+# What to install beside an upstream mmengine. The extras name the onedl line, whose packages would
+# overwrite upstream's, because they share the module names.
+UPSTREAM = {'mmpretrain': 'mmpretrain==1.2.0', 'mmdet': 'mmdet==3.3.0',
+            'mmseg': 'mmsegmentation==1.2.2', 'mmcv': 'mmcv==2.1.0'}
+# Distribution names that differ from the module's; the onedl line keeps the module names too.
+MODULES = {'mmsegmentation': 'mmseg', 'mmaction2': 'mmaction'}
+
+
+def missing_package(module):
+    if module == 'mmcv._ext':
+        return UserError('mmcv was installed without its compiled operators, which this model '
+                         'needs: run tools/setup_env.sh ops, or install an mmcv that has them')
+    extra = EXTRAS.get(module)
+    if module in UPSTREAM and _version('mmengine'):
+        return UserError(f'the package {module} is not installed; beside the upstream mmengine '
+                         f'install it with: pip install {UPSTREAM[module]}')
+    how = f"pip install 'vmamba_mm[{extra}]'" if extra else f'pip install {module}'
+    return UserError(f'the package {module} is not installed; install it with: {how}')
+
+
+def require(module):
+    """Raise one clear line if ``module`` is not installed."""
+    if importlib.util.find_spec(module) is None:
+        raise missing_package(module)
+
+
+def require_working(module):
+    """Raise one clear line if ``module`` is not installed or does not fit the packages around it.
+
+    mmengine only warns of this, and fails later on the first type that it does not know.
+    """
+    require(module)
+    try:
+        importlib.import_module(f'{module}.models')
+    except (AssertionError, ImportError) as err:
+        if getattr(err, 'name', None) == 'mmcv._ext':
+            raise missing_package('mmcv._ext') from err
+        raise UserError(f'the installed {module} cannot be imported: {err}') from err
+
+
+def _version(distribution):
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def prepare_mm():
+    """Make reading configs and loading checkpoints work on both lines; safe to call again."""
+    require('mmengine')
+    _find_packages_by_module()
+    _allow_checkpoint_types()
+    _keep_transformers_out_of_mmpretrain()
+
+
+def _find_packages_by_module():
+    """Let ``mmseg::...`` find the module, whatever its distribution is called, and never run pip.
+
+    The onedl line ships mmseg as a distribution that mmengine's table does not know; upstream asks
+    pkg_resources, which new setuptools lack; and mmengine.hub installs what it does not find.
+    """
+    import mmengine.config.config as config
+    import mmengine.config.utils as config_utils
+    import mmengine.hub.hub as hub
+    import mmengine.utils as utils
+    from mmengine.utils import package_utils
+
+    config_utils.MODULE2PACKAGE.update(mmseg='mmseg', vmamba_mm='vmamba_mm')
+    for module in (config, hub, utils, package_utils):
+        for replacement in (get_installed_path, install_package, is_installed):
+            if hasattr(module, replacement.__name__):
+                setattr(module, replacement.__name__, replacement)
+
+
+def get_installed_path(package):
+    """The folder of an installed package (replaces mmengine's function of this name)."""
+    module = MODULES.get(package, package)
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise missing_package(module)
+    if module == 'vmamba_mm' and not (Path(spec.origin).parent / '.mim/configs').is_dir():
+        raise UserError(
+            "vmamba_mm:: finds no configs: git wrote text files in place of the checkout's "
+            'symbolic links (core.symlinks=false); name the config by its path in the checkout, '
+            'or install with pip install . and not as editable')
+    return spec.origin.rpartition('/__init__.py')[0] or spec.submodule_search_locations[0]
+
+
+def install_package(package):
+    """Never installs anything (replaces mmengine's function of this name, which runs pip)."""
+    require(MODULES.get(package, package))
+
+
+def is_installed(package):
+    """Whether a distribution or module is there (replaces mmengine's, without pkg_resources)."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        version(package)
+        return True
+    except PackageNotFoundError:
+        return importlib.util.find_spec(MODULES.get(package, package)) is not None
+
+
+def _allow_checkpoint_types():
+    """Name the types in mmengine's checkpoints, so that torch.load's safe mode accepts them."""
+    import torch
+    from mmengine.logging.history_buffer import HistoryBuffer
+
+    def history_method(owner, name):
+        # A HistoryBuffer pickles its own methods as getattr(HistoryBuffer, name). The real getattr
+        # would let a file reach any code through the types allowed here.
+        if owner is not HistoryBuffer or not name.isidentifier() or name.startswith('_'):
+            raise UserError(f'the checkpoint asks for {owner}.{name}, which is not safe to load')
+        return getattr(owner, name)
+
+    history_method.__module__ = 'builtins'
+    history_method.__name__ = history_method.__qualname__ = 'getattr'
+    torch.serialization.add_safe_globals([
+        HistoryBuffer, history_method, *((t, name) for name, t in safe_numpy_types().items())])
+
+
+def _keep_transformers_out_of_mmpretrain():
+    """Switch mmpretrain's multimodal models off where they break the import of all of it."""
+    name = 'mmpretrain.utils.dependency'
+    if importlib.util.find_spec('mmpretrain') is None or _multimodal_imports():
+        return
+    if name in sys.modules:
+        sys.modules[name].WITH_MULTIMODAL = False
+    elif not any(isinstance(f, _DependencyFinder) for f in sys.meta_path):
+        sys.meta_path.insert(0, _DependencyFinder(name))
+
+
+def _multimodal_imports():
+    """Whether those models can be imported beside the installed transformers, if any."""
+    transformers = _version('transformers')
+    if transformers is None:
+        return True
+    if int(transformers.split('.')[0]) >= 5:
+        return False
+    spec = importlib.util.find_spec('transformers')
+    if _version('mmpretrain') is None or spec is None:  # the onedl line works with all of 4.x
+        return True
+    # Upstream imports a function from where later releases of 4.x no longer have it.
+    source = Path(spec.origin).with_name('modeling_utils.py')
+    return 'apply_chunking_to_forward' in source.read_text(encoding='utf-8')
+
+
+class _DependencyFinder:
+    """Sets WITH_MULTIMODAL when mmpretrain is imported, and does not import it just for that."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def find_spec(self, name, path=None, target=None):
+        if name != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        run = spec.loader.exec_module
+
+        def exec_module(module):
+            run(module)
+            module.WITH_MULTIMODAL = False
+
+        spec.loader.exec_module = exec_module
+        return spec

@@ -1,0 +1,114 @@
+"""What the model found in the test images, drawn by the visualizers of mm*."""
+
+import itertools
+import os
+
+from mmengine.hooks import Hook
+from mmengine.visualization import Visualizer
+
+from vmamba_mm.mm.hooks.data import load_image, steps_of
+from vmamba_mm.mm.pictures import Pictures, reads_bgr
+from vmamba_mm.mm.text import ascii_only, drawable, families
+from vmamba_mm.registry import HOOKS
+
+VISUALIZERS = {'cls': 'mmpretrain.UniversalVisualizer', 'det': 'mmdet.DetLocalVisualizer',
+               'seg': 'mmseg.SegLocalVisualizer'}
+_numbers = itertools.count()
+
+
+def build_visualizer(task, meta, cfg=None):
+    """A visualizer for 'cls', 'det' or 'seg' whose fonts have the letters of the classes.
+
+    ``cfg``: the config's, for its settings; its backends are left out.
+    """
+    from mmengine.registry import VISUALIZERS as REGISTRY
+
+    cfg = {k: v for k, v in (cfg or {}).items() if k not in ('name', 'vis_backends', 'save_dir')}
+    if not cfg or cfg.get('type') in ('Visualizer', Visualizer):
+        cfg = dict(type=VISUALIZERS[task])
+    # mmengine would give an instance of the same name again.
+    visualizer = REGISTRY.build(dict(cfg, name=f'vmamba_mm {next(_numbers)}'))
+    # mmseg draws by OpenCV, the others by matplotlib.
+    readable = ascii_only if task == 'seg' else drawable
+    classes = meta.get('classes')
+    if classes:
+        meta = {**meta, 'classes': tuple(readable(str(name)) for name in classes)}
+    visualizer.dataset_meta = meta
+    draw_texts = visualizer.draw_texts
+
+    def draw_with_fallbacks(texts, *args, font_families='sans-serif', **kwargs):
+        count = 1 if isinstance(texts, str) else len(texts)
+        return draw_texts(texts, *args, font_families=[families(font_families)] * count, **kwargs)
+
+    visualizer.draw_texts = draw_with_fallbacks
+    return visualizer
+
+
+@HOOKS.register_module()
+class DrawHook(Hook):
+    """Draw test images with what the model found, in place of the visualization hooks of mm*.
+
+    Those decode each file by OpenCV, which knows no more than four channels, and call pictures
+    alike whose images have the same name. Here the data set's own loader reads them, and a
+    picture lies below ``out_dir`` where its image lies below the data's root.
+
+    Args:
+        task: 'cls', 'det' or 'seg'.
+        out_dir: the folder of the pictures.
+        visualizer: the config's, or None for that of the task.
+        score_thr: detections are drawn from this score on.
+        interval: draw each so manyth image.
+        channels: of an image to be drawn, one or three; None as of
+            :func:`vmamba_mm.mm.pictures.default_channels`.
+        settings: further arguments of the visualizer's method for a sample.
+    """
+
+    priority = 'LOW'
+
+    def __init__(self, task, out_dir, visualizer=None, score_thr=0.3, interval=1, channels=None,
+                 settings=None):
+        self.task, self.out_dir, self.cfg, self.interval = task, out_dir, visualizer, interval
+        self.channels, self.settings = channels, dict(settings or {})
+        if task == 'det':
+            self.settings['pred_score_thr'] = score_thr
+
+    def before_test(self, runner):
+        dataset = runner.test_dataloader.dataset
+        self.root = os.path.abspath(getattr(dataset, 'data_root', None) or '')
+        self.steps = steps_of(dataset)
+        model = getattr(runner.model, 'module', runner.model)
+        self.to_picture = Pictures(
+            self.channels, reads_bgr(self.steps, getattr(model, 'data_preprocessor', None)),
+            runner.logger.info)
+        self.visualizer = build_visualizer(self.task, dataset.metainfo, self.cfg)
+        self.count = 0
+
+    def after_test_iter(self, runner, batch_idx, data_batch=None, outputs=()):
+        for number, sample in enumerate(outputs):
+            if self.count % self.interval == 0:
+                self.draw(sample, data_batch, number)
+            self.count += 1
+
+    def draw(self, sample, data_batch, number):
+        path = sample.get('img_path')
+        if path:
+            image, out = load_image(self.steps, path), self.name(path)
+        else:  # as the model gets it, for images that are no files
+            image = data_batch['inputs'][number].permute(1, 2, 0).cpu().numpy()
+            out = os.path.join(self.out_dir, f'{self.count}.png')
+        os.makedirs(os.path.dirname(out) or '.', exist_ok=True)
+        picture = self.to_picture(image)
+        if self.task == 'cls':
+            self.visualizer.visualize_cls(
+                picture, sample, out_file=out,
+                **{'text_cfg': dict(family=families('monospace')), **self.settings})
+        else:
+            self.visualizer.add_datasample(out, picture, data_sample=sample.cpu(), out_file=out,
+                                           **self.settings)
+
+    def name(self, path):
+        below = os.path.relpath(os.path.abspath(path), self.root)
+        if below.startswith(os.pardir):
+            below = os.path.splitdrive(os.path.abspath(path))[1].lstrip('/\\')
+        # With its own ending, so that a.jpg and a.tiff have different ones.
+        return os.path.join(self.out_dir, f'{below}.png')

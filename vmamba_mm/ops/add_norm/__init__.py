@@ -1,3 +1,0 @@
-from vmamba_mm.ops.add_norm.op import add_norm, layer_norm
-
-__all__ = ['add_norm', 'layer_norm']

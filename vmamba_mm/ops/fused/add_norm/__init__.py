@@ -1,0 +1,3 @@
+from vmamba_mm.ops.fused.add_norm.op import add_norm, layer_norm
+
+__all__ = ['add_norm', 'layer_norm']

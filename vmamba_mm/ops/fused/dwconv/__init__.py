@@ -1,0 +1,3 @@
+from vmamba_mm.ops.fused.dwconv.op import dwconv_silu
+
+__all__ = ['dwconv_silu']

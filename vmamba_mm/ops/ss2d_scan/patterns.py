@@ -1,0 +1,266 @@
+"""Scan patterns: the orders in which the four routes of SS2D run over a map (table 10, arXiv
+2401.10166), all on the op ``ss2d_scan``.
+
+A sequence is a map of one row, (M, D, 1, T), on which row-major and column-major are the same
+order: K = 2 routes of the op run forward there, and K = 4 are two forward and two backward.
+M sequences of T positions, B batch, D channels, H/W, L = H*W, R dt rank, N state.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vmamba_mm.ops.core.backends import Backend
+from vmamba_mm.ops.core.registration import register
+from vmamba_mm.ops.fused.add_norm import layer_norm
+from vmamba_mm.ops.orders.reference import ROUTES
+from vmamba_mm.ops.ss2d_scan import ss2d_scan, ss2d_scan_norm
+from vmamba_mm.ops.ss2d_scan.op import check
+
+#: (H, W) -> the L positions h * W + w in the order of the visit.
+Order = Callable[[int, int], Tensor | Sequence[int]]
+
+_ROW, _COLUMN, _ROW_BACK, _COLUMN_BACK = ROUTES
+
+
+class _Part(NamedTuple):
+    """The map in an order, and the calls of the op on it, each by the routes whose parameters it
+    takes."""
+    order: str
+    calls: tuple[tuple[int, ...], ...]
+
+
+def _by_column(height: int, width: int) -> Tensor:
+    return torch.arange(height * width).view(height, width).T.flatten()
+
+
+# By name; row-major, the order in memory, needs none.
+_ORDERS: dict[str, Order] = {
+    _COLUMN: _by_column,
+    _ROW_BACK: lambda height, width: torch.arange(height * width).flip(0),
+    _COLUMN_BACK: lambda height, width: _by_column(height, width).flip(0)}
+# What adds up to the result; None for what scan_norm does otherwise.
+_PATTERNS: dict[str, tuple[_Part, ...] | None] = {
+    'cross': None,
+    'unidirectional': (_Part(_ROW, ((0, 1), (2, 3))),),
+    'bidirectional': (_Part(_ROW, ((0, 1, 2, 3),)),),
+    'cascade': None}
+
+
+def scan_patterns() -> tuple[str, ...]:
+    """The names that :func:`scan_norm` takes: the paper's four, then those registered."""
+    return tuple(_PATTERNS)
+
+
+def check_scan(scan: str) -> None:
+    """Raise ValueError unless ``scan`` is one of :func:`scan_patterns`."""
+    if scan not in _PATTERNS:
+        raise ValueError(f'scan={scan!r} does not exist; choose one of {list(_PATTERNS)}, or '
+                         'register it first (vmamba_mm.ops.register_scan)')
+
+
+def register_scan(name: str, routes: Sequence[str | Order]) -> None:
+    """Add a scan pattern, for ``scan_norm(..., scan=name)`` and ``arch={..., 'scan': name}``.
+
+    Args:
+        name: new; it must be registered before a model with it is built.
+        routes: of k = 0 to 3, the order in which parameters are stacked: 'row-major',
+            'column-major', 'reversed row-major' or 'reversed column-major', or a function
+            ``(H, W) -> order``, an int tensor (L) or sequence of the positions h * W + w in the
+            order of the visit. It is called once for each size and device, and the latest 1024
+            orders are kept.
+
+    The pattern is trained like the others: gradients are the op's. Of the map, each distinct order
+    but row-major makes one copy, kept for the backward, and one of its result; routes of the same
+    order (the same function) share them.
+
+    Raises:
+        ValueError: on a name that exists, other than four routes, or an order that is no
+            permutation (found out on a map of 3x5, and again on each new size).
+    """
+    if not isinstance(name, str) or not name:
+        raise ValueError(f'the name of a scan must be a str that is not empty, got {name!r}')
+    if name in _PATTERNS:
+        raise ValueError(f'scan {name!r} exists already; choose a name other than '
+                         f'{list(_PATTERNS)}')
+    if isinstance(routes, str) or not isinstance(routes, Sequence) or len(routes) != 4:
+        raise ValueError(f'scan {name!r} needs a sequence of 4 routes, got {routes!r}')
+    places: dict[str, list[int]] = {}
+    functions: dict[Order, str] = {}
+    for k, route in enumerate(routes):
+        if callable(route):
+            _find_indices(route, 3, 5, torch.device('cpu'))
+            route = functions.setdefault(route, f'{name}, route {k}')
+        elif route not in ROUTES:
+            raise ValueError(f'route {k} of scan {name!r} is {route!r}; it must be one of '
+                             f'{list(ROUTES)} or a function (H, W) -> order')
+        places.setdefault(route, []).append(k)
+    _ORDERS.update({order: function for function, order in functions.items()})
+    if len(places.get(_ROW, ())) == len(places.get(_ROW_BACK, ())) == 2:
+        _PATTERNS[name] = (_Part(_ROW, ((*places[_ROW], *places[_ROW_BACK]),)),)
+    else:
+        _PATTERNS[name] = tuple(
+            _Part(order, tuple(tuple(found[i:i + 2]) for i in range(0, len(found), 2)))
+            for order, found in places.items())
+
+
+def scan_norm(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_projs_bias: Tensor,
+              A: Tensor, D: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
+              eps: float = 1e-5, *, scan: str = 'cross', backend: Backend | None = None) -> Tensor:
+    """The middle of SS2D by a scan pattern, and the LayerNorm over D that follows.
+
+    By the direction k = 0 to 3 in which parameters are stacked, the routes are
+
+    - 'cross': row-major, column-major, reversed row-major, reversed column-major. It is
+      :func:`ss2d_scan_norm`.
+    - 'unidirectional': row-major, four times.
+    - 'bidirectional': row-major for 0 and 1, reversed row-major for 2 and 3.
+    - 'cascade': LayerNorm without affine (eps 1e-5); every row a sequence of its own, from its
+      beginning (0) and from its end (1), summed; that norm again; every column likewise (2, 3).
+      The public code adds the results from the end without turning them back into place; here
+      they are turned back.
+    - a name of :func:`register_scan`.
+
+    Copies of a map that is channels last, beside what the op itself makes: none by 'cross' and
+    'bidirectional' (one call of the op, norm included); the two results that are summed by
+    'unidirectional'; for rows as for columns by 'cascade' the norm's, one turned around and its
+    result turned back; by a registered pattern as said there.
+
+    Args:
+        norm_weight, norm_bias: (D); None for no norm at the end.
+        eps: of the last norm.
+        scan: a name of :func:`scan_patterns`.
+        Others as in :func:`ss2d_scan`, for K = 4 (by 'cross' for any of its K).
+
+    Returns:
+        (B, D, H, W), channels last if ``x`` is; by 'cross' with its strides. In the dtype of
+        ``x``; without a norm in that to which ``x`` and ``D`` promote, which under autocast is
+        fp32 up to the norm, as published.
+
+    Raises:
+        ValueError: on a ``scan`` that does not exist, else as :func:`ss2d_scan`.
+    """
+    parameters = (x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
+    out_dtype = torch.promote_types(x.dtype, (D if norm_weight is None else norm_weight).dtype)
+
+    def run_map(x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+        if norm_weight is None:
+            return ss2d_scan(x, *parameters, out_dtype=out_dtype, backend=backend)
+        return ss2d_scan_norm(x, *parameters, norm_weight, norm_bias, eps, backend=backend)
+
+    if scan == 'cross':
+        return run_map(x, parameters)
+    check_scan(scan)
+    check(x, *parameters)
+    if len(x_proj_weight) != 4:
+        raise ValueError(f'scan={scan!r} expects the parameters of K = 4 routes, got '
+                         f'x_proj_weight {tuple(x_proj_weight.shape)}')
+    height, width = x.shape[2:]
+    x_BHWD, parts = x.permute(0, 2, 3, 1), _PATTERNS[scan]
+    if parts is not None and len(parts) == len(parts[0].calls) == 1:  # on the map as it is
+        y_BD1L = run_map(_one_row(x_BHWD.flatten(1, 2)), _of(parameters, parts[0].calls[0]))
+        return _sequences(y_BD1L).unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+    def run(x_MTD: Tensor, routes: tuple[int, ...]) -> Tensor:
+        return _sequences(ss2d_scan(_one_row(x_MTD), *_of(parameters, routes),
+                                    out_dtype=out_dtype, backend=backend))
+
+    if parts is None:  # 'cascade'
+        y_BHWD = _both_ways(_norm(x_BHWD, x.dtype), run, 0)
+        y_BWHD = _both_ways(_norm(y_BHWD.transpose(1, 2), x.dtype), run, 2)
+        y_BHWD = y_BWHD.transpose(1, 2)
+    else:
+        x_BLD = x_BHWD.flatten(1, 2)
+        y_BLD = _add([_run_part(part, x_BLD, run, height, width) for part in parts])
+        y_BHWD = y_BLD.unflatten(1, (height, width))
+    if norm_weight is not None:
+        y_BHWD = layer_norm(y_BHWD.contiguous(), norm_weight, norm_bias, eps, out_dtype=x.dtype)
+    return y_BHWD.permute(0, 3, 1, 2)
+
+
+def _one_row(x_MTD: Tensor) -> Tensor:
+    """Sequences as maps (M, D, 1, T), channels last."""
+    return x_MTD.transpose(1, 2).unsqueeze(2)
+
+
+def _sequences(y_MD1T: Tensor) -> Tensor:
+    return y_MD1T.squeeze(2).transpose(1, 2)
+
+
+def _of(parameters: tuple[Tensor, ...], routes: tuple[int, ...]) -> list[Tensor]:
+    """The parameters of these routes, of those of all four stacked; views where they can be."""
+    first, last = routes[0], routes[-1] + 1
+    if routes == tuple(range(first, last)):
+        return [t[first * (len(t) // 4):last * (len(t) // 4)] for t in parameters]
+    return [torch.cat([t.chunk(4)[k] for k in routes]) for t in parameters]
+
+
+def _norm(x_BHWD: Tensor, dtype: torch.dtype) -> Tensor:
+    """LayerNorm without affine; it makes ``x_BHWD`` contiguous."""
+    return F.layer_norm(x_BHWD, x_BHWD.shape[-1:]).to(dtype)
+
+
+def _both_ways(x_BHWD: Tensor, run: Callable, k: int) -> Tensor:
+    """Every row a sequence of its own, from its beginning by route k, from its end by k + 1."""
+    rows = x_BHWD.flatten(0, 1)
+    y = run(rows, (k,)) + run(rows.flip(1), (k + 1,)).flip(1)
+    return y.reshape(x_BHWD.shape)
+
+
+def _run_part(part: _Part, x_BLD: Tensor, run: Callable, height: int, width: int) -> Tensor:
+    """The sum of its calls, put back into place."""
+    if part.order == _ROW:
+        return _add([run(x_BLD, routes) for routes in part.calls])
+    x_BLD = _reorder(x_BLD, height, width, part.order, False)
+    y_BLD = _add([run(x_BLD, routes) for routes in part.calls])
+    return _reorder(y_BLD, height, width, part.order, True)
+
+
+def _add(tensors: list[Tensor]) -> Tensor:
+    total = tensors[0]
+    for tensor in tensors[1:]:
+        total = total + tensor
+    return total
+
+
+# --- the map in another order -----------------------------------------------------------------
+# An op: a compiler need not trace what others wrote, and the gradient of a permutation is its
+# inverse, where index_select's would be a sum in whatever order.
+
+def _reorder_fake(x, height, width, order, back):
+    return x.new_empty(x.shape)
+
+
+def _reorder_setup(ctx, inputs, output):
+    ctx.settings = inputs[1:]
+
+
+def _reorder_backward(ctx, grad):
+    height, width, order, back = ctx.settings
+    return _reorder(grad, height, width, order, not back), None, None, None, None
+
+
+@register('reorder', fake=_reorder_fake, backward=_reorder_backward, setup_context=_reorder_setup)
+def _reorder(x: Tensor, height: int, width: int, order: str, back: bool) -> Tensor:
+    """x (B, L, D) with its positions in an order, or from it ``back`` to row-major."""
+    indices = _find_indices(_ORDERS[order], height, width, x.device)
+    return x.index_select(1, indices[back])
+
+
+@functools.lru_cache(1024)
+def _find_indices(order: Order, height: int, width: int, device: torch.device
+                  ) -> tuple[Tensor, Tensor]:
+    """The positions in the order of the visit, and when each is visited; int32."""
+    with torch.device('cpu'):
+        visited = torch.as_tensor(order(height, width)).cpu()
+        positions = torch.arange(height * width)
+        if visited.shape != positions.shape or visited.dtype.is_floating_point \
+                or not torch.equal(visited.sort()[0], positions):
+            name = getattr(order, '__name__', order)
+            raise ValueError(f'{name}({height}, {width}) must give each of the positions 0 to '
+                             f'{height * width - 1} once, got {visited}')
+    return visited.int().to(device), visited.argsort().int().to(device)
