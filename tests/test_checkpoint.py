@@ -15,17 +15,10 @@ from official import (
     random_backbone,
 )
 
-from vmamba_mm.checkpoints.names import (
-    config_of,
-    differences,
-    explain_differences,
-    infer_arch,
-    infer_task,
-    is_vmamba,
-    to_mm,
-    to_official,
-)
+from vmamba_mm.checkpoints.compare import config_of, differences, explain_differences
+from vmamba_mm.checkpoints.names import infer_arch, infer_task, to_mm, to_official
 from vmamba_mm.errors import UserError
+from vmamba_mm.families import family_of
 from vmamba_mm.models import VMamba
 
 ARCHS = {'s1': S1, 's2': S2, 'vanilla': VANILLA}
@@ -101,7 +94,7 @@ def test_several_backbones_keep_their_places():
 
 def test_what_is_no_vmamba():
     for state in ({}, {'layers.0.blocks.0.attn.weight': torch.zeros(1)}):
-        assert not is_vmamba(state)
+        assert family_of(state) is None
         with pytest.raises(UserError, match='not those of a VMamba'):
             to_mm(state)
     state = classifier_state(random_backbone(S1, (3,)), 10)
