@@ -26,6 +26,7 @@ FLOORS = {
 GROUND = {
     '__init__.py': (), 'errors.py': (), 'atomic.py': (), 'links.py': (), 'config.py': (),
     'registry.py': ('mmengine',),
+    'zoo.py': ('yaml', 'vmamba_mm.errors', 'vmamba_mm.links'),
     'testing.py': ('torch', 'vmamba_mm.ops'),
     # Names that users import; they only pass on what is in integrations.
     'timm.py': ('vmamba_mm.integrations',), 'mmpretrain.py': ('vmamba_mm.integrations',),
