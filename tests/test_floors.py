@@ -33,7 +33,7 @@ GROUND = {
 }
 #: What is below a floor in the list and yet not below it in the house.
 NOT_BELOW = {'families': ('ops', 'layers'), 'checkpoints': ('ops', 'layers'),
-             'layers': ('registry',), 'ops': ('registry', 'testing')}
+             'layers': ('registry', 'zoo'), 'ops': ('registry', 'testing', 'zoo')}
 
 
 def imports(path: Path) -> list[str]:

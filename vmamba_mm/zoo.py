@@ -52,6 +52,7 @@ class Entry:
         results: as published, one for each task and data set.
         tag: tells the weights of one architecture apart, as timm's names do
             (``vmamba_tiny_s1l8.in1k``); None for what is no classifier.
+        batch_size: of the training, over all devices.
         pretrained: of a detector or segmentor, the classifier that it started from, as
             ``family/arch.tag``.
         collection: what the models of one paper and task share: 'Name', 'Metadata', 'Paper',
@@ -70,6 +71,7 @@ class Entry:
     flops: int | None
     results: tuple[Result, ...]
     tag: str | None
+    batch_size: int | None
     pretrained: str | None
     collection: Mapping[str, Any]
 
@@ -192,7 +194,8 @@ def _by_name() -> dict[str, Entry]:
 
 
 def _read_entry(model: Mapping[str, Any], collections: Mapping[str, Any], path: Path) -> Entry:
-    metadata = model['Metadata']
+    metadata, collection = model['Metadata'], collections[model['In Collection']]
+    shared = collection.get('Metadata', {})
     results = tuple(Result(r['Task'], r['Dataset'], r['Metrics']) for r in model['Results'])
     tasks = {TASKS[result.task] for result in results}
     if len(tasks) != 1:
@@ -202,4 +205,5 @@ def _read_entry(model: Mapping[str, Any], collections: Mapping[str, Any], path: 
         config=model['Config'], root=path.parents[2], weights=model.get('Weights'),
         sha256=metadata.get('SHA-256'), parameters=metadata.get('Parameters'),
         flops=metadata.get('FLOPs'), results=results, tag=metadata.get('Tag'),
-        pretrained=metadata.get('Pretrained'), collection=collections[model['In Collection']])
+        batch_size=metadata.get('Batch Size', shared.get('Batch Size')),
+        pretrained=metadata.get('Pretrained'), collection=collection)

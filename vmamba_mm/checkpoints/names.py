@@ -17,6 +17,7 @@ import torch
 
 from vmamba_mm.errors import UserError
 from vmamba_mm.families.vmamba import ARCH_SETTINGS
+from vmamba_mm.zoo import config_for
 
 StateDict = Mapping[str, torch.Tensor]
 
@@ -72,11 +73,6 @@ _A_LOGS = re.compile(
 #: the first convolution of either stem
 FIRST_CONVS = ('patch_embed.conv1.weight', 'patch_embed.proj.weight')
 
-_CONFIGS = {'cls': 'configs/vmamba/vmamba-{}_8xb128_in1k-224.py',
-            'det': 'configs/vmamba/mask-rcnn_vmamba-{}_fpn_1x_coco.py',
-            'seg': 'configs/vmamba/upernet_vmamba-{}_8xb2-160k_ade20k-512x512.py',
-            'backbone': 'configs/vmamba/_base_/vmamba-{}.py'}
-_NOT_DENSE = ('small_s1l20', 'base_s1l20')  # published for classification only
 _TASKS = {'cls': 'a classifier', 'det': 'a detector', 'seg': 'a segmentor',
           'backbone': 'a backbone alone'}
 
@@ -332,13 +328,6 @@ def name_of(arch: Mapping[str, Any]) -> str | None:
     return next((name for name, settings in ARCH_SETTINGS.items() if settings == arch), None)
 
 
-def config_of(arch: str, task: str) -> str:
-    """The config in this repository for a published architecture and a task of infer_task."""
-    if task in ('det', 'seg') and arch in _NOT_DENSE:
-        task = 'backbone'
-    return _CONFIGS[task].format(arch.replace('_', '-'))
-
-
 # --- comparing ----------------------------------------------------------------------------------
 
 def differences(expected: StateDict, found: StateDict) -> dict[str, str]:
@@ -521,4 +510,6 @@ def _mix_up(expected, found):
     if isinstance(held, dict):
         return f'it holds the arch {held}, and the model has another; '
     model = f"is {wanted!r}" if isinstance(wanted, str) else 'has another'
-    return f"it holds the arch {held!r}, and the model {model}: use {config_of(held, task)}; "
+    config = config_for('vmamba', held, task)
+    how = f'use {config}' if config else f'build it with arch={held!r}'
+    return f'it holds the arch {held!r}, and the model {model}: {how}; '
