@@ -17,10 +17,10 @@ FLOORS = {
     'ops': ('torch', 'triton'),
     'layers': ('torch',),
     'families': (),
-    'checkpoints': ('torch', 'safetensors'),
+    'checkpoints': ('torch', 'numpy', 'safetensors'),
     'models': ('torch', 'mmengine'),
     'mm': ('torch', 'numpy', 'matplotlib', 'cv2', 'mmengine', 'mmcv', 'mmpretrain'),
-    'integrations': ('torch', 'timm', 'mmpretrain'),
+    'integrations': ('torch', 'yaml', 'timm', 'mmpretrain'),
 }
 #: The ground floor: modules that any other may import, and what they import themselves.
 GROUND = {
@@ -43,7 +43,10 @@ def imports(path: Path) -> list[str]:
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f'{path}: relative import'
-            names.append(node.module)
+            if node.module == 'vmamba_mm':  # its modules, such as zoo
+                names += [f'vmamba_mm.{alias.name}' for alias in node.names]
+            else:
+                names.append(node.module)
     return names
 
 

@@ -167,6 +167,16 @@ def register_configs(folder: Path) -> None:
         folder: ``<root>/configs/<family>``; paths in its metafile are relative to the root.
     """
     _outside.append(Path(folder) / 'metafile.yml')
+    _forget()
+
+
+def unregister_configs(folder: Path) -> None:
+    """Undo :func:`register_configs`."""
+    _outside.remove(Path(folder) / 'metafile.yml')
+    _forget()
+
+
+def _forget() -> None:
     _all_entries.cache_clear()
     _by_name.cache_clear()
 
