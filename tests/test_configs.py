@@ -55,7 +55,7 @@ def test_necks_and_heads_take_what_the_backbone_gives(leaf, load, build_meta):
 def test_batch_size_is_that_of_the_row(leaf, load):
     cfg, entry = load(leaf), entry_of(leaf)
     if 'auto_scale_lr' in cfg:
-        assert entry.batch_size == cfg.auto_scale_lr.base_batch_size
+        assert entry.metadata['Batch Size'] == cfg.auto_scale_lr.base_batch_size
 
 
 @pytest.mark.parametrize('leaf', LEAVES)

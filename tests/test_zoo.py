@@ -127,7 +127,7 @@ def test_what_is_odd_about_the_release():
         if entry.task != 'cls':
             assert (zoo.find(entry.pretrained).name == DP05) == (entry.arch == 'vanilla_base')
     bs8, = (entry for entry in VMAMBA if 'bs8' in entry.weights)
-    assert bs8.batch_size == 8 and '_8xb1-1x_' in bs8.name
+    assert bs8.metadata['Batch Size'] == 8 and '_8xb1-1x_' in bs8.name
     assert {e.arch for e in VMAMBA} - {e.arch for e in VMAMBA if e.task != 'cls'} == {
         'small_s1l20', 'base_s1l20'}
 

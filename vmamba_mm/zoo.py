@@ -52,9 +52,9 @@ class Entry:
         results: as published, one for each task and data set.
         tag: tells the weights of one architecture apart, as timm's names do
             (``vmamba_tiny_s1l8.in1k``); None for what is no classifier.
-        batch_size: of the training, over all devices.
         pretrained: of a detector or segmentor, the classifier that it started from, as
             ``family/arch.tag``.
+        metadata: all that the metafile has under 'Metadata', with what the collection has there.
         collection: what the models of one paper and task share: 'Name', 'Metadata', 'Paper',
             'Code' and so on.
     """
@@ -71,8 +71,8 @@ class Entry:
     flops: int | None
     results: tuple[Result, ...]
     tag: str | None
-    batch_size: int | None
     pretrained: str | None
+    metadata: Mapping[str, Any]
     collection: Mapping[str, Any]
 
     @property
@@ -204,8 +204,8 @@ def _by_name() -> dict[str, Entry]:
 
 
 def _read_entry(model: Mapping[str, Any], collections: Mapping[str, Any], path: Path) -> Entry:
-    metadata, collection = model['Metadata'], collections[model['In Collection']]
-    shared = collection.get('Metadata', {})
+    collection = collections[model['In Collection']]
+    metadata = {**collection.get('Metadata', {}), **model['Metadata']}
     results = tuple(Result(r['Task'], r['Dataset'], r['Metrics']) for r in model['Results'])
     tasks = {TASKS[result.task] for result in results}
     if len(tasks) != 1:
@@ -215,5 +215,4 @@ def _read_entry(model: Mapping[str, Any], collections: Mapping[str, Any], path: 
         config=model['Config'], root=path.parents[2], weights=model.get('Weights'),
         sha256=metadata.get('SHA-256'), parameters=metadata.get('Parameters'),
         flops=metadata.get('FLOPs'), results=results, tag=metadata.get('Tag'),
-        batch_size=metadata.get('Batch Size', shared.get('Batch Size')),
-        pretrained=metadata.get('Pretrained'), collection=collection)
+        pretrained=metadata.get('Pretrained'), metadata=metadata, collection=collection)
