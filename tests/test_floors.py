@@ -17,7 +17,7 @@ FLOORS = {
     'ops': ('torch', 'triton'),
     'layers': ('torch',),
     'families': (),
-    'checkpoints': ('torch', 'safetensors'),
+    'checkpoints': ('torch', 'numpy', 'safetensors'),
     'models': ('torch', 'mmengine'),
     'mm': ('torch', 'numpy', 'matplotlib', 'cv2', 'mmengine', 'mmcv', 'mmpretrain'),
     'integrations': ('torch', 'timm', 'mmpretrain'),

@@ -22,7 +22,8 @@ from vmamba_mm.checkpoints.names import (
 )
 from vmamba_mm.config import type_name
 from vmamba_mm.errors import UserError
-from vmamba_mm.families.vmamba import ARCH_SETTINGS, resolve_arch
+from vmamba_mm.families import resolve_arch
+from vmamba_mm.families.vmamba import ARCH_SETTINGS, FAMILY
 from vmamba_mm.layers import (
     ConvDownsample,
     ConvStem,
@@ -97,7 +98,7 @@ class VMamba(BaseModule):
                 + (', and pretrained=None beside the backbone, where mmseg took that key from'
                    if 'pretrained' in leftover else ''))
         super().__init__(init_cfg=init_cfg)
-        self.arch = resolve_arch(arch)
+        self.arch = resolve_arch(FAMILY, arch)
         self.out_indices = _check_out_indices(out_indices)
         if not isinstance(frozen_stages, int) or not -1 <= frozen_stages <= _NUM_STAGES:
             raise ValueError(f'frozen_stages must be an int from -1 (nothing) to {_NUM_STAGES} '
