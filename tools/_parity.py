@@ -6,7 +6,7 @@ import functools
 import inspect
 import math
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from vmamba_mm.checkpoints.files import read_checkpoint
 from vmamba_mm.checkpoints.formats import read_content
-from vmamba_mm.checkpoints.names import differences, to_mm
+from vmamba_mm.checkpoints.names import differences
+from vmamba_mm.families import Family
+from vmamba_mm.families.names import has_row, rename, rows_of
 from vmamba_mm.families.parity import Build, Call, Options, Parity, Probe, Subject
 
 DTYPES = dict(fp64=torch.float64, fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
@@ -228,11 +230,11 @@ class OfficialNames:
 
     Args:
         model: ours.
-        subject: for the conversion.
+        convert: (weights by official names, our model's own) -> by our names.
         shapes: of the official weights.
     """
 
-    def __init__(self, model: nn.Module, subject: Subject, shapes: Mapping[str, tuple[int, ...]]):
+    def __init__(self, model: nn.Module, convert: Callable, shapes: Mapping[str, tuple[int, ...]]):
         self.shapes = shapes
         self.start, numbers, total = {}, {}, 0
         for name, shape in shapes.items():
@@ -240,10 +242,9 @@ class OfficialNames:
             numbers[name] = torch.arange(total, total + count, dtype=torch.float64).view(shape)
             self.start[name], total = total, total + count
         self.total = total
-        converted = (subject.convert or to_mm)(numbers) if numbers else {}
         own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-        self.numbers = {k if k in own else k.removeprefix('backbone.'): v.long().flatten()
-                        for k, v in converted.items()}
+        converted = convert(numbers, own) if numbers else {}
+        self.numbers = {k: v.long().flatten() for k, v in converted.items()}
         covered = {id(own[k]) for k in self.numbers if k in own}
         #: names of our trained parameters that no official weight belongs to
         self.left = [k for k, p in model.named_parameters()
@@ -263,6 +264,25 @@ class OfficialNames:
             part = slice(self.start[name], self.start[name] + math.prod(shape))
             arranged[name] = flat[part].view(shape) if is_set[part].all() else None
         return arranged
+
+
+def convert_names(family: Family, subject: Subject, state: Mapping[str, Any],
+                  own: Collection[str]) -> dict[str, Any]:
+    """Official weights, or gradients, by our names: by the subject's way, or by the family's rows.
+
+    Args:
+        own: names of our model, whose backbone may lie at ``backbone.`` or be all of it.
+    """
+    if subject.convert is not None:
+        return dict(subject.convert(state))
+    plain = {k.removeprefix('backbone.'): v for k, v in state.items()}
+    rows = rows_of(family, plain) + tuple(family.head_keys)
+    renamed = {}
+    for name, value in plain.items():
+        ours = rename(name, rows) if has_row(name, rows) else name
+        if ours is not None:
+            renamed[f'backbone.{ours}' if f'backbone.{ours}' in own else ours] = value
+    return renamed
 
 
 def official_shapes(cases: list[Mapping], checkpoint: Mapping) -> dict[str, tuple[int, ...]]:
@@ -342,7 +362,8 @@ class CaseRun:
     def _results(self):
         call = self.call
         if call.run is not None:
-            return call.run(self.target, self.inputs)
+            run = pkgutil.resolve_name(call.run) if isinstance(call.run, str) else call.run
+            return dict(run(self.target, self.inputs))
         read, hooks = {}, []
         try:
             for name, probes in call.probes.items():
@@ -504,13 +525,13 @@ class Runner:
     """Runs the cases of the files of one family.
 
     Args:
-        parity: of the family.
+        family: one with a ``parity``.
         device: 'cpu', 'cuda', ...
-        dtype: a key of ``DTYPES`` for models; for ops as well if ``dtype_of_ops`` is not given.
+        dtype, dtype_of_ops: keys of ``DTYPES``.
     """
 
-    def __init__(self, parity: Parity, device: str, dtype: str, dtype_of_ops: str):
-        self.parity, self.device = parity, device
+    def __init__(self, family: Family, device: str, dtype: str, dtype_of_ops: str):
+        self.family, self.parity, self.device = family, family.parity, device
         self.dtype, self.dtype_of_ops = dtype, dtype_of_ops
 
     def check_model(self, path: Path, given: Mapping[str, Any],
@@ -544,19 +565,20 @@ class Runner:
         for name in [n for n, shape in shapes.items() if shape is None]:
             report.fail('', f'grad_params.{name}', 'the checkpoint has no such weight')
         shapes = {n: shape for n, shape in shapes.items() if shape is not None}
+        convert = functools.partial(convert_names, self.family, subject)
         models = {}
         for variant in ('', *subject.variants):
             spec = Build(subject.build.target,
                          {**subject.build.kwargs, **subject.variants.get(variant, {})})
             model = build(spec)
             if subject.initial:
-                model.load_state_dict((subject.convert or to_mm)(expected[subject.initial]),
-                                      strict=False)
+                own = model.state_dict()
+                model.load_state_dict(convert(expected[subject.initial], own), strict=False)
             load(model, subject, path)
             if not variant:
                 self._check_loaded(report, model, subject, {**content, **expected})
             models[variant] = model.to(self.device, DTYPES[self.dtype]).eval()
-        names = {variant: OfficialNames(model, subject, shapes)
+        names = {variant: OfficialNames(model, convert, shapes)
                  for variant, model in models.items()}
         for number, case in enumerate(cases):
             self.check_case(report, label_of(number, case), case, subject, models, names,
@@ -644,8 +666,8 @@ class Runner:
                                subject.state)
                 model = model.to(self.device, dtype).eval()
                 shapes = official_shapes([case], case.get(subject.state, {}))
-                names[variant] = OfficialNames(model, Subject(
-                    subject.build, convert=subject.convert or dict), shapes)
+                names[variant] = OfficialNames(
+                    model, lambda state, own: (subject.convert or dict)(state), shapes)
             models[variant] = model
         read = {k for k in options if k not in options.unread()} | {subject.state}
         self.check_case(report, label, {k: v for k, v in case.items() if k not in read}, subject,

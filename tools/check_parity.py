@@ -75,7 +75,7 @@ def check_folder(folder: Path, device: str = 'cpu', dtype: str | None = None,
 
     family = find_family(folder)
     parity = family.parity
-    runner = Runner(parity, device, dtype or 'fp32',
+    runner = Runner(family, device, dtype or 'fp32',
                     dtype or ('fp64' if device == 'cpu' else 'fp32'))
     ends = (*parity.checkpoints, EXPECTED, '.json')
     names = {p.name.removesuffix(end) for end in ends for p in folder.glob(f'*{end}')}

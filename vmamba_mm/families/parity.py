@@ -167,7 +167,8 @@ class Call:
     #: The method of the model; '' calls the model itself.
     method: str = ''
     #: In place of a plain call: (model or function, inputs by key of the case) -> results by name.
-    run: Callable[[Any, dict[str, Any]], Mapping[str, Any]] | None = None
+    #: Or where this function is, ``package.module:name``.
+    run: Callable[[Any, dict[str, Any]], Mapping[str, Any]] | str | None = None
     #: Name of a result -> where it is read.
     probes: Mapping[str, Probe | tuple[Probe, ...]] = field(default_factory=dict)
     #: Inputs that keep their dtype in half precision, such as coordinates.
