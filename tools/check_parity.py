@@ -31,7 +31,7 @@ def parse_args():
     parser.add_argument('folders', metavar='FOLDER', nargs='+', type=Path)
     parser.add_argument('--device', default='cpu', help='cpu or cuda (default: cpu)')
     parser.add_argument('--dtype', choices=('fp32', 'fp16', 'bf16'),
-                        help='of models, ops and their inputs (default: fp32; of ops on a CPU fp64)')
+                        help='of models, ops and inputs (default: fp32, on a CPU fp64 of ops)')
     parser.add_argument('--only', nargs='+', default=[], metavar='NAME',
                         help='the files of these names alone, such as s1 or op_ssd')
     parser.add_argument('--traceback', action='store_true', help=_cli.argparse.SUPPRESS)
@@ -48,17 +48,15 @@ def find_family(folder: Path):
 
     if not folder.is_dir():
         raise _cli.UserError(f'the folder {folder} does not exist')
-    name = folder.resolve().name
-    root = FAMILIES[ROOT]
-    if name not in FAMILIES and any(folder.glob(f'*{suffix}') for suffix in root.parity.checkpoints):
-        name = ROOT
-    family = FAMILIES.get(name)
-    if family is None or family.parity is None:
-        raise _cli.UserError(
-            f'{folder}: {name} is no family that can be compared; there are '
-            f'{", ".join(n for n, f in FAMILIES.items() if f.parity is not None)}, and a folder '
-            f'has the name of its family')
-    return family
+    name, root = folder.resolve().name, FAMILIES[ROOT]
+    of_root = [*(f'*{end}' for end in root.parity.checkpoints[:1]), *root.parity.ops]
+    if name not in FAMILIES and any(any(folder.glob(pattern)) for pattern in of_root):
+        return root
+    if name not in FAMILIES or FAMILIES[name].parity is None:
+        names = ', '.join(n for n, family in FAMILIES.items() if family.parity is not None)
+        raise _cli.UserError(f'{folder}: there is no family {name!r} to compare, only {names}; '
+                             'the folder has the name of the family')
+    return FAMILIES[name]
 
 
 def check_folder(folder: Path, device: str = 'cpu', dtype: str | None = None,
@@ -71,7 +69,8 @@ def check_folder(folder: Path, device: str = 'cpu', dtype: str | None = None,
         dtype: 'fp32', 'fp16' or 'bf16'; None for fp32, and on a CPU fp64 of ops.
         only: names of files without their ends; none for all.
     """
-    from _parity import Row, Runner
+    from _parity.report import Row
+    from _parity.runner import Runner
 
     family = find_family(folder)
     parity = family.parity
@@ -95,7 +94,7 @@ def check_folder(folder: Path, device: str = 'cpu', dtype: str | None = None,
 
 def check_name(runner, folder: Path, name: str) -> Iterator['Row']:  # noqa: F821
     """The rows of all checkpoints of one name."""
-    from _parity import Report
+    from _parity.report import Report
 
     paths = [folder / f'{name}{suffix}' for suffix in runner.parity.checkpoints]
     report = Report(name, runner.parity, runner.device, runner.dtype)
@@ -131,17 +130,12 @@ def read_json(path: Path) -> dict:
 
 def read_expected(path: Path, report) -> dict:
     """What a model is compared with; nothing where the family says that there is none."""
-    import pickle
-
-    import torch
+    from _parity.runner import read_numbers
 
     if not path.is_file():
         report.lack('', path.name, 'does not exist')
         return {}
-    try:
-        content = torch.load(path, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as err:
-        raise _cli.UserError(f'cannot be read: {str(err).splitlines()[0]}') from err
+    content = read_numbers(path)
     if not isinstance(content, dict):
         raise _cli.UserError(f'holds a {type(content).__name__}, not a dict of cases')
     return content

@@ -50,9 +50,9 @@ What each kind of case looks like:
   where there is nothing else to compare.
 - **A layer alone in a file**: ``Build('vmamba_mm.layers:Mamba2', ...)``, with ``convert`` for its
   names and ``within=('model', 'projector')`` for its place in the file.
-- **A file of an op or a layer**: ``ops={'op_ssd.pt': function}``; the function takes the name of the
-  section and the case's options and gives a ``Subject``, whose ``Build`` names a function, or a
-  class and ``state='state_dict'`` for the case's key that holds its weights.
+- **A file of an op or a layer**: ``ops={'op_ssd.pt': function}``; the function takes the name of
+  the section and the case's options and gives a ``Subject``, whose ``Build`` names a function, or a
+  class, with ``state='state_dict'`` for the case's key that holds its weights.
 """
 
 from collections.abc import Callable, Iterator, Mapping
