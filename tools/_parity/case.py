@@ -37,8 +37,7 @@ class CaseRun:
         keys = [k for k in (*call.args, *call.kwargs) if k in case]
         self.inputs = {k: _prepare(case[k], device, None if k in call.uncast else dtype)
                        for k in keys}
-        self.gradients = {k for k in case if isinstance(k, str) and (
-            k.startswith('grad_') or k in ('grads', 'gy') or k in call.gradients)}
+        self.gradients = {k for k in case if isinstance(k, str) and (k == 'grads' or call.owner(k))}
         self.handled = set(keys) | DESCRIPTIONS
 
     def run(self) -> set[str]:
@@ -111,14 +110,10 @@ class CaseRun:
 
     # --- gradients ----------------------------------------------------------------------------
 
-    def _owner(self, key):
-        """The input or output that a gradient belongs to."""
-        return self.call.gradients.get(key) or ('y' if key == 'gy' else key.removeprefix('grad_'))
-
     def _compare_gradients(self, results):
         roots, upstream, by_input = [], [], {}
         for key in sorted(self.gradients - set(GRADIENTS) - set(results)):
-            owner = self._owner(key)
+            owner = self.call.owner(key)
             if owner in results:
                 self.handled.add(key)
                 pairs = zip(_leaves(results[owner]), _leaves(self.case[key]), strict=True)

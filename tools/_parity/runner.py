@@ -134,9 +134,9 @@ class Runner:
         for variant, spec in _variants(subject):
             model, names[variant] = build(spec), None
             if isinstance(model, nn.Module):
+                model = model.to(self.device, DTYPES[self.dtype_of_ops]).eval()
                 if subject.state:
                     load_state(model, convert(state), subject.state)
-                model = model.to(self.device, DTYPES[self.dtype_of_ops]).eval()
                 names[variant] = OfficialNames(model, lambda state, own: convert(state),
                                                official_shapes([case], state))
             models[variant] = model
@@ -167,7 +167,9 @@ class Runner:
                     for key in _keys(case) if key.endswith(f'_{variant}')}
             part |= parts[''].pop(variant, {})
             if part:
-                shared = {*inputs, *(f'grad_{k}' for k in call.outputs), 'gy', 'mode'}
+                shared = {*inputs, 'mode', 'zero_grad_params'}
+                if any(key.startswith('grad') for key in part):
+                    shared |= {key for key in _keys(case) if call.owner(key) in call.outputs}
                 parts[variant] = {k: case[k] for k in shared if k in case} | part
         if len(parts) > 1 and not any(key in parts[''] for key in call.outputs):
             # All numbers are of variants; what they do not know is in none of them.

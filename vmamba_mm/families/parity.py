@@ -176,6 +176,11 @@ class Call:
     #: Key of a gradient -> input or output that it belongs to, where it is not 'grad_' + that.
     gradients: Mapping[str, str] = field(default_factory=dict)
 
+    def owner(self, key: str) -> str:
+        """The input or output that the gradient under this key belongs to; '' for other keys."""
+        usual = 'y' if key == 'gy' else key[len('grad_'):] if key.startswith('grad_') else ''
+        return self.gradients.get(key, usual)
+
 
 @dataclass(frozen=True)
 class Subject:
