@@ -149,9 +149,8 @@ def _comparable(value):
 
 
 def print_table(rows: list) -> None:
-    """What is omitted and why, then all comparisons, the worst last."""
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    for row in sorted(rows, key=lambda row: row.excess):
+    for row in rows:
         text = '  '.join(cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True))
         if row.is_omitted:
             print(f'{text}  not compared: {row.reason}')
@@ -173,11 +172,13 @@ def main():
             for row in check_folder(folder, device, args.dtype, args.only)]
     if not rows:
         raise _cli.UserError(f'nothing is called {", ".join(args.only)} there')
+    # What is omitted and why comes first, the worst error last.
+    rows.sort(key=lambda row: row.excess)
     print_table(rows)
     failed = [row for row in rows if row.failed]
     compared = [row for row in rows if row.error is not None and math.isfinite(row.excess)]
     if compared:
-        worst = max(compared, key=lambda row: row.excess)
+        worst = compared[-1]
         print(f'{len(compared)} comparisons, {len(failed)} failures; nearest to its limit: '
               f'{worst.file}, case {worst.case}, {worst.tensor}: {worst.error:.1e} of '
               f'{worst.limit:.0e}')

@@ -183,7 +183,11 @@ def make_files() -> dict:
                  grad_params=grads, zero_grad_params=['shift'],
                  grad_params_strided={'enc.weight': dict(
                      step=[2, 3, 1, 1], value=enc[::2, ::3], sum_sq=enc.square().sum().item())})
-    first['tokens_paper'] = _with(net, 'paper')(x, times, mask)[0]
+    paper, leaves = _with(net, 'paper'), [t.detach().clone().requires_grad_() for t in (x, mask)]
+    results = paper(leaves[0], times, leaves[1])
+    torch.autograd.backward(results, up)
+    first |= dict(tokens_paper=results[0], grad_input_paper=leaves[0].grad,
+                  grad_mask_paper=leaves[1].grad, grad_params_paper=gradients(paper))
 
     trained = _with(net, 'exact').train()
     y = x.detach().clone().requires_grad_()
