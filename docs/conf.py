@@ -25,6 +25,8 @@ autoapi_options = ['members', 'imported-members']
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False  # what stands before a colon in 'Returns:' need not be a type
 add_module_names = False
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 88
 
 nitpicky = True
 # Types that are documented elsewhere: looking them up would need the network.
