@@ -75,4 +75,4 @@ docs: .venv-docs/stamp
 
 clean:
 	rm -rf data/demo work_dirs build site .pytest_cache .ruff_cache
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +

@@ -18,6 +18,7 @@ extensions = ['myst_parser', 'autoapi.extension', 'sphinx.ext.napoleon']
 myst_heading_anchors = 4
 
 autoapi_dirs = [str(ROOT / 'vmamba_mm')]
+autoapi_ignore = ['*/.mim/*']
 autoapi_generate_api_docs = False  # the pages in api/ say what is shown, and in which order
 autoapi_add_toctree_entry = False
 autoapi_python_class_content = 'both'
