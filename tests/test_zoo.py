@@ -267,6 +267,7 @@ NAME = 'vmamba-tiny-s1l8_8xb128_in1k-224'
 def test_hub_builds_and_loads(tmp_path, mm):
     mmpretrain = pytest.importorskip('mmpretrain')
     import torch
+
     import vmamba_mm.mmpretrain  # noqa: F401
     model = mmpretrain.get_model(NAME, head=dict(num_classes=10))
     file = tmp_path / 'ours.pth'
@@ -280,8 +281,8 @@ def test_hub_builds_and_loads(tmp_path, mm):
 def test_hub_loads_an_official_file(mm):
     mmpretrain = pytest.importorskip('mmpretrain')
     import torch
-    import vmamba_mm.mmpretrain  # noqa: F401
 
+    import vmamba_mm.mmpretrain  # noqa: F401
     from vmamba_mm.checkpoints.files import read_checkpoint
     parity = REPO.parent / 'shared/parity'
     file = parity / 's1.cls.pth'

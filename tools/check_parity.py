@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import _cli
+from vmamba_mm.errors import UserError
+from vmamba_mm.mm import cli
 
 EXAMPLES = """\
   python tools/check_parity.py ../shared/parity
@@ -46,14 +47,14 @@ class Row(NamedTuple):
 
 
 def parse_args():
-    parser = _cli.make_parser(__doc__, EXAMPLES)
+    parser = cli.make_parser(__doc__, EXAMPLES)
     parser.add_argument('folders', metavar='FOLDER', nargs='+', type=Path)
     parser.add_argument('--device', default='cpu', help='cpu or cuda (default: cpu)')
     parser.add_argument('--dtype', choices=('fp32', 'fp16', 'bf16'), default='fp32',
                         help='of the model and its input (default: fp32)')
     parser.add_argument('--only', nargs='+', default=[], metavar='NAME',
                         help='the files of these names alone, such as s1')
-    parser.add_argument('--traceback', action='store_true', help=_cli.argparse.SUPPRESS)
+    cli.add_traceback_option(parser)
     return parser.parse_args()
 
 
@@ -230,15 +231,15 @@ def check_folder(folder: Path, device: str, dtype: str, only: list[str]) -> Iter
     import torch
 
     if not folder.is_dir():
-        raise _cli.UserError(f'the folder {folder} does not exist')
+        raise UserError(f'the folder {folder} does not exist')
     limits = LIMITS[torch.device(device).type, dtype]
     kind = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)[dtype]
     names = sorted({p.name.removesuffix(suffix) for suffix in SUFFIXES
                     for p in folder.glob(f'*{suffix}')})
     scans = sorted(folder.glob('selective_scan.pt'))
     if not scans and not any(folder.glob('*.cls.pth')) and not any(folder.glob('*.dense.pth')):
-        raise _cli.UserError(f'{folder} is of no system that is known: expected are NAME.cls.pth, '
-                             'NAME.dense.pth and NAME.expected.pt of VMamba, or selective_scan.pt')
+        raise UserError(f'{folder} is of no system that is known: expected are NAME.cls.pth, '
+                        'NAME.dense.pth and NAME.expected.pt of VMamba, or selective_scan.pt')
     for name in names:
         if not only or name in only:
             yield from check_vmamba(folder, name, device, kind, limits)
@@ -266,7 +267,7 @@ def print_table(rows: list[Row]) -> None:
 
 def main():
     args = parse_args()
-    device = _cli.choose_device(args.device)
+    device = cli.choose_device(args.device)
     import torch
 
     # Of fp32 all bits are compared.
@@ -274,7 +275,7 @@ def main():
     rows = [row for folder in args.folders
             for row in check_folder(folder, device, args.dtype, args.only)]
     if not rows:
-        raise _cli.UserError(f'nothing is called {", ".join(args.only)} there')
+        raise UserError(f'nothing is called {", ".join(args.only)} there')
     print_table(rows)
     failed = [row for row in rows if row.failed]
     measured = [row for row in rows if row.error is not None]
@@ -283,8 +284,8 @@ def main():
         print(f'{len(rows)} comparisons, {len(failed)} failures; nearest to its limit: '
               f'{most.file}, case {most.case}, {most.tensor}: {most.error:.1e} of {most.limit:.0e}')
     if failed:
-        raise _cli.UserError(f'{len(failed)} of {len(rows)} comparisons failed')
+        raise UserError(f'{len(failed)} of {len(rows)} comparisons failed')
 
 
 if __name__ == '__main__':
-    _cli.run(main)
+    cli.run(main)

@@ -5,7 +5,8 @@ import json
 import os
 from pathlib import Path
 
-import _cli
+from vmamba_mm.errors import UserError
+from vmamba_mm.mm import cli
 
 EXAMPLES = """\
   python tools/convert_checkpoint.py vssm1_tiny_0230s_ckpt_epoch_264.pth vmamba-tiny-s1l8.pth
@@ -16,7 +17,7 @@ SUFFIXES = ('.pth', '.pt', '.bin', '.ckpt', '.safetensors')
 
 
 def parse_args():
-    parser = _cli.make_parser(__doc__, EXAMPLES)
+    parser = cli.make_parser(__doc__, EXAMPLES)
     parser.add_argument('source', metavar='SRC',
                         help='a checkpoint file, folder or web address: official, ours, or of '
                         'another trainer')
@@ -28,8 +29,8 @@ def parse_args():
                         '(default: safetensors if DST ends so, else mm)')
     parser.add_argument('--force', action='store_true',
                         help='write over DST if it exists (never over SRC)')
-    _cli.add_weights_option(parser)
-    parser.add_argument('--traceback', action='store_true', help=_cli.argparse.SUPPRESS)
+    cli.add_weights_option(parser)
+    cli.add_traceback_option(parser)
     return parser.parse_args()
 
 
@@ -49,23 +50,23 @@ def check_complete(state, arch, source):
                 if norms or not k.startswith('norm3.')}
     wrong = differences(expected, found)
     if wrong:
-        raise _cli.UserError(explain_differences(wrong, expected, found, source))
+        raise UserError(explain_differences(wrong, expected, found, source))
 
 
 def check_target(target, to, force):
     """Before any work: a name that says what the file is, and nothing lost that is there."""
     path = Path(target)
     if path.is_dir():
-        raise _cli.UserError(f'{target} is a folder: name the file to write')
+        raise UserError(f'{target} is a folder: name the file to write')
     if path.suffix.lower() not in SUFFIXES:
-        raise _cli.UserError(f'{target} does not end like a file of weights: name it with one '
-                             f'of {", ".join(SUFFIXES)}')
+        raise UserError(f'{target} does not end like a file of weights: name it with one '
+                        f'of {", ".join(SUFFIXES)}')
     if (to == 'safetensors') != (path.suffix.lower() == '.safetensors'):
-        raise _cli.UserError(f'--to {to} and the name {target} do not agree: files of '
-                             'safetensors, and no others, end with .safetensors')
+        raise UserError(f'--to {to} and the name {target} do not agree: files of '
+                        'safetensors, and no others, end with .safetensors')
     if os.path.lexists(path) and not force:
-        raise _cli.UserError(f'{target} exists: choose another name, or write over it with '
-                             '--force')
+        raise UserError(f'{target} exists: choose another name, or write over it with '
+                        '--force')
 
 
 def refuse_own_input(source, files, target):
@@ -74,8 +75,8 @@ def refuse_own_input(source, files, target):
         return
     for file in files:
         if file.exists() and os.path.samefile(file, target):
-            raise _cli.UserError(f'{target} is the input itself ({source}), which would be lost: '
-                                 'choose another name')
+            raise UserError(f'{target} is the input itself ({source}), which would be lost: '
+                            'choose another name')
 
 
 def find_left_out(content, key, held, state):
@@ -140,10 +141,10 @@ def main():
     state = checkpoint.get('state_dict', checkpoint)
     if 'arch' not in (checkpoint.get('meta') or {}):
         if backbone_prefixes(state):
-            raise _cli.UserError(f'{args.source} holds {describe_places(state)}: convert takes one '
-                                 "VMamba under 'backbone.', with its heads beside it, or alone; "
-                                 'save that one alone')
-        raise _cli.UserError(f'{args.source} holds no VMamba')
+            raise UserError(f'{args.source} holds {describe_places(state)}: convert takes one '
+                            "VMamba under 'backbone.', with its heads beside it, or alone; "
+                            'save that one alone')
+        raise UserError(f'{args.source} holds no VMamba')
     key, held, _ = choose_weights(content, args.weights, path)
     arch = checkpoint['meta']['arch']
     check_complete(state, arch, args.source)
@@ -161,4 +162,4 @@ def main():
 
 
 if __name__ == '__main__':
-    _cli.run(main)
+    cli.run(main)
