@@ -45,7 +45,7 @@ def test_config(row, read_config):
     cfg = read_config(FOLDER / f'{name_of(row)}.py')
     arch = cfg.model.backbone.pop('arch')
     assert dict(arch, depths=tuple(arch.depths)) == dict(ARCH_SETTINGS['tiny_s1l8'], **ROWS[row])
-    recipe = read_config(FOLDER.parent / 'vmamba/vmamba-tiny-s1l8_8xb128_in1k-224.py')
+    recipe = read_config(FOLDER.parent / 'vmamba-tiny-s1l8_8xb128_in1k-224.py')
     recipe.model.backbone.pop('arch')
     assert cfg.to_dict() == recipe.to_dict()
 

@@ -47,6 +47,12 @@ ADE20K = [f'vmamba/upernet_vmamba-{v}_8xb2-160k_ade20k-512x512.py' for v in DENS
 ALL = IMAGENET + COCO + ADE20K
 
 
+def task_of(path):
+    """0 for ImageNet, 1 for COCO, 2 for ADE20K."""
+    return ['vmamba', 'mask-rcnn', 'upernet'].index(re.match(
+        r'vmamba/(vmamba|mask-rcnn|upernet)', path)[1])
+
+
 def variant_of(path):
     return re.search(r'vmamba-((?:vanilla-)?(?:tiny|small|base)(?:-s\dl\d+)?)_', path).group(1)
 
@@ -113,13 +119,13 @@ def test_backbone_settings(path, load):
     cfg = load(path)
     backbone = cfg.model.backbone
     variant = variant_of(path)
-    task = ['imagenet', 'coco', 'ade20k'].index(path.split('/')[0])
+    task = task_of(path)
     assert backbone.type == 'vmamba_mm.VMamba'
     assert backbone.arch == variant.replace('-', '_')
     assert backbone.drop_path_rate == VARIANTS[variant][1 + task]
     # Nothing of Swin or ResNet is left.
     assert set(backbone) <= {'type', 'arch', 'drop_path_rate', 'out_indices', 'init_cfg'}
-    assert cfg.custom_imports == dict(imports=['vmamba_mm.models'], allow_failed_imports=False)
+    assert cfg.custom_imports == dict(imports=['vmamba_mm.mm'], allow_failed_imports=False)
     dims = [(128 if 'base' in variant else 96) * 2**i for i in range(4)]
     if task == 0:
         assert 'http' not in str(cfg.model)  # trained from scratch
@@ -352,13 +358,12 @@ def test_every_transform_and_evaluator_builds(path, load):
     cfg = load(path)
     for transform in transforms(cfg):
         TRANSFORMS.build(transform)
-    if 'imagenet' in path or 'ade20k' in path:  # COCO's evaluator opens the annotations
+    if task_of(path) != 1:  # COCO's evaluator opens the annotations
         METRICS.build(cfg.val_evaluator)
         METRICS.build(cfg.test_evaluator)
     preprocessor = cfg.get('data_preprocessor') if path in IMAGENET else \
         cfg.model.data_preprocessor
-    kind = dict(imagenet='ClsDataPreprocessor', coco='DetDataPreprocessor',
-                ade20k='SegDataPreProcessor')[path.split('/')[0]]
+    kind = ['ClsDataPreprocessor', 'DetDataPreprocessor', 'SegDataPreProcessor'][task_of(path)]
     built = MODELS.build({'type': kind, **preprocessor})
     assert [round(x, 2) for x in built.mean.flatten().tolist()] == [123.68, 116.28, 103.53]
 

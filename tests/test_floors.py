@@ -17,10 +17,10 @@ FLOORS = {
     'ops': ('torch', 'triton'),
     'layers': ('torch',),
     'families': (),
-    'checkpoints': ('torch', 'safetensors'),
+    'checkpoints': ('torch', 'numpy', 'safetensors'),
     'models': ('torch', 'mmengine'),
     'mm': ('torch', 'numpy', 'matplotlib', 'cv2', 'PIL', 'mmengine', 'mmcv', 'mmpretrain', 'mmdet'),
-    'integrations': ('torch', 'timm', 'mmpretrain'),
+    'integrations': ('torch', 'yaml', 'timm', 'mmpretrain'),
 }
 #: The ground floor: modules that any other may import, and what they import themselves.
 GROUND = {

@@ -131,12 +131,16 @@ def test_every_published_file_is_a_row(zoo):
         name: f'{RELEASES}%23{row[-1]}' for name, row in PUBLISHED.items()}
 
 
+def kind_of(row):
+    return re.match('[a-z]+', Path(row.config).name)[0]
+
+
 def test_addresses(zoo):
     addresses = [row.weights for row in zoo.values()]
     assert len(set(addresses)) == len(addresses) == 10 + 13 + 7
     for name, row in zoo.items():
         tag, file = row.weights.removeprefix(RELEASES).split('/')
-        task = {'imagenet': 'cls', 'coco': 'det', 'ade20k': 'seg'}[Path(row.config).parent.name]
+        task = {'vmamba': 'cls', 'mask': 'det', 'upernet': 'seg'}[kind_of(row)]
         generation = 'v0' if 'vanilla' in name else 'v2'
         assert tag == ('%2320240218' if name == DP05 else f'%23{generation}{task}')
         assert re.fullmatch(r'[\w-]+\.pth', file)  # no raw '#', which would cut the address off
@@ -146,9 +150,9 @@ def test_addresses(zoo):
 def test_metrics(name, zoo):
     row = zoo[name]
     assert numbers(row) == list(PUBLISHED[name][:-1])
-    tasks = {'imagenet': ['Image Classification'],
-             'coco': ['Object Detection', 'Instance Segmentation'],
-             'ade20k': ['Semantic Segmentation']}[Path(row.config).parent.name]
+    tasks = {'vmamba': ['Image Classification'],
+             'mask': ['Object Detection', 'Instance Segmentation'],
+             'upernet': ['Semantic Segmentation']}[kind_of(row)]
     assert [result.task for result in row.results] == tasks
     for result in row.results:
         assert list(result.metrics) == METRICS[result.task]
@@ -224,17 +228,19 @@ def table(rows):
              '|---|' + '---|' * (len(metrics) + 3)]
     for row in rows:
         data = row.metadata
-        cells = [f'[{row.name}]({Path(row.config).relative_to("configs")})',
+        cells = [f'[{row.name}]({Path(row.config).relative_to("configs/vmamba")})',
                  *map(str, numbers(row)), f'{data.parameters / 1e6:.0f} M',
                  f'{data.flops / 1e9:g} G', f'[{row.weights.rpartition("/")[2]}]({row.weights})']
         lines.append('| ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines) + '\n'
 
 
-@pytest.mark.parametrize('task', ['imagenet', 'coco', 'ade20k'])
-def test_readme_shows_the_metafile(task):
-    expected = table(list(read_index(CONFIGS / task / 'metafile.yml').values()))
-    readme = (CONFIGS / 'README.md').read_text()
+@pytest.mark.parametrize(('task', 'kind'), [('imagenet', 'vmamba'), ('coco', 'mask'),
+                                            ('ade20k', 'upernet')])
+def test_readme_shows_the_metafile(task, kind):
+    rows = read_index(CONFIGS / 'vmamba' / 'metafile.yml').values()
+    expected = table([row for row in rows if kind_of(row) == kind])
+    readme = (CONFIGS / 'vmamba/README.md').read_text()
     shown = re.search(rf'^### {task}\n[^#|]*((?:\|.*\n)+)', readme, re.MULTILINE)
     assert shown and shown[1] == expected, f'configs/README.md should have:\n{expected}'
 

@@ -1,5 +1,5 @@
 # T[s1l8] on ImageNet with its architecture spelled out, so that a config changes single keys.
-_base_ = ['../vmamba-tiny-s1l8_8xb128_in1k-224.py']
+_base_ = ['../../vmamba-tiny-s1l8_8xb128_in1k-224.py']
 
 model = dict(
     backbone=dict(
