@@ -19,7 +19,7 @@ FLOORS = {
     'families': (),
     'checkpoints': ('torch', 'numpy', 'safetensors'),
     'models': ('torch', 'mmengine'),
-    'mm': ('torch', 'numpy', 'matplotlib', 'cv2', 'mmengine', 'mmcv', 'mmpretrain'),
+    'mm': ('torch', 'numpy', 'matplotlib', 'cv2', 'PIL', 'mmengine', 'mmcv', 'mmpretrain', 'mmdet'),
     'integrations': ('torch', 'yaml', 'timm', 'mmpretrain'),
 }
 #: The ground floor: modules that any other may import, and what they import themselves.
