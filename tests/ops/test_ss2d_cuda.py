@@ -103,7 +103,7 @@ def check_norm(inputs):
 
 def without_clusters(monkeypatch):
     """Plans in which a warp has all chunks of its span."""
-    monkeypatch.setattr(schedule, '_around', lambda *args: ())
+    monkeypatch.setattr(schedule, 'cluster_schedules', lambda *args: ())
     launch.forget()
 
 
@@ -117,8 +117,8 @@ def cut_around(monkeypatch, width, sets, cluster, spans, slots='exact'):
         span = -(-chunks // (alone * spans)) * alone
         work = plan.forward._replace(
             maps=plan.routes, warps=width * sets, columns=-(-plan.groups // width), span=span,
-            spans=-(-chunks // span), alone=alone, independent=True, sets=sets, cluster=cluster,
-            shared=100_000)  # or less
+            spans=-(-chunks // span), image_chunks=alone, independent=True, sets=sets,
+            cluster=cluster, shared=100_000)  # or less
         back = plan.backward._replace(maps=plan.routes, span=chunks, spans=1, independent=True)
         return plan._replace(slots=count, chunks=chunks, forward=work, backward=back,
                              magic=(*plan.magic[:2], magic(count)))
@@ -146,7 +146,7 @@ def cut_by_hand(monkeypatch, maps, slots, spans):
         count, chunks, alone = slots_of(slots, batch, height * width)
         unit = alone if maps == 2 else 1
         span = -(-chunks // (unit * spans)) * unit
-        cuts = [work._replace(maps=maps, span=span, spans=-(-chunks // span), alone=alone,
+        cuts = [work._replace(maps=maps, span=span, spans=-(-chunks // span), image_chunks=alone,
                               independent=maps == 2 or span >= chunks,
                               shared=work.shared + work.warps * 8192 + 16384)  # or more
                 for work in (plan.forward, plan.backward)]
