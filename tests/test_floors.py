@@ -14,7 +14,7 @@ MM = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain')
 #: The floors of the package from the bottom up: a folder or module -> what it may import besides
 #: the standard library, its own floor, the floors below and modules of the ground floor.
 FLOORS = {
-    'ops': ('torch', 'triton'),
+    'ops': ('torch', 'triton', 'cuda'),  # torch brings the two others, or ops do without
     'layers': ('torch',),
     'families': (),
     'checkpoints': ('torch', 'numpy', 'safetensors'),
