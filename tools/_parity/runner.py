@@ -179,6 +179,8 @@ class Runner:
                 report.fail(label, key, 'is not compared: unknown')
         for variant, part in parts.items():
             model, name = models[variant], f'{label} {variant}'.strip()
+            if variant:
+                part = {k: v for k, v in part.items() if not report.omits(name, k)}
             if str(part.get('mode', '')).startswith('train'):
                 model = copy.deepcopy(model).train()  # its buffers change
             run = CaseRun(report, name, part, model, call, names[variant], self.device, dtype)

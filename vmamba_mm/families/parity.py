@@ -166,6 +166,8 @@ class Call:
     outputs: tuple[str, ...] = ('output',)
     #: The method of the model; '' calls the model itself.
     method: str = ''
+    #: Applied to what is returned, such as ``lambda logits: [logits]`` where the case has a list.
+    view: Callable[[Any], Any] | None = None
     #: In place of a plain call: (model or function, inputs by key of the case) -> results by name.
     #: Or where this function is, ``package.module:name``.
     run: Callable[[Any, dict[str, Any]], Mapping[str, Any]] | str | None = None
