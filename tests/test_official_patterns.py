@@ -1,5 +1,5 @@
 """Checkpoints in the official format, run by each scan pattern, against loops over positions; and
-the README's scan of one's own."""
+the scan of one's own that docs/scans.md shows."""
 
 import copy
 import re
@@ -16,7 +16,7 @@ from vmamba_mm.ops import scan_patterns
 from vmamba_mm.ops.ss2d_scan import patterns
 from vmamba_mm.testing import assert_close
 
-README = Path(__file__).resolve().parents[1] / 'README.md'
+PAGE = Path(__file__).resolve().parents[1] / 'docs' / 'scans.md'
 ARCHS = {'s1': S1, 's2': dict(S2, d_state=3)}
 
 
@@ -77,12 +77,11 @@ def test_official_checkpoint(tmp_path, scan, arch):
     assert check_blocks(model, image, scan, official) == 5
 
 
-def test_readmes_own_scan(monkeypatch):
-    """As it stands there."""
+def test_documented_scan_of_ones_own(monkeypatch):
+    """The example of the page, as it stands there."""
     monkeypatch.setattr(patterns, '_PATTERNS', dict(patterns._PATTERNS))
     monkeypatch.setattr(patterns, '_ORDERS', dict(patterns._ORDERS))
-    example = re.search(r'### A scan of your own\n.*?```python\n(.*?)```', README.read_text(),
-                        re.DOTALL)[1]
+    example = re.search(r'```python\n(.*?)```', PAGE.read_text(), re.DOTALL)[1]
     names = {}
     exec(example, names)
     assert scan_patterns()[-1] == 'diagonal'

@@ -14,7 +14,8 @@ import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import _cli
+from vmamba_mm.errors import UserError
+from vmamba_mm.mm import cli
 
 EXAMPLES = """\
   python tools/check_parity.py ../shared/parity
@@ -27,14 +28,14 @@ ROOT = 'vmamba'
 
 
 def parse_args():
-    parser = _cli.make_parser(__doc__, EXAMPLES)
+    parser = cli.make_parser(__doc__, EXAMPLES)
     parser.add_argument('folders', metavar='FOLDER', nargs='+', type=Path)
     parser.add_argument('--device', default='cpu', help='cpu or cuda (default: cpu)')
     parser.add_argument('--dtype', choices=('fp32', 'fp16', 'bf16'),
                         help='of models, ops and inputs (default: fp32, on a CPU fp64 of ops)')
     parser.add_argument('--only', nargs='+', default=[], metavar='NAME',
                         help='the files of these names alone, such as s1 or op_ssd')
-    parser.add_argument('--traceback', action='store_true', help=_cli.argparse.SUPPRESS)
+    cli.add_traceback_option(parser)
     return parser.parse_args()
 
 
@@ -47,14 +48,14 @@ def find_family(folder: Path):
     from vmamba_mm.families import FAMILIES
 
     if not folder.is_dir():
-        raise _cli.UserError(f'the folder {folder} does not exist')
+        raise UserError(f'the folder {folder} does not exist')
     name, root = folder.resolve().name, FAMILIES[ROOT]
     of_root = [*(f'*{end}' for end in root.parity.checkpoints[:1]), *root.parity.ops]
     if name not in FAMILIES and any(any(folder.glob(pattern)) for pattern in of_root):
         return root
     if name not in FAMILIES or FAMILIES[name].parity is None:
         names = ', '.join(n for n, family in FAMILIES.items() if family.parity is not None)
-        raise _cli.UserError(f'{folder}: there is no family {name!r} to compare, only {names}; '
+        raise UserError(f'{folder}: there is no family {name!r} to compare, only {names}; '
                              'the folder has the name of the family')
     return FAMILIES[name]
 
@@ -80,7 +81,7 @@ def check_folder(folder: Path, device: str = 'cpu', dtype: str | None = None,
     names = {p.name.removesuffix(end) for end in ends for p in folder.glob(f'*{end}')}
     ops = [p for p in sorted(folder.glob('*.pt')) if not p.name.endswith(EXPECTED)]
     if not names and not ops:
-        raise _cli.UserError(f'{folder} holds no NAME.json and no NAME.pt')
+        raise UserError(f'{folder} holds no NAME.json and no NAME.pt')
     for name in sorted(names):
         if not only or name in only:
             yield from check_name(runner, folder, name)
@@ -120,9 +121,9 @@ def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding='utf-8'))
     except ValueError as err:
-        raise _cli.UserError(f'cannot be read: {err}') from err
+        raise UserError(f'cannot be read: {err}') from err
     if not isinstance(content, dict):
-        raise _cli.UserError(f'holds a {type(content).__name__}, not a dict of options')
+        raise UserError(f'holds a {type(content).__name__}, not a dict of options')
     if 'arguments' in content:
         content['kwargs'] = content.pop('arguments')
     return content
@@ -137,7 +138,7 @@ def read_expected(path: Path, report) -> dict:
         return {}
     content = read_numbers(path)
     if not isinstance(content, dict):
-        raise _cli.UserError(f'holds a {type(content).__name__}, not a dict of cases')
+        raise UserError(f'holds a {type(content).__name__}, not a dict of cases')
     return content
 
 
@@ -163,7 +164,7 @@ def print_table(rows: list) -> None:
 
 def main():
     args = parse_args()
-    device = _cli.choose_device(args.device)
+    device = cli.choose_device(args.device)
     import torch
 
     # Of fp32 all bits are compared.
@@ -171,7 +172,7 @@ def main():
     rows = [row for folder in args.folders
             for row in check_folder(folder, device, args.dtype, args.only)]
     if not rows:
-        raise _cli.UserError(f'nothing is called {", ".join(args.only)} there')
+        raise UserError(f'nothing is called {", ".join(args.only)} there')
     # What is omitted and why comes first, the worst error last.
     rows.sort(key=lambda row: row.excess)
     print_table(rows)
@@ -183,8 +184,8 @@ def main():
               f'{worst.file}, case {worst.case}, {worst.tensor}: {worst.error:.1e} of '
               f'{worst.limit:.0e}')
     if failed:
-        raise _cli.UserError(f'{len(failed)} of {len(rows)} rows failed')
+        raise UserError(f'{len(failed)} of {len(rows)} rows failed')
 
 
 if __name__ == '__main__':
-    _cli.run(main)
+    cli.run(main)

@@ -6,7 +6,7 @@ builds no model.
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ class Rule:
         return replace(self, optional=True)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
     """All that the package knows of a family besides its modules."""
 
@@ -49,12 +49,11 @@ class Family:
     #: all of. The first is looked for to find where a model lies inside another.
     signature: tuple[str, ...]
     #: (weights of a backbone by our names) -> its arch, as a dict. What leaves no trace in names
-    #: and shapes is taken to be as published. May raise KeyError on a name that is absent, and
-    #: ValueError or IndexError on a shape that does not fit.
+    #: and shapes is taken to be as published. Raises KeyError on a name that is absent and
+    #: ValueError on a shape that no model of the family has: then the weights are not its own.
     infer_arch: Callable[[Mapping[str, Any]], dict[str, Any]]
-    #: Whether weights by our names, all of which have rows, have the shapes of the family: for
-    #: families whose names alone are those of another one too.
-    fits: Callable[[Mapping[str, Any]], bool] | None = None
+    #: Like ``keys``, for names of the backbone's weights that only official classifiers have.
+    classifier_keys: Rows = ()
     #: Like ``keys``, for weights that our models have beside the backbone, such as ``head.fc``.
     head_keys: Rows = ()
     #: Our names of Linear weights that official files may hold as (out, in, 1, 1), as a regular
@@ -68,9 +67,17 @@ class Family:
     licence: str = ''
     url: str = ''
     #: The folder with metafile.yml and the configs, if it is not configs/NAME of this package.
-    configs: Path | None = field(default=None, compare=False)
+    configs: Path | None = None
     #: What tools/check_parity.py needs to compare the family with the official code.
-    parity: Any = field(default=None, compare=False)
+    parity: Any = None
+
+    def rows(self, names: Collection[str]) -> Rows:
+        """The rows of a backbone, of the variant that has these names (official or ours)."""
+        return self.keys(names) if callable(self.keys) else self.keys
+
+    def all_rows(self, names: Collection[str]) -> Rows:
+        """The same, with those that official classifiers have besides."""
+        return self.classifier_keys + self.rows(names) + self.head_keys
 
 
 def resolve_arch(family: Family, arch: str | Mapping[str, Any]) -> dict[str, Any]:

@@ -15,8 +15,10 @@ OUTER_WRAPPERS = ('module.', '_orig_mod.', 'model.', '_forward_module.', '_fsdp_
 #: anywhere: put there by torch.compile, FSDP, activation checkpointing and Lightning's strategies
 _INNER_WRAPPERS = re.compile(r'(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|'
                              r'_checkpoint_wrapped_module|_forward_module)\.')
-#: left in the file by thop, and beside what torch's AveragedModel averages
-_COUNTERS = re.compile(r'(?:.*\.)?(?:total_ops|total_params)$|n_averaged$')
+#: left in the file by thop
+THOP_COUNTER = re.compile(r'(?:.*\.)?(?:total_ops|total_params)$')
+#: beside the module that torch's AveragedModel averages
+AVERAGE_COUNTER = re.compile(r'(?:.*\.)?n_averaged$')
 #: a trainer's own, beside its model: weights of a loss, states of a metric, pixel statistics
 _OF_TRAINERS = re.compile(
     r'(?:\w+_)?(?:criterions?|loss|loss_fn|losses|metrics?|acc|accuracy|f1|m?iou|auroc)(?:\.|$)'
@@ -33,7 +35,7 @@ def plain_name(name: str) -> str:
 
 def is_counter(name: str) -> bool:
     """Whether the name is that of a number which a tool left among the weights."""
-    return bool(_COUNTERS.match(name))
+    return bool(THOP_COUNTER.match(name) or AVERAGE_COUNTER.match(name))
 
 
 def is_of_trainer(name: str) -> bool:
@@ -84,9 +86,9 @@ def inverse(rows: Rows) -> Rows:
     return tuple(back.items())
 
 
-def rows_of(family: Family, names: Collection[str]) -> Rows:
-    """The rows of a backbone, of the variant that has these names (official or ours)."""
-    return family.keys(names) if callable(family.keys) else family.keys
+def our_rows(rows: Rows) -> Rows:
+    """Rows that have our names and leave them as they are."""
+    return tuple((ours, ours) for _, ours in rows if ours is not None)
 
 
 @functools.cache
@@ -108,13 +110,23 @@ def find_places(family: Family, names: Iterable[str]) -> dict[str, bool]:
     whether it is one, :func:`exact_places` says.
     """
     official, ours = _anchors(family)
+    names = list(names)
     places: dict[str, bool] = {}
     for name in names:
-        if match := ours.match(name):
+        if match := official.match(name):
+            if not ours.match(name):
+                places[match[1]] = True
+            elif match[1] not in places:  # both call it so: the others tell
+                places[match[1]] = _are_rather_official(family, names, match[1])
+        elif match := ours.match(name):
             places.setdefault(match[1], False)
-        elif match := official.match(name):
-            places[match[1]] = True
     return dict(sorted(places.items()))
+
+
+def _are_rather_official(family, names, place):
+    below = [name[len(place):] for name in names if name.startswith(place)]
+    rows = family.all_rows(below)
+    return sum(has_row(k, rows) for k in below) > sum(has_row(k, our_rows(rows)) for k in below)
 
 
 @functools.cache
@@ -129,14 +141,15 @@ def _anchor_patterns(rows, anchor):
 
 def _anchors(family):
     anchor = re.sub(r'(?<![^.])\d+(?![^.])', '#', family.signature[0])
-    return _anchor_patterns(rows_of(family, ()), anchor)
+    return _anchor_patterns(family.rows(()), anchor)
 
 
 def exact_places(family: Family, weights: Mapping[str, object]) -> dict[str, bool]:
     """As :func:`find_places`, only those where the weights are exactly those of the family.
 
-    All names of the signature must be there, every name below the place must have a row, and
-    ``family.fits`` must agree. At the top, ``''``, a trainer's weights of losses may lie beside.
+    All names of the signature must be there, every name below the place must have a row, and the
+    shapes must tell an architecture. At the top, ``''``, a trainer's weights of losses may lie
+    beside.
 
     Args:
         weights: by plain names (:func:`plain_name`) without counters.
@@ -149,12 +162,18 @@ def _is_exact(family, weights, place, is_official):
     below = {k[len(place):]: v for k, v in weights.items() if k.startswith(place)}
     if not place:
         below = {k: v for k, v in below.items() if not is_of_trainer(k)}
-    rows = rows_of(family, below)
-    rows = rows + family.head_keys if is_official or not place else rows
+    rows = family.all_rows(below)
     if not is_official:
-        rows = tuple((ours, ours) for _, ours in rows if ours is not None)
+        # A head beside a bare backbone is at the top; below a prefix there is the backbone alone.
+        rows = our_rows(family.rows(below) if place else rows)
     try:
         ours = {rename(k, rows): v for k, v in below.items()}
     except LookupError:
         return False
-    return set(family.signature) <= set(ours) and (family.fits is None or family.fits(ours))
+    if not set(family.signature) <= set(ours):
+        return False
+    try:
+        family.infer_arch(ours)
+    except (KeyError, ValueError):
+        return False
+    return True

@@ -87,18 +87,14 @@ _DOWNSAMPLES = {
     'conv': (('layers.#.downsample.1', 'stages.#.downsample.conv'),
              ('layers.#.downsample.3', 'stages.#.downsample.norm')),
 }
-# The norm of a classifier is the norm of its only output. Detectors and segmentors have outnorms.
-_NORMS = (('classifier.norm', 'norm3'), ('norm', 'norm3'))
 _OUT_NORMS = (('outnorm#', 'norm#'),)
 
 
 def _keys(names: Collection[str]) -> Rows:
     is_conv = any(k.startswith(('patch_embed.5.', 'patch_embed.conv1.')) for k in names)
     is_merge = any('.downsample.reduction.' in k for k in names)
-    is_dense = not any(k.startswith(('classifier.', 'norm.', 'head.')) for k in names)
-    norms = _OUT_NORMS + _NORMS if is_dense else _NORMS + _OUT_NORMS
     return (_BLOCKS + _STEMS['conv' if is_conv else 'patch']
-            + _DOWNSAMPLES['merge' if is_merge else 'conv'] + norms)
+            + _DOWNSAMPLES['merge' if is_merge else 'conv'] + _OUT_NORMS)
 
 
 def _infer_arch(weights: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,18 +102,18 @@ def _infer_arch(weights: Mapping[str, Any]) -> dict[str, Any]:
     shapes = {k: tuple(v.shape) for k, v in weights.items()}
     first = 'stages.0.blocks.0.'
     dims, = shapes[f'{first}norm1.weight']
-    in_channels = shapes[f'{first}ssm.in_proj.weight'][0]
+    projected, *_ = shapes[f'{first}ssm.in_proj.weight']
     _, d_state = shapes[f'{first}ssm.A_logs']
     _, inner, rank = shapes[f'{first}ssm.dt_projs_weight']
-    kernel = shapes.get(f'{first}ssm.conv2d.weight', (0,))[-1]
-    hidden = shapes.get(f'{first}mlp.fc1.weight', (0,))[0]
+    *_, kernel = shapes.get(f'{first}ssm.conv2d.weight', (0,))
+    hidden, *_ = shapes.get(f'{first}mlp.fc1.weight', (0,))
     blocks = {m.groups() for k in shapes if (m := re.match(r'stages\.(\d+)\.blocks\.(\d+)\.', k))}
     arch = dict(
         embed_dims=dims, depths=tuple(sum(stage == str(i) for stage, _ in blocks)
                                       for i in range(4)),
         d_state=d_state, ssm_ratio=inner / dims,
         dt_rank='auto' if rank == math.ceil(dims / 16) else rank,
-        conv_bias=f'{first}ssm.conv2d.bias' in shapes, gate=in_channels == 2 * inner,
+        conv_bias=f'{first}ssm.conv2d.bias' in shapes, gate=projected == 2 * inner,
         mlp_ratio=hidden / dims, stem='conv' if 'patch_embed.conv1.weight' in shapes else 'patch',
         downsample='merge' if 'stages.0.downsample.reduction.weight' in shapes else 'conv',
         scan='cross')
@@ -185,7 +181,9 @@ PARITY = Parity(
 
 FAMILY = Family(
     name='vmamba', model='VMamba', archs=ARCHS, rules=RULES, check=_check,
-    keys=_keys, head_keys=(('classifier.head', 'head.fc'), ('head', 'head.fc')),
+    # The norm of a classifier is that of its only output.
+    keys=_keys, classifier_keys=(('classifier.norm', 'norm3'), ('norm', 'norm3')),
+    head_keys=(('classifier.head', 'head.fc'), ('head', 'head.fc')),
     signature=('stages.0.blocks.0.ssm.A_logs', 'stages.0.blocks.0.norm1.weight',
                *(f'stages.{i}.blocks.0.ssm.{name}' for i in range(4) for name in (
                    'in_proj.weight', 'x_proj_weight', 'dt_projs_weight', 'dt_projs_bias', 'A_logs',
