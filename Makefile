@@ -8,7 +8,7 @@ ENV := $(if $(OWN),env)
 SETUP := $(if $(OWN),setup)
 
 .DEFAULT_GOAL := help
-.PHONY: help env setup demo demo-det demo-seg test test-gpu lint kernels check-gpu bench clean
+.PHONY: help env setup demo demo-det demo-seg test test-gpu lint tables kernels check-gpu bench clean
 
 help:
 	@echo 'make demo      train, evaluate and predict: classification on a small built-in set (3 min)'
@@ -16,7 +16,8 @@ help:
 	@echo 'make demo-seg  the same for UperNet: semantic segmentation (5 min)'
 	@echo 'make test      all tests'
 	@echo 'make test-gpu  the tests that need a GPU, in several processes'
-	@echo 'make lint      ruff'
+	@echo 'make lint      ruff, and whether the tables are those of the metafiles'
+	@echo 'make tables    write the tables of published models into README, docs and configs'
 	@echo 'make kernels   compile every CUDA kernel for every GPU, no GPU needed; registers, spills'
 	@echo 'make check-gpu every CUDA kernel under compute-sanitizer, on a machine with a GPU'
 	@echo 'make bench     speed and memory on this CPU beside Swin-T, correctness first'
@@ -50,6 +51,10 @@ test-gpu: $(ENV)
 
 lint: $(ENV)
 	@$(PY) -m ruff check .
+	@PYTHONPATH=$(CURDIR) $(PY) tools/tables.py --check
+
+tables: $(ENV)
+	@PYTHONPATH=$(CURDIR) $(PY) tools/tables.py
 
 kernels: $(ENV)
 	@$(PY) tools/check_kernels.py $(ARGS)

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from leaves import build_meta, load  # noqa: F401 (fixtures)
 from running import call, forkserver, start  # noqa: F401 (fixtures)
 from sharing import shared_or_alone
 

@@ -1,7 +1,6 @@
 """Official names and shapes to ours and back, and what is told from them."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from official import (
     random_backbone,
 )
 
-from vmamba_mm.checkpoints.compare import config_of, differences, explain_differences
+from vmamba_mm.checkpoints.compare import differences, explain_differences
 from vmamba_mm.checkpoints.names import infer_arch, infer_task, to_mm, to_official
 from vmamba_mm.errors import UserError
 from vmamba_mm.families import family_of
@@ -124,13 +123,6 @@ def test_own_arch_is_told(change):
     assert infer_arch(model.state_dict()) == arch
     assert_same(to_mm(dense_state(model)),
                 {f'backbone.{k}': v for k, v in model.state_dict().items()})
-
-
-def test_config_exists():
-    root = Path(__file__).resolve().parents[1]
-    for name in VMamba.arch_settings:
-        for task in ('cls', 'det', 'seg', 'backbone'):
-            assert (root / config_of(name, task)).is_file()
 
 
 def test_mix_up_names_the_arch_and_the_config():

@@ -227,9 +227,9 @@ def window_of(size):
 def build(name, num_classes, args, mlp_ratio=4.0):
     """One of MODELS for (B, 3, size, size), with random weights from torch's generator."""
     from timm.models.swin_transformer import SwinTransformer
-    from vmamba_mm.timm import TimmVMamba
 
     from vmamba_mm.families.vmamba import ARCH_SETTINGS
+    from vmamba_mm.timm import TimmVMamba
 
     rate = RECIPE['drop_path_rate']
     if name == 'swin':

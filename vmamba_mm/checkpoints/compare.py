@@ -10,21 +10,10 @@ from vmamba_mm.checkpoints.names import describe_places, infer_arch, infer_task,
 from vmamba_mm.checkpoints.places import StateDict, find_models, guess_models, move
 from vmamba_mm.errors import UserError
 from vmamba_mm.families.names import is_of_trainer, plain_name
+from vmamba_mm.zoo import config_for
 
-_CONFIGS = {'cls': 'configs/vmamba/vmamba-{}_8xb128_in1k-224.py',
-            'det': 'configs/vmamba/mask-rcnn_vmamba-{}_fpn_1x_coco.py',
-            'seg': 'configs/vmamba/upernet_vmamba-{}_8xb2-160k_ade20k-512x512.py',
-            'backbone': 'configs/vmamba/_base_/vmamba-{}.py'}
-_NOT_DENSE = ('small_s1l20', 'base_s1l20')  # published for classification only
 _TASKS = {'cls': 'a classifier', 'det': 'a detector', 'seg': 'a segmentor',
           'backbone': 'a backbone alone'}
-
-
-def config_of(arch: str, task: str) -> str:
-    """The config in this repository for a published architecture and a task of infer_task."""
-    if task in ('det', 'seg') and arch in _NOT_DENSE:
-        task = 'backbone'
-    return _CONFIGS[task].format(arch.replace('_', '-'))
 
 
 def differences(expected: StateDict, found: StateDict) -> dict[str, str]:
@@ -182,4 +171,6 @@ def _mix_up(expected, found):
     if isinstance(held, dict):
         return f'it holds the arch {held}, and the model has another; '
     model = f"is {wanted!r}" if isinstance(wanted, str) else 'has another'
-    return f"it holds the arch {held!r}, and the model {model}: use {config_of(held, task)}; "
+    config = config_for(family.name, held, task)
+    how = f'use {config}' if config else f'build it with arch={held!r}'
+    return f'it holds the arch {held!r}, and the model {model}: {how}; '

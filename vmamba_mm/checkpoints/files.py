@@ -21,6 +21,7 @@ from vmamba_mm.checkpoints.names import infer_arch, infer_task, to_mm
 from vmamba_mm.checkpoints.places import find_models
 from vmamba_mm.errors import UserError
 from vmamba_mm.families import Family
+from vmamba_mm.zoo import SCHEME, weights_of
 
 WEIGHTS = ('auto', 'model', 'model_ema')
 #: Where trainers keep weights, in the order of preference where there are several.
@@ -44,10 +45,11 @@ def read_checkpoint(source: str | os.PathLike, weights: str = 'auto',
 
     Args:
         source: a path, ``file://``, ``http://`` or ``https://`` (downloaded once, see
-            :func:`fetch`). A ``.pth`` of the official training (dict of ``model`` and
-            ``model_ema``), a checkpoint of mmengine, timm, Lightning or another trainer, a bare
-            state dict, safetensors, the index of weights in several parts, or a folder of Hugging
-            Face's or of torch.distributed.checkpoint.
+            :func:`fetch`), or ``vmamba_mm://`` and a name of :func:`vmamba_mm.zoo.find`, such as
+            ``vmamba_mm://vmamba/tiny_s1l8``, for published weights. A ``.pth`` of the official
+            training (dict of ``model`` and ``model_ema``), a checkpoint of mmengine, timm,
+            Lightning or another trainer, a bare state dict, safetensors, the index of weights in
+            several parts, or a folder of Hugging Face's or of torch.distributed.checkpoint.
         weights: which of a file that holds two sets: 'model', 'model_ema' (the averaged weights,
             whatever the trainer calls them), or 'auto' for the averaged ones where they are
             present (one printed line says so, except of mmengine's), else the others.
@@ -187,7 +189,7 @@ def _say_once(text):
 # --- downloading ------------------------------------------------------------------------------
 
 def fetch(source: str | os.PathLike) -> Path:
-    """The local path of ``source``; a web address is downloaded once.
+    """The local path of ``source``; what has a web address is downloaded once.
 
     Downloads lie in torch.hub's folder (``TORCH_HOME``), each with a record of its address, size
     and SHA-256, which is checked at each later use: a file that has changed is fetched again. A
@@ -198,6 +200,8 @@ def fetch(source: str | os.PathLike) -> Path:
         OSError: if the disk is full, or not writable.
     """
     text = os.fspath(source)
+    if text.startswith(SCHEME):
+        text = weights_of(text)
     if text.startswith('file://'):
         return Path(urllib.request.url2pathname(text.removeprefix('file://')))
     if not text.startswith(('http://', 'https://')):

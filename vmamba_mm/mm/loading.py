@@ -22,8 +22,9 @@ from mmengine.runner.checkpoint import CheckpointLoader
 
 from vmamba_mm.checkpoints.files import read_checkpoint
 from vmamba_mm.mm.compat import prepare_mm
+from vmamba_mm.zoo import SCHEME
 
-PREFIXES = ('', 'file://', 'http://', 'https://')
+PREFIXES = ('', 'file://', 'http://', 'https://', SCHEME)
 
 
 def register(weights='auto'):
