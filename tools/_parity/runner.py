@@ -93,7 +93,7 @@ class Runner:
             if subject.initial:
                 state = convert(expected[subject.initial], model.state_dict())
                 model.load_state_dict(state, strict=False)
-            load(model, subject, path)
+            load(model, self.family, subject, path)
             models[variant] = model.to(self.device, DTYPES[self.dtype]).eval()
             names[variant] = OfficialNames(model, convert, shapes)
         state = models[''].state_dict()
