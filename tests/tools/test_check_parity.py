@@ -317,7 +317,7 @@ def test_folders_of_no_family(tool, vmamba, tmp_path):
 
 def test_the_table(tool, vmamba, tmp_path, monkeypatch, capsys):
     def run(*args):
-        monkeypatch.setattr(sys, 'argv', ['check_parity.py', str(tmp_path), *args])
+        monkeypatch.setattr(sys, 'argv', ['check_parity.py', str(tmp_path), *map(str, args)])
         tool.main()
 
     toy_parity.save_files(vmamba, tmp_path)
@@ -327,6 +327,9 @@ def test_the_table(tool, vmamba, tmp_path, monkeypatch, capsys):
     assert ', 0 failures; nearest to its limit: own.' in summary
     file, _, tensor = table[-1].split()[:3]
     assert f'{file}, case 0, {tensor}: ' in summary
+    run(tmp_path, '--only', 'own')
+    both = capsys.readouterr().out
+    assert both.count(f'{tmp_path.name}/own.cls.pth') > 2 * len(case(vmamba)['grad_params'])
     with pytest.raises(UserError, match='nothing is called other there'):
         run('--only', 'other')
 

@@ -109,7 +109,7 @@ def subject(file: str, options: Options) -> Subject:
             Build('toy_parity:Projector', dict(width=kwargs['width'])), within=('model', 'part'),
             convert=lambda state: {f'linear.{k.removeprefix("0.")}': v for k, v in state.items()})
     kwargs.require('act', 'relu', 'none')
-    kwargs.ignore('drop_path_rate')
+    kwargs.ignore('drop_path_rate', 'teacher')
     build = Build('toy_parity:Net', dict(width=kwargs['sizes']['width']))
     if options['kind'] == 'start':
         return Subject(build, loaded={'place': 'placed', 'embed.bias': options['source']},
@@ -213,7 +213,7 @@ def make_files() -> dict:
     up = rand(2, 3)
     out.backward(up)
     named = {f'0.{k.removeprefix("linear.")}': p for k, p in projector.named_parameters()}
-    kwargs = dict(sizes=dict(width=6), act='relu', drop_path_rate=0.1)
+    kwargs = dict(sizes=dict(width=6), act='relu', drop_path_rate=0.1, teacher=dict(width=9))
     return {
         'net.json': dict(kwargs=kwargs, kind='net', note='a note'),
         'net.pth': dict(model={k: v + 1 for k, v in weights.items()}, ema=weights),

@@ -81,6 +81,7 @@ class Options(Mapping):
                         else value for key, value in values.items() if not _has_tensors(value)}
         self._place = place
         self._read: set[str] = set()
+        self._ignored: set[str] = set()
 
     def __getitem__(self, key: str) -> Any:
         if key not in self._values:
@@ -113,12 +114,14 @@ class Options(Mapping):
 
     def ignore(self, *keys: str) -> None:
         """Take whatever value these keys have: they change nothing that is compared."""
-        self._read.update(keys)
+        self._ignored.update(keys)
 
     def unread(self) -> list[str]:
         """The names of the values that nobody has read, with their place."""
         names = []
         for key, value in self._values.items():
+            if key in self._ignored:
+                continue
             if key not in self._read:
                 names.append(f'{self._place}{key}')
             elif isinstance(value, Options):
