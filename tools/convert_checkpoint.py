@@ -5,7 +5,8 @@ import json
 import os
 from pathlib import Path
 
-import _cli
+from vmamba_mm.errors import UserError
+from vmamba_mm.mm import cli
 
 EXAMPLES = """\
   python tools/convert_checkpoint.py vssm1_tiny_0230s_ckpt_epoch_264.pth vmamba-tiny-s1l8.pth
@@ -16,7 +17,7 @@ SUFFIXES = ('.pth', '.pt', '.bin', '.ckpt', '.safetensors')
 
 
 def parse_args():
-    parser = _cli.make_parser(__doc__, EXAMPLES)
+    parser = cli.make_parser(__doc__, EXAMPLES)
     parser.add_argument('source', metavar='SRC',
                         help='a checkpoint file, folder or web address: official, ours, or of '
                         'another trainer')
@@ -31,8 +32,8 @@ def parse_args():
     parser.add_argument('--family', metavar='NAME',
                         help='the family of models that SRC is of, such as vmamba (default: the '
                         'one whose weights have exactly these names)')
-    _cli.add_weights_option(parser)
-    parser.add_argument('--traceback', action='store_true', help=_cli.argparse.SUPPRESS)
+    cli.add_weights_option(parser)
+    cli.add_traceback_option(parser)
     return parser.parse_args()
 
 
@@ -56,7 +57,7 @@ def check_complete(state, arch, family, source):
     expected = {k: v for k, v in expected.items() if outputs or not norm.match(k)}
     wrong = differences(expected, backbone)
     if wrong:
-        raise _cli.UserError(explain_differences(wrong, expected, backbone, source))
+        raise UserError(explain_differences(wrong, expected, backbone, source))
 
 
 def find_family(name, content, path, weights):
@@ -66,7 +67,7 @@ def find_family(name, content, path, weights):
     from vmamba_mm.families import FAMILIES
 
     if name is not None and name not in FAMILIES:
-        raise _cli.UserError(f'--family {name} does not exist; choose one of '
+        raise UserError(f'--family {name} does not exist; choose one of '
                              f'{", ".join(sorted(FAMILIES))}')
     named = [FAMILIES[name]] if name else []
     is_dict = isinstance(content, dict)
@@ -75,22 +76,22 @@ def find_family(name, content, path, weights):
             return find_models(found[1], family)[0].family
     select_weights(content, weights, path)  # which says so if it is no file of weights at all
     models = ' or '.join(f.model for f in named or FAMILIES.values())
-    raise _cli.UserError(f'{path} holds no {models}')
+    raise UserError(f'{path} holds no {models}')
 
 
 def check_target(target, to, force):
     """Before any work: a name that says what the file is, and nothing lost that is there."""
     path = Path(target)
     if path.is_dir():
-        raise _cli.UserError(f'{target} is a folder: name the file to write')
+        raise UserError(f'{target} is a folder: name the file to write')
     if path.suffix.lower() not in SUFFIXES:
-        raise _cli.UserError(f'{target} does not end like a file of weights: name it with one '
+        raise UserError(f'{target} does not end like a file of weights: name it with one '
                              f'of {", ".join(SUFFIXES)}')
     if (to == 'safetensors') != (path.suffix.lower() == '.safetensors'):
-        raise _cli.UserError(f'--to {to} and the name {target} do not agree: files of '
+        raise UserError(f'--to {to} and the name {target} do not agree: files of '
                              'safetensors, and no others, end with .safetensors')
     if os.path.lexists(path) and not force:
-        raise _cli.UserError(f'{target} exists: choose another name, or write over it with '
+        raise UserError(f'{target} exists: choose another name, or write over it with '
                              '--force')
 
 
@@ -100,7 +101,7 @@ def refuse_own_input(source, files, target):
         return
     for file in files:
         if file.exists() and os.path.samefile(file, target):
-            raise _cli.UserError(f'{target} is the input itself ({source}), which would be lost: '
+            raise UserError(f'{target} is the input itself ({source}), which would be lost: '
                                  'choose another name')
 
 
@@ -166,7 +167,7 @@ def main():
     checkpoint = select_weights(content, args.weights, path, family=family)
     state = checkpoint['state_dict']
     if 'arch' not in checkpoint['meta']:
-        raise _cli.UserError(f'{args.source} holds {describe_places(state, family)}: convert takes '
+        raise UserError(f'{args.source} holds {describe_places(state, family)}: convert takes '
                              f"one {family.model} under 'backbone.', with its heads beside it, or "
                              'alone; save that one alone')
     key, held, _ = choose_weights(content, args.weights, path, family)
@@ -186,4 +187,4 @@ def main():
 
 
 if __name__ == '__main__':
-    _cli.run(main)
+    cli.run(main)

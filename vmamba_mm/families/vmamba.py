@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from vmamba_mm.families.base import Family, Rows, Rule, are_ints, is_int, is_number, one_of
+from vmamba_mm.families.parity import Build, Call, Limit, Omission, Options, Parity, Subject
 
 
 def _arch(embed_dims: int, depths: tuple[int, ...], *, vanilla: bool = False,
@@ -119,6 +120,65 @@ def _infer_arch(weights: Mapping[str, Any]) -> dict[str, Any]:
     return arch if kernel == 3 else dict(arch, conv_kernel=kernel)
 
 
+# --- the official code's numbers ----------------------------------------------------------------
+
+_STEM_VERSIONS = {'v1': 'patch', 'v2': 'conv'}
+_DOWNSAMPLE_VERSIONS = {'v1': 'merge', 'v2': 'merge', 'v3': 'conv'}
+#: The official ``forward_type`` without its suffix. Those of one order differ in how they compute.
+_SCAN_VERSIONS = {**dict.fromkeys(('v0', 'v01', 'v02', 'v03', 'v04', 'v05', 'v2', 'v3'), 'cross'),
+                  'v051d': 'unidirectional', 'v052d': 'bidirectional', 'v052dc': 'cascade'}
+
+
+def _parity_arch(kwargs: Options) -> dict[str, Any]:
+    """Our ``arch`` for the arguments of the official ``VSSM``."""
+    for key, value in dict(patch_size=4, patch_norm=True, gmlp=False, posembed=False,
+                           mlp_act_layer='gelu').items():
+        kwargs.require(key, value)
+    kwargs.require('norm_layer', 'ln', 'ln2d')  # of the same values in another memory format
+    kwargs.ignore('drop_path_rate', 'ssm_drop_rate', 'mlp_drop_rate', 'ssm_init', 'use_checkpoint',
+                  'imgsize')
+    stem = kwargs.require('patchembed_version', *_STEM_VERSIONS)
+    downsample = kwargs.require('downsample_version', *_DOWNSAMPLE_VERSIONS)
+    scan = kwargs.require('forward_type', *(f'{version}{suffix}' for version in _SCAN_VERSIONS
+                                            for suffix in ('', '_noz')))
+    arch = dict(embed_dims=kwargs['dims'], depths=tuple(kwargs['depths']),
+                d_state=kwargs['ssm_d_state'], ssm_ratio=kwargs['ssm_ratio'],
+                dt_rank=kwargs['ssm_dt_rank'], conv_bias=kwargs['ssm_conv_bias'],
+                gate=not scan.endswith('_noz'), mlp_ratio=kwargs['mlp_ratio'],
+                stem=_STEM_VERSIONS[stem], downsample=_DOWNSAMPLE_VERSIONS[downsample],
+                scan=_SCAN_VERSIONS[scan.removesuffix('_noz')], act=kwargs['ssm_act_layer'])
+    return dict(arch, conv_kernel=0 if kwargs['ssm_conv'] < 2 else kwargs['ssm_conv'])
+
+
+def _parity_subject(file: str, options: Options) -> Subject:
+    """A classifier, NAME.cls.pth, or the same backbone with a norm for each output."""
+    options.ignore('kind')
+    kwargs = options['kwargs']
+    arguments = dict(arch=_parity_arch(kwargs), in_channels=kwargs['in_chans'])
+    num_classes = kwargs['num_classes']
+    if file.endswith('.dense.pth'):
+        return Subject(Build('vmamba_mm.models:VMamba', arguments), Call(outputs=('feats',)))
+    backbone = Build('vmamba_mm.models:VMamba', dict(arguments, out_indices=(3,)))
+    return Subject(Build('vmamba_mm.testing:Classifier', dict(
+        backbone=backbone, num_classes=num_classes)), Call(outputs=('logits',)))
+
+
+def _parity_scan(section: str, case: Options) -> Subject:
+    names = ('u', 'delta', 'A', 'B', 'C', 'D', 'delta_bias')
+    return Subject(Build('vmamba_mm.ops:selective_scan', dict(delta_softplus=True)),
+                   Call(args=(), kwargs={name: name for name in names}, outputs=('y',)))
+
+
+_CLS_NUMBERS = 'belongs to the classifier, NAME.cls.pth'
+PARITY = Parity(
+    subject=_parity_subject, ops={'selective_scan.pt': _parity_scan},
+    checkpoints=('.cls.pth', '.dense.pth'),
+    omissions=(Omission('feats', 'is of the backbone with norms, NAME.dense.pth', '*.cls.pth'),
+               Omission('logits', _CLS_NUMBERS, '*.dense.pth'),
+               Omission('grad_*', _CLS_NUMBERS, '*.dense.pth')),
+    limits=(Limit('y', 1e-6, 'stored in fp32', 'selective_scan.pt'),
+            Limit('grads.*', 1e-5, 'stored in fp32', 'selective_scan.pt')))
+
 FAMILY = Family(
     name='vmamba', model='VMamba', archs=ARCHS, rules=RULES, check=_check,
     # The norm of a classifier is that of its only output.
@@ -132,7 +192,7 @@ FAMILY = Family(
     linear=r'\.(in_proj|out_proj|fc1|fc2|reduction|head|fc)\.weight$',
     first_convs=('patch_embed.conv1.weight', 'patch_embed.proj.weight'),
     infer_arch=_infer_arch,
-    licence='MIT', url='https://github.com/MzeroMiko/VMamba')
+    parity=PARITY, licence='MIT', url='https://github.com/MzeroMiko/VMamba')
 
 #: The former name of ARCHS.
 ARCH_SETTINGS = ARCHS

@@ -100,7 +100,7 @@ class TimmVMamba(nn.Module):
 
     @property
     def head_hidden_size(self) -> int:
-        """Width of what the classifier reads: 'catavgmax' doubles it."""
+        """Width of what the classifier reads; 'catavgmax' doubles it."""
         return self.num_features * self.head.global_pool.feat_mult()
 
     def forward_features(self, x: Tensor) -> Tensor:
