@@ -86,6 +86,6 @@ def test_the_last_run_counts_and_an_error_leaves_no_hook():
         model(x)
         model(x[:1, :, :24])
     assert found[module][0].shape == (1, 8, 6, 14)
-    with pytest.raises(RuntimeError), record_scan_inputs([module]):
+    with pytest.raises(ValueError), record_scan_inputs([module]):
         model(x[:, :2])
     assert not module._forward_pre_hooks and torch._C._len_torch_dispatch_stack() == 0
