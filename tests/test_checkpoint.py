@@ -1,7 +1,6 @@
 """Official names and shapes to ours and back, and what is told from them."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,17 +14,10 @@ from official import (
     random_backbone,
 )
 
-from vmamba_mm.checkpoints.names import (
-    config_of,
-    differences,
-    explain_differences,
-    infer_arch,
-    infer_task,
-    is_vmamba,
-    to_mm,
-    to_official,
-)
+from vmamba_mm.checkpoints.compare import differences, explain_differences
+from vmamba_mm.checkpoints.names import infer_arch, infer_task, to_mm, to_official
 from vmamba_mm.errors import UserError
+from vmamba_mm.families import family_of
 from vmamba_mm.models import VMamba
 
 ARCHS = {'s1': S1, 's2': S2, 'vanilla': VANILLA}
@@ -101,7 +93,7 @@ def test_several_backbones_keep_their_places():
 
 def test_what_is_no_vmamba():
     for state in ({}, {'layers.0.blocks.0.attn.weight': torch.zeros(1)}):
-        assert not is_vmamba(state)
+        assert family_of(state) is None
         with pytest.raises(UserError, match='not those of a VMamba'):
             to_mm(state)
     state = classifier_state(random_backbone(S1, (3,)), 10)
@@ -131,13 +123,6 @@ def test_own_arch_is_told(change):
     assert infer_arch(model.state_dict()) == arch
     assert_same(to_mm(dense_state(model)),
                 {f'backbone.{k}': v for k, v in model.state_dict().items()})
-
-
-def test_config_exists():
-    root = Path(__file__).resolve().parents[1]
-    for name in VMamba.arch_settings:
-        for task in ('cls', 'det', 'seg', 'backbone'):
-            assert (root / config_of(name, task)).is_file()
 
 
 def test_mix_up_names_the_arch_and_the_config():

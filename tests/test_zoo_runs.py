@@ -21,7 +21,8 @@ from official import (
     save_training_file,
 )
 
-from vmamba_mm.checkpoints.names import differences, infer_arch, infer_task, to_mm
+from vmamba_mm.checkpoints.compare import differences
+from vmamba_mm.checkpoints.names import infer_arch, infer_task, to_mm
 from vmamba_mm.families.vmamba import ARCH_SETTINGS
 
 REPO = Path(__file__).resolve().parents[1]

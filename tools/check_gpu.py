@@ -77,19 +77,19 @@ def run_cases(tool, only):
 
     from vmamba_mm.layers import ConvStem, VSSBlock
     from vmamba_mm.ops import selective_scan, ss2d_scan, ss2d_scan_norm
-    from vmamba_mm.ops.core import gemm, nvrtc
+    from vmamba_mm.ops.core import gemm, launch
     from vmamba_mm.ops.ss2d_scan import schedule
     from vmamba_mm.testing import selective_scan_inputs, ss2d_scan_inputs, with_grads
 
     if tool != 'memcheck':
         write_products_plainly(torch, gemm)
-    launched, bind = set(), nvrtc.Kernel.bind
+    launched, bind = set(), launch.Kernel.bind
 
-    def recorded(self, *args):
+    def recorded(self, *args, **fields):
         launched.add(self.instance.source)
-        return bind(self, *args)
+        return bind(self, *args, **fields)
 
-    nvrtc.Kernel.bind = recorded
+    launch.Kernel.bind = recorded
 
     def run(name, op, inputs, **kwargs):
         if only not in f'{op.__name__}, {name}':
@@ -131,11 +131,11 @@ def run_cases(tool, only):
         torch.cuda.synchronize()
         print(f'{time.monotonic() - began:.0f} s: stem', flush=True)
 
-    began, around = time.monotonic(), schedule._around
+    began, clusters = time.monotonic(), schedule.cluster_schedules
     for name, shape, kwargs, dtype, norm in scan_cases():
         # Spans would be gone around too, where the GPU has clusters.
-        schedule._around = (lambda *args: ()) if name == 'in spans' else around
-        nvrtc.forget()
+        schedule.cluster_schedules = (lambda *args: ()) if name == 'in spans' else clusters
+        launch.forget()
         inputs = ss2d_scan_inputs(*shape, **kwargs)
         inputs['x'] = inputs['x'].to(dtype)
         run(name, ss2d_scan, inputs)
@@ -236,7 +236,7 @@ def main():
     sanitizer = find_sanitizer()
     import torch
 
-    from vmamba_mm.ops.core.nvrtc import KERNELS
+    from vmamba_mm.links import KERNELS
 
     if torch.version.hip is not None or not torch.cuda.is_available():
         raise UserError('torch finds no NVIDIA GPU here')

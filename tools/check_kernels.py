@@ -14,14 +14,14 @@ from pathlib import Path
 from vmamba_mm.atomic import write_atomic
 from vmamba_mm.errors import UserError
 from vmamba_mm.mm import cli
-from vmamba_mm.ops.core import instances, nvrtc
+from vmamba_mm.ops.core import compile, instances
 
 EXAMPLES = """\
   python tools/check_kernels.py
   python tools/check_kernels.py --only ss2d_scan_fwd --arch 90
   python tools/check_kernels.py --update"""
 ARCHS = (75, 80, 86, 89, 90, 100, 120)
-BUDGET = nvrtc.KERNELS / 'resources.json'
+BUDGET = compile.KERNELS / 'resources.json'
 VERBOSE = '--ptxas-options=-v'
 
 
@@ -46,7 +46,7 @@ def measure(instance, arch):
     """Registers and bytes a thread, shared bytes a block; or the text of an error."""
     verbose = instance._replace(options=(*instance.options, VERBOSE))
     try:
-        return parse_log(nvrtc.build(verbose, f'sm_{arch}'))
+        return parse_log(compile.build(verbose, f'sm_{arch}'))
     except (OSError, RuntimeError, ValueError) as err:
         return str(err)
 
@@ -115,8 +115,8 @@ def dump(version, found):
 def main():
     args = parse_args()
     try:
-        version = '{}.{}'.format(*nvrtc.find_nvrtc().version)
-    except nvrtc.NvrtcNotFound as err:
+        version = '{}.{}'.format(*compile.find_nvrtc().version)
+    except compile.NvrtcNotFound as err:
         raise UserError(str(err)) from err
     jobs = [(instance, arch) for instance, lowest in instances.INSTANCES.items()
             for arch in args.arch if arch >= lowest and args.only in str(instance)]
@@ -125,7 +125,7 @@ def main():
         print(f'{what}; NVRTC {version}')
         return
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['vmamba_mm.ops.core.nvrtc'])
+    context.set_forkserver_preload(['vmamba_mm.ops.core.compile'])
     found = {}
     with ProcessPoolExecutor(min(args.jobs, len(jobs)), mp_context=context) as pool:
         for (instance, arch), use in zip(jobs, pool.map(measure, *zip(*jobs, strict=True)),

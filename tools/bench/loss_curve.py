@@ -29,7 +29,7 @@ from torch import nn
 import vmamba_mm.layers.ss2d
 from vmamba_mm.layers import ConvDownsample, ConvStem, VSSBlock
 from vmamba_mm.ops import BACKENDS, scan_norm
-from vmamba_mm.ops.core import nvrtc
+from vmamba_mm.ops.core import launch
 from vmamba_mm.ops.scan_kernels import cuda as walk
 
 matplotlib.use('Agg')
@@ -98,8 +98,8 @@ def only(backend):
                                   functools.partial(scan_norm, backend=backend)))
         if backend != 'cuda':
             replace(mock.patch.object(walk, 'why_not', lambda *args: 'not asked for'))
-            replace(mock.patch.object(nvrtc, 'load', side_effect=AssertionError('a kernel')))
-            nvrtc.forget()  # launches that are bound already
+            replace(mock.patch.object(launch, 'load', side_effect=AssertionError('a kernel')))
+            launch.forget()  # launches that are bound already
         yield
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from vmamba_mm.links import CONFIGS
+from vmamba_mm import zoo
 from vmamba_mm.mm.compat import prepare_mm, require_working
 
 prepare_mm()  # before mmpretrain, which some releases of transformers break
@@ -18,19 +18,19 @@ require_working('mmpretrain')
 from mmpretrain import ModelHub  # noqa: E402
 
 
-def _register_classifiers(metafile: Path) -> None:
-    """The hub takes a file, and all that is in it; detectors and segmentors are not for it."""
-    index = yaml.safe_load(metafile.read_text())
-    index['Models'] = [model for model in index['Models']
-                       if model['Results'][0]['Task'] == 'Image Classification']
-    used = {model['In Collection'] for model in index['Models']}
-    index['Collections'] = [c for c in index['Collections'] if c['Name'] in used]
+def register(entries: list[zoo.Entry]) -> None:
+    """Make models known to the hub, which reads a file and takes all that is in it."""
+    models = [{'Name': e.name, 'In Collection': e.collection['Name'], 'Config': str(e.path),
+               'Weights': e.weights, 'Metadata': {'FLOPs': e.flops, 'Parameters': e.parameters},
+               'Results': [{'Task': r.task, 'Dataset': r.dataset, 'Metrics': dict(r.metrics)}
+                           for r in e.results]} for e in entries]
+    collections = {e.collection['Name']: e.collection for e in entries}
     with tempfile.TemporaryDirectory() as folder:
-        classifiers = Path(folder, 'metafile.yml')
-        classifiers.write_text(yaml.safe_dump(index, sort_keys=False))
-        ModelHub.register_model_index(classifiers, config_prefix=CONFIGS.parent)
+        metafile = Path(folder, 'metafile.yml')
+        metafile.write_text(yaml.safe_dump(
+            {'Collections': list(collections.values()), 'Models': models}), encoding='utf-8')
+        ModelHub.register_model_index(metafile)
 
 
 # mmpretrain refuses a name that it has, and importlib.reload runs this again.
-if not ModelHub.has('vmamba-tiny-s1l8_8xb128_in1k-224'):
-    _register_classifiers(CONFIGS / 'vmamba' / 'metafile.yml')
+register([e for e in zoo.entries(task='cls') if not ModelHub.has(e.name)])

@@ -14,13 +14,17 @@ lines: onedl-mmengine with its packages, and mmengine 0.10.7 with mmpretrain 1.2
 mmsegmentation 1.2.2.
 """
 
+import functools
 import importlib
 import importlib.util
+import inspect
 import sys
 from pathlib import Path
 
+from vmamba_mm import zoo
 from vmamba_mm.checkpoints.formats import safe_numpy_types
 from vmamba_mm.errors import UserError
+from vmamba_mm.links import CONFIGS
 from vmamba_mm.mm.tasks import TASKS
 
 EXTRAS = {scope: task.extra for scope, task in TASKS.items()} | dict(mmcv='all', mmengine='all')
@@ -101,10 +105,42 @@ def _find_packages_by_module():
     from mmengine.utils import package_utils
 
     config_utils.MODULE2PACKAGE.update(mmseg='mmseg', vmamba_mm='vmamba_mm')
-    for module in (config, hub, utils, package_utils):
-        for replacement in (get_installed_path, install_package, is_installed):
-            if hasattr(module, replacement.__name__):
-                setattr(module, replacement.__name__, replacement)
+    replacements = {f.__name__: f for f in (get_installed_path, install_package, is_installed)}
+    for name, ours in (('_get_cfg_metainfo', _find_metadata),
+                       ('_get_external_cfg_base_path', _find_config)):
+        replacements[name] = _with_our_own(inspect.unwrap(getattr(config_utils, name)), ours)
+    for module in (config, config_utils, hub, utils, package_utils):
+        for name, replacement in replacements.items():
+            if hasattr(module, name):
+                setattr(module, name, replacement)
+
+
+def _with_our_own(theirs, ours):
+    """mmengine's function of (folder of a package, name of a config), and ours for this package.
+
+    Theirs look below ``.mim`` in the package's folder, which only an installed package has.
+    """
+    package = Path(get_installed_path('vmamba_mm'))
+
+    @functools.wraps(theirs)
+    def find(package_path, name):
+        return ours(name) if Path(package_path) == package else theirs(package_path, name)
+
+    return find
+
+
+def _find_config(name):
+    path = CONFIGS / name
+    if not path.is_file():
+        raise FileNotFoundError(f'vmamba_mm has no config {name}: there is no file {path}')
+    return str(path)
+
+
+def _find_metadata(name):
+    for entry in zoo.entries():
+        if entry.config == f'configs/{name}':
+            return {'Config': str(entry.path), 'Weights': entry.weights}
+    raise ValueError(f'{name} is the config of no published model')  # as mmengine's
 
 
 def get_installed_path(package):
@@ -113,11 +149,6 @@ def get_installed_path(package):
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise missing_package(module)
-    if module == 'vmamba_mm' and not (Path(spec.origin).parent / '.mim/configs').is_dir():
-        raise UserError(
-            "vmamba_mm:: finds no configs: git wrote text files in place of the checkout's "
-            'symbolic links (core.symlinks=false); name the config by its path in the checkout, '
-            'or install with pip install . and not as editable')
     return spec.origin.rpartition('/__init__.py')[0] or spec.submodule_search_locations[0]
 
 
