@@ -248,6 +248,16 @@ def test_wrong_values_name_the_choices(kwargs, message):
         VMamba(**{'arch': S1, **kwargs})
 
 
+@pytest.mark.parametrize('stem', ['conv', 'patch'])
+@pytest.mark.parametrize(('images', 'in_channels'), [(1, 3), (4, 3), (3, 4)])
+def test_images_of_other_channels(stem, images, in_channels):
+    model = VMamba(dict(S1, stem=stem), in_channels=in_channels).eval()
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), pytest.raises(
+                ValueError, match=f'to have {in_channels} channels, but got {images}.*in_channels'):
+            model(torch.randn(1, images, 16, 16))
+
+
 def test_building_and_running_is_quiet(capsys):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
