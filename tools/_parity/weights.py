@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vmamba_mm.checkpoints.compare import differences
 from vmamba_mm.checkpoints.files import read_checkpoint
 from vmamba_mm.checkpoints.formats import read_content
-from vmamba_mm.checkpoints.names import differences
 from vmamba_mm.errors import UserError
 from vmamba_mm.families import Family
-from vmamba_mm.families.names import has_row, rename, rows_of
+from vmamba_mm.families.names import has_row, rename
 from vmamba_mm.families.parity import Build, Subject
 
 
@@ -110,7 +110,7 @@ def convert_names(family: Family, subject: Subject, state: Mapping[str, Any],
     if subject.convert is not None:
         return dict(subject.convert(state))
     plain = {k.removeprefix('backbone.'): v for k, v in state.items()}
-    rows = rows_of(family, plain) + tuple(family.head_keys)
+    rows = family.all_rows(plain)
     renamed = {}
     for name, value in plain.items():
         ours = rename(name, rows) if has_row(name, rows) else name
