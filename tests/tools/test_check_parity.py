@@ -288,7 +288,9 @@ def test_every_kind_of_case_can_fail(check, toy, change, file, name, tensor):
     ('own.json', None, 'own.json', 'No such file'),
     ('own.expected.pt', None, 'own.expected.pt', 'does not exist'),
     ('own.dense.pth', None, 'own.dense.pth', 'does not exist'),
-    ('selective_scan.pt', b'no tensors', 'selective_scan.pt', 'cannot be read')])
+    ('selective_scan.pt', b'no tensors', 'selective_scan.pt', 'cannot be read'),
+    ('op_other.pt', b'', 'op_other.pt', 'the family knows no op or layer for it'),
+    ('own.pth', b'', '', 'belongs to no NAME.json')])
 def test_files_that_cannot_be_read(tool, vmamba, tmp_path, name, content, tensor, problem):
     toy_parity.save_files(vmamba, tmp_path)
     if content is None:
