@@ -10,7 +10,6 @@ from torch import nn
 from vmamba_mm import zoo
 from vmamba_mm.families import resolve_arch
 
-
 # --- architectures ------------------------------------------------------------------------------
 
 @each_spec
