@@ -141,8 +141,8 @@ def _has_tensors(value: Any) -> bool:
 class Build:
     """A class or function of ours, ``package.module:name``, and its keyword arguments.
 
-    A class is called with them; a function keeps them for its calls. An argument may be a ``Build``
-    itself.
+    A class is called with them; a function keeps them for its calls. Arguments may be ``Build``
+    too.
     """
 
     target: str
