@@ -38,8 +38,8 @@ class Spec:
         layer_depths: {name of a parameter of the first arch: its depth}.
         a_weight: name of a Linear's weight in a block of every arch.
         sizes: of images, the odd ones that a family takes.
-        published_keys: -> {arch: {official name: shape}} of the published classifiers, or None
-            where they are not at hand.
+        published_keys: gives {arch: {official name: shape}} of the published classifiers, or None
+            where the list is not at hand; None if nothing was published.
     """
 
     family: Family
@@ -53,11 +53,16 @@ class Spec:
     layer_depths: Mapping[str, int]
     a_weight: str
     sizes: Sequence[tuple[int, int]] = ((1, 1), (1, 50), (31, 33), (64, 32))
-    published_keys: Callable[[], Mapping[str, Mapping[str, tuple]] | None] = lambda: None
+    published_keys: Callable[[], Mapping[str, Mapping[str, tuple]] | None] | None = None
 
     @property
     def first(self) -> Mapping[str, Any]:
         return next(iter(self.archs.values()))
+
+    def stages(self, arch: str | Mapping[str, Any]) -> range:
+        """The numbers of the stages of an architecture."""
+        arch = self.family.archs[arch] if isinstance(arch, str) else arch
+        return range(len(self.model.stage_sizes(arch)[0]))
 
     def random_model(self, arch: Mapping[str, Any] | None = None, seed: int = 0, **kwargs
                      ) -> Backbone:

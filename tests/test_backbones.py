@@ -20,7 +20,7 @@ def test_published_architectures(spec):
     for arch in spec.family.archs:
         assert resolve_arch(spec.family, dict(spec.family.archs[arch])) == spec.family.archs[arch]
         with torch.device('meta'):
-            model = spec.model(arch, (len(spec.model(arch).depths) - 1,))
+            model = spec.model(arch, spec.stages(arch)[-1:])
         head = 1000 * (model.num_features[-1] + 1)
         if arch in entries:
             counted = sum(p.numel() for p in model.parameters()) + head
@@ -51,7 +51,7 @@ def test_wrong_architectures_name_the_choices(spec, item):
 def test_wrong_values_name_the_choices(spec):
     key, name = next(iter(spec.first)), spec.model.default_arch
     lacking = {k: v for k, v in spec.first.items() if k != key}
-    last = len(spec.model(spec.first).depths)
+    last = len(spec.stages(spec.first))
     for kwargs, message in [
             (dict(arch='giant'), f"arch='giant' does not exist.*{name}"),
             (dict(arch=7), 'a name or a dict'),
@@ -92,7 +92,7 @@ def test_building_and_running_is_quiet(spec, arch, capsys):
 @each_arch
 def test_any_input_size_forward_and_backward(spec, arch):
     torch.manual_seed(0)
-    stages = range(len(spec.model(arch).depths))
+    stages = spec.stages(arch)
     for size in spec.sizes:
         model = spec.model(arch, stages, drop_path_rate=0.1)
         outs = model(torch.randn(2, 3, *size))
@@ -107,7 +107,7 @@ def test_any_input_size_forward_and_backward(spec, arch):
 
 @each_arch
 def test_out_indices(spec, arch):
-    stages = range(len(spec.model(arch).depths))
+    stages = spec.stages(arch)
     every, x = spec.model(arch, stages).eval(), torch.randn(1, 3, 40, 32)
     all_outs = every(x)
     for indices in ((0,), (1, stages[-1]), (stages[-1],)):
@@ -190,7 +190,7 @@ def test_other_channels(spec, arch):
 
 @each_arch
 def test_frozen_stages(spec, arch):
-    stages = range(len(spec.model(arch).depths))
+    stages = spec.stages(arch)
     for frozen_stages in (-1, *range(len(stages) + 1)):
         model = spec.model(arch, stages, frozen_stages=frozen_stages, drop_path_rate=0.5).train()
         frozen = set(spec.model.stem) if frozen_stages >= 0 else set()
