@@ -14,12 +14,12 @@ MM = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain')
 #: The floors of the package from the bottom up: a folder or module -> what it may import besides
 #: the standard library, its own floor, the floors below and modules of the ground floor.
 FLOORS = {
-    'ops': ('torch', 'triton'),
+    'ops': ('torch', 'triton', 'cuda'),  # torch brings the two others, or ops do without
     'layers': ('torch',),
     'families': (),
     'checkpoints': ('torch', 'numpy', 'safetensors'),
     'models': ('torch', 'mmengine'),
-    'mm': ('torch', 'numpy', 'matplotlib', 'cv2', 'mmengine', 'mmcv', 'mmpretrain'),
+    'mm': ('torch', 'numpy', 'matplotlib', 'cv2', 'PIL', 'mmengine', 'mmcv', 'mmpretrain', 'mmdet'),
     'integrations': ('torch', 'yaml', 'timm', 'mmpretrain'),
 }
 #: The ground floor: modules that any other may import, and what they import themselves.

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.library import opcheck
 
 from vmamba_mm.ops import cross_merge, cross_scan, selective_scan, ss2d_scan, ss2d_scan_norm
-from vmamba_mm.ops.core import nvrtc
+from vmamba_mm.ops.core import launch
 from vmamba_mm.ops.core.instances import INSTANCES
 from vmamba_mm.ops.scan_kernels.cuda import magic
 from vmamba_mm.ops.ss2d_scan import chunked, cuda, schedule
@@ -103,8 +103,8 @@ def check_norm(inputs):
 
 def without_clusters(monkeypatch):
     """Plans in which a warp has all chunks of its span."""
-    monkeypatch.setattr(schedule, '_around', lambda *args: ())
-    nvrtc.forget()
+    monkeypatch.setattr(schedule, 'cluster_schedules', lambda *args: ())
+    launch.forget()
 
 
 def cut_around(monkeypatch, width, sets, cluster, spans, slots='exact'):
@@ -117,14 +117,14 @@ def cut_around(monkeypatch, width, sets, cluster, spans, slots='exact'):
         span = -(-chunks // (alone * spans)) * alone
         work = plan.forward._replace(
             maps=plan.routes, warps=width * sets, columns=-(-plan.groups // width), span=span,
-            spans=-(-chunks // span), alone=alone, independent=True, sets=sets, cluster=cluster,
-            shared=100_000)  # or less
+            spans=-(-chunks // span), image_chunks=alone, independent=True, sets=sets,
+            cluster=cluster, shared=100_000)  # or less
         back = plan.backward._replace(maps=plan.routes, span=chunks, spans=1, independent=True)
         return plan._replace(slots=count, chunks=chunks, forward=work, backward=back,
                              magic=(*plan.magic[:2], magic(count)))
 
     monkeypatch.setattr(schedule, 'plan_of', plan)
-    nvrtc.forget()
+    launch.forget()
 
 
 def slots_of(slots, batch, length):
@@ -146,7 +146,7 @@ def cut_by_hand(monkeypatch, maps, slots, spans):
         count, chunks, alone = slots_of(slots, batch, height * width)
         unit = alone if maps == 2 else 1
         span = -(-chunks // (unit * spans)) * unit
-        cuts = [work._replace(maps=maps, span=span, spans=-(-chunks // span), alone=alone,
+        cuts = [work._replace(maps=maps, span=span, spans=-(-chunks // span), image_chunks=alone,
                               independent=maps == 2 or span >= chunks,
                               shared=work.shared + work.warps * 8192 + 16384)  # or more
                 for work in (plan.forward, plan.backward)]
@@ -154,7 +154,7 @@ def cut_by_hand(monkeypatch, maps, slots, spans):
                              magic=(*plan.magic[:2], magic(count)))
 
     monkeypatch.setattr(schedule, 'plan_of', plan)
-    nvrtc.forget()
+    launch.forget()
 
 
 @pytest.fixture(autouse=True)
@@ -168,7 +168,7 @@ def poison(monkeypatch):
 
     monkeypatch.setattr(torch, 'empty', poisoned)
     yield
-    nvrtc.forget()  # a plan made by hand
+    launch.forget()  # a plan made by hand
 
 
 @needs_gpu
@@ -230,7 +230,7 @@ def test_chunks_that_go_around(monkeypatch, size, width, sets, cluster):
         with monkeypatch.context() as patch:
             cut_around(patch, width, sets, cluster, spans, slots)
             check(make(batch, 72, height, width_of_map))
-    nvrtc.forget()
+    launch.forget()
 
 
 @needs_gpu

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from vmamba_mm.ops import selective_scan
-from vmamba_mm.ops.core import nvrtc
+from vmamba_mm.ops.core import launch
 from vmamba_mm.ops.orders import reference as cross
 from vmamba_mm.ops.scan_kernels import cuda as launches
 from vmamba_mm.ops.selective_scan import chunked as s6_chunked
@@ -49,9 +49,9 @@ def make(batch, dim, height, width, state, routes, rank, dtype=torch.float32, de
 def cut_walks(monkeypatch):
     """Every walk is cut into spans."""
     monkeypatch.setattr(launches.Walk, 'max_span', 96)
-    nvrtc.forget()
+    launch.forget()
     yield
-    nvrtc.forget()
+    launch.forget()
 
 
 def run(inputs, grad_y, logs=False):

@@ -8,17 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from vmamba_mm.errors import UserError
+
 BENCH = Path(__file__).parents[2] / 'tools' / 'bench'
 ON_CPU = ('--device', 'cpu', '--shrink', 16, '--quick')
 
 
 @pytest.fixture
-def tool(monkeypatch):
+def tool(monkeypatch, load_tool):
     """dense_steps; call(*argv) runs its main."""
     for package in ('timm', 'mmdet', 'mmseg', 'mmpretrain'):
         pytest.importorskip(package)
-    monkeypatch.syspath_prepend(BENCH)
-    import dense_steps
+    dense_steps = load_tool('bench/dense_steps.py')
     from mmengine.logging import MMLogger
 
     def call(*argv):
@@ -116,14 +117,14 @@ def test_what_is_wrong_is_not_timed(tool, monkeypatch, tmp_path, what):
 
     monkeypatch.setattr(layer, 'scan_norm', wrong)
     found = "the backbone's maps are" if what == 'maps' else '(no gradient|gradient is)'
-    with pytest.raises(tool._cli.UserError, match=f'tiny_s1l8 is wrong.*fp16: .*{found}'):
+    with pytest.raises(UserError, match=f'tiny_s1l8 is wrong.*fp16: .*{found}'):
         tool.call(*ON_CPU, '--tasks', 'upernet', '--csv', tmp_path / 'a.csv')
     assert not (tmp_path / 'a.csv').exists()
 
 
 def test_our_failure_is_an_error(tool, monkeypatch, capsys):
     monkeypatch.setattr(tool, 'make_config', lambda *args: 1 / 0)
-    with pytest.raises(tool._cli.UserError, match='tiny_s1l8 failed'):
+    with pytest.raises(UserError, match='tiny_s1l8 failed'):
         tool.call(*ON_CPU, '--tasks', 'upernet', '--models', 'tiny_s1l8')
     assert 'tiny_s1l8: UperNet 512x512 b4, fp32: ZeroDivisionError' in capsys.readouterr().out
 
@@ -181,10 +182,10 @@ def test_mistakes(tool, tmp_path):
     for argv, match in ((('--shrink', 0), 'at least 1'),
                         (('--merge', tmp_path / 'none.csv'), 'none.csv'),
                         (('--merge', __file__), 'no CSV file of this tool')):
-        with pytest.raises((tool._cli.UserError, FileNotFoundError), match=match):
+        with pytest.raises((UserError, FileNotFoundError), match=match):
             tool.call(*argv)
     if not torch.cuda.is_available():
-        with pytest.raises(tool._cli.UserError, match='finds no GPU'):
+        with pytest.raises(UserError, match='finds no GPU'):
             tool.call()
     with pytest.raises(SystemExit):
         tool.call('--tasks', 'none')

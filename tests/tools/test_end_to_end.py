@@ -3,25 +3,23 @@
 import csv
 import functools
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-BENCH = Path(__file__).parents[2] / 'tools' / 'bench'
+from vmamba_mm.errors import UserError
+
 ARCH = dict(embed_dims=16, depths=(1, 1, 1, 1), d_state=1, ssm_ratio=1.0, dt_rank='auto',
             conv_bias=False, gate=False, mlp_ratio=4.0, stem='conv', downsample='conv',
             scan='cross')
 
 
 @pytest.fixture
-def tool(monkeypatch):
+def tool(monkeypatch, load_tool):
     """end_to_end with small models; call(*argv) runs its main."""
     pytest.importorskip('timm')
     pytest.importorskip('mmengine')
-    monkeypatch.syspath_prepend(BENCH)
-    import end_to_end
-
+    end_to_end = load_tool('bench/end_to_end.py')
     make = end_to_end.make_model
 
     def make_small(name, output, height, width):
@@ -91,7 +89,7 @@ def test_all_sections(tool, monkeypatch, tmp_path, capsys):
     assert (tmp_path / 'b.csv').read_text() == (tmp_path / 'a.csv').read_text()
     other = (tmp_path / 'a.csv').read_text().replace(',CPU,', ',another GPU,')
     (tmp_path / 'c.csv').write_text(other.replace(',tiny_s1l8,', ',base_s1l20,'))
-    with pytest.raises(tool._cli.UserError, match='device CPU and another GPU'):
+    with pytest.raises(UserError, match='device CPU and another GPU'):
         tool.call(*ON_CPU, '--sections', 'headline', '--merge', tmp_path / 'c.csv')
 
 
@@ -109,7 +107,7 @@ def test_what_is_wrong_is_not_timed(tool, monkeypatch, tmp_path, what):
         return y * 1.5 if what == 'the output' else y.detach() + 0 * x
 
     monkeypatch.setattr(layer, 'scan_norm', wrong)
-    with pytest.raises(tool._cli.UserError, match=f'tiny_s1l8 is wrong.*: {what} differs'):
+    with pytest.raises(UserError, match=f'tiny_s1l8 is wrong.*: {what} differs'):
         tool.call(*ON_CPU, '--models', 'convnext_t', 'tiny_s1l8', '--csv', tmp_path / 'a.csv')
     lines = list(csv.DictReader((tmp_path / 'a.csv').open()))
     assert {line['model'] for line in lines} == {'convnext_t'}
@@ -117,7 +115,7 @@ def test_what_is_wrong_is_not_timed(tool, monkeypatch, tmp_path, what):
 
 def test_our_failure_is_an_error(tool, monkeypatch, capsys):
     monkeypatch.setattr(tool, 'make_model', lambda *args: 1 / 0)
-    with pytest.raises(tool._cli.UserError, match='tiny_s1l8 failed'):
+    with pytest.raises(UserError, match='tiny_s1l8 failed'):
         tool.call(*ON_CPU, '--models', 'tiny_s1l8')
     assert 'tiny_s1l8: ZeroDivisionError' in capsys.readouterr().out
 
@@ -165,10 +163,10 @@ def test_mistakes(tool, tmp_path, capsys):
     for argv, match in ((('--shrink', 0), 'at least 1'),
                         (('--merge', tmp_path / 'none.csv'), 'none.csv'),
                         (('--merge', __file__), 'no CSV file of this tool')):
-        with pytest.raises((tool._cli.UserError, FileNotFoundError), match=match):
+        with pytest.raises((UserError, FileNotFoundError), match=match):
             tool.call(*argv)
     if not torch.cuda.is_available():
-        with pytest.raises(tool._cli.UserError, match='finds no GPU'):
+        with pytest.raises(UserError, match='finds no GPU'):
             tool.call()
     with pytest.raises(SystemExit):
         tool.call('--sections', 'none')

@@ -1,10 +1,8 @@
 """tools/bench/profile_forward.py: which kind a kernel is of, and the tables, from known times."""
 
 import csv
-import sys
 
 import pytest
-import tiny
 from test_tools_errors import assert_one_line
 
 TOOL = 'bench/profile_forward.py'
@@ -33,12 +31,8 @@ NAMES = {
 
 
 @pytest.fixture
-def tool(monkeypatch):
-    for folder in ('', 'bench'):
-        monkeypatch.syspath_prepend(tiny.TOOLS / folder)
-    import profile_forward
-    yield profile_forward
-    sys.modules.pop('profile_forward')
+def tool(load_tool):
+    return load_tool('bench/profile_forward.py')
 
 
 def test_kinds(tool):

@@ -5,17 +5,15 @@ from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).parents[2] / 'tools' / 'bench'
+from vmamba_mm.errors import UserError
+
 SETTING = dict(device='a GPU', torch='2.9', timm='1.0', dtype='float16', shrink='1', problem='')
 
 
 @pytest.fixture
-def tool(monkeypatch):
+def tool(load_tool):
     pytest.importorskip('timm')
-    monkeypatch.syspath_prepend(BENCH)
-    import readme_table
-
-    return readme_table
+    return load_tool('bench/readme_table.py')
 
 
 @pytest.fixture
@@ -55,8 +53,6 @@ def test_tables(tool, files, monkeypatch):
 
 
 def test_mistakes(tool, files, monkeypatch):
-    from _cli import UserError
-
     models, steps, readme = files
     other = Path(steps).read_text().replace('a GPU', 'another')
     Path(steps).write_text(other)

@@ -11,6 +11,8 @@ import torch
 from test_tools_errors import assert_one_line
 from torch import nn
 
+from vmamba_mm.mm import measuring
+
 TOOL = 'analysis/resolution.py'
 OURS = str(tiny.ROOT / 'configs/vmamba/vmamba-tiny-s1l8_8xb128_in1k-224.py')
 DEIT = 'mmpretrain::deit/deit-small_4xb256_in1k.py'
@@ -27,13 +29,8 @@ data_preprocessor = dict(num_classes=2, mean=[120, 120, 120], std=[60, 60, 60], 
 
 
 @pytest.fixture
-def tool(monkeypatch, mm):
-    for folder in ('bench', 'analysis', ''):
-        monkeypatch.syspath_prepend(tiny.TOOLS / folder)
-    import resolution
-    yield resolution
-    for name in ('resolution', 'resolution_report', 'erf'):
-        sys.modules.pop(name)
+def tool(load_tool, mm):
+    return load_tool('analysis/resolution.py')
 
 
 @pytest.fixture
@@ -49,7 +46,7 @@ def options(**kwargs):
 
 
 def make_subject(tool, config, checkpoint='none'):
-    return tool.Subject('m', tool._cli.load_config(str(config)), str(checkpoint), options())
+    return tool.Subject('m', tool.cli.load_config(str(config)), str(checkpoint), options())
 
 
 # --- fits and labels --------------------------------------------------------------------------
@@ -165,8 +162,8 @@ class ByColour:
 
 
 def test_accuracy_of_known_predictions(tool, projects):
-    cfg = tool._cli.load_config(str(projects('cls')[0]))
-    tool._cli.set_loader_defaults(cfg, 'cls')
+    cfg = tool.cli.load_config(str(projects('cls')[0]))
+    tool.cli.set_loader_defaults(cfg, tool.cli.find_task(cfg))
     from mmengine.registry import init_default_scope
 
     init_default_scope(cfg.default_scope)
@@ -204,7 +201,6 @@ class Wrong(nn.Module):
     ((2, 5), float('nan'), 'not finite'), ((2, 5), float('inf'), 'not finite'),
     ((2, 4), 0.0, r'\(2, 4\) instead of \(2, 5\)'), ((1, 5), 0.0, 'instead of')])
 def test_wrong_output_is_not_timed(tool, monkeypatch, shape, value, words):
-    import measuring
 
     monkeypatch.setattr(measuring, 'median', lambda *args: pytest.fail('was timed'))
     with pytest.raises(tool.UserError, match=words):
@@ -214,7 +210,6 @@ def test_wrong_output_is_not_timed(tool, monkeypatch, shape, value, words):
 @pytest.mark.skipif(sys.platform != 'linux', reason='the mark of /proc is of Linux')
 def test_memory_of_a_known_call(tool):
     """96 MiB at once, after a larger peak and 200 MiB of it kept, count as 96."""
-    import measuring
 
     def allocate(mib):
         return torch.zeros(mib, 2**20, dtype=torch.uint8) + 1  # two at a time
@@ -229,7 +224,6 @@ def test_memory_of_a_known_call(tool):
 def test_time_of_a_known_call(tool):
     import time
 
-    import measuring
 
     assert 20 <= measuring.median(lambda: time.sleep(0.02), on_gpu=False, spend=50) < 60
 

@@ -11,7 +11,7 @@ import statistics
 import textwrap
 from pathlib import Path
 
-from _cli import UserError
+from vmamba_mm.errors import UserError
 
 COLUMNS = dict(model=str, seed=int, epoch=int, loss=float, top1=float,
                top1_no_scan=lambda text: float(text) if text else None, images_per_s=float)

@@ -19,9 +19,9 @@ from pathlib import Path
 import psutil
 import timm
 import torch
-from cpu_name import cpu_name
 
 import vmamba_mm
+from vmamba_mm.mm.measuring import cpu_name
 from vmamba_mm.models import VMamba
 from vmamba_mm.ops import ss2d_scan
 from vmamba_mm.testing import relative_error, ss2d_scan_inputs, with_grads

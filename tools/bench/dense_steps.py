@@ -30,20 +30,19 @@ import time
 import traceback
 from pathlib import Path
 
+import dense_steps_report as report
 import numpy as np
 import torch
+from dense_steps_report import BACKBONE, MODELS, NUMBERS, OURS, SETTING, WHAT, Case
+from end_to_end import MAX_ERRORS as HALF_ERRORS
+from end_to_end import WARM_UP, distance, flat_grad, median, peak_gib
+from end_to_end_report import NAN, find_setting, read_rows, show, write_rows
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import _cli  # noqa: E402  (a sibling script, not a package)
-import dense_steps_report as report  # noqa: E402
-from dense_steps_report import BACKBONE, MODELS, NUMBERS, OURS, SETTING, WHAT, Case  # noqa: E402
-from end_to_end import MAX_ERRORS as HALF_ERRORS  # noqa: E402
-from end_to_end import WARM_UP, distance, flat_grad, median, peak_gib  # noqa: E402
-from end_to_end_report import NAN, find_setting, read_rows, show, write_rows  # noqa: E402
-from measuring import median_ms  # noqa: E402
-
-import vmamba_mm  # noqa: E402
-from vmamba_mm.mm.compat import require_working  # noqa: E402
+import vmamba_mm
+from vmamba_mm.errors import UserError
+from vmamba_mm.mm import cli
+from vmamba_mm.mm.compat import prepare_mm, require_working
+from vmamba_mm.mm.measuring import median_ms
 
 EXAMPLES = '''  python tools/bench/dense_steps.py --csv steps.csv --profile
   python tools/bench/dense_steps.py --tasks upernet --precisions fp16 --quick
@@ -76,11 +75,11 @@ OBJECTS = 8  # an image of COCO has 7
 def make_config(task, name, side_by):
     """The config of a task with a backbone of random weights, batch, height and width."""
     path, batch, height, width, peers = TASKS[task]
-    cfg = _cli.load_config(str(path))
+    cfg = cli.load_config(str(path))
     if name in peers:
-        cfg.model.backbone = _cli.load_config(peers[name]).model.backbone
+        cfg.model.backbone = cli.load_config(peers[name]).model.backbone
     cfg.model.backbone.init_cfg = None
-    _cli.sync_to_plain_batch_norm(cfg.model)
+    cli.sync_to_plain_batch_norm(cfg.model)
     height, width = (max(1, round(side / side_by / 32)) * 32 for side in (height, width))
     if task == 'upernet':
         cfg.model.data_preprocessor.size = (height, width)
@@ -217,7 +216,7 @@ def dropping_off(model):
 
 def demand(holds, case, text):
     if not holds:
-        raise _cli.UserError(f'{case.model} is wrong, not timed: {case.what}: {text}')
+        raise UserError(f'{case.model} is wrong, not timed: {case.what}: {text}')
 
 
 def check(subject, task, name):
@@ -361,7 +360,7 @@ def attempt(name, function, *args):
     """(result, problem): a model that fails is reported, if ours is wrong that ends the run."""
     try:
         return function(*args), ''
-    except _cli.UserError as err:
+    except UserError as err:
         if name == OURS:
             raise
         return None, str(err)
@@ -414,7 +413,7 @@ def tell(text, start):
 # --- command line ---------------------------------------------------------------------------
 
 def parse_args():
-    parser = _cli.make_parser(__doc__, EXAMPLES)
+    parser = cli.make_parser(__doc__, EXAMPLES)
     parser.add_argument('--tasks', nargs='+', choices=TASKS, metavar='TASK',
                         help=f'{", ".join(TASKS)} (default: all; none with --merge)')
     parser.add_argument('--models', nargs='+', choices=MODELS, default=MODELS, metavar='MODEL',
@@ -431,20 +430,20 @@ def parse_args():
     parser.add_argument('--merge', nargs='+', default=[], metavar='CSV',
                         help='show the rows of earlier runs too; those measured now replace them')
     parser.add_argument('--csv', metavar='FILE', help='write all rows there')
-    parser.add_argument('--traceback', action='store_true', help=_cli.argparse.SUPPRESS)
+    cli.add_traceback_option(parser)
     args = parser.parse_args()
     if args.shrink < 1:
-        raise _cli.UserError(f'--shrink must be at least 1, got {args.shrink}')
+        raise UserError(f'--shrink must be at least 1, got {args.shrink}')
     if args.tasks is None:
         args.tasks = () if args.merge else tuple(TASKS)
     if args.tasks and args.device == 'cuda' and not torch.cuda.is_available():
-        raise _cli.UserError('torch finds no GPU here; --device cpu --shrink 8 tries the tool out')
+        raise UserError('torch finds no GPU here; --device cpu --shrink 8 tries the tool out')
     return args
 
 
-def prepare_mm():
-    """Their versions."""
-    _cli.prepare_mm()
+def prepare_packages():
+    """Import mm* and this package, quietly; the versions of mm*."""
+    prepare_mm()
     for package in ('mmdet', 'mmseg', 'mmpretrain'):
         require_working(package)
     import mmdet
@@ -465,7 +464,7 @@ def main():
     for path in args.merge:
         rows |= read_rows(path, Case, NUMBERS, SETTING)
     setting = dict(device=torch.cuda.get_device_name() if args.device == 'cuda' else 'CPU',
-                   torch=torch.__version__, mm=prepare_mm(), shrink=str(args.shrink)
+                   torch=torch.__version__, mm=prepare_packages(), shrink=str(args.shrink)
                    ) if args.tasks else find_setting(rows, SETTING)
     find_setting({**rows, None: setting}, SETTING)
     print(f'{setting["device"]}; torch {setting["torch"]}, {setting["mm"]}')
@@ -486,8 +485,8 @@ def main():
     failed = sorted({case.what for case, row in rows.items()
                      if case.model == OURS and row['problem']})
     if failed:
-        raise _cli.UserError(f'{OURS} failed: {"; ".join(failed)}: see above')
+        raise UserError(f'{OURS} failed: {"; ".join(failed)}: see above')
 
 
 if __name__ == '__main__':
-    _cli.run(main)
+    cli.run(main)

@@ -28,22 +28,19 @@ import math
 import sys
 import time
 import traceback
-from pathlib import Path
 
+import end_to_end_report as report
 import timm
 import torch
+from end_to_end_report import NAN, OURS, RESOLUTIONS, Case
+from ss2d_gpu import graphed
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import _cli  # noqa: E402  (a sibling script, not a package)
-import end_to_end_report as report  # noqa: E402
-import measuring  # noqa: E402
-from end_to_end_report import NAN, OURS, RESOLUTIONS, Case  # noqa: E402
-from measuring import WARM_UP  # noqa: E402
-from ss2d_gpu import graphed  # noqa: E402
-
-import vmamba_mm  # noqa: E402
-import vmamba_mm.timm  # noqa: E402
-from vmamba_mm.models import VMamba  # noqa: E402
+import vmamba_mm
+import vmamba_mm.timm
+from vmamba_mm.errors import UserError
+from vmamba_mm.mm import cli, measuring
+from vmamba_mm.mm.measuring import WARM_UP
+from vmamba_mm.models import VMamba
 
 EXAMPLES = '''  python tools/bench/end_to_end.py --sections headline batch1 --csv a.csv
   python tools/bench/end_to_end.py --sections compiled-training --models tiny_s1l8 --csv b.csv
@@ -208,9 +205,9 @@ def peak_gib(function, args):
 
 def check(case, what, error, limit):
     if not error <= limit:
-        raise _cli.UserError(f'{case.model} is wrong, nothing more was timed: {case.what}: {what} '
-                             f'differs from fp32 by {error:.1e} (relative 2-norm), allowed '
-                             f'{limit:.0e}')
+        raise UserError(f'{case.model} is wrong, nothing more was timed: {case.what}: {what} '
+                        f'differs from fp32 by {error:.1e} (relative 2-norm), allowed '
+                        f'{limit:.0e}')
 
 
 def measure(case, args):
@@ -325,7 +322,7 @@ def attempt(case, args):
         torch.compiler.reset()
     try:
         return measure(case, args), ''
-    except _cli.UserError:
+    except UserError:
         raise
     except ModuleNotFoundError as err:
         problem = f'not installed ({err})'
@@ -365,7 +362,7 @@ def measure_all(args, rows, setting):
 # --- command line ---------------------------------------------------------------------------
 
 def parse_args():
-    parser = _cli.make_parser(__doc__, EXAMPLES)
+    parser = cli.make_parser(__doc__, EXAMPLES)
     parser.add_argument('--sections', nargs='+', choices=SECTIONS, metavar='SECTION',
                         help=f'what to measure: {", ".join(SECTIONS)} (default: headline; nothing '
                         'with --merge)')
@@ -380,14 +377,14 @@ def parse_args():
                         help='show the rows of earlier runs too; those measured now replace them')
     parser.add_argument('--csv', metavar='FILE', help='write all rows there')
     parser.add_argument('--png', metavar='FILE', help='draw them there')
-    parser.add_argument('--traceback', action='store_true', help=_cli.argparse.SUPPRESS)
+    cli.add_traceback_option(parser)
     args = parser.parse_args()
     if args.shrink < 1:
-        raise _cli.UserError(f'--shrink must be at least 1, got {args.shrink}')
+        raise UserError(f'--shrink must be at least 1, got {args.shrink}')
     if args.sections is None:
         args.sections = [] if args.merge else ['headline']
     if args.sections and args.device == 'cuda' and not torch.cuda.is_available():
-        raise _cli.UserError('torch finds no GPU here; --device cpu --shrink 16 tries the tool out')
+        raise UserError('torch finds no GPU here; --device cpu --shrink 16 tries the tool out')
     return args
 
 
@@ -424,8 +421,8 @@ def main():
     failed = sorted({case.model for case, row in rows.items()
                      if case.model in OURS and row['problem'] not in ('', NO_GRAPHS)})
     if failed:
-        raise _cli.UserError(f'{", ".join(failed)} failed: see above')
+        raise UserError(f'{", ".join(failed)} failed: see above')
 
 
 if __name__ == '__main__':
-    _cli.run(main)
+    cli.run(main)

@@ -6,12 +6,12 @@ import math
 from typing import NamedTuple
 
 import matplotlib
-from _cli import UserError
 
 from vmamba_mm.atomic import atomic_file, write_atomic
+from vmamba_mm.errors import UserError
 
 matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 NAN = float('nan')
 OURS = ('tiny_s1l8', 'small_s1l20', 'base_s1l20', 'tiny_s2l5', 'small_s2l15', 'base_s2l15',

@@ -11,15 +11,13 @@ it.
 import argparse
 import csv
 import re
-import sys
-from pathlib import Path
 
+import end_to_end
 import torch
+from end_to_end_report import Case
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import _cli  # noqa: E402  (a sibling script, not a package)
-import end_to_end  # noqa: E402
-from end_to_end_report import Case  # noqa: E402
+from vmamba_mm.errors import UserError
+from vmamba_mm.mm import cli
 
 EXAMPLES = '''  python tools/bench/profile_forward.py
   python tools/bench/profile_forward.py --model convnext_t --batch 128 --size 224 --csv kernels.csv
@@ -111,7 +109,7 @@ def write(path, found):
 
 
 def parse_args():
-    parser = _cli.make_parser(__doc__, EXAMPLES)
+    parser = cli.make_parser(__doc__, EXAMPLES)
     parser.add_argument('--model', choices=end_to_end.MODELS, default='tiny_s1l8', metavar='MODEL',
                         help=f'{", ".join(end_to_end.MODELS)} (default: tiny_s1l8)')
     parser.add_argument('--batch', type=int, nargs='+', default=[64, 4], metavar='N',
@@ -126,13 +124,13 @@ def parse_args():
     parser.add_argument('--traceback', action='store_true', help=argparse.SUPPRESS)
     args = parser.parse_args()
     if len(args.batch) != len(args.size):
-        raise _cli.UserError(f'--batch has {len(args.batch)} number(s) and --size '
-                             f'{len(args.size)}; give as many')
+        raise UserError(f'--batch has {len(args.batch)} number(s) and --size '
+                        f'{len(args.size)}; give as many')
     if min(args.batch) < 1 or any(size < 32 or size % 32 for size in args.size):
-        raise _cli.UserError('--batch must be at least 1 and --size a multiple of 32')
+        raise UserError('--batch must be at least 1 and --size a multiple of 32')
     if args.device == 'cuda' and not torch.cuda.is_available():
-        raise _cli.UserError('torch finds no GPU here; --device cpu --batch 2 --size 64 tries the '
-                             'tool out')
+        raise UserError('torch finds no GPU here; --device cpu --batch 2 --size 64 tries the '
+                        'tool out')
     return args
 
 
@@ -158,4 +156,4 @@ def main():
 
 
 if __name__ == '__main__':
-    _cli.run(main)
+    cli.run(main)

@@ -5,16 +5,15 @@ rows of all files must be of one device and torch.
 """
 
 import math
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import _cli  # noqa: E402  (a sibling script, not a package)
-import dense_steps_report as steps  # noqa: E402
-import end_to_end_report as report  # noqa: E402
-from end_to_end_report import FAMILIES, OURS, Case, find_setting, number, show  # noqa: E402
+import dense_steps_report as steps
+import end_to_end_report as report
+from end_to_end_report import FAMILIES, OURS, Case, find_setting, number, show
 
-from vmamba_mm.atomic import write_atomic  # noqa: E402
+from vmamba_mm.atomic import write_atomic
+from vmamba_mm.errors import UserError
+from vmamba_mm.mm import cli
 
 EXAMPLES = '''  python tools/bench/readme_table.py --models a.csv b.csv --steps steps.csv'''
 BEGIN, END = '<!-- performance -->\n', '<!-- /performance -->\n'
@@ -87,17 +86,17 @@ def write(path, text):
     before, found, rest = path.read_text(encoding='utf-8').partition(BEGIN)
     _, ended, after = rest.partition(END)
     if not (found and ended):
-        raise _cli.UserError(f'{path} has no lines {BEGIN.strip()} and {END.strip()}')
+        raise UserError(f'{path} has no lines {BEGIN.strip()} and {END.strip()}')
     write_atomic(''.join([before, BEGIN, text, END, after]).encode(), path)
 
 
 def main():
-    parser = _cli.make_parser(__doc__, EXAMPLES)
+    parser = cli.make_parser(__doc__, EXAMPLES)
     parser.add_argument('--models', nargs='+', required=True, metavar='CSV',
                         help='of end_to_end.py')
     parser.add_argument('--steps', nargs='+', default=[], metavar='CSV', help='of dense_steps.py')
     parser.add_argument('--readme', type=Path, default=Path('README.md'), metavar='FILE')
-    parser.add_argument('--traceback', action='store_true', help=_cli.argparse.SUPPRESS)
+    cli.add_traceback_option(parser)
     args = parser.parse_args()
     rows, step_rows = {}, {}
     for path in args.models:
@@ -116,4 +115,4 @@ def main():
 
 
 if __name__ == '__main__':
-    _cli.run(main)
+    cli.run(main)

@@ -18,8 +18,8 @@ import materialised
 import torch
 import torch.nn.functional as F
 from floors import ROUTES, floors
-from measuring import median_ms
 
+from vmamba_mm.mm.measuring import median_ms
 from vmamba_mm.ops import BACKENDS, ss2d_scan, ss2d_scan_norm
 from vmamba_mm.testing import relative_error, ss2d_scan_inputs
 

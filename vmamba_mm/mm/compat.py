@@ -15,8 +15,9 @@ from vmamba_mm import zoo
 from vmamba_mm.checkpoints.formats import safe_numpy_types
 from vmamba_mm.errors import UserError
 from vmamba_mm.links import CONFIGS
+from vmamba_mm.mm.tasks import TASKS
 
-EXTRAS = {'mmpretrain': 'cls', 'mmdet': 'det', 'mmseg': 'seg', 'mmcv': 'all', 'mmengine': 'all'}
+EXTRAS = {scope: task.extra for scope, task in TASKS.items()} | dict(mmcv='all', mmengine='all')
 # What to install beside an upstream mmengine. The extras name the onedl line, whose packages would
 # overwrite upstream's, because they share the module names.
 UPSTREAM = {'mmpretrain': 'mmpretrain==1.2.0', 'mmdet': 'mmdet==3.3.0',

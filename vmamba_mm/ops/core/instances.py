@@ -27,7 +27,7 @@ INSTANCES: dict[Instance, int] = {
                       cuda.backward_instance(type_, tiles, False))},
     **{cuda.runs_instance(type_, tiles): low for type_, low in _TYPES.items() for tiles in _TILES},
     **{cuda.forward_instance(type_, tiles, 8): 90 for type_ in _TYPES for tiles in _TILES},
-    **{cuda.forward_instance('Half', 1, cluster): 90 for cluster in schedule.CLUSTERS},
+    **{cuda.forward_instance('Half', 1, cluster): 90 for cluster in schedule.CLUSTER_SIZES},
     **{cuda.backward_instance(type_, 1, True): low for type_, low in _TYPES.items()},
     **{make(type_): low for type_, low in _TYPES.items()
        for make in (cuda.prepare_instance, cuda.finish_instance)},

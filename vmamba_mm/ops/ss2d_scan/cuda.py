@@ -20,8 +20,9 @@ from vmamba_mm.ops.ss2d_scan import large_state, layout, merge, schedule
 
 _SCAN = 'P' * 5 + 'i' * 14
 _MAP = 'Piiii'
-_FORWARD = (('WARPS', schedule.FORWARD_WARPS), ('BLOCKS', schedule.FORWARD_BLOCKS))
-_AROUND = (('WARPS', schedule.AROUND_WARPS), ('BLOCKS', 1))
+_FORWARD = (('WARPS', schedule.FORWARD.warps),
+            ('BLOCKS', schedule.FORWARD.blocks_per_multiprocessor))
+_AROUND = (('WARPS', schedule.CLUSTER_WARPS), ('BLOCKS', 1))
 _HALVES = torch.float16, torch.bfloat16
 
 
@@ -59,7 +60,8 @@ def runs_instance(type_: str, tiles: int) -> Instance:
 def backward_instance(type_: str, tiles: int, summary: bool) -> Instance:
     return Instance('ss2d_scan_bwd.cu', f'ss2d_scan_bwd<{type_}, {tiles}, {str(summary).lower()}>',
                     _SCAN + _MAP + _MAP + 'P' * 7,
-                    (('WARPS', schedule.BACKWARD_WARPS), ('BLOCKS', schedule.BACKWARD_BLOCKS)))
+                    (('WARPS', schedule.BACKWARD.warps),
+                     ('BLOCKS', schedule.BACKWARD.blocks_per_multiprocessor)))
 
 
 def finish_instance(type_: str) -> Instance:
@@ -136,7 +138,7 @@ def scan_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...],
         scan, size = bound(forward_instance, work.cluster), 0
 
         def run(projected, kept, maps, written, states, others, memory):
-            scan(*fields(projected, kept, maps, written, states), work.alone, work.sets)
+            scan(*fields(projected, kept, maps, written, states), work.image_chunks, work.sets)
     elif not back:
         scan, flags = bound(runs_instance), 4 * _flags(sizes, plan)
         size = flags + 2 * bytes_
@@ -181,7 +183,7 @@ def merge_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...], back: b
                         to_float)
 
 
-def _images(sizes: tuple[int, ...], plan: schedule.Plan, work: schedule.Cut) -> int:
+def _images(sizes: tuple[int, ...], plan: schedule.Plan, work: schedule.Schedule) -> int:
     """Of a span; all, where spans are not of whole images."""
     return work.span * 8 // plan.slots if work.independent and work.spans > 1 else sizes[0]
 

@@ -189,7 +189,8 @@ def ss2d_scan_norm(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor,
     Args:
         norm_weight, norm_bias: (D).
         eps: of the norm.
-        Others as in :func:`ss2d_scan`.
+
+    The other arguments are those of :func:`ss2d_scan`.
 
     Returns:
         (B, D, H, W) in the dtype and with the strides of ``x``.

@@ -134,7 +134,8 @@ def scan_norm(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_proj
         norm_weight, norm_bias: (D); None for no norm at the end.
         eps: of the last norm.
         scan: a name of :func:`scan_patterns`.
-        Others as in :func:`ss2d_scan`, for K = 4 (by 'cross' for any of its K).
+
+    The other arguments are those of :func:`ss2d_scan`, for K = 4 (by 'cross' for any of its K).
 
     Returns:
         (B, D, H, W), channels last if ``x`` is; by 'cross' with its strides. In the dtype of

@@ -6,8 +6,9 @@ import sys
 import traceback
 from pathlib import Path
 
-import _cli
-from _cli import UserError
+from vmamba_mm.errors import UserError
+from vmamba_mm.mm.cli.command import shorten, wants_traceback
+from vmamba_mm.mm.cli.explain import explain
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.ppm')
 KEY = 'Made from'  # in the PNG: the image's name, and a hash of its path
@@ -39,7 +40,7 @@ def list_images(names):
             hidden = [p for p in files
                       if any(part.startswith('.') for part in p.relative_to(path).parts)]
             if hidden:
-                print(f'skipped {len(hidden)} hidden file(s): {_cli.shorten(hidden)}',
+                print(f'skipped {len(hidden)} hidden file(s): {shorten(hidden)}',
                       file=sys.stderr)
             hidden = set(hidden)
             found = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and p not in hidden]
@@ -116,11 +117,11 @@ class Failures:
         self.total, self.what, self.found = total, what, []
 
     def add(self, image, err):
-        message = _cli.explain(err) or f'{type(err).__name__}: {err}'
+        message = explain(err) or f'{type(err).__name__}: {err}'
         message = ' '.join(message.split())
         if str(image) not in message:
             message = f'{image}: {message}'
-        if _cli.wants_traceback():
+        if wants_traceback():
             traceback.print_exception(err)
         print(f'skipped: {message}', file=sys.stderr, flush=True)
         self.found.append((image, message))
@@ -129,6 +130,6 @@ class Failures:
         """Raise one line if there were any."""
         if self.found:
             told = (self.found[0][1] if len(self.found) == 1
-                    else _cli.shorten([image for image, _ in self.found]))
+                    else shorten([image for image, _ in self.found]))
             raise UserError(f'{len(self.found)} of {self.total} images could not be '
-                                 f'{self.what}: {told}')
+                            f'{self.what}: {told}')

@@ -5,7 +5,12 @@ import math
 import os
 from pathlib import Path
 
-from _cli import UserError, type_name
+from vmamba_mm.config import type_name
+from vmamba_mm.errors import UserError
+from vmamba_mm.mm.cli.configs import datasets_of
+
+# These fetch their data themselves, so that a missing folder is no mistake.
+DOWNLOADING = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')
 
 # --- rules for single values ----------------------------------------------------------------------
 
@@ -189,3 +194,47 @@ def _check_class_folders(cfg, loader):
     raise UserError(f'{folder} has {len(found)} class folder(s) ({", ".join(shown)}), and the '
                     f'data set ImageNet of the config ({loader}.dataset) has 1000 classes: name '
                     f'yours in the config, or with --cfg-options {" ".join(options)}')
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+def check_data_paths(cfg, *loaders):
+    """Every folder and annotation file that the config names has to be there."""
+    for loader in loaders:
+        if cfg.get(loader) is None:
+            continue
+        for name, dataset in datasets_of(cfg[loader].dataset, f'{loader}.dataset'):
+            _check_dataset_paths(name, dataset)
+        evaluators = cfg.get(loader.replace('dataloader', 'evaluator')) or []
+        for metric in evaluators if isinstance(evaluators, list | tuple) else [evaluators]:
+            path = metric.get('ann_file')
+            if path and '://' not in path and not os.path.exists(path):
+                raise UserError(f'the annotation file {path} of {type_name(metric)} '
+                                f'({loader.replace("dataloader", "evaluator")}.ann_file) does '
+                                'not exist')
+
+
+def _check_dataset_paths(name, dataset):
+    if dataset.get('backend_args') or type_name(dataset) in DOWNLOADING:
+        return
+    root = dataset.get('data_root') or ''
+    prefixes = dataset.get('data_prefix') or {}
+    if isinstance(prefixes, str):
+        prefixes = {'': prefixes}
+    entries = [('data_root', root)]
+    entries += [('ann_file', dataset.get('ann_file'))]
+    if dataset.get('split') and not prefixes and not dataset.get('ann_file'):
+        entries.append(('split', dataset.split))  # the folder of an ImageNet's split
+    entries += [(f'data_prefix.{k}'.rstrip('.'), v) for k, v in prefixes.items()]
+    for key, value in entries:
+        if not isinstance(value, str) or not value or '://' in value + root:
+            continue
+        path = os.path.expanduser(value if key == 'data_root' else os.path.join(root, value))
+        if not os.path.exists(path):
+            where = '' if os.path.isabs(path) else f' (looked in {os.getcwd()})'
+            raise UserError(f'the data set is missing: {path} does not exist{where}; it is '
+                            f'{name}.{key} of the config: put the data there, or give its place '
+                            f'with --cfg-options {name}.data_root=FOLDER')
+        if os.path.isdir(path) and not any(os.scandir(path)):
+            raise UserError(f'the data set is empty: {path} ({name}.{key} of the config) has no '
+                            'files')

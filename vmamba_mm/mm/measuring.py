@@ -67,3 +67,12 @@ def held_and_peak(function, on_gpu):
 def _resident(name):
     lines = Path('/proc/self/status').read_text().splitlines()
     return int(dict(line.split(':', 1) for line in lines)[name].split()[0]) * 1024
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+    except OSError:
+        return 'unknown CPU'
+    return next((line.split(':', 1)[1].strip() for line in lines if 'model name' in line),
+                'unknown CPU')

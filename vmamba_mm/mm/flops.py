@@ -13,16 +13,17 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
-from _cli import UserError, datasets_of, model_settings, sync_to_plain_batch_norm, type_name
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import vmamba_mm.ops  # noqa: F401 (registers the formulas)
+from vmamba_mm.config import type_name
+from vmamba_mm.errors import UserError
+from vmamba_mm.mm.cli.configs import datasets_of, find_task
+from vmamba_mm.mm.cli.runs import model_settings, sync_to_plain_batch_norm
 from vmamba_mm.ops.selective_scan.op import scan_flops
 
-# Height and width of the published tables: ImageNet, COCO, ADE20K.
-SHAPES = {'cls': (224, 224), 'det': (1280, 800), 'seg': (512, 2048)}
 KINDS = ('scan', 'attention', 'projections', 'convolutions', 'MLP')
 EXTRAS = ('norms', 'resizes', 'pooling')
 
@@ -65,31 +66,39 @@ class Count:
         return sum(row.flops for row in self.rows if not row.kind)
 
 
-def count(cfg, task, shape):
+def count(cfg, shape=None, device=None):
     """Count a config's model on one image.
 
     Args:
-        cfg: the config, as of ``_cli.load_config``.
-        task: 'cls', 'det', 'seg', or None for a model of another package.
-        shape: (H, W) of the image; a detector's is padded as its data_preprocessor says.
+        cfg: the config, as of :func:`vmamba_mm.mm.cli.load_config`.
+        shape: (H, W) of the image, by default that of the task's published numbers; a detector's
+            is padded as its data_preprocessor says.
+        device: where to count, as 'cpu'; by default on meta, and on a CPU where that fails.
 
     Raises:
-        UserError: if the model does not run on such an image, neither on meta nor on a CPU.
+        UserError: if the model does not run on such an image, or is of no task and has no shape.
     """
+    task = find_task(cfg)
+    if shape is None and task is None:
+        raise UserError(f'{cfg.filename} is of no known task: give the size of its image by '
+                        '--shape')
+    shape = tuple(shape or task.image)
+    forward = _FORWARDS.get(task and task.name, _forward_tensor)
     # The first is enough for ours; constructors of others read values, and some models when run.
-    for built_on, device in (('meta', 'meta'), ('cpu', 'meta'), ('cpu', 'cpu')):
+    attempts = (('meta', 'meta'), ('cpu', 'meta'), ('cpu', 'cpu'))
+    for built_on, counted_on in attempts if device is None else ((device, device),):
         try:
-            model = _build(cfg, task, built_on)
+            model = _build(cfg, built_on)
         except Exception:  # a third party's, as below
-            if built_on == 'cpu':
+            if built_on == attempts[-1][0]:
                 raise
             continue
         try:
-            found = _measure(model.to(device), task, shape, find_channels(cfg, model))
+            found = _measure(model.to(counted_on), forward, shape, find_channels(cfg, model))
         except Exception as err:
             failure = err
             continue
-        if device == 'cpu':
+        if device is None and counted_on == 'cpu':
             found.notes.append('run on the CPU, as the meta device does not do: '
                                f'{type(failure).__name__}')
         return found
@@ -99,7 +108,7 @@ def count(cfg, task, shape):
 
 def count_module(model, shape):
     """Count a plain module, (1, 3, H, W) to anything, on its device, in evaluation mode."""
-    return _measure(model.eval(), 'module', shape)
+    return _measure(model.eval(), lambda model, x, notes: model(x), shape)
 
 
 def find_channels(cfg, model):
@@ -132,14 +141,14 @@ def reads_colours(cfg):
         and step.get('imdecode_backend') != 'tifffile' for step in loaders)
 
 
-def _measure(model, task, shape, channels=3):
-    """Count on the model's device."""
+def _measure(model, forward, shape, channels=3):
+    """Count forward(model, x, notes) on the model's device."""
     notes, device = [], next(model.parameters()).device
     divisor = getattr(getattr(model, 'data_preprocessor', None), 'pad_size_divisor', 1)
-    if task == 'det' and any(size % divisor for size in shape):
+    if forward is _detect and any(size % divisor for size in shape):
         shape = tuple(-(-size // divisor) * divisor for size in shape)
         notes.append(f'the image is padded to {shape[0]}x{shape[1]}')
-    whole = _Whole(model, task, notes)
+    whole = _Whole(model, forward, notes)
     # Fused attention has a formula for some devices only; as products it counts everywhere.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), \
             FlopCounterMode(display=False) as products, \
@@ -160,14 +169,14 @@ def _measure(model, task, shape, channels=3):
     return found
 
 
-def _build(cfg, task, device):
+def _build(cfg, device):
     """The model with whatever weights, in evaluation mode."""
     from mmengine.registry import MODELS, DefaultScope
 
     settings = model_settings(cfg)
     sync_to_plain_batch_norm(settings)
-    if task == 'cls':
-        settings.pop('train_cfg', None)  # mixup, of which the preprocessor would speak
+    if isinstance(settings.get('train_cfg'), dict):
+        settings['train_cfg'].pop('augments', None)  # mixup, of which the preprocessor would speak
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope') or 'mmengine'), \
             warnings.catch_warnings(), torch.device(device):
         warnings.simplefilter('ignore')
@@ -175,49 +184,58 @@ def _build(cfg, task, device):
 
 
 class _Whole(nn.Module):
-    """All that a model does for an image, up to what needs the values of its predictions."""
+    """A model and what is counted of it, as one module: torch counts by the names of modules."""
 
-    def __init__(self, model, task, notes):
+    def __init__(self, model, forward, notes):
         super().__init__()
-        self.model, self.task, self.notes = model, task, notes
+        self.model, self.run, self.notes = model, forward, notes
 
     def forward(self, x):
-        if self.task == 'det':
-            return self._detect(x)
-        if self.task == 'seg' and hasattr(self.model, 'decode_head'):
-            return self._segment(x)
-        return self.model(x) if self.task == 'module' else self.model(x, mode='tensor')
+        return self.run(self.model, x, self.notes)
 
-    def _segment(self, x):
-        model, shape = self.model, x.shape[2:]
-        needed = [p for p in inspect.signature(model.decode_head.forward).parameters.values()
-                  if p.default is p.empty and p.kind == p.POSITIONAL_OR_KEYWORD]
-        if isinstance(model.decode_head, nn.ModuleList) or len(needed) > 1:
-            return model.encode_decode(x, [dict(img_shape=shape, pad_shape=shape,
-                                                ori_shape=shape)])
-        return model.decode_head(model.extract_feat(x))  # past forward() torch knows no module
 
-    def _detect(self, x):
-        from mmdet.structures import DetDataSample
-        from mmengine.structures import InstanceData
+# --- all that a model does for an image, up to what needs the values of its predictions ---------
 
-        model, shape = self.model, tuple(x.shape[2:])
-        sample = DetDataSample(metainfo=dict(img_shape=shape, ori_shape=shape, pad_shape=shape,
-                                             batch_input_shape=shape, scale_factor=(1.0, 1.0)))
-        if not (getattr(model, 'with_rpn', False) and getattr(model, 'with_roi_head', False)):
-            return model(x, [sample], mode='tensor')
-        features = model.extract_feat(x)
-        model.rpn_head(features)
-        extractors = {}
-        for parent in list(model.roi_head.modules()):
-            for name, child in list(parent.named_children()):
-                if hasattr(child, 'roi_layers'):
-                    extractors[name] = _RoIShapes(child)
-                    parent.add_module(name, extractors[name])
-        boxes = x.new_zeros(model.rpn_head.test_cfg.get('max_per_img', 1000), 4)
-        model.roi_head(features, [InstanceData(bboxes=boxes)], [sample])
-        self.notes.append('regions: ' + ', '.join(f'{name} {extractor.seen}'
-                                                  for name, extractor in extractors.items()))
+def _forward_tensor(model, x, notes):
+    return model(x, mode='tensor')
+
+
+def _segment(model, x, notes):
+    if not hasattr(model, 'decode_head'):
+        return _forward_tensor(model, x, notes)
+    shape = x.shape[2:]
+    needed = [p for p in inspect.signature(model.decode_head.forward).parameters.values()
+              if p.default is p.empty and p.kind == p.POSITIONAL_OR_KEYWORD]
+    if isinstance(model.decode_head, nn.ModuleList) or len(needed) > 1:
+        return model.encode_decode(x, [dict(img_shape=shape, pad_shape=shape, ori_shape=shape)])
+    return model.decode_head(model.extract_feat(x))  # past forward() torch knows no module
+
+
+def _detect(model, x, notes):
+    from mmdet.structures import DetDataSample
+    from mmengine.structures import InstanceData
+
+    shape = tuple(x.shape[2:])
+    sample = DetDataSample(metainfo=dict(img_shape=shape, ori_shape=shape, pad_shape=shape,
+                                         batch_input_shape=shape, scale_factor=(1.0, 1.0)))
+    if not (getattr(model, 'with_rpn', False) and getattr(model, 'with_roi_head', False)):
+        return model(x, [sample], mode='tensor')
+    features = model.extract_feat(x)
+    model.rpn_head(features)
+    extractors = {}
+    for parent in list(model.roi_head.modules()):
+        for name, child in list(parent.named_children()):
+            if hasattr(child, 'roi_layers'):
+                extractors[name] = _RoIShapes(child)
+                parent.add_module(name, extractors[name])
+    boxes = x.new_zeros(model.rpn_head.test_cfg.get('max_per_img', 1000), 4)
+    model.roi_head(features, [InstanceData(bboxes=boxes)], [sample])
+    notes.append('regions: ' + ', '.join(f'{name} {extractor.seen}'
+                                         for name, extractor in extractors.items()))
+
+
+#: The name of a task -> how its models run; those of others take an image in mode 'tensor'.
+_FORWARDS = {'det': _detect, 'seg': _segment}
 
 
 class _RoIShapes(nn.Module):
