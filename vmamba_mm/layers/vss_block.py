@@ -13,7 +13,7 @@ from vmamba_mm.layers.norm import LayerNorm, sum_and_norm
 from vmamba_mm.layers.plain import Attributes, are_plain, is_depthwise_3x3, is_plain
 from vmamba_mm.layers.ss2d import SS2D
 from vmamba_mm.ops import add_norm, mlp
-from vmamba_mm.ops.core.backends import autocast_dtype, wants_grad
+from vmamba_mm.ops.core.backends import autocast_dtype, runs_kernels, wants_grad
 from vmamba_mm.ops.vss_block import vss_block, vss_blocks, why_not
 
 # What torch.fx records as it is, since it looks at shapes.
@@ -72,8 +72,8 @@ class VSSBlock(nn.Module):
         drop, scales = self.drop_path, (None, None)
         if is_plain(drop, DropPath):  # then the factors go into the sums
             drop, scales = _keep, drop.factors(x, 1 if self.mlp is None else 2)
-            if not isinstance(x, torch.fx.Proxy) \
-                    and (parameters := self._in_one_op(x, autocast or x.dtype)) is not None:
+            if runs_kernels(x) and (
+                    parameters := self._in_one_op(x, autocast or x.dtype)) is not None:
                 return vss_block(x, parameters, self.ssm.conv2d.bias, scales, self.norm1.eps,
                                  autocast or x.dtype, out_dtype or x.dtype)
         branch = drop(self.ssm(self.norm1(x)))
@@ -158,7 +158,8 @@ class VSSStage(nn.Module):
 
     def _run_blocks(self, x: Tensor) -> Tensor:
         """``blocks(x)``, in inference on an NVIDIA GPU as one op."""
-        return self.blocks(x) if (y := self._in_one_op(x)) is None else y
+        y = self._in_one_op(x) if runs_kernels(x) else None
+        return self.blocks(x) if y is None else y
 
     def _in_one_op(self, x: Tensor) -> Tensor | None:
         """The result, or None where the op ``vss_blocks`` does not apply."""
@@ -166,7 +167,7 @@ class VSSStage(nn.Module):
             trains = wants_grad(x, *self.parameters())
         else:
             trains = torch.is_grad_enabled()
-        if trains or isinstance(x, torch.fx.Proxy) or not is_plain(self.blocks, nn.Sequential):
+        if trains or not is_plain(self.blocks, nn.Sequential):
             return None
         blocks, autocast = list(self.blocks), autocast_dtype(x)
         dtype, parameters = autocast or x.dtype, []

@@ -15,6 +15,11 @@ KERNEL_DEVICES = ('cuda', 'xpu')
 Backend = Literal['reference', 'chunked', 'cuda', 'triton']
 
 
+def runs_kernels(x: Tensor) -> bool:
+    """Whether ``x`` is where kernels may run; not what torch.fx traces with."""
+    return isinstance(x, Tensor) and x.device.type in KERNEL_DEVICES
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast rounds ``x`` to before a matrix product, None without autocast."""
     device = x.device.type

@@ -400,13 +400,15 @@ def is_watched(args: tuple) -> bool:
     """Whether a compiler, a mode, a profiler or a subclass of tensors wants to see the op."""
     if torch_private.MISSING:
         return True
-    return (torch.compiler.is_compiling() or is_tracing() or _is_transformed()
-            # On meta the fake is all there is to run; a batched backward's gradient is first.
-            or isinstance(args[0], Tensor) and (
-                args[0].is_meta or is_legacy_batched(args[0]))
-            or count_dispatch_modes() > 0 or is_profiling()
-            or not _PLAIN.issuperset(map(type, args))
-            or any(type(arg) is list and not _PLAIN.issuperset(map(type, arg)) for arg in args))
+    if torch.compiler.is_compiling() or is_tracing() or are_transforms_active():
+        return True
+    kinds = set(map(type, args))
+    # On meta the fake is all there is to run; a batched backward's gradient is first.
+    if isinstance(args[0], Tensor) and (args[0].is_meta or is_legacy_batched(args[0])):
+        return True
+    return (count_dispatch_modes() > 0 or is_profiling() or not kinds <= _PLAIN
+            or list in kinds and any(type(arg) is list and not _PLAIN.issuperset(map(type, arg))
+                                     for arg in args))
 
 
 def _is_transformed() -> bool:
