@@ -9,7 +9,8 @@ from pathlib import Path
 
 import dense_steps_report as steps
 import end_to_end_report as report
-from end_to_end_report import FAMILIES, OURS, Case, find_setting, number, show
+from bench_report import find_setting, markdown_table, number, show
+from end_to_end_report import FAMILIES, OURS, Case
 
 from vmamba_mm.atomic import write_atomic
 from vmamba_mm.errors import UserError
@@ -40,13 +41,6 @@ LINES = [
      'images_per_s')]
 
 
-def table(head, lines):
-    """Markdown; lines without a number are left out."""
-    rows = [head, ['---'] * len(head), *(line for line in lines if any(
-        cell not in ('', '-') for cell in line[1:]))]
-    return '\n'.join(f'| {" | ".join(row)} |' for row in rows) + '\n'
-
-
 def count(value):
     """All digits, in thousands."""
     return '-' if math.isnan(value) else f'{value:,.0f}'
@@ -54,7 +48,7 @@ def count(value):
 
 def tiny_table(rows):
     styles = {'images_per_s': count, 'ms': show, 'peak_gib': show}
-    return table(['224x224, batch 128 unless said', *TINY.values()], [
+    return markdown_table(['224x224, batch 128 unless said', *TINY.values()], [
         [text, *(styles[name](number(rows, case._replace(model=model), name)) for model in TINY)]
         for text, case, name in LINES])
 
@@ -66,8 +60,8 @@ def model_table(rows):
         lines.append([
             PEERS.get(model, f'`{model}`'), count(number(rows, inference, 'images_per_s')),
             count(number(rows, train, 'images_per_s')), show(number(rows, train, 'peak_gib'))])
-    return table(['224x224, batch 128', 'inference, images/s', 'forward + backward, images/s',
-                  'its peak memory, GiB'], lines)
+    return markdown_table(['224x224, batch 128', 'inference, images/s',
+                           'forward + backward, images/s', 'its peak memory, GiB'], lines)
 
 
 def step_table(rows):
@@ -75,10 +69,10 @@ def step_table(rows):
         ms, peak = (number(rows, case, name) for name in ('ms', 'peak_gib'))
         return '-' if math.isnan(ms) else f'{show(ms)} ms, {show(peak)} GiB'
 
-    return table(['a training step, its peak memory', *TINY.values()], [
-        [f'{steps.WHAT[need.task]}, {need.precision}',
-         *(cell(steps.Case(model, need.task, need.precision)) for model in TINY)]
-        for need in steps.REQUIREMENTS if need.task != steps.BACKBONE])
+    return markdown_table(['a training step, its peak memory', *TINY.values()], [
+        [steps.Case('', task, precision).what,
+         *(cell(steps.Case(model, task, precision)) for model in TINY)]
+        for task in ('mask-rcnn', 'upernet') for precision in ('fp32', 'fp16')])
 
 
 def write(path, text):
@@ -100,10 +94,10 @@ def main():
     args = parser.parse_args()
     rows, step_rows = {}, {}
     for path in args.models:
-        rows |= report.read_rows(path)
+        rows |= report.SHEET.read(path)
     for path in args.steps:
-        step_rows |= report.read_rows(path, steps.Case, steps.NUMBERS, steps.SETTING)
-    setting = find_setting(rows)
+        step_rows |= steps.SHEET.read(path)
+    setting = report.SHEET.find_setting(rows)
     find_setting({**rows, **step_rows}, ('device', 'torch', 'shrink'))
     dtype = {'float16': 'fp16', 'bfloat16': 'bf16'}.get(setting['dtype'], setting['dtype'])
     parts = [f'{setting["device"]}, torch {setting["torch"]}, timm {setting["timm"]}, {dtype} '
