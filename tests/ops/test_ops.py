@@ -1,4 +1,4 @@
-"""Every op on every implementation and device: what the specs in ``specs/`` ask for.
+"""Every op on every implementation and device: what the specs in ``op_specs/`` ask for.
 
 A device is 'cpu', 'cuda', or 'sm_90' and 'sm_75': the CUDA kernels of such a GPU, emulated on the
 CPU (emulated_cuda.py). With TRITON_INTERPRET=1, set before triton is imported, it is 'interpreter'
@@ -8,13 +8,15 @@ alone (test_triton.py starts such a process).
 import contextlib
 import os
 import sys
+from math import prod
 
 import emulated_cuda
 import pytest
 import torch
 from emulated_cuda import emulated_gpu
-from specs import MODULES, all_specs
+from op_specs import MODULES, all_specs
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from vmamba_mm.ops.core.define_op import OPS
@@ -42,7 +44,7 @@ def places(spec):
 
 def cases(name, choose):
     """``name`` is an argument of the test; ``choose(spec, backend, device, is_kernel)`` gives its
-    values."""
+    values. The argument ``op`` is for tests/budget.py."""
     params = []
     for spec in SPECS:
         for backend, device, is_kernel in places(spec):
@@ -51,20 +53,23 @@ def cases(name, choose):
                 label = 'x'.join(map(str, value)) if isinstance(value, tuple) else value
                 label = str(label).removeprefix('torch.')
                 params.append(pytest.param(
-                    spec, backend, device, value, marks=marks,
+                    spec.name.removesuffix('_fwd'), spec, backend, device, value, marks=marks,
                     id=f'{spec}-{backend or "default"}{"" if is_kernel else "-plain"}-{device}-'
                        f'{label}'))
-    return pytest.mark.parametrize(('spec', 'backend', 'device', name), params)
+    return pytest.mark.parametrize(('op', 'spec', 'backend', 'device', name), params)
 
 
 def shapes(spec, backend, device, is_kernel):
+    if device == 'interpreter':  # which is slow
+        return tuple(shape for shape in spec.shapes + spec.kernel_shapes if prod(shape[:4]) < 150)
     if not is_kernel:
         return spec.shapes
     return spec.kernel_shapes + (spec.gpu_shapes if device == 'cuda' else ())
 
 
-def first_shape(*place):
-    return shapes(*place)[:1]
+def first_shape(spec, backend, device, is_kernel):
+    """None for a second emulated GPU, on which numbers are all that can differ."""
+    return () if device == 'sm_75' else shapes(spec, backend, device, is_kernel)[:1]
 
 
 def first_shape_of_op(spec, backend, device, is_kernel):
@@ -81,7 +86,7 @@ def first_shape_of_counted(spec, backend, device, is_kernel):
 
 
 def halves(spec, backend, device, is_kernel):
-    found = spec.half_shapes if is_kernel else spec.shapes[:1]
+    found = spec.half_shapes if is_kernel and not INTERPRETED else spec.shapes[:1]
     dtypes = (HALF,) if device == 'sm_75' else (HALF, BRAIN)
     # 'pure' has parameters in half precision too.
     return [(shape, dtype, pure) for shape in found for dtype in dtypes for pure in (False, True)]
@@ -149,7 +154,7 @@ def error(actual, expected):
 # --- numbers --------------------------------------------------------------------------------------
 
 @cases('shape', shapes)
-def test_results_and_every_gradient(spec, backend, device, shape, place):
+def test_results_and_every_gradient(op, spec, backend, device, shape, place):
     is_kernel = backend in ('cuda', 'triton') or device.startswith('sm_')
     for dtype in (SINGLE,) if is_kernel else (DOUBLE, SINGLE):
         inputs = make(spec, shape, place, dtype)
@@ -167,7 +172,7 @@ def test_results_and_every_gradient(spec, backend, device, shape, place):
 
 
 @cases('case', halves)
-def test_half_precision(spec, backend, device, case, place):
+def test_half_precision(op, spec, backend, device, case, place):
     """At most twice the error of what a user would write, and as accurate as fp32 if asked."""
     shape, dtype, pure = case
     inputs = make(spec, shape, place, dtype, dtype if pure else SINGLE)
@@ -200,7 +205,7 @@ def test_half_precision(spec, backend, device, case, place):
 
 
 @cases('shape', first_shape)
-def test_nan_stays_in_its_sample(spec, backend, device, shape, place):
+def test_nan_stays_in_its_sample(op, spec, backend, device, shape, place):
     inputs = make(spec, shape, place, SINGLE)
     clean = results_of(call(spec, inputs, backend))
     one = inputs[spec.maps[0]]
@@ -227,7 +232,7 @@ def spread(t):
 
 
 @cases('shape', first_shape)
-def test_any_strides(spec, backend, device, shape, place):
+def test_any_strides(op, spec, backend, device, shape, place):
     """Inputs and gradients may lie in memory as they like: the numbers are the same."""
     inputs = make(spec, shape, place, SINGLE)
 
@@ -245,7 +250,7 @@ def test_any_strides(spec, backend, device, shape, place):
 
 
 @cases('shape', first_shape)
-def test_empty_batch(spec, backend, device, shape, place):
+def test_empty_batch(op, spec, backend, device, shape, place):
     if spec.name == 'reorder' or backend == 'cuda':
         backend = None  # a kernel by name refuses it
     inputs = make(spec, shape, place, SINGLE)
@@ -256,7 +261,7 @@ def test_empty_batch(spec, backend, device, shape, place):
 
 
 @cases('shape', lambda spec, backend, device, is_kernel: spec.kernel_shapes[:1] * is_kernel)
-def test_bit_equal_from_run_to_run(spec, backend, device, shape, place, monkeypatch):
+def test_bit_equal_from_run_to_run(op, spec, backend, device, shape, place, monkeypatch):
     """Whichever thread is first: gradients by parameters are sums over all of them."""
     inputs = make(spec, shape, place, SINGLE)
     first, grads = run(lambda leaves: call(spec, leaves, backend), inputs)
@@ -267,10 +272,33 @@ def test_bit_equal_from_run_to_run(spec, backend, device, shape, place, monkeypa
         assert all(torch.equal(grads_again[name], grads[name]) for name in grads)
 
 
+class Calls(TorchDispatchMode):
+    """The names of the ops that were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func._schema.name.removeprefix('vmamba_mm::').removeprefix('_'))
+        return func(*args, **(kwargs or {}))
+
+
+@cases('shape', lambda spec, backend, device, is_kernel:
+       spec.half_shapes[:1] * (is_kernel and not INTERPRETED))
+def test_kernel_is_chosen_by_default(op, spec, backend, device, shape, place):
+    inputs = make(spec, shape, place, HALF)
+    with torch.no_grad(), Calls() as calls:
+        found = results_of(call(spec, inputs, None))
+    assert spec.name in calls.names
+    if backend != 'triton':
+        assert all(map(torch.equal, found, results_of(call(spec, inputs, backend))))
+
+
 # --- dtypes ---------------------------------------------------------------------------------------
 
 @cases('shape', first_shape)
-def test_dtypes_are_obeyed(spec, backend, device, shape, place):
+def test_dtypes_are_obeyed(op, spec, backend, device, shape, place):
     """What is asked for, on every device, with and without autocast."""
     if backend == 'cuda':
         backend = None  # a kernel by name refuses some
@@ -295,7 +323,7 @@ plain = cases('shape', lambda spec, backend, device, is_kernel:
 
 
 @plain
-def test_gradcheck(spec, backend, device, shape, place):
+def test_gradcheck(op, spec, backend, device, shape, place):
     inputs = {name: t.requires_grad_() for name, t in make(spec, shape, place).items()}
     assert torch.autograd.gradcheck(
         lambda *leaves: call(spec, dict(zip(inputs, leaves, strict=True)), backend),
@@ -314,7 +342,7 @@ def registered(spec, inputs, backend, save):
 
 
 @cases('shape', first_shape_of_op)
-def test_opcheck(spec, backend, device, shape, place):
+def test_opcheck(op, spec, backend, device, shape, place):
     """Schema, fake and autograd agree with what the op does; so do those of its backward."""
     has_backward = any(one.backward for one in OPS[spec.name].implementations.values())
     for grad in (False, True) if has_backward else (False,):
@@ -327,7 +355,7 @@ def test_opcheck(spec, backend, device, shape, place):
 
 
 @plain
-def test_meta(spec, backend, device, shape, place):
+def test_meta(op, spec, backend, device, shape, place):
     """On meta tensors, shapes and dtypes without numbers."""
     inputs = make(spec, shape, place, SINGLE)
     meta = results_of(call(spec, {name: t.to('meta') for name, t in inputs.items()}, backend))
@@ -335,9 +363,8 @@ def test_meta(spec, backend, device, shape, place):
         assert one.is_meta and (one.shape, one.dtype) == (right.shape, right.dtype)
 
 
-@cases('shape', lambda spec, backend, device, is_kernel:
-       () if device == 'sm_75' else first_shape(spec, backend, device, is_kernel))
-def test_compiles_as_one_graph(spec, backend, device, shape, place):
+@cases('shape', first_shape)
+def test_compiles_as_one_graph(op, spec, backend, device, shape, place):
     torch._dynamo.reset()
     inputs = make(spec, shape, place, SINGLE)
     compiler = 'inductor' if device == 'cuda' else 'aot_eager'
@@ -356,7 +383,7 @@ def test_compiles_as_one_graph(spec, backend, device, shape, place):
 
 
 @cases('shape', first_shape_of_counted)
-def test_flops(spec, backend, device, shape, place):
+def test_flops(op, spec, backend, device, shape, place):
     """Of the forward, and twice that of the backward."""
     inputs = {name: t.requires_grad_() for name, t in make(spec, shape, place, SINGLE).items()}
     with FlopCounterMode(display=False) as counter:
@@ -370,7 +397,7 @@ def test_flops(spec, backend, device, shape, place):
 # --- wrong input ----------------------------------------------------------------------------------
 
 @plain
-def test_wrong_input_says_what_is_wrong(spec, backend, device, shape, place):
+def test_wrong_input_says_what_is_wrong(op, spec, backend, device, shape, place):
     inputs = make(spec, (2, *shape[1:]), place, SINGLE)
     for name, change, message in spec.wrong:
         with pytest.raises(ValueError, match=message):

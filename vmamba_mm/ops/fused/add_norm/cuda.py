@@ -77,7 +77,7 @@ def forward(x, branch, scale, weight, bias, eps, out_dtype, save, shift=None):
         return total, normed, moments
     branch = dense(branch)
     if norms:
-        bias = bias.to(weight.dtype)
+        weight, bias = weight.contiguous(), bias.to(weight.dtype).contiguous()
     forward_launch(x.get_device(), x.dtype, branch.dtype if adds else None, out_dtype,
                    weight.dtype if norms else None, len(x), positions // len(x), dim)(
         x.data_ptr(), pointer(branch if adds else shift), pointer(scale), pointer(weight),
@@ -89,6 +89,7 @@ def forward(x, branch, scale, weight, bias, eps, out_dtype, save, shift=None):
 def backward(grad, x, moments, weight, bias, others, scale, branch_dtype):
     """(dx, dbranch, dweight, dbias): as in the op ``add_norm_bwd``."""
     x, grad, others, dim = dense(x), dense(grad), dense(others), x.shape[-1]
+    flat = weight.contiguous()
     dx = torch.empty_like(x)
     dbranch = x.new_empty(x.shape if branch_dtype else (0,), dtype=branch_dtype or x.dtype)
     if x.numel() == 0:
@@ -96,7 +97,7 @@ def backward(grad, x, moments, weight, bias, others, scale, branch_dtype):
     blocks, launch = backward_launch(x.get_device(), grad.dtype, x.dtype, branch_dtype,
                                      weight.dtype, len(x), x.numel() // dim // len(x), dim)
     partials = x.new_empty((blocks, 2, dim), dtype=torch.float32)
-    launch(grad.data_ptr(), x.data_ptr(), moments.data_ptr(), weight.data_ptr(), pointer(others),
+    launch(grad.data_ptr(), x.data_ptr(), moments.data_ptr(), flat.data_ptr(), pointer(others),
            pointer(scale), dx.data_ptr(), dbranch.data_ptr() if branch_dtype else 0,
            partials.data_ptr())
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)

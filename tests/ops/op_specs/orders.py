@@ -1,4 +1,4 @@
-from specs import Spec, randn
+from op_specs import Spec, randn
 from vmamba_mm.ops import cross_merge, cross_scan
 from vmamba_mm.ops.core.define_op import OPS
 

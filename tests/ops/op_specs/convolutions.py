@@ -1,6 +1,6 @@
 import torch
 
-from specs import Spec, cut, randn
+from op_specs import Spec, cut, randn
 from vmamba_mm.ops import conv_norm, conv_norm_gelu, dwconv_silu
 
 OTHER_CHANNELS = 'channels, but got .* channels instead'

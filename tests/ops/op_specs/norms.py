@@ -1,6 +1,6 @@
 import torch
 
-from specs import Spec, cut, randn
+from op_specs import Spec, cut, randn
 from vmamba_mm.ops import add_norm, layer_norm
 
 SHAPES = (2, 3, 1, 8), (1, 1, 1, 4), (2, 3, 5, 6), (3, 5, 7, 96)

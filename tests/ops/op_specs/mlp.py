@@ -1,6 +1,6 @@
 from math import prod
 
-from specs import Spec, cut, randn
+from op_specs import Spec, cut, randn
 from vmamba_mm.ops import mlp
 
 HIDDEN, OUT = 24, 20

@@ -62,4 +62,4 @@ def cut(dim: int) -> Callable[[Tensor], Tensor]:
 
 
 def all_specs() -> list[Spec]:
-    return [spec for name in MODULES for spec in importlib.import_module(f'specs.{name}').SPECS]
+    return [spec for name in MODULES for spec in importlib.import_module(f'op_specs.{name}').SPECS]
