@@ -53,11 +53,11 @@ def test_watched_blocks_do_not_run_as_one_op(monkeypatch):
     model, _ = make()
     watched, other = model.stages[1].blocks
     x = torch.randn(1, 4, 4, 16)
-    assert watched._in_one_op(x, x.dtype) is not None
+    assert watched.why_not_one_op(x) is None
     with record_scan_inputs([watched.ssm]):
-        assert watched._in_one_op(x, x.dtype) is None
-        assert other._in_one_op(x, x.dtype) is not None
-    assert watched._in_one_op(x, x.dtype) is not None
+        assert 'hook' in watched.why_not_one_op(x)
+        assert other.why_not_one_op(x) is None
+    assert watched.why_not_one_op(x) is None
 
 
 def test_ops_that_are_watched_begin_with_the_scans_inputs():
