@@ -11,22 +11,22 @@ import re
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import _cli
-
 from vmamba_mm.atomic import write_atomic
-from vmamba_mm.ops.core import instances, nvrtc
+from vmamba_mm.errors import UserError
+from vmamba_mm.mm import cli
+from vmamba_mm.ops.core import compile, instances
 
 EXAMPLES = """\
   python tools/check_kernels.py
   python tools/check_kernels.py --only ss2d_scan_fwd --arch 90
   python tools/check_kernels.py --update"""
 ARCHS = (75, 80, 86, 89, 90, 100, 120)
-BUDGET = nvrtc.KERNELS / 'resources.json'
+BUDGET = compile.KERNELS / 'resources.json'
 VERBOSE = '--ptxas-options=-v'
 
 
 def parse_args():
-    parser = _cli.make_parser(__doc__, EXAMPLES)
+    parser = cli.make_parser(__doc__, EXAMPLES)
     parser.add_argument('--only', default='', metavar='TEXT',
                         help='kernels whose file, name or defines contain this')
     parser.add_argument('--arch', type=int, nargs='+', default=ARCHS, metavar='N',
@@ -35,7 +35,7 @@ def parse_args():
                         help='compilers at once (default: the number of cores)')
     parser.add_argument('--update', action='store_true',
                         help=f'write what the kernels use today to kernels/{BUDGET.name}')
-    parser.add_argument('--traceback', action='store_true', help=_cli.argparse.SUPPRESS)
+    cli.add_traceback_option(parser)
     args = parser.parse_args()
     if args.update and (args.only or args.arch != ARCHS):
         parser.error('--update takes all kernels and GPUs: leave out --only and --arch')
@@ -46,7 +46,7 @@ def measure(instance, arch):
     """Registers and bytes a thread, shared bytes a block; or the text of an error."""
     verbose = instance._replace(options=(*instance.options, VERBOSE))
     try:
-        return parse_log(nvrtc.build(verbose, f'sm_{arch}'))
+        return parse_log(compile.build(verbose, f'sm_{arch}'))
     except (OSError, RuntimeError, ValueError) as err:
         return str(err)
 
@@ -115,9 +115,9 @@ def dump(version, found):
 def main():
     args = parse_args()
     try:
-        version = '{}.{}'.format(*nvrtc.find_nvrtc().version)
-    except nvrtc.NvrtcNotFound as err:
-        raise _cli.UserError(str(err)) from err
+        version = '{}.{}'.format(*compile.find_nvrtc().version)
+    except compile.NvrtcNotFound as err:
+        raise UserError(str(err)) from err
     jobs = [(instance, arch) for instance, lowest in instances.INSTANCES.items()
             for arch in args.arch if arch >= lowest and args.only in str(instance)]
     if not jobs:
@@ -125,7 +125,7 @@ def main():
         print(f'{what}; NVRTC {version}')
         return
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['vmamba_mm.ops.core.nvrtc'])
+    context.set_forkserver_preload(['vmamba_mm.ops.core.compile'])
     found = {}
     with ProcessPoolExecutor(min(args.jobs, len(jobs)), mp_context=context) as pool:
         for (instance, arch), use in zip(jobs, pool.map(measure, *zip(*jobs, strict=True)),
@@ -142,11 +142,11 @@ def main():
         problems.append(f'{BUDGET.name} has kernels that are gone: {", ".join(sorted(stale))}')
     if problems:
         print('\n'.join(problems))
-        raise _cli.UserError(f'{len(problems)} problem(s) with NVRTC {version}, the budget is of '
-                             f'{recorded["nvrtc"]}; if intended: '
-                             'python tools/check_kernels.py --update')
+        raise UserError(f'{len(problems)} problem(s) with NVRTC {version}, the budget is of '
+                        f'{recorded["nvrtc"]}; if intended: '
+                        'python tools/check_kernels.py --update')
     print(f'{len(jobs)} compilations, no spills, within kernels/{BUDGET.name}; NVRTC {version}')
 
 
 if __name__ == '__main__':
-    _cli.run(main)
+    cli.run(main)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from kernel_folder import compilations, kernels_folder  # noqa: F401 (fixtures)
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,6 @@ import contextlib
 import ctypes
 import re
 import shutil
-import struct
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +22,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vmamba_mm.ops.core import gemm, graphs, nvrtc
+from vmamba_mm.ops.core import backends, compile, gemm, graphs, launch
+from vmamba_mm.ops.core.parameters import packed_size
 from vmamba_mm.ops.scan_kernels import cuda as walk
 from vmamba_mm.ops.ss2d_scan import large_state as ss2d_walk
 
@@ -72,49 +72,48 @@ def call_of(statement: str) -> str:
 
 
 class Kernel:
-    """In place of :class:`vmamba_mm.ops.core.nvrtc.Kernel`."""
+    """In place of :class:`vmamba_mm.ops.core.launch.Kernel`."""
 
     seed = 0  # of the order in which blocks, warps and lanes run
 
-    def __init__(self, instance: nvrtc.Instance, index: int, library: Path):
+    def __init__(self, instance: launch.Instance, library: Path):
         self.instance = instance
+        self.fields = compile.parameters(instance) if instance.params is None else ()
         self._lib = ctypes.CDLL(str(library))
         self._lib.launch.restype = ctypes.c_char_p
-        self._size = nvrtc.packed_size(instance.params)
+        self._size = packed_size(compile.letters_of(instance))
         self._cluster = max(1, dict(instance.defines).get('CLUSTER', 1))
         if self._lib.params_size() != self._size:
-            raise ValueError(f'{instance}: params={instance.params!r} is a struct of {self._size} '
-                             f'bytes, but the kernel takes {self._lib.params_size()}')
+            raise ValueError(f'{instance}: its parameters are a struct of {self._size} bytes, but '
+                             f'the kernel takes {self._lib.params_size()}')
 
-    def bind(self, grid, block, shared=0):
+    def bind(self, grid, block, shared=0, per_call=(), **constants):
         if shared > PROPERTIES['shared_memory_per_block_optin'] or max(grid[1:]) > 65535:
             raise RuntimeError(f'{self.instance}: no launch of {grid} with {shared} bytes')
 
-        def run(*args):
-            params = struct.pack(f'@{self.instance.params}', *args).ljust(self._size)
-            error = self._lib.launch(params, *grid, *block, shared, self.seed, self._cluster)
+        def start(packed):
+            error = self._lib.launch(packed.ljust(self._size), *grid, *block, shared, self.seed,
+                                     self._cluster)
             if error:
                 raise RuntimeError(f'{self.instance}, grid {grid}, block {block}: '
                                    f'{error.decode()}')
 
-        return run
+        return launch.bind_start(self.instance, self.fields, start, per_call, constants)
 
     def clusters(self, cluster, threads, shared):
         blocks = PROPERTIES['shared_memory_per_multiprocessor'] // (shared + 1024)
         return PROPERTIES['multi_processor_count'] * blocks // cluster
 
-    def launch(self, grid, block, args, shared=0):
-        self.bind(grid, block, shared)(*args)
 
-
-def build(instance: nvrtc.Instance, arch: str, folder: Path) -> Path:
-    """In place of :func:`vmamba_mm.ops.core.nvrtc.build`: a shared library in ``folder``."""
+def build(instance: launch.Instance, arch: str, folder: Path) -> Path:
+    """In place of :func:`vmamba_mm.ops.core.compile.build`: a shared library in ``folder``."""
     library = folder / (re.sub(r'\W+', '_', f'{instance} {arch}') + '.so')
     if library.exists():
         return library
     defines = [f'-D{name}={value}' for name, value in
                (*instance.defines, ('__CUDA_ARCH__', f'{arch.removeprefix("sm_")}0'))]
-    source = run_compiler('-E', *defines, str(nvrtc.KERNELS / instance.source))
+    source = run_compiler('-E', *defines, f'-I{compile.KERNELS}',
+                          str(compile.KERNELS / instance.source))
     name = f'({instance.name})'
     source = '\n'.join((
         f'#include "{HEADER}"', translate(source), 'static const void *given;',
@@ -168,24 +167,24 @@ def emulated_gpu(folder: Path, capability: tuple[int, int] = (9, 0)):
     """Ops take tensors of the CPU for those of a GPU of this compute capability; ``folder`` keeps
     what is compiled."""
     properties = SimpleNamespace(major=capability[0], **PROPERTIES)
-    archs = SimpleNamespace(archs=[10 * capability[0] + capability[1]])
-    with pytest.MonkeyPatch.context() as patch:
+    arch = f'sm_{10 * capability[0] + capability[1]}'
+
+    def load(instance, index):
+        return Kernel(instance, build(instance, arch, folder))
+
+    with launch.override_loader(load), pytest.MonkeyPatch.context() as patch:
         for target, name, value in (
-                (nvrtc, '_kernels', {}), (nvrtc, 'Kernel', Kernel),
-                (nvrtc, '_device_index', lambda _: 0), (nvrtc, 'find_nvrtc', lambda: archs),
-                (nvrtc, 'build', lambda instance, arch: build(instance, arch, folder)),
                 (torch.cuda, 'get_device_capability', lambda *_: capability),
                 (torch.cuda, 'get_device_properties', lambda *_: properties),
                 (gemm, 'product', product), (gemm, 'why_not', lambda: None),
                 (graphs, 'is_current_stream_capturing', lambda: True),  # there are no graphs
+                (backends, 'KERNEL_DEVICES', ('cpu',)),
                 (walk, 'why_not', why_not), (ss2d_walk, 'why_not', why_not)):
             patch.setattr(target, name, value)
-        nvrtc.forget()
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # for so little work, others only wait for a core
         yield
         torch.set_num_threads(threads)
-    nvrtc.forget()
 
 
 class OnGpu:

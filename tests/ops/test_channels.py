@@ -18,7 +18,7 @@ from torch.library import opcheck
 import vmamba_mm.layers.vss_block as layers
 from vmamba_mm.layers import ConvDownsample, ConvStem, VSSBlock, VSSStage
 from vmamba_mm.ops import add_norm, conv_norm, dwconv_silu, layer_norm, mlp
-from vmamba_mm.ops.core import nvrtc
+from vmamba_mm.ops.core import launch
 from vmamba_mm.ops.fused.channels import sum_launch
 from vmamba_mm.testing import relative_error
 
@@ -668,8 +668,8 @@ def test_kernels_are_used(kernels, monkeypatch):
     def fail(*args):
         raise AssertionError('launched')
 
-    monkeypatch.setattr(nvrtc, 'load', fail)
-    nvrtc.forget()
+    monkeypatch.setattr(launch, 'load', fail)
+    launch.forget()
     x = randn(2, 3, 3, 8, device=kernels)
     for call in (lambda: layer_norm(x, x[0, 0, 0], x[0, 0, 1]),
                  lambda: dwconv_silu(x, randn(8, 1, 3, 3, device=kernels)),

@@ -22,7 +22,7 @@ from test_ss2d_cuda import (
 from test_walk_cuda import cut_walks  # noqa: F401 (a fixture)
 
 from vmamba_mm.ops import ss2d_scan
-from vmamba_mm.ops.core import nvrtc
+from vmamba_mm.ops.core import compile, launch
 from vmamba_mm.ops.ss2d_scan import schedule
 from vmamba_mm.testing import with_grads
 
@@ -259,17 +259,18 @@ template <class T> __global__ void round(const Params p) {
 
 
 @pytest.fixture
-def run_mistake(monkeypatch, tmp_path):
+def run_mistake(tmp_path):
     (tmp_path / 'mistakes.cu').write_text(MISTAKES)
-    (tmp_path / 'common.cuh').write_text((nvrtc.KERNELS / 'common.cuh').read_text())
-    monkeypatch.setattr(nvrtc, 'KERNELS', tmp_path)
+    (tmp_path / 'common.cuh').write_text((compile.KERNELS / 'common.cuh').read_text())
 
     def run(name, out, blocks=1, shared=0, waits=0):
-        kernel = nvrtc.load(nvrtc.Instance('mistakes.cu', name, 'P', (('WAITS', waits),)), 0)
-        kernel.launch((blocks, 1, 1), (min(32, len(out)), 1, 1), (out.data_ptr(),), shared)
+        instance = launch.Instance('mistakes.cu', name, defines=(('WAITS', waits),))
+        launch.load(instance, 0).bind((blocks, 1, 1), (min(32, len(out)), 1, 1), shared)(
+            out=out.data_ptr())
         return out
 
-    return run
+    with compile.override_cache(kernels=tmp_path):
+        yield run
 
 
 def test_mistakes_are_found(run_mistake, monkeypatch):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.library import opcheck
 
 from vmamba_mm.ops import cross_merge, cross_scan, selective_scan, ss2d_scan, ss2d_scan_norm
-from vmamba_mm.ops.core import nvrtc
+from vmamba_mm.ops.core import launch
 from vmamba_mm.ops.core.instances import INSTANCES
 from vmamba_mm.ops.scan_kernels.cuda import magic
 from vmamba_mm.ops.ss2d_scan import chunked, cuda, schedule
@@ -104,7 +104,7 @@ def check_norm(inputs):
 def without_clusters(monkeypatch):
     """Plans in which a warp has all chunks of its span."""
     monkeypatch.setattr(schedule, 'cluster_schedules', lambda *args: ())
-    nvrtc.forget()
+    launch.forget()
 
 
 def cut_around(monkeypatch, width, sets, cluster, spans, slots='exact'):
@@ -124,7 +124,7 @@ def cut_around(monkeypatch, width, sets, cluster, spans, slots='exact'):
                              magic=(*plan.magic[:2], magic(count)))
 
     monkeypatch.setattr(schedule, 'plan_of', plan)
-    nvrtc.forget()
+    launch.forget()
 
 
 def slots_of(slots, batch, length):
@@ -154,7 +154,7 @@ def cut_by_hand(monkeypatch, maps, slots, spans):
                              magic=(*plan.magic[:2], magic(count)))
 
     monkeypatch.setattr(schedule, 'plan_of', plan)
-    nvrtc.forget()
+    launch.forget()
 
 
 @pytest.fixture(autouse=True)
@@ -168,7 +168,7 @@ def poison(monkeypatch):
 
     monkeypatch.setattr(torch, 'empty', poisoned)
     yield
-    nvrtc.forget()  # a plan made by hand
+    launch.forget()  # a plan made by hand
 
 
 @needs_gpu
@@ -230,7 +230,7 @@ def test_chunks_that_go_around(monkeypatch, size, width, sets, cluster):
         with monkeypatch.context() as patch:
             cut_around(patch, width, sets, cluster, spans, slots)
             check(make(batch, 72, height, width_of_map))
-    nvrtc.forget()
+    launch.forget()
 
 
 @needs_gpu

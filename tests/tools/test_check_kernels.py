@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vmamba_mm.ops.core import instances, nvrtc
+from vmamba_mm.ops.core import compile, instances
 
 SOURCE = r'''
 struct Params { float *x; };
@@ -45,8 +45,8 @@ extern "C" __global__ void spill(Params p) {
 
 def has_nvrtc():
     try:
-        return bool(nvrtc.find_nvrtc())
-    except nvrtc.NvrtcNotFound:
+        return bool(compile.find_nvrtc())
+    except compile.NvrtcNotFound:
         return False
 
 
@@ -61,28 +61,27 @@ def check(tmp_path, monkeypatch):
 
     source = tmp_path / 'test.cu'
     source.write_text(SOURCE)
-    monkeypatch.setenv('VMAMBA_MM_CACHE_DIR', str(tmp_path / 'cache'))
     monkeypatch.setattr(check_kernels, 'BUDGET', tmp_path / 'resources.json')
-    monkeypatch.setattr(nvrtc, '_binaries', {})
     (tmp_path / 'resources.json').write_text('{"nvrtc": "13.0", "kernels": {}}')
 
     def run(*kernels, args=()):
-        table = {nvrtc.Instance(str(source), name, params, (), options): lowest
-                 for name, params, options, lowest in kernels}
+        table = {compile.Instance(str(source), name, options=options): lowest
+                 for name, options, lowest in kernels}
         monkeypatch.setattr(instances, 'INSTANCES', table)
         monkeypatch.setattr(sys, 'argv', ['check_kernels.py', *args])
         monkeypatch.setattr(check_kernels, 'ARCHS', (80, 90))
         check_kernels.main()
         return json.loads((tmp_path / 'resources.json').read_text())['kernels']
 
-    run.error = check_kernels._cli.UserError
+    run.error = check_kernels.UserError
     run.budget = tmp_path / 'resources.json'
-    return run
+    with compile.override_cache(tmp_path / 'cache'):
+        yield run
 
 
-GOOD = ('good', 'P', (), 75)
-STACK = ('stack', 'Pi', (), 75)
-SPILL = ('spill', 'P', ('--maxrregcount=24',), 75)
+GOOD = ('good', (), 75)
+STACK = ('stack', (), 75)
+SPILL = ('spill', ('--maxrregcount=24',), 75)
 
 
 def test_an_empty_table_passes(check, capsys):
@@ -93,12 +92,12 @@ def test_an_empty_table_passes(check, capsys):
 def test_update_then_check(check, capsys):
     with pytest.raises(check.error):  # not in the budget yet
         check(GOOD)
-    written = check(GOOD, ('stack', 'Pi', (), 90), args=['--update'])
+    written = check(GOOD, ('stack', (), 90), args=['--update'])
     assert set(written['test.cu: good']) == {'sm_80', 'sm_90'}
     assert written['test.cu: good']['sm_80']['shared'] == 256
     assert written['test.cu: stack']['sm_90']['stack'] == 400
     assert set(written['test.cu: stack']) == {'sm_90'}
-    assert check(GOOD, ('stack', 'Pi', (), 90)) == written
+    assert check(GOOD, ('stack', (), 90)) == written
     with pytest.raises(check.error):  # a kernel that is gone
         check(GOOD)
     assert 'kernels that are gone: test.cu: stack' in capsys.readouterr().out
@@ -131,6 +130,6 @@ def test_a_spill_fails_even_on_update(check, capsys):
 def test_a_compile_error_is_reported_and_leaves_the_budget(check, capsys):
     before = check.budget.read_text()
     with pytest.raises(check.error):
-        check(GOOD, ('absent', 'P', (), 75), args=['--update'])
+        check(GOOD, ('absent', (), 75), args=['--update'])
     assert 'identifier "absent" is undefined' in capsys.readouterr().out
     assert check.budget.read_text() == before

@@ -74,7 +74,7 @@ def test_sanitizer_is_missing(monkeypatch, tmp_path):
 
     monkeypatch.setenv('PATH', str(tmp_path))
     monkeypatch.setattr(check_gpu, 'Path', lambda *parts: tmp_path.joinpath('absent', *parts[1:]))
-    with pytest.raises(check_gpu._cli.UserError, match='compute-sanitizer was not found'):
+    with pytest.raises(check_gpu.UserError, match='compute-sanitizer was not found'):
         check_gpu.find_sanitizer()
 
 
@@ -159,7 +159,7 @@ def test_plain_pytorch_of_the_loss_curve_has_no_kernel(monkeypatch):
 
     monkeypatch.setattr('vmamba_mm.ops.scan_kernels.cuda.why_not',
                         lambda *args: None)  # as on a GPU
-    monkeypatch.setattr('vmamba_mm.ops.core.nvrtc.load', load)
+    monkeypatch.setattr('vmamba_mm.ops.core.launch.load', load)
     norm, x = LayerNorm(8), torch.randn(2, 3, 8)
     with loss_curve.only('cuda'), pytest.raises(RuntimeError, match='a kernel'):
         norm(x)

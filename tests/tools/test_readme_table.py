@@ -5,17 +5,15 @@ from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).parents[2] / 'tools' / 'bench'
+from vmamba_mm.errors import UserError
+
 SETTING = dict(device='a GPU', torch='2.9', timm='1.0', dtype='float16', shrink='1', problem='')
 
 
 @pytest.fixture
-def tool(monkeypatch):
+def tool(load_tool):
     pytest.importorskip('timm')
-    monkeypatch.syspath_prepend(BENCH)
-    import readme_table
-
-    return readme_table
+    return load_tool('bench/readme_table.py')
 
 
 @pytest.fixture
@@ -27,12 +25,11 @@ def files(tool, tmp_path):
         report.Case('tiny_s1l8'): dict(images_per_s=11731.4, ms=10.9, peak_gib=1.28),
         report.Case('tiny_s1l8', 'forward+backward'): dict(images_per_s=3237.0, peak_gib=6.427),
         report.Case('convnext_b'): dict(images_per_s=2000.0)}
-    report.write_rows(tmp_path / 'a.csv', {
+    report.SHEET.write(tmp_path / 'a.csv', {
         case: {**nothing, **row, **SETTING} for case, row in rows.items()})
     row = {**dict.fromkeys(steps.NUMBERS, report.NAN), 'ms': 111.4, 'peak_gib': 5.07,
            'device': 'a GPU', 'torch': '2.9', 'mm': 'mmdet 3', 'shrink': '1', 'problem': ''}
-    report.write_rows(tmp_path / 'b.csv', {steps.Case('swin_t', 'upernet', 'fp16'): row},
-                      steps.Case, steps.NUMBERS, steps.SETTING)
+    steps.SHEET.write(tmp_path / 'b.csv', {steps.Case('swin_t', 'upernet', 'fp16'): row})
     (tmp_path / 'README.md').write_text(f'before\n{tool.BEGIN}old\n{tool.END}after\n')
     return [str(tmp_path / name) for name in ('a.csv', 'b.csv', 'README.md')]
 
@@ -55,8 +52,6 @@ def test_tables(tool, files, monkeypatch):
 
 
 def test_mistakes(tool, files, monkeypatch):
-    from _cli import UserError
-
     models, steps, readme = files
     other = Path(steps).read_text().replace('a GPU', 'another')
     Path(steps).write_text(other)

@@ -9,6 +9,7 @@ curves may be no larger. A curve that does not fall shows nothing, and fails too
 Without --images, the classes are gratings of eight directions in noise.
 """
 
+
 import argparse
 import contextlib
 import csv
@@ -28,11 +29,11 @@ from torch import nn
 import vmamba_mm.layers.ss2d
 from vmamba_mm.layers import ConvDownsample, ConvStem, VSSBlock
 from vmamba_mm.ops import BACKENDS, scan_norm
-from vmamba_mm.ops.core import nvrtc
+from vmamba_mm.ops.core import launch
 from vmamba_mm.ops.scan_kernels import cuda as walk
 
 matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 PLAIN = 'plain, fp16'
 SMOOTH = 0.9  # of the exponential moving average
@@ -97,8 +98,8 @@ def only(backend):
                                   functools.partial(scan_norm, backend=backend)))
         if backend != 'cuda':
             replace(mock.patch.object(walk, 'why_not', lambda *args: 'not asked for'))
-            replace(mock.patch.object(nvrtc, 'load', side_effect=AssertionError('a kernel')))
-            nvrtc.forget()  # launches that are bound already
+            replace(mock.patch.object(launch, 'load', side_effect=AssertionError('a kernel')))
+            launch.forget()  # launches that are bound already
         yield
 
 

@@ -5,16 +5,16 @@ rows of all files must be of one device and torch.
 """
 
 import math
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import _cli  # noqa: E402  (a sibling script, not a package)
-import dense_steps_report as steps  # noqa: E402
-import end_to_end_report as report  # noqa: E402
-from end_to_end_report import FAMILIES, OURS, Case, find_setting, number, show  # noqa: E402
+import dense_steps_report as steps
+import end_to_end_report as report
+from bench_report import find_setting, markdown_table, number, show
+from end_to_end_report import FAMILIES, OURS, Case
 
-from vmamba_mm.atomic import write_atomic  # noqa: E402
+from vmamba_mm.atomic import write_atomic
+from vmamba_mm.errors import UserError
+from vmamba_mm.mm import cli
 
 EXAMPLES = '''  python tools/bench/readme_table.py --models a.csv b.csv --steps steps.csv'''
 BEGIN, END = '<!-- performance -->\n', '<!-- /performance -->\n'
@@ -41,13 +41,6 @@ LINES = [
      'images_per_s')]
 
 
-def table(head, lines):
-    """Markdown; lines without a number are left out."""
-    rows = [head, ['---'] * len(head), *(line for line in lines if any(
-        cell not in ('', '-') for cell in line[1:]))]
-    return '\n'.join(f'| {" | ".join(row)} |' for row in rows) + '\n'
-
-
 def count(value):
     """All digits, in thousands."""
     return '-' if math.isnan(value) else f'{value:,.0f}'
@@ -55,7 +48,7 @@ def count(value):
 
 def tiny_table(rows):
     styles = {'images_per_s': count, 'ms': show, 'peak_gib': show}
-    return table(['224x224, batch 128 unless said', *TINY.values()], [
+    return markdown_table(['224x224, batch 128 unless said', *TINY.values()], [
         [text, *(styles[name](number(rows, case._replace(model=model), name)) for model in TINY)]
         for text, case, name in LINES])
 
@@ -67,8 +60,8 @@ def model_table(rows):
         lines.append([
             PEERS.get(model, f'`{model}`'), count(number(rows, inference, 'images_per_s')),
             count(number(rows, train, 'images_per_s')), show(number(rows, train, 'peak_gib'))])
-    return table(['224x224, batch 128', 'inference, images/s', 'forward + backward, images/s',
-                  'its peak memory, GiB'], lines)
+    return markdown_table(['224x224, batch 128', 'inference, images/s',
+                           'forward + backward, images/s', 'its peak memory, GiB'], lines)
 
 
 def step_table(rows):
@@ -76,10 +69,10 @@ def step_table(rows):
         ms, peak = (number(rows, case, name) for name in ('ms', 'peak_gib'))
         return '-' if math.isnan(ms) else f'{show(ms)} ms, {show(peak)} GiB'
 
-    return table(['a training step, its peak memory', *TINY.values()], [
-        [f'{steps.WHAT[need.task]}, {need.precision}',
-         *(cell(steps.Case(model, need.task, need.precision)) for model in TINY)]
-        for need in steps.REQUIREMENTS if need.task != steps.BACKBONE])
+    return markdown_table(['a training step, its peak memory', *TINY.values()], [
+        [steps.Case('', task, precision).what,
+         *(cell(steps.Case(model, task, precision)) for model in TINY)]
+        for task in ('mask-rcnn', 'upernet') for precision in ('fp32', 'fp16')])
 
 
 def write(path, text):
@@ -87,24 +80,24 @@ def write(path, text):
     before, found, rest = path.read_text(encoding='utf-8').partition(BEGIN)
     _, ended, after = rest.partition(END)
     if not (found and ended):
-        raise _cli.UserError(f'{path} has no lines {BEGIN.strip()} and {END.strip()}')
+        raise UserError(f'{path} has no lines {BEGIN.strip()} and {END.strip()}')
     write_atomic(''.join([before, BEGIN, text, END, after]).encode(), path)
 
 
 def main():
-    parser = _cli.make_parser(__doc__, EXAMPLES)
+    parser = cli.make_parser(__doc__, EXAMPLES)
     parser.add_argument('--models', nargs='+', required=True, metavar='CSV',
                         help='of end_to_end.py')
     parser.add_argument('--steps', nargs='+', default=[], metavar='CSV', help='of dense_steps.py')
     parser.add_argument('--readme', type=Path, default=Path('README.md'), metavar='FILE')
-    parser.add_argument('--traceback', action='store_true', help=_cli.argparse.SUPPRESS)
+    cli.add_traceback_option(parser)
     args = parser.parse_args()
     rows, step_rows = {}, {}
     for path in args.models:
-        rows |= report.read_rows(path)
+        rows |= report.SHEET.read(path)
     for path in args.steps:
-        step_rows |= report.read_rows(path, steps.Case, steps.NUMBERS, steps.SETTING)
-    setting = find_setting(rows)
+        step_rows |= steps.SHEET.read(path)
+    setting = report.SHEET.find_setting(rows)
     find_setting({**rows, **step_rows}, ('device', 'torch', 'shrink'))
     dtype = {'float16': 'fp16', 'bfloat16': 'bf16'}.get(setting['dtype'], setting['dtype'])
     parts = [f'{setting["device"]}, torch {setting["torch"]}, timm {setting["timm"]}, {dtype} '
@@ -116,4 +109,4 @@ def main():
 
 
 if __name__ == '__main__':
-    _cli.run(main)
+    cli.run(main)

@@ -91,9 +91,11 @@ class SS2D(nn.Module):
 
     def _scan_and_norm(self, x: Tensor) -> Tensor:
         norm, is_fused = self.out_norm, is_plain(self.out_norm, LayerNorm)
+        # The rounding errors of a half would grow in exp; fp64 keeps all its digits.
+        A_logs = self.A_logs if self.A_logs.dtype == torch.float64 else self.A_logs.float()
         y_BDHW = scan_norm(
             x.permute(0, 3, 1, 2), self.x_proj_weight, self.dt_projs_weight, self.dt_projs_bias,
-            -torch.exp(self.A_logs.float()), self.Ds, *(
+            -torch.exp(A_logs), self.Ds, *(
                 (norm.weight, norm.bias, norm.eps) if is_fused else (None, None)), scan=self.scan)
         y = y_BDHW.permute(0, 2, 3, 1)
         return y if is_fused else norm(y).to(x.dtype)

@@ -18,7 +18,7 @@ from vmamba_mm.layers.norm import LayerNorm, sum_and_norm
 from vmamba_mm.layers.plain import Attributes, are_plain, is_depthwise_3x3, is_plain
 from vmamba_mm.layers.ss2d import SS2D
 from vmamba_mm.ops import add_norm, mlp
-from vmamba_mm.ops.core.backends import autocast_dtype, wants_grad
+from vmamba_mm.ops.core.backends import autocast_dtype, runs_kernels, wants_grad
 from vmamba_mm.ops.vss_block import Weights, vss_block, vss_blocks, why_not
 
 # What torch.fx records as it is, since it looks at shapes.
@@ -112,7 +112,7 @@ def _identity(branch: Tensor) -> Tensor:
 
 # --- whether a block, or a stage of blocks, runs as one op ----------------------------------------
 
-_RECORDED = 'torch.fx records the steps'
+_NOT_ON_GPU = 'the input is not on a GPU'  # or torch.fx records the steps
 _NOT_PLAIN = 'a module has a hook, is wrapped, or is of another class'
 # The modules of a block whose parameters the op takes, as in _weights_for_op.
 _CLASSES = (Mlp, SS2D, LayerNorm, nn.Linear, nn.Conv2d, LayerNorm, nn.Linear, LayerNorm, nn.Linear,
@@ -124,8 +124,8 @@ def _weights_for_op(block: VSSBlock, x: Tensor, autocast: torch.dtype | None) ->
 
     The op does not drop paths; that is for who calls it to look at.
     """
-    if isinstance(x, torch.fx.Proxy):
-        return _RECORDED
+    if not runs_kernels(x):
+        return _NOT_ON_GPU
     # Past nn.Module.__getattr__, which would take a tenth of the block's time in Python.
     own = block._modules
     ssm, mlp = own['ssm'], own.get('mlp')  # None is no module
@@ -171,14 +171,14 @@ def _stage_weights_for_op(stage: 'VSSStage', x: Tensor, autocast: torch.dtype | 
                           ) -> list[Weights] | str:
     """The parameters of each block for the op ``vss_blocks``, or what keeps the stage from being
     that op."""
+    if not runs_kernels(x):
+        return _NOT_ON_GPU
     if torch.jit.is_tracing():  # which runs with and without gradients, and compares
         trains = wants_grad(x, *stage.parameters())
     else:
         trains = torch.is_grad_enabled()
     if trains:
         return 'gradients are wanted'
-    if isinstance(x, torch.fx.Proxy):
-        return _RECORDED
     if not is_plain(stage.blocks, nn.Sequential):
         return _NOT_PLAIN
     blocks, stage_weights, first_kind = list(stage.blocks), [], None

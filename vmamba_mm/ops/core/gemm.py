@@ -6,14 +6,15 @@ its inputs. What is used of the library's interface has been the same since CUDA
 
 import ctypes
 import functools
-import re
 import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from vmamba_mm.ops.core import nvrtc
+from vmamba_mm.ops.core import libraries, torch_private
+from vmamba_mm.ops.core.driver import capture_allows_loading, current
+from vmamba_mm.ops.core.launch import cached
 
 _TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}  # cudaDataType
 _COMPUTE_32F, _COMPUTE_32F_FAST_TF32 = 68, 77
@@ -40,9 +41,7 @@ class Product(NamedTuple):
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """None if there is none."""
-    is_it = re.compile(r'libcublasLt(-[0-9a-f]+)?\.so[.\d]*').fullmatch
-    loaded = [path for path in nvrtc.loaded_libraries() if is_it(path.rpartition('/')[2])]
-    for path in (*loaded, *(f'libcublasLt.so.{major}' for major in (13, 12, 11))):
+    for path in libraries.candidates('cublasLt', (13, 12, 11)):
         try:
             library = ctypes.CDLL(path)
         except OSError:
@@ -88,11 +87,11 @@ def _set(what: str, handle: ctypes.c_void_p, attribute: int, value) -> None:
 
 @functools.cache
 def _handle(index: int) -> ctypes.c_void_p:
-    with nvrtc.current(index), nvrtc.capture_allows_loading():
+    with current(index), capture_allows_loading():
         return _make('Create')
 
 
-@nvrtc.cached
+@cached
 def product(index: int, dtype: torch.dtype, out_dtype: torch.dtype, rows: int, columns: int,
             inner: int, left_t: bool = False, right_t: bool = False, bias: bool = False,
             tf32: bool = False) -> Product:
@@ -127,7 +126,7 @@ def product(index: int, dtype: torch.dtype, out_dtype: torch.dtype, rows: int, c
     for attribute in _ALIGNMENTS:
         _set('MatmulPreference', preference, attribute, ctypes.c_uint32(_ALIGNED))
     choice, found = _Choice(), ctypes.c_int()
-    with nvrtc.current(index), nvrtc.capture_allows_loading():
+    with current(index), capture_allows_loading():
         status = _library().cublasLtMatmulAlgoGetHeuristic(
             _handle(index), descriptor, right_layout, left_layout, out_layout, out_layout,
             preference, 1, ctypes.byref(choice), ctypes.byref(found))
@@ -139,7 +138,7 @@ def product(index: int, dtype: torch.dtype, out_dtype: torch.dtype, rows: int, c
     handle, workspace_size = _handle(index), choice.workspace
     one, zero = ctypes.byref(ctypes.c_float(1)), ctypes.byref(ctypes.c_float(0))
     algorithm, lock = ctypes.byref(choice), threading.Lock()
-    device, stream = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream
+    device, stream = torch_private.current_device, torch_private.current_stream
 
     def call(left, right, out, workspace):
         return matmul(handle, descriptor, one, right, right_layout, left, left_layout, zero, out,
@@ -149,7 +148,7 @@ def product(index: int, dtype: torch.dtype, out_dtype: torch.dtype, rows: int, c
     def run(left, right, out, workspace):
         status = call(left, right, out, workspace) if device() == index else -1
         if status:  # another device, or a new thread
-            with nvrtc.current(index):
+            with current(index):
                 _check(call(left, right, out, workspace), what)
 
     def run_with_bias(left, right, out, workspace, bias):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable
 import torch
 from torch.cuda import is_current_stream_capturing
 
-from vmamba_mm.ops.core import nvrtc
+from vmamba_mm.ops.core import driver, torch_private
 
 #: A graph is made when the same is launched for this time: before, libraries may still load what
 #: they need, which a capture does not allow, and most sizes of a detector come once or twice.
@@ -33,7 +33,7 @@ _lock = threading.Lock()
 def _side_stream(index: int) -> torch.cuda.Stream:
     """For captures alone: the default stream cannot be captured, nor one that others use."""
     stream = ctypes.c_void_p()
-    nvrtc._cuda('cuStreamCreate', ctypes.byref(stream), 1)  # CU_STREAM_NON_BLOCKING
+    driver.call('cuStreamCreate', ctypes.byref(stream), 1)  # CU_STREAM_NON_BLOCKING
     return torch.cuda.ExternalStream(stream.value, device=index)
 
 
@@ -42,30 +42,29 @@ class Graph:
 
     def __init__(self, index: int, launch: Callable[[], None]):
         graph, self._exec = ctypes.c_void_p(), ctypes.c_void_p()
-        with _lock, nvrtc.current(index):
+        with _lock, driver.current(index):
             side = _side_stream(index)
             with torch.cuda.stream(side):
                 stream = ctypes.c_void_p(side.cuda_stream)
-                nvrtc._cuda('cuStreamBeginCapture_v2', stream, _THREAD_LOCAL)
+                driver.call('cuStreamBeginCapture_v2', stream, _THREAD_LOCAL)
                 try:
                     launch()
                 finally:
-                    nvrtc._cuda('cuStreamEndCapture', stream, ctypes.byref(graph))
+                    driver.call('cuStreamEndCapture', stream, ctypes.byref(graph))
             try:
-                nvrtc._cuda('cuGraphInstantiateWithFlags', ctypes.byref(self._exec), graph,
+                driver.call('cuGraphInstantiateWithFlags', ctypes.byref(self._exec), graph,
                             ctypes.c_ulonglong(0))
             finally:
-                nvrtc._cuda('cuGraphDestroy', graph)
-        driver = nvrtc._driver()
-        self._index, self._launch = index, driver.cuGraphLaunch
-        self._device, self._stream = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream
-        weakref.finalize(self, driver.cuGraphExecDestroy, self._exec).atexit = False
+                driver.call('cuGraphDestroy', graph)
+        self._index, self._launch = index, driver.library().cuGraphLaunch
+        self._device, self._stream = torch_private.current_device, torch_private.current_stream
+        weakref.finalize(self, driver.library().cuGraphExecDestroy, self._exec).atexit = False
 
     def __call__(self) -> None:
         stream = ctypes.c_void_p(self._stream(self._index))
         if self._device() != self._index or self._launch(self._exec, stream):
-            with nvrtc.current(self._index):  # in a new thread there is no context
-                nvrtc._cuda('cuGraphLaunch', self._exec, stream)
+            with driver.current(self._index):  # in a new thread there is no context
+                driver.call('cuGraphLaunch', self._exec, stream)
 
 
 class _Seen:

@@ -93,9 +93,12 @@ def backward(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus):
             sums[:, :rows] += block_sums[:, :rows]
             grad_B[block], grad_C[block] = parts.sum(1)
     grad_A, grad_bias, grad_D = sums.split((state, 1, 1), dim=1)
-    # Copies, for torch.library wants results that share no memory.
-    grad_A = grad_A.transpose(1, 2).flatten(0, 1).to(A.dtype, copy=True)
+    # Copies without gaps, for torch.library wants results that share no memory.
+    def copy(grad, like):
+        return grad.to(like.dtype, copy=True, memory_format=torch.contiguous_format)
+
+    grad_A = copy(grad_A.transpose(1, 2).flatten(0, 1), A)
     grad_bias, grad_D = (
-        None if t is None else g.flatten().to(t.dtype, copy=True)
+        None if t is None else copy(g.flatten(), t)
         for g, t in ((grad_bias, delta_bias), (grad_D, D)))
     return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias

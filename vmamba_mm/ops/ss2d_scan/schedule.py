@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vmamba_mm.ops.core.nvrtc import cached, kernel
+from vmamba_mm.ops.core.launch import cached, kernel
 from vmamba_mm.ops.scan_kernels.cuda import combine_instance, magic
 
 SLOT = 7                      # OWN in ss2d_scan.cuh: positions of a slot

@@ -160,5 +160,6 @@ def backward(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D):
     grads = (grad_x_weight.view_as(x_proj_weight), grad_dt_weight.transpose(1, 2),
              grad_bias[:, 0], grad_A.transpose(1, 2).flatten(0, 1),
              grad_skip.repeat(problem.routes))
-    # Copies, for torch.library wants results that share no memory.
-    return grad_x, *(g.to(t.dtype, copy=True) for g, t in zip(grads, inputs[1:], strict=True))
+    # Copies without gaps, for torch.library wants results that share no memory.
+    return grad_x, *(g.to(t.dtype, copy=True, memory_format=torch.contiguous_format)
+                     for g, t in zip(grads, inputs[1:], strict=True))

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from vmamba_mm.ops.core.backends import wants_grad
 from vmamba_mm.ops.core.registration import flop_formula, register
-from vmamba_mm.ops.ss2d_scan.op import _fwd_flops
+from vmamba_mm.ops.ss2d_scan.op import count_flops
 from vmamba_mm.ops.vss_block import cuda
 from vmamba_mm.ops.vss_block.weights import NUM_WEIGHTS, Weights, spread_weights
 
@@ -102,8 +102,8 @@ def _block_flops(x_shape, weights: Weights) -> int:
     batch, height, width, dim = x_shape
     pixels, inner, hidden = batch * height * width, weights.in_proj[0], weights.fc1[0]
     return (2 * pixels * (2 * inner * dim + 9 * inner + 2 * hidden * dim)
-            + _fwd_flops((batch, inner, height, width), weights.x_proj, weights.dt_projs, None,
-                         weights.A_logs))
+            + count_flops((batch, inner, height, width), weights.x_proj, weights.dt_projs,
+                          weights.A_logs))
 
 
 @flop_formula('vss_block')
