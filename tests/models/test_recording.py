@@ -52,14 +52,15 @@ def test_watched_blocks_do_not_run_as_one_op(monkeypatch):
     from vmamba_mm.layers import vss_block
 
     monkeypatch.setattr(vss_block, 'why_not', lambda *args: None)
+    monkeypatch.setattr(vss_block, 'runs_kernels', lambda x: True)
     model, _ = make()
     watched, other = model.stages[1].blocks
     x = torch.randn(1, 4, 4, 16)
-    assert watched._in_one_op(x, x.dtype) is not None
+    assert watched.why_not_one_op(x) is None
     with record_scan_inputs([watched.ssm]):
-        assert watched._in_one_op(x, x.dtype) is None
-        assert other._in_one_op(x, x.dtype) is not None
-    assert watched._in_one_op(x, x.dtype) is not None
+        assert 'hook' in watched.why_not_one_op(x)
+        assert other.why_not_one_op(x) is None
+    assert watched.why_not_one_op(x) is None
 
 
 def test_any_op_by_the_names_of_its_arguments():
