@@ -192,7 +192,3 @@ def check(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D) -> None:
         if tuple(tensor.shape) != shape:
             raise ValueError(f'ss2d_scan expects {name} of shape {shape} beside x '
                              f'{tuple(x.shape)}, got {tuple(tensor.shape)}')
-
-
-def _fwd_flops(x_shape, x_proj_shape, dt_projs_shape, bias_shape, A_shape) -> int:
-    return count_flops(x_shape, x_proj_shape, dt_projs_shape, A_shape)
