@@ -30,6 +30,7 @@ class Spec:
     shapes: tuple[Shape, ...]  #: for plain PyTorch, on any device; none if kernels are all there is
     kernel_shapes: tuple[Shape, ...] = ()  #: for kernels in fp32; emulated, so small
     half_shapes: tuple[Shape, ...] = ()  #: for kernels in half precision
+    interpreter_shapes: tuple[Shape, ...] = ()  #: for Triton's interpreter, which is slow
     gpu_shapes: tuple[Shape, ...] = ()  #: for kernels on a GPU, any size
     maps: tuple[str, ...] = ('x',)  #: the inputs in the dtype of the map; others are parameters
     backends: tuple[str, ...] = ()  #: what a caller can choose beside None

@@ -103,8 +103,7 @@ def vss_block(x: Tensor, weights: Weights, scales: tuple[Tensor | None, Tensor |
     Returns:
         (B, H, W, C).
 
-    Example, in inference; ``block`` is a :class:`vmamba_mm.layers.VSSBlock`:
-        >>> block.why_not_one_op(x)  # None: its forward calls this op
+    :class:`vmamba_mm.layers.VSSBlock` calls it where its ``why_not_one_op`` gives None.
     """
     if wants_grad(x, *weights) or any(scale is not None for scale in scales):
         return _vss_block_fwd(x, *weights, *scales, eps, dtype, out_dtype)
