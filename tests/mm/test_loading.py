@@ -70,7 +70,7 @@ name = 'stages.2.blocks.1.ssm.x_proj_weight'
 official = held['backbone.layers.2.blocks.1.op.x_proj_weight']
 
 model = Whole()
-import vmamba_mm.models, vmamba_mm.registry, vmamba_mm.checkpoints.files, vmamba_mm.families, vmamba_mm.zoo
+import vmamba_mm.models, vmamba_mm.registry, vmamba_mm.checkpoints.files, vmamba_mm.zoo
 assert snapshot() == before
 
 # Its own weights: strictly, safely, by official names too.
