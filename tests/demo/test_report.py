@@ -35,11 +35,11 @@ def test_demo_config_fits_the_set(demo_path, task, monkeypatch):
     monkeypatch.chdir(ROOT)
     import run
     import scenes
-    cfg = cli.load_config(run.TASKS[task]['config'])
+    cfg = cli.load_config(run.DEMOS[task].config)
     assert cfg.model.backbone.arch.embed_dims == 32
     for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
         dataset = cfg[name].dataset
-        assert dataset.data_root.rstrip('/') == f'data/demo/{run.TASKS[task]["parts"][0]}'
+        assert dataset.data_root.rstrip('/') == f'data/demo/{run.DEMOS[task].part}'
         classes = list(dataset.metainfo.classes)
         if task == 'cls':  # folders are read in alphabetical order
             assert classes == sorted(scenes.CLASSES)

@@ -15,7 +15,7 @@ def test_nothing_is_installed_by_itself(mm, monkeypatch):
         pytest.fail('a process was started')
 
     monkeypatch.setattr(subprocess, 'check_call', fail)
-    monkeypatch.setattr(compat, '_version', lambda name: None)
+    monkeypatch.setattr(compat, 'installed_version', lambda name: None)
     monkeypatch.setattr(compat.importlib.util, 'find_spec', lambda name: None)
     for package, extra in (('mmdet', 'det'), ('mmseg', 'seg'), ('mmpretrain', 'cls')):
         with pytest.raises(compat.UserError, match=rf"{package}.*vmamba_mm\[{extra}\]"):
@@ -39,7 +39,8 @@ def test_stock_bases_are_found(base, mm, tmp_path):
 
 def test_advice_fits_the_line(monkeypatch):
     """The extras would install the onedl line over an upstream one."""
-    monkeypatch.setattr(compat, '_version', lambda name: '0.10.7' if name == 'mmengine' else None)
+    monkeypatch.setattr(compat, 'installed_version',
+                        lambda name: '0.10.7' if name == 'mmengine' else None)
     assert 'pip install mmsegmentation==1.2.2' in str(compat.missing_package('mmseg'))
     assert 'vmamba_mm[' not in str(compat.missing_package('mmdet'))
 

@@ -72,3 +72,13 @@ def test_scan_reaches_every_block_and_leaves_no_trace(scan):
     assert not any(torch.allclose(one, other) for one, other in zip(outs, plain(x), strict=True))
     sum(out.square().mean() for out in outs).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize('stem', ['conv', 'patch'])
+@pytest.mark.parametrize(('images', 'in_channels'), [(1, 3), (4, 3), (3, 4)])
+def test_images_of_other_channels(stem, images, in_channels):
+    model = VMamba(dict(S1, stem=stem), in_channels=in_channels).eval()
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), pytest.raises(
+                ValueError, match=f'to have {in_channels} channels, but got {images}.*in_channels'):
+            model(torch.randn(1, images, 16, 16))

@@ -23,6 +23,27 @@ def load_tool(monkeypatch):
             del sys.modules[name]
 
 
+@pytest.fixture
+def break_scan(monkeypatch):
+    """break_scan(forward): from here on SS2D's scan, or its gradient, is wrong under autocast."""
+    import torch
+
+    import vmamba_mm.layers.ss2d as layer
+
+    right = layer.scan_norm
+
+    def break_scan(forward):
+        def wrong(x, *args, **kwargs):
+            y = right(x, *args, **kwargs)
+            if x.dtype == torch.float32:
+                return y
+            return y * 1.5 if forward else y.detach() + 0 * x
+
+        monkeypatch.setattr(layer, 'scan_norm', wrong)
+
+    return break_scan
+
+
 @pytest.fixture(scope='session')
 def projects(forkserver, tmp_path_factory):
     """task -> (config, checkpoint with random weights, folder of images), made when asked for."""

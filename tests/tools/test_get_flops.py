@@ -1,6 +1,7 @@
 """tools/analysis/get_flops.py: formulas by hand, the published numbers, every kind of config."""
 
 import csv
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 
+from vmamba_mm import zoo
 from vmamba_mm.errors import UserError
 from vmamba_mm.mm import cli, flops
 
@@ -51,13 +53,15 @@ PUBLISHED = {
 
 def test_classifiers_are_the_published_ones(tool):
     seen = {}
-    for cfg, parameters, published in tool.published_models('imagenet'):
-        arch, found = cfg.model.backbone.arch, flops.count(cfg)
-        verdict = tool.compare('imagenet', arch, found, parameters, published)
-        assert verdict.startswith('agrees'), (arch, verdict)
-        fine = PUBLISHED[arch][2]
-        assert fine is None or round(total(found) / 1e9, 2) == fine, arch
-        seen[arch] = (round(found.parameters / 1e6), round(total(found) / 1e9, 1), fine)
+    for entry in tool.TABLES['imagenet']:
+        if entry.family != 'vmamba':
+            continue
+        found = count(entry.path)
+        verdict = tool.compare(entry, found, 1)
+        assert verdict.startswith('agrees'), (entry.arch, verdict)
+        fine = PUBLISHED[entry.arch][2]
+        assert fine is None or round(total(found) / 1e9, 2) == fine, entry.arch
+        seen[entry.arch] = (round(found.parameters / 1e6), round(total(found) / 1e9, 1), fine)
     assert seen == PUBLISHED
 
 
@@ -73,19 +77,23 @@ def test_unrounded_numbers_of_the_authors(config, expected, mm):
 
 
 def test_slip_of_the_release_page_is_named(tool):
-    found = count(REPO / 'configs/vmamba/mask-rcnn_vmamba-small-s2l15_fpn_1x_coco.py')
-    verdict = tool.compare('coco', 'small_s2l15', found, 70e6, 384e9)
-    assert 'slip of digits' in verdict and round(total(found) / 1e9) == 349
-    # Only that number is excused, and of that model.
-    assert tool.compare('coco', 'small_s2l15', found, 70e6, 385e9).startswith('differs by 36')
-    assert tool.compare('coco', 'tiny_s1l8', found, 70e6, 384e9).startswith('differs by 35')
-    assert 'parameters' in tool.compare('coco', 'small_s2l15', found, 72e6, 349e9)
+    entry = zoo.find('mask-rcnn_vmamba-small-s2l15_fpn_1x_coco')
+    found = count(entry.path)
+    assert 'slip of digits' in tool.compare(entry, found, 0)
+    assert round(total(found) / 1e9) == 349
+    # Only that number is excused, and of that model; parameters are not.
+    other = dataclasses.replace(entry, metadata={})
+    assert tool.compare(other, found, 0).startswith('differs by 35')
+    assert 'parameters' in tool.compare(dataclasses.replace(entry, parameters=72e6), found, 0)
 
 
-@pytest.mark.parametrize('table', ['coco', 'ade20k'])
-def test_every_published_model_has_a_row(table, tool):
-    assert {cfg.model.backbone.arch for cfg, *_ in tool.published_models(table)} == \
-        PUBLISHED.keys() - {'small_s1l20', 'base_s1l20'}
+def test_published_tables(tool):
+    dense = PUBLISHED.keys() - {'small_s1l20', 'base_s1l20'}
+    for table, archs, digits in (('imagenet', PUBLISHED, 1), ('coco', dense, 0),
+                                 ('ade20k', dense, 0)):
+        entries = [entry for entry in tool.TABLES[table] if entry.family == 'vmamba']
+        assert {entry.arch for entry in entries} == set(archs) and len(entries) == len(archs)
+        assert tool.digits_of(entries) == digits
 
 
 # --- by hand ----------------------------------------------------------------------------------
@@ -189,8 +197,7 @@ def test_command_writes_files(tmp_path, capsys, run):
 
 
 def test_command_beside_the_published(tmp_path, monkeypatch, capsys, tool, run):
-    first = next(tool.published_models('imagenet'))
-    monkeypatch.setattr(tool, 'published_models', lambda table: [first])
+    monkeypatch.setitem(tool.TABLES, 'imagenet', tool.TABLES['imagenet'][:1])
     run('--published', 'imagenet', '--out-dir', tmp_path)
     assert 'agrees' in capsys.readouterr().out
     model, = json.loads((tmp_path / 'published.json').read_text())['models']

@@ -48,8 +48,8 @@ def test_tables(tool, capsys):
     tool.show(cases[0], first, least=0.05)
     tool.show(cases[1], second, least=0.0)
     shown = capsys.readouterr().out
-    assert 'copies, casts, layout: 1.00%, at most 1%: met' in shown
-    assert 'copies, casts, layout: 1.25%, at most 1%: NO' in shown
+    assert 'copies, casts, layout: 1.00%\n' in shown
+    assert 'copies, casts, layout: 1.25%\n' in shown
     assert shown.count('float16_copy') == 1 and '60.0%  ss2d_scan_fwd<Half, 3>(Params)' in shown
     tool.show_kinds(dict(zip(cases, (first, second), strict=True)))
     lines = {line[:28].strip(): line[28:].split()

@@ -69,9 +69,10 @@ def test_no_fit_of_two_sizes(tool):
 
 @pytest.mark.parametrize('heights, expected', [
     ([0.1, 0.9], [0.1, 0.9]), ([0.5, 0.5], [0.55, 0.45]), ([0.52, 0.5], [0.56, 0.46]),
-    ([0.0, 0.05, 0.1, 0.2], [-0.0625, 0.0375, 0.1375, 0.2375]), ([], [])])
-def test_labels_are_apart(tool, heights, expected):
-    found = tool.report.spread(heights, 0.1)
+    ([0.0, 0.05, 0.1, 0.2], [-0.0625, 0.0375, 0.1375, 0.2375]), ([], []),
+    ([2.5, 2.51, 3.5, 2.505, 2.45], [2.34125, 2.44125, 2.54125, 2.64125, 3.5])])
+def test_labels_are_apart(load_tool, heights, expected):
+    found = load_tool('analysis/curve_labels.py').spread(heights, 0.1)
     assert sorted(found) == pytest.approx(sorted(expected))
     assert all(b - a > 0.1 - 1e-9 for a, b in zip(sorted(found), sorted(found)[1:], strict=False))
     for i, a in enumerate(heights):

@@ -284,15 +284,6 @@ def test_scans_that_hardly_matter(small_data, results):
     assert 'the scans hardly take part' in text
 
 
-def test_labels_do_not_touch(small_data):
-    values = [50.0, 50.2, 70.0, 50.1, 49.0]
-    found = small_data.report.spread(values, 2.0)
-    order = np.argsort(values)
-    assert (np.diff(np.array(found)[order]) >= 2 - 1e-9).all()
-    assert found[2] == 70
-    assert np.mean([f for f in found if f != 70]) == pytest.approx(np.mean([50, 50.2, 50.1, 49]))
-
-
 # --- runs -------------------------------------------------------------------------------------
 
 def test_end_to_end(call, data, tmp_path):

@@ -11,12 +11,12 @@ import csv
 import dataclasses
 import json
 from pathlib import Path
-from typing import NamedTuple
 
+from vmamba_mm import zoo
 from vmamba_mm.errors import UserError
 from vmamba_mm.mm import cli, flops
 from vmamba_mm.mm.compat import prepare_mm
-from vmamba_mm.mm.tasks import TASKS
+from vmamba_mm.mm.tasks import task_named
 
 EXAMPLES = """\
   python tools/analysis/get_flops.py configs/vmamba/vmamba-tiny-s1l8_8xb128_in1k-224.py
@@ -24,24 +24,20 @@ EXAMPLES = """\
   python tools/analysis/get_flops.py CONFIG mmpretrain::resnet/resnet50_8xb32_in1k.py
   python tools/analysis/get_flops.py --published            # beside the published numbers"""
 
-ROOT = Path(__file__).resolve().parents[2]
 UNITS = {'mac': (1, 'one multiply-add counts as 1'), 'flop': (2, 'one multiply-add counts as 2')}
 
 
-class Table(NamedTuple):
-    """Published numbers: of which data set, of what image, and with how many digits of a GFLOP."""
-    dataset: str
-    shape: tuple[int, int]
-    digits: int
+def find_tables():
+    """{name: published models with their FLOPs}: those of one data set, each architecture once."""
+    found = {}
+    for entry in zoo.entries():
+        table = found.setdefault(entry.dataset.lower().partition('-')[0], {})
+        if entry.flops is not None:
+            table.setdefault((entry.family, entry.arch), entry)  # whatever the schedule
+    return {name: list(table.values()) for name, table in found.items() if table}
 
 
-TABLES = {'imagenet': Table('ImageNet-1k', TASKS['mmpretrain'].image, 1),
-          'coco': Table('COCO', TASKS['mmdet'].image, 0),
-          'ade20k': Table('ADE20K', TASKS['mmseg'].image, 0)}
-# Published numbers that no count gives, and why.
-MISTAKES = {('coco', 'small_s2l15'): (
-    384, "the release page's 384 is a slip of digits: the authors' own analyze/flops.py notes "
-    '348.92, and the paper prints 349')}
+TABLES = find_tables()
 GREYS = ('#444444', '#AAAAAA', '#777777')
 HATCHES = ('//', '', 'xx', '..', '\\\\')
 COLUMNS = ('table', 'config', 'height', 'width', 'part', 'kind', 'parameters', 'flops',
@@ -105,44 +101,27 @@ def count_config(path, options, shape):
 
 # --- beside the published numbers ---------------------------------------------------------------
 
-def published_models(table):
-    """(config, parameters, FLOPs) of each architecture in a table, published."""
-    from mmengine.fileio import load
-
-    seen = set()
-    for metafile in sorted((ROOT / 'configs').glob('*/metafile.yml')):
-        for model in load(metafile)['Models']:
-            data = model['Metadata']
-            if TABLES[table].dataset not in {r['Dataset'] for r in model['Results']} \
-                    or 'FLOPs' not in data:
-                continue
-            cfg = cli.load_config(str(ROOT / model['Config']))
-            kind = cfg.model.backbone.type, str(cfg.model.backbone.arch)
-            if kind not in seen:  # once, whatever the schedule
-                seen.add(kind)
-                yield cfg, data['Parameters'], data['FLOPs']
+def digits_of(entries):
+    """How many digits of a GFLOP a table was published with."""
+    return int(any(entry.flops % 10**9 for entry in entries))
 
 
-def compare(table, arch, count, parameters, published):
+def compare(entry, count, digits):
     """Whether the count agrees with the published FLOPs to the printed digit, or why not."""
-    digits = TABLES[table].digits
-
     def printed(value):
         return round(value / 1e9, digits)
 
     extras = {k: v for k, v in count.extras.items() if v >= 0.5e6}
     told = 'with ' + ', '.join(f'{k} {v / 1e9:.3f}' for k, v in extras.items())
-    if round(count.parameters / 1e6) != round(parameters / 1e6):
-        return f'differs by {count.parameters - parameters:,} parameters'
-    if printed(count.flops) == printed(published):
+    if round(count.parameters / 1e6) != round(entry.parameters / 1e6):
+        return f'differs by {count.parameters - entry.parameters:,} parameters'
+    if printed(count.flops) == printed(entry.flops):
         return 'agrees'
     total = count.flops + sum(count.extras.values())
-    if printed(total) == printed(published):
+    if printed(total) == printed(entry.flops):
         return f'agrees {told}'
-    wrong, reason = MISTAKES.get((table, arch), (None, ''))
-    if wrong is not None and wrong == printed(published):
-        return reason
-    return f'differs by {(published - total) / 1e9:.3f} G, {told}'
+    return entry.metadata.get('FLOPs Note') \
+        or f'differs by {(entry.flops - total) / 1e9:.3f} G, {told}'
 
 
 def print_published(tables):
@@ -151,21 +130,21 @@ def print_published(tables):
     print(f'{UNITS["mac"][1]}; "all" adds norms, resizing and pooling, which the authors\' '
           'counters (fvcore, mmengine) count;\npublished: by the authors, on their release page')
     for table in tables:
-        _, (height, width), digits = TABLES[table]
+        digits = digits_of(TABLES[table])
+        height, width = task_named(TABLES[table][0].task).image
         print(f'\n{table}, {height}x{width}\n{"":14}{"parameters":>24}{"FLOPs":>29}\n'
               f'{"":14}{"counted":>13}{"published":>11}{"counted":>10}{"all":>10}'
               f'{"published":>11}')
-        for cfg, parameters, published in published_models(table):
-            arch = cfg.model.backbone.arch
-            count = flops.count(cfg, TABLES[table].shape)
-            verdict = compare(table, arch, count, parameters, published)
+        for entry in TABLES[table]:
+            count = flops.count(cli.load_config(str(entry.path)))
+            verdict = compare(entry, count, digits)
             total = count.flops + sum(count.extras.values())
-            print(f'{arch:14}{count.parameters:>13,}{f"{parameters / 1e6:.0f} M":>11}'
+            print(f'{entry.arch:14}{count.parameters:>13,}{f"{entry.parameters / 1e6:.0f} M":>11}'
                   f'{count.flops / 1e9:>10.3f}{total / 1e9:>10.3f}'
-                  f'{f"{published / 1e9:.{digits}f} G":>11}  {verdict}', flush=True)
-            found.append((table, arch, count, dict(
-                all_flops=total, published_parameters=parameters, published_flops=published,
-                verdict=verdict)))
+                  f'{f"{entry.flops / 1e9:.{digits}f} G":>11}  {verdict}', flush=True)
+            found.append((table, entry.arch, count, dict(
+                all_flops=total, published_parameters=entry.parameters,
+                published_flops=entry.flops, verdict=verdict)))
     return found
 
 

@@ -1,10 +1,10 @@
 """Speed and memory of whole models beside their peers in timm, in one run on one GPU.
 
-It prints the ratios to the peers, then what is required of an H100, then every number. Before an
+It prints the ratios to the peers, then numbers of others on an H100, then every number. Before an
 architecture of ours is timed, what is timed is checked at its own size: the output for the first
 and the last image (the last alone above 512x512), and in training up to there the gradient of the
 parameters by them, against the same model in fp32 on the CPU, where all of it is plain PyTorch.
-What is wrong ends the run; a requirement that is missed is shown only.
+What is wrong ends the run.
 
 All models: the same images, dtype, drop path 0, cudnn.benchmark, PyTorch's defaults for TF32, and
 the layout that suits them. "autocast" has fp32 parameters, "pure" half-precision ones. The peak
@@ -32,7 +32,9 @@ import traceback
 import end_to_end_report as report
 import timm
 import torch
-from end_to_end_report import NAN, OURS, RESOLUTIONS, Case
+from bench_options import add_run_options, check_run_options
+from bench_report import NAN, describe_tf32, device_name
+from end_to_end_report import OURS, RESOLUTIONS, Case
 from ss2d_gpu import graphed
 
 import vmamba_mm
@@ -355,7 +357,7 @@ def measure_all(args, rows, setting):
             print(f'  {case.model}: {case.what}: {result} [{time.monotonic() - start:.0f} s]',
                   file=sys.stderr, flush=True)
             if args.csv:
-                report.write_rows(args.csv, rows)
+                report.SHEET.write(args.csv, rows)
         print(f'{section}: {time.monotonic() - began:.0f} s', file=sys.stderr, flush=True)
 
 
@@ -369,22 +371,11 @@ def parse_args():
     parser.add_argument('--models', nargs='+', choices=MODELS, metavar='MODEL',
                         help=f"instead of the sections' own: {', '.join(MODELS)}")
     parser.add_argument('--dtype', choices=('float16', 'bfloat16'), default='float16')
-    parser.add_argument('--device', choices=('cuda', 'cpu'), default='cuda')
-    parser.add_argument('--quick', action='store_true', help='a fifth of the repetitions')
-    parser.add_argument('--shrink', type=int, default=1, metavar='N',
-                        help='batches and sides by N, to try the tool out where there is no GPU')
-    parser.add_argument('--merge', nargs='+', default=[], metavar='CSV',
-                        help='show the rows of earlier runs too; those measured now replace them')
-    parser.add_argument('--csv', metavar='FILE', help='write all rows there')
     parser.add_argument('--png', metavar='FILE', help='draw them there')
-    cli.add_traceback_option(parser)
+    add_run_options(parser, 'batches and sides by N, to try the tool out where there is no GPU')
     args = parser.parse_args()
-    if args.shrink < 1:
-        raise UserError(f'--shrink must be at least 1, got {args.shrink}')
-    if args.sections is None:
-        args.sections = [] if args.merge else ['headline']
-    if args.sections and args.device == 'cuda' and not torch.cuda.is_available():
-        raise UserError('torch finds no GPU here; --device cpu --shrink 16 tries the tool out')
+    args.sections = check_run_options(args, args.sections, ('headline',),
+                                      '--device cpu --shrink 16')
     return args
 
 
@@ -392,11 +383,11 @@ def main():
     args = parse_args()
     rows = {}
     for path in args.merge:
-        rows |= report.read_rows(path)
-    setting = dict(device=torch.cuda.get_device_name() if args.device == 'cuda' else 'CPU',
-                   torch=torch.__version__, timm=timm.__version__, dtype=args.dtype,
-                   shrink=str(args.shrink)) if args.sections else report.find_setting(rows)
-    report.find_setting({**rows, None: setting})
+        rows |= report.SHEET.read(path)
+    setting = dict(device=device_name(args.device), torch=torch.__version__,
+                   timm=timm.__version__, dtype=args.dtype,
+                   shrink=str(args.shrink)) if args.sections else report.SHEET.find_setting(rows)
+    report.SHEET.find_setting({**rows, None: setting})
     args.dtype = getattr(torch, args.dtype)
     torch.backends.cudnn.benchmark = True
     title = (f'{setting["device"]}; {setting["dtype"]}; torch {setting["torch"]}, timm '
@@ -405,17 +396,15 @@ def main():
         title += f'; every batch and side by {setting["shrink"]}: nothing to compare with'
     print(title)
     if args.sections:
-        tf32 = {True: 'on', False: 'off'}
         print(f'vmamba_mm {vmamba_mm.__version__}; the same for all models: drop path 0, '
-              f'cudnn.benchmark on, TF32 {tf32[torch.backends.cudnn.allow_tf32]} in convolutions '
-              f'and {tf32[torch.backends.cuda.matmul.allow_tf32]} in products')
+              f'cudnn.benchmark on, {describe_tf32()}')
     sys.stdout.flush()
     measure_all(args, rows, setting)
     report.print_ratios(rows)
-    report.print_requirements(rows, setting)
+    report.print_anchors(rows)
     report.print_rows(rows)
     if args.csv:
-        report.write_rows(args.csv, rows)
+        report.SHEET.write(args.csv, rows)
     if args.png:
         report.plot(rows, args.png, title)
     failed = sorted({case.model for case, row in rows.items()

@@ -2,7 +2,7 @@
 
 Models and checks are those of end_to_end.py: fp16 autocast, eager, a batch of images of one size;
 the output is checked first. Of several sizes the last table has the time by pixel, each kind's
-beside that of the first size. Copies, casts and changes of layout are required to be at most 1 %.
+beside that of the first size.
 
 The profiler adds up what the kernels take; what they wait for each other, or for Python, is not in
 it.
@@ -37,7 +37,6 @@ KINDS = {'copies, casts, layout': 'copy|CatArray|transpose|nchwToNhwc|nhwcToNchw
          'memory set': 'Memset|fill_|zero_',
          'other': ''}
 COPIES = next(iter(KINDS))
-ALLOWED = 0.01  # of the time, for copies
 PASSES = 3
 
 
@@ -82,7 +81,7 @@ def show(case, kernels, least):
         if us >= least * total:
             print(f'{us:9.1f} {count:9.0f} {us / total:7.1%}  {short(name)}')
     copies = by_kind(kernels)[COPIES] / total
-    print(f'{COPIES}: {copies:.2%}, at most {ALLOWED:.0%}: {"met" if copies <= ALLOWED else "NO"}')
+    print(f'{COPIES}: {copies:.2%}')
 
 
 def show_kinds(found):

@@ -58,7 +58,7 @@ class DrawHook(Hook):
         out_dir: the folder of the pictures.
         visualizer: the config's, or None for that of the task.
         score_thr: detections are drawn from this score on.
-        interval: draw each so manyth image.
+        interval: one image of so many is drawn.
         channels: of an image to be drawn, one or three; None as of
             :func:`vmamba_mm.mm.pictures.default_channels`.
         settings: further arguments of the visualizer's method for a sample.
