@@ -4,7 +4,7 @@
 constexpr int MOST = 6;
 
 struct Cast {
-    const void *from[MOST];
+    const void *sources[MOST];
     void *to;              // 16 bytes aligned
     int starts[MOST + 1];  // in `to`, in elements, multiples of 8; of an absent one, the end
     int sizes[MOST], types[MOST];
@@ -16,12 +16,12 @@ template <class T>
 __device__ __forceinline__ void round_parameters(const Cast &p, int block, int blocks) {
     const int step = blocks * blockDim.x * 8;
     for (int j = (block * blockDim.x + threadIdx.x) * 8; j < p.starts[MOST]; j += step) {
-        const void *from = p.from[0];
+        const void *from = p.sources[0];
         int start = 0, size = p.sizes[0], type = p.types[0];
 #pragma unroll
         for (int i = 1; i < MOST; ++i)
             if (j >= p.starts[i])
-                from = p.from[i], start = p.starts[i], size = p.sizes[i], type = p.types[i];
+                from = p.sources[i], start = p.starts[i], size = p.sizes[i], type = p.types[i];
         const int at = j - start;
         float v[8];
         if (type == 0 && at + 8 <= size && ((unsigned long long)from & 15) == 0) {

@@ -169,8 +169,12 @@ def main():
 
     # Of fp32 all bits are compared.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    rows = [row for folder in args.folders
-            for row in check_folder(folder, device, args.dtype, args.only)]
+    rows = []
+    for folder in args.folders:
+        # Files of several families may have one name.
+        place = f'{folder.name}/' if len(args.folders) > 1 else ''
+        rows += [row._replace(file=place + row.file)
+                 for row in check_folder(folder, device, args.dtype, args.only)]
     if not rows:
         raise UserError(f'nothing is called {", ".join(args.only)} there')
     # What is omitted and why comes first, the worst error last.

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from vmamba_mm.ops import selective_scan
 from vmamba_mm.ops.core import launch
+from vmamba_mm.ops.core.launch import pointer
 from vmamba_mm.ops.orders import reference as cross
 from vmamba_mm.ops.scan_kernels import cuda as launches
 from vmamba_mm.ops.selective_scan import chunked as s6_chunked
@@ -48,7 +49,7 @@ def make(batch, dim, height, width, state, routes, rank, dtype=torch.float32, de
 @pytest.fixture
 def cut_walks(monkeypatch):
     """Every walk is cut into spans."""
-    monkeypatch.setattr(launches.Walk, 'max_span', 96)
+    monkeypatch.setattr(launches.Scans, 'max_span', 96)
     launch.forget()
     yield
     launch.forget()
@@ -180,10 +181,12 @@ def check_merge(count, extra, norm, batch, dim, length, device):
     expected = maps.double().sum(0) + (other.double() if extra else 0)
     normed, moments = torch.empty_like(maps[0]), maps.new_empty(batch, length, 2)
     merged = other if extra else torch.empty_like(normed)
+    given = dict(maps=maps, extra=other, merged=merged)
+    if norm:
+        given.update(normed=normed, weight=weight, bias=bias, moments=moments)
     merge.launch(maps.get_device(), maps.dtype, count, batch, (batch, dim, length), extra,
                  weight.dtype if norm else None)(
-        maps.data_ptr(), launches.pointer(other), merged.data_ptr(),
-        *(t.data_ptr() if norm else 0 for t in (normed, weight, bias, moments)), 1e-5)
+        **{name: pointer(t) for name, t in given.items()}, eps=1e-5)
     assert relative_error(merged, expected) < 1e-6
     if not norm:
         return
@@ -321,8 +324,8 @@ def test_is_chosen_without_being_told():
 
 def test_strides_of_what_has_no_gaps():
     x = torch.empty(2, 5, 3, 4).contiguous(memory_format=torch.channels_last)
-    assert launches._strides((*x.shape, 1, 4), False) == x.stride()
-    assert launches._strides((2, 3, 1, 7, 0, 4), True) == torch.empty(2, 12, 1, 7).stride()
+    assert launches.plain_strides((*x.shape, 1, 4), False) == x.stride()
+    assert launches.plain_strides((2, 3, 1, 7, 0, 4), True) == torch.empty(2, 12, 1, 7).stride()
 
 
 def test_reasons_against():

@@ -96,7 +96,7 @@ def call_of(case: Options) -> Call:
     if kind == 'slow':
         return Call(args=('input', 'prefill_length'), run='toy_parity:read_slowly')
     if kind == 'pair':
-        return Call(method='loss', outputs=('loss',))
+        return Call(method='loss', outputs=('losses',), view=lambda loss: [loss])
     return Call(args=('input', 'times'), kwargs={'mask': 'mask'}, outputs=('tokens', 'pooled'),
                 probes={'features': Probe('drop'),
                         'inner': (Probe('embed'), Probe('norm', 'input', lambda x: x[:, ::2]))})
@@ -109,7 +109,7 @@ def subject(file: str, options: Options) -> Subject:
             Build('toy_parity:Projector', dict(width=kwargs['width'])), within=('model', 'part'),
             convert=lambda state: {f'linear.{k.removeprefix("0.")}': v for k, v in state.items()})
     kwargs.require('act', 'relu', 'none')
-    kwargs.ignore('drop_path_rate')
+    kwargs.ignore('drop_path_rate', 'teacher')
     build = Build('toy_parity:Net', dict(width=kwargs['sizes']['width']))
     if options['kind'] == 'start':
         return Subject(build, loaded={'place': 'placed', 'embed.bias': options['source']},
@@ -130,9 +130,9 @@ def decay_of(section: str, case: Options) -> Subject:
 
 PARITY = Parity(
     subject, ops={'op_decay.pt': decay_of},
-    omissions=(Omission('seed', 'drew the masks'),),
+    omissions=(Omission('seed', 'drew the masks'),
+               Omission('draws', 'counts random numbers', case='* shifted')),
     absences=(Omission('grad_params', 'a case in train mode has none', case='* train'),
-              Omission('grad_params', 'slow reading has none', case='* slow'),
               Omission('start.expected.pt', 'it only loads')),
     limits=(Limit('features', 1e-3, 'its table is of fp16'),))
 
@@ -204,8 +204,8 @@ def make_files() -> dict:
     net.zero_grad()
     loss = net.loss(pair)
     loss.backward()
-    couple = dict(kind='pair', input=pair, loss=loss, grad_input=[t.grad for t in pair],
-                  grad_params=gradients(net))
+    couple = dict(kind='pair', input=pair, losses=[loss],
+                  grad_input=[t.grad for t in pair], grad_params=gradients(net))
 
     projector = Projector(4)
     z = rand(2, 4).requires_grad_()
@@ -213,7 +213,7 @@ def make_files() -> dict:
     up = rand(2, 3)
     out.backward(up)
     named = {f'0.{k.removeprefix("linear.")}': p for k, p in projector.named_parameters()}
-    kwargs = dict(sizes=dict(width=6), act='relu', drop_path_rate=0.1)
+    kwargs = dict(sizes=dict(width=6), act='relu', drop_path_rate=0.1, teacher=dict(width=9))
     return {
         'net.json': dict(kwargs=kwargs, kind='net', note='a note'),
         'net.pth': dict(model={k: v + 1 for k, v in weights.items()}, ema=weights),
@@ -243,7 +243,7 @@ def make_op():
     y.backward(up)
     flat = dict(x=x, gain=gain, power=2, y=y, total=total, grad_first=up,
                 grads=dict(x=x.grad, gain=gain.grad), y_shifted=y + 1,
-                grads_shifted=dict(x=x.grad, gain=gain.grad))
+                shifted=dict(grads=dict(x=x.grad, gain=gain.grad), draws=3))
     nested = dict(inputs=dict(x=x, gain=gain), y=decay(x, gain)[0], note='no power')
     layer = nn.Linear(3, 2, dtype=torch.float64)
     z = x.detach().clone().requires_grad_()

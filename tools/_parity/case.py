@@ -89,6 +89,8 @@ class CaseRun:
         finally:
             for hook in hooks:
                 hook.remove()
+        if call.view is not None:
+            returned = call.view(returned)
         if isinstance(returned, Mapping):
             results = dict(returned)
         elif len(call.outputs) == 1:
@@ -124,12 +126,12 @@ class CaseRun:
             elif owner in self.inputs:
                 by_input[owner] = key
         if not roots:
-            loss = results.get(self.call.outputs[0])
-            if not isinstance(loss, Tensor) or loss.numel() != 1:
+            roots = _leaves(results.get(self.call.outputs[0]))
+            if len(roots) != 1 or roots[0] is None or roots[0].numel() != 1:  # it is no loss
                 self.report.lack(self.label, f'grad_{self.call.outputs[0]}',
                                  'is missing from the case')
                 return
-            roots, upstream = [loss], [torch.ones_like(loss)]
+            upstream = [torch.ones_like(roots[0])]
         if self.names is not None:
             self.target.zero_grad()
         torch.autograd.backward(roots, upstream)

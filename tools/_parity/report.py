@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-import pickle
+import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vmamba_mm.errors import UserError
 from vmamba_mm.families.parity import Parity
+from vmamba_mm.mm.cli import wants_traceback
 
 #: (outputs, gradients) by device and dtype
 LIMITS = {
@@ -22,9 +23,6 @@ LIMITS = {
     # 11 bits, and 8, of each number; a gradient has gone through the model twice.
     ('cpu', 'fp16'): (5e-3, 5e-2), ('cuda', 'fp16'): (5e-3, 5e-2),
     ('cpu', 'bf16'): (5e-2, 3e-1), ('cuda', 'bf16'): (5e-2, 3e-1)}
-#: what wrong files and arguments raise
-ERRORS = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, OSError, ImportError,
-          EOFError, pickle.UnpicklingError)
 
 
 class Row(NamedTuple):
@@ -96,10 +94,12 @@ class Report:
 
     @contextlib.contextmanager
     def catch(self, case: str, tensor: str) -> Iterator[None]:
-        """What raises is a failure: a checkpoint that does not fit, arguments of no model."""
+        """Whatever raises is a failure: a file that cannot be read, a model that does not run."""
         try:
             yield
-        except ERRORS as err:
+        except Exception as err:
+            if wants_traceback():
+                traceback.print_exc()
             text = ' '.join(str(err).split())
             kind = '' if isinstance(err, UserError) else f'{type(err).__name__}: '
             self.fail(case, tensor, f'{kind}{text}')

@@ -93,7 +93,7 @@ class Runner:
             if subject.initial:
                 state = convert(expected[subject.initial], model.state_dict())
                 model.load_state_dict(state, strict=False)
-            load(model, subject, path)
+            load(model, self.family, subject, path)
             models[variant] = model.to(self.device, DTYPES[self.dtype]).eval()
             names[variant] = OfficialNames(model, convert, shapes)
         state = models[''].state_dict()
@@ -179,6 +179,8 @@ class Runner:
                 report.fail(label, key, 'is not compared: unknown')
         for variant, part in parts.items():
             model, name = models[variant], f'{label} {variant}'.strip()
+            if variant:
+                part = {k: v for k, v in part.items() if not report.omits(name, k)}
             if str(part.get('mode', '')).startswith('train'):
                 model = copy.deepcopy(model).train()  # its buffers change
             run = CaseRun(report, name, part, model, call, names[variant], self.device, dtype)

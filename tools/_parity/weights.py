@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vmamba_mm.checkpoints.compare import differences
 from vmamba_mm.checkpoints.files import read_checkpoint
 from vmamba_mm.checkpoints.formats import read_content
-from vmamba_mm.checkpoints.names import differences
 from vmamba_mm.errors import UserError
 from vmamba_mm.families import Family
-from vmamba_mm.families.names import has_row, rename, rows_of
+from vmamba_mm.families.names import has_row, rename
 from vmamba_mm.families.parity import Build, Subject
 
 
@@ -27,7 +27,7 @@ def build(spec: Build) -> Any:
     return target(**kwargs) if inspect.isclass(target) else functools.partial(target, **kwargs)
 
 
-def load(model: nn.Module, subject: Subject, path: Path) -> None:
+def load(model: nn.Module, family: Family, subject: Subject, path: Path) -> None:
     """Load a checkpoint as users do, strictly.
 
     Raises:
@@ -43,7 +43,7 @@ def load(model: nn.Module, subject: Subject, path: Path) -> None:
     elif hasattr(model, 'load_pretrained'):
         model.load_pretrained(str(path), **subject.load)
     else:
-        checkpoint = read_checkpoint(path, **subject.load)
+        checkpoint = read_checkpoint(path, family=family, **subject.load)
         load_state(model, checkpoint.get('state_dict', checkpoint), path.name)
 
 
@@ -110,8 +110,7 @@ def convert_names(family: Family, subject: Subject, state: Mapping[str, Any],
     if subject.convert is not None:
         return dict(subject.convert(state))
     plain = {k.removeprefix('backbone.'): v for k, v in state.items()}
-    rows = rows_of(family, plain) + tuple(family.head_keys)
-    renamed = {}
+    rows, renamed = family.all_rows(plain), {}
     for name, value in plain.items():
         ours = rename(name, rows) if has_row(name, rows) else name
         if ours is not None:

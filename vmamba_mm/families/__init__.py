@@ -19,9 +19,10 @@ from vmamba_mm.errors import UserError
 from vmamba_mm.families import vmamba
 from vmamba_mm.families.base import Family, Rule, name_of, resolve_arch
 from vmamba_mm.families.names import exact_places, is_counter, outer_wrappers, plain_name
+from vmamba_mm.zoo import register_configs, unregister_configs
 
 __all__ = ['FAMILIES', 'Family', 'Rule', 'families_at', 'family_of',
-           'name_of', 'register_family', 'resolve_arch']
+           'name_of', 'register_family', 'resolve_arch', 'unregister_family']
 
 #: All families by name.
 FAMILIES: dict[str, Family] = {}
@@ -40,8 +41,17 @@ def register_family(family: Family) -> Family:
         if other is not family and (other.name == family.name or other.model == family.model):
             raise ValueError(f'there is a family {other.name!r} with the model {other.model!r} '
                              'already')
+    if FAMILIES.get(family.name) is not family and family.configs is not None:
+        register_configs(family.configs)
     FAMILIES[family.name] = family
     return family
+
+
+def unregister_family(family: Family) -> None:
+    """Undo :func:`register_family`."""
+    del FAMILIES[family.name]
+    if family.configs is not None:
+        unregister_configs(family.configs)
 
 
 def families_at(weights: Mapping[str, object]) -> dict[str, Family]:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vmamba_mm.families.parity import Parity
+
 #: (official name, our name) of a module or a weight. ``#`` stands for a number, a name for itself
 #: and all that begins with it and a dot. Without our name (None) the weight is left out, as buffers
 #: that our model computes.
@@ -69,7 +71,7 @@ class Family:
     #: The folder with metafile.yml and the configs, if it is not configs/NAME of this package.
     configs: Path | None = None
     #: What tools/check_parity.py needs to compare the family with the official code.
-    parity: Any = None
+    parity: Parity | None = None
 
     def rows(self, names: Collection[str]) -> Rows:
         """The rows of a backbone, of the variant that has these names (official or ours)."""

@@ -40,9 +40,10 @@ What each kind of case looks like:
 - **Gradients**: ``grad_NAME`` of an output is what is propagated back (none for a loss, a scalar);
   ``grad_NAME`` or ``grads[NAME]`` of an input, ``grad_params``, ``grad_params_strided`` (every
   step-th element, and the sum of squares) and ``zero_grad_params`` (which are zero but for
-  rounding) are compared. Parameters go by their official names: numbers of elements are sent
-  through the loader, so that whatever it does to a weight, short of arithmetic, is undone for its
-  gradient. ``gradients={'grad_y': 'y_bhwc'}`` says where a gradient is called otherwise.
+  rounding) are compared. Parameters go by their official names: numbers of elements are renamed by
+  the family's rows, or sent through ``convert``, so that whatever it does to a weight, short of
+  arithmetic, is undone for its gradient. ``gradients={'grad_y': 'y_bhwc'}`` says where a gradient
+  has another name.
 - **Two formulas** in one case: ``variants={'paper': dict(mode='paper')}`` builds the model again
   with these arguments for the keys that end in ``_paper``, or that lie in a dict ``paper``.
 - **States after loading**: ``loaded={OUR_NAME: KEY}`` compares with a tensor beside the cases, or
@@ -80,6 +81,7 @@ class Options(Mapping):
                         else value for key, value in values.items() if not _has_tensors(value)}
         self._place = place
         self._read: set[str] = set()
+        self._ignored: set[str] = set()
 
     def __getitem__(self, key: str) -> Any:
         if key not in self._values:
@@ -112,12 +114,14 @@ class Options(Mapping):
 
     def ignore(self, *keys: str) -> None:
         """Take whatever value these keys have: they change nothing that is compared."""
-        self._read.update(keys)
+        self._ignored.update(keys)
 
     def unread(self) -> list[str]:
         """The names of the values that nobody has read, with their place."""
         names = []
         for key, value in self._values.items():
+            if key in self._ignored:
+                continue
             if key not in self._read:
                 names.append(f'{self._place}{key}')
             elif isinstance(value, Options):
@@ -137,7 +141,8 @@ def _has_tensors(value: Any) -> bool:
 class Build:
     """A class or function of ours, ``package.module:name``, and its keyword arguments.
 
-    A class is called with them; a function keeps them for its calls. Arguments may be ``Build``s.
+    A class is called with them; a function keeps them for its calls. Arguments may be ``Build``
+    too.
     """
 
     target: str
@@ -166,6 +171,8 @@ class Call:
     outputs: tuple[str, ...] = ('output',)
     #: The method of the model; '' calls the model itself.
     method: str = ''
+    #: Applied to what is returned, such as ``lambda logits: [logits]`` where the case has a list.
+    view: Callable[[Any], Any] | None = None
     #: In place of a plain call: (model or function, inputs by key of the case) -> results by name.
     #: Or where this function is, ``package.module:name``.
     run: Callable[[Any, dict[str, Any]], Mapping[str, Any]] | str | None = None

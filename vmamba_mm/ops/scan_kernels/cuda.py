@@ -1,8 +1,8 @@
-"""Launches of the CUDA "walk" kernels, which ss2d_scan and selective_scan share.
+"""Launches of the CUDA kernels that ss2d_scan and selective_scan share, for any number of states.
 
-A walk is a route of ss2d_scan over an image, or a sequence of selective_scan;
-``kernels/README.md`` says how they work. fp16 and fp32 need sm_75, bf16 sm_80; any number of
-states, 16 to a walk: more are several walks.
+A scan is a route of ss2d_scan over one image, or a sequence of selective_scan, with 1, 4 or 16
+states: more are several scans. ``kernels/README.md`` says how the kernels work. fp16 and fp32 need
+sm_75, bf16 sm_80.
 """
 
 from collections.abc import Callable
@@ -11,49 +11,66 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vmamba_mm.ops.core.nvrtc import Instance, cached, kernel
+from vmamba_mm.ops.core.launch import (
+    CODES,
+    TYPES,
+    Instance,
+    by_position_too,
+    cached,
+    device_limits,
+    kernel,
+    pointer,
+)
 
-TYPES = {torch.float32: 'Float', torch.float16: 'Half', torch.bfloat16: 'BFloat'}
-CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_SAVED = 24  # positions between saved states, as in walk.cuh
+SAVED = 24  # positions between saved states, as in walk.cuh
 # Warps of a block at most, as in the launch bounds, and of a multiprocessor, by registers
 _FORWARD_WARPS, _FORWARD_RESIDENT = 6, 24
-RUN, ENDS, GRADIENTS = range(3)
+RUN, ENDS, GRADIENTS = range(3)  # modes of the forward kernel, as in walk_fwd.cu
 
+
+# --- what is compiled -------------------------------------------------------------------------
 
 def prepare_instance() -> Instance:
-    return Instance('walk_prepare.cu', 'walk_prepare', 'P' * 8 + 'i' * 11)
+    return Instance('walk_prepare.cu', 'walk_prepare')
 
 
 def combine_instance() -> Instance:
-    return Instance('scan_combine.cu', 'scan_combine<8>', 'PPPiiii')
+    return Instance('scan_combine.cu', 'scan_combine<8>')
 
 
 def finish_instance() -> Instance:
-    return Instance('walk_finish.cu', 'walk_finish', 'P' * 6 + 'i' * 11)
-
-
-_PARAMS = 'P' * 19 + 'q' * 8 + 'i' * 18
+    return Instance('walk_finish.cu', 'walk_finish')
 
 
 def forward_instance(type_: str, states: int, sequence: bool, mode: int) -> Instance:
-    """``states`` of a walk: 1, 4 or 16; ``mode`` is RUN, ENDS or GRADIENTS."""
+    """``states`` of a scan: 1, 4 or 16; ``mode`` is RUN, ENDS or GRADIENTS."""
     return Instance('walk_fwd.cu', f'walk_fwd<{type_}, {states}, {str(sequence).lower()}, '
-                    f'{mode}>', _PARAMS)
+                    f'{mode}>')
 
 
 def backward_instance(type_: str, states: int, sequence: bool) -> Instance:
-    return Instance('walk_bwd.cu', f'walk_bwd<{type_}, {states}, {str(sequence).lower()}>',
-                    _PARAMS)
+    return Instance('walk_bwd.cu', f'walk_bwd<{type_}, {states}, {str(sequence).lower()}>')
 
 
-@cached
-def device_limits(index: int) -> tuple[int, int, int]:
-    """(multiprocessors, bytes of shared memory of each, of a block at most)."""
-    properties = torch.cuda.get_device_properties(index)
-    return (properties.multi_processor_count, properties.shared_memory_per_multiprocessor,
-            properties.shared_memory_per_block_optin)
+# Type, states of a scan, whether of selective_scan. The types that people use, and for each number
+# of states and each kind of sequence one that is compiled: half maps with N = 1 have kernels of
+# their own, in ss2d_scan.
+_COMPILED = [('Half', 16, False), ('BFloat', 16, False), ('Float', 1, False), ('Float', 16, False),
+             ('Half', 1, True), ('Float', 16, True)]
 
+#: What is compiled to check it, and the lowest compute capability (75 for 7.5) that it is for.
+INSTANCES: dict[Instance, int] = {
+    **{instance: 80 if type_ == 'BFloat' else 75 for type_, states, sequence in _COMPILED
+       for instance in (forward_instance(type_, states, sequence, RUN),
+                        backward_instance(type_, states, sequence))},
+    **{forward_instance('Half', 16, False, mode): 75 for mode in (ENDS, GRADIENTS)},
+    prepare_instance(): 75,
+    finish_instance(): 75,
+    combine_instance(): 75,
+}
+
+
+# --- what the kernels take --------------------------------------------------------------------
 
 def why_not(tensor: Tensor, rank: int, state: int) -> str | None:
     """What keeps the kernels from taking a map or sequence like ``tensor``, or None."""
@@ -68,7 +85,7 @@ def why_not(tensor: Tensor, rank: int, state: int) -> str | None:
 
 @torch.compiler.assume_constant_result
 def _why_not_here(index: int, dtype: torch.dtype, rank: int, state: int) -> str | None:
-    """What keeps a GPU from it."""
+    """What keeps a GPU from taking them."""
     return _why_not_on(index, dtype, rank, state)
 
 
@@ -84,50 +101,48 @@ def _why_not_on(index: int, dtype: torch.dtype, rank: int, state: int) -> str | 
 
 
 def groups_of(state: int) -> tuple[int, int]:
-    """(states of a walk, walks that share the N states of a channel)."""
+    """(states of a scan, scans that share the N states of a channel)."""
     states = 1 if state == 1 else 4 if state <= 4 else 16
     return states, -(-state // states)
 
 
 def states_shape(batch: int, routes: int, length: int, state: int, dim: int) -> tuple[int, ...]:
-    """Of what the forward saves: (B, K, chunks, N, D) for N of 1, 4 and 16; else N is cut."""
+    """The shape of what the forward saves: (B, K, chunks, N, D) for N of 1, 4 and 16; else the
+    states are divided among several scans."""
     states, groups = groups_of(state)
-    return batch, routes * groups, -(-length // _SAVED), states, dim
+    return batch, routes * groups, -(-length // SAVED), states, dim
 
 
 def maps_dtype(dtype: torch.dtype, state: int) -> torch.dtype:
-    """Of the result of each walk: fp32 where several are to be added for one of ``dtype``."""
+    """The dtype of the result of each scan: fp32 where several are added for one of ``dtype``."""
     return dtype if groups_of(state)[1] == 1 else torch.float32
 
 
 def _backward_width(states: int) -> int:
-    """Channels of a warp."""
+    """How many channels a warp of the backward has."""
     return 16 if states == 16 else 32
 
 
-def _backward_shared(rank: int, states: int, warps: int, kept: int) -> int:
-    """``kept``: numbers of 4 bytes that it has for each position beside what all need, 0 to 2."""
-    width, pitch = _backward_width(states), _SAVED + 4
-    own = (width * pitch + max(3 * width * pitch, 2 * rank * _SAVED)
-           + _SAVED // 4 * width * states + 32 * (-(-rank // 8) * 8 + 6) + kept * width * _SAVED)
+def _backward_shared(rank: int, states: int, warps: int, words: int) -> int:
+    """Bytes of shared memory of a block of the backward, with so many ``words`` of 4 bytes for each
+    position beside what all need, 0 to 2."""
+    width, pitch = _backward_width(states), SAVED + 4
+    own = (width * pitch + max(3 * width * pitch, 2 * rank * SAVED)
+           + SAVED // 4 * width * states + 32 * (-(-rank // 8) * 8 + 6) + words * width * SAVED)
     teams = -(-warps // 4)
-    columns = (rank + 2 * states) * (teams * pitch + (teams - 1) * _SAVED)
+    columns = (rank + 2 * states) * (teams * pitch + (teams - 1) * SAVED)
     return 4 * (64 + columns + rank * warps * width + warps * own)
 
 
 def _forward_shared(rank: int, states: int, warps: int, mode: int) -> int:
-    staged = (rank + states * (2 if mode == RUN else 1)) * (2 * _SAVED + 4)
+    """Bytes of shared memory of a block of the forward."""
+    staged = (rank + states * (2 if mode == RUN else 1)) * (2 * SAVED + 4)
     return 4 * (staged + 32 * warps * (rank + 7 + (states | 1)))
 
 
 def magic(divisor: int) -> int:
-    """2^32 / divisor, rounded up, as the int32 of the same bits; 0 for 1."""
-    value = 0 if divisor == 1 else -(-2**32 // divisor)
-    return value - 2**32 if value >= 2**31 else value
-
-
-def pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    """2^32 / divisor, rounded up; 0 for 1."""
+    return 0 if divisor == 1 else -(-2**32 // divisor)
 
 
 def dense(tensor: Tensor | None) -> Tensor | None:
@@ -138,18 +153,49 @@ def dense(tensor: Tensor | None) -> Tensor | None:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-class Cut(NamedTuple):
-    """Of a launch: warps of a block, blocks side by side, positions of a span, spans."""
+class Schedule(NamedTuple):
+    """The grid of a launch: warps of a block, blocks side by side in channels, positions of a span,
+    spans of a scan."""
     warps: int
     columns: int
     span: int
     spans: int
 
 
-class Walk:
+class PreparedOffsets(NamedTuple):
+    """Bytes: where each part of what :func:`prepare_launch` writes begins, and the size of all."""
+    weights: int
+    bias: int
+    rates: int
+    skip: int
+    size: int
+
+
+def _prepared_offsets(sizes: tuple[int, ...], state: int) -> PreparedOffsets:
+    plain = sizes[1] * sizes[5]
+    states, groups = groups_of(state)
+    weights, rates = plain * sizes[4], plain * groups * states
+    return PreparedOffsets(0, 4 * (weights + rates), 4 * weights, 4 * (weights + rates + plain),
+                           4 * (weights + rates + 2 * plain))
+
+
+def prepared_size(sizes: tuple[int, ...], state: int) -> int:
+    """Elements, fp32, of what :func:`prepare_launch` writes."""
+    return _prepared_offsets(sizes, state).size // 4
+
+
+def plain_strides(sizes: tuple[int, ...], sequence: bool) -> tuple[int, ...]:
+    """The strides of a map (B, D, H, W) with the channels last, or of a sequence, without gaps."""
+    _, dim, height, width, _, routes = sizes
+    if sequence:
+        return routes * dim * width, width, width, 1
+    return height * width * dim, 1, width * dim, dim
+
+
+class Scans:
     """What the launches for such sizes share: see :func:`forward_launch`."""
 
-    max_span = None  # for tests, which then ``forget``: positions after which a walk is cut
+    max_span = None  # for tests, which then ``forget``: positions of a span at most
 
     def __init__(self, index: int, dtype: torch.dtype, sizes: tuple[int, ...], state: int,
                  sequence: bool, softplus: bool):
@@ -158,114 +204,97 @@ class Walk:
         batch, self.dim, height, width, self.rank, self.routes = sizes
         self.length = height * width
         self.states, self.groups = groups_of(state)
-        self.chunks = -(-self.length // _SAVED)
-        self.walks = batch * self.routes * self.groups
-        self.offsets = _prepared_offsets(sizes, state)[:4]
+        self.chunks = -(-self.length // SAVED)
+        self.count = batch * self.routes * self.groups
+        self.prepared = _prepared_offsets(sizes, state)
+        # Whether what a thread takes at a time may be one aligned vector.
+        self.vectors = sequence and self.length % 8 == 0
 
-    def _cut(self, width: int, of_a_block: int, most: int, shared) -> Cut:
-        """Few walks are cut.
+    def _schedule(self, width: int, warps_of_block: int, warps_at_once: int,
+                  shared: Callable[[int], int]) -> Schedule:
+        """One in which the GPU has enough to do: few scans are divided into spans.
 
         Args:
             width: channels of a warp.
-            of_a_block, most: warps of a block and of a multiprocessor at most.
+            warps_of_block, warps_at_once: of a block and of a multiprocessor at most.
             shared: bytes of a block by its warps.
         """
         multiprocessors, of_all, of_block = device_limits(self.index)
 
         def resident(n: int) -> int:
-            return min(of_all // (shared(n) + 1024), most // n) * n
+            return min(of_all // (shared(n) + 1024), warps_at_once // n) * n
 
         needed = -(-self.dim // width)
-        fitting = [n for n in range(1, min(of_a_block, needed) + 1) if shared(n) <= of_block]
+        fitting = [n for n in range(1, min(warps_of_block, needed) + 1) if shared(n) <= of_block]
         best = max(fitting, key=lambda n: (resident(n), n))
         columns = -(-needed // best)
         warps = -(-needed // columns)
         slots = multiprocessors * max(1, resident(warps) // warps)
-        spans = max(1, min(slots // (self.walks * columns), -(-self.chunks // 8)))
+        spans = max(1, min(slots // (self.count * columns), -(-self.chunks // 8)))
         if self.max_span:
             spans = max(spans, -(-self.length // self.max_span))
         span = -(-self.chunks // spans)
-        return Cut(warps, columns, span * _SAVED, -(-self.chunks // span))
+        return Schedule(warps, columns, span * SAVED, -(-self.chunks // span))
 
-    def forward_cut(self) -> Cut:
-        return self._cut(32, _FORWARD_WARPS, _FORWARD_RESIDENT,
-                         lambda n: _forward_shared(self.rank, self.states, n, RUN))
+    def forward_schedule(self) -> Schedule:
+        return self._schedule(32, _FORWARD_WARPS, _FORWARD_RESIDENT,
+                              lambda n: _forward_shared(self.rank, self.states, n, RUN))
 
-    def backward_cut(self) -> tuple[Cut, int]:
-        """And bytes of shared memory."""
-        kept = 1 if self.type != 'Float' else 2 * self.sequence
+    def backward_schedule(self) -> tuple[Schedule, int]:
+        """The schedule, and bytes of shared memory of a block."""
+        words = 1 if self.type != 'Float' else 2 * self.sequence
 
         def shared(warps: int) -> int:
-            return _backward_shared(self.rank, self.states, warps, kept)
+            return _backward_shared(self.rank, self.states, warps, words)
 
         # As in the launch bounds; memory for 12 alone, which sm_110 has too, is not enough.
         warps = 12 if torch.cuda.get_device_capability(self.index)[0] in (9, 10) else 8
-        cut = self._cut(_backward_width(self.states), warps, warps, shared)
-        return cut, shared(cut.warps)
+        schedule = self._schedule(_backward_width(self.states), warps, warps, shared)
+        return schedule, shared(schedule.warps)
 
-    def bind(self, cut: Cut, shared: int, strides: tuple[int, ...], written: torch.dtype,
-             part: torch.dtype, instance: Callable[..., Instance], *args) -> Callable[..., None]:
-        """Of addresses: x, raw, B, C, prepared, and those from ``entries`` on as in walk.cuh."""
-        launch = kernel(self.index, instance, self.type, self.states, self.sequence, *args).bind(
-            (self.walks * cut.spans * cut.columns, 1, 1), (32 * cut.warps, 1, 1), shared)
+    def bind(self, schedule: Schedule, shared: int, strides: tuple[int, ...], y_dtype: torch.dtype,
+             part_dtype: torch.dtype, instance: Callable[..., Instance], *args
+             ) -> Callable[..., None]:
+        """A launch of the fields of Params in walk.cuh; ``vector`` is asked for in each call.
+
+        ``strides`` are those of x and of grad, B, D, H, W each.
+        """
         batch, dim, height, width, rank, routes = self.sizes
-        shape = (*strides, batch, dim, height, width, rank, self.state, routes, self.groups,
-                 cut.span, cut.spans, self.chunks, cut.columns, int(self.softplus), CODES[written],
-                 CODES[part])
-        last, offsets = (magic(height), magic(width)), self.offsets
-        rows = self.sequence and self.length % 8 == 0
+        names = [f'{tensor}_{side}' for tensor in ('x', 'grad') for side in 'bdhw']
+        return kernel(self.index, instance, self.type, self.states, self.sequence, *args).bind(
+            (self.count * schedule.spans * schedule.columns, 1, 1), (32 * schedule.warps, 1, 1),
+            shared, ('vector',), **dict(zip(names, strides, strict=True)), batch=batch, dim=dim,
+            height=height, width=width, rank=rank, state=self.state, routes=routes,
+            groups=self.groups, span=schedule.span, spans=schedule.spans, chunks=self.chunks,
+            columns=schedule.columns, softplus=int(self.softplus), y_type=CODES[y_dtype],
+            part_type=CODES[part_dtype], magic_height=magic(height), magic_width=magic(width))
 
-        def run(x, raw, B, C, prepared, *others):
-            y, grad, grad_x, grad_raw = others[4:8]
-            vector = int(rows and (x | raw | y | grad | grad_x | grad_raw) % 16 == 0)
-            launch(x, raw, B, C, *[prepared + n for n in offsets], *others, *shape, vector, *last)
-
-        return run
-
-    def entering(self, cut: Cut, mode: int, strides: tuple[int, ...], dtype: torch.dtype):
-        """Bytes of memory, and what finds there what enters each span: it takes what :meth:`bind`
-        takes first (a tuple), grad, and the memory, and gives the address."""
-        if cut.spans == 1:
-            return 0, lambda *_: 0
-        warps, columns = self.forward_cut()[:2]
-        inner = self.states * self.dim
-        size, sizes = 4 * self.walks * cut.spans * inner, (self.walks, cut.spans, inner, 0)
+    def bind_entries(self, schedule: Schedule, mode: int, strides: tuple[int, ...],
+                     dtype: torch.dtype) -> tuple[int, Callable[..., int]]:
+        """Bytes of memory, and what finds there what enters each span and gives its address:
+        ENDS of spans of the forward, or GRADIENTS of the backward, by ``grad``."""
+        if schedule.spans == 1:
+            return 0, lambda *addresses, **named: 0
+        warps, columns = self.forward_schedule()[:2]
+        inner, at, vectors = self.states * self.dim, self.prepared, self.vectors
+        size = 4 * self.count * schedule.spans * inner
         summarise = self.bind(
-            cut._replace(warps=warps, columns=columns),
+            schedule._replace(warps=warps, columns=columns),
             _forward_shared(self.rank, self.states, warps, mode), strides, dtype, dtype,
             forward_instance, mode)
         combine = kernel(self.index, combine_instance).bind(
-            (-(-self.walks * inner // 128), 1, 1), (128, 1, 1))
+            (-(-self.count * inner // 128), 1, 1), (128, 1, 1), walks=self.count,
+            spans=schedule.spans, dim=inner, back=0)
 
-        def run(first, grad, memory):
-            decays, ends, entries = memory, memory + size, memory + 2 * size
-            summarise(*first, 0, 0, decays, ends, 0, grad, 0, 0, 0, 0, 0)
-            combine(decays, ends, entries, *sizes)
+        def launch_entries(x, raw, prepared, B, C, memory, grad=0):
+            ends, entries = memory + size, memory + 2 * size
+            summarise(x=x, raw=raw, B=B, C=C, weights=prepared, bias=prepared + at.bias,
+                      rates=prepared + at.rates, skip=prepared + at.skip, decays=memory, ends=ends,
+                      grad=grad, vector=int(vectors and (x | raw | grad) % 16 == 0))
+            combine(decays=memory, ends=ends, entries=entries)
             return entries
 
-        return 3 * size, run
-
-
-def _strides(sizes: tuple[int, ...], sequence: bool) -> tuple[int, ...]:
-    """Of a map (B, D, H, W) with the channels last, or a sequence, without gaps."""
-    _, dim, height, width, _, routes = sizes
-    if sequence:
-        return routes * dim * width, width, width, 1
-    return height * width * dim, 1, width * dim, dim
-
-
-def _prepared_offsets(sizes: tuple[int, ...], state: int) -> list[int]:
-    """Bytes: where each part of what ``walk_prepare`` writes begins, and where the last ends."""
-    plain = sizes[1] * sizes[5]
-    states, groups = groups_of(state)
-    weights, rates = plain * sizes[4], plain * groups * states
-    return [0, 4 * (weights + rates), 4 * weights, 4 * (weights + rates + plain),
-            4 * (weights + rates + 2 * plain)]
-
-
-def prepared_size(sizes: tuple[int, ...], state: int) -> int:
-    """Elements, fp32, of what :func:`prepare_launch` writes."""
-    return _prepared_offsets(sizes, state)[-1] // 4
+        return 3 * size, launch_entries
 
 
 # --- launches, of addresses -----------------------------------------------------------------------
@@ -278,22 +307,28 @@ def prepare_launch(index: int, sizes: tuple[int, ...], state: int,
                    ) -> tuple[int, Callable[..., None]]:
     """Elements, fp32, of ``prepared``, which the others take, and what writes it.
 
-    Of addresses: dt_projs_weight (K, D, R), dt_projs_bias (K, D), A (K * D, N) or with ``logs``
-    log(-A), D (K * D), each of its dtype (0 and None for one that there is not), and ``prepared``.
-    ``merged``: the results of the routes are added up.
+    It takes the addresses of dt_projs_weight (K, D, R), dt_projs_bias (K, D), A (K * D, N) or with
+    ``logs`` log(-A), D (K * D), each of its dtype (0 and None for one that there is not), and
+    ``prepared``. ``merged``: the results of the routes are added up.
     """
-    *parts, size = _prepared_offsets(sizes, state)
+    at = _prepared_offsets(sizes, state)
     states, groups = groups_of(state)
-    launch = kernel(index, prepare_instance).bind((min(1024, -(-size // 1024)), 1, 1), (256, 1, 1))
-    rest = (sizes[1], sizes[4], state, groups * states, sizes[5], int(merged),
-            *[CODES.get(d, 0) for d in dtypes], int(logs))
-    return size // 4, lambda *addresses: launch(
-        *addresses[:4], *[addresses[4] + n for n in parts], *rest)
+    dt_type, bias_type, A_type, D_type = (CODES.get(d, 0) for d in dtypes)
+    launch = kernel(index, prepare_instance).bind(
+        (min(1024, -(-at.size // 1024)), 1, 1), (256, 1, 1), dim=sizes[1], rank=sizes[4],
+        state=state, padded=groups * states, routes=sizes[5], merged=int(merged), dt_type=dt_type,
+        bias_type=bias_type, A_type=A_type, D_type=D_type, logs=int(logs))
+
+    def launch_prepare(dt_weight, dt_bias, A, D, prepared):
+        launch(dt_weight=dt_weight, dt_bias=dt_bias, A=A, D=D, weights=prepared,
+               bias=prepared + at.bias, rates=prepared + at.rates, skip=prepared + at.skip)
+
+    return at.size // 4, launch_prepare
 
 
 class Launch(NamedTuple):
-    """``run``; the bytes of memory that it needs; of a backward the parts that are to be summed, of
-    ``dprojected`` (of the gradients by B and C, of selective_scan) and of ``sums``."""
+    """``run`` launches; ``memory`` bytes that it needs; of a backward the parts that are to be
+    summed, of ``dprojected`` (of the gradients by B and C, of selective_scan) and of ``sums``."""
     run: Callable[..., None]
     memory: int
     columns: int = 1
@@ -307,26 +342,29 @@ def forward_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...], state
     """The forward, for x (B, D, H, W) of ``dtype``, and of ``strides`` unless it is channels-last
     without gaps.
 
-    Of addresses: x, projected (B * L, K * (R + 2 N)) of ``dtype``, prepared, maps (G, K, B, H, W,
-    D) and states (:func:`states_shape`, fp32), each written where it is not 0, and memory. G and
-    the maps' dtype: :func:`groups_of`, :func:`maps_dtype` of ``written`` or else ``dtype``.
+    It takes the addresses of x, projected (B * L, K * (R + 2 N)) of ``dtype``, prepared, maps (G,
+    K, B, H, W, D) and states (:func:`states_shape`, fp32), each written where it is not 0, and
+    memory. G and the maps' dtype: :func:`groups_of`, :func:`maps_dtype` of ``written`` or else
+    ``dtype``.
 
     With ``sequence``: u, delta (B, K * D, L), prepared, y (G, B, K * D, L), states, memory, B and
     C (B, K, N, L).
     """
-    walk = Walk(index, dtype, sizes, state, sequence, softplus)
-    plain = _strides(sizes, sequence)
-    strides, cut = (*(strides or plain), *plain), walk.forward_cut()
-    shared = _forward_shared(walk.rank, walk.states, cut.warps, RUN)
-    scan = walk.bind(cut, shared, strides, maps_dtype(written or dtype, state), dtype,
-                     forward_instance, RUN)
-    bytes_, enter = walk.entering(cut, ENDS, strides, dtype)
+    scans = Scans(index, dtype, sizes, state, sequence, softplus)
+    plain, schedule = plain_strides(sizes, sequence), scans.forward_schedule()
+    strides, at, vectors = (*(strides or plain), *plain), scans.prepared, scans.vectors
+    shared = _forward_shared(scans.rank, scans.states, schedule.warps, RUN)
+    scan = scans.bind(schedule, shared, strides, maps_dtype(written or dtype, state), dtype,
+                      forward_instance, RUN)
+    memory_size, launch_entries = scans.bind_entries(schedule, ENDS, strides, dtype)
 
-    def run(x, projected, prepared, maps, states, memory, B=0, C=0):
-        first = x, projected, B, C, prepared
-        scan(*first, enter(first, 0, memory), states, 0, 0, maps, 0, 0, 0, 0, 0, 0)
+    def launch_forward(x, projected, prepared, maps, states, memory, B=0, C=0):
+        entries = launch_entries(x, projected, prepared, B, C, memory)
+        scan(x=x, raw=projected, B=B, C=C, weights=prepared, bias=prepared + at.bias,
+             rates=prepared + at.rates, skip=prepared + at.skip, entries=entries, states=states,
+             y=maps, vector=int(vectors and (x | projected | maps) % 16 == 0))
 
-    return Launch(run, bytes_)
+    return Launch(launch_forward, memory_size)
 
 
 @cached
@@ -336,30 +374,33 @@ def backward_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...], stat
                     softplus: bool = True) -> Launch:
     """The backward of :func:`forward_launch`.
 
-    Of addresses: x, projected, prepared, states, grad (of ``dtype``, by the sum of the maps), maps
-    (by x, as in the forward), dprojected (columns, like projected), sums (parts, K, G, states + R +
-    2, D, fp32: of A, dt_projs_weight, dt_projs_bias and D), and memory. dprojected has ``dtype``
-    where there is one column, else fp32; with G > 1 it is to be zero before.
+    It takes the addresses of x, projected, prepared, states, grad (of ``dtype``, by the sum of the
+    maps), maps (by x, as in the forward), dprojected (columns, like projected), sums (parts, K, G,
+    states + R + 2, D, fp32: of A, dt_projs_weight, dt_projs_bias and D), and memory. dprojected has
+    ``dtype`` where there is one column, else fp32; with G > 1 it is to be zero before.
 
     With ``sequence`` dprojected is by delta, like y, and after memory come B, C, and the gradients
     by them (columns, B, K, N, L).
     """
-    walk = Walk(index, dtype, sizes, state, sequence, softplus)
-    plain = _strides(sizes, sequence)
-    strides = *(strides or plain), *(grad_strides or plain)
-    cut, shared = walk.backward_cut()
-    columns = cut.columns if sequence else cut.columns * walk.groups
-    scan = walk.bind(cut, shared, strides, maps_dtype(dtype, state),
-                     dtype if columns == 1 else torch.float32, backward_instance)
-    bytes_, enter = walk.entering(cut, GRADIENTS, strides, dtype)
+    scans = Scans(index, dtype, sizes, state, sequence, softplus)
+    plain = plain_strides(sizes, sequence)
+    strides, at = (*(strides or plain), *(grad_strides or plain)), scans.prepared
+    schedule, shared = scans.backward_schedule()
+    columns = schedule.columns if sequence else schedule.columns * scans.groups
+    scan = scans.bind(schedule, shared, strides, maps_dtype(dtype, state),
+                      dtype if columns == 1 else torch.float32, backward_instance)
+    memory_size, launch_entries = scans.bind_entries(schedule, GRADIENTS, strides, dtype)
+    vectors = scans.vectors
 
-    def run(x, projected, prepared, states, grad, maps, dprojected, sums, memory, B=0, C=0,
-            grad_B=0, grad_C=0):
-        first = x, projected, B, C, prepared
-        scan(*first, enter(first, grad, memory), states, 0, 0, 0, grad, maps, dprojected, grad_B,
-             grad_C, sums)
+    def launch_backward(x, projected, prepared, states, grad, maps, dprojected, sums, memory, B=0,
+                        C=0, grad_B=0, grad_C=0):
+        entries = launch_entries(x, projected, prepared, B, C, memory, grad)
+        scan(x=x, raw=projected, B=B, C=C, weights=prepared, bias=prepared + at.bias,
+             rates=prepared + at.rates, skip=prepared + at.skip, entries=entries, states=states,
+             grad=grad, grad_x=maps, grad_raw=dprojected, grad_B=grad_B, grad_C=grad_C, sums=sums,
+             vector=int(vectors and (x | projected | grad | maps | dprojected) % 16 == 0))
 
-    return Launch(run, bytes_, columns, sizes[0] * cut.spans)
+    return Launch(launch_backward, memory_size, columns, sizes[0] * schedule.spans)
 
 
 @cached
@@ -368,32 +409,35 @@ def finish_launch(index: int, sizes: tuple[int, ...], state: int,
     """The gradients by the parameters of :func:`prepare_launch`, of these dtypes, from ``parts`` of
     ``sums``.
 
-    Of addresses: sums, the gradients (each written where it is not 0), and log(-A), by which the
-    gradient is then, or 0.
+    It takes the addresses ``sums``, the gradients ``dt_weight``, ``dt_bias``, ``A`` and ``D`` (each
+    written where it is not 0), and ``A_logs``: log(-A), by which the gradient is then, or 0.
     """
     dim, rank, routes = sizes[1], *sizes[4:]
     states, groups = groups_of(state)
-    launch = kernel(index, finish_instance).bind(
-        (-(-routes * (state + rank + 2) * dim // 32), 1, 1), (32, 8, 1))
-    rest = (parts, dim, rank, state, states, routes, groups, *[CODES.get(d, 0) for d in dtypes])
-    return lambda *addresses: launch(*addresses, *rest)
+    dt_type, bias_type, A_type, D_type = (CODES.get(d, 0) for d in dtypes)
+    launch_finish = kernel(index, finish_instance).bind(
+        (-(-routes * (state + rank + 2) * dim // 32), 1, 1), (32, 8, 1), parts=parts, dim=dim,
+        rank=rank, state=state, states=states, routes=routes, groups=groups, dt_type=dt_type,
+        bias_type=bias_type, A_type=A_type, D_type=D_type)
+    return by_position_too(launch_finish, 'sums', 'dt_weight', 'dt_bias', 'A', 'D', 'A_logs')
 
 
 # --- what both ops do with tensors ----------------------------------------------------------------
 
 def prepare(sizes: tuple[int, ...], parameters: tuple[Tensor | None, ...], logs: bool = False,
             merged: bool = True) -> Tensor:
-    """``prepared``, of the four parameters of :func:`prepare_launch`, None for 0."""
+    """What the kernels read of the four parameters of :func:`prepare_launch`, None for absent."""
     parameters = [None if t is None else t.contiguous() for t in parameters]
     A = parameters[2]
-    size, run = prepare_launch(A.get_device(), sizes, A.shape[1], _dtypes(parameters), logs, merged)
+    size, launch_prepare = prepare_launch(A.get_device(), sizes, A.shape[1], _dtypes(parameters),
+                                          logs, merged)
     prepared = A.new_empty(size, dtype=torch.float32)
-    run(*map(pointer, parameters), prepared.data_ptr())
+    launch_prepare(*map(pointer, parameters), prepared.data_ptr())
     return prepared
 
 
 def merge_groups(maps: Tensor, dtype: torch.dtype) -> Tensor:
-    """One result of ``dtype`` for those of the walks that share a channel's states."""
+    """One result of ``dtype`` for those of the scans that share a channel's states."""
     return maps[0] if len(maps) == 1 else maps.sum(0).to(dtype)
 
 
@@ -409,8 +453,10 @@ def finish(sums: Tensor, sizes: tuple[int, ...], parameters: tuple[Tensor | None
     grads = [None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
              for t in parameters]
     A = parameters[2].contiguous()
+    by_weight, by_bias, by_A, by_D = map(pointer, grads)
     finish_launch(sums.get_device(), sizes, A.shape[1], _dtypes(grads), len(sums))(
-        sums.data_ptr(), *map(pointer, grads), A.data_ptr() if logs else 0)
+        sums=sums.data_ptr(), dt_weight=by_weight, dt_bias=by_bias, A=by_A, D=by_D,
+        A_logs=A.data_ptr() if logs else 0)
     return grads
 
 

@@ -1,9 +1,10 @@
-"""selective_scan by the CUDA "walk" kernels: fp16, bf16 and fp32, any number of states."""
+"""selective_scan by the CUDA kernels in ``kernels/scan``: half and fp32, any number of states."""
 
 import torch
 from torch import Tensor
 
-from vmamba_mm.ops.scan_kernels import cuda as walk
+from vmamba_mm.ops.core.launch import TYPES, pointer
+from vmamba_mm.ops.scan_kernels import cuda as scans
 
 
 def why_not(u, delta, A, B, C, D, delta_bias, out_dtype) -> str | None:
@@ -11,11 +12,11 @@ def why_not(u, delta, A, B, C, D, delta_bias, out_dtype) -> str | None:
     given = [t for t in (delta, A, B, C, D, delta_bias) if t is not None]
     if any(t.device != u.device for t in given):
         return 'the inputs are on different devices'
-    if any(t.dtype not in walk.TYPES for t in given):
+    if any(t.dtype not in TYPES for t in given):
         return 'an input is neither float32 nor float16 nor bfloat16'
-    if out_dtype not in walk.TYPES:
+    if out_dtype not in TYPES:
         return f'out_dtype is {out_dtype}; the kernels give float16, bfloat16 and float32'
-    return walk.why_not(u, 0, A.shape[1])
+    return scans.why_not(u, 0, A.shape[1])
 
 
 def _start(u, delta, A, B, C, D, delta_bias):
@@ -25,21 +26,22 @@ def _start(u, delta, A, B, C, D, delta_bias):
     batch, channels, length = u.shape
     routes = B.shape[1]
     sizes = batch, channels // routes, 1, length, 0, routes
-    return u, delta, B, C, sizes, walk.prepare(sizes, (None, delta_bias, A, D), merged=False)
+    return u, delta, B, C, sizes, scans.prepare(sizes, (None, delta_bias, A, D), merged=False)
 
 
 def _empty(u: Tensor, dtype: torch.dtype, state: int) -> Tensor:
-    """For the results of each walk."""
-    return u.new_empty((walk.groups_of(state)[1], *u.shape), dtype=walk.maps_dtype(dtype, state))
+    """Memory for the results of each scan."""
+    return u.new_empty((scans.groups_of(state)[1], *u.shape), dtype=scans.maps_dtype(dtype, state))
 
 
 def _forward(u, delta, B, C, sizes, prepared, state, delta_softplus, out_dtype, y, states):
     """Fill ``y`` and ``states``, where given."""
-    launch = walk.forward_launch(u.get_device(), u.dtype, sizes, state, sequence=True,
+    launch = scans.forward_launch(u.get_device(), u.dtype, sizes, state, sequence=True,
                                  softplus=delta_softplus, written=out_dtype)
     memory = u.new_empty(launch.memory, dtype=torch.uint8)
-    launch.run(u.data_ptr(), delta.data_ptr(), prepared.data_ptr(), walk.pointer(y),
-               walk.pointer(states), memory.data_ptr(), B.data_ptr(), C.data_ptr())
+    launch.run(x=u.data_ptr(), projected=delta.data_ptr(), prepared=prepared.data_ptr(),
+               maps=pointer(y), states=pointer(states), memory=memory.data_ptr(), B=B.data_ptr(),
+               C=C.data_ptr())
 
 
 def forward(u, delta, A, B, C, D, delta_bias, delta_softplus, out_dtype) -> Tensor:
@@ -48,7 +50,7 @@ def forward(u, delta, A, B, C, D, delta_bias, delta_softplus, out_dtype) -> Tens
     state = A.shape[1]
     y = _empty(u, out_dtype, state)
     _forward(u, *rest, state, delta_softplus, out_dtype, y, None)
-    return walk.merge_groups(y, out_dtype)
+    return scans.merge_groups(y, out_dtype)
 
 
 def backward(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus):
@@ -60,22 +62,24 @@ def backward(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus):
     u, delta, B, C, sizes, prepared = _start(*inputs)
     dtype, state = u.dtype, A.shape[1]
     batch, dim, _, length, _, routes = sizes
-    states = u.new_empty(walk.states_shape(batch, routes, length, state, dim), dtype=torch.float32)
+    states = u.new_empty(scans.states_shape(batch, routes, length, state, dim), dtype=torch.float32)
     _forward(u, delta, B, C, sizes, prepared, state, delta_softplus, dtype, None, states)
-    launch = walk.backward_launch(u.get_device(), dtype, sizes, state, sequence=True,
+    launch = scans.backward_launch(u.get_device(), dtype, sizes, state, sequence=True,
                                   softplus=delta_softplus)
     grad_u, grad_delta = _empty(u, dtype, state), _empty(u, dtype, state)
     grad_B, grad_C = (u.new_empty((launch.columns, *B.shape),
                                   dtype=dtype if launch.columns == 1 else torch.float32)
                       for _ in range(2))
-    sums = walk.empty_sums(u, sizes, state, launch.parts)
+    sums = scans.empty_sums(u, sizes, state, launch.parts)
     memory = u.new_empty(launch.memory, dtype=torch.uint8)
     grad_y = grad_y.to(dtype).contiguous()
-    launch.run(*[t.data_ptr() for t in (u, delta, prepared, states, grad_y, grad_u, grad_delta,
-                                        sums, memory, B, C, grad_B, grad_C)])
+    launch.run(x=u.data_ptr(), projected=delta.data_ptr(), prepared=prepared.data_ptr(),
+               states=states.data_ptr(), grad=grad_y.data_ptr(), maps=grad_u.data_ptr(),
+               dprojected=grad_delta.data_ptr(), sums=sums.data_ptr(), memory=memory.data_ptr(),
+               B=B.data_ptr(), C=C.data_ptr(), grad_B=grad_B.data_ptr(), grad_C=grad_C.data_ptr())
     grad_B, grad_C = (t[0] if len(t) == 1 else t.sum(0) for t in (grad_B, grad_C))
-    _, by_bias, by_A, by_D = walk.finish(sums, sizes, (None, delta_bias, A, D))
-    grads = (walk.merge_groups(grad_u, dtype), walk.merge_groups(grad_delta, dtype), by_A, grad_B,
+    _, by_bias, by_A, by_D = scans.finish(sums, sizes, (None, delta_bias, A, D))
+    grads = (scans.merge_groups(grad_u, dtype), scans.merge_groups(grad_delta, dtype), by_A, grad_B,
              grad_C, by_D, by_bias)
     return tuple(None if t is None else g.to(t.dtype)
                  for g, t in zip(grads, inputs, strict=True))

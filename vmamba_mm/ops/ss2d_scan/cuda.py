@@ -2,7 +2,7 @@
 
 Here are the launches for N = 1 on half-precision maps; any other N and fp32 maps go to
 :mod:`vmamba_mm.ops.ss2d_scan.large_state`. Nothing is built beforehand:
-:mod:`vmamba_mm.ops.core.nvrtc` compiles at first use. The kernels' own comments and
+:mod:`vmamba_mm.ops.core.launch` compiles at first use. The kernels' own comments and
 ``kernels/README.md`` say how they work.
 """
 
@@ -12,17 +12,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vmamba_mm.ops.core.nvrtc import Instance, cached, kernel
+from vmamba_mm.ops.core.launch import (
+    CODES,
+    TYPES,
+    Instance,
+    by_position_too,
+    cached,
+    kernel,
+    pointer,
+)
 from vmamba_mm.ops.fused.add_norm import cuda as norm
-from vmamba_mm.ops.fused.cast import FIELDS, plan_cast
-from vmamba_mm.ops.scan_kernels.cuda import CODES, TYPES, combine_instance, pointer
+from vmamba_mm.ops.fused.cast import plan_cast
+from vmamba_mm.ops.scan_kernels.cuda import combine_instance
 from vmamba_mm.ops.ss2d_scan import large_state, layout, merge, schedule
 
-_SCAN = 'P' * 5 + 'i' * 14
-_MAP = 'Piiii'
 _FORWARD = (('WARPS', schedule.FORWARD.warps),
             ('BLOCKS', schedule.FORWARD.blocks_per_multiprocessor))
-_AROUND = (('WARPS', schedule.CLUSTER_WARPS), ('BLOCKS', 1))
+_CLUSTER = (('WARPS', schedule.CLUSTER_WARPS), ('BLOCKS', 1))
+_BACKWARD = (('WARPS', schedule.BACKWARD.warps),
+             ('BLOCKS', schedule.BACKWARD.blocks_per_multiprocessor))
+_MAP_FIELDS = 'stride_b', 'stride_pixel', 'stride_d', 'vector'  # of the kernels' Map, after data
 _HALVES = torch.float16, torch.bfloat16
 
 
@@ -44,28 +53,41 @@ def _is_fast(x: Tensor, state: int) -> bool:
 # --- what is compiled -------------------------------------------------------------------------
 
 def prepare_instance(type_: str) -> Instance:
-    return Instance('ss2d_prepare.cu', f'ss2d_prepare<{type_}>', 'P' * 11 + 'i' * 13 + FIELDS)
+    return Instance('ss2d_prepare.cu', f'ss2d_prepare<{type_}>')
 
 
 def forward_instance(type_: str, tiles: int, cluster: int = 0) -> Instance:
-    return Instance('ss2d_scan_fwd.cu', f'ss2d_scan_fwd<{type_}, {tiles}>', _SCAN + _MAP + 'PPii',
-                    (*_AROUND, ('CLUSTER', cluster)) if cluster else _FORWARD)
+    return Instance('ss2d_scan_fwd.cu', f'ss2d_scan_fwd<{type_}, {tiles}>',
+                    defines=(*_CLUSTER, ('CLUSTER', cluster)) if cluster else _FORWARD)
 
 
-def runs_instance(type_: str, tiles: int) -> Instance:
-    return Instance('ss2d_scan_runs.cu', f'ss2d_scan_runs<{type_}, {tiles}>',
-                    _SCAN + _MAP + 'P' * 6, _FORWARD)
+def chained_instance(type_: str, tiles: int) -> Instance:
+    return Instance('ss2d_scan_runs.cu', f'ss2d_scan_runs<{type_}, {tiles}>', defines=_FORWARD)
 
 
 def backward_instance(type_: str, tiles: int, summary: bool) -> Instance:
     return Instance('ss2d_scan_bwd.cu', f'ss2d_scan_bwd<{type_}, {tiles}, {str(summary).lower()}>',
-                    _SCAN + _MAP + _MAP + 'P' * 7,
-                    (('WARPS', schedule.BACKWARD.warps),
-                     ('BLOCKS', schedule.BACKWARD.blocks_per_multiprocessor)))
+                    defines=_BACKWARD)
 
 
 def finish_instance(type_: str) -> Instance:
-    return Instance('ss2d_finish.cu', f'ss2d_finish<{type_}>', 'P' * 10 + 'i' * 13 + 'P')
+    return Instance('ss2d_finish.cu', f'ss2d_finish<{type_}>')
+
+
+_TYPES = {'Half': 75, 'BFloat': 80}  # and the lowest compute capability that multiplies them
+_TILES = (1, 2, 3, 4, 6, 8)  # of 8 in dt_rank: those of the nine published architectures
+#: What is compiled to check it, and the lowest compute capability that it is for. Of the clusters
+#: all sizes for one rank, and for all ranks the largest.
+INSTANCES: dict[Instance, int] = {
+    **{instance: low for type_, low in _TYPES.items() for tiles in _TILES for instance in (
+        forward_instance(type_, tiles), backward_instance(type_, tiles, False),
+        chained_instance(type_, tiles))},
+    **{forward_instance(type_, tiles, 8): 90 for type_ in _TYPES for tiles in _TILES},
+    **{forward_instance('Half', 1, cluster): 90 for cluster in schedule.CLUSTER_SIZES},
+    **{backward_instance(type_, 1, True): low for type_, low in _TYPES.items()},
+    **{instance(type_): low for type_, low in _TYPES.items()
+       for instance in (prepare_instance, finish_instance)},
+}
 
 
 # --- launches, for sizes (batch, dim, height, width, rank, routes), of addresses -----------------
@@ -75,36 +97,47 @@ def prepare_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...],
                    dtypes: tuple[torch.dtype, ...], logs: bool,
                    casts: tuple[tuple[int, ...], tuple[torch.dtype, ...]] = ((), ())
                    ) -> Callable[..., None]:
-    """Of addresses: x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, of these dtypes, ``kept``,
-    ``memory`` of the scan, and the parameters that are rounded too, ``casts`` their elements and
-    dtypes, and where to, as of :func:`vmamba_mm.ops.fused.cast.plan_cast`."""
+    """What writes the parameters as the scan takes them.
+
+    It takes the addresses of x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, of these dtypes,
+    ``kept``, ``memory`` of the scan, and the parameters that are rounded too, ``casts`` their
+    elements and dtypes, and where to, as of :func:`vmamba_mm.ops.fused.cast.plan_cast`.
+    """
     plan = schedule.plan_of(*sizes, index)
     zeros = _flags(sizes, plan)
     _, cast_blocks, fields = plan_cast(*casts)
+    # By position: six addresses, where to, seven starts, six sizes, six types.
+    constants = fields(*[0] * (1 + len(casts[0])))[7:]
+    x_type, dt_type, bias_type, A_type, D_type = (CODES[d] for d in dtypes)
     launch = kernel(index, prepare_instance, TYPES[dtype]).bind(
-        (min(1024, -(-(plan.offsets[-2] + 2 * zeros) // 512)) + cast_blocks, 1, 1), (256, 1, 1))
-    parts = plan.offsets[:5]
-    rest = (zeros, sizes[1], *sizes[4:], plan.row, plan.tiles, *[CODES[d] for d in dtypes],
-            int(logs), cast_blocks)
+        (min(1024, -(-(plan.offsets[-2] + 2 * zeros) // 512)) + cast_blocks, 1, 1), (256, 1, 1),
+        count=zeros, dim=sizes[1], rank=sizes[4], routes=sizes[5], row=plan.row, tiles=plan.tiles,
+        x_type=x_type, dt_type=dt_type, bias_type=bias_type, A_type=A_type, D_type=D_type,
+        logs=int(logs), cast_blocks=cast_blocks, cast_starts=constants[:7],
+        cast_sizes=constants[7:13], cast_types=constants[13:])
+    _, fragments, bias, rates, skip = plan.offsets[:5]
+    absent = (0,) * (6 - len(casts[0]))
 
-    def run(*addresses):
-        kept, memory, *products = addresses[5:]
-        launch(*addresses[:5], *[kept + n for n in parts], memory, *rest,
-               *fields(*products or (0,)))
+    def launch_prepare(x_weight, dt_weight, dt_bias, A, D, kept, memory, *products):
+        *rounded, rounded_to = products or (0,)
+        launch(x_weight=x_weight, dt_weight=dt_weight, dt_bias=dt_bias, A=A, D=D, weight=kept,
+               fragments=kept + fragments, bias=kept + bias, rates=kept + rates, skip=kept + skip,
+               zeros=memory, cast_sources=(*rounded, *absent), cast_to=rounded_to)
 
-    return run
+    return launch_prepare
 
 
 def _flags(sizes: tuple[int, ...], plan: schedule.Plan) -> int:
-    """Of the warps' spans and the blocks that have begun, int32 at the beginning of the memory of
-    the scan in runs; whole units of 16 bytes."""
+    """How many int32 the memory of a chained scan begins with, in whole units of 16 bytes: a flag
+    for the span of each warp, and the number of blocks that have begun."""
     flags = sizes[-1] * plan.forward.spans * plan.groups + 1
     return 0 if plan.forward.independent else -(-flags // 4) * 4
 
 
 class ScanLaunch(NamedTuple):
-    """``run`` takes the addresses of projected, kept, the maps read (a tuple), the maps written,
-    the states, others (a tuple), and ``memory`` bytes, where that is not 0."""
+    """``run`` takes the addresses of projected, kept, the maps read (a tuple: x, of a backward also
+    grad), the map written, the states, of a backward (dprojected, partials), and ``memory`` bytes,
+    where that is not 0."""
     run: Callable[..., None]
     memory: int
 
@@ -112,59 +145,106 @@ class ScanLaunch(NamedTuple):
 @cached
 def scan_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...],
                 read: tuple[tuple[int, ...], ...], back: bool) -> ScanLaunch:
-    """The scan, or its backward; ``read`` has of each map read the fields after its address."""
-    batch, dim, height, width, rank, routes = sizes
-    plan = schedule.plan_of(*sizes, index)
-    work = plan.backward if back else plan.forward
-    parts = plan.offsets[1:5]
-    shape = (batch, dim, height, width, rank, routes, plan.row, plan.slots, plan.chunks, work.span,
-             work.spans, *plan.magic)
-    walks = work.maps
-    grid = walks, work.columns, work.spans * max(1, work.cluster)
-    block = 32 * work.warps, 1, 1
+    """The scan, or its backward; ``read`` has the fields after the address of each map read."""
+    return _Scan(index, dtype, sizes, read, back).launch()
 
-    def bound(instance, *which):
-        return kernel(index, instance, TYPES[dtype], plan.tiles, *which).bind(grid, block,
-                                                                             work.shared)
 
-    def fields(projected, kept, maps, *others):
-        found = (projected, *[kept + n for n in parts], *shape)
-        for address, rest in zip(maps, read, strict=True):
-            found += address, *rest
-        return *found, *others
+class _Scan:
+    """The launches of one scan, or of its backward, as its schedule wants them."""
 
-    bytes_ = 4 * walks * work.spans * dim
-    if not back and work.independent:
-        scan, size = bound(forward_instance, work.cluster), 0
+    def __init__(self, index, dtype, sizes, read, back):
+        self.index, self.type, self.sizes, self.read, self.back = (
+            index, TYPES[dtype], sizes, read, back)
+        self.plan = schedule.plan_of(*sizes, index)
+        self.work = self.plan.backward if back else self.plan.forward
+        # Of memory: one fp32 number for each channel of each span.
+        self.spans_size = 4 * self.work.maps * self.work.spans * sizes[1]
 
-        def run(projected, kept, maps, written, states, others, memory):
-            scan(*fields(projected, kept, maps, written, states), work.image_chunks, work.sets)
-    elif not back:
-        scan, flags = bound(runs_instance), 4 * _flags(sizes, plan)
-        size = flags + 2 * bytes_
+    def launch(self) -> ScanLaunch:
+        independent = self.work.independent
+        if self.back:
+            return self._independent_backward() if independent else self._chained_backward()
+        return self._independent_forward() if independent else self._chained_forward()
 
-        def run(projected, kept, maps, written, states, others, memory):
-            scan(*fields(projected, kept, maps, written, states), memory + flags,
-                 memory + flags + bytes_, memory, memory + flags - 4)
-    elif work.independent:
-        scan, size = bound(backward_instance, False), 0
+    def _bind(self, instance, *args, **constants) -> Callable[..., None]:
+        plan, work = self.plan, self.work
+        batch, dim, height, width, rank, routes = self.sizes
+        magic_height, magic_width, magic_slots = plan.magic
+        scan = dict(batch=batch, dim=dim, height=height, width=width, rank=rank, routes=routes,
+                    row=plan.row, slots=plan.slots, chunks=plan.chunks, span=work.span,
+                    spans=work.spans, magic_height=magic_height, magic_width=magic_width,
+                    magic_slots=magic_slots)
+        maps = {f'{name}_{field}': value
+                for name, values in zip(('x', 'dy'), self.read, strict=False)
+                for field, value in zip(_MAP_FIELDS, values, strict=True)}
+        grid = work.maps, work.columns, work.spans * max(1, work.cluster)
+        return kernel(self.index, instance, self.type, plan.tiles, *args).bind(
+            grid, (32 * work.warps, 1, 1), work.shared, **constants, **maps,
+            **{f'scan_{name}': value for name, value in scan.items()})
 
-        def run(projected, kept, maps, written, states, others, memory):
-            scan(*fields(projected, kept, maps, states, written, *others), 0, 0, 0)
-    else:
-        scan, summarise = bound(backward_instance, False), bound(backward_instance, True)
-        combine = kernel(index, combine_instance).bind((-(-walks * dim // 128), 1, 1),
-                                                       (128, 1, 1))
-        size = 3 * bytes_
+    def _independent_forward(self) -> ScanLaunch:
+        work = self.work
+        scan = self._bind(forward_instance, work.cluster, unit=work.image_chunks, sets=work.sets)
+        fragments, bias, rates, skip = self.plan.offsets[1:5]
 
-        def run(projected, kept, maps, written, states, others, memory):
-            found = fields(projected, kept, maps, states, written, *others)
-            decays, ends, entries = memory, memory + bytes_, memory + 2 * bytes_
-            summarise(*found, 0, decays, ends)
-            combine(decays, ends, entries, walks, work.spans, dim, 1)
-            scan(*found, entries, 0, 0)
+        def launch_independent_forward(projected, kept, maps, written, states, others, memory):
+            x, = maps
+            scan(scan_projected=projected, scan_fragments=kept + fragments, scan_bias=kept + bias,
+                 scan_rates=kept + rates, scan_skip=kept + skip, x_data=x, y=written,
+                 states=states)
 
-    return ScanLaunch(run, size)
+        return ScanLaunch(launch_independent_forward, 0)
+
+    def _chained_forward(self) -> ScanLaunch:
+        scan = self._bind(chained_instance)
+        flags, size = 4 * _flags(self.sizes, self.plan), self.spans_size
+        fragments, bias, rates, skip = self.plan.offsets[1:5]
+
+        def launch_chained_forward(projected, kept, maps, written, states, others, memory):
+            x, = maps
+            decays = memory + flags
+            scan(scan_projected=projected, scan_fragments=kept + fragments, scan_bias=kept + bias,
+                 scan_rates=kept + rates, scan_skip=kept + skip, x_data=x, y=written,
+                 states=states, decays=decays, ends=decays + size, told=memory,
+                 tickets=decays - 4)
+
+        return ScanLaunch(launch_chained_forward, flags + 2 * size)
+
+    def _independent_backward(self) -> ScanLaunch:
+        scan = self._bind(backward_instance, False)
+        fragments, bias, rates, skip = self.plan.offsets[1:5]
+
+        def launch_independent_backward(projected, kept, maps, written, states, others, memory):
+            x, grad = maps
+            dprojected, partials = others
+            scan(scan_projected=projected, scan_fragments=kept + fragments, scan_bias=kept + bias,
+                 scan_rates=kept + rates, scan_skip=kept + skip, x_data=x, dy_data=grad,
+                 states=states, dx=written, dprojected=dprojected, partials=partials)
+
+        return ScanLaunch(launch_independent_backward, 0)
+
+    def _chained_backward(self) -> ScanLaunch:
+        work, dim, size = self.work, self.sizes[1], self.spans_size
+        scan, summarise = self._bind(backward_instance, False), self._bind(backward_instance, True)
+        combine = kernel(self.index, combine_instance).bind(
+            (-(-work.maps * dim // 128), 1, 1), (128, 1, 1), walks=work.maps, spans=work.spans,
+            dim=dim, back=1)
+        fragments, bias, rates, skip = self.plan.offsets[1:5]
+
+        def launch_chained_backward(projected, kept, maps, written, states, others, memory):
+            x, grad = maps
+            dprojected, partials = others
+            ends, entries = memory + size, memory + 2 * size
+            summarise(scan_projected=projected, scan_fragments=kept + fragments,
+                      scan_bias=kept + bias, scan_rates=kept + rates, scan_skip=kept + skip,
+                      dy_data=grad, decays=memory, ends=ends)
+            combine(decays=memory, ends=ends, entries=entries)
+            scan(scan_projected=projected, scan_fragments=kept + fragments, scan_bias=kept + bias,
+                 scan_rates=kept + rates, scan_skip=kept + skip, x_data=x, dy_data=grad,
+                 states=states, dx=written, dprojected=dprojected, partials=partials,
+                 entries=entries)
+
+        return ScanLaunch(launch_chained_backward, 3 * size)
 
 
 @cached
@@ -193,17 +273,23 @@ def finish_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...],
                   dtypes: tuple[torch.dtype, ...], parts: int) -> Callable[..., None]:
     """The gradients by the parameters, of these dtypes, from what the backward left.
 
-    Of addresses: partials, the product by x_proj_weight, ``parts`` of the gradients by the norm's
-    parameters (0 without a norm), the gradients (7, or 5 and two 0), and A_logs, or 0.
+    It takes the addresses ``partials``, ``product`` by x_proj_weight, ``norm``: ``parts`` of the
+    gradients by the norm's parameters (0 without a norm), the gradients ``x_weight``,
+    ``dt_weight``, ``bias``, ``A``, ``D`` and, if there is a norm, ``norm_weight``, ``norm_bias``;
+    and ``A_logs``, or 0.
     """
     dim, rank, routes = sizes[1], *sizes[4:]
     plan = schedule.plan_of(*sizes, index)
     columns, product = columns_of(sizes), routes * (rank + 2) * dim
     blocks = -(-columns // 32) + -(-product // 256) + (-(-dim // 16) if parts else 0)
-    launch = kernel(index, finish_instance, TYPES[dtype]).bind((blocks, 1, 1), (32, 8, 1))
-    rest = (plan.backward.spans, parts, dim, rank, routes, plan.row, *[CODES[d] for d in dtypes],
-            *[0] * (7 - len(dtypes)))
-    return lambda *addresses: launch(*addresses[:-1], *rest, addresses[-1])
+    types = [*(CODES[d] for d in dtypes), 0, 0][:7]
+    names = 'x', 'dt', 'bias', 'A', 'D', 'norm_weight', 'norm_bias'
+    launch_finish = kernel(index, finish_instance, TYPES[dtype]).bind(
+        (blocks, 1, 1), (32, 8, 1), parts=plan.backward.spans, norm_parts=parts, dim=dim,
+        rank=rank, routes=routes, row=plan.row,
+        **{f'{name}_type': type_ for name, type_ in zip(names, types, strict=True)})
+    return by_position_too(launch_finish, 'partials', 'product', 'norm', 'x_weight', 'dt_weight',
+                           'bias', 'A', 'D', 'norm_weight', 'norm_bias', 'A_logs')
 
 
 def columns_of(sizes: tuple[int, ...]) -> int:
@@ -224,7 +310,7 @@ def forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype, s
     if norm_fits(x):
         y = torch.empty_like(x, dtype=out_dtype, memory_format=torch.channels_last)
         _merging(x, maps, sizes, None, out_dtype == torch.float32)(
-            maps.data_ptr(), 0, y.data_ptr(), 0, 0, 0, 0, 0.0)
+            maps=maps.data_ptr(), merged=y.data_ptr(), eps=0.0)
     else:
         y = torch.sum(maps, 0, dtype=out_dtype).permute(0, 3, 1, 2)
     return layout.like(y, x), projected, kept
@@ -264,8 +350,9 @@ def forward_norm(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, norm_we
     norm_bias = norm_bias.to(norm_weight.dtype).contiguous()
     start = merged.data_ptr()
     _merging(x, maps, sizes, norm_weight.dtype)(
-        maps.data_ptr(), 0, start, out.data_ptr(), norm_weight.data_ptr(), norm_bias.data_ptr(),
-        start + x.itemsize * x.numel() if save else 0, eps)
+        maps=maps.data_ptr(), merged=start, normed=out.data_ptr(),
+        weight=norm_weight.data_ptr(), bias=norm_bias.data_ptr(),
+        moments=start + x.itemsize * x.numel() if save else 0, eps=eps)
     return layout.like(out, x), projected, kept, merged
 
 
@@ -356,10 +443,12 @@ def backward(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, pro
     product = layout.project_weight_grad(dprojected, x)
 
     grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in parameters]
+    names = 'x_weight', 'dt_weight', 'bias', 'A', 'D', 'norm_weight', 'norm_bias'
     finish_launch(index, x.dtype, sizes, tuple(t.dtype for t in grads),
                   len(norm_sums) if norm_parameters else 0)(
-        partials.data_ptr(), product.data_ptr(), pointer(norm_sums), *[t.data_ptr() for t in grads],
-        *[0] * (7 - len(grads)), A.contiguous().data_ptr() if logs else 0)
+        partials=partials.data_ptr(), product=product.data_ptr(), norm=pointer(norm_sums),
+        **{name: grad.data_ptr() for name, grad in zip(names, grads, strict=False)},
+        A_logs=A.contiguous().data_ptr() if logs else 0)
     return layout.like(grad_x, given), *grads
 
 

@@ -1,4 +1,4 @@
-"""ss2d_scan by the CUDA "walk" kernels: any number of states, fp16, bf16 and fp32 maps.
+"""ss2d_scan by the CUDA kernels in ``kernels/scan``: any number of states, half and fp32 maps.
 
 What they refuse: :func:`vmamba_mm.ops.scan_kernels.cuda.why_not`. Parameters are fp32, fp16 or
 bf16.
@@ -7,7 +7,7 @@ bf16.
 import torch
 from torch import Tensor
 
-from vmamba_mm.ops.scan_kernels import cuda as walk
+from vmamba_mm.ops.scan_kernels import cuda as scans
 from vmamba_mm.ops.scan_kernels.cuda import states_shape, why_not
 from vmamba_mm.ops.ss2d_scan import layout, merge
 
@@ -15,13 +15,13 @@ __all__ = ['backward', 'forward', 'states_shape', 'why_not']
 
 
 def _empty_maps(x: Tensor, routes: int, state: int) -> Tensor:
-    """For the results of each walk."""
+    """Memory for the results of each scan."""
     batch, dim, height, width = x.shape
-    return x.new_empty((walk.groups_of(state)[1], routes, batch, height, width, dim),
-                       dtype=walk.maps_dtype(x.dtype, state))
+    return x.new_empty((scans.groups_of(state)[1], routes, batch, height, width, dim),
+                       dtype=scans.maps_dtype(x.dtype, state))
 
 
-def _memory(x: Tensor, launch: walk.Launch) -> Tensor:
+def _memory(x: Tensor, launch: scans.Launch) -> Tensor:
     return x.new_empty(launch.memory, dtype=torch.uint8)
 
 
@@ -39,16 +39,16 @@ def forward(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_projs_
     routes, dim, rank = dt_projs_weight.shape
     batch, _, height, width = x.shape
     sizes, state = (batch, dim, height, width, rank, routes), A.shape[1]
-    prepared = walk.prepare(sizes, (dt_projs_weight, dt_projs_bias, A, D), logs)
+    prepared = scans.prepare(sizes, (dt_projs_weight, dt_projs_bias, A, D), logs)
     projected = layout.project(layout.pixels(x), x_proj_weight.flatten(0, 1).to(x.dtype))
     maps = _empty_maps(x, routes, state)
     states = x.new_empty(states_shape(batch, routes, height * width, state, dim) if save else 0,
                          dtype=torch.float32)
-    launch = walk.forward_launch(x.get_device(), x.dtype, sizes, state, x.stride())
+    launch = scans.forward_launch(x.get_device(), x.dtype, sizes, state, x.stride())
     memory = _memory(x, launch)
-    launch.run(x.data_ptr(), projected.data_ptr(), prepared.data_ptr(), maps.data_ptr(),
-               states.data_ptr(), memory.data_ptr())
-    return walk.merge_groups(maps, x.dtype), projected, states
+    launch.run(x=x.data_ptr(), projected=projected.data_ptr(), prepared=prepared.data_ptr(),
+               maps=maps.data_ptr(), states=states.data_ptr(), memory=memory.data_ptr())
+    return scans.merge_groups(maps, x.dtype), projected, states
 
 
 def backward(grad_maps: Tensor, x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor,
@@ -64,17 +64,17 @@ def backward(grad_maps: Tensor, x: Tensor, x_proj_weight: Tensor, dt_projs_weigh
     batch, _, height, width = x.shape
     sizes, state = (batch, dim, height, width, rank, routes), A.shape[1]
     parameters = (dt_projs_weight, dt_projs_bias, A, D)
-    prepared, maps = walk.prepare(sizes, parameters, logs), _empty_maps(x, routes, state)
-    launch = walk.backward_launch(x.get_device(), x.dtype, sizes, state, x.stride(),
+    prepared, maps = scans.prepare(sizes, parameters, logs), _empty_maps(x, routes, state)
+    launch = scans.backward_launch(x.get_device(), x.dtype, sizes, state, x.stride(),
                                   grad_maps.stride())
     dprojected = x.new_empty((launch.columns, *projected.shape),
                              dtype=x.dtype if launch.columns == 1 else torch.float32)
     if len(maps) > 1:
         dprojected.zero_()  # a group has the columns of its own states alone
-    sums, memory = walk.empty_sums(x, sizes, state, launch.parts), _memory(x, launch)
-    launch.run(x.data_ptr(), projected.data_ptr(), prepared.data_ptr(), states.data_ptr(),
-               grad_maps.data_ptr(), maps.data_ptr(), dprojected.data_ptr(), sums.data_ptr(),
-               memory.data_ptr())
+    sums, memory = scans.empty_sums(x, sizes, state, launch.parts), _memory(x, launch)
+    launch.run(x=x.data_ptr(), projected=projected.data_ptr(), prepared=prepared.data_ptr(),
+               states=states.data_ptr(), grad=grad_maps.data_ptr(), maps=maps.data_ptr(),
+               dprojected=dprojected.data_ptr(), sums=sums.data_ptr(), memory=memory.data_ptr())
     dprojected = dprojected[0] if launch.columns == 1 else dprojected.sum(0).to(x.dtype)
     grad_x = torch.mm(dprojected, x_proj_weight.flatten(0, 1).to(x.dtype))
     grad_x = merge.add(maps.flatten(0, 1), grad_x, batch)
@@ -82,4 +82,4 @@ def backward(grad_maps: Tensor, x: Tensor, x_proj_weight: Tensor, dt_projs_weigh
     grad_weight = layout.project_weight_grad(dprojected, layout.pixels(x))
     return (layout.like(grad_x, x),
             grad_weight.view(x_proj_weight.shape).to(x_proj_weight.dtype),
-            *walk.finish(sums, sizes, parameters, logs))
+            *scans.finish(sums, sizes, parameters, logs))

@@ -5,14 +5,33 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vmamba_mm.ops.core.nvrtc import Instance, cached, kernel
+from vmamba_mm.ops.core.launch import (
+    CODES,
+    TYPES,
+    Instance,
+    by_position_too,
+    cached,
+    device_limits,
+    kernel,
+)
 from vmamba_mm.ops.fused.channels import WIDEST
-from vmamba_mm.ops.scan_kernels.cuda import CODES, TYPES, device_limits
 
 
 def merge_instance(type_: str, maps: int, extra: bool, parts: int, to_float: bool) -> Instance:
     return Instance('ss2d_merge.cu', f'ss2d_merge<{type_}, {maps}, {str(extra).lower()}, {parts}, '
-                    f'{str(to_float).lower()}>', 'P' * 7 + 'fiiiii')
+                    f'{str(to_float).lower()}>')
+
+
+# Of half maps the sums of 4 and of 2 (two routes to a map), in the backward with an extra one, of
+# up to 128, 1536 and, for an fp32 result, 128 channels; of fp32 maps what the fp32 blocks launch.
+#: What is compiled to check it, and the lowest compute capability that it is for.
+INSTANCES: dict[Instance, int] = {
+    **{merge_instance(type_, *args): low for type_, low in (('Half', 75), ('BFloat', 80))
+       for args in ((4, False, 1, False), (4, False, 1, True), (4, False, 12, False),
+                    (4, True, 12, False), (2, False, 12, False), (2, True, 12, False))},
+    **{merge_instance('Float', *args, False): 75 for args in (
+        (1, True, 12), (2, True, 12), (4, False, 1), (4, False, 12), (4, True, 12))},
+}
 
 
 def fits(dim: int) -> bool:
@@ -27,16 +46,17 @@ def launch(index: int, dtype: torch.dtype, count: int, images: int, sizes: tuple
     """The sum of ``count`` maps of ``sizes`` (batch, D, length), and of ``extra``, in ``dtype`` or
     fp32; its LayerNorm for a ``weight`` of this dtype. ``images``: of a span of the scan.
 
-    Of addresses: maps, extra, merged, normed, weight, bias, moments, each written where it is not
-    0; and eps.
+    It takes the addresses ``maps``, ``extra``, ``merged``, ``normed``, ``weight``, ``bias``,
+    ``moments``, each written where it is not 0; and ``eps``.
     """
     batch, dim, length = sizes
-    run = kernel(index, merge_instance, TYPES[dtype], count, extra, -(-dim // 128),
-                 to_float and dtype != torch.float32).bind(
+    launch_merge = kernel(index, merge_instance, TYPES[dtype], count, extra, -(-dim // 128),
+                  to_float and dtype != torch.float32).bind(
         (min(-(-batch * length // 8), 8 * device_limits(index)[0]), 1, 1), (256, 1, 1),
-        8 * dim if weight else 0)
-    rest = batch, length, images, dim, CODES.get(weight, 0)
-    return lambda *addresses: run(*addresses, *rest)
+        8 * dim if weight else 0, ('eps',), batch=batch, length=length, images=images, dim=dim,
+        parameter_type=CODES.get(weight, 0))
+    return by_position_too(launch_merge, 'maps', 'extra', 'merged', 'normed', 'weight', 'bias',
+                           'moments', 'eps')
 
 
 def add(maps: Tensor, extra: Tensor, images: int) -> Tensor:
@@ -46,5 +66,5 @@ def add(maps: Tensor, extra: Tensor, images: int) -> Tensor:
     if maps.dtype != extra.dtype or not fits(dim):
         return torch.sum(maps.flatten(1, 3), 0, dtype=torch.float32).add_(extra).to(extra.dtype)
     launch(maps.get_device(), maps.dtype, count, images, (batch, dim, len(extra) // batch), True)(
-        maps.data_ptr(), extra.data_ptr(), extra.data_ptr(), 0, 0, 0, 0, 0.0)
+        maps=maps.data_ptr(), extra=extra.data_ptr(), merged=extra.data_ptr(), eps=0.0)
     return extra
