@@ -59,8 +59,12 @@ def assert_complete(wheel):
                  if name.startswith(('vmamba_mm/.mim/', 'vmamba_mm/kernels/'))}
         assert 'vmamba_mm/kernels' not in archive.namelist()
         assert 'vmamba_mm/models/vmamba.py' in archive.namelist()
+    kernels = files_of('kernels', 'vmamba_mm/kernels')
+    for name in ('loss_curve.png', 'resources.json'):  # for those who change kernels
+        del kernels[f'vmamba_mm/kernels/{name}']
+    assert 'vmamba_mm/kernels/common/common.cuh' in kernels
     assert found == {**files_of('configs', 'vmamba_mm/.mim/configs'),
-                     **files_of('kernels', 'vmamba_mm/kernels'),
+                     **kernels,
                      'vmamba_mm/.mim/model-index.yml': (REPO / 'model-index.yml').read_bytes()}
 
 
