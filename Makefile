@@ -8,7 +8,8 @@ ENV := $(if $(OWN),env)
 SETUP := $(if $(OWN),setup)
 
 .DEFAULT_GOAL := help
-.PHONY: help env setup demo demo-det demo-seg test test-gpu lint kernels check-gpu bench clean
+.PHONY: help env setup demo demo-det demo-seg test test-gpu lint tables kernels check-gpu bench docs \
+        clean
 
 help:
 	@echo 'make demo      train, evaluate and predict: classification on a small built-in set (3 min)'
@@ -16,9 +17,11 @@ help:
 	@echo 'make demo-seg  the same for UperNet: semantic segmentation (5 min)'
 	@echo 'make test      all tests'
 	@echo 'make test-gpu  the tests that need a GPU, in several processes'
-	@echo 'make lint      ruff'
+	@echo 'make lint      ruff, and whether the tables are those of the metafiles'
+	@echo 'make tables    write the tables of published models into README, docs and configs'
 	@echo 'make kernels   compile every CUDA kernel for every GPU, no GPU needed; registers, spills'
 	@echo 'make check-gpu every CUDA kernel under compute-sanitizer, on a machine with a GPU'
+	@echo 'make docs      the documentation as a site in site/, every warning an error (15 s)'
 	@echo 'make bench     speed and memory on this CPU beside Swin-T, correctness first'
 	@echo 'make env       only the environment: .venv in this folder (3 min the first time)'
 	@echo "make setup     the same and mmcv's operators, which detection needs (5 min more)"
@@ -50,6 +53,10 @@ test-gpu: $(ENV)
 
 lint: $(ENV)
 	@$(PY) -m ruff check .
+	@PYTHONPATH=$(CURDIR) $(PY) tools/tables.py --check
+
+tables: $(ENV)
+	@PYTHONPATH=$(CURDIR) $(PY) tools/tables.py
 
 kernels: $(ENV)
 	@$(PY) tools/check_kernels.py $(ARGS)
@@ -60,6 +67,18 @@ check-gpu: $(ENV)
 bench: $(ENV)
 	@$(PY) tools/bench/cpu_vs_swin.py $(ARGS)
 
+# An environment of its own, without torch: 130 MB in place of 6 GB. It needs Python 3.11 or newer.
+DOCS := .venv-docs/bin/python
+docs: .venv-docs/stamp
+	@$(DOCS) -m sphinx -W --keep-going -q -E -j auto -d build/doctrees docs site
+	@echo 'the documentation is in site/index.html'
+
+.venv-docs/stamp: pyproject.toml
+	@$(or $(PYTHON),python3) -m venv .venv-docs
+	@$(DOCS) -m pip install -qq 'pip>=25.1'
+	@$(DOCS) -m pip install -qq --group docs
+	@touch $@
+
 clean:
-	rm -rf data/demo work_dirs build .pytest_cache .ruff_cache
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	rm -rf data/demo work_dirs build site .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +

@@ -1,8 +1,7 @@
 """Puts into a wheel what lies beside the package: the kernels' sources, and the configs where mm*
 look for them.
 
-In a checkout the package has symbolic links to these. git may have written them as text files
-(core.symlinks=false, the default on Windows), so a build takes the folders themselves.
+In a checkout vmamba_mm/links.py finds them where they are.
 """
 
 import shutil
@@ -23,14 +22,12 @@ NOT_USED = 'loss_curve.png', 'resources.json'
 class BuildWithFolders(build_py):
     def run(self):
         super().run()
-        if self.editable_mode:  # the package is used where it is; it follows its links itself
+        if self.editable_mode:  # the package is used where it is
             return
         for name, place in BESIDE.items():
             source, target = ROOT / name, Path(self.build_lib) / 'vmamba_mm' / place
             if not source.exists():
                 sys.exit(f'{source} is missing: vmamba_mm is built from a whole checkout or sdist')
-            if target.is_file():
-                target.unlink()
             target.parent.mkdir(parents=True, exist_ok=True)
             if source.is_file():
                 shutil.copyfile(source, target)

@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 
 import pytest
+from budget import Budget
+from leaves import build_meta, load  # noqa: F401 (fixtures)
 from running import call, forkserver, start  # noqa: F401 (fixtures)
 from sharing import shared_or_alone
 
@@ -12,7 +14,17 @@ from sharing import shared_or_alone
 threads = 1 if 'PYTEST_XDIST_WORKER' in os.environ else min(2, os.cpu_count() or 1)
 os.environ.setdefault('OMP_NUM_THREADS', str(threads))
 
-REPO = Path(__file__).resolve().parents[1]
+TESTS = Path(__file__).resolve().parent
+REPO = TESTS.parent
+
+
+#: Marker -> what the path of a test below tests/ has in it: a CI of several jobs splits by these.
+MARKED_PATHS = {'tools': ('tools/', 'demo/'), 'zoo': ('zoo',), 'timm': ('timm',),
+                'compile': ('compile',)}
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(Budget(config))
 
 
 # --- tests that need a GPU, and tests that must be alone ----------------------------------------
@@ -20,6 +32,10 @@ REPO = Path(__file__).resolve().parents[1]
 def pytest_collection_modifyitems(items):
     """``gpu`` for every test whose parameter ``device`` is 'cuda': ``-m gpu`` selects those too."""
     for item in items:
+        path = Path(os.path.relpath(item.path, TESTS)).as_posix()
+        for marker, parts in MARKED_PATHS.items():
+            if any(part in path for part in parts):
+                item.add_marker(marker)
         on_gpu = getattr(item, 'callspec', None) and item.callspec.params.get('device') == 'cuda'
         if on_gpu and not item.get_closest_marker('gpu'):
             item.add_marker('gpu')

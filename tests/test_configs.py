@@ -1,436 +1,91 @@
-"""Every config builds, and says what the published recipes say."""
-import copy
-import math
+"""Every leaf config of every family: it has its row of the zoo, it builds, nothing is left over."""
+
 import re
-from functools import lru_cache
-from pathlib import Path
 
-import numpy as np
 import pytest
+from leaves import LEAVES, VARIANTS, entry_of
 
-CONFIG_DIR = Path(__file__).resolve().parents[1] / 'configs'
+from vmamba_mm import zoo
 
-# arch -> (parameters with a 1000-class head, drop path on ImageNet / COCO / ADE20K)
-VARIANTS = {
-    'vanilla-tiny': (22_893_448, 0.1, 0.2, 0.3),
-    'vanilla-small': (44_417_416, 0.3, 0.2, 0.3),
-    'vanilla-base': (76_254_056, 0.6, 0.2, 0.3),
-    'tiny-s2l5': (30_705_832, 0.2, 0.2, 0.2),
-    'small-s2l15': (50_147_752, 0.3, 0.3, 0.3),
-    'base-s2l15': (88_557_800, 0.6, 0.6, 0.6),
-    'tiny-s1l8': (30_249_064, 0.2, 0.2, 0.2),
-    'small-s1l20': (49_012_840, 0.3, None, None),
-    'base-s1l20': (86_614_504, 0.5, None, None),
-}
-DENSE = [name for name, row in VARIANTS.items() if row[2] is not None]
-# The published ImageNet file that detection and segmentation started from. For vanilla B it is an
-# older one than the one in the results table (83.2 % top-1, not 83.7).
-RELEASES = 'https://github.com/MzeroMiko/VMamba/releases/download/'
-START = {
-    'vanilla-tiny': '%23v0cls/vssmtiny_dp01_ckpt_epoch_292.pth',
-    'vanilla-small': '%23v0cls/vssmsmall_dp03_ckpt_epoch_238.pth',
-    'vanilla-base': '%2320240218/vssmbase_dp05_ckpt_epoch_260.pth',
-    'tiny-s2l5': '%23v2cls/vssm_tiny_0230_ckpt_epoch_262.pth',
-    'small-s2l15': '%23v2cls/vssm_small_0229_ckpt_epoch_222.pth',
-    'base-s2l15': '%23v2cls/vssm_base_0229_ckpt_epoch_237.pth',
-    'tiny-s1l8': '%23v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth',
-}
-IN_3X = ['vanilla-tiny', 'vanilla-small', 'tiny-s2l5', 'small-s2l15', 'tiny-s1l8']
-
-# The last one is the recipe of tiny-s1l8 on the pipeline of vmamba_mm/mm/transforms.py.
-IMAGENET = [f'vmamba/vmamba-{v}_8xb128_in1k-224.py' for v in VARIANTS] + [
-    'vmamba/vmamba-tiny-s1l8_8xb128-fast_in1k-224.py']
-COCO_BS8 = 'vmamba/mask-rcnn_vmamba-base-s2l15_fpn_8xb1-1x_coco.py'
-COCO = ([f'vmamba/mask-rcnn_vmamba-{v}_fpn_1x_coco.py' for v in DENSE] + [COCO_BS8] +
-        [f'vmamba/mask-rcnn_vmamba-{v}_fpn_ms-3x_coco.py' for v in IN_3X])
-ADE20K = [f'vmamba/upernet_vmamba-{v}_8xb2-160k_ade20k-512x512.py' for v in DENSE]
-ALL = IMAGENET + COCO + ADE20K
+PREPROCESSORS = dict(cls='ClsDataPreprocessor', det='DetDataPreprocessor',
+                     seg='SegDataPreProcessor')
 
 
-def variant_of(path):
-    return re.search(r'vmamba-((?:vanilla-)?(?:tiny|small|base)(?:-s\dl\d+)?)_', path).group(1)
+def test_every_leaf_has_its_row_and_every_row_its_leaf():
+    assert {entry.config for entry in zoo.entries()} | set(VARIANTS) == set(LEAVES)
+    assert set(VARIANTS.values()) <= {entry.config for entry in zoo.entries()}
 
 
-@pytest.fixture(scope='module')
-def load(read_config):
-    from mmengine.registry import init_default_scope
-    read_once = lru_cache(maxsize=None)(lambda path: read_config(CONFIG_DIR / path))
-
-    def read(path):
-        cfg = copy.deepcopy(read_once(path))
-        init_default_scope(cfg.default_scope)
-        return cfg
-
-    return read
+@pytest.mark.parametrize('leaf', LEAVES)
+def test_model_is_that_of_its_row(leaf, load, build_meta):
+    """Parameters of classifiers exactly, of others as the authors print them."""
+    cfg, entry, model = load(leaf), entry_of(leaf), build_meta(leaf)
+    assert type(model.backbone).__module__.startswith('vmamba_mm.models.')
+    assert cfg.model.backbone.arch == entry.arch
+    found = sum(p.numel() for p in model.parameters())
+    assert found == entry.parameters or round(found / 1e6) * 10**6 == entry.parameters
 
 
-@pytest.fixture(scope='module')
-def build_meta(load):
-    """The model of a config on the meta device: names, shapes and classes without the memory."""
-    import torch
-    from mmengine.registry import MODELS
-
-    @lru_cache(maxsize=1)
-    def build(path):
-        cfg = load(path)
-        with torch.device('meta'):
-            return MODELS.build(cfg.model)
-
-    return build
-
-
-def test_published_rows_and_no_others():
-    here = {
-        p.relative_to(CONFIG_DIR).as_posix()
-        for p in CONFIG_DIR.rglob('*.py') if not {'_base_', 'demo', 'ablations'} & set(p.parts)
-    }
-    assert here == set(ALL)
-    backbones = {p.stem for p in (CONFIG_DIR / 'vmamba/_base_').glob('*.py')}
-    assert backbones == {f'vmamba-{v}' for v in VARIANTS}
-
-
-# -- model ---------------------------------------------------------------------------------
-
-@pytest.mark.parametrize('path', IMAGENET)
-def test_parameter_count(path, build_meta):
-    model = build_meta(path)
-    assert sum(p.numel() for p in model.parameters()) == VARIANTS[variant_of(path)][0]
-
-
-@pytest.mark.parametrize('path', COCO + ADE20K)
-def test_dense_backbone_parameter_count(path, build_meta):
-    """The classifier, less its head, plus a norm for each of the first three stages."""
-    backbone = build_meta(path).backbone
-    dims = 128 if 'base' in path else 96
-    head = 8 * dims * 1000 + 1000
-    norms = 2 * dims * (1 + 2 + 4)
-    expected = VARIANTS[variant_of(path)][0] - head + norms
-    assert sum(p.numel() for p in backbone.parameters()) == expected
-
-
-@pytest.mark.parametrize('path', ALL)
-def test_backbone_settings(path, load):
-    cfg = load(path)
-    backbone = cfg.model.backbone
-    variant = variant_of(path)
-    task = ['imagenet', 'coco', 'ade20k'].index(path.split('/')[0])
-    assert backbone.type == 'vmamba_mm.VMamba'
-    assert backbone.arch == variant.replace('-', '_')
-    assert backbone.drop_path_rate == VARIANTS[variant][1 + task]
-    # Nothing of Swin or ResNet is left.
-    assert set(backbone) <= {'type', 'arch', 'drop_path_rate', 'out_indices', 'init_cfg'}
-    assert cfg.custom_imports == dict(imports=['vmamba_mm.models'], allow_failed_imports=False)
-    dims = [(128 if 'base' in variant else 96) * 2**i for i in range(4)]
-    if task == 0:
-        assert 'http' not in str(cfg.model)  # trained from scratch
-        assert backbone.out_indices == (3, )
-        assert cfg.model.head.in_channels == dims[3]
-        return
-    assert backbone.init_cfg == dict(
-        type='Pretrained', checkpoint=RELEASES + START[variant], prefix='backbone.')
-    addresses = re.findall(r'https?:[^\s\'"]+', str(cfg.to_dict()))
-    assert set(addresses) == {backbone.init_cfg.checkpoint}
-    if task == 1:
-        assert cfg.model.neck.in_channels == dims
+@pytest.mark.parametrize('leaf', LEAVES)
+def test_nothing_is_left_of_the_stock_config(leaf, load):
+    cfg, entry = load(leaf), entry_of(leaf)
+    assert cfg.custom_imports == dict(imports=['vmamba_mm.mm'], allow_failed_imports=False)
+    assert set(cfg.model.backbone) <= {'type', 'arch', 'drop_path_rate', 'out_indices', 'init_cfg'}
+    assert not re.findall(r'https?:[^\s\'"]+', str(cfg.to_dict()))
+    if entry.task == 'cls':
+        assert 'init_cfg' not in cfg.model.backbone  # trained from scratch
     else:
-        assert cfg.model.decode_head.in_channels == dims
-        assert cfg.model.auxiliary_head.in_channels == dims[2]
-        assert cfg.model.decode_head.num_classes == cfg.model.auxiliary_head.num_classes == 150
+        init_cfg = cfg.model.backbone.init_cfg
+        assert zoo.find(init_cfg.checkpoint.removeprefix(zoo.SCHEME)) == zoo.find(entry.pretrained)
+        assert (init_cfg.type, init_cfg.prefix) == ('Pretrained', 'backbone.')
 
 
-# -- optimizer -----------------------------------------------------------------------------
-
-def decays(model, cfg):
-    """{parameter name: weight decay} as the optimizer of the config applies it."""
-    from mmengine.optim import build_optim_wrapper
-    optim_cfg = cfg.optim_wrapper.copy()
-    optim_cfg.type = 'OptimWrapper'  # the Amp one refuses a machine without a GPU
-    wrapper = build_optim_wrapper(model, optim_cfg)
-    of_id = {}
-    for group in wrapper.optimizer.param_groups:
-        assert group['lr'] == cfg.optim_wrapper.optimizer.lr
-        of_id.update((id(p), group['weight_decay']) for p in group['params'])
-    return {name: of_id[id(p)] for name, p in model.named_parameters()}
+@pytest.mark.parametrize('leaf', LEAVES)
+def test_necks_and_heads_take_what_the_backbone_gives(leaf, load, build_meta):
+    model, cfg = build_meta(leaf), load(leaf).model
+    channels = [model.backbone.num_features[i] for i in model.backbone.out_indices]
+    found = {name: part.in_channels for name, part in cfg.items()
+             if name in ('neck', 'head', 'decode_head', 'auxiliary_head') and 'in_channels' in part}
+    for name, width in found.items():
+        assert width in (channels, channels[-1] if name == 'head' else channels[-2]), name
+    assert found
 
 
-@pytest.mark.parametrize('path', IMAGENET)
-def test_imagenet_decay(path, load, build_meta):
-    cfg = load(path)
-    model = build_meta(path)
-    found = decays(model, cfg)
-    expected = {
-        name: 0. if p.ndim == 1 or name.endswith('.bias') else 0.05
-        for name, p in model.named_parameters()
-    }
-    assert found == expected
-
-    ssm = 'backbone.stages.0.blocks.0.ssm'
-    for leaf in ('A_logs', 'dt_projs_weight', 'dt_projs_bias', 'x_proj_weight'):
-        assert found[f'{ssm}.{leaf}'] == 0.05, leaf
-    for name in (f'{ssm}.Ds', f'{ssm}.out_norm.weight', f'{ssm}.out_norm.bias',
-                 'backbone.stages.0.blocks.0.norm1.weight', 'head.fc.bias'):
-        assert found[name] == 0., name
-
-    optim = cfg.optim_wrapper
-    assert optim.type == 'AmpOptimWrapper' and optim.clip_grad == dict(max_norm=5.0)
-    assert optim.optimizer.type == 'AdamW' and optim.optimizer.lr == 1e-3
-    assert optim.optimizer.betas == (0.9, 0.999) and optim.optimizer.eps == 1e-8
+@pytest.mark.parametrize('leaf', LEAVES)
+def test_batch_size_is_that_of_the_row(leaf, load):
+    cfg, entry = load(leaf), entry_of(leaf)
+    if 'auto_scale_lr' in cfg:
+        assert entry.metadata['Batch Size'] == cfg.auto_scale_lr.base_batch_size
 
 
-# Our names -> those of the released detection and segmentation models, as far as the
-# published rule ('norm' in the name: no decay) can tell them apart.
-OFFICIAL = [
-    (r'patch_embed\.norm\d?', 'patch_embed.2'),
-    (r'(stages\.\d)\.downsample\.norm', r'\1.downsample.3'),
-    (r'\.norm1\.', '.norm.'),
-    (r'backbone\.norm(\d)', r'backbone.outnorm\1'),
-]
-
-
-@pytest.mark.parametrize('path', COCO + ADE20K)
-def test_dense_decay(path, load, build_meta):
-    cfg = load(path)
-    model = build_meta(path)
-    wd, lr = (0.05, 1e-4) if path in COCO else (0.01, 6e-5)
-    vanilla = 'vanilla' in path
-
-    def official(name):
-        for ours, theirs in OFFICIAL:
-            if vanilla and 'downsample' in theirs:
-                continue  # PatchMerging called it norm
-            name = re.sub(ours, theirs, name)
-        return name
-
-    found = decays(model, cfg)
-    assert found == {name: 0. if 'norm' in official(name) else wd for name in found}
-
-    ssm = 'backbone.stages.0.blocks.0.ssm'
-    for name in (f'{ssm}.A_logs', f'{ssm}.Ds', f'{ssm}.dt_projs_bias'):
-        assert found[name] == wd, name
-    for name in (f'{ssm}.out_norm.weight', 'backbone.norm0.weight', 'backbone.norm3.bias',
-                 'backbone.stages.0.blocks.0.norm1.weight'):
-        assert found[name] == 0., name
-    stem_norm = 'patch_embed.norm' if vanilla else 'patch_embed.norm2'
-    assert found[f'backbone.{stem_norm}.weight'] == wd
-    assert found['backbone.stages.0.downsample.norm.weight'] == (0. if vanilla else wd)
-
-    optim = cfg.optim_wrapper
-    assert optim.type == 'OptimWrapper' and optim.get('clip_grad') is None
-    assert optim.optimizer.type == 'AdamW' and optim.optimizer.lr == lr
-    assert optim.optimizer.weight_decay == wd and optim.optimizer.betas == (0.9, 0.999)
-
-
-# -- schedule ------------------------------------------------------------------------------
-
-def learning_rates(cfg, epoch_length, total):
-    """The learning rate of every iteration, stepped as mmengine's ParamSchedulerHook does."""
-    import torch
-    from mmengine.registry import PARAM_SCHEDULERS
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)],
-                                lr=cfg.optim_wrapper.optimizer.lr)
-    schedulers = []
-    for item in cfg.param_scheduler:
-        assert 'end' in item
-        schedulers.append(PARAM_SCHEDULERS.build(
-            item, default_args=dict(optimizer=optimizer, epoch_length=epoch_length)))
-    optimizer.step()  # torch warns about a scheduler that steps first
-    found = []
-    for i in range(1, total + 1):
-        found.append(optimizer.param_groups[0]['lr'])
-        for scheduler in schedulers:
-            if not scheduler.by_epoch or i % epoch_length == 0:
-                scheduler.step()
-    return found
-
-
-@pytest.mark.parametrize('path', [p for p in IMAGENET if 'tiny-s1l8' in p])
-def test_imagenet_schedule(path, load):
-    cfg = load(path)
-    assert cfg.train_cfg.max_epochs == 300 and cfg.train_cfg.by_epoch
-    n = 7
-    found = learning_rates(cfg, n, 300 * n)
-
-    def cosine(step):
-        return 1e-5 + (1e-3 - 1e-5) / 2 * (1 + math.cos(math.pi * step / (280 * n)))
-
-    assert found[0] == pytest.approx(1e-6)
-    # linear in the iteration, and all of 1e-3 at the last iteration of the warm-up
-    assert found[1] == pytest.approx(1e-6 + (1e-3 - 1e-6) / (20 * n - 1))
-    assert found[10 * n] == pytest.approx(1e-6 + (1e-3 - 1e-6) * 10 * n / (20 * n - 1))
-    assert found[20 * n - 1] == pytest.approx(1e-3)
-    for i in (20 * n, 20 * n + 1, 160 * n, 160 * n + 3, 299 * n, 300 * n - 1):
-        assert found[i] == pytest.approx(cosine(i - 20 * n)), i
-    assert found[160 * n] == pytest.approx(5.05e-4)
-
-
-def test_imagenet_schedule_scales_with_the_batch(load):
-    """The published warm-up start and minimum scale with the batch, as the rate does."""
-    cfg = load(IMAGENET[0])
-    cfg.optim_wrapper.optimizer.lr = 5e-4
-    found = learning_rates(cfg, 2, 600)
-    assert found[0] == pytest.approx(5e-7)
-    assert found[-1] == pytest.approx(5e-6, rel=1e-2)
-
-
-@pytest.mark.parametrize('path, epochs', [(COCO[0], 12), (COCO_BS8, 12), (COCO[-1], 36)])
-def test_coco_schedule(path, epochs, load):
-    cfg = load(path)
-    assert cfg.train_cfg.max_epochs == epochs
-    n = 200
-    found = learning_rates(cfg, n, epochs * n)
-    first, second = (8, 11) if epochs == 12 else (27, 33)
-    for i in (0, 1, 500, 999):
-        assert found[i] == pytest.approx(1e-4 * (1e-3 + (1 - 1e-3) * i / 999)), i
-    assert found[1000] == found[first * n - 1] == pytest.approx(1e-4)
-    assert found[first * n] == found[second * n - 1] == pytest.approx(1e-5)
-    assert found[second * n] == found[-1] == pytest.approx(1e-6)
-
-
-def test_ade20k_schedule(load):
-    cfg = load(ADE20K[0])
-    assert cfg.train_cfg.max_iters == 160_000 and cfg.train_cfg.val_interval == 16_000
-    found = learning_rates(cfg, 1, 160_000)
-    for i in (0, 1, 700, 1499):
-        assert found[i] == pytest.approx(6e-5 * (1e-6 + (1 - 1e-6) * i / 1499)), i
-    for i in (1500, 80_000, 159_000):
-        assert found[i] == pytest.approx(6e-5 * (1 - (i - 1500) / 158_499)), i
-    assert found[-1] == pytest.approx(0., abs=1e-12)
-
-
-# -- run settings --------------------------------------------------------------------------
-
-@pytest.mark.parametrize('path', IMAGENET)
-def test_imagenet_run(path, load):
-    from mmengine.registry import HOOKS
-    cfg = load(path)
-    if 'vanilla-tiny' in path:
-        assert cfg.custom_hooks == []
-    else:
-        ema, = (HOOKS.build(hook) for hook in cfg.custom_hooks)
-        assert ema.ema_cfg['type'] == 'ExponentialMovingAverage'
-        assert ema.ema_cfg['momentum'] == 1e-4
-        assert ema.ema_cfg.get('interval', 1) == 1 and ema.begin_iter == ema.begin_epoch == 0
-    assert cfg.train_dataloader.batch_size == cfg.val_dataloader.batch_size == 128
-    assert cfg.train_dataloader.drop_last
-    assert cfg.auto_scale_lr.base_batch_size == 8 * 128
-    assert cfg.env_cfg.cudnn_benchmark
-    assert cfg.val_cfg.fp16 and cfg.test_cfg.fp16
-    checkpoint = HOOKS.build(cfg.default_hooks.checkpoint)
-    assert checkpoint.interval == 1 and checkpoint.by_epoch and checkpoint.max_keep_ckpts > 0
-    assert cfg.model.train_cfg.augments == [
-        dict(type='Mixup', alpha=0.8), dict(type='CutMix', alpha=1.0)]
-    assert cfg.model.head.loss == dict(
-        type='LabelSmoothLoss', label_smooth_val=0.1, mode='original')
-
-
-@pytest.mark.parametrize('path', COCO + ADE20K)
-def test_dense_run(path, load):
-    cfg = load(path)
-    per_gpu = 1 if path == COCO_BS8 else 2
-    assert cfg.train_dataloader.batch_size == per_gpu
-    assert cfg.env_cfg.cudnn_benchmark == (path in ADE20K)
-    assert cfg.default_hooks.checkpoint.max_keep_ckpts > 0
-    if path in COCO:
-        assert cfg.auto_scale_lr.base_batch_size == 8 * per_gpu
-        assert cfg.val_evaluator.metric == ['bbox', 'segm']
-    else:
-        assert cfg.model.test_cfg.mode == 'whole'
-
-
-# -- pipelines -----------------------------------------------------------------------------
-
-def transforms(cfg):
-    yield from cfg.train_dataloader.dataset.pipeline
-    yield from cfg.val_dataloader.dataset.pipeline
-    yield from cfg.test_dataloader.dataset.pipeline
-    yield from cfg.get('tta_pipeline', [])
-
-
-@pytest.mark.parametrize('path', ALL)
-def test_every_transform_and_evaluator_builds(path, load):
+@pytest.mark.parametrize('leaf', LEAVES)
+def test_every_transform_and_evaluator_builds(leaf, load):
     from mmengine.registry import METRICS, MODELS, TRANSFORMS
-    cfg = load(path)
-    for transform in transforms(cfg):
+    cfg, task = load(leaf), entry_of(leaf).task
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        for transform in loader.dataset.pipeline:
+            TRANSFORMS.build(transform)
+    for transform in cfg.get('tta_pipeline', []):
         TRANSFORMS.build(transform)
-    if 'imagenet' in path or 'ade20k' in path:  # COCO's evaluator opens the annotations
+    if task != 'det':  # COCO's evaluator opens the annotations
         METRICS.build(cfg.val_evaluator)
         METRICS.build(cfg.test_evaluator)
-    preprocessor = cfg.get('data_preprocessor') if path in IMAGENET else \
-        cfg.model.data_preprocessor
-    kind = dict(imagenet='ClsDataPreprocessor', coco='DetDataPreprocessor',
-                ade20k='SegDataPreProcessor')[path.split('/')[0]]
-    built = MODELS.build({'type': kind, **preprocessor})
+    preprocessor = cfg.get('data_preprocessor') if task == 'cls' else cfg.model.data_preprocessor
+    built = MODELS.build({'type': PREPROCESSORS[task], **preprocessor})
     assert [round(x, 2) for x in built.mean.flatten().tolist()] == [123.68, 116.28, 103.53]
 
 
-@pytest.fixture
-def photo(tmp_path):
-    """A file pair: a small photograph-like image, and a label map."""
-    import cv2
-    rng = np.random.default_rng(0)
-    image = cv2.resize(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8), (400, 300))
-    cv2.imwrite(str(tmp_path / 'image.png'), image)
-    labels = np.kron(rng.integers(0, 151, (3, 4)), np.ones((100, 100))).astype(np.uint8)
-    cv2.imwrite(str(tmp_path / 'labels.png'), labels)
-    return tmp_path
-
-
-def compose(pipeline):
-    from mmengine.registry import TRANSFORMS
-    built = [TRANSFORMS.build(t) for t in pipeline]
-
-    def apply(data):
-        for transform in built:
-            data = transform(data)
-        return data
-
-    return apply
-
-
-def test_imagenet_pipelines_run(load, photo):
-    cfg = load(IMAGENET[0])
-    data = dict(img_path=str(photo / 'image.png'), gt_label=1)
-    for dataloader in (cfg.train_dataloader, cfg.val_dataloader):
-        packed = compose(dataloader.dataset.pipeline)(dict(data))
-        assert tuple(packed['inputs'].shape) == (3, 224, 224)
-
-    crop, aug, erase = (
-        next(t for t in cfg.train_dataloader.dataset.pipeline if t.type == name)
-        for name in ('RandomResizedCrop', 'RandAugment', 'RandomErasing'))
-    assert (crop.scale, crop.backend, crop.interpolation) == (224, 'pillow', 'bicubic')
-    assert aug.policies == 'timm_increasing' and aug.num_policies == 2
-    assert (aug.magnitude_level, aug.magnitude_std, aug.total_level) == (9, 0.5, 10)
-    assert (erase.erase_prob, erase.mode) == (0.25, 'rand')
-    resize = cfg.val_dataloader.dataset.pipeline[1]
-    assert (resize.scale, resize.edge, resize.interpolation) == (256, 'short', 'bicubic')
-
-
-@pytest.mark.parametrize('path', [COCO[0], COCO[-1]])
-def test_coco_pipelines_run(path, load, photo):
-    cfg = load(path)
-    box = dict(bbox=[40, 40, 240, 200], bbox_label=3, ignore_flag=0,
-               mask=[[40, 40, 240, 40, 240, 200, 40, 200]])
-    data = dict(img_path=str(photo / 'image.png'), img_id=0, height=300, width=400,
-                instances=[box])
-    np.random.seed(0)
-    packed = compose(cfg.train_dataloader.dataset.pipeline)(dict(data))
-    assert min(packed['inputs'].shape[1:]) >= 480
-    assert len(packed['data_samples'].gt_instances) == 1
-    packed = compose(cfg.test_dataloader.dataset.pipeline)(dict(data))
-    assert tuple(packed['inputs'].shape) == (3, 800, 1067)
-
-
-def test_ade20k_pipelines_run(load, photo):
-    cfg = load(ADE20K[0])
-    data = dict(img_path=str(photo / 'image.png'), seg_map_path=str(photo / 'labels.png'),
-                reduce_zero_label=True, label_map=None, seg_fields=[])
-    packed = compose(cfg.train_dataloader.dataset.pipeline)(dict(data, seg_fields=[]))
-    assert max(packed['inputs'].shape[1:]) <= 512
-    packed = compose(cfg.test_dataloader.dataset.pipeline)(dict(data, seg_fields=[]))
-    assert tuple(packed['inputs'].shape) == (3, 512, 683)
-
-    views = compose(cfg.tta_pipeline)(dict(data, seg_fields=[]))
-    assert len(views['inputs']) == 6 * 2
-    heights = sorted({x.shape[1] for x in views['inputs']})
-    assert heights == [150, 225, 300, 375, 450, 525]  # 0.5 to 1.75 times the image itself
-    assert cfg.tta_model.type == 'SegTTAModel'
+@pytest.mark.parametrize('task', ['cls', 'det', 'seg'])
+def test_base_by_package_name(task, tmp_path, read_config):
+    """`_base_ = 'vmamba_mm::...'`: mmengine gives every type in it the scope vmamba_mm."""
+    import torch
+    from mmengine.registry import MODELS
+    entry = zoo.entries(task=task)[-1]
+    path = tmp_path / 'config.py'
+    path.write_text(f"_base_ = 'vmamba_mm::{entry.config.removeprefix('configs/')}'\n")
+    cfg = read_config(path)
+    with torch.device('meta'):
+        assert MODELS.build(cfg.model).backbone.arch
+    # mmengine would pass the scope on to a collate_fn, which does not take it.
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        assert 'collate_fn' not in loader

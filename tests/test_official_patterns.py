@@ -1,6 +1,7 @@
 """Checkpoints in the official format, run by each scan pattern, against loops over positions; and
-the README's scan of one's own."""
+the scan of one's own that docs/scans.md shows."""
 
+import copy
 import re
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from vmamba_mm.ops import scan_patterns
 from vmamba_mm.ops.ss2d_scan import patterns
 from vmamba_mm.testing import assert_close
 
-README = Path(__file__).resolve().parents[1] / 'README.md'
+PAGE = Path(__file__).resolve().parents[1] / 'docs' / 'scans.md'
 ARCHS = {'s1': S1, 's2': dict(S2, d_state=3)}
 
 
@@ -30,35 +31,38 @@ def ss2d_by_hand(x_BHWC, weights, scan):
 
 
 def check_blocks(model, image, scan, official=None):
-    """The result of every SS2D, and its gradients by input and weights."""
-    found = {}
+    """The result of every SS2D in fp64, and its gradients by input and weights.
 
-    def keep(name):
+    Args:
+        official: tensors of the file that the model was loaded from; None for the model's own.
+
+    Returns:
+        The number of blocks.
+    """
+    calls = {}
+
+    def record(name):
         def hook(module, args, y):
-            found[name] = (args[0].detach().double().requires_grad_(), y)
+            calls[name] = (module, args[0].detach().requires_grad_(), y)
         return hook
 
-    for i, stage in enumerate(model.stages):
+    for i, stage in enumerate(model.double().stages):
         for j, block in enumerate(stage.blocks):
-            block.ssm.register_forward_hook(keep(f'layers.{i}.blocks.{j}.op.'))
-    model(image)
-    for name, (x, y) in found.items():
-        ssm = model.get_submodule(name.replace('layers', 'stages').replace('.op.', '.ssm'))
-        tensors = official or {f'backbone.{name}{k}': v for k, v in ssm.state_dict().items()}
-        start = f'backbone.{name}'
-        weights = {key[len(start):]: value.detach().double().requires_grad_()
-                   for key, value in tensors.items() if key.startswith(start)}
+            block.ssm.register_forward_hook(record(f'layers.{i}.blocks.{j}.op.'))
+    model(image.double())
+    for name, (ssm, x, y) in calls.items():
+        own = dict(ssm.named_parameters())
+        tensors = own if official is None else {k: official[f'backbone.{name}{k}'] for k in own}
+        weights = {k: v.detach().double().requires_grad_() for k, v in tensors.items()}
         expected = ss2d_by_hand(x, weights, scan)
-        assert_close(y, expected, 1e-5, name)
-        ours = x.detach().float().requires_grad_()
-        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
-        named = dict(ssm.named_parameters())
-        assert named.keys() == weights.keys()
-        grads = torch.autograd.grad(ssm(ours), [ours, *named.values()], grad)
-        exact = torch.autograd.grad(expected, [x, *(weights[key] for key in named)], grad.double())
-        for key, one, other in zip(['x', *named], grads, exact, strict=True):
-            assert_close(one, other, 1e-4, f'{name} gradient by {key}')
-    return len(found)
+        assert_close(y, expected, 1e-12, name)
+        assert_close(copy.deepcopy(ssm).float()(x.float()), expected, 1e-5, f'{name} in fp32')
+        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
+        grads = torch.autograd.grad(ssm(x), [x, *own.values()], grad)
+        exact = torch.autograd.grad(expected, [x, *weights.values()], grad)
+        for key, one, other in zip(['x', *own], grads, exact, strict=True):
+            assert_close(one, other, 1e-11, f'{name} gradient by {key}')
+    return len(calls)
 
 
 @pytest.mark.parametrize('arch', ARCHS)
@@ -73,12 +77,11 @@ def test_official_checkpoint(tmp_path, scan, arch):
     assert check_blocks(model, image, scan, official) == 5
 
 
-def test_readmes_own_scan(monkeypatch):
-    """As it stands there."""
+def test_documented_scan_of_ones_own(monkeypatch):
+    """The example of the page, as it stands there."""
     monkeypatch.setattr(patterns, '_PATTERNS', dict(patterns._PATTERNS))
     monkeypatch.setattr(patterns, '_ORDERS', dict(patterns._ORDERS))
-    example = re.search(r'### A scan of your own\n.*?```python\n(.*?)```', README.read_text(),
-                        re.DOTALL)[1]
+    example = re.search(r'```python\n(.*?)```', PAGE.read_text(), re.DOTALL)[1]
     names = {}
     exec(example, names)
     assert scan_patterns()[-1] == 'diagonal'

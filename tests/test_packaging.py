@@ -1,4 +1,4 @@
-"""What pip builds holds the configs and the kernels, also where git makes no symbolic links."""
+"""What pip builds holds the configs and the kernels, and a checkout finds them beside it."""
 
 import re
 import shutil
@@ -14,7 +14,6 @@ REPO = Path(__file__).resolve().parents[1]
 FILES = ('pyproject.toml', 'setup.py', 'MANIFEST.in', 'README.md', 'LICENSE', 'CITATION.cff',
          'model-index.yml')
 FOLDERS = ('vmamba_mm', 'configs', 'kernels', 'tools')
-LINKS = ('vmamba_mm/.mim/configs', 'vmamba_mm/.mim/model-index.yml', 'vmamba_mm/kernels')
 
 
 def run(code, cwd):
@@ -28,9 +27,9 @@ def build(kind, cwd):
                      f'print(build_meta.build_{kind}("."))', cwd)
 
 
-@pytest.fixture(params=[True, False], ids=['links', 'text files'])
-def checkout(request, tmp_path):
-    """A copy of this one; without links as git writes it where core.symlinks is false."""
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of this one, which has no symbolic links: git does not make them on Windows."""
     tree = tmp_path / 'checkout'
     tree.mkdir()
     for name in FILES:
@@ -38,13 +37,7 @@ def checkout(request, tmp_path):
     for name in FOLDERS:
         shutil.copytree(REPO / name, tree / name, symlinks=True,
                         ignore=shutil.ignore_patterns('__pycache__'))
-    for name in LINKS:
-        link = tree / name
-        assert link.is_symlink()
-        if not request.param:
-            target = link.readlink()
-            link.unlink()
-            link.write_text(str(target))
+    assert not [path for path in tree.rglob('*') if path.is_symlink()]
     return tree
 
 
@@ -68,29 +61,55 @@ def assert_complete(wheel):
                      'vmamba_mm/.mim/model-index.yml': (REPO / 'model-index.yml').read_bytes()}
 
 
-def test_wheel(checkout):
+def test_wheel_from_a_checkout(checkout):
     assert_complete(build('wheel', checkout))
-
-
-@pytest.mark.parametrize('checkout', [False], indirect=True, ids=['text files'])
-def test_without_links(checkout, tmp_path):
-    """By way of an sdist; the package where it is, as an editable install has it; half a tree."""
-    with tarfile.open(build('sdist', checkout)) as archive:
-        archive.extractall(tmp_path / 'sdist', filter='data')
-    assert_complete(build('wheel', next((tmp_path / 'sdist').iterdir())))
-
-    found = run('from vmamba_mm.links import KERNELS\nprint(KERNELS)', checkout)
-    assert Path(found) == checkout / 'kernels'
-    message = run('from vmamba_mm.mm.compat import UserError, get_installed_path\n'
-                  'try:\n    get_installed_path("vmamba_mm")\n'
-                  'except UserError as err:\n    print(err)', checkout)
-    assert 'core.symlinks' in message and 'pip install .' in message
-
     shutil.rmtree(checkout / 'kernels')
     done = subprocess.run([sys.executable, '-c', 'from setuptools import build_meta\n'
                            'build_meta.build_wheel(".")'], cwd=checkout, capture_output=True,
                           text=True)
     assert done.returncode and f'{checkout / "kernels"} is missing' in done.stderr
+
+
+def test_wheel_from_an_sdist(checkout, tmp_path):
+    """And the installed package finds in itself what a checkout has beside it."""
+    with tarfile.open(build('sdist', checkout)) as archive:
+        archive.extractall(tmp_path / 'sdist', filter='data')
+    wheel = build('wheel', next((tmp_path / 'sdist').iterdir()))
+    assert_complete(wheel)
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / 'site')
+    assert_usable(tmp_path / 'site', tmp_path / 'site/vmamba_mm/.mim/configs',
+                  tmp_path / 'site/vmamba_mm/kernels')
+
+
+def test_package_where_it_is(checkout):
+    """As an editable install has it."""
+    assert_usable(checkout, checkout / 'configs', checkout / 'kernels')
+
+
+def assert_usable(folder, configs, kernels):
+    """Configs by the package's name, for mmengine and its hub, and the kernels are there."""
+    found = run("""
+from mmengine.config import Config
+from mmengine.hub import get_config
+from vmamba_mm import links, zoo
+from vmamba_mm.mm.compat import prepare_mm
+from vmamba_mm.ops.core import nvrtc
+prepare_mm()
+prepare_mm()
+name = 'vmamba/vmamba-tiny-s1l8_8xb128_in1k-224.py'
+open('config.py', 'w').write(f"_base_ = 'vmamba_mm::{name}'")
+backbone = Config.fromfile('config.py').model.backbone
+assert backbone == Config.fromfile(links.CONFIGS / name).model.backbone
+cfg = get_config(f'vmamba_mm::{name}', pretrained=True)
+assert cfg.model_path == zoo.entries('vmamba', 'tiny_s1l8', 'cls')[0].weights
+assert get_config('mmpretrain::resnet/resnet18_8xb32_in1k.py', pretrained=True).model_path
+try:
+    get_config('vmamba_mm::vmamba/absent.py')
+except FileNotFoundError as err:
+    assert 'vmamba_mm has no config vmamba/absent.py' in str(err)
+print(links.CONFIGS, nvrtc.KERNELS)""", folder)
+    assert found == f'{configs} {kernels}'
 
 
 def test_setuptools_knows_the_licence():

@@ -8,11 +8,11 @@ import timm
 import timm.data
 import timm.optim
 import torch
-import vmamba_mm.timm  # noqa: F401 (registers the models)
 from test_configs import VARIANTS
 from timm.models import FeatureInfo
 from torch import nn
 
+import vmamba_mm.timm  # noqa: F401 (registers the models)
 from vmamba_mm.checkpoints.names import infer_arch, to_official
 from vmamba_mm.errors import UserError
 from vmamba_mm.families.vmamba import ARCH_SETTINGS

@@ -22,8 +22,9 @@ from official import S1, classifier_state, random_backbone
 from safetensors.torch import save_file
 from torch import nn
 
+from vmamba_mm.checkpoints.compare import fit_names
 from vmamba_mm.checkpoints.files import read_checkpoint
-from vmamba_mm.checkpoints.names import describe_places, fit_names, to_mm
+from vmamba_mm.checkpoints.names import describe_places, to_mm
 from vmamba_mm.errors import UserError
 from vmamba_mm.models import VMamba
 

@@ -1,4 +1,4 @@
-"""The zoo: metafiles, their table in configs/README.md, and mmpretrain's hub."""
+"""The zoo: metafiles, names, and mmpretrain's hub."""
 
 import json
 import re
@@ -7,101 +7,82 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+from leaves import FAMILIES
+
+from vmamba_mm import zoo
+from vmamba_mm.checkpoints.files import fetch, read_checkpoint
+from vmamba_mm.errors import UserError
+from vmamba_mm.links import CONFIGS
 
 REPO = Path(__file__).resolve().parents[1]
-CONFIGS = REPO / 'configs'
-RELEASES = 'https://github.com/MzeroMiko/VMamba/releases/download/'
+VMAMBA = zoo.entries('vmamba')
 DP05 = 'vmamba-vanilla-base-dp05_8xb128_in1k-224'
-
-# What the authors published, typed from their tables; the last value is tag/file of the release.
-# PUBLISHED spells the names out.
-TOP1 = {
-    'vanilla-tiny': (82.2, 'v0cls/vssmtiny_dp01_ckpt_epoch_292.pth'),
-    'vanilla-small': (83.5, 'v0cls/vssmsmall_dp03_ckpt_epoch_238.pth'),
-    'vanilla-base': (83.7, 'v0cls/vssmbase_dp06_ckpt_epoch_241.pth'),
-    'vanilla-base-dp05': (83.2, '20240218/vssmbase_dp05_ckpt_epoch_260.pth'),
-    'tiny-s2l5': (82.5, 'v2cls/vssm_tiny_0230_ckpt_epoch_262.pth'),
-    'small-s2l15': (83.6, 'v2cls/vssm_small_0229_ckpt_epoch_222.pth'),
-    'base-s2l15': (83.9, 'v2cls/vssm_base_0229_ckpt_epoch_237.pth'),
-    'tiny-s1l8': (82.6, 'v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth'),
-    'small-s1l20': (83.3, 'v2cls/vssm1_small_0229s_ckpt_epoch_240.pth'),
-    'base-s1l20': (83.8, 'v2cls/vssm1_base_0229s_ckpt_epoch_225.pth'),
-}
-V0DET, V2DET = 'mask_rcnn_swin_fpn_coco', 'v2det/mask_rcnn_vssm_fpn_coco'
-AP = {  # box AP, AP50, AP75, mask AP, AP50, AP75
-    'vanilla-tiny_fpn_1x':
-        (46.5, 68.5, 50.7, 42.1, 65.5, 45.3, f'v0det/vssmtiny_{V0DET}_epoch_12.pth'),
-    'vanilla-small_fpn_1x':
-        (48.2, 69.7, 52.5, 43.0, 66.6, 46.4, f'v0det/vssmsmall_{V0DET}_epoch_12.pth'),
-    'vanilla-base_fpn_1x':
-        (48.6, 70.0, 53.1, 43.3, 67.1, 46.7, f'v0det/vssmbase_{V0DET}_epoch_12.pth'),
-    'vanilla-tiny_fpn_ms-3x':
-        (48.5, 70.0, 52.7, 43.2, 66.9, 46.4, f'v0det/vssmtiny_{V0DET}_ms_3x_epoch_34.pth'),
-    'vanilla-small_fpn_ms-3x':
-        (49.7, 70.4, 54.2, 44.0, 67.6, 47.3, f'v0det/vssmsmall_{V0DET}_ms_3x_epoch_34.pth'),
-    'tiny-s2l5_fpn_1x': (47.4, 69.5, 52.0, 42.7, 66.3, 46.0, f'{V2DET}_tiny_epoch_12.pth'),
-    'small-s2l15_fpn_1x': (48.7, 70.0, 53.4, 43.7, 67.3, 47.0, f'{V2DET}_small_epoch_11.pth'),
-    'base-s2l15_fpn_1x': (49.2, 71.4, 54.0, 44.1, 68.3, 47.7, f'{V2DET}_base_epoch_11.pth'),
-    'base-s2l15_fpn_8xb1-1x':
-        (49.2, 70.9, 53.9, 43.9, 67.7, 47.6, f'{V2DET}_base_epoch_12_bs8.pth'),
-    'tiny-s1l8_fpn_1x': (47.3, 69.3, 52.0, 42.7, 66.4, 45.9, f'{V2DET}_tiny_s_epoch_12.pth'),
-    'tiny-s2l5_fpn_ms-3x':
-        (48.9, 70.6, 53.6, 43.7, 67.7, 46.8, f'{V2DET}_tiny_ms_3x_epoch_36.pth'),
-    'small-s2l15_fpn_ms-3x':
-        (49.9, 70.9, 54.7, 44.2, 68.2, 47.7, f'{V2DET}_small_ms_3x_epoch_32.pth'),
-    'tiny-s1l8_fpn_ms-3x':
-        (48.8, 70.4, 53.5, 43.7, 67.4, 47.0, f'{V2DET}_tiny_ms_3x_s_epoch_31.pth'),
-}
-V0SEG = 'upernet_4xb4-160k_ade20k-512x512_iter'
-V2SEG = 'v2seg/upernet_vssm_4xb4-160k_ade20k-512x512'
-MIOU = {  # single scale, multi-scale + flip
-    'vanilla-tiny': (47.3, 48.3, f'v0seg/vssmtiny_{V0SEG}_160000.pth'),
-    'vanilla-small': (49.5, 50.5, f'v0seg/vssmsmall_{V0SEG}_160000.pth'),
-    'vanilla-base': (50.0, 51.3, f'v0seg/vssmbase_{V0SEG}_128000.pth'),
-    'tiny-s2l5': (48.3, 48.6, f'{V2SEG}_tiny_iter_160000.pth'),
-    'small-s2l15': (50.6, 51.2, f'{V2SEG}_small_iter_144000.pth'),
-    'base-s2l15': (51.0, 51.6, f'{V2SEG}_base_iter_160000.pth'),
-    'tiny-s1l8': (47.9, 48.8, f'{V2SEG}_tiny_s_iter_160000.pth'),
-}
-PUBLISHED = {
-    **{f'vmamba-{k}_8xb128_in1k-224': row for k, row in TOP1.items()},
-    **{f'mask-rcnn_vmamba-{k}_coco': row for k, row in AP.items()},
-    **{f'upernet_vmamba-{k}_8xb2-160k_ade20k-512x512': row for k, row in MIOU.items()},
-}
 METRICS = {
-    'Image Classification': ['Top 1 Accuracy'],
-    'Object Detection': ['box AP', 'box AP50', 'box AP75'],
-    'Instance Segmentation': ['mask AP', 'mask AP50', 'mask AP75'],
-    'Semantic Segmentation': ['mIoU', 'mIoU(ms+flip)'],
+    'Image Classification': {'Top 1 Accuracy'},
+    'Object Detection': {'box AP', 'box AP50', 'box AP75'},
+    'Instance Segmentation': {'mask AP', 'mask AP50', 'mask AP75'},
+    'Semantic Segmentation': {'mIoU', 'mIoU(ms+flip)'},
 }
 
 
-def read_index(path):
-    """{name: row} of a metafile or an index, read as mmpretrain reads it."""
+# -- the metafiles -------------------------------------------------------------------------------
+
+def test_the_index_as_openmmlab_reads_it():
     load = pytest.importorskip('modelindex.load_model_index').load
-    index = load(str(path))
+    index = load(str(REPO / 'model-index.yml'))
     index.build_models_with_collections()
     assert not index.check_errors
     for row in index.models:
         assert not row.check_errors, row.name
-    names = [row.name for row in index.models]
-    assert len(names) == len(set(names))
-    return {row.name: row for row in index.models}
+    entries = {entry.name: entry for entry in zoo.entries()}
+    assert [row.name for row in index.models] == list(entries)
+    for row in index.models:
+        entry, data = entries[row.name], row.full_model.metadata.data
+        assert (row.config, row.weights) == (entry.config, entry.weights)
+        assert row.metadata.parameters == entry.parameters and row.metadata.flops == entry.flops
+        assert [r.metrics for r in row.results] == [r.metrics for r in entry.results]
+        assert data['Source of Results'] == \
+            'published by the authors of the paper, not measured here'
+        assert row.full_model.data['Paper']['URL'].startswith('https://arxiv.org/abs/')
 
 
-@pytest.fixture(scope='module')
-def zoo():
-    return read_index(REPO / 'model-index.yml')
+@pytest.mark.parametrize('entry', zoo.entries(), ids=lambda entry: entry.name)
+def test_row(entry):
+    assert entry.path.samefile(REPO / entry.config)
+    # The name is that of the config, but for a second file of one config.
+    assert entry.path.stem == entry.name or \
+        entry is not zoo.entries(entry.family, entry.arch, entry.task)[0]
+    assert entry.weights is None or re.fullmatch(r'https://[^#\s]+/[\w.-]+', entry.weights)
+    assert entry.sha256 is None or re.fullmatch('[0-9a-f]{64}', entry.sha256)
+    for result in entry.results:
+        assert set(result.metrics) <= METRICS[result.task]
+        assert all(0 < value < 100 for value in result.metrics.values())
+    assert (entry.tag is not None) == (entry.task == 'cls')
+    if entry.task != 'cls':
+        assert entry.pretrained in {f'{e.family}/{e.arch}.{e.tag}' for e in zoo.entries(task='cls')}
+        assert zoo.find(entry.pretrained).arch == entry.arch
 
 
-@pytest.fixture(scope='module')
-def config_of(zoo, read_config):
-    return {name: read_config(row.config) for name, row in zoo.items()}
+def test_every_row_has_its_own_weights():
+    addresses = [entry.weights for entry in zoo.entries()]
+    assert len(set(addresses)) == len(addresses)
 
 
-def numbers(row):
-    return [value for result in row.results for value in result.metrics.values()]
+@pytest.mark.parametrize('family', FAMILIES)
+def test_the_best_is_not_a_slip_of_the_pen(family):
+    """Of one arch, the longer schedule and more test views give no less."""
+    for entry in zoo.entries(family):
+        ap = {kind: entry.metrics[f'{kind} AP'] for kind in ('box', 'mask') if
+              f'{kind} AP' in entry.metrics}
+        for kind, value in ap.items():
+            assert entry.metrics[f'{kind} AP75'] < entry.metrics[f'{kind} AP50']
+            assert value < entry.metrics[f'{kind} AP50']
+        assert entry.metrics.get('mIoU(ms+flip)', 100) >= entry.metrics.get('mIoU', 0)
 
+
+# -- VMamba's, whose files' names say what they hold -----------------------------------------------
 
 def arch_of_file(name):
     """The arch that a released file's name tells: 'vssm1'/'_s' is s1, 'vssm' alone is s2."""
@@ -114,132 +95,128 @@ def arch_of_file(name):
     return f'{size}_s1l20' if s1 else f'{size}_s2l15'
 
 
-# -- rows ----------------------------------------------------------------------------------
-
-def test_every_config_has_its_row_and_every_row_its_config(zoo):
-    configs = {p.relative_to(REPO).as_posix() for p in CONFIGS.rglob('*.py')
-               if not {'_base_', 'demo', 'ablations'} & set(p.parts)
-               and '-fast_' not in p.name}  # a published recipe on another pipeline
-    assert {row.config for row in zoo.values()} == configs
-    # The name of a row is that of its config, but for the second file of vanilla B.
-    assert {name for name, row in zoo.items() if Path(row.config).stem != name} == {DP05}
-    assert zoo[DP05].config == 'configs/vmamba/vmamba-vanilla-base_8xb128_in1k-224.py'
+def file_of(entry):
+    """Release tag and file, without the '#' that tags begin with."""
+    return '/'.join(entry.weights.split('/')[-2:]).removeprefix('%23')
 
 
-def test_every_published_file_is_a_row(zoo):
-    assert {name: row.weights for name, row in zoo.items()} == {
-        name: f'{RELEASES}%23{row[-1]}' for name, row in PUBLISHED.items()}
-
-
-def test_addresses(zoo):
-    addresses = [row.weights for row in zoo.values()]
-    assert len(set(addresses)) == len(addresses) == 10 + 13 + 7
-    for name, row in zoo.items():
-        tag, file = row.weights.removeprefix(RELEASES).split('/')
-        task = {'imagenet': 'cls', 'coco': 'det', 'ade20k': 'seg'}[Path(row.config).parent.name]
-        generation = 'v0' if 'vanilla' in name else 'v2'
-        assert tag == ('%2320240218' if name == DP05 else f'%23{generation}{task}')
-        assert re.fullmatch(r'[\w-]+\.pth', file)  # no raw '#', which would cut the address off
-
-
-@pytest.mark.parametrize('name', PUBLISHED)
-def test_metrics(name, zoo):
-    row = zoo[name]
-    assert numbers(row) == list(PUBLISHED[name][:-1])
-    tasks = {'imagenet': ['Image Classification'],
-             'coco': ['Object Detection', 'Instance Segmentation'],
-             'ade20k': ['Semantic Segmentation']}[Path(row.config).parent.name]
-    assert [result.task for result in row.results] == tasks
-    for result in row.results:
-        assert list(result.metrics) == METRICS[result.task]
-
-
-def test_numbers_are_labelled_as_the_authors(zoo):
-    for row in zoo.values():
-        label = row.full_model.metadata.data['Source of Results']
-        assert label == 'published by the authors of the paper, not measured here'
-        assert row.full_model.data['Paper']['URL'] == 'https://arxiv.org/abs/2401.10166'
-
-
-def test_arch_of_the_config_is_that_of_the_file(zoo, config_of):
+@pytest.mark.parametrize('entry', VMAMBA, ids=lambda entry: entry.name)
+def test_arch_is_that_of_the_file(entry):
     """One of the published links is wrong here: ADE20K's T[s2l5] leads to the config of s1l8."""
-    for name, row in zoo.items():
-        file = row.weights.removeprefix(f'{RELEASES}%23')
-        assert config_of[name].model.backbone.arch == arch_of_file(file), name
-    assert config_of['upernet_vmamba-tiny-s2l5_8xb2-160k_ade20k-512x512'].model.backbone.arch == \
-        'tiny_s2l5'
+    assert entry.arch == arch_of_file(file_of(entry))
+    release = '20240218' if entry.name == DP05 else \
+        f'{"v0" if "vanilla" in entry.arch else "v2"}{entry.task}'
+    assert file_of(entry).startswith(f'{release}/')
 
 
-def test_drop_path_is_that_of_the_file(zoo, config_of):
+def test_drop_path_is_that_of_the_file(read_config):
     """dp01 and dp06 in the file's name are right; the released recipes say 0.2 and 0.5."""
     checked = set()
-    for name, row in zoo.items():
-        found = re.search(r'_dp(\d)(\d)_', row.weights)
-        if found and name != DP05:  # which shares the config of the newer file
+    for entry in VMAMBA:
+        found = re.search(r'_dp(\d)(\d)_', entry.weights)
+        if found and entry.name != DP05:  # which shares the config of the newer file
             expected = float(f'{found[1]}.{found[2]}')
-            assert config_of[name].model.backbone.drop_path_rate == expected, name
+            assert read_config(entry.path).model.backbone.drop_path_rate == expected
             checked.add(expected)
     assert checked == {0.1, 0.3, 0.6}
 
 
-def test_dense_models_start_from_a_file_of_the_zoo(zoo, config_of):
-    start_of = {row.weights: name for name, row in zoo.items() if 'in1k' in name}
-    for name, cfg in config_of.items():
-        if 'in1k' in name:
-            continue
-        start = start_of[cfg.model.backbone.init_cfg.checkpoint]
-        assert config_of[start].model.backbone.arch == cfg.model.backbone.arch
-        # vanilla B started from the older file, not from the listed one
-        assert (start == DP05) == ('vanilla-base' in name)
+def test_what_is_odd_about_the_release():
+    """Vanilla B's dense models started from an older file; 'bs8' trained with half the batch."""
+    for entry in VMAMBA:
+        if entry.task != 'cls':
+            assert (zoo.find(entry.pretrained).name == DP05) == (entry.arch == 'vanilla_base')
+    bs8, = (entry for entry in VMAMBA if 'bs8' in entry.weights)
+    assert bs8.metadata['Batch Size'] == 8 and '_8xb1-1x_' in bs8.name
+    assert {e.arch for e in VMAMBA} - {e.arch for e in VMAMBA if e.task != 'cls'} == {
+        'small_s1l20', 'base_s1l20'}
 
 
-def test_batch_size_is_that_of_the_config(zoo, config_of):
-    """The row 'bs8' trained with half the batch; its file is not that of the regular row."""
-    for name, row in zoo.items():
-        if 'auto_scale_lr' in config_of[name]:
-            assert row.full_model.metadata.batch_size == \
-                config_of[name].auto_scale_lr.base_batch_size, name
-    bs8, = (name for name, row in zoo.items() if 'bs8' in row.weights)
-    assert bs8 == 'mask-rcnn_vmamba-base-s2l15_fpn_8xb1-1x_coco'
-    assert zoo[bs8].full_model.metadata.batch_size == 8
+# -- names -------------------------------------------------------------------------------------
+
+def test_names():
+    newest, older = zoo.entries('vmamba', 'vanilla_base', 'cls')
+    assert zoo.find('vmamba/vanilla_base') is zoo.find('vmamba/vanilla_base.in1k') is newest
+    assert zoo.find('vmamba/vanilla_base.dp05_in1k') is older is zoo.find(DP05)
+    assert zoo.config_for('vmamba', 'tiny_s1l8', 'det') == \
+        'configs/vmamba/mask-rcnn_vmamba-tiny-s1l8_fpn_1x_coco.py'
+    assert zoo.config_for('vmamba', 'base_s1l20', 'seg') is None
+    for entry in zoo.entries():
+        assert zoo.weights_of(entry.source) == entry.weights
 
 
-def test_parameters_of_the_classifiers(zoo, config_of):
-    import torch
-    from mmengine.registry import MODELS, init_default_scope
-    init_default_scope('mmpretrain')
-    for name, row in zoo.items():
-        if 'in1k' in name:
-            with torch.device('meta'):
-                model = MODELS.build(config_of[name].model)
-            assert row.metadata.parameters == sum(p.numel() for p in model.parameters()), name
+@pytest.mark.parametrize('name', ['vmamba/tiny_s1l9', 'vmamba-tiny-s1l8', 'nothing like it'])
+def test_unknown_names(name):
+    with pytest.raises(UserError, match=f"the zoo has no '{name}'; names are for example 'vmamba"):
+        read_checkpoint(zoo.SCHEME + name)
 
 
-# -- table ---------------------------------------------------------------------------------
+def test_checkpoints_by_name(monkeypatch, tmp_path):
+    """Of the reader, of a backbone in a plain process and of mmengine once our loader is there."""
+    from mmengine.runner.checkpoint import CheckpointLoader
 
-def table(rows):
-    """The rows of one task as they stand in configs/README.md."""
-    metrics = [metric for result in rows[0].results for metric in result.metrics]
-    lines = ['| Config | ' + ' | '.join(metrics) + ' | Parameters | FLOPs | Weights |',
-             '|---|' + '---|' * (len(metrics) + 3)]
-    for row in rows:
-        data = row.metadata
-        cells = [f'[{row.name}]({Path(row.config).relative_to("configs")})',
-                 *map(str, numbers(row)), f'{data.parameters / 1e6:.0f} M',
-                 f'{data.flops / 1e9:g} G', f'[{row.weights.rpartition("/")[2]}]({row.weights})']
-        lines.append('| ' + ' | '.join(cells) + ' |')
-    return '\n'.join(lines) + '\n'
-
-
-@pytest.mark.parametrize('task', ['imagenet', 'coco', 'ade20k'])
-def test_readme_shows_the_metafile(task):
-    expected = table(list(read_index(CONFIGS / task / 'metafile.yml').values()))
-    readme = (CONFIGS / 'README.md').read_text()
-    shown = re.search(rf'^### {task}\n[^#|]*((?:\|.*\n)+)', readme, re.MULTILINE)
-    assert shown and shown[1] == expected, f'configs/README.md should have:\n{expected}'
+    import vmamba_mm.mm.loading  # noqa: F401
+    from vmamba_mm.models import VMamba
+    arch = dict(base='tiny_s1l8', embed_dims=8, depths=(1, 1, 1, 1))
+    file = tmp_path / 'tiny.pth'
+    torch.save(VMamba(arch).state_dict(), file)
+    asked = []
+    monkeypatch.setattr(zoo, 'weights_of', lambda name: asked.append(name) or str(file))
+    monkeypatch.setattr('vmamba_mm.checkpoints.files.weights_of', zoo.weights_of)
+    source = 'vmamba_mm://vmamba/tiny_s1l8'
+    assert fetch(source) == file
+    VMamba(arch, init_cfg=dict(type='Pretrained', checkpoint=source)).init_weights()
+    assert CheckpointLoader.load_checkpoint(source, map_location='cpu')['state_dict']
+    assert asked == [source] * 3
 
 
-# -- mmpretrain's hub ----------------------------------------------------------------------
+# -- metafiles of others -----------------------------------------------------------------------
+
+@pytest.fixture
+def metafile(tmp_path):
+    """A family's folder outside the package, with one classifier."""
+    content = yaml.safe_load((CONFIGS / 'vmamba/metafile.yml').read_text())
+    content['Models'] = content['Models'][:1]
+    content['Models'][0].update(Name='nano', Weights=None, Config='configs/mine/nano.py')
+    path = tmp_path / 'configs/mine/metafile.yml'
+    path.parent.mkdir(parents=True)
+
+    def write(change=lambda model: None):
+        change(content['Models'][0])
+        path.write_text(yaml.safe_dump(content))
+        return path
+
+    return write
+
+
+def test_own_configs_join(metafile, monkeypatch, tmp_path):
+    path, before = metafile(), zoo.entries()
+    zoo.register_configs(path.parent)
+    try:
+        entry = zoo.entries()[-1]
+        assert zoo.entries()[:-1] == before and (entry.name, entry.family) == ('nano', 'mine')
+        assert entry.path == tmp_path / 'configs/mine/nano.py'
+        assert zoo.find('mine/vanilla_tiny') == entry
+        with pytest.raises(UserError, match='the weights of nano were not published'):
+            zoo.weights_of(entry.source)
+    finally:
+        zoo.unregister_configs(path.parent)
+    assert zoo.entries() == before
+
+
+@pytest.mark.parametrize('change, match', [
+    (lambda m: m['Metadata'].pop('Arch'), r"metafile\.yml: nano lacks 'Arch'"),
+    (lambda m: m.update({'In Collection': 'Nano'}), "nano lacks 'Nano', or names what is not"),
+    (lambda m: m['Results'][0].update(Task='Telepathy'), "nano lacks 'Telepathy', or names"),
+    (lambda m: m['Results'].append(dict(m['Results'][0], Task='Object Detection')),
+     r"nano has results of several tasks, \['cls', 'det'\]"),
+])
+def test_wrong_metafiles(metafile, change, match):
+    with pytest.raises(UserError, match=match):
+        zoo.read_metafile(metafile(change))
+
+
+# -- mmpretrain's hub ----------------------------------------------------------------------------
 
 def run(code, cwd):
     done = subprocess.run([sys.executable, '-c', code], cwd=cwd, capture_output=True, text=True)
@@ -255,10 +232,11 @@ def test_hub_lists_the_classifiers_and_nothing_else_of_ours(tmp_path):
               'assert not {"mmpretrain", "torch"} & set(sys.modules)\n'
               'import vmamba_mm.mmpretrain\n'
               'importlib.reload(vmamba_mm.mmpretrain)\n'
+              'importlib.reload(vmamba_mm.integrations.mmpretrain)\n'
               'import mmpretrain\n'
               'assert len(mmpretrain.list_models("resnet50_8xb32_in1k")) == 1\n'
-              'print(json.dumps(mmpretrain.list_models("*vmamba*")))', tmp_path)
-    assert set(json.loads(out)) == {f'vmamba-{k}_8xb128_in1k-224' for k in TOP1}
+              'print(json.dumps(mmpretrain.list_models("*mamba*")))', tmp_path)
+    assert set(json.loads(out)) == {entry.name for entry in zoo.entries(task='cls')}
 
 
 NAME = 'vmamba-tiny-s1l8_8xb128_in1k-224'
@@ -266,23 +244,25 @@ NAME = 'vmamba-tiny-s1l8_8xb128_in1k-224'
 
 def test_hub_builds_and_loads(tmp_path, mm):
     mmpretrain = pytest.importorskip('mmpretrain')
-    import torch
     import vmamba_mm.mmpretrain  # noqa: F401
-    model = mmpretrain.get_model(NAME, head=dict(num_classes=10))
+
+    def get_small(**kwargs):
+        arch = dict(_delete_=True, base='tiny_s1l8', embed_dims=16)  # mmengine takes the key out
+        return mmpretrain.get_model(NAME, backbone=dict(arch=arch),
+                                    head=dict(num_classes=10, in_channels=128), **kwargs)
+
+    model = get_small()
     file = tmp_path / 'ours.pth'
     torch.save(dict(meta={}, state_dict=model.state_dict()), file)
-    again = mmpretrain.get_model(NAME, pretrained=str(file), head=dict(num_classes=10))
+    again = get_small(pretrained=str(file))
     for key, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[key], value), key
-    assert again._metainfo.weights == f'{RELEASES}%23{TOP1["tiny-s1l8"][1]}'
+    assert again._metainfo.weights == zoo.find(NAME).weights
 
 
 def test_hub_loads_an_official_file(mm):
     mmpretrain = pytest.importorskip('mmpretrain')
-    import torch
     import vmamba_mm.mmpretrain  # noqa: F401
-
-    from vmamba_mm.checkpoints.files import read_checkpoint
     parity = REPO.parent / 'shared/parity'
     file = parity / 's1.cls.pth'
     if not file.is_file():
@@ -294,22 +274,3 @@ def test_hub_loads_an_official_file(mm):
     case = torch.load(parity / 's1.expected.pt', weights_only=True)['cases'][0]
     with torch.no_grad():
         torch.testing.assert_close(model(case['input']), case['logits'], rtol=1e-4, atol=1e-4)
-
-
-# -- the installed package -----------------------------------------------------------------
-
-@pytest.mark.parametrize('name', ['vmamba/vmamba-tiny-s1l8_8xb128_in1k-224',
-                                  'vmamba/mask-rcnn_vmamba-base-s2l15_fpn_8xb1-1x_coco',
-                                  'vmamba/upernet_vmamba-vanilla-tiny_8xb2-160k_ade20k-512x512'])
-def test_base_by_package_name(name, tmp_path, read_config):
-    """`_base_ = 'vmamba_mm::...'`: mmengine gives every type in it the scope vmamba_mm."""
-    import torch
-    from mmengine.registry import MODELS
-    path = tmp_path / 'config.py'
-    path.write_text(f"_base_ = 'vmamba_mm::{name}.py'\n")
-    cfg = read_config(path)
-    with torch.device('meta'):
-        assert MODELS.build(cfg.model).backbone.arch
-    # mmengine would pass the scope on to a collate_fn, which does not take it.
-    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
-        assert 'collate_fn' not in loader

@@ -6,6 +6,7 @@ compute-sanitizer, which comes with the CUDA toolkit. A kernel of kernels/ that 
 launched fails the check.
 """
 
+import argparse
 import os
 import re
 import shutil
@@ -14,7 +15,8 @@ import sys
 import time
 from pathlib import Path
 
-import _cli
+from vmamba_mm.errors import UserError
+from vmamba_mm.mm import cli
 
 EXAMPLES = """\
   python tools/check_gpu.py
@@ -26,14 +28,14 @@ MARKS = {'launched': 'launched: ', 'absent': 'no kernel: ', 'done': 'all cases r
 
 
 def parse_args():
-    parser = _cli.make_parser(__doc__, EXAMPLES)
+    parser = cli.make_parser(__doc__, EXAMPLES)
     parser.add_argument('--tools', nargs='+', choices=TOOLS, default=TOOLS)
     parser.add_argument('--jobs', type=int, default=len(TOOLS), metavar='N',
                         help='tools at once (default: all)')
     parser.add_argument('--only', default='', metavar='TEXT',
                         help='cases whose name has this; then kernels may be left out')
-    parser.add_argument('--run-cases', choices=TOOLS, help=_cli.argparse.SUPPRESS)
-    parser.add_argument('--traceback', action='store_true', help=_cli.argparse.SUPPRESS)
+    parser.add_argument('--run-cases', choices=TOOLS, help=argparse.SUPPRESS)
+    cli.add_traceback_option(parser)
     return parser.parse_args()
 
 
@@ -43,7 +45,7 @@ def find_sanitizer():
     for path in (Path(home, 'bin', 'compute-sanitizer') for home in homes if home):
         found = found or (str(path) if path.is_file() else None)
     if found is None:
-        raise _cli.UserError(
+        raise UserError(
             'compute-sanitizer was not found on PATH, in CUDA_HOME, CUDA_PATH or /usr/local/cuda: '
             "it comes with NVIDIA's CUDA toolkit (package cuda-sanitizer)")
     return found
@@ -237,7 +239,7 @@ def main():
     from vmamba_mm.links import KERNELS
 
     if torch.version.hip is not None or not torch.cuda.is_available():
-        raise _cli.UserError('torch finds no NVIDIA GPU here')
+        raise UserError('torch finds no NVIDIA GPU here')
     LOGS.mkdir(parents=True, exist_ok=True)
     sources = set()
     if not args.only:
@@ -258,10 +260,10 @@ def main():
     absent = [line for line in log.splitlines() if line.startswith(MARKS['absent'])]
     print('\n'.join(absent))
     if failed:
-        raise _cli.UserError(f'{", ".join(failed)} found something: see {LOGS}/*.log')
+        raise UserError(f'{", ".join(failed)} found something: see {LOGS}/*.log')
     what = f'cases with {args.only!r}' if args.only else f'{len(sources)} files of kernels'
     print(f'{what} under {", ".join(args.tools)}: clean')
 
 
 if __name__ == '__main__':
-    _cli.run(main)
+    cli.run(main)

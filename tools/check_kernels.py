@@ -11,9 +11,9 @@ import re
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import _cli
-
 from vmamba_mm.atomic import write_atomic
+from vmamba_mm.errors import UserError
+from vmamba_mm.mm import cli
 from vmamba_mm.ops.core import compile, instances
 
 EXAMPLES = """\
@@ -26,7 +26,7 @@ VERBOSE = '--ptxas-options=-v'
 
 
 def parse_args():
-    parser = _cli.make_parser(__doc__, EXAMPLES)
+    parser = cli.make_parser(__doc__, EXAMPLES)
     parser.add_argument('--only', default='', metavar='TEXT',
                         help='kernels whose file, name or defines contain this')
     parser.add_argument('--arch', type=int, nargs='+', default=ARCHS, metavar='N',
@@ -35,7 +35,7 @@ def parse_args():
                         help='compilers at once (default: the number of cores)')
     parser.add_argument('--update', action='store_true',
                         help=f'write what the kernels use today to kernels/{BUDGET.name}')
-    parser.add_argument('--traceback', action='store_true', help=_cli.argparse.SUPPRESS)
+    cli.add_traceback_option(parser)
     args = parser.parse_args()
     if args.update and (args.only or args.arch != ARCHS):
         parser.error('--update takes all kernels and GPUs: leave out --only and --arch')
@@ -117,7 +117,7 @@ def main():
     try:
         version = '{}.{}'.format(*compile.find_nvrtc().version)
     except compile.NvrtcNotFound as err:
-        raise _cli.UserError(str(err)) from err
+        raise UserError(str(err)) from err
     jobs = [(instance, arch) for instance, lowest in instances.INSTANCES.items()
             for arch in args.arch if arch >= lowest and args.only in str(instance)]
     if not jobs:
@@ -142,11 +142,11 @@ def main():
         problems.append(f'{BUDGET.name} has kernels that are gone: {", ".join(sorted(stale))}')
     if problems:
         print('\n'.join(problems))
-        raise _cli.UserError(f'{len(problems)} problem(s) with NVRTC {version}, the budget is of '
-                             f'{recorded["nvrtc"]}; if intended: '
-                             'python tools/check_kernels.py --update')
+        raise UserError(f'{len(problems)} problem(s) with NVRTC {version}, the budget is of '
+                        f'{recorded["nvrtc"]}; if intended: '
+                        'python tools/check_kernels.py --update')
     print(f'{len(jobs)} compilations, no spills, within kernels/{BUDGET.name}; NVRTC {version}')
 
 
 if __name__ == '__main__':
-    _cli.run(main)
+    cli.run(main)

@@ -1,11 +1,12 @@
-"""Convert a VMamba checkpoint to a small, clean file: weights and a few facts about them."""
+"""Convert a checkpoint to a small, clean file: weights and a few facts about them."""
 
 import io
 import json
 import os
 from pathlib import Path
 
-import _cli
+from vmamba_mm.errors import UserError
+from vmamba_mm.mm import cli
 
 EXAMPLES = """\
   python tools/convert_checkpoint.py vssm1_tiny_0230s_ckpt_epoch_264.pth vmamba-tiny-s1l8.pth
@@ -16,7 +17,7 @@ SUFFIXES = ('.pth', '.pt', '.bin', '.ckpt', '.safetensors')
 
 
 def parse_args():
-    parser = _cli.make_parser(__doc__, EXAMPLES)
+    parser = cli.make_parser(__doc__, EXAMPLES)
     parser.add_argument('source', metavar='SRC',
                         help='a checkpoint file, folder or web address: official, ours, or of '
                         'another trainer')
@@ -28,43 +29,69 @@ def parse_args():
                         '(default: safetensors if DST ends so, else mm)')
     parser.add_argument('--force', action='store_true',
                         help='write over DST if it exists (never over SRC)')
-    _cli.add_weights_option(parser)
-    parser.add_argument('--traceback', action='store_true', help=_cli.argparse.SUPPRESS)
+    parser.add_argument('--family', metavar='NAME',
+                        help='the family of models that SRC is of, such as vmamba (default: the '
+                        'one whose weights have exactly these names)')
+    cli.add_weights_option(parser)
+    cli.add_traceback_option(parser)
     return parser.parse_args()
 
 
-def check_complete(state, arch, source):
+def check_complete(state, arch, family, source):
     """The backbone must be all of its architecture: converting half a file would hide that."""
+    import re
+
     import torch
 
-    from vmamba_mm.checkpoints.names import differences, explain_differences
-    from vmamba_mm.models import VMamba
+    from vmamba_mm.checkpoints.compare import differences, explain_differences
+    from vmamba_mm.registry import MODELS
 
-    found = {k: v for k, v in state.items() if k.startswith('backbone.')}
-    norms = [i for i in range(4) if f'backbone.norm{i}.weight' in found]
+    backbone = {k: v for k, v in state.items() if k.startswith('backbone.')}
+    norm = re.compile(r'backbone\.norm(\d+)\.')
+    outputs = sorted({int(m[1]) for k in backbone if (m := norm.match(k))})
+    firsts = [backbone[f'backbone.{k}'] for k in family.first_convs if f'backbone.{k}' in backbone]
     with torch.device('meta'):
-        model = VMamba(arch, out_indices=norms or (3,),
-                       in_channels=next(v for v in found.values() if v.dim() == 4).shape[1])
-    expected = {f'backbone.{k}': v for k, v in model.state_dict().items()
-                if norms or not k.startswith('norm3.')}
-    wrong = differences(expected, found)
+        model = MODELS.build(dict(type=family.model, arch=arch, out_indices=outputs or None,
+                                  in_channels=firsts[0].shape[1] if firsts else 3))
+    expected = {f'backbone.{k}': v for k, v in model.state_dict().items()}
+    expected = {k: v for k, v in expected.items() if outputs or not norm.match(k)}
+    wrong = differences(expected, backbone)
     if wrong:
-        raise _cli.UserError(explain_differences(wrong, expected, found, source))
+        raise UserError(explain_differences(wrong, expected, backbone, source))
+
+
+def find_family(name, content, path, weights):
+    """The family of this name, or the one whose model the file holds, at least in part."""
+    from vmamba_mm.checkpoints.files import choose_weights, select_weights
+    from vmamba_mm.checkpoints.places import find_models
+    from vmamba_mm.families import FAMILIES
+
+    if name is not None and name not in FAMILIES:
+        raise UserError(f'--family {name} does not exist; choose one of '
+                             f'{", ".join(sorted(FAMILIES))}')
+    named = [FAMILIES[name]] if name else []
+    is_dict = isinstance(content, dict)
+    for family in (named or (None, *FAMILIES.values())) if is_dict else ():  # what is exact first
+        if found := choose_weights(content, weights, path, family):
+            return find_models(found[1], family)[0].family
+    select_weights(content, weights, path)  # which says so if it is no file of weights at all
+    models = ' or '.join(f.model for f in named or FAMILIES.values())
+    raise UserError(f'{path} holds no {models}')
 
 
 def check_target(target, to, force):
     """Before any work: a name that says what the file is, and nothing lost that is there."""
     path = Path(target)
     if path.is_dir():
-        raise _cli.UserError(f'{target} is a folder: name the file to write')
+        raise UserError(f'{target} is a folder: name the file to write')
     if path.suffix.lower() not in SUFFIXES:
-        raise _cli.UserError(f'{target} does not end like a file of weights: name it with one '
+        raise UserError(f'{target} does not end like a file of weights: name it with one '
                              f'of {", ".join(SUFFIXES)}')
     if (to == 'safetensors') != (path.suffix.lower() == '.safetensors'):
-        raise _cli.UserError(f'--to {to} and the name {target} do not agree: files of '
+        raise UserError(f'--to {to} and the name {target} do not agree: files of '
                              'safetensors, and no others, end with .safetensors')
     if os.path.lexists(path) and not force:
-        raise _cli.UserError(f'{target} exists: choose another name, or write over it with '
+        raise UserError(f'{target} exists: choose another name, or write over it with '
                              '--force')
 
 
@@ -74,7 +101,7 @@ def refuse_own_input(source, files, target):
         return
     for file in files:
         if file.exists() and os.path.samefile(file, target):
-            raise _cli.UserError(f'{target} is the input itself ({source}), which would be lost: '
+            raise UserError(f'{target} is the input itself ({source}), which would be lost: '
                                  'choose another name')
 
 
@@ -87,7 +114,7 @@ def find_left_out(content, key, held, state):
                    or v.untyped_storage().data_ptr() not in kept]
 
 
-def make_meta(checkpoint, source, path):
+def make_meta(checkpoint, family, source, path):
     """What is worth keeping: plain values without anybody's paths or settings."""
     from vmamba_mm import __version__
     from vmamba_mm.checkpoints.files import sha256_of
@@ -97,11 +124,11 @@ def make_meta(checkpoint, source, path):
             if k in meta}
     if path.is_file():
         kept['source_sha256'] = sha256_of(path)
-    return dict(kept, source=os.path.basename(str(source).rstrip('/')),
+    return dict(kept, family=family.name, source=os.path.basename(str(source).rstrip('/')),
                 vmamba_mm_version=__version__)
 
 
-def save(state, meta, target, to):
+def save(state, meta, family, target, to):
     import torch
 
     from vmamba_mm.atomic import write_atomic
@@ -114,7 +141,7 @@ def save(state, meta, target, to):
         from safetensors.torch import save as to_bytes
         buffer.write(to_bytes(state, metadata=dict(format='pt', meta=json.dumps(meta))))
     elif to == 'official':
-        state = to_official(state)
+        state = to_official(state, family)
         dense = meta['task'] in ('det', 'seg')
         torch.save(dict(meta=meta, state_dict=state) if dense else dict(model=state), buffer)
     else:
@@ -131,26 +158,25 @@ def main():
     check_target(args.target, to, args.force)
     from vmamba_mm.checkpoints.files import choose_weights, fetch, select_weights
     from vmamba_mm.checkpoints.formats import list_files, read_content
-    from vmamba_mm.checkpoints.names import backbone_prefixes, describe_places
+    from vmamba_mm.checkpoints.names import describe_places
 
     path = fetch(args.source)
     refuse_own_input(args.source, list_files(path), args.target)
     content = read_content(path)
-    checkpoint = select_weights(content, args.weights, path)
-    state = checkpoint.get('state_dict', checkpoint)
-    if 'arch' not in (checkpoint.get('meta') or {}):
-        if backbone_prefixes(state):
-            raise _cli.UserError(f'{args.source} holds {describe_places(state)}: convert takes one '
-                                 "VMamba under 'backbone.', with its heads beside it, or alone; "
-                                 'save that one alone')
-        raise _cli.UserError(f'{args.source} holds no VMamba')
-    key, held, _ = choose_weights(content, args.weights, path)
+    family = find_family(args.family, content, path, args.weights)
+    checkpoint = select_weights(content, args.weights, path, family=family)
+    state = checkpoint['state_dict']
+    if 'arch' not in checkpoint['meta']:
+        raise UserError(f'{args.source} holds {describe_places(state, family)}: convert takes '
+                             f"one {family.model} under 'backbone.', with its heads beside it, or "
+                             'alone; save that one alone')
+    key, held, _ = choose_weights(content, args.weights, path, family)
     arch = checkpoint['meta']['arch']
-    check_complete(state, arch, args.source)
-    meta = make_meta(checkpoint, args.source, path)
-    save(state, meta, args.target, to)
+    check_complete(state, arch, family, args.source)
+    meta = make_meta(checkpoint, family, args.source, path)
+    save(state, meta, family, args.target, to)
     count = sum(v.numel() for v in state.values())
-    print(f'{args.source}: {arch if isinstance(arch, str) else "VMamba of its own"}, task '
+    print(f'{args.source}: {arch if isinstance(arch, str) else f"{family.model} of its own"}, task '
           f'{meta["task"]}, {len(state)} tensors, {count:,} values'
           + (f', weights of {meta["weights"]!r}' if 'weights' in meta else ''))
     if left_out := find_left_out(content, key, held, state):
@@ -161,4 +187,4 @@ def main():
 
 
 if __name__ == '__main__':
-    _cli.run(main)
+    cli.run(main)

@@ -7,8 +7,11 @@ import functools
 import sys
 from pathlib import Path
 
-import _cli
-import _images
+from vmamba_mm.errors import UserError
+from vmamba_mm.mm import cli
+from vmamba_mm.mm.cli import images as image_files
+from vmamba_mm.mm.inputs import build_steps, build_trained
+from vmamba_mm.mm.tasks import task_named
 
 EXAMPLES = """\
   python tools/predict.py CONFIG CHECKPOINT photo.jpg
@@ -19,47 +22,24 @@ MAX_LEGEND = 20  # classes, largest area first
 
 
 def parse_args():
-    parser = _cli.make_parser(__doc__, EXAMPLES)
+    parser = cli.make_parser(__doc__, EXAMPLES)
     parser.add_argument('config', metavar='CONFIG',
                         help='a config file, or a stock one as mmdet::folder/name.py')
     parser.add_argument('checkpoint', metavar='CHECKPOINT',
                         help='a checkpoint file or web address, official or ours')
     parser.add_argument('images', metavar='IMAGE', nargs='+', help='image files or folders of them')
-    _cli.add_weights_option(parser)
+    cli.add_weights_option(parser)
     parser.add_argument('--out-dir', default='predictions', metavar='FOLDER',
                         help='where the pictures are written (default: predictions); a number is '
                         'added to a name that is taken, and no image is overwritten')
-    _images.add_channels_option(parser)
+    image_files.add_channels_option(parser)
     parser.add_argument('--score-thr', type=float, default=0.3, metavar='S',
                         help='draw boxes from this score on (default: 0.3)')
-    _cli.add_device_option(parser)
-    _cli.add_common_options(parser, launcher=False)
+    cli.add_device_option(parser)
+    cli.add_common_options(parser, launcher=False)
     args = parser.parse_args()
-    _images.check_channels_option(args)
+    image_files.check_channels_option(args)
     return args
-
-
-def build_model(cfg, checkpoint, name, device):
-    """The config's model with all of the checkpoint's weights."""
-    from vmamba_mm.mm.hooks.strict_load import check_fits
-
-    model = _cli.build_model(cfg)
-    state, _ = check_fits(model, checkpoint, name)
-    model.load_state_dict(state)
-    return model.to(device).eval()
-
-
-def build_steps(cfg):
-    """The transforms of the test pipeline but for the loading of annotations."""
-    from mmengine.dataset import Compose
-
-    dataset = next(d for _, d in _cli.datasets_of(cfg.test_dataloader.dataset, ''))
-
-    def loads_annotations(step):
-        name = _cli.type_name(step)
-        return 'Load' in name and 'Annotations' in name
-
-    return Compose([step for step in dataset.pipeline if not loads_annotations(step)]).transforms
 
 
 def find_meta(cfg, checkpoint):
@@ -68,7 +48,7 @@ def find_meta(cfg, checkpoint):
 
     meta = (checkpoint.get('meta') or {}).get('dataset_meta')
     if not meta:
-        dataset = next(d for _, d in _cli.datasets_of(cfg.test_dataloader.dataset, ''))
+        dataset = next(d for _, d in cli.datasets_of(cfg.test_dataloader.dataset, ''))
         kind = dataset['type']
         if isinstance(kind, str):
             with DATASETS.switch_scope_and_registry(None) as registry:  # of the default scope
@@ -92,15 +72,15 @@ def predict(model, steps, path, number):
     data, image = apply_steps(steps, dict(img_path=str(path), img_id=number, seg_fields=[],
                                           reduce_zero_label=False))
     if image is None or data is None:
-        raise _cli.UserError(f'the test pipeline makes nothing of {path}: it needs a step that '
-                             'loads the file, such as LoadImageFromFile')
+        raise UserError(f'the test pipeline makes nothing of {path}: it needs a step that '
+                        'loads the file, such as LoadImageFromFile')
     try:
         with torch.no_grad():
             return model.test_step(pseudo_collate([data]))[0], image
     except Exception as err:
-        message = _cli.explain(err) or f'{type(err).__name__}: {err}'
-        raise _cli.UserError(f'the model fails on {path}, {image.shape[1]}x{image.shape[0]} '
-                             f'pixels: {message}') from err
+        message = cli.explain(err) or f'{type(err).__name__}: {err}'
+        raise UserError(f'the model fails on {path}, {image.shape[1]}x{image.shape[0]} '
+                        f'pixels: {message}') from err
 
 
 # --- drawing ----------------------------------------------------------------------------------
@@ -150,7 +130,7 @@ class Detections:
     def visualizer(self):
         from vmamba_mm.mm.hooks.draw import build_visualizer
 
-        return build_visualizer('det', self.meta)
+        return build_visualizer(task_named('det'), self.meta)
 
     def draw(self, image, sample, out):
         self.visualizer.add_datasample(str(out), image, sample, draw_gt=False, out_file=str(out),
@@ -198,41 +178,41 @@ def draw(image, sample, meta, out, detections):
         return draw_classes(image, sample, meta, out)
     if 'pred_instances' in sample or 'pred_panoptic_seg' in sample:
         return detections.draw(image, sample, out)
-    raise _cli.UserError(f'predict.py does not know how to draw {type(sample).__name__}')
+    raise UserError(f'predict.py does not know how to draw {type(sample).__name__}')
 
 
 def find_images(names, out_dir):
     """The images named, but for pictures that this tool drew there before."""
-    images = _images.list_images(names)
+    images = image_files.list_images(names)
     drawn = [p for p in images if p.suffix.lower() == '.png' and p.parent.resolve() ==
-             out_dir.resolve() and _images.made_from(p)]
+             out_dir.resolve() and image_files.made_from(p)]
     if drawn:
-        print(f'skipped {len(drawn)} picture(s) that predict.py drew: {_cli.shorten(drawn)}',
+        print(f'skipped {len(drawn)} picture(s) that predict.py drew: {cli.shorten(drawn)}',
               file=sys.stderr)
         images = [p for p in images if p not in drawn]
     if not images:
-        raise _cli.UserError(f'{", ".join(names)}: only pictures that predict.py drew')
+        raise UserError(f'{", ".join(names)}: only pictures that predict.py drew')
     return images
 
 
 def main():
     args = parse_args()
-    cfg = _cli.load_config(args.config, args.cfg_options)
+    cfg = cli.load_config(args.config, args.cfg_options)
     if cfg.get('test_dataloader') is None:
-        raise _cli.UserError(f'the config {args.config} has no test_dataloader, whose pipeline '
-                             'prepares the images')
+        raise UserError(f'the config {args.config} has no test_dataloader, whose pipeline '
+                        'prepares the images')
     from vmamba_mm.checkpoints.files import read_checkpoint
 
     out_dir = Path(args.out_dir)
     checkpoint = read_checkpoint(args.checkpoint, args.weights)
     images = find_images(args.images, out_dir)
-    device = _cli.choose_device(args.device)
-    model = build_model(cfg, checkpoint, args.checkpoint, device)
+    device = cli.choose_device(args.device)
+    model = build_trained(cfg, checkpoint, args.checkpoint, device)
     from vmamba_mm.mm.pictures import Pictures, reads_bgr
 
     steps = build_steps(cfg)
     meta = find_meta(cfg, checkpoint)
-    outputs, failures = _images.Outputs(out_dir), _images.Failures(len(images), 'predicted')
+    outputs, failures = image_files.Outputs(out_dir), image_files.Failures(len(images), 'predicted')
     detections = Detections(meta, args.score_thr)
     to_picture = Pictures(args.channels,
                           reads_bgr(steps, getattr(model, 'data_preprocessor', None)))
@@ -242,7 +222,7 @@ def main():
             picture = to_picture(image)
             out = outputs.choose(path)
             result = draw(picture, sample, meta, out, detections)
-            _images.sign(out, path)
+            image_files.sign(out, path)
         except Exception as err:
             failures.add(path, err)
             continue
@@ -251,4 +231,4 @@ def main():
 
 
 if __name__ == '__main__':
-    _cli.run(main)
+    cli.run(main)

@@ -2,8 +2,9 @@
 
 import os
 
-import _checks
-import _cli
+from vmamba_mm.config import type_name
+from vmamba_mm.errors import UserError
+from vmamba_mm.mm import cli
 
 EXAMPLES = """\
   python tools/train.py configs/vmamba/vmamba-tiny-s1l8_8xb128_in1k-224.py
@@ -14,7 +15,7 @@ EXAMPLES = """\
 
 
 def parse_args():
-    parser = _cli.make_parser(__doc__, EXAMPLES)
+    parser = cli.make_parser(__doc__, EXAMPLES)
     parser.add_argument('config', metavar='CONFIG',
                         help='a config file, or a stock one as mmdet::folder/name.py')
     parser.add_argument('--work-dir', metavar='FOLDER',
@@ -32,7 +33,7 @@ def parse_args():
     parser.add_argument('--auto-scale-lr', action='store_true',
                         help='scale the learning rate by the real batch size over the config\'s '
                         'auto_scale_lr.base_batch_size')
-    _cli.add_common_options(parser)
+    cli.add_common_options(parser)
     return parser.parse_args()
 
 
@@ -41,16 +42,16 @@ def set_amp(cfg, asked):
     wrapper = cfg.get('optim_wrapper')
     if wrapper is None:
         return
-    name = _cli.type_name(wrapper) or 'OptimWrapper'
+    name = type_name(wrapper) or 'OptimWrapper'
     is_amp = name == 'AmpOptimWrapper'
-    if asked and not _cli.has_gpu():
-        raise _cli.UserError('--amp needs a GPU, and torch finds none here; train without --amp')
+    if asked and not cli.has_gpu():
+        raise UserError('--amp needs a GPU, and torch finds none here; train without --amp')
     if asked and not is_amp:
         if name != 'OptimWrapper':
-            raise _cli.UserError(f'--amp cannot be used with optim_wrapper.type={name}')
+            raise UserError(f'--amp cannot be used with optim_wrapper.type={name}')
         wrapper.type = 'AmpOptimWrapper'
         wrapper.setdefault('loss_scale', 'dynamic')
-    if is_amp and not _cli.has_gpu():
+    if is_amp and not cli.has_gpu():
         wrapper.type = 'OptimWrapper'
         for key in ('loss_scale', 'dtype', 'use_fp64'):
             wrapper.pop(key, None)
@@ -80,8 +81,8 @@ def set_resume(cfg, wanted):
     checkpoint = read_checkpoint(wanted)
     meta = checkpoint.get('meta') or {}
     if 'optimizer' not in checkpoint or 'iter' not in meta:
-        raise _cli.UserError(f'{wanted} holds weights only, no state of a training: start from '
-                             f'them with --cfg-options load_from={wanted}')
+        raise UserError(f'{wanted} holds weights only, no state of a training: start from '
+                        f'them with --cfg-options load_from={wanted}')
     cfg.resume, cfg.load_from = True, wanted
     print(f'Resuming from {wanted}')
     if meta.get('seed') is not None:
@@ -93,8 +94,8 @@ def set_allowed(cfg, patterns):
     from vmamba_mm.mm.hooks.strict_load import check_patterns
 
     if patterns and not cfg.get('load_from'):
-        raise _cli.UserError('--allow-mismatch needs a checkpoint to start from: '
-                             '--cfg-options load_from=FILE')
+        raise UserError('--allow-mismatch needs a checkpoint to start from: '
+                        '--cfg-options load_from=FILE')
     allowed = [*check_patterns(cfg.get('allow_mismatch') or (), 'allow_mismatch of the config'),
                *check_patterns(patterns, '--allow-mismatch')]
     if allowed:
@@ -105,12 +106,12 @@ def set_hooks(cfg):
     hooks = dict(cfg.get('default_hooks') or {})
     checkpoint = hooks.get('checkpoint', dict(type='CheckpointHook', interval=1))
     if checkpoint is not None:
-        if _cli.type_name(checkpoint) == 'CheckpointHook':
+        if type_name(checkpoint) == 'CheckpointHook':
             checkpoint['type'] = 'vmamba_mm.AtomicCheckpointHook'
         hooks['checkpoint'] = checkpoint
     cfg.default_hooks = hooks
-    _cli.add_hooks(cfg, 'ExactResumeHook', 'CheckDataHook', 'StrictLoadHook', 'MissedValHook',
-                   'ProgressHook', 'CurvesHook')
+    cli.add_hooks(cfg, 'ExactResumeHook', 'CheckDataHook', 'StrictLoadHook', 'MissedValHook',
+                  'ProgressHook', 'CurvesHook')
 
 
 def set_visualizer(cfg):
@@ -119,7 +120,7 @@ def set_visualizer(cfg):
 
     visualizer = cfg.get('visualizer') or dict(type='Visualizer')
     backends = list(visualizer.get('vis_backends') or [])
-    present = {_cli.type_name(b) for b in backends}
+    present = {type_name(b) for b in backends}
     wanted = ['LocalVisBackend']
     if find_spec('tensorboard'):
         wanted.append('TensorboardVisBackend')
@@ -133,34 +134,34 @@ def set_visualizer(cfg):
 def set_auto_scale(cfg):
     scale = cfg.get('auto_scale_lr') or {}
     if 'base_batch_size' not in scale:
-        raise _cli.UserError('--auto-scale-lr needs auto_scale_lr.base_batch_size in the config')
+        raise UserError('--auto-scale-lr needs auto_scale_lr.base_batch_size in the config')
     cfg.auto_scale_lr = dict(scale, enable=True)
 
 
 def main():
     args = parse_args()
-    cfg = _cli.load_config(args.config, args.cfg_options)
+    cfg = cli.load_config(args.config, args.cfg_options)
     if cfg.get('train_dataloader') is None or cfg.get('train_cfg') is None:
-        raise _cli.UserError(f'the config {args.config} has no train_dataloader and train_cfg: '
-                             'it is no training recipe')
-    _checks.check_training(cfg)
-    _cli.set_work_dir(cfg, args)
+        raise UserError(f'the config {args.config} has no train_dataloader and train_cfg: '
+                        'it is no training recipe')
+    cli.check_training(cfg)
+    cli.set_work_dir(cfg, args)
     set_amp(cfg, args.amp)
     if args.auto_scale_lr:
         set_auto_scale(cfg)
-    _cli.check_data_paths(cfg, 'train_dataloader', 'val_dataloader')
-    _cli.evaluate_in_fp32_without_gpu(cfg)
-    _cli.start_processes(cfg, args.launcher)
-    _cli.set_loader_defaults(cfg, _cli.find_task(cfg))
+    cli.check_data_paths(cfg, 'train_dataloader', 'val_dataloader')
+    cli.evaluate_in_fp32_without_gpu(cfg)
+    cli.start_processes(cfg, args.launcher)
+    cli.set_loader_defaults(cfg, cli.find_task(cfg))
     set_resume(cfg, args.resume)
     set_allowed(cfg, args.allow_mismatch)
     set_hooks(cfg)
     set_visualizer(cfg)
-    runner = _cli.build_runner(cfg)
+    runner = cli.build_runner(cfg)
     runner.train()
     if runner.rank == 0:
         print(f'Done. Checkpoints, logs and curves.png are in {os.path.abspath(cfg.work_dir)}')
 
 
 if __name__ == '__main__':
-    _cli.run(main)
+    cli.run(main)

@@ -1,18 +1,18 @@
-"""Where the package has its configs and kernels: links to folders of the checkout, or folders."""
+"""Where the configs and the kernels' sources lie: beside the package in a checkout, else in it.
+
+A wheel has them inside the package, the configs where OpenMMLab's tools look for them (setup.py).
+A checkout needs no symbolic links for this, which git does not make on Windows.
+"""
 
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parent
 
 
-def follow(link: Path) -> Path:
-    """The folder that a link of the package means; an installed package has the folder itself.
-
-    git writes a text file that holds the target instead (core.symlinks=false, the default on
-    Windows).
-    """
-    return (link.parent / link.read_text().strip()).resolve() if link.is_file() else link
+def _find(installed: str, name: str) -> Path:
+    folder = _PACKAGE / installed
+    return folder if folder.is_dir() else _PACKAGE.parent / name
 
 
-KERNELS = follow(_PACKAGE / 'kernels')
-CONFIGS = follow(_PACKAGE / '.mim' / 'configs')
+KERNELS = _find('kernels', 'kernels')
+CONFIGS = _find('.mim/configs', 'configs')

@@ -4,7 +4,6 @@ On meeting ``type='vmamba_mm.X'`` mmengine imports this module and then the loca
 config needs no ``custom_imports`` and this package needs no mmdet, mmseg or mmpretrain.
 """
 
-from mmengine.registry import FUNCTIONS as MMENGINE_FUNCTIONS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_CONSTRUCTORS
@@ -15,10 +14,8 @@ MODELS = Registry('model', parent=MMENGINE_MODELS, scope='vmamba_mm',
                   locations=['vmamba_mm.models'])
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='vmamba_mm',
                  locations=['vmamba_mm.mm.hooks'])
-FUNCTIONS = Registry('function', parent=MMENGINE_FUNCTIONS, scope='vmamba_mm',
-                     locations=['vmamba_mm.mm.hooks'])
 OPTIM_WRAPPER_CONSTRUCTORS = Registry('optim wrapper constructor', parent=MMENGINE_CONSTRUCTORS,
-                                      scope='vmamba_mm', locations=['vmamba_mm.mm.hooks'])
+                                      scope='vmamba_mm', locations=['vmamba_mm.mm.optim'])
 # These build on mmpretrain's, which is imported when a config names the first of them.
 TRANSFORMS = Registry('transform', parent=MMENGINE_TRANSFORMS, scope='vmamba_mm',
                       locations=['vmamba_mm.mm.transforms'])

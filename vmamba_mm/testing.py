@@ -1,7 +1,7 @@
-"""What tests and benchmarks share: inputs for the ops, and errors relative to scale."""
+"""What tests, tools and benchmarks share: inputs for the ops, errors relative to scale."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 #: where op tests run: a machine with a GPU tests both
 DEVICES = ['cpu', 'cuda'] if torch.cuda.is_available() else ['cpu']
@@ -65,3 +65,24 @@ def with_grads(op, inputs: dict[str, Tensor], grad_y: Tensor | None = None, **kw
         grad_y = torch.randn(y.shape, generator=rng, device=y.device, dtype=torch.float64)
     grads = torch.autograd.grad(y, list(leaves.values()), grad_y.to(y.dtype))
     return y.detach(), dict(zip(leaves, grads, strict=True))
+
+
+class Classifier(nn.Module):
+    """A backbone, the mean of its last map, and a linear layer.
+
+    Parameters are named ``backbone.*`` and ``head.fc.*``, as in mmpretrain's ImageClassifier, of
+    which it is what matters for numbers.
+
+    Args:
+        backbone: with ``num_features``, the channels of its stages, and a tuple of maps as result.
+        num_classes: of the linear layer.
+    """
+
+    def __init__(self, backbone: nn.Module, num_classes: int):
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.ModuleDict(dict(fc=nn.Linear(backbone.num_features[-1], num_classes)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, num_classes)."""
+        return self.head['fc'](self.backbone(x)[-1].mean((2, 3)))

@@ -1,12 +1,11 @@
-_base_ = [
-    './_base_/vmamba-base-s2l15.py',
-    '../_base_/tasks/mask-rcnn_fpn_1x_coco.py',
-]
+_base_ = ['../_base_/tasks/mask-rcnn_fpn_1x_coco.py']
 
 model = dict(
     backbone=dict(
         _delete_=True,
-        **_base_.vmamba,
+        type='vmamba_mm.VMamba',
+        arch='base_s2l15',
         drop_path_rate=0.6,
-        init_cfg=_base_.vmamba_pretrained),
-    neck=dict(in_channels=_base_.vmamba_channels))
+        init_cfg=dict(
+            type='Pretrained', checkpoint='vmamba_mm://vmamba/base_s2l15', prefix='backbone.')),
+    neck=dict(in_channels=[128, 256, 512, 1024]))

@@ -1,16 +1,17 @@
-_base_ = [
-    './_base_/vmamba-vanilla-base.py',
-    '../_base_/tasks/mask-rcnn_fpn_1x_coco.py',
-]
+_base_ = ['../_base_/tasks/mask-rcnn_fpn_1x_coco.py']
 
 model = dict(
     backbone=dict(
         _delete_=True,
-        **_base_.vmamba,
+        type='vmamba_mm.VMamba',
+        arch='vanilla_base',
         # Not set in the released config: Swin-T's 0.2 stayed in place for all three vanilla sizes.
         drop_path_rate=0.2,
-        init_cfg=_base_.vmamba_pretrained),
-    neck=dict(in_channels=_base_.vmamba_channels))
+        # The published model started from an older run of this backbone, not from the listed one.
+        init_cfg=dict(
+            type='Pretrained', checkpoint='vmamba_mm://vmamba/vanilla_base.dp05_in1k',
+            prefix='backbone.')),
+    neck=dict(in_channels=[128, 256, 512, 1024]))
 
 optim_wrapper = dict(paramwise_cfg=dict(custom_keys=_base_.dense_decay_vanilla))
 

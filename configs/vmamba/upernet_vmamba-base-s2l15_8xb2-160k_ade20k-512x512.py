@@ -1,13 +1,12 @@
-_base_ = [
-    './_base_/vmamba-base-s2l15.py',
-    '../_base_/tasks/upernet_160k_ade20k-512x512.py',
-]
+_base_ = ['../_base_/tasks/upernet_160k_ade20k-512x512.py']
 
 model = dict(
     backbone=dict(
         _delete_=True,
-        **_base_.vmamba,
+        type='vmamba_mm.VMamba',
+        arch='base_s2l15',
         drop_path_rate=0.6,
-        init_cfg=_base_.vmamba_pretrained),
-    decode_head=dict(in_channels=_base_.vmamba_channels),
-    auxiliary_head=dict(in_channels=_base_.vmamba_channels[2]))
+        init_cfg=dict(
+            type='Pretrained', checkpoint='vmamba_mm://vmamba/base_s2l15', prefix='backbone.')),
+    decode_head=dict(in_channels=[128, 256, 512, 1024]),
+    auxiliary_head=dict(in_channels=512))

@@ -1,13 +1,12 @@
-_base_ = [
-    './_base_/vmamba-tiny-s1l8.py',
-    '../_base_/tasks/upernet_160k_ade20k-512x512.py',
-]
+_base_ = ['../_base_/tasks/upernet_160k_ade20k-512x512.py']
 
 model = dict(
     backbone=dict(
         _delete_=True,
-        **_base_.vmamba,
+        type='vmamba_mm.VMamba',
+        arch='tiny_s1l8',
         drop_path_rate=0.2,
-        init_cfg=_base_.vmamba_pretrained),
-    decode_head=dict(in_channels=_base_.vmamba_channels),
-    auxiliary_head=dict(in_channels=_base_.vmamba_channels[2]))
+        init_cfg=dict(
+            type='Pretrained', checkpoint='vmamba_mm://vmamba/tiny_s1l8', prefix='backbone.')),
+    decode_head=dict(in_channels=[96, 192, 384, 768]),
+    auxiliary_head=dict(in_channels=384))

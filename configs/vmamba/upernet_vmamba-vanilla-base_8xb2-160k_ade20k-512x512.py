@@ -1,16 +1,17 @@
-_base_ = [
-    './_base_/vmamba-vanilla-base.py',
-    '../_base_/tasks/upernet_160k_ade20k-512x512.py',
-]
+_base_ = ['../_base_/tasks/upernet_160k_ade20k-512x512.py']
 
 model = dict(
     backbone=dict(
         _delete_=True,
-        **_base_.vmamba,
+        type='vmamba_mm.VMamba',
+        arch='vanilla_base',
         # Not set in the released config: Swin-T's 0.3 stayed in place for all three vanilla sizes.
         drop_path_rate=0.3,
-        init_cfg=_base_.vmamba_pretrained),
-    decode_head=dict(in_channels=_base_.vmamba_channels),
-    auxiliary_head=dict(in_channels=_base_.vmamba_channels[2]))
+        # The published model started from an older run of this backbone, not from the listed one.
+        init_cfg=dict(
+            type='Pretrained', checkpoint='vmamba_mm://vmamba/vanilla_base.dp05_in1k',
+            prefix='backbone.')),
+    decode_head=dict(in_channels=[128, 256, 512, 1024]),
+    auxiliary_head=dict(in_channels=512))
 
 optim_wrapper = dict(paramwise_cfg=dict(custom_keys=_base_.dense_decay_vanilla))

@@ -1,13 +1,11 @@
-_base_ = [
-    './_base_/vmamba-vanilla-base.py',
-    '../_base_/tasks/imagenet_224.py',
-]
+_base_ = ['../_base_/tasks/imagenet_224.py']
 
 model = dict(
     backbone=dict(
         _delete_=True,
-        **_base_.vmamba,
+        type='vmamba_mm.VMamba',
+        arch='vanilla_base',
         out_indices=(3, ),
         # The released recipe file says 0.5; the published weights ("dp06") were trained with 0.6.
         drop_path_rate=0.6),
-    head=dict(in_channels=_base_.vmamba_channels[-1]))
+    head=dict(in_channels=1024))

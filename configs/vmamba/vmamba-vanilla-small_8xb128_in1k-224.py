@@ -1,12 +1,10 @@
-_base_ = [
-    './_base_/vmamba-vanilla-small.py',
-    '../_base_/tasks/imagenet_224.py',
-]
+_base_ = ['../_base_/tasks/imagenet_224.py']
 
 model = dict(
     backbone=dict(
         _delete_=True,
-        **_base_.vmamba,
+        type='vmamba_mm.VMamba',
+        arch='vanilla_small',
         out_indices=(3, ),
         drop_path_rate=0.3),
-    head=dict(in_channels=_base_.vmamba_channels[-1]))
+    head=dict(in_channels=768))

@@ -4,6 +4,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from vmamba_mm.mm import cli
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -31,14 +33,13 @@ def test_contact_sheet_holds_every_picture(demo_path, tmp_path):
 @pytest.mark.parametrize('task', ['cls', 'det', 'seg'])
 def test_demo_config_fits_the_set(demo_path, task, monkeypatch):
     monkeypatch.chdir(ROOT)
-    import _cli
     import run
     import scenes
-    cfg = _cli.load_config(run.TASKS[task]['config'])
+    cfg = cli.load_config(run.DEMOS[task].config)
     assert cfg.model.backbone.arch.embed_dims == 32
     for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
         dataset = cfg[name].dataset
-        assert dataset.data_root.rstrip('/') == f'data/demo/{run.TASKS[task]["parts"][0]}'
+        assert dataset.data_root.rstrip('/') == f'data/demo/{run.DEMOS[task].part}'
         classes = list(dataset.metainfo.classes)
         if task == 'cls':  # folders are read in alphabetical order
             assert classes == sorted(scenes.CLASSES)

@@ -15,7 +15,7 @@ def test_nothing_is_installed_by_itself(mm, monkeypatch):
         pytest.fail('a process was started')
 
     monkeypatch.setattr(subprocess, 'check_call', fail)
-    monkeypatch.setattr(compat, '_version', lambda name: None)
+    monkeypatch.setattr(compat, 'installed_version', lambda name: None)
     monkeypatch.setattr(compat.importlib.util, 'find_spec', lambda name: None)
     for package, extra in (('mmdet', 'det'), ('mmseg', 'seg'), ('mmpretrain', 'cls')):
         with pytest.raises(compat.UserError, match=rf"{package}.*vmamba_mm\[{extra}\]"):
@@ -39,7 +39,8 @@ def test_stock_bases_are_found(base, mm, tmp_path):
 
 def test_advice_fits_the_line(monkeypatch):
     """The extras would install the onedl line over an upstream one."""
-    monkeypatch.setattr(compat, '_version', lambda name: '0.10.7' if name == 'mmengine' else None)
+    monkeypatch.setattr(compat, 'installed_version',
+                        lambda name: '0.10.7' if name == 'mmengine' else None)
     assert 'pip install mmsegmentation==1.2.2' in str(compat.missing_package('mmseg'))
     assert 'vmamba_mm[' not in str(compat.missing_package('mmdet'))
 
@@ -60,12 +61,6 @@ def test_mmcv_without_operators(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, 'mmcv._ext', None)
     with pytest.raises(compat.UserError, match='without its compiled op.*run tools/setup_env.sh'):
         compat.require_working('detector')
-
-
-def test_import_is_light():
-    code = ('import sys, vmamba_mm.mm.compat; '
-            'assert not [m for m in sys.modules if m.startswith(("mm", "torch"))]')
-    subprocess.run([sys.executable, '-c', code], check=True)
 
 
 @pytest.mark.parametrize('version', ['4.40.0', '5.1.0'])
@@ -108,7 +103,7 @@ def test_checkpoints_with_code_are_refused(mm, tmp_path):
         torch.load(tmp_path / 'bad.pth', weights_only=True)
 
 
-def test_importing_the_model_is_enough_to_read_every_config():
+def test_importing_mm_is_enough_to_read_every_config():
     """mmseg's own inferencer, in a process without our tools, reads the config first."""
     import subprocess
     import sys
@@ -117,6 +112,6 @@ def test_importing_the_model_is_enough_to_read_every_config():
     pytest.importorskip('mmseg')
     config = Path(__file__).resolve().parents[2] / (
         'configs/vmamba/upernet_vmamba-tiny-s1l8_8xb2-160k_ade20k-512x512.py')
-    code = ('import vmamba_mm.models\nfrom mmengine.config import Config\n'
+    code = ('import vmamba_mm.mm\nfrom mmengine.config import Config\n'
             f'Config.fromfile({str(config)!r})')
     subprocess.run([sys.executable, '-c', code], check=True)

@@ -8,7 +8,7 @@ from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from vmamba_mm.mm.hooks import text
+from vmamba_mm.mm import text
 
 CAT, NEW = '\u732b', '\u0378'  # a Chinese letter, and one that no font has: it is not assigned
 

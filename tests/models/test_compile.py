@@ -98,22 +98,6 @@ def test_many_sizes_are_few_graphs(counting, arch, training, runs):
         assert counting.graphs == graphs, batches
 
 
-def test_argument_compile(counting):
-    """What it takes; the names of the weights stay."""
-    torch.manual_seed(0)
-    plain = VMamba(S1).eval()
-    model = VMamba(S1, compile=dict(backend=counting)).eval()
-    model.load_state_dict(plain.state_dict())
-    x = torch.randn(1, 3, 40, 72)
-    with torch.no_grad():
-        for found, expected in zip(model(x), plain(x), strict=True):
-            torch.testing.assert_close(found, expected)
-    assert counting.graphs == 1
-    assert VMamba(S1, compile=True)._compiled_call_impl is not None
-    assert VMamba(S1, compile={})._compiled_call_impl is not None
-    assert VMamba(S1, compile=None)._compiled_call_impl is None
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which('g++') is None and not os.environ.get('CI'),
                     reason='needs a C++ compiler')

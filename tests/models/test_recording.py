@@ -3,9 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from vmamba_mm.layers import record_scan_inputs, recording
+from vmamba_mm.layers import record_inputs, record_scan_inputs
 from vmamba_mm.models import VMamba
+from vmamba_mm.ops import selective_scan
 from vmamba_mm.testing import DEVICES, assert_close
 
 ARCH = dict(embed_dims=8, depths=(1, 2, 1, 1), d_state=1, ssm_ratio=1.0, dt_rank='auto',
@@ -50,21 +52,35 @@ def test_watched_blocks_do_not_run_as_one_op(monkeypatch):
     from vmamba_mm.layers import vss_block
 
     monkeypatch.setattr(vss_block, 'why_not', lambda *args: None)
+    monkeypatch.setattr(vss_block, 'runs_kernels', lambda x: True)
     model, _ = make()
     watched, other = model.stages[1].blocks
     x = torch.randn(1, 4, 4, 16)
-    assert watched._in_one_op(x, x.dtype) is not None
+    assert watched.why_not_one_op(x) is None
     with record_scan_inputs([watched.ssm]):
-        assert watched._in_one_op(x, x.dtype) is None
-        assert other._in_one_op(x, x.dtype) is not None
-    assert watched._in_one_op(x, x.dtype) is not None
+        assert 'hook' in watched.why_not_one_op(x)
+        assert other.why_not_one_op(x) is None
+    assert watched.why_not_one_op(x) is None
 
 
-def test_ops_that_are_watched_begin_with_the_scans_inputs():
-    expected = ['x', 'x_proj_weight', 'dt_projs_weight', 'dt_projs_bias', 'A', 'D']
-    for name in recording._SCANS:
-        schema = getattr(torch.ops.vmamba_mm, name.removeprefix('vmamba_mm::')).default._schema
-        assert [argument.name for argument in schema.arguments[:recording._INPUTS]] == expected
+def test_any_op_by_the_names_of_its_arguments():
+    """Of modules that run several ops, the one that was asked for."""
+    class Scan(nn.Module):
+        def forward(self, u):
+            y = selective_scan(u.square(), *inputs[1:])
+            return selective_scan(y, *inputs[1:])
+
+    inputs = [torch.rand(1, 2, 5), torch.rand(1, 2, 5), -torch.rand(2, 3),
+              torch.rand(1, 1, 3, 5), torch.rand(1, 1, 3, 5)]
+    scan = Scan()
+    with record_inputs([scan], 'ss2d_scan_fwd', 'selective_scan_fwd') as found:
+        assert not found
+        scan(inputs[0])
+        assert torch.equal(found[scan]['u'], inputs[0].square())
+    assert torch.equal(found[scan]['A'], inputs[2])
+    with record_inputs([scan], 'ss2d_scan_fwd') as found:
+        scan(inputs[0])
+    assert not found
 
 
 @pytest.mark.parametrize('kwargs', [dict(compile=dict(backend='aot_eager')), dict(with_cp=True)],
@@ -86,6 +102,6 @@ def test_the_last_run_counts_and_an_error_leaves_no_hook():
         model(x)
         model(x[:1, :, :24])
     assert found[module][0].shape == (1, 8, 6, 14)
-    with pytest.raises(RuntimeError), record_scan_inputs([module]):
+    with pytest.raises(ValueError), record_scan_inputs([module]):
         model(x[:, :2])
     assert not module._forward_pre_hooks and torch._C._len_torch_dispatch_stack() == 0

@@ -22,7 +22,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vmamba_mm.ops.core import compile, gemm, graphs, launch
+from vmamba_mm.ops.core import backends, compile, gemm, graphs, launch
 from vmamba_mm.ops.core.parameters import packed_size
 from vmamba_mm.ops.scan_kernels import cuda as scans
 from vmamba_mm.ops.ss2d_scan import large_state
@@ -178,6 +178,7 @@ def emulated_gpu(folder: Path, capability: tuple[int, int] = (9, 0)):
                 (torch.cuda, 'get_device_properties', lambda *_: properties),
                 (gemm, 'product', product), (gemm, 'why_not', lambda: None),
                 (graphs, 'is_current_stream_capturing', lambda: True),  # there are no graphs
+                (backends, 'KERNEL_DEVICES', ('cpu',)),
                 (scans, 'why_not', why_not), (large_state, 'why_not', why_not)):
             patch.setattr(target, name, value)
         threads = torch.get_num_threads()

@@ -595,7 +595,7 @@ def test_compiled_stem_block_and_downsampling(kernels):
 
 # --- all ----------------------------------------------------------------------------------------
 
-def test_opcheck(kernels):
+def test_opcheck(kernels, monkeypatch):
     x, branch = (randn(2, 3, 2, 8, dtype=HALF, device=kernels).requires_grad_() for _ in range(2))
     weight, bias = (randn(8, device=kernels).requires_grad_() for _ in range(2))
     scale = torch.ones(2, device=kernels)
@@ -608,14 +608,18 @@ def test_opcheck(kernels):
     opcheck(torch.ops.vmamba_mm.mlp.default, (*make_mlp(kernels, dtype=HALF), True))
     block = make_block(kernels, 32, 1.0)
     x = randn(2, 5, 6, 32, device=kernels)
-    parameters = block._in_one_op(x, HALF)
-    for dtype in (HALF, SINGLE):
-        rest = block.ssm.conv2d.bias, torch.ones(2, device=kernels), None, 1e-5, dtype, SINGLE
+    taken = []
+    monkeypatch.setattr(layers, 'vss_block', lambda x, weights, *args: taken.append(weights))
+    block(x)
+    without_bias = taken[0]._replace(conv_bias=None)
+    for weights, dtype in ((taken[0], HALF), (taken[0], SINGLE), (without_bias, SINGLE)):
+        settings = 1e-5, dtype, SINGLE
         opcheck(torch.ops.vmamba_mm.vss_block_fwd.default,
-                (x.detach().requires_grad_(), *parameters, *rest),
+                (x.detach().requires_grad_(), *weights, torch.ones(2, device=kernels), None,
+                 *settings),
                 test_utils=('test_schema', 'test_autograd_registration', 'test_faketensor'))
         opcheck(torch.ops.vmamba_mm.vss_block.default,
-                (x.detach(), [t.detach() for t in parameters], [], *rest[3:]))
+                (x.detach(), [t if t is None else t.detach() for t in weights], *settings))
 
 
 def test_bit_equal_whichever_thread_is_first(kernels, monkeypatch):

@@ -59,7 +59,7 @@ def test_gradcheck(backend):
     assert torch.autograd.gradcheck(op, inputs)
 
 
-@pytest.mark.parametrize('backend', ['reference', 'chunked'])
+@pytest.mark.parametrize('backend', ['chunked'])
 @pytest.mark.parametrize('optional', [True, False], ids=['all', 'no-D-no-bias'])
 @pytest.mark.parametrize('device', DEVICES)
 def test_opcheck(device, backend, optional):

@@ -112,7 +112,7 @@ def test_gradcheck(backend):
 
 
 @pytest.mark.parametrize('out_dtype', [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize('backend', ['reference', 'chunked'])
+@pytest.mark.parametrize('backend', ['chunked'])
 @pytest.mark.parametrize('device', DEVICES)
 def test_opcheck(device, backend, out_dtype):
     inputs = ss2d_scan_inputs(2, 3, 4, 5, state=2, device=device)

@@ -1,5 +1,47 @@
+import importlib
+import sys
+from pathlib import Path
+
 import pytest
 import tiny
+
+
+@pytest.fixture
+def load_tool(monkeypatch):
+    """load_tool('analysis/erf.py'): the script as a module, its folder on sys.path as when it runs.
+
+    Afterwards the modules of all tools are forgotten: some are called alike.
+    """
+    def load(name):
+        path = tiny.TOOLS / name
+        monkeypatch.syspath_prepend(path.parent)
+        return importlib.import_module(path.stem)
+
+    yield load
+    for name, module in list(sys.modules.items()):
+        if tiny.TOOLS in Path(getattr(module, '__file__', None) or '/').parents:
+            del sys.modules[name]
+
+
+@pytest.fixture
+def break_scan(monkeypatch):
+    """break_scan(forward): from here on SS2D's scan, or its gradient, is wrong under autocast."""
+    import torch
+
+    import vmamba_mm.layers.ss2d as layer
+
+    right = layer.scan_norm
+
+    def break_scan(forward):
+        def wrong(x, *args, **kwargs):
+            y = right(x, *args, **kwargs)
+            if x.dtype == torch.float32:
+                return y
+            return y * 1.5 if forward else y.detach() + 0 * x
+
+        monkeypatch.setattr(layer, 'scan_norm', wrong)
+
+    return break_scan
 
 
 @pytest.fixture(scope='session')

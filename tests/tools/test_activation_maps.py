@@ -1,11 +1,9 @@
 """tools/analysis/activation_maps.py: maps that are known, and runs of the tool."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -19,13 +17,8 @@ SIZE = 64  # maps of 16, 8, 4 and 2 pixels
 
 
 @pytest.fixture
-def tool(monkeypatch):
-    monkeypatch.setattr(sys, 'path', [str(tiny.TOOLS), str(tiny.TOOLS / 'analysis'), *sys.path])
-    names = ('activation_maps', 'erf', 'predict')
-    import activation_maps
-    yield activation_maps
-    for name in names:
-        sys.modules.pop(name)
+def tool(load_tool):
+    return load_tool('analysis/activation_maps.py')
 
 
 @pytest.fixture
@@ -207,7 +200,7 @@ def test_mistakes(call, tool, projects, image, tmp_path):
     assert_one_line(call(*start, image, '--cfg-options', 'model.backbone.arch.scan=bidirectional'),
                     'scan', "'bidirectional'", "'cross'")
     resnet = tmp_path / 'resnet.pth'
-    model = tool._cli.build_model(tool._cli.load_config(RESNET))
+    model = tool.cli.build_model(tool.cli.load_config(RESNET))
     torch.save(dict(state_dict=model.state_dict()), resnet)
     assert_one_line(call(TOOL, RESNET, '--checkpoint', resnet, image), 'ResNet', 'no SS2D')
     assert_one_line(call(TOOL, config, '--checkpoint', resnet, image), resnet, 'does not fit')

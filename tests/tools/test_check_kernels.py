@@ -73,7 +73,7 @@ def check(tmp_path, monkeypatch):
         check_kernels.main()
         return json.loads((tmp_path / 'resources.json').read_text())['kernels']
 
-    run.error = check_kernels._cli.UserError
+    run.error = check_kernels.UserError
     run.budget = tmp_path / 'resources.json'
     with compile.override_cache(tmp_path / 'cache'):
         yield run

@@ -3,25 +3,23 @@
 import csv
 import functools
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-BENCH = Path(__file__).parents[2] / 'tools' / 'bench'
+from vmamba_mm.errors import UserError
+
 ARCH = dict(embed_dims=16, depths=(1, 1, 1, 1), d_state=1, ssm_ratio=1.0, dt_rank='auto',
             conv_bias=False, gate=False, mlp_ratio=4.0, stem='conv', downsample='conv',
             scan='cross')
 
 
 @pytest.fixture
-def tool(monkeypatch):
+def tool(monkeypatch, load_tool):
     """end_to_end with small models; call(*argv) runs its main."""
     pytest.importorskip('timm')
     pytest.importorskip('mmengine')
-    monkeypatch.syspath_prepend(BENCH)
-    import end_to_end
-
+    end_to_end = load_tool('bench/end_to_end.py')
     make = end_to_end.make_model
 
     def make_small(name, output, height, width):
@@ -62,12 +60,11 @@ def test_all_sections(tool, monkeypatch, tmp_path, capsys):
               '--sections', *tool.SECTIONS, '--csv', tmp_path / 'a.csv', '--png',
               tmp_path / 'a.png')
     out, err = capsys.readouterr()
-    ratios, requirements, medians, missing = (out.index(text) for text in (
-        'Times as fast as the peer', 'Required of an H100', 'Medians', 'Not measured'))
-    assert ratios < requirements < medians < missing
+    ratios, anchors, medians, missing = (out.index(text) for text in (
+        'Times as fast as the peer', 'measured by us on an H100', 'Medians', 'Not measured'))
+    assert ratios < anchors < medians < missing
     assert 'swin_t: RuntimeError: this one fails' in out[missing:]
     assert 'mambavision_t: not installed' in out[missing:]
-    assert 'no verdicts' in out and 'MISSED' not in out
     assert 'time per pixel' in out
     assert 'compiled-training: ' in err
 
@@ -91,25 +88,14 @@ def test_all_sections(tool, monkeypatch, tmp_path, capsys):
     assert (tmp_path / 'b.csv').read_text() == (tmp_path / 'a.csv').read_text()
     other = (tmp_path / 'a.csv').read_text().replace(',CPU,', ',another GPU,')
     (tmp_path / 'c.csv').write_text(other.replace(',tiny_s1l8,', ',base_s1l20,'))
-    with pytest.raises(tool._cli.UserError, match='device CPU and another GPU'):
+    with pytest.raises(UserError, match='device CPU and another GPU'):
         tool.call(*ON_CPU, '--sections', 'headline', '--merge', tmp_path / 'c.csv')
 
 
 @pytest.mark.parametrize('what', ['the output', "the parameters' gradient"])
-def test_what_is_wrong_is_not_timed(tool, monkeypatch, tmp_path, what):
-    """A kernel that is wrong under autocast only, forward or backward."""
-    import vmamba_mm.layers.ss2d as layer
-
-    right = layer.scan_norm
-
-    def wrong(x, *args, **kwargs):
-        y = right(x, *args, **kwargs)
-        if x.dtype == torch.float32:
-            return y
-        return y * 1.5 if what == 'the output' else y.detach() + 0 * x
-
-    monkeypatch.setattr(layer, 'scan_norm', wrong)
-    with pytest.raises(tool._cli.UserError, match=f'tiny_s1l8 is wrong.*: {what} differs'):
+def test_what_is_wrong_is_not_timed(tool, break_scan, tmp_path, what):
+    break_scan(forward=what == 'the output')
+    with pytest.raises(UserError, match=f'tiny_s1l8 is wrong.*: {what} differs'):
         tool.call(*ON_CPU, '--models', 'convnext_t', 'tiny_s1l8', '--csv', tmp_path / 'a.csv')
     lines = list(csv.DictReader((tmp_path / 'a.csv').open()))
     assert {line['model'] for line in lines} == {'convnext_t'}
@@ -117,7 +103,7 @@ def test_what_is_wrong_is_not_timed(tool, monkeypatch, tmp_path, what):
 
 def test_our_failure_is_an_error(tool, monkeypatch, capsys):
     monkeypatch.setattr(tool, 'make_model', lambda *args: 1 / 0)
-    with pytest.raises(tool._cli.UserError, match='tiny_s1l8 failed'):
+    with pytest.raises(UserError, match='tiny_s1l8 failed'):
         tool.call(*ON_CPU, '--models', 'tiny_s1l8')
     assert 'tiny_s1l8: ZeroDivisionError' in capsys.readouterr().out
 
@@ -131,10 +117,8 @@ def test_graph_is_checked(tool, monkeypatch):
     assert 0 < numbers['error'] < 6e-2 and numbers['peak_gib'] != numbers['peak_gib']
 
 
-def test_verdicts(tool, capsys):
+def test_anchors(tool, capsys):
     report = tool.report
-    setting = dict(device='NVIDIA H100 80GB HBM3', torch='2', timm='1', dtype='float16',
-                   shrink='1')
     rows = {report.Case('tiny_s1l8'): dict(images_per_s=9000.0),
             report.Case('tiny_s1l8', batch=1): dict(ms=5.6),
             report.Case('small_s1l20', 'forward+backward'): dict(images_per_s=1702.0)}
@@ -142,14 +126,12 @@ def test_verdicts(tool, capsys):
         rows[report.Case('tiny_s1l8', batch=batch, height=side, width=side)] = dict(
             images_per_s=speed)
     rows = {case: dict.fromkeys(report.NUMBERS, report.NAN) | row for case, row in rows.items()}
-    report.print_requirements(rows, setting)
+    report.print_anchors(rows)
     lines = capsys.readouterr().out.splitlines()[3:]
-    verdicts = [[word for word in line.split() if word in ('met', 'MISSED')] for line in lines]
     # Per pixel 8000 / 400 * (224 / 1024)^2 = 0.957.
-    assert verdicts == [['met', 'MISSED'], ['MISSED', 'MISSED'], ['MISSED', 'MISSED'], ['met'],
-                        ['met']]
-    report.print_requirements(rows, setting | dict(dtype='bfloat16'))
-    assert 'MISSED' not in capsys.readouterr().out
+    assert [line.split()[-4:] for line in lines] == [
+        ['9000', '2872', '5128', '7368'], ['5.6', '24.7', '9', '5.6'],
+        ['400', '140', '221', '289'], ['1702', '709', '-', '-'], ['0.957', '0.92', '1.06', '1.13']]
 
 
 def test_every_model_builds(tool, monkeypatch):
@@ -159,16 +141,3 @@ def test_every_model_builds(tool, monkeypatch):
             with torch.device('meta'):
                 model = tool.make_model(name, 'logits', 224, 224)
             assert sum(p.numel() for p in model.parameters()) > 2e7
-
-
-def test_mistakes(tool, tmp_path, capsys):
-    for argv, match in ((('--shrink', 0), 'at least 1'),
-                        (('--merge', tmp_path / 'none.csv'), 'none.csv'),
-                        (('--merge', __file__), 'no CSV file of this tool')):
-        with pytest.raises((tool._cli.UserError, FileNotFoundError), match=match):
-            tool.call(*argv)
-    if not torch.cuda.is_available():
-        with pytest.raises(tool._cli.UserError, match='finds no GPU'):
-            tool.call()
-    with pytest.raises(SystemExit):
-        tool.call('--sections', 'none')

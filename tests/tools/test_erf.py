@@ -2,7 +2,6 @@
 
 import csv
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +12,15 @@ from PIL import Image
 from test_tools_errors import assert_one_line
 from torch import nn
 
+from vmamba_mm.mm.inputs import drop_pretrained
+
 TOOL = 'analysis/erf.py'
 RESNET = 'mmpretrain::resnet/resnet18_8xb32_in1k.py'
 
 
 @pytest.fixture
-def erf(monkeypatch):
-    monkeypatch.syspath_prepend(tiny.TOOLS)
-    monkeypatch.syspath_prepend(tiny.TOOLS / 'analysis')
-    import erf
-    yield erf
-    sys.modules.pop('erf')
+def erf(load_tool):
+    return load_tool('analysis/erf.py')
 
 
 @pytest.fixture
@@ -132,13 +129,13 @@ def test_no_map(erf, shape):
         erf.as_map(torch.ones(shape), nn.Identity())
 
 
-def test_random_weights_are_random(erf):
+def test_random_weights_are_random():
     """No checkpoint that a config starts from is loaded."""
     pretrained = dict(type='Pretrained', checkpoint='torchvision://resnet50')
     kaiming = dict(type='Kaiming', layer='Conv2d')
     model = dict(pretrained='open-mmlab://resnet50_v1c', backbone=dict(init_cfg=pretrained),
                  teachers=[dict(init_cfg=[kaiming, pretrained], pretrained=True)])
-    erf.drop_pretrained(model)
+    drop_pretrained(model)
     assert model == dict(pretrained=None, backbone=dict(init_cfg=None),
                          teachers=[dict(init_cfg=[kaiming], pretrained=False)])
 

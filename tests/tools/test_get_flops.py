@@ -1,6 +1,7 @@
 """tools/analysis/get_flops.py: formulas by hand, the published numbers, every kind of config."""
 
 import csv
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -9,31 +10,34 @@ from types import SimpleNamespace
 import pytest
 import tiny
 
+from vmamba_mm import zoo
+from vmamba_mm.errors import UserError
+from vmamba_mm.mm import cli, flops
+
 REPO = Path(__file__).parents[2]
-TOOLS = REPO / 'tools'
 
 
-@pytest.fixture(autouse=True)
-def tools_on_path(monkeypatch, mm):
-    monkeypatch.syspath_prepend(TOOLS)
-    monkeypatch.syspath_prepend(TOOLS / 'analysis')
+@pytest.fixture
+def tool(mm, load_tool):
+    return load_tool('analysis/get_flops.py')
 
 
-def count(path, shape=None, options=()):
-    import get_flops
+@pytest.fixture
+def run(tool, monkeypatch):
+    """run(*argv): the command."""
+    def run(*argv):
+        monkeypatch.setattr(sys, 'argv', ['get_flops.py', *map(str, argv)])
+        tool.main()
 
-    return get_flops.count_config(str(path), options, shape)
+    return run
+
+
+def count(path, shape=None):
+    return flops.count(cli.load_config(str(path)), shape)
 
 
 def total(found):
     return found.flops + sum(found.extras.values())
-
-
-def run(monkeypatch, *argv):
-    import get_flops
-
-    monkeypatch.setattr(sys, 'argv', ['get_flops.py', *map(str, argv)])
-    get_flops.main()
 
 
 # --- published --------------------------------------------------------------------------------
@@ -47,18 +51,17 @@ PUBLISHED = {
     'tiny_s1l8': (30, 4.9, 4.91), 'small_s1l20': (49, 8.6, None), 'base_s1l20': (87, 15.2, None)}
 
 
-def test_classifiers_are_the_published_ones():
-    import flops
-    import get_flops
-
+def test_classifiers_are_the_published_ones(tool):
     seen = {}
-    for cfg, parameters, published in get_flops.published_models('imagenet'):
-        arch, found = cfg.model.backbone.arch, flops.count(cfg, 'cls', (224, 224))
-        verdict = get_flops.compare('imagenet', arch, found, parameters, published)
-        assert verdict.startswith('agrees'), (arch, verdict)
-        fine = PUBLISHED[arch][2]
-        assert fine is None or round(total(found) / 1e9, 2) == fine, arch
-        seen[arch] = (round(found.parameters / 1e6), round(total(found) / 1e9, 1), fine)
+    for entry in tool.TABLES['imagenet']:
+        if entry.family != 'vmamba':
+            continue
+        found = count(entry.path)
+        verdict = tool.compare(entry, found, 1)
+        assert verdict.startswith('agrees'), (entry.arch, verdict)
+        fine = PUBLISHED[entry.arch][2]
+        assert fine is None or round(total(found) / 1e9, 2) == fine, entry.arch
+        seen[entry.arch] = (round(found.parameters / 1e6), round(total(found) / 1e9, 1), fine)
     assert seen == PUBLISHED
 
 
@@ -67,36 +70,36 @@ def test_classifiers_are_the_published_ones():
     ('configs/vmamba/mask-rcnn_vmamba-tiny-s1l8_fpn_1x_coco.py', 271_163_376_640),
     ('configs/vmamba/upernet_vmamba-tiny-s1l8_8xb2-160k_ade20k-512x512.py', 948_780_189_696),
     ('mmseg::upernet/upernet_r50_4xb4-160k_ade20k-512x512.py', 952_616_667_136)])
-def test_unrounded_numbers_of_the_authors(config, expected):
+def test_unrounded_numbers_of_the_authors(config, expected, mm):
     pytest.importorskip('mmdet' if 'rcnn' in config else 'mmseg')
     path = config if '::' in config else REPO / config
     assert total(count(path)) == expected
 
 
-def test_slip_of_the_release_page_is_named():
-    import get_flops
+def test_slip_of_the_release_page_is_named(tool):
+    entry = zoo.find('mask-rcnn_vmamba-small-s2l15_fpn_1x_coco')
+    found = count(entry.path)
+    assert 'slip of digits' in tool.compare(entry, found, 0)
+    assert round(total(found) / 1e9) == 349
+    # Only that number is excused, and of that model; parameters are not.
+    other = dataclasses.replace(entry, metadata={})
+    assert tool.compare(other, found, 0).startswith('differs by 35')
+    assert 'parameters' in tool.compare(dataclasses.replace(entry, parameters=72e6), found, 0)
 
-    found = count(REPO / 'configs/vmamba/mask-rcnn_vmamba-small-s2l15_fpn_1x_coco.py')
-    verdict = get_flops.compare('coco', 'small_s2l15', found, 70e6, 384e9)
-    assert 'slip of digits' in verdict and round(total(found) / 1e9) == 349
-    # Only that number is excused, and of that model.
-    assert get_flops.compare('coco', 'small_s2l15', found, 70e6, 385e9).startswith('differs by 36')
-    assert get_flops.compare('coco', 'tiny_s1l8', found, 70e6, 384e9).startswith('differs by 35')
-    assert 'parameters' in get_flops.compare('coco', 'small_s2l15', found, 72e6, 349e9)
 
-
-@pytest.mark.parametrize('table', ['coco', 'ade20k'])
-def test_every_published_model_has_a_row(table):
-    import get_flops
-
-    assert {cfg.model.backbone.arch for cfg, *_ in get_flops.published_models(table)} == \
-        PUBLISHED.keys() - {'small_s1l20', 'base_s1l20'}
+def test_published_tables(tool):
+    dense = PUBLISHED.keys() - {'small_s1l20', 'base_s1l20'}
+    for table, archs, digits in (('imagenet', PUBLISHED, 1), ('coco', dense, 0),
+                                 ('ade20k', dense, 0)):
+        entries = [entry for entry in tool.TABLES[table] if entry.family == 'vmamba']
+        assert {entry.arch for entry in entries} == set(archs) and len(entries) == len(archs)
+        assert tool.digits_of(entries) == digits
 
 
 # --- by hand ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('scan', ['cross', 'unidirectional', 'bidirectional', 'cascade'])
-def test_kinds_of_a_small_model_by_hand(tmp_path, scan):
+def test_kinds_of_a_small_model_by_hand(tmp_path, scan, mm):
     """One block at 4x6 (an image of 16x24), N = 3, ratio 2, gate; other stages do not run."""
     (tmp_path / 'config.py').write_text(f"""
 default_scope = 'mmpretrain'
@@ -120,7 +123,7 @@ model = dict(type='ImageClassifier', backbone=dict(
     assert found.extras == {'norms': 5 * elements, 'resizes': 0, 'pooling': 0}
 
 
-def test_attention_and_its_projections():
+def test_attention_and_its_projections(mm):
     """DeiT-S: 12 blocks, 196 patches of 16x16 and a class token, 384 channels."""
     found = count('mmpretrain::deit/deit-small_4xb256_in1k.py')
     kinds = {row.kind: row.flops for row in found.rows if row.kind}
@@ -135,24 +138,20 @@ def test_attention_and_its_projections():
     ('det', (64, 96), {'backbone', 'neck', 'rpn_head', 'roi_head.bbox_head',
                        'roi_head.mask_head'}),
     ('seg', (64, 96), {'backbone', 'decode_head'})])
-def test_meta_counts_what_a_cpu_counts(tmp_path, task, shape, parts):
-    import _cli
-    import flops
-
+def test_meta_counts_what_a_cpu_counts(tmp_path, task, shape, parts, mm):
     path = tmp_path / 'config.py'
     path.write_text({'cls': tiny.cls_config, 'det': tiny.det_config,
                      'seg': tiny.seg_config}[task](tmp_path))
-    cfg = _cli.load_config(str(path))
-    found = flops.count(cfg, task, shape)
+    cfg = cli.load_config(str(path))
+    found = flops.count(cfg, shape)
     assert {row.part for row in found.rows} == parts
     for row in found.rows:  # the kinds of a part are all of it
         kinds = [r.flops for r in found.rows if r.part == row.part and r.kind]
         assert not kinds or row.kind or sum(kinds) == row.flops
-    on_cpu = flops._measure(flops._build(cfg, task, 'cpu'), task, shape)
-    assert on_cpu == found
+    assert flops.count(cfg, shape, 'cpu') == found
 
 
-def test_sides_of_a_detector_are_padded(tmp_path):
+def test_sides_of_a_detector_are_padded(tmp_path, mm):
     path = tmp_path / 'config.py'
     path.write_text(tiny.det_config(tmp_path))
     found = count(path, (60, 70))
@@ -164,14 +163,14 @@ def test_sides_of_a_detector_are_padded(tmp_path):
     ('mmdet::cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py', {'roi_head.bbox_head', 'rpn_head'}),
     ('mmdet::retinanet/retinanet_r50_fpn_1x_coco.py', {'bbox_head'}),
     ('mmseg::point_rend/pointrend_r50_4xb4-160k_ade20k-512x512.py', {'decode_head'})])
-def test_other_detectors_and_segmentors(config, parts):
+def test_other_detectors_and_segmentors(config, parts, mm):
     pytest.importorskip(config.partition('::')[0])
     found = count(config, (128, 160))
     rows = {row.part: row.flops for row in found.rows if not row.kind}
     assert all(rows[part] > 0 for part in parts | {'backbone', 'neck'}) and 'other' not in rows
 
 
-def test_what_is_not_counted_is_said():
+def test_what_is_not_counted_is_said(mm):
     pytest.importorskip('mmdet')
     notes = ' '.join(count('mmdet::dcn/mask-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py', (256, 256)).notes)
     assert 'not counted' in notes and 'DeformConv2dPack' in notes and 'run on the CPU' in notes
@@ -179,13 +178,13 @@ def test_what_is_not_counted_is_said():
 
 # --- command ----------------------------------------------------------------------------------
 
-def test_command_writes_files(tmp_path, monkeypatch, capsys):
+def test_command_writes_files(tmp_path, capsys, run):
     path = tmp_path / 'small.py'
     path.write_text(tiny.cls_config(tmp_path))
     out = {}
     for unit in ('mac', 'flop'):
         folder = tmp_path / unit
-        run(monkeypatch, path, '--shape', 32, 48, '--unit', unit, '--out-dir', folder)
+        run(path, '--shape', 32, 48, '--unit', unit, '--out-dir', folder)
         printed = capsys.readouterr().out
         assert f'counts as {dict(mac=1, flop=2)[unit]}' in printed and '32x48' in printed
         assert (folder / 'small.png').stat().st_size > 5000
@@ -197,12 +196,9 @@ def test_command_writes_files(tmp_path, monkeypatch, capsys):
     assert out['flop']['parameters'] == out['mac']['parameters']
 
 
-def test_command_beside_the_published(tmp_path, monkeypatch, capsys):
-    import get_flops
-
-    first = next(get_flops.published_models('imagenet'))
-    monkeypatch.setattr(get_flops, 'published_models', lambda table: [first])
-    run(monkeypatch, '--published', 'imagenet', '--out-dir', tmp_path)
+def test_command_beside_the_published(tmp_path, monkeypatch, capsys, tool, run):
+    monkeypatch.setitem(tool.TABLES, 'imagenet', tool.TABLES['imagenet'][:1])
+    run('--published', 'imagenet', '--out-dir', tmp_path)
     assert 'agrees' in capsys.readouterr().out
     model, = json.loads((tmp_path / 'published.json').read_text())['models']
     assert model['published_flops'] == 5.6e9 and model['verdict'] == 'agrees'
@@ -213,26 +209,20 @@ def test_command_beside_the_published(tmp_path, monkeypatch, capsys):
     (['--published', '--unit', 'flop'], 'own sizes'), (['absent.py'], 'does not exist'),
     ([REPO / 'configs/vmamba/vmamba-tiny-s1l8_8xb128_in1k-224.py', '--shape', 0, 4],
      'at least 1')])
-def test_mistakes(argv, message, monkeypatch):
-    from _cli import UserError
-
+def test_mistakes(argv, message, run):
     with pytest.raises(UserError, match=message):
-        run(monkeypatch, *argv)
+        run(*argv)
 
 
-def test_image_that_is_too_small():
-    from _cli import UserError
-
+def test_image_that_is_too_small(mm):
     pytest.importorskip('mmdet')
     with pytest.raises(UserError, match='cannot be run on an image of 32x32: .*smaller'):
         count('mmdet::dcn/mask-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py', (32, 32))
 
 
-def test_bars_are_all_of_a_model():
-    import get_flops
-    from flops import Row
-
-    rows = [Row('backbone', '', 5, 7), Row('backbone', 'scan', None, 3),
-            Row('backbone', 'MLP', None, 4), Row('neck', '', 1, 2), Row('head', '', 1, 0)]
-    assert get_flops.shares(SimpleNamespace(rows=rows)) == {
+def test_bars_are_all_of_a_model(tool):
+    rows = [flops.Row('backbone', '', 5, 7), flops.Row('backbone', 'scan', None, 3),
+            flops.Row('backbone', 'MLP', None, 4), flops.Row('neck', '', 1, 2),
+            flops.Row('head', '', 1, 0)]
+    assert tool.shares(SimpleNamespace(rows=rows)) == {
         'backbone: scan': 3, 'backbone: MLP': 4, 'neck': 2}

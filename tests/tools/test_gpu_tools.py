@@ -74,7 +74,7 @@ def test_sanitizer_is_missing(monkeypatch, tmp_path):
 
     monkeypatch.setenv('PATH', str(tmp_path))
     monkeypatch.setattr(check_gpu, 'Path', lambda *parts: tmp_path.joinpath('absent', *parts[1:]))
-    with pytest.raises(check_gpu._cli.UserError, match='compute-sanitizer was not found'):
+    with pytest.raises(check_gpu.UserError, match='compute-sanitizer was not found'):
         check_gpu.find_sanitizer()
 
 

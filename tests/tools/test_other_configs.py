@@ -9,6 +9,8 @@ import tiny
 from test_predict_images import bands_config, make_checkpoint
 from test_tools_errors import assert_one_line
 
+from vmamba_mm.mm import cli
+
 # In mmengine's new style: Python imports, classes as types, no scope.
 NEW_STYLE = """
 from mmcv.transforms import LoadImageFromFile, Resize
@@ -63,13 +65,10 @@ def test_analyses_of_six_channels(projects, call, tmp_path):
                     '3 channel(s)', 'takes 6')
 
 
-def test_flops_by_channels(mm, tmp_path, monkeypatch):
+def test_flops_by_channels(mm, tmp_path, load_tool):
     """Of the stem's first convolution, 3x3 of stride 2 to 4 channels; of a backbone that tells
     its channels by its first convolution alone; of one whose first step packs pixels."""
-    monkeypatch.syspath_prepend(tiny.TOOLS)
-    monkeypatch.syspath_prepend(tiny.TOOLS / 'analysis')
-    import get_flops
-
+    get_flops = load_tool('analysis/get_flops.py')
     path = tmp_path / 'config.py'
     path.write_text(tiny.cls_config(tmp_path))
     three, six, one = (get_flops.count_config(str(path), [f'model.backbone.in_channels={n}'],
@@ -79,14 +78,10 @@ def test_flops_by_channels(mm, tmp_path, monkeypatch):
     assert get_flops.count_config('mmdet::yolox/yolox_tiny_8xb8-300e_coco.py', (), (64, 64)).flops
 
 
-def test_a_model_that_changes_its_config(mm, monkeypatch):
+def test_a_model_that_changes_its_config(mm, load_tool):
     """DINO writes into the settings of its head, which no second model can be built from."""
     pytest.importorskip('mmdet')
-    monkeypatch.syspath_prepend(tiny.TOOLS)
-    monkeypatch.syspath_prepend(tiny.TOOLS / 'analysis')
-    import _cli
-    import get_flops
-
+    get_flops = load_tool('analysis/get_flops.py')
     path = 'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py'
     options = ['model.num_queries=20', 'model.encoder.num_layers=1', 'model.decoder.num_layers=1',
                'model.bbox_head.num_classes=3']
@@ -94,9 +89,9 @@ def test_a_model_that_changes_its_config(mm, monkeypatch):
     rows = {row.part: row.flops for row in found.rows if not row.kind}
     assert rows['backbone'] > 0 and rows['encoder'] > 0 and rows['decoder'] > 0
     assert found.flops == sum(rows.values()) and rows.get('other', 0) >= 0
-    cfg = _cli.load_config(path, options)
+    cfg = cli.load_config(path, options)
     before = cfg.model.to_dict()
-    assert len({sum(p.numel() for p in _cli.build_model(cfg).parameters())
+    assert len({sum(p.numel() for p in cli.build_model(cfg).parameters())
                 for _ in range(2)}) == 1
     assert cfg.model.to_dict() == before
 

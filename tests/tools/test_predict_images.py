@@ -9,6 +9,8 @@ import tiny
 from PIL import Image
 from test_tools_errors import assert_one_line
 
+from vmamba_mm.mm import cli
+
 
 def picture(path, size=(32, 32), colour=(200, 80, 40)):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -19,11 +21,6 @@ def picture(path, size=(32, 32), colour=(200, 80, 40)):
 def written(out):
     """{image: picture} of a run."""
     return dict(re.findall(r'^\[\d+/\d+\] (.+?): .* -> (.+)$', out, re.MULTILINE))
-
-
-@pytest.fixture
-def tools_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(tiny.TOOLS)
 
 
 # --- names --------------------------------------------------------------------------------------
@@ -55,9 +52,9 @@ def test_nothing_is_overwritten(projects, call, tmp_path):
     assert {path: path.read_bytes() for path in images} == before
 
 
-def test_one_run_after_the_other(projects, call, tmp_path, tools_on_path):
+def test_one_run_after_the_other(projects, call, tmp_path):
     """Three runs, one image each; a file of somebody else's."""
-    from _images import made_from
+    from vmamba_mm.mm.cli.images import made_from
 
     config, checkpoint, _ = projects('cls')
     other = picture(tmp_path / 'predictions/a.png').read_bytes()
@@ -279,10 +276,9 @@ def test_unknown_scope(tool, scope, kind, projects, call, tmp_path):
                     "'mmseg'")
 
 
-def test_task_of_a_model(mm, tools_on_path):
+def test_task_of_a_model(mm):
     import mmdet.models
     import mmpretrain.models
-    from _cli import find_task
     from mmengine.config import ConfigDict
     from mmengine.model import BaseModel
 
@@ -290,7 +286,8 @@ def test_task_of_a_model(mm, tools_on_path):
         pass
 
     def task(kind, scope=None, **model):
-        return find_task(ConfigDict(model=dict(type=kind, **model), default_scope=scope))
+        found = cli.find_task(ConfigDict(model=dict(type=kind, **model), default_scope=scope))
+        return found and found.name
 
     assert task('MaskRCNN', 'mmdet') == 'det'
     assert task('mmdet.MaskRCNN', 'mmengine') == task('mmdet.MaskRCNN', 'mmseg') == 'det'
@@ -301,5 +298,5 @@ def test_task_of_a_model(mm, tools_on_path):
     # Nobody's: what works without a task goes on.
     assert task('vmamba_mm.VMamba', 'mmengine') is task(BaseModel) is None
     cfg = ConfigDict(model=dict(type=Mine))
-    find_task(cfg)
+    cli.find_task(cfg)
     assert cfg.default_scope == 'mmdet'

@@ -11,6 +11,8 @@ import torch
 from test_tools_errors import assert_one_line
 from torch import nn
 
+from vmamba_mm.mm import measuring
+
 TOOL = 'analysis/resolution.py'
 OURS = str(tiny.ROOT / 'configs/vmamba/vmamba-tiny-s1l8_8xb128_in1k-224.py')
 DEIT = 'mmpretrain::deit/deit-small_4xb256_in1k.py'
@@ -27,13 +29,8 @@ data_preprocessor = dict(num_classes=2, mean=[120, 120, 120], std=[60, 60, 60], 
 
 
 @pytest.fixture
-def tool(monkeypatch, mm):
-    for folder in ('bench', 'analysis', ''):
-        monkeypatch.syspath_prepend(tiny.TOOLS / folder)
-    import resolution
-    yield resolution
-    for name in ('resolution', 'resolution_report', 'erf'):
-        sys.modules.pop(name)
+def tool(load_tool, mm):
+    return load_tool('analysis/resolution.py')
 
 
 @pytest.fixture
@@ -49,7 +46,7 @@ def options(**kwargs):
 
 
 def make_subject(tool, config, checkpoint='none'):
-    return tool.Subject('m', tool._cli.load_config(str(config)), str(checkpoint), options())
+    return tool.Subject('m', tool.cli.load_config(str(config)), str(checkpoint), options())
 
 
 # --- fits and labels --------------------------------------------------------------------------
@@ -72,9 +69,10 @@ def test_no_fit_of_two_sizes(tool):
 
 @pytest.mark.parametrize('heights, expected', [
     ([0.1, 0.9], [0.1, 0.9]), ([0.5, 0.5], [0.55, 0.45]), ([0.52, 0.5], [0.56, 0.46]),
-    ([0.0, 0.05, 0.1, 0.2], [-0.0625, 0.0375, 0.1375, 0.2375]), ([], [])])
-def test_labels_are_apart(tool, heights, expected):
-    found = tool.report.spread(heights, 0.1)
+    ([0.0, 0.05, 0.1, 0.2], [-0.0625, 0.0375, 0.1375, 0.2375]), ([], []),
+    ([2.5, 2.51, 3.5, 2.505, 2.45], [2.34125, 2.44125, 2.54125, 2.64125, 3.5])])
+def test_labels_are_apart(load_tool, heights, expected):
+    found = load_tool('analysis/curve_labels.py').spread(heights, 0.1)
     assert sorted(found) == pytest.approx(sorted(expected))
     assert all(b - a > 0.1 - 1e-9 for a, b in zip(sorted(found), sorted(found)[1:], strict=False))
     for i, a in enumerate(heights):
@@ -165,8 +163,8 @@ class ByColour:
 
 
 def test_accuracy_of_known_predictions(tool, projects):
-    cfg = tool._cli.load_config(str(projects('cls')[0]))
-    tool._cli.set_loader_defaults(cfg, 'cls')
+    cfg = tool.cli.load_config(str(projects('cls')[0]))
+    tool.cli.set_loader_defaults(cfg, tool.cli.find_task(cfg))
     from mmengine.registry import init_default_scope
 
     init_default_scope(cfg.default_scope)
@@ -204,7 +202,6 @@ class Wrong(nn.Module):
     ((2, 5), float('nan'), 'not finite'), ((2, 5), float('inf'), 'not finite'),
     ((2, 4), 0.0, r'\(2, 4\) instead of \(2, 5\)'), ((1, 5), 0.0, 'instead of')])
 def test_wrong_output_is_not_timed(tool, monkeypatch, shape, value, words):
-    import measuring
 
     monkeypatch.setattr(measuring, 'median', lambda *args: pytest.fail('was timed'))
     with pytest.raises(tool.UserError, match=words):
@@ -214,7 +211,6 @@ def test_wrong_output_is_not_timed(tool, monkeypatch, shape, value, words):
 @pytest.mark.skipif(sys.platform != 'linux', reason='the mark of /proc is of Linux')
 def test_memory_of_a_known_call(tool):
     """96 MiB at once, after a larger peak and 200 MiB of it kept, count as 96."""
-    import measuring
 
     def allocate(mib):
         return torch.zeros(mib, 2**20, dtype=torch.uint8) + 1  # two at a time
@@ -229,7 +225,6 @@ def test_memory_of_a_known_call(tool):
 def test_time_of_a_known_call(tool):
     import time
 
-    import measuring
 
     assert 20 <= measuring.median(lambda: time.sleep(0.02), on_gpu=False, spend=50) < 60
 

@@ -1,29 +1,23 @@
-"""How the tools change a config before a Runner sees it."""
-
-import sys
+"""How the mm change a config before a Runner sees it."""
 
 import pytest
 import tiny
 
 from vmamba_mm.errors import UserError
-
-
-@pytest.fixture(scope='module')
-def tools(mm):
-    """The tools' modules, as they see each other."""
-    sys.path.insert(0, str(tiny.TOOLS))
-    try:
-        import _cli
-        import train
-        yield _cli, train
-    finally:
-        sys.path.remove(str(tiny.TOOLS))
+from vmamba_mm.mm import cli
+from vmamba_mm.mm.cli.options import parse_options
 
 
 @pytest.fixture
-def gpu(monkeypatch, tools):
-    """gpu(True) or gpu(False): what has_gpu says."""
-    return lambda present: monkeypatch.setattr(tools[0], 'has_gpu', lambda: present)
+def train(mm, load_tool):
+    return load_tool('train.py')
+
+
+@pytest.fixture
+def gpu(monkeypatch, mm):
+    """gpu(True) or gpu(False): whether mmengine finds one."""
+    return lambda present: monkeypatch.setattr(
+        'mmengine.device.get_device', lambda: 'cuda' if present else 'cpu')
 
 
 def config(**kwargs):
@@ -35,8 +29,7 @@ def amp_config(kind):
     return config(optim_wrapper=dict(type=kind, optimizer=dict(type='SGD')))
 
 
-def test_amp(tools, gpu, capsys):
-    _, train = tools
+def test_amp(train, gpu, capsys):
     gpu(True)
     cfg = amp_config('OptimWrapper')
     train.set_amp(cfg, asked=True)
@@ -50,8 +43,7 @@ def test_amp(tools, gpu, capsys):
         train.set_amp(cfg, asked=True)
 
 
-def test_evaluation_on_a_cpu_is_fp32(tools, gpu, capsys):
-    cli, _ = tools
+def test_evaluation_on_a_cpu_is_fp32(mm, gpu, capsys):
     cfg = config(val_cfg=dict(fp16=True), test_cfg=dict(fp16=True))
     gpu(True)
     cli.evaluate_in_fp32_without_gpu(cfg)
@@ -62,8 +54,7 @@ def test_evaluation_on_a_cpu_is_fp32(tools, gpu, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 
-def test_sync_bn(tools):
-    cli, _ = tools
+def test_sync_bn(mm):
     model = dict(a=dict(norm_cfg=dict(type='SyncBN')), b=[dict(norm=dict(type='LN'))],
                  c=({'type': 'MMSyncBN'},))
     cli.sync_to_plain_batch_norm(model)
@@ -71,8 +62,7 @@ def test_sync_bn(tools):
                          c=({'type': 'BN'},))
 
 
-def test_hooks_keep_the_users_settings(tools):
-    _, train = tools
+def test_hooks_keep_the_users_settings(train):
     cfg = config(custom_hooks=[dict(type='EMAHook'), dict(type='vmamba_mm.StrictLoadHook',
                                                           allow=['^head'])],
                  default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=7)))
@@ -84,8 +74,7 @@ def test_hooks_keep_the_users_settings(tools):
     assert cfg.default_hooks.checkpoint == dict(type='vmamba_mm.AtomicCheckpointHook', interval=7)
 
 
-def test_visualizer_keeps_the_users_backends(tools):
-    _, train = tools
+def test_visualizer_keeps_the_users_backends(train):
     cfg = config(visualizer=dict(type='X', vis_backends=[dict(type='LocalVisBackend', a=1)]))
     train.set_visualizer(cfg)
     assert cfg.visualizer.vis_backends[0] == dict(type='LocalVisBackend', a=1)
@@ -93,8 +82,7 @@ def test_visualizer_keeps_the_users_backends(tools):
                                                                 'TensorboardVisBackend']
 
 
-def test_data_paths(tools, tmp_path):
-    cli, _ = tools
+def test_data_paths(mm, tmp_path):
     tiny.make_det(tmp_path)
 
     def check(**dataset):
@@ -111,10 +99,9 @@ def test_data_paths(tools, tmp_path):
             check(**{**good, key: value})
 
 
-def test_too_many_processes_for_the_gpus(tools, gpu, monkeypatch):
+def test_too_many_processes_for_the_gpus(mm, gpu, monkeypatch):
     import torch
 
-    cli, _ = tools
     gpu(True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     for name, value in (('RANK', 2), ('WORLD_SIZE', 4), ('LOCAL_RANK', 2)):
@@ -123,10 +110,9 @@ def test_too_many_processes_for_the_gpus(tools, gpu, monkeypatch):
         cli.start_processes(config(), 'pytorch')
 
 
-def test_seed_comes_from_the_checkpoint(tools, tmp_path):
+def test_seed_comes_from_the_checkpoint(train, tmp_path):
     import torch
 
-    _, train = tools
     path = tmp_path / 'epoch_2.pth'
     torch.save(dict(state_dict={}, optimizer={}, meta=dict(iter=6, epoch=2, seed=41)), path)
     cfg = config(work_dir=str(tmp_path), load_from='pretrained.pth', randomness=dict(
@@ -136,10 +122,9 @@ def test_seed_comes_from_the_checkpoint(tools, tmp_path):
     assert cfg.randomness == dict(seed=41, diff_rank_seed=True)
 
 
-def test_nothing_to_resume(tools, tmp_path):
+def test_nothing_to_resume(train, tmp_path):
     import torch
 
-    _, train = tools
     torch.save(dict(state_dict={}), tmp_path / 'pretrained.pth')
     cfg = config(work_dir=str(tmp_path / 'new'), load_from=str(tmp_path / 'pretrained.pth'))
     train.set_resume(cfg, 'auto')
@@ -159,22 +144,19 @@ def test_nothing_to_resume(tools, tmp_path):
                                                           [(1, 2), ['a', 'b'], 'c']),
     ('[true,1.5]', [True, 1.5]), ('None', None), ('false', False), ('4', 4), ('x', 'x'),
     ('epoch_{}.pth', 'epoch_{}.pth'), ('/my data (2)/x', '/my data (2)/x')], ids=str)
-def test_values_of_options(text, value, tools):
-    from _options import parse_options
+def test_values_of_options(text, value, mm):
     found = parse_options([f'a.b={text}'])
     assert found == {'a.b': value} and type(found['a.b']) is type(value)
 
 
 @pytest.mark.parametrize('text', ['[dict(type=EMAHook)]', "[dict(type='A'", '[1,[2',
                                   "dict(**a)", "[dict(type='A', b=true)]", "{'a': b}"])
-def test_values_that_are_no_python(text, tools):
-    from _options import parse_options
+def test_values_that_are_no_python(text, mm):
     with pytest.raises(UserError, match=r"quote .*custom_hooks=\[dict\(type='EMAHook'"):
         parse_options([f'custom_hooks={text}'])
 
 
-def test_options_say_which_hooks_they_replace(tools, tmp_path, capsys):
-    cli, _ = tools
+def test_options_say_which_hooks_they_replace(mm, tmp_path, capsys):
     path = tmp_path / 'config.py'
     path.write_text("default_scope = 'mmpretrain'\nmodel = dict(type='A')\n"
                     "custom_hooks = [dict(type='EMAHook')]\n")
@@ -188,9 +170,8 @@ def test_options_say_which_hooks_they_replace(tools, tmp_path, capsys):
 # --- settings that cannot work --------------------------------------------------------------
 
 @pytest.fixture
-def cls_config(tools, tmp_path):
+def cls_config(mm, tmp_path):
     """cls_config(*options): the config of the tiny classification, read as train.py does."""
-    cli, _ = tools
     path = tmp_path / 'config.py'
     path.write_text(tiny.cls_config(tmp_path))
     return lambda *options: cli.load_config(str(path), options)
@@ -218,10 +199,9 @@ def cls_config(tools, tmp_path):
     ('val_evaluator.topk=5', 'knows 2 classes only'),
     ("val_evaluator=[dict(type='mmpretrain.Accuracy', topk=(1, 3))]", 'val_evaluator.0.topk')])
 def test_settings_that_cannot_work(option, expected, cls_config):
-    import _checks
     cfg = cls_config(option)
     with pytest.raises(UserError, match=expected) as found:
-        _checks.check_training(cfg)
+        cli.check_training(cfg)
     assert cfg.filename in str(found.value) and '\n' not in str(found.value)
 
 
@@ -233,32 +213,28 @@ def test_settings_that_cannot_work(option, expected, cls_config):
     ['model.train_cfg=None', 'model.head.num_classes=5', 'val_evaluator.topk=(1,5)'],
     ['val_cfg=None', 'val_dataloader=None', 'val_evaluator=None']], ids=' '.join)
 def test_settings_that_work(options, cls_config):
-    import _checks
-    _checks.check_training(cls_config(*options))
+    cli.check_training(cls_config(*options))
 
 
-def test_folders_of_ones_own_with_the_imagenet_config(tools, tmp_path, monkeypatch):
+def test_folders_of_ones_own_with_the_imagenet_config(mm, tmp_path, monkeypatch):
     """The line's own options are what it takes."""
     import shlex
 
-    import _checks
-    cli, _ = tools
     tiny.make_cls(tmp_path, per_class=1)
     path = str(tiny.ROOT / 'configs/vmamba/vmamba-tiny-s1l8_8xb128_in1k-224.py')
     roots = [f'{name}_dataloader.dataset.data_root={tmp_path}' for name in ('train', 'val', 'test')]
     with pytest.raises(UserError, match=r'2 class folder\(s\) \(blue, red\)') as found:
-        _checks.check_training(cli.load_config(path, roots))
+        cli.check_training(cli.load_config(path, roots))
     options = shlex.split(str(found.value).rpartition('--cfg-options ')[2])
     cfg = cli.load_config(path, [*roots, *options])
-    _checks.check_training(cfg)
-    _checks.check_testing(cfg)
+    cli.check_training(cfg)
+    cli.check_testing(cfg)
     assert cfg.train_dataloader.dataset.metainfo.classes == ['blue', 'red']
     assert cfg.model.head.num_classes == cfg.data_preprocessor.num_classes == 2
 
 
 @pytest.mark.parametrize('name', ['tpu', 'meta', 'cpu of mine', 'cuda:99', 'cuda:-1', 'cuda'])
-def test_devices_that_do_not_exist(name, tools, gpu):
-    cli, _ = tools
+def test_devices_that_do_not_exist(name, mm, gpu):
     gpu(False)
     with pytest.raises(UserError, match=f'--device {name}: torch'):
         cli.choose_device(name)
@@ -268,9 +244,7 @@ def test_devices_that_do_not_exist(name, tools, gpu):
 @pytest.mark.parametrize('name', [
     'vmamba/vmamba-tiny-s1l8_8xb128_in1k-224', 'vmamba/mask-rcnn_vmamba-tiny-s1l8_fpn_1x_coco',
     'vmamba/upernet_vmamba-tiny-s1l8_8xb2-160k_ade20k-512x512', 'demo/upernet_vmamba_digits-128'])
-def test_our_configs_pass_the_checks(name, tools):
-    import _checks
-    cli, _ = tools
+def test_our_configs_pass_the_checks(name, mm):
     cfg = cli.load_config(str(tiny.ROOT / f'configs/{name}.py'))
-    _checks.check_training(cfg)
-    _checks.check_testing(cfg)
+    cli.check_training(cfg)
+    cli.check_testing(cfg)

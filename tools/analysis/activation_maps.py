@@ -18,19 +18,15 @@ The maps are of single blocks, not of the network, at the resolution of the bloc
 """
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 
-TOOLS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TOOLS), str(TOOLS / 'analysis')]
-import _cli  # noqa: E402  (sibling scripts, not a package)
-import _images  # noqa: E402
-from _cli import UserError  # noqa: E402
-from _images import Failures, Outputs, sign  # noqa: E402
-from erf import Loader, find_size, preprocess, resize  # noqa: E402
-from predict import build_model  # noqa: E402
+from vmamba_mm.errors import UserError
+from vmamba_mm.mm import cli
+from vmamba_mm.mm.cli import images as image_files
+from vmamba_mm.mm.cli.images import Failures, Outputs, sign
+from vmamba_mm.mm.inputs import Loader, build_trained, find_size, preprocess, resize
 
 EXAMPLES = """\
   python tools/analysis/activation_maps.py configs/vmamba/vmamba-tiny-s1l8_8xb128_in1k-224.py \\
@@ -44,11 +40,11 @@ MAPS = {'attention': r'attention, $|(Q \odot w)(K / w)^T|$, mean over channels',
 
 
 def parse_args():
-    parser = _cli.make_parser(__doc__, EXAMPLES)
+    parser = cli.make_parser(__doc__, EXAMPLES)
     parser.add_argument('config', metavar='CONFIG', help='of a model with a VMamba backbone')
     parser.add_argument('--checkpoint', metavar='FILE', required=True,
                         help='a checkpoint file or web address, official or ours')
-    _cli.add_weights_option(parser)
+    cli.add_weights_option(parser)
     parser.add_argument('images', metavar='IMAGE', nargs='+', help='image files or folders of them')
     parser.add_argument('--pixel', nargs=2, default=('0.5', '0.5'), metavar=('Y', 'X'),
                         help='the query: row and column in the image file, or shares of its height '
@@ -61,16 +57,16 @@ def parse_args():
     parser.add_argument('--size', type=int, metavar='PIXELS',
                         help='side that the images are resized to (default: that of the test '
                         'pipeline, or 224)')
-    _images.add_channels_option(parser)
-    _cli.add_device_option(parser)
+    image_files.add_channels_option(parser)
+    cli.add_device_option(parser)
     parser.add_argument('--out', default='work_dirs/activation_maps', metavar='FOLDER',
                         help='for a picture and a .npz of the maps for each image, and '
                         'activation_maps.json (default: work_dirs/activation_maps)')
-    _cli.add_common_options(parser, launcher=False)
+    cli.add_common_options(parser, launcher=False)
     args = parser.parse_args()
     if args.size is not None and args.size < 1:
         raise UserError('--size must be at least 1')
-    _images.check_channels_option(args)
+    image_files.check_channels_option(args)
     return args
 
 
@@ -207,8 +203,8 @@ def draw(found, image, position, title, path):
 
 def main():
     args = parse_args()
-    cfg = _cli.load_config(args.config, args.cfg_options)
-    images = _images.list_images(args.images)
+    cfg = cli.load_config(args.config, args.cfg_options)
+    images = image_files.list_images(args.images)
     import logging
 
     from mmengine.logging import MMLogger
@@ -221,8 +217,8 @@ def main():
     from vmamba_mm.ops.orders.reference import ROUTES
 
     MMLogger.get_current_instance().setLevel(logging.ERROR)
-    model = build_model(cfg, read_checkpoint(args.checkpoint, args.weights), args.checkpoint,
-                        _cli.choose_device(args.device))
+    model = build_trained(cfg, read_checkpoint(args.checkpoint, args.weights), args.checkpoint,
+                        cli.choose_device(args.device))
     backbone = getattr(model, 'backbone', None)
     if not isinstance(backbone, VMamba):
         raise UserError(f'the backbone of {args.config} is {type(backbone).__name__}, which has no '
@@ -265,4 +261,4 @@ def main():
 
 
 if __name__ == '__main__':
-    _cli.run(main)
+    cli.run(main)

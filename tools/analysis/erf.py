@@ -16,16 +16,24 @@ import csv
 import itertools
 import json
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import _cli  # noqa: E402  (sibling scripts, not a package)
-from _cli import UserError  # noqa: E402
-from _images import list_images  # noqa: E402
-from predict import build_steps  # noqa: E402
+from vmamba_mm.errors import UserError
+from vmamba_mm.mm import cli
+from vmamba_mm.mm.cli.images import list_images
+from vmamba_mm.mm.inputs import (
+    NONE,
+    Loader,
+    add_model_options,
+    build_random,
+    check_model_options,
+    find_size,
+    preprocess,
+    resize,
+    short_names,
+)
 
 EXAMPLES = """\
   python tools/analysis/erf.py configs/vmamba/vmamba-tiny-s1l8_8xb128_in1k-224.py \\
@@ -34,20 +42,14 @@ EXAMPLES = """\
   python tools/analysis/erf.py CONFIG --images folder/ --size 192 --num-images 8 --device cpu"""
 
 THRESHOLDS = (20, 30, 50, 99)  # per cent
-NONE = 'none'  # in place of a checkpoint
 BEFORE, AFTER = 'before training', 'after training'
 SCORES = {'log': lambda erf: np.log10(1 + erf), 'plain': lambda erf: erf}
 DARKEST = 1e-5  # of the largest contribution, in the picture
 
 
 def parse_args():
-    parser = _cli.make_parser(__doc__, EXAMPLES)
-    parser.add_argument('configs', metavar='CONFIG', nargs='+',
-                        help='config files, or stock ones as mmpretrain::folder/name.py')
-    parser.add_argument('--checkpoint', metavar='FILE', nargs='+', default=[],
-                        help='a file or web address for each config, in their order; '
-                        f"'{NONE}' for a config without one")
-    _cli.add_weights_option(parser)
+    parser = cli.make_parser(__doc__, EXAMPLES)
+    add_model_options(parser)
     parser.add_argument('--images', metavar='DIR', nargs='+', required=True,
                         help='folders of images, or image files')
     parser.add_argument('--num-images', type=int, default=50, metavar='N',
@@ -61,50 +63,16 @@ def parse_args():
                         help='absolute values, or what is above 0, as in the public code of '
                         'RepLKNet and VMamba (default: absolute)')
     parser.add_argument('--seed', type=int, default=0, help='of the random weights (default: 0)')
-    _cli.add_device_option(parser)
+    cli.add_device_option(parser)
     parser.add_argument('--out', default='work_dirs/erf', metavar='FOLDER',
                         help='for erf.png, .csv and .json (default: work_dirs/erf)')
-    _cli.add_common_options(parser, launcher=False)
+    cli.add_common_options(parser, launcher=False)
     args = parser.parse_args()
-    for name in ('size', 'num_images'):
-        if getattr(args, name) < 1:
-            raise UserError(f'--{name.replace("_", "-")} must be at least 1')
-    if args.checkpoint and len(args.checkpoint) != len(args.configs):
-        raise UserError(f'{len(args.configs)} config(s) and {len(args.checkpoint)} checkpoint(s): '
-                        f"give one for each config, '{NONE}' for a config without")
+    check_model_options(args, size=1, num_images=1)
     return args
 
 
 # --- models ---------------------------------------------------------------------------------
-
-def drop_pretrained(node):
-    """Remove what would load weights when a config's model is initialised."""
-    if isinstance(node, dict):
-        if isinstance(node.get('pretrained'), str | bool):
-            node['pretrained'] = None if isinstance(node['pretrained'], str) else False
-        init = node.get('init_cfg')
-        loads = ('Pretrained', 'PretrainedInit')  # by name, and its class
-        if isinstance(init, dict) and _cli.type_name(init) in loads:
-            node['init_cfg'] = None
-        elif isinstance(init, list | tuple):
-            node['init_cfg'] = [i for i in init if _cli.type_name(i) not in loads]
-        for value in node.values():
-            drop_pretrained(value)
-    elif isinstance(node, list | tuple):
-        for value in node:
-            drop_pretrained(value)
-
-
-def build_random(cfg, seed):
-    """The config's model on the CPU with random weights, the same for each call."""
-    from mmengine.runner import set_random_seed
-
-    drop_pretrained(cfg.model)
-    set_random_seed(seed)
-    model = _cli.build_model(cfg)
-    model.init_weights()
-    return model.eval()
-
 
 def return_map(backbone):
     """Let a backbone of mmpretrain that returns tokens or their mean return its map instead."""
@@ -135,100 +103,7 @@ def as_map(features, backbone):
                     f'{tuple(features.shape)}')
 
 
-def find_size(cfg, backbone):
-    """The side of the images that a model is for, or None if that is not known."""
-    size = getattr(backbone, 'img_size', None)
-    if size is None:
-        loader = cfg.get('test_dataloader') or {}
-        for step in (loader.get('dataset') or {}).get('pipeline') or ():
-            size = step.get('crop_size', size)
-    return size[0] if isinstance(size, tuple | list) else size
-
-
 # --- the measure ----------------------------------------------------------------------------
-
-class Loader:
-    """Loads images for a model: photographs by Pillow, all else by the config's test pipeline.
-
-    Args:
-        cfg, model: a config and its model.
-        name: of the config, for errors.
-
-    Raises:
-        UserError: if there is no pipeline, and the model takes no photographs.
-    """
-
-    def __init__(self, cfg, model, name):
-        from flops import find_channels, reads_colours
-
-        self.name, self.channels, self.steps = name, find_channels(cfg, model), None
-        self.bgr = True
-        if cfg.get('test_dataloader') is None:
-            if self.channels != 3:
-                raise UserError(f'{name}: the model takes images of {self.channels} channel(s), '
-                                'and the config has no test_dataloader, whose pipeline loads them')
-        elif self.channels != 3 or reads_colours(cfg) is False:
-            from vmamba_mm.mm.pictures import reads_bgr
-
-            self.steps = build_steps(cfg)
-            self.bgr = reads_bgr(self.steps, getattr(model, 'data_preprocessor', None))
-
-    def __call__(self, path):
-        """(H, W, C): of a photograph uint8 in BGR, the order of mm* pipelines.
-
-        Raises:
-            UserError: if the file cannot be read, or has not as many channels as the model takes.
-        """
-        image = self._read(path)
-        image = image if image.ndim == 3 else image[..., None]
-        if image.shape[2] != self.channels:
-            raise UserError(f'{path} has {image.shape[2]} channel(s) as the test pipeline of '
-                            f'{self.name} loads it, and the model takes {self.channels}')
-        return image
-
-    def _read(self, path):
-        from PIL import Image
-
-        from vmamba_mm.mm.hooks.data import load_image
-
-        if self.steps is not None:
-            return load_image(self.steps, path)
-        try:
-            with Image.open(path) as image:
-                return np.asarray(image.convert('RGB'))[..., ::-1]
-        except (OSError, SyntaxError) as err:
-            raise UserError(f'{path} is corrupt, or no image') from err
-
-
-def resize(image, size):
-    """(H, W, C) to a tensor (C, size, size) by bicubic, uint8 or else fp32."""
-    import torch
-    from PIL import Image
-
-    if image.dtype == np.uint8 and image.shape[2] == 3:
-        resized = np.array(Image.fromarray(np.ascontiguousarray(image)).resize(
-            (size, size), Image.Resampling.BICUBIC))
-    else:
-        resized = np.stack([np.asarray(Image.fromarray(channel).resize(
-            (size, size), Image.Resampling.BICUBIC))
-            for channel in np.moveaxis(image.astype(np.float32), -1, 0).copy()], -1)
-    return torch.from_numpy(resized).permute(2, 0, 1)
-
-
-def preprocess(model, image):
-    """(1, C, H, W), as the model's preprocessor normalises an image on the model's device."""
-    import torch
-
-    inputs = model.data_preprocessor(dict(inputs=[image], data_samples=None))['inputs']
-    inputs = inputs if isinstance(inputs, torch.Tensor) else torch.stack(list(inputs))
-    if inputs.dim() != 4:
-        raise UserError(f'the data preprocessor {type(model.data_preprocessor).__name__} makes no '
-                        f'batch of images of a list of them, but {tuple(inputs.shape)}')
-    if inputs.shape[2:] != image.shape[1:]:
-        raise UserError(f'the data preprocessor turns images of {image.shape[1]}x{image.shape[2]} '
-                        f'into {inputs.shape[2]}x{inputs.shape[3]}; choose that as --size')
-    return inputs.float()
-
 
 def contributions(backbone, x, gradient='absolute'):
     """How much each input pixel contributes to the centre of the last feature map.
@@ -365,21 +240,9 @@ def draw(erfs, rows, title, path):
     figure.savefig(path, dpi=130)
 
 
-def short_names(configs):
-    """The configs' file names; one that occurs again gets a number."""
-    names = []
-    for config in configs:
-        stem = name = Path(config.rpartition('::')[2]).stem
-        number = 2
-        while name in names:
-            name, number = f'{stem} ({number})', number + 1
-        names.append(name)
-    return names
-
-
 def main():
     args = parse_args()
-    configs = [_cli.load_config(path, args.cfg_options) for path in args.configs]
+    configs = [cli.load_config(path, args.cfg_options) for path in args.configs]
     import logging
 
     import torch
@@ -391,7 +254,7 @@ def main():
     MMLogger.get_current_instance().setLevel(logging.ERROR)  # a line for each parameter
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # for the next line, on a GPU
     torch.use_deterministic_algorithms(True, warn_only=True)
-    device = _cli.choose_device(args.device)
+    device = cli.choose_device(args.device)
     paths = list_images(args.images)
     count = min(args.num_images, len(paths))
     paths = [paths[i * len(paths) // count] for i in range(count)]
@@ -431,4 +294,4 @@ def main():
 
 
 if __name__ == '__main__':
-    _cli.run(main)
+    cli.run(main)

@@ -10,12 +10,13 @@ are not needed, and nothing is computed.
 import csv
 import dataclasses
 import json
-import re
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import _cli  # noqa: E402  (a sibling script, not a package)
+from vmamba_mm import zoo
+from vmamba_mm.errors import UserError
+from vmamba_mm.mm import cli, flops
+from vmamba_mm.mm.compat import prepare_mm
+from vmamba_mm.mm.tasks import task_named
 
 EXAMPLES = """\
   python tools/analysis/get_flops.py configs/vmamba/vmamba-tiny-s1l8_8xb128_in1k-224.py
@@ -23,13 +24,20 @@ EXAMPLES = """\
   python tools/analysis/get_flops.py CONFIG mmpretrain::resnet/resnet50_8xb32_in1k.py
   python tools/analysis/get_flops.py --published            # beside the published numbers"""
 
-ROOT = Path(__file__).resolve().parents[2]
 UNITS = {'mac': (1, 'one multiply-add counts as 1'), 'flop': (2, 'one multiply-add counts as 2')}
-TABLES = {'imagenet': ('cls', 1), 'coco': ('det', 0), 'ade20k': ('seg', 0)}  # digits of a G
-# Published numbers that no count gives, and why.
-MISTAKES = {('coco', 'small_s2l15'): (
-    384, "the release page's 384 is a slip of digits: the authors' own analyze/flops.py notes "
-    '348.92, and the paper prints 349')}
+
+
+def find_tables():
+    """{name: published models with their FLOPs}: those of one data set, each architecture once."""
+    found = {}
+    for entry in zoo.entries():
+        table = found.setdefault(entry.dataset.lower().partition('-')[0], {})
+        if entry.flops is not None:
+            table.setdefault((entry.family, entry.arch), entry)  # whatever the schedule
+    return {name: list(table.values()) for name, table in found.items() if table}
+
+
+TABLES = find_tables()
 GREYS = ('#444444', '#AAAAAA', '#777777')
 HATCHES = ('//', '', 'xx', '..', '\\\\')
 COLUMNS = ('table', 'config', 'height', 'width', 'part', 'kind', 'parameters', 'flops',
@@ -37,7 +45,7 @@ COLUMNS = ('table', 'config', 'height', 'width', 'part', 'kind', 'parameters', '
 
 
 def parse_args():
-    parser = _cli.make_parser(__doc__, EXAMPLES)
+    parser = cli.make_parser(__doc__, EXAMPLES)
     parser.add_argument('configs', metavar='CONFIG', nargs='*',
                         help='a config file, or a stock one as mmdet::folder/name.py')
     parser.add_argument('--shape', type=int, nargs=2, metavar=('H', 'W'),
@@ -51,14 +59,14 @@ def parse_args():
                         f'numbers, of {", ".join(TABLES)} (default: all)')
     parser.add_argument('--out-dir', type=Path, default=Path('work_dirs/flops'), metavar='FOLDER',
                         help='where the CSV, JSON and PNG are written (default: work_dirs/flops)')
-    _cli.add_common_options(parser, launcher=False)
+    cli.add_common_options(parser, launcher=False)
     args = parser.parse_args()
     if bool(args.configs) == (args.published is not None):
-        raise _cli.UserError('name at least one CONFIG, or else --published')
+        raise UserError('name at least one CONFIG, or else --published')
     if args.published is not None and (args.shape or args.cfg_options or args.unit != 'mac'):
-        raise _cli.UserError('--published has its own sizes, settings and unit')
+        raise UserError('--published has its own sizes, settings and unit')
     if args.shape and min(args.shape) < 1:
-        raise _cli.UserError(f'--shape takes a height and a width of at least 1, not {args.shape}')
+        raise UserError(f'--shape takes a height and a width of at least 1, not {args.shape}')
     return args
 
 
@@ -88,76 +96,55 @@ def print_count(name, count, unit):
 
 
 def count_config(path, options, shape):
-    import flops
-
-    cfg = _cli.load_config(path, options)
-    task = _cli.find_task(cfg)
-    if shape is None and task is None:
-        raise _cli.UserError(f'{path} is of no known task: give the size of its image by --shape')
-    return flops.count(cfg, task, tuple(shape or flops.SHAPES[task]))
+    return flops.count(cli.load_config(path, options), shape)
 
 
 # --- beside the published numbers ---------------------------------------------------------------
 
-def published_models(table):
-    """(config, parameters, FLOPs) of each architecture of one metafile, published."""
-    from mmengine.fileio import load
-
-    seen = set()
-    for model in load(ROOT / 'configs' / table / 'metafile.yml')['Models']:
-        name = re.search('vmamba-(?:vanilla-)?[a-z]+(?:-s[0-9]l[0-9]+)?', model['Name'])[0]
-        if name not in seen:  # once, whatever the schedule
-            seen.add(name)
-            data = model['Metadata']
-            yield _cli.load_config(str(ROOT / model['Config'])), data['Parameters'], data['FLOPs']
+def digits_of(entries):
+    """How many digits of a GFLOP a table was published with."""
+    return int(any(entry.flops % 10**9 for entry in entries))
 
 
-def compare(table, arch, count, parameters, published):
+def compare(entry, count, digits):
     """Whether the count agrees with the published FLOPs to the printed digit, or why not."""
-    digits = TABLES[table][1]
-
     def printed(value):
         return round(value / 1e9, digits)
 
     extras = {k: v for k, v in count.extras.items() if v >= 0.5e6}
     told = 'with ' + ', '.join(f'{k} {v / 1e9:.3f}' for k, v in extras.items())
-    if round(count.parameters / 1e6) != round(parameters / 1e6):
-        return f'differs by {count.parameters - parameters:,} parameters'
-    if printed(count.flops) == printed(published):
+    if round(count.parameters / 1e6) != round(entry.parameters / 1e6):
+        return f'differs by {count.parameters - entry.parameters:,} parameters'
+    if printed(count.flops) == printed(entry.flops):
         return 'agrees'
     total = count.flops + sum(count.extras.values())
-    if printed(total) == printed(published):
+    if printed(total) == printed(entry.flops):
         return f'agrees {told}'
-    wrong, reason = MISTAKES.get((table, arch), (None, ''))
-    if wrong is not None and wrong == printed(published):
-        return reason
-    return f'differs by {(published - total) / 1e9:.3f} G, {told}'
+    return entry.metadata.get('FLOPs Note') \
+        or f'differs by {(entry.flops - total) / 1e9:.3f} G, {told}'
 
 
 def print_published(tables):
     """Each model on a line as soon as it is counted; all of them, with the verdicts."""
-    import flops
-
     found = []
     print(f'{UNITS["mac"][1]}; "all" adds norms, resizing and pooling, which the authors\' '
           'counters (fvcore, mmengine) count;\npublished: by the authors, on their release page')
     for table in tables:
-        task, digits = TABLES[table]
-        height, width = flops.SHAPES[task]
+        digits = digits_of(TABLES[table])
+        height, width = task_named(TABLES[table][0].task).image
         print(f'\n{table}, {height}x{width}\n{"":14}{"parameters":>24}{"FLOPs":>29}\n'
               f'{"":14}{"counted":>13}{"published":>11}{"counted":>10}{"all":>10}'
               f'{"published":>11}')
-        for cfg, parameters, published in published_models(table):
-            arch = cfg.model.backbone.arch
-            count = flops.count(cfg, task, flops.SHAPES[task])
-            verdict = compare(table, arch, count, parameters, published)
+        for entry in TABLES[table]:
+            count = flops.count(cli.load_config(str(entry.path)))
+            verdict = compare(entry, count, digits)
             total = count.flops + sum(count.extras.values())
-            print(f'{arch:14}{count.parameters:>13,}{f"{parameters / 1e6:.0f} M":>11}'
+            print(f'{entry.arch:14}{count.parameters:>13,}{f"{entry.parameters / 1e6:.0f} M":>11}'
                   f'{count.flops / 1e9:>10.3f}{total / 1e9:>10.3f}'
-                  f'{f"{published / 1e9:.{digits}f} G":>11}  {verdict}', flush=True)
-            found.append((table, arch, count, dict(
-                all_flops=total, published_parameters=parameters, published_flops=published,
-                verdict=verdict)))
+                  f'{f"{entry.flops / 1e9:.{digits}f} G":>11}  {verdict}', flush=True)
+            found.append((table, entry.arch, count, dict(
+                all_flops=total, published_parameters=entry.parameters,
+                published_flops=entry.flops, verdict=verdict)))
     return found
 
 
@@ -195,12 +182,11 @@ def shares(count):
         label = f'{row.part}: {row.kind}' if row.kind else row.part.rpartition('.')[2]
         if row.kind or row.part not in split:
             found[label] = found.get(label, 0) + row.flops
-    return {label: flops for label, flops in found.items() if flops}
+    return {label: value for label, value in found.items() if value}
 
 
 def draw(found, unit, path):
     """A bar for each model, by parts; a panel for each table."""
-    from flops import KINDS
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -209,7 +195,7 @@ def draw(found, unit, path):
 
     tables = list(dict.fromkeys(table for table, *_ in found))
     sizes = [sum(t == table for t, *_ in found) for table in tables]
-    kinds = [f'backbone: {kind}' for kind in KINDS]
+    kinds = [f'backbone: {kind}' for kind in flops.KINDS]
     others = dict.fromkeys(label for *_, count, _ in found for label in shares(count))
     others = [label for label in others if label not in kinds]
     # The backbone in colours that are always the same, the rest grey and hatched.
@@ -227,8 +213,8 @@ def draw(found, unit, path):
         models = [(name, count) for t, name, count, _ in found if t == table]
         for y, (_, count) in enumerate(models):
             left = 0
-            for label, flops in shares(count).items():
-                width = factor * flops / 1e9
+            for label, value in shares(count).items():
+                width = factor * value / 1e9
                 bar = axes.barh(y, width, left=left, label=label, edgecolor='white',
                                 linewidth=0.5, **style[label])
                 handles.setdefault(label, bar)
@@ -246,7 +232,7 @@ def draw(found, unit, path):
 
 def main():
     args = parse_args()
-    _cli.prepare_mm()
+    prepare_mm()
     if args.published is not None:
         found = print_published(args.published or TABLES)
         write(found, args.unit, args.out_dir, 'published')
@@ -261,4 +247,4 @@ def main():
 
 
 if __name__ == '__main__':
-    _cli.run(main)
+    cli.run(main)

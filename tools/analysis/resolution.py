@@ -25,15 +25,20 @@ size; its position embeddings are resized as mmpretrain does when it loads weigh
 import copy
 import gc
 import inspect
-import sys
 from pathlib import Path
 
-TOOLS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TOOLS), str(TOOLS / 'bench')]
-import _cli  # noqa: E402  (sibling scripts, not a package)
-import resolution_report as report  # noqa: E402
-from _cli import UserError  # noqa: E402
-from erf import NONE, build_random, short_names  # noqa: E402
+import resolution_report as report
+
+from vmamba_mm.config import type_name
+from vmamba_mm.errors import UserError
+from vmamba_mm.mm import cli, flops, measuring
+from vmamba_mm.mm.inputs import (
+    NONE,
+    add_model_options,
+    build_random,
+    check_model_options,
+    short_names,
+)
 
 EXAMPLES = """\
   python tools/analysis/resolution.py configs/vmamba/vmamba-tiny-s1l8_8xb128_in1k-224.py \\
@@ -50,13 +55,8 @@ CROPS = {'CenterCrop': 'crop_size', 'EfficientNetCenterCrop': 'crop_size'}
 
 
 def parse_args():
-    parser = _cli.make_parser(__doc__, EXAMPLES)
-    parser.add_argument('configs', metavar='CONFIG', nargs='+',
-                        help='configs of classifiers, or stock ones as mmpretrain::folder/name.py')
-    parser.add_argument('--checkpoint', metavar='FILE', nargs='+', default=[],
-                        help='a file or web address for each config, in their order; '
-                        f"'{NONE}' for a config without one, which gets random weights")
-    _cli.add_weights_option(parser)
+    parser = cli.make_parser(__doc__, EXAMPLES)
+    add_model_options(parser, 'configs of classifiers', ', which gets random weights')
     parser.add_argument('--resolutions', type=int, nargs='+', default=RESOLUTIONS,
                         metavar='PIXELS', help='sides of the images (default: '
                         f'{" ".join(map(str, RESOLUTIONS))})')
@@ -71,20 +71,14 @@ def parse_args():
                         help='fp16: autocast, on a GPU; for speed, memory and accuracy (default: '
                         'fp32)')
     parser.add_argument('--seed', type=int, default=0, help='of the random weights (default: 0)')
-    _cli.add_device_option(parser)
+    cli.add_device_option(parser)
     parser.add_argument('--out', type=Path, default=Path('work_dirs/resolution'),
                         metavar='FOLDER', help='for the pictures, resolution.csv and .json '
                         '(default: work_dirs/resolution)')
-    _cli.add_common_options(parser, launcher=False)
+    cli.add_common_options(parser, launcher=False)
     args = parser.parse_args()
     args.resolutions = sorted(set(args.resolutions))
-    for name, least in (('resolutions', 1), ('num_images', 0), ('batch_size', 1)):
-        value = getattr(args, name)
-        if value is not None and (value[0] if name == 'resolutions' else value) < least:
-            raise UserError(f'--{name.replace("_", "-")} must be at least {least}')
-    if args.checkpoint and len(args.checkpoint) != len(args.configs):
-        raise UserError(f'{len(args.configs)} config(s) and {len(args.checkpoint)} checkpoint(s): '
-                        f"give one for each config, '{NONE}' for a config without")
+    check_model_options(args, resolutions=1, num_images=0, batch_size=1)
     return args
 
 
@@ -94,12 +88,11 @@ class Subject:
     """A config with its weights, if there are any, to be built for any size."""
 
     def __init__(self, name, cfg, checkpoint, args):
-        import flops
-
         from vmamba_mm.checkpoints.files import read_checkpoint
         from vmamba_mm.mm.hooks.strict_load import check_fits
 
-        if _cli.find_task(cfg) != 'cls':
+        task = cli.find_task(cfg)
+        if task is None or task.name != 'cls':
             raise UserError(f'{name} is no classifier of mmpretrain; detectors and segmentors are '
                             'measured by tools/bench/dense_steps.py')
         self.name, self.cfg, self.seed, self.state = name, cfg, args.seed, None
@@ -123,10 +116,8 @@ class Subject:
 
     def count_at(self, size):
         """Of an image, as flops.py counts."""
-        import flops
-
         try:
-            return flops.count(self.config_at(size), 'cls', (size, size))
+            return flops.count(self.config_at(size), (size, size))
         except (AssertionError, RuntimeError, ValueError) as err:
             raise UserError(f'{self.name} at {size}x{size}: {err}') from err
 
@@ -150,16 +141,16 @@ def scale_pipeline(pipeline, size):
         UserError: if it makes no square images of one size.
     """
     steps = [(step, keys[kind]) for step in pipeline for keys in (RESIZES, CROPS)
-             for kind in [_cli.type_name(step)] if kind in keys]
+             for kind in [type_name(step)] if kind in keys]
     own, padded = None, []
     for step, key in steps:
         found = step[key] if isinstance(step[key], tuple | list) else (step[key],)
         if len(set(found)) > 1:
             raise UserError(f'the test pipeline makes images that are not square: {dict(step)}')
         step[key] = found[0]
-        if _cli.type_name(step) != 'ResizeEdge':
+        if type_name(step) != 'ResizeEdge':
             own = found[0]
-        if _cli.type_name(step) == 'EfficientNetCenterCrop':
+        if type_name(step) == 'EfficientNetCenterCrop':
             padded.append((step, 'crop_padding'))
             step.setdefault('crop_padding', 32)  # its default
     if own is None:
@@ -167,7 +158,7 @@ def scale_pipeline(pipeline, size):
                         f'{", ".join(["Resize", *CROPS])}')
     for step, key in steps + padded:
         value = step[key] * size // own
-        square = _cli.type_name(step) == 'Resize'  # one number may keep a ratio
+        square = type_name(step) == 'Resize'  # one number may keep a ratio
         step[key] = (value, value) if square else value
 
 
@@ -179,7 +170,7 @@ def build_loader(cfg, size, batch, num_images):
     from vmamba_mm.mm.hooks.data import check_dataset, install_reader
 
     loader = copy.deepcopy(cfg.test_dataloader)
-    for _, dataset in _cli.datasets_of(loader.dataset, ''):
+    for _, dataset in cli.datasets_of(loader.dataset, ''):
         scale_pipeline(dataset.pipeline, size)
     dataset = DATASETS.build(loader.pop('dataset'))
     dataset.full_init()
@@ -221,7 +212,7 @@ def find_test_data(cfg, state, args):
     if cfg.get('test_dataloader') is None or cfg.get('test_evaluator') is None:
         return 'the config has no test_dataloader and test_evaluator'
     try:
-        _cli.check_data_paths(cfg, 'test_dataloader')
+        cli.check_data_paths(cfg, 'test_dataloader')
     except UserError as err:
         return str(err)
     return ''
@@ -248,7 +239,6 @@ def check_logits(logits, batch, classes, what):
 
 def measure_speed(model, size, batch, args, what, channels=3):
     """{column: value} of throughput and memory."""
-    import measuring
     import torch
 
     on_gpu = args.device.startswith('cuda')
@@ -281,7 +271,7 @@ def measure(subject, count, size, batch, args):
         model=subject.name, resolution=size, batch=batch, parameters=count.parameters,
         flops=count.flops, problem='')
     cfg = subject.config_at(size)
-    _cli.set_loader_defaults(cfg, 'cls')
+    cli.set_loader_defaults(cfg, cli.find_task(cfg))
     try:
         model = subject.build_at(size).to(args.device)
         row |= measure_speed(model, size, batch, args, f'{subject.name} at {size}x{size}',
@@ -300,14 +290,14 @@ def measure(subject, count, size, batch, args):
 
 def main():
     args = parse_args()
-    configs = [_cli.load_config(path, args.cfg_options) for path in args.configs]
+    configs = [cli.load_config(path, args.cfg_options) for path in args.configs]
     import logging
 
     import torch
     from mmengine.logging import MMLogger
 
     MMLogger.get_current_instance().setLevel(logging.ERROR)  # a line for each parameter
-    args.device = _cli.choose_device(args.device)
+    args.device = cli.choose_device(args.device)
     on_gpu = args.device.startswith('cuda')
     if on_gpu:
         torch.cuda.set_device(torch.device(args.device).index or 0)
@@ -354,4 +344,4 @@ def main():
 
 
 if __name__ == '__main__':
-    _cli.run(main)
+    cli.run(main)

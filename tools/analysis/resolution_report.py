@@ -5,6 +5,7 @@ import json
 import math
 
 import numpy as np
+from curve_labels import label_ends
 
 COLUMNS = ('model', 'resolution', 'batch', 'parameters', 'flops', 'ms', 'images_per_s', 'peak_mib',
            'mib_per_image', 'accuracy', 'images', 'problem')
@@ -112,52 +113,6 @@ def label_names(names):
     """Up to the first '_', behind which is the recipe, where that tells the models apart."""
     short = {name: name.split('_')[0] for name in names}
     return short if len(set(short.values())) == len(names) else {name: name for name in names}
-
-
-def spread(heights, gap):
-    """The nearest heights to those given, in their order, that are ``gap`` apart or more."""
-    order = np.argsort(heights, kind='stable')
-    groups = []  # [the sum of the lowest places wished, the count]
-    for height in np.asarray(heights, float)[order]:
-        groups.append([height, 1])
-        while len(groups) > 1 and _lowest(groups[-2], gap) + groups[-2][1] * gap \
-                > _lowest(groups[-1], gap):
-            total, count = groups.pop()
-            groups[-1][0] += total
-            groups[-1][1] += count
-    places = [_lowest(g, gap) + i * gap for g in groups for i in range(g[1])]
-    found = np.empty(len(heights))
-    found[order] = places
-    return found
-
-
-def _lowest(group, gap):
-    """Of a group of labels around the mean of what they label."""
-    total, count = group
-    return total / count - gap * (count - 1) / 2
-
-
-def label_ends(ax, ends):
-    """Names beside the last points of curves, spread so that none covers another.
-
-    Args:
-        ends: [(x, y, text, colour)], after all is drawn and scaled.
-    """
-    from vmamba_mm.mm.text import drawable
-
-    if not ends:
-        return
-    ax.set_ylim(*ax.get_ylim())
-    places = [ax.transAxes.inverted().transform(ax.transData.transform((x, y)))
-              for x, y, *_ in ends]
-    gap = 13 / (ax.figure.get_size_inches()[1] * 72 * 0.8)  # 9 pt of text, in axes
-    heights = spread([y for _, y in places], gap)
-    for (x, y, text, colour), height in zip(ends, heights, strict=True):
-        ax.annotate(drawable(text), (x, y), xycoords='data', xytext=(1.03, height),
-                    textcoords='axes fraction', color=colour, fontsize=9, va='center',
-                    annotation_clip=False, arrowprops=dict(
-                        arrowstyle='-', color=colour, linewidth=0.6, alpha=0.6, relpos=(0, 0.5),
-                        shrinkA=1, shrinkB=4))
 
 
 def style_of(i):

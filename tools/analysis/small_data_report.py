@@ -11,7 +11,9 @@ import statistics
 import textwrap
 from pathlib import Path
 
-from _cli import UserError
+from curve_labels import spread
+
+from vmamba_mm.errors import UserError
 
 COLUMNS = dict(model=str, seed=int, epoch=int, loss=float, top1=float,
                top1_no_scan=lambda text: float(text) if text else None, images_per_s=float)
@@ -158,22 +160,6 @@ def show(summary):
 
 
 # --- picture --------------------------------------------------------------------------------
-
-def spread(values, gap):
-    """Heights for labels: near their values, in the same order, at least ``gap`` apart."""
-    order = sorted(range(len(values)), key=lambda i: values[i])
-    placed = []  # groups of labels that touch: [sum of wanted heights of the lowest, count]
-    for k, i in enumerate(order):
-        placed.append([values[i] - k * gap, 1])
-        while len(placed) > 1 and placed[-2][0] / placed[-2][1] > placed[-1][0] / placed[-1][1]:
-            total, count = placed.pop()
-            placed[-1] = [placed[-1][0] + total, placed[-1][1] + count]
-    bases = [total / count for total, count in placed for _ in range(count)]
-    found = [0.0] * len(values)
-    for k, i in enumerate(order):
-        found[i] = bases[k] + k * gap
-    return found
-
 
 def draw(rows, summary, setting, path):
     """Left the accuracy over epochs, mean and range of the seeds; right each seed at the end."""

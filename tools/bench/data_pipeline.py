@@ -25,11 +25,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from cpu_name import cpu_name
 
 from vmamba_mm.mm.compat import prepare_mm
+from vmamba_mm.mm.measuring import cpu_name
 
-CONFIGS = Path(__file__).resolve().parents[2] / 'configs/imagenet'
+CONFIGS = Path(__file__).resolve().parents[2] / 'configs/vmamba'
 NAMES = {'stock': 'vmamba-tiny-s1l8_8xb128_in1k-224.py',
          'fast': 'vmamba-tiny-s1l8_8xb128-fast_in1k-224.py'}
 BATCH = 128

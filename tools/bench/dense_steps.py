@@ -4,8 +4,8 @@ A step is mmengine's ``model.train_step``: preprocessing, forward, losses, backw
 fp32 and in fp16 autocast with AmpOptimWrapper. Mask R-CNN FPN at 800x1280 with batch 2 and UperNet
 at 512x512 with batch 4 are those of our configs; a peer's backbone is that of its stock config of
 mmdet or mmseg, drop path included. Besides: the backbone's forward of one 800x1280 image in fp16
-autocast. The ratios to the peers of the same run come first, and what counts is that to ConvNeXt-T:
-a step waits for the CPU at many places, so absolute times belong to one machine.
+autocast. The ratios to the peers of the same run come first: a step waits for the CPU at many
+places, so absolute times belong to one machine.
 
 The same for all: random images and annotations (on the GPU before the step, masks in the CPU's
 memory as mmdet has them), random weights, BN for SyncBN, fused AdamW on our configs' few parameter
@@ -18,7 +18,7 @@ Before a model is timed, drop path and dropout off: a step's loss in fp16 must b
 every parameter must get a finite gradient in both. Of our backbone, the maps of the last image must
 be those of plain PyTorch in fp32 on the CPU, and the parameters' gradient by them likewise
 (800x1280: fp16 against fp32 on the GPU, the CPU needs too long). What is wrong with ours ends the
-run; a peer that fails is reported. Speed that is missed is shown only.
+run; a peer that fails is reported.
 """
 
 import contextlib
@@ -30,20 +30,20 @@ import time
 import traceback
 from pathlib import Path
 
+import dense_steps_report as report
 import numpy as np
 import torch
+from bench_options import add_run_options, check_run_options
+from bench_report import NAN, describe_tf32, device_name, show
+from dense_steps_report import BACKBONE, MODELS, NUMBERS, OURS, WHAT, Case
+from end_to_end import MAX_ERRORS as HALF_ERRORS
+from end_to_end import WARM_UP, distance, flat_grad, median, peak_gib
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import _cli  # noqa: E402  (a sibling script, not a package)
-import dense_steps_report as report  # noqa: E402
-from dense_steps_report import BACKBONE, MODELS, NUMBERS, OURS, SETTING, WHAT, Case  # noqa: E402
-from end_to_end import MAX_ERRORS as HALF_ERRORS  # noqa: E402
-from end_to_end import WARM_UP, distance, flat_grad, median, peak_gib  # noqa: E402
-from end_to_end_report import NAN, find_setting, read_rows, show, write_rows  # noqa: E402
-from measuring import median_ms  # noqa: E402
-
-import vmamba_mm  # noqa: E402
-from vmamba_mm.mm.compat import require_working  # noqa: E402
+import vmamba_mm
+from vmamba_mm.errors import UserError
+from vmamba_mm.mm import cli
+from vmamba_mm.mm.compat import prepare_mm, require_working
+from vmamba_mm.mm.measuring import median_ms
 
 EXAMPLES = '''  python tools/bench/dense_steps.py --csv steps.csv --profile
   python tools/bench/dense_steps.py --tasks upernet --precisions fp16 --quick
@@ -76,11 +76,11 @@ OBJECTS = 8  # an image of COCO has 7
 def make_config(task, name, side_by):
     """The config of a task with a backbone of random weights, batch, height and width."""
     path, batch, height, width, peers = TASKS[task]
-    cfg = _cli.load_config(str(path))
+    cfg = cli.load_config(str(path))
     if name in peers:
-        cfg.model.backbone = _cli.load_config(peers[name]).model.backbone
+        cfg.model.backbone = cli.load_config(peers[name]).model.backbone
     cfg.model.backbone.init_cfg = None
-    _cli.sync_to_plain_batch_norm(cfg.model)
+    cli.sync_to_plain_batch_norm(cfg.model)
     height, width = (max(1, round(side / side_by / 32)) * 32 for side in (height, width))
     if task == 'upernet':
         cfg.model.data_preprocessor.size = (height, width)
@@ -217,7 +217,7 @@ def dropping_off(model):
 
 def demand(holds, case, text):
     if not holds:
-        raise _cli.UserError(f'{case.model} is wrong, not timed: {case.what}: {text}')
+        raise UserError(f'{case.model} is wrong, not timed: {case.what}: {text}')
 
 
 def check(subject, task, name):
@@ -361,7 +361,7 @@ def attempt(name, function, *args):
     """(result, problem): a model that fails is reported, if ours is wrong that ends the run."""
     try:
         return function(*args), ''
-    except _cli.UserError as err:
+    except UserError as err:
         if name == OURS:
             raise
         return None, str(err)
@@ -404,7 +404,7 @@ def release(args):
 
 def save(args, rows):
     if args.csv:
-        write_rows(args.csv, rows, Case, NUMBERS, SETTING)
+        report.SHEET.write(args.csv, rows)
 
 
 def tell(text, start):
@@ -414,7 +414,7 @@ def tell(text, start):
 # --- command line ---------------------------------------------------------------------------
 
 def parse_args():
-    parser = _cli.make_parser(__doc__, EXAMPLES)
+    parser = cli.make_parser(__doc__, EXAMPLES)
     parser.add_argument('--tasks', nargs='+', choices=TASKS, metavar='TASK',
                         help=f'{", ".join(TASKS)} (default: all; none with --merge)')
     parser.add_argument('--models', nargs='+', choices=MODELS, default=MODELS, metavar='MODEL',
@@ -423,28 +423,16 @@ def parse_args():
                         metavar='PRECISION', help='fp32, fp16 (default: both)')
     parser.add_argument('--profile', action='store_true',
                         help="the time of the GPU's kernels too, and the backbone's share of it")
-    parser.add_argument('--quick', action='store_true', help='a fifth of the repetitions')
-    parser.add_argument('--device', choices=('cuda', 'cpu'), default='cuda')
-    parser.add_argument('--shrink', type=int, default=1, metavar='N',
-                        help='sides by N, batch 2, fewer regions, to try the tool out where there '
-                        'is no GPU; fp16 is bf16 there, and fp32 in a step of Mask R-CNN')
-    parser.add_argument('--merge', nargs='+', default=[], metavar='CSV',
-                        help='show the rows of earlier runs too; those measured now replace them')
-    parser.add_argument('--csv', metavar='FILE', help='write all rows there')
-    parser.add_argument('--traceback', action='store_true', help=_cli.argparse.SUPPRESS)
+    add_run_options(parser, 'sides by N, batch 2, fewer regions, to try the tool out where there '
+                    'is no GPU; fp16 is bf16 there, and fp32 in a step of Mask R-CNN')
     args = parser.parse_args()
-    if args.shrink < 1:
-        raise _cli.UserError(f'--shrink must be at least 1, got {args.shrink}')
-    if args.tasks is None:
-        args.tasks = () if args.merge else tuple(TASKS)
-    if args.tasks and args.device == 'cuda' and not torch.cuda.is_available():
-        raise _cli.UserError('torch finds no GPU here; --device cpu --shrink 8 tries the tool out')
+    args.tasks = check_run_options(args, args.tasks, tuple(TASKS), '--device cpu --shrink 8')
     return args
 
 
-def prepare_mm():
-    """Their versions."""
-    _cli.prepare_mm()
+def prepare_packages():
+    """Import mm* and this package, quietly; the versions of mm*."""
+    prepare_mm()
     for package in ('mmdet', 'mmseg', 'mmpretrain'):
         require_working(package)
     import mmdet
@@ -463,31 +451,28 @@ def main():
     args = parse_args()
     rows = {}
     for path in args.merge:
-        rows |= read_rows(path, Case, NUMBERS, SETTING)
-    setting = dict(device=torch.cuda.get_device_name() if args.device == 'cuda' else 'CPU',
-                   torch=torch.__version__, mm=prepare_mm(), shrink=str(args.shrink)
-                   ) if args.tasks else find_setting(rows, SETTING)
-    find_setting({**rows, None: setting}, SETTING)
+        rows |= report.SHEET.read(path)
+    setting = dict(device=device_name(args.device), torch=torch.__version__,
+                   mm=prepare_packages(), shrink=str(args.shrink)
+                   ) if args.tasks else report.SHEET.find_setting(rows)
+    report.SHEET.find_setting({**rows, None: setting})
     print(f'{setting["device"]}; torch {setting["torch"]}, {setting["mm"]}')
     if setting['shrink'] != '1':
         print(f'every side by {setting["shrink"]}: nothing to compare with')
     if args.tasks:
         torch.backends.cudnn.benchmark = False
-        tf32 = {True: 'on', False: 'off'}
-        print(f'vmamba_mm {vmamba_mm.__version__}; cudnn.benchmark off, TF32 '
-              f'{tf32[torch.backends.cudnn.allow_tf32]} in convolutions and '
-              f'{tf32[torch.backends.cuda.matmul.allow_tf32]} in products')
+        print(f'vmamba_mm {vmamba_mm.__version__}; cudnn.benchmark off, {describe_tf32()}')
     sys.stdout.flush()
     measure_all(args, rows, setting)
-    report.print_ratios(rows, setting)
-    report.print_requirements(rows, setting)
+    report.print_ratios(rows)
+    report.print_anchors(rows)
     report.print_rows(rows)
     save(args, rows)
     failed = sorted({case.what for case, row in rows.items()
                      if case.model == OURS and row['problem']})
     if failed:
-        raise _cli.UserError(f'{OURS} failed: {"; ".join(failed)}: see above')
+        raise UserError(f'{OURS} failed: {"; ".join(failed)}: see above')
 
 
 if __name__ == '__main__':
-    _cli.run(main)
+    cli.run(main)

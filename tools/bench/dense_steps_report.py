@@ -1,9 +1,9 @@
-"""What dense_steps.py measures and reports: cases, requirements, tables."""
+"""What dense_steps.py measures and reports: cases, tables."""
 
 import math
 from typing import NamedTuple
 
-from end_to_end_report import NAN, judge, number, print_table, show
+from bench_report import NAN, Sheet, number, print_problems, print_table, show, show_in
 
 OURS = 'tiny_s1l8'
 PEERS = {'convnext_t': 'ConvNeXt-T', 'swin_t': 'Swin-T'}
@@ -12,7 +12,6 @@ BACKBONE = 'backbone'  # the task of it alone, which is timed with mask-rcnn
 NUMBERS = ('ms', 'peak_gib', 'loss', 'loss_error', 'error', 'grad_error', 'kernels_ms',
            'backbone_kernels_ms')
 SETTING = ('device', 'torch', 'mm', 'shrink')
-PEAK_LIMIT = 1.1  # times the peak of ConvNeXt-T in the same run
 
 
 class Case(NamedTuple):
@@ -30,71 +29,52 @@ WHAT = {'mask-rcnn': 'Mask R-CNN FPN 800x1280 b2', 'upernet': 'UperNet 512x512 b
         BACKBONE: 'backbone forward 800x1280 b1'}
 
 
-class Requirement(NamedTuple):
-    """``ms``, ``gib``: the anchors, of the official VMamba-T[s1l8], Swin-T and ConvNeXt-T."""
+SHEET = Sheet(Case, NUMBERS, SETTING)
+
+
+class Anchor(NamedTuple):
+    """Numbers of the official VMamba-T[s1l8], Swin-T and ConvNeXt-T: measured by us on an H100."""
     task: str
     precision: str
     ms: tuple[float, float, float]
-    gib: tuple[float, float, float]
-    required_ms: float = NAN
-
-    @property
-    def ratio(self) -> float:
-        """What is required in times of ConvNeXt-T."""
-        return self.required_ms / self.ms[2]
+    peak_gib: tuple[float, float, float]
 
 
-REQUIREMENTS = [
-    Requirement('mask-rcnn', 'fp32', (237, 202, 185), (8.59, 6.44, 5.94), 185),
-    Requirement('mask-rcnn', 'fp16', (233, 207, 197), (6.29, 5.09, 3.67), 190),
-    Requirement('upernet', 'fp32', (174, 154, 125), (8.17, 7.18, 7.06), 125),
-    Requirement('upernet', 'fp16', (150, 127, 119), (6.11, 5.68, 5.38), 115),
-    Requirement(BACKBONE, 'fp16', (19.3, 15.8, 8.0), (NAN, NAN, NAN))]
+ANCHORS = [
+    Anchor('mask-rcnn', 'fp32', (237, 202, 185), (8.59, 6.44, 5.94)),
+    Anchor('mask-rcnn', 'fp16', (233, 207, 197), (6.29, 5.09, 3.67)),
+    Anchor('upernet', 'fp32', (174, 154, 125), (8.17, 7.18, 7.06)),
+    Anchor('upernet', 'fp16', (150, 127, 119), (6.11, 5.68, 5.38)),
+    Anchor(BACKBONE, 'fp16', (19.3, 15.8, 8.0), (NAN, NAN, NAN))]
 
 
-def print_ratios(rows, setting):
+def print_ratios(rows):
     """First of all: absolute times compare only within one machine."""
-    counts = setting['shrink'] == '1' and setting['device'] != 'CPU'
     lines = []
-    for need in REQUIREMENTS:
-        case = Case(OURS, need.task, need.precision)
-        ratio = {(peer, name): number(rows, case, name)
-                 / number(rows, case._replace(model=peer), name)
-                 for peer in PEERS for name in ('ms', 'peak_gib')}
-        if all(map(math.isnan, ratio.values())):
-            continue
-        time, memory = (ratio['convnext_t', name] for name in ('ms', 'peak_gib'))
-        limit = NAN if need.task == BACKBONE else PEAK_LIMIT
-        lines.append([case.what, fixed(time), fixed(need.ratio),
-                      judge(time, need.ratio) if counts else '', fixed(ratio['swin_t', 'ms']),
-                      fixed(memory), fixed(limit), judge(memory, limit) if counts else '',
-                      fixed(ratio['swin_t', 'peak_gib'])])
-    print_table(f'{OURS} by its peers of this run, less is better: what counts is the time by '
-                'that of ConvNeXt-T;\nrequired of it: the required ms by the ms of ConvNeXt-T '
-                'among the anchors below' + ('' if counts else ' (no verdicts on a CPU or shrunk)'),
-                ['', 'ms/ConvNeXt-T', 'required', '', 'ms/Swin-T', 'peak/ConvNeXt-T', 'required',
-                 '', 'peak/Swin-T'], lines)
+    for anchor in ANCHORS:
+        case = Case(OURS, anchor.task, anchor.precision)
+        ratios = [number(rows, case, name) / number(rows, case._replace(model=peer), name)
+                  for name in ('ms', 'peak_gib') for peer in PEERS]
+        if not all(map(math.isnan, ratios)):
+            lines.append([case.what, *(show_in('.3f', ratio) or '-' for ratio in ratios)])
+    print_table(f'{OURS} by its peers of this run, less is better',
+                ['', *(f'{what}/{name}' for what in ('ms', 'peak') for name in PEERS.values())],
+                lines)
 
 
-def print_requirements(rows, setting):
-    """Ours beside the peers of the run and the anchors; verdicts are for an H100 only."""
-    counts = 'H100' in setting['device'] and setting['shrink'] == '1'
+def print_anchors(rows):
+    """Ours and the peers of the run beside the anchors."""
     lines = []
-    for need in REQUIREMENTS:
-        case = Case(OURS, need.task, need.precision)
-        most = PEAK_LIMIT * number(rows, case._replace(model='convnext_t'), 'peak_gib')
-        for name, unit, anchors, limit in (
-                ('ms', 'ms', need.ms, need.required_ms),
-                ('peak_gib', 'peak GiB', need.gib, NAN if need.task == BACKBONE else most)):
+    for anchor in ANCHORS:
+        case = Case(OURS, anchor.task, anchor.precision)
+        for name, unit in (('ms', 'ms'), ('peak_gib', 'peak GiB')):
             here = [number(rows, case._replace(model=model), name) for model in MODELS]
             if not all(map(math.isnan, here)):
-                lines.append([f'{case.what}, {unit}', *map(show, here), '|', *map(show, anchors),
-                              '|', show(limit), judge(here[0], limit) if counts else ''])
-    print_table('This run | anchors: measured by us on an H100, official is the public VMamba | '
-                'required of an H100 (peak: ConvNeXt-T of this run + 10 %)'
-                + ('' if counts else '\n(this run is on another device or size: no verdicts)'),
-                ['', OURS, 'Swin-T', 'ConvNeXt-T', '|', 'official', 'Swin-T', 'ConvNeXt-T', '|',
-                 'required', ''], lines)
+                lines.append([f'{case.what}, {unit}', *map(show, here), '|',
+                              *map(show, getattr(anchor, name))])
+    print_table('This run | measured by us on an H100, official is the public VMamba',
+                ['', OURS, 'Swin-T', 'ConvNeXt-T', '|', 'official', 'Swin-T', 'ConvNeXt-T'],
+                lines)
 
 
 def print_rows(rows):
@@ -103,8 +83,8 @@ def print_rows(rows):
                 "its parameters' gradient, from fp32 on the CPU\n(800x1280: the gradient in fp16 "
                 'from fp32 on the same device)',
                 ['', 'loss', 'from fp32', 'maps', 'gradient'],
-                [[f'{case.model}: {case.what}', blank(row['loss'], '.4f'),
-                  *(blank(row[name], '.0e') for name in ('loss_error', 'error', 'grad_error'))]
+                [[f'{case.model}: {case.what}', show_in('.4f', row['loss']),
+                  *(show_in('.0e', row[name]) for name in ('loss_error', 'error', 'grad_error'))]
                  for case, row in measured.items()])
     print_table("--profile: ms of the GPU's kernels and copies in a step, the backbone's by "
                 'itself, forward and backward',
@@ -114,15 +94,4 @@ def print_rows(rows):
                  for case, row in measured.items()
                  for kernels, part in [(row['kernels_ms'], row['backbone_kernels_ms'])]
                  if kernels > 0])
-    problems = [f'{case.model}: {case.what}: {row["problem"]}' for case, row in rows.items()
-                if row['problem']]
-    if problems:
-        print('\nNot measured', *problems, sep='\n')
-
-
-def fixed(value):
-    return blank(value, '.3f') or '-'
-
-
-def blank(value, style):
-    return '' if math.isnan(value) else format(value, style)
+    print_problems(rows)

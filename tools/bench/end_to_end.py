@@ -1,10 +1,10 @@
 """Speed and memory of whole models beside their peers in timm, in one run on one GPU.
 
-It prints the ratios to the peers, then what is required of an H100, then every number. Before an
+It prints the ratios to the peers, then numbers of others on an H100, then every number. Before an
 architecture of ours is timed, what is timed is checked at its own size: the output for the first
 and the last image (the last alone above 512x512), and in training up to there the gradient of the
 parameters by them, against the same model in fp32 on the CPU, where all of it is plain PyTorch.
-What is wrong ends the run; a requirement that is missed is shown only.
+What is wrong ends the run.
 
 All models: the same images, dtype, drop path 0, cudnn.benchmark, PyTorch's defaults for TF32, and
 the layout that suits them. "autocast" has fp32 parameters, "pure" half-precision ones. The peak
@@ -28,22 +28,21 @@ import math
 import sys
 import time
 import traceback
-from pathlib import Path
 
+import end_to_end_report as report
 import timm
 import torch
+from bench_options import add_run_options, check_run_options
+from bench_report import NAN, describe_tf32, device_name
+from end_to_end_report import OURS, RESOLUTIONS, Case
+from ss2d_gpu import graphed
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import _cli  # noqa: E402  (a sibling script, not a package)
-import end_to_end_report as report  # noqa: E402
-import measuring  # noqa: E402
-from end_to_end_report import NAN, OURS, RESOLUTIONS, Case  # noqa: E402
-from measuring import WARM_UP  # noqa: E402
-from ss2d_gpu import graphed  # noqa: E402
-
-import vmamba_mm  # noqa: E402
-import vmamba_mm.timm  # noqa: E402
-from vmamba_mm.models import VMamba  # noqa: E402
+import vmamba_mm
+import vmamba_mm.timm
+from vmamba_mm.errors import UserError
+from vmamba_mm.mm import cli, measuring
+from vmamba_mm.mm.measuring import WARM_UP
+from vmamba_mm.models import VMamba
 
 EXAMPLES = '''  python tools/bench/end_to_end.py --sections headline batch1 --csv a.csv
   python tools/bench/end_to_end.py --sections compiled-training --models tiny_s1l8 --csv b.csv
@@ -208,9 +207,9 @@ def peak_gib(function, args):
 
 def check(case, what, error, limit):
     if not error <= limit:
-        raise _cli.UserError(f'{case.model} is wrong, nothing more was timed: {case.what}: {what} '
-                             f'differs from fp32 by {error:.1e} (relative 2-norm), allowed '
-                             f'{limit:.0e}')
+        raise UserError(f'{case.model} is wrong, nothing more was timed: {case.what}: {what} '
+                        f'differs from fp32 by {error:.1e} (relative 2-norm), allowed '
+                        f'{limit:.0e}')
 
 
 def measure(case, args):
@@ -325,7 +324,7 @@ def attempt(case, args):
         torch.compiler.reset()
     try:
         return measure(case, args), ''
-    except _cli.UserError:
+    except UserError:
         raise
     except ModuleNotFoundError as err:
         problem = f'not installed ({err})'
@@ -358,36 +357,25 @@ def measure_all(args, rows, setting):
             print(f'  {case.model}: {case.what}: {result} [{time.monotonic() - start:.0f} s]',
                   file=sys.stderr, flush=True)
             if args.csv:
-                report.write_rows(args.csv, rows)
+                report.SHEET.write(args.csv, rows)
         print(f'{section}: {time.monotonic() - began:.0f} s', file=sys.stderr, flush=True)
 
 
 # --- command line ---------------------------------------------------------------------------
 
 def parse_args():
-    parser = _cli.make_parser(__doc__, EXAMPLES)
+    parser = cli.make_parser(__doc__, EXAMPLES)
     parser.add_argument('--sections', nargs='+', choices=SECTIONS, metavar='SECTION',
                         help=f'what to measure: {", ".join(SECTIONS)} (default: headline; nothing '
                         'with --merge)')
     parser.add_argument('--models', nargs='+', choices=MODELS, metavar='MODEL',
                         help=f"instead of the sections' own: {', '.join(MODELS)}")
     parser.add_argument('--dtype', choices=('float16', 'bfloat16'), default='float16')
-    parser.add_argument('--device', choices=('cuda', 'cpu'), default='cuda')
-    parser.add_argument('--quick', action='store_true', help='a fifth of the repetitions')
-    parser.add_argument('--shrink', type=int, default=1, metavar='N',
-                        help='batches and sides by N, to try the tool out where there is no GPU')
-    parser.add_argument('--merge', nargs='+', default=[], metavar='CSV',
-                        help='show the rows of earlier runs too; those measured now replace them')
-    parser.add_argument('--csv', metavar='FILE', help='write all rows there')
     parser.add_argument('--png', metavar='FILE', help='draw them there')
-    parser.add_argument('--traceback', action='store_true', help=_cli.argparse.SUPPRESS)
+    add_run_options(parser, 'batches and sides by N, to try the tool out where there is no GPU')
     args = parser.parse_args()
-    if args.shrink < 1:
-        raise _cli.UserError(f'--shrink must be at least 1, got {args.shrink}')
-    if args.sections is None:
-        args.sections = [] if args.merge else ['headline']
-    if args.sections and args.device == 'cuda' and not torch.cuda.is_available():
-        raise _cli.UserError('torch finds no GPU here; --device cpu --shrink 16 tries the tool out')
+    args.sections = check_run_options(args, args.sections, ('headline',),
+                                      '--device cpu --shrink 16')
     return args
 
 
@@ -395,11 +383,11 @@ def main():
     args = parse_args()
     rows = {}
     for path in args.merge:
-        rows |= report.read_rows(path)
-    setting = dict(device=torch.cuda.get_device_name() if args.device == 'cuda' else 'CPU',
-                   torch=torch.__version__, timm=timm.__version__, dtype=args.dtype,
-                   shrink=str(args.shrink)) if args.sections else report.find_setting(rows)
-    report.find_setting({**rows, None: setting})
+        rows |= report.SHEET.read(path)
+    setting = dict(device=device_name(args.device), torch=torch.__version__,
+                   timm=timm.__version__, dtype=args.dtype,
+                   shrink=str(args.shrink)) if args.sections else report.SHEET.find_setting(rows)
+    report.SHEET.find_setting({**rows, None: setting})
     args.dtype = getattr(torch, args.dtype)
     torch.backends.cudnn.benchmark = True
     title = (f'{setting["device"]}; {setting["dtype"]}; torch {setting["torch"]}, timm '
@@ -408,24 +396,22 @@ def main():
         title += f'; every batch and side by {setting["shrink"]}: nothing to compare with'
     print(title)
     if args.sections:
-        tf32 = {True: 'on', False: 'off'}
         print(f'vmamba_mm {vmamba_mm.__version__}; the same for all models: drop path 0, '
-              f'cudnn.benchmark on, TF32 {tf32[torch.backends.cudnn.allow_tf32]} in convolutions '
-              f'and {tf32[torch.backends.cuda.matmul.allow_tf32]} in products')
+              f'cudnn.benchmark on, {describe_tf32()}')
     sys.stdout.flush()
     measure_all(args, rows, setting)
     report.print_ratios(rows)
-    report.print_requirements(rows, setting)
+    report.print_anchors(rows)
     report.print_rows(rows)
     if args.csv:
-        report.write_rows(args.csv, rows)
+        report.SHEET.write(args.csv, rows)
     if args.png:
         report.plot(rows, args.png, title)
     failed = sorted({case.model for case, row in rows.items()
                      if case.model in OURS and row['problem'] not in ('', NO_GRAPHS)})
     if failed:
-        raise _cli.UserError(f'{", ".join(failed)} failed: see above')
+        raise UserError(f'{", ".join(failed)} failed: see above')
 
 
 if __name__ == '__main__':
-    _cli.run(main)
+    cli.run(main)

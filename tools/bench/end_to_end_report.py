@@ -1,19 +1,17 @@
-"""What end_to_end.py measures and reports: cases, requirements, CSV, tables, picture."""
+"""What end_to_end.py measures and reports: cases, tables, picture."""
 
-import csv
-import io
 import math
 from typing import NamedTuple
 
 import matplotlib
-from _cli import UserError
+from bench_report import NAN, Sheet, number, print_problems, print_table, show, show_in
 
-from vmamba_mm.atomic import atomic_file, write_atomic
+from vmamba_mm.atomic import atomic_file
+from vmamba_mm.errors import UserError
 
 matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt  # noqa: E402 (after the choice of its backend)
 
-NAN = float('nan')
 OURS = ('tiny_s1l8', 'small_s1l20', 'base_s1l20', 'tiny_s2l5', 'small_s2l15', 'base_s2l15',
         'vanilla_tiny', 'vanilla_small', 'vanilla_base')
 #: family: the peers of each size; DeiT-S has nearly the parameters of the tiny models
@@ -24,7 +22,6 @@ FAMILIES = {'Swin': {'tiny': 'swin_t', 'small': 'swin_s', 'base': 'swin_b'},
 TINY = ('tiny_s1l8', *(peers['tiny'] for peers in FAMILIES.values()))
 RESOLUTIONS = ((224, 64), (384, 32), (512, 16), (640, 16), (768, 8), (1024, 4))
 NUMBERS = ('ms', 'images_per_s', 'peak_gib', 'error', 'grad_error')
-#: rows compare only where these are the same; all of them are text
 SETTING = ('device', 'torch', 'timm', 'dtype', 'shrink')
 # Okabe and Ito's colours, told apart with every kind of colour vision; hatches, markers besides.
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
@@ -51,91 +48,40 @@ class Case(NamedTuple):
                 f'{self.height}x{self.width}{maps}')
 
 
-# --- what is required of an H100 --------------------------------------------------------------
+SHEET = Sheet(Case, NUMBERS, SETTING)
 
-class Requirement(NamedTuple):
-    """``anchors``: the official VMamba, Swin-T and ConvNeXt-T."""
+
+# --- what others measured --------------------------------------------------------------------
+
+class Anchor(NamedTuple):
+    """A number of the official VMamba, of Swin-T and of ConvNeXt-T: measured by us on an H100."""
     case: Case
     number: str
-    anchors: tuple[float, float, float]
-    required: float
-    aim: float = NAN
+    official: float
+    swin: float = NAN
+    convnext: float = NAN
 
 
 _TRAIN = Case('tiny_s1l8', 'forward+backward')
 _ONE = Case('tiny_s1l8', batch=1)
-REQUIREMENTS = [
-    Requirement(Case('tiny_s1l8'), 'images_per_s', (2872, 5128, 7368), 8600, 10000),
-    Requirement(Case('tiny_s1l8', how='compiled', precision='pure'), 'images_per_s',
-                (NAN, 10433, 15248), 10500, 15300),
-    Requirement(_TRAIN, 'images_per_s', (1089, 1938, 2537), 2830, 3300),
-    Requirement(_TRAIN._replace(how='compiled'), 'images_per_s', (NAN, 3499, 3777), 3500, 3800),
-    Requirement(_TRAIN, 'peak_gib', (12.0, 9.0, 8.0), 8.0, 6.5),
-    Requirement(_ONE, 'ms', (24.7, 9.0, 5.6), 5.5, 4.0),
-    Requirement(_ONE._replace(how='graph'), 'ms', (NAN, NAN, NAN), 1.8, 1.2),
-    Requirement(_ONE._replace(height=800, width=1280, output='maps'), 'ms', (18.4, 10.7, 5.3),
-                5.3, 3.0),
-    Requirement(Case('tiny_s1l8', batch=4, height=1024, width=1024), 'images_per_s',
-                (140, 221, 289), 420, 600)]
+ANCHORS = [
+    Anchor(Case('tiny_s1l8'), 'images_per_s', 2872, 5128, 7368),
+    Anchor(Case('tiny_s1l8', how='compiled', precision='pure'), 'images_per_s', NAN, 10433, 15248),
+    Anchor(_TRAIN, 'images_per_s', 1089, 1938, 2537),
+    Anchor(_TRAIN._replace(how='compiled'), 'images_per_s', NAN, 3499, 3777),
+    Anchor(_TRAIN, 'peak_gib', 12.0, 9.0, 8.0),
+    Anchor(_ONE, 'ms', 24.7, 9.0, 5.6),
+    Anchor(_ONE._replace(how='graph'), 'ms', NAN),
+    Anchor(_ONE._replace(height=800, width=1280, output='maps'), 'ms', 18.4, 10.7, 5.3),
+    Anchor(Case('tiny_s1l8', batch=4, height=1024, width=1024), 'images_per_s', 140, 221, 289)]
 #: official images/s of inference and of forward+backward
 _OFFICIAL = {'small_s1l20': (1978, 709), 'base_s1l20': (1594, 561), 'tiny_s2l5': (2284, 842),
              'small_s2l15': (1580, 554), 'base_s2l15': (1234, 430), 'vanilla_tiny': (837, 259)}
-for _model, _speeds in _OFFICIAL.items():
-    _factors = (3.0, 3.0) if _model == 'vanilla_tiny' else (2.8, 2.4)
-    REQUIREMENTS += [
-        Requirement(Case(_model, _task), 'images_per_s', (_speed, NAN, NAN), _factor * _speed)
-        for _task, _speed, _factor in zip(('inference', 'forward+backward'), _speeds, _factors,
-                                          strict=True)]
-GROWTH_ANCHORS, GROWTH_LIMIT = (0.92, 1.06, 1.13), 1.0
-
-
-def judge(value, limit, higher_is_better=False):
-    """'met' or 'MISSED'; nothing without a value or a limit."""
-    if math.isnan(value) or math.isnan(limit):
-        return ''
-    return 'met' if (value >= limit if higher_is_better else value <= limit) else 'MISSED'
-
-
-# --- rows -----------------------------------------------------------------------------------
-
-def write_rows(path, rows, kind=Case, numbers=NUMBERS, setting=SETTING):
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [*kind._fields, *numbers, 'problem', *setting])
-    writer.writeheader()
-    writer.writerows({**case._asdict(), **row} for case, row in rows.items())
-    write_atomic(text.getvalue().encode(), path)
-
-
-def read_rows(path, kind=Case, numbers=NUMBERS, setting=SETTING):
-    """{case: row} of a file of write_rows; ``kind`` has a default for all but its first field."""
-    rows = {}
-    try:
-        with open(path, newline='') as file:
-            for line in csv.DictReader(file):
-                case = kind(*(type(default)(line[name]) for name, default in
-                              kind('')._asdict().items()))
-                rows[case] = {name: float(line[name]) for name in numbers}
-                rows[case] |= {name: line[name] for name in ('problem', *setting)}
-    except (KeyError, ValueError, TypeError, csv.Error) as err:
-        raise UserError(f'{path} is no CSV file of this tool: {err!r}') from err
-    return rows
-
-
-def find_setting(rows, names=SETTING):
-    """The setting that all rows have.
-
-    Raises:
-        UserError: if they have several: their times do not compare.
-    """
-    values = {name: sorted({row[name] for row in rows.values()}) for name in names}
-    differing = [f'{name} {" and ".join(v)}' for name, v in values.items() if len(v) > 1]
-    if differing:
-        raise UserError(f'rows of different settings do not compare: {"; ".join(differing)}')
-    return {name: v[0] for name, v in values.items()}
-
-
-def number(rows, case, name):
-    return rows[case][name] if case in rows else NAN
+ANCHORS += [Anchor(Case(model, task), 'images_per_s', speed)
+            for model, speeds in _OFFICIAL.items()
+            for task, speed in zip(('inference', 'forward+backward'), speeds, strict=True)]
+#: the time per pixel at 1024 by that at 224
+GROWTH = (0.92, 1.06, 1.13)
 
 
 def time_per_pixel(rows, model):
@@ -146,24 +92,6 @@ def time_per_pixel(rows, model):
 
 
 # --- tables ---------------------------------------------------------------------------------
-
-def show(value, unit=''):
-    """Three digits, or all that stand before the point; '-' for NaN."""
-    if math.isnan(value):
-        return '-'
-    return (f'{value:.0f}' if value >= 100 else f'{value:.3g}') + unit
-
-
-def print_table(title, head, lines):
-    """Text in the first column, numbers in the others; nothing without lines."""
-    if not lines:
-        return
-    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
-    print(f'\n{title}')
-    for first, *others in (head, *lines):
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        print('  '.join([first.ljust(widths[0]), *cells]).rstrip())
-
 
 def print_ratios(rows):
     lines = []
@@ -184,29 +112,18 @@ def print_ratios(rows):
                 ['', *FAMILIES], lines)
 
 
-def print_requirements(rows, setting):
-    """Of all that was measured; the verdicts are for the GPU that the requirements are for."""
-    lines = []
-    counts = 'H100' in setting['device'] and setting['dtype'] == 'float16' \
-        and setting['shrink'] == '1'
-    for case, name, anchors, required, aim in REQUIREMENTS:
-        value = number(rows, case, name)
-        higher = name == 'images_per_s'
-        unit = {'images_per_s': 'images/s', 'ms': 'ms', 'peak_gib': 'peak GiB'}[name]
-        lines.append([f'{case.model}: {case.what}, {unit}', value, anchors, required, aim, higher])
+def print_anchors(rows):
+    """What was measured here beside the anchors."""
+    units = {'images_per_s': 'images/s', 'ms': 'ms', 'peak_gib': 'peak GiB'}
+    lines = [[f'{case.model}: {case.what}, {units[name]}', number(rows, case, name), *anchors]
+             for case, name, *anchors in ANCHORS]
     growth = time_per_pixel(rows, 'tiny_s1l8')
     lines.append(['tiny_s1l8: time per pixel at 1024 by that at 224',
-                  growth.get(1024, NAN) / growth.get(224, NAN), GROWTH_ANCHORS, GROWTH_LIMIT, NAN,
-                  False])
-    cells = [[what, show(value), *(show(a) for a in anchors), show(required),
-              judge(value, required, higher) if counts else '', show(aim),
-              judge(value, aim, higher) if counts else '']
-             for what, value, anchors, required, aim, higher in lines if not math.isnan(value)]
-    print_table('Required of an H100 in fp16. Official, Swin-T, ConvNeXt-T: published anchors, '
-                'measured by us on an H100'
-                + ('' if counts else '\n(this run is on another device, dtype or size: '
-                   'no verdicts)'),
-                ['', 'here', 'official', 'Swin-T', 'ConvNeXt-T', 'required', '', 'aim', ''], cells)
+                  growth.get(1024, NAN) / growth.get(224, NAN), *GROWTH])
+    print_table('This run | measured by us on an H100 in fp16: the official VMamba, Swin-T, '
+                'ConvNeXt-T', ['', 'here', 'official', 'Swin-T', 'ConvNeXt-T'],
+                [[what, *map(show, values)] for what, *values in lines
+                 if not math.isnan(values[0])])
 
 
 def print_rows(rows):
@@ -214,18 +131,10 @@ def print_rows(rows):
                 "parameters' gradient",
                 ['', 'ms', 'images/s', 'peak GiB', 'error', 'grad'],
                 [[f'{case.model}: {case.what}', show(row['ms']), show(row['images_per_s']),
-                  show(row['peak_gib']), *('' if math.isnan(row[e]) else f'{row[e]:.0e}'
+                  show(row['peak_gib']), *(show_in('.0e', row[e])
                                            for e in ('error', 'grad_error'))]
                  for case, row in rows.items() if not row['problem']])
-    problems = {}
-    for case, row in rows.items():
-        if row['problem']:
-            problems.setdefault((case.model, row['problem']), []).append(case.what)
-    if problems:
-        print('\nNot measured')
-    for (model, problem), cases in problems.items():
-        everything = len(cases) == sum(case.model == model for case in rows)
-        print(f'{model}: {problem}' + ('' if everything else f' ({"; ".join(cases)})'))
+    print_problems(rows)
 
 
 # --- picture --------------------------------------------------------------------------------

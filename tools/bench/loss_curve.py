@@ -9,6 +9,7 @@ curves may be no larger. A curve that does not fall shows nothing, and fails too
 Without --images, the classes are gratings of eight directions in noise.
 """
 
+
 import argparse
 import contextlib
 import csv
@@ -32,7 +33,7 @@ from vmamba_mm.ops.core import launch
 from vmamba_mm.ops.scan_kernels import cuda as scans
 
 matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 PLAIN = 'plain, fp16'
 SMOOTH = 0.9  # of the exponential moving average

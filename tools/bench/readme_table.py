@@ -1,23 +1,25 @@
-"""Write the performance tables of README.md from what end_to_end.py and dense_steps.py measured.
+"""Write the tables of README.md and docs/performance.md from what end_to_end.py and dense_steps.py
+measured.
 
-What stands between the lines "<!-- performance -->" and "<!-- /performance -->" is replaced; the
-rows of all files must be of one device and torch.
+What stands between the lines "<!-- speed -->" and "<!-- /speed -->" is replaced by the first table,
+and between "<!-- performance -->" and "<!-- /performance -->" by all of them. The rows of all CSV
+files must be of one device and torch.
 """
 
 import math
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import _cli  # noqa: E402  (a sibling script, not a package)
-import dense_steps_report as steps  # noqa: E402
-import end_to_end_report as report  # noqa: E402
-from end_to_end_report import FAMILIES, OURS, Case, find_setting, number, show  # noqa: E402
+import dense_steps_report as steps
+import end_to_end_report as report
+from bench_report import find_setting, markdown_table, number, show
+from end_to_end_report import FAMILIES, OURS, Case
 
-from vmamba_mm.atomic import write_atomic  # noqa: E402
+from vmamba_mm.atomic import write_atomic
+from vmamba_mm.errors import UserError
+from vmamba_mm.mm import cli
 
 EXAMPLES = '''  python tools/bench/readme_table.py --models a.csv b.csv --steps steps.csv'''
-BEGIN, END = '<!-- performance -->\n', '<!-- /performance -->\n'
+ALL, FIRST = 'performance', 'speed'  # the places in a file
 TINY = {'tiny_s1l8': 'VMamba-T (`tiny_s1l8`)', 'swin_t': 'Swin-T', 'convnext_t': 'ConvNeXt-T'}
 PEERS = {name: f'{family}-{size[0].upper()}' for family in ('Swin', 'ConvNeXt')
          for size, name in FAMILIES[family].items()}
@@ -41,13 +43,6 @@ LINES = [
      'images_per_s')]
 
 
-def table(head, lines):
-    """Markdown; lines without a number are left out."""
-    rows = [head, ['---'] * len(head), *(line for line in lines if any(
-        cell not in ('', '-') for cell in line[1:]))]
-    return '\n'.join(f'| {" | ".join(row)} |' for row in rows) + '\n'
-
-
 def count(value):
     """All digits, in thousands."""
     return '-' if math.isnan(value) else f'{value:,.0f}'
@@ -55,7 +50,7 @@ def count(value):
 
 def tiny_table(rows):
     styles = {'images_per_s': count, 'ms': show, 'peak_gib': show}
-    return table(['224x224, batch 128 unless said', *TINY.values()], [
+    return markdown_table(['224x224, batch 128 unless said', *TINY.values()], [
         [text, *(styles[name](number(rows, case._replace(model=model), name)) for model in TINY)]
         for text, case, name in LINES])
 
@@ -67,8 +62,8 @@ def model_table(rows):
         lines.append([
             PEERS.get(model, f'`{model}`'), count(number(rows, inference, 'images_per_s')),
             count(number(rows, train, 'images_per_s')), show(number(rows, train, 'peak_gib'))])
-    return table(['224x224, batch 128', 'inference, images/s', 'forward + backward, images/s',
-                  'its peak memory, GiB'], lines)
+    return markdown_table(['224x224, batch 128', 'inference, images/s',
+                           'forward + backward, images/s', 'its peak memory, GiB'], lines)
 
 
 def step_table(rows):
@@ -76,44 +71,54 @@ def step_table(rows):
         ms, peak = (number(rows, case, name) for name in ('ms', 'peak_gib'))
         return '-' if math.isnan(ms) else f'{show(ms)} ms, {show(peak)} GiB'
 
-    return table(['a training step, its peak memory', *TINY.values()], [
-        [f'{steps.WHAT[need.task]}, {need.precision}',
-         *(cell(steps.Case(model, need.task, need.precision)) for model in TINY)]
-        for need in steps.REQUIREMENTS if need.task != steps.BACKBONE])
+    return markdown_table(['a training step, its peak memory', *TINY.values()], [
+        [steps.Case('', task, precision).what,
+         *(cell(steps.Case(model, task, precision)) for model in TINY)]
+        for task in ('mask-rcnn', 'upernet') for precision in ('fp32', 'fp16')])
 
 
-def write(path, text):
-    """Replace what stands between the marks in the file."""
-    before, found, rest = path.read_text(encoding='utf-8').partition(BEGIN)
-    _, ended, after = rest.partition(END)
-    if not (found and ended):
-        raise _cli.UserError(f'{path} has no lines {BEGIN.strip()} and {END.strip()}')
-    write_atomic(''.join([before, BEGIN, text, END, after]).encode(), path)
+def write(path, texts):
+    """Replace what stands between the marks of the places that the file has."""
+    content = path.read_text(encoding='utf-8')
+    has_place = False
+    for place, text in texts.items():
+        begin, end = f'<!-- {place} -->\n', f'<!-- /{place} -->\n'
+        before, found, rest = content.partition(begin)
+        _, ended, after = rest.partition(end)
+        if found and ended:
+            content, has_place = ''.join([before, begin, text, end, after]), True
+    if not has_place:
+        raise UserError(f'{path} has no lines ' + ' or '.join(
+            f'<!-- {place} --> and <!-- /{place} -->' for place in texts))
+    write_atomic(content.encode(), path)
 
 
 def main():
-    parser = _cli.make_parser(__doc__, EXAMPLES)
+    parser = cli.make_parser(__doc__, EXAMPLES)
     parser.add_argument('--models', nargs='+', required=True, metavar='CSV',
                         help='of end_to_end.py')
     parser.add_argument('--steps', nargs='+', default=[], metavar='CSV', help='of dense_steps.py')
-    parser.add_argument('--readme', type=Path, default=Path('README.md'), metavar='FILE')
-    parser.add_argument('--traceback', action='store_true', help=_cli.argparse.SUPPRESS)
+    parser.add_argument('--readme', nargs='+', type=Path, metavar='FILE',
+                        default=[Path('README.md'), Path('docs/performance.md')],
+                        help='where to write them (default: README.md docs/performance.md)')
+    cli.add_traceback_option(parser)
     args = parser.parse_args()
     rows, step_rows = {}, {}
     for path in args.models:
-        rows |= report.read_rows(path)
+        rows |= report.SHEET.read(path)
     for path in args.steps:
-        step_rows |= report.read_rows(path, steps.Case, steps.NUMBERS, steps.SETTING)
-    setting = find_setting(rows)
+        step_rows |= steps.SHEET.read(path)
+    setting = report.SHEET.find_setting(rows)
     find_setting({**rows, **step_rows}, ('device', 'torch', 'shrink'))
     dtype = {'float16': 'fp16', 'bfloat16': 'bf16'}.get(setting['dtype'], setting['dtype'])
     parts = [f'{setting["device"]}, torch {setting["torch"]}, timm {setting["timm"]}, {dtype} '
              f'autocast and eager unless said.\n', tiny_table(rows), model_table(rows)]
     if step_rows:
         parts.append(step_table(step_rows))
-    write(args.readme, '\n'.join(['', *parts, '']))
-    print(f'wrote the tables of {args.readme}')
+    for path in args.readme:
+        write(path, {ALL: '\n'.join(['', *parts, '']), FIRST: '\n'.join(['', *parts[:2], ''])})
+        print(f'wrote the tables of {path}')
 
 
 if __name__ == '__main__':
-    _cli.run(main)
+    cli.run(main)

@@ -13,15 +13,12 @@ import argparse
 import hashlib
 import json
 import shutil
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import scenes
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import scenes  # noqa: E402  (a sibling script, not a package)
 
 PHOTO_LABEL = len(scenes.CLASSES) + 1  # ADE20K ids start at 1; 0 means 'not labelled'
 DEFAULTS = dict(

@@ -17,31 +17,63 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import make_data
+import report
+import screen
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import make_data  # noqa: E402  (sibling scripts, not a package)
-import report  # noqa: E402
-import screen  # noqa: E402
-
 ROOT = Path(__file__).resolve().parents[2]
-# The floors leave room below what the demos reach: see configs/demo and the README.
-TASKS = dict(
-    cls=dict(config='configs/demo/vmamba_digits-48.py', parts=['imagenet'],
-             images='data/demo/imagenet/val/*/*.png', every=85,
-             floors={'accuracy/top1': 90.0}, chance='10 %',
-             title='Classification: VMamba, ten digits on photographs'),
-    det=dict(config='configs/demo/mask-rcnn_vmamba_digits-128.py', parts=['coco'],
-             images='data/demo/coco/val2017/*.png', every=9,
-             floors={'coco/bbox_mAP': 0.4, 'coco/segm_mAP': 0.3}, chance='about 0',
-             title='Detection: Mask R-CNN with VMamba, digits on photographs'),
-    seg=dict(config='configs/demo/upernet_vmamba_digits-128.py', parts=['ade20k'],
-             images='data/demo/ade20k/images/validation/*.png', every=9,
-             floors={'mIoU': 45.0}, chance='8.4, all photograph',
-             title='Segmentation: UperNet with VMamba, digits on photographs'),
-)
+
+
+@dataclass(frozen=True)
+class Demo:
+    """One demo.
+
+    Args:
+        title: of its page.
+        config, part: the config, and the part of the demo set that it reads.
+        images, every: a pattern of the images to predict, of which each so manyth is taken.
+        floors: the metrics that CI checks, and the least that they must reach. They leave room
+            below what the demo reaches: see configs/demo and docs/demos.md.
+        chance: what a model without training would reach, in words.
+        from_classifier: whether it starts from the classifier of the demo 'cls'.
+        needs_operators: whether it needs mmcv's compiled operators.
+        enlarge: whether names and outlines would hide the digits on images of this size.
+    """
+
+    title: str
+    config: str
+    part: str
+    images: str
+    every: int
+    floors: dict
+    chance: str
+    from_classifier: bool = True
+    needs_operators: bool = False
+    enlarge: bool = False
+
+
+DEMOS = {
+    'cls': Demo(
+        title='Classification: VMamba, ten digits on photographs',
+        config='configs/demo/vmamba_digits-48.py', part='imagenet',
+        images='data/demo/imagenet/val/*/*.png', every=85, floors={'accuracy/top1': 90.0},
+        chance='10 %', from_classifier=False),
+    'det': Demo(
+        title='Detection: Mask R-CNN with VMamba, digits on photographs',
+        config='configs/demo/mask-rcnn_vmamba_digits-128.py', part='coco',
+        images='data/demo/coco/val2017/*.png', every=9,
+        floors={'coco/bbox_mAP': 0.4, 'coco/segm_mAP': 0.3}, chance='about 0',
+        needs_operators=True, enlarge=True),
+    'seg': Demo(
+        title='Segmentation: UperNet with VMamba, digits on photographs',
+        config='configs/demo/upernet_vmamba_digits-128.py', part='ade20k',
+        images='data/demo/ade20k/images/validation/*.png', every=9, floors={'mIoU': 45.0},
+        chance='8.4, all photograph'),
+}
 
 
 def cpu_seconds():
@@ -100,7 +132,7 @@ def ensure_classifier():
     say('no classifier to start from yet: training it first, as make demo does')
     make_data.build('data/demo', make_data.DEFAULTS, ['imagenet'])
     shutil.rmtree(work_dir, ignore_errors=True)
-    run('train the classifier', work_dir / 'train.log', 'tools/train.py', TASKS['cls']['config'],
+    run('train the classifier', work_dir / 'train.log', 'tools/train.py', DEMOS['cls'].config,
         '--work-dir', work_dir)
     keep_classifier(Path((work_dir / 'last_checkpoint').read_text().strip()), work_dir)
     return time.time() - start
@@ -121,10 +153,10 @@ def enlarged(paths, folder, factor=4):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('task', choices=TASKS)
+    parser.add_argument('task', choices=DEMOS)
     parser.add_argument('--work-dir', type=Path, help='default: work_dirs/demo-TASK, made anew')
     args = parser.parse_args()
-    task, name = TASKS[args.task], args.task
+    demo, name = DEMOS[args.task], args.task
     work_dir = args.work_dir or Path('work_dirs') / f'demo-{name}'
     os.chdir(ROOT)
     # One core is left to the data loader. On two cores beside other busy processes, two OpenMP
@@ -132,37 +164,37 @@ def main():
     os.environ.setdefault('OMP_NUM_THREADS', str(min(max((os.cpu_count() or 2) - 1, 1), 4)))
     start = time.time()
 
-    say(f'{task["title"]}; on 2 CPU cores a few minutes, on a GPU less')
-    make_data.build('data/demo', make_data.DEFAULTS, task['parts'])
+    say(f'{demo.title}; on 2 CPU cores a few minutes, on a GPU less')
+    make_data.build('data/demo', make_data.DEFAULTS, [demo.part])
     shutil.rmtree(work_dir, ignore_errors=True)
     seconds = dict(data=time.time() - start)
-    if name == 'det':
+    if demo.needs_operators:
         hide_gpu_from_cpu_operators()
-    if name != 'cls':
+    if demo.from_classifier:
         seconds['classifier'] = ensure_classifier()
-    seconds['train'] = run('train', work_dir / 'train.log', 'tools/train.py', task['config'],
+    seconds['train'] = run('train', work_dir / 'train.log', 'tools/train.py', demo.config,
                            '--work-dir', work_dir)
     checkpoint = Path((work_dir / 'last_checkpoint').read_text().strip())
-    if name == 'cls':
+    if not demo.from_classifier:
         keep_classifier(checkpoint, work_dir)
     metrics_file = work_dir / 'metrics.json'
     seconds['evaluate'] = run('evaluate', work_dir / 'evaluate.log', 'tools/test.py',
-                              task['config'], checkpoint, '--work-dir', work_dir / 'test', '--out',
+                              demo.config, checkpoint, '--work-dir', work_dir / 'test', '--out',
                               metrics_file)
-    images = sorted(Path().glob(task['images']))[::task['every']][:12]
-    if name == 'det':
+    images = sorted(Path().glob(demo.images))[::demo.every][:12]
+    if demo.enlarge:
         images = enlarged(images, work_dir / 'images')
     shutil.rmtree(work_dir / 'predictions', ignore_errors=True)
     seconds['predict'] = run('predict', work_dir / 'predict.log', 'tools/predict.py',
-                             task['config'], checkpoint, *images, '--out-dir',
+                             demo.config, checkpoint, *images, '--out-dir',
                              work_dir / 'predictions')
 
     metrics = json.loads(metrics_file.read_text())
-    results = {key: metrics[key] for key in task['floors']}
+    results = {key: metrics[key] for key in demo.floors}
     lines = [f'{key} = {value:.4g} on held-out digits and photographs (floor '
-             f'{task["floors"][key]:g}, chance {task["chance"]})'
+             f'{demo.floors[key]:g}, chance {demo.chance})'
              for key, value in results.items()]
-    sheet = report.contact_sheet(work_dir / 'report.png', task['title'], lines,
+    sheet = report.contact_sheet(work_dir / 'report.png', demo.title, lines,
                                  work_dir / 'curves.png', work_dir / 'predictions')
     for line in lines:
         say(line)
@@ -171,7 +203,7 @@ def main():
     say(f'everything on one page: {sheet}')
     spent = ', '.join(f'{key} {value:.0f} s' for key, value in seconds.items())
     say(f'took {time.time() - start:.0f} s ({spent}; CPU time {cpu_seconds():.0f} s)')
-    low = [key for key, floor in task['floors'].items() if not results[key] >= floor]
+    low = [key for key, floor in demo.floors.items() if not results[key] >= floor]
     if low:
         raise SystemExit(f'[demo] FAILED: below the floor: {", ".join(low)}')
 

@@ -1,41 +1,45 @@
 """Checkpoint files: read without running their code, downloaded once."""
 
-import contextlib
 import functools
 import hashlib
 import http.client
 import json
 import os
 import re
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import filelock
 import torch
 
 from vmamba_mm.atomic import atomic_file, write_atomic
 from vmamba_mm.checkpoints.formats import read_content, refuse_module, refuse_text
-from vmamba_mm.checkpoints.names import backbone_prefixes, infer_arch, infer_task, is_vmamba, to_mm
+from vmamba_mm.checkpoints.names import infer_arch, infer_task, to_mm
+from vmamba_mm.checkpoints.places import find_models
 from vmamba_mm.errors import UserError
+from vmamba_mm.families import Family
+from vmamba_mm.zoo import SCHEME, weights_of
 
 WEIGHTS = ('auto', 'model', 'model_ema')
 #: Where trainers keep weights, in the order of preference where there are several.
 _KEYS = ('model_ema', 'state_dict_ema', 'ema_state_dict', 'state_dict', 'model', '')
-#: Of the official files and mmengine's; under others the names must be exactly a VMamba's.
-_OWN_KEYS = ('', 'model', 'model_ema', 'state_dict')
 #: 'model_ema', 'state_dict_ema', 'swa_model', 'averaged_model', ...
 _AVERAGED = re.compile(r'(?:^|[_.])(?:ema|swa|avg|averaged?)(?:[_.]|$)')
 _CHUNK = 1 << 20
 _TIMEOUT = 60  # seconds without a byte
+_LONG = 20 << 20  # bytes of a download that shows its progress
 
 
 # --- reading --------------------------------------------------------------------------------
 
 def read_checkpoint(source: str | os.PathLike, weights: str = 'auto',
-                    map_location: Any = 'cpu', keep_places: bool = False) -> dict[str, Any]:
-    """Read a checkpoint of any format; VMamba weights come under our names.
+                    map_location: Any = 'cpu', keep_places: bool = False,
+                    family: Family | None = None) -> dict[str, Any]:
+    """Read a checkpoint of any format; weights of our families come under our names.
 
     No code of the file runs: besides tensors, plain values, numpy arrays and mmengine's history,
     an object of any other class is read as the plain data in it, and a file that calls a function
@@ -43,21 +47,25 @@ def read_checkpoint(source: str | os.PathLike, weights: str = 'auto',
 
     Args:
         source: a path, ``file://``, ``http://`` or ``https://`` (downloaded once, see
-            :func:`fetch`). A ``.pth`` of the official training (dict of ``model`` and
-            ``model_ema``), a checkpoint of mmengine, timm, Lightning or another trainer, a bare
-            state dict, safetensors, the index of weights in several parts, or a folder of Hugging
-            Face's or of torch.distributed.checkpoint.
+            :func:`fetch`), or ``vmamba_mm://`` and a name of :func:`vmamba_mm.zoo.find`, such as
+            ``vmamba_mm://vmamba/tiny_s1l8``, for published weights. A ``.pth`` of the official
+            training (dict of ``model`` and ``model_ema``), a checkpoint of mmengine, timm,
+            Lightning or another trainer, a bare state dict, safetensors, the index of weights in
+            several parts, or a folder of Hugging Face's or of torch.distributed.checkpoint.
         weights: which of a file that holds two sets: 'model', 'model_ema' (the averaged weights,
             whatever the trainer calls them), or 'auto' for the averaged ones where they are
             present (one printed line says so, except of mmengine's), else the others.
         map_location: of ``torch.load``.
-        keep_places: leave a VMamba that has our names in its place and its wrappers, for a model
-            that has it there too; see :func:`vmamba_mm.checkpoints.names.to_mm`.
+        keep_places: leave a model that lies inside another one in its place, with its names and
+            wrappers; see :func:`vmamba_mm.checkpoints.names.to_mm`.
+        family: the family that is meant, so that weights that are only in part those of one of its
+            models are found as well. None recognises a family only where the names are exactly
+            those of its models (:func:`vmamba_mm.families.family_of`).
 
     Returns:
         ``{'meta': ..., 'state_dict': ...}``, with all else that a checkpoint of mmengine holds.
         'meta' has the 'arch' and 'task', as :mod:`vmamba_mm.checkpoints.names` infers them, if the
-        VMamba is at ``backbone.``, and in 'weights' which of the two sets it is. A checkpoint of
+        model is at ``backbone.``, and in 'weights' which of the two sets it is. A checkpoint of
         another model is returned as it is.
 
     Raises:
@@ -67,15 +75,15 @@ def read_checkpoint(source: str | os.PathLike, weights: str = 'auto',
     if weights not in WEIGHTS:
         raise ValueError(f'weights={weights!r} does not exist; choose one of {WEIGHTS}')
     path = fetch(source)
-    return select_weights(read_content(path, map_location), weights, path, keep_places)
+    return select_weights(read_content(path, map_location), weights, path, keep_places, family)
 
 
-def select_weights(content: Any, weights: str, path: Path,
-                   keep_places: bool = False) -> dict[str, Any]:
+def select_weights(content: Any, weights: str, path: Path, keep_places: bool = False,
+                   family: Family | None = None) -> dict[str, Any]:
     """What :func:`read_checkpoint` gives, of the content of a file that was read already."""
     if not isinstance(content, dict):
         raise UserError(f'{path} holds a {type(content).__name__}, not a checkpoint')
-    found = choose_weights(content, weights, path)
+    found = choose_weights(content, weights, path, family)
     if found is None:
         refuse_module(content, path)
         return content
@@ -83,7 +91,7 @@ def select_weights(content: Any, weights: str, path: Path,
     checkpoint = {}
     if key == 'state_dict' or _is_swapped(content):
         checkpoint = {k: v for k, v in content.items() if k != key or key == 'state_dict'}
-    renamed = to_mm(state, keep_places)
+    renamed = to_mm(state, keep_places, family)
     if list(renamed) != list(state) or any(renamed[k] is not state[k] for k in state):
         state = renamed  # else the dict of the file, which modules' versions hang on
     meta = dict(checkpoint.get('meta') or {})
@@ -91,23 +99,27 @@ def select_weights(content: Any, weights: str, path: Path,
         meta['weights'] = kind
     if isinstance(content.get('epoch'), int) and key:
         meta.setdefault('epoch', content['epoch'])
-    if any(k.startswith('backbone.stages.') for k in state):
-        meta.update(arch=infer_arch(state), task=infer_task(state))
+    at_usual_place = [p for p in find_models(state, family) if p.prefix == 'backbone.']
+    if at_usual_place:
+        meta.update(arch=infer_arch(state, at_usual_place[0].family), task=infer_task(state))
     return dict(checkpoint, meta=meta, state_dict=state)
 
 
-def choose_weights(content: dict[str, Any], weights: str, path: Path
+def choose_weights(content: dict[str, Any], weights: str, path: Path, family: Family | None = None
                    ) -> tuple[str, dict[str, torch.Tensor], str | None] | None:
-    """Find a VMamba's weights among all that a file holds.
+    """Find a model's weights among all that a file holds.
 
     Returns:
         The key ('' if the content itself is the weights), the weights as they are named there, and
-        'model' or 'model_ema' if the file tells; None if it holds no VMamba.
+        'model' or 'model_ema' if the file tells; None if it holds no model of
+        our families (of ``family``, if that is given).
 
     Raises:
         UserError: if there is none of that kind, or several and no telling which.
     """
-    held = {key: (state, _kind_of(content, key, state)) for key, state in _find_states(content)}
+    states = list(_find_states(content, family))
+    held = {key: (state, _kind_of(content, key, state)) for key, state, _ in states}
+    model = states[0][2].model if states else ''
     averaged = [key for key, (_, kind) in held.items() if kind == 'model_ema']
     others = [key for key in held if key not in averaged]
     if weights == 'auto':
@@ -118,11 +130,11 @@ def choose_weights(content: dict[str, Any], weights: str, path: Path
         keys = averaged if weights == 'model_ema' else others
     if not keys:
         shown = ', '.join(repr(key) for key in held if key)
-        raise UserError(f'{path} holds no weights of a VMamba under {weights!r}'
+        raise UserError(f'{path} holds no weights of a {model} under {weights!r}'
                         + (f', only under {shown}' if shown else ''))
     known = [key for key in _KEYS if key in keys]
     if not known and len(keys) > 1:
-        raise UserError(f'{path} holds several VMambas, under {", ".join(map(repr, keys))}: save '
+        raise UserError(f'{path} holds several {model}s, under {", ".join(map(repr, keys))}: save '
                         'the one that is meant alone')
     key = (known or keys)[0]
     state, kind = held[key]
@@ -137,16 +149,18 @@ def choose_weights(content: dict[str, Any], weights: str, path: Path
     return key, state, kind
 
 
-def _find_states(content, place='', depth=0):
-    """(key, state dict) of each VMamba; the key of an inner dict has a dot for each level."""
+def _find_states(content, family, place='', depth=0):
+    """(key, state dict, family) of each model; an inner dict's key has a dot for each level."""
     tensors = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)}
-    if is_vmamba(tensors) and (place in _OWN_KEYS or backbone_prefixes(tensors)):
+    if models := find_models(tensors, family):
         # Beside bare weights there may be an epoch; inside a model, a module's extra state.
-        yield place, content if place or len(tensors) == len(content) else tensors
+        yield (place, content if place or len(tensors) == len(content) else tensors,
+               models[0].family)
     elif depth < 3:
         for key, value in content.items():
             if isinstance(value, Mapping):
-                yield from _find_states(value, f'{place}.{key}' if place else str(key), depth + 1)
+                yield from _find_states(value, family, f'{place}.{key}' if place else str(key),
+                                        depth + 1)
 
 
 def _is_swapped(content):
@@ -177,7 +191,7 @@ def _say_once(text):
 # --- downloading ------------------------------------------------------------------------------
 
 def fetch(source: str | os.PathLike) -> Path:
-    """The local path of ``source``; a web address is downloaded once.
+    """The local path of ``source``; what has a web address is downloaded once.
 
     Downloads lie in torch.hub's folder (``TORCH_HOME``), each with a record of its address, size
     and SHA-256, which is checked at each later use: a file that has changed is fetched again. A
@@ -188,6 +202,8 @@ def fetch(source: str | os.PathLike) -> Path:
         OSError: if the disk is full, or not writable.
     """
     text = os.fspath(source)
+    if text.startswith(SCHEME):
+        text = weights_of(text)
     if text.startswith('file://'):
         return Path(urllib.request.url2pathname(text.removeprefix('file://')))
     if not text.startswith(('http://', 'https://')):
@@ -197,7 +213,7 @@ def fetch(source: str | os.PathLike) -> Path:
     folder = Path(torch.hub.get_dir(), 'checkpoints', 'vmamba_mm')
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f'{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}'
-    with _lock(path.with_name(f'{path.name}.lock')):
+    with filelock.FileLock(path.with_name(f'{path.name}.lock')):
         if not _is_recorded(path, url):
             print(f'Downloading {url} to {path}', flush=True)
             _download(url, path)
@@ -207,18 +223,6 @@ def fetch(source: str | os.PathLike) -> Path:
 def _quote(url):
     """The official release tags begin with '#', which would cut the address off there."""
     return urllib.request.quote(url, safe="/:?&=%+@,;!$'()*~[]")
-
-
-@contextlib.contextmanager
-def _lock(path):
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with open(path, 'w') as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield
 
 
 def _record_of(path):
@@ -248,16 +252,26 @@ def sha256_of(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
+def _progress(length):
+    """A bar as of ``torch.hub``, for a download that one waits for; logs get none."""
+    total = int(length) if length is not None else None
+    is_long = total is None or total >= _LONG
+    return torch.hub.tqdm(total=total, unit='B', unit_scale=True, unit_divisor=1024,
+                          disable=not (is_long and sys.stderr.isatty()))
+
+
 def _download(url, path):
     digest = hashlib.sha256()
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer, atomic_file(path) as f:
             expected = answer.headers.get('Content-Length')
-            while chunk := answer.read(_CHUNK):
-                if not f.tell():
-                    refuse_text(chunk, url)
-                f.write(chunk)
-                digest.update(chunk)
+            with _progress(expected) as bar:
+                while chunk := answer.read(_CHUNK):
+                    if not f.tell():
+                        refuse_text(chunk, url)
+                    f.write(chunk)
+                    digest.update(chunk)
+                    bar.update(len(chunk))
             size = f.tell()
             if not size or expected is not None and size != int(expected):
                 raise UserError(f'the download of {url} broke off after {size} of '

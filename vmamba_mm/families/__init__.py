@@ -1,0 +1,97 @@
+"""The families of models, as data: published architectures, rules, names of weights.
+
+A family is added in five places; everything else is generic and comes from these:
+
+1. ``vmamba_mm/families/NAME.py`` with a ``FAMILY``, listed below;
+2. ``vmamba_mm/models/NAME.py`` with the modules and ``class Model(Backbone)``, listed in
+   ``vmamba_mm/models/__init__.py`` (and an op in ``vmamba_mm/ops`` only if none there fits);
+3. ``configs/NAME/`` with ``metafile.yml`` and the configs of the published models;
+4. ``tests/families/NAME.py`` with a ``SPEC``, which runs all generic tests;
+5. the official numbers for ``tools/check_parity.py``, where there are any.
+
+A package of a user's own calls :func:`register_family` and registers its model with
+``vmamba_mm.registry.MODELS``.
+"""
+
+from collections.abc import Mapping
+
+from vmamba_mm.errors import UserError
+from vmamba_mm.families import vmamba
+from vmamba_mm.families.base import Family, Rule, name_of, resolve_arch
+from vmamba_mm.families.names import exact_places, is_counter, outer_wrappers, plain_name
+from vmamba_mm.zoo import register_configs, unregister_configs
+
+__all__ = ['FAMILIES', 'Family', 'Rule', 'families_at', 'family_of',
+           'name_of', 'register_family', 'resolve_arch', 'unregister_family']
+
+#: All families by name.
+FAMILIES: dict[str, Family] = {}
+
+
+def register_family(family: Family) -> Family:
+    """Add a family, so that its weights are recognised and its models found.
+
+    Raises:
+        ValueError: if there is another family of that name or with that model, or if the name
+            cannot be that of a folder and a module.
+    """
+    if not family.name.isidentifier():
+        raise ValueError(f'the family name {family.name!r} must be a Python identifier')
+    for other in FAMILIES.values():
+        if other is not family and (other.name == family.name or other.model == family.model):
+            raise ValueError(f'there is a family {other.name!r} with the model {other.model!r} '
+                             'already')
+    if FAMILIES.get(family.name) is not family and family.configs is not None:
+        register_configs(family.configs)
+    FAMILIES[family.name] = family
+    return family
+
+
+def unregister_family(family: Family) -> None:
+    """Undo :func:`register_family`."""
+    del FAMILIES[family.name]
+    if family.configs is not None:
+        unregister_configs(family.configs)
+
+
+def families_at(weights: Mapping[str, object]) -> dict[str, Family]:
+    """{place: family} of all models that are exactly those of a family.
+
+    Args:
+        weights: by plain names, see :func:`vmamba_mm.families.names.exact_places`.
+
+    Raises:
+        UserError: if two families say that the weights at one place are theirs.
+    """
+    found: dict[str, Family] = {}
+    for family in FAMILIES.values():
+        for place in exact_places(family, weights):
+            if place in found:
+                raise UserError(f'the weights under {place!r} are named like those of '
+                                f'{found[place].model} and of {family.model}: say which of the '
+                                'families it is')
+            found[place] = family
+    return found
+
+
+def family_of(state_dict: Mapping[str, object]) -> Family | None:
+    """The family whose weights a state dict holds; None if it is of none.
+
+    A family says yes only if, at one place, all names of its signature are there and every name
+    below has a row: a single name like those of a family means nothing.
+
+    Raises:
+        UserError: if two families say yes.
+    """
+    names = {plain_name(k): v for k, v in state_dict.items()
+             if isinstance(k, str) and not is_counter(k)}
+    start = len(outer_wrappers(names))
+    found = families_at({k[start:]: v for k, v in names.items()})
+    if len({f.name for f in found.values()}) > 1:
+        shown = ' and '.join(f'{f.model} under {place!r}' for place, f in found.items())
+        raise UserError(f'the weights are those of several families: {shown}')
+    return next(iter(found.values()), None)
+
+
+for _module in (vmamba,):
+    register_family(_module.FAMILY)

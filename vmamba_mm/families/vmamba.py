@@ -1,8 +1,12 @@
-"""The nine published architectures, and the check of a user's own."""
+"""VMamba (arXiv 2401.10166): the nine published architectures and the names of its weights."""
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Any
+
+from vmamba_mm.families.base import Family, Rows, Rule, are_ints, is_int, is_number, one_of
+from vmamba_mm.families.parity import Build, Call, Limit, Omission, Options, Parity, Subject
 
 
 def _arch(embed_dims: int, depths: tuple[int, ...], *, vanilla: bool = False,
@@ -14,8 +18,8 @@ def _arch(embed_dims: int, depths: tuple[int, ...], *, vanilla: bool = False,
         scan='cross')
 
 
-#: Published variants: s = ssm_ratio, l = blocks of the third stage (arXiv 2401.10166, table 6).
-ARCH_SETTINGS = {
+#: Published variants: s = ssm_ratio, l = blocks of the third stage (table 6).
+ARCHS = {
     'vanilla_tiny': _arch(96, (2, 2, 9, 2), vanilla=True, ssm_ratio=2.0),
     'vanilla_small': _arch(96, (2, 2, 27, 2), vanilla=True, ssm_ratio=2.0),
     'vanilla_base': _arch(128, (2, 2, 27, 2), vanilla=True, ssm_ratio=2.0),
@@ -27,77 +31,168 @@ ARCH_SETTINGS = {
     'base_s1l20': _arch(128, (2, 2, 20, 2)),
 }
 
-
-def _is_int(value: Any, low: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-#: key -> (test, what is allowed)
-_RULES = {
-    'embed_dims': (lambda v: _is_int(v, 2) and v % 2 == 0, 'an even int of at least 2'),
-    'depths': (lambda v: isinstance(v, (tuple, list)) and len(v) == 4
-               and all(_is_int(d, 1) for d in v), '4 ints of at least 1'),
-    'd_state': (lambda v: _is_int(v, 1), 'an int of at least 1'),
-    'ssm_ratio': (lambda v: _is_number(v) and v > 0, 'a number above 0'),
-    'dt_rank': (lambda v: v == 'auto' or _is_int(v, 1), "'auto' or an int of at least 1"),
-    'conv_bias': (lambda v: isinstance(v, bool), 'True or False'),
-    'gate': (lambda v: isinstance(v, bool), 'True or False'),
-    'mlp_ratio': (lambda v: _is_number(v) and v >= 0, 'a number of at least 0 (0: no MLP)'),
-    'stem': (lambda v: v in ('patch', 'conv'), "'patch' or 'conv'"),
-    'downsample': (lambda v: v in ('merge', 'conv'), "'merge' or 'conv'"),
+_BOOL = Rule(lambda v: isinstance(v, bool), 'True or False')
+RULES = {
+    'embed_dims': Rule(lambda v: is_int(v, 2) and v % 2 == 0, 'an even int of at least 2'),
+    'depths': Rule(lambda v: are_ints(v, 1, 4), '4 ints of at least 1'),
+    'd_state': Rule(lambda v: is_int(v, 1), 'an int of at least 1'),
+    'ssm_ratio': Rule(lambda v: is_number(v) and v > 0, 'a number above 0'),
+    'dt_rank': Rule(lambda v: v == 'auto' or is_int(v, 1), "'auto' or an int of at least 1"),
+    'conv_bias': _BOOL,
+    'gate': _BOOL,
+    'mlp_ratio': Rule(lambda v: is_number(v, 0), 'a number of at least 0 (0: no MLP)'),
+    'stem': one_of('patch', 'conv'),
+    'downsample': one_of('merge', 'conv'),
     # Which names there are, the ops know, as others may register theirs: SS2D asks them.
-    'scan': (lambda v: isinstance(v, str), "a str, such as 'cross'"),
-}
-#: As above, for keys that may be absent: SS2D's own defaults are what is published.
-_OPTIONAL = {
-    'act': (lambda v: v in ('silu', 'gelu', 'relu'), "'silu', 'gelu' or 'relu'"),
-    'conv_kernel': (lambda v: _is_int(v, 0) and (v == 0 or v % 2 == 1 and v > 1),
-                    '0 (no convolution) or an odd int of at least 3'),
-    'ssm_init': (lambda v: v in ('mamba', 'random', 'zero'), "'mamba', 'random' or 'zero'"),
+    'scan': Rule(lambda v: isinstance(v, str), "a str, such as 'cross'"),
+    # SS2D's own defaults are what is published.
+    'act': one_of('silu', 'gelu', 'relu').or_absent(),
+    'conv_kernel': Rule(lambda v: is_int(v, 0) and (v == 0 or v % 2 == 1 and v > 1),
+                        '0 (no convolution) or an odd int of at least 3', optional=True),
+    'ssm_init': one_of('mamba', 'random', 'zero').or_absent(),
 }
 
 
-def resolve_arch(arch: str | Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a named architecture, or a checked copy of a user's dict.
-
-    With the key ``base``, the name of a published architecture, the dict only says what differs
-    from it: ``dict(base='tiny_s1l8', depths=(2, 2, 4, 2))``.
-
-    Raises:
-        ValueError: on an unknown name, unknown or missing keys, or a value that is not allowed.
-    """
-    if isinstance(arch, str):
-        if arch not in ARCH_SETTINGS:
-            raise ValueError(f'arch={arch!r} does not exist; choose one of '
-                             f'{sorted(ARCH_SETTINGS)}, or pass a dict with the keys '
-                             f'{list(_RULES)} (optional: {list(_OPTIONAL)}), or with base=NAME '
-                             'and the keys that differ from it')
-        return dict(ARCH_SETTINGS[arch])
-    if not isinstance(arch, Mapping):
-        raise ValueError(f'arch must be a name or a dict, got {type(arch).__name__}; names: '
-                         f'{sorted(ARCH_SETTINGS)}')
-    if 'base' in arch:
-        base = arch['base']
-        if not isinstance(base, str) or base not in ARCH_SETTINGS:
-            raise ValueError(f"arch['base']={base!r} does not exist; choose one of "
-                             f'{sorted(ARCH_SETTINGS)}')
-        arch = {**ARCH_SETTINGS[base], **{k: v for k, v in arch.items() if k != 'base'}}
-    unknown = sorted(set(arch) - set(_RULES) - set(_OPTIONAL))
-    missing = sorted(set(_RULES) - set(arch))
-    if unknown or missing:
-        raise ValueError(f'arch has unknown keys {unknown} and lacks {missing}; it must have '
-                         f'the keys {list(_RULES)} and may have {list(_OPTIONAL)}')
-    for key, (allowed, choices) in {**_RULES, **_OPTIONAL}.items():
-        if key in arch and not allowed(arch[key]):
-            raise ValueError(f'arch[{key!r}]={arch[key]!r} is not allowed; it must be {choices}')
+def _check(arch: Mapping[str, Any]) -> None:
     for key, part in (('ssm_ratio', 'SS2D'), ('mlp_ratio', 'the MLP')):
         if 0 < arch[key] and int(arch[key] * arch['embed_dims']) == 0:
             zero = ', or 0 for no MLP' if key == 'mlp_ratio' else ''
             raise ValueError(f'arch[{key!r}]={arch[key]!r} leaves {part} no channel of the '
                              f'{arch["embed_dims"]} of embed_dims; it must be at least '
                              f'1/{arch["embed_dims"]}{zero}')
-    return dict(arch, depths=tuple(arch['depths']))
+
+
+# --- names of weights -------------------------------------------------------------------------
+
+# There are two generations of official names. Where both have a name for the same weight, the
+# newer one, of 2024-02-18 and later, stands first; the older one is read as well.
+_BLOCKS = (
+    ('layers.#.blocks.#.norm', 'stages.#.blocks.#.norm1'),
+    ('layers.#.blocks.#.ln_1', 'stages.#.blocks.#.norm1'),
+    ('layers.#.blocks.#.op', 'stages.#.blocks.#.ssm'),
+    ('layers.#.blocks.#.self_attention', 'stages.#.blocks.#.ssm'),
+    ('layers.#.blocks.#.norm2', 'stages.#.blocks.#.norm2'),
+    ('layers.#.blocks.#.mlp', 'stages.#.blocks.#.mlp'),
+)
+_STEMS = {
+    'patch': (('patch_embed.0', 'patch_embed.proj'), ('patch_embed.2', 'patch_embed.norm'),
+              ('patch_embed.proj', 'patch_embed.proj'), ('patch_embed.norm', 'patch_embed.norm')),
+    'conv': (('patch_embed.0', 'patch_embed.conv1'), ('patch_embed.2', 'patch_embed.norm1'),
+             ('patch_embed.proj', 'patch_embed.conv1'), ('patch_embed.norm', 'patch_embed.norm1'),
+             ('patch_embed.5', 'patch_embed.conv2'), ('patch_embed.7', 'patch_embed.norm2')),
+}
+_DOWNSAMPLES = {
+    'merge': (('layers.#.downsample.norm', 'stages.#.downsample.norm'),
+              ('layers.#.downsample.reduction', 'stages.#.downsample.reduction')),
+    'conv': (('layers.#.downsample.1', 'stages.#.downsample.conv'),
+             ('layers.#.downsample.3', 'stages.#.downsample.norm')),
+}
+_OUT_NORMS = (('outnorm#', 'norm#'),)
+
+
+def _keys(names: Collection[str]) -> Rows:
+    is_conv = any(k.startswith(('patch_embed.5.', 'patch_embed.conv1.')) for k in names)
+    is_merge = any('.downsample.reduction.' in k for k in names)
+    return (_BLOCKS + _STEMS['conv' if is_conv else 'patch']
+            + _DOWNSAMPLES['merge' if is_merge else 'conv'] + _OUT_NORMS)
+
+
+def _infer_arch(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """The scan order, the activation and the initialisation leave no trace."""
+    shapes = {k: tuple(v.shape) for k, v in weights.items()}
+    first = 'stages.0.blocks.0.'
+    dims, = shapes[f'{first}norm1.weight']
+    projected, *_ = shapes[f'{first}ssm.in_proj.weight']
+    _, d_state = shapes[f'{first}ssm.A_logs']
+    _, inner, rank = shapes[f'{first}ssm.dt_projs_weight']
+    *_, kernel = shapes.get(f'{first}ssm.conv2d.weight', (0,))
+    hidden, *_ = shapes.get(f'{first}mlp.fc1.weight', (0,))
+    blocks = {m.groups() for k in shapes if (m := re.match(r'stages\.(\d+)\.blocks\.(\d+)\.', k))}
+    arch = dict(
+        embed_dims=dims, depths=tuple(sum(stage == str(i) for stage, _ in blocks)
+                                      for i in range(4)),
+        d_state=d_state, ssm_ratio=inner / dims,
+        dt_rank='auto' if rank == math.ceil(dims / 16) else rank,
+        conv_bias=f'{first}ssm.conv2d.bias' in shapes, gate=projected == 2 * inner,
+        mlp_ratio=hidden / dims, stem='conv' if 'patch_embed.conv1.weight' in shapes else 'patch',
+        downsample='merge' if 'stages.0.downsample.reduction.weight' in shapes else 'conv',
+        scan='cross')
+    return arch if kernel == 3 else dict(arch, conv_kernel=kernel)
+
+
+# --- the official code's numbers ----------------------------------------------------------------
+
+_STEM_VERSIONS = {'v1': 'patch', 'v2': 'conv'}
+_DOWNSAMPLE_VERSIONS = {'v1': 'merge', 'v2': 'merge', 'v3': 'conv'}
+#: The official ``forward_type`` without its suffix. Those of one order differ in how they compute.
+_SCAN_VERSIONS = {**dict.fromkeys(('v0', 'v01', 'v02', 'v03', 'v04', 'v05', 'v2', 'v3'), 'cross'),
+                  'v051d': 'unidirectional', 'v052d': 'bidirectional', 'v052dc': 'cascade'}
+
+
+def _parity_arch(kwargs: Options) -> dict[str, Any]:
+    """Our ``arch`` for the arguments of the official ``VSSM``."""
+    for key, value in dict(patch_size=4, patch_norm=True, gmlp=False, posembed=False,
+                           mlp_act_layer='gelu').items():
+        kwargs.require(key, value)
+    kwargs.require('norm_layer', 'ln', 'ln2d')  # of the same values in another memory format
+    kwargs.ignore('drop_path_rate', 'ssm_drop_rate', 'mlp_drop_rate', 'ssm_init', 'use_checkpoint',
+                  'imgsize')
+    stem = kwargs.require('patchembed_version', *_STEM_VERSIONS)
+    downsample = kwargs.require('downsample_version', *_DOWNSAMPLE_VERSIONS)
+    scan = kwargs.require('forward_type', *(f'{version}{suffix}' for version in _SCAN_VERSIONS
+                                            for suffix in ('', '_noz')))
+    arch = dict(embed_dims=kwargs['dims'], depths=tuple(kwargs['depths']),
+                d_state=kwargs['ssm_d_state'], ssm_ratio=kwargs['ssm_ratio'],
+                dt_rank=kwargs['ssm_dt_rank'], conv_bias=kwargs['ssm_conv_bias'],
+                gate=not scan.endswith('_noz'), mlp_ratio=kwargs['mlp_ratio'],
+                stem=_STEM_VERSIONS[stem], downsample=_DOWNSAMPLE_VERSIONS[downsample],
+                scan=_SCAN_VERSIONS[scan.removesuffix('_noz')], act=kwargs['ssm_act_layer'])
+    return dict(arch, conv_kernel=0 if kwargs['ssm_conv'] < 2 else kwargs['ssm_conv'])
+
+
+def _parity_subject(file: str, options: Options) -> Subject:
+    """A classifier, NAME.cls.pth, or the same backbone with a norm for each output."""
+    options.ignore('kind')
+    kwargs = options['kwargs']
+    arguments = dict(arch=_parity_arch(kwargs), in_channels=kwargs['in_chans'])
+    num_classes = kwargs['num_classes']
+    if file.endswith('.dense.pth'):
+        return Subject(Build('vmamba_mm.models:VMamba', arguments), Call(outputs=('feats',)))
+    backbone = Build('vmamba_mm.models:VMamba', dict(arguments, out_indices=(3,)))
+    return Subject(Build('vmamba_mm.testing:Classifier', dict(
+        backbone=backbone, num_classes=num_classes)), Call(outputs=('logits',)))
+
+
+def _parity_scan(section: str, case: Options) -> Subject:
+    names = ('u', 'delta', 'A', 'B', 'C', 'D', 'delta_bias')
+    return Subject(Build('vmamba_mm.ops:selective_scan', dict(delta_softplus=True)),
+                   Call(args=(), kwargs={name: name for name in names}, outputs=('y',)))
+
+
+_CLS_NUMBERS = 'belongs to the classifier, NAME.cls.pth'
+PARITY = Parity(
+    subject=_parity_subject, ops={'selective_scan.pt': _parity_scan},
+    checkpoints=('.cls.pth', '.dense.pth'),
+    omissions=(Omission('feats', 'is of the backbone with norms, NAME.dense.pth', '*.cls.pth'),
+               Omission('logits', _CLS_NUMBERS, '*.dense.pth'),
+               Omission('grad_*', _CLS_NUMBERS, '*.dense.pth')),
+    limits=(Limit('y', 1e-6, 'stored in fp32', 'selective_scan.pt'),
+            Limit('grads.*', 1e-5, 'stored in fp32', 'selective_scan.pt')))
+
+FAMILY = Family(
+    name='vmamba', model='VMamba', archs=ARCHS, rules=RULES, check=_check,
+    # The norm of a classifier is that of its only output.
+    keys=_keys, classifier_keys=(('classifier.norm', 'norm3'), ('norm', 'norm3')),
+    head_keys=(('classifier.head', 'head.fc'), ('head', 'head.fc')),
+    signature=('stages.0.blocks.0.ssm.A_logs', 'stages.0.blocks.0.norm1.weight',
+               *(f'stages.{i}.blocks.0.ssm.{name}' for i in range(4) for name in (
+                   'in_proj.weight', 'x_proj_weight', 'dt_projs_weight', 'dt_projs_bias', 'A_logs',
+                   'Ds', 'out_norm.weight', 'out_proj.weight')),
+               *(f'stages.{i}.downsample.norm.weight' for i in range(3))),
+    linear=r'\.(in_proj|out_proj|fc1|fc2|reduction|head|fc)\.weight$',
+    first_convs=('patch_embed.conv1.weight', 'patch_embed.proj.weight'),
+    infer_arch=_infer_arch,
+    parity=PARITY, licence='MIT', url='https://github.com/MzeroMiko/VMamba')
+
+#: The former name of ARCHS.
+ARCH_SETTINGS = ARCHS

@@ -20,17 +20,17 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from vmamba_mm.checkpoints.files import read_checkpoint
-from vmamba_mm.checkpoints.names import (
+from vmamba_mm.checkpoints.compare import (
     adapt_in_channels,
     differences,
     explain_differences,
     fit_names,
 )
+from vmamba_mm.checkpoints.files import read_checkpoint
 from vmamba_mm.errors import UserError
 from vmamba_mm.families.vmamba import ARCH_SETTINGS
 from vmamba_mm.models import VMamba
-from vmamba_mm.models.vmamba import _init_linear
+from vmamba_mm.models.base import init_linear
 
 __all__ = ['TimmVMamba']
 
@@ -95,12 +95,12 @@ class TimmVMamba(nn.Module):
         self.num_features = self.backbone.num_features[-1]
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool,
                                    drop_rate=drop_rate)
-        self.head.apply(_init_linear)
+        self.head.apply(init_linear)
         self.to(device=device, dtype=dtype)
 
     @property
     def head_hidden_size(self) -> int:
-        """Width of what the classifier reads: 'catavgmax' doubles it."""
+        """Width of what the classifier reads; 'catavgmax' doubles it."""
         return self.num_features * self.head.global_pool.feat_mult()
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ class TimmVMamba(nn.Module):
         _check_head(num_classes, pool)
         self.num_classes = num_classes
         self.head.reset(num_classes, pool)
-        self.head.apply(_init_linear)
+        self.head.apply(init_linear)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         for stage in self.backbone.stages:

@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+
+from vmamba_mm.ops.core.torch_private import has_global_hook
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -25,7 +26,7 @@ def are_plain(modules: Iterable[nn.Module], kinds: Iterable[type[nn.Module]]) ->
                 or own['_forward_hooks'] or own['_forward_pre_hooks'] \
                 or own['_backward_hooks'] or own['_backward_pre_hooks']:
             return False
-    return not _has_any_global_hook()
+    return not has_global_hook()
 
 
 class Attributes:

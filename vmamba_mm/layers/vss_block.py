@@ -1,6 +1,11 @@
-"""The VSS block and a stage of blocks (section 4.2 and figure 3, arXiv 2401.10166)."""
+"""The VSS block and a stage of blocks (section 4.2 and figure 3, arXiv 2401.10166).
 
-from collections.abc import Sequence
+There are three ways through a stage, with the same result. Inference on an NVIDIA GPU runs all of
+its blocks as one op, ``vss_blocks``; else each block runs by itself, as one op, ``vss_block``, or
+step by step. ``why_not_one_op`` of a stage or a block says what keeps it from the faster way.
+"""
+
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.fx
@@ -13,8 +18,8 @@ from vmamba_mm.layers.norm import LayerNorm, sum_and_norm
 from vmamba_mm.layers.plain import Attributes, are_plain, is_depthwise_3x3, is_plain
 from vmamba_mm.layers.ss2d import SS2D
 from vmamba_mm.ops import add_norm, mlp
-from vmamba_mm.ops.core.backends import autocast_dtype, wants_grad
-from vmamba_mm.ops.vss_block import vss_block, vss_blocks, why_not
+from vmamba_mm.ops.core.backends import autocast_dtype, runs_kernels, wants_grad
+from vmamba_mm.ops.vss_block import Weights, vss_block, vss_blocks, why_not
 
 # What torch.fx records as it is, since it looks at shapes.
 torch.fx.wrap('add_norm')
@@ -66,71 +71,133 @@ class VSSBlock(nn.Module):
         self.mlp = Mlp(dim, int(mlp_ratio * dim)) if mlp_ratio > 0 else None
         self.drop_path = DropPath(drop_path)
 
+    def forward(self, x: Tensor) -> Tensor:
+        if self.with_cp and torch.is_grad_enabled():
+            return torch.utils.checkpoint.checkpoint(self._forward, x, use_reentrant=False)
+        return self._forward(x)
+
     def _forward(self, x: Tensor) -> Tensor:
-        autocast = autocast_dtype(x)
+        autocast, drop = autocast_dtype(x), self.drop_path
         out_dtype = autocast if self.feeds_matmul else None
-        drop, scales = self.drop_path, (None, None)
-        if is_plain(drop, DropPath):  # then the factors go into the sums
-            drop, scales = _keep, drop.factors(x, 1 if self.mlp is None else 2)
-            if not isinstance(x, torch.fx.Proxy) \
-                    and (parameters := self._in_one_op(x, autocast or x.dtype)) is not None:
-                return vss_block(x, parameters, self.ssm.conv2d.bias, scales, self.norm1.eps,
-                                 autocast or x.dtype, out_dtype or x.dtype)
+        if not is_plain(drop, DropPath):
+            return self._step_by_step(x, drop, (None, None), out_dtype)
+        # The factors of a plain drop path go into the sums.
+        scales = drop.factors(x, 1 if self.mlp is None else 2)
+        weights = _weights_for_op(self, x, autocast)
+        if isinstance(weights, str):
+            return self._step_by_step(x, _identity, scales, out_dtype)
+        return vss_block(x, weights, scales, self.norm1.eps, autocast or x.dtype,
+                         out_dtype or x.dtype)
+
+    def _step_by_step(self, x: Tensor, drop: Callable[[Tensor], Tensor],
+                      scales: tuple[Tensor | None, ...], out_dtype: torch.dtype | None) -> Tensor:
         branch = drop(self.ssm(self.norm1(x)))
         if self.mlp is not None:
             x, normed = sum_and_norm(self.norm2, x, branch, scales[0])
             branch = drop(self.mlp(normed))
         return add_norm(x, branch, None, None, scale=scales[-1], out_dtype=out_dtype)[0]
 
-    def _in_one_op(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...] | None:
-        """The parameters for the op ``vss_block``, or None where it does not apply."""
-        # Past nn.Module.__getattr__, which would take a tenth of the block's time in Python.
-        own = self._modules
-        ssm, mlp = own['ssm'], own.get('mlp')  # None is no module
-        if type(ssm) is not SS2D or type(mlp) is not Mlp \
-                or ssm.gate or ssm.act != 'silu' or ssm.scan != 'cross':
-            return None
-        inner, outer = ssm._modules, mlp._modules
-        modules = (mlp, ssm, own['norm1'], inner['in_proj'], inner.get('conv2d'),
-                   inner['out_norm'], inner['out_proj'], own['norm2'], outer['fc1'], outer['fc2'])
-        if not (are_plain(modules, _KINDS) and is_depthwise_3x3(inner['conv2d'])) \
-                or not own['norm1'].eps == inner['out_norm'].eps == own['norm2'].eps:
-            return None
-        try:
-            tensors = _parameters_of(*[module._parameters for module in modules[1:]])
-        except KeyError:
-            tensors = _parameters_of(*map(Attributes, modules[1:]))
-        return None if tensors is None or why_not(x, dtype, tensors) else tensors
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.with_cp and torch.is_grad_enabled():
-            return torch.utils.checkpoint.checkpoint(self._forward, x, use_reentrant=False)
-        return self._forward(x)
+    def why_not_one_op(self, x: Tensor) -> str | None:
+        """What keeps the block from running as one op on ``x``, so that it runs step by step; None
+        if nothing does."""
+        if not is_plain(self.drop_path, DropPath):
+            return _NOT_PLAIN
+        weights = _weights_for_op(self, x, autocast_dtype(x))
+        return weights if isinstance(weights, str) else None
 
 
-def _keep(branch: Tensor) -> Tensor:
+def _identity(branch: Tensor) -> Tensor:
     return branch
 
 
-def _parameters_of(ssm, norm1, in_proj, conv, out_norm, out_proj, norm2, fc1, fc2
-                   ) -> tuple[Tensor, ...] | None:
-    """Of a block's modules, as :func:`vss_block` takes them; None if a user has put a norm or a
-    Linear in the place of ours that has a bias more or less."""
+# --- whether a block, or a stage of blocks, runs as one op ----------------------------------------
+
+_NOT_ON_GPU = 'the input is not on a GPU'  # or torch.fx records the steps
+_NOT_PLAIN = 'a module has a hook, is wrapped, or is of another class'
+# The modules of a block whose parameters the op takes, as in _weights_for_op.
+_CLASSES = (Mlp, SS2D, LayerNorm, nn.Linear, nn.Conv2d, LayerNorm, nn.Linear, LayerNorm, nn.Linear,
+            nn.Linear)
+
+
+def _weights_for_op(block: VSSBlock, x: Tensor, autocast: torch.dtype | None) -> Weights | str:
+    """The parameters for the op ``vss_block``, or what keeps the block from being that op.
+
+    The op does not drop paths; that is for who calls it to look at.
+    """
+    if not runs_kernels(x):
+        return _NOT_ON_GPU
+    # Past nn.Module.__getattr__, which would take a tenth of the block's time in Python.
+    own = block._modules
+    ssm, mlp = own['ssm'], own.get('mlp')  # None is no module
+    if type(ssm) is not SS2D or type(mlp) is not Mlp:
+        return 'it has no MLP, or that or its SS2D is of another class'
+    if ssm.gate or ssm.act != 'silu' or ssm.scan != 'cross':
+        return 'its SS2D has a gate, another activation than SiLU or another scan than cross'
+    inner, outer = ssm._modules, mlp._modules
+    modules = (mlp, ssm, own['norm1'], inner['in_proj'], inner.get('conv2d'),
+               inner['out_norm'], inner['out_proj'], own['norm2'], outer['fc1'], outer['fc2'])
+    if not are_plain(modules, _CLASSES):
+        return _NOT_PLAIN
+    if not is_depthwise_3x3(inner['conv2d']):
+        return 'its convolution is not a depthwise one of 3x3 that keeps the size'
+    if not own['norm1'].eps == inner['out_norm'].eps == own['norm2'].eps:
+        return 'its norms differ in eps'
+    try:
+        weights = _weights_of(*[module._parameters for module in modules[1:]])
+    except KeyError:
+        weights = _weights_of(*map(Attributes, modules[1:]))
+    if weights is None:
+        return 'a Linear or a norm has a bias more or less than those of VMamba'
+    return why_not(x, autocast or x.dtype, weights) or weights
+
+
+def _weights_of(ssm, norm1, in_proj, conv, out_norm, out_proj, norm2, fc1, fc2) -> Weights | None:
+    """The weights of a block by those of its modules; None if a user has put a norm or a Linear in
+    the place of ours that has a bias more or less."""
     if in_proj['bias'] is not None or out_proj['bias'] is not None:
         return None
     biases = norm1['bias'], out_norm['bias'], norm2['bias'], fc1['bias'], fc2['bias']
     for bias in biases:
         if bias is None:
             return None
-    return (norm1['weight'], biases[0], in_proj['weight'], conv['weight'], ssm['x_proj_weight'],
-            ssm['dt_projs_weight'], ssm['dt_projs_bias'], ssm['A_logs'], ssm['Ds'],
-            out_norm['weight'], biases[1], out_proj['weight'], norm2['weight'], biases[2],
-            fc1['weight'], biases[3], fc2['weight'], biases[4])
+    return Weights(norm1['weight'], biases[0], in_proj['weight'], conv['weight'],
+                   ssm['x_proj_weight'], ssm['dt_projs_weight'], ssm['dt_projs_bias'],
+                   ssm['A_logs'], ssm['Ds'], out_norm['weight'], biases[1], out_proj['weight'],
+                   norm2['weight'], biases[2], fc1['weight'], biases[3], fc2['weight'], biases[4],
+                   conv['bias'])
 
 
-# Of a block's modules, as in _in_one_op.
-_KINDS = (Mlp, SS2D, LayerNorm, nn.Linear, nn.Conv2d, LayerNorm, nn.Linear, LayerNorm, nn.Linear,
-          nn.Linear)
+def _stage_weights_for_op(stage: 'VSSStage', x: Tensor, autocast: torch.dtype | None
+                          ) -> list[Weights] | str:
+    """The parameters of each block for the op ``vss_blocks``, or what keeps the stage from being
+    that op."""
+    if not runs_kernels(x):
+        return _NOT_ON_GPU
+    if torch.jit.is_tracing():  # which runs with and without gradients, and compares
+        trains = wants_grad(x, *stage.parameters())
+    else:
+        trains = torch.is_grad_enabled()
+    if trains:
+        return 'gradients are wanted'
+    if not is_plain(stage.blocks, nn.Sequential):
+        return _NOT_PLAIN
+    blocks, stage_weights, first_kind = list(stage.blocks), [], None
+    for block in blocks:
+        drop = block._modules.get('drop_path')
+        if not are_plain((block, drop), (VSSBlock, DropPath)):
+            return _NOT_PLAIN
+        if drop.training and drop.drop_prob > 0:
+            return 'a block drops paths'
+        if block.feeds_matmul and block is not blocks[-1]:
+            return 'the result of a block but the last is rounded'
+        weights = _weights_for_op(block, x, autocast)
+        if isinstance(weights, str):
+            return weights
+        kind = block.norm1.eps, *[None if t is None else t.dtype for t in weights]
+        if kind != (first_kind := first_kind or kind):
+            return 'blocks differ in eps, in the dtypes of parameters or in what has a bias'
+        stage_weights.append(weights)
+    return stage_weights
 
 
 class VSSStage(nn.Module):
@@ -158,31 +225,16 @@ class VSSStage(nn.Module):
 
     def _run_blocks(self, x: Tensor) -> Tensor:
         """``blocks(x)``, in inference on an NVIDIA GPU as one op."""
-        return self.blocks(x) if (y := self._in_one_op(x)) is None else y
+        autocast = autocast_dtype(x)
+        weights = _stage_weights_for_op(self, x, autocast)
+        if isinstance(weights, str):
+            return self.blocks(x)
+        out_dtype = autocast if self.blocks[-1].feeds_matmul else None
+        return vss_blocks(x, weights, self.blocks[0].norm1.eps, autocast or x.dtype,
+                          out_dtype or x.dtype)
 
-    def _in_one_op(self, x: Tensor) -> Tensor | None:
-        """The result, or None where the op ``vss_blocks`` does not apply."""
-        if torch.jit.is_tracing():  # which runs with and without gradients, and compares
-            trains = wants_grad(x, *self.parameters())
-        else:
-            trains = torch.is_grad_enabled()
-        if trains or isinstance(x, torch.fx.Proxy) or not is_plain(self.blocks, nn.Sequential):
-            return None
-        blocks, autocast = list(self.blocks), autocast_dtype(x)
-        dtype, parameters = autocast or x.dtype, []
-        for block in blocks:
-            drop = block._modules.get('drop_path')
-            if not are_plain((block, drop), (VSSBlock, DropPath)) \
-                    or drop.training and drop.drop_prob > 0:
-                return None
-            if (own := block._in_one_op(x, dtype)) is None:
-                return None
-            parameters.append(own)
-        biases = [bias for block in blocks if (bias := block.ssm.conv2d.bias) is not None]
-        kinds = [(block.norm1.eps, *[t.dtype for t in own])
-                 for block, own in zip(blocks, parameters, strict=True)]
-        if any(kind != kinds[0] for kind in kinds) or len(biases) not in (0, len(blocks)) \
-                or any(block.feeds_matmul for block in blocks[:-1]):
-            return None
-        out_dtype = autocast if blocks[-1].feeds_matmul else None
-        return vss_blocks(x, parameters, biases, blocks[0].norm1.eps, dtype, out_dtype or x.dtype)
+    def why_not_one_op(self, x: Tensor) -> str | None:
+        """What keeps the blocks from running as one op on ``x``, so that each runs by itself (see
+        :meth:`VSSBlock.why_not_one_op`); None if nothing does."""
+        weights = _stage_weights_for_op(self, x, autocast_dtype(x))
+        return weights if isinstance(weights, str) else None

@@ -1,18 +1,33 @@
 """What the two mm* lines (onedl-* and upstream OpenMMLab) need before a config is read.
 
-``prepare_mm()`` is called by the tools and by tests/conftest.py. Nothing here is imported by the
-model, and importing this module imports no mm* package.
+Importing this module imports no mm* package and changes nothing: :func:`prepare_mm` does, which
+the tools, tests/conftest.py and an import of :mod:`vmamba_mm.mm` call. No model needs it.
+
+How this works: :func:`prepare_mm` makes three repairs, each in a function whose docstring says what
+fails without it and from which version on it can go. They replace functions and values of the
+imported packages by name, so that a new release may need a look at each; calling it again changes
+nothing.
+
+How to test a change: tests/mm/test_compat.py, and every test that reads a stock config. To see
+whether a repair can go, take its call out of :func:`prepare_mm` and run those tests with both
+lines: onedl-mmengine with its packages, and mmengine 0.10.7 with mmpretrain 1.2.0, mmdet 3.3.0 and
+mmsegmentation 1.2.2.
 """
 
+import functools
 import importlib
 import importlib.util
+import inspect
 import sys
 from pathlib import Path
 
+from vmamba_mm import zoo
 from vmamba_mm.checkpoints.formats import safe_numpy_types
 from vmamba_mm.errors import UserError
+from vmamba_mm.links import CONFIGS
+from vmamba_mm.mm.tasks import TASKS
 
-EXTRAS = {'mmpretrain': 'cls', 'mmdet': 'det', 'mmseg': 'seg', 'mmcv': 'all', 'mmengine': 'all'}
+EXTRAS = {scope: task.extra for scope, task in TASKS.items()} | dict(mmcv='all', mmengine='all')
 # What to install beside an upstream mmengine. The extras name the onedl line, whose packages would
 # overwrite upstream's, because they share the module names.
 UPSTREAM = {'mmpretrain': 'mmpretrain==1.2.0', 'mmdet': 'mmdet==3.3.0',
@@ -26,7 +41,7 @@ def missing_package(module):
         return UserError('mmcv was installed without its compiled operators, which this model '
                          'needs: run tools/setup_env.sh ops, or install an mmcv that has them')
     extra = EXTRAS.get(module)
-    if module in UPSTREAM and _version('mmengine'):
+    if module in UPSTREAM and installed_version('mmengine'):
         return UserError(f'the package {module} is not installed; beside the upstream mmengine '
                          f'install it with: pip install {UPSTREAM[module]}')
     how = f"pip install 'vmamba_mm[{extra}]'" if extra else f'pip install {module}'
@@ -53,7 +68,7 @@ def require_working(module):
         raise UserError(f'the installed {module} cannot be imported: {err}') from err
 
 
-def _version(distribution):
+def installed_version(distribution):
     from importlib.metadata import PackageNotFoundError, version
 
     try:
@@ -73,8 +88,15 @@ def prepare_mm():
 def _find_packages_by_module():
     """Let ``mmseg::...`` find the module, whatever its distribution is called, and never run pip.
 
-    The onedl line ships mmseg as a distribution that mmengine's table does not know; upstream asks
-    pkg_resources, which new setuptools lack; and mmengine.hub installs what it does not find.
+    Without it:
+      - ``mmseg::`` of a config is not found on the onedl line: the table of onedl-mmengine 0.10.12
+        has mmseg as the distribution 'mmsegmentation', and what is installed is
+        'onedl-mmsegmentation'. Needed until the table of mmengine.config.utils names that.
+      - Upstream's mmengine 0.10.7 finds packages by pkg_resources, which setuptools no longer has
+        from version 81 on. onedl-mmengine 0.10.12 asks importlib.metadata instead.
+      - ``vmamba_mm::`` is not found, as mmengine accepts the packages of its table alone.
+      - mmengine.hub runs pip for a package that it does not find, on both lines. We never want
+        that, so this part stays.
     """
     import mmengine.config.config as config
     import mmengine.config.utils as config_utils
@@ -83,10 +105,42 @@ def _find_packages_by_module():
     from mmengine.utils import package_utils
 
     config_utils.MODULE2PACKAGE.update(mmseg='mmseg', vmamba_mm='vmamba_mm')
-    for module in (config, hub, utils, package_utils):
-        for replacement in (get_installed_path, install_package, is_installed):
-            if hasattr(module, replacement.__name__):
-                setattr(module, replacement.__name__, replacement)
+    replacements = {f.__name__: f for f in (get_installed_path, install_package, is_installed)}
+    for name, ours in (('_get_cfg_metainfo', _find_metadata),
+                       ('_get_external_cfg_base_path', _find_config)):
+        replacements[name] = _with_our_own(inspect.unwrap(getattr(config_utils, name)), ours)
+    for module in (config, config_utils, hub, utils, package_utils):
+        for name, replacement in replacements.items():
+            if hasattr(module, name):
+                setattr(module, name, replacement)
+
+
+def _with_our_own(theirs, ours):
+    """mmengine's function of (folder of a package, name of a config), and ours for this package.
+
+    Theirs look below ``.mim`` in the package's folder, which only an installed package has.
+    """
+    package = Path(get_installed_path('vmamba_mm'))
+
+    @functools.wraps(theirs)
+    def find(package_path, name):
+        return ours(name) if Path(package_path) == package else theirs(package_path, name)
+
+    return find
+
+
+def _find_config(name):
+    path = CONFIGS / name
+    if not path.is_file():
+        raise FileNotFoundError(f'vmamba_mm has no config {name}: there is no file {path}')
+    return str(path)
+
+
+def _find_metadata(name):
+    for entry in zoo.entries():
+        if entry.config == f'configs/{name}':
+            return {'Config': str(entry.path), 'Weights': entry.weights}
+    raise ValueError(f'{name} is the config of no published model')  # as mmengine's
 
 
 def get_installed_path(package):
@@ -95,11 +149,6 @@ def get_installed_path(package):
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise missing_package(module)
-    if module == 'vmamba_mm' and not (Path(spec.origin).parent / '.mim/configs').is_dir():
-        raise UserError(
-            "vmamba_mm:: finds no configs: git wrote text files in place of the checkout's "
-            'symbolic links (core.symlinks=false); name the config by its path in the checkout, '
-            'or install with pip install . and not as editable')
     return spec.origin.rpartition('/__init__.py')[0] or spec.submodule_search_locations[0]
 
 
@@ -120,7 +169,13 @@ def is_installed(package):
 
 
 def _allow_checkpoint_types():
-    """Name the types in mmengine's checkpoints, so that torch.load's safe mode accepts them."""
+    """Name the types in mmengine's checkpoints, so that torch.load's safe mode accepts them.
+
+    torch reads safely by default from 2.6 on, and then refuses the HistoryBuffers and numpy scalars
+    that mmengine saves in its message hub. Upstream's 0.10.7 does not name them. onedl-mmengine
+    0.10.12 does, but with the real getattr, by which a file reaches any code, and it reads a file
+    that is refused once more without the safe mode. Needed as long as either is so.
+    """
     import torch
     from mmengine.logging.history_buffer import HistoryBuffer
 
@@ -138,7 +193,13 @@ def _allow_checkpoint_types():
 
 
 def _keep_transformers_out_of_mmpretrain():
-    """Switch mmpretrain's multimodal models off where they break the import of all of it."""
+    """Switch mmpretrain's multimodal models off where they break the import of all of it.
+
+    mmpretrain imports them whenever transformers is at least 4.28, with no upper limit. Those of
+    upstream's 1.2.0 import apply_chunking_to_forward from transformers.modeling_utils, where later
+    releases of 4.x no longer have it; onedl-mmpretrain 1.3.6 works with all of 4.x, and neither
+    with 5. Needed until mmpretrain names the newest transformers that it works with.
+    """
     name = 'mmpretrain.utils.dependency'
     if importlib.util.find_spec('mmpretrain') is None or _multimodal_imports():
         return
@@ -150,13 +211,13 @@ def _keep_transformers_out_of_mmpretrain():
 
 def _multimodal_imports():
     """Whether those models can be imported beside the installed transformers, if any."""
-    transformers = _version('transformers')
+    transformers = installed_version('transformers')
     if transformers is None:
         return True
     if int(transformers.split('.')[0]) >= 5:
         return False
     spec = importlib.util.find_spec('transformers')
-    if _version('mmpretrain') is None or spec is None:  # the onedl line works with all of 4.x
+    if installed_version('mmpretrain') is None or spec is None:  # onedl works with all of 4.x
         return True
     # Upstream imports a function from where later releases of 4.x no longer have it.
     source = Path(spec.origin).with_name('modeling_utils.py')

@@ -1,4 +1,4 @@
-# ImageNet-1K at 224x224, 8 GPUs x 128 images: the published recipe of all nine variants.
+# ImageNet-1K at 224x224, 8 GPUs x 128 images: the published recipe of all nine VMambas.
 # The Swin bases of mmpretrain already hold the timm-style augmentation (bicubic crop, flip,
 # rand-m9-mstd0.5-inc1, pixel erasing 0.25), Mixup 0.8 / CutMix 1.0 and label smoothing 0.1.
 # Colour jitter 0.4 is listed with the release but timm leaves it out beside RandAugment.
@@ -7,6 +7,7 @@ _base_ = [
     'mmpretrain::_base_/datasets/imagenet_bs64_swin_224.py',
     '../schedules/imagenet_300e_adamw.py',
     'mmpretrain::_base_/default_runtime.py',
+    '../vmamba_mm.py',
 ]
 
 # No collate_fn: tools, mmpretrain's and ours, add default_collate, and mmengine breaks one that

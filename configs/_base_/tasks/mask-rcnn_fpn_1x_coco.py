@@ -5,6 +5,7 @@
 _base_ = [
     'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py',
     '../schedules/dense_decay.py',
+    '../vmamba_mm.py',
 ]
 
 optim_wrapper = dict(

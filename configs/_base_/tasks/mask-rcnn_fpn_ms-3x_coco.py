@@ -1,20 +1,28 @@
-# Mask R-CNN + FPN on COCO, 8 GPUs x 2 images, 36 epochs, multi-scale crops: Swin-T's stock
-# recipe (AdamW 1e-4, weight decay 0.05, fp32, no clipping), as the published models used it.
-# The leaf replaces the backbone with _delete_=True: the release merged onto Swin's dict, and
-# its left-over keys (window_size, init_cfg ...) were swallowed without a word.
-_base_ = [
-    'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py',
-    '../schedules/dense_decay.py',
+# The 1x recipe for 36 epochs, with the multi-scale crops of DETR: Swin-T's stock 3x recipe
+# (mmdet's swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py), as the published models used it.
+_base_ = ['./mask-rcnn_fpn_1x_coco.py']
+
+scales = [(side, 1333) for side in range(480, 801, 32)]
+train_pipeline = [
+    dict(type='LoadImageFromFile', backend_args=None),
+    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+    dict(type='RandomFlip', prob=0.5),
+    dict(type='RandomChoice', transforms=[
+        [dict(type='RandomChoiceResize', scales=scales, keep_ratio=True)],
+        [dict(type='RandomChoiceResize', scales=[(400, 1333), (500, 1333), (600, 1333)],
+              keep_ratio=True),
+         dict(type='RandomCrop', crop_type='absolute_range', crop_size=(384, 600),
+              allow_negative_crop=True),
+         dict(type='RandomChoiceResize', scales=scales, keep_ratio=True)],
+    ]),
+    dict(type='PackDetInputs'),
 ]
+train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 
-optim_wrapper = dict(
-    # Few groups and one kernel for each: the same update, without waiting for Python.
-    constructor='vmamba_mm.GroupedOptimWrapperConstructor',
-    optimizer=dict(fused=True),
-    paramwise_cfg=dict(_delete_=True, custom_keys=_base_.dense_decay_keys))
-
-# Published numbers are those of the best epoch (11 or 12 of 12; 31 to 36 of 36).
-default_hooks = dict(
-    checkpoint=dict(max_keep_ckpts=3, save_best='coco/bbox_mAP', rule='greater'))
-
-pretrained = None  # was the address of Swin's weights; nothing reads it
+max_epochs = 36
+train_cfg = dict(max_epochs=max_epochs)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=1000),
+    dict(type='MultiStepLR', begin=0, end=max_epochs, by_epoch=True, milestones=[27, 33],
+         gamma=0.1),
+]

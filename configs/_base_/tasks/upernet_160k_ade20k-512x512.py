@@ -4,6 +4,7 @@
 _base_ = [
     'mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py',
     '../schedules/dense_decay.py',
+    '../vmamba_mm.py',
 ]
 
 optim_wrapper = dict(

@@ -1,4 +1,4 @@
 # Table 12: d_state 16; ssm_ratio 1 keeps the cost alike.
-_base_ = ['_base_/vmamba-tiny-s2l5.py']
+_base_ = ['../vmamba-tiny-s2l5_8xb128_in1k-224.py']
 
-model = dict(backbone=dict(arch=dict(d_state=16, ssm_ratio=1.0)))
+model = dict(backbone=dict(arch=dict(_delete_=True, base='tiny_s2l5', d_state=16, ssm_ratio=1.0)))

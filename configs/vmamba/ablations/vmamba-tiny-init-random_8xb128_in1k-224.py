@@ -1,4 +1,4 @@
 # Table 11: A and dt_projs start at random.
-_base_ = ['_base_/vmamba-tiny-s1l8.py']
+_base_ = ['../vmamba-tiny-s1l8_8xb128_in1k-224.py']
 
-model = dict(backbone=dict(arch=dict(ssm_init='random')))
+model = dict(backbone=dict(arch=dict(_delete_=True, base='tiny_s1l8', ssm_init='random')))

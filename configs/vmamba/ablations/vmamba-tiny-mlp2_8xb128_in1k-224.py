@@ -1,4 +1,5 @@
 # Table 14: a narrower MLP, a wider SS2D.
-_base_ = ['_base_/vmamba-tiny-s1l8.py']
+_base_ = ['../vmamba-tiny-s1l8_8xb128_in1k-224.py']
 
-model = dict(backbone=dict(arch=dict(mlp_ratio=2.0, ssm_ratio=2.5)))
+model = dict(backbone=dict(
+    arch=dict(_delete_=True, base='tiny_s1l8', mlp_ratio=2.0, ssm_ratio=2.5)))

@@ -1,4 +1,5 @@
 # Table 10: no depthwise convolution; two routes row-major, two the reverse.
-_base_ = ['vmamba-tiny-no-dwconv_8xb128_in1k-224.py']
+_base_ = ['../vmamba-tiny-s1l8_8xb128_in1k-224.py']
 
-model = dict(backbone=dict(arch=dict(scan='bidirectional')))
+model = dict(backbone=dict(
+    arch=dict(_delete_=True, base='tiny_s1l8', conv_kernel=0, scan='bidirectional')))

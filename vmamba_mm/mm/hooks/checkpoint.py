@@ -1,4 +1,12 @@
-"""Checkpoints that are complete or absent, and the search for the newest complete one."""
+"""Checkpoints that are complete or absent, and the search for the newest complete one.
+
+How this works: :class:`AtomicCheckpointHook` writes through :func:`vmamba_mm.atomic.write_atomic`,
+and collects what mmengine's hook wants to remove until the new file is complete. It overrides
+``_save_checkpoint_with_step``, which mmengine does not document: compare it with that of a new
+mmengine.
+
+How to test a change: tests/tools/test_tools_resume.py, which kills trainings while they save.
+"""
 
 import os
 import re

@@ -1,4 +1,12 @@
-"""Reading samples: the same random numbers for the same place in the run, and named files."""
+"""Reading samples: the same random numbers for the same place in the run, and named files.
+
+How this works: a DataLoader calls ``dataset.__getitems__`` with all indices of a batch, if there is
+such a method. :func:`install_reader` sets it to a :class:`SampleReader`, in the process that makes
+the loader and before its workers start, so that every sample of any data set goes through it.
+
+How to test a change: tests/mm/test_data.py, and the tests of bad data in
+tests/tools/test_tools_errors.py, which run whole trainings on it.
+"""
 
 import os
 from functools import partial
@@ -18,7 +26,7 @@ from vmamba_mm.mm.labels import (
 from vmamba_mm.registry import HOOKS
 
 FILE_KEYS = ('img_path', 'seg_map_path')
-# What a step that loads raises when it lacks a package, or is wrong itself.
+# A step that loads raises these when it lacks a package or is wrong itself; the file is sound.
 _NOT_THE_FILE = (ImportError, AttributeError, NameError)
 
 

@@ -8,28 +8,29 @@ from mmengine.visualization import Visualizer
 
 from vmamba_mm.mm.hooks.data import load_image, steps_of
 from vmamba_mm.mm.pictures import Pictures, reads_bgr
+from vmamba_mm.mm.tasks import task_named
 from vmamba_mm.mm.text import ascii_only, drawable, families
 from vmamba_mm.registry import HOOKS
 
-VISUALIZERS = {'cls': 'mmpretrain.UniversalVisualizer', 'det': 'mmdet.DetLocalVisualizer',
-               'seg': 'mmseg.SegLocalVisualizer'}
 _numbers = itertools.count()
 
 
 def build_visualizer(task, meta, cfg=None):
-    """A visualizer for 'cls', 'det' or 'seg' whose fonts have the letters of the classes.
+    """A visualizer whose fonts have the letters of the classes.
 
-    ``cfg``: the config's, for its settings; its backends are left out.
+    Args:
+        task: of :data:`vmamba_mm.mm.tasks.TASKS`.
+        meta: of a data set, with its classes and colours.
+        cfg: the config's visualizer, for its settings; its backends are left out.
     """
-    from mmengine.registry import VISUALIZERS as REGISTRY
+    from mmengine.registry import VISUALIZERS
 
     cfg = {k: v for k, v in (cfg or {}).items() if k not in ('name', 'vis_backends', 'save_dir')}
     if not cfg or cfg.get('type') in ('Visualizer', Visualizer):
-        cfg = dict(type=VISUALIZERS[task])
+        cfg = dict(type=task.visualizer)
     # mmengine would give an instance of the same name again.
-    visualizer = REGISTRY.build(dict(cfg, name=f'vmamba_mm {next(_numbers)}'))
-    # mmseg draws by OpenCV, the others by matplotlib.
-    readable = ascii_only if task == 'seg' else drawable
+    visualizer = VISUALIZERS.build(dict(cfg, name=f'vmamba_mm {next(_numbers)}'))
+    readable = ascii_only if task.ascii_text else drawable
     classes = meta.get('classes')
     if classes:
         meta = {**meta, 'classes': tuple(readable(str(name)) for name in classes)}
@@ -53,11 +54,11 @@ class DrawHook(Hook):
     picture lies below ``out_dir`` where its image lies below the data's root.
 
     Args:
-        task: 'cls', 'det' or 'seg'.
+        task: its name: 'cls', 'det', 'seg' (:data:`vmamba_mm.mm.tasks.TASKS`).
         out_dir: the folder of the pictures.
         visualizer: the config's, or None for that of the task.
         score_thr: detections are drawn from this score on.
-        interval: draw each so manyth image.
+        interval: one image of so many is drawn.
         channels: of an image to be drawn, one or three; None as of
             :func:`vmamba_mm.mm.pictures.default_channels`.
         settings: further arguments of the visualizer's method for a sample.
@@ -67,9 +68,10 @@ class DrawHook(Hook):
 
     def __init__(self, task, out_dir, visualizer=None, score_thr=0.3, interval=1, channels=None,
                  settings=None):
-        self.task, self.out_dir, self.cfg, self.interval = task, out_dir, visualizer, interval
+        self.task, self.out_dir = task_named(task), out_dir
+        self.cfg, self.interval = visualizer, interval
         self.channels, self.settings = channels, dict(settings or {})
-        if task == 'det':
+        if self.task.has_score_threshold:
             self.settings['pred_score_thr'] = score_thr
 
     def before_test(self, runner):
@@ -97,14 +99,7 @@ class DrawHook(Hook):
             image = data_batch['inputs'][number].permute(1, 2, 0).cpu().numpy()
             out = os.path.join(self.out_dir, f'{self.count}.png')
         os.makedirs(os.path.dirname(out) or '.', exist_ok=True)
-        picture = self.to_picture(image)
-        if self.task == 'cls':
-            self.visualizer.visualize_cls(
-                picture, sample, out_file=out,
-                **{'text_cfg': dict(family=families('monospace')), **self.settings})
-        else:
-            self.visualizer.add_datasample(out, picture, data_sample=sample.cpu(), out_file=out,
-                                           **self.settings)
+        self.task.draw(self.visualizer, self.to_picture(image), sample, out, self.settings)
 
     def name(self, path):
         below = os.path.relpath(os.path.abspath(path), self.root)

@@ -4,6 +4,19 @@ mmengine restores weights, optimizer, schedules and counters, but not the random
 run sees other augmentations and other dropped paths. Here no generator's state has to be saved:
 each is seeded again from (seed, iteration, place), so that every draw is a function of where the
 run is. Augmentation then depends neither on the number of workers nor of processes.
+
+How this works: before the training starts, :class:`ExactResumeHook` replaces the batch sampler of
+the loader by :class:`NumberedBatches` (a loop of epochs) or :class:`EndlessBatches` (a loop of
+iterations), which give each index its seed words and skip what was trained on already without
+loading it. :class:`vmamba_mm.mm.hooks.data.SampleReader` reads the words in the worker and seeds
+python, numpy and torch for that sample alone. The model's draws (drop path, dropout) are seeded by
+the hook before each iteration. A loop of iterations has started its iterator when the hook comes;
+upstream's has even drawn indices, so its sampler is made anew.
+
+How to test a change: tests/mm/test_exact_resume.py compares the batches of whole and resumed runs,
+and tests/tools/test_tools_resume.py kills trainings at any moment and compares their weights, bit
+for bit, with those of trainings that were not killed. Both loops, several workers and several
+processes matter; so do both lines of mmengine, whose loops differ (``skip_iter`` is onedl's).
 """
 
 from mmengine.dist import broadcast_object_list, get_dist_info

@@ -7,7 +7,7 @@ from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import BaseLoop
 
-from vmamba_mm.checkpoints.names import (
+from vmamba_mm.checkpoints.compare import (
     check_patterns,
     differences,
     explain_differences,

@@ -1,7 +1,7 @@
-"""Which implementation of an op runs: the only place that decides."""
+"""The implementations of ops by name, and what they share: dtypes, autocast, gradients."""
 
+import contextlib
 import functools
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -10,48 +10,37 @@ from torch import Tensor
 #: 'reference' is the specification (a loop over L), 'chunked' the parallel plain-PyTorch one,
 #: 'cuda' the kernels for NVIDIA GPUs, 'triton' those for any GPU that Triton knows.
 BACKENDS = ('reference', 'chunked', 'cuda', 'triton')
+#: Types of the devices that kernels run on. A tensor elsewhere is not asked about any of them.
+KERNEL_DEVICES = ('cuda', 'xpu')
 Backend = Literal['reference', 'chunked', 'cuda', 'triton']
 
 
-def resolve_backend(backend: str | None, **why_not: Callable[[], str | None]) -> str:
-    """Name of the implementation to run.
-
-    Args:
-        backend: a name; None for the first of ``why_not`` that takes the inputs, else 'chunked'.
-        why_not: for each implementation that is choosy, in order of preference: what keeps it from
-            taking these inputs, None if nothing does.
-
-    Raises:
-        ValueError: if ``backend`` does not exist or does not take these inputs.
-    """
-    if backend is None:
-        for name, reason in why_not.items():  # Dynamo of torch 2.6 cannot trace next(..., default)
-            if reason() is None:
-                return name
-        return 'chunked'
-    if backend not in BACKENDS:
-        raise ValueError(f'backend={backend!r} does not exist; choose None or one of {BACKENDS}')
-    reason = why_not[backend]() if backend in why_not else None
-    if reason is not None:
-        raise ValueError(f'backend={backend!r} does not take these inputs: {reason}; choose None '
-                         "or 'chunked'")
-    return backend
+def runs_kernels(x: Tensor) -> bool:
+    """Whether ``x`` is where kernels may run; not what torch.fx traces with."""
+    return isinstance(x, Tensor) and x.device.type in KERNEL_DEVICES
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast rounds ``x`` to before a matrix product, None without autocast."""
     device = x.device.type
-    if _has_autocast(device) and torch.is_autocast_enabled(device):
+    if (device in ('cpu', 'cuda') or _has_autocast(device)) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return None
 
 
 @torch.compiler.assume_constant_result  # Dynamo of torch 2.11 cannot trace it
 def _has_autocast(device: str) -> bool:
-    return _asked(device)
+    return _is_autocast_available(device)
 
 
-_asked = functools.cache(torch.amp.is_autocast_available)
+_is_autocast_available = functools.cache(torch.amp.is_autocast_available)
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """Autocast is off in this context, on the device of ``x``."""
+    device = x.device.type
+    return (torch.autocast(device, enabled=False) if _has_autocast(device)
+            else contextlib.nullcontext())
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:

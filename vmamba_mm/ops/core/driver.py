@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from vmamba_mm.ops.core import torch_private
 from vmamba_mm.ops.core.libraries import WINDOWS
 
 NAME = 'nvcuda.dll' if WINDOWS else 'libcuda.so.1'
@@ -138,7 +139,7 @@ def make_launcher(index: int, function: ctypes.c_void_p, grid: tuple[int, int, i
                   block: tuple[int, int, int], shared: int, what: str) -> Callable[[bytes], None]:
     """What launches a kernel with the bytes of its struct, on torch's current stream of the device;
     it waits for nothing. ``what`` is launched, for an error."""
-    stream, device = torch._C._cuda_getCurrentRawStream, torch._C._cuda_getDevice
+    stream, device = torch_private.current_stream, torch_private.current_device
     sizes = (*grid, *block, shared)
     launch, handle, reference, pointer_to = (
         library().cuLaunchKernel, ctypes.c_void_p, ctypes.byref, ctypes.c_char_p)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from vmamba_mm.ops.core import libraries
+from vmamba_mm.ops.core import libraries, torch_private
 from vmamba_mm.ops.core.driver import capture_allows_loading, current
 from vmamba_mm.ops.core.launch import cached
 
@@ -138,7 +138,7 @@ def product(index: int, dtype: torch.dtype, out_dtype: torch.dtype, rows: int, c
     handle, workspace_size = _handle(index), choice.workspace
     one, zero = ctypes.byref(ctypes.c_float(1)), ctypes.byref(ctypes.c_float(0))
     algorithm, lock = ctypes.byref(choice), threading.Lock()
-    device, stream = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream
+    device, stream = torch_private.current_device, torch_private.current_stream
 
     def call(left, right, out, workspace):
         return matmul(handle, descriptor, one, right, right_layout, left, left_layout, zero, out,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable
 import torch
 from torch.cuda import is_current_stream_capturing
 
-from vmamba_mm.ops.core import driver
+from vmamba_mm.ops.core import driver, torch_private
 
 #: A graph is made when the same is launched for this time: before, libraries may still load what
 #: they need, which a capture does not allow, and most sizes of a detector come once or twice.
@@ -57,7 +57,7 @@ class Graph:
             finally:
                 driver.call('cuGraphDestroy', graph)
         self._index, self._launch = index, driver.library().cuGraphLaunch
-        self._device, self._stream = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream
+        self._device, self._stream = torch_private.current_device, torch_private.current_stream
         weakref.finalize(self, driver.library().cuGraphExecDestroy, self._exec).atexit = False
 
     def __call__(self) -> None:

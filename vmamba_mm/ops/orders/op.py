@@ -1,50 +1,39 @@
-"""torch.library registration of ``cross_scan`` and ``cross_merge``."""
+"""The ops ``cross_scan`` and ``cross_merge``: definitions, checks, public functions."""
 
 from torch import Tensor
 
-from vmamba_mm.ops.core.registration import flop_formula, register
+from vmamba_mm.ops.core.define_op import Implementation, define_op
 from vmamba_mm.ops.orders import reference
 from vmamba_mm.ops.orders.reference import ROUTES
 
 
-def _scan_fake(x, num_routes):
-    batch, dim, height, width = x.shape
-    return x.new_empty(batch, num_routes, dim, height * width)
-
-
-def _scan_setup(ctx, inputs, output):
+def _save_size(ctx, inputs, output):
     ctx.height, ctx.width = inputs[0].shape[2:]
 
 
-def _scan_backward(ctx, grad):
-    return _cross_merge(grad.contiguous(), ctx.height, ctx.width), None
-
-
-@register('cross_scan', fake=_scan_fake, backward=_scan_backward, setup_context=_scan_setup)
-def _cross_scan(x: Tensor, num_routes: int) -> Tensor:
-    return reference.scan_forward(x, num_routes).contiguous()
-
-
-def _merge_fake(y, height, width):
-    return y.new_empty(y.shape[0], y.shape[2], height, width)
-
-
-def _merge_setup(ctx, inputs, output):
+def _save_routes(ctx, inputs, output):
     ctx.num_routes = inputs[0].shape[1]
 
 
-def _merge_backward(ctx, grad):
-    return _cross_scan(grad, ctx.num_routes), None, None
+# Each is the other's transpose.
+_cross_scan = define_op(
+    'cross_scan', '(Tensor x, SymInt num_routes) -> Tensor',
+    reference=reference.scan_forward,
+    fake=lambda x, num_routes: x.new_empty(x.shape[0], num_routes, x.shape[1],
+                                           x.shape[2] * x.shape[3]),
+    implementations={'torch': Implementation(
+        lambda x, num_routes: reference.scan_forward(x, num_routes).contiguous())},
+    setup_context=_save_size,
+    backward=lambda ctx, grad: (_cross_merge(grad.contiguous(), ctx.height, ctx.width), None))
 
-
-@register('cross_merge', fake=_merge_fake, backward=_merge_backward, setup_context=_merge_setup)
-def _cross_merge(y: Tensor, height: int, width: int) -> Tensor:
-    return reference.merge_forward(y, height, width).contiguous()
-
-
-@flop_formula('cross_scan', 'cross_merge')
-def _moves_only(*args, **kwargs) -> int:
-    return 0
+_cross_merge = define_op(
+    'cross_merge', '(Tensor y, SymInt height, SymInt width) -> Tensor',
+    reference=reference.merge_forward,
+    fake=lambda y, height, width: y.new_empty(y.shape[0], y.shape[2], height, width),
+    implementations={'torch': Implementation(
+        lambda y, height, width: reference.merge_forward(y, height, width).contiguous())},
+    setup_context=_save_routes,
+    backward=lambda ctx, grad: (_cross_scan(grad, ctx.num_routes), None, None))
 
 
 def cross_scan(x: Tensor, num_routes: int = 4) -> Tensor:
@@ -59,6 +48,10 @@ def cross_scan(x: Tensor, num_routes: int = 4) -> Tensor:
 
     Raises:
         ValueError: on a wrong rank or number of routes.
+
+    Example:
+        >>> cross_scan(torch.arange(6).view(1, 1, 2, 3))[0, 1]  # column-major
+        tensor([[0, 3, 1, 4, 2, 5]])
     """
     if x.dim() != 4:
         raise ValueError(f'cross_scan expects x of shape (B, D, H, W), got {tuple(x.shape)}')
@@ -80,6 +73,11 @@ def cross_merge(y: Tensor, height: int, width: int) -> Tensor:
 
     Raises:
         ValueError: on a wrong rank, K above 4, or L != height * width.
+
+    Example:
+        >>> cross_merge(torch.ones(1, 4, 1, 6), 2, 3)
+        tensor([[[[4., 4., 4.],
+                  [4., 4., 4.]]]])
     """
     if y.dim() != 4 or not 1 <= y.shape[1] <= len(ROUTES):
         raise ValueError(f'cross_merge expects y of shape (B, K, D, L) with K of 1 to '

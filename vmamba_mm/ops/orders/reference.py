@@ -28,13 +28,3 @@ def merge_forward(y_BKDL: Tensor, height: int, width: int) -> Tensor:
         else:
             merged = merged + y.view(batch, dim, width, height).transpose(2, 3)
     return merged
-
-
-def scan_backward(grad_BKDL: Tensor, height: int, width: int) -> Tensor:
-    """The merge is the transpose of the scan: a permutation's inverse, summed over copies."""
-    return merge_forward(grad_BKDL, height, width)
-
-
-def merge_backward(grad_BDHW: Tensor, num_routes: int) -> Tensor:
-    """The scan is the transpose of the merge."""
-    return scan_forward(grad_BDHW, num_routes)

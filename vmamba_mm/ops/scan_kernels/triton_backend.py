@@ -4,6 +4,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ def why_not(x: Tensor, out_dtype: torch.dtype, by_default: bool) -> str | None:
 
     Args:
         x: (B, ...), the map; its parameters may have any dtype.
-        by_default: whether nobody asked for them: then the interpreter counts for nothing.
+        by_default: whether no backend was named: then the interpreter, which is slow, is not
+            taken.
     """
     reason = _device_reason(x.device.type, x.device.index, by_default)
     if reason is not None:
@@ -66,9 +68,15 @@ def _gpu_reason(kind: str, index: int | None) -> str | None:
     return None
 
 
-def tile_length(launch, backward: bool) -> int:
+def load_launches() -> ModuleType:
+    """:mod:`vmamba_mm.ops.scan_kernels.triton_launch`, which imports triton."""
+    from vmamba_mm.ops.scan_kernels import triton_launch
+    return triton_launch
+
+
+def tile_length(interpreted: bool, backward: bool) -> int:
     """Positions of a tile, all of them in a thread's registers; few in the slow interpreter."""
-    if launch.interpreted():
+    if interpreted:
         return 8
     return 8 if backward else 16
 

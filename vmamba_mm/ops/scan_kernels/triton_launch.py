@@ -1,4 +1,4 @@
-"""Launches of the Triton kernels: the arguments of a walk, what its tiles carry, the cut."""
+"""Launches of the Triton kernels: the arguments of a route, and what its tiles carry."""
 
 import contextlib
 import functools
@@ -22,13 +22,13 @@ _PROGRAMS = 8192
 _REGISTERS = 168
 
 
-class Walk(NamedTuple):
-    """One axis of the map, the walk along it and (``ways`` 2) its reverse.
+class AxisScan(NamedTuple):
+    """The route along one axis of a map and (``directions`` 2) its reverse, for a launch.
 
-    ``u`` is the map. ``delta``, ``B`` and ``C`` are tensors of their own or (``project``) the same
-    one, which has the R numbers of dt, N of B and N of C side by side for each route. Strides are
-    of (batch, group, line, step, channel or state), in elements; those of C are those of B.
-    ``A``, ``weight`` (K, R, D), ``bias`` (K, D) and ``skip`` (groups, D) or None are fp32.
+    ``u`` is the map. ``delta``, ``B`` and ``C`` are tensors of their own, B and C (batch, K, N, L)
+    without gaps, or (``project``) the same one, which has the R numbers of dt, N of B and N of C
+    side by side for each route. Strides are of (batch, line, step, channel), in elements.
+    In fp32: ``A`` (K, N, D), ``weight`` (K, R, D), ``bias`` (K, D), ``skip`` (groups, D) or None.
     """
     u: Tensor
     u_strides: tuple[int, ...]
@@ -36,7 +36,6 @@ class Walk(NamedTuple):
     delta_strides: tuple[int, ...]
     B: Tensor
     C: Tensor
-    c_strides: tuple[int, ...]
     A: Tensor
     weight: Tensor
     bias: Tensor
@@ -46,7 +45,7 @@ class Walk(NamedTuple):
     length: int
     line_length: int
     first_route: int
-    ways: int
+    directions: int
     project: bool
     softplus: bool
 
@@ -54,8 +53,14 @@ class Walk(NamedTuple):
     def routes(self) -> int:
         return self.A.shape[0]
 
+    def inputs(self) -> dict:
+        """The arguments for the tensors that all kernels but :func:`chain_tiles` read."""
+        return dict(**strided('u', self.u, self.u_strides),
+                    **strided('delta', self.delta, self.delta_strides, 'v'), B=self.B, C=self.C,
+                    A=self.A, weight=self.weight, bias=self.bias)
+
     def sizes(self, tile: int) -> tuple[dict, dict]:
-        """The arguments of a launch that all kernels share, and its options."""
+        """The arguments of a launch that are numbers, and its options."""
         _, state, dim = self.A.shape
         if tile > self.line_length:
             wraps = 2
@@ -64,10 +69,17 @@ class Walk(NamedTuple):
         width, options = channel_block(dim)
         numbers = dict(groups=self.groups, dim=dim, length=self.length,
                        line_length=self.line_length, tiles=-(-self.length // tile),
-                       blocks=-(-dim // width), k_first=self.first_route, routes=self.routes,
-                       N=state, R=self.weight.shape[1], T=tile, BD=width, WAYS=self.ways,
-                       WRAPS=wraps, PROJECT=self.project, SOFTPLUS=self.softplus)
+                       blocks=-(-dim // width), first_route=self.first_route, routes=self.routes,
+                       N=state, R=self.weight.shape[1], T=tile, BD=width,
+                       DIRECTIONS=self.directions, WRAPS=wraps, PROJECT=self.project,
+                       SOFTPLUS=self.softplus)
         return numbers, options
+
+
+def strided(name: str, tensor: Tensor, strides: tuple[int, ...], letter: str | None = None) -> dict:
+    """The arguments for a map: the tensor, and the strides that begin with ``letter``."""
+    names = (f'{letter or name}_{stride}' for stride in ('b', 'line', 'step', 'd'))
+    return {name: tensor, **dict(zip(names, strides, strict=True))}
 
 
 def interpreted() -> bool:
@@ -105,7 +117,7 @@ def channel_block(dim: int) -> tuple[int, dict[str, int]]:
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device: make it the tensor's."""
+    """A context in which the tensor's device is the current one, on which Triton launches."""
     if tensor.device.type == 'cpu':
         return contextlib.nullcontext()
     return torch.get_device_module(tensor.device).device(tensor.device)
@@ -114,80 +126,82 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
 class Carries:
     """What enters each tile of every route: states, and gradients for the backward."""
 
-    def __init__(self, walk: Walk, tile: int, with_grad: bool):
-        state, dim = walk.A.shape[1:]
-        self.tile, self.tiles = tile, -(-walk.length // tile)
-        empty = walk.u.new_empty
-        shape = (walk.batch, walk.routes, state, self.tiles, dim)
+    def __init__(self, scan: AxisScan, tile: int, with_grad: bool):
+        state, dim = scan.A.shape[1:]
+        self.tile, self.tiles = tile, -(-scan.length // tile)
+        empty = scan.u.new_empty
+        shape = (scan.batch, scan.routes, state, self.tiles, dim)
         if self.tiles == 1:  # nothing is carried; the kernels want a pointer
             self.states = self.grads = self.totals = empty(1, dtype=torch.float32)
             return
-        self.totals = empty(walk.batch, walk.routes, self.tiles, dim, dtype=torch.float32)
+        self.totals = empty(scan.batch, scan.routes, self.tiles, dim, dtype=torch.float32)
         self.states = empty(shape, dtype=torch.float32)
         self.grads = empty(shape if with_grad else 1, dtype=torch.float32)
 
-    def summarise(self, walk: Walk, grad: Tensor | None = None,
-                  grad_strides: tuple[int, ...] = (0,) * 5) -> None:
+    def summarise(self, scan: AxisScan, grad: Tensor | None = None,
+                  grad_strides: tuple[int, ...] = (0,) * 4) -> None:
+        """What each tile hands on alone."""
         if self.tiles > 1:
-            sizes, options = walk.sizes(self.tile)
-            grid = (sizes['blocks'] * self.tiles * walk.groups * walk.batch,)
+            sizes, options = scan.sizes(self.tile)
+            grid = (sizes['blocks'] * self.tiles * scan.groups * scan.batch,)
             summarise_tiles[grid](
-                walk.u, *walk.u_strides, walk.delta, *walk.delta_strides, walk.B, walk.C,
-                *walk.c_strides, walk.u if grad is None else grad, *grad_strides, walk.A,
-                walk.weight, walk.bias, self.totals, self.states, self.grads, **sizes,
+                **scan.inputs(), **strided('grad', scan.u if grad is None else grad, grad_strides,
+                                           'g'),
+                totals=self.totals, states=self.states, grads=self.grads, **sizes,
                 GRAD=grad is not None, **options)
 
-    def chain(self, walk: Walk, with_grad: bool) -> None:
+    def chain(self, scan: AxisScan, with_grad: bool) -> None:
+        """From what each tile hands on alone to what enters each."""
         if self.tiles > 1:
-            sizes, options = walk.sizes(self.tile)
+            sizes, options = scan.sizes(self.tile)
             names = ('dim', 'tiles', 'blocks', 'routes', 'N', 'BD')
-            grid = (sizes['blocks'] * walk.A.shape[1] * walk.routes * walk.batch, 1 + with_grad)
+            grid = (sizes['blocks'] * scan.A.shape[1] * scan.routes * scan.batch, 1 + with_grad)
             chain_tiles[grid](
-                self.totals, self.states, self.grads, walk.A,
-                stride_d=1, reversed_from=2 if walk.project else walk.routes,
+                self.totals, self.states, self.grads, scan.A,
+                stride_d=1, reversed_from=2 if scan.project else scan.routes,
                 **{name: sizes[name] for name in names}, U=2 if interpreted() else 16, **options)
 
 
-def scan(walk: Walk, carries: Carries, y: Tensor, y_strides: tuple[int, ...],
-         partial: Tensor | None) -> None:
-    """Write the walk's y, and ``partial`` (fp32, of the same strides) added to it."""
-    sizes, options = walk.sizes(carries.tile)
-    grid = (sizes['blocks'] * carries.tiles * walk.groups * walk.batch,)
+def scan_forward(scan: AxisScan, carries: Carries, y: Tensor, y_strides: tuple[int, ...],
+                 partial: Tensor | None) -> None:
+    """Write the sum of the route and its reverse to ``y``, and ``partial`` (fp32, of the same
+    strides) added to it."""
+    sizes, options = scan.sizes(carries.tile)
+    grid = (sizes['blocks'] * carries.tiles * scan.groups * scan.batch,)
     scan_tiles[grid](
-        walk.u, *walk.u_strides, walk.delta, *walk.delta_strides, walk.B, walk.C,
-        *walk.c_strides, y, y if partial is None else partial, *y_strides, walk.A, walk.weight,
-        walk.bias, walk.bias if walk.skip is None else walk.skip, carries.states, **sizes,
-        SKIP=walk.skip is not None, ADD=partial is not None, **options)
+        **scan.inputs(), **strided('y', y, y_strides), partial=partial, skip=scan.skip,
+        states=carries.states, **sizes, **options)
 
 
-def scan_backward(walk: Walk, carries: Carries, grad: Tensor, grad_strides: tuple[int, ...],
+def scan_backward(scan: AxisScan, carries: Carries, grad: Tensor, grad_strides: tuple[int, ...],
                   grad_u: Tensor, grad_delta: Tensor | None, out_strides: tuple[int, ...],
                   add: bool, parts: Tensor) -> Tensor:
-    """Write the gradients of maps, add to ``grad_u`` if told; return (K, R + N + 2, D), the
-    gradients by the weight, A, the bias and the skip.
+    """Write the gradients of maps, or add to ``grad_u``; return (K, R + N + 2, D), the gradients by
+    the weight, A, the bias and the skip.
 
     Args:
         grad_delta: None of projected dt.
+        out_strides: of ``grad_u`` and ``grad_delta``.
+        add: whether to add to ``grad_u``.
         parts: a partial sum for each of P blocks of channels: (P, *delta.shape) of projections,
             else (2, P, *B.shape), the gradients by B and C.
     """
-    sizes, options = walk.sizes(carries.tile)
-    programs = sizes['blocks'] * walk.groups * walk.batch
+    sizes, options = scan.sizes(carries.tile)
+    programs = sizes['blocks'] * scan.groups * scan.batch
     span = -(-carries.tiles // max(1, _PROGRAMS // programs))
     spans = -(-carries.tiles // span)
     rows = sizes['R'] + sizes['N'] + 2
     ranks = triton.next_power_of_2(max(1, sizes['R']))
-    sums = walk.u.new_empty(walk.batch * spans, walk.routes, rows, sizes['dim'],
+    sums = scan.u.new_empty(scan.batch * spans, scan.routes, rows, sizes['dim'],
                             dtype=torch.float32)
-    if walk.project:
+    if scan.project:
         grad_delta = grad_B = grad_C = parts
     else:
         grad_B, grad_C = parts
     scan_tiles_backward[(programs * spans,)](
-        walk.u, *walk.u_strides, walk.delta, *walk.delta_strides, walk.B, walk.C,
-        *walk.c_strides, grad, *grad_strides, grad_u, grad_delta, *out_strides, grad_B,
-        grad_C, grad_B.stride(0), walk.A, walk.weight, walk.bias,
-        walk.bias if walk.skip is None else walk.skip, carries.states, carries.grads, sums,
-        **sizes, RP=max(16, ranks), RS=min(8, ranks), PRECISION=_precision(), spans=spans,
-        span=span, stride_d=1, SKIP=walk.skip is not None, ADD=add, **options)
+        **scan.inputs(), **strided('grad', grad, grad_strides, 'g'),
+        **strided('grad_u', grad_u, out_strides, 'x'), grad_delta=grad_delta, grad_B=grad_B,
+        grad_C=grad_C, part_stride=grad_B.stride(0), skip=scan.skip, states=carries.states,
+        grads=carries.grads, sums=sums, spans=spans, span=span, stride_d=1, **sizes, ADD=add,
+        RP=max(16, ranks), RS=min(8, ranks), PRECISION=_precision(), **options)
     return sums.sum(0)

@@ -1,53 +1,11 @@
-"""torch.library registration of ``selective_scan``: schema, fake, autograd, FLOPs, checks."""
+"""The op ``selective_scan``: its definition, checks, and the public function."""
 
 import torch
 from torch import Tensor
 
-from vmamba_mm.ops.core.backends import Backend, resolve_backend
-from vmamba_mm.ops.core.registration import flop_formula, register
+from vmamba_mm.ops.core.backends import Backend
+from vmamba_mm.ops.core.define_op import Implementation, define_op
 from vmamba_mm.ops.selective_scan import chunked, cuda, reference, triton_scan
-
-_IMPLEMENTATIONS = {'reference': reference, 'chunked': chunked, 'cuda': cuda,
-                    'triton': triton_scan}
-
-
-def _bwd_fake(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus, backend):
-    return tuple(u.new_empty(0) if t is None else t.new_empty(t.shape)
-                 for t in (u, delta, A, B, C, D, delta_bias))
-
-
-@register('selective_scan_bwd', fake=_bwd_fake)
-def _bwd(grad_y: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
-         D: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool, backend: str
-         ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grads = _IMPLEMENTATIONS[backend].backward(
-        grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus)
-    # The schema has no optional results: an absent gradient is an empty tensor.
-    return tuple(u.new_empty(0) if g is None else g.contiguous() for g in grads)
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.delta_softplus, _, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx, grad_y):
-    tensors = ctx.saved_tensors
-    grads = _bwd(grad_y, *tensors, ctx.delta_softplus, ctx.backend)
-    grads = [None if t is None else g for t, g in zip(tensors, grads, strict=True)]
-    return *grads, None, None, None
-
-
-def _fwd_fake(u, delta, A, B, C, D, delta_bias, delta_softplus, out_dtype, backend):
-    return u.new_empty(u.shape, dtype=out_dtype)
-
-
-@register('selective_scan_fwd', fake=_fwd_fake, backward=_backward, setup_context=_setup_context)
-def _fwd(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
-         delta_bias: Tensor | None, delta_softplus: bool, out_dtype: torch.dtype,
-         backend: str) -> Tensor:
-    return _IMPLEMENTATIONS[backend].forward(
-        u, delta, A, B, C, D, delta_bias, delta_softplus, out_dtype)
 
 
 def scan_flops(batch: int, channels: int, length: int, state: int) -> int:
@@ -58,15 +16,23 @@ def scan_flops(batch: int, channels: int, length: int, state: int) -> int:
     return 2 * batch * length * channels * (9 * state + 1)
 
 
-@flop_formula('selective_scan_fwd')
-def _fwd_flops(u_shape, delta_shape, A_shape, *args, out_shape=None, **kwargs) -> int:
-    batch, channels, length = u_shape
-    return scan_flops(batch, channels, length, A_shape[1])
-
-
-@flop_formula('selective_scan_bwd')
-def _bwd_flops(grad_shape, u_shape, delta_shape, A_shape, *args, out_shape=None, **kwargs) -> int:
-    return 2 * _fwd_flops(u_shape, delta_shape, A_shape)
+_selective_scan = define_op(
+    'selective_scan_fwd',
+    '(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, '
+    'bool delta_softplus, ScalarType out_dtype, str backend) -> Tensor',
+    reference=reference.forward,
+    fake=lambda u, delta, A, B, C, D, delta_bias, delta_softplus, out_dtype, backend:
+        u.new_empty(u.shape, dtype=out_dtype),
+    implementations={
+        'cuda': Implementation(
+            cuda.forward, cuda.backward,
+            lambda *args: cuda.why_not(*args[:7], args[8])),
+        'triton': Implementation(
+            triton_scan.forward, triton_scan.backward,
+            lambda *args: triton_scan.why_not(args[0], args[8], args[1:7])),
+        'chunked': Implementation(chunked.forward, chunked.backward)},
+    saves='u delta A B C D delta_bias delta_softplus',
+    flops=lambda u, A, **_: scan_flops(*u, A[1]))
 
 
 def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
@@ -95,15 +61,15 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
 
     Raises:
         ValueError: on shapes that do not fit one another, or an unknown backend.
+
+    Example:
+        >>> u, A, B = torch.randn(2, 8, 50), -torch.rand(8, 4), torch.randn(2, 1, 4, 50)
+        >>> selective_scan(u, torch.rand(2, 8, 50), A, B, B).shape
+        torch.Size([2, 8, 50])
     """
     _check(u, delta, A, B, C, D, delta_bias)
-    out_dtype = out_dtype or u.dtype
-    parameters = (delta, A, B, C, D, delta_bias)
-    by_default = backend is None
-    backend = resolve_backend(
-        backend, cuda=lambda: cuda.why_not(u, *parameters, out_dtype),
-        triton=lambda: triton_scan.why_not(u, out_dtype, parameters, by_default))
-    return _fwd(u, delta, A, B, C, D, delta_bias, delta_softplus, out_dtype, backend)
+    return _selective_scan(u, delta, A, B, C, D, delta_bias, delta_softplus, out_dtype or u.dtype,
+                           backend=backend)
 
 
 def _check(u, delta, A, B, C, D, delta_bias) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from vmamba_mm.ops.core.backends import compute_dtype
 from vmamba_mm.ops.orders.reference import scan_forward
 from vmamba_mm.ops.ss2d_scan.op import check
-from vmamba_mm.ops.ss2d_scan.reference import _project
+from vmamba_mm.ops.ss2d_scan.reference import project
 
 
 class ScanAttention(NamedTuple):
@@ -64,7 +64,7 @@ def ss2d_attention(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor,
     x, x_proj_weight, dt_projs_weight, dt_projs_bias, A = (
         t.to(dtype) for t in (x, x_proj_weight, dt_projs_weight, dt_projs_bias, A))
     num_routes = x_proj_weight.shape[0]
-    u_BKDL, _, delta, B_BKNL, C_BKNL = _project(x, x_proj_weight, dt_projs_weight, A, num_routes)
+    u_BKDL, _, delta, B_BKNL, C_BKNL = project(x, x_proj_weight, dt_projs_weight, A, num_routes)
     delta = F.softplus(delta + dt_projs_bias[..., None])
     pixels = torch.arange(height * width, device=x.device).view(1, 1, height, width)
     order_KL = scan_forward(pixels, num_routes)[0, :, 0]  # the pixel at each step

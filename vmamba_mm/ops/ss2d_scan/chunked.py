@@ -124,4 +124,4 @@ def backward(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D):
         grad_x[block] = grad_map
     grad_D = grad_skip.repeat(num_routes)
     grads = (grad_x, grad_x_weight, grad_dt_weight, grad_bias, grad_A.flatten(0, 1), grad_D)
-    return tuple(g.to(t.dtype) for g, t in zip(grads, inputs, strict=True))
+    return grad_x, *(g.to(t.dtype).contiguous() for g, t in zip(grads[1:], inputs[1:], strict=True))

@@ -1,47 +1,31 @@
-"""torch.library registration of ``ss2d_scan``: schema, fake, autograd, FLOPs, checks."""
+"""The ops ``ss2d_scan`` and ``ss2d_scan_norm``: definitions, checks, public functions."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmamba_mm.ops.core.backends import Backend, resolve_backend, wants_grad
-from vmamba_mm.ops.core.registration import flop_formula, register
+from vmamba_mm.ops.core.backends import Backend
+from vmamba_mm.ops.core.define_op import Implementation, define_op
 from vmamba_mm.ops.orders.reference import ROUTES
 from vmamba_mm.ops.selective_scan.op import scan_flops
 from vmamba_mm.ops.ss2d_scan import chunked, cuda, reference, triton_scan
 
-_FORWARD = {'reference': reference.forward, 'chunked': chunked.forward,
-            'triton': triton_scan.forward}
-_BACKWARD = {'reference': reference.backward, 'chunked': chunked.backward,
-             'triton': triton_scan.backward}
+_ARGUMENTS = ('Tensor x, Tensor x_proj_weight, Tensor dt_projs_weight, Tensor dt_projs_bias, '
+              'Tensor A, Tensor D')
 
 
-def _bwd_fake(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, projected, kept,
-              backend):
-    weights = (x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
+def count_flops(x, x_proj_weight, dt_projs_weight, A, **_) -> int:
+    """FLOPs of the projections and the scans, from shapes."""
+    batch, dim, height, width = x
+    num_routes, projected, _ = x_proj_weight
+    length, rank = height * width, dt_projs_weight[2]
+    projections = 2 * batch * num_routes * length * dim * (projected + rank)
+    return projections + scan_flops(batch, num_routes * dim, length, A[1])
+
+
+def _like_x_and_weights(x, *weights):
+    """Gradients: the map's has its strides, the others have no gaps."""
     return torch.empty_like(x), *(t.new_empty(t.shape) for t in weights)
-
-
-@register('ss2d_scan_bwd', fake=_bwd_fake)
-def _bwd(grad_y: Tensor, x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor,
-         dt_projs_bias: Tensor, A: Tensor, D: Tensor, projected: Tensor, kept: Tensor,
-         backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = (grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
-    if backend == 'cuda':
-        return cuda.backward(*inputs, projected, kept)
-    grad_x, *grads = _BACKWARD[backend](*inputs)
-    if backend == 'reference':
-        grad_x = torch.empty_like(x).copy_(grad_x)
-    return grad_x, *(g.contiguous() for g in grads)
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, _, ctx.backend, _ = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
-
-
-def _backward(ctx, grad_y):
-    return *_bwd(grad_y, *ctx.saved_tensors, ctx.backend), None, None, None
 
 
 def _saved_fake(x, dt_projs_weight, A, save):
@@ -50,40 +34,30 @@ def _saved_fake(x, dt_projs_weight, A, save):
     return x.new_empty(projected), x.new_empty(kept, dtype=dtype)
 
 
-def _fwd_fake(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype, backend, save):
+def _fake(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype, backend, save):
     y = torch.empty_like(x, dtype=out_dtype)
     if backend == 'cuda':
         return y, *_saved_fake(x, dt_projs_weight, A, save)
     return y, x.new_empty(0), x.new_empty(0)
 
 
-@register('ss2d_scan_fwd', fake=_fwd_fake, backward=_backward, setup_context=_setup_context)
-def _fwd(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_projs_bias: Tensor,
-         A: Tensor, D: Tensor, out_dtype: torch.dtype, backend: str, save: bool
-         ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and what the kernels keep for their backward (empty for others): complete if ``save``."""
-    inputs = (x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype)
-    if backend == 'cuda':
-        return cuda.forward(*inputs, save)
-    y = _FORWARD[backend](*inputs)
-    if backend == 'reference':
-        y = torch.empty_like(x, dtype=out_dtype).copy_(y)
-    return y, x.new_empty(0), x.new_empty(0)
-
-
-@flop_formula('ss2d_scan_fwd')
-def _fwd_flops(x_shape, x_proj_shape, dt_projs_shape, bias_shape, A_shape, *args,
-               out_shape=None, **kwargs) -> int:
-    batch, dim, height, width = x_shape
-    num_routes, projected, _ = x_proj_shape
-    length, rank = height * width, dt_projs_shape[2]
-    projections = 2 * batch * num_routes * length * dim * (projected + rank)
-    return projections + scan_flops(batch, num_routes * dim, length, A_shape[1])
-
-
-@flop_formula('ss2d_scan_bwd')
-def _bwd_flops(grad_shape, *shapes, out_shape=None, **kwargs) -> int:
-    return 2 * _fwd_flops(*shapes)
+_ss2d_scan = define_op(
+    'ss2d_scan_fwd',
+    f'({_ARGUMENTS}, ScalarType out_dtype, str backend, bool save) -> '
+    '(Tensor y, Tensor projected, Tensor kept)',
+    reference=reference.forward,
+    fake=_fake,
+    implementations={
+        'cuda': Implementation(
+            cuda.forward, cuda.backward, lambda *args: cuda.why_not(args[0], args[6], args[1:6]),
+            saves=True),
+        'triton': Implementation(
+            triton_scan.forward, triton_scan.backward,
+            lambda *args: triton_scan.why_not(args[0], args[6], args[1:6])),
+        'chunked': Implementation(chunked.forward, chunked.backward)},
+    saves='x x_proj_weight dt_projs_weight dt_projs_bias A D projected kept',
+    backward_fake=lambda grad, *args: _like_x_and_weights(*args[:6]),
+    flops=count_flops)
 
 
 def ss2d_scan(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_projs_bias: Tensor,
@@ -116,65 +90,42 @@ def ss2d_scan(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_proj
 
     Raises:
         ValueError: on shapes that do not fit one another, or an unknown backend.
+
+    Example, for D = 8 channels, K = 4 routes, R = 2 and N = 1:
+        >>> x, weight, dt = torch.randn(2, 8, 5, 7), torch.randn(4, 4, 8), torch.randn(4, 8, 2)
+        >>> ss2d_scan(x, weight, dt, torch.zeros(4, 8), -torch.ones(32, 1), torch.ones(32)).shape
+        torch.Size([2, 8, 5, 7])
     """
-    parameters = (x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
-    check(x, *parameters)
-    out_dtype = out_dtype or x.dtype
-    by_default = backend is None
-    backend = resolve_backend(
-        backend, cuda=lambda: cuda.why_not(x, out_dtype, parameters),
-        triton=lambda: triton_scan.why_not(x, out_dtype, parameters, by_default))
-    save = backend == 'cuda' and wants_grad(x, *parameters)
-    return _fwd(x, *parameters, out_dtype, backend, save)[0]
+    check(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
+    return _ss2d_scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype or x.dtype,
+                      backend=backend)
 
 
-def _bwd_norm_fake(grad, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, norm_weight,
-                   norm_bias, projected, kept, merged):
-    weights = (x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, norm_weight, norm_bias)
-    return torch.empty_like(x), *(t.new_empty(t.shape) for t in weights)
-
-
-@register('ss2d_scan_norm_bwd', fake=_bwd_norm_fake)
-def _bwd_norm(grad: Tensor, x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor,
-              dt_projs_bias: Tensor, A: Tensor, D: Tensor, norm_weight: Tensor, norm_bias: Tensor,
-              projected: Tensor, kept: Tensor, merged: Tensor
-              ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return cuda.backward_norm(grad, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D,
-                              norm_weight, norm_bias, projected, kept, merged)
-
-
-def _setup_norm(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:8], *output[1:])
-
-
-def _backward_norm(ctx, grad):
-    return *_bwd_norm(grad, *ctx.saved_tensors), None, None
-
-
-def _fwd_norm_fake(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, norm_weight, norm_bias,
-                   eps, save):
+def _norm_fake(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, norm_weight, norm_bias,
+               eps, save):
     return (torch.empty_like(x), *_saved_fake(x, dt_projs_weight, A, save),
             x.new_empty(cuda.merged_size(x) if save else 0))
 
 
-@register('ss2d_scan_norm', fake=_fwd_norm_fake, backward=_backward_norm,
-          setup_context=_setup_norm)
-def _fwd_norm(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_projs_bias: Tensor,
-              A: Tensor, D: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, save: bool
-              ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The normed map; what ``_fwd`` keeps; and the merged map, empty unless ``save``."""
-    return cuda.forward_norm(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, norm_weight,
-                             norm_bias, eps, save)
+def _why_no_norm(*args) -> str | None:
+    x, *parameters, _ = args
+    if (reason := cuda.why_not(x, x.dtype, tuple(parameters))) is None and not cuda.norm_fits(x):
+        reason = f'a norm over {x.shape[1]} channels'
+    return reason
 
 
-@flop_formula('ss2d_scan_norm')
-def _fwd_norm_flops(*shapes, out_shape=None, **kwargs) -> int:
-    return _fwd_flops(*shapes)
-
-
-@flop_formula('ss2d_scan_norm_bwd')
-def _bwd_norm_flops(*shapes, out_shape=None, **kwargs) -> int:
-    return _bwd_flops(*shapes)
+_ss2d_scan_norm = define_op(
+    'ss2d_scan_norm',
+    f'({_ARGUMENTS}, Tensor norm_weight, Tensor norm_bias, float eps, bool save) -> '
+    '(Tensor y, Tensor projected, Tensor kept, Tensor merged)',
+    reference=reference.forward_norm,
+    fake=_norm_fake,
+    implementations={'cuda': Implementation(cuda.forward_norm, cuda.backward_norm, _why_no_norm,
+                                            saves=True)},
+    saves='x x_proj_weight dt_projs_weight dt_projs_bias A D norm_weight norm_bias projected kept '
+          'merged',
+    backward_fake=lambda grad, *args: _like_x_and_weights(*args[:8]),
+    flops=count_flops)
 
 
 def ss2d_scan_norm(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor,
@@ -189,24 +140,31 @@ def ss2d_scan_norm(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor,
     Args:
         norm_weight, norm_bias: (D).
         eps: of the norm.
-        Others as in :func:`ss2d_scan`.
+
+    The other arguments are those of :func:`ss2d_scan`.
 
     Returns:
         (B, D, H, W) in the dtype and with the strides of ``x``.
+
+    Example:
+        >>> ss2d_scan_norm(x, weight, dt, bias, A, D, torch.ones(8), torch.zeros(8)).shape
+        torch.Size([2, 8, 5, 7])
     """
     parameters = (x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
-    everything = (x, *parameters, norm_weight, norm_bias)
     check(x, *parameters)
-    resolved = resolve_backend(backend, cuda=lambda: cuda.why_not(x, x.dtype, everything[1:]))
-    if resolved == 'cuda' and cuda.norm_fits(x):
-        return _fwd_norm(*everything, eps, wants_grad(*everything))[0]
-    # Under autocast the merged map stays fp32 up to the norm, as published.
-    y_BDHW = ss2d_scan(x, *parameters, backend=backend,
-                       out_dtype=torch.promote_types(x.dtype, norm_weight.dtype))
-    y_BHWD = F.layer_norm(y_BDHW.permute(0, 2, 3, 1).contiguous(), norm_weight.shape, norm_weight,
-                          norm_bias, eps)
-    y = y_BHWD.permute(0, 3, 1, 2)
-    return y.to(x.dtype) if y.stride() == x.stride() else torch.empty_like(x).copy_(y)
+
+    def one_by_one(*args):
+        # Under autocast the merged map stays fp32 up to the norm, as published.
+        y_BDHW = _ss2d_scan(x, *parameters, torch.promote_types(x.dtype, norm_weight.dtype),
+                            backend=backend)
+        y_BHWD = F.layer_norm(y_BDHW.permute(0, 2, 3, 1).contiguous(), norm_weight.shape,
+                              norm_weight, norm_bias, eps)
+        y = y_BHWD.permute(0, 3, 1, 2)
+        return y.to(x.dtype) if y.stride() == x.stride() else torch.empty_like(x).copy_(y)
+
+    if backend not in (None, 'cuda'):
+        return one_by_one()
+    return _ss2d_scan_norm(x, *parameters, norm_weight, norm_bias, eps, otherwise=one_by_one)
 
 
 def check(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D) -> None:
@@ -234,3 +192,7 @@ def check(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D) -> None:
         if tuple(tensor.shape) != shape:
             raise ValueError(f'ss2d_scan expects {name} of shape {shape} beside x '
                              f'{tuple(x.shape)}, got {tuple(tensor.shape)}')
+
+
+def _fwd_flops(x_shape, x_proj_shape, dt_projs_shape, bias_shape, A_shape) -> int:
+    return count_flops(x_shape, x_proj_shape, dt_projs_shape, A_shape)

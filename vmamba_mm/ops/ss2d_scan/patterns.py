@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vmamba_mm.ops.core.backends import Backend
-from vmamba_mm.ops.core.registration import register
+from vmamba_mm.ops.core.define_op import Implementation, define_op
 from vmamba_mm.ops.fused.add_norm import layer_norm
 from vmamba_mm.ops.orders.reference import ROUTES
 from vmamba_mm.ops.ss2d_scan import ss2d_scan, ss2d_scan_norm
@@ -134,7 +134,8 @@ def scan_norm(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_proj
         norm_weight, norm_bias: (D); None for no norm at the end.
         eps: of the last norm.
         scan: a name of :func:`scan_patterns`.
-        Others as in :func:`ss2d_scan`, for K = 4 (by 'cross' for any of its K).
+
+    The other arguments are those of :func:`ss2d_scan`, for K = 4 (by 'cross' for any of its K).
 
     Returns:
         (B, D, H, W), channels last if ``x`` is; by 'cross' with its strides. In the dtype of
@@ -231,24 +232,26 @@ def _add(tensors: list[Tensor]) -> Tensor:
 # An op: a compiler need not trace what others wrote, and the gradient of a permutation is its
 # inverse, where index_select's would be a sum in whatever order.
 
-def _reorder_fake(x, height, width, order, back):
-    return x.new_empty(x.shape)
+def _order(x: Tensor, height: int, width: int, order: str, back: bool) -> Tensor:
+    """x (B, L, D) with its positions in an order, or from it ``back`` to row-major."""
+    indices = _find_indices(_ORDERS[order], height, width, x.device)
+    return x.index_select(1, indices[back])
 
 
-def _reorder_setup(ctx, inputs, output):
+def _save_settings(ctx, inputs, output):
     ctx.settings = inputs[1:]
 
 
-def _reorder_backward(ctx, grad):
+def _order_back(ctx, grad):
     height, width, order, back = ctx.settings
     return _reorder(grad, height, width, order, not back), None, None, None, None
 
 
-@register('reorder', fake=_reorder_fake, backward=_reorder_backward, setup_context=_reorder_setup)
-def _reorder(x: Tensor, height: int, width: int, order: str, back: bool) -> Tensor:
-    """x (B, L, D) with its positions in an order, or from it ``back`` to row-major."""
-    indices = _find_indices(_ORDERS[order], height, width, x.device)
-    return x.index_select(1, indices[back])
+_reorder = define_op(
+    'reorder', '(Tensor x, SymInt height, SymInt width, str order, bool back) -> Tensor',
+    reference=_order, fake=lambda x, *settings: x.new_empty(x.shape),
+    implementations={'torch': Implementation(_order)}, setup_context=_save_settings,
+    backward=_order_back)
 
 
 @functools.lru_cache(1024)

@@ -5,14 +5,15 @@ arXiv 2401.10166). B batch, K directions, D channels, H/W, L = H*W, R dt rank, N
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from vmamba_mm.ops.core.backends import compute_dtype
+from vmamba_mm.ops.core.backends import compute_dtype, without_autocast
 from vmamba_mm.ops.orders import reference as cross
 from vmamba_mm.ops.selective_scan import reference as s6
 
 
-def _project(x, x_proj_weight, dt_projs_weight, A, num_routes):
+def project(x, x_proj_weight, dt_projs_weight, A, num_routes):
     """The K sequences and what the scan needs of them, in the layouts of selective_scan."""
     rank, state = dt_projs_weight.shape[2], A.shape[1]
     x_BKDL = cross.scan_forward(x, num_routes)
@@ -23,36 +24,24 @@ def _project(x, x_proj_weight, dt_projs_weight, A, num_routes):
 
 
 def forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype) -> Tensor:
-    """Differentiable by autograd. Shapes as in :func:`vmamba_mm.ops.ss2d_scan`."""
+    """Differentiable by autograd. Shapes and strides as in :func:`vmamba_mm.ops.ss2d_scan`."""
+    result = torch.empty_like(x, dtype=out_dtype)
     height, width = x.shape[2:]
     dtype = compute_dtype(x.dtype)
     x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D = (
         t.to(dtype) for t in (x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D))
     num_routes = x_proj_weight.shape[0]
-    x_BKDL, _, delta, B, C = _project(x, x_proj_weight, dt_projs_weight, A, num_routes)
+    with without_autocast(x):
+        x_BKDL, _, delta, B, C = project(x, x_proj_weight, dt_projs_weight, A, num_routes)
     y = s6.forward(x_BKDL.flatten(1, 2), delta.flatten(1, 2), A, B, C, D,
                    dt_projs_bias.flatten(), True, dtype)
-    return cross.merge_forward(y.view_as(x_BKDL), height, width).to(out_dtype)
+    return result.copy_(cross.merge_forward(y.view_as(x_BKDL), height, width))
 
 
-def backward(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D):
-    """Gradients by x, the two projections, the dt bias, A and D."""
-    inputs = (x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
-    height, width = x.shape[2:]
-    dtype = compute_dtype(x.dtype)
-    x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D = (t.to(dtype) for t in inputs)
-    num_routes = x_proj_weight.shape[0]
-    x_BKDL, dt_BKRL, delta, B, C = _project(x, x_proj_weight, dt_projs_weight, A, num_routes)
-    grad_BKDL = cross.scan_forward(grad_y.to(dtype), num_routes)
-    grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias = s6.backward(
-        grad_BKDL.flatten(1, 2), x_BKDL.flatten(1, 2), delta.flatten(1, 2), A, B, C, D,
-        dt_projs_bias.flatten(), True)
-    grad_delta = grad_delta.view_as(x_BKDL)
-    grad_dt_weight = torch.einsum('bkdl,bkrl->kdr', grad_delta, dt_BKRL)
-    grad_dt = torch.einsum('bkdl,kdr->bkrl', grad_delta, dt_projs_weight)
-    grad_projected = torch.cat((grad_dt, grad_B, grad_C), dim=2)
-    grad_x_weight = torch.einsum('bkcl,bkdl->kcd', grad_projected, x_BKDL)
-    grad_x = grad_u.view_as(x_BKDL) + torch.einsum('bkcl,kcd->bkdl', grad_projected, x_proj_weight)
-    grads = (cross.merge_forward(grad_x, height, width), grad_x_weight, grad_dt_weight,
-             grad_bias.view_as(dt_projs_bias), grad_A, grad_D)
-    return tuple(g.to(t.dtype) for g, t in zip(grads, inputs, strict=True))
+def forward_norm(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, norm_weight, norm_bias, eps
+                 ) -> Tensor:
+    """:func:`forward` and the LayerNorm over D, as :func:`vmamba_mm.ops.ss2d_scan_norm`."""
+    y = forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, compute_dtype(x.dtype))
+    weight, bias = norm_weight.to(y.dtype), norm_bias.to(y.dtype)
+    y = F.layer_norm(y.permute(0, 2, 3, 1), weight.shape, weight, bias, eps).permute(0, 3, 1, 2)
+    return torch.empty_like(x).copy_(y)

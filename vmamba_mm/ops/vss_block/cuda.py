@@ -1,10 +1,11 @@
 """``vss_block`` by the CUDA kernels of the ops that it is made of, and cuBLASLt.
 
 A small batch waits for Python. So what depends on sizes and dtypes is worked out once, a call
-deals in addresses, and maps lie in one or two slabs of memory, where one takes another's place.
+deals in addresses, and maps lie in one or two slabs of memory, where one takes another's place
+(:mod:`vmamba_mm.ops.vss_block.buffers`).
 """
 
-from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,70 +20,86 @@ from vmamba_mm.ops.fused.dwconv import cuda as dwconv
 from vmamba_mm.ops.fused.mlp import cuda as mlp
 from vmamba_mm.ops.scan_kernels import cuda as walk
 from vmamba_mm.ops.vss_block import scan
+from vmamba_mm.ops.vss_block.buffers import (
+    BackwardSlab,
+    ForwardSlab,
+    Saved,
+    in_bytes,
+    lay_out,
+)
+from vmamba_mm.ops.vss_block.weights import NUM_WEIGHTS, Weights
 
-#: of a block, in this order: weights and biases of norm1, in_proj, conv, x_proj, dt_projs, the
-#: latter's bias, A_logs, D, of out_norm, out_proj, of norm2, of fc1, of fc2, and the convolution's
-#: bias
-_CAST, _CAST_BACK = (2, 11, 14, 15, 16, 17), (2, 11, 14, 16)
-_SCAN, _OUT_NORM, _ALL = slice(4, 9), slice(9, 11), 19
+
+class _Factors(NamedTuple):
+    """Parameters of the matrix products, which have the products' dtype, or are rounded to it: in
+    a forward all, in a backward those that are no bias."""
+    in_proj: int
+    out_proj: int
+    fc1: int
+    fc2: int
+    fc1_bias: int | None = None
+    fc2_bias: int | None = None
+
+    @classmethod
+    def of(cls, weights: Weights, backward: bool = False) -> '_Factors':
+        biases = () if backward else (weights.fc1_bias, weights.fc2_bias)
+        return cls(weights.in_proj, weights.out_proj, weights.fc1, weights.fc2, *biases)
 
 
-def why_not(x: Tensor, dtype: torch.dtype, tensors: tuple[Tensor, ...]) -> str | None:
-    """What keeps ``vss_block`` from taking these inputs, or None; ``tensors`` are its parameters
-    without the bias of the convolution."""
-    in_proj, x_proj, dt_projs, hidden = tensors[2], tensors[4], tensors[5], tensors[14]
-    if (reason := walk.why_not(x, dt_projs.shape[2], 1)) is not None:
+def why_not(x: Tensor, dtype: torch.dtype, weights: Weights) -> str | None:
+    """What keeps ``vss_block`` from taking these inputs, or None."""
+    if (reason := walk.why_not(x, weights.dt_projs.shape[2], 1)) is not None:
         return reason
-    dim, inner, wide = x.shape[3], in_proj.shape[0], hidden.shape[0]
-    if dtype not in walk.CODES or x_proj.shape[1] != dt_projs.shape[2] + 2:
+    dim, inner, hidden = x.shape[3], weights.in_proj.shape[0], weights.fc1.shape[0]
+    if dtype not in walk.CODES or weights.x_proj.shape[1] != weights.dt_projs.shape[2] + 2:
         return 'it takes a state of 1 and matrix products in float32, float16 or bfloat16'
-    if dim % 4 or inner % 4 or wide % 4 or max(dim, inner) > WIDEST:
-        return f'{dim} channels, {inner} inner and {wide} hidden ones: it takes multiples of 4 ' \
+    if dim % 4 or inner % 4 or hidden % 4 or max(dim, inner) > WIDEST:
+        return f'{dim} channels, {inner} inner and {hidden} hidden ones: it takes multiples of 4 ' \
                f'up to {WIDEST}'
     if x.shape[1] * x.shape[2] * inner >= 2**31:
         return 'a sample has 2^31 elements or more'
-    dtypes = [t.dtype for t in tensors]
+    dtypes = [t.dtype for t in weights if t is not None]
+    if all(d == dtypes[0] for d in dtypes):  # mostly, and a small batch waits for the questions
+        dtypes = dtypes[:1]
     if any(d not in walk.CODES for d in dtypes):  # sets are too much for Dynamo of torch 2.11
         return 'a parameter is neither float32 nor float16 nor bfloat16'
     if dtype == torch.float32 and any(d != dtype for d in (x.dtype, *dtypes)):
         return 'matrix products in float32 are for a map and parameters in float32'
-    if any(dtypes[i] not in (dtype, torch.float32) for i in _CAST):
+    factors = _Factors.of(weights) if len(dtypes) > 1 else (weights.in_proj,)
+    if any(t.dtype not in (dtype, torch.float32) for t in factors):
         return f'a parameter of a matrix product is neither float32 nor {dtype}'
-    if dtypes[0] != dtypes[1] or dtypes[9] != dtypes[10] or dtypes[12] != dtypes[13]:
+    if len(dtypes) > 1 and any(weight.dtype != bias.dtype for weight, bias in (
+            (weights.norm1, weights.norm1_bias), (weights.out_norm, weights.out_norm_bias),
+            (weights.norm2, weights.norm2_bias))):
         return 'weight and bias of a norm differ in dtype'
     return gemm.why_not()
 
 
-def saved_size(x: Tensor, parameters: tuple[Tensor, ...], dtype: torch.dtype) -> int:
-    """Elements of ``dtype`` that a forward keeps in its slab for the backward."""
-    return _saved(x.shape, _widths(parameters), x.dtype, dtype)[1]
-
-
-def _widths(parameters):
+def _widths(weights: Weights) -> tuple[int, int, int, int]:
     """Inner channels, hidden ones, rank and routes."""
-    routes, inner, rank = parameters[5].shape
-    return inner, parameters[14].shape[0], rank, routes
+    routes, inner, rank = weights.dt_projs.shape
+    return inner, weights.fc1.shape[0], rank, routes
 
 
-def _saved(shape, widths, x_dtype, dtype):
-    """Where in that slab each part begins, and its size, in elements: normed1 and its moments, what
-    the convolution and the scan take, the projected input, what the scan keeps, the map before its
-    norm and its moments, the sum and its norm with moments, GELU's input."""
+def saved_size(x: Tensor, weights: Weights, dtype: torch.dtype) -> int:
+    """Elements of ``dtype`` that a forward keeps in its slab for the backward."""
+    return _lay_out_saved(x.shape, _widths(weights), x.dtype, dtype)[1]
+
+
+def _lay_out_saved(shape, widths, x_dtype, dtype) -> tuple[list[int], int]:
+    """Where the parts of :class:`Saved` begin in the slab for the backward, and its size, in
+    elements."""
     batch, height, width, dim = shape
     inner, hidden, rank, routes = widths
     pixels = batch * height * width
-    row, *kept = scan.kept_sizes(dtype, (batch, inner, height, width, rank, routes))
+    row, *scan_state = scan.saved_sizes(dtype, (batch, inner, height, width, rank, routes))
     moments = 8 // dtype.itemsize * pixels
-    return _places(pixels * dim, moments, pixels * inner, pixels * inner, pixels * routes * row,
-                   sum(kept), pixels * inner + moments,
-                   pixels * dim * x_dtype.itemsize // dtype.itemsize, pixels * dim, moments,
-                   pixels * hidden)
-
-
-def _places(*sizes: int) -> tuple[list[int], int]:
-    """Where in a slab each begins, at a multiple of 128 elements, and where the last ends."""
-    *starts, end = accumulate((-(-size // 128) * 128 for size in sizes), initial=0)
-    return starts, end
+    return lay_out(*Saved(
+        normed1=pixels * dim, moments1=moments, conv_input=pixels * inner,
+        scan_input=pixels * inner, projected=pixels * routes * row, scan_state=sum(scan_state),
+        merged=pixels * inner, merged_moments=moments,
+        total=pixels * dim * x_dtype.itemsize // dtype.itemsize, normed2=pixels * dim,
+        moments2=moments, gelu_input=pixels * hidden))
 
 
 class _Launches:
@@ -91,272 +108,300 @@ class _Launches:
     def __init__(self, index, shape, widths, x_dtype, dtype, tf32):
         batch, height, width, self.dim = shape
         self.inner, self.hidden, rank, routes = widths
-        self.dtype, self.unit, self.tf32 = dtype, dtype.itemsize, tf32
-        self.residual = x_dtype.itemsize // self.unit
-        self.length = height * width
+        self.index, self.batch, self.length = index, batch, height * width
+        self.x_dtype, self.dtype, self.tf32 = x_dtype, dtype, tf32
         self.pixels = batch * self.length
-        self.sizes = (batch, self.inner, height, width, rank, routes)
-        self.on_dim = index, batch, self.length, self.dim
-        self.map = (self.length * self.inner, self.inner), (batch, height, width, self.inner)
-        self.saved, self.saved_size = _saved(shape, widths, x_dtype, dtype)
+        # Elements of dtype for one of the residual sum, and for one in fp32.
+        self.of_residual = x_dtype.itemsize // dtype.itemsize
+        self.of_float = 4 // dtype.itemsize
+        self.scan_sizes = (batch, self.inner, height, width, rank, routes)
+        # Strides of the convolution's input from an image and a pixel to the next, and its shape.
+        self.conv_map = (self.length * self.inner, self.inner), (batch, height, width, self.inner)
+        saved, self.saved_size = _lay_out_saved(shape, widths, x_dtype, dtype)
+        self.saved = in_bytes(dtype, saved)
         self.workspace_size = 0
 
-    def norm(self, *dtypes):
-        index, *shape = self.on_dim
-        return norm.forward_launch(index, *dtypes, *shape)
+    def norm(self, x, branch, out, weight, dim=None):
+        return norm.forward_launch(self.index, x, branch, out, weight, self.batch, self.length,
+                                   dim or self.dim)
+
+    def norm_backward(self, grad, x, branch, weight, dim=None):
+        return norm.backward_launch(self.index, grad, x, branch, weight, self.batch, self.length,
+                                    dim or self.dim)
 
     def product(self, *sizes, out_dtype=None, **kwargs):
-        made = gemm.product(self.on_dim[0], self.dtype, out_dtype or self.dtype, *sizes,
-                              tf32=self.tf32, **kwargs)
-        self.workspace_size = max(self.workspace_size, made.workspace // self.unit)
-        return made.run
+        product = gemm.product(self.index, self.dtype, out_dtype or self.dtype, *sizes,
+                               tf32=self.tf32, **kwargs)
+        self.workspace_size = max(self.workspace_size, product.workspace // self.dtype.itemsize)
+        return product.run
+
+    def factor_sizes(self) -> _Factors:
+        """Elements of each."""
+        dim, inner, hidden = self.dim, self.inner, self.hidden
+        return _Factors(inner * dim, dim * inner, hidden * dim, dim * hidden, hidden, dim)
 
 
 class _Forward(_Launches):
     def __init__(self, index, shape, widths, x_dtype, dtype, tf32, out_dtype, dtypes, save):
         super().__init__(index, shape, widths, x_dtype, dtype, tf32)
         dim, inner, hidden, pixels = self.dim, self.inner, self.hidden, self.pixels
-        casts, self.starts = ((), ()), ()
-        if any(dtypes[i] != dtype for i in _CAST):
-            casts = ((inner * dim, dim * inner, hidden * dim, hidden, dim * hidden, dim),
-                     tuple(dtypes[i] for i in _CAST))
-            self.starts = plan_cast(*casts)[0]
-        self.norm1 = self.norm(x_dtype, None, dtype, dtypes[0])
+        dtypes, self.save = Weights._make(dtypes), save
+        casts, self.rounded, rounded_size = ((), ()), (), 0
+        if any(d != dtype for d in _Factors.of(dtypes)):
+            casts = tuple(self.factor_sizes()), tuple(_Factors.of(dtypes))
+            *starts, rounded_size = plan_cast(*casts)[0]
+            self.rounded = in_bytes(dtype, starts)
+        self.norm1 = self.norm(x_dtype, None, dtype, dtypes.norm1)
         self.in_proj = self.product(pixels, inner, dim, right_t=True)
-        self.convolve = dwconv.forward_launch(index, dtype, dtypes[3], dtypes[18], True, *self.map)
-        self.scan = scan.forward_of(dtype)(
-            index, dtype, self.sizes, dtypes[_SCAN] + dtypes[_OUT_NORM], self.product, casts)
+        self.convolve = dwconv.forward_launch(index, dtype, dtypes.conv, dtypes.conv_bias, True,
+                                              *self.conv_map)
+        self.scan = scan.forward_of(dtype)(index, dtype, self.scan_sizes, dtypes, self.product,
+                                           casts)
         self.out_proj = self.product(pixels, dim, inner, right_t=True)
-        self.norm2 = self.norm(x_dtype, dtype, dtype, dtypes[12])
+        self.norm2 = self.norm(x_dtype, dtype, dtype, dtypes.norm2)
         self.fc1 = self.product(pixels, hidden, dim, right_t=True, bias=True)
         self.gelu = mlp.gelu_launch(index, dtype, pixels * hidden)
         self.fc2 = self.product(pixels, dim, hidden, right_t=True, bias=True)
-        self.join = self.norm(x_dtype, dtype, dtype, dtypes[0])
+        self.add_and_norm1 = self.norm(x_dtype, dtype, dtype, dtypes.norm1)
         self.add = self.norm(x_dtype, dtype, out_dtype, None)
-        # Maps that take one another's place: the products' results; what the scan reads, and the
+
+        # Maps take one another's place: the results of products; what the scan reads, and its
         # branch; the scan's maps, and what is hidden in the MLP.
         narrow, wide = pixels * max(dim, inner), pixels * max(self.scan.maps * inner, hidden)
-        (self.weights, self.workspace, self.memory, self.narrow, self.other, self.wide,
-         *self.places), self.size = _places(
-            sum(self.starts[-1:]), self.workspace_size, self.scan.memory, narrow, narrow, wide,
+        (rounded, workspace, scan_memory, narrow, other, wide, *rest), self.slab_size = lay_out(
+            rounded_size, self.workspace_size, self.scan.memory, narrow, narrow, wide,
             *() if save else (pixels * dim, pixels * self.scan.columns,
-                              self.scan.states // self.unit, pixels * dim * self.residual))
+                              self.scan.states // dtype.itemsize, pixels * dim * self.of_residual))
+        self.slab = in_bytes(dtype, ForwardSlab(
+            rounded, workspace, scan_memory, scan_maps=wide, out_normed=narrow, branch1=other,
+            hidden=wide, branch2=narrow))
+        if not save:
+            normed, projected, scan_state, total = rest
+            # The last four are not written.
+            self.saved = in_bytes(dtype, Saved(
+                normed1=normed, conv_input=narrow, scan_input=other, projected=projected,
+                scan_state=scan_state, total=total, normed2=normed, gelu_input=wide)[:-4])
 
     def __call__(self, x, addresses, scales, eps, result, saved):
-        """Writes ``result``, and ``saved``, if it is there; ``addresses`` of the parameters of a
-        block, or without ``saved`` of several."""
-        slab = x.new_empty(self.size, dtype=self.dtype)
-        at = (*_addresses(x, slab, result, saved, *scales), *addresses)
-        replay(self.on_dim[0], (self, eps, at), lambda: self._launch(eps, *at))
+        """Write ``result``, and ``saved`` if it is there; ``addresses`` of the weights of a block,
+        or without ``saved`` of several."""
+        slab = x.new_empty(self.slab_size, dtype=self.dtype)
+        arguments = (*_addresses(x, slab, result, saved, *scales), *addresses)
+        replay(self.index, (self, eps, arguments), lambda: self._launch(eps, *arguments))
 
-    def _launch(self, eps, x, base, result, start, scale1, scale2, *addresses):
-        unit = self.unit
-        narrow, other, wide, workspace, memory = [base + unit * n for n in (
-            self.narrow, self.other, self.wide, self.workspace, self.memory)]
-        merged = moments1 = moments2 = moments = 0
-        if not start:
-            normed1, projected, kept, total = [base + unit * n for n in self.places]
-            normed2, before, given, inside = normed1, narrow, other, wide
-        else:
-            (normed1, moments1, before, given, projected, kept, merged, total, normed2, moments2,
-             inside) = [start + unit * n for n in self.saved]
-            moments = merged + unit * self.pixels * self.inner
-        for i in range(0, len(addresses), _ALL):
-            (norm1, norm1_bias, in_proj, conv, x_proj, dt_projs, dt_bias, A_logs, D, out_norm,
-             out_norm_bias, out_proj, norm2, norm2_bias, fc1, bias1, fc2, bias2,
-             conv_bias) = addresses[i:i + _ALL]
-            scans, products = (x_proj, dt_projs, dt_bias, A_logs, D), ()
-            if self.starts:
-                to = base + unit * self.weights
-                products = in_proj, out_proj, fc1, bias1, fc2, bias2, to
-                in_proj, out_proj, fc1, bias1, fc2, bias2 = [
-                    to + unit * n for n in self.starts[:-1]]
-            self.scan.prepare(*scans, kept, memory, *products)
+    def _launch(self, eps, x, slab, result, saved, scale1, scale2, *addresses):
+        start = saved if self.save else slab
+        saved = Saved(*[start + n for n in self.saved])
+        slab = ForwardSlab(*[slab + n for n in self.slab])
+        rounded = _Factors(*[slab.rounded + n for n in self.rounded]) if self.rounded else None
+        workspace = slab.workspace
+        for i in range(0, len(addresses), NUM_WEIGHTS):
+            w = Weights._make(addresses[i:i + NUM_WEIGHTS])
+            factors, to_round = _Factors.of(w), ()
+            if rounded is not None:
+                to_round, factors = (*factors, slab.rounded), rounded
+            self.scan.prepare(w.x_proj, w.dt_projs, w.dt_bias, w.A_logs, w.D, saved.scan_state,
+                              slab.scan_memory, *to_round)
 
             if i == 0:
-                self.norm1(x, 0, 0, norm1, norm1_bias, 0, normed1, moments1, eps)
+                self.norm1(x, 0, 0, w.norm1, w.norm1_bias, 0, saved.normed1, saved.moments1, eps)
             else:  # the end of the block before and the beginning of this one
-                self.join(total, narrow, 0, norm1, norm1_bias, total, normed1, 0, eps)
-                x = total
-            self.in_proj(normed1, in_proj, before, workspace)
-            self.convolve(before, conv, conv_bias, given)
-            self.scan.run(scans, given, projected, kept, wide, start != 0, memory, workspace)
-            self.scan.merge(wide, 0, merged, narrow, out_norm, out_norm_bias, moments, eps)
-            self.out_proj(narrow, out_proj, other, workspace)
-            self.norm2(x, other, scale1, norm2, norm2_bias, total, normed2, moments2, eps)
-            self.fc1(normed2, fc1, inside, workspace, bias1)
-            self.gelu(inside, wide)
-            self.fc2(wide, fc2, narrow, workspace, bias2)
-        self.add(total, narrow, scale2, 0, 0, result, 0, 0, 0.0)
+                self.add_and_norm1(saved.total, slab.branch2, 0, w.norm1, w.norm1_bias,
+                                   saved.total, saved.normed1, 0, eps)
+                x = saved.total
+            self.in_proj(saved.normed1, factors.in_proj, saved.conv_input, workspace)
+            self.convolve(saved.conv_input, w.conv, w.conv_bias, saved.scan_input)
+            self.scan.project_and_scan(w, saved, slab, self.save)
+            self.scan.merge(slab.scan_maps, 0, saved.merged, slab.out_normed, w.out_norm,
+                            w.out_norm_bias, saved.merged_moments, eps)
+            self.out_proj(slab.out_normed, factors.out_proj, slab.branch1, workspace)
+            self.norm2(x, slab.branch1, scale1, w.norm2, w.norm2_bias, saved.total, saved.normed2,
+                       saved.moments2, eps)
+            self.fc1(saved.normed2, factors.fc1, saved.gelu_input, workspace, factors.fc1_bias)
+            self.gelu(saved.gelu_input, slab.hidden)
+            self.fc2(slab.hidden, factors.fc2, slab.branch2, workspace, factors.fc2_bias)
+        self.add(saved.total, slab.branch2, scale2, 0, 0, result, 0, 0, 0.0)
 
 
 class _Backward(_Launches):
     def __init__(self, index, shape, widths, x_dtype, dtype, tf32, dtypes):
         super().__init__(index, shape, widths, x_dtype, dtype, tf32)
         dim, inner, hidden, pixels = self.dim, self.inner, self.hidden, self.pixels
-        batch, length = shape[0], self.length
-        weights, self.round = self._cast(_CAST_BACK, dtypes, (
-            inner * dim, dim * inner, hidden * dim, dim * hidden))
+        dtypes = Weights._make(dtypes)
+        factor_dtypes = _Factors.of(dtypes, backward=True)[:4]
+        self.round, rounded_size = None, 0
+        if any(d != dtype for d in factor_dtypes):
+            (*starts, rounded_size), self.round = cast_launch(
+                index, dtype, self.factor_sizes()[:4], factor_dtypes)
+            self.rounded = in_bytes(dtype, starts)
 
         self.fc2 = self.product(pixels, hidden, dim)
-        parts, self.gelu = mlp.column_launch(index, dtype, True, pixels, hidden)
-        jobs = [(parts, 0, hidden, None, dtypes[15])]
-        self.dfc2 = self.product(dim, hidden, pixels, left_t=True, out_dtype=dtypes[16])
+        fc1_parts, self.gelu = mlp.column_launch(index, dtype, True, pixels, hidden)
+        self.dfc2 = self.product(dim, hidden, pixels, left_t=True, out_dtype=dtypes.fc2)
         self.fc1 = self.product(pixels, dim, hidden)
-        self.dfc1 = self.product(hidden, dim, pixels, left_t=True, out_dtype=dtypes[14])
-        parts, self.columns = mlp.column_launch(index, dtype, False, pixels, dim)
-        jobs.append((parts, 0, dim, None, dtypes[17]))
-
-        def norm_backward(branch, first):
-            parts, launch = norm.backward_launch(index, dtype, x_dtype, branch, dtypes[first],
-                                                 batch, length, dim)
-            jobs.append((parts, 1, dim, *dtypes[first:first + 2]))
-            return launch
-
-        self.norm2 = norm_backward(dtype, 12)
-        self.merged_norm = norm.forward_launch(index, dtype, None, dtype, dtypes[9], batch, length,
-                                               inner)
+        self.dfc1 = self.product(hidden, dim, pixels, left_t=True, out_dtype=dtypes.fc1)
+        fc2_parts, self.sum_columns = mlp.column_launch(index, dtype, False, pixels, dim)
+        norm2_parts, self.norm2 = self.norm_backward(dtype, x_dtype, dtype, dtypes.norm2)
+        self.norm_again = self.norm(dtype, None, dtype, dtypes.out_norm, inner)
         self.out_proj = self.product(pixels, inner, dim)
-        self.dout_proj = self.product(dim, inner, pixels, left_t=True, out_dtype=dtypes[11])
-        sums, self.out_norm = norm.backward_launch(index, dtype, dtype, None, dtypes[9], batch,
-                                                   length, inner)
-        self.scan = scan.backward_of(dtype)(
-            index, dtype, self.sizes, dtypes[_SCAN] + dtypes[_OUT_NORM], sums, self.product)
-        parts, self.convolve = dwconv.backward_launch(index, dtype, dtypes[3], dtypes[18],
-                                                      *self.map)
-        jobs.append((parts, 9, inner, dtypes[3], dtypes[18]))
-        self.transposed = dwconv.forward_launch(index, dtype, dtypes[3], None, False, *self.map)
-        self.din_proj = self.product(inner, dim, pixels, left_t=True, out_dtype=dtypes[2])
+        self.dout_proj = self.product(dim, inner, pixels, left_t=True, out_dtype=dtypes.out_proj)
+        out_norm_parts, self.out_norm = self.norm_backward(dtype, dtype, None, dtypes.out_norm,
+                                                           inner)
+        self.scan = scan.backward_of(dtype)(index, dtype, self.scan_sizes, dtypes, out_norm_parts,
+                                            self.product)
+        conv_parts, self.convolve = dwconv.backward_launch(index, dtype, dtypes.conv,
+                                                           dtypes.conv_bias, *self.conv_map)
+        self.transposed = dwconv.forward_launch(index, dtype, dtypes.conv, None, False,
+                                                *self.conv_map)
+        self.din_proj = self.product(inner, dim, pixels, left_t=True, out_dtype=dtypes.in_proj)
         self.in_proj = self.product(pixels, dim, inner)
-        self.norm1 = norm_backward(None, 0)
-        self.sum = sum_launch(index, *jobs, *self.scan.jobs)
-        partials = [parts * (rows + 1) * width for parts, rows, width, *_ in jobs]
-        # The scan's are summed before there are those of the convolution, the fourth.
-        partials[3] = max(partials[3], self.scan.partials)
+        norm1_parts, self.norm1 = self.norm_backward(dtype, x_dtype, None, dtypes.norm1)
+        # In the order of _sum_parts: parts, rows and columns of the gradient by a weight, dtypes.
+        self.sum = sum_launch(
+            index, (fc1_parts, 0, hidden, None, dtypes.fc1_bias),
+            (fc2_parts, 0, dim, None, dtypes.fc2_bias),
+            (norm2_parts, 1, dim, dtypes.norm2, dtypes.norm2_bias),
+            (conv_parts, 9, inner, dtypes.conv, dtypes.conv_bias),
+            (norm1_parts, 1, dim, dtypes.norm1, dtypes.norm1_bias), *self.scan.jobs)
 
-        # Two maps of the MLP, then all of the scan's, of which others take the place later.
+        # Two maps of the MLP, whose place those of the scan take later.
         projected = pixels * self.scan.columns
-        mlps, end = _places(pixels * hidden, pixels * hidden)
-        scans, other_end = _places(*[pixels * inner] * 3, self.scan.maps * pixels * inner,
-                                   self.scan.parts * projected, self.scan.product,
-                                   self.scan.memory, projected if self.scan.parts > 1 else 0)
-        single = 4 // self.unit
-        places, self.size = _places(
-            weights, self.workspace_size, pixels * dim, pixels * dim,
-            pixels * dim * self.residual, *[single * size for size in partials],
-            2 * single * sums * inner, max(end, other_end))
-        self.places = [self.unit * n for n in (*places[:-1],
-                                               *(places[-1] + n for n in (*mlps, *scans)))]
+        (dhidden, hidden_map), mlp_end = lay_out(pixels * hidden, pixels * hidden)
+        (map1, map2, map3, scan_maps, dprojected, dx_proj, scan_memory, dprojected_sum
+         ), scan_end = lay_out(*[pixels * inner] * 3, self.scan.maps * pixels * inner,
+                               self.scan.parts * projected, self.scan.dx_proj, self.scan.memory,
+                               projected if self.scan.parts > 1 else 0)
+        partial = self.of_float
+        (rounded, workspace, narrow, dbranch1, dtotal, fc1_parts, fc2_parts, norm2_parts,
+         conv_parts, norm1_parts, out_norm_parts, shared), self.slab_size = lay_out(
+            rounded_size, self.workspace_size, pixels * dim, pixels * dim,
+            pixels * dim * self.of_residual, partial * fc1_parts * hidden,
+            partial * fc2_parts * dim, partial * norm2_parts * 2 * dim,
+            # The scan's are summed before there are those of the convolution.
+            partial * max(conv_parts * 10 * inner, self.scan.partials),
+            partial * norm1_parts * 2 * dim, partial * out_norm_parts * 2 * inner,
+            max(mlp_end, scan_end))
+        self.slab = in_bytes(dtype, BackwardSlab(
+            rounded, workspace, scan_memory=shared + scan_memory, dhidden=shared + dhidden,
+            hidden=shared + hidden_map, dnormed2=narrow, dtotal=dtotal, dbranch1=dbranch1,
+            out_normed=shared + map1, dout_normed=shared + map2, dmerged=shared + map3,
+            scan_maps=shared + scan_maps, dprojected=shared + dprojected,
+            dprojected_sum=shared + dprojected_sum, dx_proj=shared + dx_proj,
+            dscan_input=shared + map2, dconv=shared + map1, dconv_input=shared + map3,
+            dnormed1=narrow, fc1_parts=fc1_parts, fc2_parts=fc2_parts, norm2_parts=norm2_parts,
+            out_norm_parts=out_norm_parts, scan_parts=conv_parts, conv_parts=conv_parts,
+            norm1_parts=norm1_parts))
         # torch may need memory of its own to sum more.
-        self.graphs = self.scan.parts * projected * self.unit < 2**31
+        self.graphs = self.scan.parts * projected * dtype.itemsize < 2**31
 
-    def _cast(self, parameters, dtypes, sizes):
-        """Where the parameters begin in a slab, in bytes, and what rounds them there; None where
-        all have the dtype."""
-        if all(dtypes[i] == self.dtype for i in parameters):
-            return 0, None
-        starts, launch = cast_launch(self.on_dim[0], self.dtype, sizes,
-                                     tuple(dtypes[i] for i in parameters))
-        starts = [self.unit * start for start in starts]
-
-        def run(addresses, to):
-            launch(*addresses, to)
-            return [to + start for start in starts[:-1]]
-
-        return starts[-1] // self.unit, run
-
-    def __call__(self, grad, x, parameters, addresses, scales, saved, eps):
-        """Gradients by x and the parameters, an empty one by a bias that is None."""
-        slab = x.new_empty(self.size, dtype=self.dtype)
+    def __call__(self, grad, x, weights, addresses, scales, saved, eps):
+        """Gradients by x and the weights, an empty one by a bias that is None."""
+        slab = x.new_empty(self.slab_size, dtype=self.dtype)
         dx = torch.empty_like(x)
-        grads = [x.new_empty(0) if t is None else torch.empty_like(t) for t in parameters]
-        others, dbranch = grad.to(x.dtype), norm.scaled(grad, scales[1], self.dtype)
-        at = (*_addresses(x, slab, saved, others, dbranch, dx, scales[0]), *addresses)
+        grads = [x.new_empty(0) if t is None else torch.empty_like(t) for t in weights]
+        dy, dbranch2 = grad.to(x.dtype), norm.scaled(grad, scales[1], self.dtype)
+        arguments = (*_addresses(x, slab, saved, dy, dbranch2, dx, scales[0]), *addresses)
         to = _addresses(*grads)
 
         def launch():
-            self._launch(eps, slab, to, *at)
+            self._launch(eps, slab, to, *arguments)
 
         if self.graphs:
-            replay(self.on_dim[0], (self, eps, at, to), launch)
+            replay(self.index, (self, eps, arguments, to), launch)
         else:
             launch()
         return dx, *grads
 
-    def _launch(self, eps, slab, to, x, base, start, others, dsum, dx, scale, *addresses):
-        (weights, workspace, narrow, branch, dtotal, parts1, parts2, parts_norm2, parts_conv,
-         parts_norm1, sums, inside, active, first, second, third, maps, dprojected, product,
-         memory, together) = [base + n for n in self.places]
-        (normed1, moments1, before, given, projected, kept, merged, total, normed2, moments2,
-         hidden) = [start + self.unit * n for n in self.saved]
-        (norm1, _, in_proj, conv, *scans, out_norm, out_norm_bias, out_proj, norm2, _, fc1, _, fc2,
-         _, conv_bias) = addresses
+    def _launch(self, eps, slab, grads, x, base, saved, dy, dbranch2, dx, scale1, *addresses):
+        w, grads = Weights._make(addresses), Weights._make(grads)
+        saved = Saved(*[saved + n for n in self.saved])
+        b = BackwardSlab(*[base + n for n in self.slab])
+        workspace = b.workspace
+        factors = _Factors.of(w, backward=True)
         if self.round is not None:
-            in_proj, out_proj, fc1, fc2 = self.round((in_proj, out_proj, fc1, fc2), weights)
+            self.round(*factors[:4], b.rounded)
+            factors = _Factors(*[b.rounded + n for n in self.rounded])
 
-        self.fc2(dsum, fc2, inside, workspace)
-        self.gelu(inside, hidden, active, parts1)
-        self.dfc2(dsum, active, to[16], workspace)
-        self.fc1(inside, fc1, narrow, workspace)
-        self.dfc1(inside, normed2, to[14], workspace)
-        self.columns(dsum, 0, 0, parts2)
-        self.norm2(narrow, total, moments2, norm2, others, scale, dtotal, branch, parts_norm2)
+        self.fc2(dbranch2, factors.fc2, b.dhidden, workspace)
+        self.gelu(b.dhidden, saved.gelu_input, b.hidden, b.fc1_parts)
+        self.dfc2(dbranch2, b.hidden, grads.fc2, workspace)
+        self.fc1(b.dhidden, factors.fc1, b.dnormed2, workspace)
+        self.dfc1(b.dhidden, saved.normed2, grads.fc1, workspace)
+        self.sum_columns(dbranch2, 0, 0, b.fc2_parts)
+        self.norm2(b.dnormed2, saved.total, saved.moments2, w.norm2, dy, scale1, b.dtotal,
+                   b.dbranch1, b.norm2_parts)
 
         # What out_proj took is calculated again, from the map before its norm.
-        self.merged_norm(merged, 0, 0, out_norm, out_norm_bias, 0, first, 0, eps)
-        self.out_proj(branch, out_proj, second, workspace)
-        self.dout_proj(branch, first, to[11], workspace)
-        moments = merged + self.unit * self.pixels * self.inner
-        self.out_norm(second, merged, moments, out_norm, 0, 0, third, 0, sums)
-        self.scan.run(given, third, projected, kept, maps, dprojected, parts_conv, memory)
+        self.norm_again(saved.merged, 0, 0, w.out_norm, w.out_norm_bias, 0, b.out_normed, 0, eps)
+        self.out_proj(b.dbranch1, factors.out_proj, b.dout_normed, workspace)
+        self.dout_proj(b.dbranch1, b.out_normed, grads.out_proj, workspace)
+        self.out_norm(b.dout_normed, saved.merged, saved.merged_moments, w.out_norm, 0, 0,
+                      b.dmerged, 0, b.out_norm_parts)
+        self.scan.scan(saved, b)
+        dprojected = b.dprojected
         if self.scan.parts > 1:
-            size = self.pixels * self.scan.columns
-            parts, whole = ((place - base) // self.unit for place in (dprojected, together))
-            torch.sum(slab.as_strided((self.scan.parts, size), (size, 1), parts), 0,
-                      out=slab.as_strided((size,), (1,), whole))
-            dprojected = together
-        self.scan.end(scans, given, kept, maps, dprojected, parts_conv, product, sums, second,
-                      to[_SCAN] + to[_OUT_NORM], workspace)
+            self._sum_dprojected(slab, b)
+            dprojected = b.dprojected_sum
+        self.scan.project_and_finish(w, grads, saved, b, dprojected)
 
-        self.convolve(before, conv, conv_bias, second, first, parts_conv)
-        self.transposed(first, conv, 0, third)
-        self.din_proj(third, normed1, to[2], workspace)
-        self.in_proj(third, in_proj, narrow, workspace)
-        self.norm1(narrow, x, moments1, norm1, dtotal, 0, dx, 0, parts_norm1)
-        self.sum(parts1, 0, to[15], parts2, 0, to[17], parts_norm2, to[12], to[13],
-                 parts_conv, to[3], to[18], parts_norm1, to[0], to[1],
-                 *(sums, to[9], to[10])[:3 * len(self.scan.jobs)])
+        self.convolve(saved.conv_input, w.conv, w.conv_bias, b.dscan_input, b.dconv, b.conv_parts)
+        self.transposed(b.dconv, w.conv, 0, b.dconv_input)
+        self.din_proj(b.dconv_input, saved.normed1, grads.in_proj, workspace)
+        self.in_proj(b.dconv_input, factors.in_proj, b.dnormed1, workspace)
+        self.norm1(b.dnormed1, x, saved.moments1, w.norm1, b.dtotal, 0, dx, 0, b.norm1_parts)
+        self._sum_parts(b, grads)
+
+    def _sum_dprojected(self, slab, b: BackwardSlab):
+        parts, size = self.scan.parts, self.pixels * self.scan.columns
+        base = slab.data_ptr()
+        source, target = ((address - base) // self.dtype.itemsize
+                          for address in (b.dprojected, b.dprojected_sum))
+        torch.sum(slab.as_strided((parts, size), (size, 1), source), 0,
+                  out=slab.as_strided((size,), (1,), target))
+
+    def _sum_parts(self, b: BackwardSlab, grads: Weights):
+        jobs = (b.fc1_parts, 0, grads.fc1_bias,
+                b.fc2_parts, 0, grads.fc2_bias,
+                b.norm2_parts, grads.norm2, grads.norm2_bias,
+                b.conv_parts, grads.conv, grads.conv_bias,
+                b.norm1_parts, grads.norm1, grads.norm1_bias)
+        if self.scan.jobs:
+            jobs += b.out_norm_parts, grads.out_norm, grads.out_norm_bias
+        self.sum(*jobs)
 
 
 _forward_of, _backward_of = cached(_Forward), cached(_Backward)
 
 
-def _key(x, parameters, dtype):
+def _key(x, weights: Weights, dtype):
+    """What decides the launches: sizes and dtypes."""
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return ((x.get_device(), x.shape, _widths(parameters), x.dtype, dtype, tf32),
-            tuple([None if t is None else t.dtype for t in parameters]))
+    return ((x.get_device(), x.shape, _widths(weights), x.dtype, dtype, tf32),
+            tuple([None if t is None else t.dtype for t in weights]))
 
 
 def _addresses(*tensors):
     return tuple([0 if t is None else t.data_ptr() for t in tensors])
 
 
-def _plain(*tensors):
+def _aligned(*tensors):
     """Tensors, or None, as kernels and products take them, without gaps and at a multiple of 16
-    bytes; and where they are."""
-    tensors, addresses = list(tensors), list(_addresses(*tensors))
-    for i, (t, address) in enumerate(zip(tensors, addresses, strict=True)):
-        if address % 16 or address and not t.is_contiguous():
-            tensors[i] = t.clone(memory_format=torch.contiguous_format)
+    bytes; and their addresses."""
+    tensors, addresses = list(tensors), [0 if t is None else t.data_ptr() for t in tensors]
+    for i, address in enumerate(addresses):
+        if address % 16 or address and not tensors[i].is_contiguous():
+            tensors[i] = tensors[i].clone(memory_format=torch.contiguous_format)
             addresses[i] = tensors[i].data_ptr()
     return tensors, addresses
 
 
-def forward(x, parameters, scales, eps, dtype, out_dtype, save):
-    """The result, and if ``save`` the slab for the backward, else None; ``parameters`` of one block
-    after the other, all in the same dtypes, more than one without ``save`` and ``scales``."""
-    (x, *parameters), (_, *addresses) = _plain(x, *parameters)
-    key, dtypes = _key(x, parameters[:_ALL], dtype)
+def forward(x, weights, scales, eps, dtype, out_dtype, save):
+    """The result, and if ``save`` the slab for the backward, else None; ``weights``: the fields of
+    :class:`Weights` of one block after the other, all in the same dtypes, more than one without
+    ``save`` and ``scales``."""
+    first = weights if isinstance(weights, Weights) else Weights._make(weights[:NUM_WEIGHTS])
+    key, dtypes = _key(x, first, dtype)
+    (x, *weights), (_, *addresses) = _aligned(x, *weights)
     result = x.new_empty(x.shape, dtype=out_dtype)
     launches = _forward_of(*key, out_dtype, dtypes, save)
     saved = x.new_empty(launches.saved_size, dtype=dtype) if save else None
@@ -364,8 +409,8 @@ def forward(x, parameters, scales, eps, dtype, out_dtype, save):
     return result, saved
 
 
-def backward(grad, x, parameters, scales, saved, eps):
-    """Gradients by x and the parameters, an empty one by a bias that is None."""
-    (grad, x, *parameters), (_, _, *addresses) = _plain(grad, x, *parameters)
-    key, dtypes = _key(x, parameters, saved.dtype)
-    return _backward_of(*key, dtypes)(grad, x, parameters, addresses, scales, saved, eps)
+def backward(grad, x, weights, scales, saved, eps):
+    """Gradients by x and the weights, an empty one by a bias that is None."""
+    key, dtypes = _key(x, weights, saved.dtype)
+    (grad, x, *weights), (_, _, *addresses) = _aligned(grad, x, *weights)
+    return _backward_of(*key, dtypes)(grad, x, weights, addresses, scales, saved, eps)

@@ -1,9 +1,9 @@
 """The scan of a block: by the kernels for half-precision maps, or by the walk kernels in fp32.
 
-``sizes`` are (batch, D, height, width, rank, routes); ``product`` makes a matrix product, as
-:func:`vmamba_mm.ops.core.gemm.product` does; ``dtypes`` are those of x_proj_weight,
-dt_projs_weight, dt_projs_bias, A_logs, D, and of weight and bias of the norm. All else are
-addresses.
+Four classes with the same methods, a forward and a backward for each. Their constructors take
+``sizes`` (batch, D, height, width, rank, routes), the dtypes of the block's weights, and
+``product``, which makes a matrix product as :func:`vmamba_mm.ops.core.gemm.product` does; their
+methods take addresses.
 """
 
 import math
@@ -12,10 +12,12 @@ import torch
 
 from vmamba_mm.ops.scan_kernels import cuda as walk
 from vmamba_mm.ops.ss2d_scan import cuda, schedule
+from vmamba_mm.ops.vss_block.buffers import BackwardSlab, ForwardSlab, Saved
+from vmamba_mm.ops.vss_block.weights import Weights
 
 
-def kept_sizes(dtype: torch.dtype, sizes: tuple[int, ...]) -> tuple[int, int, int]:
-    """Elements that are kept for the backward: columns of the projected input for a route, the
+def saved_sizes(dtype: torch.dtype, sizes: tuple[int, ...]) -> tuple[int, int, int]:
+    """Elements that are saved for the backward: columns of the projected input for a route, the
     parameters as the kernels take them, the states, which follow those."""
     batch, dim, height, width, rank, routes = sizes
     length = height * width
@@ -26,60 +28,82 @@ def kept_sizes(dtype: torch.dtype, sizes: tuple[int, ...]) -> tuple[int, int, in
     return schedule.row_of(rank), sum(parameters), states
 
 
+def _scan_dtypes(dtypes: Weights) -> tuple[torch.dtype, ...]:
+    return dtypes.x_proj, dtypes.dt_projs, dtypes.dt_bias, dtypes.A_logs, dtypes.D
+
+
 class _Sizes:
+    """``columns`` of the projected input, and the bytes after which the states begin in
+    ``scan_state``."""
+
     def __init__(self, dtype, sizes):
-        batch, self.dim, height, width, _, self.routes = sizes
+        batch, self.dim, height, width, self.rank, self.routes = sizes
         self.length = height * width
         self.pixels = batch * self.length
-        row, parameters, _ = kept_sizes(dtype, sizes)
+        row, parameters, _ = saved_sizes(dtype, sizes)
         self.columns, self.states = self.routes * row, parameters * dtype.itemsize
+
+    def map_fields(self, maps):
+        """Strides and vectors of so many maps, as the kernels take them after an address."""
+        return ((self.length * self.dim, self.dim, 1, 1),) * maps
 
 
 class HalfForward(_Sizes):
-    """``maps`` that it writes, to be merged; elements of ``memory`` that it needs. ``prepare``
-    takes the parameters, ``kept``, ``memory``, and what is rounded too, as prepare_launch."""
+    """``maps`` that it writes, to be merged; elements of ``memory`` that it needs.
+
+    ``prepare`` takes the parameters of the scan, ``scan_state``, the memory, and what is rounded
+    too, as :func:`vmamba_mm.ops.ss2d_scan.cuda.prepare_launch`; ``merge`` is that of
+    :func:`vmamba_mm.ops.ss2d_scan.cuda.merge_launch`.
+    """
 
     def __init__(self, index, dtype, sizes, dtypes, product, casts):
         super().__init__(dtype, sizes)
-        self.prepare = cuda.prepare_launch(index, dtype, sizes, dtypes[:5], True, casts)
+        self.prepare = cuda.prepare_launch(index, dtype, sizes, _scan_dtypes(dtypes), True, casts)
         self.project = product(self.pixels, self.columns, self.dim, right_t=True)
-        self.scan = cuda.scan_launch(index, dtype, sizes, _fields(self, 1), False)
-        self.merge = cuda.merge_launch(index, dtype, sizes, False, False, dtypes[5])
+        self.scan = cuda.scan_launch(index, dtype, sizes, self.map_fields(1), False)
+        self.merge = cuda.merge_launch(index, dtype, sizes, False, False, dtypes.out_norm)
         self.maps, self.memory = schedule.plan_of(*sizes, index).forward.maps, self.scan.memory // 2
 
-    def run(self, parameters, given, projected, kept, maps, save, memory, workspace):
-        self.project(given, kept, projected, workspace)
-        self.scan.run(projected, kept, (given,), maps, kept + self.states if save else 0, (),
-                      memory)
+    def project_and_scan(self, w: Weights, saved: Saved, slab: ForwardSlab, save_states: bool):
+        # The rounded x_proj_weight is first in scan_state.
+        self.project(saved.scan_input, saved.scan_state, saved.projected, slab.workspace)
+        self.scan.run(saved.projected, saved.scan_state, (saved.scan_input,), slab.scan_maps,
+                      saved.scan_state + self.states if save_states else 0, (), slab.scan_memory)
 
 
 class HalfBackward(_Sizes):
-    """``maps`` that it writes; ``parts`` of the gradient by the projected input; elements of that
-    by x_proj_weight, of ``partials`` in fp32 and of ``memory``; ``jobs`` for sum_launch: what it
-    leaves of the gradients by the norm."""
+    """``maps`` that it writes; ``parts`` of the gradient by the projected input; elements of
+    ``dx_proj``, of ``partials`` in fp32 and of ``memory``; ``jobs`` for sum_launch: what it leaves
+    of the gradients by the norm."""
 
     def __init__(self, index, dtype, sizes, dtypes, norm_parts, product):
         super().__init__(dtype, sizes)
         plan = schedule.plan_of(*sizes, index)
-        self.scan = cuda.scan_launch(index, dtype, sizes, _fields(self, 2), True)
+        self.scan_launch = cuda.scan_launch(index, dtype, sizes, self.map_fields(2), True)
         self.project = product(self.pixels, self.dim, self.columns)
         self.merge = cuda.merge_launch(index, dtype, sizes, True, True, None)
         self.dproject = product(self.columns, self.dim, self.pixels, left_t=True)
-        self.finish = cuda.finish_launch(index, dtype, sizes, dtypes, norm_parts)
+        self.finish = cuda.finish_launch(
+            index, dtype, sizes,
+            (*_scan_dtypes(dtypes), dtypes.out_norm, dtypes.out_norm_bias), norm_parts)
         self.maps, self.parts = plan.backward.maps, plan.backward.columns
-        self.product, self.memory = self.columns * self.dim, self.scan.memory // 2
+        self.dx_proj, self.memory = self.columns * self.dim, self.scan_launch.memory // 2
         self.partials, self.jobs = plan.backward.spans * cuda.columns_of(sizes), ()
 
-    def run(self, given, grad, projected, kept, maps, dprojected, partials, memory):
-        self.scan.run(projected, kept, (given, grad), maps, kept + self.states,
-                      (dprojected, partials), memory)
+    def scan(self, saved: Saved, b: BackwardSlab):
+        self.scan_launch.run(
+            saved.projected, saved.scan_state, (saved.scan_input, b.dmerged), b.scan_maps,
+            saved.scan_state + self.states, (b.dprojected, b.scan_parts), b.scan_memory)
 
-    def end(self, parameters, given, kept, maps, dprojected, partials, product, norm_sums, dgiven,
-            grads, workspace):
-        self.project(dprojected, kept, dgiven, workspace)
-        self.merge(maps, dgiven, dgiven, 0, 0, 0, 0, 0.0)
-        self.dproject(dprojected, given, product, workspace)
-        self.finish(partials, product, norm_sums, *grads, parameters[3])
+    def project_and_finish(self, w: Weights, grads: Weights, saved: Saved, b: BackwardSlab,
+                           dprojected: int):
+        """``dprojected``: the one gradient by the projected input."""
+        self.project(dprojected, saved.scan_state, b.dscan_input, b.workspace)
+        self.merge(b.scan_maps, b.dscan_input, b.dscan_input, 0, 0, 0, 0, 0.0)
+        self.dproject(dprojected, saved.scan_input, b.dx_proj, b.workspace)
+        self.finish(b.scan_parts, b.dx_proj, b.out_norm_parts, grads.x_proj, grads.dt_projs,
+                    grads.dt_bias, grads.A_logs, grads.D, grads.out_norm, grads.out_norm_bias,
+                    w.A_logs)
 
 
 class FloatForward(_Sizes):
@@ -87,16 +111,19 @@ class FloatForward(_Sizes):
 
     def __init__(self, index, dtype, sizes, dtypes, product, casts):
         super().__init__(dtype, sizes)
-        _, prepare = walk.prepare_launch(index, sizes, 1, dtypes[1:5], True)
-        self.prepare = lambda x_proj, *others: prepare(*others[:-1])
+        _, self.prepare_scan = walk.prepare_launch(index, sizes, 1, _scan_dtypes(dtypes)[1:], True)
         self.project = product(self.pixels, self.columns, self.dim, right_t=True)
         self.scan = walk.forward_launch(index, dtype, sizes, 1)
-        self.merge = cuda.merge_launch(index, dtype, sizes, False, False, dtypes[5])
+        self.merge = cuda.merge_launch(index, dtype, sizes, False, False, dtypes.out_norm)
         self.maps, self.memory = self.routes, self.scan.memory // 4
 
-    def run(self, parameters, given, projected, kept, maps, save, memory, workspace):
-        self.project(given, parameters[0], projected, workspace)
-        self.scan.run(given, projected, kept, maps, kept + self.states if save else 0, memory)
+    def prepare(self, x_proj, dt_projs, dt_bias, A_logs, D, scan_state, memory):
+        self.prepare_scan(dt_projs, dt_bias, A_logs, D, scan_state)
+
+    def project_and_scan(self, w: Weights, saved: Saved, slab: ForwardSlab, save_states: bool):
+        self.project(saved.scan_input, w.x_proj, saved.projected, slab.workspace)
+        self.scan.run(saved.scan_input, saved.projected, saved.scan_state, slab.scan_maps,
+                      saved.scan_state + self.states if save_states else 0, slab.scan_memory)
 
 
 class FloatBackward(_Sizes):
@@ -104,26 +131,28 @@ class FloatBackward(_Sizes):
 
     def __init__(self, index, dtype, sizes, dtypes, norm_parts, product):
         super().__init__(dtype, sizes)
-        self.scan = walk.backward_launch(index, dtype, sizes, 1)
+        self.scan_launch = walk.backward_launch(index, dtype, sizes, 1)
         self.project = product(self.pixels, self.dim, self.columns)
         self.merge = cuda.merge_launch(index, dtype, sizes, True, True, None)
         self.dproject = product(self.columns, self.dim, self.pixels, left_t=True)
-        self.finish = walk.finish_launch(index, sizes, 1, dtypes[1:5], self.scan.parts)
-        self.jobs = (norm_parts, 1, self.dim, *dtypes[5:]),
-        self.maps, self.parts, self.product = self.routes, self.scan.columns, 0
-        self.memory = self.scan.memory // 4
-        self.partials = self.scan.parts * self.routes * (sizes[4] + 3) * self.dim
+        self.finish = walk.finish_launch(index, sizes, 1, _scan_dtypes(dtypes)[1:],
+                                         self.scan_launch.parts)
+        self.jobs = (norm_parts, 1, self.dim, dtypes.out_norm, dtypes.out_norm_bias),
+        self.maps, self.parts, self.dx_proj = self.routes, self.scan_launch.columns, 0
+        self.memory = self.scan_launch.memory // 4
+        self.partials = self.scan_launch.parts * self.routes * (self.rank + 3) * self.dim
 
-    def run(self, given, grad, projected, kept, maps, dprojected, partials, memory):
-        self.scan.run(given, projected, kept, kept + self.states, grad, maps, dprojected, partials,
-                      memory)
+    def scan(self, saved: Saved, b: BackwardSlab):
+        self.scan_launch.run(
+            saved.scan_input, saved.projected, saved.scan_state, saved.scan_state + self.states,
+            b.dmerged, b.scan_maps, b.dprojected, b.scan_parts, b.scan_memory)
 
-    def end(self, parameters, given, kept, maps, dprojected, partials, product, norm_sums, dgiven,
-            grads, workspace):
-        self.project(dprojected, parameters[0], dgiven, workspace)
-        self.merge(maps, dgiven, dgiven, 0, 0, 0, 0, 0.0)
-        self.dproject(dprojected, given, grads[0], workspace)
-        self.finish(partials, *grads[1:5], parameters[3])
+    def project_and_finish(self, w: Weights, grads: Weights, saved: Saved, b: BackwardSlab,
+                           dprojected: int):
+        self.project(dprojected, w.x_proj, b.dscan_input, b.workspace)
+        self.merge(b.scan_maps, b.dscan_input, b.dscan_input, 0, 0, 0, 0, 0.0)
+        self.dproject(dprojected, saved.scan_input, grads.x_proj, b.workspace)
+        self.finish(b.scan_parts, grads.dt_projs, grads.dt_bias, grads.A_logs, grads.D, w.A_logs)
 
 
 def forward_of(dtype: torch.dtype) -> type[HalfForward] | type[FloatForward]:
@@ -132,8 +161,3 @@ def forward_of(dtype: torch.dtype) -> type[HalfForward] | type[FloatForward]:
 
 def backward_of(dtype: torch.dtype) -> type[HalfBackward] | type[FloatBackward]:
     return FloatBackward if dtype == torch.float32 else HalfBackward
-
-
-def _fields(sizes, maps):
-    """Of so many maps, after the address."""
-    return ((sizes.length * sizes.dim, sizes.dim, 1, 1),) * maps

@@ -1,12 +1,12 @@
-"""LayerNorm over the last dimension, and the residual sum before it, in one pass."""
+"""The op ``add_norm``: LayerNorm over the last dimension, and the residual sum before it, in one
+pass. Its definition and the public functions."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from vmamba_mm.ops.core.backends import autocast_dtype, wants_grad
-from vmamba_mm.ops.core.registration import register
-from vmamba_mm.ops.fused.add_norm import cuda
+from vmamba_mm.ops.core.backends import autocast_dtype
+from vmamba_mm.ops.core.define_op import Implementation, define_op, register
+from vmamba_mm.ops.fused.add_norm import cuda, reference
 
 
 def _bwd_fake(grad, x, moments, weight, bias, others, scale, branch_dtype):
@@ -14,19 +14,20 @@ def _bwd_fake(grad, x, moments, weight, bias, others, scale, branch_dtype):
     return x.new_empty(x.shape), dbranch, torch.empty_like(weight), torch.empty_like(bias)
 
 
-@register('add_norm_bwd', fake=_bwd_fake)
-def _bwd(grad: Tensor, x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor,
-         others: Tensor | None, scale: Tensor | None, branch_dtype: torch.dtype | None
-         ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients by the norm's input (``others`` added), times ``scale`` by the branch (empty if
-    ``branch_dtype`` is None), and by weight and bias."""
-    return cuda.backward(grad, x, moments, weight, bias, others, scale, branch_dtype)
+# Gradients by the norm's input (``others`` added), times ``scale`` by the branch (empty if
+# ``branch_dtype`` is None), and by weight and bias.
+_bwd = register(
+    'add_norm_bwd',
+    '(Tensor grad, Tensor x, Tensor moments, Tensor weight, Tensor bias, Tensor? others, '
+    'Tensor? scale, ScalarType? branch_dtype) -> (Tensor, Tensor, Tensor, Tensor)',
+    cuda.backward, fake=_bwd_fake)
 
 
 def _setup_context(ctx, inputs, output):
     x, branch, scale, weight, bias, *_ = inputs
     total, _, moments = output
     ctx.x_dtype, ctx.branch_dtype = x.dtype, None if branch is None else branch.dtype
+    # Either the input or the sum is kept, never both.
     if weight is None:
         ctx.save_for_backward(scale)
     else:
@@ -45,7 +46,7 @@ def _backward(ctx, grad_sum, grad_normed):
             None, None, None)
 
 
-def _fwd_fake(x, branch, scale, weight, bias, eps, out_dtype, save):
+def _fake(x, branch, scale, weight, bias, eps, out_dtype, save):
     sum_dtype = out_dtype if weight is None else x.dtype
     return (x.new_empty(x.shape if branch is not None else (0,), dtype=sum_dtype),
             x.new_empty(x.shape if weight is not None else (0,), dtype=out_dtype),
@@ -53,15 +54,27 @@ def _fwd_fake(x, branch, scale, weight, bias, eps, out_dtype, save):
                         dtype=torch.float32))
 
 
-@register('add_norm', fake=_fwd_fake, backward=_backward, setup_context=_setup_context, results=2)
-def _fwd(x: Tensor, branch: Tensor | None, scale: Tensor | None, weight: Tensor | None,
-         bias: Tensor | None, eps: float, out_dtype: torch.dtype, save: bool
-         ) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(x, branch, scale, weight, bias, eps, out_dtype, save):
     """(x + scale branch, its norm, moments); empty is what was not asked for."""
     total, normed, moments = cuda.forward(x, branch, scale, weight, bias, eps, out_dtype, save)
     return (x.new_empty(0) if total is None else total,
             x.new_empty(0, dtype=out_dtype) if normed is None else normed,
             x.new_empty((0, 2), dtype=torch.float32) if moments is None else moments)
+
+
+_add_norm = define_op(
+    'add_norm',
+    '(Tensor x, Tensor? branch, Tensor? scale, Tensor? weight, Tensor? bias, float eps, '
+    'ScalarType out_dtype, bool save) -> (Tensor total, Tensor normed, Tensor moments)',
+    reference=reference.add_norm,
+    fake=_fake,
+    implementations={'cuda': Implementation(
+        _forward, saves=lambda x, branch, scale, weight, *_: weight is not None,
+        why_not=lambda x, branch, scale, weight, bias, *_: cuda.why_not(x, branch, weight, bias))},
+    results=2,
+    no_grad='scale',
+    setup_context=_setup_context,
+    backward=_backward)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *,
@@ -73,11 +86,20 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *,
         weight, bias: (D).
         eps: added to the variance.
         out_dtype: of the result; None for ``x``'s, or fp32 under autocast.
+
+    Returns:
+        (B, ..., D).
+
+    Raises:
+        ValueError: if the shapes do not fit one another.
+
+    Example:
+        >>> x = torch.tensor([[1., 3.]])
+        >>> layer_norm(x, torch.ones(2), torch.zeros(2))
+        tensor([[-1.0000,  1.0000]])
     """
-    out_dtype = out_dtype or _default_dtype(x)
-    if cuda.why_not(x, weight, bias) is not None:
-        return _norm(x, weight, bias, eps).to(out_dtype)
-    return _fwd(x, None, None, weight, bias, eps, out_dtype, wants_grad(x, weight, bias))[1]
+    _check(x, None, weight, bias)
+    return _add_norm(x, None, None, weight, bias, eps, out_dtype or _default_dtype(x))[1]
 
 
 def add_norm(x: Tensor, branch: Tensor, weight: Tensor | None, bias: Tensor | None,
@@ -95,24 +117,33 @@ def add_norm(x: Tensor, branch: Tensor, weight: Tensor | None, bias: Tensor | No
 
     Returns:
         (x + scale * branch, its norm or None).
+
+    Raises:
+        ValueError: if the shapes do not fit one another.
+
+    Example:
+        >>> x, branch = torch.tensor([[1., 2.]]), torch.tensor([[0., 1.]])
+        >>> add_norm(x, branch, torch.ones(2), torch.zeros(2))
+        (tensor([[1., 3.]]), tensor([[-1.0000,  1.0000]]))
     """
+    _check(x, branch, weight, bias)
     out_dtype = out_dtype or (x.dtype if weight is None else _default_dtype(x))
-    if cuda.why_not(x, branch, weight, bias) is not None:
-        if scale is not None:
-            branch = branch * scale.to(branch.dtype).view(-1, *[1] * (branch.dim() - 1))
-        total = x + branch
-        if weight is None:
-            return total.to(out_dtype), None
-        return total.to(x.dtype), _norm(total, weight, bias, eps).to(out_dtype)
-    save = weight is not None and wants_grad(x, branch, weight, bias)
-    total, normed, _ = _fwd(x, branch, scale, weight, bias, eps, out_dtype, save)
+    total, normed = _add_norm(x, branch, scale, weight, bias, eps, out_dtype)
     return total, None if weight is None else normed
 
 
-def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    if torch.promote_types(x.dtype, weight.dtype) == x.dtype:  # F.layer_norm takes no smaller one
-        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-    return F.layer_norm(x, weight.shape, weight, bias, eps)
+def _check(x, branch, weight, bias) -> None:
+    dim = x.shape[-1:]
+    if (branch is None or branch.shape == x.shape) and (weight is None) == (bias is None) \
+            and (weight is None or weight.shape == bias.shape == dim):
+        return
+    expected = {'branch': (branch, x.shape), 'weight': (weight, dim), 'bias': (bias, dim)}
+    if (weight is None) != (bias is None):
+        raise ValueError('a norm needs weight and bias, or neither for no norm')
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f'a norm expects {name} of shape {tuple(shape)} beside x '
+                             f'{tuple(x.shape)}, got {tuple(tensor.shape)}')
 
 
 def _default_dtype(x: Tensor) -> torch.dtype:

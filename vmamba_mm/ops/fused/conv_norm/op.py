@@ -1,77 +1,56 @@
-"""A convolution and the LayerNorm over the channels of its result."""
+"""The op ``conv_norm``: a convolution and the LayerNorm over the channels of its result."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from vmamba_mm.ops.core.backends import autocast_dtype, wants_grad
-from vmamba_mm.ops.core.registration import flop_formula, register
-from vmamba_mm.ops.fused.add_norm.op import layer_norm
-from vmamba_mm.ops.fused.conv_norm import cuda
+from vmamba_mm.ops.core.backends import autocast_dtype
+from vmamba_mm.ops.core.define_op import Implementation, define_op
+from vmamba_mm.ops.fused.conv_norm import cuda, reference
 
 
-def _shape(x_shape, weight_shape, stride, padding) -> tuple[int, ...]:
-    """Of the result."""
+def _find_shape(x_shape, weight_shape, stride, padding) -> tuple[int, ...]:
+    """(B, H', W', C')."""
     height, width = ((size + 2 * padding - kernel) // stride + 1
                      for size, kernel in zip(x_shape[1:3], weight_shape[2:], strict=True))
     return x_shape[0], height, width, weight_shape[0]
 
 
-def _bwd_fake(grad, x, weight, bias, norm_weight, norm_bias, y, moments, stride, padding,
-              wants_dx):
-    return (x.new_empty(x.shape if wants_dx else (0,)),
-            *(torch.empty_like(t) for t in (weight, bias, norm_weight, norm_bias)))
+def _count_flops(x, weight, stride, padding, **_) -> int:
+    batch, height, width, out = _find_shape(x, weight, stride, padding)
+    _, channels, rows, columns = weight
+    return 2 * batch * height * width * out * channels * rows * columns
 
 
-@register('conv_norm_bwd', fake=_bwd_fake)
-def _bwd(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor,
-         norm_bias: Tensor, y: Tensor, moments: Tensor, stride: int, padding: int, wants_dx: bool
-         ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return cuda.backward(grad, x, weight, bias, norm_weight, norm_bias, y, moments, stride,
-                         padding, wants_dx)
-
-
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:5], *output[1:])
-    ctx.stride, ctx.padding = inputs[5:7]
-
-
-def _backward(ctx, grad):
-    wants_dx = ctx.needs_input_grad[0]
-    dx, *grads = _bwd(grad, *ctx.saved_tensors, ctx.stride, ctx.padding, wants_dx)
-    return dx if wants_dx else None, *grads, *[None] * 5
-
-
-def _fwd_fake(x, weight, bias, norm_weight, norm_bias, stride, padding, eps, out_dtype, save):
-    shape = _shape(x.shape, weight.shape, stride, padding)
+def _fake(x, weight, bias, norm_weight, norm_bias, stride, padding, eps, out_dtype, save):
+    shape = _find_shape(x.shape, weight.shape, stride, padding)
     return (x.new_empty(shape, dtype=out_dtype), x.new_empty(shape if save else (0,)),
             x.new_empty((shape[0] * shape[1] * shape[2] if save else 0, 2), dtype=torch.float32))
 
 
-@register('conv_norm', fake=_fwd_fake, backward=_backward, setup_context=_setup_context)
-def _fwd(x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor,
-         stride: int, padding: int, eps: float, out_dtype: torch.dtype, save: bool
-         ) -> tuple[Tensor, Tensor, Tensor]:
+def _bwd_fake(grad, x, weight, bias, norm_weight, norm_bias, y, moments, stride, padding, wants_x):
+    return (x.new_empty(x.shape if wants_x else (0,)),
+            *(torch.empty_like(t) for t in (weight, bias, norm_weight, norm_bias)))
+
+
+def _forward(x, *args):
     """The norm; for the backward what it takes, and its moments; empty unless ``save``."""
-    normed, y, moments = cuda.forward(x, weight, bias, norm_weight, norm_bias, stride, padding, eps,
-                                      out_dtype, save)
+    normed, y, moments = cuda.forward(x, *args)
     return (normed, x.new_empty(0) if y is None else y,
             x.new_empty((0, 2), dtype=torch.float32) if moments is None else moments)
 
 
-@flop_formula('conv_norm')
-def _flops(x_shape, weight_shape, bias_shape, norm_shape, other_shape, stride, padding, *args,
-           out_shape=None, **kwargs) -> int:
-    batch, height, width, out = _shape(x_shape, weight_shape, stride, padding)
-    _, channels, rows, columns = weight_shape
-    return 2 * batch * height * width * out * channels * rows * columns
-
-
-@flop_formula('conv_norm_bwd')
-def _bwd_flops(grad_shape, x_shape, weight_shape, bias_shape, norm_shape, other_shape, y_shape,
-               moments_shape, stride, padding, wants_dx, *args, out_shape=None, **kwargs) -> int:
-    return (1 + wants_dx) * _flops(x_shape, weight_shape, bias_shape, norm_shape, other_shape,
-                                   stride, padding)
+_conv_norm = define_op(
+    'conv_norm',
+    '(Tensor x, Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, SymInt stride, '
+    'SymInt padding, float eps, ScalarType out_dtype, bool save) -> '
+    '(Tensor normed, Tensor y, Tensor moments)',
+    reference=reference.conv_norm,
+    fake=_fake,
+    implementations={'cuda': Implementation(
+        _forward, cuda.backward, lambda *args: cuda.why_not(*args[:5]), saves=True)},
+    saves='x weight bias norm_weight norm_bias y moments stride padding wants_x',
+    backward_fake=_bwd_fake,
+    flops=_count_flops)
 
 
 def channels_last(x_BCHW: Tensor) -> Tensor:
@@ -99,12 +78,35 @@ def conv_norm(x_BHWC: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor,
 
     Returns:
         (B, H', W', C').
+
+    Raises:
+        ValueError: if the map has another number of channels than the weight takes.
+
+    Example, for maps of 3 channels:
+        >>> x, weight, ones = torch.randn(2, 8, 8, 3), torch.randn(6, 3, 3, 3), torch.ones(6)
+        >>> conv_norm(x, weight, ones, ones, ones, stride=2, padding=1).shape
+        torch.Size([2, 4, 4, 6])
     """
+    check_input(x_BHWC.shape, weight, bias, norm_weight, norm_bias)
     autocast = autocast_dtype(x_BHWC)
-    if cuda.why_not(x_BHWC, weight, bias, norm_weight, norm_bias) is not None:
-        y = F.conv2d(x_BHWC.permute(0, 3, 1, 2), weight, bias, stride, padding)
-        return layer_norm(y.permute(0, 2, 3, 1), norm_weight, norm_bias, eps, out_dtype=out_dtype)
-    x = x_BHWC.to(autocast or x_BHWC.dtype)
-    leaves = (x, weight, bias, norm_weight, norm_bias)
-    out_dtype = out_dtype or (torch.float32 if autocast else x.dtype)
-    return _fwd(*leaves, stride, padding, eps, out_dtype, wants_grad(*leaves))[0]
+    if autocast is not None and x_BHWC.dtype != torch.float64:
+        x_BHWC = x_BHWC.to(autocast)
+    out_dtype = out_dtype or (torch.float32 if autocast else x_BHWC.dtype)
+    return _conv_norm(x_BHWC, weight, bias, norm_weight, norm_bias, stride, padding, eps, out_dtype)
+
+
+def check_input(shape, weight: Tensor, *vectors: Tensor) -> None:
+    """Raise ValueError unless a convolution takes maps of this shape (B, H, W, C), and ``vectors``
+    have an element for each channel of its result."""
+    if len(shape) != 4 or weight.dim() != 4:
+        raise ValueError(f'a convolution expects a batch of images, of four dimensions, and such a '
+                         f'weight; got an input {tuple(shape)} and a weight {tuple(weight.shape)}')
+    if shape[3] != weight.shape[1]:
+        raise ValueError(f'a convolution of weight {tuple(weight.shape)} expects its input to have '
+                         f'{weight.shape[1]} channels, but got {shape[3]} channels instead: '
+                         'in_channels of a model must be the number of channels of its images')
+    for tensor in vectors:
+        if tensor.shape != weight.shape[:1]:
+            raise ValueError(f'a convolution of {weight.shape[0]} channels and its norm expect '
+                             f'biases and weights of shape {tuple(weight.shape[:1])}, got '
+                             f'{tuple(tensor.shape)}')

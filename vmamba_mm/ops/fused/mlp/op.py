@@ -1,57 +1,34 @@
-"""Linear, GELU, Linear on the last dimension, planned for training memory."""
+"""The op ``mlp``: Linear, GELU, Linear on the last dimension, planned for training memory."""
+
+from math import prod
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from vmamba_mm.ops.core.backends import wants_grad
-from vmamba_mm.ops.core.registration import flop_formula, register
-from vmamba_mm.ops.fused.mlp import cuda
+from vmamba_mm.ops.core.define_op import Implementation, define_op
+from vmamba_mm.ops.fused.mlp import cuda, reference
 
 
-def _bwd_fake(grad, x, inner, w1, b1, w2, b2):
-    return x.new_empty(x.shape), *(t.new_empty(t.shape) for t in (w1, b1, w2, b2))
-
-
-@register('mlp_bwd', fake=_bwd_fake)
-def _bwd(grad: Tensor, x: Tensor, inner: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
-         ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return cuda.backward(grad, x, inner, w1, b1, w2, b2)
-
-
-def _setup_context(ctx, inputs, output):
-    x, *parameters, _ = inputs
-    ctx.save_for_backward(x, output[1], *parameters)
-
-
-def _backward(ctx, grad):
-    return *_bwd(grad, *ctx.saved_tensors), None
-
-
-def _fwd_fake(x, w1, b1, w2, b2, save):
+def _fake(x, w1, b1, w2, b2, save):
     rows = x.numel() // x.shape[-1]
     return (x.new_empty((*x.shape[:-1], w2.shape[0])),
             x.new_empty((rows, w1.shape[0]) if save else (0,)))
 
 
-@register('mlp', fake=_fwd_fake, backward=_backward, setup_context=_setup_context)
-def _fwd(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, save: bool
-         ) -> tuple[Tensor, Tensor]:
-    """The result, and GELU's input if ``save``."""
-    return cuda.forward(x, w1, b1, w2, b2, save)
+def _why_not(*args) -> str | None:
+    if torch.compiler.is_compiling():
+        return 'torch.compile has better kernels of its own'
+    return cuda.why_not(*args)
 
 
-@flop_formula('mlp')
-def _flops(x_shape, w1_shape, b1_shape, w2_shape, *args, out_shape=None, **kwargs) -> int:
-    rows = 1
-    for size in x_shape[:-1]:
-        rows *= size
-    return 2 * rows * (w1_shape[0] * w1_shape[1] + w2_shape[0] * w2_shape[1])
-
-
-@flop_formula('mlp_bwd')
-def _bwd_flops(grad_shape, x_shape, inner_shape, *shapes, out_shape=None, **kwargs) -> int:
-    return 2 * _flops(x_shape, *shapes)
+_mlp = define_op(
+    'mlp',
+    '(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, bool save) -> (Tensor y, Tensor inner)',
+    reference=reference.mlp,
+    fake=_fake,
+    implementations={'cuda': Implementation(cuda.forward, cuda.backward, _why_not, saves=True)},
+    saves='x inner w1 b1 w2 b2',
+    flops=lambda x, w1, w2, **_: 2 * prod(x[:-1]) * (prod(w1) + prod(w2)))
 
 
 def mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
@@ -67,7 +44,18 @@ def mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
 
     Returns:
         (..., C') in the dtype of ``x``, or autocast's.
+
+    Raises:
+        ValueError: if the shapes do not fit one another.
+
+    Example:
+        >>> x, w1, w2 = torch.randn(2, 5, 8), torch.randn(32, 8), torch.randn(8, 32)
+        >>> mlp(x, w1, torch.zeros(32), w2, torch.zeros(8)).shape
+        torch.Size([2, 5, 8])
     """
-    if torch.compiler.is_compiling() or cuda.why_not(x, w1, b1, w2, b2) is not None:
-        return F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
-    return _fwd(x, w1, b1, w2, b2, wants_grad(x, w1, b1, w2, b2))[0]
+    if w1.dim() != 2 or w2.dim() != 2 or x.shape[-1:] != w1.shape[1:] or b1.shape != w1.shape[:1] \
+            or w1.shape[:1] != w2.shape[1:] or b2.shape != w2.shape[:1]:
+        raise ValueError("mlp expects x (..., C), w1 (H, C), b1 (H), w2 (C', H) and b2 (C'); got x "
+                         f'{tuple(x.shape)}, w1 {tuple(w1.shape)}, b1 {tuple(b1.shape)}, '
+                         f'w2 {tuple(w2.shape)}, b2 {tuple(b2.shape)}')
+    return _mlp(x, w1, b1, w2, b2)

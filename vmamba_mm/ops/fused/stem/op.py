@@ -1,13 +1,12 @@
-"""The first convolution of a stem, its LayerNorm and GELU."""
+"""The op ``conv_norm_gelu``: the first convolution of a stem, its LayerNorm and GELU."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vmamba_mm.ops.core.backends import autocast_dtype, wants_grad
-from vmamba_mm.ops.core.registration import flop_formula, register
-from vmamba_mm.ops.fused.conv_norm.op import channels_last, conv_norm
-from vmamba_mm.ops.fused.stem import cuda
+from vmamba_mm.ops.core.define_op import Implementation, define_op
+from vmamba_mm.ops.fused.conv_norm.op import channels_last, check_input, conv_norm
+from vmamba_mm.ops.fused.stem import cuda, reference
 
 
 def _fake(x, weight, bias, norm_weight, norm_bias, eps, out_dtype):
@@ -16,16 +15,32 @@ def _fake(x, weight, bias, norm_weight, norm_bias, eps, out_dtype):
                        dtype=out_dtype)
 
 
-@register('conv_norm_gelu', fake=_fake)
-def _inference(x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor,
-               eps: float, out_dtype: torch.dtype) -> Tensor:
-    return cuda.forward(x, weight, bias, norm_weight, norm_bias, eps, out_dtype)
+def _why_not(x, weight, bias, norm_weight, norm_bias, eps, out_dtype) -> str | None:
+    leaves = weight, bias, norm_weight, norm_bias
+    if wants_grad(x, *leaves):
+        return 'a gradient is wanted, and the kernel has none'
+    return cuda.why_not(x, out_dtype, *leaves)
 
 
-@flop_formula('conv_norm_gelu')
-def _flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
-    batch, channels, height, width = x_shape
-    return 2 * 9 * batch * ((height + 1) // 2) * ((width + 1) // 2) * channels * weight_shape[0]
+def _count_flops(x, weight, **_) -> int:
+    batch, channels, height, width = x
+    return 2 * 9 * batch * ((height + 1) // 2) * ((width + 1) // 2) * channels * weight[0]
+
+
+_conv_norm_gelu = define_op(
+    'conv_norm_gelu',
+    '(Tensor x, Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, float eps, '
+    'ScalarType out_dtype) -> Tensor',
+    reference=reference.conv_norm_gelu,
+    fake=_fake,
+    implementations={'cuda': Implementation(cuda.forward, why_not=_why_not)},
+    flops=_count_flops)
+
+
+def _step_by_step(x_BCHW, weight, bias, norm_weight, norm_bias, eps, out_dtype) -> Tensor:
+    """By :func:`conv_norm`, which has kernels for training."""
+    return F.gelu(conv_norm(channels_last(x_BCHW), weight, bias, norm_weight, norm_bias, eps,
+                            stride=2, padding=1, out_dtype=out_dtype))
 
 
 def conv_norm_gelu(x_BCHW: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor,
@@ -43,10 +58,16 @@ def conv_norm_gelu(x_BCHW: Tensor, weight: Tensor, bias: Tensor, norm_weight: Te
 
     Returns:
         (B, ceil(H/2), ceil(W/2), C'), in autocast's dtype or that of ``x_BCHW``.
+
+    Raises:
+        ValueError: if the images have another number of channels than the weight takes.
+
+    Example:
+        >>> x, weight, ones = torch.randn(2, 3, 9, 9), torch.randn(16, 3, 3, 3), torch.ones(16)
+        >>> conv_norm_gelu(x, weight, ones, ones, ones).shape
+        torch.Size([2, 5, 5, 16])
     """
-    leaves = x_BCHW, weight, bias, norm_weight, norm_bias
-    out_dtype = autocast_dtype(x_BCHW) or x_BCHW.dtype
-    if wants_grad(*leaves) or cuda.why_not(x_BCHW, out_dtype, *leaves[1:]) is not None:
-        return F.gelu(conv_norm(channels_last(x_BCHW), *leaves[1:], eps, stride=2, padding=1,
-                                out_dtype=autocast_dtype(x_BCHW)))
-    return _inference(*leaves, eps, out_dtype)
+    check_input((*x_BCHW.shape[:1], *x_BCHW.shape[2:], *x_BCHW.shape[1:2]), weight, bias,
+                norm_weight, norm_bias)
+    return _conv_norm_gelu(x_BCHW, weight, bias, norm_weight, norm_bias, eps,
+                           autocast_dtype(x_BCHW) or x_BCHW.dtype, otherwise=_step_by_step)

@@ -1,0 +1,71 @@
+"""How much time the tests of one family or one op may take: a CI that all of them share stays fast.
+
+A test belongs to a family if it has a parameter called ``family``, to an op if it has one called
+``op``. Their seconds of one core (those of the process and of its children that have ended, so that
+a busy machine makes no difference) are summed over all processes of pytest-xdist and shown at the
+end; a sum above its limit fails the run. Tests on a GPU, where kernels are compiled, do not count.
+"""
+
+import os
+
+import pytest
+
+#: Name of the parameter -> seconds of one core.
+LIMITS = {'family': 60.0, 'op': 90.0}
+
+
+class Budget:
+    """A plugin of pytest, for each process of a run; the first one sums and judges."""
+
+    def __init__(self, config, limits=LIMITS):
+        self.is_worker = hasattr(config, 'workerinput')
+        self.limits = limits
+        self.spent = {}  # (parameter, its value) -> seconds
+        self.began = cpu_seconds()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item):
+        """Attach to a report whose it is and what it took since the one before."""
+        report = yield
+        now = cpu_seconds()
+        report.budget = [*owners(item, self.limits)], now - self.began
+        self.began = now
+        return report
+
+    def pytest_runtest_logreport(self, report):
+        if not self.is_worker and hasattr(report, 'budget'):
+            names, seconds = report.budget
+            for owner in map(tuple, names):  # lists, if they come from another process
+                self.spent[owner] = self.spent.get(owner, 0.0) + seconds
+
+    def exceeded(self):
+        return [owner for owner, seconds in self.spent.items() if seconds > self.limits[owner[0]]]
+
+    def pytest_sessionfinish(self, session):
+        if not self.is_worker and session.exitstatus == 0 and self.exceeded():
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter):
+        if not self.spent:
+            return
+        terminalreporter.section('seconds of one core, by family and op')
+        for owner, seconds in sorted(self.spent.items(), key=lambda item: -item[1]):
+            limit = self.limits[owner[0]]
+            note = '' if seconds <= limit else '  FAILED: over the budget'
+            terminalreporter.line(f'{seconds:8.1f} of {limit:g}  {" ".join(owner)}{note}',
+                                  red=bool(note))
+
+
+def owners(item, parameters):
+    """(parameter, value) for each of them that a test has, unless it runs on a GPU."""
+    callspec = getattr(item, 'callspec', None)
+    if callspec is None or item.get_closest_marker('gpu'):
+        return
+    for name in parameters:
+        if name in callspec.params:
+            value = callspec.params[name]
+            yield name, value if isinstance(value, str) else getattr(value, 'name', str(value))
+
+
+def cpu_seconds():
+    return sum(os.times()[:4])

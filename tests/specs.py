@@ -1,0 +1,106 @@
+"""What the generic tests want to know of a family, and all families that they run on.
+
+A family's spec is ``SPEC`` in ``tests/families/NAME.py``. The last one is of a family that is made
+up (``tests/made_up``), which shows that nothing else is needed.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vmamba_mm.families import FAMILIES, Family, register_family, unregister_family
+from vmamba_mm.models.base import Backbone
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A family under test.
+
+    Attributes:
+        family, model: the family and its class.
+        archs: small architectures that together have all of the family's parts.
+        shapes: (arch, height, width of the image) -> (C, H, W) of the map of each stage.
+        changes: keys of the first arch that change, each of which weights tell.
+        wrong: (keys of the first arch that change, message) of what is refused.
+        official: (backbone) -> its weights as official files have them, for each generation of
+            names, without a prefix; None if no weights were published.
+        official_classifiers: (backbone with the last output alone, classes) -> the same with the
+            head.
+        layer_depths: {name of a parameter of the first arch: its depth}.
+        a_weight: name of a Linear's weight in a block of every arch.
+        sizes: of images, the odd ones that a family takes.
+        published_keys: gives {arch: {official name: shape}} of the published classifiers, or None
+            where the list is not at hand; None if nothing was published.
+    """
+
+    family: Family
+    model: type[Backbone]
+    archs: Mapping[str, Mapping[str, Any]]
+    shapes: Callable[[Mapping, int, int], Sequence[tuple[int, int, int]]]
+    changes: Sequence[Mapping[str, Any]]
+    wrong: Sequence[tuple[Mapping[str, Any], str]]
+    official: Callable[[Backbone], list[State]]
+    official_classifiers: Callable[[Backbone, int], list[State]]
+    layer_depths: Mapping[str, int]
+    a_weight: str
+    sizes: Sequence[tuple[int, int]] = ((1, 1), (1, 50), (31, 33), (64, 32))
+    published_keys: Callable[[], Mapping[str, Mapping[str, tuple]] | None] | None = None
+
+    @property
+    def first(self) -> Mapping[str, Any]:
+        return next(iter(self.archs.values()))
+
+    def stages(self, arch: str | Mapping[str, Any]) -> range:
+        """The numbers of the stages of an architecture."""
+        arch = self.family.archs[arch] if isinstance(arch, str) else arch
+        return range(len(self.model.stage_sizes(arch)[0]))
+
+    def random_model(self, arch: Mapping[str, Any] | None = None, seed: int = 0, **kwargs
+                     ) -> Backbone:
+        """Every parameter is random, those that start as ones and zeros as well; in eval mode."""
+        torch.manual_seed(seed)
+        model = self.model(arch or self.first, **kwargs).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.02)
+        return model
+
+
+_TESTS = Path(__file__).parent
+sys.path.insert(0, str(_TESTS))
+SPECS = {name: importlib.import_module(module).SPEC for name, module in [
+    *((p.stem, f'families.{p.stem}') for p in sorted((_TESTS / 'families').glob('*.py'))),
+    ('made_up', 'made_up.spec')]}
+
+each_spec = pytest.mark.parametrize('spec', SPECS.values(), ids=SPECS)
+each_arch = pytest.mark.parametrize('spec, arch', [
+    pytest.param(spec, arch, id=f'{name}-{which}') for name, spec in SPECS.items()
+    for which, arch in spec.archs.items()])
+
+
+def each(attribute):
+    """A test for every item of an attribute of each spec: it takes ``spec`` and ``item``."""
+    return pytest.mark.parametrize('spec, item', [
+        pytest.param(spec, item, id=f'{name}-{i}') for name, spec in SPECS.items()
+        for i, item in enumerate(getattr(spec, attribute))])
+
+
+@pytest.fixture(autouse=True)
+def registered(request):
+    """The family of the test is among those of the package."""
+    spec = request.node.callspec.params.get('spec') if hasattr(request.node, 'callspec') else None
+    if spec is None or spec.family.name in FAMILIES:
+        yield
+        return
+    register_family(spec.family)
+    yield
+    unregister_family(spec.family)

@@ -1,0 +1,232 @@
+"""The files of a family, run on its models and ops."""
+
+import copy
+import functools
+import pickle
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from _parity.case import GRADIENTS, CaseRun
+from _parity.report import Report, Row
+from _parity.weights import (
+    OfficialNames,
+    build,
+    convert_names,
+    find_tensor,
+    load,
+    load_state,
+    official_shapes,
+)
+from vmamba_mm.checkpoints.formats import read_content
+from vmamba_mm.errors import UserError
+from vmamba_mm.families import Family
+from vmamba_mm.families.parity import Build, Call, Options, Subject
+
+DTYPES = dict(fp64=torch.float64, fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
+
+
+def read_numbers(path: Path) -> Any:
+    """What a file of expected numbers holds.
+
+    Raises:
+        UserError: if it is no file of tensors and plain values.
+    """
+    try:
+        return torch.load(path, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as err:
+        raise UserError(f'cannot be read: {str(err).splitlines()[0]}') from err
+
+
+class Runner:
+    """Runs the cases of the files of one family.
+
+    Args:
+        family: one with a ``parity``.
+        device: 'cpu', 'cuda', ...
+        dtype, dtype_of_ops: keys of ``DTYPES``.
+    """
+
+    def __init__(self, family: Family, device: str, dtype: str, dtype_of_ops: str):
+        self.family, self.parity, self.device = family, family.parity, device
+        self.dtype, self.dtype_of_ops = dtype, dtype_of_ops
+
+    # --- models -------------------------------------------------------------------------------
+
+    def check_model(self, path: Path, given: Mapping[str, Any],
+                    expected: Mapping[str, Any]) -> list[Row]:
+        """The rows of a checkpoint and its cases.
+
+        Args:
+            given: what is in NAME.json.
+            expected: what is in NAME.expected.pt.
+        """
+        report = Report(path.name, self.parity, self.device, self.dtype)
+        outside = {k: v for k, v in {**expected, **given}.items() if k not in ('cases', 'note')}
+        options = Options(outside)
+        with report.catch('', 'model'):
+            subject = self.parity.subject(path.name, options)
+            self._check_cases(report, path, subject, expected)
+            known = {*options, subject.initial, *subject.loaded.values()}
+            for key in sorted(set(outside) - known):
+                if not report.omits('', key):
+                    report.fail('', key, 'is not compared: unknown')
+            for key in options.unread():
+                report.fail('', key, 'is an option that the family does not know')
+        return report.rows
+
+    def _check_cases(self, report, path, subject, expected):
+        cases, content = expected.get('cases') or [], read_content(path)
+        if subject.has_cases and not cases:
+            report.lack('', 'cases', 'there are none')
+        shapes = official_shapes(cases, content)
+        for name in [name for name, shape in shapes.items() if shape is None]:
+            report.fail('', name, 'the checkpoint has no such weight')
+            del shapes[name]
+        convert = functools.partial(convert_names, self.family, subject)
+        models, names = {}, {}
+        for variant, spec in _variants(subject):
+            model = build(spec)
+            if subject.initial:
+                state = convert(expected[subject.initial], model.state_dict())
+                model.load_state_dict(state, strict=False)
+            load(model, self.family, subject, path)
+            models[variant] = model.to(self.device, DTYPES[self.dtype]).eval()
+            names[variant] = OfficialNames(model, convert, shapes)
+        state = models[''].state_dict()
+        for name, key in subject.loaded.items():
+            report.compare('', name, state.get(name), find_tensor([expected, content], key))
+        for number, case in enumerate(cases):
+            self._check_case(report, _label(number, case), case, subject, models, names,
+                             DTYPES[self.dtype])
+        if cases and not any(k.startswith('grad_params') for case in cases for k in case):
+            report.lack('', 'gradients', 'no case has any')
+
+    # --- ops and layers -----------------------------------------------------------------------
+
+    def check_op(self, path: Path) -> list[Row]:
+        """The rows of a file of op or layer cases."""
+        report = Report(path.name, self.parity, self.device, self.dtype_of_ops)
+        function = self.parity.ops.get(path.name)
+        if function is None:
+            if not report.omits('', path.name):
+                report.fail('', path.name, 'the family knows no op or layer for it')
+            return report.rows
+        with report.catch('', path.name):
+            cases = list(_sections(read_numbers(path)))
+            for section, number, case in cases:
+                label = ' '.join(filter(None, (section, _label(number, case))))
+                with report.catch(label, 'model'):
+                    self._check_op_case(report, label, section, case, function)
+            if not any(key in GRADIENTS for _, _, case in cases for key in _keys(case)):
+                report.lack('', 'gradients', 'no case has any')
+        return report.rows
+
+    def _check_op_case(self, report, label, section, case, function):
+        options = Options(_named(case))
+        subject = function(section, options)
+        state = case[subject.state] if subject.state else {}
+        convert = subject.convert or dict
+        models, names = {}, {}
+        for variant, spec in _variants(subject):
+            model, names[variant] = build(spec), None
+            if isinstance(model, nn.Module):
+                model = model.to(self.device, DTYPES[self.dtype_of_ops]).eval()
+                if subject.state:
+                    load_state(model, convert(state), subject.state)
+                names[variant] = OfficialNames(model, lambda state, own: convert(state),
+                                               official_shapes([case], state))
+            models[variant] = model
+        read = {subject.state, *options} - set(options.unread())
+        self._check_case(report, label, case, subject, models, names,
+                         DTYPES[self.dtype_of_ops], read)
+
+    # --- cases --------------------------------------------------------------------------------
+
+    def _check_case(self, report, label, case, subject, models, names, dtype, read=frozenset()):
+        """Run a case on the model of each variant that it has numbers of.
+
+        Args:
+            models, names: by variant, '' among them.
+            read: options of the case that the subject was made of.
+        """
+        options = Options(_named(case))
+        call = subject.call if isinstance(subject.call, Call) else subject.call(options)
+        read = read | {key for key in options if key not in options.unread()}
+        if isinstance(case.get('inputs'), Mapping):
+            case = {**{k: v for k, v in case.items() if k != 'inputs'}, **case['inputs']}
+        inputs = {*call.args, *call.kwargs}
+        case = {k: v for k, v in case.items()
+                if (k in inputs or k not in read) and not report.omits(label, str(k))}
+        parts = {'': dict(case)}
+        for variant in subject.variants:
+            part = {key.removesuffix(f'_{variant}'): parts[''].pop(key)
+                    for key in _keys(case) if key.endswith(f'_{variant}')}
+            part |= parts[''].pop(variant, {})
+            if part:
+                shared = {*inputs, 'mode', 'zero_grad_params'}
+                if any(key.startswith('grad') for key in part):
+                    shared |= {key for key in _keys(case) if call.owner(key) in call.outputs}
+                parts[variant] = {k: case[k] for k in shared if k in case} | part
+        if len(parts) > 1 and not any(key in parts[''] for key in call.outputs):
+            # All numbers are of variants; what they do not know is in none of them.
+            left = {k: v for k, v in parts.pop('').items()
+                    if not any(k in part for part in parts.values())}
+            for key in sorted(map(str, left)):
+                report.fail(label, key, 'is not compared: unknown')
+        for variant, part in parts.items():
+            model, name = models[variant], f'{label} {variant}'.strip()
+            if variant:
+                part = {k: v for k, v in part.items() if not report.omits(name, k)}
+            if str(part.get('mode', '')).startswith('train'):
+                model = copy.deepcopy(model).train()  # its buffers change
+            run = CaseRun(report, name, part, model, call, names[variant], self.device, dtype)
+            for key in sorted(map(str, set(part) - run.run())):
+                report.fail(name, key, 'is not compared: unknown')
+
+
+def _variants(subject: Subject) -> Iterator[tuple[str, Build]]:
+    yield '', subject.build
+    for variant, kwargs in subject.variants.items():
+        yield variant, Build(subject.build.target, {**subject.build.kwargs, **kwargs})
+
+
+def _label(number, case):
+    """The number of a case, and the first word of what it is called."""
+    word = next((case[k] for k in ('name', 'kind', 'mode') if isinstance(case.get(k), str)), '')
+    return ' '.join([str(number), *word.split()[:1]])
+
+
+def _keys(case):
+    return [key for key in case if isinstance(key, str)]
+
+
+def _named(case):
+    return {key: case[key] for key in _keys(case)}
+
+
+def _sections(content: Any) -> Iterator[tuple[str, int, Mapping[str, Any]]]:
+    """(name, number, case) of a list of cases, of a single one, or of several named parts.
+
+    Raises:
+        UserError: if it is none of these.
+    """
+    if isinstance(content, list):
+        content = {'cases': content}
+    if not isinstance(content, Mapping):
+        raise UserError(f'holds a {type(content).__name__}, not cases')
+    if any(isinstance(value, Tensor) for value in content.values()):
+        yield '', 0, content
+        return
+    for name, part in content.items():
+        section = '' if name == 'cases' else str(name)
+        if isinstance(part, list) and part and all(isinstance(case, Mapping) for case in part):
+            for number, case in enumerate(part):
+                yield section, number, case
+        elif isinstance(part, Mapping):
+            yield section, 0, part
+        elif not isinstance(part, str):  # text describes the file
+            raise UserError(f'{name} is neither a case nor a list of cases')

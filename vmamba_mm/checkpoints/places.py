@@ -1,0 +1,141 @@
+"""Where models of our families lie in a state dict, and bringing them to where ours have them."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from vmamba_mm.errors import UserError
+from vmamba_mm.families import FAMILIES, families_at
+from vmamba_mm.families.base import Family
+from vmamba_mm.families.names import (
+    AVERAGE_COUNTER,
+    THOP_COUNTER,
+    find_places,
+    has_row,
+    is_counter,
+    is_of_trainer,
+    our_rows,
+    outer_wrappers,
+    plain_name,
+)
+
+StateDict = Mapping[str, torch.Tensor]
+
+
+class Place(NamedTuple):
+    """A model in a state dict."""
+
+    prefix: str  #: what stands before the names of its backbone, such as 'backbone.' or ''
+    family: Family
+    is_official: bool  #: whether the names are the official ones
+
+
+def find_models(state_dict: Mapping[str, Any], family: Family | None = None) -> list[Place]:
+    """The models in a state dict, in the order of their prefixes.
+
+    Args:
+        state_dict: whatever wrappers are in its names; they are in no prefix but as ``module.``.
+        family: where a model of this family is meant, all that may be one counts. Without it only
+            weights count that are exactly those of a family (see
+            :func:`vmamba_mm.families.family_of`), and those that have our names, below a prefix,
+            with all that such a model needs, among which a user has put modules of their own.
+
+    Raises:
+        UserError: if two families say that weights are theirs.
+    """
+    weights = {plain_name(k): v for k, v in state_dict.items()
+               if isinstance(k, str) and not is_counter(k)}
+    if family is not None:
+        return [Place(prefix, family, is_official)
+                for prefix, is_official in find_places(family, weights).items()]
+    before = outer_wrappers(weights)
+    inner = {k[len(before):]: v for k, v in weights.items()}
+    found = {**_extended_models(inner), **families_at(inner)}
+    return [Place(before + prefix, f, find_places(f, inner)[prefix])
+            for prefix, f in sorted(found.items())]
+
+
+def guess_models(state_dict: Mapping[str, Any]) -> list[Place]:
+    """As :func:`find_models`, of whatever family has most of the names: for messages alone."""
+    found: dict[str, Place] = {}
+    names = [plain_name(k) for k in state_dict if isinstance(k, str)]
+    for family in FAMILIES.values():
+        for prefix, is_official in find_places(family, names).items():
+            place = Place(prefix, family, is_official)
+            found[prefix] = max((p for p in (found.get(prefix), place) if p),
+                                key=lambda p: _count_known(p, names))
+    return [found[prefix] for prefix in sorted(found)]
+
+
+def _count_known(place, names):
+    below = [k.removeprefix(place.prefix) for k in names if k.startswith(place.prefix)]
+    rows = place.family.rows(below)
+    rows = rows if place.is_official else our_rows(rows)
+    return sum(has_row(k, rows) for k in below)
+
+
+def _extended_models(weights):
+    """{prefix: family} of models by our names that a user has put modules of their own into."""
+    found = {}
+    for family in FAMILIES.values():
+        for prefix, is_official in find_places(family, weights).items():
+            if prefix and not is_official \
+                    and all(prefix + name in weights for name in family.signature):
+                found[prefix] = None if prefix in found else family  # of two: who can tell?
+    return {prefix: family for prefix, family in found.items() if family is not None}
+
+
+# --- moving -----------------------------------------------------------------------------------
+
+def inside(state: StateDict, prefix: str) -> dict[str, torch.Tensor]:
+    """What lies below a prefix, without it."""
+    return {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
+
+
+def unwrap(state_dict: StateDict) -> dict[str, torch.Tensor]:
+    """The weights without what stands before all names, and without the counters of tools."""
+    state = {k: v for k, v in state_dict.items()
+             if not THOP_COUNTER.match(k) and k != 'n_averaged'}
+    return inside(state, outer_wrappers(state))
+
+
+def drop_wrappers(state: StateDict) -> dict[str, torch.Tensor]:
+    """The same weights by their plain names, which must be of one each."""
+    plain = {}
+    for key, value in state.items():
+        if (name := plain_name(key)) in plain:
+            raise UserError(f'{name} is there twice, once as {key}: save one of the two, the '
+                            'compiled (or wrapped) model or the one in it')
+        plain[name] = value
+    return plain
+
+
+def to_top(state: StateDict, prefixes: Iterable[str]) -> StateDict:
+    """Bring the only model, with all that lies beside it, to where our models have it."""
+    prefixes = list(prefixes)
+    if len(prefixes) != 1 or prefixes[0] in ('', 'backbone.'):
+        return state
+    parts = prefixes[0].split('.')[:-1]
+    moved = {k: v for k, v in state.items() if not AVERAGE_COUNTER.match(k)
+             and (k.startswith(f'{parts[0]}.') or not is_of_trainer(k))}
+    for depth in reversed([i for i, part in enumerate(parts) if part == 'module']):
+        # Data-parallel wrappers inside; they are around the neighbours too.
+        moved = {_without_part(k, depth, 'module'): v for k, v in moved.items()}
+        del parts[depth]
+    root = ''.join(f'{part}.' for part in (parts[:-1] if parts[-1:] == ['backbone'] else parts))
+    return inside(moved, root) if all(k.startswith(root) for k in moved) else state
+
+
+def move(state: StateDict, old: str, new: str) -> dict[str, torch.Tensor]:
+    """The weights with a model under another prefix, and its neighbours beside it if they were."""
+    if old.endswith('backbone.') and new.endswith('.backbone.'):
+        old, new = old.removesuffix('backbone.'), new.removesuffix('backbone.')
+    return {new + k[len(old):] if k.startswith(old) else k: v for k, v in state.items()}
+
+
+def _without_part(key, depth, part):
+    parts = key.split('.')
+    if parts[depth:depth + 1] == [part]:
+        del parts[depth]
+    return '.'.join(parts)

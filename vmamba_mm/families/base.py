@@ -1,0 +1,151 @@
+"""What a family is: published architectures, the rules of an ``arch``, the names of weights.
+
+Plain data and functions on names: no module, no mmengine, so that reading and converting a file
+builds no model.
+"""
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vmamba_mm.families.parity import Parity
+
+#: (official name, our name) of a module or a weight. ``#`` stands for a number, a name for itself
+#: and all that begins with it and a dot. Without our name (None) the weight is left out, as buffers
+#: that our model computes.
+Rows = tuple[tuple[str, str | None], ...]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which values a key of an arch may have."""
+
+    allows: Callable[[Any], bool]
+    choices: str  #: for messages, after 'it must be'
+    optional: bool = False  #: whether an arch may lack the key
+
+    def or_absent(self) -> 'Rule':
+        """The same rule for a key that an arch may lack."""
+        return replace(self, optional=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """All that the package knows of a family besides its modules."""
+
+    #: Also the folder of its configs, configs/NAME.
+    name: str
+    #: The class in vmamba_mm.models, and what messages call the family.
+    model: str
+    #: The published architectures by name.
+    archs: Mapping[str, Mapping[str, Any]]
+    #: The keys of an arch, in the order of messages.
+    rules: Mapping[str, Rule]
+    #: Names of the backbone's weights, official and ours. Where a family has variants whose names
+    #: contradict each other, a function that gives the rows of the variant that has these names
+    #: (official or ours).
+    keys: Rows | Callable[[Collection[str]], Rows]
+    #: Our names of weights that every model of the family has, and the models of no other family
+    #: all of. The first is looked for to find where a model lies inside another.
+    signature: tuple[str, ...]
+    #: (weights of a backbone by our names) -> its arch, as a dict. What leaves no trace in names
+    #: and shapes is taken to be as published. Raises KeyError on a name that is absent and
+    #: ValueError on a shape that no model of the family has: then the weights are not its own.
+    infer_arch: Callable[[Mapping[str, Any]], dict[str, Any]]
+    #: Like ``keys``, for names of the backbone's weights that only official classifiers have.
+    classifier_keys: Rows = ()
+    #: Like ``keys``, for weights that our models have beside the backbone, such as ``head.fc``.
+    head_keys: Rows = ()
+    #: Our names of Linear weights that official files may hold as (out, in, 1, 1), as a regular
+    #: expression.
+    linear: str | None = None
+    #: Our names of the first convolutions, which can be adapted to other channels of images.
+    first_convs: tuple[str, ...] = ()
+    #: Checks of a whole arch, after the rules: raises ValueError.
+    check: Callable[[Mapping[str, Any]], None] | None = None
+    #: Of the official code and weights, and where they are.
+    licence: str = ''
+    url: str = ''
+    #: The folder with metafile.yml and the configs, if it is not configs/NAME of this package.
+    configs: Path | None = None
+    #: What tools/check_parity.py needs to compare the family with the official code.
+    parity: Parity | None = None
+
+    def rows(self, names: Collection[str]) -> Rows:
+        """The rows of a backbone, of the variant that has these names (official or ours)."""
+        return self.keys(names) if callable(self.keys) else self.keys
+
+    def all_rows(self, names: Collection[str]) -> Rows:
+        """The same, with those that official classifiers have besides."""
+        return self.classifier_keys + self.rows(names) + self.head_keys
+
+
+def resolve_arch(family: Family, arch: str | Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a named architecture, or a checked copy of a user's dict.
+
+    With the key ``base``, the name of a published architecture, the dict only says what differs
+    from it: ``dict(base='tiny_s1l8', depths=(2, 2, 4, 2))``.
+
+    Raises:
+        ValueError: on an unknown name, unknown or missing keys, or a value that is not allowed.
+    """
+    required = [key for key, rule in family.rules.items() if not rule.optional]
+    optional = [key for key, rule in family.rules.items() if rule.optional]
+    if isinstance(arch, str):
+        if arch not in family.archs:
+            raise ValueError(f'arch={arch!r} does not exist; choose one of '
+                             f'{sorted(family.archs)}, or pass a dict with the keys '
+                             f'{required} (optional: {optional}), or with base=NAME '
+                             'and the keys that differ from it')
+        return dict(family.archs[arch])
+    if not isinstance(arch, Mapping):
+        raise ValueError(f'arch must be a name or a dict, got {type(arch).__name__}; names: '
+                         f'{sorted(family.archs)}')
+    if 'base' in arch:
+        base = arch['base']
+        if not isinstance(base, str) or base not in family.archs:
+            raise ValueError(f"arch['base']={base!r} does not exist; choose one of "
+                             f'{sorted(family.archs)}')
+        arch = {**family.archs[base], **{k: v for k, v in arch.items() if k != 'base'}}
+    unknown = sorted(set(arch) - set(family.rules))
+    missing = sorted(set(required) - set(arch))
+    if unknown or missing:
+        raise ValueError(f'arch has unknown keys {unknown} and lacks {missing}; it must have '
+                         f'the keys {required} and may have {optional}')
+    for key, rule in family.rules.items():
+        if key in arch and not rule.allows(arch[key]):
+            raise ValueError(f'arch[{key!r}]={arch[key]!r} is not allowed; it must be '
+                             f'{rule.choices}')
+    if family.check is not None:
+        family.check(arch)
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in arch.items()}
+
+
+def name_of(family: Family, arch: Mapping[str, Any]) -> str | None:
+    """The published name of a resolved architecture, if it has one."""
+    return next((name for name, settings in family.archs.items() if settings == arch), None)
+
+
+# --- tests of values, for rules ---------------------------------------------------------------
+
+def is_int(value: Any, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+def is_number(value: Any, low: float = -math.inf) -> bool:
+    return (isinstance(value, (int, float)) and not isinstance(value, bool)
+            and math.isfinite(value) and value >= low)
+
+
+def are_ints(value: Any, low: int, length: int) -> bool:
+    return (isinstance(value, (tuple, list)) and len(value) == length
+            and all(is_int(v, low) for v in value))
+
+
+def one_of(*choices: str) -> Rule:
+    """A rule that allows these strings."""
+    *first, last = map(repr, choices)
+    return Rule(lambda v: isinstance(v, str) and v in choices,
+                f'{", ".join(first)} or {last}' if first else last)

@@ -1,0 +1,132 @@
+"""The tasks that the tools know: one entry for each mm* package whose models they train.
+
+A new task is a new entry of :data:`TASKS` and its extra in pyproject.toml. Training, and metrics
+of a test, need no entry: they work for a model of any package on mmengine.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from vmamba_mm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the tools have to know of a task.
+
+    Args:
+        name: as hooks and checkpoints call it.
+        extra: of this package, which installs what the task needs.
+        image: height and width that published FLOPs are of.
+        visualizer: the type that draws a sample; ``ascii_text`` if it has no other letters.
+        draw: draw(visualizer, picture, sample, path, settings) writes one picture.
+        show: show(stock hook) gives the arguments of :class:`vmamba_mm.mm.hooks.DrawHook` that
+            take over the settings of the package's own hook, ``stock_hook``.
+        enable: enable(folder) gives the settings that make another hook draw into a folder.
+        dump: the metric that writes predictions to a ``*.pkl`` file; None where they are label
+            maps, which the evaluator itself writes into a folder.
+        flip_tta: flip_tta(last step of the pipeline) gives the model and the last step of a
+            test-time augmentation by mirror images; None where only the config can say how.
+        loader: what the package's own tools add to every data loader.
+        has_score_threshold: whether ``score_thr`` decides what is drawn.
+    """
+
+    name: str
+    extra: str
+    image: tuple[int, int]
+    visualizer: str
+    draw: Callable[..., None]
+    stock_hook: str
+    show: Callable[[dict], dict]
+    enable: Callable[[str], dict]
+    dump: str | None
+    flip_tta: Callable[[dict], tuple[dict, dict]] | None
+    ascii_text: bool = False
+    has_score_threshold: bool = False
+    loader: dict[str, Any] = field(default_factory=dict)
+
+
+def task_named(name):
+    """The task of a name.
+
+    Raises:
+        UserError: with the list, if there is none.
+    """
+    for task in TASKS.values():
+        if task.name == name:
+            return task
+    raise UserError(f'there is no task {name!r}; known are '
+                    f'{", ".join(repr(task.name) for task in TASKS.values())}')
+
+
+def list_scopes():
+    """The packages of the tasks in words: 'mmpretrain, mmdet and mmseg'."""
+    *first, last = TASKS
+    return f'{", ".join(first)} and {last}'
+
+
+# --- classification -------------------------------------------------------------------------
+
+_OF_THE_HOOK = ('type', 'priority', 'enable', 'draw', 'out_dir', 'test_out_dir', 'backend_args')
+
+
+def _show_classes(hook):
+    settings = {k: v for k, v in hook.items() if k not in (*_OF_THE_HOOK, 'interval')}
+    return dict(interval=hook.get('interval', 5000), settings=settings)
+
+
+def _draw_classes(visualizer, picture, sample, path, settings):
+    from vmamba_mm.mm.text import families
+
+    visualizer.visualize_cls(picture, sample, out_file=path,
+                             **{'text_cfg': dict(family=families('monospace')), **settings})
+
+
+def _flip_classes(pack):
+    return dict(type='AverageClsScoreTTA'), copy.deepcopy(pack)
+
+
+# --- detection and segmentation -------------------------------------------------------------
+
+def _show_samples(hook):
+    found = dict(settings={k: hook[k] for k in ('show', 'wait_time') if k in hook})
+    if 'score_thr' in hook:
+        found['score_thr'] = hook['score_thr']
+    return found
+
+
+def _draw_sample(visualizer, picture, sample, path, settings):
+    visualizer.add_datasample(path, picture, data_sample=sample.cpu(), out_file=path, **settings)
+
+
+def _flip_boxes(pack):
+    """Boxes have to be flipped back, for which a sample must say how it was flipped."""
+    pack = copy.deepcopy(pack)
+    keys = pack.get('meta_keys') or ('img_id', 'img_path', 'ori_shape', 'img_shape',
+                                     'scale_factor')
+    pack['meta_keys'] = tuple(dict.fromkeys((*keys, 'flip', 'flip_direction')))
+    return dict(type='DetTTAModel', tta_cfg=dict(
+        nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)), pack
+
+
+# --- the table ------------------------------------------------------------------------------
+
+TASKS = {
+    'mmpretrain': Task(
+        name='cls', extra='cls', image=(224, 224), visualizer='mmpretrain.UniversalVisualizer',
+        draw=_draw_classes, stock_hook='VisualizationHook', show=_show_classes,
+        enable=lambda folder: dict(enable=True, out_dir=folder), dump='mmengine.DumpResults',
+        flip_tta=_flip_classes,
+        loader=dict(persistent_workers=True, collate_fn=dict(type='default_collate'))),
+    'mmdet': Task(
+        name='det', extra='det', image=(1280, 800), visualizer='mmdet.DetLocalVisualizer',
+        draw=_draw_sample, stock_hook='DetVisualizationHook', show=_show_samples,
+        enable=lambda folder: dict(draw=True), dump='mmdet.DumpDetResults',
+        flip_tta=_flip_boxes, has_score_threshold=True),
+    'mmseg': Task(
+        name='seg', extra='seg', image=(512, 2048), visualizer='mmseg.SegLocalVisualizer',
+        draw=_draw_sample, stock_hook='SegVisualizationHook', show=_show_samples,
+        enable=lambda folder: dict(draw=True), dump=None, flip_tta=None, ascii_text=True),
+}

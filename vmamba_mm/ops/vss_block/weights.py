@@ -1,0 +1,56 @@
+"""The parameters of a VSS block, and ops that have an argument for each of them."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Weights(NamedTuple):
+    """The parameters of a VSS block, in the order of the op's schema: layer, op and launches have
+    them as this tuple. Launches also have the addresses, dtypes and gradients in this form.
+
+    C channels, D inner ones, F hidden ones of the MLP, K = 4 routes, R rank of dt.
+    """
+    norm1: Tensor          # (C)
+    norm1_bias: Tensor     # (C)
+    in_proj: Tensor        # (D, C)
+    conv: Tensor           # (D, 1, 3, 3)
+    x_proj: Tensor         # (K, R + 2, D)
+    dt_projs: Tensor       # (K, D, R)
+    dt_bias: Tensor        # (K, D)
+    A_logs: Tensor         # (K * D, 1)
+    D: Tensor              # (K * D)
+    out_norm: Tensor       # (D)
+    out_norm_bias: Tensor  # (D)
+    out_proj: Tensor       # (C, D)
+    norm2: Tensor          # (C)
+    norm2_bias: Tensor     # (C)
+    fc1: Tensor            # (F, C)
+    fc1_bias: Tensor       # (F)
+    fc2: Tensor            # (C, F)
+    fc2_bias: Tensor       # (C)
+    conv_bias: Tensor | None  # (D)
+
+
+NUM_WEIGHTS = len(Weights._fields)
+
+
+def spread_weights(function: Callable) -> Callable:
+    """Decorator: takes the fields of ``weights`` as arguments of their own, and in its signature
+    names them, as autograd and torch.library need it, which do not look for tensors in a tuple."""
+    signature = inspect.signature(function)
+    first = list(signature.parameters).index('weights')
+    after = first + NUM_WEIGHTS
+
+    @functools.wraps(function)
+    def spread(*args):
+        return function(*args[:first], Weights._make(args[first:after]), *args[after:])
+
+    parameters = list(signature.parameters.values())
+    parameters[first:first + 1] = [parameters[first].replace(name=name, annotation=annotation)
+                                   for name, annotation in Weights.__annotations__.items()]
+    spread.__signature__ = signature.replace(parameters=parameters)
+    return spread

@@ -1,0 +1,218 @@
+"""What was published of each family: models, weights, numbers, configs.
+
+``configs/<family>/metafile.yml`` is the only home of these facts, in the form of OpenMMLab's model
+index (Collections and Models). Everything else that names a published file or number reads it here:
+weights by name, the names of timm and mmpretrain, the tables of ``tools/tables.py``, the messages
+that say which config fits a file.
+"""
+
+import difflib
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vmamba_mm.errors import UserError
+from vmamba_mm.links import CONFIGS
+
+#: Before a name of :func:`find`, in place of the address of a checkpoint.
+SCHEME = 'vmamba_mm://'
+#: Tasks as the model index calls them -> as ``tools/`` and the checkpoints do.
+TASKS = {'Image Classification': 'cls', 'Object Detection': 'det', 'Instance Segmentation': 'det',
+         'Semantic Segmentation': 'seg'}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was published of a model on one task: ``metrics`` by their names, in percent."""
+
+    task: str
+    dataset: str
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One published model.
+
+    Attributes:
+        name: unique in the zoo: that of its config, unless two files share one.
+        family: the folder of ``configs/``.
+        arch: a published architecture of the family.
+        task: 'cls', 'det', 'seg': a value of :data:`TASKS`.
+        config: ``configs/<family>/NAME.py``, relative to the repository; see ``path``.
+        root: the folder that ``config`` is relative to.
+        weights: the address of the file, or None where it was not published.
+        sha256: of that file, where it is known.
+        parameters: a count; exact for classifiers, as rounded by the authors for the others.
+        flops: of one image of the size in the paper, where a multiply-add counts once.
+        results: as published, one for each task and data set.
+        tag: tells the weights of one architecture apart, as timm's names do
+            (``vmamba_tiny_s1l8.in1k``); None for what is no classifier.
+        pretrained: of a detector or segmentor, the classifier that it started from, as
+            ``family/arch.tag``.
+        metadata: all that the metafile has under 'Metadata', with what the collection has there.
+        collection: what the models of one paper and task share: 'Name', 'Metadata', 'Paper',
+            'Code' and so on.
+    """
+
+    name: str
+    family: str
+    arch: str
+    task: str
+    config: str
+    root: Path
+    weights: str | None
+    sha256: str | None
+    parameters: int | None
+    flops: int | None
+    results: tuple[Result, ...]
+    tag: str | None
+    pretrained: str | None
+    metadata: Mapping[str, Any]
+    collection: Mapping[str, Any]
+
+    @property
+    def path(self) -> Path:
+        """Where the config lies, in a checkout as in an installed package."""
+        return self.root / self.config
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """All published numbers; those of several data sets have the data set in their names."""
+        several = len({result.dataset for result in self.results}) > 1
+        return {f'{result.dataset} {name}' if several else name: value
+                for result in self.results for name, value in result.metrics.items()}
+
+    @property
+    def dataset(self) -> str:
+        """The first data set that it was measured on."""
+        return self.results[0].dataset
+
+    @property
+    def source(self) -> str:
+        """``vmamba_mm://`` and a name of :func:`find`, for whatever takes a checkpoint."""
+        return SCHEME + (f'{self.family}/{self.arch}.{self.tag}' if self.tag else self.name)
+
+
+def entries(family: str | None = None, arch: str | None = None,
+            task: str | None = None) -> list[Entry]:
+    """The published models, in the order of the metafiles; each argument leaves only its own."""
+    return [e for e in _all_entries() if family in (None, e.family) and arch in (None, e.arch)
+            and task in (None, e.task)]
+
+
+def config_for(family: str, arch: str, task: str) -> str | None:
+    """The config of the first published model of this kind, relative to the repository."""
+    return next((e.config for e in entries(family, arch, task)), None)
+
+
+def find(name: str) -> Entry:
+    """The published model of a name.
+
+    Args:
+        name: an entry's, such as 'vmamba-tiny-s1l8_8xb128_in1k-224', or 'family/arch' for the
+            first published classifier of an architecture, or 'family/arch.tag' for another.
+
+    Raises:
+        UserError: if there is none, with the names that are like it.
+    """
+    names = _by_name()
+    if name not in names:
+        near = difflib.get_close_matches(name, names, 3) or [n for n in names if '/' in n][:3]
+        raise UserError(f'the zoo has no {name!r}; names are for example '
+                        f'{", ".join(map(repr, near))} (vmamba_mm.zoo.entries() has all)')
+    return names[name]
+
+
+def weights_of(source: str) -> str:
+    """The address of published weights, of ``vmamba_mm://NAME``.
+
+    Raises:
+        UserError: if the zoo has no such name, or nothing was published under it.
+    """
+    entry = find(source.removeprefix(SCHEME))
+    if entry.weights is None:
+        raise UserError(f'{source}: the weights of {entry.name} were not published')
+    return entry.weights
+
+
+def read_metafile(path: Path) -> list[Entry]:
+    """The entries of one ``<root>/configs/<family>/metafile.yml``.
+
+    Raises:
+        UserError: if it lacks something or has what the zoo does not know, with file and model.
+    """
+    # libyaml's loader is ten times as fast; not every build of PyYAML has it.
+    loader = getattr(yaml, 'CSafeLoader', yaml.SafeLoader)
+    content = yaml.load(path.read_text(encoding='utf-8'), loader)
+    collections = {c['Name']: c for c in content['Collections']}
+    found = []
+    for model in content['Models']:
+        try:
+            found.append(_read_entry(model, collections, path))
+        except KeyError as err:
+            raise UserError(f'{path}: {model.get("Name", "a model without a name")} lacks {err}, '
+                            'or names what is not there') from err
+    return found
+
+
+def register_configs(folder: Path) -> None:
+    """Let the metafile of a folder outside the package, a family of your own, join the zoo.
+
+    Args:
+        folder: ``<root>/configs/<family>``; paths in its metafile are relative to the root.
+    """
+    _outside.append(Path(folder) / 'metafile.yml')
+    _forget()
+
+
+def unregister_configs(folder: Path) -> None:
+    """Undo :func:`register_configs`."""
+    _outside.remove(Path(folder) / 'metafile.yml')
+    _forget()
+
+
+def _forget() -> None:
+    _all_entries.cache_clear()
+    _by_name.cache_clear()
+
+
+_outside: list[Path] = []
+
+
+@functools.cache
+def _all_entries() -> tuple[Entry, ...]:
+    paths = [*sorted(CONFIGS.glob('*/metafile.yml')), *_outside]
+    return tuple(entry for path in paths for entry in read_metafile(path))
+
+
+@functools.cache
+def _by_name() -> dict[str, Entry]:
+    names: dict[str, Entry] = {}
+    for e in _all_entries():
+        if e.name in names:
+            raise UserError(f'the zoo has two models called {e.name!r}')
+        names[e.name] = e
+        if e.tag:
+            names.setdefault(f'{e.family}/{e.arch}', e)
+            names[f'{e.family}/{e.arch}.{e.tag}'] = e
+    return names
+
+
+def _read_entry(model: Mapping[str, Any], collections: Mapping[str, Any], path: Path) -> Entry:
+    collection = collections[model['In Collection']]
+    metadata = {**collection.get('Metadata', {}), **model['Metadata']}
+    results = tuple(Result(r['Task'], r['Dataset'], r['Metrics']) for r in model['Results'])
+    tasks = {TASKS[result.task] for result in results}
+    if len(tasks) != 1:
+        raise UserError(f'{path}: {model["Name"]} has results of several tasks, {sorted(tasks)}')
+    return Entry(
+        name=model['Name'], family=path.parent.name, arch=metadata['Arch'], task=tasks.pop(),
+        config=model['Config'], root=path.parents[2], weights=model.get('Weights'),
+        sha256=metadata.get('SHA-256'), parameters=metadata.get('Parameters'),
+        flops=metadata.get('FLOPs'), results=results, tag=metadata.get('Tag'),
+        pretrained=metadata.get('Pretrained'), metadata=metadata, collection=collection)
