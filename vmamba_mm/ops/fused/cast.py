@@ -14,7 +14,7 @@ FIELDS = 'P' * (_MOST + 1) + 'i' * (3 * _MOST + 1)  # of the kernels' struct
 
 
 def cast_instance(type_: str) -> Instance:
-    return Instance('cast.cu', f'cast<{type_}>', FIELDS)
+    return Instance('fused/cast.cu', f'cast<{type_}>', FIELDS)
 
 
 def plan_cast(sizes: Sequence[int], dtypes: Sequence[torch.dtype]

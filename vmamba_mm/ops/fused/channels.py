@@ -23,7 +23,7 @@ def why_not_channels(x: Tensor, dim: int, others: tuple[Tensor | None, ...]) -> 
 
 
 def sum_instance() -> Instance:
-    return Instance('sum_parts.cu', 'sum_parts', 'P' * (3 * _MOST) + 'i' * (5 * _MOST))
+    return Instance('fused/sum_parts.cu', 'sum_parts', 'P' * (3 * _MOST) + 'i' * (5 * _MOST))
 
 
 @cached

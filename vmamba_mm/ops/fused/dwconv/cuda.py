@@ -18,12 +18,12 @@ def why_not(x_BHWD: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
 
 def forward_instance(type_: str, forward: bool) -> Instance:
     """``forward``, or the gradient by the input."""
-    return Instance('dwconv.cu', f'dwconv<{type_}, {str(forward).lower()}, {_ROWS}>',
+    return Instance('fused/dwconv.cu', f'dwconv<{type_}, {str(forward).lower()}, {_ROWS}>',
                     _PIXELS + 'PPPiiii')
 
 
 def backward_instance(type_: str) -> Instance:
-    return Instance('dwconv_bwd.cu', f'dwconv_bwd<{type_}, {_ROWS_BACK}>',
+    return Instance('fused/dwconv_bwd.cu', f'dwconv_bwd<{type_}, {_ROWS_BACK}>',
                     _PIXELS + 'PPPPPiiii')
 
 

@@ -20,7 +20,7 @@ def why_not(x: Tensor, *parameters: Tensor) -> str | None:
 
 
 def gelu_instance(type_: str) -> Instance:
-    return Instance('gelu.cu', f'gelu_map<{type_}>', 'PPq')
+    return Instance('fused/gelu.cu', f'gelu_map<{type_}>', 'PPq')
 
 
 @cached
@@ -32,7 +32,8 @@ def gelu_launch(index, dtype, size):
 
 
 def column_instance(type_: str, gelu: bool) -> Instance:
-    return Instance('column_sums.cu', f'column_sums<{type_}, {str(gelu).lower()}>', 'P' * 5 + 'ii')
+    return Instance('fused/column_sums.cu', f'column_sums<{type_}, {str(gelu).lower()}>',
+                    'P' * 5 + 'ii')
 
 
 @cached

@@ -34,7 +34,7 @@ def why_not(x_BCHW: Tensor, out_dtype: torch.dtype, weight: Tensor, *others: Ten
 
 def stem_instance(image_type: str, type_: str, channels: int) -> Instance:
     """``channels`` of a thread."""
-    return Instance('stem.cu', f'stem<{image_type}, {type_}, {channels}>',
+    return Instance('fused/stem.cu', f'stem<{image_type}, {type_}, {channels}>',
                     'PqiiiPPPPPfiiiiiii')
 
 
