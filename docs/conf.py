@@ -6,6 +6,7 @@ of the package is imported, and neither torch nor a GPU is needed.
 """
 
 import re
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,8 +32,10 @@ python_maximum_signature_line_length = 88
 
 nitpicky = True
 # Types that are documented elsewhere: looking them up would need the network.
-nitpick_ignore_regex = [('py:class', r'(collections|os|pathlib|torch|timm)\..*'),
-                        ('py:class', r'(vmamba_mm\..*\.)?(Backend|Order|StateDict)')]
+nitpick_ignore_regex = [
+    ('py:class', rf'({"|".join(sys.stdlib_module_names)}|torch|timm)\..*'),
+    ('py:class', r'(vmamba_mm\..*\.)?(Backend|Order|StateDict)'),  # abbreviations of types
+]
 
 html_theme = 'furo'
 html_title = 'vmamba_mm'

@@ -148,10 +148,9 @@ def _block_of(spec, model):
 def test_drop_path(spec, arch):
     """Off where the rate is 0, at evaluation, and in the first block; it grows to the last."""
     torch.manual_seed(0)
-    x = torch.randn(8, 3, 32, 32)
+    x = torch.randn(8, 3, 8, 8)
     model = spec.model(arch, drop_path_rate=0.9).train()
-    outs = [model(x)[-1] for _ in range(3)]
-    assert not all(torch.equal(outs[0], out) for out in outs)
+    assert not torch.equal(model(x)[-1], model(x)[-1])
     for other in (model.eval(), spec.model(arch).train()):
         assert torch.equal(other(x)[-1], other(x)[-1])
     rates = {}

@@ -325,6 +325,22 @@ def test_one_of_several_processes_downloads(server, body):
     assert server.seen == ['/a.pth']
 
 
+def test_long_downloads_show_their_progress(server, body, monkeypatch, capsys):
+    """On a terminal; a log would be full of bars."""
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
+    long = bytes(21 << 20)
+    for path, content, is_shown in (('/short.pth', body, False), ('/long.pth', long, True)):
+        server.answers[path] = (200, content, len(content))
+        fetch(f'{server.url}{path}')
+        out, err = capsys.readouterr()
+        assert out.startswith(f'Downloading {server.url}{path} to ')
+        assert ('21.0M/21.0M' in err) == is_shown
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: False)
+    server.answers['/other.pth'] = (200, long, len(long))
+    fetch(f'{server.url}/other.pth')
+    assert not capsys.readouterr().err
+
+
 # --- a full disk ----------------------------------------------------------------------------
 
 @pytest.fixture

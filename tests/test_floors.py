@@ -17,7 +17,7 @@ FLOORS = {
     'ops': ('torch', 'triton', 'cuda'),  # torch brings the two others, or ops do without
     'layers': ('torch',),
     'families': (),
-    'checkpoints': ('torch', 'numpy', 'safetensors'),
+    'checkpoints': ('torch', 'filelock', 'numpy', 'safetensors'),
     'models': ('torch', 'mmengine'),
     'mm': ('torch', 'numpy', 'matplotlib', 'cv2', 'PIL', 'mmengine', 'mmcv', 'mmpretrain', 'mmdet'),
     'integrations': ('torch', 'yaml', 'timm', 'mmpretrain'),

@@ -81,8 +81,8 @@ class Ripple(Backbone):
 
     def forward_stages(self, x, indices):
         patch = self.arch['patch_size']
-        height, width = x.shape[2:]
-        x = self.patch_embed(F.pad(x, (0, -width % patch, 0, -height % patch)))
+        height, width = ((side + patch - 1) // patch * patch - side for side in x.shape[2:])
+        x = self.patch_embed(F.pad(x, (0, width, 0, height)))
         batch, dim, height, width = x.shape
         x = x.permute(0, 2, 3, 1) + _resize(self.pos_embed, height, width)
         x, maps = x.reshape(batch, height * width, dim), []

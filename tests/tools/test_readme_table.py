@@ -18,7 +18,7 @@ def tool(load_tool):
 
 @pytest.fixture
 def files(tool, tmp_path):
-    """CSV files of both benches, and a README."""
+    """CSV files of both benches, a page for all tables, and a README for the first."""
     report, steps = tool.report, tool.steps
     nothing = dict.fromkeys(report.NUMBERS, report.NAN)
     rows = {
@@ -30,8 +30,9 @@ def files(tool, tmp_path):
     row = {**dict.fromkeys(steps.NUMBERS, report.NAN), 'ms': 111.4, 'peak_gib': 5.07,
            'device': 'a GPU', 'torch': '2.9', 'mm': 'mmdet 3', 'shrink': '1', 'problem': ''}
     steps.SHEET.write(tmp_path / 'b.csv', {steps.Case('swin_t', 'upernet', 'fp16'): row})
-    (tmp_path / 'README.md').write_text(f'before\n{tool.BEGIN}old\n{tool.END}after\n')
-    return [str(tmp_path / name) for name in ('a.csv', 'b.csv', 'README.md')]
+    for name, place in (('page.md', tool.ALL), ('README.md', tool.FIRST)):
+        (tmp_path / name).write_text(f'before\n<!-- {place} -->\nold\n<!-- /{place} -->\nafter\n')
+    return [str(tmp_path / name) for name in ('a.csv', 'b.csv', 'page.md', 'README.md')]
 
 
 def call(tool, monkeypatch, *argv):
@@ -40,23 +41,25 @@ def call(tool, monkeypatch, *argv):
 
 
 def test_tables(tool, files, monkeypatch):
-    models, steps, readme = files
-    call(tool, monkeypatch, '--models', models, '--steps', steps, '--readme', readme)
-    text = Path(readme).read_text()
-    assert text.startswith(f'before\n{tool.BEGIN}\na GPU, torch 2.9, timm 1.0, fp16 autocast')
-    assert text.endswith(f'\n{tool.END}after\n') and 'old' not in text
+    models, steps, page, readme = files
+    call(tool, monkeypatch, '--models', models, '--steps', steps, '--readme', page, readme)
+    text, short = Path(page).read_text(), Path(readme).read_text()
+    assert text.startswith('before\n<!-- performance -->\n\na GPU, torch 2.9, timm 1.0, fp16 ')
+    assert text.endswith('\n<!-- /performance -->\nafter\n') and 'old' not in text
     assert '| inference, images/s | 11,731 | - | - |\n' in text
     assert '| `tiny_s1l8` | 11,731 | 3,237 | 6.43 |\n| ConvNeXt-B | 2,000 | - | - |\n' in text
     assert '| UperNet 512x512 b4, fp16 | - | 111 ms, 5.07 GiB | - |\n' in text
     assert 'compiled' not in text and 'Mask R-CNN' not in text  # not measured
+    assert short.startswith('before\n<!-- speed -->\n\na GPU, torch 2.9') and 'old' not in short
+    assert '| inference, images/s | 11,731 | - | - |\n' in short and 'ConvNeXt-B' not in short
 
 
 def test_mistakes(tool, files, monkeypatch):
-    models, steps, readme = files
+    models, steps, page, readme = files
     other = Path(steps).read_text().replace('a GPU', 'another')
     Path(steps).write_text(other)
     with pytest.raises(UserError, match='device a GPU and another'):
-        call(tool, monkeypatch, '--models', models, '--steps', steps, '--readme', readme)
+        call(tool, monkeypatch, '--models', models, '--steps', steps, '--readme', page)
     Path(readme).write_text('nothing')
     with pytest.raises(UserError, match='has no lines <!-- performance -->'):
         call(tool, monkeypatch, '--models', models, '--readme', readme)

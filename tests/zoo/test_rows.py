@@ -5,7 +5,8 @@ import torch
 from leaves import LEAVES, entry_of
 from official import classifier_state, dense_state
 
-from vmamba_mm.checkpoints.names import differences, infer_arch, infer_task, to_mm
+from vmamba_mm.checkpoints.compare import differences
+from vmamba_mm.checkpoints.names import infer_arch, infer_task, to_mm
 
 
 @pytest.mark.parametrize('leaf', [leaf for leaf in LEAVES if entry_of(leaf).family == 'vmamba'])

@@ -32,7 +32,8 @@ EXAMPLES = """\
   python tools/analysis/small_data.py --data data/flowers --epochs 100 --size 128 --cuda-graphs
   python tools/analysis/small_data.py --data data/demo/imagenet --size 32 --embed-dims 16 \\
       --depths 1 1 1 1 --epochs 2 --batch-size 64 --seeds 0 --device cpu
-  python tools/analysis/small_data.py --results work_dirs/small_data --report docs/small_data.md"""
+  python tools/analysis/small_data.py --results work_dirs/small_data \\
+      --report docs/analyses/small_data.md"""
 
 SETTINGS = ('seeds', 'size', 'batch_size', 'lr', 'embed_dims', 'depths', 'conv_kernel', 'dtype',
             'cuda_graphs')  # options that are kept as they are

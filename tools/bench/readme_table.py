@@ -1,7 +1,9 @@
-"""Write the performance tables of README.md from what end_to_end.py and dense_steps.py measured.
+"""Write the tables of README.md and docs/performance.md from what end_to_end.py and dense_steps.py
+measured.
 
-What stands between the lines "<!-- performance -->" and "<!-- /performance -->" is replaced; the
-rows of all files must be of one device and torch.
+What stands between the lines "<!-- speed -->" and "<!-- /speed -->" is replaced by the first table,
+and between "<!-- performance -->" and "<!-- /performance -->" by all of them. The rows of all CSV
+files must be of one device and torch.
 """
 
 import math
@@ -17,7 +19,7 @@ from vmamba_mm.errors import UserError
 from vmamba_mm.mm import cli
 
 EXAMPLES = '''  python tools/bench/readme_table.py --models a.csv b.csv --steps steps.csv'''
-BEGIN, END = '<!-- performance -->\n', '<!-- /performance -->\n'
+ALL, FIRST = 'performance', 'speed'  # the places in a file
 TINY = {'tiny_s1l8': 'VMamba-T (`tiny_s1l8`)', 'swin_t': 'Swin-T', 'convnext_t': 'ConvNeXt-T'}
 PEERS = {name: f'{family}-{size[0].upper()}' for family in ('Swin', 'ConvNeXt')
          for size, name in FAMILIES[family].items()}
@@ -75,13 +77,20 @@ def step_table(rows):
         for task in ('mask-rcnn', 'upernet') for precision in ('fp32', 'fp16')])
 
 
-def write(path, text):
-    """Replace what stands between the marks in the file."""
-    before, found, rest = path.read_text(encoding='utf-8').partition(BEGIN)
-    _, ended, after = rest.partition(END)
-    if not (found and ended):
-        raise UserError(f'{path} has no lines {BEGIN.strip()} and {END.strip()}')
-    write_atomic(''.join([before, BEGIN, text, END, after]).encode(), path)
+def write(path, texts):
+    """Replace what stands between the marks of the places that the file has."""
+    content = path.read_text(encoding='utf-8')
+    has_place = False
+    for place, text in texts.items():
+        begin, end = f'<!-- {place} -->\n', f'<!-- /{place} -->\n'
+        before, found, rest = content.partition(begin)
+        _, ended, after = rest.partition(end)
+        if found and ended:
+            content, has_place = ''.join([before, begin, text, end, after]), True
+    if not has_place:
+        raise UserError(f'{path} has no lines ' + ' or '.join(
+            f'<!-- {place} --> and <!-- /{place} -->' for place in texts))
+    write_atomic(content.encode(), path)
 
 
 def main():
@@ -89,7 +98,9 @@ def main():
     parser.add_argument('--models', nargs='+', required=True, metavar='CSV',
                         help='of end_to_end.py')
     parser.add_argument('--steps', nargs='+', default=[], metavar='CSV', help='of dense_steps.py')
-    parser.add_argument('--readme', type=Path, default=Path('README.md'), metavar='FILE')
+    parser.add_argument('--readme', nargs='+', type=Path, metavar='FILE',
+                        default=[Path('README.md'), Path('docs/performance.md')],
+                        help='where to write them (default: README.md docs/performance.md)')
     cli.add_traceback_option(parser)
     args = parser.parse_args()
     rows, step_rows = {}, {}
@@ -104,8 +115,9 @@ def main():
              f'autocast and eager unless said.\n', tiny_table(rows), model_table(rows)]
     if step_rows:
         parts.append(step_table(step_rows))
-    write(args.readme, '\n'.join(['', *parts, '']))
-    print(f'wrote the tables of {args.readme}')
+    for path in args.readme:
+        write(path, {ALL: '\n'.join(['', *parts, '']), FIRST: '\n'.join(['', *parts[:2], ''])})
+        print(f'wrote the tables of {path}')
 
 
 if __name__ == '__main__':

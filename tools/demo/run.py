@@ -37,7 +37,7 @@ class Demo:
         config, part: the config, and the part of the demo set that it reads.
         images, every: a pattern of the images to predict, of which each so manyth is taken.
         floors: the metrics that CI checks, and the least that they must reach. They leave room
-            below what the demo reaches: see configs/demo and the README.
+            below what the demo reaches: see configs/demo and docs/demos.md.
         chance: what a model without training would reach, in words.
         from_classifier: whether it starts from the classifier of the demo 'cls'.
         needs_operators: whether it needs mmcv's compiled operators.

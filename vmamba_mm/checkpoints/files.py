@@ -1,18 +1,19 @@
 """Checkpoint files: read without running their code, downloaded once."""
 
-import contextlib
 import functools
 import hashlib
 import http.client
 import json
 import os
 import re
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import filelock
 import torch
 
 from vmamba_mm.atomic import atomic_file, write_atomic
@@ -30,6 +31,7 @@ _KEYS = ('model_ema', 'state_dict_ema', 'ema_state_dict', 'state_dict', 'model',
 _AVERAGED = re.compile(r'(?:^|[_.])(?:ema|swa|avg|averaged?)(?:[_.]|$)')
 _CHUNK = 1 << 20
 _TIMEOUT = 60  # seconds without a byte
+_LONG = 20 << 20  # bytes of a download that shows its progress
 
 
 # --- reading --------------------------------------------------------------------------------
@@ -211,7 +213,7 @@ def fetch(source: str | os.PathLike) -> Path:
     folder = Path(torch.hub.get_dir(), 'checkpoints', 'vmamba_mm')
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f'{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}'
-    with _lock(path.with_name(f'{path.name}.lock')):
+    with filelock.FileLock(path.with_name(f'{path.name}.lock')):
         if not _is_recorded(path, url):
             print(f'Downloading {url} to {path}', flush=True)
             _download(url, path)
@@ -221,18 +223,6 @@ def fetch(source: str | os.PathLike) -> Path:
 def _quote(url):
     """The official release tags begin with '#', which would cut the address off there."""
     return urllib.request.quote(url, safe="/:?&=%+@,;!$'()*~[]")
-
-
-@contextlib.contextmanager
-def _lock(path):
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with open(path, 'w') as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield
 
 
 def _record_of(path):
@@ -262,16 +252,26 @@ def sha256_of(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
+def _progress(length):
+    """A bar as of ``torch.hub``, for a download that one waits for; logs get none."""
+    total = int(length) if length is not None else None
+    is_long = total is None or total >= _LONG
+    return torch.hub.tqdm(total=total, unit='B', unit_scale=True, unit_divisor=1024,
+                          disable=not (is_long and sys.stderr.isatty()))
+
+
 def _download(url, path):
     digest = hashlib.sha256()
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer, atomic_file(path) as f:
             expected = answer.headers.get('Content-Length')
-            while chunk := answer.read(_CHUNK):
-                if not f.tell():
-                    refuse_text(chunk, url)
-                f.write(chunk)
-                digest.update(chunk)
+            with _progress(expected) as bar:
+                while chunk := answer.read(_CHUNK):
+                    if not f.tell():
+                        refuse_text(chunk, url)
+                    f.write(chunk)
+                    digest.update(chunk)
+                    bar.update(len(chunk))
             size = f.tell()
             if not size or expected is not None and size != int(expected):
                 raise UserError(f'the download of {url} broke off after {size} of '

@@ -14,6 +14,7 @@ from vmamba_mm.ops.ss2d_scan.patterns import check_scan
 # What torch.fx records as it is, since it looks at shapes.
 torch.fx.wrap('dwconv_silu')
 torch.fx.wrap('scan_norm')
+torch.fx.wrap('_state_matrix')
 
 NUM_ROUTES = 4
 _ACTS = {'silu': F.silu, 'gelu': F.gelu, 'relu': F.relu}
@@ -91,11 +92,14 @@ class SS2D(nn.Module):
 
     def _scan_and_norm(self, x: Tensor) -> Tensor:
         norm, is_fused = self.out_norm, is_plain(self.out_norm, LayerNorm)
-        # The rounding errors of a half would grow in exp; fp64 keeps all its digits.
-        A_logs = self.A_logs if self.A_logs.dtype == torch.float64 else self.A_logs.float()
         y_BDHW = scan_norm(
             x.permute(0, 3, 1, 2), self.x_proj_weight, self.dt_projs_weight, self.dt_projs_bias,
-            -torch.exp(A_logs), self.Ds, *(
+            _state_matrix(self.A_logs), self.Ds, *(
                 (norm.weight, norm.bias, norm.eps) if is_fused else (None, None)), scan=self.scan)
         y = y_BDHW.permute(0, 2, 3, 1)
         return y if is_fused else norm(y).to(x.dtype)
+
+
+def _state_matrix(A_logs: Tensor) -> Tensor:
+    """A = -exp(A_logs), in fp32 at least: the rounding errors of a half would grow in exp."""
+    return -torch.exp(A_logs if A_logs.dtype == torch.float64 else A_logs.float())

@@ -49,13 +49,14 @@ class Implementation:
             that does not ``save``, only what are arguments) to the gradients by the op's tensors.
         why_not: from the op's arguments to what keeps it from taking them, or None. An
             implementation without it takes everything, on every device.
-        saves: whether the forward keeps more than arguments for the backward.
+        saves: whether the forward keeps more than arguments for the backward; or, from the op's
+            arguments, whether it does for them.
     """
 
     forward: Callable
     backward: Callable | None = None
     why_not: Callable[..., str | None] | None = None
-    saves: bool = False
+    saves: bool | Callable[..., bool] = False
 
 
 @dataclass(frozen=True)
@@ -173,10 +174,11 @@ def define_op(name: str, schema: str, *, reference: Callable, fake: Callable,
                 if args[i] is not None and args[i].requires_grad:
                     wants = True
                     break
+        save = wants and (chosen[2](*args) if callable(chosen[2]) else chosen[2])
         if named:
             args = (*args, chosen[0])
         if saving:
-            args = (*args, wants and chosen[2])
+            args = (*args, save)
         found = dispatch(*args) if is_watched(args) else run_eagerly(wants, *args)
         if is_single:
             return found

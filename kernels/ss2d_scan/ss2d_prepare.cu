@@ -1,7 +1,7 @@
 // The parameters of ss2d_scan as its forward takes them, in one launch: x_proj_weight with the rows
 // of a route padded and reordered, dt_projs_weight as fragments of the tensor cores, and fp32. Its
 // last blocks round other parameters, if there are any, to half precision.
-#include "cast.cuh"
+#include "common/cast.cuh"
 
 struct Params {
     const void *x_weight;   // (K, R + 2, D)

@@ -1,5 +1,5 @@
 // x + scale * branch, and its LayerNorm over the channels.
-#include "norm.cuh"
+#include "common/norm.cuh"
 
 struct Params {
     const void *x;                // (M, D) of X

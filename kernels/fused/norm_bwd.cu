@@ -1,5 +1,5 @@
 // Backward of a LayerNorm, and of the sum that came before it.
-#include "common.cuh"
+#include "common/common.cuh"
 
 struct Params {
     const void *grad;             // (M, D) of G, by the norm's output

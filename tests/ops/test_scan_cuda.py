@@ -1,4 +1,4 @@
-"""The "walk" kernels of ss2d_scan and selective_scan: y and every gradient against fp64."""
+"""The kernels in kernels/scan, which ss2d_scan and selective_scan share, against fp64."""
 
 import pytest
 import torch
@@ -47,8 +47,8 @@ def make(batch, dim, height, width, state, routes, rank, dtype=torch.float32, de
 
 
 @pytest.fixture
-def cut_walks(monkeypatch):
-    """Every walk is cut into spans."""
+def divided(monkeypatch):
+    """Every scan is divided into spans."""
     monkeypatch.setattr(launches.Scans, 'max_span', 96)
     launch.forget()
     yield
@@ -123,7 +123,7 @@ def test_halves(shape, dtype):
 
 @needs_gpu
 @pytest.mark.parametrize('state', [1, 4, 16])
-@pytest.mark.usefixtures('cut_walks')
+@pytest.mark.usefixtures('divided')
 def test_spans_change_nothing_but_rounding(state):
     check(*make(2, 40, 37, 53, state, 4, 3))
 
@@ -301,7 +301,7 @@ def test_selective_scan_of_halves(dtype, length):
 
 
 @needs_gpu
-@pytest.mark.usefixtures('cut_walks')
+@pytest.mark.usefixtures('divided')
 def test_selective_scan_without_skip_and_bias_and_in_spans():
     check_selective_scan_without_skip_and_bias('cuda')
 
@@ -315,7 +315,7 @@ def check_selective_scan_without_skip_and_bias(device):
 
 
 @needs_gpu
-def test_is_chosen_without_being_told():
+def test_cuda_is_the_default_backend():
     inputs, grad_y = make_sequence(1, 2, 20, 37, 4)
     for backend in (None, 'cuda'):
         y, grads = with_grads(selective_scan, inputs, grad_y, delta_softplus=True, backend=backend)

@@ -1,6 +1,6 @@
 // Depthwise 3 x 3 convolution, padded with zeros: forward with bias and SiLU, or the gradient by its
 // input from the one by its output.
-#include "dwconv.cuh"
+#include "fused/dwconv.cuh"
 
 struct Params {
     Pixels x;

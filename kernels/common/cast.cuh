@@ -1,5 +1,5 @@
 // Parameters rounded to half precision, one after the other into one buffer.
-#include "common.cuh"
+#include "common/common.cuh"
 
 constexpr int MOST = 6;
 

@@ -4,7 +4,7 @@
 //
 // With dh the gradient by a state, running backwards: dh_t = C_t dy_t + a_(t+1) dh_(t+1). `carry`
 // is a_(t+1) dh_(t+1) of the chunk after this one.
-#include "ss2d_scan.cuh"
+#include "ss2d_scan/ss2d_scan.cuh"
 
 struct Params {
     Scan scan;

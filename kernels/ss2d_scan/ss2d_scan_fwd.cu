@@ -6,13 +6,13 @@
 // and the blocks of a cluster, take one after the other. A warp scans its chunk from zero, takes the
 // state that enters from the warp that has the chunk before, and hands on what leaves.
 #ifdef CLUSTER
-#include "cluster.cuh"
+#include "common/cluster.cuh"
 #define CLUSTER_DIMS __cluster_dims__(1, 1, CLUSTER)
 #else
 #define CLUSTER 0
 #define CLUSTER_DIMS
 #endif
-#include "ss2d_scan.cuh"
+#include "ss2d_scan/ss2d_scan.cuh"
 
 struct Params {
     Scan scan;

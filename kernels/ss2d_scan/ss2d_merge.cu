@@ -1,5 +1,5 @@
 // The sum of the maps of the routes, and, if asked for, its LayerNorm over the channels.
-#include "norm.cuh"
+#include "common/norm.cuh"
 
 struct Params {
     const void *maps;             // (MAPS, M, D)

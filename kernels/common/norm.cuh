@@ -1,6 +1,6 @@
 // LayerNorm of a position, whose channels LANES lanes have in registers: each 4 adjacent ones out of
 // each 4 LANES.
-#include "common.cuh"
+#include "common/common.cuh"
 
 // Weight and bias (D) to shared memory, by all threads of the block.
 __device__ __forceinline__ void load_affine(float *to, const void *weight, const void *bias,

@@ -2,7 +2,7 @@
 // layout. The images of the batch are one sequence, cut into slots of 7 positions, so that a slot is
 // of one image. A warp has 16 channels and takes a chunk of 8 slots at a time: lane 4 g + t owns the
 // positions of slot g and the channels 4 t .. 4 t + 3.
-#include "common.cuh"
+#include "common/common.cuh"
 
 #define LIKELY(condition) __builtin_expect(condition, 1)  // so the other way is out of line
 

@@ -1,5 +1,5 @@
 // From the decay and the end of each span, started from zero, to what enters it.
-#include "common.cuh"
+#include "common/common.cuh"
 
 struct Params {
     const float *decays, *ends;  // (walks, spans, D)

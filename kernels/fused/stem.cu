@@ -1,6 +1,6 @@
 // The first convolution of a stem (3 x 3, stride 2, padded with zeros, of 3 channels), the LayerNorm
 // over its channels and GELU, from the images as they come: nothing lies in memory between.
-#include "common.cuh"
+#include "common/common.cuh"
 
 struct Params {
     const void *x;                            // (B, 3, H, W) of X, by strides in elements

@@ -1,7 +1,7 @@
 // Forward of a walk, any state size and dtype; or what a span does to the state (ENDS) and to the
 // gradient by the state (GRADIENTS, against the walk): one channel a thread. README.md has the
 // layout.
-#include "walk.cuh"
+#include "scan/scan.cuh"
 
 // A thread's STATE numbers in shared memory are adjacent and padded: constant offsets (the compiler
 // would keep an address for each in a register) without bank conflicts.
@@ -17,7 +17,7 @@ constexpr int PITCH = pitch_for<CHUNK>;
 constexpr int RUN = 0, ENDS = 1, GRADIENTS = 2;
 
 template <class T, int STATE, bool SEQ, int MODE>
-__global__ void __launch_bounds__(192, BLOCKS<STATE, SEQ>) walk_fwd(const Params p) {
+__global__ void __launch_bounds__(192, BLOCKS<STATE, SEQ>) scan_fwd(const Params p) {
     const Place place(p);
     const int k = place.k, b = place.b, group = place.group;
     const int own = threadIdx.x, width = blockDim.x, channel = place.column * width + own;

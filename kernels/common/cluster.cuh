@@ -1,6 +1,6 @@
 // A state from warp to warp, of one block or of the blocks of a cluster (sm_90 and later).
 #pragma once
-#include "common.cuh"
+#include "common/common.cuh"
 
 // To what is at this address of shared memory in another block of the cluster.
 __device__ __forceinline__ u32 address_in_block(u32 address, u32 block) {

@@ -1,5 +1,5 @@
-// The gradients by the parameters of a walk, in their dtypes, from what walk_bwd left.
-#include "common.cuh"
+// The gradients by the parameters of a walk, in their dtypes, from what scan_bwd left.
+#include "common/common.cuh"
 
 struct Params {
     const float *sums;  // (parts, K, G, STATE + R + 2, D): by A, weights, bias and skip
@@ -13,7 +13,7 @@ struct Params {
 };
 
 // Blocks of 32 x 8 threads: 32 columns (K, N + R + 2, D), each summed in 8 slices.
-__global__ void __launch_bounds__(256) walk_finish(const Params p) {
+__global__ void __launch_bounds__(256) scan_finish(const Params p) {
     __shared__ float sums[8][32];
     const int rows = p.state + p.rank + 2, column = blockIdx.x * 32 + threadIdx.x;
     const int d = column % p.dim, row = column / p.dim % rows, k = column / p.dim / rows;

@@ -1,6 +1,6 @@
 // Backward of a walk, any state size and dtype: a lane has a tile of states and channels and takes
 // four positions at a time, against the walk. README.md has the layout.
-#include "walk.cuh"
+#include "scan/scan.cuh"
 
 constexpr int QUADS = SAVED / 4, ROW = pitch_for<SAVED>;
 // Of a block at most: no more fit into the shared memory of the other generations.
@@ -53,7 +53,7 @@ __device__ __forceinline__ float halve(float first, float second, bool upper, in
 }
 
 template <class T, int STATE, bool SEQ>
-__global__ void __launch_bounds__(32 * WARPS, 1) walk_bwd(const Params p) {
+__global__ void __launch_bounds__(32 * WARPS, 1) scan_bwd(const Params p) {
     constexpr int STATES = STATE < 4 ? STATE : 4;   // of a lane
     constexpr int CHANNELS = STATE == 16 ? 2 : 1;   // of a lane
     constexpr int SHARING = 32 * STATES / STATE;    // lanes that have the same states

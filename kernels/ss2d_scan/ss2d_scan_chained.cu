@@ -5,7 +5,7 @@
 //
 // The span is cut into 8 runs, one for each 4 lanes of a warp, which take a slot of their own at a
 // time, so that no lane waits for another's state.
-#include "ss2d_scan.cuh"
+#include "ss2d_scan/ss2d_scan.cuh"
 
 struct Params {
     Scan scan;
@@ -21,7 +21,7 @@ struct Params {
 constexpr int STAGES = 4;
 
 template <class T, int TILES>
-__global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_runs(const Params params) {
+__global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_chained(const Params params) {
     const Scan &p = params.scan;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
     const int g = lane >> 2, t = lane & 3;

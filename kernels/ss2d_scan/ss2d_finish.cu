@@ -1,6 +1,6 @@
 // The gradients by the parameters of ss2d_scan and of the norm that follows, in their dtypes, from
 // what the blocks of the backwards left and from the product for x_proj_weight.
-#include "common.cuh"
+#include "common/common.cuh"
 
 struct Params {
     const float *partials;  // (parts, K D R + 2 K D + D): of dt_projs_weight, A, bias, skip

@@ -1,5 +1,5 @@
 // Parameters rounded to half precision, by themselves.
-#include "cast.cuh"
+#include "common/cast.cuh"
 
 template <class T>
 __global__ void __launch_bounds__(256) cast(const Cast p) {

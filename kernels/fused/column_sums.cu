@@ -1,5 +1,5 @@
 // Sums over the rows of a matrix, and, on the way, the backward of GELU (the exact one).
-#include "common.cuh"
+#include "common/common.cuh"
 
 struct Params {
     const void *grad;    // (M, D): what is summed, or the gradient by GELU's result

@@ -1,5 +1,5 @@
 // The parameters of a walk as the kernels read them: fp32, channels adjacent, base-2 logarithms.
-#include "common.cuh"
+#include "common/common.cuh"
 
 struct Params {
     const void *dt_weight;  // (K, D, R)
@@ -15,7 +15,7 @@ struct Params {
     int logs;  // whether it is log(-A)
 };
 
-__global__ void walk_prepare(const Params p) {
+__global__ void scan_prepare(const Params p) {
     const int plain = p.routes * p.dim, weights = plain * p.rank, rates = plain * p.padded;
     const int total = weights + rates + 2 * plain;
     for (int j = blockIdx.x * blockDim.x + threadIdx.x; j < total; j += gridDim.x * blockDim.x) {

@@ -5,7 +5,7 @@
 // All is in base-2 logarithms, as in ss2d_scan_fwd.cu: l = delta / ln 2, the decay is 2^(A l), the
 // kept state is h / ln 2, and C takes the ln 2 (so the kept gradient by h is g ln 2).
 #pragma once
-#include "common.cuh"
+#include "common/common.cuh"
 
 constexpr int SAVED = 24;  // positions between two saved states
 template <int POSITIONS> constexpr int pitch_for = POSITIONS + 4;  // 16-byte rows, few conflicts

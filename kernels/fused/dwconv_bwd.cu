@@ -1,6 +1,6 @@
 // Backward of the depthwise 3 x 3 convolution with SiLU: the gradient by what SiLU takes, which is
 // calculated again, and those by weight and bias.
-#include "dwconv.cuh"
+#include "fused/dwconv.cuh"
 
 struct Params {
     Pixels x;

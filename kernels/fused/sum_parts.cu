@@ -1,5 +1,5 @@
 // The gradients by weights and biases over the channels, from what each block of a backward left.
-#include "common.cuh"
+#include "common/common.cuh"
 
 constexpr int MOST = 6, SLICES = 32, AHEAD = 12;
 

@@ -1,5 +1,5 @@
 // GELU (the exact one), which may be in place.
-#include "common.cuh"
+#include "common/common.cuh"
 
 struct Params {
     const void *x;
