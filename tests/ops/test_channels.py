@@ -19,7 +19,7 @@ import vmamba_mm.layers.vss_block as layers
 from vmamba_mm.layers import ConvDownsample, ConvStem, VSSBlock, VSSStage
 from vmamba_mm.ops import add_norm, conv_norm, dwconv_silu, layer_norm, mlp
 from vmamba_mm.ops.core import launch
-from vmamba_mm.ops.fused.channels import sum_launch
+from vmamba_mm.ops.fused import channels
 from vmamba_mm.testing import relative_error
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
@@ -651,14 +651,14 @@ def test_jobs_of_sums(kernels, jobs):
     addresses, results = [], []
     partials = [randn(parts, rows + 1, dim, device=kernels) for parts, rows, dim, *_ in jobs]
     for t, (_, rows, _, *dtypes) in zip(partials, jobs, strict=True):
-        addresses.append(t.data_ptr())
+        addresses.append([t.data_ptr()])
         right = t.double().sum(0)
         for exact, dtype in zip((right[:rows].T, right[rows]), dtypes, strict=True):
             size = exact.numel()
             found = torch.full((size + 16,), torch.nan, dtype=dtype or HALF, device=kernels)
-            addresses.append(0 if dtype is None else found[8:].data_ptr())
+            addresses[-1].append(0 if dtype is None else found[8:].data_ptr())
             results.append((found, 8 + size if dtype else 8, exact))
-    sum_launch(partials[0].get_device(), *jobs)(*addresses)
+    channels.sum_launch(partials[0].get_device(), *map(channels.SumJob._make, jobs))(*addresses)
     for found, end, exact in results:
         assert found[:8].isnan().all() and found[end:].isnan().all()
         torch.testing.assert_close(found[8:end], exact.reshape(-1)[:end - 8].to(found.dtype))
