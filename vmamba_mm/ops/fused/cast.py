@@ -13,7 +13,7 @@ _MOST = 6  # MOST in cast.cuh: parameters of a launch
 
 
 def cast_instance(type_: str) -> Instance:
-    return Instance('cast.cu', f'cast<{type_}>')
+    return Instance('fused/cast.cu', f'cast<{type_}>')
 
 
 #: What is compiled to check it, and the lowest compute capability that it is for.

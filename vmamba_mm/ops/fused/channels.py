@@ -28,7 +28,7 @@ def as_template(flag: bool) -> str:
 
 
 def sum_instance() -> Instance:
-    return Instance('sum_parts.cu', 'sum_parts')
+    return Instance('fused/sum_parts.cu', 'sum_parts')
 
 
 #: What is compiled to check it, and the lowest compute capability that it is for.

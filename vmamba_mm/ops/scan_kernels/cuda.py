@@ -21,34 +21,34 @@ from vmamba_mm.ops.core.launch import (
     pointer,
 )
 
-SAVED = 24  # positions between saved states, as in walk.cuh
+SAVED = 24  # positions between saved states, as in scan.cuh
 # Warps of a block at most, as in the launch bounds, and of a multiprocessor, by registers
 _FORWARD_WARPS, _FORWARD_RESIDENT = 6, 24
-RUN, ENDS, GRADIENTS = range(3)  # modes of the forward kernel, as in walk_fwd.cu
+RUN, ENDS, GRADIENTS = range(3)  # modes of the forward kernel, as in scan_fwd.cu
 
 
 # --- what is compiled -------------------------------------------------------------------------
 
 def prepare_instance() -> Instance:
-    return Instance('walk_prepare.cu', 'walk_prepare')
+    return Instance('scan/scan_prepare.cu', 'scan_prepare')
 
 
 def combine_instance() -> Instance:
-    return Instance('scan_combine.cu', 'scan_combine<8>')
+    return Instance('scan/scan_combine.cu', 'scan_combine<8>')
 
 
 def finish_instance() -> Instance:
-    return Instance('walk_finish.cu', 'walk_finish')
+    return Instance('scan/scan_finish.cu', 'scan_finish')
 
 
 def forward_instance(type_: str, states: int, sequence: bool, mode: int) -> Instance:
     """``states`` of a scan: 1, 4 or 16; ``mode`` is RUN, ENDS or GRADIENTS."""
-    return Instance('walk_fwd.cu', f'walk_fwd<{type_}, {states}, {str(sequence).lower()}, '
+    return Instance('scan/scan_fwd.cu', f'scan_fwd<{type_}, {states}, {str(sequence).lower()}, '
                     f'{mode}>')
 
 
 def backward_instance(type_: str, states: int, sequence: bool) -> Instance:
-    return Instance('walk_bwd.cu', f'walk_bwd<{type_}, {states}, {str(sequence).lower()}>')
+    return Instance('scan/scan_bwd.cu', f'scan_bwd<{type_}, {states}, {str(sequence).lower()}>')
 
 
 # Type, states of a scan, whether of selective_scan. The types that people use, and for each number
@@ -254,7 +254,7 @@ class Scans:
     def bind(self, schedule: Schedule, shared: int, strides: tuple[int, ...], y_dtype: torch.dtype,
              part_dtype: torch.dtype, instance: Callable[..., Instance], *args
              ) -> Callable[..., None]:
-        """A launch of the fields of Params in walk.cuh; ``vector`` is asked for in each call.
+        """A launch of the fields of Params in scan.cuh; ``vector`` is asked for in each call.
 
         ``strides`` are those of x and of grad, B, D, H, W each.
         """

@@ -45,25 +45,26 @@ def _is_fast(x: Tensor, state: int) -> bool:
 # --- what is compiled -------------------------------------------------------------------------
 
 def prepare_instance(type_: str) -> Instance:
-    return Instance('ss2d_prepare.cu', f'ss2d_prepare<{type_}>')
+    return Instance('ss2d_scan/ss2d_prepare.cu', f'ss2d_prepare<{type_}>')
 
 
 def forward_instance(type_: str, tiles: int, cluster: int = 0) -> Instance:
-    return Instance('ss2d_scan_fwd.cu', f'ss2d_scan_fwd<{type_}, {tiles}>',
+    return Instance('ss2d_scan/ss2d_scan_fwd.cu', f'ss2d_scan_fwd<{type_}, {tiles}>',
                     defines=(*_CLUSTER, ('CLUSTER', cluster)) if cluster else _FORWARD)
 
 
 def chained_instance(type_: str, tiles: int) -> Instance:
-    return Instance('ss2d_scan_runs.cu', f'ss2d_scan_runs<{type_}, {tiles}>', defines=_FORWARD)
+    return Instance('ss2d_scan/ss2d_scan_chained.cu', f'ss2d_scan_chained<{type_}, {tiles}>',
+                    defines=_FORWARD)
 
 
 def backward_instance(type_: str, tiles: int, summary: bool) -> Instance:
-    return Instance('ss2d_scan_bwd.cu', f'ss2d_scan_bwd<{type_}, {tiles}, {str(summary).lower()}>',
-                    defines=_BACKWARD)
+    return Instance('ss2d_scan/ss2d_scan_bwd.cu',
+                    f'ss2d_scan_bwd<{type_}, {tiles}, {str(summary).lower()}>', defines=_BACKWARD)
 
 
 def finish_instance(type_: str) -> Instance:
-    return Instance('ss2d_finish.cu', f'ss2d_finish<{type_}>')
+    return Instance('ss2d_scan/ss2d_finish.cu', f'ss2d_finish<{type_}>')
 
 
 _TYPES = {'Half': 75, 'BFloat': 80}  # and the lowest compute capability that multiplies them

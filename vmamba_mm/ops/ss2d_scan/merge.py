@@ -10,8 +10,8 @@ from vmamba_mm.ops.fused.channels import WIDEST
 
 
 def merge_instance(type_: str, maps: int, extra: bool, parts: int, to_float: bool) -> Instance:
-    return Instance('ss2d_merge.cu', f'ss2d_merge<{type_}, {maps}, {str(extra).lower()}, {parts}, '
-                    f'{str(to_float).lower()}>')
+    return Instance('ss2d_scan/ss2d_merge.cu', f'ss2d_merge<{type_}, {maps}, {str(extra).lower()}, '
+                    f'{parts}, {str(to_float).lower()}>')
 
 
 # Of half maps the sums of 4 and of 2 (two routes to a map), in the backward with an extra one, of

@@ -25,13 +25,13 @@ def why_not(x: Tensor, *tensors: Tensor | None) -> str | None:
 
 def forward_instance(x_type: str, branch_type: str, out_type: str, adds: bool, parts: int,
                      lanes: int = 32) -> Instance:
-    return Instance('add_norm.cu', f'add_norm<{x_type}, {branch_type}, {out_type}, '
+    return Instance('fused/add_norm.cu', f'add_norm<{x_type}, {branch_type}, {out_type}, '
                     f'{as_template(adds)}, {parts}, {lanes}>')
 
 
 def backward_instance(grad_type: str, x_type: str, branch_type: str, parts: int, team: int,
                       lanes: int = 32) -> Instance:
-    return Instance('norm_bwd.cu', f'norm_bwd<{grad_type}, {x_type}, {branch_type}, {parts}, '
+    return Instance('fused/norm_bwd.cu', f'norm_bwd<{grad_type}, {x_type}, {branch_type}, {parts}, '
                     f'{team}, {lanes}>')
 
 

@@ -29,11 +29,11 @@ def why_not(x_BHWD: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
 
 def forward_instance(type_: str, forward: bool) -> Instance:
     """``forward``, or the gradient by the input."""
-    return Instance('dwconv.cu', f'dwconv<{type_}, {as_template(forward)}, {_ROWS}>')
+    return Instance('fused/dwconv.cu', f'dwconv<{type_}, {as_template(forward)}, {_ROWS}>')
 
 
 def backward_instance(type_: str) -> Instance:
-    return Instance('dwconv_bwd.cu', f'dwconv_bwd<{type_}, {_ROWS_BACK}>')
+    return Instance('fused/dwconv_bwd.cu', f'dwconv_bwd<{type_}, {_ROWS_BACK}>')
 
 
 #: What is compiled to check it, which is all that there is, and the lowest compute capability that

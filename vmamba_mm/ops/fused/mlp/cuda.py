@@ -20,11 +20,11 @@ def why_not(x: Tensor, *parameters: Tensor) -> str | None:
 
 
 def gelu_instance(type_: str) -> Instance:
-    return Instance('gelu.cu', f'gelu_map<{type_}>')
+    return Instance('fused/gelu.cu', f'gelu_map<{type_}>')
 
 
 def column_instance(type_: str, gelu: bool) -> Instance:
-    return Instance('column_sums.cu', f'column_sums<{type_}, {as_template(gelu)}>')
+    return Instance('fused/column_sums.cu', f'column_sums<{type_}, {as_template(gelu)}>')
 
 
 #: What is compiled to check it, which is all that there is, and the lowest compute capability that

@@ -34,7 +34,7 @@ def why_not(x_BCHW: Tensor, out_dtype: torch.dtype, weight: Tensor, bias: Tensor
 
 def stem_instance(image_type: str, type_: str, channels: int) -> Instance:
     """``channels``: a thread's, a quarter of those of the map."""
-    return Instance('stem.cu', f'stem<{image_type}, {type_}, {channels}>')
+    return Instance('fused/stem.cu', f'stem<{image_type}, {type_}, {channels}>')
 
 
 #: What is compiled to check it (all that there is but for images in another half), and the
