@@ -109,7 +109,7 @@ def place(device, folder):
                     and not os.environ.get('CI'):
                 pytest.skip('needs Linux and a C++ compiler')
             stack.enter_context(emulated_gpu(folder, (int(device[3]), int(device[4]))))
-        stack.enter_context(torch.backends.cudnn.flags(allow_tf32=False))
+        stack.enter_context(torch.backends.cudnn.flags(enabled=True, allow_tf32=False))
         yield 'cuda' if device == 'cuda' else 'cpu'
 
 
