@@ -9,8 +9,8 @@ from vmamba_mm.errors import UserError
 from vmamba_mm.mm import cli
 
 EXAMPLES = """\
-  python tools/convert_checkpoint.py vssm1_tiny_0230s_ckpt_epoch_264.pth vmamba-tiny-s1l8.pth
-  python tools/convert_checkpoint.py vssm1_tiny_0230s_ckpt_epoch_264.pth vmamba.safetensors
+  python tools/convert_checkpoint.py vmamba_mm://vmamba/tiny_s1l8 vmamba-tiny-s1l8.pth
+  python tools/convert_checkpoint.py vmamba_mm://vmamba/tiny_s1l8 vmamba.safetensors
   python tools/convert_checkpoint.py work_dirs/NAME/epoch_300.pth official.pth --to official
   python tools/convert_checkpoint.py lightning.ckpt vmamba.pth"""
 SUFFIXES = ('.pth', '.pt', '.bin', '.ckpt', '.safetensors')
