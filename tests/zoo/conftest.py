@@ -9,7 +9,7 @@ import pytest
 from official import classifier_state, random_backbone, save_training_file
 from zoo_helpers import Dense, shared_data
 
-from vmamba_mm.links import CONFIGS
+from vmamba_mm.paths import CONFIGS
 
 
 @pytest.fixture
