@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parent
 #: what lies in the checkout -> its place in the package
 BESIDE = {'configs': '.mim/configs', 'model-index.yml': '.mim/model-index.yml',
           'kernels': 'kernels'}
+#: what of it an installed package does not use: what each kernel may use, for their developers
+NOT_USED = 'resources.json'
 
 
 class BuildWithFolders(build_py):
@@ -31,7 +33,7 @@ class BuildWithFolders(build_py):
                 shutil.copyfile(source, target)
             else:
                 shutil.copytree(source, target, dirs_exist_ok=True,
-                                ignore=shutil.ignore_patterns('__pycache__'))
+                                ignore=shutil.ignore_patterns('__pycache__', NOT_USED))
 
 
 setup(cmdclass={'build_py': BuildWithFolders})

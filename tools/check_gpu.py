@@ -2,7 +2,7 @@
 
 memcheck finds accesses out of bounds, racecheck races in shared memory, initcheck reads of memory
 that nobody wrote. The logs are kept in work_dirs/check_gpu. Needs an NVIDIA GPU and
-compute-sanitizer, which comes with the CUDA toolkit. A kernel of kernels/*.cu that no case
+compute-sanitizer, which comes with the CUDA toolkit. A kernel of kernels/ that no case
 launched fails the check.
 """
 
@@ -59,7 +59,7 @@ def scan_cases():
 
     half, brain, single = torch.float16, torch.bfloat16, torch.float32
     return [
-        ('one walk', (2, 20, 5, 9), {}, half, True),
+        ('one scan', (2, 20, 5, 9), {}, half, True),
         ('in spans', (1, 36, 20, 31), {'rank': 3}, half, True),
         ('around a cluster', (1, 36, 20, 31), {'rank': 3}, half, True),
         ('several images to a block', (530, 16, 7, 7), {}, half, True),
@@ -241,7 +241,9 @@ def main():
     if torch.version.hip is not None or not torch.cuda.is_available():
         raise UserError('torch finds no NVIDIA GPU here')
     LOGS.mkdir(parents=True, exist_ok=True)
-    sources = set() if args.only else {path.name for path in KERNELS.glob('*.cu')}
+    sources = set()
+    if not args.only:
+        sources = {path.relative_to(KERNELS).as_posix() for path in KERNELS.rglob('*.cu')}
     failed, waiting, running, began = [], list(args.tools), {}, {}
     while waiting or running:
         while waiting and len(running) < max(1, args.jobs):

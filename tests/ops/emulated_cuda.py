@@ -24,15 +24,15 @@ import torch
 
 from vmamba_mm.ops.core import backends, compile, gemm, graphs, launch
 from vmamba_mm.ops.core.parameters import packed_size
-from vmamba_mm.ops.scan_kernels import cuda as walk
-from vmamba_mm.ops.ss2d_scan import large_state as ss2d_walk
+from vmamba_mm.ops.scan_kernels import cuda as scans
+from vmamba_mm.ops.ss2d_scan import large_state
 
 HEADER = Path(__file__).with_name('emulated_cuda.h')
 COMPILER = shutil.which('c++') or shutil.which('g++')  # None: there is none
 # Few multiprocessors, so that small inputs are cut as large ones are on a GPU.
 PROPERTIES = dict(multi_processor_count=4, shared_memory_per_multiprocessor=228 * 1024,
                   shared_memory_per_block_optin=227 * 1024, L2_cache_size=50 * 2**20)
-WHY_NOT = walk.why_not  # the real one
+WHY_NOT = scans.why_not  # the real one
 
 
 def translate(source: str) -> str:
@@ -179,7 +179,7 @@ def emulated_gpu(folder: Path, capability: tuple[int, int] = (9, 0)):
                 (gemm, 'product', product), (gemm, 'why_not', lambda: None),
                 (graphs, 'is_current_stream_capturing', lambda: True),  # there are no graphs
                 (backends, 'KERNEL_DEVICES', ('cpu',)),
-                (walk, 'why_not', why_not), (ss2d_walk, 'why_not', why_not)):
+                (scans, 'why_not', why_not), (large_state, 'why_not', why_not)):
             patch.setattr(target, name, value)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # for so little work, others only wait for a core

@@ -1,6 +1,7 @@
 """Products by cuBLASLt against fp64, on an NVIDIA GPU."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,12 +88,21 @@ def test_in_a_graph():
 
 
 @needs_gpu
-def test_what_cannot_be_raises():
+def test_an_impossible_product_raises():
     with pytest.raises(RuntimeError, match=r'product of \(4, 8\) and \(8, 4\) torch.float16 to '
                                            r'torch.bfloat16 by cuBLASLt failed'):
         gemm.product(0, torch.float16, torch.bfloat16, 4, 4, 8)
 
 
 def test_a_missing_library_is_named(monkeypatch):
-    monkeypatch.setattr(gemm, '_library', lambda: None)
+    monkeypatch.setattr(gemm, 'cublas', lambda: None)
     assert 'libcublasLt' in gemm.why_not()
+
+
+@pytest.mark.parametrize('version, tried', [(120403, True), (130100, True), (140000, False),
+                                            (11803, False)])
+def test_a_cuda_that_was_never_tried_is_refused(version, tried, monkeypatch):
+    monkeypatch.setattr(gemm, 'cublas',
+                        lambda: SimpleNamespace(cublasLtGetVersion=lambda: version))
+    reason = gemm.why_not()
+    assert reason is None if tried else 'never tried' in reason

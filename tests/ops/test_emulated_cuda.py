@@ -1,25 +1,26 @@
 """The CUDA kernels without a GPU (see emulated_cuda.py): what test_ss2d_cuda.py and
-test_walk_cuda.py ask of them, at small sizes, for every generation of GPUs."""
+test_scan_cuda.py ask of them, at small sizes, for every generation of GPUs."""
 
 import os
+import shutil
 import sys
 
 import emulated_cuda
 import pytest
-import test_walk_cuda as walks
+import test_scan_cuda as scans
 import torch
 from emulated_cuda import emulated_gpu
+from test_scan_cuda import divided  # noqa: F401 (a fixture)
 from test_ss2d_cuda import (
     check,
     check_norm,
-    cut_around,
-    cut_by_hand,
     exact,
     make,
     norm_error,
+    scheduled_around,
+    scheduled_by_hand,
     without_clusters,
 )
-from test_walk_cuda import cut_walks  # noqa: F401 (a fixture)
 
 from vmamba_mm.ops import ss2d_scan
 from vmamba_mm.ops.core import compile, launch
@@ -69,7 +70,7 @@ def test_routes_and_ranks(routes, rank):
 @GPUS
 @pytest.mark.parametrize('dtype', HALVES, ids=['fp16', 'bf16'])
 def test_gpus_and_dtypes(monkeypatch, gpu, dtype):
-    """One walk, whole images to a span, and part of an image, where what enters must be found."""
+    """One span, whole images to a span, and part of an image, where what enters must be found."""
     without_clusters(monkeypatch)
     if (dtype, gpu) == (torch.bfloat16, (7, 5)):
         with pytest.raises(ValueError, match='too old for torch.bfloat16'):
@@ -88,7 +89,7 @@ def test_gpus_and_dtypes(monkeypatch, gpu, dtype):
 @pytest.mark.parametrize('maps', [2, 4])
 @pytest.mark.parametrize('size', [(5, 7, 7), (3, 9, 14), (9, 2, 3), (2, 1, 1)])
 def test_any_cut(monkeypatch, size, maps, slots, spans):
-    cut_by_hand(monkeypatch, maps, slots, spans)
+    scheduled_by_hand(monkeypatch, maps, slots, spans)
     check(on_cpu(size[0], 48, *size[1:]))
 
 
@@ -98,7 +99,7 @@ def test_any_cut(monkeypatch, size, maps, slots, spans):
 @pytest.mark.parametrize('size', [(3, 30, 31), (5, 7, 7), (2, 1, 1)])
 def test_chunks_that_go_around(monkeypatch, size, width, sets, cluster, spans, dtype):
     """Sets and blocks for which there is a chunk, many or none; several images in a span."""
-    cut_around(monkeypatch, width, sets, cluster, spans, 'exact' if spans == 1 else 'rounded')
+    scheduled_around(monkeypatch, width, sets, cluster, spans, 'exact' if spans == 1 else 'rounded')
     check(on_cpu(size[0], 40, *size[1:], dtype=dtype))
 
 
@@ -131,9 +132,9 @@ def test_nan_stays_in_its_sample(monkeypatch, maps):
     """Four spans; with four maps, images 5, 11 and 17 are in two of them each. Or chunks that go
     around, where a state is handed on whatever it is."""
     if maps == 'around':
-        cut_around(monkeypatch, 2, 2, 2, 1)
+        scheduled_around(monkeypatch, 2, 2, 2, 1)
     else:
-        cut_by_hand(monkeypatch, maps, 'exact', 4)
+        scheduled_by_hand(monkeypatch, maps, 'exact', 4)
     inputs = on_cpu(20, 32, 7, 7)
     clean = with_grads(ss2d_scan, inputs)
     inputs['x'][11, 0, 2, 2] = torch.nan
@@ -169,63 +170,51 @@ def test_norm(dim, dtype):
     (1, 32, 1, 1, 1, 4, 2), (3, 20, 1, 40, 4, 4, 1), (1, 33, 37, 1, 16, 2, 3),
     (3, 100, 7, 7, 16, 4, 6), (1, 40, 9, 14, 40, 1, 2), (1, 200, 9, 10, 5, 4, 13)],
     ids='{0[0]}x{0[1]}x{0[2]}x{0[3]}-N{0[4]}-K{0[5]}'.format)
-def test_walks(shape):
-    walks.check(*walks.make(*shape, device='cpu'))
+def test_scans(shape):
+    scans.check(*scans.make(*shape, device='cpu'))
 
 
 @pytest.mark.parametrize('dtype', HALVES, ids=['fp16', 'bf16'])
-def test_walks_of_halves(dtype):
-    walks.check(*walks.make(2, 50, 9, 15, 4, 4, 5, dtype=dtype, device='cpu'))
+def test_scans_of_halves(dtype):
+    scans.check(*scans.make(2, 50, 9, 15, 4, 4, 5, dtype=dtype, device='cpu'))
 
 
 @pytest.mark.parametrize('state', [1, 4, 16])
-@pytest.mark.usefixtures('cut_walks')
-def test_walks_in_spans(state):
-    walks.check(*walks.make(2, 40, 17, 23, state, 4, 3, device='cpu'))
+@pytest.mark.usefixtures('divided')
+def test_scans_in_spans(state):
+    scans.check(*scans.make(2, 40, 17, 23, state, 4, 3, device='cpu'))
 
 
 @GPUS
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=['fp32', 'fp16'])
-def test_gpus_that_walk(gpu, dtype):
-    walks.check(*walks.make(2, 40, 9, 14, 16, 4, 3, dtype=dtype, device='cpu'))
+def test_gpus_and_any_state(gpu, dtype):
+    scans.check(*scans.make(2, 40, 9, 14, 16, 4, 3, dtype=dtype, device='cpu'))
 
 
-@pytest.mark.parametrize('softplus', [True, False], ids=['softplus', 'plain'])
-@pytest.mark.parametrize('shape', [(1, 1, 1, 1, 1), (2, 1, 3, 2, 4), (1, 2, 40, 200, 16),
-                                   (2, 3, 21, 65, 5)], ids=str)
-def test_selective_scan(shape, softplus):
-    inputs, grad_y = walks.make_sequence(*shape, device='cpu')
-    if not softplus:
-        inputs['delta'], inputs['delta_bias'] = inputs['delta'].abs(), inputs['delta_bias'].abs()
-    walks.assert_within(walks.run_sequence(inputs, grad_y, softplus),
-                        walks.exact_sequence(inputs, grad_y, softplus), [1e-5] * 8,
-                        walks.SEQUENCE_NAMES)
-
-
-@pytest.mark.usefixtures('cut_walks')
+@pytest.mark.usefixtures('divided')
 def test_selective_scan_without_skip_and_bias_and_in_spans():
-    walks.check_selective_scan_without_skip_and_bias('cpu')
+    scans.check_selective_scan_without_skip_and_bias('cpu')
 
 
-def test_logs_of_walks():
-    walks.check_logs('cpu')
+def test_logs_of_scans():
+    scans.check_logs('cpu')
 
 
-@pytest.mark.parametrize('case', walks.FINISHES, ids=str)
-def test_finish_of_walks(case):
-    walks.check_finish(*case, 'cpu')
+@pytest.mark.parametrize('case', scans.FINISHES, ids=str)
+def test_finish_of_scans(case):
+    scans.check_finish(*case, 'cpu')
 
 
-@pytest.mark.parametrize('case', walks.MERGES, ids=str)
+@pytest.mark.parametrize('case', scans.MERGES, ids=str)
 def test_merge_of_fp32(case):
     for sizes in ((3, 100, 15), (1, 4, 1), (2, 132, 5)):
-        walks.check_merge(*case, *sizes, 'cpu')
+        scans.check_merge(*case, *sizes, 'cpu')
 
 
 # --- the emulation itself ----------------------------------------------------------------------
 
 MISTAKES = r'''
-#include "common.cuh"
+#include "common/common.cuh"
 struct Params { float *out; };
 __global__ void divergent(const Params p) {
     if (threadIdx.x == 0) __syncthreads();
@@ -261,7 +250,7 @@ template <class T> __global__ void round(const Params p) {
 @pytest.fixture
 def run_mistake(tmp_path):
     (tmp_path / 'mistakes.cu').write_text(MISTAKES)
-    (tmp_path / 'common.cuh').write_text((compile.KERNELS / 'common.cuh').read_text())
+    shutil.copytree(compile.KERNELS / 'common', tmp_path / 'common')
 
     def run(name, out, blocks=1, shared=0, waits=0):
         instance = launch.Instance('mistakes.cu', name, defines=(('WAITS', waits),))

@@ -1,5 +1,7 @@
 """Blocks whose launches are replayed: what decides it, and the same results to the bit."""
 
+import importlib.util
+
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ SIZES = (3, 15, 10, 192), (2, 9, 11, 32)
 # --- what decides it ----------------------------------------------------------------------------
 
 @pytest.fixture
-def told(monkeypatch):
+def actions(monkeypatch):
     """What was done: 'launched', 'made', 'replayed'."""
     done = []
 
@@ -26,49 +28,61 @@ def told(monkeypatch):
 
     monkeypatch.setattr(graphs, 'Graph', Graph)
     monkeypatch.setattr(graphs, 'is_current_stream_capturing', lambda: False)
-    monkeypatch.setattr(graphs, '_Balance', type('_Balance', (graphs._Balance,),
-                                                 dict(made=0, replayed=0)))
-    graphs._seen.cache_clear()
+    graphs.clear()
     yield done
-    graphs._seen.cache_clear()
+    graphs.clear()
 
 
-def call(told, *key):
+def call(actions, *key):
     """What a call does."""
-    told.clear()
-    graphs.replay(0, key, lambda: told.append('launched'))
-    return list(told)
+    actions.clear()
+    graphs.replay(0, key, lambda: actions.append('launched'))
+    return list(actions)
 
 
-def test_the_third_time_is_a_graph(told, monkeypatch):
+def test_the_third_time_is_a_graph(actions, monkeypatch):
     expected = [['launched'], ['launched'], ['made', 'replayed'], ['replayed'], ['replayed']]
-    assert [call(told, 'one', 1) for _ in range(5)] == expected
-    assert [call(told, 'one', 2) for _ in range(5)] == expected
-    monkeypatch.setattr(graphs, 'is_current_stream_capturing', lambda: True)
-    assert call(told, 'one', 1) == ['launched']
+    assert [call(actions, 'one', 1) for _ in range(5)] == expected
+    assert [call(actions, 'one', 2) for _ in range(5)] == expected
+    with monkeypatch.context() as patch:
+        patch.setattr(graphs, 'is_current_stream_capturing', lambda: True)
+        assert call(actions, 'one', 1) == ['launched']
+    monkeypatch.setattr(graphs, 'ENABLED', False)
+    assert call(actions, 'one', 1) == ['launched']
 
 
-def test_what_was_not_used_for_longest_is_forgotten(told):
+@pytest.mark.parametrize('value, enabled', [('0', False), ('1', True), (None, True)])
+def test_the_switch_in_the_environment(value, enabled, monkeypatch):
+    monkeypatch.delenv('VMAMBA_MM_GRAPHS', raising=False)
+    if value:
+        monkeypatch.setenv('VMAMBA_MM_GRAPHS', value)
+    spec = importlib.util.find_spec(graphs.__name__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.ENABLED == enabled
+
+
+def test_what_was_not_used_for_longest_is_forgotten(actions):
     for _ in range(3):
-        call(told, 'used')
+        call(actions, 'used')
     for key in range(graphs.MOST):
-        assert call(told, key) == ['launched']
+        assert call(actions, key) == ['launched']
         if key < graphs.MOST - 1:
-            assert call(told, 'used') == ['replayed']
-    assert call(told, 0) == ['launched'] == call(told, 0)  # its first time was forgotten
+            assert call(actions, 'used') == ['replayed']
+    assert call(actions, 0) == ['launched'] == call(actions, 0)  # its first time was forgotten
 
 
-def test_graphs_must_be_earned(told):
+def test_graphs_must_be_earned(actions):
     """Addresses that come three times and never again."""
     made = 0
     for key in range(2 * graphs.FREE):
-        made += sum('made' in call(told, key) for _ in range(3))
+        made += sum('made' in call(actions, key) for _ in range(3))
     # The replay of each that was made counts too.
     assert graphs.FREE <= made <= graphs.FREE * graphs.EARNED_BY / (graphs.EARNED_BY - 1) + 1
     for _ in range(3 * graphs.EARNED_BY):
-        call(told, 0)
+        call(actions, 0)
     for _ in range(3):
-        last = call(told, 'another')
+        last = call(actions, 'another')
     assert last == ['made', 'replayed']
 
 
@@ -80,7 +94,7 @@ def replays(monkeypatch):
     monkeypatch.setattr(graphs, 'FREE', 10**9)
     done, run = [], graphs.Graph.__call__
     monkeypatch.setattr(graphs.Graph, '__call__', lambda self: done.append(1) or run(self))
-    graphs._seen.cache_clear()
+    graphs.clear()
     return done
 
 

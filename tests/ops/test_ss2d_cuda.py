@@ -107,7 +107,7 @@ def without_clusters(monkeypatch):
     launch.forget()
 
 
-def cut_around(monkeypatch, width, sets, cluster, spans, slots='exact'):
+def scheduled_around(monkeypatch, width, sets, cluster, spans, slots='exact'):
     """Plans in which the chunks go around so many sets of ``width`` warps, and blocks."""
     plan_of = schedule.plan_of
 
@@ -136,7 +136,7 @@ def slots_of(slots, batch, length):
     return count, -(-batch * count // 8), count // math.gcd(count, 8)
 
 
-def cut_by_hand(monkeypatch, maps, slots, spans):
+def scheduled_by_hand(monkeypatch, maps, slots, spans):
     """Plans of so many maps and spans, the slots of an image 'exact' or 'rounded'."""
     without_clusters(monkeypatch)
     plan_of = schedule.plan_of
@@ -182,13 +182,13 @@ def test_shapes(shape):
 @pytest.mark.parametrize('routes', [1, 2, 4])
 @pytest.mark.parametrize('rank', [1, 5, 8, 9, 48])
 def test_routes_ranks_and_dtypes(dtype, routes, rank):
-    for size in ((2, 48, 9, 20), (1, 32, 70, 41)):  # one walk, and one in spans
+    for size in ((2, 48, 9, 20), (1, 32, 70, 41)):  # one span, and several
         check(make(*size, dtype=dtype, routes=routes, rank=rank))
 
 
 @needs_gpu
 @pytest.mark.parametrize('state', [4, 16])
-def test_more_states_by_the_walk_kernels(state):
+def test_more_states_by_the_kernels_for_any_state(state):
     check(make(2, 48, 9, 20, state=state))
     inputs = make(2, 48, 9, 20, state=state)
     single = dict(inputs, x=inputs['x'].float())
@@ -215,7 +215,7 @@ def test_many_images_to_a_block():
 def test_any_cut(monkeypatch, size, maps, slots, spans):
     """However the batch is cut into slots and spans; of whole images if routes share a map."""
     batch, height, width = size
-    cut_by_hand(monkeypatch, maps, slots, spans)
+    scheduled_by_hand(monkeypatch, maps, slots, spans)
     check(make(batch, 48, height, width))
 
 
@@ -228,7 +228,7 @@ def test_chunks_that_go_around(monkeypatch, size, width, sets, cluster):
     batch, height, width_of_map = size
     for slots, spans in (('exact', 1), ('rounded', batch)):
         with monkeypatch.context() as patch:
-            cut_around(patch, width, sets, cluster, spans, slots)
+            scheduled_around(patch, width, sets, cluster, spans, slots)
             check(make(batch, 72, height, width_of_map))
     launch.forget()
 

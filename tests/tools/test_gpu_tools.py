@@ -157,6 +157,7 @@ def test_plain_pytorch_of_the_loss_curve_has_no_kernel(monkeypatch):
     def load(*args):
         raise RuntimeError('a kernel')
 
+    monkeypatch.setattr('vmamba_mm.ops.core.backends.KERNEL_DEVICES', ('cpu',))
     monkeypatch.setattr('vmamba_mm.ops.scan_kernels.cuda.why_not',
                         lambda *args: None)  # as on a GPU
     monkeypatch.setattr('vmamba_mm.ops.core.launch.load', load)

@@ -16,7 +16,7 @@ NAMES = {
     'void cast<Half>(Params)': 'parameters prepared',
     'void ss2d_prepare<Half>(Params)': 'parameters prepared',
     'void ss2d_scan_fwd<Half, 3>(Params)': 'scan',
-    'void ss2d_scan_runs<Half, 1>(Params)': 'scan',
+    'void ss2d_scan_chained<Half, 1>(Params)': 'scan',
     'void ss2d_merge<Half, 4, false, 1, false>(Params)': 'merge and norm of the scan',
     'void add_norm<Float, Half, Half, true, 1>(Params)': 'norms and residual sums',
     'void dwconv<Half, true, 2>(Params)': 'depthwise convolution',

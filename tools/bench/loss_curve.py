@@ -30,7 +30,7 @@ import vmamba_mm.layers.ss2d
 from vmamba_mm.layers import ConvDownsample, ConvStem, VSSBlock
 from vmamba_mm.ops import BACKENDS, scan_norm
 from vmamba_mm.ops.core import launch
-from vmamba_mm.ops.scan_kernels import cuda as walk
+from vmamba_mm.ops.scan_kernels import cuda as scans
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
@@ -97,7 +97,7 @@ def only(backend):
         replace(mock.patch.object(vmamba_mm.layers.ss2d, 'scan_norm',
                                   functools.partial(scan_norm, backend=backend)))
         if backend != 'cuda':
-            replace(mock.patch.object(walk, 'why_not', lambda *args: 'not asked for'))
+            replace(mock.patch.object(scans, 'why_not', lambda *args: 'not asked for'))
             replace(mock.patch.object(launch, 'load', side_effect=AssertionError('a kernel')))
             launch.forget()  # launches that are bound already
         yield

@@ -25,9 +25,9 @@ EXAMPLES = '''  python tools/bench/profile_forward.py
 #: The first that a kernel's name (on a CPU an operator's) contains.
 KINDS = {'copies, casts, layout': 'copy|CatArray|transpose|nchwToNhwc|nhwcToNchw|Memcpy|_to_copy|'
                                   'contiguous|im2col',
-         'scan': 'ss2d_scan|walk_fwd|scan_combine|selective_scan',
+         'scan': r'ss2d_scan|\bscan_fwd|scan_combine|selective_scan',
          'merge and norm of the scan': 'ss2d_merge',
-         'parameters prepared': r'ss2d_prepare|walk_prepare|\bcast<',
+         'parameters prepared': r'ss2d_prepare|\bscan_prepare|\bcast<',
          'norms and residual sums': 'add_norm|layer_norm|LayerNorm',
          'depthwise convolution': 'dwconv|depthwise|DepthWise',
          'convolutions': 'fprop|conv|winograd',

@@ -1,7 +1,16 @@
 """Matrix products by cuBLASLt, which every CUDA build of torch has loaded, on addresses.
 
 ``torch.mm`` takes three times as long in Python and C++, wants views, and rounds to the dtype of
-its inputs. What is used of the library's interface has been the same since CUDA 11.
+its inputs.
+
+How this works: :func:`product` describes the matrices to the library once for each size and dtype,
+asks it for the algorithm that it expects to be quickest, and gives a function of addresses, which
+launches it on torch's current stream. The library's structures are written down here by hand, and
+its functions called by ctypes: so only versions of CUDA in :data:`TRIED` are used, with others
+:func:`why_not` says so and the ops use torch's products.
+
+How to test a change, or another CUDA: ``tests/ops/test_cublas.py`` on a GPU, products of every kind
+against fp64, in threads and in a graph. Then add its major version to :data:`TRIED`.
 """
 
 import ctypes
@@ -16,6 +25,8 @@ from vmamba_mm.ops.core import libraries, torch_private
 from vmamba_mm.ops.core.driver import capture_allows_loading, current
 from vmamba_mm.ops.core.launch import cached
 
+#: Major versions of CUDA whose cuBLASLt has the interface that is used here.
+TRIED = (12, 13)
 _TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}  # cudaDataType
 _COMPUTE_32F, _COMPUTE_32F_FAST_TF32 = 68, 77
 _TRANSA, _TRANSB, _EPILOGUE, _BIAS_POINTER = 3, 4, 7, 8  # of a product
@@ -39,9 +50,9 @@ class Product(NamedTuple):
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
-    """None if there is none."""
-    for path in libraries.candidates('cublasLt', (13, 12, 11)):
+def cublas() -> ctypes.CDLL | None:
+    """cuBLASLt, or None if there is none."""
+    for path in libraries.candidates('cublasLt', reversed(TRIED)):
         try:
             library = ctypes.CDLL(path)
         except OSError:
@@ -57,6 +68,7 @@ def _library() -> ctypes.CDLL | None:
                 ('Matmul', *[pointer] * 14, ctypes.c_size_t, pointer)):
             getattr(library, f'cublasLt{name}').argtypes = types
         library.cublasLtGetStatusString.restype = ctypes.c_char_p
+        library.cublasLtGetVersion.restype = ctypes.c_size_t
         return library
     return None
 
@@ -64,24 +76,30 @@ def _library() -> ctypes.CDLL | None:
 @torch.compiler.assume_constant_result
 def why_not() -> str | None:
     """What keeps products from being made, or None."""
-    return None if _library() else 'there is no libcublasLt.so, which CUDA builds of torch have'
+    if (library := cublas()) is None:
+        return 'there is no libcublasLt.so, which CUDA builds of torch have'
+    major = library.cublasLtGetVersion() // 10000
+    if major not in TRIED:
+        return (f'the cuBLASLt of CUDA {major} was never tried, only that of '
+                f'{" and ".join(map(str, TRIED))}')
+    return None
 
 
 def _check(status: int, what: str) -> None:
     if status:
-        text = _library().cublasLtGetStatusString(status)
+        text = cublas().cublasLtGetStatusString(status)
         raise RuntimeError(f'{what} failed: {text.decode()} ({status})')
 
 
 def _make(name: str, *args) -> ctypes.c_void_p:
     handle = ctypes.c_void_p()
-    _check(getattr(_library(), f'cublasLt{name}')(ctypes.byref(handle), *args), f'cublasLt{name}')
+    _check(getattr(cublas(), f'cublasLt{name}')(ctypes.byref(handle), *args), f'cublasLt{name}')
     return handle
 
 
 def _set(what: str, handle: ctypes.c_void_p, attribute: int, value) -> None:
     name = f'cublasLt{what}SetAttribute'
-    _check(getattr(_library(), name)(handle, attribute, ctypes.byref(value),
+    _check(getattr(cublas(), name)(handle, attribute, ctypes.byref(value),
                                      ctypes.sizeof(value)), name)
 
 
@@ -104,7 +122,7 @@ def product(index: int, dtype: torch.dtype, out_dtype: torch.dtype, rows: int, c
     Raises:
         RuntimeError: with the library's words, if it cannot.
     """
-    matmul, set_attribute = _library().cublasLtMatmul, _library().cublasLtMatmulDescSetAttribute
+    matmul, set_attribute = cublas().cublasLtMatmul, cublas().cublasLtMatmulDescSetAttribute
     # The library's matrices have columns one after the other: to it, all here are transposed.
     descriptor = _make('MatmulDescCreate', _COMPUTE_32F_FAST_TF32 if tf32 else _COMPUTE_32F,
                        _TYPES[torch.float32])
@@ -125,15 +143,15 @@ def product(index: int, dtype: torch.dtype, out_dtype: torch.dtype, rows: int, c
     _set('MatmulPreference', preference, _REDUCTIONS, ctypes.c_uint32(_FULL_PRECISION))
     for attribute in _ALIGNMENTS:
         _set('MatmulPreference', preference, attribute, ctypes.c_uint32(_ALIGNED))
-    choice, found = _Choice(), ctypes.c_int()
+    choice, count = _Choice(), ctypes.c_int()
     with current(index), capture_allows_loading():
-        status = _library().cublasLtMatmulAlgoGetHeuristic(
+        status = cublas().cublasLtMatmulAlgoGetHeuristic(
             _handle(index), descriptor, right_layout, left_layout, out_layout, out_layout,
-            preference, 1, ctypes.byref(choice), ctypes.byref(found))
+            preference, 1, ctypes.byref(choice), ctypes.byref(count))
     what = (f'product of ({rows}, {inner}) and ({inner}, {columns}) {dtype} to {out_dtype} by '
             f'cuBLASLt')
     _check(status or choice.state, what)
-    _library().cublasLtMatmulPreferenceDestroy(preference)
+    cublas().cublasLtMatmulPreferenceDestroy(preference)
 
     handle, workspace_size = _handle(index), choice.workspace
     one, zero = ctypes.byref(ctypes.c_float(1)), ctypes.byref(ctypes.c_float(0))

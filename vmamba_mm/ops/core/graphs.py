@@ -2,10 +2,22 @@
 
 A model in a loop gets the same memory from torch's allocator each time, so that all that is
 launched for a block is the same to the byte: then one call of the driver does for all of them.
+
+How this works: :func:`replay` remembers by its key, in which every address and number is, how often
+the same was launched on a device. The third time the launches are captured, on a stream of their
+own, into a CUDA graph; by the driver, as torch's graphs take memory for themselves. From then on
+the graph is launched on the current stream. Whatever differs has another key. During somebody
+else's capture, and with ``VMAMBA_MM_GRAPHS=0`` in the environment, all is launched as it is: try
+that first where a result is wrong in a loop only.
+
+How to test a change: ``tests/ops/test_graphs.py``, without a GPU for what decides, and on a GPU,
+where results must be the same to the bit with and without graphs, for new numbers in the same
+memory.
 """
 
 import ctypes
 import functools
+import os
 import threading
 import weakref
 from collections.abc import Callable, Hashable
@@ -24,6 +36,8 @@ MOST = 512
 #: Graphs that are made in any case; each further one is earned by so many replays, which save about
 #: what it costs. So memory that lies elsewhere each time cannot make a model slow.
 FREE, EARNED_BY = 128, 8
+#: ``VMAMBA_MM_GRAPHS=0`` in the environment turns all of this off.
+ENABLED = os.environ.get('VMAMBA_MM_GRAPHS', '1') != '0'
 _THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may do as they like
 
 _lock = threading.Lock()
@@ -67,34 +81,42 @@ class Graph:
                 driver.call('cuGraphLaunch', self._exec, stream)
 
 
-class _Seen:
-    times, graph = 0, None
+class _History:
+    """How often the same was launched, and its graph."""
+    launches, graph = 0, None
 
 
-class _Balance:
+class _Totals:
+    """How many graphs were made and replayed, of all keys."""
     made = replayed = 0
 
     @classmethod
-    def allows(cls) -> bool:
+    def allow_another(cls) -> bool:
         return cls.made < FREE + cls.replayed // EARNED_BY
 
 
 @functools.lru_cache(maxsize=MOST)
-def _seen(index: int, key: Hashable) -> _Seen:
-    return _Seen()
+def _history(index: int, key: Hashable) -> _History:
+    return _History()
+
+
+def clear() -> None:
+    """Forget all launches and graphs."""
+    _history.cache_clear()
+    _Totals.made = _Totals.replayed = 0
 
 
 def replay(index: int, key: Hashable, launch: Callable[[], None]) -> None:
     """``launch()``, or the graph that was made of it; ``key`` decides all that it launches on that
     device: kernels, sizes, every address and number."""
-    if is_current_stream_capturing():
+    if not ENABLED or is_current_stream_capturing():
         return launch()
-    seen = _seen(index, key)
-    if seen.graph is None:
-        seen.times += 1
-        if seen.times < WORTH_IT or not _Balance.allows():
+    history = _history(index, key)
+    if history.graph is None:
+        history.launches += 1
+        if history.launches < WORTH_IT or not _Totals.allow_another():
             return launch()
-        seen.graph = Graph(index, launch)
-        _Balance.made += 1
-    seen.graph()
-    _Balance.replayed += 1
+        history.graph = Graph(index, launch)
+        _Totals.made += 1
+    history.graph()
+    _Totals.replayed += 1

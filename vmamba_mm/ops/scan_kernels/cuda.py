@@ -15,41 +15,40 @@ from vmamba_mm.ops.core.launch import (
     CODES,
     TYPES,
     Instance,
-    by_position_too,
     cached,
     device_limits,
     kernel,
     pointer,
 )
 
-SAVED = 24  # positions between saved states, as in walk.cuh
+SAVED = 24  # positions between saved states, as in scan.cuh
 # Warps of a block at most, as in the launch bounds, and of a multiprocessor, by registers
 _FORWARD_WARPS, _FORWARD_RESIDENT = 6, 24
-RUN, ENDS, GRADIENTS = range(3)  # modes of the forward kernel, as in walk_fwd.cu
+RUN, ENDS, GRADIENTS = range(3)  # modes of the forward kernel, as in scan_fwd.cu
 
 
 # --- what is compiled -------------------------------------------------------------------------
 
 def prepare_instance() -> Instance:
-    return Instance('walk_prepare.cu', 'walk_prepare')
+    return Instance('scan/scan_prepare.cu', 'scan_prepare')
 
 
 def combine_instance() -> Instance:
-    return Instance('scan_combine.cu', 'scan_combine<8>')
+    return Instance('scan/scan_combine.cu', 'scan_combine<8>')
 
 
 def finish_instance() -> Instance:
-    return Instance('walk_finish.cu', 'walk_finish')
+    return Instance('scan/scan_finish.cu', 'scan_finish')
 
 
 def forward_instance(type_: str, states: int, sequence: bool, mode: int) -> Instance:
     """``states`` of a scan: 1, 4 or 16; ``mode`` is RUN, ENDS or GRADIENTS."""
-    return Instance('walk_fwd.cu', f'walk_fwd<{type_}, {states}, {str(sequence).lower()}, '
+    return Instance('scan/scan_fwd.cu', f'scan_fwd<{type_}, {states}, {str(sequence).lower()}, '
                     f'{mode}>')
 
 
 def backward_instance(type_: str, states: int, sequence: bool) -> Instance:
-    return Instance('walk_bwd.cu', f'walk_bwd<{type_}, {states}, {str(sequence).lower()}>')
+    return Instance('scan/scan_bwd.cu', f'scan_bwd<{type_}, {states}, {str(sequence).lower()}>')
 
 
 # Type, states of a scan, whether of selective_scan. The types that people use, and for each number
@@ -80,11 +79,11 @@ def why_not(tensor: Tensor, rank: int, state: int) -> str | None:
         return f'the input is {tensor.dtype}; the kernels take float16, bfloat16 and float32'
     if tensor.shape[0] == 0 or tensor.numel() // tensor.shape[0] >= 2**31:
         return 'a sample has 2^31 elements or more, or the batch is empty'
-    return _why_not_here(tensor.device.index, tensor.dtype, rank, state)
+    return why_not_here(tensor.device.index, tensor.dtype, rank, state)
 
 
 @torch.compiler.assume_constant_result
-def _why_not_here(index: int, dtype: torch.dtype, rank: int, state: int) -> str | None:
+def why_not_here(index: int, dtype: torch.dtype, rank: int, state: int) -> str | None:
     """What keeps a GPU from taking them."""
     return _why_not_on(index, dtype, rank, state)
 
@@ -255,7 +254,7 @@ class Scans:
     def bind(self, schedule: Schedule, shared: int, strides: tuple[int, ...], y_dtype: torch.dtype,
              part_dtype: torch.dtype, instance: Callable[..., Instance], *args
              ) -> Callable[..., None]:
-        """A launch of the fields of Params in walk.cuh; ``vector`` is asked for in each call.
+        """A launch of the fields of Params in scan.cuh; ``vector`` is asked for in each call.
 
         ``strides`` are those of x and of grad, B, D, H, W each.
         """
@@ -415,11 +414,10 @@ def finish_launch(index: int, sizes: tuple[int, ...], state: int,
     dim, rank, routes = sizes[1], *sizes[4:]
     states, groups = groups_of(state)
     dt_type, bias_type, A_type, D_type = (CODES.get(d, 0) for d in dtypes)
-    launch_finish = kernel(index, finish_instance).bind(
+    return kernel(index, finish_instance).bind(
         (-(-routes * (state + rank + 2) * dim // 32), 1, 1), (32, 8, 1), parts=parts, dim=dim,
         rank=rank, state=state, states=states, routes=routes, groups=groups, dt_type=dt_type,
         bias_type=bias_type, A_type=A_type, D_type=D_type)
-    return by_position_too(launch_finish, 'sums', 'dt_weight', 'dt_bias', 'A', 'D', 'A_logs')
 
 
 # --- what both ops do with tensors ----------------------------------------------------------------

@@ -118,7 +118,7 @@ FORWARD = Pass(
     # An addition waits for what has left L2: on an H100 (50 MB) with 53 MB between a write and the
     # addition to it (28x28) two maps were faster, with 159 MB (56x56) slower by 7 %.
     l2_reach=1.5,
-    # ss2d_scan_runs.cu, one launch. It stages a chunk more, and x by way of shared memory. On an
+    # ss2d_scan_chained.cu, one launch. It stages a chunk more, and x by way of shared memory. On an
     # H100 blocks with all the channels of a pixel took 309 us, where two shared them 399 (4 images
     # of 256x256, 96 channels): hence split_pixels. kernels/README.md, "Spans within an image".
     chain=Chain(staged_chunks=1, bytes_per_warp=2 * MAP_BYTES, slowdown=1.35, launches=0, start=2,

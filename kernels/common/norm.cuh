@@ -1,0 +1,51 @@
+// LayerNorm of a position, whose channels LANES lanes have in registers: each 4 adjacent ones out of
+// each 4 LANES.
+#include "common/common.cuh"
+
+// Weight and bias (D) to shared memory, by all threads of the block.
+__device__ __forceinline__ void load_affine(float *to, const void *weight, const void *bias,
+                                            int dim, int type) {
+    for (int j = threadIdx.x; j < dim; j += blockDim.x) {
+        to[j] = load_parameter(weight, j, type);
+        to[dim + j] = load_parameter(bias, j, type);
+    }
+    __syncthreads();
+}
+
+// Stores the norm of `v` (zeros beyond the last channel) at `to`; gives mean and 1 / deviation.
+template <class O, int LANES = 32, int PARTS>
+__device__ __forceinline__ float2 store_norm(void *out, long long to, float (&v)[PARTS][4],
+                                             const float *affine, int dim, int lane, float eps,
+                                             bool valid = true) {
+    float sum = 0.f, squares = 0.f;
+#pragma unroll
+    for (int i = 0; i < PARTS; ++i)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum += v[i][e];
+#pragma unroll
+    for (int d = LANES / 2; d; d >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+    const float mean = sum / dim;
+#pragma unroll
+    for (int i = 0; i < PARTS; ++i)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            v[i][e] -= mean;
+            if ((i * LANES + lane) * 4 < dim) squares += v[i][e] * v[i][e];
+        }
+#pragma unroll
+    for (int d = LANES / 2; d; d >>= 1) squares += __shfl_xor_sync(0xffffffffu, squares, d);
+    const float rate = rsqrtf(squares / dim + eps);
+#pragma unroll
+    for (int i = 0; i < PARTS; ++i) {
+        const int c = (i * LANES + lane) * 4;
+        asm volatile("" ::: "memory");  // or all weights are loaded at once, and spill
+        if (c >= dim || !valid) continue;
+        float w[4], b[4];
+        unpack4(w, *(const float4 *)(affine + c), Float{});
+        unpack4(b, *(const float4 *)(affine + dim + c), Float{});
+#pragma unroll
+        for (int e = 0; e < 4; ++e) v[i][e] = v[i][e] * rate * w[e] + b[e];
+        store4<O>(out, to + c, v[i]);
+    }
+    return make_float2(mean, rate);
+}

@@ -1,0 +1,76 @@
+// Depthwise 3 x 3 convolution, padded with zeros: forward with bias and SiLU, or the gradient by its
+// input from the one by its output.
+#include "fused/dwconv.cuh"
+
+struct Params {
+    Pixels x;
+    const void *weight, *bias;  // (D, 9); (D), or null
+    void *y;                    // (B, H, W, D)
+    int segments, columns, weight_type, bias_type;
+};
+
+template <class T, bool FORWARD, int ROWS>
+__global__ void __launch_bounds__(256) dwconv(const Params p) {
+    extern __shared__ __align__(16) float shared[];  // (9, channels)
+    load_weights(shared, p.weight, p.weight_type, p.x.dim);
+    const int channels = 4 * blockDim.x, channel = (blockIdx.y * blockDim.x + threadIdx.x) * 4;
+    // From the end: what was written last is still in L2, and so is, for the next, what it reads first.
+    const int i = (gridDim.x - 1 - blockIdx.x) * blockDim.y + threadIdx.y;
+    if (channel >= p.x.dim || i >= count_strips(p.x, ROWS, p.segments)) return;
+    const Strip<ROWS> strip(p.x, i, p.segments, p.columns);
+
+    float w[9][4], bias[4] = {};
+#pragma unroll
+    for (int k = 0; k < 9; ++k)
+        unpack4(w[k], *(const float4 *)(shared + (FORWARD ? k : 8 - k) * channels
+                                        + 4 * threadIdx.x), Float{});
+    if (FORWARD && p.bias)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) bias[e] = load_parameter(p.bias, channel + e, p.bias_type);
+
+    // Sums of three columns: each column that comes adds to the one before, to its own and to the
+    // next.
+    float sums[ROWS][3][4];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+        for (int j = 0; j < 3; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sums[r][j][e] = bias[e];
+    typename Raw<T>::type ahead[ROWS + 2];
+    load_column<T, ROWS>(ahead, p.x, strip.image, strip.row, strip.column - 1, channel);
+    for (int column = strip.column - 1; column <= strip.end; ++column) {
+        float x[ROWS + 2][4];
+#pragma unroll
+        for (int r = 0; r < ROWS + 2; ++r) unpack4(x[r], ahead[r], T{});
+        load_column<T, ROWS>(ahead, p.x, strip.image, strip.row,
+                             column < strip.end ? column + 1 : -1, channel);
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+            for (int k = 0; k < 9; ++k)
+#pragma unroll
+                for (int e = 0; e < 4; ++e)
+                    sums[r][2 - k % 3][e] += w[k][e] * x[r + k / 3][e];
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+            if (column > strip.column && strip.row + r < p.x.height) {
+                float y[4];
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    y[e] = sums[r][0][e];
+                    if (FORWARD) y[e] *= sigmoid(y[e]);
+                }
+                const long long pixel = ((long long)strip.number * p.x.height + strip.row + r)
+                                        * p.x.width + column - 1;
+                store4<T>(p.y, pixel * p.x.dim + channel, y);
+            }
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                sums[r][0][e] = sums[r][1][e];
+                sums[r][1][e] = sums[r][2][e];
+                sums[r][2][e] = bias[e];
+            }
+        }
+    }
+}

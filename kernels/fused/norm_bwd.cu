@@ -1,0 +1,123 @@
+// Backward of a LayerNorm, and of the sum that came before it.
+#include "common/common.cuh"
+
+struct Params {
+    const void *grad;             // (M, D) of G, by the norm's output
+    const void *input;            // (M, D) of X: the norm's input
+    const float2 *moments;        // (M): mean and 1 / deviation
+    const void *weight;           // (D)
+    const void *others;           // (M, D) of X: what else is the gradient by that input, or null
+    const float *scale;           // (samples) of the branch, or null
+    void *dinput;                 // (M, D) of X
+    void *dbranch;                // (M, D) of B, or null
+    float *partials;              // (blocks, 2, D): of weight and bias
+    int positions, length, dim, parameter_type;
+};
+
+// TEAM warps per position, or where there are few channels half of one; LANES of a warp are of one
+// position, and a lane has 4 adjacent channels out of each 4 * LANES * TEAM.
+template <class G, class X, class B, int PARTS, int TEAM, int LANES>
+__global__ void __launch_bounds__(256, same<X, Float> && PARTS > 3 ? 1 : 2)
+norm_bwd(const Params p) {
+    constexpr int TEAMS = 256 / LANES / TEAM, STEP = 4 * LANES * TEAM;
+    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
+    const int team = warp / TEAM, first = ((warp % TEAM) * LANES + lane) * 4;
+    __shared__ float2 exchange[2][8];
+    extern __shared__ __align__(16) char shared[];  // (2, D) floats
+    float w[PARTS][4], dw[PARTS][4] = {}, db[PARTS][4] = {};
+#pragma unroll
+    for (int i = 0; i < PARTS; ++i)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const int c = i * STEP + first + e;
+            w[i][e] = c < p.dim ? load_parameter(p.weight, c, p.parameter_type) : 0.f;
+        }
+    int turn = 0;
+    const float per = 1.f / p.dim;
+    for (int start = blockIdx.x * TEAMS; start < p.positions; start += gridDim.x * TEAMS) {
+        const int m = start + team;
+        const bool valid = m < p.positions;
+        const long long at = (long long)m * p.dim;
+        float g[PARTS][4], y[PARTS][4], sum = 0.f, product = 0.f;
+        const float2 moments = valid ? p.moments[m] : make_float2(0.f, 0.f);
+        typename Raw<G>::type grad[PARTS];
+        typename Raw<X>::type input[PARTS], others[PARTS];
+#pragma unroll
+        for (int i = 0; i < PARTS; ++i) {
+            const int c = i * STEP + first;
+            const bool in = valid && c < p.dim;
+            grad[i] = load4_last<G>(p.grad, at + c, in);
+            input[i] = load4_last<X>(p.input, at + c, in);
+            others[i] = load4_last<X>(p.others, at + c, in && p.others);
+        }
+#pragma unroll
+        for (int i = 0; i < PARTS; ++i) {
+            unpack4(g[i], grad[i], G{});
+            unpack4(y[i], input[i], X{});
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                y[i][e] = (y[i][e] - moments.x) * moments.y;
+                dw[i][e] += g[i][e] * y[i][e];
+                db[i][e] += g[i][e];
+                g[i][e] *= w[i][e];
+                sum += g[i][e];
+                product += g[i][e] * y[i][e];
+            }
+        }
+#pragma unroll
+        for (int d = LANES / 2; d; d >>= 1) {
+            sum += __shfl_xor_sync(0xffffffffu, sum, d);
+            product += __shfl_xor_sync(0xffffffffu, product, d);
+        }
+        if (TEAM > 1) {
+            if (lane == 0) exchange[turn][warp] = make_float2(sum, product);
+            __syncthreads();
+            sum = product = 0.f;
+#pragma unroll
+            for (int i = 0; i < TEAM; ++i) {
+                const float2 v = exchange[turn][team * TEAM + i];
+                sum += v.x;
+                product += v.y;
+            }
+            turn ^= 1;
+        }
+        sum *= per;
+        product *= per;
+        const float scale = p.scale && valid ? p.scale[m / p.length] : 1.f;
+#pragma unroll
+        for (int i = 0; i < PARTS; ++i) {
+            const int c = i * STEP + first;
+            float o[4];
+            unpack4(o, others[i], X{});
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                o[e] += (g[i][e] - sum - y[i][e] * product) * moments.y;
+            if (!valid || c >= p.dim) continue;
+            if (!p.dbranch) {
+                store4<X>(p.dinput, at + c, o);
+                continue;
+            }
+            store4_aside<X>(p.dinput, at + c, o);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) o[e] *= scale;
+            store4<B>(p.dbranch, at + c, o);
+        }
+    }
+    float *const sums = (float *)shared;
+    for (int turn = 0; turn < TEAMS; ++turn) {
+        __syncthreads();
+        if (team != turn) continue;
+#pragma unroll
+        for (int i = 0; i < PARTS; ++i)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const int c = i * STEP + first + e;
+                if (c >= p.dim) continue;
+                sums[c] = turn ? sums[c] + dw[i][e] : dw[i][e];
+                sums[p.dim + c] = turn ? sums[p.dim + c] + db[i][e] : db[i][e];
+            }
+    }
+    __syncthreads();
+    for (int j = threadIdx.x; j < 2 * p.dim; j += blockDim.x)
+        p.partials[(long long)blockIdx.x * 2 * p.dim + j] = sums[j];
+}

@@ -1,0 +1,364 @@
+// What the walk kernels share. A walk is a route of ss2d_scan over one image, or (SEQ) a sequence
+// of selective_scan; it may be cut into spans. A block has adjacent channels of one walk, all in
+// the same chunk of positions.
+//
+// All is in base-2 logarithms, as in ss2d_scan_fwd.cu: l = delta / ln 2, the decay is 2^(A l), the
+// kept state is h / ln 2, and C takes the ln 2 (so the kept gradient by h is g ln 2).
+#pragma once
+#include "common/common.cuh"
+
+constexpr int SAVED = 24;  // positions between two saved states
+template <int POSITIONS> constexpr int pitch_for = POSITIONS + 4;  // 16-byte rows, few conflicts
+
+struct Params {
+    const void *x;         // map (B, D, H, W) by strides; SEQ: u (B, K * D, L)
+    const void *raw;       // (B, L, K, R + 2 N): dt, B, C; SEQ: delta, like u
+    const void *B, *C;     // SEQ: (B, K, N, L)
+    const float *weights;  // (K, R, D): dt_projs_weight, times log2(e)
+    const float *bias;     // (K, D), times log2(e)
+    const float *rates;    // (K, G * STATE, D): A, zero beyond N
+    const float *skip;     // (K, D)
+    const float *entries;  // (walks, spans, STATE, D): what enters each span, or null for zeros
+    float *states;         // (walks, chunks, STATE, D): what enters each SAVED positions, or null
+    float *decays, *ends;  // (walks, spans, STATE, D): of a span from zero, if SUMMARY
+    void *y;               // (G, K, B, L, D) in row-major order of the image, or null; SEQ: like u
+    const void *grad;      // by y: (B, D, H, W) by strides; SEQ: like u
+    void *grad_x;          // like y
+    void *grad_raw;        // (parts, B, L, K, R + 2 N); SEQ: grad_delta, like y
+    void *grad_B, *grad_C;  // SEQ: (columns, B, K, N, L)
+    float *sums;           // (B, spans, K, G, STATE + R + 2, D): by A, weights, bias and skip
+    long long x_b, x_d, x_h, x_w, grad_b, grad_d, grad_h, grad_w;  // strides in elements
+    int batch, dim, height, width, rank, state, routes, groups;  // state: N, groups: G of STATE
+    int span, spans, chunks, columns;  // span: positions, a multiple of SAVED; columns: of blocks
+    int softplus, y_type, part_type, vector;  // types as in load_parameter; vector: SEQ, aligned
+    u32 magic_height, magic_width;
+};
+
+template <class T> constexpr int type_of = same<T, Float> ? 0 : same<T, Half> ? 1 : 2;
+
+// Without what C++ does to a short before it is an int: that would wait for the load.
+__device__ __forceinline__ u32 load_u16(const void *p) {
+    u32 v;
+    asm("ld.global.nc.u16 %0, [%1];" : "=r"(v) : "l"(p));
+    return v;
+}
+
+template <class T>
+__device__ __forceinline__ float load(const void *p, long long i) {
+    if constexpr (same<T, Float>) return __ldg((const float *)p + i);
+    else return T::unpack(__ldg((const unsigned short *)p + i)).x;
+}
+
+__device__ __forceinline__ void store(void *p, long long i, float v, int type) {
+    if (type == 0) ((float *)p)[i] = v;
+    else if (type == 1) ((unsigned short *)p)[i] = (unsigned short)Half::pack(v, 0.f);
+#if __CUDA_ARCH__ >= 800
+    else ((unsigned short *)p)[i] = (unsigned short)BFloat::pack(v, 0.f);
+#endif
+}
+
+// log2(1 + 2^z): e P(e) with e = 2^-|z|, so that tiny results keep their digits.
+template <class T>
+__device__ __forceinline__ float softplus2(float z) {
+    const float e = ex2(-fabsf(z));
+    float p;
+    if constexpr (same<T, Float>) {  // relative error 2e-7
+        p = fmaf(0.00754890637f, e, -0.0425659567f);
+        p = fmaf(p, e, 0.112854391f);
+        p = fmaf(p, e, -0.197117448f);
+        p = fmaf(p, e, 0.275640696f);
+        p = fmaf(p, e, -0.358408302f);
+        p = fmaf(p, e, 0.480692923f);
+        p = fmaf(p, e, -0.721340179f);
+        p = fmaf(p, e, 1.44269502f);
+    } else {  // 9e-6
+        p = fmaf(-0.034434747f, e, 0.146029979f);
+        p = fmaf(p, e, -0.30303365f);
+        p = fmaf(p, e, 0.469173133f);
+        p = fmaf(p, e, -0.720426023f);
+        p = fmaf(p, e, 1.44268286f);
+    }
+    return fmaf(p, e, fmaxf(z, 0.f));
+}
+
+// Position i of a walk -> offset in elements. A route against its axis has negative strides.
+struct Path {
+    int inner_length, rows;
+    u32 magic;  // 2^32 / inner_length, rounded up; 0 for 1
+    bool column, back;
+
+    __device__ __forceinline__ Path(const Params &p, int route, bool reversed) {
+        column = route & 1;
+        back = (route >= 2) != reversed;
+        inner_length = column ? p.height : p.width;
+        rows = column ? p.width : p.height;
+        magic = column ? p.magic_height : p.magic_width;
+    }
+    __device__ __forceinline__ int row(int i) const {
+        return magic ? (int)__umulhi((u32)i, magic) : i;
+    }
+};
+
+struct Steps {  // of a path over a tensor with the strides of H and W
+    int inner, outer, first;
+    __device__ __forceinline__ Steps(const Path &path, int stride_h, int stride_w) {
+        inner = path.column ? stride_h : stride_w;
+        outer = path.column ? stride_w : stride_h;
+        first = path.back ? (path.rows - 1) * outer + (path.inner_length - 1) * inner : 0;
+        if (path.back) inner = -inner, outer = -outer;
+    }
+    __device__ __forceinline__ int at(const Path &path, int i) const {
+        const int row = path.row(i);
+        return first + row * outer + (i - row * path.inner_length) * inner;
+    }
+    __device__ __forceinline__ void next(const Path &path, int &offset, int &rest) const {
+        offset += inner;
+        if (++rest == path.inner_length) {
+            rest = 0;
+            offset += outer - path.inner_length * inner;
+        }
+    }
+};
+
+// N (4 or 8) positions from `start` of a channel, as their bits; zeros beyond `count` and if not
+// `valid`.
+template <class T, bool SEQ, int N>
+__device__ __forceinline__ void load_bits(
+    u32 (&x)[N], const void *base, const Path &path, const Steps &steps, int start, int count,
+    bool valid, bool vector) {
+    constexpr bool WIDE = same<T, Float>;
+    constexpr int SIZE = WIDE ? 4 : 2;
+    auto load = [&](const char *at) -> u32 {
+        if constexpr (WIDE) return __ldg((const u32 *)at);
+        else return load_u16(at);
+    };
+    if (SEQ && vector && count >= N && !path.back) {
+        u32 words[N] = {};
+        const char *from = (const char *)base + (long long)start * SIZE;
+        if (valid) {
+            if constexpr (N * SIZE == 8) {
+                const uint2 u = __ldg((const uint2 *)from);
+                words[0] = u.x, words[1] = u.y;
+            } else {
+#pragma unroll
+                for (int i = 0; i < N * SIZE / 4; i += 4) {
+                    const uint4 u = __ldg((const uint4 *)from + i / 4);
+                    words[i] = u.x, words[i + 1] = u.y, words[i + 2] = u.z, words[i + 3] = u.w;
+                }
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+            x[i] = WIDE ? words[i] : i & 1 ? words[i / 2] >> 16 : words[i / 2] & 0xffffu;
+        return;
+    }
+    const int row = path.row(start);
+    int rest = start - row * path.inner_length;
+    int offset = steps.first + row * steps.outer + rest * steps.inner;
+    if (count >= N && rest + N <= path.inner_length) {  // within a row
+        const long long step = (long long)steps.inner * SIZE;
+        const char *from = (const char *)base + (long long)offset * SIZE;
+#pragma unroll
+        for (int i = 0; i < N; ++i, from += step) x[i] = valid ? load(from) : 0u;
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        x[i] = i < count && valid ? load((const char *)base + (long long)offset * SIZE) : 0u;
+        steps.next(path, offset, rest);
+    }
+}
+
+template <class T, int N>
+__device__ __forceinline__ void to_floats(float (&x)[N], const u32 (&bits)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        if constexpr (same<T, Float>) x[i] = __uint_as_float(bits[i]);
+        else x[i] = T::unpack(bits[i]).x;
+    }
+}
+
+template <class T, bool SEQ, int N>
+__device__ __forceinline__ void load_steps(
+    float (&x)[N], const void *base, const Path &path, const Steps &steps, int start, int count,
+    bool valid, bool vector) {
+    u32 bits[N];
+    load_bits<T, SEQ>(bits, base, path, steps, start, count, valid, vector);
+    to_floats<T>(x, bits);
+}
+
+// The counterpart, for a contiguous result of type T or another.
+template <class T, bool SEQ, int N>
+__device__ __forceinline__ void store_steps(
+    const float (&y)[N], void *base, const Path &path, const Steps &steps, int start, int count,
+    bool valid, bool vector, int type) {
+    constexpr int SIZE = same<T, Float> ? 4 : 2;
+    if (!valid) return;
+    if (SEQ && vector && count >= N && type == type_of<T>) {
+        char *to = (char *)base + (long long)start * SIZE;
+        if constexpr (same<T, Float>) {
+#pragma unroll
+            for (int i = 0; i < N; i += 4)
+                ((float4 *)to)[i / 4] = make_float4(y[i], y[i + 1], y[i + 2], y[i + 3]);
+        } else {
+#pragma unroll
+            for (int i = 0; i < N; i += 4)
+                ((uint2 *)to)[i / 4] = make_uint2(T::pack(y[i], y[i + 1]),
+                                                  T::pack(y[i + 2], y[i + 3]));
+        }
+        return;
+    }
+    const int row = path.row(start);
+    int rest = start - row * path.inner_length;
+    int offset = steps.first + row * steps.outer + rest * steps.inner;
+    if (count >= N && rest + N <= path.inner_length && type == type_of<T>) {
+        const long long step = (long long)steps.inner * SIZE;
+        char *to = (char *)base + (long long)offset * SIZE;
+#pragma unroll
+        for (int i = 0; i < N; ++i, to += step) store(to, 0, y[i], type_of<T>);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        if (i < count) store(base, offset, y[i], type);
+        steps.next(path, offset, rest);
+    }
+}
+
+// Which walk, span and channels a block has.
+struct Place {
+    int b, k, group, span, column;
+    __device__ __forceinline__ Place(const Params &p) {
+        int i = blockIdx.x;
+        column = i % p.columns, i /= p.columns;
+        span = i % p.spans, i /= p.spans;
+        group = i % p.groups, i /= p.groups;
+        k = i % p.routes, b = i / p.routes;
+    }
+    __device__ __forceinline__ long long walk(const Params &p) const {
+        return ((long long)b * p.routes + k) * p.groups + group;
+    }
+};
+
+// Columns dt (R), then B and C (STATE each, as wanted) of `count` positions from `start` as fp32,
+// C times ln 2; zeros beyond, up to LENGTH. A thread has NUMBERS of them to a turn.
+template <class T, int STATE, bool SEQ, bool WITH_B, bool WITH_C, int LENGTH, int NUMBERS>
+struct Staging {
+    static constexpr int COLUMNS = STATE * (WITH_B + WITH_C);
+    static constexpr int SIZE = same<T, Float> ? 4 : 2;
+    const Params &p;
+    const Path &path;
+    const Place &place;
+    const Steps steps;
+    int threads, columns, row, column, together, turns;  // the first `threads` of the block stage
+
+    // Quotients of the sizes, in one number that is kept.
+    static __device__ __forceinline__ u32 arrange(const Params &p, int threads) {
+        const int columns = (SEQ ? 0 : p.rank) + COLUMNS;
+        const int width = min(columns, threads), together = threads / width;
+        const int at_once = NUMBERS * (SEQ ? threads : together);
+        const int all = SEQ ? COLUMNS * LENGTH : LENGTH;
+        return threadIdx.x / width << 24 | threadIdx.x % width << 15 | together << 6
+               | (all + at_once - 1) / at_once;
+    }
+    __device__ __forceinline__ Staging(const Params &p, const Path &path, const Place &place,
+                                       int threads, u32 arranged)
+        : p(p), path(path), place(place), steps(path, p.width, 1), threads(threads) {
+        columns = (SEQ ? 0 : p.rank) + COLUMNS;
+        row = arranged >> 24, column = arranged >> 15 & 511, together = arranged >> 6 & 511;
+        turns = arranged & 63;
+    }
+    // Calls visit(m, valid, column, position) for the numbers of a turn.
+    template <class F>
+    __device__ __forceinline__ void each(int turn, int first, F visit) const {
+#pragma unroll
+        for (int m = 0; m < NUMBERS; ++m) {
+            if constexpr (SEQ) {
+                const int j = threadIdx.x + (NUMBERS * turn + m) * threads;
+                visit(m, j < COLUMNS * LENGTH, j / LENGTH, j % LENGTH);
+            } else {
+                const int i = row + (NUMBERS * turn + m) * together;
+                visit(m, row < together && i < LENGTH && first + column < columns, first + column,
+                      i);
+            }
+        }
+    }
+    // The column in memory, or the first where there is none.
+    __device__ __forceinline__ bool locate(int column, bool &is_C, int &n) const {
+        const int of = column - (SEQ ? 0 : p.rank);
+        is_C = of >= (WITH_B ? STATE : 0);
+        n = of - (WITH_B && is_C ? STATE : 0);
+        return n < min(STATE, p.state - place.group * STATE);
+    }
+    __device__ __forceinline__ void load(u32 (&bits)[NUMBERS], int start, int count, int turn,
+                                         int first) const {
+        each(turn, first, [&](int m, bool inside, int column, int i) {
+            bool is_C;
+            int n;
+            const bool known = locate(column, is_C, n) && inside;
+            i = start + min(i, count - 1);
+            long long at;
+            if constexpr (SEQ)
+                at = (((long long)place.b * p.routes + place.k) * p.state + place.group * STATE
+                      + (known ? n : 0)) * p.width + (path.back ? p.width - 1 - i : i);
+            else
+                at = ((long long)place.b * p.height * p.width * p.routes + place.k)
+                     * (p.rank + 2 * p.state)
+                     + (long long)steps.at(path, i) * (p.routes * (p.rank + 2 * p.state))
+                     + (!known ? 0 : n < 0 ? column
+                        : p.rank + (is_C ? p.state : 0) + place.group * STATE + n);
+            const char *const base = (const char *)(!SEQ ? p.raw : is_C ? p.C : p.B);
+            if constexpr (SIZE == 4) bits[m] = __ldg((const u32 *)(base + at * SIZE));
+            else bits[m] = load_u16(base + at * SIZE);
+        });
+    }
+    __device__ __forceinline__ void store(float *staged, const u32 (&bits)[NUMBERS],
+                                          int count, int turn,
+                                          int first) const {
+        each(turn, first, [&](int m, bool inside, int column, int i) {
+            bool is_C;
+            int n;
+            const bool known = locate(column, is_C, n);
+            float v;
+            if constexpr (SIZE == 4) v = __uint_as_float(bits[m]);
+            else v = T::unpack(bits[m]).x;
+            if (is_C) v *= LN2;
+            if (inside) staged[column * pitch_for<LENGTH> + i] = known && i < count ? v : 0.f;
+        });
+    }
+    __device__ __forceinline__ void run(float *staged, int start, int count) const {
+        for (int first = 0; first < (SEQ ? 1 : columns); first += min(columns, threads))
+            for (int turn = 0; turn < turns; ++turn) {
+                u32 bits[NUMBERS];
+                load(bits, start, count, turn, first);
+                store(staged, bits, count, turn, first);
+            }
+    }
+};
+
+__device__ __forceinline__ void read4(float *to, const float *from) {
+    const float4 a = *(const float4 *)from;
+    to[0] = a.x, to[1] = a.y, to[2] = a.z, to[3] = a.w;
+}
+
+__device__ __forceinline__ void write4(float *to, const float *from) {
+    *(float4 *)to = make_float4(from[0], from[1], from[2], from[3]);
+}
+
+// Adds the product of a channel's `weights`, `pitch` apart, with columns of dt, `column` apart, at
+// M times 4 positions, `apart` from each other.
+template <int M>
+__device__ __forceinline__ void add_product(float (&z)[4 * M], int rank, const float *weights,
+                                            int pitch, const float *dt, int column, int apart) {
+#pragma unroll 2
+    for (int r = 0; r < rank; ++r) {
+        const float w = weights[r * pitch];
+#pragma unroll
+        for (int j = 0; j < M; ++j) {
+            float v[4];
+            read4(v, dt + r * column + j * apart);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) z[4 * j + i] = fmaf(w, v[i], z[4 * j + i]);
+        }
+    }
+}

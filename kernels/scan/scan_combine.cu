@@ -1,0 +1,34 @@
+// From the decay and the end of each span, started from zero, to what enters it.
+#include "common/common.cuh"
+
+struct Params {
+    const float *decays, *ends;  // (walks, spans, D)
+    float *entries;              // (walks, spans, D)
+    int walks, spans, dim, back; // back: from the last span to the first
+};
+
+template <int AHEAD>
+__global__ void scan_combine(const Params p) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= p.walks * p.dim) return;
+    const int walk = i / p.dim;
+    const long long stride = p.back ? -(long long)p.dim : p.dim;
+    long long at = ((long long)walk * p.spans + (p.back ? p.spans - 1 : 0)) * p.dim + i % p.dim;
+    float state = 0.f;
+    for (int first = 0; first < p.spans; first += AHEAD) {
+        float decay[AHEAD], end[AHEAD];
+#pragma unroll
+        for (int j = 0; j < AHEAD; ++j)
+            if (first + j < p.spans) {
+                decay[j] = p.decays[at + j * stride];
+                end[j] = p.ends[at + j * stride];
+            }
+#pragma unroll
+        for (int j = 0; j < AHEAD; ++j)
+            if (first + j < p.spans) {
+                p.entries[at + j * stride] = state;
+                state = follow(decay[j], end[j], state);
+            }
+        at += AHEAD * stride;
+    }
+}
