@@ -1,6 +1,6 @@
 """How much time the tests of one family or one op may take: a CI that all of them share stays fast.
 
-A test belongs to a family if it has a parameter called ``family``, or one called ``spec`` that has a
+A test belongs to a family if it has a parameter ``family``, or one called ``spec`` that has a
 ``family``; likewise to an op. Their seconds of one core (those of the process and of its children
 that have ended, so that a busy machine makes no difference) are summed over all processes of
 pytest-xdist and shown at the end; a sum above its limit fails the run. Tests on a GPU, where
