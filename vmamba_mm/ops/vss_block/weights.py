@@ -1,7 +1,6 @@
-"""The parameters of a VSS block, and ops that have an argument for each of them."""
+"""The parameters of a VSS block, and functions that have an argument for each of them."""
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -38,19 +37,11 @@ class Weights(NamedTuple):
 NUM_WEIGHTS = len(Weights._fields)
 
 
-def spread_weights(function: Callable) -> Callable:
-    """Decorator: takes the fields of ``weights`` as arguments of their own, and in its signature
-    names them, as autograd and torch.library need it, which do not look for tensors in a tuple."""
-    signature = inspect.signature(function)
-    first = list(signature.parameters).index('weights')
-    after = first + NUM_WEIGHTS
-
+def gather_weights(function: Callable) -> Callable:
+    """Decorator: calls ``function(x, weights, ...)`` with the fields of ``weights`` given as
+    arguments of their own."""
     @functools.wraps(function)
-    def spread(*args):
-        return function(*args[:first], Weights._make(args[first:after]), *args[after:])
+    def gathered(x, *args):
+        return function(x, Weights._make(args[:NUM_WEIGHTS]), *args[NUM_WEIGHTS:])
 
-    parameters = list(signature.parameters.values())
-    parameters[first:first + 1] = [parameters[first].replace(name=name, annotation=annotation)
-                                   for name, annotation in Weights.__annotations__.items()]
-    spread.__signature__ = signature.replace(parameters=parameters)
-    return spread
+    return gathered
