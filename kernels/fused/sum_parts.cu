@@ -3,12 +3,11 @@
 
 constexpr int MOST = 6, SLICES = 32, AHEAD = 12;
 
-struct Params {
-    struct {
-        const float *partials;  // (parts, rows + 1, D): of the weight's rows, then of the bias
-        void *weight, *bias;    // (D, rows); (D), or null
-    } maps[MOST];
-    struct { int parts, rows, dim, weight_type, bias_type; } jobs[MOST];  // 0 fp32, 1 fp16, 2 bf16
+struct Params {  // of each job
+    const float *partials[MOST];  // (parts, rows + 1, D): of the weight's rows, then of the bias
+    void *weights[MOST], *biases[MOST];  // (D, rows); (D), or null
+    int parts[MOST], rows[MOST], dims[MOST];
+    int weight_types[MOST], bias_types[MOST];  // 0 fp32, 1 fp16, 2 bf16
 };
 
 // A block has 32 columns of a job, and a warp a slice, every 32nd part of them. The time is that
@@ -16,13 +15,13 @@ struct Params {
 __global__ void __launch_bounds__(32 * SLICES) sum_parts(const Params p) {
     __shared__ float sums[SLICES][32];
     int j = 0, block = blockIdx.x;
-    for (int blocks; block >= (blocks = ((p.jobs[j].rows + 1) * p.jobs[j].dim + 31) / 32); ++j)
+    for (int blocks; block >= (blocks = ((p.rows[j] + 1) * p.dims[j] + 31) / 32); ++j)
         block -= blocks;
-    const int parts = p.jobs[j].parts, rows = p.jobs[j].rows, dim = p.jobs[j].dim;
+    const int parts = p.parts[j], rows = p.rows[j], dim = p.dims[j];
     const int columns = (rows + 1) * dim, column = block * 32 + threadIdx.x;
     float sum = 0.f;
     if (column < columns) {
-        const float *from = p.maps[j].partials + (int)threadIdx.y * columns + column;
+        const float *from = p.partials[j] + (int)threadIdx.y * columns + column;
 #pragma unroll 1
         for (int part = threadIdx.y; part < parts; part += SLICES * AHEAD) {
             float v[AHEAD];
@@ -39,7 +38,7 @@ __global__ void __launch_bounds__(32 * SLICES) sum_parts(const Params p) {
 #pragma unroll
     for (int i = 1; i < SLICES; ++i) sum += sums[i][threadIdx.x];
     const int row = column / dim, c = column - row * dim;
-    void *const weight = p.maps[j].weight, *const bias = p.maps[j].bias;
-    if (row < rows) store_parameter(weight, (long long)c * rows + row, p.jobs[j].weight_type, sum);
-    else if (bias) store_parameter(bias, c, p.jobs[j].bias_type, sum);
+    void *const weight = p.weights[j], *const bias = p.biases[j];
+    if (row < rows) store_parameter(weight, (long long)c * rows + row, p.weight_types[j], sum);
+    else if (bias) store_parameter(bias, c, p.bias_types[j], sum);
 }

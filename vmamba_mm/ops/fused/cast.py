@@ -2,42 +2,59 @@
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vmamba_mm.ops.core.nvrtc import Instance, cached, kernel
-from vmamba_mm.ops.scan_kernels.cuda import CODES, TYPES
+from vmamba_mm.ops.core.launch import CODES, TYPES, Instance, cached, kernel
 
-_MOST = 6  # parameters of a launch
-FIELDS = 'P' * (_MOST + 1) + 'i' * (3 * _MOST + 1)  # of the kernels' struct
+_MOST = 6  # MOST in cast.cuh: parameters of a launch
 
 
 def cast_instance(type_: str) -> Instance:
-    return Instance('fused/cast.cu', f'cast<{type_}>', FIELDS)
+    return Instance('fused/cast.cu', f'cast<{type_}>')
 
 
-def plan_cast(sizes: Sequence[int], dtypes: Sequence[torch.dtype]
-              ) -> tuple[list[int], int, Callable[..., tuple[int, ...]]]:
-    """Where each of at most six tensors of ``sizes`` elements begins in the result, and where that
-    ends; blocks of 256 threads for it; the kernels' fields by the addresses of them and the
-    result."""
+#: What is compiled to check it, and the lowest compute capability that it is for.
+INSTANCES: dict[Instance, int] = {cast_instance('Half'): 75, cast_instance('BFloat'): 80}
+
+
+class CastPlan(NamedTuple):
+    """How at most six tensors are rounded into one.
+
+    ``starts``: where each begins in the result, and where that ends, in elements. ``blocks`` of 256
+    threads. ``fields``: numbers for the kernels' struct Cast. ``absent``: addresses for the tensors
+    that there are not.
+    """
+    starts: list[int]
+    blocks: int
+    fields: dict[str, tuple[int, ...]]
+    absent: tuple[int, ...]
+
+
+def plan_cast(sizes: Sequence[int], dtypes: Sequence[torch.dtype]) -> CastPlan:
+    """For tensors of so many elements and these dtypes."""
     starts = [0, *accumulate(-(-size // 8) * 8 for size in sizes)]
     absent = (0,) * (_MOST - len(sizes))
-    rest = (*starts, *[starts[-1]] * len(absent), *sizes, *absent, *[CODES[d] for d in dtypes],
-            *absent)
-    return (starts, min(1024, -(-starts[-1] // 2048)),
-            lambda *addresses: (*addresses[:-1], *absent, addresses[-1], *rest))
+    fields = dict(starts=(*starts, *[starts[-1]] * len(absent)), sizes=(*sizes, *absent),
+                  types=(*[CODES[d] for d in dtypes], *absent))
+    return CastPlan(starts, min(1024, -(-starts[-1] // 2048)), fields, absent)
 
 
 @cached
 def cast_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...],
                 dtypes: tuple[torch.dtype, ...]) -> tuple[list[int], Callable[..., None]]:
-    """Where each of at most six tensors begins in one of ``dtype``, where that ends, and what
-    rounds them into it. Of addresses: them, the result."""
-    starts, blocks, fields = plan_cast(sizes, dtypes)
-    launch = kernel(index, cast_instance, TYPES[dtype]).bind((blocks, 1, 1), (256, 1, 1))
-    return starts, lambda *addresses: launch(*fields(*addresses))
+    """The ``starts`` of the plan, and what rounds the tensors into one of ``dtype``; it takes their
+    addresses (a tuple) and that of the result."""
+    plan = plan_cast(sizes, dtypes)
+    launch = kernel(index, cast_instance, TYPES[dtype]).bind(
+        (plan.blocks, 1, 1), (256, 1, 1), **plan.fields)
+
+    def launch_cast(sources, to):
+        launch(sources=(*sources, *plan.absent), to=to)
+
+    return plan.starts, launch_cast
 
 
 def cast(parameters: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -49,6 +66,6 @@ def cast(parameters: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
                                  tuple(p.numel() for p in parameters),
                                  tuple(p.dtype for p in parameters))
     buffer = parameters[0].new_empty(starts[-1], dtype=dtype)
-    launch(*[p.data_ptr() for p in parameters], buffer.data_ptr())
+    launch([p.data_ptr() for p in parameters], buffer.data_ptr())
     return [buffer.as_strided(p.shape, p.stride(), start)
             for p, start in zip(parameters, starts, strict=False)]

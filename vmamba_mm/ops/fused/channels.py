@@ -1,53 +1,76 @@
 """What the kernels share that work on maps with the channels last."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vmamba_mm.ops.core.nvrtc import Instance, cached, kernel
-from vmamba_mm.ops.scan_kernels import cuda as walk
-from vmamba_mm.ops.scan_kernels.cuda import CODES
+from vmamba_mm.ops.core.launch import CODES, Instance, cached, kernel, pointer
+from vmamba_mm.ops.scan_kernels import cuda as scans
 
 WIDEST = 4096  # channels
-_MOST = 6  # jobs of a launch of the kernel that sums parts
+_MOST_JOBS = 6  # MOST in sum_parts.cu
 
 
-def why_not_channels(x: Tensor, dim: int, others: tuple[Tensor | None, ...]) -> str | None:
-    """What keeps the kernels from taking a map with so many channels, or None."""
+def why_not_channels(x: Tensor, dim: int, tensors: tuple[Tensor | None, ...]) -> str | None:
+    """What keeps the kernels from taking a map with so many channels and such tensors, or None."""
     if dim % 4 or dim > WIDEST:
         return f'{dim} channels; the kernels take multiples of 4 up to {WIDEST}'
-    if any(t is not None and t.dtype not in CODES for t in others):
+    if any(t is not None and t.dtype not in CODES for t in tensors):
         return 'an input is neither float32 nor float16 nor bfloat16'
-    return walk.why_not(x, 1, 1)
+    return scans.why_not(x, 1, 1)
+
+
+def as_template(flag: bool) -> str:
+    """``flag`` as an argument of a C++ template."""
+    return str(flag).lower()
 
 
 def sum_instance() -> Instance:
-    return Instance('fused/sum_parts.cu', 'sum_parts', 'P' * (3 * _MOST) + 'i' * (5 * _MOST))
+    return Instance('fused/sum_parts.cu', 'sum_parts')
+
+
+#: What is compiled to check it, and the lowest compute capability that it is for.
+INSTANCES: dict[Instance, int] = {sum_instance(): 75}
+
+
+class SumJob(NamedTuple):
+    """Parts (rows + 1, D), fp32, that are summed into the gradients by a weight (D, rows) and a
+    bias (D), of these dtypes; None without one."""
+    parts: int
+    rows: int
+    dim: int
+    weight: torch.dtype | None
+    bias: torch.dtype | None
 
 
 @cached
-def sum_launch(index: int, *jobs: tuple[int, int, int, torch.dtype | None, torch.dtype | None]
-               ) -> Callable[..., None]:
-    """What does at most six jobs by one launch: to sum parts (rows + 1, D), fp32, into gradients,
-    (D, rows) elements by a weight and D by a bias.
+def sum_launch(index: int, *jobs: SumJob) -> Callable[..., None]:
+    """What does at most six jobs by one launch.
 
-    A job is parts, rows, D, and the dtypes of weight and bias, None without one. Of addresses, for
-    each job: partials, dweight, dbias.
+    It takes the addresses (partials, dweight, dbias) of each job, one tuple after the other.
     """
-    blocks = sum(-(-(rows + 1) * dim // 32) for _, rows, dim, *_ in jobs)
-    launch = kernel(index, sum_instance).bind((blocks, 1, 1), (32, 32, 1))
-    absent = _MOST - len(jobs)
-    rest = [0] * (3 * absent)
-    for *sizes, weight, bias in jobs:
-        rest += *sizes, CODES.get(weight, 0), CODES.get(bias, 0)
-    rest += [0] * (5 * absent)
-    return lambda *addresses: launch(*addresses, *rest)
+    absent = (0,) * (_MOST_JOBS - len(jobs))
+    blocks = sum(-(-(job.rows + 1) * job.dim // 32) for job in jobs)
+    launch = kernel(index, sum_instance).bind(
+        (blocks, 1, 1), (32, 32, 1), parts=(*[job.parts for job in jobs], *absent),
+        rows=(*[job.rows for job in jobs], *absent), dims=(*[job.dim for job in jobs], *absent),
+        weight_types=(*[CODES.get(job.weight, 0) for job in jobs], *absent),
+        bias_types=(*[CODES.get(job.bias, 0) for job in jobs], *absent))
+
+    def launch_sums(*addresses):
+        partials, weights, biases = zip(*addresses, strict=True)
+        launch(partials=(*partials, *absent), weights=(*weights, *absent),
+               biases=(*biases, *absent))
+
+    return launch_sums
 
 
 def parameter_grads(partials: Tensor, dweight: Tensor | None, dbias: Tensor | None, rows: int
                     ) -> None:
     """Sum ``partials`` (n, rows + 1, D), fp32, into the gradients: (D, rows) elements, and D."""
     dtypes = (None if t is None else t.dtype for t in (dweight, dbias))
-    sum_launch(partials.get_device(), (len(partials), rows, partials.shape[2], *dtypes))(
-        partials.data_ptr(), walk.pointer(dweight), walk.pointer(dbias))
+    job = SumJob(len(partials), rows, partials.shape[2], *dtypes)
+    sum_launch(partials.get_device(), job)(
+        (partials.data_ptr(), pointer(dweight), pointer(dbias)))

@@ -15,7 +15,6 @@ from vmamba_mm.ops.core.launch import (
     CODES,
     TYPES,
     Instance,
-    by_position_too,
     cached,
     device_limits,
     kernel,
@@ -80,11 +79,11 @@ def why_not(tensor: Tensor, rank: int, state: int) -> str | None:
         return f'the input is {tensor.dtype}; the kernels take float16, bfloat16 and float32'
     if tensor.shape[0] == 0 or tensor.numel() // tensor.shape[0] >= 2**31:
         return 'a sample has 2^31 elements or more, or the batch is empty'
-    return _why_not_here(tensor.device.index, tensor.dtype, rank, state)
+    return why_not_here(tensor.device.index, tensor.dtype, rank, state)
 
 
 @torch.compiler.assume_constant_result
-def _why_not_here(index: int, dtype: torch.dtype, rank: int, state: int) -> str | None:
+def why_not_here(index: int, dtype: torch.dtype, rank: int, state: int) -> str | None:
     """What keeps a GPU from taking them."""
     return _why_not_on(index, dtype, rank, state)
 
@@ -415,11 +414,10 @@ def finish_launch(index: int, sizes: tuple[int, ...], state: int,
     dim, rank, routes = sizes[1], *sizes[4:]
     states, groups = groups_of(state)
     dt_type, bias_type, A_type, D_type = (CODES.get(d, 0) for d in dtypes)
-    launch_finish = kernel(index, finish_instance).bind(
+    return kernel(index, finish_instance).bind(
         (-(-routes * (state + rank + 2) * dim // 32), 1, 1), (32, 8, 1), parts=parts, dim=dim,
         rank=rank, state=state, states=states, routes=routes, groups=groups, dt_type=dt_type,
         bias_type=bias_type, A_type=A_type, D_type=D_type)
-    return by_position_too(launch_finish, 'sums', 'dt_weight', 'dt_bias', 'A', 'D', 'A_logs')
 
 
 # --- what both ops do with tensors ----------------------------------------------------------------

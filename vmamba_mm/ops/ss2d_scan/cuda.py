@@ -12,15 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vmamba_mm.ops.core.launch import (
-    CODES,
-    TYPES,
-    Instance,
-    by_position_too,
-    cached,
-    kernel,
-    pointer,
-)
+from vmamba_mm.ops.core.launch import CODES, TYPES, Instance, cached, kernel, pointer
 from vmamba_mm.ops.fused.add_norm import cuda as norm
 from vmamba_mm.ops.fused.cast import plan_cast
 from vmamba_mm.ops.scan_kernels.cuda import combine_instance
@@ -101,29 +93,25 @@ def prepare_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...],
     """What writes the parameters as the scan takes them.
 
     It takes the addresses of x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, of these dtypes,
-    ``kept``, ``memory`` of the scan, and the parameters that are rounded too, ``casts`` their
-    elements and dtypes, and where to, as of :func:`vmamba_mm.ops.fused.cast.plan_cast`.
+    ``kept``, ``memory`` of the scan, ``to_round``, which are rounded too and of which ``casts`` has
+    the elements and dtypes, and ``rounded_to``: see :func:`vmamba_mm.ops.fused.cast.plan_cast`.
     """
     plan = schedule.plan_of(*sizes, index)
     zeros = _flags(sizes, plan)
-    _, cast_blocks, fields = plan_cast(*casts)
-    # By position: six addresses, where to, seven starts, six sizes, six types.
-    constants = fields(*[0] * (1 + len(casts[0])))[7:]
+    cast = plan_cast(*casts)
     x_type, dt_type, bias_type, A_type, D_type = (CODES[d] for d in dtypes)
     launch = kernel(index, prepare_instance, TYPES[dtype]).bind(
-        (min(1024, -(-(plan.offsets[-2] + 2 * zeros) // 512)) + cast_blocks, 1, 1), (256, 1, 1),
+        (min(1024, -(-(plan.offsets[-2] + 2 * zeros) // 512)) + cast.blocks, 1, 1), (256, 1, 1),
         count=zeros, dim=sizes[1], rank=sizes[4], routes=sizes[5], row=plan.row, tiles=plan.tiles,
         x_type=x_type, dt_type=dt_type, bias_type=bias_type, A_type=A_type, D_type=D_type,
-        logs=int(logs), cast_blocks=cast_blocks, cast_starts=constants[:7],
-        cast_sizes=constants[7:13], cast_types=constants[13:])
+        logs=int(logs), cast_blocks=cast.blocks,
+        **{f'cast_{name}': values for name, values in cast.fields.items()})
     _, fragments, bias, rates, skip = plan.offsets[:5]
-    absent = (0,) * (6 - len(casts[0]))
 
-    def launch_prepare(x_weight, dt_weight, dt_bias, A, D, kept, memory, *products):
-        *rounded, rounded_to = products or (0,)
+    def launch_prepare(x_weight, dt_weight, dt_bias, A, D, kept, memory, to_round=(), rounded_to=0):
         launch(x_weight=x_weight, dt_weight=dt_weight, dt_bias=dt_bias, A=A, D=D, weight=kept,
                fragments=kept + fragments, bias=kept + bias, rates=kept + rates, skip=kept + skip,
-               zeros=memory, cast_sources=(*rounded, *absent), cast_to=rounded_to)
+               zeros=memory, cast_sources=(*to_round, *cast.absent), cast_to=rounded_to)
 
     return launch_prepare
 
@@ -285,12 +273,10 @@ def finish_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...],
     blocks = -(-columns // 32) + -(-product // 256) + (-(-dim // 16) if parts else 0)
     types = [*(CODES[d] for d in dtypes), 0, 0][:7]
     names = 'x', 'dt', 'bias', 'A', 'D', 'norm_weight', 'norm_bias'
-    launch_finish = kernel(index, finish_instance, TYPES[dtype]).bind(
+    return kernel(index, finish_instance, TYPES[dtype]).bind(
         (blocks, 1, 1), (32, 8, 1), parts=plan.backward.spans, norm_parts=parts, dim=dim,
         rank=rank, routes=routes, row=plan.row,
         **{f'{name}_type': type_ for name, type_ in zip(names, types, strict=True)})
-    return by_position_too(launch_finish, 'partials', 'product', 'norm', 'x_weight', 'dt_weight',
-                           'bias', 'A', 'D', 'norm_weight', 'norm_bias', 'A_logs')
 
 
 def columns_of(sizes: tuple[int, ...]) -> int:
@@ -457,11 +443,13 @@ def backward_norm(grad, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, 
                   norm_bias, projected, kept, merged, logs=False):
     """Gradients by x, the five parameters, and the norm's weight and bias, in their dtypes."""
     grad = grad.contiguous(memory_format=torch.channels_last)
+    flat_weight = norm_weight.contiguous()
     batch, dim, height, width = grad.shape
     blocks, launch = norm.backward_launch(grad.get_device(), grad.dtype, merged.dtype, None,
                                           norm_weight.dtype, batch, height * width, dim)
     grad_y, sums = torch.empty_like(grad), grad.new_empty((blocks, 2, dim), dtype=torch.float32)
-    launch(grad.data_ptr(), merged.data_ptr(), merged.data_ptr() + merged.itemsize * grad.numel(),
-           norm_weight.data_ptr(), 0, 0, grad_y.data_ptr(), 0, sums.data_ptr())
+    launch(grad=grad.data_ptr(), input=merged.data_ptr(),
+           moments=merged.data_ptr() + merged.itemsize * grad.numel(),
+           weight=flat_weight.data_ptr(), dinput=grad_y.data_ptr(), partials=sums.data_ptr())
     return backward(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, projected,
                     kept, (norm_weight, norm_bias), sums, logs)

@@ -5,15 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vmamba_mm.ops.core.launch import (
-    CODES,
-    TYPES,
-    Instance,
-    by_position_too,
-    cached,
-    device_limits,
-    kernel,
-)
+from vmamba_mm.ops.core.launch import CODES, TYPES, Instance, cached, device_limits, kernel
 from vmamba_mm.ops.fused.channels import WIDEST
 
 
@@ -50,13 +42,11 @@ def launch(index: int, dtype: torch.dtype, count: int, images: int, sizes: tuple
     ``moments``, each written where it is not 0; and ``eps``.
     """
     batch, dim, length = sizes
-    launch_merge = kernel(index, merge_instance, TYPES[dtype], count, extra, -(-dim // 128),
+    return kernel(index, merge_instance, TYPES[dtype], count, extra, -(-dim // 128),
                   to_float and dtype != torch.float32).bind(
         (min(-(-batch * length // 8), 8 * device_limits(index)[0]), 1, 1), (256, 1, 1),
         8 * dim if weight else 0, ('eps',), batch=batch, length=length, images=images, dim=dim,
         parameter_type=CODES.get(weight, 0))
-    return by_position_too(launch_merge, 'maps', 'extra', 'merged', 'normed', 'weight', 'bias',
-                           'moments', 'eps')
 
 
 def add(maps: Tensor, extra: Tensor, images: int) -> Tensor:

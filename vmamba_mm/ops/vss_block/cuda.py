@@ -12,13 +12,13 @@ from torch import Tensor
 
 from vmamba_mm.ops.core import gemm
 from vmamba_mm.ops.core.graphs import replay
-from vmamba_mm.ops.core.nvrtc import cached
+from vmamba_mm.ops.core.launch import CODES, cached
 from vmamba_mm.ops.fused.add_norm import cuda as norm
 from vmamba_mm.ops.fused.cast import cast_launch, plan_cast
-from vmamba_mm.ops.fused.channels import WIDEST, sum_launch
+from vmamba_mm.ops.fused.channels import WIDEST, SumJob, sum_launch
 from vmamba_mm.ops.fused.dwconv import cuda as dwconv
 from vmamba_mm.ops.fused.mlp import cuda as mlp
-from vmamba_mm.ops.scan_kernels import cuda as walk
+from vmamba_mm.ops.scan_kernels import cuda as scans
 from vmamba_mm.ops.vss_block import scan
 from vmamba_mm.ops.vss_block.buffers import (
     BackwardSlab,
@@ -48,10 +48,10 @@ class _Factors(NamedTuple):
 
 def why_not(x: Tensor, dtype: torch.dtype, weights: Weights) -> str | None:
     """What keeps ``vss_block`` from taking these inputs, or None."""
-    if (reason := walk.why_not(x, weights.dt_projs.shape[2], 1)) is not None:
+    if (reason := scans.why_not(x, weights.dt_projs.shape[2], 1)) is not None:
         return reason
     dim, inner, hidden = x.shape[3], weights.in_proj.shape[0], weights.fc1.shape[0]
-    if dtype not in walk.CODES or weights.x_proj.shape[1] != weights.dt_projs.shape[2] + 2:
+    if dtype not in CODES or weights.x_proj.shape[1] != weights.dt_projs.shape[2] + 2:
         return 'it takes a state of 1 and matrix products in float32, float16 or bfloat16'
     if dim % 4 or inner % 4 or hidden % 4 or max(dim, inner) > WIDEST:
         return f'{dim} channels, {inner} inner and {hidden} hidden ones: it takes multiples of 4 ' \
@@ -61,7 +61,7 @@ def why_not(x: Tensor, dtype: torch.dtype, weights: Weights) -> str | None:
     dtypes = [t.dtype for t in weights if t is not None]
     if all(d == dtypes[0] for d in dtypes):  # mostly, and a small batch waits for the questions
         dtypes = dtypes[:1]
-    if any(d not in walk.CODES for d in dtypes):  # sets are too much for Dynamo of torch 2.11
+    if any(d not in CODES for d in dtypes):  # sets are too much for Dynamo of torch 2.11
         return 'a parameter is neither float32 nor float16 nor bfloat16'
     if dtype == torch.float32 and any(d != dtype for d in (x.dtype, *dtypes)):
         return 'matrix products in float32 are for a map and parameters in float32'
@@ -149,7 +149,7 @@ class _Forward(_Launches):
         casts, self.rounded, rounded_size = ((), ()), (), 0
         if any(d != dtype for d in _Factors.of(dtypes)):
             casts = tuple(self.factor_sizes()), tuple(_Factors.of(dtypes))
-            *starts, rounded_size = plan_cast(*casts)[0]
+            *starts, rounded_size = plan_cast(*casts).starts
             self.rounded = in_bytes(dtype, starts)
         self.norm1 = self.norm(x_dtype, None, dtype, dtypes.norm1)
         self.in_proj = self.product(pixels, inner, dim, right_t=True)
@@ -199,28 +199,32 @@ class _Forward(_Launches):
             w = Weights._make(addresses[i:i + NUM_WEIGHTS])
             factors, to_round = _Factors.of(w), ()
             if rounded is not None:
-                to_round, factors = (*factors, slab.rounded), rounded
+                factors, to_round = rounded, factors
             self.scan.prepare(w.x_proj, w.dt_projs, w.dt_bias, w.A_logs, w.D, saved.scan_state,
-                              slab.scan_memory, *to_round)
+                              slab.scan_memory, to_round, slab.rounded)
 
             if i == 0:
-                self.norm1(x, 0, 0, w.norm1, w.norm1_bias, 0, saved.normed1, saved.moments1, eps)
+                self.norm1(x=x, weight=w.norm1, bias=w.norm1_bias, normed=saved.normed1,
+                           moments=saved.moments1, eps=eps)
             else:  # the end of the block before and the beginning of this one
-                self.add_and_norm1(saved.total, slab.branch2, 0, w.norm1, w.norm1_bias,
-                                   saved.total, saved.normed1, 0, eps)
+                self.add_and_norm1(x=saved.total, branch=slab.branch2, weight=w.norm1,
+                                   bias=w.norm1_bias, sum=saved.total, normed=saved.normed1,
+                                   eps=eps)
                 x = saved.total
             self.in_proj(saved.normed1, factors.in_proj, saved.conv_input, workspace)
-            self.convolve(saved.conv_input, w.conv, w.conv_bias, saved.scan_input)
+            self.convolve(x_data=saved.conv_input, weight=w.conv, bias=w.conv_bias,
+                          y=saved.scan_input)
             self.scan.project_and_scan(w, saved, slab, self.save)
-            self.scan.merge(slab.scan_maps, 0, saved.merged, slab.out_normed, w.out_norm,
-                            w.out_norm_bias, saved.merged_moments, eps)
+            self.scan.merge(maps=slab.scan_maps, merged=saved.merged, normed=slab.out_normed,
+                            weight=w.out_norm, bias=w.out_norm_bias,
+                            moments=saved.merged_moments, eps=eps)
             self.out_proj(slab.out_normed, factors.out_proj, slab.branch1, workspace)
-            self.norm2(x, slab.branch1, scale1, w.norm2, w.norm2_bias, saved.total, saved.normed2,
-                       saved.moments2, eps)
+            self.norm2(x=x, branch=slab.branch1, scale=scale1, weight=w.norm2, bias=w.norm2_bias,
+                       sum=saved.total, normed=saved.normed2, moments=saved.moments2, eps=eps)
             self.fc1(saved.normed2, factors.fc1, saved.gelu_input, workspace, factors.fc1_bias)
-            self.gelu(saved.gelu_input, slab.hidden)
+            self.gelu(x=saved.gelu_input, y=slab.hidden)
             self.fc2(slab.hidden, factors.fc2, slab.branch2, workspace, factors.fc2_bias)
-        self.add(saved.total, slab.branch2, scale2, 0, 0, result, 0, 0, 0.0)
+        self.add(x=saved.total, branch=slab.branch2, scale=scale2, sum=result, eps=0.0)
 
 
 class _Backward(_Launches):
@@ -256,13 +260,12 @@ class _Backward(_Launches):
         self.din_proj = self.product(inner, dim, pixels, left_t=True, out_dtype=dtypes.in_proj)
         self.in_proj = self.product(pixels, dim, inner)
         norm1_parts, self.norm1 = self.norm_backward(dtype, x_dtype, None, dtypes.norm1)
-        # In the order of _sum_parts: parts, rows and columns of the gradient by a weight, dtypes.
-        self.sum = sum_launch(
-            index, (fc1_parts, 0, hidden, None, dtypes.fc1_bias),
-            (fc2_parts, 0, dim, None, dtypes.fc2_bias),
-            (norm2_parts, 1, dim, dtypes.norm2, dtypes.norm2_bias),
-            (conv_parts, 9, inner, dtypes.conv, dtypes.conv_bias),
-            (norm1_parts, 1, dim, dtypes.norm1, dtypes.norm1_bias), *self.scan.jobs)
+        self.sum = sum_launch(  # in the order of _sum_parts
+            index, SumJob(fc1_parts, 0, hidden, None, dtypes.fc1_bias),
+            SumJob(fc2_parts, 0, dim, None, dtypes.fc2_bias),
+            SumJob(norm2_parts, 1, dim, dtypes.norm2, dtypes.norm2_bias),
+            SumJob(conv_parts, 9, inner, dtypes.conv, dtypes.conv_bias),
+            SumJob(norm1_parts, 1, dim, dtypes.norm1, dtypes.norm1_bias), *self.scan.jobs)
 
         # Two maps of the MLP, whose place those of the scan take later.
         projected = pixels * self.scan.columns
@@ -319,24 +322,27 @@ class _Backward(_Launches):
         workspace = b.workspace
         factors = _Factors.of(w, backward=True)
         if self.round is not None:
-            self.round(*factors[:4], b.rounded)
+            self.round(factors[:4], b.rounded)
             factors = _Factors(*[b.rounded + n for n in self.rounded])
 
         self.fc2(dbranch2, factors.fc2, b.dhidden, workspace)
-        self.gelu(b.dhidden, saved.gelu_input, b.hidden, b.fc1_parts)
+        self.gelu(grad=b.dhidden, input=saved.gelu_input, result=b.hidden, dinput=b.dhidden,
+                  partials=b.fc1_parts)
         self.dfc2(dbranch2, b.hidden, grads.fc2, workspace)
         self.fc1(b.dhidden, factors.fc1, b.dnormed2, workspace)
         self.dfc1(b.dhidden, saved.normed2, grads.fc1, workspace)
-        self.sum_columns(dbranch2, 0, 0, b.fc2_parts)
-        self.norm2(b.dnormed2, saved.total, saved.moments2, w.norm2, dy, scale1, b.dtotal,
-                   b.dbranch1, b.norm2_parts)
+        self.sum_columns(grad=dbranch2, partials=b.fc2_parts)
+        self.norm2(grad=b.dnormed2, input=saved.total, moments=saved.moments2, weight=w.norm2,
+                   others=dy, scale=scale1, dinput=b.dtotal, dbranch=b.dbranch1,
+                   partials=b.norm2_parts)
 
         # What out_proj took is calculated again, from the map before its norm.
-        self.norm_again(saved.merged, 0, 0, w.out_norm, w.out_norm_bias, 0, b.out_normed, 0, eps)
+        self.norm_again(x=saved.merged, weight=w.out_norm, bias=w.out_norm_bias,
+                        normed=b.out_normed, eps=eps)
         self.out_proj(b.dbranch1, factors.out_proj, b.dout_normed, workspace)
         self.dout_proj(b.dbranch1, b.out_normed, grads.out_proj, workspace)
-        self.out_norm(b.dout_normed, saved.merged, saved.merged_moments, w.out_norm, 0, 0,
-                      b.dmerged, 0, b.out_norm_parts)
+        self.out_norm(grad=b.dout_normed, input=saved.merged, moments=saved.merged_moments,
+                      weight=w.out_norm, dinput=b.dmerged, partials=b.out_norm_parts)
         self.scan.scan(saved, b)
         dprojected = b.dprojected
         if self.scan.parts > 1:
@@ -344,11 +350,13 @@ class _Backward(_Launches):
             dprojected = b.dprojected_sum
         self.scan.project_and_finish(w, grads, saved, b, dprojected)
 
-        self.convolve(saved.conv_input, w.conv, w.conv_bias, b.dscan_input, b.dconv, b.conv_parts)
-        self.transposed(b.dconv, w.conv, 0, b.dconv_input)
+        self.convolve(x_data=saved.conv_input, weight=w.conv, bias=w.conv_bias, dy=b.dscan_input,
+                      dz=b.dconv, partials=b.conv_parts)
+        self.transposed(x_data=b.dconv, weight=w.conv, y=b.dconv_input)
         self.din_proj(b.dconv_input, saved.normed1, grads.in_proj, workspace)
         self.in_proj(b.dconv_input, factors.in_proj, b.dnormed1, workspace)
-        self.norm1(b.dnormed1, x, saved.moments1, w.norm1, b.dtotal, 0, dx, 0, b.norm1_parts)
+        self.norm1(grad=b.dnormed1, input=x, moments=saved.moments1, weight=w.norm1,
+                   others=b.dtotal, dinput=dx, partials=b.norm1_parts)
         self._sum_parts(b, grads)
 
     def _sum_dprojected(self, slab, b: BackwardSlab):
@@ -360,13 +368,13 @@ class _Backward(_Launches):
                   out=slab.as_strided((size,), (1,), target))
 
     def _sum_parts(self, b: BackwardSlab, grads: Weights):
-        jobs = (b.fc1_parts, 0, grads.fc1_bias,
-                b.fc2_parts, 0, grads.fc2_bias,
-                b.norm2_parts, grads.norm2, grads.norm2_bias,
-                b.conv_parts, grads.conv, grads.conv_bias,
-                b.norm1_parts, grads.norm1, grads.norm1_bias)
+        jobs = [(b.fc1_parts, 0, grads.fc1_bias),
+                (b.fc2_parts, 0, grads.fc2_bias),
+                (b.norm2_parts, grads.norm2, grads.norm2_bias),
+                (b.conv_parts, grads.conv, grads.conv_bias),
+                (b.norm1_parts, grads.norm1, grads.norm1_bias)]
         if self.scan.jobs:
-            jobs += b.out_norm_parts, grads.out_norm, grads.out_norm_bias
+            jobs.append((b.out_norm_parts, grads.out_norm, grads.out_norm_bias))
         self.sum(*jobs)
 
 

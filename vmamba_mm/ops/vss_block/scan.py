@@ -1,4 +1,4 @@
-"""The scan of a block: by the kernels for half-precision maps, or by the walk kernels in fp32.
+"""The scan of a block: by the kernels for half-precision maps, or in fp32 by those for any N.
 
 Four classes with the same methods, a forward and a backward for each. Their constructors take
 ``sizes`` (batch, D, height, width, rank, routes), the dtypes of the block's weights, and
@@ -10,7 +10,8 @@ import math
 
 import torch
 
-from vmamba_mm.ops.scan_kernels import cuda as walk
+from vmamba_mm.ops.fused.channels import SumJob
+from vmamba_mm.ops.scan_kernels import cuda as scans
 from vmamba_mm.ops.ss2d_scan import cuda, schedule
 from vmamba_mm.ops.vss_block.buffers import BackwardSlab, ForwardSlab, Saved
 from vmamba_mm.ops.vss_block.weights import Weights
@@ -22,8 +23,8 @@ def saved_sizes(dtype: torch.dtype, sizes: tuple[int, ...]) -> tuple[int, int, i
     batch, dim, height, width, rank, routes = sizes
     length = height * width
     if dtype == torch.float32:
-        return rank + 2, walk.prepared_size(sizes, 1), math.prod(
-            walk.states_shape(batch, routes, length, 1, dim))
+        return rank + 2, scans.prepared_size(sizes, 1), math.prod(
+            scans.states_shape(batch, routes, length, 1, dim))
     *parameters, states = schedule.kept_sizes(batch, dim, length, rank, routes)
     return schedule.row_of(rank), sum(parameters), states
 
@@ -52,7 +53,7 @@ class HalfForward(_Sizes):
     """``maps`` that it writes, to be merged; elements of ``memory`` that it needs.
 
     ``prepare`` takes the parameters of the scan, ``scan_state``, the memory, and what is rounded
-    too, as :func:`vmamba_mm.ops.ss2d_scan.cuda.prepare_launch`; ``merge`` is that of
+    too and where to, as :func:`vmamba_mm.ops.ss2d_scan.cuda.prepare_launch`; ``merge`` is that of
     :func:`vmamba_mm.ops.ss2d_scan.cuda.merge_launch`.
     """
 
@@ -99,11 +100,12 @@ class HalfBackward(_Sizes):
                            dprojected: int):
         """``dprojected``: the one gradient by the projected input."""
         self.project(dprojected, saved.scan_state, b.dscan_input, b.workspace)
-        self.merge(b.scan_maps, b.dscan_input, b.dscan_input, 0, 0, 0, 0, 0.0)
+        self.merge(maps=b.scan_maps, extra=b.dscan_input, merged=b.dscan_input, eps=0.0)
         self.dproject(dprojected, saved.scan_input, b.dx_proj, b.workspace)
-        self.finish(b.scan_parts, b.dx_proj, b.out_norm_parts, grads.x_proj, grads.dt_projs,
-                    grads.dt_bias, grads.A_logs, grads.D, grads.out_norm, grads.out_norm_bias,
-                    w.A_logs)
+        self.finish(partials=b.scan_parts, product=b.dx_proj, norm=b.out_norm_parts,
+                    x_weight=grads.x_proj, dt_weight=grads.dt_projs, bias=grads.dt_bias,
+                    A=grads.A_logs, D=grads.D, norm_weight=grads.out_norm,
+                    norm_bias=grads.out_norm_bias, A_logs=w.A_logs)
 
 
 class FloatForward(_Sizes):
@@ -111,13 +113,14 @@ class FloatForward(_Sizes):
 
     def __init__(self, index, dtype, sizes, dtypes, product, casts):
         super().__init__(dtype, sizes)
-        _, self.prepare_scan = walk.prepare_launch(index, sizes, 1, _scan_dtypes(dtypes)[1:], True)
+        _, self.prepare_scan = scans.prepare_launch(index, sizes, 1, _scan_dtypes(dtypes)[1:], True)
         self.project = product(self.pixels, self.columns, self.dim, right_t=True)
-        self.scan = walk.forward_launch(index, dtype, sizes, 1)
+        self.scan = scans.forward_launch(index, dtype, sizes, 1)
         self.merge = cuda.merge_launch(index, dtype, sizes, False, False, dtypes.out_norm)
         self.maps, self.memory = self.routes, self.scan.memory // 4
 
-    def prepare(self, x_proj, dt_projs, dt_bias, A_logs, D, scan_state, memory):
+    def prepare(self, x_proj, dt_projs, dt_bias, A_logs, D, scan_state, memory, to_round,
+                rounded_to):
         self.prepare_scan(dt_projs, dt_bias, A_logs, D, scan_state)
 
     def project_and_scan(self, w: Weights, saved: Saved, slab: ForwardSlab, save_states: bool):
@@ -131,13 +134,13 @@ class FloatBackward(_Sizes):
 
     def __init__(self, index, dtype, sizes, dtypes, norm_parts, product):
         super().__init__(dtype, sizes)
-        self.scan_launch = walk.backward_launch(index, dtype, sizes, 1)
+        self.scan_launch = scans.backward_launch(index, dtype, sizes, 1)
         self.project = product(self.pixels, self.dim, self.columns)
         self.merge = cuda.merge_launch(index, dtype, sizes, True, True, None)
         self.dproject = product(self.columns, self.dim, self.pixels, left_t=True)
-        self.finish = walk.finish_launch(index, sizes, 1, _scan_dtypes(dtypes)[1:],
+        self.finish = scans.finish_launch(index, sizes, 1, _scan_dtypes(dtypes)[1:],
                                          self.scan_launch.parts)
-        self.jobs = (norm_parts, 1, self.dim, dtypes.out_norm, dtypes.out_norm_bias),
+        self.jobs = SumJob(norm_parts, 1, self.dim, dtypes.out_norm, dtypes.out_norm_bias),
         self.maps, self.parts, self.dx_proj = self.routes, self.scan_launch.columns, 0
         self.memory = self.scan_launch.memory // 4
         self.partials = self.scan_launch.parts * self.routes * (self.rank + 3) * self.dim
@@ -150,9 +153,10 @@ class FloatBackward(_Sizes):
     def project_and_finish(self, w: Weights, grads: Weights, saved: Saved, b: BackwardSlab,
                            dprojected: int):
         self.project(dprojected, w.x_proj, b.dscan_input, b.workspace)
-        self.merge(b.scan_maps, b.dscan_input, b.dscan_input, 0, 0, 0, 0, 0.0)
+        self.merge(maps=b.scan_maps, extra=b.dscan_input, merged=b.dscan_input, eps=0.0)
         self.dproject(dprojected, saved.scan_input, grads.x_proj, b.workspace)
-        self.finish(b.scan_parts, grads.dt_projs, grads.dt_bias, grads.A_logs, grads.D, w.A_logs)
+        self.finish(sums=b.scan_parts, dt_weight=grads.dt_projs, dt_bias=grads.dt_bias,
+                    A=grads.A_logs, D=grads.D, A_logs=w.A_logs)
 
 
 def forward_of(dtype: torch.dtype) -> type[HalfForward] | type[FloatForward]:

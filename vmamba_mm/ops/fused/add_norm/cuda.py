@@ -3,30 +3,61 @@
 import torch
 from torch import Tensor
 
-from vmamba_mm.ops.core.nvrtc import Instance, cached, kernel
-from vmamba_mm.ops.fused.channels import parameter_grads, why_not_channels
-from vmamba_mm.ops.scan_kernels.cuda import CODES, TYPES, dense, device_limits, pointer
+from vmamba_mm.ops.core.launch import (
+    CODES,
+    TYPES,
+    Instance,
+    cached,
+    device_limits,
+    kernel,
+    pointer,
+)
+from vmamba_mm.ops.fused.channels import as_template, parameter_grads, why_not_channels
+from vmamba_mm.ops.scan_kernels.cuda import dense
 
 
-def why_not(x: Tensor, *others: Tensor | None) -> str | None:
+def why_not(x: Tensor, *tensors: Tensor | None) -> str | None:
     """What keeps the kernels from taking these inputs, or None."""
-    return why_not_channels(x, x.shape[-1], others)
+    return why_not_channels(x, x.shape[-1], tensors)
 
+
+# --- what is compiled -------------------------------------------------------------------------
 
 def forward_instance(x_type: str, branch_type: str, out_type: str, adds: bool, parts: int,
                      lanes: int = 32) -> Instance:
     return Instance('fused/add_norm.cu', f'add_norm<{x_type}, {branch_type}, {out_type}, '
-                    f'{str(adds).lower()}, {parts}, {lanes}>', 'P' * 8 + 'fiiii')
+                    f'{as_template(adds)}, {parts}, {lanes}>')
 
 
 def backward_instance(grad_type: str, x_type: str, branch_type: str, parts: int, team: int,
                       lanes: int = 32) -> Instance:
     return Instance('fused/norm_bwd.cu', f'norm_bwd<{grad_type}, {x_type}, {branch_type}, {parts}, '
-                    f'{team}, {lanes}>', 'P' * 9 + 'iiii')
+                    f'{team}, {lanes}>')
 
 
-def _lanes(dim: int) -> int:
-    """That have a position."""
+# Types of x, branch and result: everything in a half, autocast, everything in fp32.
+_TYPES = [('Half', 'Half', 'Half'), ('BFloat', 'BFloat', 'BFloat'), ('Float', 'Half', 'Half'),
+          ('Float', 'BFloat', 'BFloat'), ('Float', 'Float', 'Float')]
+# Parts of 128 channels, and the lanes of a position where they are not 32: the fewest, of half a
+# warp and of a warp, some, and the most that a VMamba has (1,536 channels). In the backward between
+# them the warps of a position, each of which has so many parts.
+_FORWARD_PARTS = (1, 16), (1,), (6,), (12,)
+_BACKWARD_PARTS = (1, 1, 16), (1, 1), (3, 2), (4, 4)
+#: What is compiled to check it, and the lowest compute capability (75 for 7.5) that it is for.
+INSTANCES: dict[Instance, int] = {
+    **{instance: 80 if 'BFloat' in types else 75 for types in _TYPES for instance in (
+        *(forward_instance(*types, adds, *parts) for adds in (False, True)
+          for parts in _FORWARD_PARTS),
+        *(backward_instance(types[2], types[0], types[1], *parts) for parts in _BACKWARD_PARTS))},
+    # The norm at the end of a network under autocast: fp32, of a half.
+    forward_instance('Half', 'Half', 'Float', False, 1): 75,
+    backward_instance('Float', 'Half', 'Half', 1, 1): 75,
+}
+
+
+# --- launches ---------------------------------------------------------------------------------
+
+def _lanes_of_position(dim: int) -> int:
     return 16 if dim <= 64 else 32
 
 
@@ -34,16 +65,15 @@ def _lanes(dim: int) -> int:
 def forward_launch(index, x, branch, out, weight, batch, length, dim):
     """The forward for these dtypes, None of ``branch`` without a sum, of ``weight`` without a norm.
 
-    Of addresses: x, branch (without a sum, (D) in fp32 to be added before the norm, or 0), scale,
-    weight, bias, sum, normed, moments; and eps.
+    It takes the addresses ``x``, ``branch`` (without a sum, (D) in fp32 to be added before the
+    norm, or null), ``scale``, ``weight``, ``bias``, ``sum``, ``normed``, ``moments``; and ``eps``.
     """
-    positions, lanes = batch * length, _lanes(dim)
-    launch = kernel(index, forward_instance, TYPES[x], TYPES[branch or x], TYPES[out],
-                    branch is not None, -(-dim // 128), lanes).bind(
-        (min(-(-positions * lanes // 256), 8 * device_limits(index)[0]), 1, 1), (256, 1, 1),
-        8 * dim if weight else 0)
-    sizes = positions, length, dim, CODES.get(weight, 0)
-    return lambda *addresses: launch(*addresses, *sizes)
+    positions, lanes = batch * length, _lanes_of_position(dim)
+    blocks = min(-(-positions * lanes // 256), 8 * device_limits(index)[0])
+    return kernel(index, forward_instance, TYPES[x], TYPES[branch or x], TYPES[out],
+                  branch is not None, -(-dim // 128), lanes).bind(
+        (blocks, 1, 1), (256, 1, 1), 8 * dim if weight else 0, ('eps',), positions=positions,
+        length=length, dim=dim, parameter_type=CODES.get(weight, 0))
 
 
 @cached
@@ -51,16 +81,21 @@ def backward_launch(index, grad, x, branch, weight, batch, length, dim):
     """Blocks, each of which leaves a part (2, D) of the gradients by weight and bias, and the
     backward for these dtypes, None of ``branch`` without a sum.
 
-    Of addresses: grad, x, moments, weight, others, scale, dx, dbranch, partials.
+    It takes the addresses ``grad``, ``input`` (of the norm), ``moments``, ``weight``, ``others``
+    (what else is the gradient by that input, or null), ``scale``, ``dinput``, ``dbranch``,
+    ``partials``.
     """
-    positions, lanes = batch * length, _lanes(dim)
+    positions, lanes = batch * length, _lanes_of_position(dim)
     team = 1 << ((dim - 1) // 512).bit_length()  # 1, 2, 4 or 8 warps: 512 channels each
     blocks = min(-(-positions * team * lanes // 256), 4 * device_limits(index)[0])
     launch = kernel(index, backward_instance, TYPES[grad], TYPES[x], TYPES[branch or x],
-                    -(-dim // (128 * team)), team, lanes).bind((blocks, 1, 1), (256, 1, 1), 8 * dim)
-    sizes = positions, length, dim, CODES[weight]
-    return blocks, lambda *addresses: launch(*addresses, *sizes)
+                    -(-dim // (128 * team)), team, lanes).bind(
+        (blocks, 1, 1), (256, 1, 1), 8 * dim, positions=positions, length=length, dim=dim,
+        parameter_type=CODES[weight])
+    return blocks, launch
 
+
+# --- on tensors -------------------------------------------------------------------------------
 
 def forward(x, branch, scale, weight, bias, eps, out_dtype, save, shift=None):
     """(sum, normed, moments): shapes and dtypes as in the op, None for what was not asked for.
@@ -77,18 +112,20 @@ def forward(x, branch, scale, weight, bias, eps, out_dtype, save, shift=None):
         return total, normed, moments
     branch = dense(branch)
     if norms:
-        bias = bias.to(weight.dtype)
+        weight, bias = weight.contiguous(), bias.to(weight.dtype).contiguous()
     forward_launch(x.get_device(), x.dtype, branch.dtype if adds else None, out_dtype,
                    weight.dtype if norms else None, len(x), positions // len(x), dim)(
-        x.data_ptr(), pointer(branch if adds else shift), pointer(scale), pointer(weight),
-        pointer(bias), x.data_ptr() if save and shift is not None else pointer(total),
-        pointer(normed), pointer(moments), eps)
+        x=x.data_ptr(), branch=pointer(branch if adds else shift), scale=pointer(scale),
+        weight=pointer(weight), bias=pointer(bias),
+        sum=x.data_ptr() if save and shift is not None else pointer(total),
+        normed=pointer(normed), moments=pointer(moments), eps=eps)
     return total, normed, moments
 
 
-def backward(grad, x, moments, weight, bias, others, scale, branch_dtype):
+def backward(grad, x, moments, weight, bias, dsum, scale, branch_dtype):
     """(dx, dbranch, dweight, dbias): as in the op ``add_norm_bwd``."""
-    x, grad, others, dim = dense(x), dense(grad), dense(others), x.shape[-1]
+    x, grad, dsum, dim = dense(x), dense(grad), dense(dsum), x.shape[-1]
+    flat_weight = weight.contiguous()
     dx = torch.empty_like(x)
     dbranch = x.new_empty(x.shape if branch_dtype else (0,), dtype=branch_dtype or x.dtype)
     if x.numel() == 0:
@@ -96,9 +133,10 @@ def backward(grad, x, moments, weight, bias, others, scale, branch_dtype):
     blocks, launch = backward_launch(x.get_device(), grad.dtype, x.dtype, branch_dtype,
                                      weight.dtype, len(x), x.numel() // dim // len(x), dim)
     partials = x.new_empty((blocks, 2, dim), dtype=torch.float32)
-    launch(grad.data_ptr(), x.data_ptr(), moments.data_ptr(), weight.data_ptr(), pointer(others),
-           pointer(scale), dx.data_ptr(), dbranch.data_ptr() if branch_dtype else 0,
-           partials.data_ptr())
+    launch(grad=grad.data_ptr(), input=x.data_ptr(), moments=moments.data_ptr(),
+           weight=flat_weight.data_ptr(), others=pointer(dsum), scale=pointer(scale),
+           dinput=dx.data_ptr(), dbranch=dbranch.data_ptr() if branch_dtype else 0,
+           partials=partials.data_ptr())
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     parameter_grads(partials, dweight, dbias, 1)
     return dx, dbranch, dweight, dbias

@@ -10,13 +10,13 @@ from vmamba_mm.ops.fused.channels import why_not_channels
 from vmamba_mm.ops.fused.mlp.cuda import column_sums
 
 
-def why_not(x_BHWC: Tensor, weight: Tensor, *others: Tensor) -> str | None:
+def why_not(x_BHWC: Tensor, weight: Tensor, *vectors: Tensor) -> str | None:
     """What keeps the kernels from taking these inputs, or None."""
-    return why_not_channels(x_BHWC, weight.shape[0], (weight, *others))
+    return why_not_channels(x_BHWC, weight.shape[0], (weight, *vectors))
 
 
-def _shift(bias: Tensor) -> Tensor:
-    """As the kernels take it: fp32, at a multiple of 16 bytes."""
+def _as_shift(bias: Tensor) -> Tensor:
+    """``bias`` in fp32 and at a multiple of 16 bytes, as the kernels add it before a norm."""
     bias = bias.to(torch.float32).contiguous()
     return bias if bias.data_ptr() % 16 == 0 else bias.clone()
 
@@ -27,7 +27,7 @@ def forward(x, weight, bias, norm_weight, norm_bias, stride, padding, eps, out_d
     y = F.conv2d(x.permute(0, 3, 1, 2), weight, None, stride, padding)
     y = y.permute(0, 2, 3, 1).contiguous()
     _, normed, moments = norm.forward(y, None, None, norm_weight, norm_bias, eps, out_dtype, save,
-                                      _shift(bias))
+                                      _as_shift(bias))
     return normed, y if save else None, moments
 
 

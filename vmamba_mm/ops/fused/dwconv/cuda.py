@@ -1,14 +1,23 @@
 """``dwconv_silu`` by the CUDA kernels ``dwconv.cu`` and ``dwconv_bwd.cu``."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from vmamba_mm.ops.core.nvrtc import Instance, cached, kernel
-from vmamba_mm.ops.fused.channels import parameter_grads, why_not_channels
-from vmamba_mm.ops.scan_kernels.cuda import CODES, TYPES, dense, device_limits, pointer
+from vmamba_mm.ops.core.launch import (
+    CODES,
+    TYPES,
+    Instance,
+    cached,
+    device_limits,
+    kernel,
+    pointer,
+)
+from vmamba_mm.ops.fused.channels import as_template, parameter_grads, why_not_channels
+from vmamba_mm.ops.scan_kernels.cuda import dense
 
 _ROWS, _ROWS_BACK = 2, 2  # rows of a thread
-_PIXELS = 'Pqiiiii'
 
 
 def why_not(x_BHWD: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
@@ -16,21 +25,40 @@ def why_not(x_BHWD: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     return why_not_channels(x_BHWD, x_BHWD.shape[3], (weight, bias))
 
 
+# --- what is compiled -------------------------------------------------------------------------
+
 def forward_instance(type_: str, forward: bool) -> Instance:
     """``forward``, or the gradient by the input."""
-    return Instance('fused/dwconv.cu', f'dwconv<{type_}, {str(forward).lower()}, {_ROWS}>',
-                    _PIXELS + 'PPPiiii')
+    return Instance('fused/dwconv.cu', f'dwconv<{type_}, {as_template(forward)}, {_ROWS}>')
 
 
 def backward_instance(type_: str) -> Instance:
-    return Instance('fused/dwconv_bwd.cu', f'dwconv_bwd<{type_}, {_ROWS_BACK}>',
-                    _PIXELS + 'PPPPPiiii')
+    return Instance('fused/dwconv_bwd.cu', f'dwconv_bwd<{type_}, {_ROWS_BACK}>')
+
+
+#: What is compiled to check it, which is all that there is, and the lowest compute capability that
+#: it is for.
+INSTANCES: dict[Instance, int] = {
+    instance: low for type_, low in (('Half', 75), ('BFloat', 80), ('Float', 75))
+    for instance in (forward_instance(type_, True), forward_instance(type_, False),
+                     backward_instance(type_))}
+
+
+# --- launches ---------------------------------------------------------------------------------
+
+class _Schedule(NamedTuple):
+    """How a map is divided. A thread has 4 channels and walks a segment of a strip of rows."""
+    side: int           # threads side by side in channels, and ...
+    above: int          # ... one above the other
+    channel_blocks: int
+    segments: int       # of a strip
+    columns: int        # of a segment
+    strip_blocks: int
 
 
 @cached
-def _cut(batch: int, height: int, width: int, dim: int, rows: int, threads: int, index: int):
-    """Threads side by side in channels and one above the other, blocks of channels, segments of a
-    row and their columns, blocks for the strips."""
+def _schedule(batch: int, height: int, width: int, dim: int, rows: int, threads: int, index: int
+              ) -> _Schedule:
     groups = dim // 4
     side = next((n for n in range(min(64, threads), 15, -1) if groups % n == 0), min(groups, 32))
     above = threads // side
@@ -40,21 +68,30 @@ def _cut(batch: int, height: int, width: int, dim: int, rows: int, threads: int,
     wanted = -(-1024 * device_limits(index)[0] // (groups * strips))
     columns = -(-width // max(1, min(wanted, width // 4)))
     segments = -(-width // columns)
-    return side, above, -(-groups // side), segments, columns, -(-strips * segments // above)
+    return _Schedule(side, above, -(-groups // side), segments, columns,
+                     -(-strips * segments // above))
+
+
+def _constants(strides, shape, weight, bias, work: _Schedule) -> dict[str, int]:
+    """The numbers that both kernels take."""
+    stride_b, stride_pixel = strides
+    batch, height, width, dim = shape
+    return dict(x_stride_b=stride_b, x_stride_pixel=stride_pixel, x_batch=batch, x_height=height,
+                x_width=width, x_dim=dim, segments=work.segments, columns=work.columns,
+                weight_type=CODES[weight], bias_type=CODES[bias or weight])
 
 
 @cached
 def forward_launch(index, dtype, weight, bias, forward, strides, shape):
     """The forward for these dtypes (None of ``bias`` without one), or the gradient by the input.
 
-    ``strides`` of x from an image and a pixel to the next, ``shape`` (B, H, W, D). Of addresses:
-    x, weight, bias, y.
+    ``strides`` of x from an image and a pixel to the next, ``shape`` (B, H, W, D). It takes the
+    addresses ``x_data``, ``weight``, ``bias``, ``y``.
     """
-    side, above, columns_of_blocks, segments, columns, blocks = _cut(*shape, _ROWS, 256, index)
-    launch = kernel(index, forward_instance, TYPES[dtype], forward).bind(
-        (blocks, columns_of_blocks, 1), (side, above, 1), 144 * side)
-    pixels, sizes = (*strides, *shape), (segments, columns, CODES[weight], CODES[bias or weight])
-    return lambda x, *others: launch(x, *pixels, *others, *sizes)
+    work = _schedule(*shape, _ROWS, 256, index)
+    return kernel(index, forward_instance, TYPES[dtype], forward).bind(
+        (work.strip_blocks, work.channel_blocks, 1), (work.side, work.above, 1), 144 * work.side,
+        **_constants(strides, shape, weight, bias, work))
 
 
 @cached
@@ -62,17 +99,19 @@ def backward_launch(index, dtype, weight, bias, strides, shape):
     """Blocks, each of which leaves a part (10, D) of the gradients by weight and bias, and the
     backward up to the gradient dz by the convolution's result.
 
-    Of addresses: x, weight, bias, grad, dz, partials.
+    It takes the addresses ``x_data``, ``weight``, ``bias``, ``dy``, ``dz``, ``partials``.
     """
-    side, above, columns_of_blocks, segments, columns, blocks = _cut(*shape, _ROWS_BACK, 128, index)
-    blocks = min(blocks, -(-8 * device_limits(index)[0] // columns_of_blocks))
+    work = _schedule(*shape, _ROWS_BACK, 128, index)
+    blocks = min(work.strip_blocks, -(-8 * device_limits(index)[0] // work.channel_blocks))
     launch = kernel(index, backward_instance, TYPES[dtype]).bind(
-        (blocks, columns_of_blocks, 1), (side, above, 1), 160 * side)
-    pixels, sizes = (*strides, *shape), (segments, columns, CODES[weight], CODES[bias or weight])
-    return blocks, lambda x, *others: launch(x, *pixels, *others, *sizes)
+        (blocks, work.channel_blocks, 1), (work.side, work.above, 1), 160 * work.side,
+        **_constants(strides, shape, weight, bias, work))
+    return blocks, launch
 
 
-def _pixels(x_BHWD: Tensor) -> Tensor:
+# --- on tensors -------------------------------------------------------------------------------
+
+def _as_pixels(x_BHWD: Tensor) -> Tensor:
     """``x_BHWD``, or a copy if its pixels are not evenly spaced vectors of channels."""
     _, _, width, dim = x_BHWD.shape
     stride_b, stride_h, stride_w, stride_d = x_BHWD.stride()
@@ -86,26 +125,28 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, forward: bool) -> 
     y = x.new_empty(x.shape)
     forward_launch(x.get_device(), x.dtype, weight.dtype, bias.dtype if bias is not None else None,
                    forward, (x.stride(0), x.stride(2)), x.shape)(
-        x.data_ptr(), weight.data_ptr(), pointer(bias), y.data_ptr())
+        x_data=x.data_ptr(), weight=weight.data_ptr(), bias=pointer(bias), y=y.data_ptr())
     return y
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """As the op ``dwconv_silu``."""
-    return _convolve(_pixels(x), weight.contiguous(), bias, True)
+    bias = None if bias is None else bias.contiguous()
+    return _convolve(_as_pixels(x), weight.contiguous(), bias, True)
 
 
 def backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
              ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by x, weight and bias (empty without one)."""
-    x, grad, flat = _pixels(x), dense(grad), weight.contiguous()
+    x, grad, flat = _as_pixels(x), dense(grad), weight.contiguous()
+    flat_bias = None if bias is None else bias.contiguous()
     blocks, launch = backward_launch(
         x.get_device(), x.dtype, weight.dtype, bias.dtype if bias is not None else None,
         (x.stride(0), x.stride(2)), x.shape)
     partials = x.new_empty((blocks, 10, x.shape[3]), dtype=torch.float32)
     dz = x.new_empty(x.shape)
-    launch(x.data_ptr(), flat.data_ptr(), pointer(bias), grad.data_ptr(), dz.data_ptr(),
-           partials.data_ptr())
+    launch(x_data=x.data_ptr(), weight=flat.data_ptr(), bias=pointer(flat_bias), dy=grad.data_ptr(),
+           dz=dz.data_ptr(), partials=partials.data_ptr())
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     dbias = weight.new_empty(0) if bias is None else torch.empty_like(bias)
     parameter_grads(partials, dweight, None if bias is None else dbias, 9)

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from vmamba_mm.ops.core.backends import autocast_dtype
-from vmamba_mm.ops.core.nvrtc import Instance, cached, kernel
+from vmamba_mm.ops.core.launch import TYPES, Instance, cached, device_limits, kernel, pointer
 from vmamba_mm.ops.fused.cast import cast
-from vmamba_mm.ops.fused.channels import parameter_grads, why_not_channels
-from vmamba_mm.ops.scan_kernels.cuda import TYPES, dense, device_limits, pointer
+from vmamba_mm.ops.fused.channels import as_template, parameter_grads, why_not_channels
+from vmamba_mm.ops.scan_kernels.cuda import dense
 
 
 def why_not(x: Tensor, *parameters: Tensor) -> str | None:
@@ -20,42 +20,51 @@ def why_not(x: Tensor, *parameters: Tensor) -> str | None:
 
 
 def gelu_instance(type_: str) -> Instance:
-    return Instance('fused/gelu.cu', f'gelu_map<{type_}>', 'PPq')
+    return Instance('fused/gelu.cu', f'gelu_map<{type_}>')
+
+
+def column_instance(type_: str, gelu: bool) -> Instance:
+    return Instance('fused/column_sums.cu', f'column_sums<{type_}, {as_template(gelu)}>')
+
+
+#: What is compiled to check it, which is all that there is, and the lowest compute capability that
+#: it is for.
+INSTANCES: dict[Instance, int] = {
+    instance: low for type_, low in (('Half', 75), ('BFloat', 80), ('Float', 75))
+    for instance in (gelu_instance(type_), column_instance(type_, False),
+                     column_instance(type_, True))}
 
 
 @cached
 def gelu_launch(index, dtype, size):
-    """GELU of so many elements, a multiple of 4. Of addresses: input and result, which may be
-    one."""
-    launch = kernel(index, gelu_instance, TYPES[dtype]).bind((-(-size // 4096), 1, 1), (256, 1, 1))
-    return lambda x, y: launch(x, y, size)
-
-
-def column_instance(type_: str, gelu: bool) -> Instance:
-    return Instance('fused/column_sums.cu', f'column_sums<{type_}, {str(gelu).lower()}>',
-                    'P' * 5 + 'ii')
+    """GELU of so many elements, a multiple of 4. It takes the addresses ``x`` and ``y``, which may
+    be the same."""
+    return kernel(index, gelu_instance, TYPES[dtype]).bind(
+        (-(-size // 4096), 1, 1), (256, 1, 1), size=size)
 
 
 @cached
 def column_launch(index, dtype, gelu, rows, dim):
     """Blocks, each of which leaves a part (1, D) of the sums over the rows, and what sums.
 
-    Of addresses: grad (rows, D), inner, result, partials. With ``gelu``, of which ``inner`` is the
-    input, ``grad`` is first turned into the gradient by it, in place, and ``result`` is written.
+    It takes the addresses ``grad`` (rows, D) and ``partials``; with ``gelu`` also GELU's ``input``,
+    ``result``, where GELU of it is written again, and ``dinput``, where the gradient by the input
+    is written, which is summed then; it may be ``grad``.
     """
     wide = -(-dim // 128)
     blocks = min(-(-rows // 8), max(1, -(-8 * device_limits(index)[0] // wide)))
-    launch = kernel(index, column_instance, TYPES[dtype], gelu).bind((blocks, wide, 1), (32, 8, 1))
-    return blocks, lambda grad, inner, result, partials: launch(grad, inner, result, grad, partials,
-                                                                rows, dim)
+    return blocks, kernel(index, column_instance, TYPES[dtype], gelu).bind(
+        (blocks, wide, 1), (32, 8, 1), rows=rows, dim=dim)
 
 
 def column_sums(grad: Tensor, bias: Tensor, inner: Tensor | None = None,
                  result: Tensor | None = None) -> Tensor:
-    """The sums over the rows of ``grad``, as the gradient of ``bias``."""
+    """The sums over the rows of ``grad``, as the gradient of ``bias``. With GELU's input ``inner``,
+    ``grad`` first becomes the gradient by that, in place, and ``result`` GELU of it."""
     blocks, launch = column_launch(grad.get_device(), grad.dtype, inner is not None, *grad.shape)
     partials = grad.new_empty((blocks, 1, grad.shape[1]), dtype=torch.float32)
-    launch(grad.data_ptr(), pointer(inner), pointer(result), partials.data_ptr())
+    launch(grad=grad.data_ptr(), input=pointer(inner), result=pointer(result),
+           dinput=grad.data_ptr(), partials=partials.data_ptr())
     dbias = torch.empty_like(bias)
     parameter_grads(partials, None, dbias, 0)
     return dbias
@@ -67,7 +76,8 @@ def forward(x, w1, b1, w2, b2, save):
     inner = torch.addmm(b1, x.reshape(-1, x.shape[-1]), w1.T)
     hidden = torch.empty_like(inner) if save else inner
     if inner.numel():
-        gelu_launch(x.get_device(), x.dtype, inner.numel())(inner.data_ptr(), hidden.data_ptr())
+        gelu_launch(x.get_device(), x.dtype, inner.numel())(x=inner.data_ptr(),
+                                                            y=hidden.data_ptr())
     y = torch.addmm(b2, hidden, w2.T).view(*x.shape[:-1], -1)
     return y, inner if save else x.new_empty(0)
 
