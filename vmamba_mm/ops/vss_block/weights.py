@@ -1,8 +1,5 @@
-"""The parameters of a VSS block, and ops that have an argument for each of them."""
+"""The parameters of a VSS block."""
 
-import functools
-import inspect
-from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -36,21 +33,3 @@ class Weights(NamedTuple):
 
 
 NUM_WEIGHTS = len(Weights._fields)
-
-
-def spread_weights(function: Callable) -> Callable:
-    """Decorator: takes the fields of ``weights`` as arguments of their own, and in its signature
-    names them, as autograd and torch.library need it, which do not look for tensors in a tuple."""
-    signature = inspect.signature(function)
-    first = list(signature.parameters).index('weights')
-    after = first + NUM_WEIGHTS
-
-    @functools.wraps(function)
-    def spread(*args):
-        return function(*args[:first], Weights._make(args[first:after]), *args[after:])
-
-    parameters = list(signature.parameters.values())
-    parameters[first:first + 1] = [parameters[first].replace(name=name, annotation=annotation)
-                                   for name, annotation in Weights.__annotations__.items()]
-    spread.__signature__ = signature.replace(parameters=parameters)
-    return spread
