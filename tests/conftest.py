@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from budget import Budget
 from leaves import build_meta, load  # noqa: F401 (fixtures)
-from running import call, forkserver, start  # noqa: F401 (fixtures)
+from running import call, forkserver, load_tool, start  # noqa: F401 (fixtures)
 from sharing import shared_or_alone
 
 # Read when torch loads: the tests are small, and more threads than cores only slow them down.

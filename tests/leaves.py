@@ -2,22 +2,27 @@
 
 import copy
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
 
 from vmamba_mm import zoo
 from vmamba_mm.links import CONFIGS
 
-FAMILIES = sorted({entry.family for entry in zoo.entries()})
-LEAVES = [f'configs/{path.relative_to(CONFIGS).as_posix()}'
-          for family in FAMILIES for path in sorted((CONFIGS / family).glob('*.py'))]
+REPO = Path(__file__).resolve().parents[1]
+#: One folder for each family; the last one is of the family that is made up.
+FOLDERS = [*sorted(path.parent for path in CONFIGS.glob('*/metafile.yml')),
+           REPO / 'tests/made_up/configs/ripple']
+ENTRIES = [entry for folder in FOLDERS for entry in zoo.read_metafile(folder / 'metafile.yml')]
+LEAVES = [path.relative_to(REPO).as_posix() for folder in FOLDERS
+          for path in sorted(folder.glob('*.py'))]
 #: A published recipe on another data pipeline, which has no row of its own, -> whose it is.
 VARIANTS = {leaf: leaf.replace('-fast_', '_') for leaf in LEAVES if '-fast_' in leaf}
 
 
 def entry_of(leaf):
-    config = VARIANTS.get(leaf, leaf)
-    return next(entry for entry in zoo.entries() if entry.config == config)
+    path = REPO / VARIANTS.get(leaf, leaf)
+    return next(entry for entry in ENTRIES if entry.path == path)
 
 
 @pytest.fixture(scope='module')

@@ -1,9 +1,11 @@
-"""Fixtures that run the tools as a user does, each in a process of its own.
+"""Fixtures that run the tools as a user does, each in a process of its own, or import them.
 
 A module rather than a conftest: a forked process finds its function by the module's name, which
 must be one of a kind.
 """
 
+import contextlib
+import importlib
 import multiprocessing
 import os
 import sys
@@ -107,3 +109,31 @@ def call(start):
         return running.wait(), running.out, running.err
 
     return call
+
+
+@contextlib.contextmanager
+def loading_tools():
+    """A function load('analysis/erf.py'): the script as a module, its folder on sys.path as when
+    it runs. Afterwards the modules of all tools are forgotten: some are called alike.
+    """
+    before = list(sys.path)
+
+    def load(name):
+        path = TOOLS / name
+        if str(path.parent) not in sys.path:
+            sys.path.insert(0, str(path.parent))
+        return importlib.import_module(path.stem)
+
+    try:
+        yield load
+    finally:
+        sys.path[:] = before
+        for name, module in list(sys.modules.items()):
+            if TOOLS in Path(getattr(module, '__file__', None) or '/').parents:
+                del sys.modules[name]
+
+
+@pytest.fixture
+def load_tool():
+    with loading_tools() as load:
+        yield load

@@ -167,7 +167,7 @@ def test_hostile_file_through_mmengine(mm, official, tmp_path):
     """mmengine's own loader would run it: where it may not load safely, it loads all."""
     from mmengine.runner import load_checkpoint
 
-    import vmamba_mm.models  # noqa: F401 (registers the reader)
+    import vmamba_mm.mm  # noqa: F401 (registers the reader)
 
     witness = tmp_path / 'ran'
     path = save_hostile(tmp_path / 'a.pth', official, witness)
@@ -179,7 +179,7 @@ def test_hostile_file_through_mmengine(mm, official, tmp_path):
 def test_hostile_address_through_mmengine(mm, official, server, tmp_path):
     from mmengine.runner import load_checkpoint
 
-    import vmamba_mm.models  # noqa: F401 (registers the reader)
+    import vmamba_mm.mm  # noqa: F401 (registers the reader)
 
     witness = tmp_path / 'ran'
     body = save_hostile(tmp_path / 'a.pth', official, witness).read_bytes()

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from leaves import FAMILIES
 
 from vmamba_mm import zoo
 from vmamba_mm.checkpoints.files import fetch, read_checkpoint
@@ -70,16 +69,13 @@ def test_every_row_has_its_own_weights():
     assert len(set(addresses)) == len(addresses)
 
 
-@pytest.mark.parametrize('family', FAMILIES)
-def test_the_best_is_not_a_slip_of_the_pen(family):
-    """Of one arch, the longer schedule and more test views give no less."""
-    for entry in zoo.entries(family):
-        ap = {kind: entry.metrics[f'{kind} AP'] for kind in ('box', 'mask') if
-              f'{kind} AP' in entry.metrics}
-        for kind, value in ap.items():
-            assert entry.metrics[f'{kind} AP75'] < entry.metrics[f'{kind} AP50']
-            assert value < entry.metrics[f'{kind} AP50']
-        assert entry.metrics.get('mIoU(ms+flip)', 100) >= entry.metrics.get('mIoU', 0)
+@pytest.mark.parametrize('less, more', [
+    ('box AP', 'box AP50'), ('box AP', 'box AP75'), ('box AP75', 'box AP50'),
+    ('mask AP', 'mask AP50'), ('mask AP75', 'mask AP50'), ('mask AP', 'box AP'),
+    ('mIoU', 'mIoU(ms+flip)')])
+def test_metrics_are_in_order(less, more):
+    pairs = [(e.metrics[less], e.metrics[more]) for e in zoo.entries() if less in e.metrics]
+    assert pairs and all(a < b for a, b in pairs)
 
 
 # -- VMamba's, whose files' names say what they hold -----------------------------------------------

@@ -9,8 +9,8 @@ from vmamba_mm.errors import UserError
 from vmamba_mm.mm import cli
 
 EXAMPLES = """\
-  python tools/convert_checkpoint.py vssm1_tiny_0230s_ckpt_epoch_264.pth vmamba-tiny-s1l8.pth
-  python tools/convert_checkpoint.py vssm1_tiny_0230s_ckpt_epoch_264.pth vmamba.safetensors
+  python tools/convert_checkpoint.py vmamba_mm://vmamba/tiny_s1l8 vmamba-tiny-s1l8.pth
+  python tools/convert_checkpoint.py vmamba_mm://vmamba/tiny_s1l8 vmamba.safetensors
   python tools/convert_checkpoint.py work_dirs/NAME/epoch_300.pth official.pth --to official
   python tools/convert_checkpoint.py lightning.ckpt vmamba.pth"""
 SUFFIXES = ('.pth', '.pt', '.bin', '.ckpt', '.safetensors')
@@ -158,7 +158,7 @@ def main():
     check_target(args.target, to, args.force)
     from vmamba_mm.checkpoints.files import choose_weights, fetch, select_weights
     from vmamba_mm.checkpoints.formats import list_files, read_content
-    from vmamba_mm.checkpoints.names import describe_places
+    from vmamba_mm.checkpoints.names import describe_places, infer_arch
 
     path = fetch(args.source)
     refuse_own_input(args.source, list_files(path), args.target)
@@ -166,7 +166,9 @@ def main():
     family = find_family(args.family, content, path, args.weights)
     checkpoint = select_weights(content, args.weights, path, family=family)
     state = checkpoint['state_dict']
-    if 'arch' not in checkpoint['meta']:
+    if 'task' in checkpoint['meta']:
+        infer_arch(state, family)  # raises where the file cannot tell
+    else:
         raise UserError(f'{args.source} holds {describe_places(state, family)}: convert takes '
                              f"one {family.model} under 'backbone.', with its heads beside it, or "
                              'alone; save that one alone')

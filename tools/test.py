@@ -10,7 +10,7 @@ from vmamba_mm.mm.tasks import list_scopes
 
 EXAMPLES = """\
   python tools/test.py CONFIG work_dirs/NAME/epoch_12.pth
-  python tools/test.py CONFIG vssm1_tiny_0230s_ckpt_epoch_264.pth    (an official file)
+  python tools/test.py CONFIG vmamba_mm://vmamba/tiny_s1l8    (published weights)
   python tools/test.py CONFIG CHECKPOINT --tta --out metrics.json
   python tools/test.py CONFIG CHECKPOINT --show-dir drawn
   tools/dist_test.sh CONFIG CHECKPOINT 8               (8 GPUs of one machine)"""

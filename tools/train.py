@@ -63,6 +63,7 @@ def set_resume(cfg, wanted):
     import vmamba_mm.mm.loading  # noqa: F401 (mmengine reads checkpoints safely from here on)
     from vmamba_mm.checkpoints.files import fetch, read_checkpoint
     from vmamba_mm.mm.hooks.checkpoint import find_resumable
+    from vmamba_mm.zoo import SCHEME
 
     if wanted is None and cfg.get('resume'):
         wanted = cfg.get('load_from') or 'auto'
@@ -73,7 +74,7 @@ def set_resume(cfg, wanted):
             print(f'Nothing to resume in {cfg.work_dir}: starting from the beginning')
     if wanted is None:
         start = cfg.get('load_from')
-        if start and start.startswith(('http://', 'https://')):
+        if start and start.startswith(('http://', 'https://', SCHEME)):
             start = cfg.load_from = str(fetch(start))
         if start and '://' not in start:
             read_checkpoint(start)

@@ -1,14 +1,12 @@
 """The demo sets: real layouts, exact labels, held-out digits, the same bytes for the same seed."""
 import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from running import loading_tools
 
-DEMO = Path(__file__).resolve().parents[2] / 'tools' / 'demo'
 for package in ('mlxtend', 'skimage', 'sklearn', 'pycocotools'):
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed (extra 'demo')", allow_module_level=True)
@@ -16,12 +14,8 @@ for package in ('mlxtend', 'skimage', 'sklearn', 'pycocotools'):
 
 @pytest.fixture(scope='module')
 def make_data():
-    sys.path.insert(0, str(DEMO))
-    try:
-        import make_data
-        yield make_data
-    finally:
-        sys.path.remove(str(DEMO))
+    with loading_tools() as load:
+        yield load('demo/make_data.py')
 
 
 @pytest.fixture(scope='module')

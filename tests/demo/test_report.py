@@ -9,14 +9,8 @@ from vmamba_mm.mm import cli
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture
-def demo_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / 'tools' / 'demo'))
-    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
-
-
-def test_contact_sheet_holds_every_picture(demo_path, tmp_path):
-    import report
+def test_contact_sheet_holds_every_picture(load_tool, tmp_path):
+    report = load_tool('demo/report.py')
     folder = tmp_path / 'predictions'
     folder.mkdir()
     colours = [(255, 0, 0), (0, 160, 0), (0, 0, 255), (250, 200, 0), (160, 0, 160)]
@@ -31,10 +25,9 @@ def test_contact_sheet_holds_every_picture(demo_path, tmp_path):
 
 
 @pytest.mark.parametrize('task', ['cls', 'det', 'seg'])
-def test_demo_config_fits_the_set(demo_path, task, monkeypatch):
+def test_demo_config_fits_the_set(load_tool, task, monkeypatch):
     monkeypatch.chdir(ROOT)
-    import run
-    import scenes
+    run, scenes = load_tool('demo/run.py'), load_tool('demo/scenes.py')
     cfg = cli.load_config(run.DEMOS[task].config)
     assert cfg.model.backbone.arch.embed_dims == 32
     for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):

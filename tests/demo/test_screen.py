@@ -1,12 +1,15 @@
 """What a demo shows of a tool's output, and what it keeps."""
 import sys
-from pathlib import Path
 
 import pytest
+from running import loading_tools
 
-sys.path.insert(0, str(Path(__file__).parents[2] / 'tools/demo'))
 
-import screen  # noqa: E402
+@pytest.fixture(scope='module')
+def screen():
+    with loading_tools() as load:
+        yield load('demo/screen.py')
+
 
 STAMP = '11/29 13:03:52 - mmengine - '
 HIDDEN = ['', '    sys.platform: linux', 'max_epochs = 12', "    type='Runner')",
@@ -33,13 +36,13 @@ SHOWN = {
 }
 
 
-def test_lines():
+def test_lines(screen):
     assert [line for line in HIDDEN if screen.shown(line) is not None] == []
     assert {line: screen.shown(line) for line in SHOWN} == SHOWN
 
 
 @pytest.mark.parametrize('code', [0, 3])
-def test_all_of_it_is_in_the_file(code, tmp_path, capfd):
+def test_all_of_it_is_in_the_file(code, tmp_path, capfd, screen):
     """And the end of it on the screen where the command failed."""
     log = tmp_path / 'made/train.log'
     lines = [*HIDDEN, *SHOWN]

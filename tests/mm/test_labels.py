@@ -1,19 +1,15 @@
 """Labels that do not fit their images or the model."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
+from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'tools'))
-import tiny  # noqa: E402
-from torch import nn  # noqa: E402
-
-from vmamba_mm.errors import UserError  # noqa: E402
-from vmamba_mm.mm.labels import (  # noqa: E402
+from vmamba_mm.errors import UserError
+from vmamba_mm.mm.labels import (
     CheckMask,
     add_mask_checks,
     check_instances,

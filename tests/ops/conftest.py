@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 from kernel_folder import compilations, kernels_folder  # noqa: F401 (fixtures)
@@ -10,3 +12,19 @@ def poison_uninitialised_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=os.environ.get('TRITON_INTERPRET') == '1')
+def numbers_are_indices(monkeypatch):
+    """Triton 3.6 takes int() of an array of shape (1,) for the bounds of a loop: NumPy 2.4 refuses.
+
+    It is the interpreter alone that does so; compiled kernels have no NumPy in them.
+    """
+    from triton.runtime import interpreter
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_mend(tensor, *scope):
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    monkeypatch.setattr(interpreter, '_patch_lang_tensor', patch_and_mend)

@@ -17,8 +17,7 @@ from torch.library import opcheck
 
 import vmamba_mm.layers.vss_block as layers
 from vmamba_mm.layers import ConvDownsample, ConvStem, VSSBlock, VSSStage
-from vmamba_mm.ops import add_norm, conv_norm, dwconv_silu, layer_norm, mlp
-from vmamba_mm.ops.core import launch
+from vmamba_mm.ops import add_norm, dwconv_silu, layer_norm, mlp
 from vmamba_mm.ops.fused import channels
 from vmamba_mm.ops.vss_block import Weights, reference
 from vmamba_mm.testing import relative_error
@@ -89,9 +88,7 @@ def exact_norm(x, branch, scale, weight, bias, eps):
 # --- add_norm ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('types', TYPES, ids=str)
-@pytest.mark.parametrize('shape, scaled', [
-    ((1, 1, 1, 4), False), ((3, 5, 7, 96), True), ((2, 3, 3, 100), True), ((2, 3, 1, 768), False),
-    ((2, 2, 3, 1536), True), ((1, 1, 3, 4096), False)], ids=str)
+@pytest.mark.parametrize('shape, scaled', [((3, 5, 7, 96), True), ((2, 3, 1, 768), False)], ids=str)
 def test_add_norm(request, device, types, shape, scaled):
     skip_types(request, *types)
     dim = shape[-1]
@@ -171,59 +168,6 @@ def test_one_of_the_results_is_not_used(device, used):
         assert relative_error(one, other) <= 1e-5
 
 
-def test_norm_of_strided_and_empty_maps(kernels):
-    weight, bias = randn(8, device=kernels), randn(8, device=kernels, seed=1)
-    x = randn(2, 8, 3, 5, device=kernels).permute(0, 2, 3, 1)
-    torch.testing.assert_close(layer_norm(x, weight, bias), F.layer_norm(x, (8,), weight, bias))
-    x = torch.empty(2, 0, 3, 8, device=kernels, requires_grad=True)
-    y = layer_norm(x, weight.requires_grad_(), bias)
-    assert y.shape == x.shape
-    y.sum().backward()
-    assert torch.equal(weight.grad, torch.zeros(8, device=kernels))
-
-
-def permuted(t):
-    """The same numbers, with the channels furthest apart in memory."""
-    return t.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
-
-
-def shifted(t):
-    """The same numbers, one element beyond a multiple of 16 bytes."""
-    return t.new_empty(t.numel() + 1)[1:].view(t.shape).copy_(t)
-
-
-@pytest.mark.parametrize('move', [permuted, shifted, lambda t: t.repeat(1, 1, 2, 1)[:, :, ::2],
-                                  lambda t: t[:1].expand(t.shape)],
-                         ids=['permuted', 'shifted', 'gaps', 'expanded'])
-@pytest.mark.parametrize('name', ['layer_norm', 'add_norm', 'dwconv_silu', 'mlp', 'conv_norm'])
-def test_maps_of_any_strides(kernels, name, move):
-    """Inputs and their gradients may lie in memory as they like: the numbers are the same."""
-    dim = 8
-    maps = [randn(2, 5, 6, dim, device=kernels, seed=i) for i in range(2 if 'add' in name else 1)]
-    maps = [move(t) for t in maps]
-    small = [randn(dim, device=kernels, seed=i) for i in range(3, 6)]
-    op, parameters = {
-        'layer_norm': (layer_norm, small[:2]),
-        'add_norm': (lambda *args: sum(add_norm(*args)), small[:2]),
-        'dwconv_silu': (dwconv_silu, [randn(dim, 1, 3, 3, device=kernels), small[0]]),
-        'mlp': (mlp, [randn(12, dim, device=kernels), randn(12, device=kernels),
-                      randn(dim, 12, device=kernels), small[0]]),
-        'conv_norm': (lambda *args: conv_norm(*args, stride=1, padding=1),
-                      [randn(dim, dim, 3, 3, device=kernels), *small])}[name]
-
-    def run(change):
-        leaves = [change(t).detach().requires_grad_() for t in maps]
-        own = [t.detach().requires_grad_() for t in parameters]
-        y = op(*leaves, *own)
-        grad = move(randn(*y.shape, device=kernels, seed=9))
-        return y, *torch.autograd.grad(y, [*leaves, *own], change(grad))
-
-    for found, expected in zip(run(lambda t: t), run(lambda t: t.clone(
-            memory_format=torch.contiguous_format)), strict=True):
-        limit = 2e-2 if kernels == 'cuda' and name == 'conv_norm' else 1e-5  # cuDNN's TF32
-        torch.testing.assert_close(found, expected, rtol=limit, atol=limit)
-
-
 def test_norm_of_other_channels_is_pytorchs(kernels):
     x, weight, bias = (randn(*s, device=kernels) for s in ((2, 3, 6), (6,), (6,)))
     assert torch.equal(layer_norm(x, weight, bias), F.layer_norm(x, (6,), weight, bias))
@@ -236,30 +180,6 @@ def plain_dwconv(x, weight, bias):
     return F.silu(y).permute(0, 2, 3, 1)
 
 
-@pytest.mark.parametrize('dtype', [HALF, BRAIN, SINGLE], ids=['fp16', 'bf16', 'fp32'])
-@pytest.mark.parametrize('shape, biased', [
-    ((1, 1, 1, 4), True), ((2, 1, 9, 96), False), ((2, 9, 1, 36), True), ((3, 7, 7, 128), False),
-    ((2, 5, 13, 268), True), ((1, 14, 30, 8), False)], ids=str)
-def test_dwconv(request, device, dtype, shape, biased):
-    skip_types(request, dtype)
-    if not has_kernels(request) and dtype != SINGLE:
-        pytest.skip("elsewhere it is PyTorch's own convolution, tested in fp32")
-    x = randn(*shape, dtype=dtype, device=device).requires_grad_()
-    weight = randn(shape[3], 1, 3, 3, device=device).requires_grad_()
-    bias = randn(shape[3], device=device).requires_grad_() if biased else None
-    leaves = [x, weight, *([bias] if biased else [])]
-    y = dwconv_silu(x, weight, bias)
-    assert y.dtype == dtype and y.shape == x.shape
-    grad = randn(*shape, dtype=dtype, device=device, seed=7)
-    found = torch.autograd.grad(y, leaves, grad)
-    exact = plain_dwconv(x.double(), weight.double(), bias.double() if biased else None)
-    expected = torch.autograd.grad(exact, leaves, grad.double())
-    assert relative_error(y, exact) <= LIMITS[dtype]
-    # By x through dz, which is rounded; by the parameters in fp32.
-    for one, other in zip(found, expected, strict=True):
-        assert relative_error(one, other) <= LIMITS[one.dtype]
-
-
 def test_dwconv_of_a_slice(kernels):
     """What vanilla VMamba's gate leaves: every other run of channels."""
     whole = randn(2, 5, 6, 32, device=kernels)
@@ -269,24 +189,6 @@ def test_dwconv_of_a_slice(kernels):
     torch.testing.assert_close(dwconv_silu(x, weight), expected)
     turned = x.transpose(1, 2).contiguous().transpose(1, 2)
     torch.testing.assert_close(dwconv_silu(turned, weight), expected)
-
-
-def test_nan_stays_in_its_image(kernels):
-    x, weight = randn(3, 6, 6, 8, device=kernels), randn(8, 1, 3, 3, device=kernels)
-    clean = dwconv_silu(x, weight)
-    x[1] = torch.nan
-    found = dwconv_silu(x, weight)
-    assert torch.equal(found[0], clean[0]) and torch.equal(found[2], clean[2])
-    assert found[1].isnan().all()
-
-
-@pytest.mark.parametrize('arguments', [
-    ((2, 3, 3, 8), (4, 1, 3, 3), None), ((2, 3, 3, 8), (8, 1, 3, 3), (4,)),
-    ((3, 3, 8), (8, 1, 3, 3), None)], ids=str)
-def test_shapes_that_do_not_fit(arguments):
-    x, weight, bias = (None if shape is None else torch.zeros(shape) for shape in arguments)
-    with pytest.raises(ValueError, match=r'dwconv_silu expects x \(B, H, W, D\)'):
-        dwconv_silu(x, weight, bias)
 
 
 # --- mlp --------------------------------------------------------------------------------------
@@ -301,32 +203,6 @@ def make_mlp(device, shape=(2, 3, 5, 24), hidden=72, out=20, dtype=SINGLE, weigh
                   for i, size in enumerate(sizes)]
     return [t.detach().requires_grad_()
             for t in (randn(*shape, device=device, dtype=dtype) * 3, *parameters)]
-
-
-@pytest.mark.parametrize('dtype, weight_dtype', [
-    (HALF, SINGLE), (HALF, HALF), (BRAIN, SINGLE), (SINGLE, SINGLE)], ids=str)
-@pytest.mark.parametrize('shape', [(1, 4), (2, 3, 5, 24), (40, 260)], ids=str)
-def test_mlp(request, device, shape, dtype, weight_dtype):
-    """At most twice the error of plain PyTorch, whose products round the same."""
-    skip_types(request, dtype)
-    if not has_kernels(request):
-        dtype = weight_dtype = SINGLE
-    leaves = make_mlp(device, shape, dtype=dtype, weight_dtype=weight_dtype)
-    grad = randn(*shape[:-1], 20, device=device, dtype=dtype, seed=9)
-
-    def run(function, *arguments):
-        y = function(*arguments)
-        return y, *torch.autograd.grad(y, leaves, grad.to(y.dtype))
-
-    exact = run(plain_mlp, *(t.double() for t in leaves))
-    naive = run(plain_mlp, *(t.to(dtype) for t in leaves))
-    for found, one, right in zip(run(mlp, *leaves), naive, exact, strict=True):
-        assert found.dtype == one.dtype and found.shape == one.shape
-        assert relative_error(found, right) <= max(2 * relative_error(one, right),
-                                                   LIMITS[dtype])
-    with torch.no_grad():
-        assert relative_error(mlp(*leaves), exact[0]) <= max(2 * relative_error(naive[0], exact[0]),
-                                                             LIMITS[dtype])
 
 
 def test_mlp_keeps_the_input_and_what_gelu_takes(kernels):
@@ -641,24 +517,6 @@ def test_opcheck(kernels, monkeypatch):
                 (x.detach(), [t if t is None else t.detach() for t in weights], *settings))
 
 
-def test_bit_equal_whichever_thread_is_first(kernels, monkeypatch):
-    """The gradients by parameters are sums over all blocks and threads."""
-    x = randn(3, 9, 10, 96, device=kernels).requires_grad_()
-    weight, bias = (randn(96, device=kernels, seed=i).requires_grad_() for i in (1, 2))
-    filters = randn(96, 1, 3, 3, device=kernels).requires_grad_()
-    parameters = make_mlp(kernels, (1, 96))[1:]
-    leaves = (x, weight, bias, filters, *parameters)
-
-    def run():
-        y = mlp(dwconv_silu(layer_norm(x, weight, bias), filters, bias), *parameters)
-        return y, *torch.autograd.grad(y.square().sum(), leaves)
-
-    first = run()
-    for seed in (1, 2):
-        monkeypatch.setattr(emulated_cuda.Kernel, 'seed', seed)
-        assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
-
-
 # Parts, rows of a weight, D, and dtypes of weight and bias.
 JOBS = [(1, 0, 4, None, SINGLE), (385, 1, 100, HALF, HALF), (31, 9, 36, SINGLE, None),
         (800, 0, 260, None, BRAIN), (33, 2, 32, BRAIN, HALF), (2, 1, 8, SINGLE, SINGLE)]
@@ -681,17 +539,3 @@ def test_jobs_of_sums(kernels, jobs):
     for found, end, exact in results:
         assert found[:8].isnan().all() and found[end:].isnan().all()
         torch.testing.assert_close(found[8:end], exact.reshape(-1)[:end - 8].to(found.dtype))
-
-
-def test_kernels_are_used(kernels, monkeypatch):
-    def fail(*args):
-        raise AssertionError('launched')
-
-    monkeypatch.setattr(launch, 'load', fail)
-    launch.forget()
-    x = randn(2, 3, 3, 8, device=kernels)
-    for call in (lambda: layer_norm(x, x[0, 0, 0], x[0, 0, 1]),
-                 lambda: dwconv_silu(x, randn(8, 1, 3, 3, device=kernels)),
-                 lambda: mlp(*(t.half() for t in make_mlp(kernels)[:1]), *make_mlp(kernels)[1:])):
-        with pytest.raises(AssertionError, match='launched'):
-            call()

@@ -15,7 +15,6 @@ from test_channels import (
     skip_types,
 )
 from torch import nn
-from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from vmamba_mm.layers import ConvDownsample
@@ -49,18 +48,6 @@ def exact(leaves, stride, padding):
     return y, *torch.autograd.grad(y, leaves, randn(*y.shape, device=y.device, seed=5).to(y))
 
 
-@pytest.mark.parametrize('shape, out, size, stride, padding', [
-    ((2, 9, 6, 8), 36, 3, 2, 1), ((3, 8, 12, 3), 48, 4, 4, 0), ((1, 1, 1, 4), 516, 3, 2, 1)],
-    ids=str)
-def test_fp32(device, shape, out, size, stride, padding):
-    leaves = make(device, shape, out, size)
-    with torch.backends.cudnn.flags(allow_tf32=False):
-        found = run(leaves, stride, padding)
-    for name, one, right in zip(NAMES, found, exact(leaves, stride, padding), strict=True):
-        assert one.shape == right.shape and one.dtype == SINGLE, name
-        assert relative_error(one, right) <= 1e-5, name
-
-
 @pytest.mark.parametrize('feeds', [False, True], ids=['to fp32', 'to half'])
 @pytest.mark.parametrize('dtype', [HALF, BRAIN], ids=['fp16', 'bf16'])
 def test_autocast(request, device, dtype, feeds):
@@ -81,16 +68,6 @@ def test_autocast(request, device, dtype, feeds):
         assert relative_error(one, right) <= limit, name
 
 
-@pytest.mark.parametrize('dtype', [HALF, BRAIN], ids=['fp16', 'bf16'])
-def test_half_parameters(request, device, dtype):
-    skip_types(request, dtype)
-    leaves = make(device, dtype=dtype, parameters=dtype)
-    found = run(leaves, 2, 1)
-    for name, one, right in zip(NAMES, found, exact(leaves, 2, 1), strict=True):
-        assert one.dtype == dtype, name
-        assert relative_error(one, right) <= 4 * torch.finfo(dtype).eps, name
-
-
 def test_images_get_no_gradient_and_parameters_alone_do(device):
     x, *parameters = make(device)
     parameters = [p.requires_grad_() for p in parameters]
@@ -102,33 +79,19 @@ def test_images_get_no_gradient_and_parameters_alone_do(device):
                zip(found, torch.autograd.grad(y.square().sum(), parameters), strict=True))
 
 
+def test_flops_without_a_gradient_by_x(kernels):
+    x, *parameters = make(kernels)
+    with FlopCounterMode(display=False) as counter:
+        y = conv_norm(x, *[p.requires_grad_() for p in parameters], stride=2, padding=1)
+        y.sum().backward()
+    assert counter.get_total_flops() == 2 * (2 * 2 * 5 * 3 * 36 * 8 * 9)
+
+
 def test_without_grad_nothing_is_kept(kernels):
     leaves = make(kernels)
     y, mapped, moments = torch.ops.vmamba_mm.conv_norm(*leaves, 2, 1, 1e-5, SINGLE, False)
     assert mapped.numel() == moments.numel() == 0
     assert torch.equal(y, conv_norm(*leaves, stride=2, padding=1))
-
-
-def test_a_sample_with_nan_stays_alone(device):
-    leaves = make(device)
-    right = conv_norm(*leaves, stride=2, padding=1)
-    leaves[0][0, 4, 4, 4] = torch.nan
-    y = conv_norm(*leaves, stride=2, padding=1)
-    assert y[0].isnan().any() and torch.equal(y[1], right[1])
-
-
-def test_opcheck_and_flops(kernels):
-    leaves = make(kernels)
-    for x_grad in (False, True):
-        inputs = [t.detach().requires_grad_(i > 0 or x_grad) for i, t in enumerate(leaves)]
-        opcheck(torch.ops.vmamba_mm.conv_norm.default, (*inputs, 2, 1, 1e-5, SINGLE, True),
-                test_utils=('test_schema', 'test_autograd_registration', 'test_faketensor',
-                            'test_aot_dispatch_dynamic'))
-    with FlopCounterMode(display=False) as counter:
-        y = conv_norm(*inputs, stride=2, padding=1)
-        forward = counter.get_total_flops()
-        y.sum().backward()
-    assert forward == 2 * 2 * 5 * 3 * 36 * 8 * 9 and counter.get_total_flops() == 3 * forward
 
 
 @pytest.mark.parametrize('changes', [

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from torch.library import opcheck
 
 from vmamba_mm.ops import cross_merge, cross_scan
 
@@ -28,20 +27,6 @@ def test_merge_is_the_transpose_of_scan(size, num_routes):
     torch.testing.assert_close(cross_merge(cross_scan(x, num_routes), *size), num_routes * x)
 
 
-@pytest.mark.parametrize('num_routes', [1, 4])
-def test_gradcheck_and_opcheck(num_routes):
-    x = torch.randn(2, 3, 3, 4, dtype=torch.float64, requires_grad=True)
-    y = torch.randn(2, num_routes, 3, 12, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: cross_scan(x, num_routes), x)
-    assert torch.autograd.gradcheck(lambda y: cross_merge(y, 3, 4), y)
-    opcheck(torch.ops.vmamba_mm.cross_scan.default, (x, num_routes))
-    opcheck(torch.ops.vmamba_mm.cross_merge.default, (y, 3, 4))
-
-
-def test_wrong_input_raises():
-    with pytest.raises(ValueError, match=r'\(B, D, H, W\)'):
-        cross_scan(torch.zeros(2, 3, 4))
+def test_number_of_routes():
     with pytest.raises(ValueError, match='num_routes must be 1 to 4'):
         cross_scan(torch.zeros(1, 1, 2, 2), 5)
-    with pytest.raises(ValueError, match='is not height'):
-        cross_merge(torch.zeros(1, 4, 2, 6), 2, 2)

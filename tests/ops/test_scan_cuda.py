@@ -272,19 +272,6 @@ def exact_sequence(inputs, grad_y, softplus=True):
 
 
 @needs_gpu
-@pytest.mark.parametrize('softplus', [True, False], ids=['softplus', 'plain'])
-@pytest.mark.parametrize('shape', [(1, 1, 1, 1, 1), (2, 1, 3, 2, 4), (1, 4, 50, 37, 1),
-                                   (3, 2, 40, 200, 16), (2, 3, 210, 65, 5), (1, 4, 40, 20000, 16),
-                                   (2, 1, 33, 104, 64)], ids=str)
-def test_selective_scan(shape, softplus):
-    inputs, grad_y = make_sequence(*shape)
-    if not softplus:
-        inputs['delta'], inputs['delta_bias'] = inputs['delta'].abs(), inputs['delta_bias'].abs()
-    assert_within(run_sequence(inputs, grad_y, softplus),
-                  exact_sequence(inputs, grad_y, softplus), [1e-5] * 8, SEQUENCE_NAMES)
-
-
-@needs_gpu
 @HALVES
 @pytest.mark.parametrize('length', [104, 101])
 def test_selective_scan_of_halves(dtype, length):

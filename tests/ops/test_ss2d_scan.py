@@ -3,25 +3,18 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.library import opcheck
-from torch.utils.flop_counter import FlopCounterMode
 
 from vmamba_mm.ops import ss2d_scan, ss2d_scan_norm
 from vmamba_mm.ops.ss2d_scan import reference
 from vmamba_mm.testing import (
     DEVICES,
     assert_close,
-    relative_error,
     ss2d_scan_inputs,
     with_grads,
 )
 
 # (batch, dim, height, width)
 SHAPES = [(1, 1, 1, 1), (2, 3, 1, 40), (1, 3, 37, 1), (3, 5, 7, 7), (1, 4, 5, 9), (2, 2, 17, 4)]
-
-
-def ids(shape):
-    return 'B{}-D{}-{}x{}'.format(*shape)
 
 
 def autograd_reference(**inputs):
@@ -40,36 +33,10 @@ def check_against_reference(inputs, backend):
             assert_close(grad, expected_grads[name], rtol, f'gradient by {name}')
 
 
-@pytest.mark.parametrize('backend', ['reference', 'chunked'])
-@pytest.mark.parametrize('state', [1, 4, 16])
-@pytest.mark.parametrize('shape', SHAPES, ids=ids)
-@pytest.mark.parametrize('device', DEVICES)
-def test_outputs_and_every_gradient(device, shape, state, backend):
-    inputs = ss2d_scan_inputs(*shape, state=state, dtype=torch.float64, device=device)
-    check_against_reference(inputs, backend)
-
-
-@pytest.mark.parametrize('backend', ['reference', 'chunked'])
-@pytest.mark.parametrize('routes', [1, 2])
-def test_fewer_routes(routes, backend):
-    inputs = ss2d_scan_inputs(2, 3, 4, 6, routes=routes, rank=3, dtype=torch.float64)
-    check_against_reference(inputs, backend)
-
-
 def test_batch_in_several_blocks(monkeypatch):
     from vmamba_mm.ops.ss2d_scan import chunked
     monkeypatch.setattr(chunked, '_BLOCK', 2 * 3 * 4 * 5)
     check_against_reference(ss2d_scan_inputs(5, 3, 4, 5, dtype=torch.float64), 'chunked')
-
-
-@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
-def test_any_strides(layout):
-    inputs = ss2d_scan_inputs(2, 6, 5, 4, dtype=torch.float64)
-    expected = ss2d_scan(**inputs)
-    for x in (inputs['x'].contiguous(memory_format=layout),
-              torch.cat([inputs['x']] * 2, dim=1)[:, :6],
-              inputs['x'].transpose(2, 3).contiguous(memory_format=layout).transpose(2, 3)):
-        assert_close(ss2d_scan(**dict(inputs, x=x)), expected, 1e-14)
 
 
 def norm_after_scan(norm_weight, norm_bias, eps, backend, **inputs):
@@ -105,55 +72,28 @@ def test_norm_has_the_strides_of_x(device, dtype, layout, compiled):
 
 
 @pytest.mark.parametrize('backend', ['reference', 'chunked'])
-def test_gradcheck(backend):
-    inputs = ss2d_scan_inputs(1, 2, 2, 3, state=2, dtype=torch.float64)
-    leaves = [t.requires_grad_() for t in inputs.values()]
-    assert torch.autograd.gradcheck(lambda *args: ss2d_scan(*args, backend=backend), leaves)
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+def test_result_has_the_strides_of_x(layout, backend):
+    inputs = ss2d_scan_inputs(2, 6, 5, 4)
+    x = inputs['x'].contiguous(memory_format=layout)
+    for one in (x, x.transpose(2, 3).contiguous(memory_format=layout).transpose(2, 3)):
+        y = ss2d_scan(**dict(inputs, x=one), backend=backend, out_dtype=torch.float64)
+        assert y.stride() == one.stride()
 
 
-@pytest.mark.parametrize('out_dtype', [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize('backend', ['chunked'])
 @pytest.mark.parametrize('device', DEVICES)
-def test_opcheck(device, backend, out_dtype):
-    inputs = ss2d_scan_inputs(2, 3, 4, 5, state=2, device=device)
-    leaves = [t.requires_grad_() for t in inputs.values()]
-    opcheck(torch.ops.vmamba_mm.ss2d_scan_fwd.default, (*leaves, out_dtype, backend, False))
-    x, *weights = (t.detach() for t in leaves)
-    grad_y, empty = torch.ones_like(x, dtype=out_dtype), x.new_empty(0)
-    opcheck(torch.ops.vmamba_mm.ss2d_scan_bwd.default,
-            (grad_y, x, *weights, empty, empty, backend))
-
-
-@pytest.mark.parametrize('compiler', ['aot_eager', 'inductor'])
-@pytest.mark.parametrize('device', DEVICES)
-def test_compiles_as_one_graph(device, compiler):
+def test_compiles_by_inductor(device):
     inputs = ss2d_scan_inputs(2, 4, 6, 5, device=device)
 
     def block(x, *weights):
         return ss2d_scan(torch.nn.functional.silu(x), *weights).square()
 
-    compiled = torch.compile(block, fullgraph=True, backend=compiler)
+    compiled = torch.compile(block, fullgraph=True)
     expected, expected_grads = with_grads(lambda **kw: block(*kw.values()), inputs)
     y, grads = with_grads(lambda **kw: compiled(*kw.values()), inputs)
     assert_close(y, expected, 1e-6)
     for name, grad in grads.items():
         assert_close(grad, expected_grads[name], 1e-6, name)
-
-
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=['fp16', 'bf16'])
-def test_half_precision_is_no_worse_than_naive(dtype):
-    inputs = {name: t.to(dtype) for name, t in ss2d_scan_inputs(2, 8, 9, 7, state=4).items()}
-    exact, exact_grads = with_grads(
-        autograd_reference, {name: t.double() for name, t in inputs.items()})
-    naive, naive_grads = with_grads(ss2d_scan, inputs, backend='reference')
-    y, grads = with_grads(ss2d_scan, inputs)
-    assert y.dtype == dtype
-    assert relative_error(y, exact) <= 2 * relative_error(naive, exact)
-    for name in inputs:
-        assert grads[name].dtype == dtype
-        limit = 2 * relative_error(naive_grads[name], exact_grads[name])
-        assert relative_error(grads[name], exact_grads[name]) <= limit, name
-    assert_close(ss2d_scan(**inputs, out_dtype=torch.float32), exact, 1e-5)
 
 
 @pytest.mark.parametrize('device', DEVICES)
@@ -170,15 +110,6 @@ def test_fp32_parameters_with_half_input(device):
     for name, grad in grads.items():
         assert grad.dtype == inputs[name].dtype
         assert_close(grad, exact_grads[name], 4e-3 if name == 'x' else 1e-5, name)
-
-
-def test_nan_stays_in_its_sample():
-    inputs = ss2d_scan_inputs(3, 2, 4, 5)
-    clean = ss2d_scan(**inputs)
-    inputs['x'][1, 0, 2, 2] = torch.nan
-    y = ss2d_scan(**inputs)
-    assert torch.equal(y[[0, 2]], clean[[0, 2]])
-    assert y[1].isnan().any()
 
 
 def test_never_holds_the_state_of_the_whole_map():
@@ -202,25 +133,3 @@ def test_never_holds_the_state_of_the_whole_map():
         chunked.backward(torch.ones_like(y), *inputs.values())
     one_direction = batch * dim * side * side
     assert 0 < largest < one_direction * state / 4
-
-
-def test_flops():
-    inputs = ss2d_scan_inputs(2, 6, 4, 5, state=3, rank=2)
-    projections = 2 * 4 * 20 * 6 * (2 + 2 * 3 + 2)
-    with FlopCounterMode(display=False) as counter:
-        ss2d_scan(**inputs)
-    assert counter.get_total_flops() == 2 * (projections + 2 * 20 * 24 * (9 * 3 + 1))
-
-
-def test_wrong_input_raises():
-    inputs = ss2d_scan_inputs(1, 4, 3, 3)
-    with pytest.raises(ValueError, match="'reference', 'chunked', 'cuda', 'triton'"):
-        ss2d_scan(**inputs, backend='cudo')
-    with pytest.raises(ValueError, match="backend='cuda' does not take.*is on cpu"):
-        ss2d_scan(**inputs, backend='cuda')
-    with pytest.raises(ValueError, match='expects D of shape'):
-        ss2d_scan(**dict(inputs, D=inputs['D'][:4]))
-    with pytest.raises(ValueError, match='K of 1, 2 or 4'):
-        ss2d_scan(inputs['x'], *(inputs[name][:3] for name in list(inputs)[1:]))
-    with pytest.raises(ValueError, match='H and W of at least 1'):
-        ss2d_scan(**dict(inputs, x=torch.zeros(1, 4, 0, 3)))

@@ -12,7 +12,6 @@ import torch
 from vmamba_mm.ops import selective_scan, ss2d_scan
 from vmamba_mm.testing import (
     assert_close,
-    relative_error,
     selective_scan_inputs,
     ss2d_scan_inputs,
     with_grads,
@@ -37,7 +36,8 @@ def python(*argv, **env):
 @needs_triton
 def test_in_the_interpreter():
     done = python('-m', 'pytest', '-q', '-p', 'no:cacheprovider',
-                  str(HERE / 'interpreted_triton.py'), TRITON_INTERPRET='1',
+                  str(HERE / 'interpreted_triton.py'), str(HERE / 'test_ops.py'), '-k',
+                  'not gradcheck', TRITON_INTERPRET='1',
                   CUDA_VISIBLE_DEVICES='')
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
     assert ' passed' in done.stdout
@@ -100,49 +100,6 @@ def check(op, exact, inputs, **kwargs):
 
 
 @needs_gpu
-@pytest.mark.parametrize('shape, sizes', [
-    ((3, 96, 56, 56), dict(rank=6)),
-    ((1, 96, 200, 336), dict(rank=6)),
-    ((1, 100, 37, 53), dict(state=4, rank=9)),
-    ((2, 192, 28, 28), dict(state=16, rank=12)),
-    ((1, 20, 9, 11), dict(state=64, routes=2)),
-    ((40, 768, 7, 7), dict(rank=48)),
-    ((2, 5, 1, 40), dict(routes=1)),
-], ids=str)
-def test_ss2d_scan_on_gpu(shape, sizes):
-    inputs = on_gpu(ss2d_scan_inputs(*shape, **sizes))
-    y, _ = check(ss2d_scan, exact_ss2d, inputs)
-    assert y.stride() == inputs['x'].stride()
-
-
-@needs_gpu
-def test_strides_on_gpu():
-    inputs = on_gpu(ss2d_scan_inputs(2, 32, 9, 14))
-    x = inputs['x']
-    turned = x.transpose(2, 3).contiguous(memory_format=torch.channels_last).transpose(2, 3)
-    for other in (x.contiguous(), turned, torch.cat([x, x], dim=1)[:, 31:63]):
-        check(ss2d_scan, exact_ss2d, dict(inputs, x=other))
-
-
-@needs_gpu
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=['fp16', 'bf16'])
-def test_half_precision_on_gpu(dtype):
-    """What autocast gives the op: a half map, fp32 parameters."""
-    inputs = on_gpu(ss2d_scan_inputs(2, 32, 9, 14), dtype)
-    exact, exact_grads = with_grads(
-        exact_ss2d, {name: t.double() for name, t in inputs.items()})
-    naive, naive_grads = with_grads(ss2d_scan, inputs, backend='reference')
-    y, grads = with_grads(ss2d_scan, inputs, backend='triton')
-    assert y.dtype == dtype
-    assert relative_error(y, exact) <= 2 * relative_error(naive, exact)
-    for name, grad in grads.items():
-        limit = max(1e-5, 2 * relative_error(naive_grads[name], exact_grads[name]))
-        assert relative_error(grad, exact_grads[name]) <= limit, name
-    y32 = ss2d_scan(**inputs, out_dtype=torch.float32, backend='triton')
-    assert_close(y32, exact, 1e-5)
-
-
-@needs_gpu
 @pytest.mark.parametrize('bias', [-40., 20., 1e3])
 def test_extreme_delta_on_gpu(bias):
     inputs = on_gpu(ss2d_scan_inputs(2, 32, 9, 14))
@@ -156,23 +113,6 @@ def test_extreme_delta_on_gpu(bias):
 
 
 @needs_gpu
-def test_nan_stays_in_its_sample_on_gpu():
-    inputs = on_gpu(ss2d_scan_inputs(30, 32, 7, 7))
-    clean = ss2d_scan(**inputs, backend='triton')
-    inputs['x'][1, 0, 2, 2] = torch.nan
-    y = ss2d_scan(**inputs, backend='triton')
-    assert torch.equal(y[0], clean[0]) and torch.equal(y[2:], clean[2:]) and y[1].isnan().any()
-
-
-@needs_gpu
-@pytest.mark.parametrize('shape', [(1, 1, 1, 1, 1), (2, 4, 96, 196, 1), (1, 2, 130, 301, 16)],
-                         ids=str)
-def test_selective_scan_on_gpu(shape):
-    inputs = on_gpu(selective_scan_inputs(*shape))
-    check(selective_scan, exact_s6, inputs, delta_softplus=True)
-
-
-@needs_gpu
 def test_bit_equal_from_run_to_run_on_gpu():
     inputs = on_gpu(ss2d_scan_inputs(2, 96, 57, 45, rank=6))
     y, grads = with_grads(ss2d_scan, inputs, backend='triton')
@@ -180,13 +120,3 @@ def test_bit_equal_from_run_to_run_on_gpu():
         again, grads_again = with_grads(ss2d_scan, inputs, backend='triton')
         assert torch.equal(y, again)
         assert all(torch.equal(grads[name], grads_again[name]) for name in grads)
-
-
-@needs_gpu
-def test_compiles_as_one_graph_on_gpu():
-    inputs = on_gpu(ss2d_scan_inputs(2, 32, 9, 14))
-    expected, expected_grads = with_grads(ss2d_scan, inputs, backend='triton')
-    compiled = torch.compile(lambda *args: ss2d_scan(*args, backend='triton'), fullgraph=True)
-    y, grads = with_grads(lambda **kw: compiled(*kw.values()), inputs)
-    assert torch.equal(y, expected)
-    assert all(torch.equal(grads[name], expected_grads[name]) for name in grads)

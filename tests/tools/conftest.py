@@ -1,26 +1,5 @@
-import importlib
-import sys
-from pathlib import Path
-
 import pytest
 import tiny
-
-
-@pytest.fixture
-def load_tool(monkeypatch):
-    """load_tool('analysis/erf.py'): the script as a module, its folder on sys.path as when it runs.
-
-    Afterwards the modules of all tools are forgotten: some are called alike.
-    """
-    def load(name):
-        path = tiny.TOOLS / name
-        monkeypatch.syspath_prepend(path.parent)
-        return importlib.import_module(path.stem)
-
-    yield load
-    for name, module in list(sys.modules.items()):
-        if tiny.TOOLS in Path(getattr(module, '__file__', None) or '/').parents:
-            del sys.modules[name]
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from vmamba_mm.mm.inputs import Loader, build_trained, find_size, preprocess, re
 
 EXAMPLES = """\
   python tools/analysis/activation_maps.py configs/vmamba/vmamba-tiny-s1l8_8xb128_in1k-224.py \\
-      --checkpoint vssm1_tiny_0230s_ckpt_epoch_264.pth photo.jpg --pixel 120 200
+      --checkpoint vmamba_mm://vmamba/tiny_s1l8 photo.jpg --pixel 120 200
   python tools/analysis/activation_maps.py CONFIG --checkpoint FILE folder/ --size 448 \\
       --block 1.1 2.0 2.7 --map contribution"""
 

@@ -38,7 +38,7 @@ from vmamba_mm.mm.inputs import (
 EXAMPLES = """\
   python tools/analysis/erf.py configs/vmamba/vmamba-tiny-s1l8_8xb128_in1k-224.py \\
       mmpretrain::resnet/resnet50_8xb32_in1k.py \\
-      --checkpoint vssm1_tiny_0230s_ckpt_epoch_264.pth none --images data/imagenet/val
+      --checkpoint vmamba_mm://vmamba/tiny_s1l8 none --images data/imagenet/val
   python tools/analysis/erf.py CONFIG --images folder/ --size 192 --num-images 8 --device cpu"""
 
 THRESHOLDS = (20, 30, 50, 99)  # per cent

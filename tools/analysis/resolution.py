@@ -43,7 +43,7 @@ from vmamba_mm.mm.inputs import (
 EXAMPLES = """\
   python tools/analysis/resolution.py configs/vmamba/vmamba-tiny-s1l8_8xb128_in1k-224.py \\
       mmpretrain::deit/deit-small_4xb256_in1k.py \\
-      --checkpoint vssm1_tiny_0230s_ckpt_epoch_264.pth none --dtype fp16
+      --checkpoint vmamba_mm://vmamba/tiny_s1l8 none --dtype fp16
   python tools/analysis/resolution.py CONFIG --resolutions 224 384 --device cpu --batch-size 2"""
 
 RESOLUTIONS = (224, 288, 384, 512, 640, 768, 1024)  # the paper's

@@ -6,14 +6,14 @@ from typing import NamedTuple
 import matplotlib
 from bench_report import NAN, Sheet, number, print_problems, print_table, show, show_in
 
+from vmamba_mm import zoo
 from vmamba_mm.atomic import atomic_file
 from vmamba_mm.errors import UserError
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402 (after the choice of its backend)
 
-OURS = ('tiny_s1l8', 'small_s1l20', 'base_s1l20', 'tiny_s2l5', 'small_s2l15', 'base_s2l15',
-        'vanilla_tiny', 'vanilla_small', 'vanilla_base')
+OURS = tuple(dict.fromkeys(e.arch for e in zoo.entries('vmamba', task='cls')))
 #: family: the peers of each size; DeiT-S has nearly the parameters of the tiny models
 FAMILIES = {'Swin': {'tiny': 'swin_t', 'small': 'swin_s', 'base': 'swin_b'},
             'ConvNeXt': {'tiny': 'convnext_t', 'small': 'convnext_s', 'base': 'convnext_b'},

@@ -1,5 +1,6 @@
 """Checkpoint files: read without running their code, downloaded once."""
 
+import contextlib
 import functools
 import hashlib
 import http.client
@@ -101,7 +102,10 @@ def select_weights(content: Any, weights: str, path: Path, keep_places: bool = F
         meta.setdefault('epoch', content['epoch'])
     at_usual_place = [p for p in find_models(state, family) if p.prefix == 'backbone.']
     if at_usual_place:
-        meta.update(arch=infer_arch(state, at_usual_place[0].family), task=infer_task(state))
+        meta['task'] = infer_task(state)
+        # Whoever wants all of a model that is there in part says what is missing.
+        with contextlib.suppress(UserError):
+            meta['arch'] = infer_arch(state, at_usual_place[0].family)
     return dict(checkpoint, meta=meta, state_dict=state)
 
 

@@ -6,7 +6,7 @@ segmentor.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -127,9 +127,9 @@ def _rename_backbone(state, place):
     inner = inside(state, prefix)
     heads = our_rows(family.head_keys)
     if place.is_official:
-        rows = family.all_rows(inner)
-        inner = {new: v for k, v in inner.items() if (new := _renamed(k, rows, family)) is not None}
-    inner = {k: _flatten_linear(k, v, family) for k, v in inner.items()}
+        inner = rename_official(inner, family, inner)
+    else:
+        inner = {k: _flatten_linear(k, v, family) for k, v in inner.items()}
     if not prefix:
         return {k if has_row(k, heads) else f'backbone.{k}': v for k, v in inner.items()}
     renamed = {prefix + k: v for k, v in inner.items()}
@@ -141,6 +141,22 @@ def _rename_backbone(state, place):
             out.update(renamed)
             renamed = {}
     return out
+
+
+def rename_official(weights: StateDict, family: Family, names: Collection[str]
+                    ) -> dict[str, torch.Tensor]:
+    """Official weights of a backbone by our names, without ``backbone.`` before them.
+
+    Args:
+        weights: all that a backbone has, or a part; a head may lie beside.
+        names: of all of them, which tell the variant.
+
+    Raises:
+        UserError: on a name that no official model has.
+    """
+    rows = family.all_rows(names)
+    renamed = {_renamed(k, rows, family): v for k, v in weights.items()}
+    return {k: _flatten_linear(k, v, family) for k, v in renamed.items() if k is not None}
 
 
 def _renamed(key, rows, family):

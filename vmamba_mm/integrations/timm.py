@@ -1,12 +1,17 @@
-"""The nine architectures in timm: ``import vmamba_mm.timm``, then ``timm.create_model``.
+"""All backbones in timm: ``import vmamba_mm.timm``, then ``timm.create_model``.
 
     model = timm.create_model('vmamba_tiny_s1l8', pretrained=True)
     model = timm.create_model('vmamba_tiny_s1l8', features_only=True, out_indices=(1, 3))
+
+A name is that of the family and of a published architecture; the published weights of the zoo have
+their tags behind it, such as ``vmamba_vanilla_base.dp05_in1k``. :func:`register_models` adds a
+family of your own.
 
 torch.compile, torch.export and torch.fx work; torch.jit.script does not, as it cannot follow the
 model's Python code.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +25,7 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from vmamba_mm import zoo
 from vmamba_mm.checkpoints.compare import (
     adapt_in_channels,
     differences,
@@ -28,57 +34,45 @@ from vmamba_mm.checkpoints.compare import (
 )
 from vmamba_mm.checkpoints.files import read_checkpoint
 from vmamba_mm.errors import UserError
-from vmamba_mm.families.vmamba import ARCH_SETTINGS
+from vmamba_mm.families import FAMILIES, Family, resolve_arch
 from vmamba_mm.models import VMamba
-from vmamba_mm.models.base import init_linear
+from vmamba_mm.models.base import Backbone, init_linear
+from vmamba_mm.registry import MODELS
 
-__all__ = ['TimmVMamba']
+__all__ = ['TimmBackbone', 'TimmVMamba', 'register_models']
 
-#: architecture.tag -> release tag (after its '#') and file. The first of an architecture is timm's
-#: default; 'dp05_in1k' is the older model from which the published dense models of v0 started.
-_FILES = {
-    'vanilla_tiny.in1k': 'v0cls/vssmtiny_dp01_ckpt_epoch_292.pth',
-    'vanilla_small.in1k': 'v0cls/vssmsmall_dp03_ckpt_epoch_238.pth',
-    'vanilla_base.in1k': 'v0cls/vssmbase_dp06_ckpt_epoch_241.pth',
-    'vanilla_base.dp05_in1k': '20240218/vssmbase_dp05_ckpt_epoch_260.pth',
-    'tiny_s2l5.in1k': 'v2cls/vssm_tiny_0230_ckpt_epoch_262.pth',
-    'small_s2l15.in1k': 'v2cls/vssm_small_0229_ckpt_epoch_222.pth',
-    'base_s2l15.in1k': 'v2cls/vssm_base_0229_ckpt_epoch_237.pth',
-    'tiny_s1l8.in1k': 'v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth',
-    'small_s1l20.in1k': 'v2cls/vssm1_small_0229s_ckpt_epoch_240.pth',
-    'base_s1l20.in1k': 'v2cls/vssm1_base_0229s_ckpt_epoch_225.pth',
-}
-_FIRST_CONV = {'conv': 'backbone.patch_embed.conv1', 'patch': 'backbone.patch_embed.proj'}
 _POOLS = ('avg', 'max', 'avgmax', 'catavgmax', 'fast', 'fastavg', 'fastmax', 'fastavgmax',
           'fastcatavgmax', '')
 
 
-class TimmVMamba(nn.Module):
-    """:class:`vmamba_mm.models.VMamba` and timm's classifier head, with timm's methods.
+class TimmBackbone(nn.Module):
+    """A :class:`vmamba_mm.models.base.Backbone` and timm's classifier head, with timm's methods.
 
     Parameters are named ``backbone.*`` and ``head.fc.*``, as in mmpretrain's ImageClassifier and
-    in the files of ``tools/convert_checkpoint.py``.
+    in the files of ``tools/convert_checkpoint.py``. ``TimmVMamba`` and its like are this class with
+    the ``model`` of a family.
 
     Args:
-        arch: as in VMamba.
+        arch: as in the backbone; None for its default.
         num_classes: 0 for none: the pooled features come out.
         in_chans: channels of the input.
         global_pool: a pooling of timm; '' for none, with ``num_classes=0`` only.
         drop_rate: dropout before the classifier.
-        drop_path_rate: as in VMamba.
+        drop_path_rate: as in the backbone.
         device, dtype: of the parameters.
 
     Shape:
         (B, in_chans, H, W), any H and W, to (B, num_classes); ``forward_features`` to the normed
-        map of the last stage, (B, C, H/32, W/32).
+        map of the last stage, (B, C, H', W').
 
     Raises:
         ValueError: on a value that is not allowed, with the choices.
     """
 
+    model: type[Backbone]
     output_fmt = 'NCHW'
 
-    def __init__(self, arch: str | Mapping[str, Any] = 'tiny_s1l8', num_classes: int = 1000,
+    def __init__(self, arch: str | Mapping[str, Any] | None = None, num_classes: int = 1000,
                  in_chans: int = 3, global_pool: str = 'avg', drop_rate: float = 0.0,
                  drop_path_rate: float = 0.0, device: torch.device | str | None = None,
                  dtype: torch.dtype | None = None):
@@ -87,11 +81,16 @@ class TimmVMamba(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
-        self.backbone = VMamba(arch, out_indices=(3,), drop_path_rate=drop_path_rate,
-                               in_channels=in_chans)
+        arch = resolve_arch(self.model.family, arch or self.model.default_arch)
+        depths, _ = self.model.stage_sizes(arch)
+        self.backbone = self.model(arch, out_indices=(len(depths) - 1,), in_channels=in_chans,
+                                   drop_path_rate=drop_path_rate)
+        inner = '' if self.backbone.is_flat else '.blocks'
         self.feature_info = [
-            dict(num_chs=channels, reduction=4 * 2 ** i, module=f'backbone.stages.{i}.blocks')
-            for i, channels in enumerate(self.backbone.num_features)]
+            dict(num_chs=channels, reduction=stride,
+                 module=f'backbone.{self.backbone.stages_name}.{i}{inner}')
+            for i, (channels, stride) in enumerate(zip(
+                self.backbone.num_features, self.model.stage_strides(arch), strict=True))]
         self.num_features = self.backbone.num_features[-1]
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool,
                                    drop_rate=drop_rate)
@@ -124,17 +123,19 @@ class TimmVMamba(nn.Module):
         self.head.apply(init_linear)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for stage in self.backbone.stages:
-            for block in stage.blocks:
-                block.with_cp = enable
+        for module in self.backbone.modules():
+            if hasattr(module, 'with_cp'):
+                module.with_cp = enable
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """One group per block, or stage; a downsampling goes with the block before it."""
+        backbone = self.backbone
+        stages = rf'^backbone\.{backbone.stages_name}\.(\d+)'
         return dict(
-            stem=r'^backbone\.patch_embed',
-            blocks=r'^backbone\.stages\.(\d+)' if coarse else [
-                (r'^backbone\.stages\.(\d+)\.blocks\.(\d+)', None),
-                (r'^backbone\.stages\.(\d+)\.downsample', (99999,)),
+            stem=rf'^backbone\.(?:{"|".join(backbone.stem)})(?:\.|$)',
+            blocks=stages if coarse else [
+                (stages + ('' if backbone.is_flat else r'\.blocks\.(\d+)'), None),
+                (stages, (99999,)),
                 (r'^backbone\.norm', (99999,)),
             ])
 
@@ -163,8 +164,8 @@ class TimmVMamba(nn.Module):
         if output_fmt not in ('NCHW', 'NHWC'):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
         backbone = self.backbone
-        take, last = feature_take_indices(len(backbone.stages), indices)
-        final = last if stop_early or intermediates_only else len(backbone.stages) - 1
+        take, last = feature_take_indices(len(backbone.depths), indices)
+        final = last if stop_early or intermediates_only else len(backbone.depths) - 1
         computed = sorted({*take, final})
         raw = dict(zip(computed, backbone.forward_stages(x, computed), strict=True))
         outs = {i: y.permute(0, 3, 1, 2) for i, y in raw.items()}
@@ -178,16 +179,21 @@ class TimmVMamba(nn.Module):
                                   prune_head: bool = True) -> list[int]:
         """Remove what the maps of ``indices`` do not need; returns them counted from 0."""
         backbone = self.backbone
-        take, last = feature_take_indices(len(backbone.stages), indices)
-        shorter = last < len(backbone.stages) - 1
-        if prune_norm or shorter:
-            delattr(backbone, f'norm{backbone.out_indices[-1]}')
-            backbone.out_indices = (last,)
-            backbone.add_module(f'norm{last}', nn.Identity())
+        take, last = feature_take_indices(len(backbone.depths), indices)
+        shorter = last < len(backbone.depths) - 1
+        norm = backbone.output_norm(backbone.out_indices[-1])
+        if norm is not None and (prune_norm or shorter):
+            name = next(name for name, child in backbone.named_children() if child is norm)
+            setattr(backbone, name, nn.Identity())
         if shorter:
-            backbone.stages = backbone.stages[:last + 1]
-            backbone.stages[last].downsample = None
-            self.num_features = self.head.in_features = self.feature_info[last]['num_chs']
+            stages = getattr(backbone, backbone.stages_name)[:last + 1]
+            setattr(backbone, backbone.stages_name, stages)
+            if not backbone.is_flat:
+                stages[last].downsample = None
+            backbone.depths = backbone.depths[:last + 1]
+            backbone.num_features = backbone.num_features[:last + 1]
+            backbone.out_indices = (last,)
+            self.num_features = self.head.in_features = backbone.num_features[last]
         if prune_head or shorter:
             self.reset_classifier(0, '')
         return take
@@ -208,9 +214,12 @@ class TimmVMamba(nn.Module):
         checkpoint = read_checkpoint(checkpoint_path, weights)
         expected = self.state_dict()
         found = fit_names(checkpoint.get('state_dict', checkpoint), expected)
-        conv = _FIRST_CONV[self.backbone.arch['stem']] + '.weight'
-        if conv in found and found[conv].shape[1] == 3:
-            found[conv] = adapt_in_channels(found[conv], self.in_chans)
+        for conv in (f'backbone.{name}' for name in self.backbone.family.first_convs):
+            if conv in found and found[conv].shape[1] == 3:
+                found[conv] = adapt_in_channels(found[conv], self.in_chans)
+        inner = {k.removeprefix('backbone.'): v for k, v in found.items()
+                 if k.startswith('backbone.')}
+        found |= {f'backbone.{k}': v for k, v in self.backbone.adapt_weights(inner).items()}
         held = len(found['head.fc.bias']) if 'head.fc.bias' in found else 0
         if held != self.num_classes:
             found = {k: v for k, v in found.items() if not k.startswith('head.fc.')}
@@ -235,24 +244,81 @@ def _check_head(num_classes: int, global_pool: str) -> None:
                          f'num_classes={num_classes}')
 
 
-def _cfg(arch: str, file: str) -> dict[str, Any]:
-    url = f'https://github.com/MzeroMiko/VMamba/releases/download/%23{file}'
-    return dict(
+class TimmVMamba(TimmBackbone):
+    """:class:`TimmBackbone` around :class:`vmamba_mm.models.VMamba`."""
+
+    model = VMamba
+
+
+def register_models(family: Family) -> type[TimmBackbone]:
+    """Register the published architectures of a family with timm, as ``family_arch``, once.
+
+    Returns:
+        The class of the models.
+    """
+    backbone = MODELS.get(family.model)
+    known = _REGISTERED.get(family.name)
+    if known is not None and known.model is backbone:
+        return known
+    model = TimmVMamba if backbone is VMamba else type(
+        f'Timm{family.model}', (TimmBackbone,), dict(model=backbone, __module__=__name__))
+    configs = {}
+    for arch in family.archs:
+        published = [e for e in zoo.entries(family.name, arch, 'cls') if e.weights]
+        configs |= {f'{family.name}_{arch}.{e.tag}': _cfg(backbone, arch, e) for e in published}
+        if not published:  # a name without a tag
+            configs[f'{family.name}_{arch}'] = _cfg(backbone, arch)
+    default_cfgs.update(generate_default_cfgs(configs))
+    for arch in family.archs:
+        _register(model, family, arch)
+    _REGISTERED[family.name] = model
+    return model
+
+
+_REGISTERED: dict[str, type[TimmBackbone]] = {}
+#: {name: configs of its weights}: register_model looks here for them.
+default_cfgs: dict[str, Any] = {}
+_SIDE = 224
+
+
+def _cfg(backbone: type[Backbone], arch: str, entry: zoo.Entry | None = None) -> dict[str, Any]:
+    family = backbone.family
+    side = _SIDE // backbone.stage_strides(family.archs[arch])[-1]
+    config = dict(
+        input_size=(3, _SIDE, _SIDE), pool_size=(side, side), fixed_input_size=False,
+        num_classes=1000, crop_pct=0.875, interpolation='bicubic', mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225), classifier='head.fc', first_conv=_first_conv(backbone, arch),
+        license=family.licence.lower(), origin_url=family.url, custom_load=True)
+    if entry:
+        paper = entry.collection['Paper']
         # As a 'file' it goes to load_pretrained, which downloads with a record of the hash.
-        url=url, file=url, custom_load=True, input_size=(3, 224, 224), pool_size=(7, 7),
-        fixed_input_size=False, num_classes=1000, crop_pct=0.875, interpolation='bicubic',
-        mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), classifier='head.fc',
-        first_conv=_FIRST_CONV[ARCH_SETTINGS[arch]['stem']], license='mit',
-        origin_url='https://github.com/MzeroMiko/VMamba',
-        paper_name='VMamba: Visual State Space Model', paper_ids='arXiv:2401.10166')
+        config.update(url=entry.weights, file=entry.weights, paper_name=paper['Title'],
+                      paper_ids=f'arXiv:{paper["URL"].rpartition("/")[2]}')
+    return config
 
 
-#: read by register_model
-default_cfgs = generate_default_cfgs(
-    {f'vmamba_{name}': _cfg(name.partition('.')[0], file) for name, file in _FILES.items()})
+def _first_conv(backbone: type[Backbone], arch: str) -> str:
+    """The name of the first convolution; which of several there is, the kind of the stem says."""
+    names = backbone.family.first_convs
+    if len(names) > 1:
+        # Sizes change no names: one architecture of each kind is enough.
+        kind = frozenset((k, v) for k, v in backbone.family.archs[arch].items()
+                         if isinstance(v, str | bool))
+        names = _first_convs(backbone, kind)
+    return 'backbone.' + names[0].removesuffix('.weight') if names else ''
 
 
-def _register(arch: str) -> None:
+@functools.cache
+def _first_convs(backbone: type[Backbone], kind: frozenset) -> list[str]:
+    arch = next(arch for arch in backbone.family.archs.values() if kind <= set(arch.items()))
+    with torch.device('meta'):
+        state = backbone(arch).state_dict()
+    return [name for name in backbone.family.first_convs if name in state]
+
+
+def _register(model: type[TimmBackbone], family: Family, arch: str) -> None:
+    num_stages = len(model.model.stage_sizes(family.archs[arch])[0])
+
     def create(pretrained: bool = False, pretrained_cfg_overlay: Mapping[str, Any] | None = None,
                feature_cls: str = 'getter', **kwargs) -> nn.Module:
         if feature_cls != 'getter':
@@ -263,14 +329,14 @@ def _register(arch: str) -> None:
             overlay.setdefault('file', overlay.get('url'))
             overlay.setdefault('custom_load', True)  # timm would unset it
         return build_model_with_cfg(
-            TimmVMamba, create.__name__, pretrained, pretrained_cfg_overlay=overlay,
-            feature_cfg=dict(feature_cls='getter', out_indices=(0, 1, 2, 3)),
+            model, create.__name__, pretrained, pretrained_cfg_overlay=overlay,
+            feature_cfg=dict(feature_cls='getter', out_indices=tuple(range(num_stages))),
             **{'arch': arch, **kwargs})
 
-    create.__name__ = create.__qualname__ = f'vmamba_{arch}'
-    create.__doc__ = f"``arch='{arch}'``; keywords as in :class:`TimmVMamba`."
+    create.__name__ = create.__qualname__ = f'{family.name}_{arch}'
+    create.__doc__ = f"``arch='{arch}'``; keywords as in :class:`TimmBackbone`."
     globals()[create.__name__] = register_model(create)
 
 
-for _arch in ARCH_SETTINGS:
-    _register(_arch)
+for _family in FAMILIES.values():
+    register_models(_family)

@@ -30,8 +30,9 @@ EXTRAS = ('norms', 'resizes', 'pooling')
 aten = torch.ops.aten
 _CONVOLUTIONS = (aten.convolution, aten._convolution)
 _BATCHED = (aten.bmm, aten.baddbmm)
-_SCANS = tuple(getattr(torch.ops.vmamba_mm, f'{prefix}{name}') for prefix in ('', '_')
-               for name in ('ss2d_scan_fwd', 'ss2d_scan_norm', 'selective_scan_fwd'))
+# Scans that project their inputs themselves. All that other ops of ours calculate counts as scan.
+_PROJECTING = tuple(getattr(torch.ops.vmamba_mm, f'{prefix}{name}') for prefix in ('', '_')
+                    for name in ('ss2d_scan_fwd', 'ss2d_scan_norm'))
 _MLP = re.compile('mlp|ffn', re.IGNORECASE)
 _FREE = ('RoIAlign', 'SyncBatchNorm')  # of mmcv.ops: no products, as no counter counts them
 
@@ -260,7 +261,7 @@ def _formulas():
              _batch_norm: (aten.native_batch_norm, aten._native_batch_norm_legit_no_training),
              _bilinear: (aten.upsample_bilinear2d,), _nearest: (aten.upsample_nearest2d,),
              _pooling: (aten._adaptive_avg_pool2d, aten.mean),  # mean where one pixel is left
-             _scan_alone: _SCANS[0:2] + _SCANS[3:5]}
+             _scan_alone: _PROJECTING}
     # A packet alone is counted after PyTorch has decomposed it, which leaves nothing of some.
     return {key: formula for formula, packets in found.items() for packet in packets
             for key in (packet, packet.default)}
@@ -335,7 +336,7 @@ def _by_kind(module, path, counts, others):
     """Kind -> FLOPs as torch counts them, of a module that has the path in the counts."""
     found, inside = Counter(), None
     for op, flops in counts.get(path, {}).items():
-        if op in _SCANS:
+        if op in _PROJECTING:
             found['scan'] += others[path][op]
             found['projections'] += flops - others[path][op]
         else:
@@ -357,5 +358,7 @@ def _by_kind(module, path, counts, others):
 
 
 def _kind(op):
+    if str(op).startswith('vmamba_mm.'):
+        return 'scan'
     return ('convolutions' if op in _CONVOLUTIONS else 'attention' if op in _BATCHED
             else 'projections')

@@ -7,7 +7,7 @@ import mmcv
 import numpy as np
 
 from vmamba_mm.errors import UserError
-from vmamba_mm.mm.hooks.strict_load import unwrapped
+from vmamba_mm.mm.wrappers import unwrapped
 
 # Whose transforms leave the meaning of a mask's values as it is. A user's own may map them, so
 # that what comes before it says little.

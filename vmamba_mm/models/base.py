@@ -96,6 +96,18 @@ class Backbone(StrictLoading, BaseModule):
         """The number of blocks of each stage (1 in a flat backbone), and the channels of each."""
         raise NotImplementedError
 
+    @classmethod
+    def stage_strides(cls, arch: Mapping[str, Any]) -> list[int]:
+        """The side, in pixels of the image, of what one position of each stage's map stands for.
+
+        A subclass whose stem is no patch of 4 pixels (of ``patch_size`` if it is flat), or whose
+        stages do not halve the map, overrides this.
+        """
+        depths, _ = cls.stage_sizes(arch)
+        if cls.is_flat:
+            return [arch['patch_size']] * len(depths)
+        return [4 * 2 ** i for i in range(len(depths))]
+
     def build(self, in_channels: int, drop_path_rates: Sequence[float], with_cp: bool) -> None:
         """Make the modules, with their initial weights.
 

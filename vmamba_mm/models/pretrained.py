@@ -19,12 +19,23 @@ from vmamba_mm.checkpoints.compare import (
     find_excused,
 )
 from vmamba_mm.checkpoints.files import read_checkpoint
-from vmamba_mm.checkpoints.names import describe_places, infer_arch, is_official, to_mm
+from vmamba_mm.checkpoints.names import (
+    describe_places,
+    infer_arch,
+    is_official,
+    rename_official,
+)
 from vmamba_mm.checkpoints.places import drop_wrappers, find_models, inside
 from vmamba_mm.config import type_name
 from vmamba_mm.errors import UserError
 from vmamba_mm.families import Family, resolve_arch
-from vmamba_mm.families.names import has_row, our_rows, plain_name
+from vmamba_mm.families.names import (
+    has_row,
+    is_counter,
+    is_of_trainer,
+    our_rows,
+    plain_name,
+)
 
 _PRETRAINED = ('Pretrained', 'PretrainedInit')
 #: The norms of outputs, which belong to the task and not to the backbone.
@@ -248,8 +259,9 @@ def under_names_of(family: Family, weights: Mapping[str, Tensor], ours: Mapping[
     """Weights by a model's own names: official ones renamed, other wrappers replaced."""
     if is_official(weights, family):
         own = {k: v for k, v in weights.items() if k in ours}
-        others = to_mm({k: v for k, v in weights.items() if k not in ours}, family=family)
-        weights = own | {k.removeprefix('backbone.'): v for k, v in others.items()}
+        official = drop_wrappers({k: v for k, v in weights.items() if not (
+            k in ours or is_counter(k) or is_of_trainer(k))})
+        weights = own | rename_official(official, family, set(map(plain_name, weights)))
     if set(weights) <= set(ours):
         return dict(weights)
     plain = {plain_name(k): k for k in ours}

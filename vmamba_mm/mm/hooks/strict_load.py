@@ -4,7 +4,6 @@ import re
 import shlex
 
 from mmengine.hooks import Hook
-from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import BaseLoop
 
 from vmamba_mm.checkpoints.compare import (
@@ -15,14 +14,8 @@ from vmamba_mm.checkpoints.compare import (
     fit_names,
 )
 from vmamba_mm.errors import UserError
+from vmamba_mm.mm.wrappers import unwrapped
 from vmamba_mm.registry import HOOKS
-
-
-def unwrapped(model):
-    """The model itself, inside what makes it parallel or augments its test."""
-    if is_model_wrapper(model):
-        model = model.module
-    return model.module if isinstance(model, BaseTTAModel) else model
 
 
 def check_fits(model, checkpoint, name, allow=(), hint=None):

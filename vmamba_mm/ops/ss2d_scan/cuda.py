@@ -443,12 +443,13 @@ def backward_norm(grad, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, 
                   norm_bias, projected, kept, merged, logs=False):
     """Gradients by x, the five parameters, and the norm's weight and bias, in their dtypes."""
     grad = grad.contiguous(memory_format=torch.channels_last)
+    flat_weight = norm_weight.contiguous()
     batch, dim, height, width = grad.shape
     blocks, launch = norm.backward_launch(grad.get_device(), grad.dtype, merged.dtype, None,
                                           norm_weight.dtype, batch, height * width, dim)
     grad_y, sums = torch.empty_like(grad), grad.new_empty((blocks, 2, dim), dtype=torch.float32)
     launch(grad=grad.data_ptr(), input=merged.data_ptr(),
            moments=merged.data_ptr() + merged.itemsize * grad.numel(),
-           weight=norm_weight.data_ptr(), dinput=grad_y.data_ptr(), partials=sums.data_ptr())
+           weight=flat_weight.data_ptr(), dinput=grad_y.data_ptr(), partials=sums.data_ptr())
     return backward(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, projected,
                     kept, (norm_weight, norm_bias), sums, logs)

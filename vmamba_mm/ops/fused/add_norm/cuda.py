@@ -112,7 +112,7 @@ def forward(x, branch, scale, weight, bias, eps, out_dtype, save, shift=None):
         return total, normed, moments
     branch = dense(branch)
     if norms:
-        bias = bias.to(weight.dtype)
+        weight, bias = weight.contiguous(), bias.to(weight.dtype).contiguous()
     forward_launch(x.get_device(), x.dtype, branch.dtype if adds else None, out_dtype,
                    weight.dtype if norms else None, len(x), positions // len(x), dim)(
         x=x.data_ptr(), branch=pointer(branch if adds else shift), scale=pointer(scale),
@@ -125,6 +125,7 @@ def forward(x, branch, scale, weight, bias, eps, out_dtype, save, shift=None):
 def backward(grad, x, moments, weight, bias, dsum, scale, branch_dtype):
     """(dx, dbranch, dweight, dbias): as in the op ``add_norm_bwd``."""
     x, grad, dsum, dim = dense(x), dense(grad), dense(dsum), x.shape[-1]
+    flat_weight = weight.contiguous()
     dx = torch.empty_like(x)
     dbranch = x.new_empty(x.shape if branch_dtype else (0,), dtype=branch_dtype or x.dtype)
     if x.numel() == 0:
@@ -133,7 +134,7 @@ def backward(grad, x, moments, weight, bias, dsum, scale, branch_dtype):
                                      weight.dtype, len(x), x.numel() // dim // len(x), dim)
     partials = x.new_empty((blocks, 2, dim), dtype=torch.float32)
     launch(grad=grad.data_ptr(), input=x.data_ptr(), moments=moments.data_ptr(),
-           weight=weight.data_ptr(), others=pointer(dsum), scale=pointer(scale),
+           weight=flat_weight.data_ptr(), others=pointer(dsum), scale=pointer(scale),
            dinput=dx.data_ptr(), dbranch=dbranch.data_ptr() if branch_dtype else 0,
            partials=partials.data_ptr())
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)

@@ -131,6 +131,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, forward: bool) -> 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """SiLU of the convolution, as the op ``dwconv_silu``."""
+    bias = None if bias is None else bias.contiguous()
     return _convolve(_as_pixels(x), weight.contiguous(), bias, True)
 
 
@@ -138,12 +139,13 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
              ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by x, weight and bias (empty without one)."""
     x, grad, flat = _as_pixels(x), dense(grad), weight.contiguous()
+    flat_bias = None if bias is None else bias.contiguous()
     blocks, launch = backward_launch(
         x.get_device(), x.dtype, weight.dtype, bias.dtype if bias is not None else None,
         (x.stride(0), x.stride(2)), x.shape)
     partials = x.new_empty((blocks, 10, x.shape[3]), dtype=torch.float32)
     dz = x.new_empty(x.shape)
-    launch(x_data=x.data_ptr(), weight=flat.data_ptr(), bias=pointer(bias), dy=grad.data_ptr(),
+    launch(x_data=x.data_ptr(), weight=flat.data_ptr(), bias=pointer(flat_bias), dy=grad.data_ptr(),
            dz=dz.data_ptr(), partials=partials.data_ptr())
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     dbias = weight.new_empty(0) if bias is None else torch.empty_like(bias)

@@ -1,0 +1,65 @@
+"""A spec for each op: what test_ops.py has to know of it to test all that an op must do.
+
+A new op gets a file here with a list SPECS of :class:`Spec`, and its name into the list below.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+MODULES = ('selective_scan', 'ss2d_scan', 'orders', 'norms', 'convolutions', 'mlp')
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One op, or one way to call it.
+
+    Shapes are tuples that ``make`` understands, edges such as sides of 1 and odd sizes included.
+    The first of ``shapes`` has at least two samples, and so few elements that gradcheck is quick.
+    """
+
+    name: str  #: in vmamba_mm.ops.core.define_op.OPS
+    call: Callable  #: the public function: (inputs, **options) -> a result or a tuple
+    make: Callable[..., dict[str, Tensor]]  #: (*shape) -> inputs by name, fp64 on the CPU
+    #: (inputs, out_dtype) -> what the registered op and its reference take, without backend, save
+    arguments: Callable
+    shapes: tuple[Shape, ...]  #: for plain PyTorch, on any device
+    kernel_shapes: tuple[Shape, ...] = ()  #: for kernels in fp32; emulated, so small
+    half_shapes: tuple[Shape, ...] = ()  #: for kernels in half precision
+    gpu_shapes: tuple[Shape, ...] = ()  #: for kernels on a GPU, any size
+    maps: tuple[str, ...] = ('x',)  #: the inputs in the dtype of the map; others are parameters
+    backends: tuple[str, ...] = ()  #: what a caller can choose beside None
+    kernels: tuple[str, ...] = ('cuda',)
+    takes_out_dtype: bool = True
+    #: the dtype of results under autocast by default, if not that of the map
+    autocast_dtype: torch.dtype | None = None
+    #: in half precision: what a user would write; None for the reference, under autocast
+    naive: Callable | None = None
+    flops: Callable[[Shape], int] = lambda shape: 0  #: of a forward
+    limits: Mapping[torch.dtype, float] = field(
+        default_factory=lambda: {torch.float64: 1e-12, torch.float32: 1e-5})
+    #: (name of an input, its replacement by what it was, part of the message)
+    wrong: tuple[tuple[str, Callable, str], ...] = ()
+    mixes_samples: bool = False  #: whether a NaN may reach other samples
+    id: str = ''
+
+    def __str__(self) -> str:
+        return self.id or self.name.removesuffix('_fwd')
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    rng = torch.Generator().manual_seed(seed + len(shape))
+    return torch.randn(*shape, generator=rng, dtype=torch.float64)
+
+
+def cut(dim: int) -> Callable[[Tensor], Tensor]:
+    """A change for ``wrong``: one element fewer along ``dim``."""
+    return lambda t: t.narrow(dim, 0, t.shape[dim] - 1)
+
+
+def all_specs() -> list[Spec]:
+    return [spec for name in MODULES for spec in importlib.import_module(f'op_specs.{name}').SPECS]

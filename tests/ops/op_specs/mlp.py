@@ -1,0 +1,24 @@
+from math import prod
+
+from op_specs import Spec, cut, randn
+from vmamba_mm.ops import mlp
+
+HIDDEN, OUT = 24, 20
+
+
+def make(*shape):
+    dim = shape[-1]
+    return dict(x=randn(*shape) * 3, w1=randn(HIDDEN, dim) / dim**0.5, b1=randn(HIDDEN),
+                w2=randn(OUT, HIDDEN, seed=1) / HIDDEN**0.5, b2=randn(OUT))
+
+
+SPECS = [Spec(
+    'mlp',
+    call=lambda inputs, backend=None: mlp(**inputs),
+    make=make,
+    arguments=lambda inputs, out_dtype: tuple(inputs.values()),
+    shapes=((2, 3), (2, 3, 5, 7)),
+    kernel_shapes=((2, 4), (2, 3, 5, 24)), half_shapes=((2, 3, 5, 24), (40, 260)),
+    takes_out_dtype=False,
+    flops=lambda shape: 2 * HIDDEN * (shape[-1] + OUT) * prod(shape[:-1]),
+    wrong=(('w1', cut(1), r'mlp expects x \(\.\.\., C\)'), ('b2', cut(0), 'mlp expects')))]

@@ -1,0 +1,56 @@
+import torch
+
+from op_specs import Spec, cut, randn
+from vmamba_mm.ops import add_norm, layer_norm
+
+SHAPES = (2, 3, 1, 8), (1, 1, 1, 4), (2, 3, 5, 6), (3, 5, 7, 96)
+KERNEL_SHAPES = (2, 3, 2, 8), (1, 1, 1, 4), (2, 3, 3, 100), (2, 3, 1, 768), (1, 1, 3, 4096)
+
+
+def make_norm(*shape):
+    return dict(x=randn(*shape) * 2 + 1, weight=randn(shape[-1], seed=2),
+                bias=randn(shape[-1], seed=3))
+
+
+def make_sum(*shape):
+    return dict(x=randn(*shape) * 2 + 1, branch=randn(*shape, seed=1))
+
+
+def make_add_norm(*shape):
+    return make_sum(*shape) | {k: t for k, t in make_norm(*shape).items() if k != 'x'}
+
+
+def scale(x):
+    """A factor for each sample, which has no gradient."""
+    return torch.linspace(0.5, 2, len(x), device=x.device)
+
+
+SPECS = [
+    Spec('add_norm', id='layer_norm',
+         call=lambda inputs, backend=None, **options: layer_norm(**inputs, eps=1e-3, **options),
+         make=make_norm,
+         arguments=lambda inputs, out_dtype: (inputs['x'], None, None, inputs['weight'],
+                                              inputs['bias'], 1e-3, out_dtype),
+         shapes=SHAPES, kernel_shapes=KERNEL_SHAPES, half_shapes=((2, 3, 5, 48),),
+         autocast_dtype=torch.float32,
+         wrong=(('weight', cut(0), 'expects weight of shape'),
+                ('bias', cut(0), 'expects bias of shape'))),
+    Spec('add_norm',
+         call=lambda inputs, backend=None, **options: add_norm(
+             **inputs, eps=1e-3, scale=scale(inputs['x']), **options),
+         make=make_add_norm,
+         arguments=lambda inputs, out_dtype: (
+             inputs['x'], inputs['branch'], scale(inputs['x']), inputs['weight'], inputs['bias'],
+             1e-3, out_dtype),
+         shapes=SHAPES, kernel_shapes=KERNEL_SHAPES, half_shapes=((3, 5, 7, 96), (2, 2, 3, 1536)),
+         maps=('x', 'branch'), autocast_dtype=torch.float32,
+         wrong=(('branch', cut(1), 'expects branch of shape'),
+                ('weight', cut(0), 'expects weight of shape'))),
+    Spec('add_norm', id='sum',
+         call=lambda inputs, backend=None, **options: add_norm(**inputs, weight=None, bias=None,
+                                                               **options)[0],
+         make=make_sum,
+         arguments=lambda inputs, out_dtype: (inputs['x'], inputs['branch'], None, None, None, 1e-5,
+                                              out_dtype),
+         shapes=((2, 3, 1, 8),), kernel_shapes=((3, 2, 2, 8),), half_shapes=((3, 2, 2, 8),),
+         maps=('x', 'branch'))]

@@ -1,0 +1,62 @@
+from dataclasses import replace
+
+import torch
+
+from op_specs import Spec, cut
+from vmamba_mm.ops import selective_scan
+from vmamba_mm.testing import selective_scan_inputs
+
+NAMES = 'u', 'delta', 'A', 'B', 'C', 'D', 'delta_bias'
+
+
+def make(*shape):
+    """Shapes are (batch, groups, dim, length, state)."""
+    return selective_scan_inputs(*shape, dtype=torch.float64)
+
+
+def make_positive(*shape):
+    """For a scan without softplus."""
+    inputs = make(*shape)
+    return inputs | dict(delta=inputs['delta'].abs(), delta_bias=inputs['delta_bias'].abs())
+
+
+def make_bare(*shape):
+    inputs = make(*shape)
+    return {name: inputs[name] for name in NAMES[:5]}
+
+
+def flops(shape):
+    batch, groups, dim, length, state = shape
+    return 2 * batch * groups * dim * length * (9 * state + 1)
+
+
+def spec(softplus, **kwargs):
+    return Spec(
+        'selective_scan_fwd',
+        call=lambda inputs, **options: selective_scan(
+            *[inputs.get(name) for name in NAMES[:6]], delta_bias=inputs.get('delta_bias'),
+            delta_softplus=softplus, **options),
+        arguments=lambda inputs, out_dtype: (*map(inputs.get, NAMES), softplus, out_dtype),
+        maps=('u', 'delta', 'B', 'C'), backends=('reference', 'chunked', 'cuda', 'triton'),
+        kernels=('cuda', 'triton'), flops=flops, **kwargs)
+
+
+SPECS = [spec(
+    True, make=make,
+    shapes=((2, 2, 2, 5, 2), (1, 1, 1, 1, 1), (2, 1, 3, 2, 1), (1, 1, 2, 17, 16), (1, 4, 5, 37, 1),
+            (3, 2, 4, 50, 4), (2, 3, 2, 65, 16), (1, 4, 2, 300, 2)),
+    kernel_shapes=((2, 2, 3, 11, 1), (1, 1, 1, 1, 1), (2, 1, 3, 2, 4), (1, 2, 40, 20, 16),
+                   (1, 1, 35, 3, 1)),
+    half_shapes=((2, 2, 4, 15, 1), (2, 2, 40, 21, 16)),
+    gpu_shapes=((1, 4, 50, 37, 1), (3, 2, 40, 200, 16), (2, 3, 210, 65, 5),
+                (1, 4, 40, 20000, 16), (2, 1, 33, 104, 64), (2, 4, 96, 196, 1)),
+    wrong=(('C', cut(3), 'expects C of shape'), ('D', cut(0), 'expects D of shape'),
+           ('B', lambda B: B.repeat(1, 3, 1, 1), 'divisible by'),
+           ('u', lambda u: u[0], r'expects u \(B, K\*D, L\)')))]
+SPECS.append(replace(spec(
+    False, make=make_positive, shapes=((2, 2, 2, 5, 2), (3, 2, 4, 50, 4), (1, 4, 2, 300, 2)),
+    kernel_shapes=((2, 3, 21, 65, 5),), gpu_shapes=((2, 3, 210, 65, 5),)),
+    id='selective_scan without softplus'))
+SPECS.append(replace(spec(
+    True, make=make_bare, shapes=((2, 2, 3, 9, 2),), kernel_shapes=((2, 2, 20, 30, 4),)),
+    id='selective_scan without skip and bias'))

@@ -1,0 +1,117 @@
+"""The wrapper for timm around every family, the made-up one too."""
+
+import pytest
+import timm
+import torch
+from specs import SPECS, each_arch, each_spec, registered  # noqa: F401 (a fixture for all tests)
+from timm.models import FeatureInfo, group_parameters
+from timm_models import image
+
+from vmamba_mm import zoo
+from vmamba_mm.checkpoints.names import infer_arch
+from vmamba_mm.integrations.timm import register_models
+
+
+def create(spec, arch=None, **kwargs):
+    """The first of a family's models, on another architecture."""
+    register_models(spec.family)
+    torch.manual_seed(0)
+    name = f'{spec.family.name}_{next(iter(spec.family.archs))}'
+    return timm.create_model(name, **{'arch': arch or spec.first, 'num_classes': 10, **kwargs})
+
+
+@each_spec
+def test_names_and_weights_are_those_of_the_zoo(spec):
+    family = spec.family
+    model = register_models(family)
+    names = {f'{family.name}_{arch}' for arch in family.archs}
+    assert set(timm.list_models(f'{family.name}_*')) == names
+    assert model.__name__ == f'Timm{family.model}' and model.model is spec.model
+    published = zoo.entries(family.name, task='cls')
+    found = set(timm.list_models(f'{family.name}_*', pretrained=True))
+    assert found == {f'{family.name}_{e.arch}.{e.tag}' for e in published}
+    for entry in published:
+        cfg = timm.get_pretrained_cfg(f'{family.name}_{entry.arch}.{entry.tag}')
+        assert cfg.url == entry.weights and cfg.license == family.licence.lower()
+
+
+@pytest.mark.parametrize('spec, arch', [pytest.param(spec, arch, id=f'{name}-{arch}')
+                                        for name, spec in SPECS.items()
+                                        for arch in spec.family.archs])
+def test_published_architecture(spec, arch):
+    register_models(spec.family)
+    with torch.device('meta'):
+        model = timm.create_model(f'{spec.family.name}_{arch}')
+        logits = model(torch.empty(2, 3, 224, 224))
+        features = model.forward_features(torch.empty(2, 3, 224, 224))
+    state, cfg = model.state_dict(), model.default_cfg
+    for entry in zoo.entries(spec.family.name, arch, 'cls'):
+        assert sum(p.numel() for p in model.parameters()) == entry.parameters
+    assert infer_arch(state, spec.family) == arch
+    assert logits.shape == (2, model.num_classes) == (2, 1000)
+    assert features.shape == (2, model.num_features, *cfg['pool_size'])
+    assert {name.partition('.')[0] for name in state} == {'backbone', 'head'}
+    assert model.get_classifier() is model.head.fc
+    assert {f'{cfg["classifier"]}.weight', f'{cfg["first_conv"]}.weight'} <= set(state)
+    assert state[f'{cfg["first_conv"]}.weight'].shape[1] == 3
+    assert cfg == model.pretrained_cfg and cfg['custom_load']
+
+
+@each_arch
+@torch.no_grad()
+def test_maps(spec, arch):
+    model, x = create(spec, arch).eval(), image(64, 64)
+    info = FeatureInfo(model.feature_info, len(model.feature_info))
+    assert all(name in dict(model.named_modules()) for name in info.module_name())
+    features = model.forward_features(x)
+    last, maps = model.forward_intermediates(x)
+    assert torch.equal(last, features)
+    for y, shape, c, r in zip(maps, spec.shapes(model.backbone.arch, 64, 64), info.channels(),
+                              info.reduction(), strict=True):
+        assert y.shape == (2, *shape) and shape == (c, 64 // r, 64 // r)
+    normed = model.forward_intermediates(x, norm=True, intermediates_only=True)
+    assert torch.equal(normed[-1], features)
+    only = create(spec, arch, features_only=True, out_indices=(0, -1)).eval()(x)
+    assert torch.equal(only[0], maps[0]) and torch.equal(only[1], maps[-1])
+
+    pruned = create(spec, arch).eval()
+    assert pruned.prune_intermediate_layers([0, -2]) == [0, len(maps) - 2]
+    assert torch.equal(pruned(x), maps[-2])
+    pruned = create(spec, arch).eval()
+    pruned.prune_intermediate_layers([-1], prune_norm=True)
+    assert torch.equal(pruned(x), maps[-1])
+
+
+@each_arch
+def test_training(spec, arch):
+    """Every parameter has a gradient, the same with checkpointing; its group is its depth."""
+    model, grads = create(spec, arch).train(), []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model(image(32, 48)).square().sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert all(g.isfinite().all() for g in grads[0])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    groups = group_parameters(model, model.group_matcher(), reverse=True)
+    for name, _ in model.named_parameters():
+        depth, num = model.backbone.get_layer_depth(name, 'backbone.')
+        # timm's models count the last norm to the last block; mm's to the head
+        assert groups[name] == depth - name.startswith('backbone.norm'), name
+    assert max(groups.values()) == num - 1
+
+
+@each_spec
+@pytest.mark.parametrize('channels', [3, 1])
+def test_official_files(spec, tmp_path, channels):
+    stages = spec.stages(spec.first)
+    backbone = spec.random_model(out_indices=(stages[-1],))
+    for state in spec.official_classifiers(backbone, 10):
+        file = tmp_path / 'official.pth'
+        torch.save({'model': state}, file)
+        model = create(spec, pretrained=True, in_chans=channels,
+                       pretrained_cfg_overlay=dict(file=str(file), num_classes=10)).eval()
+        x = image(48, 32, channels=channels)
+        with torch.no_grad():
+            expected = backbone(x.expand(-1, 3, -1, -1))[0]
+            torch.testing.assert_close(model.forward_features(x), expected, rtol=1e-4, atol=1e-4)
