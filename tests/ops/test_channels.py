@@ -19,6 +19,7 @@ import vmamba_mm.layers.vss_block as layers
 from vmamba_mm.layers import ConvDownsample, ConvStem, VSSBlock, VSSStage
 from vmamba_mm.ops import add_norm, dwconv_silu, layer_norm, mlp
 from vmamba_mm.ops.fused import channels
+from vmamba_mm.ops.vss_block import Weights, reference
 from vmamba_mm.testing import relative_error
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
@@ -467,6 +468,24 @@ def test_compiled_stem_block_and_downsampling(kernels):
            if 'vmamba_mm' in str(node.target)]
     assert ops == [f'vmamba_mm::{name}' for name in
                    ('conv_norm', 'conv_norm', 'vss_block_fwd', 'conv_norm')]
+
+
+def test_reference_of_a_block(kernels, monkeypatch):
+    """With other factors of the branches for each sample."""
+    block, x = make_block(kernels, 36, 2.0), randn(2, 5, 6, 36, device=kernels)
+    taken = []
+    monkeypatch.setattr(layers, 'vss_block', lambda x, weights, *args: taken.append(weights))
+    block(x)
+    scales = (torch.tensor([0.5, 2.], device=kernels), torch.tensor([3., 0.], device=kernels))
+    for dtype, limit in ((SINGLE, 1e-5), (torch.float64, 1e-12)):
+        weights = [t.to(dtype) for t in taken[0]]
+        y = reference.vss_block(x.to(dtype), Weights._make(weights), *scales, block.norm1.eps,
+                                dtype, dtype)
+        exact = copy.deepcopy(block).double()
+        branch = exact.ssm(exact.norm1(x.double())) * scales[0].view(-1, 1, 1, 1)
+        total = x.double() + branch
+        exact_y = total + exact.mlp(exact.norm2(total)) * scales[1].view(-1, 1, 1, 1)
+        assert y.dtype == dtype and relative_error(y, exact_y) <= limit
 
 
 # --- all ----------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ class CastPlan(NamedTuple):
 
 
 def plan_cast(sizes: Sequence[int], dtypes: Sequence[torch.dtype]) -> CastPlan:
-    """For tensors of so many elements and these dtypes."""
+    """The plan for tensors of so many elements and these dtypes."""
     starts = [0, *accumulate(-(-size // 8) * 8 for size in sizes)]
     absent = (0,) * (_MOST - len(sizes))
     fields = dict(starts=(*starts, *[starts[-1]] * len(absent)), sizes=(*sizes, *absent),

@@ -47,7 +47,7 @@ class SumJob(NamedTuple):
 
 @cached
 def sum_launch(index: int, *jobs: SumJob) -> Callable[..., None]:
-    """What does at most six jobs by one launch.
+    """A launch that does at most six jobs.
 
     It takes the addresses (partials, dweight, dbias) of each job, one tuple after the other.
     """

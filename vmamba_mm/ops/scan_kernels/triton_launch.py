@@ -89,7 +89,8 @@ def interpreted() -> bool:
 
 @functools.cache
 def _precision() -> str:
-    """Of products of fp32 tiles: fp32's, on NVIDIA GPUs by three products of tensor cores."""
+    """How products of fp32 tiles keep fp32's precision: on NVIDIA GPUs by three products of tensor
+    cores."""
     return 'tf32x3' if not interpreted() and _target(_device())[0] == 'cuda' else 'ieee'
 
 
@@ -151,7 +152,7 @@ class Carries:
                 GRAD=grad is not None, **options)
 
     def chain(self, scan: AxisScan, with_grad: bool) -> None:
-        """From what each tile hands on alone to what enters each."""
+        """Turn what each tile hands on alone into what enters each."""
         if self.tiles > 1:
             sizes, options = scan.sizes(self.tile)
             names = ('dim', 'tiles', 'blocks', 'routes', 'N', 'BD')

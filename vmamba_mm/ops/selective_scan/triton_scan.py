@@ -40,7 +40,7 @@ class _Problem:
 
     @staticmethod
     def strides(sequence: Tensor) -> tuple[int, ...]:
-        """From a sample, a line (there is one), a step and a channel to the next."""
+        """Strides of samples, lines (there is one), steps and channels."""
         b, d, step = sequence.stride()
         return b, 0, step, d
 

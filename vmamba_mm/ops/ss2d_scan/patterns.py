@@ -24,12 +24,13 @@ from vmamba_mm.ops.ss2d_scan.op import check
 #: (H, W) -> the L positions h * W + w in the order of the visit.
 Order = Callable[[int, int], Tensor | Sequence[int]]
 
+NUM_ROUTES = len(ROUTES)  # of a pattern
 _ROW, _COLUMN, _ROW_BACK, _COLUMN_BACK = ROUTES
 
 
-class _Part(NamedTuple):
-    """The map in an order, and the calls of the op on it, each by the routes whose parameters it
-    takes."""
+class _OrderedScan(NamedTuple):
+    """A map in an order, and calls of the op on it, whose results are added up; a call is the
+    routes whose parameters it takes."""
     order: str
     calls: tuple[tuple[int, ...], ...]
 
@@ -44,10 +45,10 @@ _ORDERS: dict[str, Order] = {
     _ROW_BACK: lambda height, width: torch.arange(height * width).flip(0),
     _COLUMN_BACK: lambda height, width: _by_column(height, width).flip(0)}
 # What adds up to the result; None for what scan_norm does otherwise.
-_PATTERNS: dict[str, tuple[_Part, ...] | None] = {
+_PATTERNS: dict[str, tuple[_OrderedScan, ...] | None] = {
     'cross': None,
-    'unidirectional': (_Part(_ROW, ((0, 1), (2, 3))),),
-    'bidirectional': (_Part(_ROW, ((0, 1, 2, 3),)),),
+    'unidirectional': (_OrderedScan(_ROW, ((0, 1), (2, 3))),),
+    'bidirectional': (_OrderedScan(_ROW, ((0, 1, 2, 3),)),),
     'cascade': None}
 
 
@@ -87,9 +88,9 @@ def register_scan(name: str, routes: Sequence[str | Order]) -> None:
     if name in _PATTERNS:
         raise ValueError(f'scan {name!r} exists already; choose a name other than '
                          f'{list(_PATTERNS)}')
-    if isinstance(routes, str) or not isinstance(routes, Sequence) or len(routes) != 4:
-        raise ValueError(f'scan {name!r} needs a sequence of 4 routes, got {routes!r}')
-    places: dict[str, list[int]] = {}
+    if isinstance(routes, str) or not isinstance(routes, Sequence) or len(routes) != NUM_ROUTES:
+        raise ValueError(f'scan {name!r} needs a sequence of {NUM_ROUTES} routes, got {routes!r}')
+    routes_by_order: dict[str, list[int]] = {}
     functions: dict[Order, str] = {}
     for k, route in enumerate(routes):
         if callable(route):
@@ -98,14 +99,15 @@ def register_scan(name: str, routes: Sequence[str | Order]) -> None:
         elif route not in ROUTES:
             raise ValueError(f'route {k} of scan {name!r} is {route!r}; it must be one of '
                              f'{list(ROUTES)} or a function (H, W) -> order')
-        places.setdefault(route, []).append(k)
+        routes_by_order.setdefault(route, []).append(k)
     _ORDERS.update({order: function for function, order in functions.items()})
-    if len(places.get(_ROW, ())) == len(places.get(_ROW_BACK, ())) == 2:
-        _PATTERNS[name] = (_Part(_ROW, ((*places[_ROW], *places[_ROW_BACK]),)),)
-    else:
+    forward, backward = (routes_by_order.get(order, ()) for order in (_ROW, _ROW_BACK))
+    if len(forward) == len(backward) == 2:  # one call does both: its K = 4 on a map of one row
+        _PATTERNS[name] = (_OrderedScan(_ROW, ((*forward, *backward),)),)
+    else:  # a call takes two routes
         _PATTERNS[name] = tuple(
-            _Part(order, tuple(tuple(found[i:i + 2]) for i in range(0, len(found), 2)))
-            for order, found in places.items())
+            _OrderedScan(order, tuple(tuple(ks[i:i + 2]) for i in range(0, len(ks), 2)))
+            for order, ks in routes_by_order.items())
 
 
 def scan_norm(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_projs_bias: Tensor,
@@ -148,56 +150,59 @@ def scan_norm(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_proj
     parameters = (x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
     out_dtype = torch.promote_types(x.dtype, (D if norm_weight is None else norm_weight).dtype)
 
-    def run_map(x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    def scan_map(x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
         if norm_weight is None:
             return ss2d_scan(x, *parameters, out_dtype=out_dtype, backend=backend)
         return ss2d_scan_norm(x, *parameters, norm_weight, norm_bias, eps, backend=backend)
 
     if scan == 'cross':
-        return run_map(x, parameters)
+        return scan_map(x, parameters)
     check_scan(scan)
     check(x, *parameters)
-    if len(x_proj_weight) != 4:
-        raise ValueError(f'scan={scan!r} expects the parameters of K = 4 routes, got '
+    if len(x_proj_weight) != NUM_ROUTES:
+        raise ValueError(f'scan={scan!r} expects the parameters of K = {NUM_ROUTES} routes, got '
                          f'x_proj_weight {tuple(x_proj_weight.shape)}')
     height, width = x.shape[2:]
-    x_BHWD, parts = x.permute(0, 2, 3, 1), _PATTERNS[scan]
-    if parts is not None and len(parts) == len(parts[0].calls) == 1:  # on the map as it is
-        y_BD1L = run_map(_one_row(x_BHWD.flatten(1, 2)), _of(parameters, parts[0].calls[0]))
-        return _sequences(y_BD1L).unflatten(1, (height, width)).permute(0, 3, 1, 2)
+    x_BHWD, scans = x.permute(0, 2, 3, 1), _PATTERNS[scan]
+    if scans is not None and len(scans) == len(scans[0].calls) == 1:  # on the map as it is
+        y_BD1L = scan_map(_as_one_row(x_BHWD.flatten(1, 2)),
+                          _select_routes(parameters, scans[0].calls[0]))
+        return _as_sequences(y_BD1L).unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
-    def run(x_MTD: Tensor, routes: tuple[int, ...]) -> Tensor:
-        return _sequences(ss2d_scan(_one_row(x_MTD), *_of(parameters, routes),
-                                    out_dtype=out_dtype, backend=backend))
+    def scan_sequences(x_MTD: Tensor, routes: tuple[int, ...]) -> Tensor:
+        return _as_sequences(ss2d_scan(_as_one_row(x_MTD), *_select_routes(parameters, routes),
+                                       out_dtype=out_dtype, backend=backend))
 
-    if parts is None:  # 'cascade'
-        y_BHWD = _both_ways(_norm(x_BHWD, x.dtype), run, 0)
-        y_BWHD = _both_ways(_norm(y_BHWD.transpose(1, 2), x.dtype), run, 2)
+    if scans is None:  # 'cascade'
+        y_BHWD = _scan_both_ways(_norm(x_BHWD, x.dtype), scan_sequences, 0)
+        y_BWHD = _scan_both_ways(_norm(y_BHWD.transpose(1, 2), x.dtype), scan_sequences, 2)
         y_BHWD = y_BWHD.transpose(1, 2)
     else:
         x_BLD = x_BHWD.flatten(1, 2)
-        y_BLD = _add([_run_part(part, x_BLD, run, height, width) for part in parts])
+        y_BLD = _sum([_scan_in_order(ordered, x_BLD, scan_sequences, height, width)
+                      for ordered in scans])
         y_BHWD = y_BLD.unflatten(1, (height, width))
     if norm_weight is not None:
         y_BHWD = layer_norm(y_BHWD.contiguous(), norm_weight, norm_bias, eps, out_dtype=x.dtype)
     return y_BHWD.permute(0, 3, 1, 2)
 
 
-def _one_row(x_MTD: Tensor) -> Tensor:
+def _as_one_row(x_MTD: Tensor) -> Tensor:
     """Sequences as maps (M, D, 1, T), channels last."""
     return x_MTD.transpose(1, 2).unsqueeze(2)
 
 
-def _sequences(y_MD1T: Tensor) -> Tensor:
+def _as_sequences(y_MD1T: Tensor) -> Tensor:
     return y_MD1T.squeeze(2).transpose(1, 2)
 
 
-def _of(parameters: tuple[Tensor, ...], routes: tuple[int, ...]) -> list[Tensor]:
-    """The parameters of these routes, of those of all four stacked; views where they can be."""
+def _select_routes(parameters: tuple[Tensor, ...], routes: tuple[int, ...]) -> list[Tensor]:
+    """The parameters of these routes, of those of all stacked; views where they can be."""
+    count = len(parameters[0])  # x_proj_weight: (K, ...); A and D are (K * D, ...)
     first, last = routes[0], routes[-1] + 1
     if routes == tuple(range(first, last)):
-        return [t[first * (len(t) // 4):last * (len(t) // 4)] for t in parameters]
-    return [torch.cat([t.chunk(4)[k] for k in routes]) for t in parameters]
+        return [t[first * (len(t) // count):last * (len(t) // count)] for t in parameters]
+    return [torch.cat([t.chunk(count)[k] for k in routes]) for t in parameters]
 
 
 def _norm(x_BHWD: Tensor, dtype: torch.dtype) -> Tensor:
@@ -205,23 +210,24 @@ def _norm(x_BHWD: Tensor, dtype: torch.dtype) -> Tensor:
     return F.layer_norm(x_BHWD, x_BHWD.shape[-1:]).to(dtype)
 
 
-def _both_ways(x_BHWD: Tensor, run: Callable, k: int) -> Tensor:
+def _scan_both_ways(x_BHWD: Tensor, scan_sequences: Callable, k: int) -> Tensor:
     """Every row a sequence of its own, from its beginning by route k, from its end by k + 1."""
     rows = x_BHWD.flatten(0, 1)
-    y = run(rows, (k,)) + run(rows.flip(1), (k + 1,)).flip(1)
+    y = scan_sequences(rows, (k,)) + scan_sequences(rows.flip(1), (k + 1,)).flip(1)
     return y.reshape(x_BHWD.shape)
 
 
-def _run_part(part: _Part, x_BLD: Tensor, run: Callable, height: int, width: int) -> Tensor:
-    """The sum of its calls, put back into place."""
-    if part.order == _ROW:
-        return _add([run(x_BLD, routes) for routes in part.calls])
-    x_BLD = _reorder(x_BLD, height, width, part.order, False)
-    y_BLD = _add([run(x_BLD, routes) for routes in part.calls])
-    return _reorder(y_BLD, height, width, part.order, True)
+def _scan_in_order(ordered: _OrderedScan, x_BLD: Tensor, scan_sequences: Callable, height: int,
+                   width: int) -> Tensor:
+    """The sum of the calls' results, back in row-major order."""
+    if ordered.order == _ROW:
+        return _sum([scan_sequences(x_BLD, routes) for routes in ordered.calls])
+    x_BLD = _reorder(x_BLD, height, width, ordered.order, False)
+    y_BLD = _sum([scan_sequences(x_BLD, routes) for routes in ordered.calls])
+    return _reorder(y_BLD, height, width, ordered.order, True)
 
 
-def _add(tensors: list[Tensor]) -> Tensor:
+def _sum(tensors: list[Tensor]) -> Tensor:
     total = tensors[0]
     for tensor in tensors[1:]:
         total = total + tensor

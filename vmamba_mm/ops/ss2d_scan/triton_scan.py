@@ -67,8 +67,7 @@ class _Problem:
 
     @staticmethod
     def strides(map_BDHW: Tensor, axis: int) -> tuple[int, ...]:
-        """From a sample, a line, a step and a channel to the next, along rows (axis 0) or columns.
-        """
+        """Strides of samples, lines, steps and channels, along rows (axis 0) or columns."""
         b, d, h, w = map_BDHW.stride()
         return (b, h, w, d) if axis == 0 else (b, w, h, d)
 

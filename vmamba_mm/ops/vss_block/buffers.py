@@ -75,7 +75,7 @@ class BackwardSlab(NamedTuple):
 
 
 def lay_out(*sizes: int) -> tuple[list[int], int]:
-    """Where in a slab parts of these sizes begin, and where the last ends; all in elements."""
+    """The offsets of parts of these sizes in a slab, and the size of that; all in elements."""
     *starts, end = accumulate((-(-size // _ALIGNED) * _ALIGNED for size in sizes), initial=0)
     return starts, end
 

@@ -109,7 +109,7 @@ class HalfBackward(_Sizes):
 
 
 class FloatForward(_Sizes):
-    """As :class:`HalfForward`; nothing is rounded."""
+    """The same as :class:`HalfForward` in fp32, where nothing is rounded."""
 
     def __init__(self, index, dtype, sizes, dtypes, product, casts):
         super().__init__(dtype, sizes)
@@ -130,7 +130,7 @@ class FloatForward(_Sizes):
 
 
 class FloatBackward(_Sizes):
-    """As :class:`HalfBackward`."""
+    """The same as :class:`HalfBackward` in fp32."""
 
     def __init__(self, index, dtype, sizes, dtypes, norm_parts, product):
         super().__init__(dtype, sizes)

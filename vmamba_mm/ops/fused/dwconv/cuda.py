@@ -130,7 +130,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, forward: bool) -> 
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """As the op ``dwconv_silu``."""
+    """SiLU of the convolution, as the op ``dwconv_silu``."""
     bias = None if bias is None else bias.contiguous()
     return _convolve(_as_pixels(x), weight.contiguous(), bias, True)
 
