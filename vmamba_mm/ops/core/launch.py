@@ -134,14 +134,6 @@ class Kernel:
                 self._shared_allowed = size
 
 
-def by_position_too(launch: Callable[..., None], *names: str) -> Callable[..., None]:
-    """``launch`` for callers that still pass its fields by position; goes when there are none."""
-    def launch_by_position(*args, **named):
-        launch(**dict(zip(names, args, strict=False)), **named)
-
-    return launch_by_position
-
-
 def bind_start(instance: Instance, fields, start: Callable[[bytes], None], per_call: Iterable[str],
                constants: dict[str, object]) -> Callable[..., None]:
     """What packs the parameters and calls ``start`` with them, by name or in the old form."""
