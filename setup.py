@@ -1,7 +1,7 @@
 """Puts into a wheel what lies beside the package: the kernels' sources, and the configs where mm*
 look for them.
 
-In a checkout vmamba_mm/links.py finds them where they are.
+In a checkout vmamba_mm/paths.py finds them where they are.
 """
 
 import shutil

@@ -1,9 +1,10 @@
 """How much time the tests of one family or one op may take: a CI that all of them share stays fast.
 
-A test belongs to a family if it has a parameter called ``family``, to an op if it has one called
-``op``. Their seconds of one core (those of the process and of its children that have ended, so that
-a busy machine makes no difference) are summed over all processes of pytest-xdist and shown at the
-end; a sum above its limit fails the run. Tests on a GPU, where kernels are compiled, do not count.
+A test belongs to a family if it has a parameter ``family``, or one called ``spec`` that has a
+``family``; likewise to an op. Their seconds of one core (those of the process and of its children
+that have ended, so that a busy machine makes no difference) are summed over all processes of
+pytest-xdist and shown at the end; a sum above its limit fails the run. Tests on a GPU, where
+kernels are compiled, do not count.
 """
 
 import os
@@ -57,13 +58,13 @@ class Budget:
 
 
 def owners(item, parameters):
-    """(parameter, value) for each of them that a test has, unless it runs on a GPU."""
+    """(parameter, name of its value) for each that a test has, unless it runs on a GPU."""
     callspec = getattr(item, 'callspec', None)
     if callspec is None or item.get_closest_marker('gpu'):
         return
     for name in parameters:
-        if name in callspec.params:
-            value = callspec.params[name]
+        value = callspec.params.get(name) or getattr(callspec.params.get('spec'), name, None)
+        if value is not None:
             yield name, value if isinstance(value, str) else getattr(value, 'name', str(value))
 
 

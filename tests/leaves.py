@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vmamba_mm import zoo
-from vmamba_mm.links import CONFIGS
+from vmamba_mm.paths import CONFIGS
 
 REPO = Path(__file__).resolve().parents[1]
 #: One folder for each family; the last one is of the family that is made up.

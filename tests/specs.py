@@ -32,7 +32,7 @@ class Spec:
         changes: keys of the first arch that change, each of which weights tell.
         wrong: (keys of the first arch that change, message) of what is refused.
         official: (backbone) -> its weights as official files have them, for each generation of
-            names, without a prefix; None if no weights were published.
+            names, without a prefix.
         official_classifiers: (backbone with the last output alone, classes) -> the same with the
             head.
         layer_depths: {name of a parameter of the first arch: its depth}.

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from vmamba_mm.families.vmamba import ARCH_SETTINGS
+from vmamba_mm.families.vmamba import ARCHS
 
 FOLDER = Path(__file__).resolve().parents[1] / 'configs/vmamba/ablations'
 # What each changes of tiny_s1l8. Its depths are those of tiny_s2l5 where SS2D is wider.
@@ -47,7 +47,7 @@ def test_config(row, read_config):
     cfg = read_config(FOLDER / f'{name_of(row)}.py')
     with torch.device('meta'):
         model = MODELS.build(cfg.model)
-    assert model.backbone.arch == dict(ARCH_SETTINGS['tiny_s1l8'], **ROWS[row])
+    assert model.backbone.arch == dict(ARCHS['tiny_s1l8'], **ROWS[row])
     counted = re.search(rf'{re.escape(name_of(row))}\.py\).*?\| ([\d.]+) M ',
                         (FOLDER / 'README.md').read_text())
     assert counted, 'the README has no row for it'

@@ -35,8 +35,10 @@ def test_with_a_fixture(family, slow_to_make):
     work(0.3)
 
 @pytest.mark.parametrize('op', [SimpleNamespace(name='scan')], ids=['x'])
-@pytest.mark.parametrize('family', ['small', pytest.param('gpu', marks=pytest.mark.gpu)])
-def test_of_two(family, op):
+@pytest.mark.parametrize('spec', [
+    SimpleNamespace(family=SimpleNamespace(name='small')),
+    pytest.param(SimpleNamespace(family='gpu'), marks=pytest.mark.gpu)])
+def test_of_two(spec, op):
     work(0.2)
     time.sleep(0.6)
 

@@ -75,6 +75,18 @@ def test_dense(spec, arch, task):
 
 
 @each_spec
+def test_extra_states_of_modules(spec, tmp_path):
+    """What a module's ``get_extra_state`` gives need be no tensor."""
+    name = f'{spec.a_weight.rpartition(".")[0]}._extra_state'
+    state = under('backbone.', spec.random_model().state_dict() | {name: {'seen': 3}})
+    torch.save(dict(state_dict=state), tmp_path / 'a.pth')
+    read = read_checkpoint(tmp_path / 'a.pth')
+    assert read['meta'] == dict(arch=spec.first, task='backbone')
+    assert read['state_dict'][f'backbone.{name}'] == {'seen': 3}
+    assert family_of(state) is spec.family and infer_arch(state) == spec.first
+
+
+@each_spec
 def test_several_backbones_keep_their_places(spec):
     model = spec.random_model()
     for state in spec.official(model):

@@ -102,3 +102,10 @@ def test_examples_of_the_api_pages_run(page):
     assert examples
     for example in examples:
         exec(example, {})
+
+
+def test_kernels_are_described():
+    """kernels/README.md names every source, and nothing else."""
+    text = (REPO / 'kernels' / 'README.md').read_text()
+    named = set(re.findall(r'`(\w+\.cu)`', text))
+    assert named == {path.name for path in (REPO / 'kernels').rglob('*.cu')}

@@ -1,6 +1,7 @@
 """Reading checkpoint files of every format, and refusing what is broken or hostile."""
 
 import errno
+import hashlib
 import http.server
 import json
 import os
@@ -305,6 +306,19 @@ def test_broken_download_leaves_nothing(answer, message, server, official, body,
     assert cached(tmp_path) == []
     server.answers['/a.pth'] = (200, body, len(body))
     assert_holds(f'{server.url}/a.pth', official)
+
+
+def test_published_hash(server, body, official, tmp_path, monkeypatch):
+    """Where the zoo knows the SHA-256 of a file, another is refused."""
+    server.answers['/a.pth'] = (200, body, len(body))
+    url = f'{server.url}/a.pth'
+    hashes = {url: '0' * 64}
+    monkeypatch.setattr('vmamba_mm.checkpoints.files.published_sha256', hashes.get)
+    with pytest.raises(UserError, match=f'{url} gave .*, not the published one, 0{{64}}; nothing'):
+        fetch(url)
+    assert cached(tmp_path) == []
+    hashes[url] = hashlib.sha256(body).hexdigest()
+    assert_holds(url, official)
 
 
 def test_no_network(tmp_path, monkeypatch):

@@ -24,9 +24,9 @@ FLOORS = {
 }
 #: The ground floor: modules that any other may import, and what they import themselves.
 GROUND = {
-    '__init__.py': (), 'errors.py': (), 'atomic.py': (), 'links.py': (), 'config.py': (),
+    '__init__.py': (), 'errors.py': (), 'atomic.py': (), 'paths.py': (), 'config.py': (),
     'registry.py': ('mmengine',),
-    'zoo.py': ('yaml', 'vmamba_mm.errors', 'vmamba_mm.links'),
+    'zoo.py': ('yaml', 'vmamba_mm.errors', 'vmamba_mm.paths'),
     'testing.py': ('torch', 'vmamba_mm.ops'),
     # Names that users import; they only pass on what is in integrations.
     'timm.py': ('vmamba_mm.integrations',), 'mmpretrain.py': ('vmamba_mm.integrations',),

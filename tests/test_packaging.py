@@ -91,7 +91,7 @@ def assert_usable(folder, configs, kernels):
     found = run("""
 from mmengine.config import Config
 from mmengine.hub import get_config
-from vmamba_mm import links, zoo
+from vmamba_mm import paths, zoo
 from vmamba_mm.mm.compat import prepare_mm
 from vmamba_mm.ops.core import nvrtc
 prepare_mm()
@@ -99,7 +99,7 @@ prepare_mm()
 name = 'vmamba/vmamba-tiny-s1l8_8xb128_in1k-224.py'
 open('config.py', 'w').write(f"_base_ = 'vmamba_mm::{name}'")
 backbone = Config.fromfile('config.py').model.backbone
-assert backbone == Config.fromfile(links.CONFIGS / name).model.backbone
+assert backbone == Config.fromfile(paths.CONFIGS / name).model.backbone
 cfg = get_config(f'vmamba_mm::{name}', pretrained=True)
 assert cfg.model_path == zoo.entries('vmamba', 'tiny_s1l8', 'cls')[0].weights
 assert get_config('mmpretrain::resnet/resnet18_8xb32_in1k.py', pretrained=True).model_path
@@ -107,7 +107,7 @@ try:
     get_config('vmamba_mm::vmamba/absent.py')
 except FileNotFoundError as err:
     assert 'vmamba_mm has no config vmamba/absent.py' in str(err)
-print(links.CONFIGS, nvrtc.KERNELS)""", folder)
+print(paths.CONFIGS, nvrtc.KERNELS)""", folder)
     assert found == f'{configs} {kernels}'
 
 

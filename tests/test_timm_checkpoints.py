@@ -12,7 +12,7 @@ from torch import nn
 
 from vmamba_mm.checkpoints.names import to_official
 from vmamba_mm.errors import UserError
-from vmamba_mm.families.vmamba import ARCH_SETTINGS
+from vmamba_mm.families.vmamba import ARCHS
 from vmamba_mm.testing import assert_close
 
 PARITY = Path(__file__).resolve().parents[2] / 'shared' / 'parity'
@@ -178,7 +178,7 @@ def test_same_as_mmpretrain(official, mm):
 @torch.no_grad()
 def test_parity(name, kind):
     given = json.loads((PARITY / f'{name}.json').read_text())['arguments']
-    arch = dict(ARCH_SETTINGS[kind], embed_dims=given['dims'], depths=tuple(given['depths']))
+    arch = dict(ARCHS[kind], embed_dims=given['dims'], depths=tuple(given['depths']))
     model = timm.create_model(
         f'vmamba_{kind}', arch=arch, num_classes=10, pretrained=True,
         pretrained_cfg_overlay=dict(file=str(PARITY / f'{name}.cls.pth'))).eval()

@@ -13,7 +13,7 @@ import yaml
 from vmamba_mm import zoo
 from vmamba_mm.checkpoints.files import fetch, read_checkpoint
 from vmamba_mm.errors import UserError
-from vmamba_mm.links import CONFIGS
+from vmamba_mm.paths import CONFIGS
 
 REPO = Path(__file__).resolve().parents[1]
 VMAMBA = zoo.entries('vmamba')
@@ -198,6 +198,21 @@ def test_own_configs_join(metafile, monkeypatch, tmp_path):
     finally:
         zoo.unregister_configs(path.parent)
     assert zoo.entries() == before
+
+
+def test_published_hashes(metafile):
+    address, sha256 = 'https://example.org/nano.pth', 64 * 'a'
+
+    def publish(model):
+        model['Weights'], model['Metadata']['SHA-256'] = address, sha256
+
+    path = metafile(publish)
+    assert zoo.published_sha256(address) is None
+    zoo.register_configs(path.parent)
+    try:
+        assert zoo.published_sha256(address) == sha256
+    finally:
+        zoo.unregister_configs(path.parent)
 
 
 @pytest.mark.parametrize('change, match', [

@@ -5,10 +5,10 @@ import timm
 import torch
 
 import vmamba_mm.timm  # noqa: F401 (registers the models)
-from vmamba_mm.families.vmamba import ARCH_SETTINGS
+from vmamba_mm.families.vmamba import ARCHS
 
 #: one of either kind, small; the entry gives everything that an arch does not
-SMALL = {name: dict(ARCH_SETTINGS[name], embed_dims=8, depths=(1, 1, 2, 1), d_state=d_state)
+SMALL = {name: dict(ARCHS[name], embed_dims=8, depths=(1, 1, 2, 1), d_state=d_state)
          for name, d_state in (('tiny_s1l8', 1), ('vanilla_tiny', 2))}
 BOTH = pytest.mark.parametrize('kind', SMALL)
 CHANNELS = [8, 16, 32, 64]

@@ -236,7 +236,7 @@ def main():
     sanitizer = find_sanitizer()
     import torch
 
-    from vmamba_mm.links import KERNELS
+    from vmamba_mm.paths import KERNELS
 
     if torch.version.hip is not None or not torch.cuda.is_available():
         raise UserError('torch finds no NVIDIA GPU here')

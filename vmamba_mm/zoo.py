@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from vmamba_mm.errors import UserError
-from vmamba_mm.links import CONFIGS
+from vmamba_mm.paths import CONFIGS
 
 #: Before a name of :func:`find`, in place of the address of a checkpoint.
 SCHEME = 'vmamba_mm://'
@@ -138,6 +138,11 @@ def weights_of(source: str) -> str:
     if entry.weights is None:
         raise UserError(f'{source}: the weights of {entry.name} were not published')
     return entry.weights
+
+
+def published_sha256(address: str) -> str | None:
+    """The SHA-256 of the file at an address, in hexadecimal, if the zoo knows it."""
+    return next((e.sha256 for e in _all_entries() if e.weights == address), None)
 
 
 def read_metafile(path: Path) -> list[Entry]:

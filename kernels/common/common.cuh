@@ -116,6 +116,12 @@ struct Float {  // fp32, beside Half and BFloat
     static constexpr int CODE = 0;
 };
 
+// Keeps what is in a register from the compiler, which then neither calculates it again elsewhere
+// nor sees how it came about.
+__device__ __forceinline__ void opaque(int &x) { asm volatile("" : "+r"(x)); }
+__device__ __forceinline__ void opaque(u32 &x) { asm volatile("" : "+r"(x)); }
+__device__ __forceinline__ void opaque(float &x) { asm volatile("" : "+f"(x)); }
+
 template <class A, class B> constexpr bool same = false;
 template <class A> constexpr bool same<A, A> = true;
 

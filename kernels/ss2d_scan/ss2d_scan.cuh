@@ -315,7 +315,7 @@ __device__ __forceinline__ void project_dt(float (&z)[PAIRS][OWN][2], const char
             b[j] = fragments[(2 * k + pair + j) * 32 + lane];
             if (TURNED) b[j] = transpose_tile(b[j]);
         }
-        asm volatile("" : "+r"(rows));  // one tile after the other, for want of registers
+        opaque(rows);  // one tile after the other, for want of registers
 #pragma unroll
         for (int s = 0; s < 4; ++s) {
             u32 a0, a1;

@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) CLUSTER_DIMS ss2d_scan_fwd
     u32 next_mailbox = shared_address(mailboxes + (set + 1 < sets ? warp + width
                                                                   : warp - set * width));
     if (!stays) next_mailbox = address_in_block(next_mailbox, (blockIdx.z + 1) % CLUSTER);
-    asm volatile("" : "+r"(next_mailbox));  // not calculated again where others wait
+    opaque(next_mailbox);  // not calculated again where others wait
     u32 taken = 0;  // parity of what is taken next
 #endif
     __syncthreads();

@@ -3,15 +3,20 @@
 import math
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from made_up.family import FAMILY
 from torch import nn
 
-from vmamba_mm.layers import DropPath
+from vmamba_mm.layers import DropPath, LayerNorm2d
 from vmamba_mm.models.base import Backbone, init_linear
 from vmamba_mm.ops import selective_scan
 from vmamba_mm.registry import MODELS
+
+# What torch.fx records as it is, since it looks at shapes.
+torch.fx.wrap('selective_scan')
+torch.fx.wrap('_resize')
 
 
 class Mixer(nn.Module):
@@ -65,7 +70,7 @@ class Ripple(Backbone):
         self.patch_embed = nn.Conv2d(in_channels, dim, patch, patch)
         self.pos_embed = nn.Parameter(torch.zeros(1, (self.arch['image_size'] // patch) ** 2, dim))
         self.blocks = nn.ModuleList(Block(dim, d_state, rate, with_cp) for rate in drop_path_rates)
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm2d(dim)
         self.apply(init_linear)
 
     def output_norm(self, i):
@@ -81,8 +86,10 @@ class Ripple(Backbone):
 
     def forward_stages(self, x, indices):
         patch = self.arch['patch_size']
-        height, width = ((side + patch - 1) // patch * patch - side for side in x.shape[2:])
-        x = self.patch_embed(F.pad(x, (0, width, 0, height)))
+        _, _, height, width = x.shape
+        x = F.pad(x, (0, (width + patch - 1) // patch * patch - width,
+                      0, (height + patch - 1) // patch * patch - height))
+        x = self.patch_embed(x)
         batch, dim, height, width = x.shape
         x = x.permute(0, 2, 3, 1) + _resize(self.pos_embed, height, width)
         x, maps = x.reshape(batch, height * width, dim), []

@@ -116,6 +116,19 @@ found = CheckpointLoader.load_checkpoint(str(files / 'dense.pth'), 'cpu')
 held = torch.load(files / 'dense.pth')['state_dict']
 assert list(found['state_dict']) == list(held)
 assert found['meta']['task'] == 'det' and found['meta']['arch'] == {S1!r}
+# Half a model of ours is none, and a model of ours says so.
+content = torch.load(files / 'cls.pth')
+half = {{k: v for k, v in content['model'].items() if not k.startswith('layers.3.')}}
+torch.save(dict(model=half), files / 'half_cls.pth')
+from vmamba_mm.models import VMamba
+model = torch.nn.Module()
+model.backbone = VMamba({S1!r}, (3,))
+try:
+    load_checkpoint(model, str(files / 'half_cls.pth'))
+    raise AssertionError('nothing was refused')
+except UserError as err:
+    assert "under 'model' a VMamba at the top: the weights are named like" in str(err), err
+    assert "but lack 'stages.3.blocks.0.ssm.in_proj.weight'" in str(err), err
 # Nothing of ours.
 other = dict(model={{'layers.0.blocks.0.op.A_logs': torch.ones(2)}}, x=3)
 torch.save(other, files / 'other.pth')

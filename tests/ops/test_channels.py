@@ -493,31 +493,19 @@ def test_reference_of_a_block(kernels, monkeypatch):
 
 # --- all ----------------------------------------------------------------------------------------
 
-def test_opcheck(kernels, monkeypatch):
-    x, branch = (randn(2, 3, 2, 8, dtype=HALF, device=kernels).requires_grad_() for _ in range(2))
-    weight, bias = (randn(8, device=kernels).requires_grad_() for _ in range(2))
-    scale = torch.ones(2, device=kernels)
-    for arguments in ((x, branch, scale, weight, bias), (x, None, None, weight, bias),
-                      (x, branch, None, None, None)):
-        opcheck(torch.ops.vmamba_mm.add_norm.default, (*arguments, 1e-5, HALF, True))
-    filters = randn(8, 1, 3, 3, device=kernels).requires_grad_()
-    for one in (bias, None):
-        opcheck(torch.ops.vmamba_mm.dwconv_silu.default, (x, filters, one))
-    opcheck(torch.ops.vmamba_mm.mlp.default, (*make_mlp(kernels, dtype=HALF), True))
+def test_opcheck_of_a_block_without_bias_of_its_convolution(kernels, monkeypatch):
     block = make_block(kernels, 32, 1.0)
     x = randn(2, 5, 6, 32, device=kernels)
     taken = []
     monkeypatch.setattr(layers, 'vss_block', lambda x, weights, *args: taken.append(weights))
     block(x)
-    without_bias = taken[0]._replace(conv_bias=None)
-    for weights, dtype in ((taken[0], HALF), (taken[0], SINGLE), (without_bias, SINGLE)):
-        settings = 1e-5, dtype, SINGLE
-        opcheck(torch.ops.vmamba_mm.vss_block_fwd.default,
-                (x.detach().requires_grad_(), *weights, torch.ones(2, device=kernels), None,
-                 *settings),
-                test_utils=('test_schema', 'test_autograd_registration', 'test_faketensor'))
-        opcheck(torch.ops.vmamba_mm.vss_block.default,
-                (x.detach(), [t if t is None else t.detach() for t in weights], *settings))
+    weights, settings = taken[0]._replace(conv_bias=None), (1e-5, HALF, SINGLE)
+    opcheck(torch.ops.vmamba_mm.vss_block_fwd.default,
+            (x.detach().requires_grad_(), *weights, torch.ones(2, device=kernels), None,
+             *settings),
+            test_utils=('test_schema', 'test_autograd_registration', 'test_faketensor'))
+    opcheck(torch.ops.vmamba_mm.vss_block.default,
+            (x.detach(), [t if t is None else t.detach() for t in weights], *settings))
 
 
 # Parts, rows of a weight, D, and dtypes of weight and bias.

@@ -12,7 +12,7 @@ ROWS, INNER = 3, 5
 
 def define(name, factor=2.0, **kwargs):
     """``(x @ w * factor, x.sum(0))``, whose second result is kept for the backward."""
-    def product(x, w, label):
+    def multiply(x, w, label):
         return x @ w * factor
 
     def backward(grad, x, w, total):
@@ -20,10 +20,10 @@ def define(name, factor=2.0, **kwargs):
         return grad @ w.T * factor, x.T @ grad * factor
 
     options = dict(
-        reference=product,
+        reference=multiply,
         fake=lambda x, w, label: (x.new_empty(x.shape[0], w.shape[1]), x.new_empty(x.shape[1])),
         implementations={'torch': Implementation(
-            lambda *args: (product(*args), args[0].sum(0)), backward, saves=True)},
+            lambda *args: (multiply(*args), args[0].sum(0)), backward, saves=True)},
         saves='x w total',
         flops=lambda x, w, **_: x[0] * x[1] * w[1])
     return define_op(name, '(Tensor x, Tensor w, str label) -> (Tensor y, Tensor total)',
@@ -31,7 +31,7 @@ def define(name, factor=2.0, **kwargs):
 
 
 @pytest.fixture(scope='module', params=['direct', 'custom_op'])
-def op(request):
+def product(request):
     """The op as it is, and where torch lacks a private name."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == 'custom_op':
@@ -39,8 +39,8 @@ def op(request):
         return define(f'test_{request.param}')
 
 
-def registered(op, suffix=''):
-    return getattr(torch.ops.vmamba_mm, op.__name__ + suffix)
+def registered(product, suffix=''):
+    return getattr(torch.ops.vmamba_mm, product.__name__ + suffix)
 
 
 def test_torch_has_every_private_name():
@@ -56,10 +56,10 @@ def inputs():
             for shape in ((ROWS, INNER), (INNER, 4))]
 
 
-def test_opcheck(op, inputs):
-    opcheck(registered(op).default, (*inputs, ''))
+def test_opcheck(product, inputs):
+    opcheck(registered(product).default, (*inputs, ''))
     x, w = (t.detach() for t in inputs)
-    opcheck(registered(op, '_bwd').default, (x @ w, x, w, x.sum(0)))
+    opcheck(registered(product, '_bwd').default, (x @ w, x, w, x.sum(0)))
 
 
 def test_opcheck_finds_a_result_that_shares_memory():
@@ -69,37 +69,37 @@ def test_opcheck_finds_a_result_that_shares_memory():
         opcheck(torch.ops.vmamba_mm.test_alias.default, (torch.ones(2),))
 
 
-def test_gradients(op, inputs):
-    assert torch.autograd.gradcheck(lambda x, w: op(x, w, ''), inputs)
-    y = op(*inputs, '')
+def test_gradients(product, inputs):
+    assert torch.autograd.gradcheck(lambda x, w: product(x, w, ''), inputs)
+    y = product(*inputs, '')
     assert y.requires_grad
-    assert not registered(op)(*inputs, '')[1].requires_grad
-    only, = torch.autograd.grad(op(inputs[0].detach(), inputs[1], '').sum(), inputs[1])
+    assert not registered(product)(*inputs, '')[1].requires_grad
+    only, = torch.autograd.grad(product(inputs[0].detach(), inputs[1], '').sum(), inputs[1])
     assert torch.equal(only, torch.autograd.grad(y.sum(), inputs[1])[0])
 
 
-def test_nothing_is_recorded_without_need(op, inputs):
+def test_nothing_is_recorded_without_need(product, inputs):
     with torch.no_grad():
-        assert op(*inputs, '').grad_fn is None
+        assert product(*inputs, '').grad_fn is None
     with torch.inference_mode():
-        assert op(*inputs, '').is_inference()
-    assert op(*(t.detach() for t in inputs), '').grad_fn is None
+        assert product(*inputs, '').is_inference()
+    assert product(*(t.detach() for t in inputs), '').grad_fn is None
 
 
-def test_a_second_derivative_raises(op, inputs):
-    grad, = torch.autograd.grad(op(*inputs, '').sum(), inputs[0], create_graph=True)
+def test_a_second_derivative_raises(product, inputs):
+    grad, = torch.autograd.grad(product(*inputs, '').sum(), inputs[0], create_graph=True)
     assert grad.requires_grad
-    with pytest.raises(RuntimeError, match=f'vmamba_mm::{op.__name__}_bwd has no backward'):
+    with pytest.raises(RuntimeError, match=f'vmamba_mm::{product.__name__}_bwd has no backward'):
         grad.sum().backward()
 
 
 @pytest.mark.parametrize('dynamic', [False, True])
 @pytest.mark.parametrize('compiler', ['aot_eager', 'inductor'])
-def test_compiles_as_one_graph(op, inputs, compiler, dynamic):
+def test_compiles_as_one_graph(product, inputs, compiler, dynamic):
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x, w: op(x.sin(), w, '').square(), fullgraph=True,
+    compiled = torch.compile(lambda x, w: product(x.sin(), w, '').square(), fullgraph=True,
                              backend=compiler, dynamic=dynamic)
-    expected = op(inputs[0].sin(), inputs[1], '').square()
+    expected = product(inputs[0].sin(), inputs[1], '').square()
     y = compiled(*inputs)
     torch.testing.assert_close(y, expected)
     for found, other in zip(*(torch.autograd.grad(t.sum(), inputs) for t in (y, expected)),
@@ -107,7 +107,7 @@ def test_compiles_as_one_graph(op, inputs, compiler, dynamic):
         torch.testing.assert_close(found, other)
 
 
-def test_a_dispatch_mode_sees_each_op_once(op, inputs):
+def test_a_dispatch_mode_sees_each_op_once(product, inputs):
     seen = []
 
     class Watch(TorchDispatchMode):
@@ -116,31 +116,31 @@ def test_a_dispatch_mode_sees_each_op_once(op, inputs):
             return func(*args, **(kwargs or {}))
 
     with Watch(), Watch(), FlopCounterMode(display=False) as counter:
-        y = op(*inputs, '')
+        y = product(*inputs, '')
         torch.autograd.grad(y, inputs, torch.ones_like(y))
     ours = [name for name in seen if 'vmamba_mm' in name]
-    prefix = '' if 'custom_op' in op.__name__ else '_'
-    assert ours == [f'vmamba_mm.{prefix}{op.__name__}.default'] * 2 + [
-        f'vmamba_mm.{prefix}{op.__name__}_bwd.default'] * 2
+    prefix = '' if 'custom_op' in product.__name__ else '_'
+    assert ours == [f'vmamba_mm.{prefix}{product.__name__}.default'] * 2 + [
+        f'vmamba_mm.{prefix}{product.__name__}_bwd.default'] * 2
     assert counter.get_total_flops() == 3 * ROWS * INNER * 4
 
 
-def test_autocast_is_off_inside(op, inputs):
+def test_autocast_is_off_inside(product, inputs):
     x, w = (t.float() for t in inputs)
     with torch.autocast('cpu', torch.bfloat16):
         assert (x @ w).dtype == torch.bfloat16
-        for y in (op(x, w, ''), registered(op)(x, w, '')[0]):
+        for y in (product(x, w, ''), registered(product)(x, w, '')[0]):
             assert y.dtype == torch.float32
             torch.autograd.grad(y.sum(), x, retain_graph=True)
 
 
-def test_traces_and_transforms(op, inputs):
+def test_traces_and_transforms(product, inputs):
     x, w = (t.detach() for t in inputs)
-    expected = op(x, w, '')
-    traced = torch.jit.trace(lambda x, w: op(x, w, ''), inputs)
-    assert f'vmamba_mm::{op.__name__}' in str(traced.graph)
+    expected = product(x, w, '')
+    traced = torch.jit.trace(lambda x, w: product(x, w, ''), inputs)
+    assert f'vmamba_mm::{product.__name__}' in str(traced.graph)
     assert torch.equal(traced(x, w), expected)
-    batched = torch.func.vmap(lambda x: op(x, inputs[1], ''))(torch.stack([x, 2 * x]))
+    batched = torch.func.vmap(lambda x: product(x, inputs[1], ''))(torch.stack([x, 2 * x]))
     torch.testing.assert_close(batched[1], 2 * expected)
 
 
@@ -173,38 +173,39 @@ def define_named(name, asked, takes=()):
 
 def test_backend_is_decided_once_per_call(monkeypatch):
     asked, x = [], torch.ones(2, requires_grad=True)
-    op = define_named('test_chosen', asked, takes=(2,))
-    assert op(x)[0] == 3 and not asked  # no kernel is for a CPU
+    product = define_named('test_chosen', asked, takes=(2,))
+    assert product(x)[0] == 3 and not asked  # no kernel is for a CPU
     monkeypatch.setattr('vmamba_mm.ops.core.backends.KERNEL_DEVICES', ('cpu',))
     for backend, factor, times in ((None, 2, 1), ('cuda', 2, 1), ('chunked', 3, 0),
                                    ('reference', 1, 0)):
         asked.clear()
-        grad, = torch.autograd.grad(op(x, backend=backend).sum(), x)
+        grad, = torch.autograd.grad(product(x, backend=backend).sum(), x)
         assert grad[0] == factor and len(asked) == times
-    assert op(torch.ones(3))[0] == 3
+    assert product(torch.ones(3))[0] == 3
     with pytest.raises(ValueError, match="'cuda' does not take these inputs: it is too long"):
-        op(torch.ones(3), backend='cuda')
+        product(torch.ones(3), backend='cuda')
     with pytest.raises(ValueError, match="'cudo'.*one of .'reference', 'chunked', 'cuda'"):
-        op(x, backend='cudo')
+        product(x, backend='cudo')
 
 
 def test_reference_runs_where_nothing_takes_the_inputs():
-    op = define('test_refused', implementations={'cuda': Implementation(
+    product = define('test_refused', implementations={'cuda': Implementation(
         None, why_not=lambda *args: 'never')})
     x, w = torch.ones(2, 3), torch.ones(3, 4)
-    assert torch.equal(op(x, w, ''), x @ w * 2)
-    assert op(x, w, '', otherwise=lambda *args: 'else') == 'else'
+    assert torch.equal(product(x, w, ''), x @ w * 2)
+    assert product(x, w, '', otherwise=lambda *args: 'else') == 'else'
 
 
 def test_an_absent_tensor_has_no_gradient():
     add = Implementation(lambda x, y: x if y is None else x + y,
                          lambda grad, x, y: (grad.clone(), None if y is None else grad.clone()))
-    op = define_op('test_optional', '(Tensor x, Tensor? y) -> Tensor', reference=add.forward,
+    product = define_op('test_optional', '(Tensor x, Tensor? y) -> Tensor', reference=add.forward,
                    fake=lambda x, y: torch.empty_like(x), saves='x y',
                    implementations={'torch': add})
     x, y = (torch.ones(2, requires_grad=True) for _ in range(2))
-    assert all(torch.equal(g, torch.ones(2)) for g in torch.autograd.grad(op(x, y).sum(), (x, y)))
-    assert torch.equal(*torch.autograd.grad((op(x * 1, None) * 1).sum(), x), torch.ones(2))
+    assert all(torch.equal(grad, torch.ones(2))
+               for grad in torch.autograd.grad(product(x, y).sum(), (x, y)))
+    assert torch.equal(*torch.autograd.grad((product(x * 1, None) * 1).sum(), x), torch.ones(2))
     _, empty = torch.ops.vmamba_mm.test_optional_bwd(torch.ones(2), x.detach(), None)
     assert empty.numel() == 0
 

@@ -353,9 +353,9 @@ def test_reasons_against():
 
 
 def test_every_kernel_of_the_published_models_is_checked_in_ci():
-    from vmamba_mm.families.vmamba import ARCH_SETTINGS
+    from vmamba_mm.families.vmamba import ARCHS
 
-    for arch in ARCH_SETTINGS.values():
+    for arch in ARCHS.values():
         for stage in range(4):
             tiles = -(-arch['embed_dims'] * 2**stage // 128)
             for type_ in ('Half', 'BFloat'):

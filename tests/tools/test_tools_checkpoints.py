@@ -111,6 +111,8 @@ def test_convert_refuses(official, call, tmp_path):
         assert_one_line(call('convert_checkpoint.py', source, target), name, message)
         assert not target.exists()
     assert_one_line(call('convert_checkpoint.py', tmp_path / 'no.pth', target), 'does not exist')
+    assert_one_line(call('convert_checkpoint.py', official, target, '--family', 'swin'),
+                    '--family swin does not exist; choose one of vmamba')
     assert_one_line(call('convert_checkpoint.py', official, tmp_path), 'is a folder')
     assert_one_line(call('convert_checkpoint.py', official, target, '--to', 'safetensors'),
                     '.safetensors')
@@ -153,9 +155,10 @@ def test_convert_overwrites_nothing(official, call, tmp_path):
     for name in ('own.onnx', 'own.pt2', 'own', 'own.txt'):
         assert_one_line(call('convert_checkpoint.py', tmp_path / 'no.pth', name), name,
                         '.pth, .pt, .bin, .ckpt, .safetensors')
-    code, out, err = call('convert_checkpoint.py', own, target, '--force')
+    code, out, err = call('convert_checkpoint.py', own, target, '--force', '--family', 'vmamba')
     assert code == 0 and 'Left out: optimizer, message_hub\n' in out, err
-    assert len(torch.load(target, weights_only=True)['state_dict']) == len(state)
+    content = torch.load(target, weights_only=True)
+    assert len(content['state_dict']) == len(state) and content['meta']['family'] == 'vmamba'
     assert own.read_bytes() == before
 
 

@@ -9,7 +9,7 @@ import pytest
 from official import classifier_state, random_backbone, save_training_file
 from zoo_helpers import Dense, shared_data
 
-from vmamba_mm.links import CONFIGS
+from vmamba_mm import zoo
 
 
 @pytest.fixture
@@ -54,28 +54,34 @@ def tiny_file(tmp_path_factory):
     path.unlink()
 
 
-#: What a narrow backbone changes of a published architecture.
+#: What a narrow model changes of a published one: its backbone, and its necks and heads.
 NARROW = dict(embed_dims=16, depths=(1, 1, 2, 1))
-CHANNELS = [16, 32, 64, 128]
-WIDTHS = {'cls': f'head=dict(in_channels={CHANNELS[-1]})',
-          'det': f'neck=dict(in_channels={CHANNELS})',
-          'seg': f'decode_head=dict(in_channels={CHANNELS}), '
-                 f'auxiliary_head=dict(in_channels={CHANNELS[2]})'}
+CHANNELS, WIDTH = [16, 32, 64, 128], 64
+HEADS = {
+    'cls': dict(head=dict(in_channels=CHANNELS[-1])),
+    'det': dict(
+        neck=dict(in_channels=CHANNELS, out_channels=WIDTH),
+        rpn_head=dict(in_channels=WIDTH, feat_channels=WIDTH),
+        roi_head=dict(bbox_roi_extractor=dict(out_channels=WIDTH),
+                      mask_roi_extractor=dict(out_channels=WIDTH),
+                      bbox_head=dict(in_channels=WIDTH, fc_out_channels=256),
+                      mask_head=dict(in_channels=WIDTH, conv_out_channels=WIDTH))),
+    'seg': dict(
+        decode_head=dict(in_channels=CHANNELS, channels=WIDTH),
+        auxiliary_head=dict(in_channels=CHANNELS[2], channels=WIDTH))}
 
 
 @pytest.fixture(scope='session')
 def narrow(tmp_path_factory):
-    """narrow(task, base, **changes) -> (config, arch): a published recipe on a narrow backbone."""
+    """narrow(task, base, **changes) -> (config, arch): a published recipe, on a narrow model."""
     folder = tmp_path_factory.mktemp('narrow')
 
     def narrow(task, base, **changes):
-        name = {'cls': 'vmamba-{}_8xb128_in1k-224', 'det': 'mask-rcnn_vmamba-{}_fpn_1x_coco',
-                'seg': 'upernet_vmamba-{}_8xb2-160k_ade20k-512x512'}[task]
+        published = zoo.entries('vmamba', base, task)[0].path
         arch = dict(base=base, **{**NARROW, **changes})
+        model = dict(HEADS[task], backbone=dict(arch=dict(arch, _delete_=True)))
         path = folder / f'{task}-{base}{len(changes)}.py'
-        path.write_text(
-            f"_base_ = '{CONFIGS / 'vmamba' / name.format(base.replace('_', '-'))}.py'\n"
-            f'model = dict(backbone=dict(arch=dict(_delete_=True, **{arch})), {WIDTHS[task]})\n')
+        path.write_text(f'_base_ = {str(published)!r}\nmodel = {model}\n')
         return path, arch
 
     return narrow

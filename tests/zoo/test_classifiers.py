@@ -17,7 +17,7 @@ from zoo_helpers import (
 )
 
 from vmamba_mm import zoo
-from vmamba_mm.links import CONFIGS
+from vmamba_mm.paths import CONFIGS
 
 CONFIG = CONFIGS / 'vmamba/vmamba-tiny-s1l8_8xb128_in1k-224.py'
 

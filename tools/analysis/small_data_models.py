@@ -22,7 +22,7 @@ def build(name, num_classes, args, mlp_ratio=4.0):
     """One of MODELS for (B, 3, size, size), with random weights from torch's generator."""
     from timm.models.swin_transformer import SwinTransformer
 
-    from vmamba_mm.families.vmamba import ARCH_SETTINGS
+    from vmamba_mm.families.vmamba import ARCHS
     from vmamba_mm.timm import TimmVMamba
 
     rate = RECIPE['drop_path_rate']
@@ -31,7 +31,7 @@ def build(name, num_classes, args, mlp_ratio=4.0):
             img_size=args.size, window_size=window_of(args.size), embed_dim=args.embed_dims,
             depths=args.depths, num_heads=(3, 6, 12, 24), mlp_ratio=mlp_ratio,
             num_classes=num_classes, drop_path_rate=rate)
-    arch = {**ARCH_SETTINGS['tiny_s1l8'], 'embed_dims': args.embed_dims,
+    arch = {**ARCHS['tiny_s1l8'], 'embed_dims': args.embed_dims,
             'depths': tuple(args.depths), 'conv_kernel': args.conv_kernel,
             'scan': name.removeprefix('vmamba-')}
     return TimmVMamba(arch, num_classes=num_classes, drop_path_rate=rate)

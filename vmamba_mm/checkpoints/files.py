@@ -23,7 +23,7 @@ from vmamba_mm.checkpoints.names import infer_arch, infer_task, to_mm
 from vmamba_mm.checkpoints.places import find_models
 from vmamba_mm.errors import UserError
 from vmamba_mm.families import Family
-from vmamba_mm.zoo import SCHEME, weights_of
+from vmamba_mm.zoo import SCHEME, published_sha256, weights_of
 
 WEIGHTS = ('auto', 'model', 'model_ema')
 #: Where trainers keep weights, in the order of preference where there are several.
@@ -199,7 +199,8 @@ def fetch(source: str | os.PathLike) -> Path:
 
     Downloads lie in torch.hub's folder (``TORCH_HOME``), each with a record of its address, size
     and SHA-256, which is checked at each later use: a file that has changed is fetched again. A
-    file appears under its name only when it is complete, and one process downloads for all.
+    file appears under its name only when it is complete, and is what was published where the zoo
+    knows its SHA-256. One process downloads for all.
 
     Raises:
         UserError: if the address cannot be read, or answers with something else.
@@ -280,6 +281,10 @@ def _download(url, path):
             if not size or expected is not None and size != int(expected):
                 raise UserError(f'the download of {url} broke off after {size} of '
                                 f'{expected or "?"} bytes; nothing was kept, try again')
+            published = published_sha256(url)
+            if published not in (None, digest.hexdigest()):
+                raise UserError(f'{url} gave a file with the SHA-256 {digest.hexdigest()}, not the '
+                                f'published one, {published}; nothing was kept')
     except urllib.error.HTTPError as err:
         raise UserError(f'cannot download {url}: the server says {err.code} {err.reason}') from err
     except (OSError, http.client.HTTPException) as err:

@@ -167,8 +167,8 @@ def _renamed(key, rows, family):
 
 
 def _flatten_linear(key, value, family):
-    if family.linear and value.dim() == 4 and value.shape[2:] == (1, 1) \
-            and re.search(family.linear, key):
+    if family.linear and re.search(family.linear, key) \
+            and value.dim() == 4 and value.shape[2:] == (1, 1):
         return value.flatten(1)
     return value
 
@@ -205,6 +205,7 @@ def infer_arch(state_dict: StateDict, family: Family | None = None) -> str | dic
             raise UserError(_describe_unknown(state_dict))
         family = places[0].family
     weights = inside(to_mm(state_dict, family=family), 'backbone.')
+    weights = {k: v for k, v in weights.items() if hasattr(v, 'shape')}  # no extra states
     try:
         arch = family.infer_arch(weights)
     except KeyError as err:

@@ -1,16 +1,37 @@
 """The families of models, as data: published architectures, rules, names of weights.
 
-A family is added in five places; everything else is generic and comes from these:
+A family takes these files; everything else is generic and comes from them:
 
-1. ``vmamba_mm/families/NAME.py`` with a ``FAMILY``, listed below;
-2. ``vmamba_mm/models/NAME.py`` with the modules and ``class Model(Backbone)``, listed in
-   ``vmamba_mm/models/__init__.py`` (and an op in ``vmamba_mm/ops`` only if none there fits);
-3. ``configs/NAME/`` with ``metafile.yml`` and the configs of the published models;
-4. ``tests/families/NAME.py`` with a ``SPEC``, which runs all generic tests;
-5. the official numbers for ``tools/check_parity.py``, where there are any.
+1. ``vmamba_mm/families/NAME.py``, listed at the end of this module: ``FAMILY``, a :class:`Family`
+   with the published archs, the rules of an arch, the official names of the weights and ours, the
+   signature by which they are recognised, and how an arch is told from weights. No torch.nn and no
+   mmengine.
+2. ``vmamba_mm/models/NAME.py``, listed in ``vmamba_mm/models/__init__.py``: the blocks and a
+   subclass of :class:`vmamba_mm.models.base.Backbone`, whose docstring says what it must have. An
+   op of ``vmamba_mm.ops`` and a layer of ``vmamba_mm.layers`` come first where none there fits.
+3. ``configs/NAME/metafile.yml``, the only home of what was published, and
+4. ``configs/NAME/*.py``, a config for each published model.
+5. ``tests/families/NAME.py``: ``SPEC``, a ``Spec`` of ``tests/specs.py``, with small archs and the
+   official names written out a second time. All generic tests run on it.
 
-A package of a user's own calls :func:`register_family` and registers its model with
-``vmamba_mm.registry.MODELS``.
+Where there are numbers of the official code, ``FAMILY.parity`` says how to compare with them
+(:mod:`vmamba_mm.families.parity`). ``tests/made_up`` is a family of exactly these five files, in
+the way a package of a user's own would have it: it calls :func:`register_family` and registers its
+model with ``vmamba_mm.registry.MODELS``.
+
+Rules that keep the rest generic:
+
+- All that changes names or shapes of weights, but the channels of images and the norms of outputs,
+  is a key of the arch, and :attr:`Family.infer_arch` finds it in the weights or takes it to be as
+  published.
+- Our names are ``stages.I.blocks.J`` in a backbone of stages and ``blocks.J`` in a flat one;
+  ``norm{I}`` is the norm of output I alone; a head beside the backbone is ``head.fc``. Everything
+  before the first block is named by ``Backbone.stem``.
+- A row of names stands for a name and all below it. What official files have called by several
+  names has a row for each, the newest first; what our model computes itself has None in place of
+  our name.
+- The signature has names that every model of the family has and those of no other family have
+  together. If two families say yes, nobody guesses: an error asks which one is meant.
 """
 
 from collections.abc import Mapping

@@ -193,6 +193,3 @@ FAMILY = Family(
     first_convs=('patch_embed.conv1.weight', 'patch_embed.proj.weight'),
     infer_arch=_infer_arch,
     parity=PARITY, licence='MIT', url='https://github.com/MzeroMiko/VMamba')
-
-#: The former name of ARCHS.
-ARCH_SETTINGS = ARCHS

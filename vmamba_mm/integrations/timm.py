@@ -211,7 +211,7 @@ class TimmBackbone(nn.Module):
         Raises:
             UserError: with one line that says what does not fit, and what to do.
         """
-        checkpoint = read_checkpoint(checkpoint_path, weights)
+        checkpoint = read_checkpoint(checkpoint_path, weights, family=self.backbone.family)
         expected = self.state_dict()
         found = fit_names(checkpoint.get('state_dict', checkpoint), expected)
         for conv in (f'backbone.{name}' for name in self.backbone.family.first_convs):

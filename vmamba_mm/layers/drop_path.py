@@ -1,7 +1,15 @@
 """Stochastic depth (arXiv 1603.09382), per sample."""
 
 import torch
+import torch.fx
 from torch import Tensor, nn
+
+
+def _scale_samples(x: Tensor, factors: Tensor) -> Tensor:
+    return x * factors.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+
+
+torch.fx.wrap('_scale_samples')  # which looks at the number of dimensions
 
 
 class DropPath(nn.Module):
@@ -30,7 +38,7 @@ class DropPath(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         factors, = self.factors(x, 1)
-        return x if factors is None else x * factors.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+        return x if factors is None else _scale_samples(x, factors)
 
     def extra_repr(self) -> str:
         return f'drop_prob={self.drop_prob:.3f}'

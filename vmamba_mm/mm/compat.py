@@ -24,8 +24,8 @@ from pathlib import Path
 from vmamba_mm import zoo
 from vmamba_mm.checkpoints.formats import safe_numpy_types
 from vmamba_mm.errors import UserError
-from vmamba_mm.links import CONFIGS
 from vmamba_mm.mm.tasks import TASKS
+from vmamba_mm.paths import CONFIGS
 
 EXTRAS = {scope: task.extra for scope, task in TASKS.items()} | dict(mmcv='all', mmengine='all')
 # What to install beside an upstream mmengine. The extras name the onedl line, whose packages would

@@ -148,7 +148,7 @@ class Backbone(StrictLoading, BaseModule):
         return maps
 
     def output_norm(self, i: int) -> nn.Module | None:
-        """The norm of output ``i``, or None if it has none."""
+        """The norm of output ``i``, of maps (B, C, H, W) as LayerNorm2d, or None."""
         return getattr(self, f'norm{i}', None)
 
     def norm_output(self, i: int, x: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from vmamba_mm.checkpoints.names import (
     infer_arch,
     is_official,
     rename_official,
+    to_mm,
 )
 from vmamba_mm.checkpoints.places import drop_wrappers, find_models, inside
 from vmamba_mm.config import type_name
@@ -206,13 +207,17 @@ class StrictLoading:
         model = self.family.model
         for key, state in (('', state_dict), *state_dict.items()):
             if isinstance(state, Mapping) and find_models(state, self.family):
-                under = f'under {key!r} ' if key else ''
+                held = f'{f"under {key!r} " if key else ""}{describe_places(state, self.family)}'
+                try:
+                    to_mm(state)
+                except UserError as err:  # it was not recognised: half of it, or more than it
+                    raise UserError('the state dict does not fit the model: it holds '
+                                    f'{held}: {err}') from err
                 raise UserError(
-                    f'the state dict does not fit the model: it holds {under}'
-                    f'{describe_places(state, self.family)}, and nothing under {prefix!r}, where '
-                    f'the model has its {model}; tools/convert_checkpoint.py brings a {model} '
-                    "alone to its usual place, and so does mmengine with custom_imports = "
-                    "dict(imports=['vmamba_mm.mm']) in the config")
+                    f'the state dict does not fit the model: it holds {held}, and nothing under '
+                    f'{prefix!r}, where the model has its {model}; tools/convert_checkpoint.py '
+                    f'brings a {model} alone to its usual place, and so does mmengine with '
+                    "custom_imports = dict(imports=['vmamba_mm.mm']) in the config")
 
     def plain_state(self, arch: str | Mapping[str, Any] | None = None) -> dict[str, Tensor]:
         """Names and shapes (3 channels) of a model that nobody added to, on the device meta.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-MODULES = ('selective_scan', 'ss2d_scan', 'orders', 'norms', 'convolutions', 'mlp')
+MODULES = ('selective_scan', 'ss2d_scan', 'orders', 'norms', 'convolutions', 'mlp', 'vss_block')
 Shape = tuple[int, ...]
 
 
@@ -27,9 +27,10 @@ class Spec:
     make: Callable[..., dict[str, Tensor]]  #: (*shape) -> inputs by name, fp64 on the CPU
     #: (inputs, out_dtype) -> what the registered op and its reference take, without backend, save
     arguments: Callable
-    shapes: tuple[Shape, ...]  #: for plain PyTorch, on any device
+    shapes: tuple[Shape, ...]  #: for plain PyTorch, on any device; none if kernels are all there is
     kernel_shapes: tuple[Shape, ...] = ()  #: for kernels in fp32; emulated, so small
     half_shapes: tuple[Shape, ...] = ()  #: for kernels in half precision
+    interpreter_shapes: tuple[Shape, ...] = ()  #: for Triton's interpreter, which is slow
     gpu_shapes: tuple[Shape, ...] = ()  #: for kernels on a GPU, any size
     maps: tuple[str, ...] = ('x',)  #: the inputs in the dtype of the map; others are parameters
     backends: tuple[str, ...] = ()  #: what a caller can choose beside None
@@ -44,7 +45,8 @@ class Spec:
         default_factory=lambda: {torch.float64: 1e-12, torch.float32: 1e-5})
     #: (name of an input, its replacement by what it was, part of the message)
     wrong: tuple[tuple[str, Callable, str], ...] = ()
-    mixes_samples: bool = False  #: whether a NaN may reach other samples
+    has_gradient: bool = True
+    roundings: int = 1  #: to half precision on the way to a result or a gradient, at least
     id: str = ''
 
     def __str__(self) -> str:

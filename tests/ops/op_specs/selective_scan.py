@@ -47,6 +47,7 @@ SPECS = [spec(
             (3, 2, 4, 50, 4), (2, 3, 2, 65, 16), (1, 4, 2, 300, 2)),
     kernel_shapes=((2, 2, 3, 11, 1), (1, 1, 1, 1, 1), (2, 1, 3, 2, 4), (1, 2, 40, 20, 16),
                    (1, 1, 35, 3, 1)),
+    interpreter_shapes=((2, 2, 3, 11, 1), (1, 1, 35, 3, 1), (1, 1, 2, 17, 16)),
     half_shapes=((2, 2, 4, 15, 1), (2, 2, 40, 21, 16)),
     gpu_shapes=((1, 4, 50, 37, 1), (3, 2, 40, 200, 16), (2, 3, 210, 65, 5),
                 (1, 4, 40, 20000, 16), (2, 1, 33, 104, 64), (2, 4, 96, 196, 1)),
@@ -55,8 +56,10 @@ SPECS = [spec(
            ('u', lambda u: u[0], r'expects u \(B, K\*D, L\)')))]
 SPECS.append(replace(spec(
     False, make=make_positive, shapes=((2, 2, 2, 5, 2), (3, 2, 4, 50, 4), (1, 4, 2, 300, 2)),
-    kernel_shapes=((2, 3, 21, 65, 5),), gpu_shapes=((2, 3, 210, 65, 5),)),
+    kernel_shapes=((2, 3, 21, 65, 5),), interpreter_shapes=((2, 2, 3, 9, 3),),
+    gpu_shapes=((2, 3, 210, 65, 5),)),
     id='selective_scan without softplus'))
 SPECS.append(replace(spec(
-    True, make=make_bare, shapes=((2, 2, 3, 9, 2),), kernel_shapes=((2, 2, 20, 30, 4),)),
+    True, make=make_bare, shapes=((2, 2, 3, 9, 2),), kernel_shapes=((2, 2, 20, 30, 4),),
+    interpreter_shapes=((2, 2, 3, 9, 3),)),
     id='selective_scan without skip and bias'))

@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import torch
 
 from vmamba_mm.atomic import write_atomic
-from vmamba_mm.links import KERNELS
 from vmamba_mm.ops.core import libraries
 from vmamba_mm.ops.core.parameters import Field, fields_of, packed_size
+from vmamba_mm.paths import KERNELS
 
 OPTIONS = ('--std=c++17', '-lineinfo')
 CACHE_MAGIC = b'vmamba_mm kernel 1\n'

@@ -302,14 +302,10 @@ def _define_backward(name: str, arguments: Sequence[tuple[str, str]], outputs: S
 
 # --- registration -------------------------------------------------------------------------------
 
-def register(name: str, schema: str, function: Callable, *, fake: Callable,
-             flops: Callable[..., int] | None = None) -> Callable:
+def register(name: str, schema: str, function: Callable, *, fake: Callable) -> Callable:
     """Register ``function`` as ``torch.ops.vmamba_mm.<name>`` without a backward: for the backward
-    of an op that has one of its own. ``flops`` counts from its arguments, shapes in the place of
-    tensors. It returns what calls the op."""
+    of an op that has one of its own. It returns what calls the op."""
     dispatch, run_eagerly = _register(name, schema, function, fake)
-    if flops is not None:
-        _count_flops(name, lambda *args, out_shape=None, **kwargs: flops(*args))
 
     def call(*args):
         return dispatch(*args) if is_watched(args) else run_eagerly(None, *args)

@@ -146,8 +146,10 @@ def ss2d_scan_norm(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor,
     Returns:
         (B, D, H, W) in the dtype and with the strides of ``x``.
 
-    Example:
-        >>> ss2d_scan_norm(x, weight, dt, bias, A, D, torch.ones(8), torch.zeros(8)).shape
+    Example, for D = 8 channels, K = 4 routes, R = 2 and N = 1:
+        >>> x, weight, dt = torch.randn(2, 8, 5, 7), torch.randn(4, 4, 8), torch.randn(4, 8, 2)
+        >>> ss2d_scan_norm(x, weight, dt, torch.zeros(4, 8), -torch.ones(32, 1), torch.ones(32),
+        ...                torch.ones(8), torch.zeros(8)).shape
         torch.Size([2, 8, 5, 7])
     """
     parameters = (x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
@@ -192,7 +194,3 @@ def check(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D) -> None:
         if tuple(tensor.shape) != shape:
             raise ValueError(f'ss2d_scan expects {name} of shape {shape} beside x '
                              f'{tuple(x.shape)}, got {tuple(tensor.shape)}')
-
-
-def _fwd_flops(x_shape, x_proj_shape, dt_projs_shape, bias_shape, A_shape) -> int:
-    return count_flops(x_shape, x_proj_shape, dt_projs_shape, A_shape)

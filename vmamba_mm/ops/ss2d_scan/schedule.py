@@ -120,7 +120,7 @@ FORWARD = Pass(
     l2_reach=1.5,
     # ss2d_scan_chained.cu, one launch. It stages a chunk more, and x by way of shared memory. On an
     # H100 blocks with all the channels of a pixel took 309 us, where two shared them 399 (4 images
-    # of 256x256, 96 channels): hence split_pixels. kernels/README.md, "Spans within an image".
+    # of 256x256, 96 channels): hence split_pixels. docs/kernels-journal.md has the table.
     chain=Chain(staged_chunks=1, bytes_per_warp=2 * MAP_BYTES, slowdown=1.35, launches=0, start=2,
                 split_pixels=0.3, far_span=500))
 

@@ -1,5 +1,7 @@
-"""The parameters of a VSS block."""
+"""The parameters of a VSS block, and functions that have an argument for each of them."""
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -33,3 +35,13 @@ class Weights(NamedTuple):
 
 
 NUM_WEIGHTS = len(Weights._fields)
+
+
+def gather_weights(function: Callable) -> Callable:
+    """Decorator: calls ``function(x, weights, ...)`` with the fields of ``weights`` given as
+    arguments of their own."""
+    @functools.wraps(function)
+    def gathered(x, *args):
+        return function(x, Weights._make(args[:NUM_WEIGHTS]), *args[NUM_WEIGHTS:])
+
+    return gathered
