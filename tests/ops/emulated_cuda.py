@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from vmamba_mm.ops.core import backends, compile, gemm, graphs, launch
-from vmamba_mm.ops.core.parameters import packed_size
+from vmamba_mm.ops.core.parameters import bind_fields, packed_size
 from vmamba_mm.ops.scan_kernels import cuda as scans
 from vmamba_mm.ops.ss2d_scan import large_state
 
@@ -78,10 +78,10 @@ class Kernel:
 
     def __init__(self, instance: launch.Instance, library: Path):
         self.instance = instance
-        self.fields = compile.parameters(instance) if instance.params is None else ()
+        self.fields = compile.parameters(instance)
         self._lib = ctypes.CDLL(str(library))
         self._lib.launch.restype = ctypes.c_char_p
-        self._size = packed_size(compile.letters_of(instance))
+        self._size = packed_size(self.fields)
         self._cluster = max(1, dict(instance.defines).get('CLUSTER', 1))
         if self._lib.params_size() != self._size:
             raise ValueError(f'{instance}: its parameters are a struct of {self._size} bytes, but '
@@ -92,13 +92,13 @@ class Kernel:
             raise RuntimeError(f'{self.instance}: no launch of {grid} with {shared} bytes')
 
         def start(packed):
-            error = self._lib.launch(packed.ljust(self._size), *grid, *block, shared, self.seed,
+            error = self._lib.launch(packed, *grid, *block, shared, self.seed,
                                      self._cluster)
             if error:
                 raise RuntimeError(f'{self.instance}, grid {grid}, block {block}: '
                                    f'{error.decode()}')
 
-        return launch.bind_start(self.instance, self.fields, start, per_call, constants)
+        return bind_fields(self.fields, start, self.instance, per_call, constants)
 
     def clusters(self, cluster, threads, shared):
         blocks = PROPERTIES['shared_memory_per_multiprocessor'] // (shared + 1024)

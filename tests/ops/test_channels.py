@@ -311,6 +311,7 @@ def test_blocks_that_do_not_run_as_one_op(kernels, chains):
         chains.clear()
         with torch.no_grad():
             assert torch.equal(stage(x), stage.blocks(x))
+            assert bool(chains) == (stage.why_not_one_op(x) is None)
         return bool(chains)
 
     stage = make_stage(kernels).eval()
@@ -324,8 +325,10 @@ def test_blocks_that_do_not_run_as_one_op(kernels, chains):
     chains.clear()
     stage(x).sum().backward()
     assert not chains and stage.blocks[1].norm1.weight.grad is not None
+    assert stage.why_not_one_op(x) == 'gradients are wanted'
+    assert stage.blocks[1].why_not_one_op(x) is None
     stage.blocks[1].norm1.eps = 1e-3
-    assert not runs(stage)
+    assert not runs(stage) and stage.blocks[1].why_not_one_op(x) == 'its norms differ in eps'
     dropping = make_stage(kernels, drop_path=0.5).train()
     with torch.no_grad():
         dropping(x)

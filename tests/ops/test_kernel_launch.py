@@ -10,7 +10,7 @@ import pytest
 import torch
 from kernel_folder import KINDS, instance, needs_gpu
 
-from vmamba_mm.ops.core import compile, driver, launch
+from vmamba_mm.ops.core import compile, driver, launch, torch_private
 from vmamba_mm.ops.core.parameters import bind_fields, fields_of, packed_size
 
 # --- the fields of a struct -----------------------------------------------------------------
@@ -48,7 +48,7 @@ def test_packing_is_that_of_c():
                     ('eps', ctypes.c_float)]
 
     fields, packed = fields_of(STRUCT, 'run<float>'), []
-    assert packed_size(''.join(field.format for field in fields)) == ctypes.sizeof(Fields)
+    assert packed_size(fields) == ctypes.sizeof(Fields)
     launch = bind_fields(fields, packed.append, 'run', ('eps', 'n'), dict(
         numbers=(1, -2, 3), q=-2**40, x_stride=7))
     launch(b=2**63, list=(5, 6), eps=0.5, n=-1)
@@ -140,8 +140,8 @@ def fake(request, monkeypatch, kernels_folder):
     monkeypatch.setattr(driver, 'library', lambda: notes)
     monkeypatch.setattr(driver, 'bindings', lambda: FakeBindings(notes) if request.param else None)
     monkeypatch.setattr(driver, 'current', current)
-    monkeypatch.setattr(torch._C, '_cuda_getCurrentRawStream', lambda i: 1000 + i, raising=False)
-    monkeypatch.setattr(torch._C, '_cuda_getDevice', lambda: 1, raising=False)
+    monkeypatch.setattr(torch_private, 'current_stream', lambda i: 1000 + i)
+    monkeypatch.setattr(torch_private, 'current_device', lambda: 1)
     return notes
 
 
@@ -190,17 +190,6 @@ def test_wrong_arguments_raise(change, error, fake):
     with pytest.raises(error):
         call(**given)
     assert not fake.launches
-
-
-def test_the_old_form_by_position(fake):
-    """For ops that are not launched by name yet."""
-    old = launch.Kernel(KINDS._replace(params='Piqfdi'), 1, BINARY)
-    old.bind((1, 1, 1), (1, 1, 1))(*ARGS.values())
-    assert fake.launches[0][2] == tuple(ARGS.values())
-    with pytest.raises(struct.error):
-        old.bind((1, 1, 1), (1, 1, 1))(1, 2)
-    with pytest.raises(TypeError, match='by position'):
-        old.bind((1, 1, 1), (1, 1, 1), i=1)
 
 
 def test_large_shared_memory_is_allowed_once_for_each_larger_size(fake):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vmamba_mm.layers import LayerNorm
-from vmamba_mm.ops.core import gemm
+from vmamba_mm.ops.core import gemm, launch
 
 TOOLS = Path(__file__).parents[2] / 'tools'
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason='for machines without a GPU')
@@ -161,6 +161,10 @@ def test_plain_pytorch_of_the_loss_curve_has_no_kernel(monkeypatch):
     monkeypatch.setattr('vmamba_mm.ops.scan_kernels.cuda.why_not',
                         lambda *args: None)  # as on a GPU
     monkeypatch.setattr('vmamba_mm.ops.core.launch.load', load)
+    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda _: SimpleNamespace(
+        multi_processor_count=4, shared_memory_per_multiprocessor=2**17,
+        shared_memory_per_block_optin=2**16))
+    launch.forget()
     norm, x = LayerNorm(8), torch.randn(2, 3, 8)
     with loss_curve.only('cuda'), pytest.raises(RuntimeError, match='a kernel'):
         norm(x)

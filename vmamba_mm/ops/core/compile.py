@@ -37,13 +37,9 @@ class Instance(NamedTuple):
     ``source`` is a file of the package's kernels folder, ``name`` a kernel's name or a template
     instantiation (``'scan<float, 16>'``); ``options`` are NVRTC's, beside :data:`OPTIONS`. The
     kernel takes one struct, or nothing; its fields are read from the source (:func:`parameters`).
-
-    ``params`` is the old way to say what the fields are, for launches with positional arguments: a
-    letter for each of them, P pointer, i int32, q int64, f float, d double.
     """
     source: str
     name: str
-    params: str | None = None
     defines: tuple[tuple[str, int | str], ...] = ()
     options: tuple[str, ...] = ()
 
@@ -254,7 +250,7 @@ def build(instance: Instance, arch: str) -> Binary:
     Raises:
         NvrtcNotFound: if there is no NVRTC.
         RuntimeError: with NVRTC's log, if the source has an error.
-        ValueError: if the kernel takes other parameters than its source, or ``params``, says.
+        ValueError: if the kernel takes other parameters than are read from its source.
     """
     nvrtc = find_nvrtc()
     files = read_sources(instance.source)
@@ -307,21 +303,12 @@ def cache_key(files: dict[str, bytes], name: str, options: Sequence[str],
 
 
 def check_params(instance: Instance, binary: Binary) -> None:
-    """Raise ValueError if the kernel takes other parameters than are packed for it."""
-    letters = letters_of(instance)
-    size = packed_size(letters)
-    if binary.param_types != ((f'b8[{size}]',) if letters else ()):
-        raise ValueError(f'{instance}: params={letters!r}, a struct of {size} bytes, but the '
-                         f'kernel takes {" ".join(binary.param_types) or "nothing"}')
-
-
-def letters_of(instance: Instance) -> str:
-    """One for each number that is packed, as the module struct has them."""
-    if instance.params is None:
-        return ''.join(field.format for field in parameters(instance))
-    if set(instance.params) - set('PqIifd'):
-        raise ValueError(f'{instance}: params={instance.params!r} may have the letters PqIifd only')
-    return instance.params
+    """Raise ValueError if the kernel takes other parameters than are read from its source."""
+    fields = parameters(instance)
+    size = packed_size(fields)
+    if binary.param_types != ((f'b8[{size}]',) if fields else ()):
+        raise ValueError(f'{instance}: its struct is read as one of {size} bytes, but the kernel '
+                         f'takes {" ".join(binary.param_types) or "nothing"}')
 
 
 def cache_dir() -> Path:

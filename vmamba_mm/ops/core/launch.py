@@ -18,9 +18,6 @@ the numbers, which are packed there; what it gives takes the addresses, and the 
 from call to call (``per_call=('eps',)``). An address that is not given is null. A field that there
 is not, or a number that is missing, raises TypeError by its name: in ``bind``, or for an address in
 the call.
-
-The old form, ``Instance(source, name, letters)`` and positional arguments, goes when nobody uses it
-any more.
 """
 
 import contextlib
@@ -63,7 +60,7 @@ class Kernel:
 
     def __init__(self, instance: Instance, index: int, binary: Binary):
         self.instance, self.index = instance, index
-        self.fields = parameters(instance) if instance.params is None else ()
+        self.fields = parameters(instance)
         self._function = driver.load_function(index, binary.image, binary.symbol)
         self.max_threads, self.shared_bytes, self.local_bytes, self.registers = (
             driver.attribute(index, self._function, number) for number in (0, 1, 3, 4))
@@ -90,7 +87,7 @@ class Kernel:
             self._allow_shared(shared)
         start = driver.make_launcher(self.index, self._function, grid, block, shared,
                                      str(self.instance))
-        return bind_start(self.instance, self.fields, start, per_call, constants)
+        return bind_fields(self.fields, start, self.instance, per_call, constants)
 
     def launch(self, grid: tuple[int, int, int], block: tuple[int, int, int], shared: int = 0,
                **fields) -> None:
@@ -132,25 +129,6 @@ class Kernel:
                         self._function, driver.MAX_DYNAMIC_SHARED, size)
                 driver.check(code, f'{size} bytes of shared memory for {self.instance}')
                 self._shared_allowed = size
-
-
-def by_position_too(launch: Callable[..., None], *names: str) -> Callable[..., None]:
-    """``launch`` for callers that still pass its fields by position; goes when there are none."""
-    def launch_by_position(*args, **named):
-        launch(**dict(zip(names, args, strict=False)), **named)
-
-    return launch_by_position
-
-
-def bind_start(instance: Instance, fields, start: Callable[[bytes], None], per_call: Iterable[str],
-               constants: dict[str, object]) -> Callable[..., None]:
-    """What packs the parameters and calls ``start`` with them, by name or in the old form."""
-    if instance.params is None:
-        return bind_fields(fields, start, instance, per_call, constants)
-    if constants:
-        raise TypeError(f'{instance} has its parameters by position: {", ".join(constants)}')
-    pack = struct.Struct(f'@{instance.params}').pack
-    return lambda *args: start(pack(*args))
 
 
 # --- the kernels that are loaded ------------------------------------------------------------

@@ -78,8 +78,9 @@ def _value(source: str, text: str) -> int:
     return total
 
 
-def packed_size(letters: str) -> int:
+def packed_size(fields: Iterable[Field]) -> int:
     """Bytes of a C struct with these fields."""
+    letters = ''.join(field.format for field in fields)
     return struct.calcsize(f'@{letters}0{max(letters, key=struct.calcsize, default="i")}')
 
 
@@ -117,7 +118,7 @@ def bind_fields(fields: tuple[Field, ...], start: Callable[[bytes], None], what:
             pieces.append(struct.pack(f'@{field.format}', *values))
         else:
             pieces.append(field)
-    pieces.append(bytes(packed_size(''.join(field.format for field in fields)) - end))
+    pieces.append(bytes(packed_size(fields) - end))
     packed, values, keywords, scope = '@', [], [], {'start': start}
     for constant, group in groupby(pieces, key=lambda piece: isinstance(piece, bytes)):
         if constant:
