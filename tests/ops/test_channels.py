@@ -505,7 +505,7 @@ def test_opcheck_of_a_block_without_bias_of_its_convolution(kernels, monkeypatch
              *settings),
             test_utils=('test_schema', 'test_autograd_registration', 'test_faketensor'))
     opcheck(torch.ops.vmamba_mm.vss_block.default,
-            (x.detach(), [t if t is None else t.detach() for t in weights], *settings))
+            (x.detach(), [t.detach() for t in weights[:-1]], False, *settings))
 
 
 # Parts, rows of a weight, D, and dtypes of weight and bias.

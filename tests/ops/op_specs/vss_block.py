@@ -2,6 +2,7 @@ import torch
 
 from op_specs import Spec, randn
 from op_specs.ss2d_scan import naive_norm
+from vmamba_mm.ops.core.backends import autocast_dtype
 from vmamba_mm.ops.vss_block import Weights, reference, vss_block, vss_blocks
 from vmamba_mm.testing import ss2d_scan_inputs
 
@@ -30,9 +31,7 @@ def factors(x):
 
 
 def product_dtype(x):
-    device = x.device.type
-    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if casts else x.dtype
+    return autocast_dtype(x) or x.dtype
 
 
 def call(inputs, backend=None, out_dtype=None):
@@ -55,7 +54,7 @@ def naive(x, *args):
     return reference.vss_block(x, Weights._make(args[:19]), *args[19:], scan_norm=naive_norm)
 
 
-def naive_blocks(x, weights, eps, dtype, out_dtype):
+def naive_blocks(x, weights, has_conv_bias, eps, dtype, out_dtype):
     for _ in range(2):
         x = naive(x, *weights[:19], None, None, eps, dtype, x.dtype)
     return x
@@ -74,7 +73,8 @@ SPECS = [
          gpu_shapes=((2, 14, 14, 96, 192),), naive=naive, flops=flops, limits=LIMITS, roundings=2),
     Spec('vss_block', id='vss_blocks', call=call_blocks, make=make,
          arguments=lambda inputs, out_dtype: (
-             inputs['x'], [*inputs.values()][1:] * 2, EPS, product_dtype(inputs['x']), out_dtype),
+             inputs['x'], [*inputs.values()][1:] * 2, True, EPS, product_dtype(inputs['x']),
+             out_dtype),
          shapes=(), kernel_shapes=((2, 5, 6, 32, 32),), half_shapes=((2, 7, 7, 32, 32),),
          naive=naive_blocks, flops=lambda shape: 2 * flops(shape), limits=LIMITS,
          has_gradient=False, roundings=2)]

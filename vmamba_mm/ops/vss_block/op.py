@@ -26,14 +26,32 @@ def _count_flops(x, in_proj, x_proj, dt_projs, A_logs, fc1, **_) -> int:
             + count_flops((batch, inner, height, width), x_proj, dt_projs, A_logs))
 
 
-def _split(weights) -> list[Weights]:
-    """The weights of one block after the other, by block."""
-    return [Weights._make(weights[first:first + NUM_WEIGHTS])
-            for first in range(0, len(weights), NUM_WEIGHTS)]
+def _join(blocks: list[Weights]) -> tuple[list[Tensor], bool]:
+    """The weights of one block after the other, and whether they have biases of the convolution:
+    torch.jit.trace takes no None in a list."""
+    if blocks[0].conv_bias is None:
+        return [t for weights in blocks for t in weights[:-1]], False
+    return [t for weights in blocks for t in weights], True
 
 
-def _reference_of_blocks(x, weights, eps, dtype, out_dtype):
-    blocks = _split(weights)
+def _split(weights: list[Tensor], has_conv_bias: bool) -> list[Weights]:
+    """The reverse of :func:`_join`."""
+    if has_conv_bias:
+        return [Weights._make(weights[first:first + NUM_WEIGHTS])
+                for first in range(0, len(weights), NUM_WEIGHTS)]
+    size = NUM_WEIGHTS - 1
+    return [Weights(*weights[first:first + size], conv_bias=None)
+            for first in range(0, len(weights), size)]
+
+
+def _forward_of_blocks(x, weights, has_conv_bias, *rest):
+    if not has_conv_bias:
+        weights = [t for own in _split(weights, False) for t in own]
+    return cuda.forward(x, weights, (None, None), *rest, save=False)[0]
+
+
+def _reference_of_blocks(x, weights, has_conv_bias, eps, dtype, out_dtype):
+    blocks = _split(weights, has_conv_bias)
     for own in blocks:
         x = reference.vss_block(x, own, None, None, eps, dtype,
                                 out_dtype if own is blocks[-1] else x.dtype)
@@ -42,12 +60,14 @@ def _reference_of_blocks(x, weights, eps, dtype, out_dtype):
 
 _vss_blocks = define_op(
     'vss_block',
-    '(Tensor x, Tensor?[] weights, float eps, ScalarType dtype, ScalarType out_dtype) -> Tensor',
+    '(Tensor x, Tensor[] weights, bool has_conv_bias, float eps, ScalarType dtype, '
+    'ScalarType out_dtype) -> Tensor',
     reference=_reference_of_blocks,
-    fake=lambda x, weights, eps, dtype, out_dtype: x.new_empty(x.shape, dtype=out_dtype),
-    implementations={'cuda': Implementation(
-        lambda x, weights, *rest: cuda.forward(x, weights, (None, None), *rest, save=False)[0])},
-    flops=lambda x, weights, **_: sum(_count_flops(x, **own._asdict()) for own in _split(weights)))
+    fake=lambda x, weights, has_conv_bias, eps, dtype, out_dtype: x.new_empty(
+        x.shape, dtype=out_dtype),
+    implementations={'cuda': Implementation(_forward_of_blocks)},
+    flops=lambda x, weights, has_conv_bias, **_: sum(
+        _count_flops(x, **own._asdict()) for own in _split(weights, has_conv_bias)))
 
 
 @gather_weights
@@ -119,4 +139,4 @@ def vss_blocks(x: Tensor, blocks: list[Weights], eps: float, dtype: torch.dtype,
         x, eps, dtype, out_dtype: as there; ``out_dtype`` of the last block.
         blocks: the parameters of each block, which all have the dtypes of the first.
     """
-    return _vss_blocks(x, [t for weights in blocks for t in weights], eps, dtype, out_dtype)
+    return _vss_blocks(x, *_join(blocks), eps, dtype, out_dtype)
