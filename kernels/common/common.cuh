@@ -142,7 +142,7 @@ __device__ __forceinline__ typename Raw<T>::type load4(const void *p, long long 
     return R{};
 }
 
-// The same for what is not read again soon, so that it makes room in L2 for others.
+// The same for data that is not read again soon, so that it leaves L2 before other data.
 template <class T>
 __device__ __forceinline__ typename Raw<T>::type load4_last(const void *p, long long i, bool valid) {
     typedef typename Raw<T>::type R;
@@ -178,8 +178,8 @@ __device__ __forceinline__ void store4_aside(void *p, long long i, const float (
                make_uint2(T::pack(v[0], v[1]), T::pack(v[2], v[3])));
 }
 
-// Stores what others read soon, so that it is the last to leave L2.
-__device__ __forceinline__ void store_kept(void *to, uint2 v) {
+// Stores data that another kernel reads soon, so that it is the last to leave L2.
+__device__ __forceinline__ void store_for_reuse(void *to, uint2 v) {
 #if __CUDA_ARCH__ >= 800
     unsigned long long policy;
     asm("createpolicy.fractional.L2::evict_last.b64 %0;" : "=l"(policy));

@@ -6,7 +6,7 @@ struct Params {
     const void *input;            // (M, D) of X: the norm's input
     const float2 *moments;        // (M): mean and 1 / deviation
     const void *weight;           // (D)
-    const void *others;           // (M, D) of X: what else is the gradient by that input, or null
+    const void *extra_grad;       // (M, D) of X: a gradient by that input to be added, or null
     const float *scale;           // (samples) of the branch, or null
     void *dinput;                 // (M, D) of X
     void *dbranch;                // (M, D) of B, or null
@@ -41,14 +41,14 @@ norm_bwd(const Params p) {
         float g[PARTS][4], y[PARTS][4], sum = 0.f, product = 0.f;
         const float2 moments = valid ? p.moments[m] : make_float2(0.f, 0.f);
         typename Raw<G>::type grad[PARTS];
-        typename Raw<X>::type input[PARTS], others[PARTS];
+        typename Raw<X>::type input[PARTS], extra[PARTS];
 #pragma unroll
         for (int i = 0; i < PARTS; ++i) {
             const int c = i * STEP + first;
             const bool in = valid && c < p.dim;
             grad[i] = load4_last<G>(p.grad, at + c, in);
             input[i] = load4_last<X>(p.input, at + c, in);
-            others[i] = load4_last<X>(p.others, at + c, in && p.others);
+            extra[i] = load4_last<X>(p.extra_grad, at + c, in && p.extra_grad);
         }
 #pragma unroll
         for (int i = 0; i < PARTS; ++i) {
@@ -88,7 +88,7 @@ norm_bwd(const Params p) {
         for (int i = 0; i < PARTS; ++i) {
             const int c = i * STEP + first;
             float o[4];
-            unpack4(o, others[i], X{});
+            unpack4(o, extra[i], X{});
 #pragma unroll
             for (int e = 0; e < 4; ++e)
                 o[e] += (g[i][e] - sum - y[i][e] * product) * moments.y;

@@ -1,9 +1,10 @@
-// What the walk kernels share. A walk is a route of ss2d_scan over one image, or (SEQ) a sequence
-// of selective_scan; it may be cut into spans. A block has adjacent channels of one walk, all in
-// the same chunk of positions.
+// What the kernels for any N share. One scan runs along a route of ss2d_scan over one image, or
+// (SEQ) along a sequence of selective_scan; it may be divided into spans. A block has adjacent
+// channels of one scan, all in the same chunk of positions.
 //
-// All is in base-2 logarithms, as in ss2d_scan_fwd.cu: l = delta / ln 2, the decay is 2^(A l), the
-// kept state is h / ln 2, and C takes the ln 2 (so the kept gradient by h is g ln 2).
+// Everything is in base-2 logarithms, as in ss2d_scan_fwd.cu: l = delta / ln 2, and the decay is
+// 2^(A l). The kernels calculate with the state h / ln 2, and C takes the factor ln 2. The gradient
+// by the state, g, is therefore calculated as g ln 2.
 #pragma once
 #include "common/common.cuh"
 
@@ -18,9 +19,9 @@ struct Params {
     const float *bias;     // (K, D), times log2(e)
     const float *rates;    // (K, G * STATE, D): A, zero beyond N
     const float *skip;     // (K, D)
-    const float *entries;  // (walks, spans, STATE, D): what enters each span, or null for zeros
-    float *states;         // (walks, chunks, STATE, D): what enters each SAVED positions, or null
-    float *decays, *ends;  // (walks, spans, STATE, D): of a span from zero, if SUMMARY
+    const float *entries;  // (scans, spans, STATE, D): what enters each span, or null for zeros
+    float *states;         // (scans, chunks, STATE, D): what enters each SAVED positions, or null
+    float *decays, *ends;  // (scans, spans, STATE, D): of a span from zero, if SUMMARY
     void *y;               // (G, K, B, L, D) in row-major order of the image, or null; SEQ: like u
     const void *grad;      // by y: (B, D, H, W) by strides; SEQ: like u
     void *grad_x;          // like y
@@ -81,7 +82,8 @@ __device__ __forceinline__ float softplus2(float z) {
     return fmaf(p, e, fmaxf(z, 0.f));
 }
 
-// Position i of a walk -> offset in elements. A route against its axis has negative strides.
+// From position i of a scan to the offset in elements. A route that runs against its axis has
+// negative strides.
 struct Path {
     int inner_length, rows;
     u32 magic;  // 2^32 / inner_length, rounded up; 0 for 1
@@ -225,7 +227,7 @@ __device__ __forceinline__ void store_steps(
     }
 }
 
-// Which walk, span and channels a block has.
+// Which scan, span and channels a block has.
 struct Place {
     int b, k, group, span, column;
     __device__ __forceinline__ Place(const Params &p) {
@@ -235,7 +237,7 @@ struct Place {
         group = i % p.groups, i /= p.groups;
         k = i % p.routes, b = i / p.routes;
     }
-    __device__ __forceinline__ long long walk(const Params &p) const {
+    __device__ __forceinline__ long long scan_number(const Params &p) const {
         return ((long long)b * p.routes + k) * p.groups + group;
     }
 };
@@ -252,7 +254,7 @@ struct Staging {
     const Steps steps;
     int threads, columns, row, column, together, turns;  // the first `threads` of the block stage
 
-    // Quotients of the sizes, in one number that is kept.
+    // Quotients of the sizes, packed into one number so that they take one word of shared memory.
     static __device__ __forceinline__ u32 arrange(const Params &p, int threads) {
         const int columns = (SEQ ? 0 : p.rank) + COLUMNS;
         const int width = min(columns, threads), together = threads / width;

@@ -109,10 +109,10 @@ __device__ __forceinline__ void Backward<T, STATE, SEQ>::step_forward(Chunk &c) 
 // Against the scan: the gradient by the state behind each position, and what follows from it.
 template <class T, int STATE, bool SEQ>
 __device__ __forceinline__ void Backward<T, STATE, SEQ>::run_back(Chunk &c) {
-    // The state whose sums this lane has at last, and whether by B or by C.
-    const int kept = quarter * STATES + (in_shared & (STATES - 1));
+    // The state whose sums this lane has in the end, and whether they are those by B or by C.
+    const int summed = quarter * STATES + (in_shared & (STATES - 1));
     const bool of_C = lane & STATES;
-    int to_sums = offset_of(slots + (c.quads - 1) * SLOT + kept * 4 + (of_C ? STATE * 4 : 0));
+    int to_sums = offset_of(slots + (c.quads - 1) * SLOT + summed * 4 + (of_C ? STATE * 4 : 0));
     opaque(to_sums);
 #pragma unroll 1
     for (int s = c.quads - 1; s >= 0; --s) {
@@ -128,7 +128,7 @@ __device__ __forceinline__ void Backward<T, STATE, SEQ>::run_back(Chunk &c) {
 #pragma unroll
             for (int t = 0; t < 4; ++t) q[j][t] = e[j][t] = 0.f;
         }
-        float sums[2][4] = {}, odd[2][4];  // by B and by C of the state that the lane keeps
+        float sums[2][4] = {}, odd[2][4];  // by B and by C of the state `summed`
 #pragma unroll
         for (int i = 0; i < STATES; ++i) {
             float B[4], C[4], by[2][4];
@@ -164,9 +164,9 @@ __device__ __forceinline__ void Backward<T, STATE, SEQ>::run_back(Chunk &c) {
 #pragma unroll
                 for (int t = 0; t < 4; ++t) {
                     if (i % 2 == 0) odd[of][t] = by[of][t];
-                    else odd[of][t] = add_other(odd[of][t], by[of][t], 1);
+                    else odd[of][t] = add_exchanged(odd[of][t], by[of][t], 1);
                     if (i == STATES - 1 && STATES < 4 || i == 1) sums[of][t] = odd[of][t];
-                    if (i == 3) sums[of][t] = add_other(sums[of][t], odd[of][t], 2);
+                    if (i == 3) sums[of][t] = add_exchanged(sums[of][t], odd[of][t], 2);
                 }
         }
 
@@ -180,8 +180,8 @@ __device__ __forceinline__ void Backward<T, STATE, SEQ>::run_back(Chunk &c) {
             float mine[4];
 #pragma unroll
             for (int t = 0; t < 4; ++t) {
-                q[0][t] = add_other(q[0][t], q[1][t], 8);
-                e[0][t] = add_other(e[0][t], e[1][t], 8);
+                q[0][t] = add_exchanged(q[0][t], q[1][t], 8);
+                e[0][t] = add_exchanged(e[0][t], e[1][t], 8);
                 mine[t] = halve(q[0][t], e[0][t], of_e, 16);
             }
             __syncwarp();
@@ -193,7 +193,7 @@ __device__ __forceinline__ void Backward<T, STATE, SEQ>::run_back(Chunk &c) {
             const float high = halve(half[1], half[3], later, 2 * STATES);
             float sum = halve(low, high, second, 4 * STATES);
 #pragma unroll
-            for (int mask = 8 * STATES; mask < 32; mask *= 2) sum = add_other(sum, sum, mask);
+            for (int mask = 8 * STATES; mask < 32; mask *= 2) sum = add_exchanged(sum, sum, mask);
             __syncwarp();
             if (lane < 8 * STATES) to[(later ? 2 : 0) + (second ? 1 : 0)] = sum;
             write4(by_channel + TO_INPUTS, q[0]);
@@ -392,7 +392,7 @@ __device__ __forceinline__ void Backward<T, STATE, SEQ>::store_sums(const Params
     to += STATE * p.dim + own;
     auto over_lanes = [&](float v) {
 #pragma unroll
-        for (int mask = WIDTH; mask < 32; mask *= 2) v = add_other(v, v, mask);
+        for (int mask = WIDTH; mask < 32; mask *= 2) v = add_exchanged(v, v, mask);
         return v;
     };
     const bool writes = valid && lane < WIDTH;

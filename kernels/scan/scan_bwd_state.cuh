@@ -43,14 +43,15 @@ __device__ __forceinline__ void multiply(float (&c)[4], float a0, float a1, floa
 #endif
 }
 
-// kept + what the lane `mask` away gives of its own.
-__device__ __forceinline__ float add_other(float kept, float given, int mask) {
-    return kept + __shfl_xor_sync(~0u, given, mask);
+// Adds to `own` what the lane that differs in the bits of `mask` gives as its `given`.
+__device__ __forceinline__ float add_exchanged(float own, float given, int mask) {
+    return own + __shfl_xor_sync(~0u, given, mask);
 }
 
-// Lanes with `upper` keep the second and give the first, the others the reverse.
+// Lanes with `upper` keep the second number and give away the first; the lanes without it keep the
+// first and give away the second.
 __device__ __forceinline__ float halve(float first, float second, bool upper, int mask) {
-    return add_other(upper ? second : first, upper ? first : second, mask);
+    return add_exchanged(upper ? second : first, upper ? first : second, mask);
 }
 
 template <class T, int STATE, bool SEQ>
@@ -150,7 +151,8 @@ struct Backward {
         for (int i = 0; i < STATES; ++i)
             states[i] = quarter * STATES + (SUM_BY_CORES ? i : i ^ (in_shared & (STATES - 1)));
         const long long at_span
-            = (place.walk(p) * p.spans + p.spans - 1 - place.span) * STATE * p.dim + warp_channel;
+            = (place.scan_number(p) * p.spans + p.spans - 1 - place.span) * STATE * p.dim
+              + warp_channel;
 #pragma unroll
         for (int j = 0; j < CHANNELS; ++j) {
             columns[j] = in_shared + SHARING * (j ^ (quarter & (CHANNELS - 1)));
@@ -274,7 +276,7 @@ __device__ __forceinline__ void Backward<T, STATE, SEQ>::load_chunk(
     const Params &p, int chunk, const Path &path) {
     load_maps(p, chunk, path);
     const float *const from
-        = p.states + (place.walk(p) * p.chunks + chunk) * STATE * p.dim + warp_channel;
+        = p.states + (place.scan_number(p) * p.chunks + chunk) * STATE * p.dim + warp_channel;
 #pragma unroll
     for (int j = 0; j < CHANNELS; ++j)
 #pragma unroll

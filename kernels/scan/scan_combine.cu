@@ -1,19 +1,20 @@
-// From the decay and the end of each span, started from zero, to what enters it.
+// Calculates the state that enters each span, from the decays of the spans and the states at their
+// ends when each starts from zero.
 #include "common/common.cuh"
 
 struct Params {
-    const float *decays, *ends;  // (walks, spans, D)
-    float *entries;              // (walks, spans, D)
-    int walks, spans, dim, back; // back: from the last span to the first
+    const float *decays, *ends;  // (scans, spans, D)
+    float *entries;              // (scans, spans, D)
+    int scans, spans, dim, back; // back: from the last span to the first
 };
 
 template <int AHEAD>
 __global__ void scan_combine(const Params p) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= p.walks * p.dim) return;
-    const int walk = i / p.dim;
+    if (i >= p.scans * p.dim) return;
+    const int scan = i / p.dim;
     const long long stride = p.back ? -(long long)p.dim : p.dim;
-    long long at = ((long long)walk * p.spans + (p.back ? p.spans - 1 : 0)) * p.dim + i % p.dim;
+    long long at = ((long long)scan * p.spans + (p.back ? p.spans - 1 : 0)) * p.dim + i % p.dim;
     float state = 0.f;
     for (int first = 0; first < p.spans; first += AHEAD) {
         float decay[AHEAD], end[AHEAD];

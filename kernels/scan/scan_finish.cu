@@ -1,4 +1,5 @@
-// The gradients by the parameters of a walk, in their dtypes, from what scan_bwd left.
+// The gradients by the parameters of a scan, in the dtypes of the parameters, from the sums that
+// scan_bwd has written.
 #include "common/common.cuh"
 
 struct Params {

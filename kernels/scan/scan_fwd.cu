@@ -1,6 +1,6 @@
-// Forward of a walk, any state size and dtype; or what a span does to the state (ENDS) and to the
-// gradient by the state (GRADIENTS, against the walk): one channel a thread. README.md has the
-// layout.
+// Forward of a scan for any state size and dtype, with one channel to a thread. Other modes only
+// calculate what a span does to the state (ENDS) or, in the reverse order, to the gradient by the
+// state (GRADIENTS). README.md describes the layout.
 #include "scan/scan.cuh"
 
 // A thread's STATE numbers in shared memory are adjacent and padded: constant offsets (the compiler
@@ -41,7 +41,8 @@ __global__ void __launch_bounds__(192, BLOCKS<STATE, SEQ>) scan_fwd(const Params
     const int first = place.span * p.span, last = min(length, first + p.span);
     const int begin = MODE == GRADIENTS ? length - last : first, end = begin + last - first;
     const int place_of_span = MODE == GRADIENTS ? p.spans - 1 - place.span : place.span;
-    const long long at_span = (place.walk(p) * p.spans + place_of_span) * STATE * p.dim + channel;
+    const long long at_span
+        = (place.scan_number(p) * p.spans + place_of_span) * STATE * p.dim + channel;
     const int known = min(STATE, p.state - group * STATE);
     for (int r = 0; r < p.rank; ++r)
         weights[r * width] = valid ? __ldg(p.weights + (k * p.rank + r) * p.dim + channel) : 0.f;
@@ -80,9 +81,9 @@ __global__ void __launch_bounds__(192, BLOCKS<STATE, SEQ>) scan_fwd(const Params
                 float *to;  // where the compiler needs the fewest registers
                 if constexpr (SEQ) {
                     to = p.states + channel
-                         + (place.walk(p) * p.chunks + (start + s) / SAVED) * STATE * p.dim;
+                         + (place.scan_number(p) * p.chunks + (start + s) / SAVED) * STATE * p.dim;
                 } else {
-                    const int saved = (int)place.walk(p) * p.chunks + (start + s) / SAVED;
+                    const int saved = (int)place.scan_number(p) * p.chunks + (start + s) / SAVED;
                     to = p.states + (long long)saved * (STATE * p.dim) + channel;
                 }
 #pragma unroll

@@ -1,4 +1,5 @@
-// The parameters of a walk as the kernels read them: fp32, channels adjacent, base-2 logarithms.
+// Writes the parameters of a scan as the kernels read them: in fp32, with adjacent channels, for
+// base-2 logarithms.
 #include "common/common.cuh"
 
 struct Params {
@@ -9,7 +10,7 @@ struct Params {
     float *weights;         // (K, R, D), times log2(e)
     float *bias;            // (K, D), times log2(e)
     float *rates;           // (K, P, D), zero from N on
-    float *skip;            // (K, D); if `merged` the first has the sum over K, the others zero
+    float *skip;            // (K, D); if `merged`, the sum over K for the first, else zeros
     int dim, rank, state, padded, routes, merged;  // padded: P
     int dt_type, bias_type, A_type, D_type;
     int logs;  // whether it is log(-A)

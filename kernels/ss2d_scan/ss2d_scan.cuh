@@ -72,7 +72,8 @@ __device__ __forceinline__ Place find_place(const Scan &p, const Path &path, int
     return place;
 }
 
-// To the slot that is so many chunks further, as many as make_path was told, if its image has it.
+// Moves to the slot that is `chunks` chunks further, the number that make_path was called with, and
+// returns whether the image has such a slot; without one nothing changes.
 __device__ __forceinline__ bool move(const Scan &p, const Path &path, Place &place, int chunks) {
     if (place.slot + 8 * chunks >= p.slots) return false;
     place.slot += 8 * chunks;
@@ -211,15 +212,15 @@ __device__ __forceinline__ Map map_of(const Scan &p, void *maps, int number) {
 }
 
 // Writes a lane's elements, get(i) for each position, to such a map, or adds them to what is there.
-// KEPT: so that they stay in L2.
-template <class T, bool KEPT = false, class Get>
+// READ_SOON: the map is read again soon, so that it should be the last to leave L2.
+template <class T, bool READ_SOON = false, class Get>
 __device__ __forceinline__ void write_map(const Scan &p, const Path &path, const Map &map,
                                           Get get, const Place &place, int channel, bool adds) {
     const int count = channel < p.dim ? p.height * p.width - place.start() : 0;
     unsigned short *const image = (unsigned short *)map.data
           + (long long)place.image * map.stride_b + channel;
     auto put = [&](int i, unsigned short *to) {
-        if (KEPT) store_kept(to, get(i));
+        if (READ_SOON) store_for_reuse(to, get(i));
         else *(uint2 *)to = get(i);
     };
     auto add = [&](int i, unsigned short *to) { T::add(to, get(i)); };
@@ -282,8 +283,8 @@ struct Weights {
     }
 };
 
-// The states of a lane's channels that enter a chunk, to what is kept of them: (K, chunks, D).
-__device__ __forceinline__ void keep_states(const Scan &p, float *states, int route, int chunk,
+// Saves the states of a lane's channels that enter a chunk, in `states` (K, chunks, D).
+__device__ __forceinline__ void save_states(const Scan &p, float *states, int route, int chunk,
                                             int channel, const float (&enter)[4]) {
     float *const to = states + (long long)(route * p.chunks + chunk) * p.dim + channel;
     if ((p.dim & 3) == 0) {

@@ -1,6 +1,6 @@
-// Backward of ss2d_scan for N = 1 on half-precision maps. Walks a route's chunks from the last to
-// the first; within a chunk the states run forward again from the one that the forward saved. One
-// or two routes to a block and its map of dx, as in the forward.
+// Backward of ss2d_scan for N = 1 on half-precision maps. A block takes the chunks of a route from
+// the last to the first; within a chunk it calculates the states again, forward, from the one that
+// the forward saved. A block and its map of dx have one route or two, as in the forward.
 //
 // With dh the gradient by a state, running backwards: dh_t = C_t dy_t + a_(t+1) dh_(t+1). `carry`
 // is a_(t+1) dh_(t+1) of the chunk after this one.

@@ -1,10 +1,11 @@
 // Forward of ss2d_scan for N = 1 on half-precision maps, where spans are not of whole images. A block
-// takes a span of one route, to a map of its own, and walks it twice: to know what it does to a state,
-// which it tells the blocks of later spans; and, once it has been told what enters, to write. While
-// some blocks wait for memory in the second walk, others calculate in their first.
+// has a span of one route and a map of its own to write, and makes two passes over the span. The
+// first finds what the span does to a state, which the blocks of later spans wait for. The second
+// starts from the state that enters the span, and writes the map. While some blocks wait for memory
+// in their second pass, other blocks calculate in their first.
 //
-// The span is cut into 8 runs, one for each 4 lanes of a warp, which take a slot of their own at a
-// time, so that no lane waits for another's state.
+// The span is divided into 8 runs, one for each 4 lanes of a warp. These lanes take one slot of their
+// own run at a time, so that no lane waits for the state of another.
 #include "ss2d_scan/ss2d_scan.cuh"
 
 struct Params {
@@ -13,11 +14,12 @@ struct Params {
     void *y;               // (K, B, H, W, D)
     float *states;         // (K, chunks, D): the state that enters each chunk, or null
     float *decays, *ends;  // (K, spans, D): of each span, from a zero state
-    int *told;             // (K, spans, G): whether the warp has written them; zeros before
-    int *tickets;          // how many blocks have begun; zero before
+    int *ready;            // (K, spans, G): 1 once the warp has written them; zeros at the start
+    int *tickets;          // how many blocks have begun; zero at the start
 };
 
-// One is staged while slower warps may still read the one before: three would do, four count faster.
+// Staged slots of each run. One is staged while slower warps may still read the one before. Three
+// would be enough; with four the number of the next one takes fewer instructions.
 constexpr int STAGES = 4;
 
 template <class T, int TILES>
@@ -71,14 +73,15 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_chained(const Pa
 
     const Weights<TILES> weights(own);
     float enter[4] = {}, decay[4] = {1.f, 1.f, 1.f, 1.f};
-    auto walk = [&](int step, const Place &place, const bool SUMMARY) __attribute__((always_inline)) {
+    auto scan_slot = [&](int step, const Place &place, const bool SUMMARY)
+            __attribute__((always_inline)) {
         const char *const staged = staged_memory + (step & 3) * staged_bytes;
         const char *const x = own_x + (step & 1) * MAP_BYTES + lane * 8;
         const char *const BC = pairs_of(staged, (p.rank + 1) & ~1, g);
         uint2 y[OWN];
         if (!SUMMARY && params.states) {
             const int slot = first * 8 + g * count + step - count;
-            if (slot % 8 == 0) keep_states(p, params.states, route, slot / 8, channel, enter);
+            if (slot % 8 == 0) save_states(p, params.states, route, slot / 8, channel, enter);
         }
 #pragma unroll
         for (int c = 0; c < 4; ++c)
@@ -118,7 +121,8 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_chained(const Pa
             }, place, channel, false);
     };
 
-    // From what each run does to what all up to it do; of lanes 4 g .. 4 g + 3, run g.
+    // Lanes 4 g .. 4 g + 3 have what run g does to a state; afterwards they have what all runs up to
+    // and with g do to it.
     auto gather = [&](float (&decay)[4], float (&end)[4]) {
 #pragma unroll
         for (int c = 0; c < 4; ++c)
@@ -132,22 +136,22 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_chained(const Pa
                 }
             }
     };
-    // Tells what the span does, waits for what those before it in the image do, and finds from both
-    // what enters each run.
+    // Writes what the span does to a state, waits until the spans before it in the image have
+    // written theirs, and calculates from both the state that enters each run.
     auto exchange = [&]() {
         gather(decay, enter);
-        const long long walk = (long long)route * p.spans;
+        const long long of_route = (long long)route * p.spans;
         if (g == 7) {
 #pragma unroll
             for (int c = 0; c < 4; ++c)
                 if (channel + c < p.dim) {
-                    params.decays[(walk + span) * p.dim + channel + c] = decay[c];
-                    params.ends[(walk + span) * p.dim + channel + c] = enter[c];
+                    params.decays[(of_route + span) * p.dim + channel + c] = decay[c];
+                    params.ends[(of_route + span) * p.dim + channel + c] = enter[c];
                 }
             __threadfence();
         }
         __syncwarp();
-        if (lane == 0) store_release(params.told + (walk + span) * groups + group, 1);
+        if (lane == 0) store_release(params.ready + (of_route + span) * groups + group, 1);
 
         float decays[4] = {1.f, 1.f, 1.f, 1.f}, ends[4] = {};
         const int image = find_place(p, make_path(p, again), first * 8).image;
@@ -155,13 +159,13 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_chained(const Pa
         const int share = (span - origin + 7) >> 3;
         const int from = origin + g * share, to = min(from + share, span);
         for (int s = from; s < to; ++s)
-            while (!load_acquire(params.told + (walk + s) * groups + group)) {}
+            while (!load_acquire(params.ready + (of_route + s) * groups + group)) {}
 #pragma unroll 4
         for (int s = from; s < to; ++s)
 #pragma unroll
             for (int c = 0; c < 4; ++c)
                 if (channel + c < p.dim) {
-                    const long long at = (walk + s) * p.dim + channel + c;
+                    const long long at = (of_route + s) * p.dim + channel + c;
                     const float factor = params.decays[at];
                     ends[c] = follow(factor, params.ends[at], ends[c]);
                     decays[c] *= factor;
@@ -182,7 +186,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_chained(const Pa
             wait_for_copies(barriers + (step & 3) * BARRIER_BYTES, step >> 2 & 1);
             const Place place = next;
             if (step + 1 < 2 * count) stage(step + 1);
-            if (active) walk(step, place, SUMMARY);
+            if (active) scan_slot(step, place, SUMMARY);
         }
     };
     pass(0, true);

@@ -1,5 +1,5 @@
 // Forward of ss2d_scan for N = 1 on half-precision maps, in spans of whole images, so that nothing
-// enters one. A block walks a span of one route, to a map of its own; or of the two routes of an
+// enters one. A block scans a span of one route, to a map of its own; or of the two routes of an
 // axis, in turn for every few images, so that the second is added to what the first has just written.
 //
 // Where images are few and large, the chunks of a span go around (CLUSTER): sets of a block's warps,
@@ -28,7 +28,7 @@ constexpr int BLOCKS_OF_SPAN = AROUND ? CLUSTER : 1;
 // Of a lane's four channels, scanned at a time: all, so that a state is waited for once, or for want
 // of registers half of them.
 constexpr int PAIRS = AROUND ? 2 : 1;
-// Staged chunks: while some warps stage the next one, others may still read the one before.
+// Staged chunks: while some warps stage the next one, slower warps may still read the one before.
 constexpr int STAGES = 3;
 constexpr int BARRIERS = AROUND ? 256 : 64;  // bytes
 
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) CLUSTER_DIMS ss2d_scan_fwd
     u32 next_mailbox = shared_address(mailboxes + (set + 1 < sets ? warp + width
                                                                   : warp - set * width));
     if (!stays) next_mailbox = address_in_block(next_mailbox, (blockIdx.z + 1) % CLUSTER);
-    opaque(next_mailbox);  // not calculated again where others wait
+    opaque(next_mailbox);  // not calculated again while another warp waits for it
     u32 taken = 0;  // parity of what is taken next
 #endif
     __syncthreads();
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) CLUSTER_DIMS ss2d_scan_fwd
 
         const Weights<TILES> weights(own + 64 + (second ? ROUTE_BYTES : 0));
         if (!AROUND && params.states && g == 0)
-            keep_states(p, params.states, now, at, channel, enter);
+            save_states(p, params.states, now, at, channel, enter);
         u32 pairs[OWN];  // (B, C), unpacked where they are used, for want of registers
         load_pairs(pairs, staged, (p.rank + 1) & ~1, g);
         uint2 y[OWN];
@@ -239,7 +239,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) CLUSTER_DIMS ss2d_scan_fwd
         }
 #if CLUSTER
         taken ^= 1;
-        if (params.states && g == 0) keep_states(p, params.states, now, at, channel, enter);
+        if (params.states && g == 0) save_states(p, params.states, now, at, channel, enter);
 #endif
         __syncwarp();  // what is added to is written, by other lanes of the warp
         write_map<T, AROUND>(p, path_of(now), map_of(p, params.y, map), [&](int i) {

@@ -36,8 +36,8 @@ def test_fields_of_a_struct():
     assert [field.name for field in fields] == ['a', 'b', 'x_data', 'x_stride', 'list', 'numbers',
                                                 'n', 'q', 'eps']
     assert ''.join(field.format for field in fields) == 'PPPiPPiiiiqf'
-    with pytest.raises(ValueError, match="no kernel 'walk'"):
-        fields_of(STRUCT, 'walk')
+    with pytest.raises(ValueError, match="no kernel 'scan_rows'"):
+        fields_of(STRUCT, 'scan_rows')
 
 
 def test_packing_is_that_of_c():

@@ -12,7 +12,7 @@ CASES = [((1, 1, 1, 1), (0, 0)), ((2, 3, 1, 9), (0, 4)), ((1, 3, 8, 1), (7, 0)),
          ((2, 4, 5, 7), (0, 0)), ((1, 3, 6, 4), (5, 3)), ((2, 5, 7, 6), (3, 2))]
 
 
-def walk(height, width, k):
+def route_pixels(height, width, k):
     """The pixels in the order of route k, in loops."""
     rows = [(i, j) for i in range(height) for j in range(width)]
     columns = [(i, j) for j in range(width) for i in range(height)]
@@ -34,7 +34,7 @@ def one_route(inputs, k):
     """The output of route k alone, by the op's sibling on sequences, and its (pixel -> step)."""
     x, x_proj, dt_weight, dt_bias, A, D = inputs.values()
     rank, state, dim = dt_weight.shape[2], A.shape[1], x.shape[1]
-    path = walk(*x.shape[2:], k)
+    path = route_pixels(*x.shape[2:], k)
     u = torch.stack([x[:, :, i, j] for i, j in path], -1)
     dt, B, C = (x_proj[k] @ u).split((rank, state, state), dim=1)
     channels = slice(k * dim, (k + 1) * dim)
@@ -66,7 +66,7 @@ def test_agrees_with_a_loop(case):
     weights, values, qk = (torch.zeros_like(t) for t in found[:3])
     seen = torch.zeros_like(found.seen)
     for k in range(4):
-        path = walk(*x.shape[2:], k)
+        path = route_pixels(*x.shape[2:], k)
         path = path[:path.index(pixel) + 1]
         for b in range(len(x)):
             x_of = {p: x[b, :, p[0], p[1]] for p in path}
@@ -93,7 +93,7 @@ def test_is_the_derivative_with_delta_b_and_c_held(case):
     x, x_proj, dt_weight, dt_bias, A, _ = inputs.values()
     rank, state, dim = dt_weight.shape[2], A.shape[1], x.shape[1]
     for k in range(4):
-        path = walk(*x.shape[2:], k)
+        path = route_pixels(*x.shape[2:], k)
         u = torch.stack([x[:, :, i, j] for i, j in path], -1)
         dt, B, C = (x_proj[k] @ u).split((rank, state, state), dim=1)
         u = u.requires_grad_()

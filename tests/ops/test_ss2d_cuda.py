@@ -332,10 +332,10 @@ def test_shapes_of_what_is_kept(monkeypatch, dtype, state, save):
     args_norm = (*tensors, *norm, 1e-5, save)
     opcheck(ops.ss2d_scan_norm.default, args_norm, test_utils=checks)
     if save:
-        y, *kept = ops.ss2d_scan_fwd(*args)
-        opcheck(ops.ss2d_scan_bwd.default, (y, *tensors, *kept, 'cuda'), test_utils=checks)
-        y, *kept = ops.ss2d_scan_norm(*args_norm)
-        opcheck(ops.ss2d_scan_norm_bwd.default, (y, *tensors, *norm, *kept), test_utils=checks)
+        y, *saved = ops.ss2d_scan_fwd(*args)
+        opcheck(ops.ss2d_scan_bwd.default, (y, *tensors, *saved, 'cuda'), test_utils=checks)
+        y, *saved = ops.ss2d_scan_norm(*args_norm)
+        opcheck(ops.ss2d_scan_norm_bwd.default, (y, *tensors, *norm, *saved), test_utils=checks)
 
 
 @needs_gpu

@@ -282,7 +282,7 @@ class Scans:
             _forward_shared(self.rank, self.states, warps, mode), strides, dtype, dtype,
             forward_instance, mode)
         combine = kernel(self.index, combine_instance).bind(
-            (-(-self.count * inner // 128), 1, 1), (128, 1, 1), walks=self.count,
+            (-(-self.count * inner // 128), 1, 1), (128, 1, 1), scans=self.count,
             spans=schedule.spans, dim=inner, back=0)
 
         def launch_entries(x, raw, prepared, B, C, memory, grad=0):

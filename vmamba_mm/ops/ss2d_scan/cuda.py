@@ -93,8 +93,8 @@ def prepare_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...],
     """What writes the parameters as the scan takes them.
 
     It takes the addresses of x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, of these dtypes,
-    ``kept``, ``memory`` of the scan, ``to_round``, which are rounded too and of which ``casts`` has
-    the elements and dtypes, and ``rounded_to``: see :func:`vmamba_mm.ops.fused.cast.plan_cast`.
+    ``saved``, ``memory`` of the scan, ``to_round``, which are rounded too and of which ``casts``
+    has the elements and dtypes, and ``rounded_to``: see :func:`vmamba_mm.ops.fused.cast.plan_cast`.
     """
     plan = schedule.plan_of(*sizes, index)
     zeros = _flags(sizes, plan)
@@ -108,10 +108,12 @@ def prepare_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...],
         **{f'cast_{name}': values for name, values in cast.fields.items()})
     _, fragments, bias, rates, skip = plan.offsets[:5]
 
-    def launch_prepare(x_weight, dt_weight, dt_bias, A, D, kept, memory, to_round=(), rounded_to=0):
-        launch(x_weight=x_weight, dt_weight=dt_weight, dt_bias=dt_bias, A=A, D=D, weight=kept,
-               fragments=kept + fragments, bias=kept + bias, rates=kept + rates, skip=kept + skip,
-               zeros=memory, cast_sources=(*to_round, *cast.absent), cast_to=rounded_to)
+    def launch_prepare(x_weight, dt_weight, dt_bias, A, D, saved, memory, to_round=(),
+                       rounded_to=0):
+        launch(x_weight=x_weight, dt_weight=dt_weight, dt_bias=dt_bias, A=A, D=D, weight=saved,
+               fragments=saved + fragments, bias=saved + bias, rates=saved + rates,
+               skip=saved + skip, zeros=memory, cast_sources=(*to_round, *cast.absent),
+               cast_to=rounded_to)
 
     return launch_prepare
 
@@ -124,9 +126,9 @@ def _flags(sizes: tuple[int, ...], plan: schedule.Plan) -> int:
 
 
 class ScanLaunch(NamedTuple):
-    """``run`` takes the addresses of projected, kept, the maps read (a tuple: x, of a backward also
-    grad), the map written, the states, of a backward (dprojected, partials), and ``memory`` bytes,
-    where that is not 0."""
+    """``run`` takes the addresses of ``projected``, ``saved``, ``maps`` (a tuple: x, and in a
+    backward grad), the map ``written``, ``states``, ``sums`` (in a backward dprojected and
+    partials, else empty), and ``memory`` of so many bytes, where that is not 0."""
     run: Callable[..., None]
     memory: int
 
@@ -176,10 +178,10 @@ class _Scan:
         scan = self._bind(forward_instance, work.cluster, unit=work.image_chunks, sets=work.sets)
         fragments, bias, rates, skip = self.plan.offsets[1:5]
 
-        def launch_independent_forward(projected, kept, maps, written, states, others, memory):
+        def launch_independent_forward(projected, saved, maps, written, states, sums, memory):
             x, = maps
-            scan(scan_projected=projected, scan_fragments=kept + fragments, scan_bias=kept + bias,
-                 scan_rates=kept + rates, scan_skip=kept + skip, x_data=x, y=written,
+            scan(scan_projected=projected, scan_fragments=saved + fragments, scan_bias=saved + bias,
+                 scan_rates=saved + rates, scan_skip=saved + skip, x_data=x, y=written,
                  states=states)
 
         return ScanLaunch(launch_independent_forward, 0)
@@ -189,12 +191,12 @@ class _Scan:
         flags, size = 4 * _flags(self.sizes, self.plan), self.spans_size
         fragments, bias, rates, skip = self.plan.offsets[1:5]
 
-        def launch_chained_forward(projected, kept, maps, written, states, others, memory):
+        def launch_chained_forward(projected, saved, maps, written, states, sums, memory):
             x, = maps
             decays = memory + flags
-            scan(scan_projected=projected, scan_fragments=kept + fragments, scan_bias=kept + bias,
-                 scan_rates=kept + rates, scan_skip=kept + skip, x_data=x, y=written,
-                 states=states, decays=decays, ends=decays + size, told=memory,
+            scan(scan_projected=projected, scan_fragments=saved + fragments, scan_bias=saved + bias,
+                 scan_rates=saved + rates, scan_skip=saved + skip, x_data=x, y=written,
+                 states=states, decays=decays, ends=decays + size, ready=memory,
                  tickets=decays - 4)
 
         return ScanLaunch(launch_chained_forward, flags + 2 * size)
@@ -203,11 +205,11 @@ class _Scan:
         scan = self._bind(backward_instance, False)
         fragments, bias, rates, skip = self.plan.offsets[1:5]
 
-        def launch_independent_backward(projected, kept, maps, written, states, others, memory):
+        def launch_independent_backward(projected, saved, maps, written, states, sums, memory):
             x, grad = maps
-            dprojected, partials = others
-            scan(scan_projected=projected, scan_fragments=kept + fragments, scan_bias=kept + bias,
-                 scan_rates=kept + rates, scan_skip=kept + skip, x_data=x, dy_data=grad,
+            dprojected, partials = sums
+            scan(scan_projected=projected, scan_fragments=saved + fragments, scan_bias=saved + bias,
+                 scan_rates=saved + rates, scan_skip=saved + skip, x_data=x, dy_data=grad,
                  states=states, dx=written, dprojected=dprojected, partials=partials)
 
         return ScanLaunch(launch_independent_backward, 0)
@@ -216,20 +218,20 @@ class _Scan:
         work, dim, size = self.work, self.sizes[1], self.spans_size
         scan, summarise = self._bind(backward_instance, False), self._bind(backward_instance, True)
         combine = kernel(self.index, combine_instance).bind(
-            (-(-work.maps * dim // 128), 1, 1), (128, 1, 1), walks=work.maps, spans=work.spans,
+            (-(-work.maps * dim // 128), 1, 1), (128, 1, 1), scans=work.maps, spans=work.spans,
             dim=dim, back=1)
         fragments, bias, rates, skip = self.plan.offsets[1:5]
 
-        def launch_chained_backward(projected, kept, maps, written, states, others, memory):
+        def launch_chained_backward(projected, saved, maps, written, states, sums, memory):
             x, grad = maps
-            dprojected, partials = others
+            dprojected, partials = sums
             ends, entries = memory + size, memory + 2 * size
-            summarise(scan_projected=projected, scan_fragments=kept + fragments,
-                      scan_bias=kept + bias, scan_rates=kept + rates, scan_skip=kept + skip,
+            summarise(scan_projected=projected, scan_fragments=saved + fragments,
+                      scan_bias=saved + bias, scan_rates=saved + rates, scan_skip=saved + skip,
                       dy_data=grad, decays=memory, ends=ends)
             combine(decays=memory, ends=ends, entries=entries)
-            scan(scan_projected=projected, scan_fragments=kept + fragments, scan_bias=kept + bias,
-                 scan_rates=kept + rates, scan_skip=kept + skip, x_data=x, dy_data=grad,
+            scan(scan_projected=projected, scan_fragments=saved + fragments, scan_bias=saved + bias,
+                 scan_rates=saved + rates, scan_skip=saved + skip, x_data=x, dy_data=grad,
                  states=states, dx=written, dprojected=dprojected, partials=partials,
                  entries=entries)
 
@@ -240,7 +242,7 @@ class _Scan:
 def merge_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...], back: bool, extra: bool,
                  weight: torch.dtype | None, to_float: bool = False) -> Callable[..., None]:
     """:func:`merge.launch` for the maps that a scan, or its backward, wrote; for fp32 that of the
-    walk kernels."""
+    kernels for any N."""
     batch, dim, height, width = sizes[:4]
     if dtype in _HALVES:
         plan = schedule.plan_of(*sizes, index)
@@ -288,11 +290,12 @@ def columns_of(sizes: tuple[int, ...]) -> int:
 # --- forward ----------------------------------------------------------------------------------
 
 def forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype, save):
-    """(y, projected, kept), shapes as in :func:`vmamba_mm.ops.ss2d_scan` and ``saved``.
+    """(y, projected, saved), shapes as in :func:`vmamba_mm.ops.ss2d_scan` and
+    :func:`saved_shapes`.
 
     For inputs for which ``why_not`` is None.
     """
-    maps, sizes, projected, kept = _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D,
+    maps, sizes, projected, saved = _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D,
                                          save)
     if norm_fits(x):
         y = torch.empty_like(x, dtype=out_dtype, memory_format=torch.channels_last)
@@ -300,16 +303,16 @@ def forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype, s
             maps=maps.data_ptr(), merged=y.data_ptr(), eps=0.0)
     else:
         y = torch.sum(maps, 0, dtype=out_dtype).permute(0, 3, 1, 2)
-    return layout.like(y, x), projected, kept
+    return layout.like(y, x), projected, saved
 
 
-def saved(x, rank, routes, state, save):
-    """Of what the forward keeps for the backward: the shape of ``projected``, and the shape and
-    dtype of ``kept``, in which the states are there only if ``save``."""
+def saved_shapes(x, rank, routes, state, save):
+    """The shape of ``projected``, and the shape and dtype of ``saved``: what the forward leaves for
+    the backward. The states are part of ``saved`` only if ``save``."""
     batch, dim, height, width = x.shape
     length = height * width
     if _is_fast(x, state):
-        sizes = schedule.kept_sizes(batch, dim, length, rank, routes)
+        sizes = schedule.saved_sizes(batch, dim, length, rank, routes)
         return ((batch * length, routes * schedule.row_of(rank)),
                 (sum(sizes if save else sizes[:-1]),), x.dtype)
     shape = large_state.states_shape(batch, routes, length, state, dim) if save else (0,)
@@ -323,13 +326,13 @@ def norm_fits(x: Tensor) -> bool:
 
 def forward_norm(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, norm_weight, norm_bias,
                  eps, save, logs=False):
-    """(out, projected, kept, merged) for inputs for which ``norm_fits``.
+    """(out, projected, saved, merged) for inputs for which ``norm_fits``.
 
     ``merged``, which the norm's backward needs, is the map (B, H, W, D) in ``x``'s dtype and then
     for each position mean and 1 / deviation in fp32; empty unless ``save``. With ``logs`` A is
     -exp of what is given as such.
     """
-    maps, sizes, projected, kept = _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D,
+    maps, sizes, projected, saved = _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D,
                                          save, logs)
     out = torch.empty_like(x, memory_format=torch.channels_last)
     merged = x.new_empty(merged_size(x) if save else 0)
@@ -340,7 +343,7 @@ def forward_norm(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, norm_we
         maps=maps.data_ptr(), merged=start, normed=out.data_ptr(),
         weight=norm_weight.data_ptr(), bias=norm_bias.data_ptr(),
         moments=start + x.itemsize * x.numel() if save else 0, eps=eps)
-    return layout.like(out, x), projected, kept, merged
+    return layout.like(out, x), projected, saved, merged
 
 
 def _merging(x, maps, sizes, weight, to_float=False):
@@ -368,32 +371,32 @@ def _fields(x_BDHW: Tensor) -> tuple[int, ...]:
 
 def _scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save, logs=False):
     """Maps (a number, B, H, W, D) to be added up, sizes of the kernels here or None, ``projected``,
-    ``kept``."""
+    ``saved``."""
     if not _is_fast(x, A.shape[1]):
-        maps, *others = large_state.forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D,
-                                            save, logs)
-        return maps, None, *others
+        maps, projected, saved = large_state.forward(
+            x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, save, logs)
+        return maps, None, projected, saved
     batch, dim, height, width = x.shape
     routes, _, rank = dt_projs_weight.shape
     index, sizes = x.get_device(), (batch, dim, height, width, rank, routes)
     plan = schedule.plan_of(*sizes, index)
     x = layout.pixels(x)
-    kept = x.new_empty(plan.offsets[-1 if save else -2] // 2)
+    saved = x.new_empty(plan.offsets[-1 if save else -2] // 2)
     parameters = [t.contiguous() for t in (x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)]
     scan = scan_launch(index, x.dtype, sizes, (_fields(x),), False)
     memory = x.new_empty(scan.memory, dtype=torch.uint8)
     prepare_launch(index, x.dtype, sizes, tuple(t.dtype for t in parameters), logs)(
-        *[t.data_ptr() for t in parameters], kept.data_ptr(), memory.data_ptr())
-    projected = layout.project(x, kept.as_strided((routes * plan.row, dim), (dim, 1)))
+        *[t.data_ptr() for t in parameters], saved.data_ptr(), memory.data_ptr())
+    projected = layout.project(x, saved.as_strided((routes * plan.row, dim), (dim, 1)))
     maps = x.new_empty((plan.forward.maps, batch, height, width, dim))
-    scan.run(projected.data_ptr(), kept.data_ptr(), (x.data_ptr(),), maps.data_ptr(),
-             kept.data_ptr() + plan.offsets[-2] if save else 0, (), memory.data_ptr())
-    return maps, sizes, projected, kept
+    scan.run(projected.data_ptr(), saved.data_ptr(), (x.data_ptr(),), maps.data_ptr(),
+             saved.data_ptr() + plan.offsets[-2] if save else 0, (), memory.data_ptr())
+    return maps, sizes, projected, saved
 
 
 # --- backward ---------------------------------------------------------------------------------
 
-def backward(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, projected, kept,
+def backward(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, projected, saved,
              norm_parameters=(), norm_sums=None, logs=False):
     """Gradients by x, the five parameters and ``norm_parameters``, in their dtypes.
 
@@ -405,7 +408,7 @@ def backward(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, pro
         grad_y = grad_y.to(x.dtype)
     parameters = (x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, *norm_parameters)
     if not _is_fast(x, A.shape[1]):
-        grads = large_state.backward(grad_y, x, *parameters[:5], projected, kept, logs)
+        grads = large_state.backward(grad_y, x, *parameters[:5], projected, saved, logs)
         return *grads, *(s.to(t.dtype, copy=True) for s, t in zip(
             norm_sums.sum(0) if norm_parameters else (), norm_parameters, strict=True))
     batch, dim, height, width = x.shape
@@ -419,12 +422,12 @@ def backward(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, pro
     partials = x.new_empty(plan.backward.spans * columns_of(sizes), dtype=torch.float32)
     scan = scan_launch(index, x.dtype, sizes, (_fields(x), _fields(grad_y)), True)
     memory = x.new_empty(scan.memory, dtype=torch.uint8)
-    scan.run(projected.data_ptr(), kept.data_ptr(), (x.data_ptr(), grad_y.data_ptr()),
-             maps.data_ptr(), kept.data_ptr() + plan.offsets[-2],
+    scan.run(projected.data_ptr(), saved.data_ptr(), (x.data_ptr(), grad_y.data_ptr()),
+             maps.data_ptr(), saved.data_ptr() + plan.offsets[-2],
              (dprojected.data_ptr(), partials.data_ptr()), memory.data_ptr())
 
     dprojected = dprojected[0] if len(dprojected) == 1 else dprojected.sum(0)
-    grad_x = torch.mm(dprojected, kept.as_strided((routes * plan.row, dim), (dim, 1)))
+    grad_x = torch.mm(dprojected, saved.as_strided((routes * plan.row, dim), (dim, 1)))
     grad_x = merge.add(maps, grad_x, _images(sizes, plan, plan.backward))
     grad_x = grad_x.view(batch, height, width, dim).permute(0, 3, 1, 2)
     product = layout.project_weight_grad(dprojected, x)
@@ -440,7 +443,7 @@ def backward(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, pro
 
 
 def backward_norm(grad, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, norm_weight,
-                  norm_bias, projected, kept, merged, logs=False):
+                  norm_bias, projected, saved, merged, logs=False):
     """Gradients by x, the five parameters, and the norm's weight and bias, in their dtypes."""
     grad = grad.contiguous(memory_format=torch.channels_last)
     flat_weight = norm_weight.contiguous()
@@ -452,4 +455,4 @@ def backward_norm(grad, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, 
            moments=merged.data_ptr() + merged.itemsize * grad.numel(),
            weight=flat_weight.data_ptr(), dinput=grad_y.data_ptr(), partials=sums.data_ptr())
     return backward(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, projected,
-                    kept, (norm_weight, norm_bias), sums, logs)
+                    saved, (norm_weight, norm_bias), sums, logs)

@@ -24,14 +24,14 @@ def count_flops(x, x_proj_weight, dt_projs_weight, A, **_) -> int:
 
 
 def _like_x_and_weights(x, *weights):
-    """Gradients: the map's has its strides, the others have no gaps."""
+    """Empty gradients: that by the map has its strides, those by the weights have no gaps."""
     return torch.empty_like(x), *(t.new_empty(t.shape) for t in weights)
 
 
 def _saved_fake(x, dt_projs_weight, A, save):
     routes, _, rank = dt_projs_weight.shape
-    projected, kept, dtype = cuda.saved(x, rank, routes, A.shape[1], save)
-    return x.new_empty(projected), x.new_empty(kept, dtype=dtype)
+    projected, saved, dtype = cuda.saved_shapes(x, rank, routes, A.shape[1], save)
+    return x.new_empty(projected), x.new_empty(saved, dtype=dtype)
 
 
 def _fake(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype, backend, save):
@@ -44,7 +44,7 @@ def _fake(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype, bac
 _ss2d_scan = define_op(
     'ss2d_scan_fwd',
     f'({_ARGUMENTS}, ScalarType out_dtype, str backend, bool save) -> '
-    '(Tensor y, Tensor projected, Tensor kept)',
+    '(Tensor y, Tensor projected, Tensor saved)',
     reference=reference.forward,
     fake=_fake,
     implementations={
@@ -55,7 +55,7 @@ _ss2d_scan = define_op(
             triton_scan.forward, triton_scan.backward,
             lambda *args: triton_scan.why_not(args[0], args[6], args[1:6])),
         'chunked': Implementation(chunked.forward, chunked.backward)},
-    saves='x x_proj_weight dt_projs_weight dt_projs_bias A D projected kept',
+    saves='x x_proj_weight dt_projs_weight dt_projs_bias A D projected saved',
     backward_fake=lambda grad, *args: _like_x_and_weights(*args[:6]),
     flops=count_flops)
 
@@ -117,12 +117,12 @@ def _why_no_norm(*args) -> str | None:
 _ss2d_scan_norm = define_op(
     'ss2d_scan_norm',
     f'({_ARGUMENTS}, Tensor norm_weight, Tensor norm_bias, float eps, bool save) -> '
-    '(Tensor y, Tensor projected, Tensor kept, Tensor merged)',
+    '(Tensor y, Tensor projected, Tensor saved, Tensor merged)',
     reference=reference.forward_norm,
     fake=_norm_fake,
     implementations={'cuda': Implementation(cuda.forward_norm, cuda.backward_norm, _why_no_norm,
                                             saves=True)},
-    saves='x x_proj_weight dt_projs_weight dt_projs_bias A D norm_weight norm_bias projected kept '
+    saves='x x_proj_weight dt_projs_weight dt_projs_bias A D norm_weight norm_bias projected saved '
           'merged',
     backward_fake=lambda grad, *args: _like_x_and_weights(*args[:8]),
     flops=count_flops)

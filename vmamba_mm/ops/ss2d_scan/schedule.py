@@ -58,7 +58,7 @@ class Plan(NamedTuple):
     slots: int    # of an image
     chunks: int   # of the batch
     magic: tuple[int, int, int]
-    offsets: tuple[int, ...]  # bytes: where each part of `kept` begins, and where the last ends
+    offsets: tuple[int, ...]  # bytes: where each part of `saved` begins, and where the last ends
     forward: Schedule
     backward: Schedule
 
@@ -321,7 +321,7 @@ def plan_of(batch: int, dim: int, height: int, width: int, rank: int, routes: in
     slots, forward, backward = min(
         map(schedules, {exact, -(-exact // 8) * 8}),
         key=lambda candidate: candidate[1].cost + 2 * candidate[2].cost)
-    offsets = accumulate((2 * size for size in kept_sizes(batch, dim, length, rank, routes)),
+    offsets = accumulate((2 * size for size in saved_sizes(batch, dim, length, rank, routes)),
                          initial=0)
     return Plan(routes, tiles, row, groups, slots, -(-batch * slots // 8),
                 (magic(height), magic(width), magic(slots)), tuple(offsets), forward, backward)
@@ -336,8 +336,8 @@ def row_of(rank: int) -> int:
     return 8 * max(-(-(rank + rank % 2 + 2) // 8), -(-rank // 8))
 
 
-def kept_sizes(batch: int, dim: int, length: int, rank: int, routes: int) -> tuple[int, ...]:
-    """Half-precision elements of the parts of ``kept``, which a backward needs: x_proj_weight
+def saved_sizes(batch: int, dim: int, length: int, rank: int, routes: int) -> tuple[int, ...]:
+    """Half-precision elements of the parts of ``saved``, which a backward needs: x_proj_weight
     (K * P, D); the fragments of dt_projs_weight, bias, A and D in fp32 as the kernels take them;
     the states."""
     padded = -(-dim // 16) * 16

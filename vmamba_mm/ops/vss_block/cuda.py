@@ -333,7 +333,7 @@ class _Backward(_Launches):
         self.dfc1(b.dhidden, saved.normed2, grads.fc1, workspace)
         self.sum_columns(grad=dbranch2, partials=b.fc2_parts)
         self.norm2(grad=b.dnormed2, input=saved.total, moments=saved.moments2, weight=w.norm2,
-                   others=dy, scale=scale1, dinput=b.dtotal, dbranch=b.dbranch1,
+                   extra_grad=dy, scale=scale1, dinput=b.dtotal, dbranch=b.dbranch1,
                    partials=b.norm2_parts)
 
         # What out_proj took is calculated again, from the map before its norm.
@@ -356,7 +356,7 @@ class _Backward(_Launches):
         self.din_proj(b.dconv_input, saved.normed1, grads.in_proj, workspace)
         self.in_proj(b.dconv_input, factors.in_proj, b.dnormed1, workspace)
         self.norm1(grad=b.dnormed1, input=x, moments=saved.moments1, weight=w.norm1,
-                   others=b.dtotal, dinput=dx, partials=b.norm1_parts)
+                   extra_grad=b.dtotal, dinput=dx, partials=b.norm1_parts)
         self._sum_parts(b, grads)
 
     def _sum_dprojected(self, slab, b: BackwardSlab):

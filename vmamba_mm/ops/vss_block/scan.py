@@ -25,7 +25,7 @@ def saved_sizes(dtype: torch.dtype, sizes: tuple[int, ...]) -> tuple[int, int, i
     if dtype == torch.float32:
         return rank + 2, scans.prepared_size(sizes, 1), math.prod(
             scans.states_shape(batch, routes, length, 1, dim))
-    *parameters, states = schedule.kept_sizes(batch, dim, length, rank, routes)
+    *parameters, states = schedule.saved_sizes(batch, dim, length, rank, routes)
     return schedule.row_of(rank), sum(parameters), states
 
 

@@ -81,9 +81,9 @@ def backward_launch(index, grad, x, branch, weight, batch, length, dim):
     """Blocks, each of which leaves a part (2, D) of the gradients by weight and bias, and the
     backward for these dtypes, None of ``branch`` without a sum.
 
-    It takes the addresses ``grad``, ``input`` (of the norm), ``moments``, ``weight``, ``others``
-    (what else is the gradient by that input, or null), ``scale``, ``dinput``, ``dbranch``,
-    ``partials``.
+    It takes the addresses ``grad``, ``input`` (of the norm), ``moments``, ``weight``,
+    ``extra_grad`` (a gradient by that input to be added, or null), ``scale``, ``dinput``,
+    ``dbranch``, ``partials``.
     """
     positions, lanes = batch * length, _lanes_of_position(dim)
     team = 1 << ((dim - 1) // 512).bit_length()  # 1, 2, 4 or 8 warps: 512 channels each
@@ -122,9 +122,9 @@ def forward(x, branch, scale, weight, bias, eps, out_dtype, save, shift=None):
     return total, normed, moments
 
 
-def backward(grad, x, moments, weight, bias, dsum, scale, branch_dtype):
+def backward(grad, x, moments, weight, bias, extra_grad, scale, branch_dtype):
     """(dx, dbranch, dweight, dbias): as in the op ``add_norm_bwd``."""
-    x, grad, dsum, dim = dense(x), dense(grad), dense(dsum), x.shape[-1]
+    x, grad, extra_grad, dim = dense(x), dense(grad), dense(extra_grad), x.shape[-1]
     flat_weight = weight.contiguous()
     dx = torch.empty_like(x)
     dbranch = x.new_empty(x.shape if branch_dtype else (0,), dtype=branch_dtype or x.dtype)
@@ -134,7 +134,7 @@ def backward(grad, x, moments, weight, bias, dsum, scale, branch_dtype):
                                      weight.dtype, len(x), x.numel() // dim // len(x), dim)
     partials = x.new_empty((blocks, 2, dim), dtype=torch.float32)
     launch(grad=grad.data_ptr(), input=x.data_ptr(), moments=moments.data_ptr(),
-           weight=flat_weight.data_ptr(), others=pointer(dsum), scale=pointer(scale),
+           weight=flat_weight.data_ptr(), extra_grad=pointer(extra_grad), scale=pointer(scale),
            dinput=dx.data_ptr(), dbranch=dbranch.data_ptr() if branch_dtype else 0,
            partials=partials.data_ptr())
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)

@@ -9,16 +9,16 @@ from vmamba_mm.ops.core.define_op import Implementation, define_op, register
 from vmamba_mm.ops.fused.add_norm import cuda, reference
 
 
-def _bwd_fake(grad, x, moments, weight, bias, others, scale, branch_dtype):
+def _bwd_fake(grad, x, moments, weight, bias, extra_grad, scale, branch_dtype):
     dbranch = x.new_empty(x.shape if branch_dtype else (0,), dtype=branch_dtype or x.dtype)
     return x.new_empty(x.shape), dbranch, torch.empty_like(weight), torch.empty_like(bias)
 
 
-# Gradients by the norm's input (``others`` added), times ``scale`` by the branch (empty if
+# Gradients by the norm's input (``extra_grad`` added), times ``scale`` by the branch (empty if
 # ``branch_dtype`` is None), and by weight and bias.
 _bwd = register(
     'add_norm_bwd',
-    '(Tensor grad, Tensor x, Tensor moments, Tensor weight, Tensor bias, Tensor? others, '
+    '(Tensor grad, Tensor x, Tensor moments, Tensor weight, Tensor bias, Tensor? extra_grad, '
     'Tensor? scale, ScalarType? branch_dtype) -> (Tensor, Tensor, Tensor, Tensor)',
     cuda.backward, fake=_bwd_fake)
 

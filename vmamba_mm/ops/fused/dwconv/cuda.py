@@ -47,7 +47,8 @@ INSTANCES: dict[Instance, int] = {
 # --- launches ---------------------------------------------------------------------------------
 
 class _Schedule(NamedTuple):
-    """How a map is divided. A thread has 4 channels and walks a segment of a strip of rows."""
+    """How a map is divided. A thread has 4 channels and moves along a segment of a strip of rows.
+    """
     side: int           # threads side by side in channels, and ...
     above: int          # ... one above the other
     channel_blocks: int
