@@ -33,22 +33,33 @@ __device__ __forceinline__ float rcp(float x) {
     return y;
 }
 
-// log2(1 + 2^z).
-__device__ __forceinline__ float softplus2(float z) {
-    return fmaxf(z, 0.f) + lg2(1.f + ex2(-fabsf(z)));
-}
+// What Half and BFloat have in common, by the name of the type in PTX: `add` adds to memory without
+// returning what was there; `mma` multiplies a (16 x 8) by b (8 x 8) and adds c in fp32. This is a
+// macro because the text of an asm statement cannot depend on a template's parameter.
+#define ADD_AND_MULTIPLY(NAME)                                                                    \
+    static __device__ __forceinline__ void add(void *to, uint2 v) {                               \
+        ADD_TO_MEMORY("red.global.add.noftz.v2." NAME "x2 [%0], {%1, %2};"                        \
+                      :: "l"(to), "r"(v.x), "r"(v.y) : "memory");                                 \
+    }                                                                                             \
+    static __device__ __forceinline__ void add(void *to, unsigned short v) {                      \
+        ADD_TO_MEMORY("red.global.add.noftz." NAME " [%0], %1;" :: "l"(to), "h"(v) : "memory");   \
+    }                                                                                             \
+    static __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 b) {            \
+        mma(c, a0, a1, b, c);                                                                     \
+    }                                                                                             \
+    static __device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 b,              \
+                                               const float (&c)[4]) {                             \
+        asm("mma.sync.aligned.m16n8k8.row.col.f32." NAME "." NAME ".f32 {%0, %1, %2, %3}, "       \
+            "{%4, %5}, {%6}, {%7, %8, %9, %10};"                                                  \
+            : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                      \
+            : "r"(a0), "r"(a1), "r"(b), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));              \
+    }
 
-// Two values in 32 bits; `mma` multiplies a (16 x 8) by b (8 x 8) and adds c in fp32.
+// The types of maps. CODE is what a field such as `y_type` says; `pack` and `unpack` are for two
+// values in 32 bits.
 struct Half {
     static constexpr int CODE = 1;
-    // Adds to memory, without an answer.
-    static __device__ __forceinline__ void add(void *to, uint2 v) {
-        ADD_TO_MEMORY("red.global.add.noftz.v2.f16x2 [%0], {%1, %2};"
-                      :: "l"(to), "r"(v.x), "r"(v.y) : "memory");
-    }
-    static __device__ __forceinline__ void add(void *to, unsigned short v) {
-        ADD_TO_MEMORY("red.global.add.noftz.f16 [%0], %1;" :: "l"(to), "h"(v) : "memory");
-    }
+    ADD_AND_MULTIPLY("f16")
     static __device__ __forceinline__ float2 unpack(u32 v) {
         float2 f;
         asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}"
@@ -61,32 +72,15 @@ struct Half {
             : "=r"(v) : "f"(lo), "f"(hi));
         return v;
     }
-    static __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 b) {
-        mma(c, a0, a1, b, c);
-    }
-    static __device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 b,
-                                               const float (&c)[4]) {
-        asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
-            "{%4, %5}, {%6}, {%7, %8, %9, %10};"
-            : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-            : "r"(a0), "r"(a1), "r"(b), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
-    }
 };
 
 struct BFloat {
+    static constexpr int CODE = 2;
+    ADD_AND_MULTIPLY("bf16")
     // To nearest, ties to even, in the upper half.
     static __device__ __forceinline__ u32 round(float f) {
         const u32 v = __float_as_uint(f);
         return f != f ? 0x7fffffffu : v + 0x7fffu + (v >> 16 & 1u);
-    }
-    static constexpr int CODE = 2;
-    // Adds to memory, without an answer.
-    static __device__ __forceinline__ void add(void *to, uint2 v) {
-        ADD_TO_MEMORY("red.global.add.noftz.v2.bf16x2 [%0], {%1, %2};"
-                      :: "l"(to), "r"(v.x), "r"(v.y) : "memory");
-    }
-    static __device__ __forceinline__ void add(void *to, unsigned short v) {
-        ADD_TO_MEMORY("red.global.add.noftz.bf16 [%0], %1;" :: "l"(to), "h"(v) : "memory");
     }
     static __device__ __forceinline__ float2 unpack(u32 v) {
         return make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u));
@@ -100,19 +94,9 @@ struct BFloat {
         return round(lo) >> 16 | (round(hi) & 0xffff0000u);
 #endif
     }
-    static __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 b) {
-        mma(c, a0, a1, b, c);
-    }
-    static __device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 b,
-                                               const float (&c)[4]) {
-        asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
-            "{%4, %5}, {%6}, {%7, %8, %9, %10};"
-            : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-            : "r"(a0), "r"(a1), "r"(b), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
-    }
 };
 
-struct Float {  // fp32, beside Half and BFloat
+struct Float {  // fp32
     static constexpr int CODE = 0;
 };
 
@@ -124,6 +108,36 @@ __device__ __forceinline__ void opaque(float &x) { asm volatile("" : "+f"(x)); }
 
 template <class A, class B> constexpr bool same = false;
 template <class A> constexpr bool same<A, A> = true;
+
+// log2(1 + 2^z) by two special functions. Results below 6e-8 are 0.
+__device__ __forceinline__ float fast_softplus2(float z) {
+    return fmaxf(z, 0.f) + lg2(1.f + ex2(-fabsf(z)));
+}
+
+// log2(1 + 2^z), as precise as results of type T need: max(z, 0) + e P(e) with e = 2^-|z| and a
+// polynomial P, so that tiny results keep their digits.
+template <class T>
+__device__ __forceinline__ float precise_softplus2(float z) {
+    const float e = ex2(-fabsf(z));
+    float p;
+    if constexpr (same<T, Float>) {  // relative error 2e-7
+        p = fmaf(0.00754890637f, e, -0.0425659567f);
+        p = fmaf(p, e, 0.112854391f);
+        p = fmaf(p, e, -0.197117448f);
+        p = fmaf(p, e, 0.275640696f);
+        p = fmaf(p, e, -0.358408302f);
+        p = fmaf(p, e, 0.480692923f);
+        p = fmaf(p, e, -0.721340179f);
+        p = fmaf(p, e, 1.44269502f);
+    } else {  // 9e-6
+        p = fmaf(-0.034434747f, e, 0.146029979f);
+        p = fmaf(p, e, -0.30303365f);
+        p = fmaf(p, e, 0.469173133f);
+        p = fmaf(p, e, -0.720426023f);
+        p = fmaf(p, e, 1.44268286f);
+    }
+    return fmaf(p, e, fmaxf(z, 0.f));
+}
 
 // What a part of a scan makes of the state that enters it, from its decay and its end from zero. No
 // decay at all: the image is another one, and NaN stays in its own.

@@ -1,7 +1,7 @@
 // x + scale * branch, and its LayerNorm over the channels.
 #include "common/norm.cuh"
 
-struct Params {
+struct AddNormParams {
     const void *x;                // (M, D) of X
     const void *branch;           // (M, D) of B, if ADD; else (D) of fp32, 16 bytes aligned, or null
     const float *scale;           // (samples) of the branch, or null
@@ -16,7 +16,7 @@ struct Params {
 // LANES to a position: a warp, or where there are few channels half of one, so that more is read at
 // a time; a lane has 4 adjacent channels out of each 4 LANES.
 template <class X, class B, class O, bool ADD, int PARTS, int LANES>
-__global__ void __launch_bounds__(256, 2) add_norm(const Params p) {
+__global__ void __launch_bounds__(256, 2) add_norm(const AddNormParams p) {
     constexpr int OF_WARP = 32 / LANES;
     const int lane = threadIdx.x % LANES, warps = gridDim.x * (blockDim.x >> 5);
     extern __shared__ __align__(16) float shared[];  // weight and bias, if there is a norm

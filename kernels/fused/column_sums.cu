@@ -1,7 +1,7 @@
 // Sums over the rows of a matrix, and, on the way, the backward of GELU (the exact one).
 #include "common/common.cuh"
 
-struct Params {
+struct ColumnSumsParams {
     const void *grad;    // (M, D): what is summed, or the gradient by GELU's result
     const void *input;   // (M, D): GELU's input, if GELU
     void *result;        // (M, D): GELU of it, calculated again, if GELU
@@ -12,7 +12,7 @@ struct Params {
 
 // Blocks of 32 x 8 threads: a thread has 4 adjacent columns, and every so many rows.
 template <class T, bool GELU>
-__global__ void __launch_bounds__(256) column_sums(const Params p) {
+__global__ void __launch_bounds__(256) column_sums(const ColumnSumsParams p) {
     __shared__ float shared[8][128];
     const int column = (blockIdx.y * 32 + threadIdx.x) * 4;
     float sums[4] = {};

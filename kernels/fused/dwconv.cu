@@ -2,7 +2,7 @@
 // input from the one by its output.
 #include "fused/dwconv.cuh"
 
-struct Params {
+struct DwconvParams {
     Pixels x;
     const void *weight, *bias;  // (D, 9); (D), or null
     void *y;                    // (B, H, W, D)
@@ -10,7 +10,7 @@ struct Params {
 };
 
 template <class T, bool FORWARD, int ROWS>
-__global__ void __launch_bounds__(256) dwconv(const Params p) {
+__global__ void __launch_bounds__(256) dwconv(const DwconvParams p) {
     extern __shared__ __align__(16) float shared[];  // (9, channels)
     load_weights(shared, p.weight, p.weight_type, p.x.dim);
     const int channels = 4 * blockDim.x, channel = (blockIdx.y * blockDim.x + threadIdx.x) * 4;

@@ -2,7 +2,7 @@
 // calculated again, and those by weight and bias.
 #include "fused/dwconv.cuh"
 
-struct Params {
+struct DwconvBwdParams {
     Pixels x;
     const void *weight, *bias;  // (D, 9); (D), or null
     const void *dy;             // (B, H, W, D)
@@ -12,7 +12,7 @@ struct Params {
 };
 
 template <class T, int ROWS>
-__global__ void __launch_bounds__(128) dwconv_bwd(const Params p) {
+__global__ void __launch_bounds__(128) dwconv_bwd(const DwconvBwdParams p) {
     extern __shared__ __align__(16) float shared[];  // (10, channels)
     load_weights(shared, p.weight, p.weight_type, p.x.dim);
     const int channels = 4 * blockDim.x, channel = (blockIdx.y * blockDim.x + threadIdx.x) * 4;

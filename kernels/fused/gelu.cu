@@ -1,7 +1,7 @@
 // GELU (the exact one), which may be in place.
 #include "common/common.cuh"
 
-struct Params {
+struct GeluParams {
     const void *x;
     void *y;
     long long size;  // a multiple of 4
@@ -12,7 +12,7 @@ constexpr int VECTORS = 4;  // of 4 elements, of a thread
 // Blocks begin at the end: what the matrix product before has written last is still in L2, and so is
 // what the next one reads first.
 template <class T>
-__global__ void __launch_bounds__(256) gelu_map(const Params p) {
+__global__ void __launch_bounds__(256) gelu_map(const GeluParams p) {
     const long long block = gridDim.x - 1 - blockIdx.x;
     const long long first = (block * VECTORS * 256 + threadIdx.x) * 4;
     typename Raw<T>::type in[VECTORS];

@@ -1,7 +1,7 @@
 // Backward of a LayerNorm, and of the sum that came before it.
 #include "common/common.cuh"
 
-struct Params {
+struct NormBwdParams {
     const void *grad;             // (M, D) of G, by the norm's output
     const void *input;            // (M, D) of X: the norm's input
     const float2 *moments;        // (M): mean and 1 / deviation
@@ -18,7 +18,7 @@ struct Params {
 // position, and a lane has 4 adjacent channels out of each 4 * LANES * TEAM.
 template <class G, class X, class B, int PARTS, int TEAM, int LANES>
 __global__ void __launch_bounds__(256, same<X, Float> && PARTS > 3 ? 1 : 2)
-norm_bwd(const Params p) {
+norm_bwd(const NormBwdParams p) {
     constexpr int TEAMS = 256 / LANES / TEAM, STEP = 4 * LANES * TEAM;
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
     const int team = warp / TEAM, first = ((warp % TEAM) * LANES + lane) * 4;

@@ -2,7 +2,7 @@
 // over its channels and GELU, from the images as they come: nothing lies in memory between.
 #include "common/common.cuh"
 
-struct Params {
+struct StemParams {
     const void *x;                            // (B, 3, H, W) of X, by strides in elements
     long long stride_b;
     int stride_c, stride_h, stride_w;
@@ -27,7 +27,7 @@ __device__ __forceinline__ float load_image(const void *x, long long i) {
 }
 
 template <class X, class T, int CHANNELS>  // CHANNELS: of a thread
-__global__ void __launch_bounds__(128) stem(const Params p) {
+__global__ void __launch_bounds__(128) stem(const StemParams p) {
     constexpr int DIM = 4 * CHANNELS;
     __shared__ float4 parameters[(TAPS + 3) * CHANNELS];  // last bias, the norm's weight and bias
     __shared__ float patch[3 * PATCH];

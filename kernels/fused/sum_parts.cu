@@ -3,7 +3,7 @@
 
 constexpr int MOST = 6, SLICES = 32, AHEAD = 12;
 
-struct Params {  // of each job
+struct SumPartsParams {  // of each job
     const float *partials[MOST];  // (parts, rows + 1, D): of the weight's rows, then of the bias
     void *weights[MOST], *biases[MOST];  // (D, rows); (D), or null
     int parts[MOST], rows[MOST], dims[MOST];
@@ -12,7 +12,7 @@ struct Params {  // of each job
 
 // A block has 32 columns of a job, and a warp a slice, every 32nd part of them. The time is that
 // of reads that wait for one another, so a thread has 12 under way.
-__global__ void __launch_bounds__(32 * SLICES) sum_parts(const Params p) {
+__global__ void __launch_bounds__(32 * SLICES) sum_parts(const SumPartsParams p) {
     __shared__ float sums[SLICES][32];
     int j = 0, block = blockIdx.x;
     for (int blocks; block >= (blocks = ((p.rows[j] + 1) * p.dims[j] + 31) / 32); ++j)

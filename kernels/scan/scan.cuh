@@ -11,7 +11,7 @@
 constexpr int SAVED = 24;  // positions between two saved states
 template <int POSITIONS> constexpr int pitch_for = POSITIONS + 4;  // 16-byte rows, few conflicts
 
-struct Params {
+struct ScanParams {
     const void *x;         // map (B, D, H, W) by strides; SEQ: u (B, K * D, L)
     const void *raw;       // (B, L, K, R + 2 N): dt, B, C; SEQ: delta, like u
     const void *B, *C;     // SEQ: (B, K, N, L)
@@ -35,8 +35,6 @@ struct Params {
     u32 magic_height, magic_width;
 };
 
-template <class T> constexpr int type_of = same<T, Float> ? 0 : same<T, Half> ? 1 : 2;
-
 // Without what C++ does to a short before it is an int: that would wait for the load.
 __device__ __forceinline__ u32 load_u16(const void *p) {
     u32 v;
@@ -58,38 +56,14 @@ __device__ __forceinline__ void store(void *p, long long i, float v, int type) {
 #endif
 }
 
-// log2(1 + 2^z): e P(e) with e = 2^-|z|, so that tiny results keep their digits.
-template <class T>
-__device__ __forceinline__ float softplus2(float z) {
-    const float e = ex2(-fabsf(z));
-    float p;
-    if constexpr (same<T, Float>) {  // relative error 2e-7
-        p = fmaf(0.00754890637f, e, -0.0425659567f);
-        p = fmaf(p, e, 0.112854391f);
-        p = fmaf(p, e, -0.197117448f);
-        p = fmaf(p, e, 0.275640696f);
-        p = fmaf(p, e, -0.358408302f);
-        p = fmaf(p, e, 0.480692923f);
-        p = fmaf(p, e, -0.721340179f);
-        p = fmaf(p, e, 1.44269502f);
-    } else {  // 9e-6
-        p = fmaf(-0.034434747f, e, 0.146029979f);
-        p = fmaf(p, e, -0.30303365f);
-        p = fmaf(p, e, 0.469173133f);
-        p = fmaf(p, e, -0.720426023f);
-        p = fmaf(p, e, 1.44268286f);
-    }
-    return fmaf(p, e, fmaxf(z, 0.f));
-}
-
 // From position i of a scan to the offset in elements. A route that runs against its axis has
 // negative strides.
-struct Path {
+struct SequencePath {
     int inner_length, rows;
     u32 magic;  // 2^32 / inner_length, rounded up; 0 for 1
     bool column, back;
 
-    __device__ __forceinline__ Path(const Params &p, int route, bool reversed) {
+    __device__ __forceinline__ SequencePath(const ScanParams &p, int route, bool reversed) {
         column = route & 1;
         back = (route >= 2) != reversed;
         inner_length = column ? p.height : p.width;
@@ -103,17 +77,17 @@ struct Path {
 
 struct Steps {  // of a path over a tensor with the strides of H and W
     int inner, outer, first;
-    __device__ __forceinline__ Steps(const Path &path, int stride_h, int stride_w) {
+    __device__ __forceinline__ Steps(const SequencePath &path, int stride_h, int stride_w) {
         inner = path.column ? stride_h : stride_w;
         outer = path.column ? stride_w : stride_h;
         first = path.back ? (path.rows - 1) * outer + (path.inner_length - 1) * inner : 0;
         if (path.back) inner = -inner, outer = -outer;
     }
-    __device__ __forceinline__ int at(const Path &path, int i) const {
+    __device__ __forceinline__ int at(const SequencePath &path, int i) const {
         const int row = path.row(i);
         return first + row * outer + (i - row * path.inner_length) * inner;
     }
-    __device__ __forceinline__ void next(const Path &path, int &offset, int &rest) const {
+    __device__ __forceinline__ void next(const SequencePath &path, int &offset, int &rest) const {
         offset += inner;
         if (++rest == path.inner_length) {
             rest = 0;
@@ -126,8 +100,8 @@ struct Steps {  // of a path over a tensor with the strides of H and W
 // `valid`.
 template <class T, bool SEQ, int N>
 __device__ __forceinline__ void load_bits(
-    u32 (&x)[N], const void *base, const Path &path, const Steps &steps, int start, int count,
-    bool valid, bool vector) {
+    u32 (&x)[N], const void *base, const SequencePath &path, const Steps &steps, int start,
+    int count, bool valid, bool vector) {
     constexpr bool WIDE = same<T, Float>;
     constexpr int SIZE = WIDE ? 4 : 2;
     auto load = [&](const char *at) -> u32 {
@@ -182,8 +156,8 @@ __device__ __forceinline__ void to_floats(float (&x)[N], const u32 (&bits)[N]) {
 
 template <class T, bool SEQ, int N>
 __device__ __forceinline__ void load_steps(
-    float (&x)[N], const void *base, const Path &path, const Steps &steps, int start, int count,
-    bool valid, bool vector) {
+    float (&x)[N], const void *base, const SequencePath &path, const Steps &steps, int start,
+    int count, bool valid, bool vector) {
     u32 bits[N];
     load_bits<T, SEQ>(bits, base, path, steps, start, count, valid, vector);
     to_floats<T>(x, bits);
@@ -192,11 +166,11 @@ __device__ __forceinline__ void load_steps(
 // The counterpart, for a contiguous result of type T or another.
 template <class T, bool SEQ, int N>
 __device__ __forceinline__ void store_steps(
-    const float (&y)[N], void *base, const Path &path, const Steps &steps, int start, int count,
-    bool valid, bool vector, int type) {
+    const float (&y)[N], void *base, const SequencePath &path, const Steps &steps, int start,
+    int count, bool valid, bool vector, int type) {
     constexpr int SIZE = same<T, Float> ? 4 : 2;
     if (!valid) return;
-    if (SEQ && vector && count >= N && type == type_of<T>) {
+    if (SEQ && vector && count >= N && type == T::CODE) {
         char *to = (char *)base + (long long)start * SIZE;
         if constexpr (same<T, Float>) {
 #pragma unroll
@@ -213,11 +187,11 @@ __device__ __forceinline__ void store_steps(
     const int row = path.row(start);
     int rest = start - row * path.inner_length;
     int offset = steps.first + row * steps.outer + rest * steps.inner;
-    if (count >= N && rest + N <= path.inner_length && type == type_of<T>) {
+    if (count >= N && rest + N <= path.inner_length && type == T::CODE) {
         const long long step = (long long)steps.inner * SIZE;
         char *to = (char *)base + (long long)offset * SIZE;
 #pragma unroll
-        for (int i = 0; i < N; ++i, to += step) store(to, 0, y[i], type_of<T>);
+        for (int i = 0; i < N; ++i, to += step) store(to, 0, y[i], T::CODE);
         return;
     }
 #pragma unroll
@@ -228,16 +202,16 @@ __device__ __forceinline__ void store_steps(
 }
 
 // Which scan, span and channels a block has.
-struct Place {
+struct BlockIndex {
     int b, k, group, span, column;
-    __device__ __forceinline__ Place(const Params &p) {
+    __device__ __forceinline__ BlockIndex(const ScanParams &p) {
         int i = blockIdx.x;
         column = i % p.columns, i /= p.columns;
         span = i % p.spans, i /= p.spans;
         group = i % p.groups, i /= p.groups;
         k = i % p.routes, b = i / p.routes;
     }
-    __device__ __forceinline__ long long scan_number(const Params &p) const {
+    __device__ __forceinline__ long long scan_number(const ScanParams &p) const {
         return ((long long)b * p.routes + k) * p.groups + group;
     }
 };
@@ -248,14 +222,14 @@ template <class T, int STATE, bool SEQ, bool WITH_B, bool WITH_C, int LENGTH, in
 struct Staging {
     static constexpr int COLUMNS = STATE * (WITH_B + WITH_C);
     static constexpr int SIZE = same<T, Float> ? 4 : 2;
-    const Params &p;
-    const Path &path;
-    const Place &place;
+    const ScanParams &p;
+    const SequencePath &path;
+    const BlockIndex &index;
     const Steps steps;
     int threads, columns, row, column, together, turns;  // the first `threads` of the block stage
 
     // Quotients of the sizes, packed into one number so that they take one word of shared memory.
-    static __device__ __forceinline__ u32 arrange(const Params &p, int threads) {
+    static __device__ __forceinline__ u32 arrange(const ScanParams &p, int threads) {
         const int columns = (SEQ ? 0 : p.rank) + COLUMNS;
         const int width = min(columns, threads), together = threads / width;
         const int at_once = NUMBERS * (SEQ ? threads : together);
@@ -263,9 +237,9 @@ struct Staging {
         return threadIdx.x / width << 24 | threadIdx.x % width << 15 | together << 6
                | (all + at_once - 1) / at_once;
     }
-    __device__ __forceinline__ Staging(const Params &p, const Path &path, const Place &place,
-                                       int threads, u32 arranged)
-        : p(p), path(path), place(place), steps(path, p.width, 1), threads(threads) {
+    __device__ __forceinline__ Staging(const ScanParams &p, const SequencePath &path,
+                                       const BlockIndex &index, int threads, u32 arranged)
+        : p(p), path(path), index(index), steps(path, p.width, 1), threads(threads) {
         columns = (SEQ ? 0 : p.rank) + COLUMNS;
         row = arranged >> 24, column = arranged >> 15 & 511, together = arranged >> 6 & 511;
         turns = arranged & 63;
@@ -290,7 +264,7 @@ struct Staging {
         const int of = column - (SEQ ? 0 : p.rank);
         is_C = of >= (WITH_B ? STATE : 0);
         n = of - (WITH_B && is_C ? STATE : 0);
-        return n < min(STATE, p.state - place.group * STATE);
+        return n < min(STATE, p.state - index.group * STATE);
     }
     __device__ __forceinline__ void load(u32 (&bits)[NUMBERS], int start, int count, int turn,
                                          int first) const {
@@ -301,14 +275,14 @@ struct Staging {
             i = start + min(i, count - 1);
             long long at;
             if constexpr (SEQ)
-                at = (((long long)place.b * p.routes + place.k) * p.state + place.group * STATE
+                at = (((long long)index.b * p.routes + index.k) * p.state + index.group * STATE
                       + (known ? n : 0)) * p.width + (path.back ? p.width - 1 - i : i);
             else
-                at = ((long long)place.b * p.height * p.width * p.routes + place.k)
+                at = ((long long)index.b * p.height * p.width * p.routes + index.k)
                      * (p.rank + 2 * p.state)
                      + (long long)steps.at(path, i) * (p.routes * (p.rank + 2 * p.state))
                      + (!known ? 0 : n < 0 ? column
-                        : p.rank + (is_C ? p.state : 0) + place.group * STATE + n);
+                        : p.rank + (is_C ? p.state : 0) + index.group * STATE + n);
             const char *const base = (const char *)(!SEQ ? p.raw : is_C ? p.C : p.B);
             if constexpr (SIZE == 4) bits[m] = __ldg((const u32 *)(base + at * SIZE));
             else bits[m] = load_u16(base + at * SIZE);

@@ -3,7 +3,7 @@
 #include "scan/scan_bwd_passes.cuh"
 
 template <class T, int STATE, bool SEQ>
-__global__ void __launch_bounds__(32 * WARPS, 1) scan_bwd(const Params p) {
+__global__ void __launch_bounds__(32 * WARPS, 1) scan_bwd(const ScanParams p) {
     using Block = Backward<T, STATE, SEQ>;
     extern __shared__ __align__(16) float shared[];
     Block block(p, shared);
@@ -15,15 +15,16 @@ __global__ void __launch_bounds__(32 * WARPS, 1) scan_bwd(const Params p) {
     c.number = (end - 1) / SAVED;
     block.load_chunk(p, c.number, block.path(p));
     for (; c.number >= begin / SAVED; --c.number) {
-        if (SEQ && c.number < (end - 1) / SAVED) block.load_chunk(p, c.number, Path(p, 0, false));
+        if (SEQ && c.number < (end - 1) / SAVED)
+            block.load_chunk(p, c.number, SequencePath(p, 0, false));
         c.start = c.number * SAVED, c.count = min(SAVED, end - c.start);
         c.quads = (c.count + 3) / 4;
         c.staged = block.rings + ring * block.all * ROW;
         ring = ring + 1 < block.teams ? ring + 1 : 0;
         if (team == 0) {
-            typename Block::Stage(p, block.path(p), block.place, block.team_threads,
+            typename Block::Stage(p, block.path(p), block.index, block.team_threads,
                                   block.arranged[0]).run(c.staged, c.start, c.count);
-            wait(OWN, block.team_threads);
+            wait(WITHIN, block.team_threads);
         } else {
             wait(STAGED + team, block.with_last());
         }
@@ -40,12 +41,12 @@ __global__ void __launch_bounds__(32 * WARPS, 1) scan_bwd(const Params p) {
         if (!block.is_last()) arrive(STAGED + team + 1, block.with_next());
         block.run_back(c);
         __syncwarp();
-        const Path path = block.path(p);
+        const SequencePath path = block.path(p);
         float grad_z[4 * Block::ITEMS];
         block.store_maps(p, c, path, grad_z);
         if (!SEQ && c.number > begin / SAVED) block.load_chunk(p, c.number - 1, path);  // ahead
         block.multiply_dt(p, c, grad_z);
-        wait(OWN + team, block.team_threads);
+        wait(WITHIN + team, block.team_threads);
 
         if (team > 0) wait(FULL + team, block.with_last());
         if (!block.is_last() && end - c.start > SAVED) wait(EMPTY + team + 1, block.with_next());

@@ -4,11 +4,12 @@
 
 // For the warp's channels: l, x l, dy, and the slope of the softplus.
 template <class T, int STATE, bool SEQ>
-__device__ __forceinline__ void Backward<T, STATE, SEQ>::project(const Params &p, const Chunk &c) {
+__device__ __forceinline__ void Backward<T, STATE, SEQ>::project(
+    const ScanParams &p, const Chunk &c) {
     float z[4 * ITEMS];
     if constexpr (SEQ) {
         const char *const from = (const char *)p.raw + x_offset(p);
-        const Path path(p, 0, false);
+        const SequencePath path(p, 0, false);
         const Steps x_steps(path, 0, 1);
 #pragma unroll
         for (int m = 0; m < ITEMS; ++m) {
@@ -39,7 +40,7 @@ __device__ __forceinline__ void Backward<T, STATE, SEQ>::project(const Params &p
         for (int t = 0; t < 4; ++t) {
             const bool inside = valid && i + t < c.count, soft = !SEQ || p.softplus;
             l[t] = z[4 * m + t];
-            if (soft) l[t] = softplus2<T>(l[t]);
+            if (soft) l[t] = precise_softplus2<T>(l[t]);
             slope[t] = !inside ? 0.f : soft ? ex2(z[4 * m + t] - l[t]) : 1.f;
             if (!inside) l[t] = 0.f;
             x[t] *= l[t];
@@ -57,7 +58,7 @@ __device__ __forceinline__ void Backward<T, STATE, SEQ>::project(const Params &p
 
 // Where a lane finds its channels, its states' B and C, and its slots.
 template <class T, int STATE, bool SEQ>
-__device__ __forceinline__ void Backward<T, STATE, SEQ>::locate(const Params &p, Chunk &c) {
+__device__ __forceinline__ void Backward<T, STATE, SEQ>::locate(const ScanParams &p, Chunk &c) {
     c.to_slot = offset_of(slots + lane * STATES);
 #pragma unroll
     for (int j = 0; j < CHANNELS; ++j) {
@@ -210,7 +211,7 @@ __device__ __forceinline__ void Backward<T, STATE, SEQ>::run_back(Chunk &c) {
 // The gradients by x and by what is below the softplus.
 template <class T, int STATE, bool SEQ>
 __device__ __forceinline__ void Backward<T, STATE, SEQ>::store_maps(
-    const Params &p, const Chunk &c, const Path &path, float (&grad_z)[4 * ITEMS]) {
+    const ScanParams &p, const Chunk &c, const SequencePath &path, float (&grad_z)[4 * ITEMS]) {
     const Steps y_steps(path, SEQ ? 0 : p.width * p.dim, SEQ ? 1 : p.dim);
     float by_bias = 0.f, by_skip = 0.f;
     const float own_skip = skip[0];
@@ -259,7 +260,7 @@ __device__ __forceinline__ void Backward<T, STATE, SEQ>::store_maps(
 // The gradients by dt_projs_weight and by dt.
 template <class T, int STATE, bool SEQ>
 __device__ __forceinline__ void Backward<T, STATE, SEQ>::multiply_dt(
-    const Params &p, const Chunk &c, const float (&grad_z)[4 * ITEMS]) {
+    const ScanParams &p, const Chunk &c, const float (&grad_z)[4 * ITEMS]) {
     if constexpr (!SEQ && CORES<T>) {
         __syncwarp();
         const int g = lane >> 2, t = lane & 3;
@@ -333,11 +334,11 @@ __device__ __forceinline__ void Backward<T, STATE, SEQ>::multiply_dt(
 // The sums of the warps, in their order: a column and 4 positions to a thread.
 template <class T, int STATE, bool SEQ>
 __device__ __forceinline__ void Backward<T, STATE, SEQ>::sum_warps(
-    const Params &p, const Chunk &c, const Path &path) {
+    const ScanParams &p, const Chunk &c, const SequencePath &path) {
     const int rank = SEQ ? 0 : p.rank;
     const Steps rows(path, p.width, 1);
     const long long sample
-        = (long long)((SEQ ? 0 : group * p.columns) + place.column) * p.batch + b;
+        = (long long)((SEQ ? 0 : group * p.columns) + index.column) * p.batch + b;
     for (int task = threadIdx.x - 32 * TEAM * team; task < all * c.quads; task += team_threads) {
         const int s = task / all, column = task - s * all, n = (column - rank) % STATE;
         const bool of_dt = column < rank, of_C = column >= rank + STATE;
@@ -380,8 +381,8 @@ __device__ __forceinline__ void Backward<T, STATE, SEQ>::sum_warps(
 
 // The sums over all positions of the span.
 template <class T, int STATE, bool SEQ>
-__device__ __forceinline__ void Backward<T, STATE, SEQ>::store_sums(const Params &p) {
-    float *to = p.sums + ((((long long)b * p.spans + place.span) * p.routes + k) * p.groups + group)
+__device__ __forceinline__ void Backward<T, STATE, SEQ>::store_sums(const ScanParams &p) {
+    float *to = p.sums + ((((long long)b * p.spans + index.span) * p.routes + k) * p.groups + group)
                 * (STATE + p.rank + 2) * p.dim + warp_channel;
 #pragma unroll
     for (int j = 0; j < CHANNELS; ++j)

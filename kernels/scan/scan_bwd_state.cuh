@@ -11,9 +11,10 @@ constexpr int WARPS = 8;
 #endif
 constexpr int TEAM = 4;    // warps that wait for each other
 
-// Barriers of the hardware, the first of each kind: of team t (from 0), and between it and the team
-// before (from 1).
-enum Barrier { OWN = 1, STAGED = 3, FULL = 5, EMPTY = 7 };
+// The named barriers of the hardware: the number of the first one of each kind. WITHIN is for the
+// warps of one team; team t takes WITHIN + t. The other kinds are between a team and the one before
+// it: team t, from 1 on, takes for example STAGED + t.
+enum Barrier { WITHIN = 1, STAGED = 3, FULL = 5, EMPTY = 7 };
 
 __device__ __forceinline__ void arrive(int barrier, int threads) {
     asm volatile("bar.arrive %0, %1;" :: "r"(barrier), "r"(threads) : "memory");
@@ -70,7 +71,7 @@ struct Backward {
     static constexpr int ROWS = SUM_BY_CORES ? 1 : STATES;  // of B, else at constant distances
     using Stage = Staging<T, STATE, SEQ, true, true, SAVED, SEQ ? 8 : 4>;
 
-    const Place place;
+    const BlockIndex index;
     int k, b, group, lane, warps, warp, length, width, known;
 
     // The teams of warps are at different places, so that what they wait for differs: the first
@@ -114,9 +115,9 @@ struct Backward {
     bool valid;
     u32 x_bits[ITEMS][4], dy_bits[ITEMS][4];
 
-    __device__ __forceinline__ Backward(const Params &p, float *shared)
-        : place(p), shared(shared) {
-        k = place.k, b = place.b, group = place.group;
+    __device__ __forceinline__ Backward(const ScanParams &p, float *shared)
+        : index(p), shared(shared) {
+        k = index.k, b = index.b, group = index.group;
         lane = threadIdx.x & 31, warps = blockDim.x >> 5;
         warp = __shfl_sync(~0u, (int)threadIdx.x >> 5, 0);  // the same for all lanes
         length = p.height * p.width, width = warps * WIDTH;
@@ -146,12 +147,12 @@ struct Backward {
         bits = (uint4 *)(slots + QUADS * SLOT + (rank8 + 5) * 32) + lane;
 
         in_shared = lane % SHARING, quarter = lane / SHARING;
-        warp_channel = (place.column * warps + warp) * WIDTH;
+        warp_channel = (index.column * warps + warp) * WIDTH;
 #pragma unroll
         for (int i = 0; i < STATES; ++i)
             states[i] = quarter * STATES + (SUM_BY_CORES ? i : i ^ (in_shared & (STATES - 1)));
         const long long at_span
-            = (place.scan_number(p) * p.spans + p.spans - 1 - place.span) * STATE * p.dim
+            = (index.scan_number(p) * p.spans + p.spans - 1 - index.span) * STATE * p.dim
               + warp_channel;
 #pragma unroll
         for (int j = 0; j < CHANNELS; ++j) {
@@ -181,7 +182,7 @@ struct Backward {
         }
 
         in_sequence = SEQ ? k * p.dim : 0;
-        begin = place.span * p.span, end = min(length, begin + p.span);
+        begin = index.span * p.span, end = min(length, begin + p.span);
 #pragma unroll
         for (int i = 0; i < 2 * STATES; ++i) {
             select[i] = lane >> 2 == i ? 1.f : 0.f;
@@ -197,23 +198,23 @@ struct Backward {
     __device__ __forceinline__ bool is_last() const { return team == teams - 1; }
 
     // What follows is calculated where it is used: the compiler would keep it in registers.
-    __device__ __forceinline__ Path path(const Params &p) const {
+    __device__ __forceinline__ SequencePath path(const ScanParams &p) const {
         int route = SEQ ? 0 : k;
         opaque(route);
-        return Path(p, route, false);
+        return SequencePath(p, route, false);
     }
     __device__ __forceinline__ int hidden_channel() const {
         int c = channel;
         opaque(c);
         return c;
     }
-    __device__ __forceinline__ long long x_offset(const Params &p) const {
+    __device__ __forceinline__ long long x_offset(const ScanParams &p) const {
         return (b * p.x_b + (in_sequence + hidden_channel()) * p.x_d) * SIZE;
     }
-    __device__ __forceinline__ long long grad_offset(const Params &p) const {
+    __device__ __forceinline__ long long grad_offset(const ScanParams &p) const {
         return (b * p.grad_b + (in_sequence + hidden_channel()) * p.grad_d) * SIZE;
     }
-    __device__ __forceinline__ long long y_offset(const Params &p) const {
+    __device__ __forceinline__ long long y_offset(const ScanParams &p) const {
         return (SEQ ? (((long long)group * p.batch + b) * p.routes * p.dim + in_sequence
                        + hidden_channel()) * length
                     : (((long long)group * p.routes + k) * p.batch + b) * length * p.dim
@@ -238,24 +239,28 @@ struct Backward {
         int to_channel[CHANNELS], to_B[ROWS], to_slot;
     };
 
-    __device__ __forceinline__ void load_maps(const Params &p, int chunk, const Path &path);
-    __device__ __forceinline__ void load_chunk(const Params &p, int chunk, const Path &path);
-    __device__ __forceinline__ void project(const Params &p, const Chunk &c);
-    __device__ __forceinline__ void locate(const Params &p, Chunk &c);
+    __device__ __forceinline__ void load_maps(const ScanParams &p, int chunk,
+                                              const SequencePath &path);
+    __device__ __forceinline__ void load_chunk(const ScanParams &p, int chunk,
+                                               const SequencePath &path);
+    __device__ __forceinline__ void project(const ScanParams &p, const Chunk &c);
+    __device__ __forceinline__ void locate(const ScanParams &p, Chunk &c);
     __device__ __forceinline__ void store_states(const Chunk &c);
     __device__ __forceinline__ void step_forward(Chunk &c);
     __device__ __forceinline__ void run_back(Chunk &c);
-    __device__ __forceinline__ void store_maps(const Params &p, const Chunk &c, const Path &path,
+    __device__ __forceinline__ void store_maps(const ScanParams &p, const Chunk &c,
+                                               const SequencePath &path,
                                                float (&grad_z)[4 * ITEMS]);
-    __device__ __forceinline__ void multiply_dt(const Params &p, const Chunk &c,
+    __device__ __forceinline__ void multiply_dt(const ScanParams &p, const Chunk &c,
                                                 const float (&grad_z)[4 * ITEMS]);
-    __device__ __forceinline__ void sum_warps(const Params &p, const Chunk &c, const Path &path);
-    __device__ __forceinline__ void store_sums(const Params &p);
+    __device__ __forceinline__ void sum_warps(const ScanParams &p, const Chunk &c,
+                                              const SequencePath &path);
+    __device__ __forceinline__ void store_sums(const ScanParams &p);
 };
 
 template <class T, int STATE, bool SEQ>
 __device__ __forceinline__ void Backward<T, STATE, SEQ>::load_maps(
-    const Params &p, int chunk, const Path &path) {
+    const ScanParams &p, int chunk, const SequencePath &path) {
     const int start = chunk * SAVED, count = min(SAVED, end - start);
     const Steps x_steps(path, (int)p.x_h, (int)p.x_w);
     const Steps grad_steps(path, (int)p.grad_h, (int)p.grad_w);
@@ -273,10 +278,10 @@ __device__ __forceinline__ void Backward<T, STATE, SEQ>::load_maps(
 
 template <class T, int STATE, bool SEQ>
 __device__ __forceinline__ void Backward<T, STATE, SEQ>::load_chunk(
-    const Params &p, int chunk, const Path &path) {
+    const ScanParams &p, int chunk, const SequencePath &path) {
     load_maps(p, chunk, path);
     const float *const from
-        = p.states + (place.scan_number(p) * p.chunks + chunk) * STATE * p.dim + warp_channel;
+        = p.states + (index.scan_number(p) * p.chunks + chunk) * STATE * p.dim + warp_channel;
 #pragma unroll
     for (int j = 0; j < CHANNELS; ++j)
 #pragma unroll

@@ -2,14 +2,14 @@
 // ends when each starts from zero.
 #include "common/common.cuh"
 
-struct Params {
+struct ScanCombineParams {
     const float *decays, *ends;  // (scans, spans, D)
     float *entries;              // (scans, spans, D)
     int scans, spans, dim, back; // back: from the last span to the first
 };
 
 template <int AHEAD>
-__global__ void scan_combine(const Params p) {
+__global__ void scan_combine(const ScanCombineParams p) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= p.scans * p.dim) return;
     const int scan = i / p.dim;

@@ -2,7 +2,7 @@
 // scan_bwd has written.
 #include "common/common.cuh"
 
-struct Params {
+struct ScanFinishParams {
     const float *sums;  // (parts, K, G, STATE + R + 2, D): by A, weights, bias and skip
     void *dt_weight;    // (K, D, R), or null
     void *dt_bias;      // (K, D), or null
@@ -14,7 +14,7 @@ struct Params {
 };
 
 // Blocks of 32 x 8 threads: 32 columns (K, N + R + 2, D), each summed in 8 slices.
-__global__ void __launch_bounds__(256) scan_finish(const Params p) {
+__global__ void __launch_bounds__(256) scan_finish(const ScanFinishParams p) {
     __shared__ float sums[8][32];
     const int rows = p.state + p.rank + 2, column = blockIdx.x * 32 + threadIdx.x;
     const int d = column % p.dim, row = column / p.dim % rows, k = column / p.dim / rows;

@@ -11,16 +11,16 @@ template <int STATE> constexpr int pitch_of = STATE | 1;
 template <int STATE, bool SEQ>
 constexpr int BLOCKS = STATE == 16 && (SEQ ? __CUDA_ARCH__ >= 860 && __CUDA_ARCH__ < 1000
                                            : __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900) ? 4 : 3;
-constexpr int CHUNK = 2 * SAVED;  // positions between two barriers
+constexpr int STAGED_POSITIONS = 2 * SAVED;  // of a turn, between two barriers
 constexpr int STEP = 8;           // positions that a thread takes at a time
-constexpr int PITCH = pitch_for<CHUNK>;
+constexpr int PITCH = pitch_for<STAGED_POSITIONS>;
 constexpr int RUN = 0, ENDS = 1, GRADIENTS = 2;
 
 template <class T, int STATE, bool SEQ, int MODE>
-__global__ void __launch_bounds__(192, BLOCKS<STATE, SEQ>) scan_fwd(const Params p) {
-    const Place place(p);
-    const int k = place.k, b = place.b, group = place.group;
-    const int own = threadIdx.x, width = blockDim.x, channel = place.column * width + own;
+__global__ void __launch_bounds__(192, BLOCKS<STATE, SEQ>) scan_fwd(const ScanParams p) {
+    const BlockIndex index(p);
+    const int k = index.k, b = index.b, group = index.group;
+    const int own = threadIdx.x, width = blockDim.x, channel = index.column * width + own;
     const bool valid = channel < p.dim;
     const int length = p.height * p.width;
 
@@ -36,13 +36,13 @@ __global__ void __launch_bounds__(192, BLOCKS<STATE, SEQ>) scan_fwd(const Params
     volatile u32 *const arranged = (volatile u32 *)(weights + (p.rank + 6) * width);
     float *const rates = weights - own + (p.rank + 7) * width + own * pitch_of<STATE>;
 
-    using Stage = Staging<T, STATE, SEQ, MODE != GRADIENTS, MODE != ENDS, CHUNK, 2>;
+    using Stage = Staging<T, STATE, SEQ, MODE != GRADIENTS, MODE != ENDS, STAGED_POSITIONS, 2>;
     arranged[0] = Stage::arrange(p, width);
-    const int first = place.span * p.span, last = min(length, first + p.span);
+    const int first = index.span * p.span, last = min(length, first + p.span);
     const int begin = MODE == GRADIENTS ? length - last : first, end = begin + last - first;
-    const int place_of_span = MODE == GRADIENTS ? p.spans - 1 - place.span : place.span;
+    const int place_of_span = MODE == GRADIENTS ? p.spans - 1 - index.span : index.span;
     const long long at_span
-        = (place.scan_number(p) * p.spans + place_of_span) * STATE * p.dim + channel;
+        = (index.scan_number(p) * p.spans + place_of_span) * STATE * p.dim + channel;
     const int known = min(STATE, p.state - group * STATE);
     for (int r = 0; r < p.rank; ++r)
         weights[r * width] = valid ? __ldg(p.weights + (k * p.rank + r) * p.dim + channel) : 0.f;
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(192, BLOCKS<STATE, SEQ>) scan_fwd(const Params
         h[n] = MODE == RUN && p.entries && valid ? p.entries[at_span + n * p.dim] : 0.f;
     }
 
-    const Path path(p, SEQ ? 0 : k, MODE == GRADIENTS);
+    const SequencePath path(p, SEQ ? 0 : k, MODE == GRADIENTS);
     constexpr int SIZE = same<T, Float> ? 4 : 2;
     constexpr bool OF_GRAD = MODE == GRADIENTS;
     const int in_sequence = (SEQ ? k * p.dim : 0) + channel;
@@ -68,22 +68,22 @@ __global__ void __launch_bounds__(192, BLOCKS<STATE, SEQ>) scan_fwd(const Params
         ? (((long long)group * p.batch + b) * p.routes * p.dim + in_sequence) * length
         : (((long long)group * p.routes + k) * p.batch + b) * length * p.dim + in_sequence);
 
-    for (int start = begin; start < end; start += CHUNK) {
-        const int in_chunk = min(CHUNK, end - start);
+    for (int start = begin; start < end; start += STAGED_POSITIONS) {
+        const int in_turn = min(STAGED_POSITIONS, end - start);
         __syncthreads();
-        Stage(p, path, place, width, arranged[0]).run(staged, start, in_chunk);
+        Stage(p, path, index, width, arranged[0]).run(staged, start, in_turn);
         __syncthreads();
 
 #pragma unroll 1
-        for (int s = 0; s < in_chunk; s += STEP) {
-            const int count = in_chunk - s;
+        for (int s = 0; s < in_turn; s += STEP) {
+            const int count = in_turn - s;
             if (MODE == RUN && s % SAVED == 0 && p.states && valid) {
                 float *to;  // where the compiler needs the fewest registers
                 if constexpr (SEQ) {
                     to = p.states + channel
-                         + (place.scan_number(p) * p.chunks + (start + s) / SAVED) * STATE * p.dim;
+                         + (index.scan_number(p) * p.chunks + (start + s) / SAVED) * STATE * p.dim;
                 } else {
-                    const int saved = (int)place.scan_number(p) * p.chunks + (start + s) / SAVED;
+                    const int saved = (int)index.scan_number(p) * p.chunks + (start + s) / SAVED;
                     to = p.states + (long long)saved * (STATE * p.dim) + channel;
                 }
 #pragma unroll
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(192, BLOCKS<STATE, SEQ>) scan_fwd(const Params
             }
 #pragma unroll
             for (int i = 0; i < STEP; ++i) {
-                if (!SEQ || p.softplus) l[i] = softplus2<T>(l[i]);
+                if (!SEQ || p.softplus) l[i] = precise_softplus2<T>(l[i]);
                 if (i >= count) l[i] = 0.f;
             }
             const float own_skip = skip[0];

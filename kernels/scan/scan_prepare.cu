@@ -2,7 +2,7 @@
 // base-2 logarithms.
 #include "common/common.cuh"
 
-struct Params {
+struct ScanPrepareParams {
     const void *dt_weight;  // (K, D, R)
     const void *dt_bias;    // (K, D), or null
     const void *A;          // (K * D, N), or log(-A)
@@ -16,7 +16,7 @@ struct Params {
     int logs;  // whether it is log(-A)
 };
 
-__global__ void scan_prepare(const Params p) {
+__global__ void scan_prepare(const ScanPrepareParams p) {
     const int plain = p.routes * p.dim, weights = plain * p.rank, rates = plain * p.padded;
     const int total = weights + rates + 2 * plain;
     for (int j = blockIdx.x * blockDim.x + threadIdx.x; j < total; j += gridDim.x * blockDim.x) {

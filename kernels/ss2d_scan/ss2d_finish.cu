@@ -2,7 +2,7 @@
 // what the blocks of the backwards left and from the product for x_proj_weight.
 #include "common/common.cuh"
 
-struct Params {
+struct Ss2dFinishParams {
     const float *partials;  // (parts, K D R + 2 K D + D): of dt_projs_weight, A, bias, skip
     const void *product;    // (K, P, D): rows as ss2d_prepare has them
     const float *norm;      // (norm_parts, 2, D): of the norm's weight and bias, or null
@@ -15,7 +15,7 @@ struct Params {
 // Blocks of 32 x 8 threads: 32 columns of the partials, each summed in 8 slices; after these blocks
 // come those for the norm, alike, and those for x_proj_weight, an element to a thread.
 template <class T>
-__global__ void __launch_bounds__(256) ss2d_finish(const Params p) {
+__global__ void __launch_bounds__(256) ss2d_finish(const Ss2dFinishParams p) {
     __shared__ float sums[8][32];
     const int KD = p.routes * p.dim, of_scan = KD * (p.rank + 2) + p.dim;
     const int of_norm = p.norm ? 2 * p.dim : 0;

@@ -1,7 +1,7 @@
 // The sum of the maps of the routes, and, if asked for, its LayerNorm over the channels.
 #include "common/norm.cuh"
 
-struct Params {
+struct Ss2dMergeParams {
     const void *maps;             // (MAPS, M, D)
     const void *extra;            // (M, D), one more if EXTRA; may be `merged`
     void *merged;                 // (M, D) of T, or if FLOAT in fp32, or null
@@ -16,7 +16,7 @@ struct Params {
 // the scan wrote last, in every span, for they are in L2: the last ones of a forward, the first
 // ones of a backward, which is what has an extra map.
 template <class T, int MAPS, bool EXTRA, int PARTS, bool FLOAT>
-__global__ void __launch_bounds__(256) ss2d_merge(const Params p) {
+__global__ void __launch_bounds__(256) ss2d_merge(const Ss2dMergeParams p) {
     typedef typename Raw<T>::type R;
     typedef typename Raw<T>::element Element;
     const int lane = threadIdx.x & 31;

@@ -3,7 +3,7 @@
 // last blocks round other parameters, if there are any, to half precision.
 #include "common/cast.cuh"
 
-struct Params {
+struct Ss2dPrepareParams {
     const void *x_weight;   // (K, R + 2, D)
     const void *dt_weight;  // (K, D, R)
     const void *dt_bias;    // (K, D)
@@ -24,7 +24,7 @@ struct Params {
 };
 
 template <class T>
-__global__ void __launch_bounds__(256) ss2d_prepare(const Params p) {
+__global__ void __launch_bounds__(256) ss2d_prepare(const Ss2dPrepareParams p) {
     const int blocks = gridDim.x - p.cast_blocks;
     if ((int)blockIdx.x >= blocks) {
         round_parameters<T>(p.cast, blockIdx.x - blocks, p.cast_blocks);

@@ -13,7 +13,7 @@ constexpr int PAD_BYTES = 128;          // after the last one, see project_dt
 constexpr int MAP_BYTES = CHUNK * 32;   // of a warp's channels, for a chunk
 
 // The pixels of a route in the order of its scan.
-struct alignas(16) Path {
+struct alignas(16) PixelPath {
     int inner_length, inner;
     int jump;   // from the end of a row to the next one
     u32 magic;  // 2^32 / inner_length, rounded up; 0 for 1, where all is in one row
@@ -41,14 +41,15 @@ struct Scan {
 // A position of a slot, its first if nothing else is said: the image, the slot's number there, the
 // pixel, and how many there are from it to the end of the row. Beyond the batch the slot's number is
 // so high that the image has ended long before.
-struct Place {
+struct SlotPosition {
     int image, slot, pixel, wrap;
 
     // The position of the slot's first in the image's scan.
     __device__ __forceinline__ int start() const { return slot * OWN; }
 };
 
-__device__ __forceinline__ void locate(const Scan &p, const Path &path, Place &place, int i) {
+__device__ __forceinline__ void locate(const Scan &p, const PixelPath &path, SlotPosition &place,
+                                       int i) {
     if (place.image >= p.batch) {
         place = {0, 1 << 27, 0, 1 << 30};
         return;
@@ -60,8 +61,9 @@ __device__ __forceinline__ void locate(const Scan &p, const Path &path, Place &p
     place.wrap = path.inner_length - rest;
 }
 
-__device__ __forceinline__ Place find_place(const Scan &p, const Path &path, int slot, int i = 0) {
-    Place place;
+__device__ __forceinline__ SlotPosition find_place(const Scan &p, const PixelPath &path, int slot,
+                                                   int i = 0) {
+    SlotPosition place;
     place.image = p.magic_slots ? (int)__umulhi((u32)slot, p.magic_slots) : slot;
     place.slot = slot - place.image * p.slots;
     if (place.slot < 0) {  // the product is one too high at most
@@ -74,7 +76,8 @@ __device__ __forceinline__ Place find_place(const Scan &p, const Path &path, int
 
 // Moves to the slot that is `chunks` chunks further, the number that make_path was called with, and
 // returns whether the image has such a slot; without one nothing changes.
-__device__ __forceinline__ bool move(const Scan &p, const Path &path, Place &place, int chunks) {
+__device__ __forceinline__ bool move(const Scan &p, const PixelPath &path, SlotPosition &place,
+                                     int chunks) {
     if (place.slot + 8 * chunks >= p.slots) return false;
     place.slot += 8 * chunks;
     place.pixel += path.far_pixel;
@@ -87,7 +90,7 @@ __device__ __forceinline__ bool move(const Scan &p, const Path &path, Place &pla
 }
 
 // To the next slot, as find_place does for its first position.
-__device__ __forceinline__ void advance(const Scan &p, const Path &path, Place &place) {
+__device__ __forceinline__ void advance(const Scan &p, const PixelPath &path, SlotPosition &place) {
     if (++place.slot == p.slots) {
         ++place.image;
         place.slot = 0;
@@ -110,8 +113,8 @@ struct Map {
     int vector;  // whether 4 adjacent channels are 8 aligned bytes
 };
 
-__device__ __forceinline__ Path make_path(const Scan &p, int route, int chunks = 0) {
-    Path path;
+__device__ __forceinline__ PixelPath make_path(const Scan &p, int route, int chunks = 0) {
+    PixelPath path;
     const bool column = route & 1;
     path.inner_length = column ? p.height : p.width;
     path.inner = column ? p.width : 1;
@@ -144,8 +147,9 @@ struct Stager {
         if (unit >= step || i >= OWN) unit = 1 << 20;  // nothing to do
     }
 
-    __device__ __forceinline__ void stage(const Scan &p, const Path &path, const Place &place,
-                                          char *to, int route, int g) const {
+    __device__ __forceinline__ void stage(const Scan &p, const PixelPath &path,
+                                          const SlotPosition &place, char *to, int route,
+                                          int g) const {
         const int units = p.row >> 3;
         if (unit >= units) return;
         const int length = p.height * p.width, position = place.start() + i;
@@ -170,8 +174,8 @@ __device__ __forceinline__ float element(const float4 &v, int i) {
 // Calls f(i, pointer) for the positions of a slot, where all rows are 7 long or more, so that at most
 // one ends here. `image`: of a map with that many elements from a pixel to the next.
 template <class E, class F>
-__device__ __forceinline__ void for_pixels(const Path &path, const Place &place, E *image,
-                                           int stride, F f) {
+__device__ __forceinline__ void for_pixels(const PixelPath &path, const SlotPosition &place,
+                                           E *image, int stride, F f) {
     E *at = image + place.pixel * stride;
     const int near = path.inner * stride, far = near + path.jump * stride;
 #pragma unroll
@@ -184,8 +188,9 @@ __device__ __forceinline__ void for_pixels(const Path &path, const Place &place,
 // A lane's own 7 x 4 elements of a map, zeros beyond the end: take(i, pointer) for 8 aligned bytes
 // within the map, put(i, value) else.
 template <class Take, class Put>
-__device__ __forceinline__ void read_map(const Scan &p, const Path &path, const Map &map,
-                                         const Place &place, int channel, Take take, Put put) {
+__device__ __forceinline__ void read_map(const Scan &p, const PixelPath &path, const Map &map,
+                                         const SlotPosition &place, int channel, Take take,
+                                         Put put) {
     const int count = channel < p.dim ? p.height * p.width - place.start() : 0;
     const unsigned short *image = (const unsigned short *)map.data
           + (long long)place.image * map.stride_b + (long long)channel * map.stride_d;
@@ -214,8 +219,9 @@ __device__ __forceinline__ Map map_of(const Scan &p, void *maps, int number) {
 // Writes a lane's elements, get(i) for each position, to such a map, or adds them to what is there.
 // READ_SOON: the map is read again soon, so that it should be the last to leave L2.
 template <class T, bool READ_SOON = false, class Get>
-__device__ __forceinline__ void write_map(const Scan &p, const Path &path, const Map &map,
-                                          Get get, const Place &place, int channel, bool adds) {
+__device__ __forceinline__ void write_map(const Scan &p, const PixelPath &path, const Map &map,
+                                          Get get, const SlotPosition &place, int channel,
+                                          bool adds) {
     const int count = channel < p.dim ? p.height * p.width - place.start() : 0;
     unsigned short *const image = (unsigned short *)map.data
           + (long long)place.image * map.stride_b + channel;
@@ -248,8 +254,9 @@ __device__ __forceinline__ void write_map(const Scan &p, const Path &path, const
 }
 
 // A lane's own elements of a map, to its place in the warp's shared memory.
-__device__ __forceinline__ void copy_map(const Scan &p, const Path &path, const Map &map,
-                                         const Place &place, int channel, char *memory, int lane) {
+__device__ __forceinline__ void copy_map(const Scan &p, const PixelPath &path, const Map &map,
+                                         const SlotPosition &place, int channel, char *memory,
+                                         int lane) {
     char *const to = memory + lane * 8;
     read_map(p, path, map, place, channel,
              [&](int i, const unsigned short *from) { copy8(to + i * 256, from); },

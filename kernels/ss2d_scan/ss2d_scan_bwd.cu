@@ -6,7 +6,7 @@
 // is a_(t+1) dh_(t+1) of the chunk after this one.
 #include "ss2d_scan/ss2d_scan.cuh"
 
-struct Params {
+struct Ss2dScanBwdParams {
     Scan scan;
     Map x, dy;
     const float *states;   // (K, chunks, D): the state that enters each chunk
@@ -21,10 +21,11 @@ struct Params {
 // tile of 16 positions x 8 columns at a time. `memory` has, for each warp, the sums of B and C by
 // position, MAP_BYTES further the gradient by z as the tensor cores take it, and the fragments.
 template <class T, int TILES>
-__device__ __forceinline__ void add_projected(const Params &params, const Path &path,
+__device__ __forceinline__ void add_projected(const Ss2dScanBwdParams &params,
+                                              const PixelPath &path,
                                               const char *memory, int warp_bytes,
                                               int fragments_at, int working, int column,
-                                              int route, const Place &place) {
+                                              int route, const SlotPosition &place) {
     const Scan &p = params.scan;
     const int lane = threadIdx.x & 31, warps = blockDim.x >> 5, g = lane >> 2, t = lane & 3;
     const int pairs_at = (p.rank + 1) & ~1, length = p.height * p.width;
@@ -97,7 +98,8 @@ __device__ __forceinline__ void add_weight(float4 *dweight, const char *staged, 
 }
 
 template <class T, int TILES, bool SUMMARY>
-__global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_bwd(const Params params) {
+__global__ void __launch_bounds__(32 * WARPS, BLOCKS)
+ss2d_scan_bwd(const Ss2dScanBwdParams params) {
     const Scan &p = params.scan;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
     const int g = lane >> 2, t = lane & 3;
@@ -132,8 +134,8 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_bwd(const Params
 
     const Stager stager(threadIdx.x, blockDim.x);
     for (int route = map; route < p.routes; route += maps) {
-        auto stage = [&](const Path &path, int chunk, int turn) {
-            const Place place = find_place(p, path, chunk * 8 + g);
+        auto stage = [&](const PixelPath &path, int chunk, int turn) {
+            const SlotPosition place = find_place(p, path, chunk * 8 + g);
             stager.stage(p, path, place, shared + turn * staged_bytes, route, g);
             if (active) {
                 char *to = own + turn * 2 * MAP_BYTES;
@@ -166,8 +168,9 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_bwd(const Params
             wait_copies<0>();
             __syncthreads();
             // Calculated again for each chunk: there are no registers to keep it.
-            asm("" : "+r"(route), "+r"(chunk));
-            const Place place = find_place(p, make_path(p, route), chunk * 8 + g);
+            opaque(route);
+            opaque(chunk);
+            const SlotPosition place = find_place(p, make_path(p, route), chunk * 8 + g);
             if (chunk > first) stage(make_path(p, route), chunk - 1, turn ^ 1);
 
             if (active) {
@@ -194,7 +197,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_bwd(const Params
                         float l[OWN], a[OWN], q[OWN], x[OWN], dy[OWN], P = 1.f, h = 0.f;
 #pragma unroll
                         for (int i = 0; i < OWN; ++i) {
-                            l[i] = softplus2(z[0][i][c]);
+                            l[i] = fast_softplus2(z[0][i][c]);
                             a[i] = ex2(rate * l[i]);
                             P = i ? P * a[i] : a[i];
                             const float2 dy2 = T::unpack(dy_at[i * 64]);
@@ -280,8 +283,8 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_bwd(const Params
                 }
                 if (!SUMMARY) {
                     int again = route;  // to find the place again, for want of registers
-                    asm("" : "+r"(again));
-                    const Path path = make_path(p, again);
+                    opaque(again);
+                    const PixelPath path = make_path(p, again);
                     write_map<T>(p, path, map_of(p, params.dx, map), [&](int i) {
                         return *(const uint2 *)(x_slot + lane * 8 + i * 256);
                     }, find_place(p, path, chunk * 8 + g), channel, route != map);

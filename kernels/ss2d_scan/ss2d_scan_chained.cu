@@ -8,7 +8,7 @@
 // own run at a time, so that no lane waits for the state of another.
 #include "ss2d_scan/ss2d_scan.cuh"
 
-struct Params {
+struct Ss2dScanChainedParams {
     Scan scan;
     Map x;
     void *y;               // (K, B, H, W, D)
@@ -23,7 +23,8 @@ struct Params {
 constexpr int STAGES = 4;
 
 template <class T, int TILES>
-__global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_chained(const Params params) {
+__global__ void __launch_bounds__(32 * WARPS, BLOCKS)
+ss2d_scan_chained(const Ss2dScanChainedParams params) {
     const Scan &p = params.scan;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
     const int g = lane >> 2, t = lane & 3;
@@ -56,10 +57,10 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_chained(const Pa
     __syncwarp();
 
     const Stager stager(threadIdx.x, blockDim.x);
-    Place next;  // of the slot that was staged last
+    SlotPosition next;  // of the slot that was staged last
     auto stage = [&](int step) {
-        asm("" : "+r"(again));
-        const Path path = make_path(p, again);
+        opaque(again);
+        const PixelPath path = make_path(p, again);
         const int number = step - (step < count ? 0 : count);
         if (number == 0) next = find_place(p, path, first * 8 + g * count);
         else advance(p, path, next);
@@ -73,7 +74,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_chained(const Pa
 
     const Weights<TILES> weights(own);
     float enter[4] = {}, decay[4] = {1.f, 1.f, 1.f, 1.f};
-    auto scan_slot = [&](int step, const Place &place, const bool SUMMARY)
+    auto scan_slot = [&](int step, const SlotPosition &place, const bool SUMMARY)
             __attribute__((always_inline)) {
         const char *const staged = staged_memory + (step & 3) * staged_bytes;
         const char *const x = own_x + (step & 1) * MAP_BYTES + lane * 8;
@@ -102,7 +103,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_chained(const Pa
 #pragma unroll
                 for (int c = 0; c < 2; ++c) {
                     const int n = 2 * pair + c;
-                    const float l = softplus2(z[0][i][c]), x1 = c ? x2.y : x2.x;
+                    const float l = fast_softplus2(z[0][i][c]), x1 = c ? x2.y : x2.x;
                     const float a = ex2((c ? rate.y : rate.x) * l);
                     enter[n] = a * enter[n] + l * x1 * (LN2 * both.x);
                     if (SUMMARY) decay[n] *= a;
@@ -184,7 +185,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) ss2d_scan_chained(const Pa
     auto pass = [&](int from, const bool SUMMARY) __attribute__((always_inline)) {
         for (int step = from; step < from + count; ++step) {
             wait_for_copies(barriers + (step & 3) * BARRIER_BYTES, step >> 2 & 1);
-            const Place place = next;
+            const SlotPosition place = next;
             if (step + 1 < 2 * count) stage(step + 1);
             if (active) scan_slot(step, place, SUMMARY);
         }

@@ -14,7 +14,7 @@
 #endif
 #include "ss2d_scan/ss2d_scan.cuh"
 
-struct Params {
+struct Ss2dScanFwdParams {
     Scan scan;
     Map x;
     void *y;               // (maps, B, H, W, D): gridDim.x of them
@@ -33,7 +33,8 @@ constexpr int STAGES = 3;
 constexpr int BARRIERS = AROUND ? 256 : 64;  // bytes
 
 template <class T, int TILES>
-__global__ void __launch_bounds__(32 * WARPS, BLOCKS) CLUSTER_DIMS ss2d_scan_fwd(const Params params) {
+__global__ void __launch_bounds__(32 * WARPS, BLOCKS) CLUSTER_DIMS
+ss2d_scan_fwd(const Ss2dScanFwdParams params) {
     const Scan &p = params.scan;
     // The warp by a shuffle, so that the compiler knows it to be the same for all lanes: what follows
     // from it, as the paths, is in uniform registers.
@@ -63,8 +64,8 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) CLUSTER_DIMS ss2d_scan_fwd
 
     int chunk = first + (AROUND ? blockIdx.z % BLOCKS_OF_SPAN * sets + set : 0);
     float enter[4] = {};
-    const Path path0 = make_path(p, map, step);
-    const Path path1 = AROUND ? path0 : make_path(p, map + maps, step);
+    const PixelPath path0 = make_path(p, map, step);
+    const PixelPath path1 = AROUND ? path0 : make_path(p, map + maps, step);
     auto path_of = [&](int route) { return AROUND || route == map ? path0 : path1; };
     if (thread < STAGES) make_barrier(barriers + thread * BARRIER_BYTES, 32 * width);
     if (active) {
@@ -96,10 +97,10 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) CLUSTER_DIMS ss2d_scan_fwd
 #endif
     const Stager stager(thread, 32 * width);
     uint2 ahead[OWN];
-    Place next;  // of the slot that was staged last
+    SlotPosition next;  // of the slot that was staged last
     next.slot = p.slots;
     auto stage = [&](int route, int chunk, int turn) {
-        const Path path = path_of(route);
+        const PixelPath path = path_of(route);
         if (!LIKELY(move(p, path, next, step))) next = find_place(p, path, chunk * 8 + g);
         stager.stage(p, path, next, staged_memory + turn * staged_bytes, route, g);
         arrive_with_copies(barriers + turn * BARRIER_BYTES);
@@ -124,7 +125,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) CLUSTER_DIMS ss2d_scan_fwd
         for (int i = 0; i < OWN; ++i) x[i] = ahead[i];
         const int now = route, at = chunk;
         const bool second = !AROUND && now != map;  // of the two routes of an axis
-        const Place place = next;
+        const SlotPosition place = next;
         chunk += step;
         if (!AROUND && chunk == min(unit + params.unit, last)) {
             next.slot = p.slots;  // elsewhere
@@ -161,7 +162,8 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) CLUSTER_DIMS ss2d_scan_fwd
                     const float B = LN2 * T::unpack(pairs[i]).x;
 #pragma unroll
                     for (int c = 0; c < 2; ++c) {
-                        const float l = softplus2(z[j][i][c]), one = ex2((c ? rate.y : rate.x) * l);
+                        const float l = fast_softplus2(z[j][i][c]);
+                        const float one = ex2((c ? rate.y : rate.x) * l);
                         a[j][i][c] = one;
                         q[j][i][c] = l * (c ? x2.y : x2.x) * B;
                         P[j][c] = i ? P[j][c] * one : one;

@@ -254,7 +254,7 @@ class Scans:
     def bind(self, schedule: Schedule, shared: int, strides: tuple[int, ...], y_dtype: torch.dtype,
              part_dtype: torch.dtype, instance: Callable[..., Instance], *args
              ) -> Callable[..., None]:
-        """A launch of the fields of Params in scan.cuh; ``vector`` is asked for in each call.
+        """A launch of the fields of ScanParams in scan.cuh; ``vector`` is given in each call.
 
         ``strides`` are those of x and of grad, B, D, H, W each.
         """
