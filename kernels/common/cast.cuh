@@ -1,4 +1,4 @@
-// Parameters rounded to half precision, one after the other into one buffer.
+// Rounds parameters to half precision and writes them one after the other into one buffer.
 #include "common/common.cuh"
 
 constexpr int MOST = 6;
@@ -6,12 +6,12 @@ constexpr int MOST = 6;
 struct Cast {
     const void *sources[MOST];
     void *to;              // 16 bytes aligned
-    int starts[MOST + 1];  // in `to`, in elements, multiples of 8; of an absent one, the end
+    int starts[MOST + 1];  // elements in `to`, multiples of 8; the end for an absent parameter
     int sizes[MOST], types[MOST];
 };
 
-// By the threads of so many blocks, of which this is number `block`. A thread rounds 8 elements at a
-// time, which are of one parameter.
+// Called by all threads of `blocks` blocks, of which this is number `block`. A thread rounds 8
+// elements of one parameter at a time.
 template <class T>
 __device__ __forceinline__ void round_parameters(const Cast &p, int block, int blocks) {
     const int step = blocks * blockDim.x * 8;

@@ -1,43 +1,47 @@
-// A state from warp to warp, of one block or of the blocks of a cluster (sm_90 and later).
+// Passes a state from one warp to another, in the same block or in another block of the cluster
+// (sm_90 and later).
 #pragma once
 #include "common/common.cuh"
 
-// To what is at this address of shared memory in another block of the cluster.
+// Returns the address of what another block of the cluster has at `address` of its shared memory.
 __device__ __forceinline__ u32 address_in_block(u32 address, u32 block) {
     u32 there;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(block));
     return there;
 }
 
-// All threads of the cluster have come here; what they wrote to shared memory is seen.
+// Waits until all threads of the cluster have come here, and makes what they wrote to shared memory
+// visible.
 __device__ __forceinline__ void wait_for_cluster() {
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// In shared memory, of a warp: 16 bytes from each of 4 lanes of another warp, of its own block or of
-// another one of the cluster, and a barrier that counts the lanes, or the bytes as they come.
+// A warp's mailbox in shared memory. It holds 16 bytes from each of 4 lanes of another warp, which
+// is in the same block or in another block of the cluster. Its barrier counts these lanes, or, from
+// another block, the bytes as they come.
 struct Mailbox {
     float4 values[4];
     char barrier[BARRIER_BYTES];
     char unused[8];
 
-    // By one thread; `near`: whether the lanes are of its own block.
+    // Called by one thread. `near` says whether the sending lanes are in the same block.
     __device__ __forceinline__ void make(bool near) {
         make_barrier(barrier, near ? 4 : 1);
         if (!near) expect();
     }
 
-    // By one thread, where they are of another block, after each `take`.
+    // Called by one thread after each `take`, if the sending lanes are in another block.
     __device__ __forceinline__ void expect() {
         asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], 64;"
                      :: "r"(shared_address(barrier)) : "memory");
     }
 
-    // By the warp; lane t has what the t-th lane sent. `parity` as of wait_for_copies. It is asked
-    // first without waiting, for the compiler lets that begin before what comes before it has ended.
-    // To acquire for the cluster would empty the cache of global memory each time; what comes is in
-    // shared memory, which has none, and is there before the barrier counts it.
+    // Called by the warp; lane t receives what lane t of the sending ones sent. `parity` is that of
+    // wait_for_copies. The first test does not wait, because the compiler lets such a test begin
+    // before the instructions ahead of it have ended. The wait does not acquire for the cluster,
+    // which would empty the cache of global memory each time: the data comes into shared memory,
+    // which has no cache, and is there before the barrier counts it.
     __device__ __forceinline__ void take(float (&v)[4], int lane, u32 parity) {
         asm volatile("{.reg .pred done; "
                      "mbarrier.test_wait.parity.shared.b64 done, [%0], %1; @done bra over; "
@@ -50,7 +54,7 @@ struct Mailbox {
     }
 };
 
-// To a mailbox of the same block, by 4 lanes, t of lane & 3.
+// Writes to a mailbox of the same block. Called by 4 lanes, each of which writes part lane & 3.
 __device__ __forceinline__ void put(u32 mailbox, int lane, const float (&v)[4]) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};"
                  :: "r"(mailbox + (lane & 3) * 16), "r"(__float_as_uint(v[0])),
@@ -59,7 +63,7 @@ __device__ __forceinline__ void put(u32 mailbox, int lane, const float (&v)[4]) 
     asm volatile("mbarrier.arrive.shared.b64 _, [%0];" :: "r"(mailbox + 64) : "memory");
 }
 
-// To one of another block; `mailbox` as of address_in_block.
+// Writes to a mailbox of another block, whose address address_in_block has returned.
 __device__ __forceinline__ void send(u32 mailbox, int lane, const float (&v)[4]) {
     asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 "
                  "[%0], {%1, %2, %3, %4}, [%5];"

@@ -12,7 +12,7 @@ constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 #if __CUDA_ARCH__ >= 900
 #define ADD_TO_MEMORY asm volatile
 #else
-#define ADD_TO_MEMORY(...)  // never called
+#define ADD_TO_MEMORY(...)  // older GPUs never call what uses it
 #endif
 
 __device__ __forceinline__ float ex2(float x) {
@@ -77,7 +77,7 @@ struct Half {
 struct BFloat {
     static constexpr int CODE = 2;
     ADD_AND_MULTIPLY("bf16")
-    // To nearest, ties to even, in the upper half.
+    // Rounds to nearest, ties to even; the result is in the upper half.
     static __device__ __forceinline__ u32 round(float f) {
         const u32 v = __float_as_uint(f);
         return f != f ? 0x7fffffffu : v + 0x7fffu + (v >> 16 & 1u);
@@ -139,13 +139,14 @@ __device__ __forceinline__ float precise_softplus2(float z) {
     return fmaf(p, e, fmaxf(z, 0.f));
 }
 
-// What a part of a scan makes of the state that enters it, from its decay and its end from zero. No
-// decay at all: the image is another one, and NaN stays in its own.
+// Returns the state that leaves a part of a scan when `enter` enters it. `decay` is what the part
+// multiplies a state by, and `end` is what leaves it when zero enters. A decay of 0 means that
+// another image begins within the part; then a NaN of the image before does not reach it.
 __device__ __forceinline__ float follow(float decay, float end, float enter) {
     return decay == 0.f ? end : decay * enter + end;
 }
 
-// Four adjacent elements of T, aligned, as loaded; as numbers; and stored.
+// Four adjacent, aligned elements of T: loaded as they are, unpacked to numbers, and stored.
 template <class T> struct Raw { typedef uint2 type; typedef unsigned short element; };
 template <> struct Raw<Float> { typedef float4 type; typedef float element; };
 
@@ -182,7 +183,7 @@ __device__ __forceinline__ void store4(void *p, long long i, const float (&v)[4]
         *(uint2 *)((unsigned short *)p + i) = make_uint2(T::pack(v[0], v[1]), T::pack(v[2], v[3]));
 }
 
-// The same for what is read much later.
+// The same for data that is read only much later.
 template <class T>
 __device__ __forceinline__ void store4_aside(void *p, long long i, const float (&v)[4]) {
     if constexpr (same<T, Float>)
@@ -204,7 +205,7 @@ __device__ __forceinline__ void store_for_reuse(void *to, uint2 v) {
 #endif
 }
 
-// Of aligned memory: what is in it is lost, if L2 has it.
+// Drops an aligned line from L2 without writing it to memory, so that its content is lost.
 constexpr int LINE_BYTES = 128;
 
 __device__ __forceinline__ void discard_line(const void *line) {
@@ -213,12 +214,12 @@ __device__ __forceinline__ void discard_line(const void *line) {
 #endif
 }
 
-// The exact one.
+// The exact GELU, not the approximation by tanh.
 __device__ __forceinline__ float gelu(float x) {
     return x * (0.5f + 0.5f * erff(x * 0.7071067811865476f));
 }
 
-// An element of a parameter: type 0 is fp32, 1 fp16, 2 bf16.
+// Loads an element of a parameter, whose `type` is 0 for fp32, 1 for fp16 and 2 for bf16.
 __device__ __forceinline__ float load_parameter(const void *p, long long i, int type) {
     if (type == 0) return ((const float *)p)[i];
     u32 v = ((const unsigned short *)p)[i];
@@ -235,7 +236,7 @@ __device__ __forceinline__ u32 shared_address(const void *p) {
     return (u32)__cvta_generic_to_shared(p);
 }
 
-// 16 bytes from global to shared memory; zeros where `valid` is false.
+// Copies 16 bytes from global to shared memory, or writes zeros if `valid` is false.
 __device__ __forceinline__ void copy16(void *to, const void *from, bool valid) {
 #ifdef CP_ASYNC
     int size = valid ? 16 : 0;
@@ -246,7 +247,7 @@ __device__ __forceinline__ void copy16(void *to, const void *from, bool valid) {
 #endif
 }
 
-// 8 or 4 bytes.
+// Copy 8 or 4 bytes from global to shared memory.
 __device__ __forceinline__ void copy8(void *to, const void *from) {
 #ifdef CP_ASYNC
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" :: "r"(shared_address(to)), "l"(from));
@@ -276,9 +277,9 @@ __device__ __forceinline__ void wait_copies() {
 #endif
 }
 
-// A barrier in shared memory that completes a phase when so many threads have arrived and what each
-// copied before has come; a wait is for the data alone, not for the other threads. GPUs without such
-// copies wait for all threads of the block.
+// A barrier in shared memory that completes a phase when `threads` threads have arrived and all
+// that they copied before has come. Who waits on it waits for the data alone, not for the other
+// threads. GPUs without asynchronous copies wait for all threads of the block instead.
 constexpr int BARRIER_BYTES = 8;
 
 __device__ __forceinline__ void make_barrier(char *barrier, u32 threads) {
@@ -295,7 +296,8 @@ __device__ __forceinline__ void arrive_with_copies(char *barrier) {
 #endif
 }
 
-// `parity` of the phase: 0 for the first, 1 for the second, 0 again ...
+// Waits for a phase to complete. Its `parity` is 0 for the first phase, 1 for the second, 0 for the
+// third, and so on.
 __device__ __forceinline__ void wait_for_copies(char *barrier, u32 parity) {
 #if __CUDA_ARCH__ >= 900
 #define WAIT "mbarrier.try_wait.parity.shared.b64"
@@ -311,7 +313,8 @@ __device__ __forceinline__ void wait_for_copies(char *barrier, u32 parity) {
 #undef WAIT
 }
 
-// A flag that another block waits for: what was written before it is there for who has seen it.
+// A flag that another block waits for. A block that has seen it also sees what was written before
+// it.
 __device__ __forceinline__ void store_release(int *to, int v) {
     asm volatile("st.release.gpu.global.s32 [%0], %1;" :: "l"(to), "r"(v) : "memory");
 }
@@ -322,14 +325,14 @@ __device__ __forceinline__ int load_acquire(const int *from) {
     return v;
 }
 
-// Two 8 x 8 tiles of half-precision values; lane l gives the address of row l % 8 of tile l / 8,
-// and those from 16 on any address.
+// Loads two 8 x 8 tiles of half-precision values. Lane l gives the address of row l % 8 of tile
+// l / 8; lanes from 16 on may give any address.
 __device__ __forceinline__ void load_tiles(u32 &a, u32 &b, u32 row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
                  : "=r"(a), "=r"(b) : "r"(row));
 }
 
-// The same, each transposed.
+// The same, with each tile transposed.
 __device__ __forceinline__ void load_tiles_transposed(u32 &a, u32 &b, const void *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
                  : "=r"(a), "=r"(b) : "r"(shared_address(row)));

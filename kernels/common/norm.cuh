@@ -1,8 +1,8 @@
-// LayerNorm of a position, whose channels LANES lanes have in registers: each 4 adjacent ones out of
-// each 4 LANES.
+// LayerNorm of a position whose channels are in the registers of LANES lanes. Of each 4 LANES
+// channels a lane has 4 adjacent ones.
 #include "common/common.cuh"
 
-// Weight and bias (D) to shared memory, by all threads of the block.
+// Loads weight and bias (D) into shared memory. Called by all threads of the block.
 __device__ __forceinline__ void load_affine(float *to, const void *weight, const void *bias,
                                             int dim, int type) {
     for (int j = threadIdx.x; j < dim; j += blockDim.x) {
@@ -12,7 +12,8 @@ __device__ __forceinline__ void load_affine(float *to, const void *weight, const
     __syncthreads();
 }
 
-// Stores the norm of `v` (zeros beyond the last channel) at `to`; gives mean and 1 / deviation.
+// Stores the norm of `v`, which has zeros beyond the last channel, at `to`. Returns the mean and
+// 1 / standard deviation.
 template <class O, int LANES = 32, int PARTS>
 __device__ __forceinline__ float2 store_norm(void *out, long long to, float (&v)[PARTS][4],
                                              const float *affine, int dim, int lane, float eps,
@@ -38,7 +39,7 @@ __device__ __forceinline__ float2 store_norm(void *out, long long to, float (&v)
 #pragma unroll
     for (int i = 0; i < PARTS; ++i) {
         const int c = (i * LANES + lane) * 4;
-        asm volatile("" ::: "memory");  // or all weights are loaded at once, and spill
+        asm volatile("" ::: "memory");  // else the compiler loads all weights at once and spills
         if (c >= dim || !valid) continue;
         float w[4], b[4];
         unpack4(w, *(const float4 *)(affine + c), Float{});

@@ -1,4 +1,4 @@
-// Parameters rounded to half precision, by themselves.
+// Rounds parameters to half precision, in a launch of its own.
 #include "common/cast.cuh"
 
 template <class T>

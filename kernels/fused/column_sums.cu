@@ -1,4 +1,4 @@
-// Sums over the rows of a matrix, and, on the way, the backward of GELU (the exact one).
+// Sums over the rows of a matrix and, on the way, the backward of the exact GELU.
 #include "common/common.cuh"
 
 struct ColumnSumsParams {
@@ -19,7 +19,8 @@ __global__ void __launch_bounds__(256) column_sums(const ColumnSumsParams p) {
     if (column < p.dim)
 #pragma unroll 4
         for (int row = blockIdx.x * 8 + threadIdx.y; row < p.rows; row += gridDim.x * 8) {
-            // With GELU from the end, as what the product before has written last is still in L2.
+            // With GELU rows are taken from the end, because what the product before has written
+            // last is still in L2.
             const long long at = (long long)(GELU ? p.rows - 1 - row : row) * p.dim + column;
             float grad[4];
             unpack4(grad, load4<T>(p.grad, at, true), T{});

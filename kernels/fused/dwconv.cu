@@ -14,7 +14,8 @@ __global__ void __launch_bounds__(256) dwconv(const DwconvParams p) {
     extern __shared__ __align__(16) float shared[];  // (9, channels)
     load_weights(shared, p.weight, p.weight_type, p.x.dim);
     const int channels = 4 * blockDim.x, channel = (blockIdx.y * blockDim.x + threadIdx.x) * 4;
-    // From the end: what was written last is still in L2, and so is, for the next, what it reads first.
+    // Blocks begin at the end of the map: what was written last is still in L2. The next kernel
+    // begins where this one ends, so that it too finds in L2 what it reads first.
     const int i = (gridDim.x - 1 - blockIdx.x) * blockDim.y + threadIdx.y;
     if (channel >= p.x.dim || i >= count_strips(p.x, ROWS, p.segments)) return;
     const Strip<ROWS> strip(p.x, i, p.segments, p.columns);
@@ -28,8 +29,8 @@ __global__ void __launch_bounds__(256) dwconv(const DwconvParams p) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) bias[e] = load_parameter(p.bias, channel + e, p.bias_type);
 
-    // Sums of three columns: each column that comes adds to the one before, to its own and to the
-    // next.
+    // Sums of three columns of outputs: each column that is loaded adds to the one before it, to
+    // its own and to the next.
     float sums[ROWS][3][4];
 #pragma unroll
     for (int r = 0; r < ROWS; ++r)

@@ -1,5 +1,5 @@
-// Backward of the depthwise 3 x 3 convolution with SiLU: the gradient by what SiLU takes, which is
-// calculated again, and those by weight and bias.
+// Backward of the depthwise 3 x 3 convolution with SiLU: the gradient by the input of SiLU, which
+// is calculated again, and the gradients by weight and bias.
 #include "fused/dwconv.cuh"
 
 struct DwconvBwdParams {

@@ -1,4 +1,4 @@
-// GELU (the exact one), which may be in place.
+// The exact GELU; `y` may be `x`.
 #include "common/common.cuh"
 
 struct GeluParams {
@@ -10,7 +10,7 @@ struct GeluParams {
 constexpr int VECTORS = 4;  // of 4 elements, of a thread
 
 // Blocks begin at the end: what the matrix product before has written last is still in L2, and so is
-// what the next one reads first.
+// what the product after this kernel reads first.
 template <class T>
 __global__ void __launch_bounds__(256) gelu_map(const GeluParams p) {
     const long long block = gridDim.x - 1 - blockIdx.x;

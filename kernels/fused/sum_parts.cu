@@ -1,4 +1,5 @@
-// The gradients by weights and biases over the channels, from what each block of a backward left.
+// The gradients by weights and biases of channels, summed over the partial sums that the blocks of
+// a backward have written.
 #include "common/common.cuh"
 
 constexpr int MOST = 6, SLICES = 32, AHEAD = 12;

@@ -35,7 +35,8 @@ struct ScanParams {
     u32 magic_height, magic_width;
 };
 
-// Without what C++ does to a short before it is an int: that would wait for the load.
+// Loads 16 bits straight into a 32-bit register. C++ would first make an int of the short, and that
+// instruction would wait for the load.
 __device__ __forceinline__ u32 load_u16(const void *p) {
     u32 v;
     asm("ld.global.nc.u16 %0, [%1];" : "=r"(v) : "l"(p));
@@ -75,7 +76,8 @@ struct SequencePath {
     }
 };
 
-struct Steps {  // of a path over a tensor with the strides of H and W
+// The offsets of a path's positions in a tensor, from the strides of its H and W.
+struct Steps {
     int inner, outer, first;
     __device__ __forceinline__ Steps(const SequencePath &path, int stride_h, int stride_w) {
         inner = path.column ? stride_h : stride_w;
@@ -96,8 +98,8 @@ struct Steps {  // of a path over a tensor with the strides of H and W
     }
 };
 
-// N (4 or 8) positions from `start` of a channel, as their bits; zeros beyond `count` and if not
-// `valid`.
+// Loads N (4 or 8) positions of a channel from `start` on, as their bits. There are zeros beyond
+// `count`, and only zeros if not `valid`.
 template <class T, bool SEQ, int N>
 __device__ __forceinline__ void load_bits(
     u32 (&x)[N], const void *base, const SequencePath &path, const Steps &steps, int start,
@@ -163,7 +165,7 @@ __device__ __forceinline__ void load_steps(
     to_floats<T>(x, bits);
 }
 
-// The counterpart, for a contiguous result of type T or another.
+// The counterpart of load_steps, for a contiguous result of type T or another.
 template <class T, bool SEQ, int N>
 __device__ __forceinline__ void store_steps(
     const float (&y)[N], void *base, const SequencePath &path, const Steps &steps, int start,
@@ -216,8 +218,9 @@ struct BlockIndex {
     }
 };
 
-// Columns dt (R), then B and C (STATE each, as wanted) of `count` positions from `start` as fp32,
-// C times ln 2; zeros beyond, up to LENGTH. A thread has NUMBERS of them to a turn.
+// Stages the columns dt (R) and then, as the template says, B and C (STATE each) of `count`
+// positions from `start` on, as fp32, with C times ln 2. Up to LENGTH there are zeros beyond them.
+// A thread stages NUMBERS numbers in a turn.
 template <class T, int STATE, bool SEQ, bool WITH_B, bool WITH_C, int LENGTH, int NUMBERS>
 struct Staging {
     static constexpr int COLUMNS = STATE * (WITH_B + WITH_C);
@@ -259,7 +262,8 @@ struct Staging {
             }
         }
     }
-    // The column in memory, or the first where there is none.
+    // Finds the number n of a column among those of B or C, negative for one of dt. Returns whether
+    // there is such a column in memory.
     __device__ __forceinline__ bool locate(int column, bool &is_C, int &n) const {
         const int of = column - (SEQ ? 0 : p.rank);
         is_C = of >= (WITH_B ? STATE : 0);

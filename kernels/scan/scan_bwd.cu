@@ -1,5 +1,5 @@
-// Backward of a scan, any state size and dtype: a lane has a tile of states and channels and takes
-// four positions at a time, against the scan. README.md has the layout.
+// Backward of a scan for any state size and dtype. A lane has a tile of states and channels and
+// takes four positions at a time, in the reverse order. README.md describes the layout.
 #include "scan/scan_bwd_passes.cuh"
 
 template <class T, int STATE, bool SEQ>

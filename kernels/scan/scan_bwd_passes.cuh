@@ -2,7 +2,7 @@
 #pragma once
 #include "scan/scan_bwd_state.cuh"
 
-// For the warp's channels: l, x l, dy, and the slope of the softplus.
+// Calculates l, x l, dy and the slope of the softplus for the warp's channels.
 template <class T, int STATE, bool SEQ>
 __device__ __forceinline__ void Backward<T, STATE, SEQ>::project(
     const ScanParams &p, const Chunk &c) {
@@ -73,7 +73,7 @@ __device__ __forceinline__ void Backward<T, STATE, SEQ>::locate(const ScanParams
     opaque(c.to_slot);
 }
 
-// The states before 4 positions, to where the lane is; and along the scan to behind them.
+// Stores the states before 4 positions; step_forward then calculates those behind these positions.
 template <class T, int STATE, bool SEQ>
 __device__ __forceinline__ void Backward<T, STATE, SEQ>::store_states(const Chunk &c) {
 #pragma unroll
@@ -107,7 +107,7 @@ __device__ __forceinline__ void Backward<T, STATE, SEQ>::step_forward(Chunk &c) 
     for (int i = 0; i < ROWS; ++i) c.to_B[i] += 16;
 }
 
-// Against the scan: the gradient by the state behind each position, and what follows from it.
+// In the reverse order: the gradient by the state behind each position, and what follows from it.
 template <class T, int STATE, bool SEQ>
 __device__ __forceinline__ void Backward<T, STATE, SEQ>::run_back(Chunk &c) {
     // The state whose sums this lane has in the end, and whether they are those by B or by C.
@@ -171,7 +171,8 @@ __device__ __forceinline__ void Backward<T, STATE, SEQ>::run_back(Chunk &c) {
                 }
         }
 
-        // Over the lanes that have the same states, then over those of the same channels.
+        // Sum over the lanes that have the same states, then over those that have the same
+        // channels.
         float half[4];
 #pragma unroll
         for (int t = 0; t < 4; ++t) half[t] = halve(sums[0][t], sums[1][t], of_C, STATES);
@@ -307,7 +308,7 @@ __device__ __forceinline__ void Backward<T, STATE, SEQ>::multiply_dt(
             grad_weights[r * 32] += sum;
         }
         __syncwarp();
-        // By dt: a lane sums over a part of the channels, at 4 positions.
+        // For the gradient by dt a lane sums over a part of the channels, at 4 positions.
 #pragma unroll 1
         for (int item = lane; item < p.rank * SPLIT * QUADS; item += 32) {
             const int s = item % QUADS, part = item / QUADS % SPLIT;
@@ -331,7 +332,7 @@ __device__ __forceinline__ void Backward<T, STATE, SEQ>::multiply_dt(
     }
 }
 
-// The sums of the warps, in their order: a column and 4 positions to a thread.
+// Adds up the sums of the warps, in the order of the warps. A thread has a column and 4 positions.
 template <class T, int STATE, bool SEQ>
 __device__ __forceinline__ void Backward<T, STATE, SEQ>::sum_warps(
     const ScanParams &p, const Chunk &c, const SequencePath &path) {
@@ -379,7 +380,7 @@ __device__ __forceinline__ void Backward<T, STATE, SEQ>::sum_warps(
     }
 }
 
-// The sums over all positions of the span.
+// Stores the sums over all positions of the span.
 template <class T, int STATE, bool SEQ>
 __device__ __forceinline__ void Backward<T, STATE, SEQ>::store_sums(const ScanParams &p) {
     float *to = p.sums + ((((long long)b * p.spans + index.span) * p.routes + k) * p.groups + group)

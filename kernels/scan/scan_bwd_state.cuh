@@ -1,9 +1,9 @@
-// What a block of scan_bwd.cu has in registers and in shared memory, and how it comes there.
+// What a block of scan_bwd.cu has in registers and in shared memory, and how it gets there.
 #pragma once
 #include "scan/scan.cuh"
 
 constexpr int QUADS = SAVED / 4, ROW = pitch_for<SAVED>;
-// Of a block at most: no more fit into the shared memory of the other generations.
+// Warps of a block at most. The shared memory of the other generations has no room for more.
 #if __CUDA_ARCH__ == 900 || __CUDA_ARCH__ / 100 == 10
 constexpr int WARPS = 12;
 #else
@@ -24,8 +24,9 @@ __device__ __forceinline__ void wait(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" :: "r"(barrier), "r"(threads) : "memory");
 }
 
-// Sums of half maps on the tensor cores, m16n8k8 in TF32. These cut a number after 10 bits: GAIN
-// gives back the mean of what is cut. For sm_100 the compiler has too few registers for it.
+// For half-precision maps, sums are made on the tensor cores, by m16n8k8 in TF32. TF32 truncates a
+// number after 10 bits, and GAIN makes up for what is lost on average. For sm_100 the compiler runs
+// out of registers, so there the tensor cores are not used.
 #if __CUDA_ARCH__ >= 800 && __CUDA_ARCH__ / 100 != 10
 template <class T> constexpr bool CORES = !same<T, Float>;
 #else

@@ -3,11 +3,11 @@
 // state (GRADIENTS). README.md describes the layout.
 #include "scan/scan.cuh"
 
-// A thread's STATE numbers in shared memory are adjacent and padded: constant offsets (the compiler
-// would keep an address for each in a register) without bank conflicts.
+// A thread's STATE numbers in shared memory are adjacent, and padded to avoid bank conflicts. So
+// they have constant offsets; otherwise the compiler would keep an address for each in a register.
 template <int STATE> constexpr int pitch_of = STATE | 1;
 
-// Of a multiprocessor: four where 80 registers are enough for this generation's compiler.
+// Blocks of a multiprocessor: four where the compiler manages with 80 registers on this generation.
 template <int STATE, bool SEQ>
 constexpr int BLOCKS = STATE == 16 && (SEQ ? __CUDA_ARCH__ >= 860 && __CUDA_ARCH__ < 1000
                                            : __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900) ? 4 : 3;
@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(192, BLOCKS<STATE, SEQ>) scan_fwd(const ScanPa
     float *const staged = shared;
     const float *const B_staged = staged + p.rank * PITCH;
     float *const weights = staged + (p.rank + (MODE == RUN ? 2 : 1) * STATE) * PITCH + own;
-    // Bias, skip and two addresses: a register less each.
+    // Bias, skip and two addresses are in shared memory, which saves a register for each.
     volatile float *const bias = weights + p.rank * width, *const skip = bias + width;
     volatile long long *const x_offset
         = (long long *)(weights - own + (p.rank + 2) * width) + own;
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(192, BLOCKS<STATE, SEQ>) scan_fwd(const ScanPa
         for (int s = 0; s < in_turn; s += STEP) {
             const int count = in_turn - s;
             if (MODE == RUN && s % SAVED == 0 && p.states && valid) {
-                float *to;  // where the compiler needs the fewest registers
+                float *to;  // each way is the one for which the compiler needs the fewest registers
                 if constexpr (SEQ) {
                     to = p.states + channel
                          + (index.scan_number(p) * p.chunks + (start + s) / SAVED) * STATE * p.dim;

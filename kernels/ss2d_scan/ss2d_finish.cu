@@ -1,5 +1,6 @@
-// The gradients by the parameters of ss2d_scan and of the norm that follows, in their dtypes, from
-// what the blocks of the backwards left and from the product for x_proj_weight.
+// The gradients by the parameters of ss2d_scan and of the norm that follows, in the dtypes of the
+// parameters. They come from the partial sums that the blocks of the backwards have written, and
+// from the matrix product for x_proj_weight.
 #include "common/common.cuh"
 
 struct Ss2dFinishParams {

@@ -1,4 +1,4 @@
-// The sum of the maps of the routes, and, if asked for, its LayerNorm over the channels.
+// The sum of the maps of the routes and, on request, its LayerNorm over the channels.
 #include "common/norm.cuh"
 
 struct Ss2dMergeParams {
@@ -12,9 +12,9 @@ struct Ss2dMergeParams {
     int batch, length, images, dim, parameter_type;  // images: of a span of the scan
 };
 
-// A warp per position; a lane has 4 adjacent channels out of each 128. First come the images that
-// the scan wrote last, in every span, for they are in L2: the last ones of a forward, the first
-// ones of a backward, which is what has an extra map.
+// A warp takes a position at a time; a lane has 4 adjacent channels out of each 128. In every span
+// the images that the scan wrote last come first, because they are in L2. These are the last ones
+// after a forward and the first ones after a backward, which is the case with an extra map.
 template <class T, int MAPS, bool EXTRA, int PARTS, bool FLOAT>
 __global__ void __launch_bounds__(256) ss2d_merge(const Ss2dMergeParams p) {
     typedef typename Raw<T>::type R;
@@ -24,8 +24,9 @@ __global__ void __launch_bounds__(256) ss2d_merge(const Ss2dMergeParams p) {
     extern __shared__ __align__(16) float shared[];  // weight and bias, if there is a norm
     if (p.normed) load_affine(shared, p.weight, p.bias, p.dim, p.parameter_type);
     const long long map = (long long)p.batch * p.length * p.dim;
-    // Nobody reads these maps again: what of them is still in L2 need not go to memory. Not of two
-    // maps, which fit in L2 anyway; a backward was not measured.
+    // Nothing reads these maps again, so what is still in L2 need not go to memory. Two maps are
+    // left alone, because they fit in L2 anyway. A backward is left alone because it was not
+    // measured.
     const int bytes = p.dim * (int)sizeof(Element), lines = bytes / LINE_BYTES;
     const bool discards = MAPS == 4 && !EXTRA && ((size_t)p.maps | bytes) % LINE_BYTES == 0;
     const u32 spans = (p.batch + p.images - 1) / p.images, all = spans * p.images * p.length;

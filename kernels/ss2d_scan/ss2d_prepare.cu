@@ -1,6 +1,6 @@
-// The parameters of ss2d_scan as its forward takes them, in one launch: x_proj_weight with the rows
-// of a route padded and reordered, dt_projs_weight as fragments of the tensor cores, and fp32. Its
-// last blocks round other parameters, if there are any, to half precision.
+// Writes the parameters of ss2d_scan as its forward takes them, in one launch: x_proj_weight with
+// the rows of a route padded and reordered, dt_projs_weight as fragments for the tensor cores, and
+// the rest in fp32. The last blocks round other parameters, if there are any, to half precision.
 #include "common/cast.cuh"
 
 struct Ss2dPrepareParams {

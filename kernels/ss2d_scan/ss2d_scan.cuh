@@ -1,10 +1,10 @@
 // What the forward and the backward of ss2d_scan share. README.md has the mathematics and the
-// layout. The images of the batch are one sequence, cut into slots of 7 positions, so that a slot is
-// of one image. A warp has 16 channels and takes a chunk of 8 slots at a time: lane 4 g + t owns the
+// layout. The images of the batch are one sequence, divided into slots of 7 positions, each within
+// one image. A warp has 16 channels and takes a chunk of 8 slots at a time: lane 4 g + t owns the
 // positions of slot g and the channels 4 t .. 4 t + 3.
 #include "common/common.cuh"
 
-#define LIKELY(condition) __builtin_expect(condition, 1)  // so the other way is out of line
+#define LIKELY(condition) __builtin_expect(condition, 1)  // moves the other branch out of line
 
 constexpr int OWN = 7, CHUNK = 8 * OWN;
 constexpr u32 ALL = 0xffffffffu;
@@ -38,13 +38,13 @@ struct Scan {
     u32 magic_height, magic_width, magic_slots;
 };
 
-// A position of a slot, its first if nothing else is said: the image, the slot's number there, the
-// pixel, and how many there are from it to the end of the row. Beyond the batch the slot's number is
-// so high that the image has ended long before.
+// A position of a slot, by default its first: the image, the number of the slot in the image, the
+// pixel, and how many pixels there are from this one to the end of the row (`wrap`). Beyond the
+// batch the number of the slot is so high that the image has ended long before.
 struct SlotPosition {
     int image, slot, pixel, wrap;
 
-    // The position of the slot's first in the image's scan.
+    // Where the first position of the slot is in the scan of the image.
     __device__ __forceinline__ int start() const { return slot * OWN; }
 };
 
@@ -89,7 +89,7 @@ __device__ __forceinline__ bool move(const Scan &p, const PixelPath &path, SlotP
     return true;
 }
 
-// To the next slot, as find_place does for its first position.
+// Moves to the first position of the next slot, as find_place would find it.
 __device__ __forceinline__ void advance(const Scan &p, const PixelPath &path, SlotPosition &place) {
     if (++place.slot == p.slots) {
         ++place.image;
@@ -140,7 +140,7 @@ __device__ __forceinline__ PixelPath make_path(const Scan &p, int route, int chu
 struct Stager {
     int i, unit, step;
 
-    // Of the threads that stage together, this one's number and how many there are.
+    // `thread` is the number of this thread among the `threads` threads that stage together.
     __device__ __forceinline__ Stager(u32 thread, u32 threads) {
         i = (thread & 3) + (thread >> 3 & 4);
         unit = thread >> 6, step = threads >> 6;
@@ -171,8 +171,8 @@ __device__ __forceinline__ float element(const float4 &v, int i) {
     return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
-// Calls f(i, pointer) for the positions of a slot, where all rows are 7 long or more, so that at most
-// one ends here. `image`: of a map with that many elements from a pixel to the next.
+// Calls f(i, pointer) for the positions of a slot. All rows must have 7 pixels or more, so that at
+// most one row ends here. `image` is that of a map with `stride` elements from a pixel to the next.
 template <class E, class F>
 __device__ __forceinline__ void for_pixels(const PixelPath &path, const SlotPosition &place,
                                            E *image, int stride, F f) {
@@ -185,8 +185,8 @@ __device__ __forceinline__ void for_pixels(const PixelPath &path, const SlotPosi
     }
 }
 
-// A lane's own 7 x 4 elements of a map, zeros beyond the end: take(i, pointer) for 8 aligned bytes
-// within the map, put(i, value) else.
+// Reads a lane's own 7 x 4 elements of a map, with zeros beyond the end. Calls take(i, pointer)
+// where the 4 elements are 8 aligned bytes within the map, else put(i, value).
 template <class Take, class Put>
 __device__ __forceinline__ void read_map(const Scan &p, const PixelPath &path, const Map &map,
                                          const SlotPosition &place, int channel, Take take,
@@ -253,7 +253,7 @@ __device__ __forceinline__ void write_map(const Scan &p, const PixelPath &path, 
     }
 }
 
-// A lane's own elements of a map, to its place in the warp's shared memory.
+// Copies a lane's own elements of a map to where the lane has them in the warp's shared memory.
 __device__ __forceinline__ void copy_map(const Scan &p, const PixelPath &path, const Map &map,
                                          const SlotPosition &place, int channel, char *memory,
                                          int lane) {
@@ -266,13 +266,13 @@ __device__ __forceinline__ void copy_map(const Scan &p, const PixelPath &path, c
 // The channel whose bias is at this place: of each two channels they are there twice.
 __device__ __forceinline__ int twice(int lane) { return lane / 4 * 2 + lane % 2; }
 
-// What a warp needs of the parameters of a route, in its shared memory: the fragments, and of its 16
-// channels bias and rate.
+// The parameters of a route that a warp needs, in its shared memory: the fragments, and bias and
+// rate of its 16 channels.
 template <int TILES>
 struct Weights {
     static constexpr int BYTES = TILES * 256 + 192;
     const u32 *fragments;
-    const float *bias, *rates;  // bias: of each two channels twice, as project_dt takes it
+    const float *bias, *rates;  // the biases of each two channels are there twice, for project_dt
 
     __device__ __forceinline__ Weights(const char *memory)
         : fragments((const u32 *)memory), bias((const float *)(memory + TILES * 256)),
@@ -304,15 +304,15 @@ __device__ __forceinline__ void save_states(const Scan &p, float *states, int ro
     }
 }
 
-// z = log2(e) (W dt + bias) of a lane's positions and of its channels 2 pair, 2 pair + 1, for some
-// pairs; far below zero beyond the end, so that nothing happens there. A row of a 16 x 8 tile may be
-// any position: row g is 7 g + s, and row g + 8 is 7 g + 4 + s.
+// Calculates z = log2(e) (W dt + bias) for a lane's positions and for its channels 2 pair and 2
+// pair + 1, for PAIRS pairs. Beyond the end z is far below zero, so that nothing happens there. A
+// row of a 16 x 8 tile may be any position: row g is 7 g + s, and row g + 8 is 7 g + 4 + s.
 template <class T, int TILES, bool TURNED, int PAIRS>
 __device__ __forceinline__ void project_dt(float (&z)[PAIRS][OWN][2], const char *staged,
                                            const u32 *fragments, const float *bias, int pair,
                                            int lane, int count) {
-    // Lanes 0 to 7 name the rows of positions s, 8 to 15 those of s + 4: of 7, which there is not,
-    // any memory.
+    // Lanes 0 to 7 name the rows of positions s, lanes 8 to 15 those of s + 4. Position 7 does not
+    // exist, and its rows may be any memory.
     u32 rows = shared_address(staged + (lane & 7) * 16 + (lane & 8) * 64);
     float c[PAIRS][4][4];
 #pragma unroll 8
@@ -323,7 +323,7 @@ __device__ __forceinline__ void project_dt(float (&z)[PAIRS][OWN][2], const char
             b[j] = fragments[(2 * k + pair + j) * 32 + lane];
             if (TURNED) b[j] = transpose_tile(b[j]);
         }
-        opaque(rows);  // one tile after the other, for want of registers
+        opaque(rows);  // one tile after the other: there are too few registers for more
 #pragma unroll
         for (int s = 0; s < 4; ++s) {
             u32 a0, a1;
@@ -355,7 +355,8 @@ __device__ __forceinline__ void project_dt(float (&z)[PAIRS][OWN][2], const char
                 if (i >= count) z[j][i][0] = z[j][i][1] = -1e4f;
 }
 
-// Where (B, C) of a lane's positions are, packed, 128 bytes apart; column: of the staged row.
+// Returns where (B, C) of a lane's positions are, packed and 128 bytes apart. `column` is that of
+// the staged row.
 __device__ __forceinline__ const char *pairs_of(const char *staged, int column, int g) {
     return staged + (column >> 3) * UNIT_BYTES + g * 16 + (column & 7) * 2;
 }
@@ -367,8 +368,8 @@ __device__ __forceinline__ void load_pairs(u32 (&pairs)[OWN], const char *staged
     for (int i = 0; i < OWN; ++i) pairs[i] = *(const u32 *)(from + i * 128);
 }
 
-// Lane g has the map h -> P h + q over its positions; combine it with those of up to `reach` lanes
-// that come before it in time: lower g, or higher if BACK.
+// Lane g has the map h -> P h + q over its positions. Combines it with the maps of up to `reach`
+// lanes that come before it in time, which have a lower g, or with BACK a higher one.
 template <bool BACK>
 __device__ __forceinline__ void combine_lanes(float &P, float &q, int reach) {
 #pragma unroll

@@ -83,7 +83,7 @@ __device__ __forceinline__ void add_weight(float4 *dweight, const char *staged, 
         float c[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
         for (int i = 0; i < OWN; i += 2) {
-            // The tiles of positions i and i + 1 are neighbours; there is no 7.
+            // The tiles of positions i and i + 1 are neighbours; there is no position 7.
             u32 b0, b1;
             load_tiles_transposed(b0, b1, row + j * UNIT_BYTES + (i + 1 < OWN ? i : i - 1) * 128);
             if (i + 1 < OWN) {
@@ -122,7 +122,8 @@ ss2d_scan_bwd(const Ss2dScanBwdParams params) {
     float *const bias = (float *)(fragments + TILES * 64);
     float *const rates = bias + 32, *const skip = rates + 16;
     float *const states = skip + 16;  // twice
-    // Of the lane's 4 channels each: the carry; then the sums of A, bias and skip, or the decay.
+    // For each of the lane's 4 channels: the carry; then the sums by A, bias and skip, or the
+    // decay.
     float *const carry = states + 32 + lane, *const sums = carry + 128;
     const long long of_span = ((long long)map * p.spans + span) * p.dim;
     if (active)
@@ -148,7 +149,8 @@ ss2d_scan_bwd(const Ss2dScanBwdParams params) {
             }
             commit_copies();
         };
-        __syncthreads();  // the memory is done with, and the map of the route before is written
+        // Afterwards nothing reads the memory any more, and the map of the route before is written.
+        __syncthreads();
         if (active) {
             const int at = route * groups + group;
             for (int j = lane; j < TILES * 64; j += 32)
@@ -167,7 +169,7 @@ ss2d_scan_bwd(const Ss2dScanBwdParams params) {
             char *const x_slot = own + turn * 2 * MAP_BYTES, *const dy_slot = x_slot + MAP_BYTES;
             wait_copies<0>();
             __syncthreads();
-            // Calculated again for each chunk: there are no registers to keep it.
+            // The path is made again for each chunk: there are no registers to keep it.
             opaque(route);
             opaque(chunk);
             const SlotPosition place = find_place(p, make_path(p, route), chunk * 8 + g);
@@ -213,7 +215,8 @@ ss2d_scan_bwd(const Ss2dScanBwdParams params) {
                         for (int i = OWN - 1; i >= 0; --i) w = a[i] * (pairs[i].y * dy[i] + w);
                         const int slots_after = p.slots - 1 - place.slot;
                         combine_lanes<true>(P_back, w, min(7 - g, slots_after));
-                        const bool arrived = slots_after > 7 - g;  // the image ends in a later one
+                        // Whether the image ends in a later chunk.
+                        const bool arrived = slots_after > 7 - g;
                         const float arrive = carry[n * 32];
                         const float leave = arrived ? P_back * arrive + w : w;
                         const float after = __shfl_down_sync(ALL, leave, 4);
@@ -282,14 +285,15 @@ ss2d_scan_bwd(const Ss2dScanBwdParams params) {
                     }
                 }
                 if (!SUMMARY) {
-                    int again = route;  // to find the place again, for want of registers
+                    int again = route;  // the position is found again, to save registers
                     opaque(again);
                     const PixelPath path = make_path(p, again);
                     write_map<T>(p, path, map_of(p, params.dx, map), [&](int i) {
                         return *(const uint2 *)(x_slot + lane * 8 + i * 256);
                     }, find_place(p, path, chunk * 8 + g), channel, route != map);
                     __syncwarp();
-                    // x is done with: its place takes what the other warps need of B and C.
+                    // x is no longer needed: its memory takes the sums by B and C for the other
+                    // warps.
                     float2 *const to = (float2 *)x_slot + OWN * g;
                     if (t == (pairs_at & 7) >> 1)
 #pragma unroll

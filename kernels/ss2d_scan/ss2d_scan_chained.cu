@@ -43,9 +43,10 @@ ss2d_scan_chained(const Ss2dScanChainedParams params) {
     const bool active = group < groups;
     const int first = span * p.span, count = min(p.span, p.chunks - first);  // slots of a run
     const int length = p.height * p.width;
-    int again = route;  // to make the path again each time, for want of registers
+    int again = route;  // the path is made again each time: there are no registers to keep it
     const int staged_bytes = (p.row >> 3) * UNIT_BYTES + PAD_BYTES;
-    // Of a warp: x of two slots of each lane, fragments, bias and rates, 64 bytes of skip.
+    // A warp's own memory: x of two slots of each lane, fragments, bias and rates, 64 bytes of
+    // skip.
     char *const own_x = staged_memory + STAGES * staged_bytes
         + warp * (2 * MAP_BYTES + Weights<TILES>::BYTES + 64);
     char *const own = own_x + 2 * MAP_BYTES;
@@ -57,7 +58,7 @@ ss2d_scan_chained(const Ss2dScanChainedParams params) {
     __syncwarp();
 
     const Stager stager(threadIdx.x, blockDim.x);
-    SlotPosition next;  // of the slot that was staged last
+    SlotPosition next;  // the slot that was staged last
     auto stage = [&](int step) {
         opaque(again);
         const PixelPath path = make_path(p, again);
@@ -89,7 +90,7 @@ ss2d_scan_chained(const Ss2dScanChainedParams params) {
             if (place.slot == 0) enter[c] = decay[c] = 0.f;
 #pragma unroll
         for (int pair = 0; pair < 2; ++pair) {
-            asm volatile("" ::: "memory");  // one after the other, for want of registers
+            asm volatile("" ::: "memory");  // one pair after the other, to save registers
             float z[1][OWN][2];
             project_dt<T, TILES, false>(z, staged, weights.fragments, weights.bias, pair, lane,
                                         length - place.start());

@@ -1,10 +1,12 @@
 // Forward of ss2d_scan for N = 1 on half-precision maps, in spans of whole images, so that nothing
-// enters one. A block scans a span of one route, to a map of its own; or of the two routes of an
-// axis, in turn for every few images, so that the second is added to what the first has just written.
+// enters one. A block scans a span of one route and writes a map of its own. Or it scans the two
+// routes of an axis, in turn for every few images, and adds the second to what the first has just
+// written.
 //
-// Where images are few and large, the chunks of a span go around (CLUSTER): sets of a block's warps,
-// and the blocks of a cluster, take one after the other. A warp scans its chunk from zero, takes the
-// state that enters from the warp that has the chunk before, and hands on what leaves.
+// With few, large images (CLUSTER) the chunks of a span go around: the sets of a block's warps, and
+// the blocks of a cluster, take one chunk after the other. A warp scans its chunk from zero, takes
+// the state that enters from the warp that has the chunk before, and hands on the state that
+// leaves.
 #ifdef CLUSTER
 #include "common/cluster.cuh"
 #define CLUSTER_DIMS __cluster_dims__(1, 1, CLUSTER)
@@ -19,14 +21,14 @@ struct Ss2dScanFwdParams {
     Map x;
     void *y;               // (maps, B, H, W, D): gridDim.x of them
     float *states;         // (K, chunks, D): the state that enters each chunk, or null
-    int unit;              // chunks that a route takes before it is the other one's turn
-    int sets;              // of the warps of a block: 1 without a cluster
+    int unit;              // chunks of one route before the other route has its turn
+    int sets;              // how many the warps of a block form: 1 without a cluster
 };
 
 constexpr bool AROUND = CLUSTER > 0;
 constexpr int BLOCKS_OF_SPAN = AROUND ? CLUSTER : 1;
-// Of a lane's four channels, scanned at a time: all, so that a state is waited for once, or for want
-// of registers half of them.
+// Pairs of a lane's four channels that are scanned at a time: with a cluster both, so that a warp
+// waits for a state only once; else one, because there are too few registers for both.
 constexpr int PAIRS = AROUND ? 2 : 1;
 // Staged chunks: while some warps stage the next one, slower warps may still read the one before.
 constexpr int STAGES = 3;
@@ -36,8 +38,8 @@ template <class T, int TILES>
 __global__ void __launch_bounds__(32 * WARPS, BLOCKS) CLUSTER_DIMS
 ss2d_scan_fwd(const Ss2dScanFwdParams params) {
     const Scan &p = params.scan;
-    // The warp by a shuffle, so that the compiler knows it to be the same for all lanes: what follows
-    // from it, as the paths, is in uniform registers.
+    // The number of the warp comes from a shuffle, so that the compiler knows it to be the same for
+    // all lanes and keeps what follows from it, such as the paths, in uniform registers.
     const int lane = threadIdx.x & 31, warp = __shfl_sync(ALL, (int)threadIdx.x >> 5, 0);
     const int warps = blockDim.x >> 5;
     const int g = lane >> 2, t = lane & 3;
@@ -55,7 +57,8 @@ ss2d_scan_fwd(const Ss2dScanFwdParams params) {
     const int staged_bytes = (p.row >> 3) * UNIT_BYTES + PAD_BYTES;
     char *const barriers = shared + set * STAGES * BARRIER_BYTES;
     char *const staged_memory = shared + BARRIERS + set * STAGES * staged_bytes;
-    // Of a warp: 64 bytes of skip, then for each of its routes the fragments, bias and rates.
+    // A warp's own memory: 64 bytes of skip, then for each of its routes the fragments, bias and
+    // rates.
     constexpr int ROUTE_BYTES = Weights<TILES>::BYTES;
     const int turns = AROUND ? 1 : p.routes / maps;
     char *const own_memory = shared + BARRIERS + sets * STAGES * staged_bytes;
@@ -76,15 +79,15 @@ ss2d_scan_fwd(const Ss2dScanFwdParams params) {
 #if CLUSTER
     Mailbox *const mailboxes = (Mailbox *)(own_memory + warps * (ROUTE_BYTES + 64));
     Mailbox *const mailbox = mailboxes + warp;
-    const bool near = set > 0 || CLUSTER == 1;  // what enters comes from this block
+    const bool near = set > 0 || CLUSTER == 1;  // the state that enters comes from this block
     if (lane == 0) mailbox->make(near);
-    // Of the warp that has the next chunk.
+    // The mailbox of the warp that has the next chunk, and whether it is in this block.
     const bool stays = set + 1 < sets || CLUSTER == 1;
     u32 next_mailbox = shared_address(mailboxes + (set + 1 < sets ? warp + width
                                                                   : warp - set * width));
     if (!stays) next_mailbox = address_in_block(next_mailbox, (blockIdx.z + 1) % CLUSTER);
     opaque(next_mailbox);  // not calculated again while another warp waits for it
-    u32 taken = 0;  // parity of what is taken next
+    u32 taken = 0;  // parity of the phase in which the mailbox is emptied next
 #endif
     __syncthreads();
 #if CLUSTER
@@ -97,7 +100,7 @@ ss2d_scan_fwd(const Ss2dScanFwdParams params) {
 #endif
     const Stager stager(thread, 32 * width);
     uint2 ahead[OWN];
-    SlotPosition next;  // of the slot that was staged last
+    SlotPosition next;  // the slot that was staged last
     next.slot = p.slots;
     auto stage = [&](int route, int chunk, int turn) {
         const PixelPath path = path_of(route);
@@ -128,7 +131,7 @@ ss2d_scan_fwd(const Ss2dScanFwdParams params) {
         const SlotPosition place = next;
         chunk += step;
         if (!AROUND && chunk == min(unit + params.unit, last)) {
-            next.slot = p.slots;  // elsewhere
+            next.slot = p.slots;  // the next slot is not found from this one
             if (route + maps < p.routes) {
                 route += maps;
                 chunk = unit;
@@ -143,7 +146,7 @@ ss2d_scan_fwd(const Ss2dScanFwdParams params) {
         const Weights<TILES> weights(own + 64 + (second ? ROUTE_BYTES : 0));
         if (!AROUND && params.states && g == 0)
             save_states(p, params.states, now, at, channel, enter);
-        u32 pairs[OWN];  // (B, C), unpacked where they are used, for want of registers
+        u32 pairs[OWN];  // (B, C), unpacked only where they are used, to save registers
         load_pairs(pairs, staged, (p.rank + 1) & ~1, g);
         uint2 y[OWN];
 #pragma unroll
@@ -171,8 +174,8 @@ ss2d_scan_fwd(const Ss2dScanFwdParams params) {
                     }
                 }
             }
-            // Of each lane, what it and those before it do to a state that enters the chunk: P h + q;
-            // and what only those before it do.
+            // What a lane and the lanes before it do to a state that enters the chunk is P h + q,
+            // with q in `h`; Q and `before` are the same for the lanes before it alone.
             float Q[PAIRS][2], before[PAIRS][2];
             const bool entered = place.slot > g;  // the image began in an earlier chunk
 #pragma unroll
@@ -243,7 +246,7 @@ ss2d_scan_fwd(const Ss2dScanFwdParams params) {
         taken ^= 1;
         if (params.states && g == 0) save_states(p, params.states, now, at, channel, enter);
 #endif
-        __syncwarp();  // what is added to is written, by other lanes of the warp
+        __syncwarp();  // other lanes of the warp have written what is added to
         write_map<T, AROUND>(p, path_of(now), map_of(p, params.y, map), [&](int i) {
             uint2 v = y[0];
 #pragma unroll
