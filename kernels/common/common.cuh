@@ -232,6 +232,16 @@ __device__ __forceinline__ void store_parameter(void *p, long long i, int type, 
                                                               : BFloat::pack(v, 0.f));
 }
 
+// The same for an element of a result, with a branch for each type: the code of the scan kernels
+// depends on that. Below sm_80 they take no bf16, and it has no branch.
+__device__ __forceinline__ void store_result(void *p, long long i, int type, float v) {
+    if (type == 0) ((float *)p)[i] = v;
+    else if (type == 1) ((unsigned short *)p)[i] = (unsigned short)Half::pack(v, 0.f);
+#if __CUDA_ARCH__ >= 800
+    else ((unsigned short *)p)[i] = (unsigned short)BFloat::pack(v, 0.f);
+#endif
+}
+
 __device__ __forceinline__ u32 shared_address(const void *p) {
     return (u32)__cvta_generic_to_shared(p);
 }

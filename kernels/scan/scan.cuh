@@ -49,14 +49,6 @@ __device__ __forceinline__ float load(const void *p, long long i) {
     else return T::unpack(__ldg((const unsigned short *)p + i)).x;
 }
 
-__device__ __forceinline__ void store(void *p, long long i, float v, int type) {
-    if (type == 0) ((float *)p)[i] = v;
-    else if (type == 1) ((unsigned short *)p)[i] = (unsigned short)Half::pack(v, 0.f);
-#if __CUDA_ARCH__ >= 800
-    else ((unsigned short *)p)[i] = (unsigned short)BFloat::pack(v, 0.f);
-#endif
-}
-
 // From position i of a scan to the offset in elements. A route that runs against its axis has
 // negative strides.
 struct SequencePath {
@@ -193,12 +185,12 @@ __device__ __forceinline__ void store_steps(
         const long long step = (long long)steps.inner * SIZE;
         char *to = (char *)base + (long long)offset * SIZE;
 #pragma unroll
-        for (int i = 0; i < N; ++i, to += step) store(to, 0, y[i], T::CODE);
+        for (int i = 0; i < N; ++i, to += step) store_result(to, 0, T::CODE, y[i]);
         return;
     }
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-        if (i < count) store(base, offset, y[i], type);
+        if (i < count) store_result(base, offset, type, y[i]);
         steps.next(path, offset, rest);
     }
 }

@@ -370,12 +370,13 @@ __device__ __forceinline__ void Backward<T, STATE, SEQ>::sum_warps(
             const int i = c.start + 4 * s + t;
             if (i >= c.start + c.count) break;
             if constexpr (SEQ)
-                store(of_C ? p.grad_C : p.grad_B,
+                store_result(of_C ? p.grad_C : p.grad_B,
                       ((sample * p.routes + k) * p.state + group * STATE + n) * length + i,
-                      sum[t] * scale, p.part_type);
+                      p.part_type, sum[t] * scale);
             else
-                store(p.grad_raw, ((sample * length + rows.at(path, i)) * p.routes + k)
-                                  * (p.rank + 2 * p.state) + at, sum[t] * scale, p.part_type);
+                store_result(p.grad_raw, ((sample * length + rows.at(path, i)) * p.routes + k)
+                                         * (p.rank + 2 * p.state) + at,
+                             p.part_type, sum[t] * scale);
         }
     }
 }
