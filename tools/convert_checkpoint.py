@@ -63,7 +63,7 @@ def check_complete(state, arch, family, source):
 def find_family(name, content, path, weights):
     """The family of this name, or the one whose model the file holds, at least in part."""
     from vmamba_mm.checkpoints.files import choose_weights, select_weights
-    from vmamba_mm.checkpoints.places import find_models
+    from vmamba_mm.checkpoints.prefixes import find_models
     from vmamba_mm.families import FAMILIES
 
     if name is not None and name not in FAMILIES:

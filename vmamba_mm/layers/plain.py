@@ -21,10 +21,10 @@ def are_plain(modules: Iterable[nn.Module], kinds: Iterable[type[nn.Module]]) ->
     for module, kind in zip(modules, kinds, strict=True):
         if type(module) is not kind:
             return False
-        own = module.__dict__
-        if 'forward' in own or own.get('_compiled_call_impl') is not None \
-                or own['_forward_hooks'] or own['_forward_pre_hooks'] \
-                or own['_backward_hooks'] or own['_backward_pre_hooks']:
+        attributes = module.__dict__
+        if 'forward' in attributes or attributes.get('_compiled_call_impl') is not None \
+                or attributes['_forward_hooks'] or attributes['_forward_pre_hooks'] \
+                or attributes['_backward_hooks'] or attributes['_backward_pre_hooks']:
             return False
     return not has_global_hook()
 

@@ -75,8 +75,8 @@ def _explain_empty(err):
         if hasattr(dataset, 'ann_file') and hasattr(dataset, 'metainfo'):
             try:
                 check_categories(dataset, 'the dataset', lambda line: None)
-            except UserError as found:
-                return str(found)
+            except UserError as reason:
+                return str(reason)
             return (f'the data set {type(dataset).__name__} ({dataset.ann_file}) has no samples, '
                     'or its filter_cfg leaves none')
         frame = frame.tb_next
@@ -100,10 +100,10 @@ def _raised_in(err, package):
 
 
 def _explain_type(text):
-    found = re.search(r'(\S+) is not in the (.+?) registry', text)
-    if not found:
+    match = re.search(r'(\S+) is not in the (.+?) registry', text)
+    if not match:
         return text
-    name, registry = found[1].strip('\'"'), found[2].rpartition('::')[2]
+    name, registry = match[1].strip('\'"'), match[2].rpartition('::')[2]
     close = difflib.get_close_matches(name.rpartition('.')[2], _registered(registry), n=3)
     hint = f'; did you mean {" or ".join(close)}?' if close else ''
     return f"the config names type='{name}', which no {registry} registry has{hint}"

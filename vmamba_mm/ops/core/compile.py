@@ -312,15 +312,15 @@ def check_params(instance: Instance, binary: Binary) -> None:
 
 
 def cache_dir() -> Path:
-    """Where compiled kernels are kept.
+    """The folder of the compiled kernels on disk.
 
     Raises:
         RuntimeError: if no variable is set and there is no home folder.
     """
     if _cache is not None:
         return _cache
-    if own := os.environ.get('VMAMBA_MM_CACHE_DIR'):
-        return Path(own).expanduser()
+    if folder := os.environ.get('VMAMBA_MM_CACHE_DIR'):
+        return Path(folder).expanduser()
     if caches := os.environ.get('XDG_CACHE_HOME'):
         return Path(caches, 'vmamba_mm')
     return Path.home() / '.cache' / 'vmamba_mm'

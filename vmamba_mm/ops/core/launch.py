@@ -169,13 +169,13 @@ def load(instance: Instance, device: torch.device | str | int) -> Kernel:
             source says.
     """
     index = device if isinstance(device, int) else driver.device_index(device)
-    found = _kernels.get((instance, index))
-    if found is None:
+    loaded = _kernels.get((instance, index))
+    if loaded is None:
         with _lock:
-            found = _kernels.get((instance, index))
-            if found is None:
-                found = _kernels[instance, index] = _loader(instance, index)
-    return found
+            loaded = _kernels.get((instance, index))
+            if loaded is None:
+                loaded = _kernels[instance, index] = _loader(instance, index)
+    return loaded
 
 
 _caches = []
