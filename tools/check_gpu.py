@@ -217,7 +217,7 @@ def start(sanitizer, tool, only):
 
 
 def find_problem(log, code, sources):
-    """What is wrong in a tool's log, or None."""
+    """Say what is wrong in a tool's log, or None."""
     if code == ERRORS or code == 0 and MARKS['done'] not in log:
         said = re.findall(r'^=+ ((?:.*error|.*race|.* SUMMARY):? .*)', log, re.I | re.M)
         return '; '.join(dict.fromkeys(said[:1] + said[-1:])) or f'exit code {code}'

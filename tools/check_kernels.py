@@ -52,7 +52,7 @@ def measure(instance, arch):
 
 
 def parse_log(binary):
-    """What ptxas says of a kernel and of the functions that it calls.
+    """Parse what ptxas says of a kernel and of the functions that it calls.
 
     Other kernels of the same file, compiled along, do not count.
     """

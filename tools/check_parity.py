@@ -130,7 +130,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_expected(path: Path, report) -> dict:
-    """What a model is compared with; nothing where the family says that there is none."""
+    """Read the numbers that a model is compared with; none where there is no file."""
     from _parity.runner import read_numbers
 
     if not path.is_file():
@@ -143,7 +143,7 @@ def read_expected(path: Path, report) -> dict:
 
 
 def _comparable(value):
-    """As JSON gives it back."""
+    """The value as JSON would give it back: lists for tuples, str for keys."""
     if isinstance(value, Mapping):
         return {str(k): _comparable(v) for k, v in value.items()}
     return [_comparable(v) for v in value] if isinstance(value, list | tuple) else value

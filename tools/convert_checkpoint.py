@@ -80,7 +80,7 @@ def find_family(name, content, path, weights):
 
 
 def check_target(target, to, force):
-    """Before any work: a name that says what the file is, and nothing lost that is there."""
+    """Refuse, before any work, a name that does not say what the file is, or one that exists."""
     path = Path(target)
     if path.is_dir():
         raise UserError(f'{target} is a folder: name the file to write')
@@ -96,7 +96,7 @@ def check_target(target, to, force):
 
 
 def refuse_own_input(source, files, target):
-    """Whatever links or relative names the two are called by."""
+    """Refuse a target that is the input, by whatever links or relative names they are called."""
     if not os.path.exists(target):
         return
     for file in files:
@@ -106,16 +106,16 @@ def refuse_own_input(source, files, target):
 
 
 def find_left_out(content, key, held, state):
-    """What of the input is not in the weights to write, for the report."""
+    """The names of what the weights to write leave out of the input, for the report."""
     known = ('meta', 'epoch', key.partition('.')[0])
     left = [] if key == '' else [k for k in content if k not in known]
-    kept = {v.untyped_storage().data_ptr() for v in state.values()}
+    storages = {v.untyped_storage().data_ptr() for v in state.values()}
     return left + [k for k, v in held.items() if not hasattr(v, 'untyped_storage')
-                   or v.untyped_storage().data_ptr() not in kept]
+                   or v.untyped_storage().data_ptr() not in storages]
 
 
 def make_meta(checkpoint, family, source, path):
-    """What is worth keeping: plain values without anybody's paths or settings."""
+    """The meta that is worth keeping: plain values without anybody's paths or settings."""
     from vmamba_mm import __version__
     from vmamba_mm.checkpoints.files import sha256_of
 

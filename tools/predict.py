@@ -63,7 +63,7 @@ def class_name(meta, label):
 
 
 def predict(model, steps, path, number):
-    """What the model finds in an image, and the image as it was loaded."""
+    """Run the model on an image: its result, and the image as it was loaded."""
     import torch
     from mmengine.dataset import pseudo_collate
 

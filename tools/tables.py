@@ -44,7 +44,7 @@ def table_of_models(folder: Path) -> str:
 
 
 def table_of_architectures(folder: Path) -> str:
-    """For each family: parameters, FLOPs and the first published row of each task."""
+    """A table for each family: parameters, FLOPs and the first published row of each task."""
     parts = []
     for family, models in by_family():
         collections = list(by_collection(models))
@@ -99,7 +99,7 @@ def main_metrics(entry: zoo.Entry) -> dict[str, float]:
 
 
 def method(entry: zoo.Entry) -> str:
-    """What the family's name in that of the collection leaves: ', Mask R-CNN' or nothing."""
+    """The collection's name without that of its family: ', Mask R-CNN' or nothing."""
     name = entry.collection['Name'].removeprefix(entry.collection['Family']).strip()
     return f', {name}' if name else ''
 

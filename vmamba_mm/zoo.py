@@ -27,7 +27,7 @@ TASKS = {'Image Classification': 'cls', 'Object Detection': 'det', 'Instance Seg
 
 @dataclass(frozen=True)
 class Result:
-    """What was published of a model on one task: ``metrics`` by their names, in percent."""
+    """A published result of a model on one task: ``metrics`` by their names, in percent."""
 
     task: str
     dataset: str
@@ -77,7 +77,7 @@ class Entry:
 
     @property
     def path(self) -> Path:
-        """Where the config lies, in a checkout as in an installed package."""
+        """The path of the config, in a checkout as in an installed package."""
         return self.root / self.config
 
     @property

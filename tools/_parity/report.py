@@ -50,7 +50,7 @@ class Row(NamedTuple):
 
     @property
     def excess(self) -> float:
-        """How near the error is to the limit, above 1 for a failure."""
+        """The error as a part of the limit, above 1 for a failure."""
         if self.error is None:
             return math.inf if self.problem else -1.0
         if math.isnan(self.error):

@@ -30,7 +30,7 @@ DTYPES = dict(fp64=torch.float64, fp32=torch.float32, fp16=torch.float16, bf16=t
 
 
 def read_numbers(path: Path) -> Any:
-    """What a file of expected numbers holds.
+    """Read the content of a file of expected numbers.
 
     Raises:
         UserError: if it is no file of tensors and plain values.

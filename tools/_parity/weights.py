@@ -85,7 +85,7 @@ class OfficialNames:
                      if p.requires_grad and id(p) not in covered]
 
     def arrange(self, values: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
-        """By official names; None where ours has none of some of a weight's elements."""
+        """The values by official names; None where ours lacks some of a weight's elements."""
         flat = torch.zeros(self.total, dtype=torch.float64)
         is_set = torch.zeros(self.total, dtype=torch.bool)
         for key, numbers in self.numbers.items():

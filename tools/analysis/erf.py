@@ -206,7 +206,8 @@ def show(rows):
 
 
 def draw(erfs, rows, title, path):
-    """Before beside after training for one model, above it for several; one logarithmic scale."""
+    """Draw the fields before training beside those after it for one model, above them for several,
+    on one logarithmic scale."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure

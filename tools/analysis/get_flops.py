@@ -102,7 +102,7 @@ def count_config(path, options, shape):
 # --- beside the published numbers ---------------------------------------------------------------
 
 def digits_of(entries):
-    """How many digits of a GFLOP a table was published with."""
+    """The number of digits of a GFLOP that a table was published with."""
     return int(any(entry.flops % 10**9 for entry in entries))
 
 

@@ -115,7 +115,7 @@ class Subject:
         return cfg
 
     def count_at(self, size):
-        """Of an image, as flops.py counts."""
+        """Count the model on an image of ``size``, as flops.py does."""
         try:
             return flops.count(self.config_at(size), (size, size))
         except (AssertionError, RuntimeError, ValueError) as err:

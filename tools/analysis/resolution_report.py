@@ -16,7 +16,7 @@ LINES = ('-', '--', ':')
 # --- the fits ---------------------------------------------------------------------------------
 
 def fit_growth(sizes, flops):
-    """How FLOPs grow with the number of pixels, by least squares.
+    """Fit how FLOPs grow with the number of pixels, by least squares.
 
     Args:
         sizes: sides of square images, in pixels.
@@ -55,7 +55,7 @@ def by_model(rows):
 # --- text and files ---------------------------------------------------------------------------
 
 def number(value, digits=3):
-    """With three digits at least, and no exponent."""
+    """Format a value with three digits at least, and no exponent."""
     if value is None:
         return '-'
     return f'{value:,.0f}' if abs(value) >= 10**digits else f'{value:.{digits}g}'

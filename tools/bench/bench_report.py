@@ -21,7 +21,7 @@ NAN = float('nan')
 
 @dataclass(frozen=True)
 class Sheet:
-    """What rows are made of, and files of them.
+    """The parts of a row, and files of rows.
 
     Args:
         case: the class of the cases; it has a default for all but its first field.
@@ -100,7 +100,7 @@ def show(value, unit=''):
 
 
 def show_in(style, value):
-    """In a style of format(); '' for NaN."""
+    """A value in a style of format(); '' for NaN."""
     return '' if math.isnan(value) else format(value, style)
 
 

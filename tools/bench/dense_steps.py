@@ -192,7 +192,7 @@ class Subject:
         return step
 
     def make_forward(self):
-        """Of one image by the backbone; the maps."""
+        """A forward of one image by the backbone, for the maps."""
         image = self.images[-1:].clone()
 
         def forward():
@@ -314,7 +314,7 @@ def time_ms(function, args):
 
 
 def kernels_ms(function, args):
-    """What the GPU's kernels of a call take together."""
+    """The ms that the GPU's kernels of a call take together."""
     if args.device == 'cpu':
         return NAN
     function()

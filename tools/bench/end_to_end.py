@@ -249,7 +249,7 @@ def compiled(model, case):
 
 
 def make_inference(case, subject, args):
-    """What is timed, and its error."""
+    """The function to time, and the error of its output."""
     model = subject.model.eval()
     model.zero_grad(set_to_none=True)  # left by training
     called = compiled(model, case)
@@ -275,7 +275,7 @@ def make_inference(case, subject, args):
 
 
 def make_training(case, subject, args):
-    """What is timed, the error of the output and that of the parameters' gradient."""
+    """The function to time, the errors of its output and of the parameters' gradient."""
     model = subject.model.train()
     called = compiled(model, case)
     held = []

@@ -30,7 +30,7 @@ MARKERS = 'osD^vP'
 
 
 class Case(NamedTuple):
-    """What is measured. ``output``: 'logits' of the classifier or 'maps' of the backbone."""
+    """A model and how it is measured. ``output``: 'logits' of the classifier or 'maps' of the backbone."""
     model: str
     task: str = 'inference'
     how: str = 'eager'
@@ -113,7 +113,7 @@ def print_ratios(rows):
 
 
 def print_anchors(rows):
-    """What was measured here beside the anchors."""
+    """Print what was measured here beside the anchors."""
     units = {'images_per_s': 'images/s', 'ms': 'ms', 'peak_gib': 'peak GiB'}
     lines = [[f'{case.model}: {case.what}, {units[name]}', number(rows, case, name), *anchors]
              for case, name, *anchors in ANCHORS]
@@ -140,7 +140,7 @@ def print_rows(rows):
 # --- picture --------------------------------------------------------------------------------
 
 def plot(rows, path, title):
-    """At most four panels, those that have rows."""
+    """Draw at most four panels, those that have rows."""
     rows = {case: row for case, row in rows.items() if not row['problem']}
     models = [m for m in (*OURS, *(p for f in FAMILIES.values() for p in f.values()))
               if any(case.model == m for case in rows)]

@@ -85,7 +85,7 @@ def show(case, kernels, least):
 
 
 def show_kinds(found):
-    """Of each kind the ns by pixel, and beside the first size's."""
+    """Print the ns by pixel of each kind, and beside them those of the first size."""
     sizes = [f'{case.batch} x {case.height}x{case.width}' for case in found]
     pixels = [case.batch * case.height * case.width for case in found]
     kinds = [by_kind(kernels) for kernels in found.values()]

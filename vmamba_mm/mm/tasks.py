@@ -14,7 +14,7 @@ from vmamba_mm.errors import UserError
 
 @dataclass(frozen=True)
 class Task:
-    """What the tools have to know of a task.
+    """The facts of a task that the tools have to know.
 
     Args:
         name: as hooks and checkpoints call it.

@@ -123,7 +123,7 @@ class Backbone(StrictLoading, BaseModule):
         return tuple(y.contiguous() for y in self.forward_channels_last(x))
 
     def forward_channels_last(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What ``forward`` gives, in the memory format ``channels_last``: without its copies."""
+        """The maps of ``forward`` in the memory format ``channels_last``, without its copies."""
         maps = self.forward_stages(x, self.out_indices)
         return tuple(self.norm_output(i, y) for i, y in zip(self.out_indices, maps, strict=True))
 

@@ -94,7 +94,7 @@ def _is_scope(name):
 
 
 def _find_class(kind, scope):
-    """What a registry holds under a type's name, or None."""
+    """The class that a registry holds under a type's name, or None."""
     import logging
 
     from mmengine.registry import MODELS

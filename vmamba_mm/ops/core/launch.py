@@ -91,7 +91,7 @@ class Kernel:
 
     def launch(self, grid: tuple[int, int, int], block: tuple[int, int, int], shared: int = 0,
                **fields) -> None:
-        """What :meth:`bind` gives, called once with all fields."""
+        """Launch the kernel once; ``fields`` are all fields of its struct, as for :meth:`bind`."""
         self.bind(grid, block, shared, fields)(**fields)
 
     def occupancy(self, threads: int, shared: int = 0) -> int:
@@ -146,7 +146,7 @@ _loader = _load_on
 
 @contextlib.contextmanager
 def override_loader(loader: Callable[[Instance, int], Kernel] | None = None) -> Iterator[None]:
-    """For tests: within, no kernel is loaded yet, and ``loader`` loads them, if there is one."""
+    """A context for tests, in which no kernel is loaded yet and ``loader``, if any, loads them."""
     global _kernels, _loader
     saved = _kernels, _loader
     _kernels, _loader = {}, loader or _loader

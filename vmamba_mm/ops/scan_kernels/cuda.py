@@ -72,7 +72,7 @@ INSTANCES: dict[Instance, int] = {
 # --- what the kernels take --------------------------------------------------------------------
 
 def why_not(tensor: Tensor, rank: int, state: int) -> str | None:
-    """What keeps the kernels from taking a map or sequence like ``tensor``, or None."""
+    """The reason why the kernels cannot take a map or sequence like ``tensor``, or None."""
     if not tensor.is_cuda or torch.version.hip is not None:
         return f'the input is on {tensor.device}, not on an NVIDIA GPU'
     if tensor.dtype not in TYPES:
@@ -84,7 +84,7 @@ def why_not(tensor: Tensor, rank: int, state: int) -> str | None:
 
 @torch.compiler.assume_constant_result
 def why_not_here(index: int, dtype: torch.dtype, rank: int, state: int) -> str | None:
-    """What keeps a GPU from taking them."""
+    """The reason why the GPU ``index`` cannot run the kernels on such maps, or None."""
     return _why_not_on(index, dtype, rank, state)
 
 
@@ -118,7 +118,7 @@ def maps_dtype(dtype: torch.dtype, state: int) -> torch.dtype:
 
 
 def _backward_width(states: int) -> int:
-    """How many channels a warp of the backward has."""
+    """The number of channels of a warp of the backward."""
     return 16 if states == 16 else 32
 
 
@@ -192,7 +192,7 @@ def plain_strides(sizes: tuple[int, ...], sequence: bool) -> tuple[int, ...]:
 
 
 class Scans:
-    """What the launches for such sizes share: see :func:`forward_launch`."""
+    """The state that the launches for such sizes share: see :func:`forward_launch`."""
 
     max_span = None  # for tests, which then ``forget``: positions of a span at most
 
@@ -424,7 +424,7 @@ def finish_launch(index: int, sizes: tuple[int, ...], state: int,
 
 def prepare(sizes: tuple[int, ...], parameters: tuple[Tensor | None, ...], logs: bool = False,
             merged: bool = True) -> Tensor:
-    """What the kernels read of the four parameters of :func:`prepare_launch`, None for absent."""
+    """Prepare the four parameters of :func:`prepare_launch`, None for absent, for the kernels."""
     parameters = [None if t is None else t.contiguous() for t in parameters]
     A = parameters[2]
     size, launch_prepare = prepare_launch(A.get_device(), sizes, A.shape[1], _dtypes(parameters),

@@ -8,7 +8,7 @@ from vmamba_mm.ops.scan_kernels import cuda as scans
 
 
 def why_not(u, delta, A, B, C, D, delta_bias, out_dtype) -> str | None:
-    """What keeps the kernels from taking these inputs, or None."""
+    """The reason why the kernels cannot take these inputs, or None."""
     given = [t for t in (delta, A, B, C, D, delta_bias) if t is not None]
     if any(t.device != u.device for t in given):
         return 'the inputs are on different devices'

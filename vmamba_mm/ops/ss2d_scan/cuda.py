@@ -28,7 +28,7 @@ _HALVES = torch.float16, torch.bfloat16
 
 
 def why_not(x: Tensor, out_dtype: torch.dtype, parameters: tuple[Tensor, ...]) -> str | None:
-    """What keeps the kernels from taking these inputs, or None."""
+    """The reason why the kernels cannot take these inputs, or None."""
     reason = large_state.why_not(x, parameters[1].shape[2], parameters[3].shape[1])
     if reason is None and out_dtype not in (x.dtype, torch.float32):
         reason = f'out_dtype is {out_dtype}; the kernels give {x.dtype} and float32'
