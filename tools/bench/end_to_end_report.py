@@ -30,7 +30,10 @@ MARKERS = 'osD^vP'
 
 
 class Case(NamedTuple):
-    """A model and how it is measured. ``output``: 'logits' of the classifier or 'maps' of the backbone."""
+    """A model and how it is measured.
+
+    ``output``: 'logits' of the classifier or 'maps' of the backbone.
+    """
     model: str
     task: str = 'inference'
     how: str = 'eager'

@@ -101,7 +101,7 @@ def count(cfg, shape=None, device=None):
             continue
         if device is None and counted_on == 'cpu':
             result.notes.append('run on the CPU, as the meta device does not do: '
-                               f'{type(failure).__name__}')
+                                f'{type(failure).__name__}')
         return result
     raise UserError(f'the model cannot be run on an image of {shape[0]}x{shape[1]}: '
                     f'{type(failure).__name__}: {failure}') from failure

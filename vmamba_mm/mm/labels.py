@@ -142,8 +142,8 @@ def check_instances(dataset, evaluated=False):
         steps = getattr(pipeline, 'transforms', None)
         steps = steps if isinstance(steps, list) else []
         loader_indices = [i for i, step in enumerate(steps)
-                  if loads_annotations(step) and getattr(step, 'with_mask', False) is True
-                  and type(step).__name__ == 'LoadAnnotations']
+                          if loads_annotations(step) and getattr(step, 'with_mask', False) is True
+                          and type(step).__name__ == 'LoadAnnotations']
         if not (loader_indices or evaluated) or not hasattr(inner, 'get_data_info'):
             continue
         check = CheckInstances(getattr(inner, 'ann_file', None) or type(inner).__name__)
