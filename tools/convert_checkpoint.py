@@ -68,12 +68,12 @@ def find_family(name, content, path, weights):
 
     if name is not None and name not in FAMILIES:
         raise UserError(f'--family {name} does not exist; choose one of '
-                             f'{", ".join(sorted(FAMILIES))}')
+                        f'{", ".join(sorted(FAMILIES))}')
     named = [FAMILIES[name]] if name else []
     is_dict = isinstance(content, dict)
     for family in (named or (None, *FAMILIES.values())) if is_dict else ():  # what is exact first
-        if found := choose_weights(content, weights, path, family):
-            return find_models(found[1], family)[0].family
+        if chosen := choose_weights(content, weights, path, family):
+            return find_models(chosen[1], family)[0].family
     select_weights(content, weights, path)  # which says so if it is no file of weights at all
     models = ' or '.join(f.model for f in named or FAMILIES.values())
     raise UserError(f'{path} holds no {models}')
@@ -86,13 +86,13 @@ def check_target(target, to, force):
         raise UserError(f'{target} is a folder: name the file to write')
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f'{target} does not end like a file of weights: name it with one '
-                             f'of {", ".join(SUFFIXES)}')
+                        f'of {", ".join(SUFFIXES)}')
     if (to == 'safetensors') != (path.suffix.lower() == '.safetensors'):
         raise UserError(f'--to {to} and the name {target} do not agree: files of '
-                             'safetensors, and no others, end with .safetensors')
+                        'safetensors, and no others, end with .safetensors')
     if os.path.lexists(path) and not force:
         raise UserError(f'{target} exists: choose another name, or write over it with '
-                             '--force')
+                        '--force')
 
 
 def refuse_own_input(source, files, target):
@@ -102,7 +102,7 @@ def refuse_own_input(source, files, target):
     for file in files:
         if file.exists() and os.path.samefile(file, target):
             raise UserError(f'{target} is the input itself ({source}), which would be lost: '
-                                 'choose another name')
+                            'choose another name')
 
 
 def find_left_out(content, key, held, state):
@@ -120,11 +120,11 @@ def make_meta(checkpoint, family, source, path):
     from vmamba_mm.checkpoints.files import sha256_of
 
     meta = checkpoint['meta']
-    kept = {k: meta[k] for k in ('arch', 'task', 'weights', 'epoch', 'iter', 'dataset_meta')
-            if k in meta}
+    plain = {k: meta[k] for k in ('arch', 'task', 'weights', 'epoch', 'iter', 'dataset_meta')
+             if k in meta}
     if path.is_file():
-        kept['source_sha256'] = sha256_of(path)
-    return dict(kept, family=family.name, source=os.path.basename(str(source).rstrip('/')),
+        plain['source_sha256'] = sha256_of(path)
+    return dict(plain, family=family.name, source=os.path.basename(str(source).rstrip('/')),
                 vmamba_mm_version=__version__)
 
 
@@ -170,8 +170,8 @@ def main():
         infer_arch(state, family)  # raises where the file cannot tell
     else:
         raise UserError(f'{args.source} holds {describe_places(state, family)}: convert takes '
-                             f"one {family.model} under 'backbone.', with its heads beside it, or "
-                             'alone; save that one alone')
+                        f"one {family.model} under 'backbone.', with its heads beside it, or "
+                        'alone; save that one alone')
     key, held, _ = choose_weights(content, args.weights, path, family)
     arch = checkpoint['meta']['arch']
     check_complete(state, arch, family, args.source)

@@ -45,7 +45,7 @@ def table_of_models(folder: Path) -> str:
 
 def table_of_architectures(folder: Path) -> str:
     """A table for each family: parameters, FLOPs and the first published row of each task."""
-    parts = []
+    tables = []
     for family, models in by_family():
         collections = list(by_collection(models))
         heads = [f'{group[0].dataset}{method(group[0])}{schedule(group)}: ' + ' / '.join(
@@ -57,9 +57,9 @@ def table_of_architectures(folder: Path) -> str:
             rows.append([f'`{arch}`', *sizes(size), *(
                 ' / '.join(str(v) for v in main_metrics(e).values()) if e else ''
                 for e in of_arch)])
-        parts.append(f'{title(models[0])}, `configs/{family}`:\n\n'
-                     + table(['Architecture', 'Parameters', 'FLOPs', *heads], rows))
-    return '\n'.join(parts)
+        tables.append(f'{title(models[0])}, `configs/{family}`:\n\n'
+                      + table(['Architecture', 'Parameters', 'FLOPs', *heads], rows))
+    return '\n'.join(tables)
 
 
 def table_of_files(models: Sequence[zoo.Entry], folder: Path) -> str:

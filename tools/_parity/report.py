@@ -94,7 +94,7 @@ class Report:
 
     @contextlib.contextmanager
     def catch(self, case: str, tensor: str) -> Iterator[None]:
-        """Whatever raises is a failure: a file that cannot be read, a model that does not run."""
+        """A context in which whatever raises is a failure, such as a file that cannot be read."""
         try:
             yield
         except Exception as err:

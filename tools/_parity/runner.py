@@ -56,16 +56,16 @@ class Runner:
 
     # --- models -------------------------------------------------------------------------------
 
-    def check_model(self, path: Path, given: Mapping[str, Any],
+    def check_model(self, path: Path, arguments: Mapping[str, Any],
                     expected: Mapping[str, Any]) -> list[Row]:
         """The rows of a checkpoint and its cases.
 
         Args:
-            given: what is in NAME.json.
-            expected: what is in NAME.expected.pt.
+            arguments: the content of NAME.json.
+            expected: the content of NAME.expected.pt.
         """
         report = Report(path.name, self.parity, self.device, self.dtype)
-        outside = {k: v for k, v in {**expected, **given}.items() if k not in ('cases', 'note')}
+        outside = {k: v for k, v in {**expected, **arguments}.items() if k not in ('cases', 'note')}
         options = Options(outside)
         with report.catch('', 'model'):
             subject = self.parity.subject(path.name, options)

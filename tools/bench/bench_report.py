@@ -110,8 +110,8 @@ def print_table(title, head, lines):
         return
     widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
     print(f'\n{title}')
-    for first, *others in (head, *lines):
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+    for first, *rest in (head, *lines):
+        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
         print('  '.join([first.ljust(widths[0]), *cells]).rstrip())
 
 
