@@ -127,7 +127,8 @@ def _backward_shared(rank: int, states: int, warps: int, words: int) -> int:
     position beside what all need, 0 to 2."""
     width, pitch = _backward_width(states), SAVED + 4
     per_warp = (width * pitch + max(3 * width * pitch, 2 * rank * SAVED)
-                + SAVED // 4 * width * states + 32 * (-(-rank // 8) * 8 + 6) + words * width * SAVED)
+                + SAVED // 4 * width * states + 32 * (-(-rank // 8) * 8 + 6)
+                + words * width * SAVED)
     teams = -(-warps // 4)
     columns = (rank + 2 * states) * (teams * pitch + (teams - 1) * SAVED)
     return 4 * (64 + columns + rank * warps * width + warps * per_warp)
