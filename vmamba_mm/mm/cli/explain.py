@@ -36,6 +36,11 @@ def _explain(err):
                 'or set model.backbone.with_cp=True')
     if isinstance(err, TypeError) and 'unexpected keyword argument' in text:
         return f'the config gives a setting that its type does not have: {text}'
+    channels = re.search(r'to have (\d+) channels, but got (\d+) channels instead', text)
+    if channels:
+        return (f'the images have {channels[2]} channels, and the model takes {channels[1]}: set '
+                'model.backbone.in_channels, and mean and std of the data_preprocessor, to the '
+                "images' channels, or let the pipeline load others (LoadImageFromFile.color_type)")
     if isinstance(err, ValueError | TypeError) and _raised_in(err, 'vmamba_mm'):
         return text
     if isinstance(err, ValueError | TypeError) and _raised_in(err, 'torch.optim'):
@@ -51,11 +56,6 @@ def _explain(err):
         return ('some parameters have no part in the loss, which several processes do not allow: '
                 'let model.backbone.out_indices name the outputs in use, or set '
                 'find_unused_parameters=True')
-    channels = re.search(r'to have (\d+) channels, but got (\d+) channels instead', text)
-    if channels:
-        return (f'the images have {channels[2]} channels, and the model takes {channels[1]}: set '
-                'model.backbone.in_channels, and mean and std of the data_preprocessor, to the '
-                "images' channels, or let the pipeline load others (LoadImageFromFile.color_type)")
     if 'need at least one array to concatenate' in text:
         return _explain_empty(err)
     known = ('Found 0 files in subfolders of', 'Failed to load `ann_file`',
