@@ -57,7 +57,7 @@ def find_models(state_dict: Mapping[str, Any], family: Family | None = None) -> 
 
 
 def guess_models(state_dict: Mapping[str, Any]) -> list[HeldModel]:
-    """What :func:`find_models` would say of the families with most of the names, for messages."""
+    """The models that names alone suggest, each of the family with most of them, for messages."""
     models: dict[str, HeldModel] = {}
     names = [plain_name(k) for k in state_dict if isinstance(k, str)]
     for family in FAMILIES.values():
