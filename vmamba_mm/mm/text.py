@@ -32,6 +32,13 @@ def families(*first):
     return [*first, *(f for f in matplotlib.rcParams['font.family'] if f not in first)]
 
 
+def forget():
+    """Look every letter up anew, for tests and for fonts that came since."""
+    _drawn.clear()
+    _drawn.add('\n')
+    _lacking.clear()
+
+
 def _look_up(letters):
     import matplotlib
     from matplotlib import font_manager
