@@ -41,14 +41,14 @@ def parse_args():
 
 def find_sanitizer():
     homes = [os.environ.get('CUDA_HOME'), os.environ.get('CUDA_PATH'), '/usr/local/cuda']
-    found = shutil.which('compute-sanitizer')
+    sanitizer = shutil.which('compute-sanitizer')
     for path in (Path(home, 'bin', 'compute-sanitizer') for home in homes if home):
-        found = found or (str(path) if path.is_file() else None)
-    if found is None:
+        sanitizer = sanitizer or (str(path) if path.is_file() else None)
+    if sanitizer is None:
         raise UserError(
             'compute-sanitizer was not found on PATH, in CUDA_HOME, CUDA_PATH or /usr/local/cuda: '
             "it comes with NVIDIA's CUDA toolkit (package cuda-sanitizer)")
-    return found
+    return sanitizer
 
 
 # --- the process that is checked ------------------------------------------------------------
@@ -217,7 +217,7 @@ def start(sanitizer, tool, only):
 
 
 def find_problem(log, code, sources):
-    """What is wrong in a tool's log, or None."""
+    """Say what is wrong in a tool's log, or None."""
     if code == ERRORS or code == 0 and MARKS['done'] not in log:
         said = re.findall(r'^=+ ((?:.*error|.*race|.* SUMMARY):? .*)', log, re.I | re.M)
         return '; '.join(dict.fromkeys(said[:1] + said[-1:])) or f'exit code {code}'

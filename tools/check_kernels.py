@@ -52,7 +52,7 @@ def measure(instance, arch):
 
 
 def parse_log(binary):
-    """What ptxas says of a kernel and of the functions that it calls.
+    """Parse what ptxas says of a kernel and of the functions that it calls.
 
     Other kernels of the same file, compiled along, do not count.
     """
@@ -62,21 +62,21 @@ def parse_log(binary):
     used = re.search(r'Used (\d+) registers(.*)', sections.get(binary.symbol, ''))
     if not used:
         raise RuntimeError(f'NVRTC does not say what {binary.symbol} uses: {binary.log!r}')
-    own = [tuple(map(int, numbers)) for name, *numbers in re.findall(
+    functions = [tuple(map(int, numbers)) for name, *numbers in re.findall(
         r'Function properties for (\S+)\n\D*(\d+) bytes stack frame, (\d+) bytes spill stores, '
         r'(\d+) bytes spill loads', binary.log) if name == binary.symbol or name not in sections]
     shared = re.search(r'(\d+) bytes smem', used[2])
-    return dict(registers=int(used[1]), stack=sum(n[0] for n in own),
-                spill=sum(n[1] + n[2] for n in own), shared=int(shared[1]) if shared else 0)
+    return dict(registers=int(used[1]), stack=sum(n[0] for n in functions),
+                spill=sum(n[1] + n[2] for n in functions), shared=int(shared[1]) if shared else 0)
 
 
-def find_problems(found, budget):
+def find_problems(uses_of, budget):
     """A line for each use that is an error, a spill, or above the budget.
 
     Registers are handed out to threads by eights. Below that NVRTC is not to be held to a number:
     the same kernel compiled twice by one release can differ by three.
     """
-    for name, by_arch in found.items():
+    for name, by_arch in uses_of.items():
         for arch, use in by_arch.items():
             allowed = budget.get(name, {}).get(arch)
             if isinstance(use, str):
@@ -92,10 +92,10 @@ def find_problems(found, budget):
                         for what, limit in limits.items() if use[what] > limit)
 
 
-def print_table(found, archs):
-    width = max(map(len, found))
+def print_table(uses_of, archs):
+    width = max(map(len, uses_of))
     print(f'{"registers":<{width}}' + ''.join(f'{arch:>8}' for arch in archs) + '  shared')
-    for name, by_arch in found.items():
+    for name, by_arch in uses_of.items():
         uses = [by_arch.get(arch) for arch in archs]
         cells = ['-' if u is None else 'error' if isinstance(u, str) else u['registers']
                  for u in uses]
@@ -103,12 +103,12 @@ def print_table(found, archs):
         print(f'{name:<{width}}' + ''.join(f'{cell:>8}' for cell in cells) + f'{shared:>8}')
 
 
-def dump(version, found):
+def dump(version, uses_of):
     """JSON with a line for each kernel and GPU, so that a change shows as one line."""
     kernels = ',\n'.join(
         f'  {json.dumps(name)}: {{\n' + ',\n'.join(
             f'   {json.dumps(arch)}: ' + json.dumps({k: use[k] for k in use if k != 'spill'})
-            for arch, use in by_arch.items()) + '\n  }' for name, by_arch in found.items())
+            for arch, use in by_arch.items()) + '\n  }' for name, by_arch in uses_of.items())
     return f'{{\n "nvrtc": "{version}",\n "kernels": {{\n{kernels}\n }}\n}}\n'
 
 
@@ -126,19 +126,19 @@ def main():
         return
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['vmamba_mm.ops.core.compile'])
-    found = {}
+    uses_of = {}
     with ProcessPoolExecutor(min(args.jobs, len(jobs)), mp_context=context) as pool:
         for (instance, arch), use in zip(jobs, pool.map(measure, *zip(*jobs, strict=True)),
                                          strict=True):
-            found.setdefault(str(instance), {})[f'sm_{arch}'] = use
-    print_table(found, [f'sm_{arch}' for arch in args.arch])
-    broken = any(isinstance(use, str) for by_arch in found.values() for use in by_arch.values())
+            uses_of.setdefault(str(instance), {})[f'sm_{arch}'] = use
+    print_table(uses_of, [f'sm_{arch}' for arch in args.arch])
+    broken = any(isinstance(use, str) for by_arch in uses_of.values() for use in by_arch.values())
     if args.update and not broken:
-        write_atomic(dump(version, found).encode(), BUDGET)
+        write_atomic(dump(version, uses_of).encode(), BUDGET)
         print(f'wrote {BUDGET.name}')
     recorded = json.loads(Path(BUDGET).read_text())
-    problems = list(find_problems(found, recorded['kernels']))
-    if not args.only and (stale := recorded['kernels'].keys() - found.keys()):
+    problems = list(find_problems(uses_of, recorded['kernels']))
+    if not args.only and (stale := recorded['kernels'].keys() - uses_of.keys()):
         problems.append(f'{BUDGET.name} has kernels that are gone: {", ".join(sorted(stale))}')
     if problems:
         print('\n'.join(problems))

@@ -99,21 +99,21 @@ def check_name(runner, folder: Path, name: str) -> Iterator['Row']:  # noqa: F82
 
     paths = [folder / f'{name}{suffix}' for suffix in runner.parity.checkpoints]
     report = Report(name, runner.parity, runner.device, runner.dtype)
-    given, expected = {}, {}
+    arguments, expected = {}, {}
     with report.catch('', f'{name}.json'):
-        given = read_json(folder / f'{name}.json')
+        arguments = read_json(folder / f'{name}.json')
     with report.catch('', f'{name}{EXPECTED}'):
         expected = read_expected(folder / f'{name}{EXPECTED}', report)
     for path in paths:
         if not path.is_file():
             report.fail('', path.name, 'does not exist')
-    for key in sorted(set(given) & set(expected) - {'note'}):
-        if _comparable(given[key]) != _comparable(expected[key]):
+    for key in sorted(set(arguments) & set(expected) - {'note'}):
+        if _comparable(arguments[key]) != _comparable(expected[key]):
             report.fail('', f'{name}.json', f'{key} differs from that in {name}{EXPECTED}')
     yield from report.rows
     if not any(row.failed for row in report.rows):
         for path in paths:
-            yield from runner.check_model(path, given, expected)
+            yield from runner.check_model(path, arguments, expected)
 
 
 def read_json(path: Path) -> dict:
@@ -130,7 +130,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_expected(path: Path, report) -> dict:
-    """What a model is compared with; nothing where the family says that there is none."""
+    """Read the numbers that a model is compared with; none where there is no file."""
     from _parity.runner import read_numbers
 
     if not path.is_file():
@@ -143,7 +143,7 @@ def read_expected(path: Path, report) -> dict:
 
 
 def _comparable(value):
-    """As JSON gives it back."""
+    """The value as JSON would give it back: lists for tuples, str for keys."""
     if isinstance(value, Mapping):
         return {str(k): _comparable(v) for k, v in value.items()}
     return [_comparable(v) for v in value] if isinstance(value, list | tuple) else value

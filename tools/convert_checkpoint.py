@@ -63,68 +63,68 @@ def check_complete(state, arch, family, source):
 def find_family(name, content, path, weights):
     """The family of this name, or the one whose model the file holds, at least in part."""
     from vmamba_mm.checkpoints.files import choose_weights, select_weights
-    from vmamba_mm.checkpoints.places import find_models
+    from vmamba_mm.checkpoints.prefixes import find_models
     from vmamba_mm.families import FAMILIES
 
     if name is not None and name not in FAMILIES:
         raise UserError(f'--family {name} does not exist; choose one of '
-                             f'{", ".join(sorted(FAMILIES))}')
+                        f'{", ".join(sorted(FAMILIES))}')
     named = [FAMILIES[name]] if name else []
     is_dict = isinstance(content, dict)
     for family in (named or (None, *FAMILIES.values())) if is_dict else ():  # what is exact first
-        if found := choose_weights(content, weights, path, family):
-            return find_models(found[1], family)[0].family
+        if chosen := choose_weights(content, weights, path, family):
+            return find_models(chosen[1], family)[0].family
     select_weights(content, weights, path)  # which says so if it is no file of weights at all
     models = ' or '.join(f.model for f in named or FAMILIES.values())
     raise UserError(f'{path} holds no {models}')
 
 
 def check_target(target, to, force):
-    """Before any work: a name that says what the file is, and nothing lost that is there."""
+    """Refuse, before any work, a name that does not say what the file is, or one that exists."""
     path = Path(target)
     if path.is_dir():
         raise UserError(f'{target} is a folder: name the file to write')
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f'{target} does not end like a file of weights: name it with one '
-                             f'of {", ".join(SUFFIXES)}')
+                        f'of {", ".join(SUFFIXES)}')
     if (to == 'safetensors') != (path.suffix.lower() == '.safetensors'):
         raise UserError(f'--to {to} and the name {target} do not agree: files of '
-                             'safetensors, and no others, end with .safetensors')
+                        'safetensors, and no others, end with .safetensors')
     if os.path.lexists(path) and not force:
         raise UserError(f'{target} exists: choose another name, or write over it with '
-                             '--force')
+                        '--force')
 
 
 def refuse_own_input(source, files, target):
-    """Whatever links or relative names the two are called by."""
+    """Refuse a target that is the input, by whatever links or relative names they are called."""
     if not os.path.exists(target):
         return
     for file in files:
         if file.exists() and os.path.samefile(file, target):
             raise UserError(f'{target} is the input itself ({source}), which would be lost: '
-                                 'choose another name')
+                            'choose another name')
 
 
 def find_left_out(content, key, held, state):
-    """What of the input is not in the weights to write, for the report."""
+    """The names of what the weights to write leave out of the input, for the report."""
     known = ('meta', 'epoch', key.partition('.')[0])
     left = [] if key == '' else [k for k in content if k not in known]
-    kept = {v.untyped_storage().data_ptr() for v in state.values()}
+    storages = {v.untyped_storage().data_ptr() for v in state.values()}
     return left + [k for k, v in held.items() if not hasattr(v, 'untyped_storage')
-                   or v.untyped_storage().data_ptr() not in kept]
+                   or v.untyped_storage().data_ptr() not in storages]
 
 
 def make_meta(checkpoint, family, source, path):
-    """What is worth keeping: plain values without anybody's paths or settings."""
+    """The meta that is worth keeping: plain values without anybody's paths or settings."""
     from vmamba_mm import __version__
     from vmamba_mm.checkpoints.files import sha256_of
 
     meta = checkpoint['meta']
-    kept = {k: meta[k] for k in ('arch', 'task', 'weights', 'epoch', 'iter', 'dataset_meta')
-            if k in meta}
+    plain = {k: meta[k] for k in ('arch', 'task', 'weights', 'epoch', 'iter', 'dataset_meta')
+             if k in meta}
     if path.is_file():
-        kept['source_sha256'] = sha256_of(path)
-    return dict(kept, family=family.name, source=os.path.basename(str(source).rstrip('/')),
+        plain['source_sha256'] = sha256_of(path)
+    return dict(plain, family=family.name, source=os.path.basename(str(source).rstrip('/')),
                 vmamba_mm_version=__version__)
 
 
@@ -170,8 +170,8 @@ def main():
         infer_arch(state, family)  # raises where the file cannot tell
     else:
         raise UserError(f'{args.source} holds {describe_places(state, family)}: convert takes '
-                             f"one {family.model} under 'backbone.', with its heads beside it, or "
-                             'alone; save that one alone')
+                        f"one {family.model} under 'backbone.', with its heads beside it, or "
+                        'alone; save that one alone')
     key, held, _ = choose_weights(content, args.weights, path, family)
     arch = checkpoint['meta']['arch']
     check_complete(state, arch, family, args.source)

@@ -63,7 +63,7 @@ def class_name(meta, label):
 
 
 def predict(model, steps, path, number):
-    """What the model finds in an image, and the image as it was loaded."""
+    """Run the model on an image: its result, and the image as it was loaded."""
     import torch
     from mmengine.dataset import pseudo_collate
 
@@ -137,11 +137,11 @@ class Detections:
                                        pred_score_thr=self.score_thr)
         if 'pred_instances' not in sample:
             return 'drawn'
-        found = sample.pred_instances.cpu()
-        found = found[found.scores >= self.score_thr]
+        objects = sample.pred_instances.cpu()
+        objects = objects[objects.scores >= self.score_thr]
         text = ', '.join(f'{class_name(self.meta, int(i))} {100 * s:.0f} %' for i, s in
-                         list(zip(found.labels, found.scores.tolist(), strict=True))[:8])
-        return (f'{len(found)} object(s) from score {self.score_thr}'
+                         list(zip(objects.labels, objects.scores.tolist(), strict=True))[:8])
+        return (f'{len(objects)} object(s) from score {self.score_thr}'
                 + (f': {text}' if text else ''))
 
 
@@ -159,16 +159,16 @@ def draw_segmentation(image, sample, meta, out):
     if not palette or len(palette) <= values.max():
         palette = np.random.default_rng(0).integers(0, 255, (int(values.max()) + 1, 3))
     colours = np.asarray(palette, np.float32)
-    parts = [(int(values[i]), counts[i] / labels.size) for i in order]
+    shares = [(int(values[i]), counts[i] / labels.size) for i in order]
     overlay = 0.45 * image + 0.55 * colours[labels]
-    shown = {v: drawable(class_name(meta, v)) for v, _ in parts[:MAX_LEGEND]}
+    shown = {v: drawable(class_name(meta, v)) for v, _ in shares[:MAX_LEGEND]}
     figure, _, legend = new_figure(overlay.astype(np.uint8), 3)
     legend.set_axis_off()
     legend.legend(handles=[Patch(color=colours[v] / 255, label=f'{shown[v]} {100 * share:.1f} %')
-                           for v, share in parts[:MAX_LEGEND]],
+                           for v, share in shares[:MAX_LEGEND]],
                   loc='center left', frameon=False, title='share of the image')
     figure.savefig(out, dpi=100)
-    return ', '.join(f'{class_name(meta, v)} {100 * share:.0f} %' for v, share in parts[:5])
+    return ', '.join(f'{class_name(meta, v)} {100 * share:.0f} %' for v, share in shares[:5])
 
 
 def draw(image, sample, meta, out, detections):

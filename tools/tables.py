@@ -44,8 +44,8 @@ def table_of_models(folder: Path) -> str:
 
 
 def table_of_architectures(folder: Path) -> str:
-    """For each family: parameters, FLOPs and the first published row of each task."""
-    parts = []
+    """A table for each family: parameters, FLOPs and the first published row of each task."""
+    tables = []
     for family, models in by_family():
         collections = list(by_collection(models))
         heads = [f'{group[0].dataset}{method(group[0])}{schedule(group)}: ' + ' / '.join(
@@ -57,9 +57,9 @@ def table_of_architectures(folder: Path) -> str:
             rows.append([f'`{arch}`', *sizes(size), *(
                 ' / '.join(str(v) for v in main_metrics(e).values()) if e else ''
                 for e in of_arch)])
-        parts.append(f'{title(models[0])}, `configs/{family}`:\n\n'
-                     + table(['Architecture', 'Parameters', 'FLOPs', *heads], rows))
-    return '\n'.join(parts)
+        tables.append(f'{title(models[0])}, `configs/{family}`:\n\n'
+                      + table(['Architecture', 'Parameters', 'FLOPs', *heads], rows))
+    return '\n'.join(tables)
 
 
 def table_of_files(models: Sequence[zoo.Entry], folder: Path) -> str:
@@ -99,7 +99,7 @@ def main_metrics(entry: zoo.Entry) -> dict[str, float]:
 
 
 def method(entry: zoo.Entry) -> str:
-    """What the family's name in that of the collection leaves: ', Mask R-CNN' or nothing."""
+    """The collection's name without that of its family: ', Mask R-CNN' or nothing."""
     name = entry.collection['Name'].removeprefix(entry.collection['Family']).strip()
     return f', {name}' if name else ''
 

@@ -37,16 +37,16 @@ def parse_args():
     return parser.parse_args()
 
 
-def set_amp(cfg, asked):
+def set_amp(cfg, wants_amp):
     """AmpOptimWrapper refuses the CPU: use it where there is a GPU only."""
     wrapper = cfg.get('optim_wrapper')
     if wrapper is None:
         return
     name = type_name(wrapper) or 'OptimWrapper'
     is_amp = name == 'AmpOptimWrapper'
-    if asked and not cli.has_gpu():
+    if wants_amp and not cli.has_gpu():
         raise UserError('--amp needs a GPU, and torch finds none here; train without --amp')
-    if asked and not is_amp:
+    if wants_amp and not is_amp:
         if name != 'OptimWrapper':
             raise UserError(f'--amp cannot be used with optim_wrapper.type={name}')
         wrapper.type = 'AmpOptimWrapper'

@@ -27,7 +27,7 @@ TASKS = {'Image Classification': 'cls', 'Object Detection': 'det', 'Instance Seg
 
 @dataclass(frozen=True)
 class Result:
-    """What was published of a model on one task: ``metrics`` by their names, in percent."""
+    """A published result of a model on one task: ``metrics`` by their names, in percent."""
 
     task: str
     dataset: str
@@ -77,7 +77,7 @@ class Entry:
 
     @property
     def path(self) -> Path:
-        """Where the config lies, in a checkout as in an installed package."""
+        """The path of the config, in a checkout as in an installed package."""
         return self.root / self.config
 
     @property
@@ -155,14 +155,14 @@ def read_metafile(path: Path) -> list[Entry]:
     loader = getattr(yaml, 'CSafeLoader', yaml.SafeLoader)
     content = yaml.load(path.read_text(encoding='utf-8'), loader)
     collections = {c['Name']: c for c in content['Collections']}
-    found = []
+    entries = []
     for model in content['Models']:
         try:
-            found.append(_read_entry(model, collections, path))
+            entries.append(_read_entry(model, collections, path))
         except KeyError as err:
             raise UserError(f'{path}: {model.get("Name", "a model without a name")} lacks {err}, '
                             'or names what is not there') from err
-    return found
+    return entries
 
 
 def register_configs(folder: Path) -> None:

@@ -17,10 +17,10 @@ CAT, NEW = '\u732b', '\u0378'  # a Chinese letter, and one that no font has: it 
 def no_fonts(monkeypatch):
     """A machine whose fonts are matplotlib's own; nothing was looked up before."""
     monkeypatch.setattr(font_manager, 'findSystemFonts', list)
-    monkeypatch.setattr(text, '_drawn', {'\n'})
-    monkeypatch.setattr(text, '_lacking', set())
+    text.forget()
     with matplotlib.rc_context({'font.family': ['sans-serif'], 'font.sans-serif': ['DejaVu Sans']}):
         yield
+    text.forget()
 
 
 @pytest.fixture

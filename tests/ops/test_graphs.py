@@ -78,8 +78,9 @@ def test_graphs_must_be_earned(actions):
     for key in range(2 * graphs.FREE):
         made += sum('made' in call(actions, key) for _ in range(3))
     # The replay of each that was made counts too.
-    assert graphs.FREE <= made <= graphs.FREE * graphs.EARNED_BY / (graphs.EARNED_BY - 1) + 1
-    for _ in range(3 * graphs.EARNED_BY):
+    replays = graphs.REPLAYS_PER_GRAPH
+    assert graphs.FREE <= made <= graphs.FREE * replays / (replays - 1) + 1
+    for _ in range(3 * replays):
         call(actions, 0)
     for _ in range(3):
         last = call(actions, 'another')

@@ -186,10 +186,10 @@ def test_reorder_op():
     x = torch.randn(2, 15, 3, dtype=torch.float64, requires_grad=True)
     for args in ((x, 3, 5, 'diagonal, route 1', False), (x, 5, 3, 'column-major', True)):
         opcheck(torch.ops.vmamba_mm.reorder.default, args)
-        assert torch.autograd.gradcheck(lambda x, args=args: patterns._reorder(x, *args[1:]), [x])
-    there = patterns._reorder(x, 3, 5, 'column-major', False)
+        assert torch.autograd.gradcheck(lambda x, args=args: patterns.reorder(x, *args[1:]), [x])
+    there = patterns.reorder(x, 3, 5, 'column-major', False)
     assert torch.equal(there, x.view(2, 3, 5, 3).transpose(1, 2).flatten(1, 2))
-    assert torch.equal(patterns._reorder(there, 3, 5, 'column-major', True), x)
+    assert torch.equal(patterns.reorder(there, 3, 5, 'column-major', True), x)
 
 
 @ALL

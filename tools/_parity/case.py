@@ -50,10 +50,10 @@ class CaseRun:
         for key in missing:
             self.report.fail(self.label, key, 'is missing from the case')
         if not missing:
-            before = len(self.report.rows)
+            num_rows = len(self.report.rows)
             with self.report.catch(self.label, 'run'), torch.set_grad_enabled(bool(self.gradients)):
                 self._compare_all()
-            if any(row.tensor == 'run' for row in self.report.rows[before:]):
+            if any(row.tensor == 'run' for row in self.report.rows[num_rows:]):
                 return set(self.case)
         return self.handled
 

@@ -50,7 +50,7 @@ class Row(NamedTuple):
 
     @property
     def excess(self) -> float:
-        """How near the error is to the limit, above 1 for a failure."""
+        """The error as a part of the limit, above 1 for a failure."""
         if self.error is None:
             return math.inf if self.problem else -1.0
         if math.isnan(self.error):
@@ -94,7 +94,7 @@ class Report:
 
     @contextlib.contextmanager
     def catch(self, case: str, tensor: str) -> Iterator[None]:
-        """Whatever raises is a failure: a file that cannot be read, a model that does not run."""
+        """A context in which whatever raises is a failure, such as a file that cannot be read."""
         try:
             yield
         except Exception as err:

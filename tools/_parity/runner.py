@@ -30,7 +30,7 @@ DTYPES = dict(fp64=torch.float64, fp32=torch.float32, fp16=torch.float16, bf16=t
 
 
 def read_numbers(path: Path) -> Any:
-    """What a file of expected numbers holds.
+    """Read the content of a file of expected numbers.
 
     Raises:
         UserError: if it is no file of tensors and plain values.
@@ -56,16 +56,16 @@ class Runner:
 
     # --- models -------------------------------------------------------------------------------
 
-    def check_model(self, path: Path, given: Mapping[str, Any],
+    def check_model(self, path: Path, arguments: Mapping[str, Any],
                     expected: Mapping[str, Any]) -> list[Row]:
         """The rows of a checkpoint and its cases.
 
         Args:
-            given: what is in NAME.json.
-            expected: what is in NAME.expected.pt.
+            arguments: the content of NAME.json.
+            expected: the content of NAME.expected.pt.
         """
         report = Report(path.name, self.parity, self.device, self.dtype)
-        outside = {k: v for k, v in {**expected, **given}.items() if k not in ('cases', 'note')}
+        outside = {k: v for k, v in {**expected, **arguments}.items() if k not in ('cases', 'note')}
         options = Options(outside)
         with report.catch('', 'model'):
             subject = self.parity.subject(path.name, options)
@@ -137,7 +137,7 @@ class Runner:
                 model = model.to(self.device, DTYPES[self.dtype_of_ops]).eval()
                 if subject.state:
                     load_state(model, convert(state), subject.state)
-                names[variant] = OfficialNames(model, lambda state, own: convert(state),
+                names[variant] = OfficialNames(model, lambda state, tensors: convert(state),
                                                official_shapes([case], state))
             models[variant] = model
         read = {subject.state, *options} - set(options.unread())
@@ -161,30 +161,31 @@ class Runner:
         inputs = {*call.args, *call.kwargs}
         case = {k: v for k, v in case.items()
                 if (k in inputs or k not in read) and not report.omits(label, str(k))}
-        parts = {'': dict(case)}
+        cases = {'': dict(case)}
         for variant in subject.variants:
-            part = {key.removesuffix(f'_{variant}'): parts[''].pop(key)
-                    for key in _keys(case) if key.endswith(f'_{variant}')}
-            part |= parts[''].pop(variant, {})
-            if part:
+            variant_case = {key.removesuffix(f'_{variant}'): cases[''].pop(key)
+                            for key in _keys(case) if key.endswith(f'_{variant}')}
+            variant_case |= cases[''].pop(variant, {})
+            if variant_case:
                 shared = {*inputs, 'mode', 'zero_grad_params'}
-                if any(key.startswith('grad') for key in part):
+                if any(key.startswith('grad') for key in variant_case):
                     shared |= {key for key in _keys(case) if call.owner(key) in call.outputs}
-                parts[variant] = {k: case[k] for k in shared if k in case} | part
-        if len(parts) > 1 and not any(key in parts[''] for key in call.outputs):
+                cases[variant] = {k: case[k] for k in shared if k in case} | variant_case
+        if len(cases) > 1 and not any(key in cases[''] for key in call.outputs):
             # All numbers are of variants; what they do not know is in none of them.
-            left = {k: v for k, v in parts.pop('').items()
-                    if not any(k in part for part in parts.values())}
+            left = {k: v for k, v in cases.pop('').items()
+                    if not any(k in variant_case for variant_case in cases.values())}
             for key in sorted(map(str, left)):
                 report.fail(label, key, 'is not compared: unknown')
-        for variant, part in parts.items():
+        for variant, variant_case in cases.items():
             model, name = models[variant], f'{label} {variant}'.strip()
             if variant:
-                part = {k: v for k, v in part.items() if not report.omits(name, k)}
-            if str(part.get('mode', '')).startswith('train'):
+                variant_case = {k: v for k, v in variant_case.items() if not report.omits(name, k)}
+            if str(variant_case.get('mode', '')).startswith('train'):
                 model = copy.deepcopy(model).train()  # its buffers change
-            run = CaseRun(report, name, part, model, call, names[variant], self.device, dtype)
-            for key in sorted(map(str, set(part) - run.run())):
+            case_run = CaseRun(report, name, variant_case, model, call, names[variant],
+                               self.device, dtype)
+            for key in sorted(map(str, set(variant_case) - case_run.run())):
                 report.fail(name, key, 'is not compared: unknown')
 
 

@@ -76,16 +76,16 @@ class OfficialNames:
             numbers[name] = torch.arange(total, total + count, dtype=torch.float64).view(shape)
             self.start[name], total = total, total + count
         self.total = total
-        own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-        converted = convert(numbers, own) if numbers else {}
+        tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+        converted = convert(numbers, tensors) if numbers else {}
         self.numbers = {k: v.long().flatten() for k, v in converted.items()}
-        covered = {id(own[k]) for k in self.numbers if k in own}
+        covered = {id(tensors[k]) for k in self.numbers if k in tensors}
         #: names of our trained parameters that no official weight belongs to
         self.left = [k for k, p in model.named_parameters()
                      if p.requires_grad and id(p) not in covered]
 
     def arrange(self, values: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
-        """By official names; None where ours has none of some of a weight's elements."""
+        """The values by official names; None where ours lacks some of a weight's elements."""
         flat = torch.zeros(self.total, dtype=torch.float64)
         is_set = torch.zeros(self.total, dtype=torch.bool)
         for key, numbers in self.numbers.items():
@@ -101,11 +101,11 @@ class OfficialNames:
 
 
 def convert_names(family: Family, subject: Subject, state: Mapping[str, Any],
-                  own: Collection[str]) -> dict[str, Any]:
+                  our_names: Collection[str]) -> dict[str, Any]:
     """Official weights, or gradients, by our names: by the subject's way, or by the family's rows.
 
     Args:
-        own: names of our model, whose backbone may lie at ``backbone.`` or be all of it.
+        our_names: names of our model, whose backbone may lie at ``backbone.`` or be all of it.
     """
     if subject.convert is not None:
         return dict(subject.convert(state))
@@ -114,7 +114,7 @@ def convert_names(family: Family, subject: Subject, state: Mapping[str, Any],
     for name, value in plain.items():
         ours = rename(name, rows) if has_row(name, rows) else name
         if ours is not None:
-            renamed[f'backbone.{ours}' if f'backbone.{ours}' in own else ours] = value
+            renamed[f'backbone.{ours}' if f'backbone.{ours}' in our_names else ours] = value
     return renamed
 
 
@@ -132,8 +132,8 @@ def official_shapes(cases: list[Mapping], checkpoint: Any) -> dict[str, tuple[in
             if isinstance(value, Tensor):
                 shapes[name] = tuple(value.shape)
             elif name not in shapes:
-                found = find_tensor([checkpoint], name)
-                shapes[name] = None if found is None else tuple(found.shape)
+                tensor = find_tensor([checkpoint], name)
+                shapes[name] = None if tensor is None else tuple(tensor.shape)
     return shapes
 
 
@@ -145,7 +145,7 @@ def find_tensor(contents: list[Any], name: str) -> Tensor | None:
         for key, value in content.items():
             if isinstance(value, Tensor) and (key == name or str(key).endswith(f'.{name}')):
                 return value
-        found = find_tensor(list(content.values()), name)
-        if found is not None:
-            return found
+        tensor = find_tensor(list(content.values()), name)
+        if tensor is not None:
+            return tensor
     return None

@@ -126,15 +126,15 @@ def find_maps(inputs, pixel, kind):
 
     from vmamba_mm.ops import ss2d_attention
 
-    found = ss2d_attention(*inputs, pixel)
+    attention = ss2d_attention(*inputs, pixel)
     if kind == 'qk':
-        maps_KHW = found.qk[0].abs()
+        maps_KHW = attention.qk[0].abs()
     else:
-        values = found.values[0] if kind == 'contribution' else 1
-        maps_KHW = (found.weights[0] * values).abs().mean(1)
+        values = attention.values[0] if kind == 'contribution' else 1
+        maps_KHW = (attention.weights[0] * values).abs().mean(1)
     if not maps_KHW.isfinite().all() or not maps_KHW.any():
         raise UserError('the maps are not finite, or all zero')
-    return maps_KHW.masked_fill(~found.seen, torch.nan).cpu().numpy()
+    return maps_KHW.masked_fill(~attention.seen, torch.nan).cpu().numpy()
 
 
 def measure(model, image, position, blocks, kind):
@@ -145,12 +145,12 @@ def measure(model, image, position, blocks, kind):
 
     with torch.no_grad(), record_scan_inputs(list(blocks.values())) as inputs:
         model.backbone(preprocess(model, image))
-    found = {}
+    maps_of = {}
     for name, module in blocks.items():
         height, width = inputs[module][0].shape[2:]
         query = int(position[0] * height), int(position[1] * width)
-        found[name] = find_maps(inputs[module], query, kind), query
-    return found
+        maps_of[name] = find_maps(inputs[module], query, kind), query
+    return maps_of
 
 
 def find_shares(maps):
@@ -161,7 +161,7 @@ def find_shares(maps):
 
 # --- output ---------------------------------------------------------------------------------
 
-def draw(found, image, position, title, path):
+def draw(maps_of, image, position, title, path):
     """A row for each block: the image with the query, the four routes over it, and their sum."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import PowerNorm
@@ -171,10 +171,10 @@ def draw(found, image, position, title, path):
 
     side = image.shape[0]
     grey = 60 + 0.5 * image.mean(-1)  # little contrast: shades under a colour change it
-    figure = Figure(figsize=(13.2, 2.3 * len(found) + 0.4), layout='constrained')
+    figure = Figure(figsize=(13.2, 2.3 * len(maps_of) + 0.4), layout='constrained')
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(found), 2 + len(ROUTES), squeeze=False)
-    for row, (block, (maps, query)) in zip(axes, found.items(), strict=True):
+    axes = figure.subplots(len(maps_of), 2 + len(ROUTES), squeeze=False)
+    for row, (block, (maps, query)) in zip(axes, maps_of.items(), strict=True):
         total = np.nansum(maps, 0)
         centre = [(q + 0.5) / n for q, n in zip(query, total.shape, strict=True)]
         row[0].imshow(image)
@@ -196,7 +196,7 @@ def draw(found, image, position, title, path):
         ax.set_title(name, fontsize=10)
     figure.colorbar(drawn, ax=axes, label='value / largest', shrink=0.8,
                     ticks=(0, 0.01, 0.1, 0.3, 0.6, 1), format='%g',
-                    aspect=15 * len(found), pad=0.01)
+                    aspect=15 * len(maps_of), pad=0.01)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=110)
 
@@ -241,16 +241,16 @@ def main():
             failures.add(path, err)
             continue
         image, position = resize(loaded, size), find_position(args.pixel, path, loaded.shape[:2])
-        found = measure(model, image, position, blocks, args.map)
+        maps_of = measure(model, image, position, blocks, args.map)
         picture = outputs.choose(path)
-        draw(found, to_picture(image.permute(1, 2, 0).numpy()), position,
+        draw(maps_of, to_picture(image.permute(1, 2, 0).numpy()), position,
              drawable(f'{path.name}, {size}x{size}: ') + MAPS[args.map], picture)
         sign(picture, path)
         np.savez_compressed(picture.with_suffix('.npz'),
-                            **{b: maps for b, (maps, _) in found.items()})
+                            **{b: maps for b, (maps, _) in maps_of.items()})
         report[picture.stem] = dict(image=str(path), position=position, blocks={
             block: dict(query=query, shares=find_shares(maps))
-            for block, (maps, query) in found.items()})
+            for block, (maps, query) in maps_of.items()})
     print()
     setting = dict(config=args.config, checkpoint=args.checkpoint, map=args.map, size=size,
                    routes=ROUTES)

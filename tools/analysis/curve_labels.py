@@ -6,7 +6,7 @@ import numpy as np
 def spread(heights, gap):
     """The nearest heights to those given, in their order, that are ``gap`` apart or more."""
     order = np.argsort(heights, kind='stable')
-    groups = []  # [the sum of the lowest places wished, the count]
+    groups = []  # [the sum of the heights wished, the count]
     for height in np.asarray(heights, float)[order]:
         groups.append([height, 1])
         while len(groups) > 1 and _lowest(groups[-2], gap) + groups[-2][1] * gap \
@@ -14,14 +14,14 @@ def spread(heights, gap):
             total, count = groups.pop()
             groups[-1][0] += total
             groups[-1][1] += count
-    places = [_lowest(g, gap) + i * gap for g in groups for i in range(g[1])]
-    found = np.empty(len(heights))
-    found[order] = places
-    return found
+    sorted_heights = [_lowest(g, gap) + i * gap for g in groups for i in range(g[1])]
+    spread_heights = np.empty(len(heights))
+    spread_heights[order] = sorted_heights
+    return spread_heights
 
 
 def _lowest(group, gap):
-    """Of a group of labels around the mean of what they label."""
+    """The lowest height of a group of labels around the mean of what they label."""
     total, count = group
     return total / count - gap * (count - 1) / 2
 
@@ -37,10 +37,10 @@ def label_ends(ax, ends):
     if not ends:
         return
     ax.set_ylim(*ax.get_ylim())
-    places = [ax.transAxes.inverted().transform(ax.transData.transform((x, y)))
-              for x, y, *_ in ends]
+    positions = [ax.transAxes.inverted().transform(ax.transData.transform((x, y)))
+                 for x, y, *_ in ends]
     gap = 13 / (ax.figure.get_size_inches()[1] * 72 * 0.8)  # 9 pt of text, in axes
-    heights = spread([y for _, y in places], gap)
+    heights = spread([y for _, y in positions], gap)
     for (x, y, text, colour), height in zip(ends, heights, strict=True):
         ax.annotate(drawable(text), (x, y), xycoords='data', xytext=(1.03, height),
                     textcoords='axes fraction', color=colour, fontsize=9, va='center',

@@ -106,7 +106,7 @@ def as_map(features, backbone):
 # --- the measure ----------------------------------------------------------------------------
 
 def contributions(backbone, x, gradient='absolute'):
-    """How much each input pixel contributes to the centre of the last feature map.
+    """The contribution of each input pixel to the centre of the last feature map.
 
     The activations are summed after ReLU, as in RepLKNet's code: the channels of a map behind a
     LayerNorm sum to a constant, whose gradient is zero.
@@ -187,10 +187,10 @@ def tabulate(erfs):
     rows = []
     for (name, state), erf in erfs.items():
         for score, of in SCORES.items():
-            found = {t: area_ratio(of(erf), t / 100) for t in THRESHOLDS}
+            areas = {t: area_ratio(of(erf), t / 100) for t in THRESHOLDS}
             rows.append({'model': name, 'state': state, 'score': score}
-                        | {f'r{t}': ratio for t, (_, ratio) in found.items()}
-                        | {f'side{t}': side for t, (side, _) in found.items()})
+                        | {f'r{t}': ratio for t, (_, ratio) in areas.items()}
+                        | {f'side{t}': side for t, (side, _) in areas.items()})
     return rows
 
 
@@ -206,7 +206,8 @@ def show(rows):
 
 
 def draw(erfs, rows, title, path):
-    """Before beside after training for one model, above it for several; one logarithmic scale."""
+    """Draw the fields before training beside those after it for one model, above them for several,
+    on one logarithmic scale."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
@@ -231,8 +232,8 @@ def draw(erfs, rows, title, path):
             continue
         share = erfs[name, state] / erfs[name, state].max()
         drawn = ax.imshow(np.maximum(share, DARKEST), cmap='viridis', norm=LogNorm(DARKEST, 1))
-        found = ', '.join(f'{100 * ratios[name, state][f"r{t}"]:.3g}' for t in THRESHOLDS)
-        ax.set_xlabel(f'r = {found} %', fontsize=9)
+        percentages = ', '.join(f'{100 * ratios[name, state][f"r{t}"]:.3g}' for t in THRESHOLDS)
+        ax.set_xlabel(f'r = {percentages} %', fontsize=9)
     figure.colorbar(drawn, ax=axes, label='contribution / largest contribution', extend='min',
                     shrink=0.8)
     figure.suptitle(f'{title}\nr at {", ".join(map(str, THRESHOLDS))} % of log10(1 + gradient)',

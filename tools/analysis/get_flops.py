@@ -29,12 +29,12 @@ UNITS = {'mac': (1, 'one multiply-add counts as 1'), 'flop': (2, 'one multiply-a
 
 def find_tables():
     """{name: published models with their FLOPs}: those of one data set, each architecture once."""
-    found = {}
+    tables = {}
     for entry in zoo.entries():
-        table = found.setdefault(entry.dataset.lower().partition('-')[0], {})
+        table = tables.setdefault(entry.dataset.lower().partition('-')[0], {})
         if entry.flops is not None:
             table.setdefault((entry.family, entry.arch), entry)  # whatever the schedule
-    return {name: list(table.values()) for name, table in found.items() if table}
+    return {name: list(table.values()) for name, table in tables.items() if table}
 
 
 TABLES = find_tables()
@@ -102,7 +102,7 @@ def count_config(path, options, shape):
 # --- beside the published numbers ---------------------------------------------------------------
 
 def digits_of(entries):
-    """How many digits of a GFLOP a table was published with."""
+    """The number of digits of a GFLOP that a table was published with."""
     return int(any(entry.flops % 10**9 for entry in entries))
 
 
@@ -112,21 +112,21 @@ def compare(entry, count, digits):
         return round(value / 1e9, digits)
 
     extras = {k: v for k, v in count.extras.items() if v >= 0.5e6}
-    told = 'with ' + ', '.join(f'{k} {v / 1e9:.3f}' for k, v in extras.items())
+    with_extras = 'with ' + ', '.join(f'{k} {v / 1e9:.3f}' for k, v in extras.items())
     if round(count.parameters / 1e6) != round(entry.parameters / 1e6):
         return f'differs by {count.parameters - entry.parameters:,} parameters'
     if printed(count.flops) == printed(entry.flops):
         return 'agrees'
     total = count.flops + sum(count.extras.values())
     if printed(total) == printed(entry.flops):
-        return f'agrees {told}'
+        return f'agrees {with_extras}'
     return entry.metadata.get('FLOPs Note') \
-        or f'differs by {(entry.flops - total) / 1e9:.3f} G, {told}'
+        or f'differs by {(entry.flops - total) / 1e9:.3f} G, {with_extras}'
 
 
 def print_published(tables):
     """Each model on a line as soon as it is counted; all of them, with the verdicts."""
-    found = []
+    counts = []
     print(f'{UNITS["mac"][1]}; "all" adds norms, resizing and pooling, which the authors\' '
           'counters (fvcore, mmengine) count;\npublished: by the authors, on their release page')
     for table in tables:
@@ -142,22 +142,22 @@ def print_published(tables):
             print(f'{entry.arch:14}{count.parameters:>13,}{f"{entry.parameters / 1e6:.0f} M":>11}'
                   f'{count.flops / 1e9:>10.3f}{total / 1e9:>10.3f}'
                   f'{f"{entry.flops / 1e9:.{digits}f} G":>11}  {verdict}', flush=True)
-            found.append((table, entry.arch, count, dict(
+            counts.append((table, entry.arch, count, dict(
                 all_flops=total, published_parameters=entry.parameters,
                 published_flops=entry.flops, verdict=verdict)))
-    return found
+    return counts
 
 
 # --- files --------------------------------------------------------------------------------------
 
-def write(found, unit, folder, stem):
+def write(counts, unit, folder, stem):
     """CSV (a line for each part), JSON (everything) and a picture of (table, name, count, more)."""
     factor, meaning = UNITS[unit]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f'{stem}.csv', 'w', newline='') as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
-        for table, name, count, _ in found:
+        for table, name, count, _ in counts:
             for row in count.rows:
                 writer.writerow((table, name, *count.shape, row.part, row.kind, row.parameters,
                                  factor * row.flops, factor))
@@ -168,24 +168,24 @@ def write(found, unit, folder, stem):
                    flops=factor * count.flops,
                    rows=[dataclasses.asdict(r) | {'flops': factor * r.flops} for r in count.rows],
                    extras={k: factor * v for k, v in count.extras.items()}, notes=count.notes,
-                   **more) for table, name, count, more in found]
+                   **more) for table, name, count, more in counts]
     (folder / f'{stem}.json').write_text(json.dumps(dict(unit=meaning, models=models), indent=1))
-    draw(found, unit, folder / f'{stem}.png')
+    draw(counts, unit, folder / f'{stem}.png')
     print(f'\nWritten: {folder / stem}.csv, .json, .png')
 
 
 def shares(count):
     """Label -> FLOPs of what a bar is made of: the backbone's kinds, then the other parts."""
-    found = {}
+    flops_of = {}
     split = {row.part for row in count.rows if row.kind}
     for row in count.rows:
         label = f'{row.part}: {row.kind}' if row.kind else row.part.rpartition('.')[2]
         if row.kind or row.part not in split:
-            found[label] = found.get(label, 0) + row.flops
-    return {label: value for label, value in found.items() if value}
+            flops_of[label] = flops_of.get(label, 0) + row.flops
+    return {label: value for label, value in flops_of.items() if value}
 
 
-def draw(found, unit, path):
+def draw(counts, unit, path):
     """A bar for each model, by parts; a panel for each table."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -193,24 +193,24 @@ def draw(found, unit, path):
     from vmamba_mm.mm.hooks.curves import COLOURS
     from vmamba_mm.mm.text import drawable
 
-    tables = list(dict.fromkeys(table for table, *_ in found))
-    sizes = [sum(t == table for t, *_ in found) for table in tables]
+    tables = list(dict.fromkeys(table for table, *_ in counts))
+    sizes = [sum(t == table for t, *_ in counts) for table in tables]
     kinds = [f'backbone: {kind}' for kind in flops.KINDS]
-    others = dict.fromkeys(label for *_, count, _ in found for label in shares(count))
-    others = [label for label in others if label not in kinds]
+    other_labels = dict.fromkeys(label for *_, count, _ in counts for label in shares(count))
+    other_labels = [label for label in other_labels if label not in kinds]
     # The backbone in colours that are always the same, the rest grey and hatched.
     style = {label: dict(color=colour) for label, colour in zip(kinds, COLOURS, strict=False)}
     style |= {label: dict(color=GREYS[i % len(GREYS)], hatch=HATCHES[i % len(HATCHES)])
-              for i, label in enumerate(others)}
-    shown_names = {name: drawable(name) for _, name, *_ in found}
-    figure = Figure(figsize=(10, 1.6 + 0.8 * len(tables) + 0.36 * len(found)),
+              for i, label in enumerate(other_labels)}
+    shown_names = {name: drawable(name) for _, name, *_ in counts}
+    figure = Figure(figsize=(10, 1.6 + 0.8 * len(tables) + 0.36 * len(counts)),
                     layout='constrained')
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(tables), 1, height_ratios=[1 + n for n in sizes], squeeze=False)
     factor, meaning = UNITS[unit]
     handles = {}
     for axes, table in zip(panels[:, 0], tables, strict=True):
-        models = [(name, count) for t, name, count, _ in found if t == table]
+        models = [(name, count) for t, name, count, _ in counts if t == table]
         for y, (_, count) in enumerate(models):
             left = 0
             for label, value in shares(count).items():
@@ -234,16 +234,16 @@ def main():
     args = parse_args()
     prepare_mm()
     if args.published is not None:
-        found = print_published(args.published or TABLES)
-        write(found, args.unit, args.out_dir, 'published')
+        counts = print_published(args.published or TABLES)
+        write(counts, args.unit, args.out_dir, 'published')
         return
-    found = []
+    counts = []
     for path in args.configs:
         count = count_config(path, args.cfg_options, args.shape)
         name = Path(path.rpartition('::')[2]).stem
         print_count(name, count, args.unit)
-        found.append((f'{count.shape[0]}x{count.shape[1]}', name, count, {}))
-    write(found, args.unit, args.out_dir, found[0][1] if len(found) == 1 else 'models')
+        counts.append((f'{count.shape[0]}x{count.shape[1]}', name, count, {}))
+    write(counts, args.unit, args.out_dir, counts[0][1] if len(counts) == 1 else 'models')
 
 
 if __name__ == '__main__':

@@ -115,7 +115,7 @@ class Subject:
         return cfg
 
     def count_at(self, size):
-        """Of an image, as flops.py counts."""
+        """Count the model on an image of ``size``, as flops.py does."""
         try:
             return flops.count(self.config_at(size), (size, size))
         except (AssertionError, RuntimeError, ValueError) as err:
@@ -142,22 +142,22 @@ def scale_pipeline(pipeline, size):
     """
     steps = [(step, keys[kind]) for step in pipeline for keys in (RESIZES, CROPS)
              for kind in [type_name(step)] if kind in keys]
-    own, padded = None, []
+    original_size, padded = None, []
     for step, key in steps:
-        found = step[key] if isinstance(step[key], tuple | list) else (step[key],)
-        if len(set(found)) > 1:
+        sides = step[key] if isinstance(step[key], tuple | list) else (step[key],)
+        if len(set(sides)) > 1:
             raise UserError(f'the test pipeline makes images that are not square: {dict(step)}')
-        step[key] = found[0]
+        step[key] = sides[0]
         if type_name(step) != 'ResizeEdge':
-            own = found[0]
+            original_size = sides[0]
         if type_name(step) == 'EfficientNetCenterCrop':
             padded.append((step, 'crop_padding'))
             step.setdefault('crop_padding', 32)  # its default
-    if own is None:
+    if original_size is None:
         raise UserError('the test pipeline has no step that makes images of one size: '
                         f'{", ".join(["Resize", *CROPS])}')
     for step, key in steps + padded:
-        value = step[key] * size // own
+        value = step[key] * size // original_size
         square = type_name(step) == 'Resize'  # one number may keep a ratio
         step[key] = (value, value) if square else value
 
@@ -231,8 +231,8 @@ def check_logits(logits, batch, classes, what):
     import torch
 
     if not isinstance(logits, torch.Tensor) or logits.shape != (batch, classes):
-        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise UserError(f'{what}: the output is {found} instead of {(batch, classes)}: not timed')
+        actual = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise UserError(f'{what}: the output is {actual} instead of {(batch, classes)}: not timed')
     if not logits.isfinite().all():
         raise UserError(f'{what}: the output is not finite: not timed')
 
@@ -245,22 +245,22 @@ def measure_speed(model, size, batch, args, what, channels=3):
     images = torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(0))
     images = images.to(args.device)
 
-    def run():
+    def forward():
         with torch.inference_mode(), autocast(args):
             return model(images, mode='tensor')
 
-    check_logits(run(), batch, model.head.num_classes, what)
-    ms = measuring.median(run, on_gpu)
-    found = dict(ms=ms, images_per_s=batch / ms * 1e3)
-    memory = measuring.held_and_peak(run, on_gpu)
+    check_logits(forward(), batch, model.head.num_classes, what)
+    ms = measuring.median(forward, on_gpu)
+    measured = dict(ms=ms, images_per_s=batch / ms * 1e3)
+    memory = measuring.held_and_peak(forward, on_gpu)
     if memory is not None:
         held, peak = memory
         if not on_gpu:  # the process holds libraries too
             weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
             held, peak = weights + images.nbytes, weights + images.nbytes + peak - held
-        found |= dict(peak_mib=peak / 2**20,
-                      mib_per_image=(peak - held + images.nbytes) / batch / 2**20)
-    return found
+        measured |= dict(peak_mib=peak / 2**20,
+                         mib_per_image=(peak - held + images.nbytes) / batch / 2**20)
+    return measured
 
 
 def measure(subject, count, size, batch, args):

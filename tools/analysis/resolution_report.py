@@ -16,7 +16,7 @@ LINES = ('-', '--', ':')
 # --- the fits ---------------------------------------------------------------------------------
 
 def fit_growth(sizes, flops):
-    """How FLOPs grow with the number of pixels, by least squares.
+    """Fit how FLOPs grow with the number of pixels, by least squares.
 
     Args:
         sizes: sides of square images, in pixels.
@@ -33,46 +33,46 @@ def fit_growth(sizes, flops):
     slope, intercept = np.polyfit(pixels, flops, 1)
     off = flops - (slope * pixels + intercept)
     exponent, factor = np.polyfit(np.log(pixels), np.log(flops), 1)
-    found = dict(slope=slope, intercept=intercept,
-                 r2=1 - np.square(off).sum() / np.square(flops - flops.mean()).sum(),
-                 worst=np.abs(off).max() / flops.max(), exponent=exponent, factor=np.exp(factor))
-    return {name: float(value) for name, value in found.items()}
+    fit = dict(slope=slope, intercept=intercept,
+               r2=1 - np.square(off).sum() / np.square(flops - flops.mean()).sum(),
+               worst=np.abs(off).max() / flops.max(), exponent=exponent, factor=np.exp(factor))
+    return {name: float(value) for name, value in fit.items()}
 
 
 def fits_of(rows):
     """{model: fit_growth}."""
-    return {name: fit_growth([r['resolution'] for r in own], [r['flops'] for r in own])
-            for name, own in by_model(rows).items()}
+    return {name: fit_growth([r['resolution'] for r in of_model], [r['flops'] for r in of_model])
+            for name, of_model in by_model(rows).items()}
 
 
 def by_model(rows):
-    found = {}
+    rows_of = {}
     for row in rows:
-        found.setdefault(row['model'], []).append(row)
-    return found
+        rows_of.setdefault(row['model'], []).append(row)
+    return rows_of
 
 
 # --- text and files ---------------------------------------------------------------------------
 
 def number(value, digits=3):
-    """With three digits at least, and no exponent."""
+    """Format a value with three digits at least, and no exponent."""
     if value is None:
         return '-'
     return f'{value:,.0f}' if abs(value) >= 10**digits else f'{value:.{digits}g}'
 
 
 def describe(row):
-    found = f'{row["model"]} at {row["resolution"]}x{row["resolution"]}: '
+    text = f'{row["model"]} at {row["resolution"]}x{row["resolution"]}: '
     if row['problem']:
-        found += f'{row["problem"]}; '
-    found += f'{number(row["flops"] / 1e9)} GFLOPs'
+        text += f'{row["problem"]}; '
+    text += f'{number(row["flops"] / 1e9)} GFLOPs'
     if row['images_per_s'] is not None:
-        found += f', {number(row["images_per_s"])} images/s in batches of {row["batch"]}'
+        text += f', {number(row["images_per_s"])} images/s in batches of {row["batch"]}'
     if row['peak_mib'] is not None:
-        found += f', {number(row["peak_mib"])} MiB'
+        text += f', {number(row["peak_mib"])} MiB'
     if row['accuracy'] is not None:
-        found += f', top-1 {row["accuracy"]:.2f} % of {row["images"]} images'
-    return found
+        text += f', top-1 {row["accuracy"]:.2f} % of {row["images"]} images'
+    return text
 
 
 def show(rows):
@@ -158,8 +158,8 @@ def draw_by_size(rows, column, log, ylabel, title, path):
     """A curve for each model over the side of the images."""
     figure, (ax,) = make_figure()
     labels, ends = label_names(list(by_model(rows))), []
-    for i, (name, own) in enumerate(by_model(rows).items()):
-        points = [(r['resolution'], r[column]) for r in own if r[column] is not None]
+    for i, (name, model_rows) in enumerate(by_model(rows).items()):
+        points = [(r['resolution'], r[column]) for r in model_rows if r[column] is not None]
         if points:
             ax.plot(*zip(*points, strict=True), **style_of(i))
             ends.append((*points[-1], labels[name], style_of(i)['color']))
@@ -179,9 +179,9 @@ def draw_flops(rows, path):
     figure, (plain, log) = make_figure(2)
     labels, fits = label_names(list(by_model(rows))), fits_of(rows)
     ends = {plain: [], log: []}
-    for i, (name, own) in enumerate(by_model(rows).items()):
-        pixels = np.array([r['resolution']**2 / 1e6 for r in own])
-        flops = np.array([r['flops'] / 1e9 for r in own])
+    for i, (name, model_rows) in enumerate(by_model(rows).items()):
+        pixels = np.array([r['resolution']**2 / 1e6 for r in model_rows])
+        flops = np.array([r['flops'] / 1e9 for r in model_rows])
         style, fit = style_of(i), fits[name]
         for ax in (plain, log):
             ax.plot(pixels, flops, **{**style, 'linestyle': ''})
@@ -204,8 +204,8 @@ def draw_flops(rows, path):
                       (log, 'The same, and the power laws nearest to them')):
         finish(ax, title, 'pixels of the image, millions', 'GFLOPs (a multiply-add is 1)')
     figure.draw_without_rendering()
-    for ax, own in ends.items():
-        label_ends(ax, own)
+    for ax, points in ends.items():
+        label_ends(ax, points)
     figure.savefig(path, dpi=130)
 
 

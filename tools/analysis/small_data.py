@@ -96,7 +96,7 @@ def parse_args():
 
 
 def name_of(folder):
-    """Of the data: as it was given, or the folder's own, with no path of this machine in it."""
+    """The name of the data: as it was given, or the folder's own, with no path of this machine."""
     here = not folder.is_absolute() and '..' not in folder.parts
     return folder.as_posix() if here else folder.resolve().name
 

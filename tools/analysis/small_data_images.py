@@ -26,11 +26,11 @@ def find_classes(folder):
     if not folder.is_dir():
         raise UserError(f'the folder {folder} does not exist: --data takes a folder with train/ '
                         'and val/, both with a folder for each class')
-    found = {p.name: list_images([p]) for p in sorted(folder.iterdir())
-             if p.is_dir() and not p.name.startswith('.')}
-    if len(found) < 2:
-        raise UserError(f'{folder} has {len(found)} class folder(s); at least 2 are needed')
-    return found
+    paths_of = {p.name: list_images([p]) for p in sorted(folder.iterdir())
+                if p.is_dir() and not p.name.startswith('.')}
+    if len(paths_of) < 2:
+        raise UserError(f'{folder} has {len(paths_of)} class folder(s); at least 2 are needed')
+    return paths_of
 
 
 def read_image(path, side):
@@ -53,17 +53,17 @@ def load(root, size, device):
     import torch
     from mmengine.utils import track_iter_progress
 
-    found = {split: find_classes(root / split) for split in ('train', 'val')}
-    if list(found['train']) != list(found['val']):
-        differing = sorted(set(found['train']) ^ set(found['val']))
+    classes_of = {split: find_classes(root / split) for split in ('train', 'val')}
+    if list(classes_of['train']) != list(classes_of['val']):
+        differing = sorted(set(classes_of['train']) ^ set(classes_of['val']))
         raise UserError(f'train/ and val/ of {root} must have the same classes; only one of them '
                         f'has {", ".join(differing)}')
     splits = {}
-    for split, classes in found.items():
+    for split, classes in classes_of.items():
         files = [(path, c) for c, paths in enumerate(classes.values()) for path in paths]
         print(f'reading {split}')
         images = [read_image(path, round(size * 8 / 7)) for path, _ in track_iter_progress(files)]
         print(flush=True)  # ends the line of the progress bar
         splits[split] = Split(torch.stack(images).to(device),
                               torch.tensor([c for _, c in files]).to(device))
-    return splits, list(found['train'])
+    return splits, list(classes_of['train'])

@@ -49,22 +49,22 @@ def match_swin(num_classes, args):
 
 
 def describe_models(num_classes, args):
-    """Model -> what it is: mlp_ratio, parameters, FLOPs of an image (a multiply-add is 1).
+    """{model: its mlp_ratio, parameters and FLOPs of an image (a multiply-add is 1)}.
 
     Raises:
         UserError: if the parameters differ by more than 2 %.
     """
     from vmamba_mm.mm import flops
 
-    found = {}
+    models = {}
     for name in args.models:
         ratio = match_swin(num_classes, args) if name == 'swin' else 4.0
         model = build(name, num_classes, args, ratio)
-        found[name] = dict(parameters=count_parameters(model), mlp_ratio=ratio,
-                           flops=flops.count_module(model, (args.size, args.size)).flops)
-    counts = [m['parameters'] for m in found.values()]
+        models[name] = dict(parameters=count_parameters(model), mlp_ratio=ratio,
+                            flops=flops.count_module(model, (args.size, args.size)).flops)
+    counts = [m['parameters'] for m in models.values()]
     if max(counts) > (1 + MOST_DIFFERENCE) * min(counts):
         raise UserError(f'the models have {min(counts):,} to {max(counts):,} parameters, which is '
                         f'more than {MOST_DIFFERENCE:.0%} apart: choose other --embed-dims or '
                         '--depths')
-    return found
+    return models

@@ -54,7 +54,7 @@ def augment(images, size, generator):
 
 
 def lr_factor(step, steps):
-    """Of the highest learning rate: a linear warm-up, then a cosine down to RECIPE['final_lr']."""
+    """The factor of the learning rate: a linear warm-up, then a cosine to RECIPE['final_lr']."""
     warm_up = max(1, round(RECIPE['warm_up'] * steps))
     if step < warm_up:
         return (step + 1) / warm_up

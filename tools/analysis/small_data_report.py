@@ -69,18 +69,18 @@ def summarise(rows, setting):
     scan, None for a model that has none; ``images_per_s`` is the median of all
     epochs, so that the first, which compiles, does not count.
     """
-    found = {}
+    summary = {}
     for name, model in setting['models'].items():
-        own = [row for row in rows if row['model'] == name]
-        last = max(row['epoch'] for row in own)
-        top1 = [row['top1'] for row in own if row['epoch'] == last]
-        no_scan = [row['top1_no_scan'] for row in own if row['top1_no_scan'] is not None]
-        found[name] = dict(
+        model_rows = [row for row in rows if row['model'] == name]
+        last = max(row['epoch'] for row in model_rows)
+        top1 = [row['top1'] for row in model_rows if row['epoch'] == last]
+        no_scan = [row['top1_no_scan'] for row in model_rows if row['top1_no_scan'] is not None]
+        summary[name] = dict(
             model, top1=top1, mean=statistics.fmean(top1), min=min(top1), max=max(top1),
             std=statistics.stdev(top1) if len(top1) > 1 else None,
             no_scan=statistics.fmean(no_scan) if no_scan else None,
-            images_per_s=statistics.median(row['images_per_s'] for row in own))
-    return found
+            images_per_s=statistics.median(row['images_per_s'] for row in model_rows))
+    return summary
 
 
 def compare(summary):
@@ -189,8 +189,8 @@ def draw(rows, summary, setting, path):
                   clip_on=False)
         ends[name] = means[-1]
     last = max(row['epoch'] for row in rows)
-    found = [row['top1'] for row in rows] + [setting['chance']]
-    low, high = min(found), max(found)
+    accuracies = [row['top1'] for row in rows] + [setting['chance']]
+    low, high = min(accuracies), max(accuracies)
     low, high = low - 0.05 * (high - low) - 1, high + 0.05 * (high - low) + 1
     heights = spread(list(ends.values()), 0.055 * (high - low))
     for (name, mean), height in zip(ends.items(), heights, strict=True):

@@ -18,7 +18,7 @@ def add_run_options(parser, shrink):
 
 
 def check_run_options(args, chosen, default, try_out):
-    """What to measure: ``chosen``, by default ``default``, or nothing with --merge.
+    """The cases to measure: ``chosen``, by default ``default``, or none with --merge.
 
     Raises:
         UserError: if --shrink makes no sense, or there is no GPU to measure on; ``try_out`` are

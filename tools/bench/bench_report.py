@@ -21,7 +21,7 @@ NAN = float('nan')
 
 @dataclass(frozen=True)
 class Sheet:
-    """What rows are made of, and files of them.
+    """The parts of a row, and files of rows.
 
     Args:
         case: the class of the cases; it has a default for all but its first field.
@@ -100,7 +100,7 @@ def show(value, unit=''):
 
 
 def show_in(style, value):
-    """In a style of format(); '' for NaN."""
+    """A value in a style of format(); '' for NaN."""
     return '' if math.isnan(value) else format(value, style)
 
 
@@ -110,8 +110,8 @@ def print_table(title, head, lines):
         return
     widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
     print(f'\n{title}')
-    for first, *others in (head, *lines):
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+    for first, *rest in (head, *lines):
+        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
         print('  '.join([first.ljust(widths[0]), *cells]).rstrip())
 
 

@@ -88,14 +88,14 @@ def peak_mib(name: str, mode: str, args: argparse.Namespace) -> float:
 
 def measure_memory(name: str, mode: str, args: argparse.Namespace) -> None:
     images = torch.randn(args.batch, 3, args.size, args.size)
-    before = psutil.Process().memory_info().rss
+    rss_before = psutil.Process().memory_info().rss
     model = build(name, args.size)
     for _ in range(2):
         run(model, images, mode)
     # Not getrusage: its maximum is inherited from the parent process.
     high_water = next(line for line in Path('/proc/self/status').read_text().splitlines()
                       if line.startswith('VmHWM'))
-    print(int(high_water.split()[1]) / 2 ** 10 - before / 2 ** 20)
+    print(int(high_water.split()[1]) / 2 ** 10 - rss_before / 2 ** 20)
 
 
 def parse_args() -> argparse.Namespace:

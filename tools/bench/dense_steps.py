@@ -192,7 +192,7 @@ class Subject:
         return step
 
     def make_forward(self):
-        """Of one image by the backbone; the maps."""
+        """A forward of one image by the backbone, for the maps."""
         image = self.images[-1:].clone()
 
         def forward():
@@ -226,17 +226,17 @@ def check(subject, task, name):
     Raises:
         UserError: if its results are wrong.
     """
-    found = {precision: dict.fromkeys(NUMBERS, NAN) for precision in PRECISIONS}
+    numbers_of = {precision: dict.fromkeys(NUMBERS, NAN) for precision in PRECISIONS}
     with dropping_off(subject.model):
-        for precision, numbers in found.items():
+        for precision, numbers in numbers_of.items():
             case = Case(name, task, precision)
             numbers['loss'] = check_step(subject, case)
             if name == OURS:
                 check_backbone(subject, case, numbers)
-    fp32, fp16 = (found[precision]['loss'] for precision in PRECISIONS)
-    error = found['fp16']['loss_error'] = abs(fp16 - fp32) / abs(fp32)
+    fp32, fp16 = (numbers_of[precision]['loss'] for precision in PRECISIONS)
+    error = numbers_of['fp16']['loss_error'] = abs(fp16 - fp32) / abs(fp32)
     demand(error <= MAX_LOSS_ERROR, case, f'the loss is {fp16:.4f}, in fp32 {fp32:.4f}')
-    return found
+    return numbers_of
 
 
 def check_step(subject, case):
@@ -314,31 +314,32 @@ def time_ms(function, args):
 
 
 def kernels_ms(function, args):
-    """What the GPU's kernels of a call take together."""
+    """The ms that the GPU's kernels of a call take together."""
     if args.device == 'cpu':
         return NAN
     function()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         function()
         torch.cuda.synchronize()
     # An annotation, as the optimizer's, spans kernels that count by themselves.
-    return sum(event.self_device_time_total for event in found.key_averages()
+    return sum(event.self_device_time_total for event in profiler.key_averages()
                if event.device_type == torch.autograd.DeviceType.CUDA
                and not event.is_user_annotation) / 1e3
 
 
-def measure(subject, found, case, args):
-    """The numbers of a case; ``found`` are those of its check."""
+def measure(subject, checked, case, args):
+    """The numbers of a case; ``checked`` are those of its check."""
     numbers = dict.fromkeys(NUMBERS, NAN)
     if case.task == BACKBONE:
         subject.model.eval()
-        run = subject.make_forward()
+        function = subject.make_forward()
         if case.model == OURS:
-            compare(subject, case, numbers, [m.clone() for m in run()])
-        numbers['ms'] = time_ms(run, args)
+            compare(subject, case, numbers, [m.clone() for m in function()])
+        numbers['ms'] = time_ms(function, args)
         return numbers
-    run = subject.make_step(case.precision)
-    numbers |= found[case.precision] | dict(ms=time_ms(run, args), peak_gib=peak_gib(run, args))
+    function = subject.make_step(case.precision)
+    numbers |= checked[case.precision]
+    numbers |= dict(ms=time_ms(function, args), peak_gib=peak_gib(function, args))
     return numbers
 
 
@@ -352,9 +353,9 @@ def prepare(task, name, args):
     """A model that was checked, and the numbers of that."""
     start = time.monotonic()
     subject = Subject(task, name, args)
-    found = check(subject, task, name)
+    checked = check(subject, task, name)
     tell(f'{name}: {WHAT[task]}: built and checked', start)
-    return subject, found
+    return subject, checked
 
 
 def attempt(name, function, *args):

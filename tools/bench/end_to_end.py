@@ -164,11 +164,11 @@ class Subject:
         model = copy.deepcopy(self.model).float().cpu().eval()
         model.zero_grad(set_to_none=True)
         with torch.set_grad_enabled(training):
-            found = outputs(model(self.images[self.checked].float().cpu()))
-        self.expected = [o.detach() for o in found]
+            results = outputs(model(self.images[self.checked].float().cpu()))
+        self.expected = [o.detach() for o in results]
         if training:
-            self.cotangents = [torch.randn_like(o).to(dtype) for o in found]
-            torch.autograd.backward(found, [c.float() for c in self.cotangents])
+            self.cotangents = [torch.randn_like(o).to(dtype) for o in results]
+            torch.autograd.backward(results, [c.float() for c in self.cotangents])
             self.expected_grad = flat_grad(model)
 
 
@@ -182,10 +182,10 @@ def flat_grad(model):
     return torch.cat([grad.flatten().double().cpu() for grad in grads])
 
 
-def distance(found, expected):
+def distance(actual, expected):
     """Largest relative 2-norm of the differences of tensors; NaN if any has NaN."""
     errors = [((a.double().cpu() - b.double()).norm() / b.double().norm()).item()
-              for a, b in zip(found, expected, strict=True)]
+              for a, b in zip(actual, expected, strict=True)]
     return NAN if any(map(math.isnan, errors)) else max(errors)
 
 
@@ -227,17 +227,17 @@ def measure(case, args):
         subject.model.to(args.dtype)
         subject.images = subject.images.to(args.dtype)
     if case.task == 'inference':
-        run, error = make_inference(case, subject, args)
+        timed, error = make_inference(case, subject, args)
         numbers['error'] = error
     else:
-        run, numbers['error'], numbers['grad_error'] = make_training(case, subject, args)
-    numbers['ms'] = median(run, args)
+        timed, numbers['error'], numbers['grad_error'] = make_training(case, subject, args)
+    numbers['ms'] = median(timed, args)
     numbers['images_per_s'] = len(subject.images) / numbers['ms'] * 1e3
     if case.how not in ('graph', AUTOTUNED):  # whose memory lies in a pool of its own
         if case.task == 'inference':
-            numbers['peak_gib'] = peak_gib(run, args)
+            numbers['peak_gib'] = peak_gib(timed, args)
         else:
-            numbers['peak_gib'] = peak_gib(functools.partial(run, keep=True), args)
+            numbers['peak_gib'] = peak_gib(functools.partial(timed, keep=True), args)
     return numbers
 
 
@@ -249,13 +249,13 @@ def compiled(model, case):
 
 
 def make_inference(case, subject, args):
-    """What is timed, and its error."""
+    """The function to time, and the error of its output."""
     model = subject.model.eval()
     model.zero_grad(set_to_none=True)  # left by training
     called = compiled(model, case)
     held = {}
 
-    def run():
+    def forward():
         torch.compiler.cudagraph_mark_step_begin()
         held.clear()  # or the last outputs would count in the peak memory
         with torch.inference_mode(), autocast(case, args):
@@ -263,50 +263,50 @@ def make_inference(case, subject, args):
 
     if case.how == 'graph':
         for _ in range(WARM_UP):  # a capture finds the libraries' choices made
-            run()
-        run = graphed(run)
-    run()
+            forward()
+        forward = graphed(forward)
+    forward()
     error = NAN
     if case.model in OURS:
         subject.work_out(False, args.dtype)
         error = distance([o[subject.checked] for o in held['outputs']], subject.expected)
         check(case, 'the output', error, MAX_ERRORS[args.dtype][0])
-    return run, error
+    return forward, error
 
 
 def make_training(case, subject, args):
-    """What is timed, the error of the output and that of the parameters' gradient."""
+    """The function to time, the errors of its output and of the parameters' gradient."""
     model = subject.model.train()
     called = compiled(model, case)
     held = []
 
-    def run(keep=False, cotangents=None):
+    def step(keep=False, cotangents=None):
         torch.compiler.cudagraph_mark_step_begin()
         if not keep:
             model.zero_grad(set_to_none=True)
         with autocast(case, args):
-            found = outputs(called(subject.images))
+            results = outputs(called(subject.images))
         if not held:
-            held.extend(torch.randn_like(o) for o in found)
-        torch.autograd.backward(found, cotangents or held)
-        return found
+            held.extend(torch.randn_like(o) for o in results)
+        torch.autograd.backward(results, cotangents or held)
+        return results
 
-    found = [o.detach()[subject.checked] for o in run()]
+    results = [o.detach()[subject.checked] for o in step()]
     if case.model not in OURS:
-        return run, NAN, NAN
+        return step, NAN, NAN
     subject.work_out(True, args.dtype)
-    error = distance(found, subject.expected)
+    error = distance(results, subject.expected)
     check(case, 'the output', error, MAX_ERRORS[args.dtype][0])
     if subject.expected_grad is None:
-        return run, error, NAN
+        return step, error, NAN
     # No gradient by the other images, so that the parameters' is that of the checked ones.
     only = [torch.zeros_like(c) for c in held]
     for whole, few in zip(only, subject.cotangents, strict=True):
         whole[subject.checked] = few.to(whole)
-    run(cotangents=only)
+    step(cotangents=only)
     grad_error = distance([flat_grad(model)], [subject.expected_grad])
     check(case, "the parameters' gradient", grad_error, MAX_ERRORS[args.dtype][1])
-    return run, error, grad_error
+    return step, error, grad_error
 
 
 def shrunk(case, by):

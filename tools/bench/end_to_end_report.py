@@ -30,7 +30,10 @@ MARKERS = 'osD^vP'
 
 
 class Case(NamedTuple):
-    """What is measured. ``output``: 'logits' of the classifier or 'maps' of the backbone."""
+    """A model and how it is measured.
+
+    ``output``: 'logits' of the classifier or 'maps' of the backbone.
+    """
     model: str
     task: str = 'inference'
     how: str = 'eager'
@@ -63,16 +66,16 @@ class Anchor(NamedTuple):
 
 
 _TRAIN = Case('tiny_s1l8', 'forward+backward')
-_ONE = Case('tiny_s1l8', batch=1)
+_ONE_IMAGE = Case('tiny_s1l8', batch=1)
 ANCHORS = [
     Anchor(Case('tiny_s1l8'), 'images_per_s', 2872, 5128, 7368),
     Anchor(Case('tiny_s1l8', how='compiled', precision='pure'), 'images_per_s', NAN, 10433, 15248),
     Anchor(_TRAIN, 'images_per_s', 1089, 1938, 2537),
     Anchor(_TRAIN._replace(how='compiled'), 'images_per_s', NAN, 3499, 3777),
     Anchor(_TRAIN, 'peak_gib', 12.0, 9.0, 8.0),
-    Anchor(_ONE, 'ms', 24.7, 9.0, 5.6),
-    Anchor(_ONE._replace(how='graph'), 'ms', NAN),
-    Anchor(_ONE._replace(height=800, width=1280, output='maps'), 'ms', 18.4, 10.7, 5.3),
+    Anchor(_ONE_IMAGE, 'ms', 24.7, 9.0, 5.6),
+    Anchor(_ONE_IMAGE._replace(how='graph'), 'ms', NAN),
+    Anchor(_ONE_IMAGE._replace(height=800, width=1280, output='maps'), 'ms', 18.4, 10.7, 5.3),
     Anchor(Case('tiny_s1l8', batch=4, height=1024, width=1024), 'images_per_s', 140, 221, 289)]
 #: official images/s of inference and of forward+backward
 _OFFICIAL = {'small_s1l20': (1978, 709), 'base_s1l20': (1594, 561), 'tiny_s2l5': (2284, 842),
@@ -113,7 +116,7 @@ def print_ratios(rows):
 
 
 def print_anchors(rows):
-    """What was measured here beside the anchors."""
+    """Print what was measured here beside the anchors."""
     units = {'images_per_s': 'images/s', 'ms': 'ms', 'peak_gib': 'peak GiB'}
     lines = [[f'{case.model}: {case.what}, {units[name]}', number(rows, case, name), *anchors]
              for case, name, *anchors in ANCHORS]
@@ -140,19 +143,19 @@ def print_rows(rows):
 # --- picture --------------------------------------------------------------------------------
 
 def plot(rows, path, title):
-    """At most four panels, those that have rows."""
+    """Draw at most four panels, those that have rows."""
     rows = {case: row for case, row in rows.items() if not row['problem']}
     models = [m for m in (*OURS, *(p for f in FAMILIES.values() for p in f.values()))
               if any(case.model == m for case in rows)]
     tiny = [m for m in TINY if m in models] or models[:len(COLOURS)]
     looks = {m: (COLOURS[i], HATCHES[i], MARKERS[i]) for i, m in enumerate(tiny)}
-    one = {case for case in rows if case.batch == 1 and case.task == 'inference'}
-    many = {case for case in rows if case.batch == 128}
+    single = {case for case in rows if case.batch == 1 and case.task == 'inference'}
+    batches = {case for case in rows if case.batch == 128}
     panels = [
-        (draw_bars, many, tiny, 'images_per_s', 'images/s, batch 128, 224x224'),
-        (draw_bars, one, tiny, 'ms', 'one image: ms of inference'),
+        (draw_bars, batches, tiny, 'images_per_s', 'images/s, batch 128, 224x224'),
+        (draw_bars, single, tiny, 'ms', 'one image: ms of inference'),
         (draw_growth, rows, tiny, None, 'inference: ns a pixel, batch 64 at 224 to 4 at 1024'),
-        (draw_all, {case for case in many if case.how == 'eager'}, models, 'images_per_s',
+        (draw_all, {case for case in batches if case.how == 'eager'}, models, 'images_per_s',
          'images/s, eager, autocast; figures: peak GiB')]
     panels = [panel for panel in panels if any(case.model in panel[2] for case in panel[1])]
     panels = [p for p in panels if p[0] is not draw_growth
@@ -199,9 +202,10 @@ def draw_bars(ax, rows, cases, models, name):
 
 def draw_growth(ax, rows, cases, models, name):
     for model, (colour, _, marker) in models.items():
-        found = time_per_pixel(rows, model)
-        if found:
-            ax.plot(list(found), list(found.values()), label=model, color=colour, marker=marker)
+        ns_per_pixel = time_per_pixel(rows, model)
+        if ns_per_pixel:
+            ax.plot(list(ns_per_pixel), list(ns_per_pixel.values()), label=model, color=colour,
+                    marker=marker)
     ax.set(xlabel='side of the image', xticks=[side for side, _ in RESOLUTIONS])
     ax.set_ylim(bottom=0)
     ax.legend(fontsize=8)
@@ -212,11 +216,11 @@ def draw_all(ax, rows, cases, models, name):
     models = [m for m in models if any(case.model == m for case in cases)][::-1]
     for i, (task, colour) in enumerate((('inference', COLOURS[0]),
                                         ('forward+backward', COLOURS[1]))):
-        found = [Case(model, task) for model in models]
+        task_cases = [Case(model, task) for model in models]
         bars = ax.barh([y + 0.2 - 0.4 * i for y in range(len(models))],
-                       [number(rows, case, name) for case in found], 0.38, label=task,
+                       [number(rows, case, name) for case in task_cases], 0.38, label=task,
                        color=colour, hatch=HATCHES[i], edgecolor='white', linewidth=0.5)
-        ax.bar_label(bars, [show(number(rows, case, 'peak_gib')).strip('-') for case in found],
+        ax.bar_label(bars, [show(number(rows, case, 'peak_gib')).strip('-') for case in task_cases],
                      fontsize=7, padding=3)
     ax.set_yticks(range(len(models)), models, fontsize=8)
     ax.margins(x=0.1)

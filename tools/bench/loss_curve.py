@@ -221,8 +221,8 @@ def main():
     kernels, _, order = (statistics.mean(values) for values in differences.values())
     if not kernels <= order:
         failures.append('the kernels differ more than another order of the images does')
-    found = smooth(next(iter(curves.values())))
-    if not found[-1] < 0.8 * found[0]:
+    losses = smooth(next(iter(curves.values())))
+    if not losses[-1] < 0.8 * losses[0]:
         failures.append('the loss does not fall')
     if failures:
         sys.exit('FAILED: ' + '; '.join(failures))

@@ -49,23 +49,23 @@ def profile(function, on_gpu):
     activity = torch.profiler.ProfilerActivity
     device = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
     function()
-    with torch.profiler.profile(activities=[activity.CUDA if on_gpu else activity.CPU]) as found:
+    with torch.profiler.profile(activities=[activity.CUDA if on_gpu else activity.CPU]) as profiler:
         for _ in range(PASSES):
             function()
         if on_gpu:
             torch.cuda.synchronize()
     time = 'self_device_time_total' if on_gpu else 'self_cpu_time_total'
     return {event.key: (getattr(event, time) / PASSES, event.count / PASSES)
-            for event in found.key_averages()
+            for event in profiler.key_averages()
             if event.device_type == device and not event.is_user_annotation}
 
 
 def by_kind(kernels):
     """{kind: us}, all kinds."""
-    found = dict.fromkeys(KINDS, 0.0)
+    us_of = dict.fromkeys(KINDS, 0.0)
     for name, (us, _) in kernels.items():
-        found[kind_of(name)] += us
-    return found
+        us_of[kind_of(name)] += us
+    return us_of
 
 
 def short(name, width=76):
@@ -84,27 +84,28 @@ def show(case, kernels, least):
     print(f'{COPIES}: {copies:.2%}')
 
 
-def show_kinds(found):
-    """Of each kind the ns by pixel, and beside the first size's."""
-    sizes = [f'{case.batch} x {case.height}x{case.width}' for case in found]
-    pixels = [case.batch * case.height * case.width for case in found]
-    kinds = [by_kind(kernels) for kernels in found.values()]
+def show_kinds(kernels_of):
+    """Print the ns by pixel of each kind, and beside them those of the first size."""
+    sizes = [f'{case.batch} x {case.height}x{case.width}' for case in kernels_of]
+    pixels = [case.batch * case.height * case.width for case in kernels_of]
+    kinds = [by_kind(kernels) for kernels in kernels_of.values()]
     print(f'\n{"ns by pixel":28}' + ''.join(f'{size:>16}{"":8}' for size in sizes))
     for kind in (*KINDS, 'all'):
-        values = [1e3 * (sum(own.values()) if kind == 'all' else own[kind]) / n
-                  for own, n in zip(kinds, pixels, strict=True)]
+        values = [1e3 * (sum(us_of.values()) if kind == 'all' else us_of[kind]) / n
+                  for us_of, n in zip(kinds, pixels, strict=True)]
         if any(values):
             cells = (f'{value:16.3f}' + (f'{value / values[0]:7.2f}x' if values[0] else f'{"":8}')
                      for value in values)
             print(f'{kind:28}' + ''.join(cells))
 
 
-def write(path, found):
+def write(path, kernels_of):
     with open(path, 'w', newline='') as file:
         rows = csv.writer(file)
         rows.writerow(('batch', 'height', 'width', 'kind', 'us', 'launches', 'kernel'))
         rows.writerows((case.batch, case.height, case.width, kind_of(name), us, count, name)
-                       for case, kernels in found.items() for name, (us, count) in kernels.items())
+                       for case, kernels in kernels_of.items()
+                       for name, (us, count) in kernels.items())
 
 
 def parse_args():
@@ -140,18 +141,18 @@ def main():
     torch.backends.cudnn.benchmark = True
     device = torch.cuda.get_device_name() if on_gpu else 'CPU: operators, not kernels'
     print(f'{args.model}; {device}; torch {torch.__version__}; {args.dtype} autocast, eager')
-    found = {}
+    kernels_of = {}
     for batch, size in zip(args.batch, args.size, strict=True):
         case = Case(args.model, batch=batch, height=size, width=size)
         subject = end_to_end.make_subject(case.model, case.output, batch, size, size, args.device)
-        run, _ = end_to_end.make_inference(case, subject, args)
+        forward, _ = end_to_end.make_inference(case, subject, args)
         for _ in range(end_to_end.WARM_UP):
-            run()
-        found[case] = profile(run, on_gpu)
-        show(case, found[case], args.least)
-    show_kinds(found)
+            forward()
+        kernels_of[case] = profile(forward, on_gpu)
+        show(case, kernels_of[case], args.least)
+    show_kinds(kernels_of)
     if args.csv:
-        write(args.csv, found)
+        write(args.csv, kernels_of)
 
 
 if __name__ == '__main__':

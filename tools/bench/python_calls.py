@@ -21,40 +21,40 @@ from vmamba_mm.layers import ConvDownsample, ConvStem, VSSBlock
 PACKAGE = str(Path(vmamba_mm.__file__).parent)
 
 
-def count(run):
+def count(function):
     """Calls of functions of the package, those from another file of it, and its files."""
-    found = dict(calls=0, moves=0, files=set())
+    counts = dict(calls=0, moves=0, files=set())
 
     def watch(frame, event, arg):
         file = frame.f_code.co_filename
         if event != 'call' or not file.startswith(PACKAGE):
             return
-        found['calls'] += 1
-        found['files'].add(file)
+        counts['calls'] += 1
+        counts['files'].add(file)
         caller = frame.f_back
         while caller is not None and not caller.f_code.co_filename.startswith(PACKAGE):
             caller = caller.f_back
-        found['moves'] += caller is not None and caller.f_code.co_filename != file
+        counts['moves'] += caller is not None and caller.f_code.co_filename != file
 
     sys.setprofile(watch)
     try:
-        run()
+        function()
     finally:
         sys.setprofile(None)
-    return found['calls'], found['moves'], len(found['files'])
+    return counts['calls'], counts['moves'], len(counts['files'])
 
 
 def cases():
-    """(name, what runs) of each row."""
+    """The (name, function to call) of each row."""
     torch.manual_seed(0)
     block = VSSBlock(32, mlp_ratio=4.0, drop_path=0.0, with_cp=False, ssm_cfg=dict(ssm_ratio=1.0))
     x = torch.randn(1, 7, 7, 32)
 
     def infer(module, x):
-        def run():
+        def forward():
             with torch.no_grad():
                 module.eval()(x)
-        return run
+        return forward
 
     yield 'block, inference', infer(block, x)
     yield 'block, training, forward', lambda: block.train()(x.requires_grad_())
@@ -73,18 +73,18 @@ def main():
                         help='also the path of an NVIDIA GPU, with the kernels emulated (it '
                              'compiles them for a minute or two; needs a C++ compiler)')
     args = parser.parse_args()
-    places = [('CPU', nullcontext())]
+    devices = [('CPU', nullcontext())]
     if args.kernels:
         sys.path.insert(0, str(Path(PACKAGE).parent / 'tests/ops'))
         from emulated_cuda import emulated_gpu
-        places.append(('kernels', emulated_gpu(Path(tempfile.mkdtemp()))))
+        devices.append(('kernels', emulated_gpu(Path(tempfile.mkdtemp()))))
     print(f'{"":40}{"calls":>8}{"moves":>8}{"files":>8}')
-    for place, context in places:
+    for device, context in devices:
         with context:
-            for name, run in cases():
+            for name, function in cases():
                 for _ in range(3):
-                    run()
-                print(f'{place + ", " + name:40}' + ''.join(f'{n:8}' for n in count(run)),
+                    function()
+                print(f'{device + ", " + name:40}' + ''.join(f'{n:8}' for n in count(function)),
                       flush=True)
 
 

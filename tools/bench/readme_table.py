@@ -83,10 +83,10 @@ def write(path, texts):
     has_place = False
     for place, text in texts.items():
         begin, end = f'<!-- {place} -->\n', f'<!-- /{place} -->\n'
-        before, found, rest = content.partition(begin)
-        _, ended, after = rest.partition(end)
-        if found and ended:
-            content, has_place = ''.join([before, begin, text, end, after]), True
+        head, begun, remaining = content.partition(begin)
+        _, ended, tail = remaining.partition(end)
+        if begun and ended:
+            content, has_place = ''.join([head, begin, text, end, tail]), True
     if not has_place:
         raise UserError(f'{path} has no lines ' + ' or '.join(
             f'<!-- {place} --> and <!-- /{place} -->' for place in texts))
@@ -111,12 +111,12 @@ def main():
     setting = report.SHEET.find_setting(rows)
     find_setting({**rows, **step_rows}, ('device', 'torch', 'shrink'))
     dtype = {'float16': 'fp16', 'bfloat16': 'bf16'}.get(setting['dtype'], setting['dtype'])
-    parts = [f'{setting["device"]}, torch {setting["torch"]}, timm {setting["timm"]}, {dtype} '
-             f'autocast and eager unless said.\n', tiny_table(rows), model_table(rows)]
+    tables = [f'{setting["device"]}, torch {setting["torch"]}, timm {setting["timm"]}, {dtype} '
+              f'autocast and eager unless said.\n', tiny_table(rows), model_table(rows)]
     if step_rows:
-        parts.append(step_table(step_rows))
+        tables.append(step_table(step_rows))
     for path in args.readme:
-        write(path, {ALL: '\n'.join(['', *parts, '']), FIRST: '\n'.join(['', *parts[:2], ''])})
+        write(path, {ALL: '\n'.join(['', *tables, '']), FIRST: '\n'.join(['', *tables[:2], ''])})
         print(f'wrote the tables of {path}')
 
 

@@ -155,7 +155,7 @@ def check(row, backend, backward):
     inputs, grad_y = make_inputs(row)
     images = sorted({0, row.batch - 1})
     grad_y[1:-1] = 0
-    found = compute(ss2d_scan_norm, inputs, grad_y, backward, backend)
+    results = compute(ss2d_scan_norm, inputs, grad_y, backward, backend)
     few = {name: t.detach().requires_grad_() for name, t in
            dict(inputs, x=inputs['x'].detach()[images]).items()}
     double = {name: t.detach().double().requires_grad_() for name, t in few.items()}
@@ -165,11 +165,11 @@ def check(row, backend, backward):
     expected = compute(exact, double, grad_y[images].double(), backward, specification)
     naive = compute(materialised.ss2d_scan_norm, few, grad_y[images], backward, 'chunked')
     errors = {}
-    for name, value in found.items():
+    for name, value in results.items():
         value = value[images] if value.dim() == 4 else value
         limit = 2 * max(relative_error(naive[name], expected[name]), 2**-11)
         errors[name] = relative_error(value, expected[name]), limit
-    if backward and found['x'][1:-1].any():
+    if backward and results['x'][1:-1].any():
         errors['x where y has no gradient'] = float('inf'), 0.0
     return errors
 

@@ -97,7 +97,7 @@ def run(name, log, *command):
 
 
 def hide_gpu_from_cpu_operators():
-    """Where mmcv was built without CUDA its RoIAlign and NMS run on the CPU only: then all does."""
+    """Run all on the CPU where mmcv was built without CUDA: its RoIAlign and NMS run there only."""
     probe = ('import sys, torch\n'
              'if not torch.cuda.is_available(): sys.exit()\n'
              'from mmcv.ops import nms\n'

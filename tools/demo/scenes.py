@@ -66,9 +66,10 @@ def load_digits():
 def digit_ids(split):
     """Indices into `load_digits` of one split: 'train' (400 per class) or 'val' (100)."""
     labels = load_digits()[1]
-    cut = -VAL_PER_CLASS
-    parts = [np.flatnonzero(labels == c) for c in range(10)]
-    return np.concatenate([p[cut:] if split == 'val' else p[:cut] for p in parts])
+    first_val = -VAL_PER_CLASS
+    ids_by_class = [np.flatnonzero(labels == c) for c in range(10)]
+    return np.concatenate([ids[first_val:] if split == 'val' else ids[:first_val]
+                           for ids in ids_by_class])
 
 
 @lru_cache(maxsize=2)

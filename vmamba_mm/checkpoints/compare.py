@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from vmamba_mm.checkpoints.names import describe_places, infer_arch, infer_task, to_mm
-from vmamba_mm.checkpoints.places import StateDict, find_models, guess_models, move
+from vmamba_mm.checkpoints.prefixes import StateDict, find_models, guess_models, move
 from vmamba_mm.errors import UserError
 from vmamba_mm.families.names import is_of_trainer, plain_name
 from vmamba_mm.zoo import config_for
@@ -30,7 +30,7 @@ def differences(expected: StateDict, found: StateDict) -> dict[str, str]:
 
 
 def fit_names(state_dict: StateDict, expected: StateDict) -> dict[str, torch.Tensor]:
-    """The same weights by the names of a model that may have its VMamba in another place.
+    """The same weights by the names of a model that may have its VMamba under another prefix.
 
     Wrappers of torch.compile, FSDP and activation checkpointing may be in the model, in the file
     or in both. What belongs to a trainer's loss or metric, and to nothing in the model, is left
@@ -46,14 +46,14 @@ def fit_names(state_dict: StateDict, expected: StateDict) -> dict[str, torch.Ten
     if family is None:
         return state
     if not set(expected) <= set(state):
-        own = {plain_name(k): k for k in expected}
-        places = find_models(own, family)
-        if not set(places) <= set(find_models(state, family)):
+        own_names = {plain_name(k): k for k in expected}
+        expected_models = find_models(own_names, family)
+        if not set(expected_models) <= set(find_models(state, family)):
             state = to_mm(state, family=family)
-            held = find_models(state, family)
-            if len(places) == len(held) == 1:
-                state = move(state, held[0].prefix, places[0].prefix)
-        state = {own.get(plain_name(k), k): v for k, v in state.items()}
+            held_models = find_models(state, family)
+            if len(expected_models) == len(held_models) == 1:
+                state = move(state, held_models[0].prefix, expected_models[0].prefix)
+        state = {own_names.get(plain_name(k), k): v for k, v in state.items()}
     return {k: v for k, v in state.items() if k in expected or not is_of_trainer(k)}
 
 
@@ -147,30 +147,30 @@ def _differ_in_channels(ours, theirs):
 
 
 def _mix_up(expected, found):
-    """What the file holds in place of what the model is; '' if no more than names differ."""
-    own = guess_models(expected)
-    if not own:
+    """Say what the file holds in place of the model, for a message; '' if only names differ."""
+    expected_models = guess_models(expected)
+    if not expected_models:
         return ''
-    family = own[0].family
-    held = find_models(found, family)
-    if not held:
+    family = expected_models[0].family
+    held_models = find_models(found, family)
+    if not held_models:
         other = f' but {describe_places(found)}' if guess_models(found) else ''
         return f'it holds no {family.model} backbone{other}; '
-    if not {p.prefix for p in own} & {p.prefix for p in held}:
+    if not {p.prefix for p in expected_models} & {p.prefix for p in held_models}:
         return (f'it holds {describe_places(found, family)}, the model has its own under '
-                f'{own[0].prefix!r}; ')
+                f'{expected_models[0].prefix!r}; ')
     try:
-        wanted, held = infer_arch(expected, family), infer_arch(found, family)
+        wanted_arch, held_arch = infer_arch(expected, family), infer_arch(found, family)
     except UserError:
         return ''
     task, its_task = (infer_task(to_mm(state, family=family)) for state in (expected, found))
-    if wanted == held:
+    if wanted_arch == held_arch:
         if task == its_task or 'backbone' in (task, its_task):
             return ''
         return f'it holds {_TASKS[its_task]}, and the model is {_TASKS[task]}; '
-    if isinstance(held, dict):
-        return f'it holds the arch {held}, and the model has another; '
-    model = f"is {wanted!r}" if isinstance(wanted, str) else 'has another'
-    config = config_for(family.name, held, task)
-    how = f'use {config}' if config else f'build it with arch={held!r}'
-    return f'it holds the arch {held!r}, and the model {model}: {how}; '
+    if isinstance(held_arch, dict):
+        return f'it holds the arch {held_arch}, and the model has another; '
+    model = f"is {wanted_arch!r}" if isinstance(wanted_arch, str) else 'has another'
+    config = config_for(family.name, held_arch, task)
+    how = f'use {config}' if config else f'build it with arch={held_arch!r}'
+    return f'it holds the arch {held_arch!r}, and the model {model}: {how}; '

@@ -20,7 +20,7 @@ import torch
 from vmamba_mm.atomic import atomic_file, write_atomic
 from vmamba_mm.checkpoints.formats import read_content, refuse_module, refuse_text
 from vmamba_mm.checkpoints.names import infer_arch, infer_task, to_mm
-from vmamba_mm.checkpoints.places import find_models
+from vmamba_mm.checkpoints.prefixes import find_models
 from vmamba_mm.errors import UserError
 from vmamba_mm.families import Family
 from vmamba_mm.zoo import SCHEME, published_sha256, weights_of
@@ -81,14 +81,14 @@ def read_checkpoint(source: str | os.PathLike, weights: str = 'auto',
 
 def select_weights(content: Any, weights: str, path: Path, keep_places: bool = False,
                    family: Family | None = None) -> dict[str, Any]:
-    """What :func:`read_checkpoint` gives, of the content of a file that was read already."""
+    """Do the work of :func:`read_checkpoint` on the content of a file that was read already."""
     if not isinstance(content, dict):
         raise UserError(f'{path} holds a {type(content).__name__}, not a checkpoint')
-    found = choose_weights(content, weights, path, family)
-    if found is None:
+    chosen = choose_weights(content, weights, path, family)
+    if chosen is None:
         refuse_module(content, path)
         return content
-    key, state, kind = found
+    key, state, kind = chosen
     checkpoint = {}
     if key == 'state_dict' or _is_swapped(content):
         checkpoint = {k: v for k, v in content.items() if k != key or key == 'state_dict'}
@@ -125,13 +125,13 @@ def choose_weights(content: dict[str, Any], weights: str, path: Path, family: Fa
     held = {key: (state, _kind_of(content, key, state)) for key, state, _ in states}
     model = states[0][2].model if states else ''
     averaged = [key for key, (_, kind) in held.items() if kind == 'model_ema']
-    others = [key for key in held if key not in averaged]
+    plain = [key for key in held if key not in averaged]
     if weights == 'auto':
         if not held:
             return None
-        keys = averaged or others
+        keys = averaged or plain
     else:
-        keys = averaged if weights == 'model_ema' else others
+        keys = averaged if weights == 'model_ema' else plain
     if not keys:
         shown = ', '.join(repr(key) for key in held if key)
         raise UserError(f'{path} holds no weights of a {model} under {weights!r}'
@@ -142,8 +142,8 @@ def choose_weights(content: dict[str, Any], weights: str, path: Path, family: Fa
                         'the one that is meant alone')
     key = (known or keys)[0]
     state, kind = held[key]
-    if weights == 'auto' and averaged and others and not _is_swapped(content):  # resumes with both
-        _say_once(f'{path}: taking the averaged weights, {key!r}, not {others[0]!r} '
+    if weights == 'auto' and averaged and plain and not _is_swapped(content):  # resumes with both
+        _say_once(f'{path}: taking the averaged weights, {key!r}, not {plain[0]!r} '
                   "(weights='model', --weights model, takes those)")
     if key == 'ema_state_dict' and kind == 'model':
         state = {k.removeprefix('module.'): v for k, v in state.items()
@@ -153,17 +153,17 @@ def choose_weights(content: dict[str, Any], weights: str, path: Path, family: Fa
     return key, state, kind
 
 
-def _find_states(content, family, place='', depth=0):
+def _find_states(content, family, path='', depth=0):
     """(key, state dict, family) of each model; an inner dict's key has a dot for each level."""
     tensors = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)}
     if models := find_models(tensors, family):
         # Beside bare weights there may be an epoch; inside a model, a module's extra state.
-        yield (place, content if place or len(tensors) == len(content) else tensors,
+        yield (path, content if path or len(tensors) == len(content) else tensors,
                models[0].family)
     elif depth < 3:
         for key, value in content.items():
             if isinstance(value, Mapping):
-                yield from _find_states(value, family, f'{place}.{key}' if place else str(key),
+                yield from _find_states(value, family, f'{path}.{key}' if path else str(key),
                                         depth + 1)
 
 

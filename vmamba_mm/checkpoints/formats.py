@@ -127,33 +127,33 @@ def _read_index(path):
     """{name of a weight: name of the file that holds it}"""
     try:
         index = json.loads(path.read_text(encoding='utf-8'))
-        parts = dict(index['weight_map'])
+        files = dict(index['weight_map'])
     except (KeyError, TypeError, ValueError) as err:
         raise UserError(f'{path} cannot be read as a checkpoint: it begins like the index of one '
                         'in several parts (JSON), and has no weight_map') from err
-    for part in parts.values():
-        if not isinstance(part, str) or part in ('', '.', '..') or re.search(r'[/\\:]', part):
-            raise UserError(f'{path} is not safe to load: it names the part {part!r}, which is '
+    for file in files.values():
+        if not isinstance(file, str) or file in ('', '.', '..') or re.search(r'[/\\:]', file):
+            raise UserError(f'{path} is not safe to load: it names the part {file!r}, which is '
                             'not beside it')
-    return parts
+    return files
 
 
 def _read_parts(path, map_location):
-    parts = _read_index(path)
+    file_of = _read_index(path)
     state, meta = {}, {}
-    for name in sorted(set(parts.values())):
-        part = path.with_name(name)
-        if not part.is_file():
+    for name in sorted(set(file_of.values())):
+        part_path = path.with_name(name)
+        if not part_path.is_file():
             raise UserError(f'{path} is incomplete: its part {name} is missing')
-        content = _read_file(part, _find_kind(part), map_location)
+        content = _read_file(part_path, _find_kind(part_path), map_location)
         if isinstance(content, dict) and set(content) == {'meta', 'state_dict'}:
             meta, content = {**meta, **content['meta']}, content['state_dict']
         if not isinstance(content, dict):
-            raise UserError(f'{part} holds a {type(content).__name__}, not weights')
+            raise UserError(f'{part_path} holds a {type(content).__name__}, not weights')
         state.update(content)
-    missing = sorted(set(parts) - set(state))
+    missing = sorted(set(file_of) - set(state))
     if missing:
-        raise UserError(f'{path} is incomplete: {missing[0]} is not in {parts[missing[0]]}')
+        raise UserError(f'{path} is incomplete: {missing[0]} is not in {file_of[missing[0]]}')
     return dict(meta=meta, state_dict=state)
 
 
@@ -180,9 +180,9 @@ def _read_pickle(path, map_location):
                             'the full state dict (get_model_state_dict of torch.distributed.'
                             'checkpoint.state_dict with full_state_dict=True), or give the folder '
                             'of torch.distributed.checkpoint') from err
-        found = re.search(r'GLOBAL (\S+)', text)
-        if found:
-            raise UserError(f'{path} is not safe to load: it holds {found[1]}, which could run '
+        match = re.search(r'GLOBAL (\S+)', text)
+        if match:
+            raise UserError(f'{path} is not safe to load: it holds {match[1]}, which could run '
                             f'code; if that is a whole pickled model, {_ADVICE}') from err
         raise _unreadable(path, err) from err
 
@@ -243,7 +243,7 @@ class _Data(metaclass=_Calls):
         return data
 
     def __setstate__(self, state):
-        """Of a harmless call's result."""
+        """Ignore the state of what a call that was not made would have returned."""
 
 
 def _getattr(owner, name):
@@ -255,18 +255,18 @@ def _getattr(owner, name):
 
 def refuse_module(content: dict, path: Any) -> None:
     """Refuse a whole pickled model in place of weights, or beside nothing that is weights."""
-    found = _module_class(content)
-    if found is None and not any(_is_state_dict(v) for v in (content, *content.values())):
-        found = next(filter(None, map(_module_class, content.values())), None)
-    if found is not None:
-        raise UserError(f'{path} holds a whole pickled model ({found}), which only its own code '
-                        f'can load, and code of a file is not run here: {_ADVICE}')
+    class_name = _module_class(content)
+    if class_name is None and not any(_is_state_dict(v) for v in (content, *content.values())):
+        class_name = next(filter(None, map(_module_class, content.values())), None)
+    if class_name is not None:
+        raise UserError(f'{path} holds a whole pickled model ({class_name}), which only its own '
+                        f'code can load, and code of a file is not run here: {_ADVICE}')
 
 
 def _module_class(value):
     """The name of the class if the data are those of an nn.Module."""
-    own = getattr(value, '__dict__', {})
-    return own.get('of_class') if {'_parameters', '_modules'} <= set(own) else None
+    attributes = getattr(value, '__dict__', {})
+    return attributes.get('of_class') if {'_parameters', '_modules'} <= set(attributes) else None
 
 
 def _is_state_dict(value):
@@ -293,13 +293,13 @@ def _read_distributed(path):
     try:
         reader = Reader(path)
         metadata = reader.read_metadata()
-        places = metadata.planner_data or {}
+        key_paths = metadata.planner_data or {}
         tensors, content = {}, {}
         for name, entry in metadata.state_dict_metadata.items():
             # What is no tensor would be unpickled, code and all.
             if isinstance(entry, TensorStorageMetadata) and not name.startswith('optim'):
                 tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
-                *parents, last = places.get(name, (name,))
+                *parents, last = key_paths.get(name, (name,))
                 node = content
                 for key in parents:
                     node = node.setdefault(key, {})
@@ -316,7 +316,7 @@ def _read_distributed(path):
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Of the folder's description: torch's own records, sizes, dtypes and plain values."""
+    """Unpickles a folder's description: torch's own records, sizes, dtypes and plain values."""
 
     _RECORDS = {
         'torch.distributed.checkpoint.metadata': (

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from vmamba_mm.checkpoints.places import (
+from vmamba_mm.checkpoints.prefixes import (
     StateDict,
     drop_wrappers,
     find_models,
@@ -35,7 +35,7 @@ def to_mm(state_dict: StateDict, keep_places: bool = False,
 
     The only model of a state dict comes to ``backbone.``, whatever the trainer called its place
     (``net.``, ``net.backbone.``), if all else lies there with it, but for the weights of a loss or
-    the state of a metric, which are dropped. Else places stay as they are.
+    the state of a metric, which are dropped. Else models stay where they are.
 
     Args:
         state_dict: the weights.
@@ -46,24 +46,24 @@ def to_mm(state_dict: StateDict, keep_places: bool = False,
     Raises:
         UserError: if the state dict is of no family, or has a backbone's name that is unknown.
     """
-    places = find_models(state_dict, family)
-    if not places:
+    models = find_models(state_dict, family)
+    if not models:
         raise UserError(_describe_unknown(state_dict, family))
-    if keep_places and any(place.prefix == 'backbone.' for place in places):
+    if keep_places and any(model.prefix == 'backbone.' for model in models):
         return dict(state_dict)
     state = unwrap(state_dict)
-    places = find_models(state, family)
-    if keep_places and all(place.prefix for place in places):
-        is_ours = any(p.prefix == 'backbone.' or not p.is_official for p in places)
+    models = find_models(state, family)
+    if keep_places and all(model.prefix for model in models):
+        is_ours = any(m.prefix == 'backbone.' or not m.is_official for m in models)
         return state if is_ours else dict(state_dict)
     state = drop_wrappers(state)
     if not keep_places:
-        state = to_top(state, [place.prefix for place in places])
-        places = find_models(state, family)
-    if any(place.is_official and not place.prefix for place in places):
+        state = to_top(state, [model.prefix for model in models])
+        models = find_models(state, family)
+    if any(model.is_official and not model.prefix for model in models):
         state = {k: v for k, v in state.items() if not is_of_trainer(k)}
-    for place in places:
-        state = _rename_backbone(state, place)
+    for model in models:
+        state = _rename_backbone(state, model)
     return state
 
 
@@ -75,7 +75,7 @@ def to_official(state_dict: StateDict, family: Family | None = None) -> dict[str
     """
     state = to_mm(state_dict, family=family)
     task = infer_task(state)
-    family = family or _only_place(state).family
+    family = family or _main_model(state).family
     backbone = inside(state, 'backbone.')
     beside = {k: v for k, v in state.items() if not k.startswith('backbone.')}
     rows = family.rows(backbone)
@@ -88,27 +88,27 @@ def to_official(state_dict: StateDict, family: Family | None = None) -> dict[str
 
 def is_official(state_dict: Mapping[str, Any], family: Family) -> bool:
     """Whether the names are official ones of the family, alone."""
-    return any(p.is_official and not p.prefix for p in find_models(state_dict, family))
+    return any(m.is_official and not m.prefix for m in find_models(state_dict, family))
 
 
 def _describe_unknown(state_dict, family=None):
     if not guess_models(state_dict):
-        models = [family.model] if family else [f.model for f in FAMILIES.values()]
+        classes = [family.model] if family else [f.model for f in FAMILIES.values()]
         shown = ', '.join(map(str, list(state_dict)[:3])) or 'nothing'
-        return (f'the weights are not those of a {" or ".join(models)}; they are named '
+        return (f'the weights are not those of a {" or ".join(classes)}; they are named '
                 f'{shown}, ...')
-    place = guess_models(state_dict)[0]
+    model = guess_models(state_dict)[0]
     try:
-        weights = inside(to_mm(state_dict, family=place.family), 'backbone.')
+        weights = inside(to_mm(state_dict, family=model.family), 'backbone.')
     except UserError as err:
         return str(err)
-    missing = [name for name in place.family.signature if name not in weights]
+    missing = [name for name in model.family.signature if name not in weights]
     if not missing:
-        rows = our_rows(place.family.rows(weights))
+        rows = our_rows(model.family.rows(weights))
         unknown = [k for k in weights if not has_row(k, rows)]
-        return _of_none(place.family, unknown[0]) if unknown else \
-            f'the weights have the names of a {place.family.model}, and not its shapes'
-    return f'the weights are named like those of a {place.family.model}, but lack {missing[0]!r}'
+        return _of_none(model.family, unknown[0]) if unknown else \
+            f'the weights have the names of a {model.family.model}, and not its shapes'
+    return f'the weights are named like those of a {model.family.model}, but lack {missing[0]!r}'
 
 
 def _of_none(family, key):
@@ -116,17 +116,17 @@ def _of_none(family, key):
             'was published')
 
 
-def _only_place(state):
-    places = find_models(state) or guess_models(state)
-    return next((p for p in places if p.prefix == 'backbone.'), places[0])
+def _main_model(state):
+    models = find_models(state) or guess_models(state)
+    return next((m for m in models if m.prefix == 'backbone.'), models[0])
 
 
-def _rename_backbone(state, place):
-    """Rename the model at a place; at the top all of it is one."""
-    family, prefix = place.family, place.prefix
+def _rename_backbone(state, model):
+    """Rename the weights of a model; one at the top has all that there is."""
+    family, prefix = model.family, model.prefix
     inner = inside(state, prefix)
     heads = our_rows(family.head_keys)
-    if place.is_official:
+    if model.is_official:
         inner = rename_official(inner, family, inner)
     else:
         inner = {k: _flatten_linear(k, v, family) for k, v in inner.items()}
@@ -200,10 +200,10 @@ def infer_arch(state_dict: StateDict, family: Family | None = None) -> str | dic
         UserError: if a weight that tells the architecture is missing, or has another shape.
     """
     if family is None:
-        places = find_models(state_dict) or guess_models(state_dict)
-        if not places:
+        models = find_models(state_dict) or guess_models(state_dict)
+        if not models:
             raise UserError(_describe_unknown(state_dict))
-        family = places[0].family
+        family = models[0].family
     weights = inside(to_mm(state_dict, family=family), 'backbone.')
     weights = {k: v for k, v in weights.items() if hasattr(v, 'shape')}  # no extra states
     try:
@@ -220,31 +220,32 @@ def infer_arch(state_dict: StateDict, family: Family | None = None) -> str | dic
 
 
 def describe_places(state_dict: StateDict, family: Family | None = None) -> str:
-    """Which models lie where, and what else there is, for messages."""
-    places = find_models(state_dict, family) if family else guess_models(state_dict)
-    parts = []
-    for place in places:
-        below = {f'backbone.{k}': v for k, v in inside(state_dict, place.prefix).items()}
+    """Say which models lie under which prefixes, and what lies beside them, for messages."""
+    models = find_models(state_dict, family) if family else guess_models(state_dict)
+    descriptions = []
+    for model in models:
+        below = {f'backbone.{k}': v for k, v in inside(state_dict, model.prefix).items()}
         try:
-            arch = infer_arch(below, place.family)
+            arch = infer_arch(below, model.family)
         except UserError:
             arch = None
         name = f' ({arch})' if isinstance(arch, str) else ''
-        parts.append(f'a {place.family.model}{name} '
-                     + (f'under {place.prefix!r}' if place.prefix else 'at the top'))
-    prefixes = [place.prefix for place in places]
-    beside = sorted({_first_parts(k, prefixes) for k in state_dict
+        descriptions.append(f'a {model.family.model}{name} '
+                            + (f'under {model.prefix!r}' if model.prefix else 'at the top'))
+    prefixes = [model.prefix for model in models]
+    beside = sorted({_distinct_start(k, prefixes) for k in state_dict
                      if not k.startswith(tuple(prefixes))})
-    return ' and '.join(parts) + (f', and beside it {", ".join(beside[:8])}' if beside else '')
+    return ' and '.join(descriptions) \
+        + (f', and beside it {", ".join(beside[:8])}' if beside else '')
 
 
-def _first_parts(key, prefixes):
-    """As much of a name as tells it from the places of models."""
-    parts = key.split('.')
-    common = max(_common_length(parts, prefix.split('.')) for prefix in prefixes)
-    return '.'.join(parts[:common + 1])
+def _distinct_start(key, prefixes):
+    """The beginning of a name, as long as it takes to tell it from the prefixes of models."""
+    levels = key.split('.')
+    common = max(_common_length(levels, prefix.split('.')) for prefix in prefixes)
+    return '.'.join(levels[:common + 1])
 
 
-def _common_length(one, other):
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
-                min(len(one), len(other)))
+def _common_length(first, second):
+    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
+                min(len(first), len(second)))

@@ -39,7 +39,7 @@ from collections.abc import Mapping
 from vmamba_mm.errors import UserError
 from vmamba_mm.families import vmamba
 from vmamba_mm.families.base import Family, Rule, name_of, resolve_arch
-from vmamba_mm.families.names import exact_places, is_counter, outer_wrappers, plain_name
+from vmamba_mm.families.names import exact_prefixes, is_counter, outer_wrappers, plain_name
 from vmamba_mm.zoo import register_configs, unregister_configs
 
 __all__ = ['FAMILIES', 'Family', 'Rule', 'families_at', 'family_of',
@@ -76,30 +76,30 @@ def unregister_family(family: Family) -> None:
 
 
 def families_at(weights: Mapping[str, object]) -> dict[str, Family]:
-    """{place: family} of all models that are exactly those of a family.
+    """{prefix: family} of all models that are exactly those of a family.
 
     Args:
-        weights: by plain names, see :func:`vmamba_mm.families.names.exact_places`.
+        weights: by plain names, see :func:`vmamba_mm.families.names.exact_prefixes`.
 
     Raises:
-        UserError: if two families say that the weights at one place are theirs.
+        UserError: if two families say that the weights below one prefix are theirs.
     """
-    found: dict[str, Family] = {}
+    families: dict[str, Family] = {}
     for family in FAMILIES.values():
-        for place in exact_places(family, weights):
-            if place in found:
-                raise UserError(f'the weights under {place!r} are named like those of '
-                                f'{found[place].model} and of {family.model}: say which of the '
-                                'families it is')
-            found[place] = family
-    return found
+        for prefix in exact_prefixes(family, weights):
+            if prefix in families:
+                raise UserError(f'the weights under {prefix!r} are named like those of '
+                                f'{families[prefix].model} and of {family.model}: say which of '
+                                'the families it is')
+            families[prefix] = family
+    return families
 
 
 def family_of(state_dict: Mapping[str, object]) -> Family | None:
     """The family whose weights a state dict holds; None if it is of none.
 
-    A family says yes only if, at one place, all names of its signature are there and every name
-    below has a row: a single name like those of a family means nothing.
+    A family says yes only if, below one prefix, all names of its signature are there and every
+    name has a row: a single name like those of a family means nothing.
 
     Raises:
         UserError: if two families say yes.
@@ -107,11 +107,11 @@ def family_of(state_dict: Mapping[str, object]) -> Family | None:
     names = {plain_name(k): v for k, v in state_dict.items()
              if isinstance(k, str) and not is_counter(k)}
     start = len(outer_wrappers(names))
-    found = families_at({k[start:]: v for k, v in names.items()})
-    if len({f.name for f in found.values()}) > 1:
-        shown = ' and '.join(f'{f.model} under {place!r}' for place, f in found.items())
+    families = families_at({k[start:]: v for k, v in names.items()})
+    if len({f.name for f in families.values()}) > 1:
+        shown = ' and '.join(f'{f.model} under {prefix!r}' for prefix, f in families.items())
         raise UserError(f'the weights are those of several families: {shown}')
-    return next(iter(found.values()), None)
+    return next(iter(families.values()), None)
 
 
 for _module in (vmamba,):

@@ -20,7 +20,7 @@ Rows = tuple[tuple[str, str | None], ...]
 
 @dataclass(frozen=True)
 class Rule:
-    """Which values a key of an arch may have."""
+    """A rule for the values of a key of an arch."""
 
     allows: Callable[[Any], bool]
     choices: str  #: for messages, after 'it must be'

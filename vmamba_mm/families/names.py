@@ -1,6 +1,6 @@
 """The names of weights: where a model lies in a checkpoint, which family it is of, and our names.
 
-Functions on names alone. A *place* is what stands before the names of a backbone, such as
+Functions on names alone. A *prefix* is what stands before the names of a backbone, such as
 ``'backbone.'`` or ``''``. Its names are official, or ours.
 """
 
@@ -45,14 +45,14 @@ def is_of_trainer(name: str) -> bool:
 
 def outer_wrappers(names: Collection[str]) -> str:
     """All that stands before every name and belongs to no model, such as ``'module.model.'``."""
-    before = ''
+    wrappers = ''
     while names:
         wrapper = next((w for w in OUTER_WRAPPERS
-                        if all(name.startswith(before + w) for name in names)), None)
+                        if all(name.startswith(wrappers + w) for name in names)), None)
         if wrapper is None:
             break
-        before += wrapper
-    return before
+        wrappers += wrapper
+    return wrappers
 
 
 # --- rows -------------------------------------------------------------------------------------
@@ -67,8 +67,8 @@ def rename(name: str, rows: Rows) -> str | None:
         if match := pattern.match(name):
             if new is None:
                 return None
-            first, *others = new.split('#')
-            numbers = (a + b for a, b in zip(match.groups(), others, strict=True))
+            first, *rest = new.split('#')
+            numbers = (a + b for a, b in zip(match.groups(), rest, strict=True))
             return first + ''.join(numbers) + name[match.end():]
     raise LookupError(name)
 
@@ -78,7 +78,7 @@ def has_row(name: str, rows: Rows) -> bool:
 
 
 def inverse(rows: Rows) -> Rows:
-    """From our names to official ones: the first official name of each of ours."""
+    """Rows from our names to the official ones, of which each of ours gets the first."""
     back: dict[str, str] = {}
     for official, ours in rows:
         if ours is not None:
@@ -100,43 +100,43 @@ def _pattern(name):
     return r'(\d+)'.join(map(re.escape, name.split('#')))
 
 
-# --- places -----------------------------------------------------------------------------------
+# --- prefixes ---------------------------------------------------------------------------------
 
-def find_places(family: Family, names: Iterable[str]) -> dict[str, bool]:
-    """{place: whether the names there are official} of all that may be models of the family.
+def find_prefixes(family: Family, names: Iterable[str]) -> dict[str, bool]:
+    """{prefix: whether the names there are official} of all that may be models of the family.
 
-    A place is where the first name of the signature is, with any numbers in it. Whoever knows that
-    a model of the family is meant can tell from this where it is, and name what is wrong with it;
-    whether it is one, :func:`exact_places` says.
+    A prefix counts if the first name of the signature lies below it, with any numbers in it.
+    Whoever knows that a model of the family is meant can tell from this where it is, and name
+    what is wrong with it; whether it is one, :func:`exact_prefixes` says.
     """
     official, ours = _anchors(family)
     names = list(names)
-    places: dict[str, bool] = {}
+    prefixes: dict[str, bool] = {}
     for name in names:
         if match := official.match(name):
             if not ours.match(name):
-                places[match[1]] = True
-            elif match[1] not in places:  # both call it so: the others tell
-                places[match[1]] = _are_rather_official(family, names, match[1])
+                prefixes[match[1]] = True
+            elif match[1] not in prefixes:  # both call it so: the others tell
+                prefixes[match[1]] = _are_rather_official(family, names, match[1])
         elif match := ours.match(name):
-            places.setdefault(match[1], False)
-    return dict(sorted(places.items()))
+            prefixes.setdefault(match[1], False)
+    return dict(sorted(prefixes.items()))
 
 
-def _are_rather_official(family, names, place):
-    below = [name[len(place):] for name in names if name.startswith(place)]
+def _are_rather_official(family, names, prefix):
+    below = [name[len(prefix):] for name in names if name.startswith(prefix)]
     rows = family.all_rows(below)
     return sum(has_row(k, rows) for k in below) > sum(has_row(k, our_rows(rows)) for k in below)
 
 
 @functools.cache
 def _anchor_patterns(rows, anchor):
-    before = r'((?:.*?\.)??)'
+    prefix = r'((?:.*?\.)??)'
     ends = [official + anchor[len(ours):] for official, ours in rows
             if ours is not None and (anchor == ours or anchor.startswith(f'{ours}.'))]
     any_end = '|'.join(_pattern(end).replace('(', '(?:') for end in ends) or '(?!)'
-    return (re.compile(f'{before}(?:{any_end})$'),
-            re.compile(f'{before}{_pattern(anchor).replace("(", "(?:")}$'))
+    return (re.compile(f'{prefix}(?:{any_end})$'),
+            re.compile(f'{prefix}{_pattern(anchor).replace("(", "(?:")}$'))
 
 
 def _anchors(family):
@@ -144,28 +144,28 @@ def _anchors(family):
     return _anchor_patterns(family.rows(()), anchor)
 
 
-def exact_places(family: Family, weights: Mapping[str, object]) -> dict[str, bool]:
-    """As :func:`find_places`, only those where the weights are exactly those of the family.
+def exact_prefixes(family: Family, weights: Mapping[str, object]) -> dict[str, bool]:
+    """The part of :func:`find_prefixes` below which the weights are exactly those of the family.
 
-    All names of the signature must be there, every name below the place must have a row, and the
+    All names of the signature must be there, every name below the prefix must have a row, and the
     shapes must tell an architecture. At the top, ``''``, a trainer's weights of losses may lie
     beside.
 
     Args:
         weights: by plain names (:func:`plain_name`) without counters.
     """
-    return {place: is_official for place, is_official in find_places(family, weights).items()
-            if _is_exact(family, weights, place, is_official)}
+    return {prefix: is_official for prefix, is_official in find_prefixes(family, weights).items()
+            if _is_exact(family, weights, prefix, is_official)}
 
 
-def _is_exact(family, weights, place, is_official):
-    below = {k[len(place):]: v for k, v in weights.items() if k.startswith(place)}
-    if not place:
+def _is_exact(family, weights, prefix, is_official):
+    below = {k[len(prefix):]: v for k, v in weights.items() if k.startswith(prefix)}
+    if not prefix:
         below = {k: v for k, v in below.items() if not is_of_trainer(k)}
     rows = family.all_rows(below)
     if not is_official:
         # A head beside a bare backbone is at the top; below a prefix there is the backbone alone.
-        rows = our_rows(family.rows(below) if place else rows)
+        rows = our_rows(family.rows(below) if prefix else rows)
     try:
         ours = {rename(k, rows): v for k, v in below.items()}
     except LookupError:

@@ -65,7 +65,7 @@ __all__ = ['Build', 'Call', 'Limit', 'Omission', 'Options', 'Parity', 'Probe', '
 
 
 class Options(Mapping):
-    """What a file says beside its tensors; knows which of its values nobody has read.
+    """The values of a file beside its tensors; knows which of them nobody has read.
 
     Dicts in it are options as well. Tensors cannot be read: what goes into a model is named by a
     :class:`Call`, and what is compared must not be known beforehand.
@@ -151,7 +151,7 @@ class Build:
 
 @dataclass(frozen=True)
 class Probe:
-    """What a submodule returns, or receives first, in a call."""
+    """The result of a submodule in a call, or its first argument."""
 
     path: str
     side: str = 'output'  #: or 'input'
@@ -161,7 +161,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Call:
-    """How a case is run: which of its tensors go in, and what the results are called in it."""
+    """The call of a case: which of its tensors go in, and what the results are called in it."""
 
     #: Keys of the case whose values are the positional arguments; a case has all of them.
     args: tuple[str, ...] = ('input',)
@@ -191,7 +191,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Subject:
-    """What one file, or one case of an op, is compared with."""
+    """The model or function that one file, or one case of an op, is compared with."""
 
     build: Build
     #: A ``Call``, or a function from the case's options to one.
@@ -253,7 +253,7 @@ def _matches(rule: Omission | Limit, file: str, case: str, tensor: str) -> bool:
 
 @dataclass(frozen=True)
 class Parity:
-    """What a family is compared with; see the module.
+    """The numbers that a family is compared with; see the module.
 
     ``subject`` is called with the name of a checkpoint file and its options: of NAME.json, and
     what NAME.expected.pt says beside its cases.

@@ -213,25 +213,25 @@ class TimmBackbone(nn.Module):
         """
         checkpoint = read_checkpoint(checkpoint_path, weights, family=self.backbone.family)
         expected = self.state_dict()
-        found = fit_names(checkpoint.get('state_dict', checkpoint), expected)
+        weights = fit_names(checkpoint.get('state_dict', checkpoint), expected)
         for conv in (f'backbone.{name}' for name in self.backbone.family.first_convs):
-            if conv in found and found[conv].shape[1] == 3:
-                found[conv] = adapt_in_channels(found[conv], self.in_chans)
-        inner = {k.removeprefix('backbone.'): v for k, v in found.items()
+            if conv in weights and weights[conv].shape[1] == 3:
+                weights[conv] = adapt_in_channels(weights[conv], self.in_chans)
+        inner = {k.removeprefix('backbone.'): v for k, v in weights.items()
                  if k.startswith('backbone.')}
-        found |= {f'backbone.{k}': v for k, v in self.backbone.adapt_weights(inner).items()}
-        held = len(found['head.fc.bias']) if 'head.fc.bias' in found else 0
+        weights |= {f'backbone.{k}': v for k, v in self.backbone.adapt_weights(inner).items()}
+        held = len(weights['head.fc.bias']) if 'head.fc.bias' in weights else 0
         if held != self.num_classes:
-            found = {k: v for k, v in found.items() if not k.startswith('head.fc.')}
-            found |= {k: v for k, v in expected.items() if k.startswith('head.fc.')}
-        wrong = differences(expected, found)
+            weights = {k: v for k, v in weights.items() if not k.startswith('head.fc.')}
+            weights |= {k: v for k, v in expected.items() if k.startswith('head.fc.')}
+        wrong = differences(expected, weights)
         if wrong:
-            raise UserError(explain_differences(wrong, expected, found, str(checkpoint_path)))
+            raise UserError(explain_differences(wrong, expected, weights, str(checkpoint_path)))
         promised = getattr(self, 'pretrained_cfg', {}).get('num_classes', 1000)
         if held != self.num_classes == promised:
             raise UserError(f'{checkpoint_path} holds a classifier of {held} classes, the model '
                             f'has {promised}: create it with num_classes={held}')
-        self.load_state_dict(found)
+        self.load_state_dict(weights)
 
 
 def _check_head(num_classes: int, global_pool: str) -> None:

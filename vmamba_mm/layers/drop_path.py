@@ -28,8 +28,8 @@ class DropPath(nn.Module):
         self.drop_prob = drop_prob
 
     def factors(self, x: Tensor, branches: int) -> tuple[Tensor | None, ...]:
-        """For each of so many branches beside ``x``, (B), fp32: a factor for each sample; None
-        for 1. Drawn together, as small batches wait for the calls."""
+        """The factors of the samples, (B), fp32, for each of ``branches`` branches beside ``x``;
+        None for 1. They are drawn together, as small batches wait for the calls."""
         if not self.training or self.drop_prob == 0.0:
             return (None,) * branches
         keep = 1.0 - self.drop_prob

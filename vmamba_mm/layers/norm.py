@@ -33,7 +33,7 @@ class LayerNorm(nn.LayerNorm):
         return layer_norm(x, self.weight, self.bias, self.eps, out_dtype=self.out_dtype(x))
 
     def out_dtype(self, x: Tensor) -> torch.dtype | None:
-        """What the ops need to know: the dtype of the result, None for their default."""
+        """The dtype of the result, for the ops; None for their default."""
         return autocast_dtype(x) if self.feeds_matmul else None
 
 

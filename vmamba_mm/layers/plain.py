@@ -21,10 +21,10 @@ def are_plain(modules: Iterable[nn.Module], kinds: Iterable[type[nn.Module]]) ->
     for module, kind in zip(modules, kinds, strict=True):
         if type(module) is not kind:
             return False
-        own = module.__dict__
-        if 'forward' in own or own.get('_compiled_call_impl') is not None \
-                or own['_forward_hooks'] or own['_forward_pre_hooks'] \
-                or own['_backward_hooks'] or own['_backward_pre_hooks']:
+        attributes = module.__dict__
+        if 'forward' in attributes or attributes.get('_compiled_call_impl') is not None \
+                or attributes['_forward_hooks'] or attributes['_forward_pre_hooks'] \
+                or attributes['_backward_hooks'] or attributes['_backward_pre_hooks']:
             return False
     return not has_global_hook()
 
@@ -41,8 +41,8 @@ class Attributes:
 
 
 def is_plain_conv(module: nn.Module) -> bool:
-    """Whether it is a plain convolution that is the same both ways, with a bias, zeros around the
-    map, and neither groups nor dilation."""
+    """Whether ``module`` is a plain convolution that is the same both ways, with a bias, zeros
+    around the map, and neither groups nor dilation."""
     return (is_plain(module, nn.Conv2d) and module.bias is not None and module.groups == 1
             and (module.dilation, module.padding_mode) == ((1, 1), 'zeros')
             and module.stride == module.stride[::-1]
@@ -50,7 +50,7 @@ def is_plain_conv(module: nn.Module) -> bool:
 
 
 def is_depthwise_3x3(module: nn.Module | None) -> bool:
-    """Whether it is a plain depthwise 3x3 convolution that keeps the size of a map."""
+    """Whether ``module`` is a plain depthwise 3x3 convolution that keeps the size of a map."""
     return (is_plain(module, nn.Conv2d)
             and module.groups == module.in_channels == module.out_channels
             and (module.kernel_size, module.stride, module.padding, module.dilation,

@@ -23,15 +23,15 @@ class _Recorder(TorchDispatchMode):
         # Modes see the op below autograd; without autograd, as in inference mode, the op itself.
         self.ops = {f'vmamba_mm::{prefix}{op}' for op in ops for prefix in ('', '_')}
         self.entered: list[nn.Module] = []
-        self.found: dict[nn.Module, Any] = {}
+        self.recorded: dict[nn.Module, Any] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if self.entered and func._schema.name in self.ops:
             names = [argument.name for argument in func._schema.arguments]
-            given = dict(zip(names, args, strict=False)) | (kwargs or {})
-            self.found[self.entered.pop()] = self.keep({
+            arguments = dict(zip(names, args, strict=False)) | (kwargs or {})
+            self.recorded[self.entered.pop()] = self.keep({
                 name: value.detach() if isinstance(value, Tensor) else value
-                for name, value in given.items()})
+                for name, value in arguments.items()})
         return func(*args, **(kwargs or {}))
 
 
@@ -43,7 +43,7 @@ def _record(modules: Sequence[nn.Module], ops: Sequence[str],
                for module in modules]
     try:
         with torch.compiler.set_stance('force_eager'), recorder:
-            yield recorder.found
+            yield recorder.recorded
     finally:
         for handle in handles:
             handle.remove()
@@ -65,7 +65,7 @@ def record_inputs(modules: Sequence[nn.Module], *ops: str
         A context manager for a dict that fills as the model runs: module -> {name of an argument:
         its value} of the module's last run.
     """
-    return _record(modules, ops, lambda given: given)
+    return _record(modules, ops, lambda arguments: arguments)
 
 
 def record_scan_inputs(modules: Sequence[SS2D]
@@ -77,4 +77,5 @@ def record_scan_inputs(modules: Sequence[SS2D]
         dt_projs_weight, dt_projs_bias, A, D) of its last run, as :func:`vmamba_mm.ops.ss2d_scan`
         takes them.
     """
-    return _record(modules, _SCANS, lambda given: tuple(given[name] for name in _SCAN_INPUTS))
+    return _record(modules, _SCANS,
+                   lambda arguments: tuple(arguments[name] for name in _SCAN_INPUTS))

@@ -98,8 +98,7 @@ class VSSBlock(nn.Module):
         return add_norm(x, branch, None, None, scale=scales[-1], out_dtype=out_dtype)[0]
 
     def why_not_one_op(self, x: Tensor) -> str | None:
-        """What keeps the block from running as one op on ``x``, so that it runs step by step; None
-        if nothing does."""
+        """The reason why the block does not run as one op on ``x``, but step by step, or None."""
         if not is_plain(self.drop_path, DropPath):
             return _NOT_PLAIN
         weights = _weights_for_op(self, x, autocast_dtype(x))
@@ -127,20 +126,21 @@ def _weights_for_op(block: VSSBlock, x: Tensor, autocast: torch.dtype | None) ->
     if not runs_kernels(x):
         return _NOT_ON_GPU
     # Past nn.Module.__getattr__, which would take a tenth of the block's time in Python.
-    own = block._modules
-    ssm, mlp = own['ssm'], own.get('mlp')  # None is no module
+    block_modules = block._modules
+    ssm, mlp = block_modules['ssm'], block_modules.get('mlp')  # None is no module
     if type(ssm) is not SS2D or type(mlp) is not Mlp:
         return 'it has no MLP, or that or its SS2D is of another class'
     if ssm.gate or ssm.act != 'silu' or ssm.scan != 'cross':
         return 'its SS2D has a gate, another activation than SiLU or another scan than cross'
-    inner, outer = ssm._modules, mlp._modules
-    modules = (mlp, ssm, own['norm1'], inner['in_proj'], inner.get('conv2d'),
-               inner['out_norm'], inner['out_proj'], own['norm2'], outer['fc1'], outer['fc2'])
+    ssm_modules, mlp_modules = ssm._modules, mlp._modules
+    modules = (mlp, ssm, block_modules['norm1'], ssm_modules['in_proj'], ssm_modules.get('conv2d'),
+               ssm_modules['out_norm'], ssm_modules['out_proj'], block_modules['norm2'],
+               mlp_modules['fc1'], mlp_modules['fc2'])
     if not are_plain(modules, _CLASSES):
         return _NOT_PLAIN
-    if not is_depthwise_3x3(inner['conv2d']):
+    if not is_depthwise_3x3(ssm_modules['conv2d']):
         return 'its convolution is not a depthwise one of 3x3 that keeps the size'
-    if not own['norm1'].eps == inner['out_norm'].eps == own['norm2'].eps:
+    if not block_modules['norm1'].eps == ssm_modules['out_norm'].eps == block_modules['norm2'].eps:
         return 'its norms differ in eps'
     try:
         weights = _weights_of(*[module._parameters for module in modules[1:]])
@@ -219,9 +219,12 @@ class VSSStage(nn.Module):
 
     def forward(self, x: Tensor, downsample: bool = True, with_map: bool = False
                 ) -> Tensor | tuple[Tensor, Tensor]:
-        before = self._run_blocks(x)
-        after = self.downsample(before) if downsample and self.downsample is not None else before
-        return (after, before) if with_map else after
+        stage_map = self._run_blocks(x)
+        if downsample and self.downsample is not None:
+            result = self.downsample(stage_map)
+        else:
+            result = stage_map
+        return (result, stage_map) if with_map else result
 
     def _run_blocks(self, x: Tensor) -> Tensor:
         """``blocks(x)``, in inference on an NVIDIA GPU as one op."""
@@ -234,7 +237,9 @@ class VSSStage(nn.Module):
                           out_dtype or x.dtype)
 
     def why_not_one_op(self, x: Tensor) -> str | None:
-        """What keeps the blocks from running as one op on ``x``, so that each runs by itself (see
-        :meth:`VSSBlock.why_not_one_op`); None if nothing does."""
+        """The reason why the blocks do not run as one op on ``x``, but each by itself, or None.
+
+        See :meth:`VSSBlock.why_not_one_op`.
+        """
         weights = _stage_weights_for_op(self, x, autocast_dtype(x))
         return weights if isinstance(weights, str) else None

@@ -235,10 +235,10 @@ class _DependencyFinder:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
-        run = spec.loader.exec_module
+        stock_exec_module = spec.loader.exec_module
 
         def exec_module(module):
-            run(module)
+            stock_exec_module(module)
             module.WITH_MULTIMODAL = False
 
         spec.loader.exec_module = exec_module

@@ -49,7 +49,7 @@ class Row:
 
 @dataclass
 class Count:
-    """Of one image of ``shape`` (H, W).
+    """The FLOPs and parameters of a model on one image of ``shape`` (H, W).
 
     ``extras`` is what the counters of fvcore and mmengine, the authors' ones, add to products and
     convolutions: 5 for each element of a layer or group norm, 2 of a batch norm, 4 and 1 for each
@@ -95,14 +95,14 @@ def count(cfg, shape=None, device=None):
                 raise
             continue
         try:
-            found = _measure(model.to(counted_on), forward, shape, find_channels(cfg, model))
+            result = _measure(model.to(counted_on), forward, shape, find_channels(cfg, model))
         except Exception as err:
             failure = err
             continue
         if device is None and counted_on == 'cpu':
-            found.notes.append('run on the CPU, as the meta device does not do: '
-                               f'{type(failure).__name__}')
-        return found
+            result.notes.append('run on the CPU, as the meta device does not do: '
+                                f'{type(failure).__name__}')
+        return result
     raise UserError(f'the model cannot be run on an image of {shape[0]}x{shape[1]}: '
                     f'{type(failure).__name__}: {failure}') from failure
 
@@ -113,7 +113,7 @@ def count_module(model, shape):
 
 
 def find_channels(cfg, model):
-    """How many channels the images of a config's model have.
+    """The number of channels that the images of a config's model have.
 
     The backbone's ``in_channels`` as configured or by default; else those of its first
     convolution, unless the test pipeline reads photographs, which have 3.
@@ -122,9 +122,9 @@ def find_channels(cfg, model):
     settings = cfg.model.get('backbone') or cfg.model
     for name in ('in_channels', 'in_chans'):
         default = inspect.signature(type(backbone)).parameters.get(name)
-        found = settings.get(name, getattr(default, 'default', None))
-        if isinstance(found, int):
-            return found
+        channels = settings.get(name, getattr(default, 'default', None))
+        if isinstance(channels, int):
+            return channels
     first = next((m.in_channels for m in backbone.modules() if isinstance(m, nn.Conv2d)), 3)
     # A first step may put neighbouring pixels into channels, as YOLOX does: 12 of 3.
     return 3 if first > 3 and reads_colours(cfg) else first
@@ -152,22 +152,23 @@ def _measure(model, forward, shape, channels=3):
     whole = _Whole(model, forward, notes)
     # Fused attention has a formula for some devices only; as products it counts everywhere.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), \
-            FlopCounterMode(display=False) as products, \
-            FlopCounterMode(display=False, custom_mapping=_formulas()) as others:
+            FlopCounterMode(display=False) as counter, \
+            FlopCounterMode(display=False, custom_mapping=_formulas()) as extra_counter:
         whole(torch.empty(1, channels, *shape, device=device))
-    counts, others = products.get_flop_counts(), others.get_flop_counts()
+    counts, extra_counts = counter.get_flop_counts(), extra_counter.get_flop_counts()
     missing = sorted({type(m).__name__ for m in model.modules()
                       if type(m).__module__.startswith('mmcv.ops')}.difference(_FREE))
     if missing:
         notes.append('not counted, for lack of a formula: what mmcv itself computes in '
                      + ', '.join(missing))
-    rows = _rows(model, counts, others)
-    found = Count(shape, sum(p.numel() for p in model.parameters()), rows, _extras(others), notes)
+    rows = _rows(model, counts, extra_counts)
+    result = Count(shape, sum(p.numel() for p in model.parameters()), rows, _extras(extra_counts),
+                   notes)
     # A model that uses its modules past their forward would lose its parts without a word.
-    left = sum(counts.get('Global', {}).values()) // 2 - found.flops
+    left = sum(counts.get('Global', {}).values()) // 2 - result.flops
     if left:  # parts that call the same module, as decoder and head of a DETR, both have its FLOPs
         rows.append(Row('other' if left > 0 else 'in two of these', '', None, left))
-    return found
+    return result
 
 
 def _build(cfg, device):
@@ -189,10 +190,10 @@ class _Whole(nn.Module):
 
     def __init__(self, model, forward, notes):
         super().__init__()
-        self.model, self.run, self.notes = model, forward, notes
+        self.model, self.run_model, self.notes = model, forward, notes
 
     def forward(self, x):
-        return self.run(self.model, x, self.notes)
+        return self.run_model(self.model, x, self.notes)
 
 
 # --- all that a model does for an image, up to what needs the values of its predictions ---------
@@ -256,14 +257,15 @@ class _RoIShapes(nn.Module):
 # For torch, a multiply-add is 2; so everything here is doubled, and halved with the rest.
 
 def _formulas():
-    """Of what the authors' counters add, and of scans without their projections."""
-    found = {_layer_norm: (aten.native_layer_norm, aten.native_group_norm),
-             _batch_norm: (aten.native_batch_norm, aten._native_batch_norm_legit_no_training),
-             _bilinear: (aten.upsample_bilinear2d,), _nearest: (aten.upsample_nearest2d,),
-             _pooling: (aten._adaptive_avg_pool2d, aten.mean),  # mean where one pixel is left
-             _scan_alone: _PROJECTING}
+    """Formulas for what the authors' counters add, and for scans without their projections."""
+    packets_of = {
+        _layer_norm: (aten.native_layer_norm, aten.native_group_norm),
+        _batch_norm: (aten.native_batch_norm, aten._native_batch_norm_legit_no_training),
+        _bilinear: (aten.upsample_bilinear2d,), _nearest: (aten.upsample_nearest2d,),
+        _pooling: (aten._adaptive_avg_pool2d, aten.mean),  # mean where one pixel is left
+        _scan_alone: _PROJECTING}
     # A packet alone is counted after PyTorch has decomposed it, which leaves nothing of some.
-    return {key: formula for formula, packets in found.items() for packet in packets
+    return {key: formula for formula, packets in packets_of.items() for packet in packets
             for key in (packet, packet.default)}
 
 
@@ -293,20 +295,20 @@ def _scan_alone(x_shape, x_proj_shape, dt_projs_shape, bias_shape, A_shape, *arg
     return scan_flops(x_shape[0], A_shape[0], math.prod(x_shape[2:]), A_shape[1])
 
 
-def _extras(others):
+def _extras(extra_counts):
     names = dict(zip((_layer_norm, _batch_norm, _bilinear, _nearest, _pooling),
                      ('norms', 'norms', 'resizes', 'resizes', 'pooling'), strict=True))
-    found = dict.fromkeys(EXTRAS, 0)
+    extras = dict.fromkeys(EXTRAS, 0)
     formulas = _formulas()
-    for op, flops in others.get('Global', {}).items():
+    for op, flops in extra_counts.get('Global', {}).items():
         if formulas.get(op) in names:
-            found[names[formulas[op]]] += flops // 2
-    return found
+            extras[names[formulas[op]]] += flops // 2
+    return extras
 
 
 # --- parts ------------------------------------------------------------------------------------
 
-def _rows(model, counts, others):
+def _rows(model, counts, extra_counts):
     """The backbone by kind of op, other parts as wholes."""
     rows = []
     for name, part in model.named_children():
@@ -319,7 +321,7 @@ def _rows(model, counts, others):
             if not parameters and not flops:
                 continue
             rows.append(Row(label, '', parameters, flops))
-            by_kind = _by_kind(module, at, counts, others) if name == 'backbone' else {}
+            by_kind = _by_kind(module, at, counts, extra_counts) if name == 'backbone' else {}
             rows += [Row(label, k, None, by_kind[k] // 2) for k in KINDS if by_kind.get(k)]
     return rows
 
@@ -332,29 +334,29 @@ def _called(module, path, counts):
                for name, child in module.named_children())
 
 
-def _by_kind(module, path, counts, others):
-    """Kind -> FLOPs as torch counts them, of a module that has the path in the counts."""
-    found, inside = Counter(), None
+def _by_kind(module, path, counts, extra_counts):
+    """{kind: FLOPs as torch counts them} of a module that has the path in the counts."""
+    by_kind, inside = Counter(), None
     for op, flops in counts.get(path, {}).items():
         if op in _PROJECTING:
-            found['scan'] += others[path][op]
-            found['projections'] += flops - others[path][op]
+            by_kind['scan'] += extra_counts[path][op]
+            by_kind['projections'] += flops - extra_counts[path][op]
         else:
-            found[_kind(op)] += flops
+            by_kind[_kind(op)] += flops
     for name, child in module.named_modules():
         if not name or inside and name.startswith(inside):
             continue
-        own = counts.get(f'{path}.{name}', {})
+        child_counts = counts.get(f'{path}.{name}', {})
         if _MLP.search(type(child).__name__):
             inside, kind = f'{name}.', 'MLP'
         elif isinstance(child, nn.Linear):  # batched or not, by its strides
             kind = 'projections'
         else:
             continue
-        for op, flops in own.items():
-            found[_kind(op)] -= flops
-            found[kind] += flops
-    return found
+        for op, flops in child_counts.items():
+            by_kind[_kind(op)] -= flops
+            by_kind[kind] += flops
+    return by_kind
 
 
 def _kind(op):

@@ -21,7 +21,7 @@ def innermost(dataset):
     inner = getattr(dataset, 'datasets', None)
     if inner is None:
         inner = [dataset.dataset] if hasattr(dataset, 'dataset') else []
-    return [found for d in inner for found in innermost(d)] or [dataset]
+    return [leaf for d in inner for leaf in innermost(d)] or [dataset]
 
 
 # --- masks of semantic segmentation ---------------------------------------------------------------
@@ -75,7 +75,7 @@ class CheckMask:
 
 
 def _is_16_bit(path):
-    """By the header of a PNG, which is read in no time beside the image."""
+    """Whether a PNG says so in its header, which is read in no time beside the image."""
     if not isinstance(path, str) or not path.lower().endswith('.png') or not os.path.isfile(path):
         return False
     with open(path, 'rb') as f:
@@ -104,10 +104,10 @@ def _add_mask_checks(pipeline, num_classes, ignored):
     for step in steps:  # such as test-time augmentation, which holds pipelines of its own
         for nested in getattr(step, 'subroutines', None) or ():
             _add_mask_checks(nested, num_classes, ignored)
-    places = [i for i, step in enumerate(steps) if loads_annotations(step)]
-    if not places:
+    loader_indices = [i for i, step in enumerate(steps) if loads_annotations(step)]
+    if not loader_indices:
         return
-    after = places[-1] + 1
+    after = loader_indices[-1] + 1
     early = all(type(step).__module__.partition('.')[0] in STOCK for step in steps[after:])
     steps.insert(after if early else len(steps) - 1, CheckMask(num_classes, ignored, early))
 
@@ -141,16 +141,16 @@ def check_instances(dataset, evaluated=False):
         pipeline = getattr(inner, 'pipeline', None)
         steps = getattr(pipeline, 'transforms', None)
         steps = steps if isinstance(steps, list) else []
-        places = [i for i, step in enumerate(steps)
-                  if loads_annotations(step) and getattr(step, 'with_mask', False) is True
-                  and type(step).__name__ == 'LoadAnnotations']
-        if not (places or evaluated) or not hasattr(inner, 'get_data_info'):
+        loader_indices = [i for i, step in enumerate(steps)
+                          if loads_annotations(step) and getattr(step, 'with_mask', False) is True
+                          and type(step).__name__ == 'LoadAnnotations']
+        if not (loader_indices or evaluated) or not hasattr(inner, 'get_data_info'):
             continue
         check = CheckInstances(getattr(inner, 'ann_file', None) or type(inner).__name__)
         for index in range(min(len(inner), LOOKED_AT)):
             check(inner.get_data_info(index))
-        if places and not any(isinstance(step, CheckInstances) for step in steps):
-            steps.insert(places[0], check)
+        if loader_indices and not any(isinstance(step, CheckInstances) for step in steps):
+            steps.insert(loader_indices[0], check)
 
 
 # --- numbers of classes ---------------------------------------------------------------------------
@@ -175,11 +175,11 @@ def check_num_classes(model, dataset, place, warn):
 
 def check_categories(dataset, place, warn):
     """A name that a COCO file lacks would shift the numbers of all that follow."""
-    found, path = getattr(dataset, 'cat_ids', None), getattr(dataset, 'ann_file', None)
+    category_ids, path = getattr(dataset, 'cat_ids', None), getattr(dataset, 'ann_file', None)
     classes = dataset.metainfo.get('classes')
-    if not isinstance(found, list) or not isinstance(path, str) or classes is None:
+    if not isinstance(category_ids, list) or not isinstance(path, str) or classes is None:
         return
-    if len(found) != len(classes):
+    if len(category_ids) != len(classes):
         theirs = _categories(path)
         missing = [name for name in classes if name not in theirs]
         raise UserError(
@@ -187,7 +187,7 @@ def check_categories(dataset, place, warn):
             f'({_list(theirs)}), and of the {len(classes)} in {place}.metainfo.classes it lacks '
             f"{_list(missing)}: give the file's own names in {place}.metainfo=dict(classes=(...)), "
             'and their number as num_classes of each head')
-    left_out = set(getattr(dataset, 'cat_img_map', ())) - set(found)
+    left_out = set(getattr(dataset, 'cat_img_map', ())) - set(category_ids)
     if left_out:
         warn(f'{path} has objects of {len(left_out)} categories more than the {len(classes)} in '
              f'{place}.metainfo.classes; they are left out')

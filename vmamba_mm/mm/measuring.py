@@ -12,7 +12,7 @@ WARM_UP = 5  # calls, on a GPU
 
 
 def median_ms(function, spend=250, in_a_row=1):
-    """Of a call: the median over about ``spend`` ms of them, 3 to 50 times so many in a row."""
+    """The median ms of a call, over about ``spend`` ms of 3 to 50 times ``in_a_row`` calls."""
     function()
     times = []
     while len(times) < 3 or (sum(times) * in_a_row < spend and len(times) < 50):

@@ -6,7 +6,7 @@ from vmamba_mm.errors import UserError
 
 
 def default_channels(count, bgr=True):
-    """Which of an image's channels are drawn: one for grey, or three for red, green and blue."""
+    """The channels of an image that are drawn: one for grey, or three for red, green and blue."""
     if count < 3:
         return (0,)
     return (2, 1, 0) if bgr and count < 5 else (0, 1, 2)

@@ -14,7 +14,7 @@ from vmamba_mm.errors import UserError
 
 @dataclass(frozen=True)
 class Task:
-    """What the tools have to know of a task.
+    """The facts of a task that the tools have to know.
 
     Args:
         name: as hooks and checkpoints call it.
@@ -91,10 +91,10 @@ def _flip_classes(pack):
 # --- detection and segmentation -------------------------------------------------------------
 
 def _show_samples(hook):
-    found = dict(settings={k: hook[k] for k in ('show', 'wait_time') if k in hook})
+    arguments = dict(settings={k: hook[k] for k in ('show', 'wait_time') if k in hook})
     if 'score_thr' in hook:
-        found['score_thr'] = hook['score_thr']
-    return found
+        arguments['score_thr'] = hook['score_thr']
+    return arguments
 
 
 def _draw_sample(visualizer, picture, sample, path, settings):

@@ -32,6 +32,13 @@ def families(*first):
     return [*first, *(f for f in matplotlib.rcParams['font.family'] if f not in first)]
 
 
+def forget():
+    """Look every letter up anew, for tests and for fonts that came since."""
+    _drawn.clear()
+    _drawn.add('\n')
+    _lacking.clear()
+
+
 def _look_up(letters):
     import matplotlib
     from matplotlib import font_manager
@@ -43,16 +50,16 @@ def _look_up(letters):
         left -= _letters_of(manager.findfont(font_manager.FontProperties(family=[family])), left)
     # The manager's own list is of the day when it was made, and misses fonts installed since.
     for path in _candidates() if left else ():
-        found = _letters_of(path, left)
-        if found:
+        new_letters = _letters_of(path, left)
+        if new_letters:
             manager.addfont(path)
             family = font_manager.get_font(path).family_name
             # Of the family another style may be chosen, which need not have them.
             chosen = manager.findfont(font_manager.FontProperties(family=[family]))
-            found = _letters_of(chosen, found)
-        if found:
+            new_letters = _letters_of(chosen, new_letters)
+        if new_letters:
             matplotlib.rcParams['font.family'] = [*matplotlib.rcParams['font.family'], family]
-            left -= found
+            left -= new_letters
         if not left:
             break
     visible = sorted(c for c in left if _escape(c).strip())
@@ -80,9 +87,9 @@ def _letters_of(path, letters):
 
     try:
         font = font_manager.get_font(path)
-        found = {c for c in letters if ord(c) in font.get_charmap()}
+        mapped = {c for c in letters if ord(c) in font.get_charmap()}
         font.set_size(12, 72)
-        return {c for c in found if c.isspace() or font.load_char(ord(c)).width > 0}
+        return {c for c in mapped if c.isspace() or font.load_char(ord(c)).width > 0}
     except Exception:  # of a broken file, or of a format that FreeType has no outlines of
         return set()
 

@@ -123,7 +123,7 @@ class Backbone(StrictLoading, BaseModule):
         return tuple(y.contiguous() for y in self.forward_channels_last(x))
 
     def forward_channels_last(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What ``forward`` gives, in the memory format ``channels_last``: without its copies."""
+        """The maps of ``forward`` in the memory format ``channels_last``, without its copies."""
         maps = self.forward_stages(x, self.out_indices)
         return tuple(self.norm_output(i, y) for i, y in zip(self.out_indices, maps, strict=True))
 
@@ -141,8 +141,8 @@ class Backbone(StrictLoading, BaseModule):
                 maps.append(stage(x) if i == final else stage(x, downsample=False))
                 break
             if i in indices:
-                x, before = stage(x, with_map=True)
-                maps.append(before)
+                x, stage_map = stage(x, with_map=True)
+                maps.append(stage_map)
             else:
                 x = stage(x)
         return maps
@@ -183,14 +183,14 @@ class Backbone(StrictLoading, BaseModule):
         num_layers = sum(self.depths) + 2
         if not param_name.startswith(prefix):
             return num_layers - 1, num_layers
-        parts = param_name[len(prefix):].split('.')
-        if parts[0] in self.stem:
+        levels = param_name[len(prefix):].split('.')
+        if levels[0] in self.stem:
             return 0, num_layers
-        if parts[0] != self.stages_name:
+        if levels[0] != self.stages_name:
             return num_layers - 1, num_layers
-        stage = int(parts[1])
-        if parts[2] == 'blocks' and not self.is_flat:
-            return sum(self.depths[:stage]) + int(parts[3]) + 1, num_layers
+        stage = int(levels[1])
+        if levels[2] == 'blocks' and not self.is_flat:
+            return sum(self.depths[:stage]) + int(levels[3]) + 1, num_layers
         return sum(self.depths[:stage + 1]), num_layers
 
     def _freeze_stages(self) -> None:

@@ -26,7 +26,7 @@ from vmamba_mm.checkpoints.names import (
     rename_official,
     to_mm,
 )
-from vmamba_mm.checkpoints.places import drop_wrappers, find_models, inside
+from vmamba_mm.checkpoints.prefixes import drop_wrappers, find_models, inside
 from vmamba_mm.config import type_name
 from vmamba_mm.errors import UserError
 from vmamba_mm.families import Family, resolve_arch
@@ -44,12 +44,12 @@ _OUTPUT_NORM = re.compile(r'norm\d+\.')
 
 
 class StrictLoading:
-    """What a backbone has besides a ``BaseModule`` to load weights completely or not at all."""
+    """Makes a backbone, which is a ``BaseModule``, load weights completely or not at all."""
 
     family: Family
 
     def init_weights(self) -> None:
-        """As mmengine's; ``init_cfg=dict(type='Pretrained', ...)`` loads strictly.
+        """Initialise as mmengine does; ``init_cfg=dict(type='Pretrained', ...)`` loads strictly.
 
         The dict takes the arguments of :meth:`load_pretrained`.
         """
@@ -135,25 +135,25 @@ class StrictLoading:
         return weights
 
     def _find_backbone(self, checkpoint, prefix, weights, map_location):
-        """The weights in a checkpoint, by the names that they have below their place."""
+        """The weights of the backbone in a checkpoint, by their names without the prefix."""
         family = self.family
-        place = f'{(prefix or "backbone").rstrip(".")}.'
-        usual = place == 'backbone.'
-        state = read_checkpoint(checkpoint, weights, map_location, keep_places=not usual,
+        full_prefix = f'{(prefix or "backbone").rstrip(".")}.'
+        is_usual = full_prefix == 'backbone.'
+        state = read_checkpoint(checkpoint, weights, map_location, keep_places=not is_usual,
                                 family=family)
         state = state.get('state_dict', state)
         state = drop_wrappers({k: v for k, v in state.items() if isinstance(k, str)})
         prefixes = [p.prefix for p in find_models(state, family)]
-        if usual and place not in prefixes:
+        if is_usual and full_prefix not in prefixes:
             if len(prefixes) > 1:
                 raise UserError(f'{checkpoint} holds {describe_places(state, family)}: say with '
                                 'prefix= which one is meant')
-            place = prefixes[0] if prefixes else place
-        below = inside(state, place)
+            full_prefix = prefixes[0] if prefixes else full_prefix
+        below = inside(state, full_prefix)
         if not below:
             tops = sorted({k.partition('.')[0] for k in state})
-            raise UserError(f'{checkpoint} has no weights that begin with {place!r}, only with: '
-                            f'{", ".join(tops[:8])}'
+            raise UserError(f'{checkpoint} has no weights that begin with {full_prefix!r}, only '
+                            f'with: {", ".join(tops[:8])}'
                             + (f'; it holds {describe_places(state, family)}' if prefixes else ''))
         # A classifier around a bare backbone has its head beside the stages.
         heads = our_rows(family.head_keys)
@@ -243,7 +243,7 @@ class Caller(NamedTuple):
 
 
 def find_caller() -> Caller:
-    """Which ``load_state_dict`` called a module's ``_load_from_state_dict``, and how.
+    """Find the ``load_state_dict`` that called a module's ``_load_from_state_dict``.
 
     Neither torch nor mmengine passes ``strict`` on to the modules (both pass True), and mmengine's
     own function, with strict=False, loads what nobody has looked at: only the frame tells a
@@ -263,10 +263,10 @@ def under_names_of(family: Family, weights: Mapping[str, Tensor], ours: Mapping[
                    ) -> dict[str, Tensor]:
     """Weights by a model's own names: official ones renamed, other wrappers replaced."""
     if is_official(weights, family):
-        own = {k: v for k, v in weights.items() if k in ours}
+        unchanged = {k: v for k, v in weights.items() if k in ours}
         official = drop_wrappers({k: v for k, v in weights.items() if not (
             k in ours or is_counter(k) or is_of_trainer(k))})
-        weights = own | rename_official(official, family, set(map(plain_name, weights)))
+        weights = unchanged | rename_official(official, family, set(map(plain_name, weights)))
     if set(weights) <= set(ours):
         return dict(weights)
     plain = {plain_name(k): k for k in ours}
@@ -322,10 +322,10 @@ def _are_of_another_arch(model, weights, plain):
         if infer_arch({**plain, **weights}, family) != wanted:  # what is absent says nothing
             return True
         held = infer_arch(weights, family)
-        others = model.plain_state(held)
+        held_weights = model.plain_state(held)
     except (UserError, ValueError):
         return False  # a part
-    return held != wanted and all(k in weights for k in others if not k.startswith('norm'))
+    return held != wanted and all(k in weights for k in held_weights if not k.startswith('norm'))
 
 
 def _check_keys(given: Mapping[str, Any], function: Callable, model: str) -> None:

@@ -122,7 +122,7 @@ def _check_heads(cfg, node, place):
 
 
 def _num_classes(cfg):
-    """Of a classifier's head; None if that is not one plain number."""
+    """The number of classes of a classifier's head; None if it is not one plain number."""
     head = cfg.model.get('head')
     number = head.get('num_classes') if isinstance(head, dict) else None
     return number if isinstance(number, int) else None
@@ -157,10 +157,10 @@ def _check_k(cfg, node, place):
     many = topk if isinstance(topk, list | tuple) else (topk,)
     if classes is None or not all(isinstance(k, int) for k in many) or max(many) <= classes:
         return
-    kept = ','.join(str(k) for k in many if k <= classes) or '1'
+    possible = ','.join(str(k) for k in many if k <= classes) or '1'
     raise UserError(f'{_name(cfg)} has {place}.topk={topk}, and the model knows {classes} '
                     f'class{"es" * (classes > 1)} only: give --cfg-options '
-                    f'"{place}.topk=({kept},)"')
+                    f'"{place}.topk=({possible},)"')
 
 
 def _check_class_folders(cfg, loader):
@@ -178,20 +178,20 @@ def _check_class_folders(cfg, loader):
     folder = root / prefix
     if (root / 'meta' / f'{dataset.get("split")}.txt').is_file() or not folder.is_dir():
         return
-    found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    if not found or len(found) == 1000:
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    if not classes or len(classes) == 1000:
         return
-    shown = found if len(found) <= 20 else [*found[:3], '...']
+    shown = classes if len(classes) <= 20 else [*classes[:3], '...']
     options = [f'{name}.dataset.metainfo=dict(classes={shown})' for name in
                ('train_dataloader', 'val_dataloader', 'test_dataloader') if cfg.get(name)]
     options = [f'"{option}"' for option in options]
-    options.append(f'model.head.num_classes={len(found)}')
+    options.append(f'model.head.num_classes={len(classes)}')
     if 'num_classes' in (cfg.get('data_preprocessor') or {}):
-        options.append(f'data_preprocessor.num_classes={len(found)}')
-    if len(found) < 5:
+        options.append(f'data_preprocessor.num_classes={len(classes)}')
+    if len(classes) < 5:
         options += [f'{name}.topk=1' for name in ('val_evaluator', 'test_evaluator')
                     if type_name(cfg.get(name) or {}) == 'Accuracy']
-    raise UserError(f'{folder} has {len(found)} class folder(s) ({", ".join(shown)}), and the '
+    raise UserError(f'{folder} has {len(classes)} class folder(s) ({", ".join(shown)}), and the '
                     f'data set ImageNet of the config ({loader}.dataset) has 1000 classes: name '
                     f'yours in the config, or with --cfg-options {" ".join(options)}')
 

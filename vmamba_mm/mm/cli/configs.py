@@ -67,11 +67,11 @@ def find_task(cfg):
     kind, default = cfg.model.get('type'), cfg.get('default_scope')
     scopes = [*scopes_of(kind), cfg.model.get('_scope_'), default]
     scope = next((s for s in scopes if s in TASKS), None)
-    found = kind
+    model_type = kind
     if scope is None and (kind is None or isinstance(kind, str)):
-        found = _find_class(kind, default)
-        scope = next((s for s in scopes_of(found) if s in TASKS), None)
-    if found is None or default and not _is_scope(default):
+        model_type = _find_class(kind, default)
+        scope = next((s for s in scopes_of(model_type) if s in TASKS), None)
+    if model_type is None or default and not _is_scope(default):
         raise UserError(
             f"the config's model type={kind!r} and default_scope={default!r} are of no task that "
             f'is known here: default_scope is {", ".join(map(repr, TASKS))}, or, in a config of '
@@ -94,7 +94,7 @@ def _is_scope(name):
 
 
 def _find_class(kind, scope):
-    """What a registry holds under a type's name, or None."""
+    """The class that a registry holds under a type's name, or None."""
     import logging
 
     from mmengine.registry import MODELS

@@ -36,6 +36,11 @@ def _explain(err):
                 'or set model.backbone.with_cp=True')
     if isinstance(err, TypeError) and 'unexpected keyword argument' in text:
         return f'the config gives a setting that its type does not have: {text}'
+    channels = re.search(r'to have (\d+) channels, but got (\d+) channels instead', text)
+    if channels:
+        return (f'the images have {channels[2]} channels, and the model takes {channels[1]}: set '
+                'model.backbone.in_channels, and mean and std of the data_preprocessor, to the '
+                "images' channels, or let the pipeline load others (LoadImageFromFile.color_type)")
     if isinstance(err, ValueError | TypeError) and _raised_in(err, 'vmamba_mm'):
         return text
     if isinstance(err, ValueError | TypeError) and _raised_in(err, 'torch.optim'):
@@ -51,11 +56,6 @@ def _explain(err):
         return ('some parameters have no part in the loss, which several processes do not allow: '
                 'let model.backbone.out_indices name the outputs in use, or set '
                 'find_unused_parameters=True')
-    channels = re.search(r'to have (\d+) channels, but got (\d+) channels instead', text)
-    if channels:
-        return (f'the images have {channels[2]} channels, and the model takes {channels[1]}: set '
-                'model.backbone.in_channels, and mean and std of the data_preprocessor, to the '
-                "images' channels, or let the pipeline load others (LoadImageFromFile.color_type)")
     if 'need at least one array to concatenate' in text:
         return _explain_empty(err)
     known = ('Found 0 files in subfolders of', 'Failed to load `ann_file`',
@@ -75,8 +75,8 @@ def _explain_empty(err):
         if hasattr(dataset, 'ann_file') and hasattr(dataset, 'metainfo'):
             try:
                 check_categories(dataset, 'the dataset', lambda line: None)
-            except UserError as found:
-                return str(found)
+            except UserError as reason:
+                return str(reason)
             return (f'the data set {type(dataset).__name__} ({dataset.ann_file}) has no samples, '
                     'or its filter_cfg leaves none')
         frame = frame.tb_next
@@ -100,10 +100,10 @@ def _raised_in(err, package):
 
 
 def _explain_type(text):
-    found = re.search(r'(\S+) is not in the (.+?) registry', text)
-    if not found:
+    match = re.search(r'(\S+) is not in the (.+?) registry', text)
+    if not match:
         return text
-    name, registry = found[1].strip('\'"'), found[2].rpartition('::')[2]
+    name, registry = match[1].strip('\'"'), match[2].rpartition('::')[2]
     close = difflib.get_close_matches(name.rpartition('.')[2], _registered(registry), n=3)
     hint = f'; did you mean {" or ".join(close)}?' if close else ''
     return f"the config names type='{name}', which no {registry} registry has{hint}"

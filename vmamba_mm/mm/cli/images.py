@@ -43,10 +43,10 @@ def list_images(names):
                 print(f'skipped {len(hidden)} hidden file(s): {shorten(hidden)}',
                       file=sys.stderr)
             hidden = set(hidden)
-            found = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and p not in hidden]
-            if not found:
+            images = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and p not in hidden]
+            if not images:
                 raise UserError(f'the folder {path} has no images')
-            paths += found
+            paths += images
         elif not path.is_file():
             raise UserError(f'the image {path} does not exist')
         else:
@@ -100,7 +100,7 @@ def sign(picture, image):
 
 
 def made_from(picture):
-    """What :func:`sign` wrote, or None for any other file."""
+    """The text that :func:`sign` wrote into a picture, or None for any other file."""
     from PIL import Image
 
     try:
@@ -114,7 +114,7 @@ class Failures:
     """Images that could not be done, each told at once on stderr; the others go on."""
 
     def __init__(self, total, what):
-        self.total, self.what, self.found = total, what, []
+        self.total, self.what, self.failed = total, what, []
 
     def add(self, image, err):
         message = explain(err) or f'{type(err).__name__}: {err}'
@@ -124,12 +124,12 @@ class Failures:
         if wants_traceback():
             traceback.print_exception(err)
         print(f'skipped: {message}', file=sys.stderr, flush=True)
-        self.found.append((image, message))
+        self.failed.append((image, message))
 
     def finish(self):
         """Raise one line if there were any."""
-        if self.found:
-            told = (self.found[0][1] if len(self.found) == 1
-                    else shorten([image for image, _ in self.found]))
-            raise UserError(f'{len(self.found)} of {self.total} images could not be '
-                            f'{self.what}: {told}')
+        if self.failed:
+            description = (self.failed[0][1] if len(self.failed) == 1
+                           else shorten([image for image, _ in self.failed]))
+            raise UserError(f'{len(self.failed)} of {self.total} images could not be '
+                            f'{self.what}: {description}')

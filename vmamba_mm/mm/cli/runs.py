@@ -33,7 +33,7 @@ def choose_device(name):
 
 
 def evaluate_in_fp32_without_gpu(cfg):
-    """On a CPU mmengine takes fp16=True for bf16, which would change the metrics."""
+    """Turn fp16 off in evaluation on a CPU: mmengine would take bf16, which changes the metrics."""
     loops = [name for name in ('val_cfg', 'test_cfg') if (cfg.get(name) or {}).get('fp16')]
     if loops and not has_gpu():
         for name in loops:
@@ -91,7 +91,7 @@ def sync_to_plain_batch_norm(node):
 
 
 def set_loader_defaults(cfg, task):
-    """What the task's own tools add to its configs, and no persistent workers without workers."""
+    """Set what the task's own tools add to configs, and no persistent workers without workers."""
     for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
         loader = cfg.get(name)
         if loader is None:

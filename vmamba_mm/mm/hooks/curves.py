@@ -119,8 +119,8 @@ def plot_curves(work_dir, by_epoch=None):
 
 def _plot_losses(ax, losses):
     # The total last, so that it lies on top of its parts.
-    parts = [name for name in losses if name != 'loss'][:MAX_PER_PANEL - 1]
-    for i, name in enumerate(parts, 1):
+    names = [name for name in losses if name != 'loss'][:MAX_PER_PANEL - 1]
+    for i, name in enumerate(names, 1):
         ax.plot(*losses[name], color=COLOURS[i], linewidth=1, label=name)
     if 'loss' in losses:
         ax.plot(*losses['loss'], color=COLOURS[0], linewidth=2, label='loss')

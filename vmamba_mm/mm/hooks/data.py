@@ -95,12 +95,12 @@ def find_bad_file(dataset, index):
 def steps_of(dataset, index=0):
     """The transforms that make a sample, of the innermost data set that it is from."""
     while hasattr(dataset, 'dataset') or hasattr(dataset, 'datasets'):
-        found = getattr(dataset, '_get_ori_dataset_idx', lambda i: i)(index)
+        inner_index = getattr(dataset, '_get_ori_dataset_idx', lambda i: i)(index)
         if hasattr(dataset, 'datasets'):
-            which, index = found
+            which, index = inner_index
             dataset = dataset.datasets[which]
         else:
-            dataset, index = dataset.dataset, found
+            dataset, index = dataset.dataset, inner_index
     return getattr(getattr(dataset, 'pipeline', None), 'transforms', ())
 
 
@@ -162,8 +162,9 @@ def _unreadable(path, step, err=''):
     """Why a step cannot load a file; corrupt is what nothing else can read either."""
     if isinstance(err, OSError) and err.errno is not None:
         return f'the image {path} cannot be read: {err.strerror}'
-    told = str(err) and str(path) not in str(err) and type(err).__name__ != 'error'  # OpenCV's own
-    reason = f' ({type(err).__name__}: {err})' if told else ''
+    # OpenCV's own errors are of a class 'error'.
+    is_informative = str(err) and str(path) not in str(err) and type(err).__name__ != 'error'
+    reason = f' ({type(err).__name__}: {err})' if is_informative else ''
     if is_image(path):
         return (f'the image {path} is of a kind that {type(step).__name__} of the pipeline does '
                 f'not read{reason}; convert it, or change how the pipeline reads')

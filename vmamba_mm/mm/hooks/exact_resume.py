@@ -65,7 +65,8 @@ class NumberedBatches:
 
 
 class EndlessBatches(NumberedBatches):
-    """For iteration-based loops: epoch after epoch, from any iteration, without loading data."""
+    """Batches for iteration-based loops: epoch after epoch, from any iteration on, without
+    loading the data before it."""
 
     def __iter__(self):
         stream = self.stream()
@@ -191,7 +192,7 @@ def rebuild_batches(runner, loader):
 
 @HOOKS.register_module()
 class MissedValHook(Hook):
-    """On resume, run the validation that was due right after the checkpoint but never finished.
+    """Runs, on resume, the validation that was due right after the checkpoint and never finished.
 
     mmengine saves before it validates, and a resumed loop begins with the next training step: a
     run killed in between would lose that result, and perhaps its best checkpoint.

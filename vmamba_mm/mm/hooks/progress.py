@@ -38,7 +38,7 @@ class ProgressHook(Hook):
         if self.clock not in runner.logger.handlers:
             runner.logger.addHandler(self.clock)
 
-    def _before(self, runner, mode):
+    def _start_timer(self, runner, mode):
         self.start[mode] = (time.monotonic(), runner.iter if mode == 'train' else 0)
 
     def _after(self, runner, mode, done, total):
@@ -51,13 +51,13 @@ class ProgressHook(Hook):
                            f'about {left} left')
 
     def before_train(self, runner):
-        self._before(runner, 'train')
+        self._start_timer(runner, 'train')
 
     def before_val_epoch(self, runner):
-        self._before(runner, 'val')
+        self._start_timer(runner, 'val')
 
     def before_test_epoch(self, runner):
-        self._before(runner, 'test')
+        self._start_timer(runner, 'test')
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         self._after(runner, 'train', runner.iter + 1, runner.max_iters)

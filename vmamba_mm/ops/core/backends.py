@@ -21,7 +21,7 @@ def runs_kernels(x: Tensor) -> bool:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast rounds ``x`` to before a matrix product, None without autocast."""
+    """The dtype that autocast rounds ``x`` to before a matrix product, None without autocast."""
     device = x.device.type
     if (device in ('cpu', 'cuda') or _has_autocast(device)) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)

@@ -111,7 +111,7 @@ class CtypesNvrtc:
 
 
 class Nvrtc:
-    """What NVRTC can do: ``version`` (major, minor), ``archs`` such as 90.
+    """An NVRTC: its ``version`` (major, minor), the ``archs`` that it knows, such as 90.
 
     Args:
         library: ``cuda.bindings.nvrtc``, or :class:`CtypesNvrtc`.
@@ -208,8 +208,8 @@ def _bindings() -> Any:
 # --- compilation and the disk cache ---------------------------------------------------------
 
 def target(capability: int, archs: Sequence[int]) -> str:
-    """What to compile for on a device of a compute capability such as 90: its own code, or PTX
-    for the driver where this NVRTC is older than the chip.
+    """The target to compile for on a device of a compute capability such as 90: its own code, or
+    PTX for the driver where this NVRTC is older than the chip.
 
     Raises:
         RuntimeError: if this NVRTC no longer knows so old a chip.
@@ -232,8 +232,8 @@ _cache: Path | None = None
 
 @contextlib.contextmanager
 def override_cache(folder: Path | None = None, kernels: Path | None = None) -> Iterator[None]:
-    """For tests: within, nothing compiled before is remembered, compiled kernels are kept in
-    ``folder``, and sources read from ``kernels``."""
+    """A context for tests, in which nothing compiled before is remembered, compiled kernels are
+    kept in ``folder``, and sources are read from ``kernels``."""
     global KERNELS, _binaries, _warned, _cache
     saved = KERNELS, _binaries, _warned, _cache
     KERNELS, _cache = kernels or KERNELS, folder or _cache
@@ -312,15 +312,15 @@ def check_params(instance: Instance, binary: Binary) -> None:
 
 
 def cache_dir() -> Path:
-    """Where compiled kernels are kept.
+    """The folder of the compiled kernels on disk.
 
     Raises:
         RuntimeError: if no variable is set and there is no home folder.
     """
     if _cache is not None:
         return _cache
-    if own := os.environ.get('VMAMBA_MM_CACHE_DIR'):
-        return Path(own).expanduser()
+    if folder := os.environ.get('VMAMBA_MM_CACHE_DIR'):
+        return Path(folder).expanduser()
     if caches := os.environ.get('XDG_CACHE_HOME'):
         return Path(caches, 'vmamba_mm')
     return Path.home() / '.cache' / 'vmamba_mm'

@@ -61,7 +61,7 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Op:
-    """What :func:`define_op` was told."""
+    """The definition of an op, as :func:`define_op` was given it."""
 
     name: str
     schema: str
@@ -131,11 +131,11 @@ def define_op(name: str, schema: str, *, reference: Callable, fake: Callable,
         chosen = implementations[args[size]]
         if chosen.saves:
             return chosen.forward(*args[:size], *args[size + 1:])
-        found = chosen.forward(*args[:size])
+        values = chosen.forward(*args[:size])
         if extras:
-            found = found if results > 1 else (found,)
-            return *found, *[args[0].new_empty(0) for _ in extras]
-        return found
+            values = values if results > 1 else (values,)
+            return *values, *[args[0].new_empty(0) for _ in extras]
+        return values
 
     if not named:
         forward = next(iter(implementations.values())).forward
@@ -152,7 +152,8 @@ def define_op(name: str, schema: str, *, reference: Callable, fake: Callable,
     _count_flops(name, formula)
     tensors = tuple(i for i, (type_, argument) in enumerate(arguments[:size])
                     if type_ in ('Tensor', 'Tensor?') and argument not in no_grad.split())
-    order = tuple((key, one.why_not, one.saves) for key, one in implementations.items())
+    order = tuple((key, implementation.why_not, implementation.saves)
+                  for key, implementation in implementations.items())
     is_single = len(outputs) == 1
 
     def call(*args, backend=None, otherwise=reference):
@@ -179,10 +180,10 @@ def define_op(name: str, schema: str, *, reference: Callable, fake: Callable,
             args = (*args, chosen[0])
         if saving:
             args = (*args, save)
-        found = dispatch(*args) if is_watched(args) else run_eagerly(wants, *args)
+        values = dispatch(*args) if is_watched(args) else run_eagerly(wants, *args)
         if is_single:
-            return found
-        return found[0] if results == 1 else found[:results]
+            return values
+        return values[0] if results == 1 else values[:results]
 
     call.__name__ = call.__qualname__ = name
     OPS[name] = Op(name, schema, reference, implementations, call)
@@ -203,9 +204,9 @@ def _check_backend(backend: str, implementations: Mapping[str, Implementation], 
 
 
 def _parse(schema: str) -> tuple[list[tuple[str, str]], list[str]]:
-    """(type, name) of each argument, and the names of the results, empty where they have none."""
-    given, _, returned = schema.removeprefix('(').partition(') -> ')
-    arguments = [tuple(argument.split()) for argument in given.split(', ')]
+    """The (type, name) of each argument, and the names of the results, empty for none."""
+    inputs, _, returned = schema.removeprefix('(').partition(') -> ')
+    arguments = [tuple(argument.split()) for argument in inputs.split(', ')]
     results = returned.removeprefix('(').removesuffix(')').split(', ')
     return arguments, [result.partition(' ')[2] for result in results]
 
@@ -214,7 +215,7 @@ def _define_backward(name: str, arguments: Sequence[tuple[str, str]], outputs: S
                      results: int, saves: Sequence[str], no_grad: Sequence[str], named: bool,
                      implementations: Mapping[str, Implementation], fake: Callable | None,
                      flops: Callable | None) -> tuple[Callable, Callable]:
-    """Register ``<name>_bwd``; the forward's ``backward`` and ``setup_context``, which call it."""
+    """Register ``<name>_bwd`` and return the forward's ``backward`` and ``setup_context``."""
     types = dict((argument, type_) for type_, argument in arguments)
     types.update(dict.fromkeys(filter(None, outputs), 'Tensor'))
     types.update({f'wants_{argument}': 'bool' for _, argument in arguments})
@@ -225,40 +226,42 @@ def _define_backward(name: str, arguments: Sequence[tuple[str, str]], outputs: S
     if [*of_tensors, *constants] != [*saves] or [f'wants_{key}' for key in wanted] != \
             constants[len(constants) - len(wanted):]:
         raise ValueError(f'{name}: saves must have tensors first, then others, then wants_')
-    given = [(i, argument) for i, (type_, argument) in enumerate(arguments)
-             if type_ in ('Tensor', 'Tensor?') and argument not in no_grad]
-    optional = {argument for _, argument in given if types[argument] == 'Tensor?'}
+    differentiable = [(i, argument) for i, (type_, argument) in enumerate(arguments)
+                      if type_ in ('Tensor', 'Tensor?') and argument not in no_grad]
+    optional = {argument for _, argument in differentiable if types[argument] == 'Tensor?'}
     grads = ['Tensor grad'] if results == 1 else [f'Tensor? grad_{i}' for i in range(results)]
     schema = ', '.join([*grads, *(f'{types[key]} {key}' for key in saves),
                         *['str backend'] * named])
-    returned = ', '.join(['Tensor'] * len(given))
-    schema = f'({schema}) -> ' + (f'({returned})' if len(given) > 1 else returned)
+    returned = ', '.join(['Tensor'] * len(differentiable))
+    schema = f'({schema}) -> ' + (f'({returned})' if len(differentiable) > 1 else returned)
     first_extra = sum(key in names for key in of_tensors)
 
-    def implement(one):
-        if one.saves or first_extra == len(of_tensors):
-            return one.backward
-        kept = [i for i, key in enumerate(saves) if key not in of_tensors or key in names]
-        return lambda *args: one.backward(*args[:results], *[args[results + i] for i in kept])
+    def implement(implementation):
+        if implementation.saves or first_extra == len(of_tensors):
+            return implementation.backward
+        indices = [i for i, key in enumerate(saves) if key not in of_tensors or key in names]
+        return lambda *args: implementation.backward(
+            *args[:results], *[args[results + i] for i in indices])
 
-    functions = {key: implement(one) for key, one in implementations.items()}
-
+    functions = {key: implement(implementation) for key, implementation in implementations.items()}
     single = next(iter(functions.values()))
 
     def function(*args):
-        found = functions[args[-1]](*args[:-1]) if named else single(*args)
+        input_grads = functions[args[-1]](*args[:-1]) if named else single(*args)
         if optional:  # The schema has no optional results: an absent gradient is an empty tensor.
-            found = tuple([args[results].new_empty(0) if g is None else g for g in found])
-        return found
+            empty = args[results].new_empty
+            input_grads = tuple([empty(0) if g is None else g for g in input_grads])
+        return input_grads
 
     def like_tensors(*args):
         values = dict(zip(saves, args[results:], strict=False))
-        found = tuple(args[results].new_empty(0) if values[key] is None
-                      else values[key].new_empty(values[key].shape) for _, key in given)
-        return found if len(found) > 1 else found[0]
+        input_grads = tuple(args[results].new_empty(0) if values[key] is None
+                            else values[key].new_empty(values[key].shape)
+                            for _, key in differentiable)
+        return input_grads if len(input_grads) > 1 else input_grads[0]
 
     bwd_name = f'{name.removesuffix("_fwd")}_bwd'
-    run = register(bwd_name, schema, function, fake=fake or like_tensors)
+    call_backward = register(bwd_name, schema, function, fake=fake or like_tensors)
 
     def formula(*args, out_shape=None, **kwargs):
         values = dict(zip(saves, args[results:], strict=False))
@@ -273,21 +276,23 @@ def _define_backward(name: str, arguments: Sequence[tuple[str, str]], outputs: S
     if named:
         of_constants.append(len(names))  # backend follows the arguments
     of_wanted = [names.index(key) for key in wanted]
-    absent = [(i, of_tensors.index(key)) for i, key in given if key in optional]
+    absent = [(i, of_tensors.index(key)) for i, key in differentiable if key in optional]
 
     def setup(ctx, inputs, output):
         ctx.save_for_backward(*[inputs[i] if is_input else output[i] for i, is_input in in_args])
         ctx.constants = tuple([inputs[i] for i in of_constants])
         ctx.size = len(inputs)
 
-    def backward(ctx, *found):
+    def backward(ctx, *output_grads):
         saved = ctx.saved_tensors  # once: checkpointing unpacks a tensor a single time
         wants, rest = [ctx.needs_input_grad[i] for i in of_wanted], ctx.constants
         if wants:
             rest = (*rest[:-1], *wants, rest[-1]) if named else (*rest, *wants)
-        found = run(*found, *saved, *rest)
+        input_grads = call_backward(*output_grads, *saved, *rest)
+        if len(differentiable) == 1:
+            input_grads = input_grads,
         gradients = [None] * ctx.size
-        for (i, _), gradient in zip(given, found if len(given) > 1 else (found,), strict=True):
+        for (i, _), gradient in zip(differentiable, input_grads, strict=True):
             gradients[i] = gradient
         for i, position in absent:
             if saved[position] is None:
@@ -336,7 +341,7 @@ def _register(name: str, schema: str, function: Callable, fake: Callable,
         with no_autocast():
             return function(*args)
 
-    def run_below_autograd(*args):
+    def call_below_autograd(*args):
         with below_autograd():
             return below(*args)
 
@@ -344,7 +349,7 @@ def _register(name: str, schema: str, function: Callable, fake: Callable,
                                        results)
     # What runs eagerly inside a compiled model is not for Dynamo either.
     hidden = torch_private.hide_from_dynamo(functools.wraps(function)(direct))
-    with_grad = differentiable(run_below_autograd)
+    with_grad = differentiable(call_below_autograd)
     for key, kernel, kernel_below in (
             ('CompositeExplicitAutograd', hidden, hidden),
             ('Autograd', lambda *args: with_grad(None, *args), torch.library.fallthrough_kernel)):
@@ -446,10 +451,10 @@ def _transformable(name: str, size: int, backward: Callable | None,
 
 def _loop(function: Callable, batch: int, in_dims: tuple, args: tuple) -> tuple:
     """``function`` of each sample of batched arguments, for ``vmap``."""
-    parts = [function(*_sample(args, in_dims, i)) for i in range(batch)]
-    if isinstance(parts[0], Tensor):
-        return torch.stack(parts), 0
-    return tuple(map(torch.stack, zip(*parts, strict=True))), (0,) * len(parts[0])
+    samples = [function(*_sample(args, in_dims, i)) for i in range(batch)]
+    if isinstance(samples[0], Tensor):
+        return torch.stack(samples), 0
+    return tuple(map(torch.stack, zip(*samples, strict=True))), (0,) * len(samples[0])
 
 
 def _sample(args: tuple, dims: tuple, index: int) -> tuple:

@@ -137,8 +137,8 @@ def attribute(index: int, function: ctypes.c_void_p, number: int) -> int:
 
 def make_launcher(index: int, function: ctypes.c_void_p, grid: tuple[int, int, int],
                   block: tuple[int, int, int], shared: int, what: str) -> Callable[[bytes], None]:
-    """What launches a kernel with the bytes of its struct, on torch's current stream of the device;
-    it waits for nothing. ``what`` is launched, for an error."""
+    """A function that launches a kernel with the bytes of its struct, on torch's current stream of
+    the device, and waits for nothing. ``what`` names the kernel in an error."""
     stream, device = torch_private.current_stream, torch_private.current_device
     sizes = (*grid, *block, shared)
     launch, handle, reference, pointer_to = (

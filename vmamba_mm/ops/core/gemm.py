@@ -75,7 +75,7 @@ def cublas() -> ctypes.CDLL | None:
 
 @torch.compiler.assume_constant_result
 def why_not() -> str | None:
-    """What keeps products from being made, or None."""
+    """The reason why products cannot be made here, or None."""
     if (library := cublas()) is None:
         return 'there is no libcublasLt.so, which CUDA builds of torch have'
     major = library.cublasLtGetVersion() // 10000

@@ -33,9 +33,9 @@ WORTH_IT = 3
 #: Lists of launches that are remembered; the one that was not used for longest is forgotten. A
 #: graph takes 136 KiB of an H100.
 MOST = 512
-#: Graphs that are made in any case; each further one is earned by so many replays, which save about
-#: what it costs. So memory that lies elsewhere each time cannot make a model slow.
-FREE, EARNED_BY = 128, 8
+#: Graphs that are made in any case; each further one is made after so many replays, which save
+#: about what it costs. So memory that lies elsewhere each time cannot make a model slow.
+FREE, REPLAYS_PER_GRAPH = 128, 8
 #: ``VMAMBA_MM_GRAPHS=0`` in the environment turns all of this off.
 ENABLED = os.environ.get('VMAMBA_MM_GRAPHS', '1') != '0'
 _THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may do as they like
@@ -45,14 +45,14 @@ _lock = threading.Lock()
 
 @functools.cache
 def _side_stream(index: int) -> torch.cuda.Stream:
-    """For captures alone: the default stream cannot be captured, nor one that others use."""
+    """A stream for captures alone: neither the default stream nor one in use can be captured."""
     stream = ctypes.c_void_p()
     driver.call('cuStreamCreate', ctypes.byref(stream), 1)  # CU_STREAM_NON_BLOCKING
     return torch.cuda.ExternalStream(stream.value, device=index)
 
 
 class Graph:
-    """What ``launch`` launches on the current stream; it must neither allocate nor wait."""
+    """A CUDA graph of what ``launch`` launches; it must neither allocate nor wait."""
 
     def __init__(self, index: int, launch: Callable[[], None]):
         graph, self._exec = ctypes.c_void_p(), ctypes.c_void_p()
@@ -82,17 +82,17 @@ class Graph:
 
 
 class _History:
-    """How often the same was launched, and its graph."""
+    """Counts how often the same was launched, and holds its graph."""
     launches, graph = 0, None
 
 
 class _Totals:
-    """How many graphs were made and replayed, of all keys."""
+    """Counts the graphs made and replayed, of all keys."""
     made = replayed = 0
 
     @classmethod
     def allow_another(cls) -> bool:
-        return cls.made < FREE + cls.replayed // EARNED_BY
+        return cls.made < FREE + cls.replayed // REPLAYS_PER_GRAPH
 
 
 @functools.lru_cache(maxsize=MOST)

@@ -91,7 +91,7 @@ class Kernel:
 
     def launch(self, grid: tuple[int, int, int], block: tuple[int, int, int], shared: int = 0,
                **fields) -> None:
-        """What :meth:`bind` gives, called once with all fields."""
+        """Launch the kernel once; ``fields`` are all fields of its struct, as for :meth:`bind`."""
         self.bind(grid, block, shared, fields)(**fields)
 
     def occupancy(self, threads: int, shared: int = 0) -> int:
@@ -146,7 +146,7 @@ _loader = _load_on
 
 @contextlib.contextmanager
 def override_loader(loader: Callable[[Instance, int], Kernel] | None = None) -> Iterator[None]:
-    """For tests: within, no kernel is loaded yet, and ``loader`` loads them, if there is one."""
+    """A context for tests, in which no kernel is loaded yet and ``loader``, if any, loads them."""
     global _kernels, _loader
     saved = _kernels, _loader
     _kernels, _loader = {}, loader or _loader
@@ -169,13 +169,13 @@ def load(instance: Instance, device: torch.device | str | int) -> Kernel:
             source says.
     """
     index = device if isinstance(device, int) else driver.device_index(device)
-    found = _kernels.get((instance, index))
-    if found is None:
+    loaded = _kernels.get((instance, index))
+    if loaded is None:
         with _lock:
-            found = _kernels.get((instance, index))
-            if found is None:
-                found = _kernels[instance, index] = _loader(instance, index)
-    return found
+            loaded = _kernels.get((instance, index))
+            if loaded is None:
+                loaded = _kernels[instance, index] = _loader(instance, index)
+    return loaded
 
 
 _caches = []

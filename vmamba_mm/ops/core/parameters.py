@@ -42,11 +42,11 @@ def fields_of(source: str, kernel: str) -> tuple[Field, ...]:
         raise ValueError(f'there is no kernel {name!r} in the source')
     if not signature[1].strip():
         return ()
-    taken = re.fullmatch(r'\s*(?:const\s+|__grid_constant__\s+)*(\w+)(?:<[^>]*>)?\s+\w+\s*',
-                         signature[1])
-    if not taken:
+    struct_type = re.fullmatch(
+        r'\s*(?:const\s+|__grid_constant__\s+)*(\w+)(?:<[^>]*>)?\s+\w+\s*', signature[1])
+    if not struct_type:
         raise ValueError(f'{name} takes ({signature[1].strip()}), not one struct')
-    return tuple(_fields(source, taken[1], ''))
+    return tuple(_fields(source, struct_type[1], ''))
 
 
 def _fields(source: str, type_: str, prefix: str) -> Iterable[Field]:
@@ -56,11 +56,11 @@ def _fields(source: str, type_: str, prefix: str) -> Iterable[Field]:
     for statement in filter(None, map(str.strip, body[1].split(';'))):
         type_, names = re.match(r'(?:const\s+)?(long long|\w+)(.*)', statement, re.DOTALL).groups()
         for declared in names.split(','):
-            parts = re.fullmatch(r'\s*(\*?)\s*(\w+)\s*(?:\[(.+)\])?\s*', declared)
-            if not parts:
+            match = re.fullmatch(r'\s*(\*?)\s*(\w+)\s*(?:\[(.+)\])?\s*', declared)
+            if not match:
                 raise ValueError(f'{statement!r} is not understood as a field')
-            star, name, count = parts.groups()
-            count = _value(source, count) if count else 0
+            star, name, count = match.groups()
+            count = _evaluate_sum(source, count) if count else 0
             if star or type_ in _LETTERS:
                 yield Field(prefix + name, 'P' if star else _LETTERS[type_], count)
             elif count:
@@ -69,8 +69,8 @@ def _fields(source: str, type_: str, prefix: str) -> Iterable[Field]:
                 yield from _fields(source, type_, f'{prefix}{name}_')
 
 
-def _value(source: str, text: str) -> int:
-    """Of a sum of numbers and constants."""
+def _evaluate_sum(source: str, text: str) -> int:
+    """The value of a sum of numbers and constants of the source."""
     total = 0
     for term in map(str.strip, text.split('+')):
         constant = re.search(rf'constexpr\s+int\s[^;]*\b{term}\s*=\s*(\d+)', source)

@@ -34,22 +34,22 @@ def _find(path: str) -> Any:
     return reduce(lambda owner, name: getattr(owner, name, None), path.split('.'), torch)
 
 
-_FOUND = {name: _find(path) for name, path in _NAMES.items()}
+_PRIVATE = {name: _find(path) for name, path in _NAMES.items()}
 #: The names that this version of torch lacks.
-MISSING = tuple(f'torch.{_NAMES[name]}' for name, found in _FOUND.items() if found is None)
+MISSING = tuple(f'torch.{_NAMES[name]}' for name, value in _PRIVATE.items() if value is None)
 
-no_autocast: Callable = _FOUND['no_autocast']
-below_autograd: Callable = _FOUND['below_autograd']
-is_tracing: Callable[[], bool] = _FOUND['is_tracing']
-count_dispatch_modes: Callable[[], int] = _FOUND['count_dispatch_modes']
-is_profiling: Callable[[], bool] = _FOUND['is_profiling']
-are_transforms_active: Callable[[], bool] = _FOUND['are_transforms_active']
-is_legacy_batched: Callable[[Any], bool] = _FOUND['is_legacy_batched']
-unwrap_if_dead: Callable = _FOUND['unwrap_if_dead']
-hide_from_dynamo: Callable = _FOUND['hide_from_dynamo']
-destroy_library: Callable = _FOUND['destroy_library'] or (lambda library: None)
+no_autocast: Callable = _PRIVATE['no_autocast']
+below_autograd: Callable = _PRIVATE['below_autograd']
+is_tracing: Callable[[], bool] = _PRIVATE['is_tracing']
+count_dispatch_modes: Callable[[], int] = _PRIVATE['count_dispatch_modes']
+is_profiling: Callable[[], bool] = _PRIVATE['is_profiling']
+are_transforms_active: Callable[[], bool] = _PRIVATE['are_transforms_active']
+is_legacy_batched: Callable[[Any], bool] = _PRIVATE['is_legacy_batched']
+unwrap_if_dead: Callable = _PRIVATE['unwrap_if_dead']
+hide_from_dynamo: Callable = _PRIVATE['hide_from_dynamo']
+destroy_library: Callable = _PRIVATE['destroy_library'] or (lambda library: None)
 # A hook that nobody can rule out counts as one: then modules run one by one.
-has_global_hook: Callable[[], bool] = _FOUND['has_global_hook'] or (lambda: True)
+has_global_hook: Callable[[], bool] = _PRIVATE['has_global_hook'] or (lambda: True)
 
 
 # --- on a GPU: builds for CPUs lack these names, and nothing calls them there -------------------

@@ -21,7 +21,7 @@ INSTANCES: dict[Instance, int] = {cast_instance('Half'): 75, cast_instance('BFlo
 
 
 class CastPlan(NamedTuple):
-    """How at most six tensors are rounded into one.
+    """The layout for rounding at most six tensors into one.
 
     ``starts``: where each begins in the result, and where that ends, in elements. ``blocks`` of 256
     threads. ``fields``: numbers for the kernels' struct Cast. ``absent``: addresses for the tensors

@@ -14,7 +14,7 @@ _MOST_JOBS = 6  # MOST in sum_parts.cu
 
 
 def why_not_channels(x: Tensor, dim: int, tensors: tuple[Tensor | None, ...]) -> str | None:
-    """What keeps the kernels from taking a map with so many channels and such tensors, or None."""
+    """The reason why the kernels cannot take a map of ``dim`` channels and ``tensors``, or None."""
     if dim % 4 or dim > WIDEST:
         return f'{dim} channels; the kernels take multiples of 4 up to {WIDEST}'
     if any(t is not None and t.dtype not in CODES for t in tensors):

@@ -72,7 +72,7 @@ INSTANCES: dict[Instance, int] = {
 # --- what the kernels take --------------------------------------------------------------------
 
 def why_not(tensor: Tensor, rank: int, state: int) -> str | None:
-    """What keeps the kernels from taking a map or sequence like ``tensor``, or None."""
+    """The reason why the kernels cannot take a map or sequence like ``tensor``, or None."""
     if not tensor.is_cuda or torch.version.hip is not None:
         return f'the input is on {tensor.device}, not on an NVIDIA GPU'
     if tensor.dtype not in TYPES:
@@ -84,7 +84,7 @@ def why_not(tensor: Tensor, rank: int, state: int) -> str | None:
 
 @torch.compiler.assume_constant_result
 def why_not_here(index: int, dtype: torch.dtype, rank: int, state: int) -> str | None:
-    """What keeps a GPU from taking them."""
+    """The reason why the GPU ``index`` cannot run the kernels on such maps, or None."""
     return _why_not_on(index, dtype, rank, state)
 
 
@@ -118,7 +118,7 @@ def maps_dtype(dtype: torch.dtype, state: int) -> torch.dtype:
 
 
 def _backward_width(states: int) -> int:
-    """How many channels a warp of the backward has."""
+    """The number of channels of a warp of the backward."""
     return 16 if states == 16 else 32
 
 
@@ -126,11 +126,12 @@ def _backward_shared(rank: int, states: int, warps: int, words: int) -> int:
     """Bytes of shared memory of a block of the backward, with so many ``words`` of 4 bytes for each
     position beside what all need, 0 to 2."""
     width, pitch = _backward_width(states), SAVED + 4
-    own = (width * pitch + max(3 * width * pitch, 2 * rank * SAVED)
-           + SAVED // 4 * width * states + 32 * (-(-rank // 8) * 8 + 6) + words * width * SAVED)
+    per_warp = (width * pitch + max(3 * width * pitch, 2 * rank * SAVED)
+                + SAVED // 4 * width * states + 32 * (-(-rank // 8) * 8 + 6)
+                + words * width * SAVED)
     teams = -(-warps // 4)
     columns = (rank + 2 * states) * (teams * pitch + (teams - 1) * SAVED)
-    return 4 * (64 + columns + rank * warps * width + warps * own)
+    return 4 * (64 + columns + rank * warps * width + warps * per_warp)
 
 
 def _forward_shared(rank: int, states: int, warps: int, mode: int) -> int:
@@ -192,7 +193,7 @@ def plain_strides(sizes: tuple[int, ...], sequence: bool) -> tuple[int, ...]:
 
 
 class Scans:
-    """What the launches for such sizes share: see :func:`forward_launch`."""
+    """The state that the launches for such sizes share: see :func:`forward_launch`."""
 
     max_span = None  # for tests, which then ``forget``: positions of a span at most
 
@@ -424,7 +425,7 @@ def finish_launch(index: int, sizes: tuple[int, ...], state: int,
 
 def prepare(sizes: tuple[int, ...], parameters: tuple[Tensor | None, ...], logs: bool = False,
             merged: bool = True) -> Tensor:
-    """What the kernels read of the four parameters of :func:`prepare_launch`, None for absent."""
+    """Prepare the four parameters of :func:`prepare_launch`, None for absent, for the kernels."""
     parameters = [None if t is None else t.contiguous() for t in parameters]
     A = parameters[2]
     size, launch_prepare = prepare_launch(A.get_device(), sizes, A.shape[1], _dtypes(parameters),

@@ -17,7 +17,7 @@ _BLOCK = 1 << 29
 
 
 def why_not(x: Tensor, out_dtype: torch.dtype, by_default: bool) -> str | None:
-    """What keeps the kernels from taking these inputs, or None.
+    """The reason why the kernels cannot take these inputs, or None.
 
     Args:
         x: (B, ...), the map; its parameters may have any dtype.

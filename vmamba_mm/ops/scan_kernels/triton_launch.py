@@ -89,8 +89,8 @@ def interpreted() -> bool:
 
 @functools.cache
 def _precision() -> str:
-    """How products of fp32 tiles keep fp32's precision: on NVIDIA GPUs by three products of tensor
-    cores."""
+    """Triton's name of products of fp32 tiles in fp32's precision: on NVIDIA GPUs they are three
+    products of tensor cores."""
     return 'tf32x3' if not interpreted() and _target(_device())[0] == 'cuda' else 'ieee'
 
 
@@ -125,7 +125,7 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
 
 
 class Carries:
-    """What enters each tile of every route: states, and gradients for the backward."""
+    """The states, and for the backward the gradients, that enter each tile of every route."""
 
     def __init__(self, scan: AxisScan, tile: int, with_grad: bool):
         state, dim = scan.A.shape[1:]
@@ -141,7 +141,7 @@ class Carries:
 
     def summarise(self, scan: AxisScan, grad: Tensor | None = None,
                   grad_strides: tuple[int, ...] = (0,) * 4) -> None:
-        """What each tile hands on alone."""
+        """Calculate what each tile alone hands on to the next."""
         if self.tiles > 1:
             sizes, options = scan.sizes(self.tile)
             grid = (sizes['blocks'] * self.tiles * scan.groups * scan.batch,)

@@ -52,7 +52,7 @@ def softplus(x: Tensor) -> Tensor:
 
 
 def linear_scan_(a: Tensor, h: Tensor, reverse: bool) -> None:
-    """In place, h_t <- h_t + a_t h_{t-1} along the whole sequence.
+    """Calculate h_t <- h_t + a_t h_{t-1} in place, along the whole sequence.
 
     ``a`` ends as the product of the decays since its chunk began.
 
@@ -63,15 +63,15 @@ def linear_scan_(a: Tensor, h: Tensor, reverse: bool) -> None:
     steps, chunks = a.shape[:2]
     time = range(steps)[::-1] if reverse else range(steps)
     a_t, h_t = a.unbind(0), h.unbind(0)
-    for before, now in pairwise(time):
-        h_t[now].addcmul_(a_t[now], h_t[before])
-        a_t[now].mul_(a_t[before])
+    for previous, now in pairwise(time):
+        h_t[now].addcmul_(a_t[now], h_t[previous])
+        a_t[now].mul_(a_t[previous])
     if chunks == 1:
         return
     carry = torch.zeros_like(h_t[0])
     carry_g, end_g, decay_g = carry.unbind(0), h_t[time[-1]].unbind(0), a_t[time[-1]].unbind(0)
-    for before, now in pairwise(range(chunks)[::-1] if reverse else range(chunks)):
-        torch.addcmul(end_g[before], decay_g[before], carry_g[before], out=carry_g[now])
+    for previous, now in pairwise(range(chunks)[::-1] if reverse else range(chunks)):
+        torch.addcmul(end_g[previous], decay_g[previous], carry_g[previous], out=carry_g[now])
     h.addcmul_(a, carry)
 
 
@@ -132,11 +132,11 @@ def _groups(u, delta, A, B, C, delta_bias):
     dim = u.shape[1] // B.shape[1]
     for k in range(B.shape[1]):
         channels = slice(k * dim, (k + 1) * dim)
-        parts = [to_chunks(chunk_sequence(t.transpose(1, 2)), dtype)
-                 for t in (u[:, channels], delta[:, channels], B[:, k], C[:, k])]
+        inputs = [to_chunks(chunk_sequence(t.transpose(1, 2)), dtype)
+                  for t in (u[:, channels], delta[:, channels], B[:, k], C[:, k])]
         if delta_bias is not None:
-            parts[1] += delta_bias[channels].to(dtype)
-        yield k, channels, A[channels].to(dtype), *parts
+            inputs[1] += delta_bias[channels].to(dtype)
+        yield k, channels, A[channels].to(dtype), *inputs
 
 
 def _sequence(x_TGBD: Tensor, length: int) -> Tensor:
@@ -147,8 +147,8 @@ def _sequence(x_TGBD: Tensor, length: int) -> Tensor:
 def forward(u, delta, A, B, C, D, delta_bias, delta_softplus, out_dtype) -> Tensor:
     """Shapes as in :func:`vmamba_mm.ops.selective_scan`."""
     out = torch.empty(u.shape, dtype=out_dtype, device=u.device)
-    parts = _groups(u, delta, A, B, C, delta_bias)
-    for _, channels, A_k, u_k, delta_k, B_k, C_k in parts:
+    groups = _groups(u, delta, A, B, C, delta_bias)
+    for _, channels, A_k, u_k, delta_k, B_k, C_k in groups:
         if delta_softplus:
             delta_k = softplus(delta_k)
         y = torch.zeros_like(u_k) if D is None else u_k * D[channels].to(u_k.dtype)
@@ -163,8 +163,8 @@ def backward(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus):
              for t in (u, delta, A, B, C, D, delta_bias)]
     grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias = grads
     length = u.shape[2]
-    parts = _groups(u, delta, A, B, C, delta_bias)
-    for k, channels, A_k, u_k, raw_delta, B_k, C_k in parts:
+    groups = _groups(u, delta, A, B, C, delta_bias)
+    for k, channels, A_k, u_k, raw_delta, B_k, C_k in groups:
         delta_k = softplus(raw_delta) if delta_softplus else raw_delta
         gy = to_chunks(chunk_sequence(grad_y[:, channels].transpose(1, 2)), u_k.dtype)
         gu, gdelta, gA, gB, gC = scan_chunks_backward(gy, u_k, delta_k, A_k, B_k, C_k, False)

@@ -8,11 +8,11 @@ from vmamba_mm.ops.scan_kernels import cuda as scans
 
 
 def why_not(u, delta, A, B, C, D, delta_bias, out_dtype) -> str | None:
-    """What keeps the kernels from taking these inputs, or None."""
-    given = [t for t in (delta, A, B, C, D, delta_bias) if t is not None]
-    if any(t.device != u.device for t in given):
+    """The reason why the kernels cannot take these inputs, or None."""
+    tensors = [t for t in (delta, A, B, C, D, delta_bias) if t is not None]
+    if any(t.device != u.device for t in tensors):
         return 'the inputs are on different devices'
-    if any(t.dtype not in TYPES for t in given):
+    if any(t.dtype not in TYPES for t in tensors):
         return 'an input is neither float32 nor float16 nor bfloat16'
     if out_dtype not in TYPES:
         return f'out_dtype is {out_dtype}; the kernels give float16, bfloat16 and float32'
@@ -37,7 +37,7 @@ def _empty(u: Tensor, dtype: torch.dtype, state: int) -> Tensor:
 def _forward(u, delta, B, C, sizes, prepared, state, delta_softplus, out_dtype, y, states):
     """Fill ``y`` and ``states``, where given."""
     launch = scans.forward_launch(u.get_device(), u.dtype, sizes, state, sequence=True,
-                                 softplus=delta_softplus, written=out_dtype)
+                                  softplus=delta_softplus, written=out_dtype)
     memory = u.new_empty(launch.memory, dtype=torch.uint8)
     launch.run(x=u.data_ptr(), projected=delta.data_ptr(), prepared=prepared.data_ptr(),
                maps=pointer(y), states=pointer(states), memory=memory.data_ptr(), B=B.data_ptr(),
@@ -65,7 +65,7 @@ def backward(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus):
     states = u.new_empty(scans.states_shape(batch, routes, length, state, dim), dtype=torch.float32)
     _forward(u, delta, B, C, sizes, prepared, state, delta_softplus, dtype, None, states)
     launch = scans.backward_launch(u.get_device(), dtype, sizes, state, sequence=True,
-                                  softplus=delta_softplus)
+                                   softplus=delta_softplus)
     grad_u, grad_delta = _empty(u, dtype, state), _empty(u, dtype, state)
     grad_B, grad_C = (u.new_empty((launch.columns, *B.shape),
                                   dtype=dtype if launch.columns == 1 else torch.float32)

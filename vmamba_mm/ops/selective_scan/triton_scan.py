@@ -11,7 +11,7 @@ from vmamba_mm.ops.scan_kernels.triton_backend import load_launches
 
 def why_not(x: Tensor, out_dtype: torch.dtype, parameters: tuple[Tensor | None, ...],
             by_default: bool = False) -> str | None:
-    """What keeps the kernels from taking these inputs, or None."""
+    """The reason why the kernels cannot take these inputs, or None."""
     return triton_backend.why_not(x, out_dtype, by_default)
 
 

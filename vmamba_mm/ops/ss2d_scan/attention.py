@@ -39,7 +39,7 @@ class ScanAttention(NamedTuple):
 def ss2d_attention(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor,
                    dt_projs_bias: Tensor, A: Tensor, D: Tensor, pixel: tuple[int, int]
                    ) -> ScanAttention:
-    """How :func:`vmamba_mm.ops.ss2d_scan` makes its output at one pixel of that at all others.
+    """The attention by which ``ss2d_scan`` makes its output at one pixel from all others.
 
     In plain PyTorch on any device, differentiable, O(H W) as the scan itself. The sum over routes,
     pixels and skips is the op's output at ``pixel``.

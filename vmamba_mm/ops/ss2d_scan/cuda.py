@@ -28,7 +28,7 @@ _HALVES = torch.float16, torch.bfloat16
 
 
 def why_not(x: Tensor, out_dtype: torch.dtype, parameters: tuple[Tensor, ...]) -> str | None:
-    """What keeps the kernels from taking these inputs, or None."""
+    """The reason why the kernels cannot take these inputs, or None."""
     reason = large_state.why_not(x, parameters[1].shape[2], parameters[3].shape[1])
     if reason is None and out_dtype not in (x.dtype, torch.float32):
         reason = f'out_dtype is {out_dtype}; the kernels give {x.dtype} and float32'
@@ -119,8 +119,8 @@ def prepare_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...],
 
 
 def _flags(sizes: tuple[int, ...], plan: schedule.Plan) -> int:
-    """How many int32 the memory of a chained scan begins with, in whole units of 16 bytes: a flag
-    for the span of each warp, and the number of blocks that have begun."""
+    """The number of int32 that the memory of a chained scan begins with, in whole units of 16
+    bytes: a flag for the span of each warp, and the number of blocks that have begun."""
     flags = sizes[-1] * plan.forward.spans * plan.groups + 1
     return 0 if plan.forward.independent else -(-flags // 4) * 4
 
@@ -255,7 +255,7 @@ def merge_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...], back: b
 
 
 def _images(sizes: tuple[int, ...], plan: schedule.Plan, work: schedule.Schedule) -> int:
-    """Of a span; all, where spans are not of whole images."""
+    """The number of images of a span; all of the batch, where spans are not of whole images."""
     return work.span * 8 // plan.slots if work.independent and work.spans > 1 else sizes[0]
 
 
@@ -282,7 +282,7 @@ def finish_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...],
 
 
 def columns_of(sizes: tuple[int, ...]) -> int:
-    """Of a part of the gradients by dt_projs_weight, dt_projs_bias, A and D."""
+    """The number of elements of a partial gradient by dt_projs_weight, dt_projs_bias, A and D."""
     dim, rank, routes = sizes[1], *sizes[4:]
     return routes * dim * (rank + 2) + dim
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def strides(x_BDHW: Tensor) -> tuple[int, int, int]:
-    """From an image, a pixel and a channel to the next, for a map that :func:`pixels` gave."""
+    """The strides of images, pixels and channels of a map that :func:`pixels` gave."""
     stride_b, stride_d, stride_h, stride_w = x_BDHW.stride()
     stride_b = stride_b if x_BDHW.shape[0] > 1 else 0
     return stride_b, stride_w if x_BDHW.shape[3] > 1 else stride_h, stride_d

@@ -222,9 +222,9 @@ def _scan_in_order(ordered: _OrderedScan, x_BLD: Tensor, scan_sequences: Callabl
     """The sum of the calls' results, back in row-major order."""
     if ordered.order == _ROW:
         return _sum([scan_sequences(x_BLD, routes) for routes in ordered.calls])
-    x_BLD = _reorder(x_BLD, height, width, ordered.order, False)
+    x_BLD = reorder(x_BLD, height, width, ordered.order, False)
     y_BLD = _sum([scan_sequences(x_BLD, routes) for routes in ordered.calls])
-    return _reorder(y_BLD, height, width, ordered.order, True)
+    return reorder(y_BLD, height, width, ordered.order, True)
 
 
 def _sum(tensors: list[Tensor]) -> Tensor:
@@ -250,10 +250,10 @@ def _save_settings(ctx, inputs, output):
 
 def _order_back(ctx, grad):
     height, width, order, back = ctx.settings
-    return _reorder(grad, height, width, order, not back), None, None, None, None
+    return reorder(grad, height, width, order, not back), None, None, None, None
 
 
-_reorder = define_op(
+reorder = define_op(
     'reorder', '(Tensor x, SymInt height, SymInt width, str order, bool back) -> Tensor',
     reference=_order, fake=lambda x, *settings: x.new_empty(x.shape),
     implementations={'torch': Implementation(_order)}, setup_context=_save_settings,

@@ -67,7 +67,7 @@ class Plan(NamedTuple):
 
 @dataclass(frozen=True)
 class Chain:
-    """What chained spans need and cost beyond independent ones."""
+    """The needs and costs of chained spans beyond those of independent ones."""
     staged_chunks: int    # more in shared memory
     bytes_per_warp: int   # more
     slowdown: float       # factor of the cost
@@ -167,7 +167,7 @@ class _Sizes(NamedTuple):
 # --- what a schedule costs ------------------------------------------------------------------------
 
 def _busy_warps(warps: float) -> float:
-    """How many units a multiprocessor takes for a chunk of each of its warps, on an H100: fewer
+    """The units that a multiprocessor takes for a chunk of each of its warps, on an H100: fewer
     than 8 warps are no faster, and 16 take 5 % less than by their number."""
     return max(8, warps * (0.95 if warps > 12 else 1))
 

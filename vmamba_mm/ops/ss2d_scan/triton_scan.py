@@ -17,7 +17,7 @@ LOG2_E = log2(e)
 
 def why_not(x: Tensor, out_dtype: torch.dtype, parameters: tuple[Tensor, ...],
             by_default: bool = False) -> str | None:
-    """What keeps the kernels from taking these inputs, or None."""
+    """The reason why the kernels cannot take these inputs, or None."""
     return triton_backend.why_not(x, out_dtype, by_default)
 
 

@@ -15,8 +15,8 @@ _ALIGNED = 128  # elements: where parts of a slab begin
 
 
 class Saved(NamedTuple):
-    """What the backward needs beside the inputs. A forward without one has those that it needs
-    itself in its slab; the last four, which it does not write then, are 0."""
+    """Maps that the backward needs beside the inputs. A forward without one has those that it
+    needs itself in its slab; the last four, which it does not write then, are 0."""
     normed1: int         # the first norm's result
     conv_input: int      # the result of in_proj
     scan_input: int      # that of the convolution and SiLU
@@ -32,7 +32,7 @@ class Saved(NamedTuple):
 
 
 class ForwardSlab(NamedTuple):
-    """What else a forward writes."""
+    """Maps and memory that a forward writes for itself."""
     rounded: int      # parameters of matrix products, in their dtype
     workspace: int    # of the products
     scan_memory: int
@@ -44,8 +44,8 @@ class ForwardSlab(NamedTuple):
 
 
 class BackwardSlab(NamedTuple):
-    """What a backward writes beside the gradients: ``d...`` are gradients by maps of the forward,
-    ``..._parts`` partial sums in fp32 of the gradients by parameters."""
+    """Maps and memory that a backward writes beside the gradients: ``d...`` are gradients by maps
+    of the forward, ``..._parts`` partial sums in fp32 of the gradients by parameters."""
     rounded: int
     workspace: int
     scan_memory: int

@@ -47,7 +47,7 @@ class _Factors(NamedTuple):
 
 
 def why_not(x: Tensor, dtype: torch.dtype, weights: Weights) -> str | None:
-    """What keeps ``vss_block`` from taking these inputs, or None."""
+    """The reason why ``vss_block`` cannot take these inputs, or None."""
     if (reason := scans.why_not(x, weights.dt_projs.shape[2], 1)) is not None:
         return reason
     dim, inner, hidden = x.shape[3], weights.in_proj.shape[0], weights.fc1.shape[0]
@@ -87,7 +87,7 @@ def saved_size(x: Tensor, weights: Weights, dtype: torch.dtype) -> int:
 
 
 def _lay_out_saved(shape, widths, x_dtype, dtype) -> tuple[list[int], int]:
-    """Where the parts of :class:`Saved` begin in the slab for the backward, and its size, in
+    """The offsets of the fields of :class:`Saved` in the slab for the backward, and its size, in
     elements."""
     batch, height, width, dim = shape
     inner, hidden, rank, routes = widths
@@ -103,7 +103,7 @@ def _lay_out_saved(shape, widths, x_dtype, dtype) -> tuple[list[int], int]:
 
 
 class _Launches:
-    """What a forward and a backward share, for these sizes and dtypes."""
+    """The launches that a forward and a backward share, for these sizes and dtypes."""
 
     def __init__(self, index, shape, widths, x_dtype, dtype, tf32):
         batch, height, width, self.dim = shape
@@ -382,7 +382,7 @@ _forward_of, _backward_of = cached(_Forward), cached(_Backward)
 
 
 def _key(x, weights: Weights, dtype):
-    """What decides the launches: sizes and dtypes."""
+    """The sizes and dtypes that decide the launches."""
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     return ((x.get_device(), x.shape, _widths(weights), x.dtype, dtype, tf32),
             tuple([None if t is None else t.dtype for t in weights]))

@@ -46,15 +46,15 @@ def _split(weights: list[Tensor], has_conv_bias: bool) -> list[Weights]:
 
 def _forward_of_blocks(x, weights, has_conv_bias, *rest):
     if not has_conv_bias:
-        weights = [t for own in _split(weights, False) for t in own]
+        weights = [t for block in _split(weights, False) for t in block]
     return cuda.forward(x, weights, (None, None), *rest, save=False)[0]
 
 
 def _reference_of_blocks(x, weights, has_conv_bias, eps, dtype, out_dtype):
     blocks = _split(weights, has_conv_bias)
-    for own in blocks:
-        x = reference.vss_block(x, own, None, None, eps, dtype,
-                                out_dtype if own is blocks[-1] else x.dtype)
+    for block in blocks:
+        x = reference.vss_block(x, block, None, None, eps, dtype,
+                                out_dtype if block is blocks[-1] else x.dtype)
     return x
 
 
@@ -67,7 +67,7 @@ _vss_blocks = define_op(
         x.shape, dtype=out_dtype),
     implementations={'cuda': Implementation(_forward_of_blocks)},
     flops=lambda x, weights, has_conv_bias, **_: sum(
-        _count_flops(x, **own._asdict()) for own in _split(weights, has_conv_bias)))
+        _count_flops(x, **block._asdict()) for block in _split(weights, has_conv_bias)))
 
 
 @gather_weights
@@ -83,11 +83,11 @@ def _forward(x, weights, scale1, scale2, eps, dtype, out_dtype):
 
 
 def _backward(grad, *args):
-    return _run_backward(*args, grad)
+    return _gathered_backward(*args, grad)
 
 
 @gather_weights
-def _run_backward(x, weights, scale1, scale2, saved, eps, grad):
+def _gathered_backward(x, weights, scale1, scale2, saved, eps, grad):
     """Gradients by x and the weights; an empty one by a bias that is None."""
     return cuda.backward(grad, x, weights, (scale1, scale2), saved, eps)
 

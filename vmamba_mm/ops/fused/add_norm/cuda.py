@@ -17,7 +17,7 @@ from vmamba_mm.ops.scan_kernels.cuda import dense
 
 
 def why_not(x: Tensor, *tensors: Tensor | None) -> str | None:
-    """What keeps the kernels from taking these inputs, or None."""
+    """The reason why the kernels cannot take these inputs, or None."""
     return why_not_channels(x, x.shape[-1], tensors)
 
 

@@ -11,7 +11,7 @@ from vmamba_mm.ops.fused.mlp.cuda import column_sums
 
 
 def why_not(x_BHWC: Tensor, weight: Tensor, *vectors: Tensor) -> str | None:
-    """What keeps the kernels from taking these inputs, or None."""
+    """The reason why the kernels cannot take these inputs, or None."""
     return why_not_channels(x_BHWC, weight.shape[0], (weight, *vectors))
 
 

@@ -21,7 +21,7 @@ _ROWS, _ROWS_BACK = 2, 2  # rows of a thread
 
 
 def why_not(x_BHWD: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
-    """What keeps the kernels from taking these inputs, or None."""
+    """The reason why the kernels cannot take these inputs, or None."""
     return why_not_channels(x_BHWD, x_BHWD.shape[3], (weight, bias))
 
 

@@ -12,7 +12,7 @@ from vmamba_mm.ops.scan_kernels.cuda import dense
 
 
 def why_not(x: Tensor, *parameters: Tensor) -> str | None:
-    """What keeps the kernels from taking these inputs, or None."""
+    """The reason why the kernels cannot take these inputs, or None."""
     if x.dtype == torch.float32 and autocast_dtype(x):
         return 'autocast rounds its input first'
     return (why_not_channels(x, parameters[0].shape[0], parameters)

@@ -13,7 +13,7 @@ _MOST_BLOCKS = 65535  # of a grid, along two of its sides
 
 def why_not(x_BCHW: Tensor, out_dtype: torch.dtype, weight: Tensor, bias: Tensor,
             norm_weight: Tensor, norm_bias: Tensor) -> str | None:
-    """What keeps the kernel from taking these inputs, or None."""
+    """The reason why the kernel cannot take these inputs, or None."""
     if (reason := scans.why_not(x_BCHW, 1, 1)) is not None:
         return reason
     if out_dtype not in _HALVES:

@@ -38,7 +38,7 @@ _conv_norm_gelu = define_op(
 
 
 def _step_by_step(x_BCHW, weight, bias, norm_weight, norm_bias, eps, out_dtype) -> Tensor:
-    """By :func:`conv_norm`, which has kernels for training."""
+    """The stem by :func:`conv_norm`, which has kernels for training, and GELU."""
     return F.gelu(conv_norm(channels_last(x_BCHW), weight, bias, norm_weight, norm_bias, eps,
                             stride=2, padding=1, out_dtype=out_dtype))
 

@@ -1,4 +1,4 @@
-"""Where models of our families lie in a state dict, and bringing them to where ours have them."""
+"""Under which prefixes models of our families lie in a state dict, and moving them to others."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from vmamba_mm.families.base import Family
 from vmamba_mm.families.names import (
     AVERAGE_COUNTER,
     THOP_COUNTER,
-    find_places,
+    find_prefixes,
     has_row,
     is_counter,
     is_of_trainer,
@@ -23,15 +23,15 @@ from vmamba_mm.families.names import (
 StateDict = Mapping[str, torch.Tensor]
 
 
-class Place(NamedTuple):
-    """A model in a state dict."""
+class HeldModel(NamedTuple):
+    """A model that a state dict holds."""
 
     prefix: str  #: what stands before the names of its backbone, such as 'backbone.' or ''
     family: Family
     is_official: bool  #: whether the names are the official ones
 
 
-def find_models(state_dict: Mapping[str, Any], family: Family | None = None) -> list[Place]:
+def find_models(state_dict: Mapping[str, Any], family: Family | None = None) -> list[HeldModel]:
     """The models in a state dict, in the order of their prefixes.
 
     Args:
@@ -47,49 +47,49 @@ def find_models(state_dict: Mapping[str, Any], family: Family | None = None) -> 
     weights = {plain_name(k): v for k, v in state_dict.items()
                if isinstance(k, str) and not is_counter(k)}
     if family is not None:
-        return [Place(prefix, family, is_official)
-                for prefix, is_official in find_places(family, weights).items()]
-    before = outer_wrappers(weights)
-    inner = {k[len(before):]: v for k, v in weights.items()}
-    found = {**_extended_models(inner), **families_at(inner)}
-    return [Place(before + prefix, f, find_places(f, inner)[prefix])
-            for prefix, f in sorted(found.items())]
+        return [HeldModel(prefix, family, is_official)
+                for prefix, is_official in find_prefixes(family, weights).items()]
+    wrappers = outer_wrappers(weights)
+    inner = {k[len(wrappers):]: v for k, v in weights.items()}
+    families = {**_extended_models(inner), **families_at(inner)}
+    return [HeldModel(wrappers + prefix, f, find_prefixes(f, inner)[prefix])
+            for prefix, f in sorted(families.items())]
 
 
-def guess_models(state_dict: Mapping[str, Any]) -> list[Place]:
-    """As :func:`find_models`, of whatever family has most of the names: for messages alone."""
-    found: dict[str, Place] = {}
+def guess_models(state_dict: Mapping[str, Any]) -> list[HeldModel]:
+    """The models that names alone suggest, each of the family with most of them, for messages."""
+    models: dict[str, HeldModel] = {}
     names = [plain_name(k) for k in state_dict if isinstance(k, str)]
     for family in FAMILIES.values():
-        for prefix, is_official in find_places(family, names).items():
-            place = Place(prefix, family, is_official)
-            found[prefix] = max((p for p in (found.get(prefix), place) if p),
-                                key=lambda p: _count_known(p, names))
-    return [found[prefix] for prefix in sorted(found)]
+        for prefix, is_official in find_prefixes(family, names).items():
+            model = HeldModel(prefix, family, is_official)
+            models[prefix] = max((m for m in (models.get(prefix), model) if m),
+                                 key=lambda m: _count_known(m, names))
+    return [models[prefix] for prefix in sorted(models)]
 
 
-def _count_known(place, names):
-    below = [k.removeprefix(place.prefix) for k in names if k.startswith(place.prefix)]
-    rows = place.family.rows(below)
-    rows = rows if place.is_official else our_rows(rows)
+def _count_known(model, names):
+    below = [k.removeprefix(model.prefix) for k in names if k.startswith(model.prefix)]
+    rows = model.family.rows(below)
+    rows = rows if model.is_official else our_rows(rows)
     return sum(has_row(k, rows) for k in below)
 
 
 def _extended_models(weights):
     """{prefix: family} of models by our names that a user has put modules of their own into."""
-    found = {}
+    families = {}
     for family in FAMILIES.values():
-        for prefix, is_official in find_places(family, weights).items():
+        for prefix, is_official in find_prefixes(family, weights).items():
             if prefix and not is_official \
                     and all(prefix + name in weights for name in family.signature):
-                found[prefix] = None if prefix in found else family  # of two: who can tell?
-    return {prefix: family for prefix, family in found.items() if family is not None}
+                families[prefix] = None if prefix in families else family  # of two: who can tell?
+    return {prefix: family for prefix, family in families.items() if family is not None}
 
 
 # --- moving -----------------------------------------------------------------------------------
 
 def inside(state: StateDict, prefix: str) -> dict[str, torch.Tensor]:
-    """What lies below a prefix, without it."""
+    """The weights below a prefix, by their names without it."""
     return {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
 
 
@@ -116,14 +116,16 @@ def to_top(state: StateDict, prefixes: Iterable[str]) -> StateDict:
     prefixes = list(prefixes)
     if len(prefixes) != 1 or prefixes[0] in ('', 'backbone.'):
         return state
-    parts = prefixes[0].split('.')[:-1]
+    levels = prefixes[0].split('.')[:-1]
     moved = {k: v for k, v in state.items() if not AVERAGE_COUNTER.match(k)
-             and (k.startswith(f'{parts[0]}.') or not is_of_trainer(k))}
-    for depth in reversed([i for i, part in enumerate(parts) if part == 'module']):
+             and (k.startswith(f'{levels[0]}.') or not is_of_trainer(k))}
+    for depth in reversed([i for i, level in enumerate(levels) if level == 'module']):
         # Data-parallel wrappers inside; they are around the neighbours too.
-        moved = {_without_part(k, depth, 'module'): v for k, v in moved.items()}
-        del parts[depth]
-    root = ''.join(f'{part}.' for part in (parts[:-1] if parts[-1:] == ['backbone'] else parts))
+        moved = {_without_level(k, depth, 'module'): v for k, v in moved.items()}
+        del levels[depth]
+    if levels[-1:] == ['backbone']:
+        del levels[-1]
+    root = ''.join(f'{level}.' for level in levels)
     return inside(moved, root) if all(k.startswith(root) for k in moved) else state
 
 
@@ -134,8 +136,8 @@ def move(state: StateDict, old: str, new: str) -> dict[str, torch.Tensor]:
     return {new + k[len(old):] if k.startswith(old) else k: v for k, v in state.items()}
 
 
-def _without_part(key, depth, part):
-    parts = key.split('.')
-    if parts[depth:depth + 1] == [part]:
-        del parts[depth]
-    return '.'.join(parts)
+def _without_level(key, depth, level):
+    levels = key.split('.')
+    if levels[depth:depth + 1] == [level]:
+        del levels[depth]
+    return '.'.join(levels)
