@@ -32,15 +32,15 @@ def amp_config(kind):
 def test_amp(train, gpu, capsys):
     gpu(True)
     cfg = amp_config('OptimWrapper')
-    train.set_amp(cfg, asked=True)
+    train.set_amp(cfg, wants_amp=True)
     assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
     assert cfg.optim_wrapper.loss_scale == 'dynamic'
     gpu(False)
-    train.set_amp(cfg, asked=False)
+    train.set_amp(cfg, wants_amp=False)
     assert cfg.optim_wrapper.type == 'OptimWrapper' and 'loss_scale' not in cfg.optim_wrapper
     assert len(capsys.readouterr().out.splitlines()) == 1
     with pytest.raises(UserError, match='--amp needs a GPU'):
-        train.set_amp(cfg, asked=True)
+        train.set_amp(cfg, wants_amp=True)
 
 
 def test_evaluation_on_a_cpu_is_fp32(mm, gpu, capsys):
