@@ -193,10 +193,6 @@ def test_dwconv_of_a_slice(kernels):
 
 # --- mlp --------------------------------------------------------------------------------------
 
-def plain_mlp(x, w1, b1, w2, b2):
-    return F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
-
-
 def make_mlp(device, shape=(2, 3, 5, 24), hidden=72, out=20, dtype=SINGLE, weight_dtype=SINGLE):
     sizes = ((hidden, shape[-1]), (hidden,), (out, hidden), (out,))
     parameters = [randn(*size, device=device, dtype=weight_dtype, seed=i) / size[-1] ** 0.5

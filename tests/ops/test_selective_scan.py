@@ -9,10 +9,6 @@ from vmamba_mm.testing import (
     with_grads,
 )
 
-# (batch, groups, dim, length, state)
-SHAPES = [(1, 1, 1, 1, 1), (2, 1, 3, 2, 1), (1, 4, 5, 37, 1), (3, 2, 4, 50, 4), (2, 3, 2, 65, 16),
-          (1, 4, 2, 300, 2)]
-
 
 def autograd_reference(u, delta, A, B, C, D=None, *, delta_bias=None, delta_softplus=False):
     """The specification differentiated by autograd: no code of the op's own backward."""

@@ -85,10 +85,6 @@ def exact_ss2d(**inputs):
     return ss2d_scan(**inputs, backend='chunked')
 
 
-def exact_s6(**inputs):
-    return selective_scan(**inputs, delta_softplus=True, backend='chunked')
-
-
 def check(op, exact, inputs, **kwargs):
     expected, expected_grads = with_grads(
         exact, {name: t.double() for name, t in inputs.items()})

@@ -3,14 +3,12 @@
 import csv
 import logging
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from vmamba_mm.errors import UserError
 
-BENCH = Path(__file__).parents[2] / 'tools' / 'bench'
 ON_CPU = ('--device', 'cpu', '--shrink', 16, '--quick')
 
 
