@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vmamba_mm.ops.core.backends import compute_dtype
-from vmamba_mm.ops.selective_scan.chunked import silu_backward
+from vmamba_mm.ops.selective_scan.activations import silu_backward
 
 
 def _shifts(length: int, taps: int, reverse: bool):

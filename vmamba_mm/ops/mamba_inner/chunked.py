@@ -7,6 +7,7 @@ from torch import Tensor
 from vmamba_mm.ops.causal_conv import chunked as conv
 from vmamba_mm.ops.core.backends import compute_dtype
 from vmamba_mm.ops.selective_scan import chunked as scan
+from vmamba_mm.ops.selective_scan.activations import silu_backward
 
 
 def _direction(k, x, conv_weight, conv_bias, x_proj, dt_proj, backwards):
@@ -68,5 +69,5 @@ def backward(grad_y, xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D,
                 gdelta.flatten(0, 1).T @ dt.flatten(0, 1), gbias, gA, gD), strict=True):
             if grad_k is not None:
                 grad_k[k] = value
-    grad_z += scan.silu_backward(grad * total, z)
+    grad_z += silu_backward(grad * total, z)
     return tuple(None if t is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True))
