@@ -16,6 +16,8 @@ from torch import Tensor
 #: Elements of one (M, T, N, D) tensor for each thread: two of them are in use at a time by the
 #: forward, three by the backward, and should stay in a CPU's cache.
 _BLOCK, _BLOCK_BACK = 1 << 17, 1 << 18
+#: On other devices calls are what takes time.
+_BLOCK_ELSEWHERE = 1 << 25
 
 
 def arrange(x_BDL: Tensor, dtype: torch.dtype) -> Tensor:
@@ -43,9 +45,9 @@ def batch_blocks(batch: int, size: int, device: torch.device) -> Iterator[slice]
 
 
 def _time_blocks(length: int, width: int, budget: int, reverse: bool) -> list[slice]:
-    """Slices of positions in the order of time, of steps of ``width`` states, and of about
-    ``budget`` states for each thread."""
-    steps = max(1, budget * torch.get_num_threads() // max(1, width))
+    """Slices of positions in the order of time, of about ``budget`` states in steps of ``width``.
+    """
+    steps = max(1, budget // max(1, width))
     blocks = [slice(i, min(i + steps, length)) for i in range(0, length, steps)]
     return blocks[::-1] if reverse else blocks
 
@@ -58,7 +60,7 @@ class _Steps:
         A_ND: (N, D).
         B: (M, L, N).
         initial: (M, D, N), or None for zeros.
-        budget: states in a block for each thread.
+        budget: states in a block, on a CPU for each thread.
         buffers: tensors for a block of states that will be needed.
     """
 
@@ -68,6 +70,7 @@ class _Steps:
         self.A_log2 = A_ND * log2(e)
         self.state = (u.new_zeros(samples, *A_ND.shape) if initial is None
                       else initial.mT.contiguous())
+        budget = budget * torch.get_num_threads() if u.device.type == 'cpu' else _BLOCK_ELSEWHERE
         self.blocks = _time_blocks(length, samples * A_ND.numel(), budget, reverse)
         steps = max(block.stop - block.start for block in self.blocks)
         self.buffers = u.new_empty(buffers, samples, steps, *A_ND.shape).unbind(0)
@@ -133,7 +136,7 @@ def scan_backward(grad_y, u, delta, A, B, C, reverse: bool, initial: Tensor | No
     """
     A_ND = A.T.contiguous()
     grad_A = torch.zeros_like(A_ND)
-    grads = [torch.empty_like(t) for t in (u, delta, B, C)]
+    grads = [u.new_empty(t.shape) for t in (u, delta, B, C)]
     for some in batch_blocks(len(u), A.numel(), u.device):
         def pick(t):
             return None if t is None else t[some]  # noqa: B023
