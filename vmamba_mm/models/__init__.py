@@ -1,3 +1,4 @@
+from vmamba_mm.models.videomamba import VideoMamba
 from vmamba_mm.models.vmamba import VMamba
 
-__all__ = ['VMamba']
+__all__ = ['VMamba', 'VideoMamba']
