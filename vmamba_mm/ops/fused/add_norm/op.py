@@ -1,5 +1,5 @@
-"""The op ``add_norm``: LayerNorm or RMSNorm over the last dimension, and the residual sum before it, in one
-pass. Its definition and the public functions."""
+"""The op ``add_norm``: LayerNorm or RMSNorm over the last dimension, and the residual sum before
+it, in one pass. Its definition and the public functions."""
 
 import torch
 from torch import Tensor
