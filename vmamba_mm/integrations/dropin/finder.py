@@ -44,7 +44,7 @@ def _missing(module: str, name: str):
         return importlib.import_module(full)
     if name.startswith('_'):  # Python and tools look for such names in every module.
         raise AttributeError(f'module {module!r} has no attribute {name!r}')
-    raise ImportError(not_covered(full), name=module)
+    raise ImportError(not_covered(module, name), name=module)
 
 
 def is_ours(module: ModuleType | None) -> bool:

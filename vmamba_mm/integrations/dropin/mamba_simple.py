@@ -14,6 +14,7 @@ from vmamba_mm.integrations.dropin.scan import selective_scan_fn
 from vmamba_mm.integrations.dropin.state_update import selective_state_update
 from vmamba_mm.layers.ssm_init import init_A_logs, init_dt_bias
 from vmamba_mm.ops import causal_conv, mamba_inner
+from vmamba_mm.ops.core.backends import compute_dtype
 
 #: bimamba_type -> the suffixes of the parameters that a direction has of its own.
 DIRECTIONS = {'none': ('',), 'v1': ('',), 'v2': ('', '_b'), 'v3': ('', '_b', '_s')}
@@ -31,7 +32,8 @@ class Mamba(nn.Module):
         d_state: N. d_conv: width of the convolution. expand: D / C.
         dt_rank: R, 'auto' for ceil(C / 16).
         dt_min, dt_max, dt_init_floor: dt starts log-uniform between the first two, at least at the
-            third. dt_init, dt_scale: its weight starts 'random' in or 'constant' at dt_scale R^-0.5.
+            third. dt_init, dt_scale: its weight starts 'random' within dt_scale R^-0.5, or
+            'constant' at it.
         conv_bias, bias: whether the convolution and the two outer projections have a bias.
         use_fast_path: has no effect; every path has the same results. Vim's other path leaves out
             the backward direction.
@@ -140,7 +142,7 @@ class Mamba(nn.Module):
             out = bimamba_inner_fn(
                 xz.transpose(1, 2), self.conv1d.weight, self.conv1d.bias, self.x_proj.weight,
                 self.dt_proj.weight, self.out_proj.weight, self.out_proj.bias, self._A(''),
-                self._A('_b'), D=self.D.float(), delta_bias=self.dt_proj.bias.float())
+                self._A('_b'), D=_wide(self.D), delta_bias=_wide(self.dt_proj.bias))
             return self._scaled(out)
         if self.bimamba_type == 'none':
             y = self._mix(xz, ('',))
@@ -165,11 +167,11 @@ class Mamba(nn.Module):
         return mamba_inner(
             xz, stack(conv.weight[:, 0] for conv in convs),
             None if convs[0].bias is None else stack(conv.bias for conv in convs),
-            x_proj, dt_proj, stack(dt.bias.float() for dt in dts), stack(map(self._A, directions)),
-            stack(getattr(self, f'D{suffix}').float() for suffix in directions), scale=scale)
+            x_proj, dt_proj, stack(_wide(dt.bias) for dt in dts), stack(map(self._A, directions)),
+            stack(_wide(getattr(self, f'D{suffix}')) for suffix in directions), scale=scale)
 
     def _A(self, suffix: str) -> Tensor:
-        return -torch.exp(getattr(self, f'A{suffix}_log').float())
+        return -torch.exp(_wide(getattr(self, f'A{suffix}_log')))
 
     def _scaled(self, out: Tensor) -> Tensor:
         return out if self.init_layer_scale is None else out * self.gamma
@@ -195,8 +197,8 @@ class Mamba(nn.Module):
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], -1)
         dt, weight = cast_for_autocast(dt, self.dt_proj.weight)
         x, dt, B, C, z = (t.transpose(1, 2) for t in (x, F.linear(dt, weight), B, C, z))
-        y, last = selective_scan_fn(x, dt, self._A(''), B, C, self.D.float(), z,
-                                    self.dt_proj.bias.float(), True, return_last_state=True)
+        y, last = selective_scan_fn(x, dt, self._A(''), B, C, _wide(self.D), z,
+                                    _wide(self.dt_proj.bias), True, return_last_state=True)
         ssm_state.copy_(last)
         return self._scaled(self.out_proj(y.transpose(1, 2)))
 
@@ -242,6 +244,11 @@ class Mamba(nn.Module):
         if self.bimamba_type != 'none':
             raise ValueError(f'a Mamba with bimamba_type={self.bimamba_type!r} reads a sequence in '
                              'both directions and cannot decode token by token')
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In fp32, or fp64 in a model of that dtype."""
+    return x.to(compute_dtype(x.dtype))
 
 
 class Block(nn.Module):

@@ -53,15 +53,11 @@ def names_of(module: str) -> dict[str, tuple[str, str]]:
     return names
 
 
-def not_covered(what: str) -> str:
-    """What is said of a module or a name that ``install()`` does not give: one line."""
-    module = what.rpartition('.')[0]
-    names = [name for name in names_of(module) if not name.startswith('_')] \
-        if module in MODULES else []
-    if names:
-        covered = f'of {module} there are {", ".join(names)}'
-    else:
-        root = what.partition('.')[0]
-        covered = 'covered are ' + ', '.join(
-            name for name in MODULES if name.partition('.')[0] == root and MODULES[name])
-    return f'{what} is not covered by vmamba_mm.dropin; {covered}'
+def not_covered(module: str, name: str | None = None) -> str:
+    """What is said of a module, or of a name in one, that ``install()`` does not give: one line."""
+    root = module.partition('.')[0]
+    there = [] if name is None else [n for n in names_of(module) if not n.startswith('_')]
+    if not there:
+        there = [n for n in MODULES if n.partition('.')[0] == root and MODULES[n]]
+    what = module if name is None else f'{module}.{name}'
+    return f'{what} is not covered by vmamba_mm.dropin, which has {", ".join(there)}'

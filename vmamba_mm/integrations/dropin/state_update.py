@@ -37,8 +37,9 @@ def selective_state_update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: T
         return t.flatten(t.dim() - dims - 2, t.dim() - dims - 1)
 
     B, C = (t.unsqueeze(1) if t.dim() == 2 else t for t in (B, C))
+    before = flat(state, 1).to(compute_dtype(x.dtype))
     y, new = selective_scan_step(
-        flat(state, 1).to(compute_dtype(x.dtype)), flat(x, 0), flat(dt, 0), flat(A, 1), B, C, flat(D, 0),
-        z=flat(z, 0), delta_bias=flat(dt_bias, 0), delta_softplus=dt_softplus)
+        before, flat(x, 0), flat(dt, 0), flat(A, 1), B, C, flat(D, 0), z=flat(z, 0),
+        delta_bias=flat(dt_bias, 0), delta_softplus=dt_softplus)
     state.copy_(new.view(state.shape))
     return y.view(x.shape)
