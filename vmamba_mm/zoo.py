@@ -22,7 +22,7 @@ from vmamba_mm.paths import CONFIGS
 SCHEME = 'vmamba_mm://'
 #: Tasks as the model index calls them -> as ``tools/`` and the checkpoints do.
 TASKS = {'Image Classification': 'cls', 'Object Detection': 'det', 'Instance Segmentation': 'det',
-         'Semantic Segmentation': 'seg'}
+         'Semantic Segmentation': 'seg', 'Action Recognition': 'video'}
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Entry:
         name: unique in the zoo: that of its config, unless two files share one.
         family: the folder of ``configs/``.
         arch: a published architecture of the family.
-        task: 'cls', 'det', 'seg': a value of :data:`TASKS`.
+        task: 'cls', 'det', 'seg', 'video': a value of :data:`TASKS`.
         config: ``configs/<family>/NAME.py``, relative to the repository; see ``path``.
         root: the folder that ``config`` is relative to.
         weights: the address of the file, or None where it was not published.

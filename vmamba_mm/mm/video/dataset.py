@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from vmamba_mm.errors import UserError
 from vmamba_mm.mm.compat import prepare_mm, require_working
-from vmamba_mm.mm.video.reader import SUFFIXES
+from vmamba_mm.mm.sources import VIDEO
 from vmamba_mm.registry import DATASETS
 
 prepare_mm()  # before mmpretrain, which some releases of transformers break
@@ -37,11 +37,11 @@ class VideoDataset(CustomDataset):
         UserError: on a line of the list that is not such.
     """
 
-    item = 'video'  # what a sample is called in messages
+    source = VIDEO
 
     def __init__(self, data_root: str = '', data_prefix: str | dict = '', ann_file: str = '',
                  with_label: bool = True, separator: str | None = None,
-                 extensions: Sequence[str] = SUFFIXES, **kwargs):
+                 extensions: Sequence[str] = VIDEO.suffixes, **kwargs):
         self.separator = separator
         super().__init__(data_root=data_root, data_prefix=data_prefix, ann_file=ann_file,
                          with_label=with_label, extensions=extensions, **kwargs)
@@ -51,7 +51,7 @@ class VideoDataset(CustomDataset):
             return self._load_list()
         infos = super().load_data_list()
         for info in infos:
-            info['video_path'] = info.pop('img_path')
+            info[VIDEO.path_key] = info.pop('img_path')
         return infos
 
     def _load_list(self):
@@ -72,7 +72,7 @@ class VideoDataset(CustomDataset):
                         f'line {number} of {self.ann_file} is {line!r}: expected the path of a '
                         f'video, {between} and the number of its class from 0 on; change the line, '
                         'or separator= of the data set')
-            info = dict(video_path=join_path(root, path.strip()) if root else path.strip())
+            info = {VIDEO.path_key: join_path(root, path.strip()) if root else path.strip()}
             if label is not None:
                 info['gt_label'] = int(label)
             infos.append(info)

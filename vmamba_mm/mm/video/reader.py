@@ -15,8 +15,6 @@ import torch
 from vmamba_mm.errors import UserError
 from vmamba_mm.mm.compat import require
 
-SUFFIXES = ('.3gp', '.avi', '.flv', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.ogv', '.ts',
-            '.webm', '.wmv')
 # Without an index of key frames: a gap worth a jump, in seconds.
 _JUMP = 5.0
 # A header may promise a little more than there is: frames missing at the end, as a share of all.
