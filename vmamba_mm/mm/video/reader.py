@@ -49,8 +49,8 @@ class Video:
         if not os.path.isfile(path):
             raise UserError(f'the video {path} does not exist')
         if not os.path.getsize(path):
-            raise UserError(f'the video {path} is empty (0 bytes); copy it again, or take it out of '
-                            'the data')
+            raise UserError(f'the video {path} is empty (0 bytes); copy it again, or take it out '
+                            'of the data')
         self._open()
         try:
             self._measure()
