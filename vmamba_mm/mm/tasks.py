@@ -142,11 +142,13 @@ TASKS = {
         _CLASSIFICATION, name='video', extra='video', flip_tta=None, modules=('av',), source=VIDEO),
     'mmdet': Task(
         name='det', extra='det', scope='mmdet', image=(1280, 800),
-        visualizer='mmdet.DetLocalVisualizer', draw=_draw_sample, stock_hook='DetVisualizationHook', show=_show_samples,
+        visualizer='mmdet.DetLocalVisualizer', draw=_draw_sample,
+        stock_hook='DetVisualizationHook', show=_show_samples,
         enable=lambda folder: dict(draw=True), dump='mmdet.DumpDetResults',
         flip_tta=_flip_boxes, has_score_threshold=True),
     'mmseg': Task(
         name='seg', extra='seg', scope='mmseg', image=(512, 2048),
-        visualizer='mmseg.SegLocalVisualizer', draw=_draw_sample, stock_hook='SegVisualizationHook', show=_show_samples,
+        visualizer='mmseg.SegLocalVisualizer', draw=_draw_sample,
+        stock_hook='SegVisualizationHook', show=_show_samples,
         enable=lambda folder: dict(draw=True), dump=None, flip_tta=None, ascii_text=True),
 }
