@@ -1,3 +1,7 @@
+"""Decoders and models of tasks that are no backbones, for mmengine's registry."""
+
+from vmamba_mm.heads.video import ClipPreprocessor, VideoClassifier
 from vmamba_mm.heads.videomamba import DistilledVideoMamba, MaskedVideoMamba, VideoEncoder
 
-__all__ = ['DistilledVideoMamba', 'MaskedVideoMamba', 'VideoEncoder']
+__all__ = ['ClipPreprocessor', 'DistilledVideoMamba', 'MaskedVideoMamba', 'VideoClassifier',
+           'VideoEncoder']
