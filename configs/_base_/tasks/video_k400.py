@@ -22,7 +22,8 @@ model = dict(
     head=dict(
         type='mmpretrain.LinearClsHead', num_classes=400,
         loss=dict(type='mmpretrain.LabelSmoothLoss', label_smooth_val=0.1, mode='original')),
-    train_cfg=dict(augments=[dict(type='mmpretrain.Mixup', alpha=0.8), dict(type='mmpretrain.CutMix', alpha=1.0)]))
+    train_cfg=dict(augments=[
+        dict(type='mmpretrain.Mixup', alpha=0.8), dict(type='mmpretrain.CutMix', alpha=1.0)]))
 
 data_preprocessor = dict(
     type='vmamba_mm.ClipPreprocessor',
