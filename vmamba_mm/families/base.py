@@ -65,6 +65,8 @@ class Family:
     first_convs: tuple[str, ...] = ()
     #: Checks of a whole arch, after the rules: raises ValueError.
     check: Callable[[Mapping[str, Any]], None] | None = None
+    #: What its models take: 'images', of which timm has the models too, or 'tokens' of text.
+    takes: str = 'images'
     #: Of the official code and weights, and where they are.
     licence: str = ''
     url: str = ''

@@ -1,3 +1,4 @@
+from vmamba_mm.models.causal_lm import CausalLM
 from vmamba_mm.models.vmamba import VMamba
 
-__all__ = ['VMamba']
+__all__ = ['CausalLM', 'VMamba']
