@@ -50,9 +50,11 @@ def check_complete(state, arch, family, source):
     norm = re.compile(r'backbone\.norm(\d+)\.')
     outputs = sorted({int(m[1]) for k in backbone if (m := norm.match(k))})
     firsts = [backbone[f'backbone.{k}'] for k in family.first_convs if f'backbone.{k}' in backbone]
+    kwargs = dict(out_indices=outputs) if outputs else {}
+    if firsts:
+        kwargs['in_channels'] = firsts[0].shape[1]
     with torch.device('meta'):
-        model = MODELS.build(dict(type=family.model, arch=arch, out_indices=outputs or None,
-                                  in_channels=firsts[0].shape[1] if firsts else 3))
+        model = MODELS.build(dict(type=family.model, arch=arch, **kwargs))
     expected = {f'backbone.{k}': v for k, v in model.state_dict().items()}
     expected = {k: v for k, v in expected.items() if outputs or not norm.match(k)}
     wrong = differences(expected, backbone)

@@ -112,7 +112,7 @@ def test_convert_refuses(official, call, tmp_path):
         assert not target.exists()
     assert_one_line(call('convert_checkpoint.py', tmp_path / 'no.pth', target), 'does not exist')
     assert_one_line(call('convert_checkpoint.py', official, target, '--family', 'swin'),
-                    '--family swin does not exist; choose one of vmamba')
+                    '--family swin does not exist; choose one of')
     assert_one_line(call('convert_checkpoint.py', official, tmp_path), 'is a folder')
     assert_one_line(call('convert_checkpoint.py', official, target, '--to', 'safetensors'),
                     '.safetensors')

@@ -207,7 +207,8 @@ def _read_config(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return arch_of_config(json.loads(path.read_text(encoding='utf-8')))
+        config = json.loads(path.read_text(encoding='utf-8'))
+        return resolve_arch(FAMILY, arch_of_config(config))
     except KeyError as err:
         raise UserError(f'{path} lacks {err}: it is not the config.json of a language model of '
                         'mamba_ssm or transformers') from err
