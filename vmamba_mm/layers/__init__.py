@@ -1,6 +1,5 @@
 from vmamba_mm.layers.drop_path import DropPath
 from vmamba_mm.layers.embed import ConvDownsample, ConvStem, MergeDownsample, PatchStem
-from vmamba_mm.layers.mamba import MambaBlock, MambaMixer, RMSNorm  # noqa
 from vmamba_mm.layers.norm import LayerNorm, LayerNorm2d
 from vmamba_mm.layers.recording import record_inputs, record_scan_inputs
 from vmamba_mm.layers.ss2d import SS2D
