@@ -68,13 +68,14 @@ def with_grads(op, inputs: dict[str, Tensor], grad_y: Tensor | None = None, **kw
 
 
 class Classifier(nn.Module):
-    """A backbone, the mean of its last map, and a linear layer.
+    """A backbone, the mean of its last map or its class token, and a linear layer.
 
     Parameters are named ``backbone.*`` and ``head.fc.*``, as in mmpretrain's ImageClassifier, of
     which it is what matters for numbers.
 
     Args:
-        backbone: with ``num_features``, the channels of its stages, and a tuple of maps as result.
+        backbone: with ``num_features``, the channels of its stages, and a tuple as result, whose
+            last is a map (B, C, ...) or a class token (B, C).
         num_classes: of the linear layer.
     """
 
@@ -84,5 +85,6 @@ class Classifier(nn.Module):
         self.head = nn.ModuleDict(dict(fc=nn.Linear(backbone.num_features[-1], num_classes)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, num_classes)."""
-        return self.head['fc'](self.backbone(x)[-1].mean((2, 3)))
+        """What the backbone takes, to (B, num_classes)."""
+        y = self.backbone(x)[-1]
+        return self.head['fc'](y if y.dim() == 2 else y.flatten(2).mean(2))

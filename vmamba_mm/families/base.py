@@ -130,6 +130,22 @@ def name_of(family: Family, arch: Mapping[str, Any]) -> str | None:
     return next((name for name, settings in family.archs.items() if settings == arch), None)
 
 
+def infer_image_size(num_patches: int, patch_size: int) -> int | tuple[int, int]:
+    """Height and width of an image of so many patches, for ``infer_arch``; an int if it is square.
+
+    Which of its sides is longer, and by how much, leaves no trace: it is taken to be as near to a
+    square as the number of patches allows, and wide.
+
+    Raises:
+        ValueError: if there is no patch.
+    """
+    if num_patches < 1:
+        raise ValueError('the position embedding is of no patch')
+    rows = next(n for n in range(math.isqrt(num_patches), 0, -1) if num_patches % n == 0)
+    columns = num_patches // rows
+    return rows * patch_size if rows == columns else (rows * patch_size, columns * patch_size)
+
+
 # --- tests of values, for rules ---------------------------------------------------------------
 
 def is_int(value: Any, low: int) -> bool:

@@ -103,6 +103,16 @@ class StrictLoading:
                 another shape; it names the architecture that the file holds. The model is then as
                 it was.
         """
+        self._load(self.adapt_weights, checkpoint, prefix, weights, map_location,
+                   adapt_in_channels, strict, allow)
+
+    def _load(self, adapt, checkpoint, prefix, weights, map_location, adapt_in_channels, strict,
+              allow):
+        """Do the work of :meth:`load_pretrained`.
+
+        Args:
+            adapt: in place of :meth:`adapt_weights`, where a subclass has options for it.
+        """
         state = self._find_backbone(checkpoint, prefix, weights, map_location)
         ours = self.state_dict()
         norms = {k for k in ours if _OUTPUT_NORM.match(k)}
@@ -116,7 +126,7 @@ class StrictLoading:
                       if k in norms or not _OUTPUT_NORM.match(k)}
         if adapt_in_channels:
             self._adapt_stem(parameters, ours, checkpoint)
-        parameters = self.adapt_weights(parameters)
+        parameters = adapt(parameters)
         left = check_fits(self, parameters, str(checkpoint), strict, allow)
         if left:
             logger.info(f'Not loaded from {checkpoint} (missing, left over or of another shape): '

@@ -1,0 +1,3 @@
+from vmamba_mm.heads.videomamba import DistilledVideoMamba, MaskedVideoMamba, VideoEncoder
+
+__all__ = ['DistilledVideoMamba', 'MaskedVideoMamba', 'VideoEncoder']
