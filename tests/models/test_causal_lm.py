@@ -339,12 +339,12 @@ def test_every_token_costs_the_same():
         model.generate(tokens_of(2, 40), 60, callback=callback)
     assert max(steps[0]) > max(steps[2])  # the prompt was read as a whole
     assert all(step == steps[2] for step in steps[3:])
-    state = model(tokens_of(2, 3), model.init_state(2))[1]
-    later = model(tokens_of(2, 300), model.init_state(2))[1]
-    assert [leaf.shape for leaf in tree_leaves(state)] == [leaf.shape for leaf in tree_leaves(later)]
-    # Nor does a state keep the memory of the text that it comes from.
-    assert [leaf.untyped_storage().nbytes() for leaf in tree_leaves(state)] == \
-        [leaf.untyped_storage().nbytes() for leaf in tree_leaves(later)]
+    states = [tree_leaves(model(tokens_of(2, length), model.init_state(2))[1])
+              for length in (3, 300)]
+    for few, many in zip(*states, strict=True):
+        assert few.shape == many.shape
+        # Nor does a state keep the memory of the text that it comes from.
+        assert many.untyped_storage().nbytes() == many.numel() * many.element_size()
 
 
 @pytest.mark.parametrize('kwargs, message', [

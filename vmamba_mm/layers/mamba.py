@@ -217,13 +217,26 @@ class MambaMixer(_Mixer):
                 ) -> Tensor | tuple[Tensor, MambaState]:
         if state is None:
             return super().forward(x)
+        if x.shape[1] == 1 and _is_causal_conv(self.conv1d):
+            return self._one_token(x, state)
         x, z = self.in_proj(x).chunk(2, dim=-1)
         # Before the convolution stand the last tokens, in place of zeros.
         seen = torch.cat([state.conv.to(x.dtype), x], dim=1)
         u = self._convolve(self.conv1d, seen)[:, self.d_conv - 1:]
         y, ssm = self._scan(self._scan_inputs(u, z), self.A_log, initial_state=state.ssm,
                             return_final_state=True)
-        return self._project_out(y), MambaState(seen[:, x.shape[1]:], ssm)
+        # A view would keep the memory of all tokens.
+        return self._project_out(y), MambaState(seen[:, x.shape[1]:].clone(), ssm)
+
+    def _one_token(self, x, state):
+        x, z = self.in_proj(x.squeeze(1)).chunk(2, dim=-1)
+        conv = self.conv1d
+        u, tail = causal_conv_step(state.conv.to(x.dtype), x, conv.weight.squeeze(1), conv.bias)
+        inputs = self._scan_inputs(u, z)
+        B, C = inputs.pop('B').unsqueeze(1), inputs.pop('C').unsqueeze(1)
+        y, ssm = selective_scan_step(state.ssm, A=state_matrix(self.A_log), B=B, C=C, **inputs,
+                                     delta_softplus=True)
+        return self._project_out(y).unsqueeze(1), MambaState(tail, ssm)
 
     def step(self, x: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         """One more token.
@@ -235,17 +248,8 @@ class MambaMixer(_Mixer):
         Returns:
             (B, C) and the new state; the old one is not changed.
         """
-        conv = self.conv1d
-        if not _is_causal_conv(conv):
-            y, state = self(x.unsqueeze(1), state)
-            return y.squeeze(1), state
-        x, z = self.in_proj(x).chunk(2, dim=-1)
-        u, tail = causal_conv_step(state.conv.to(x.dtype), x, conv.weight.squeeze(1), conv.bias)
-        inputs = self._scan_inputs(u, z)
-        B, C = inputs.pop('B').unsqueeze(1), inputs.pop('C').unsqueeze(1)
-        y, ssm = selective_scan_step(state.ssm, A=state_matrix(self.A_log), B=B, C=C, **inputs,
-                                     delta_softplus=True)
-        return self._project_out(y), MambaState(tail, ssm)
+        y, state = self(x.unsqueeze(1), state)
+        return y.squeeze(1), state
 
     def init_state(self, batch: int) -> MambaState:
         """The state before the first token, of ``batch`` sequences."""
