@@ -144,8 +144,11 @@ def save(state, meta, family, target, to):
         buffer.write(to_bytes(state, metadata=dict(format='pt', meta=json.dumps(meta))))
     elif to == 'official':
         state = to_official(state, family)
-        dense = meta['task'] in ('det', 'seg')
-        torch.save(dict(meta=meta, state_dict=state) if dense else dict(model=state), buffer)
+        if meta['task'] in ('det', 'seg'):
+            state = dict(meta=meta, state_dict=state)
+        elif family.weights_key:
+            state = {family.weights_key: state}
+        torch.save(state, buffer)
     else:
         torch.save(dict(meta=meta, state_dict=state), buffer)
     write_atomic(buffer.getbuffer(), target)

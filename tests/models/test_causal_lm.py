@@ -4,7 +4,9 @@ The generic tests of families (tests/specs.py) feed images and ask for maps, nor
 stages; what a language model has of that is tested here.
 """
 
+import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -27,6 +29,7 @@ TINY = dict(mixer='mamba', vocab_size=29, embed_dims=16, depth=3, d_state=4)
 OTHER = dict(TINY, d_conv=3, expand=1.5, dt_rank=2, conv_bias=False, bias=True,
              tie_embeddings=False, pad_vocab_size_multiple=1)
 each_arch = pytest.mark.parametrize('arch', [TINY, OTHER], ids=['tiny', 'other'])
+each_device = pytest.mark.parametrize('device', ['cpu', 'cuda'])
 
 
 def random_model(arch=TINY, **kwargs):
@@ -185,10 +188,11 @@ def test_half_precision_keeps_the_residual_stream_in_fp32(autocast):
 # -- the state -----------------------------------------------------------------------------------
 
 @each_arch
+@each_device
 @pytest.mark.parametrize('parts', [[1] * 12, [5, 7], [9, 1, 1, 1], [2, 1, 9], [12]])
-def test_pieces_are_the_whole(arch, parts):
+def test_pieces_are_the_whole(arch, parts, device):
     """Whatever pieces a text is read in: shorter than the convolution, or a token alone."""
-    model, input_ids = random_model(arch), tokens_of(2, 12)
+    model, input_ids = random_model(arch).to(device), tokens_of(2, 12).to(device)
     state, logits = model.init_state(2), []
     with torch.no_grad():
         for piece in input_ids.split(parts, dim=1):
@@ -237,10 +241,11 @@ def greedy(model, prompt, count):
 
 
 @each_arch
+@each_device
 @torch.no_grad()
-def test_generation_is_that_of_full_passes(arch):
-    model = random_model(arch)
-    prompts = [tokens_of(length, seed=length) for length in (5, 2, 5, 1, 9)]
+def test_generation_is_that_of_full_passes(arch, device):
+    model = random_model(arch).to(device)
+    prompts = [tokens_of(length, seed=length).to(device) for length in (5, 2, 5, 1, 9)]
     expected = [greedy(model, prompt, 11) for prompt in prompts]
     assert len({tuple(text[-11:].tolist()) for text in expected}) > 2  # the test can tell
     # In a batch of many lengths each text is what it is alone.
@@ -463,6 +468,30 @@ def test_names_of_weights(arch, names, tmp_path):
     assert set(back) == set(expected) and all(torch.equal(back[k], expected[k]) for k in back)
 
 
+def test_any_name_more_or_less_is_no_longer_recognised():
+    for names in (transformers_state, mamba_ssm_state, CausalLM.state_dict):
+        model = random_model()
+        state = names(model)
+        place = {value.data_ptr(): name for name, value in state.items()
+                 if name != 'lm_head.weight'}
+        for name in FAMILY.signature:
+            missing = place[model.get_parameter(name).data_ptr()]
+            assert family_of({k: v for k, v in state.items() if k != missing}) is None
+        for more in ('more.weight', 'backbone.more.weight', 'patch_embed.proj.weight'):
+            assert family_of(state | {more: torch.ones(1)}) is None
+
+
+def test_a_tied_head_stays_tied():
+    """Through everything that makes new parameters."""
+    model, other = random_model(), CausalLM(TINY)
+    other.load_state_dict(model.state_dict(), assign=True)
+    assert other.lm_head.weight is other.token_embed.weight is not model.token_embed.weight
+    for changed in (copy.deepcopy(model), model.double(), pickle.loads(pickle.dumps(model))):
+        assert changed.lm_head.weight is changed.token_embed.weight
+    names = [name for name, _ in model.named_parameters()]
+    assert 'lm_head.weight' not in names and 'token_embed.weight' in names
+
+
 def test_an_untied_head_is_never_taken_for_a_tied_one(tmp_path):
     model = random_model(dict(TINY, tie_embeddings=False))
     state = mamba_ssm_state(model)
@@ -535,9 +564,21 @@ def test_published_configs_give_published_architectures():
 
 # -- compiling -----------------------------------------------------------------------------------
 
-def test_one_graph_for_a_step_of_decoding():
+def test_export():
+    model, ids = random_model(), tokens_of(2, 9)
+    length = torch.export.Dim('length', min=2, max=1000)
+    program = torch.export.export(model, (ids,), dynamic_shapes=({1: length},)).module()
+    for length in (9, 30):
+        ids = tokens_of(2, length)
+        torch.testing.assert_close(program(ids), model(ids))
+
+
+def test_one_graph_for_a_text_and_for_a_step():
     torch._dynamo.reset()
     model = random_model()
+    ids = tokens_of(2, 9)
+    whole = torch.compile(model, backend='eager', fullgraph=True)
+    torch.testing.assert_close(whole(ids), model(ids))
     step = torch.compile(lambda ids, state: model(ids, state), backend='eager', fullgraph=True)
     with torch.no_grad():
         state = other = model.init_state(2)

@@ -12,7 +12,9 @@ A family takes these files; everything else is generic and comes from them:
 3. ``configs/NAME/metafile.yml``, the only home of what was published, and
 4. ``configs/NAME/*.py``, a config for each published model.
 5. ``tests/families/NAME.py``: ``SPEC``, a ``Spec`` of ``tests/specs.py``, with small archs and the
-   official names written out a second time. All generic tests run on it.
+   official names written out a second time. All generic tests run on it. A family that takes
+   tokens in place of images, :mod:`vmamba_mm.families.mamba_lm`, is no backbone and has tests of
+   its own.
 
 Where there are numbers of the official code, ``FAMILY.parity`` says how to compare with them
 (:mod:`vmamba_mm.families.parity`). ``tests/made_up`` is a family of exactly these five files, in

@@ -160,8 +160,8 @@ def _require(key, found, wanted):
 
 
 FAMILY = Family(
-    name='mamba_lm', model='CausalLM', takes='tokens', archs=ARCHS, rules=RULES, check=_check,
-    keys=KEYS,
+    name='mamba_lm', model='CausalLM', takes='tokens', weights_key='', archs=ARCHS,
+    rules=RULES, check=_check, keys=KEYS,
     signature=('token_embed.weight', 'norm.weight', *(f'blocks.0.{name}' for name in (
         'norm.weight', 'mixer.in_proj.weight', 'mixer.conv1d.weight', 'mixer.x_proj.weight',
         'mixer.dt_proj.weight', 'mixer.dt_proj.bias', 'mixer.A_log', 'mixer.D',

@@ -82,8 +82,9 @@ class CausalLM(StrictLoading, BaseModule):
         self.lm_head = nn.Linear(dims, rows, bias=False)
         self._init_parameters()
         self.is_tied = options['tie_embeddings']
-        if self.is_tied:
-            self.lm_head.weight = self.token_embed.weight
+        _tie(self)
+        # load_state_dict(..., assign=True) makes new parameters.
+        self.register_load_state_dict_post_hook(_tie)
 
     def _init_parameters(self) -> None:
         """As published: what feeds the residual stream starts smaller, by sqrt(depth)."""
@@ -141,9 +142,9 @@ class CausalLM(StrictLoading, BaseModule):
     # --- weights ----------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, checkpoint: str | os.PathLike, *, map_location: Any = 'cpu',
+    def from_pretrained(cls, checkpoint: str | os.PathLike, *, device: Any = 'cpu',
                         weights: str = 'auto', **kwargs) -> 'CausalLM':
-        """The model that a checkpoint holds, with its weights, in eval mode.
+        """The model that a checkpoint holds, with its weights, in fp32 and eval mode.
 
         Args:
             checkpoint: a folder with the ``config.json`` and weights of ``mamba_ssm`` or of
@@ -151,7 +152,8 @@ class CausalLM(StrictLoading, BaseModule):
                 :func:`vmamba_mm.checkpoints.files.read_checkpoint` takes, such as
                 ``vmamba_mm://mamba_lm/mamba-130m``. Without a ``config.json`` the architecture is
                 that of the weights.
-            map_location, weights: as there.
+            device: of the model.
+            weights: as there.
             kwargs: keyword arguments of the class, in place of what the checkpoint says.
 
         Raises:
@@ -159,7 +161,7 @@ class CausalLM(StrictLoading, BaseModule):
                 not all that such a model has, and no more.
         """
         path = fetch(checkpoint)
-        state = read_checkpoint(path, weights, map_location, family=cls.family)
+        state = read_checkpoint(path, weights, family=cls.family)
         state = state.get('state_dict', state)
         arch = _read_config(path)
         if arch is None:
@@ -168,7 +170,9 @@ class CausalLM(StrictLoading, BaseModule):
                                for name in ('token_embed', 'lm_head'))
             if not _is_same(embedding, head):
                 kwargs = {'tie_embeddings': False, **kwargs}
-        model = cls(arch, **kwargs)
+        with torch.device('meta'):  # initial values would take longer than the file
+            model = cls(arch, **kwargs)
+        _tie(model.to_empty(device=device))
         try:
             model.load_state_dict(inside(state, 'backbone.') or state)
         except UserError as err:
@@ -188,6 +192,12 @@ class CausalLM(StrictLoading, BaseModule):
     def plain_state(self, arch: str | Mapping[str, Any] | None = None) -> dict[str, Tensor]:
         with torch.device('meta'):
             return CausalLM(self.arch if arch is None else arch).state_dict()
+
+
+def _tie(model: CausalLM, _: Any = None) -> None:
+    """Make the head's weight that of the embedding, where the model ties them."""
+    if model.is_tied:
+        model.lm_head.weight = model.token_embed.weight
 
 
 def _is_same(embedding: Tensor | None, head: Tensor | None) -> bool:
