@@ -34,8 +34,7 @@ def table_of_models(folder: Path) -> str:
     """One row for each family: the best of each of its collections, by the first metric."""
     rows = []
     for family, models in by_family():
-        best = [max(measured, key=main_metrics) for group in by_collection(models)
-                if (measured := [e for e in group if e.metrics])]
+        best = [max(group, key=main_metrics) for group in by_collection(measured(models))]
         cells = '; '.join(f'{e.dataset}{method(e)}: ' + ', '.join(
             f'{SHORT.get(name, name)} {value}' for name, value in main_metrics(e).items())
             + f' (`{e.arch}`)' for e in best)
@@ -49,7 +48,8 @@ def table_of_architectures(folder: Path) -> str:
     """A table for each family: parameters, FLOPs and the first published row of each task."""
     tables = []
     for family, models in by_family():
-        collections = [group for group in by_collection(models) if group[0].metrics]
+        models = measured(models) or models
+        collections = list(by_collection(measured(models)))
         heads = [f'{group[0].dataset}{method(group[0])}{schedule(group)}: ' + ' / '.join(
             SHORT.get(name, name) for name in main_metrics(group[0])) for group in collections]
         rows = []
@@ -83,6 +83,11 @@ def model_index() -> str:
 def by_family() -> Iterator[tuple[str, list[zoo.Entry]]]:
     for family, models in groupby(zoo.entries(), key=lambda e: e.family):
         yield family, list(models)
+
+
+def measured(models: Sequence[zoo.Entry]) -> list[zoo.Entry]:
+    """Those with results."""
+    return [e for e in models if e.metrics]
 
 
 def by_collection(models: Sequence[zoo.Entry]) -> Iterator[list[zoo.Entry]]:
