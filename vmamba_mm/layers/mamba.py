@@ -202,12 +202,7 @@ class MambaMixer(_Mixer):
         layer_scale: initial value of ``gamma``, a factor for each channel of the result; None for
             no such parameter.
 
-    Args of ``forward``:
-        x: (B, L, C).
-        state: what :meth:`init_state`, :meth:`step` or an earlier call returned, for the tokens
-            before ``x``; None if there are none and nothing comes after.
-
-    Shape: (B, L, C) -> (B, L, C), with ``state`` that and the :class:`MambaState` after ``x``.
+    Shape: (B, L, C) -> (B, L, C), with a state that and the :class:`MambaState` after it.
 
     Raises:
         ValueError: on a value that is not allowed.
@@ -215,6 +210,13 @@ class MambaMixer(_Mixer):
 
     def forward(self, x: Tensor, state: MambaState | None = None
                 ) -> Tensor | tuple[Tensor, MambaState]:
+        """The mixer's result, and the new state if one is given, which is not changed.
+
+        Args:
+            x: (B, L, C).
+            state: what :meth:`init_state`, :meth:`step` or an earlier call returned, for the
+                tokens before ``x``; None if there are none and nothing comes after.
+        """
         if state is None:
             return super().forward(x)
         if x.shape[1] == 1 and _is_causal_conv(self.conv1d):
@@ -363,14 +365,7 @@ class MambaBlock(nn.Module):
         drop_path: probability to drop the mixer's result for a sample.
         with_cp: recompute the block in the backward pass to save memory.
 
-    Args of ``forward``:
-        hidden: (B, L, C).
-        residual: (B, L, C), or None for the first block.
-        with_output: also return the mixer's result before paths are dropped.
-        state: for the mixer: :class:`MambaMixer`'s.
-
-    Shape: (B, L, C) twice -> (hidden, residual) of the same shape, then the mixer's result, then
-    the new state, each if it was asked for.
+    Shape: (B, L, C) twice -> (hidden, residual) of the same shape.
     """
 
     def __init__(self, mixer: nn.Module, norm: nn.Module, drop_path: float = 0.0,
@@ -383,6 +378,14 @@ class MambaBlock(nn.Module):
 
     def forward(self, hidden: Tensor, residual: Tensor | None = None, *, with_output: bool = False,
                 state: MambaState | None = None) -> tuple[Tensor, ...]:
+        """The new streams, then the mixer's result, then the new state, each if it was asked for.
+
+        Args:
+            hidden: (B, L, C).
+            residual: (B, L, C), or None for the first block.
+            with_output: also return the mixer's result before paths are dropped.
+            state: for the mixer: :class:`MambaMixer`'s.
+        """
         if self.with_cp and torch.is_grad_enabled():
             return torch.utils.checkpoint.checkpoint(
                 self._forward, hidden, residual, with_output, state, use_reentrant=False)
