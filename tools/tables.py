@@ -86,7 +86,7 @@ def by_family() -> Iterator[tuple[str, list[zoo.Entry]]]:
 
 
 def measured(models: Sequence[zoo.Entry]) -> list[zoo.Entry]:
-    """Those with results."""
+    """Those with results, which a pre-training alone has not."""
     return [e for e in models if e.metrics]
 
 
@@ -109,9 +109,12 @@ def main_metrics(entry: zoo.Entry) -> dict[str, float]:
 
 
 def method(entry: zoo.Entry) -> str:
-    """The collection's name without that of its family: ', Mask R-CNN' or nothing."""
+    """The collection's name without that of its family: ', Mask R-CNN' or nothing.
+
+    A name that is the data set's says nothing more.
+    """
     name = entry.collection['Name'].removeprefix(entry.collection['Family']).strip()
-    return f', {name}' if name else ''
+    return '' if name in ('', entry.dataset) else f', {name}'
 
 
 def schedule(models: Sequence[zoo.Entry]) -> str:

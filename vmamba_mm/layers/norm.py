@@ -22,12 +22,13 @@ class LayerNorm(nn.LayerNorm):
         dim: C.
         feeds_matmul: under autocast the result has autocast's dtype, to which the product that
             takes it would round it anyway; else it is fp32, as autocast has it.
+        eps: added to the variance.
 
     Shape: (B, ..., C) -> (B, ..., C).
     """
 
-    def __init__(self, dim: int, feeds_matmul: bool = False):
-        super().__init__(dim)
+    def __init__(self, dim: int, feeds_matmul: bool = False, eps: float = 1e-5):
+        super().__init__(dim, eps=eps)
         self.feeds_matmul = feeds_matmul
 
     def forward(self, x: Tensor) -> Tensor:
