@@ -16,8 +16,8 @@ def scan_flops(batch: int, channels: int, length: int, state: int) -> int:
     return 2 * batch * length * channels * (9 * state + 1)
 
 
-def _composed(module, why_not) -> Implementation:
-    """An implementation of the scan alone, with what can be composed around it."""
+def _plain(module, why_not) -> Implementation:
+    """An implementation of the plain scan, with what can be composed around it."""
     whole = composed.Composed(module)
     return Implementation(whole.forward, whole.backward, lambda *args: (
         why_not(*args[:7], args[12]) or composed.why_not(args[8], args[10])))
@@ -45,8 +45,8 @@ _selective_scan = define_op(
     fake=_fake,
     results=2,
     implementations={
-        'cuda': _composed(cuda, cuda.why_not),
-        'triton': _composed(triton_scan, lambda *args: triton_scan.why_not(
+        'cuda': _plain(cuda, cuda.why_not),
+        'triton': _plain(triton_scan, lambda *args: triton_scan.why_not(
             args[0], args[7], args[1:7])),
         'chunked': Implementation(chunked.forward, chunked.backward)},
     saves='u delta A B C D delta_bias z initial_state saved delta_softplus return_final_state '
