@@ -21,7 +21,8 @@ MODULES: dict[str, tuple[str, ...]] = {
     'mamba_ssm.ops.triton.selective_state_update': (
         'state_update: selective_state_update',),
     'mamba_ssm.modules': (),
-    'mamba_ssm.modules.mamba_simple': ('mamba_simple: Mamba Block',),
+    'mamba_ssm.modules.mamba_simple': ('mamba_simple: Mamba', 'blocks: Block'),
+    'mamba_ssm.modules.block': ('blocks: Block=BlockWithMLP',),
     'mamba_ssm.utils': (),
     'mamba_ssm.utils.generation': ('language: GenerationMixin InferenceParams',),
     'mamba_ssm.utils.hf': ('language: load_config_hf load_state_dict_hf',),
