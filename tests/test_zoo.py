@@ -23,6 +23,7 @@ METRICS = {
     'Object Detection': {'box AP', 'box AP50', 'box AP75'},
     'Instance Segmentation': {'mask AP', 'mask AP50', 'mask AP75'},
     'Semantic Segmentation': {'mIoU', 'mIoU(ms+flip)'},
+    'Language Modelling': set(),
 }
 
 
@@ -49,17 +50,19 @@ def test_the_index_as_openmmlab_reads_it():
 
 @pytest.mark.parametrize('entry', zoo.entries(), ids=lambda entry: entry.name)
 def test_row(entry):
-    assert entry.path.samefile(REPO / entry.config)
-    # The name is that of the config, but for a second file of one config.
-    assert entry.path.stem == entry.name or \
-        entry is not zoo.entries(entry.family, entry.arch, entry.task)[0]
+    assert (entry.config is None) == (entry.path is None) == (entry.task == 'lm')
+    if entry.config:
+        assert entry.path.samefile(REPO / entry.config)
+        # The name is that of the config, but for a second file of one config.
+        assert entry.path.stem == entry.name or \
+            entry is not zoo.entries(entry.family, entry.arch, entry.task)[0]
     assert entry.weights is None or re.fullmatch(r'https://[^#\s]+/[\w.-]+', entry.weights)
     assert entry.sha256 is None or re.fullmatch('[0-9a-f]{64}', entry.sha256)
     for result in entry.results:
         assert set(result.metrics) <= METRICS[result.task]
         assert all(0 < value < 100 for value in result.metrics.values())
-    assert (entry.tag is not None) == (entry.task == 'cls')
-    if entry.task != 'cls':
+    assert (entry.tag is not None) == (entry.task in ('cls', 'lm'))
+    if entry.tag is None:
         assert entry.pretrained in {f'{e.family}/{e.arch}.{e.tag}' for e in zoo.entries(task='cls')}
         assert zoo.find(entry.pretrained).arch == entry.arch
 
@@ -143,7 +146,7 @@ def test_names():
 
 @pytest.mark.parametrize('name', ['vmamba/tiny_s1l9', 'vmamba-tiny-s1l8', 'nothing like it'])
 def test_unknown_names(name):
-    with pytest.raises(UserError, match=f"the zoo has no '{name}'; names are for example 'vmamba"):
+    with pytest.raises(UserError, match=f"the zoo has no '{name}'; names are for example '"):
         read_checkpoint(zoo.SCHEME + name)
 
 

@@ -33,6 +33,7 @@ def load(model: nn.Module, family: Family, subject: Subject, path: Path) -> None
     Raises:
         UserError: if it does not fit.
     """
+    model = model.get_submodule(subject.into)
     if subject.convert is not None:
         content = read_content(path)
         for key in subject.within:

@@ -56,6 +56,8 @@ class Backbone(StrictLoading, BaseModule):
     stem: tuple[str, ...] = ('patch_embed',)
     stages_name = 'stages'
     is_flat = False
+    #: Whether the norms of outputs are of the last dimension, as of tokens, and no LayerNorm2d.
+    norms_last = False
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -108,6 +110,11 @@ class Backbone(StrictLoading, BaseModule):
             return [arch['patch_size']] * len(depths)
         return [4 * 2 ** i for i in range(len(depths))]
 
+    @staticmethod
+    def clip_length(arch: Mapping[str, Any]) -> int:
+        """The frames of a clip that the arch is made for, (B, C, T, H, W); 0 if it takes images."""
+        return 0
+
     def build(self, in_channels: int, drop_path_rates: Sequence[float], with_cp: bool) -> None:
         """Make the modules, with their initial weights.
 
@@ -155,10 +162,10 @@ class Backbone(StrictLoading, BaseModule):
         """The norm of output ``i``: (B, H, W, C) to (B, C, H, W), a view."""
         norm = self.output_norm(i)
         if norm is None:
-            return x.permute(0, 3, 1, 2)
-        if isinstance(norm, nn.LayerNorm) and not isinstance(norm, LayerNorm2d):
-            return norm(x).permute(0, 3, 1, 2)  # of the last dimension
-        return norm(x.permute(0, 3, 1, 2))
+            return x.movedim(-1, 1)
+        last = self.norms_last or (isinstance(norm, nn.LayerNorm)
+                                   and not isinstance(norm, LayerNorm2d))
+        return norm(x).movedim(-1, 1) if last else norm(x.movedim(-1, 1))
 
     def train(self, mode: bool = True) -> 'Backbone':
         super().train(mode)

@@ -1,0 +1,8 @@
+"""Decoders and models of tasks that are no backbones, for mmengine's registry."""
+
+from vmamba_mm.heads.pyramid import SimpleFeaturePyramid
+from vmamba_mm.heads.video import ClipPreprocessor, VideoClassifier
+from vmamba_mm.heads.videomamba import DistilledVideoMamba, MaskedVideoMamba, VideoEncoder
+
+__all__ = ['ClipPreprocessor', 'DistilledVideoMamba', 'MaskedVideoMamba', 'SimpleFeaturePyramid',
+           'VideoClassifier', 'VideoEncoder']
