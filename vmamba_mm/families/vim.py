@@ -24,9 +24,8 @@ def _arch(embed_dims: int, **more: Any) -> dict[str, Any]:
 
 #: Table 1; ``stride8`` are fine-tuned on patches that overlap by half.
 ARCHS = {
-    'tiny': _arch(192), 'tiny_stride8': _arch(192, stride=8),
-    'small': _arch(384), 'small_stride8': _arch(384, stride=8),
-    'base': _arch(768),
+    'tiny': _arch(192), 'small': _arch(384), 'base': _arch(768),
+    'tiny_stride8': _arch(192, stride=8), 'small_stride8': _arch(384, stride=8),
 }
 
 _COUNT = Rule(lambda v: is_int(v, 1), 'an int of at least 1')
@@ -282,7 +281,7 @@ def _parity_block(section: str, case: Options) -> Subject:
 
 
 def _parity_norm(section: str, case: Options) -> Subject:
-    call = Call(args=('x', 'residual', 'weight', 'bias'),
+    call = Call(args=('x', 'weight', 'bias', 'residual'),
                 view=lambda y: list(y) if isinstance(y, tuple) else [y])
     return Subject(Build('vmamba_mm.integrations.dropin.norms:layer_norm_fn', dict(
         is_rms_norm=case['rms'], eps=case['eps'], prenorm=case['prenorm'])), call)
