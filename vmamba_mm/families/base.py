@@ -35,7 +35,7 @@ class Rule:
 class Family:
     """All that the package knows of a family besides its modules."""
 
-    #: Also the folder of its configs, configs/NAME.
+    #: Before an architecture in the names of published weights, vmamba_mm://NAME/ARCH.
     name: str
     #: The class in vmamba_mm.models, and what messages call the family.
     model: str
@@ -65,6 +65,9 @@ class Family:
     first_convs: tuple[str, ...] = ()
     #: Checks of a whole arch, after the rules: raises ValueError.
     check: Callable[[Mapping[str, Any]], None] | None = None
+    #: The folder of its configs, configs/SYSTEM, and of official numbers, where several families
+    #: share one; '' for their own, of the family's name. One of the families has the ``parity``.
+    system: str = ''
     #: Of the official code and weights, and where they are.
     licence: str = ''
     url: str = ''

@@ -25,8 +25,8 @@ class LayerNorm(nn.LayerNorm):
     Shape: (B, ..., C) -> (B, ..., C).
     """
 
-    def __init__(self, dim: int, feeds_matmul: bool = False):
-        super().__init__(dim)
+    def __init__(self, dim: int, feeds_matmul: bool = False, eps: float = 1e-5):
+        super().__init__(dim, eps=eps)
         self.feeds_matmul = feeds_matmul
 
     def forward(self, x: Tensor) -> Tensor:

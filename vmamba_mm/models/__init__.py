@@ -1,4 +1,7 @@
+from vmamba_mm.models.action_mamba import ActionMamba, MaskMambaBlock
+from vmamba_mm.models.timemamba import TimeMamba
 from vmamba_mm.models.videomamba import VideoMamba
+from vmamba_mm.models.vivim import ViViM
 from vmamba_mm.models.vmamba import VMamba
 
-__all__ = ['VMamba', 'VideoMamba']
+__all__ = ['ActionMamba', 'MaskMambaBlock', 'TimeMamba', 'VMamba', 'ViViM', 'VideoMamba']

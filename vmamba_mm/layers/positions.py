@@ -1,0 +1,37 @@
+"""Position embeddings, brought to the sizes of an input."""
+
+import torch.fx
+import torch.nn.functional as F
+from torch import Tensor
+
+# What torch.fx records as it is, since it looks at shapes.
+torch.fx.wrap('pad_to_a_patch')
+torch.fx.wrap('resize_grid')
+torch.fx.wrap('resize_time')
+
+
+def pad_to_a_patch(x: Tensor, patch_size: int) -> Tensor:
+    """(..., H, W); sides that are smaller than a patch get zeros below, or on the right."""
+    height, width = x.shape[-2:]
+    if height >= patch_size and width >= patch_size:
+        return x
+    return F.pad(x, (0, max(0, patch_size - width), 0, max(0, patch_size - height)))
+
+
+def resize_grid(embed: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """(1, h * w, C) of the grid ``old``, bicubic, for the grid ``new``."""
+    if old == new:
+        return embed
+    grid = embed.transpose(1, 2).unflatten(2, old)
+    # In fp32: halves would round the weights of the neighbours.
+    grid = F.interpolate(grid.float(), new, mode='bicubic', align_corners=False)
+    return grid.flatten(2).transpose(1, 2).to(embed.dtype)
+
+
+def resize_time(embed: Tensor, frames: int) -> Tensor:
+    """(T, 1, C), linear, for another number of frames."""
+    if embed.shape[0] == frames:
+        return embed
+    line = F.interpolate(embed.permute(1, 2, 0).float(), frames, mode='linear',
+                         align_corners=False)
+    return line.permute(2, 0, 1).to(embed.dtype)

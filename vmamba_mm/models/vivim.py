@@ -1,0 +1,169 @@
+"""ViViM, the spatio-temporal backbone of Video Mamba Suite (arXiv 2403.09626, section 4.5)."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vmamba_mm.families.vivim import FAMILY, grid_of
+from vmamba_mm.layers import BiMambaMixer, DecomposedBiMambaMixer, MambaBlock, RMSNorm
+from vmamba_mm.layers.norm import sum_and_norm
+from vmamba_mm.layers.positions import pad_to_a_patch, resize_grid, resize_time
+from vmamba_mm.models.base import Backbone
+from vmamba_mm.registry import MODELS
+
+
+@MODELS.register_module()
+class ViViM(Backbone):
+    """A Vim for clips: the patches of all frames, and class tokens, in one long sequence.
+
+    Tokens run frame by frame and row by row. A class token stands in the middle of every frame;
+    the results of these are averaged after the last norm.
+
+    Args:
+        arch: a key of ``ViViM.arch_settings``, or a dict with the keys ``embed_dims`` (C),
+            ``depth`` (blocks), ``d_state`` (N), ``expand`` (inner channels by C), ``mixer``
+            ('bidirectional' for :class:`BiMambaMixer`, 'scan_norm' for the same with a norm before
+            ``out_proj``, 'decomposed' for :class:`DecomposedBiMambaMixer`), ``cls_token``
+            ('frame' for one in the middle of every frame, 'clip' for a single one in the middle
+            of the clip), ``patch_size``, ``image_size`` (one int, or height and width) and
+            ``num_frames`` of the position embeddings, and as it likes ``d_conv`` (4), ``dt_rank``
+            ('auto' for ceil(C / 16)) and, of 'bidirectional', ``reduce`` ('mean', or 'sum' of the
+            directions). With ``base``, the name of a published one, only the keys that differ from
+            it. The default is 'tiny'.
+        out_type: 'featmap' for maps of the blocks in ``out_indices``; 'cls_token' for the class
+            token, the clip's feature, after the last block alone.
+        out_indices, drop_path_rate, frozen_stages, norm_eval, with_cp, in_channels, compile,
+            init_cfg: as of :class:`Backbone`.
+
+    Shape:
+        (B, in_channels, T, H, W) to a tuple: of (B, C, T, h, w) with h = H // patch_size, or of one
+        (B, C). Sides smaller than a patch are padded with zeros, and what is left over is ignored.
+        Position embeddings are resized where the input is not of ``image_size`` and
+        ``num_frames``: bicubic in space, linear in time.
+
+    Raises:
+        ValueError: on a value that is not allowed, with the choices.
+        TypeError: on a keyword of another backbone, left over in a merged config.
+    """
+
+    family = FAMILY
+    default_arch = 'tiny'
+    stem = ('patch_embed', 'cls_token', 'pos_embed', 'temporal_embedding')
+    stages_name = 'blocks'
+    is_flat = True
+
+    def __init__(self, arch: str | Mapping[str, Any] | None = None,
+                 out_indices: Sequence[int] | None = None, out_type: str = 'featmap', **kwargs):
+        if out_type not in ('featmap', 'cls_token'):
+            raise ValueError(f"out_type={out_type!r} does not exist; choose 'featmap' or "
+                             "'cls_token'")
+        super().__init__(arch, out_indices, **kwargs)
+        self.out_type = out_type
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        if self.out_type == 'cls_token':
+            return (self.forward_cls_token(x),)
+        return super().forward(x)
+
+    @staticmethod
+    def stage_sizes(arch: Mapping[str, Any]) -> tuple[Sequence[int], list[int]]:
+        return (1,) * arch['depth'], [arch['embed_dims']] * arch['depth']
+
+    @staticmethod
+    def clip_length(arch: Mapping[str, Any]) -> int:
+        return arch['num_frames']
+
+    def build(self, in_channels: int, drop_path_rates: Sequence[float], with_cp: bool) -> None:
+        arch = self.arch
+        dims, patch = arch['embed_dims'], arch['patch_size']
+        self.grid = grid_of(arch)
+        num_patches = self.grid[0] * self.grid[1]
+        self.patch_embed = nn.Conv2d(in_channels, dims, patch, patch)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dims))
+        self.pos_embed = nn.Parameter(torch.zeros(1, num_patches + 1, dims))
+        self.temporal_embedding = nn.Parameter(torch.zeros(arch['num_frames'], 1, dims))
+        self.blocks = nn.ModuleList(MambaBlock(_mixer(arch), RMSNorm(dims), rate, with_cp)
+                                    for rate in drop_path_rates)
+        self.norm = RMSNorm(dims)
+
+    def output_norm(self, i: int) -> nn.Module | None:
+        return self.norm if i == len(self.depths) - 1 else None
+
+    # --- tokens -----------------------------------------------------------------------------
+
+    def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+        """A clip's tokens, (B, L, C), and the size of their map, (T, h, w)."""
+        batch, _, frames = x.shape[:3]
+        x = pad_to_a_patch(x, self.arch['patch_size']).transpose(1, 2).flatten(0, 1)
+        x = self.patch_embed(x)
+        height, width = x.shape[-2:]
+        x = x.flatten(2).transpose(1, 2).unflatten(0, (batch, frames))  # (B, T, n, C)
+        # The middle row of the embedding is the class token's.
+        before, cls, after = _around_middle(self.pos_embed)
+        pos = resize_grid(torch.cat((before, after), dim=1), self.grid, (height, width))
+        time = resize_time(self.temporal_embedding, frames)
+        x, cls = x + pos + time, self.cls_token + cls
+        if self.arch['cls_token'] == 'frame':
+            x = _insert(x, (cls + time).expand(batch, -1, -1, -1)).flatten(1, 2)
+        else:
+            x = _insert(x.flatten(1, 2), cls.expand(batch, -1, -1))
+        return x, (frames, height, width)
+
+    def _split(self, tokens: Tensor, size: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+        """(B, L, C) into the class tokens, (B, T, C) or (B, 1, C), and the map, (B, T, h, w, C)."""
+        frames, height, width = size
+        if self.arch['cls_token'] == 'frame':
+            before, cls, after = _around_middle(tokens.unflatten(1, (frames, -1)))
+            cls, patches = cls.squeeze(2), torch.cat((before, after), dim=2)
+            return cls, patches.unflatten(2, (height, width))
+        before, cls, after = _around_middle(tokens)
+        return cls, torch.cat((before, after), dim=1).unflatten(1, size)
+
+    def _run(self, tokens: Tensor, last: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(hidden, residual) after each block up to ``last``."""
+        hidden, residual = tokens, None
+        for block in self.blocks[:last + 1]:
+            hidden, residual = block(hidden, residual)
+            yield hidden, residual
+
+    def forward_stages(self, x: Tensor, indices: Sequence[int]) -> list[Tensor]:
+        """The maps after some blocks, before the norm, each (B, T, h, w, C).
+
+        Args:
+            x: (B, in_channels, T, H, W).
+            indices: increasing numbers of blocks; none after the last one runs.
+        """
+        tokens, size = self._embed(x)
+        return [self._split((residual + hidden).to(tokens.dtype), size)[1]
+                for i, (hidden, residual) in enumerate(self._run(tokens, indices[-1]))
+                if i in indices]
+
+    def forward_cls_token(self, x: Tensor) -> Tensor:
+        """(B, in_channels, T, H, W) to the clip's feature, (B, C)."""
+        tokens, size = self._embed(x)
+        *_, (hidden, residual) = self._run(tokens, len(self.blocks) - 1)
+        (hidden, _), (residual, _) = self._split(hidden, size), self._split(residual, size)
+        return sum_and_norm(self.norm, residual, hidden, None)[1].mean(1).to(tokens.dtype)
+
+
+def _mixer(arch: Mapping[str, Any]) -> nn.Module:
+    kwargs = {key: arch[key] for key in ('d_state', 'd_conv', 'expand', 'dt_rank') if key in arch}
+    if arch['mixer'] == 'decomposed':
+        return DecomposedBiMambaMixer(arch['embed_dims'], **kwargs)
+    if arch['mixer'] == 'scan_norm':
+        return BiMambaMixer(arch['embed_dims'], out_norm=True, **kwargs)
+    return BiMambaMixer(arch['embed_dims'], reduce=arch.get('reduce', 'mean'), **kwargs)
+
+
+def _around_middle(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(..., L, C), what stands before, in and after the middle: the class token, in odd lengths."""
+    middle = (tokens.shape[-2] - 1) // 2
+    return tokens.tensor_split((middle, middle + 1), dim=-2)
+
+
+def _insert(tokens: Tensor, cls: Tensor) -> Tensor:
+    """(..., L, C) with (..., 1, C) in the middle."""
+    middle = tokens.shape[-2] // 2
+    return torch.cat((tokens[..., :middle, :], cls, tokens[..., middle:, :]), dim=-2)
