@@ -1,13 +1,7 @@
 """Position embeddings, brought to the sizes of an input."""
 
-import torch.fx
 import torch.nn.functional as F
 from torch import Tensor
-
-# What torch.fx records as it is, since it looks at shapes.
-torch.fx.wrap('pad_to_a_patch')
-torch.fx.wrap('resize_grid')
-torch.fx.wrap('resize_time')
 
 
 def pad_to_a_patch(x: Tensor, patch_size: int) -> Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.fx
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
@@ -13,6 +14,10 @@ from vmamba_mm.layers import BiMambaMixer, DropPath, LayerNorm, Mlp, SelfAttenti
 from vmamba_mm.layers.positions import pad_to_a_patch, resize_grid
 from vmamba_mm.models.base import Backbone
 from vmamba_mm.registry import MODELS
+
+# What torch.fx records as it is, since it looks at shapes.
+torch.fx.wrap('pad_to_a_patch')
+torch.fx.wrap('resize_grid')
 
 
 class TimeMambaBlock(nn.Module):
