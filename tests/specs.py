@@ -28,7 +28,8 @@ class Spec:
     Attributes:
         family, model: the family and its class.
         archs: small architectures that together have all of the family's parts.
-        shapes: (arch, height, width of the image) -> (C, H, W) of the map of each stage.
+        shapes: (arch, height, width of the image) -> (C, H, W) of the map of each stage, or
+            (C, T, H, W) of a clip of ``clip_length`` frames.
         changes: keys of the first arch that change, each of which weights tell.
         wrong: (keys of the first arch that change, message) of what is refused.
         official: (backbone) -> its weights as official files have them, for each generation of
@@ -45,7 +46,7 @@ class Spec:
     family: Family
     model: type[Backbone]
     archs: Mapping[str, Mapping[str, Any]]
-    shapes: Callable[[Mapping, int, int], Sequence[tuple[int, int, int]]]
+    shapes: Callable[[Mapping, int, int], Sequence[tuple[int, ...]]]
     changes: Sequence[Mapping[str, Any]]
     wrong: Sequence[tuple[Mapping[str, Any], str]]
     official: Callable[[Backbone], list[State]]
@@ -63,6 +64,16 @@ class Spec:
         """The numbers of the stages of an architecture."""
         arch = self.family.archs[arch] if isinstance(arch, str) else arch
         return range(len(self.model.stage_sizes(arch)[0]))
+
+    def takes_clips(self, arch: str | Mapping[str, Any]) -> bool:
+        arch = self.family.archs[arch] if isinstance(arch, str) else arch
+        return self.model.clip_length(arch) > 0
+
+    def input(self, arch: Mapping[str, Any], batch: int, channels: int, height: int, width: int,
+              device: str = 'cpu') -> Tensor:
+        """Random images, (B, C, H, W), or clips of the arch's length, (B, C, T, H, W)."""
+        frames = [self.model.clip_length(arch)] if self.takes_clips(arch) else []
+        return torch.randn(batch, channels, *frames, height, width, device=device)
 
     def random_model(self, arch: Mapping[str, Any] | None = None, seed: int = 0, **kwargs
                      ) -> Backbone:

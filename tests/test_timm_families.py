@@ -1,9 +1,9 @@
-"""The wrapper for timm around every family, the made-up one too."""
+"""The wrapper for timm around every family of images, the made-up one too."""
 
 import pytest
 import timm
 import torch
-from specs import SPECS, each_arch, each_spec, registered  # noqa: F401 (a fixture for all tests)
+from specs import SPECS, registered  # noqa: F401 (a fixture for all tests)
 from timm.models import FeatureInfo, group_parameters
 from timm_models import image
 
@@ -11,20 +11,34 @@ from vmamba_mm import zoo
 from vmamba_mm.checkpoints.names import infer_arch
 from vmamba_mm.integrations.timm import register_models
 
+#: {family: its spec, the names of its published archs of images}
+FAMILIES = {name: (spec, [arch for arch in spec.family.archs if not spec.takes_clips(arch)])
+            for name, spec in SPECS.items()}
+FAMILIES = {name: of_images for name, of_images in FAMILIES.items() if of_images[1]}
+each_spec = pytest.mark.parametrize('spec', [spec for spec, _ in FAMILIES.values()], ids=FAMILIES)
+each_arch = pytest.mark.parametrize('spec, arch', [
+    pytest.param(spec, arch, id=f'{name}-{which}') for name, (spec, _) in FAMILIES.items()
+    for which, arch in spec.archs.items() if not spec.takes_clips(arch)])
+
 
 def create(spec, arch=None, **kwargs):
     """The first of a family's models, on another architecture."""
     register_models(spec.family)
     torch.manual_seed(0)
-    name = f'{spec.family.name}_{next(iter(spec.family.archs))}'
-    return timm.create_model(name, **{'arch': arch or spec.first, 'num_classes': 10, **kwargs})
+    name = f'{spec.family.name}_{FAMILIES[spec.family.name][1][0]}'
+    return timm.create_model(name, **{'arch': arch or first(spec), 'num_classes': 10, **kwargs})
+
+
+def first(spec):
+    """The first of the small architectures that takes images."""
+    return next(arch for arch in spec.archs.values() if not spec.takes_clips(arch))
 
 
 @each_spec
 def test_names_and_weights_are_those_of_the_zoo(spec):
     family = spec.family
     model = register_models(family)
-    names = {f'{family.name}_{arch}' for arch in family.archs}
+    names = {f'{family.name}_{arch}' for arch in FAMILIES[family.name][1]}
     assert set(timm.list_models(f'{family.name}_*')) == names
     assert model.__name__ == f'Timm{family.model}' and model.model is spec.model
     published = zoo.entries(family.name, task='cls')
@@ -36,14 +50,14 @@ def test_names_and_weights_are_those_of_the_zoo(spec):
 
 
 @pytest.mark.parametrize('spec, arch', [pytest.param(spec, arch, id=f'{name}-{arch}')
-                                        for name, spec in SPECS.items()
-                                        for arch in spec.family.archs])
+                                        for name, (spec, archs) in FAMILIES.items()
+                                        for arch in archs])
 def test_published_architecture(spec, arch):
     register_models(spec.family)
     with torch.device('meta'):
         model = timm.create_model(f'{spec.family.name}_{arch}')
-        logits = model(torch.empty(2, 3, 224, 224))
-        features = model.forward_features(torch.empty(2, 3, 224, 224))
+        x = torch.empty(2, *model.default_cfg['input_size'])
+        logits, features = model(x), model.forward_features(x)
     state, cfg = model.state_dict(), model.default_cfg
     for entry in zoo.entries(spec.family.name, arch, 'cls'):
         assert sum(p.numel() for p in model.parameters()) == entry.parameters
@@ -104,8 +118,8 @@ def test_training(spec, arch):
 @each_spec
 @pytest.mark.parametrize('channels', [3, 1])
 def test_official_files(spec, tmp_path, channels):
-    stages = spec.stages(spec.first)
-    backbone = spec.random_model(out_indices=(stages[-1],))
+    stages = spec.stages(first(spec))
+    backbone = spec.random_model(first(spec), out_indices=(stages[-1],))
     for state in spec.official_classifiers(backbone, 10):
         file = tmp_path / 'official.pth'
         torch.save({'model': state}, file)

@@ -11,8 +11,7 @@ from vmamba_mm.models import ViViM
 
 FRAME = dict(embed_dims=8, depth=3, d_state=2, expand=2.0, mixer='bidirectional',
              cls_token='frame', patch_size=4, image_size=16, num_frames=3)
-CLIP = dict(FRAME, cls_token='clip', mixer='decomposed', expand=1.0, num_frames=2,
-            image_size=(8, 12))
+DECOMPOSED = dict(FRAME, mixer='decomposed', expand=1.0, num_frames=2, image_size=(8, 12))
 SCAN_NORM = dict(FRAME, mixer='scan_norm', num_frames=2)
 
 
@@ -48,14 +47,14 @@ def _published_keys():
 
 def expand_keys(model):
     """All names and shapes of a list that has those of the first block alone."""
-    (block, count), = (line.split(' x ') for line in model['repeat'])
+    (block, count), = model['repeat'].items()
     return {name.replace(block, f'{block.removesuffix("0.")}{i}.'): tuple(shape)
             for name, shape in model['keys'].items()
-            for i in range(int(count) if name.startswith(block) else 1)}
+            for i in range(int(count.removeprefix('x ')) if name.startswith(block) else 1)}
 
 
 SPEC = Spec(
-    family=FAMILY, model=ViViM, archs=dict(frame=FRAME, clip=CLIP, scan_norm=SCAN_NORM),
+    family=FAMILY, model=ViViM, archs=dict(frame=FRAME, decomposed=DECOMPOSED, scan_norm=SCAN_NORM),
     shapes=_shapes, official=_dense, official_classifiers=_classifiers,
     published_keys=_published_keys,
     changes=[dict(d_state=3), dict(embed_dims=20), dict(depth=1), dict(expand=1.0),

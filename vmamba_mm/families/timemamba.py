@@ -50,7 +50,9 @@ FAMILY = Family(
     keys=(('patch_embed.proj', 'patch_embed'), ('pos_embed', 'pos_embed'),
           ('cls_token', 'cls_token'), ('ln_pre', 'ln_pre'),
           ('blocks.#.attn.Wqkv', 'blocks.#.attn.qkv'),
-          ('blocks.#.attn.out_proj', 'blocks.#.attn.proj'), ('blocks.#', 'blocks.#'),
+          ('blocks.#.attn.out_proj', 'blocks.#.attn.proj'),
+          *((f'blocks.#.{name}', f'blocks.#.{name}') for name in (
+              'norm1', 'norm2', 'norm3', 'mlp', 'time_mamba', 'alpha_timeattn')),
           ('norm', 'norm')),
     head_keys=(('fc_cls', 'head.fc'), ('image_projection', 'head.proj')),
     signature=('blocks.0.time_mamba.A_log', 'blocks.0.time_mamba.in_proj.weight',

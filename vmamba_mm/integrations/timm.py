@@ -251,7 +251,9 @@ class TimmVMamba(TimmBackbone):
 
 
 def register_models(family: Family) -> type[TimmBackbone]:
-    """Register the published architectures of a family with timm, as ``family_arch``, once.
+    """Register the published architectures of images with timm, as ``family_arch``, once.
+
+    Those of clips are left out: timm's models take images.
 
     Returns:
         The class of the models.
@@ -263,13 +265,14 @@ def register_models(family: Family) -> type[TimmBackbone]:
     model = TimmVMamba if backbone is VMamba else type(
         f'Timm{family.model}', (TimmBackbone,), dict(model=backbone, __module__=__name__))
     configs = {}
-    for arch in family.archs:
+    archs = [arch for arch, settings in family.archs.items() if not backbone.clip_length(settings)]
+    for arch in archs:
         published = [e for e in zoo.entries(family.name, arch, 'cls') if e.weights]
         configs |= {f'{family.name}_{arch}.{e.tag}': _cfg(backbone, arch, e) for e in published}
         if not published:  # a name without a tag
             configs[f'{family.name}_{arch}'] = _cfg(backbone, arch)
     default_cfgs.update(generate_default_cfgs(configs))
-    for arch in family.archs:
+    for arch in archs:
         _register(model, family, arch)
     _REGISTERED[family.name] = model
     return model
@@ -278,14 +281,15 @@ def register_models(family: Family) -> type[TimmBackbone]:
 _REGISTERED: dict[str, type[TimmBackbone]] = {}
 #: {name: configs of its weights}: register_model looks here for them.
 default_cfgs: dict[str, Any] = {}
-_SIDE = 224
 
 
 def _cfg(backbone: type[Backbone], arch: str, entry: zoo.Entry | None = None) -> dict[str, Any]:
     family = backbone.family
-    side = _SIDE // backbone.stage_strides(family.archs[arch])[-1]
+    settings = family.archs[arch]
+    size = settings.get('image_size', 224)
+    side = size // backbone.stage_strides(settings)[-1]
     config = dict(
-        input_size=(3, _SIDE, _SIDE), pool_size=(side, side), fixed_input_size=False,
+        input_size=(3, size, size), pool_size=(side, side), fixed_input_size=False,
         num_classes=1000, crop_pct=0.875, interpolation='bicubic', mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225), classifier='head.fc', first_conv=_first_conv(backbone, arch),
         license=family.licence.lower(), origin_url=family.url, custom_load=True)

@@ -1,13 +1,20 @@
 from vmamba_mm.layers.attention import SelfAttention
 from vmamba_mm.layers.drop_path import DropPath
 from vmamba_mm.layers.embed import ConvDownsample, ConvStem, MergeDownsample, PatchStem
-from vmamba_mm.layers.mamba import BiMambaMixer, DecomposedBiMambaMixer, MambaBlock, RMSNorm
-from vmamba_mm.layers.norm import LayerNorm, LayerNorm2d
+from vmamba_mm.layers.mamba import (
+    BiMambaMixer,
+    DecomposedBiMambaMixer,
+    MambaBlock,
+    MambaMixer,
+    MambaState,
+    SharedBiMambaMixer,
+)
+from vmamba_mm.layers.norm import LayerNorm, LayerNorm2d, RMSNorm
 from vmamba_mm.layers.recording import record_inputs, record_scan_inputs
 from vmamba_mm.layers.ss2d import SS2D
 from vmamba_mm.layers.vss_block import Mlp, VSSBlock, VSSStage
 
 __all__ = ['SS2D', 'BiMambaMixer', 'ConvDownsample', 'ConvStem', 'DecomposedBiMambaMixer',
-           'DropPath', 'LayerNorm', 'LayerNorm2d', 'MambaBlock', 'MergeDownsample', 'Mlp',
-           'PatchStem', 'RMSNorm', 'SelfAttention', 'VSSBlock', 'VSSStage', 'record_inputs',
-           'record_scan_inputs']
+           'DropPath', 'LayerNorm', 'LayerNorm2d', 'MambaBlock', 'MambaMixer', 'MambaState',
+           'MergeDownsample', 'Mlp', 'PatchStem', 'RMSNorm', 'SelfAttention',
+           'SharedBiMambaMixer', 'VSSBlock', 'VSSStage', 'record_inputs', 'record_scan_inputs']
