@@ -30,17 +30,17 @@ def _check(arch: Mapping[str, Any]) -> None:
 
 
 def _infer_arch(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """The style leaves no trace, nor do the heads: each has 64 channels, as in CLIP."""
+    """The style leaves no trace, nor do the heads: each has 64 channels, as in CLIP, or few more
+    where these do not divide all."""
     shapes = {k: tuple(v.shape) for k, v in weights.items()}
     block = 'blocks.0.'
     dims, _, patch_size, _ = shapes['patch_embed.weight']
     _, tokens, _ = shapes['pos_embed']
     inner, d_state = shapes[f'{block}time_mamba.A_log']
     hidden, _ = shapes[f'{block}mlp.fc1.weight']
-    if dims % 64:
-        raise ValueError(f'{dims} channels are no heads of 64')
+    num_heads = next(n for n in range(max(1, dims // 64), 0, -1) if dims % n == 0)
     return dict(
-        embed_dims=dims, depth=count_blocks(shapes), num_heads=dims // 64, mlp_ratio=hidden / dims,
+        embed_dims=dims, depth=count_blocks(shapes), num_heads=num_heads, mlp_ratio=hidden / dims,
         d_state=d_state, expand=inner / dims, patch_size=patch_size,
         image_size=infer_image_size(tokens - 1, patch_size), style='frozen-in-time')
 
