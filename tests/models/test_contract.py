@@ -288,7 +288,8 @@ def units_of(arch, units):
     model = spec.model(spec.first)
     stage = getattr(model, model.stages_name)[0]
     block = stage if model.is_flat else stage.blocks[0]
-    return {'by stage': (type(stage),), 'by block': (type(block),), 'by norm': (nn.LayerNorm, nn.RMSNorm),
+    return {'by stage': (type(stage),), 'by block': (type(block),),
+            'by norm': (nn.LayerNorm, nn.RMSNorm),
             'by mixer': (type(model.get_submodule(spec.a_weight.rsplit('.', 2)[0])),)}[units]
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 import torch.fx
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmamba_mm.errors import UserError
 from vmamba_mm.families.videomamba import FAMILY
 from vmamba_mm.layers import BiMambaMixer, LayerNorm, MambaBlock, RMSNorm
 from vmamba_mm.layers.norm import sum_and_norm
+from vmamba_mm.layers.positions import pad_to_a_patch, resize_grid, resize_time
 from vmamba_mm.models.base import Backbone, init_linear
 from vmamba_mm.registry import MODELS
 
@@ -22,7 +22,7 @@ torch.fx.wrap('_check_input')
 torch.fx.wrap('_embed')
 torch.fx.wrap('_to_maps')
 torch.fx.wrap('_transpose')
-torch.fx.wrap('_pad_to_a_patch')
+torch.fx.wrap('pad_to_a_patch')
 torch.fx.wrap('_with_frames')
 
 _NORMS = {'rms': RMSNorm, 'ln': LayerNorm}
@@ -266,18 +266,11 @@ class PatchEmbed(nn.Module):
             self.proj = nn.Conv3d(in_channels, embed_dims, size, size)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.proj(_pad_to_a_patch(x, self.proj.kernel_size[-1]))
+        x = self.proj(pad_to_a_patch(x, self.proj.kernel_size[-1]))
         return _with_frames(x).permute(0, 2, 3, 4, 1)
 
 
 # --- tokens -------------------------------------------------------------------------------------
-
-def _pad_to_a_patch(x: Tensor, patch_size: int) -> Tensor:
-    height, width = x.shape[-2:]
-    if height >= patch_size and width >= patch_size:
-        return x
-    return F.pad(x, (0, max(0, patch_size - width), 0, max(0, patch_size - height)))
-
 
 def _with_frames(x: Tensor) -> Tensor:
     return x if x.dim() == 5 else x.unsqueeze(2)
@@ -366,12 +359,10 @@ def resize_pos_embeds(spatial: Tensor | None, temporal: Tensor | None,
                 raise ValueError(f'a position embedding of {spatial.shape[1] - 1} patches, which '
                                  f'are no square, cannot be resized to {height}x{width}')
             grid = side, side
-        maps = spatial[:, 1:].transpose(1, 2).unflatten(2, grid)
-        maps = F.interpolate(maps, (height, width), mode='bicubic', align_corners=False)
-        spatial = torch.cat([spatial[:, :1], maps.flatten(2).transpose(1, 2)], dim=1)
-    if temporal is not None and temporal.shape[1] != frames:
-        temporal = F.interpolate(temporal.transpose(1, 2), frames, mode='linear',
-                                 align_corners=False).transpose(1, 2)
+        spatial = torch.cat([spatial[:, :1], resize_grid(spatial[:, 1:], grid, (height, width))],
+                            dim=1)
+    if temporal is not None:
+        temporal = resize_time(temporal.transpose(0, 1), frames).transpose(0, 1)
     return spatial, temporal
 
 
