@@ -27,7 +27,8 @@ def official_name(key):
 
 
 def _dense(model):
-    return [{official_name(k): v for k, v in model.state_dict().items()}]
+    return [{official_name(k): v.reshape(()) if k.endswith('alpha_timeattn') else v
+             for k, v in model.state_dict().items()}]
 
 
 def _classifiers(model, num_classes):

@@ -61,6 +61,9 @@ class Family:
     #: Our names of Linear weights that official files may hold as (out, in, 1, 1), as a regular
     #: expression.
     linear: str | None = None
+    #: Our names of weights of shape (1,) that official files hold as scalars, which FSDP cannot
+    #: share out, as a regular expression.
+    scalars: str | None = None
     #: Our names of the first convolutions, which can be adapted to other channels of images.
     first_convs: tuple[str, ...] = ()
     #: Checks of a whole arch, after the rules: raises ValueError.

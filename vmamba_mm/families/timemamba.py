@@ -59,4 +59,5 @@ FAMILY = Family(
                'blocks.0.time_mamba.A_b_log', 'blocks.0.alpha_timeattn',
                'blocks.0.attn.qkv.weight', 'blocks.0.norm3.weight', 'blocks.0.mlp.fc1.weight',
                'cls_token', 'pos_embed', 'patch_embed.weight', 'ln_pre.weight', 'norm.weight'),
-    first_convs=('patch_embed.weight',), infer_arch=_infer_arch, licence=LICENCE, url=URL)
+    scalars=r'\.alpha_timeattn$', first_convs=('patch_embed.weight',), infer_arch=_infer_arch,
+    licence=LICENCE, url=URL)

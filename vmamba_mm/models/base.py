@@ -56,6 +56,8 @@ class Backbone(StrictLoading, BaseModule):
     stem: tuple[str, ...] = ('patch_embed',)
     stages_name = 'stages'
     is_flat = False
+    #: Whether the norms of outputs are of the last dimension, as of tokens, and no LayerNorm2d.
+    norms_last = False
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -161,9 +163,9 @@ class Backbone(StrictLoading, BaseModule):
         norm = self.output_norm(i)
         if norm is None:
             return x.movedim(-1, 1)
-        if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)) and not isinstance(norm, LayerNorm2d):
-            return norm(x).movedim(-1, 1)  # of the last dimension
-        return norm(x.movedim(-1, 1))
+        last = self.norms_last or (isinstance(norm, nn.LayerNorm)
+                                   and not isinstance(norm, LayerNorm2d))
+        return norm(x).movedim(-1, 1) if last else norm(x.movedim(-1, 1))
 
     def train(self, mode: bool = True) -> 'Backbone':
         super().train(mode)

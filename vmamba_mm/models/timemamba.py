@@ -48,7 +48,7 @@ class TimeMambaBlock(nn.Module):
         super().__init__()
         self.style = style
         self.with_cp = with_cp
-        self.alpha_timeattn = nn.Parameter(torch.zeros(()))
+        self.alpha_timeattn = nn.Parameter(torch.zeros(1))
         self.norm1 = _norm(dim)
         self.attn = SelfAttention(dim, num_heads)
         self.norm2 = _norm(dim)
@@ -119,6 +119,7 @@ class TimeMamba(Backbone):
     stem = ('patch_embed', 'cls_token', 'pos_embed', 'ln_pre')
     stages_name = 'blocks'
     is_flat = True
+    norms_last = True
 
     def __init__(self, arch: str | Mapping[str, Any] | None = None,
                  out_indices: Sequence[int] | None = None, out_type: str = 'featmap', **kwargs):

@@ -61,6 +61,7 @@ class ViViM(Backbone):
     stem = ('patch_embed', 'cls_token', 'pos_embed', 'temporal_embedding')
     stages_name = 'blocks'
     is_flat = True
+    norms_last = True
 
     def __init__(self, arch: str | Mapping[str, Any] | None = None,
                  out_indices: Sequence[int] | None = None, out_type: str = 'featmap', **kwargs):
