@@ -1,4 +1,4 @@
-"""Imports only go down: ops <- layers <- models <- configs, tools, tests."""
+"""Imports only go down: ops <- layers <- models <- heads <- configs, tools, tests."""
 
 import ast
 import subprocess
@@ -19,7 +19,9 @@ FLOORS = {
     'families': (),
     'checkpoints': ('torch', 'filelock', 'numpy', 'safetensors'),
     'models': ('torch', 'mmengine'),
-    'mm': ('torch', 'numpy', 'matplotlib', 'cv2', 'PIL', 'mmengine', 'mmcv', 'mmpretrain', 'mmdet'),
+    'heads': ('torch', 'mmengine', 'mmpretrain'),
+    'mm': ('torch', 'numpy', 'matplotlib', 'cv2', 'PIL', 'av', 'mmengine', 'mmcv', 'mmpretrain',
+           'mmdet'),
     'integrations': ('torch', 'yaml', 'timm', 'mmpretrain'),
 }
 #: The ground floor: modules that any other may import, and what they import themselves.
@@ -97,8 +99,8 @@ def test_importing_ops_and_layers_loads_no_mm_package():
     assert not printed and 'torch' in modules and not modules & set(MM)
 
 
-def test_importing_models_loads_mmengine_alone():
-    modules, printed = loaded_by('import vmamba_mm.models')
+def test_importing_models_and_heads_loads_mmengine_alone():
+    modules, printed = loaded_by('import vmamba_mm.models, vmamba_mm.heads')
     assert not printed and modules & set(MM) == {'mmengine'}
 
 

@@ -34,7 +34,7 @@ def table_of_models(folder: Path) -> str:
     """One row for each family: the best of each of its collections, by the first metric."""
     rows = []
     for family, models in by_family():
-        best = [max(group, key=main_metrics) for group in by_collection(models)]
+        best = [max(group, key=main_metrics) for group in by_collection(measured(models))]
         cells = '; '.join(f'{e.dataset}{method(e)}: ' + ', '.join(
             f'{SHORT.get(name, name)} {value}' for name, value in main_metrics(e).items())
             + f' (`{e.arch}`)' for e in best)
@@ -47,6 +47,7 @@ def table_of_architectures(folder: Path) -> str:
     """A table for each family: parameters, FLOPs and the first published row of each task."""
     tables = []
     for family, models in by_family():
+        models = measured(models)
         collections = list(by_collection(models))
         heads = [f'{group[0].dataset}{method(group[0])}{schedule(group)}: ' + ' / '.join(
             SHORT.get(name, name) for name in main_metrics(group[0])) for group in collections]
@@ -81,6 +82,11 @@ def by_family() -> Iterator[tuple[str, list[zoo.Entry]]]:
         yield family, list(models)
 
 
+def measured(models: Sequence[zoo.Entry]) -> list[zoo.Entry]:
+    """Those with results, which a pre-training alone has not."""
+    return [e for e in models if e.metrics]
+
+
 def by_collection(models: Sequence[zoo.Entry]) -> Iterator[list[zoo.Entry]]:
     for _, group in groupby(models, key=lambda e: e.collection['Name']):
         yield list(group)
@@ -99,9 +105,12 @@ def main_metrics(entry: zoo.Entry) -> dict[str, float]:
 
 
 def method(entry: zoo.Entry) -> str:
-    """The collection's name without that of its family: ', Mask R-CNN' or nothing."""
+    """The collection's name without that of its family: ', Mask R-CNN' or nothing.
+
+    A name that is the data set's says nothing more.
+    """
     name = entry.collection['Name'].removeprefix(entry.collection['Family']).strip()
-    return f', {name}' if name else ''
+    return '' if name in ('', entry.dataset) else f', {name}'
 
 
 def schedule(models: Sequence[zoo.Entry]) -> str:

@@ -21,8 +21,9 @@ from vmamba_mm.paths import CONFIGS
 #: Before a name of :func:`find`, in place of the address of a checkpoint.
 SCHEME = 'vmamba_mm://'
 #: Tasks as the model index calls them -> as ``tools/`` and the checkpoints do.
-TASKS = {'Image Classification': 'cls', 'Object Detection': 'det', 'Instance Segmentation': 'det',
-         'Semantic Segmentation': 'seg'}
+TASKS = {'Image Classification': 'cls', 'Action Recognition': 'video', 'Object Detection': 'det',
+         'Instance Segmentation': 'det', 'Semantic Segmentation': 'seg',
+         'Masked Pre-training': 'pretrain'}
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Entry:
         name: unique in the zoo: that of its config, unless two files share one.
         family: the folder of ``configs/``.
         arch: a published architecture of the family.
-        task: 'cls', 'det', 'seg': a value of :data:`TASKS`.
+        task: 'cls', 'video', 'det', 'seg': a value of :data:`TASKS`. A file of 'pretrain' has no
+            metrics, and its config is that of a model which starts from it.
         config: ``configs/<family>/NAME.py``, relative to the repository; see ``path``.
         root: the folder that ``config`` is relative to.
         weights: the address of the file, or None where it was not published.
@@ -51,9 +53,8 @@ class Entry:
         flops: of one image of the size in the paper, where a multiply-add counts once.
         results: as published, one for each task and data set.
         tag: tells the weights of one architecture apart, as timm's names do
-            (``vmamba_tiny_s1l8.in1k``); None for what is no classifier.
-        pretrained: of a detector or segmentor, the classifier that it started from, as
-            ``family/arch.tag``.
+            (``vmamba_tiny_s1l8.in1k``); None for detectors and segmentors.
+        pretrained: what it started from, as ``family/arch.tag``; None for random weights.
         metadata: all that the metafile has under 'Metadata', with what the collection has there.
         collection: what the models of one paper and task share: 'Name', 'Metadata', 'Paper',
             'Code' and so on.

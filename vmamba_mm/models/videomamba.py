@@ -78,6 +78,7 @@ class VideoMamba(Backbone):
     stem = ('patch_embed', 'cls_token', 'spatial_pos_embed', 'temporal_pos_embed')
     stages_name = 'blocks'
     is_flat = True
+    norms_last = True
 
     def __init__(self, arch: str | Mapping[str, Any] | None = None,
                  out_indices: Sequence[int] | None = None, out_type: str = 'featmap', **kwargs):

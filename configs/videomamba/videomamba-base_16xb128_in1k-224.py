@@ -1,0 +1,19 @@
+# Published with self-distillation: a trained small model gives features that the loss draws the
+# student's to (vmamba_mm.heads.DistilledVideoMamba). This is the classifier alone, for evaluation
+# and further training; the schedule is that of the published run.
+_base_ = ['_base_/imagenet_224.py']
+
+model = dict(
+    backbone=dict(
+        arch='base',
+        drop_path_rate=0.5),
+    head=dict(in_channels=768))
+
+train_dataloader = dict(batch_size=128)
+optim_wrapper = dict(clip_grad=dict(max_norm=5.0), optimizer=dict(lr=2e-3))
+# 5e-7 -> 2e-3 -> 5e-6
+param_scheduler = [
+    dict(type='LinearLR', start_factor=2.5e-4, by_epoch=True, begin=0, end=20),
+    dict(type='CosineAnnealingLR', eta_min=5e-6, by_epoch=True, begin=20, end=300),
+]
+auto_scale_lr = dict(base_batch_size=2048)
