@@ -26,7 +26,9 @@ def forward(xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, reverse,
             projected = F.linear(u, x_proj[k].to(dtype))
             dt, B, C = projected.split((rank, state, state), dim=-1)
             delta = F.linear(dt, dt_proj[k].to(dtype))
-        u_BDL, delta_BDL, B_BNL, C_BNL, z_BDL = (t.transpose(1, 2) for t in (u, delta, B, C, z))
+        # Copies, for of the gradient of softplus a compiler of torch 2.14 expects other strides.
+        u_BDL, delta_BDL, B_BNL, C_BNL, z_BDL = (
+            t.transpose(1, 2).contiguous() for t in (u, delta, B, C, z))
         y, _ = scan.forward(u_BDL, delta_BDL, A[k], B_BNL[:, None], C_BNL[:, None], D[k],
                             dt_bias[k], z_BDL, None, True, False, backwards, dtype)
         total = total + y.transpose(1, 2)
