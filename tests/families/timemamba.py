@@ -10,9 +10,9 @@ from specs import Spec
 from vmamba_mm.families.timemamba import FAMILY
 from vmamba_mm.models import TimeMamba
 
-FROZEN = dict(embed_dims=64, depth=3, num_heads=1, mlp_ratio=0.5, d_state=2, expand=1.0,
-              patch_size=4, image_size=16, style='frozen-in-time')
-TALL = dict(FROZEN, embed_dims=128, num_heads=2, image_size=(4, 12))
+VANILLA = dict(embed_dims=64, depth=3, num_heads=1, mlp_ratio=0.5, d_state=2, expand=1.0,
+               patch_size=4, image_size=16, style='timesformer-div')
+WIDE = dict(VANILLA, embed_dims=128, num_heads=2, image_size=(4, 12))
 
 
 def _shapes(arch, height, width):
@@ -47,7 +47,7 @@ def _published_keys():
 
 
 SPEC = Spec(
-    family=FAMILY, model=TimeMamba, archs=dict(frozen=FROZEN, tall=TALL),
+    family=FAMILY, model=TimeMamba, archs=dict(vanilla=VANILLA, wide=WIDE),
     shapes=_shapes, official=_dense, official_classifiers=_classifiers,
     published_keys=_published_keys,
     changes=[dict(d_state=3), dict(embed_dims=128, num_heads=2), dict(depth=1), dict(expand=2.0),

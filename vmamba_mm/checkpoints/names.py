@@ -130,7 +130,7 @@ def _rename_backbone(state, model):
     if model.is_official:
         inner = rename_official(inner, family, inner)
     else:
-        inner = {k: _our_shape(k, v, family) for k, v in inner.items()}
+        inner = {k: our_shape(k, v, family) for k, v in inner.items()}
     if not prefix:
         return {k if has_row(k, heads) else f'backbone.{k}': v for k, v in inner.items()}
     renamed = {prefix + k: v for k, v in inner.items()}
@@ -157,7 +157,7 @@ def rename_official(weights: StateDict, family: Family, names: Collection[str]
     """
     rows = family.all_rows(names)
     renamed = {_renamed(k, rows, family): v for k, v in weights.items()}
-    return {k: _our_shape(k, v, family) for k, v in renamed.items() if k is not None}
+    return {k: our_shape(k, v, family) for k, v in renamed.items() if k is not None}
 
 
 def _renamed(key, rows, family):
@@ -167,7 +167,8 @@ def _renamed(key, rows, family):
         raise UserError(_of_none(family, key)) from None
 
 
-def _our_shape(key, value, family):
+def our_shape(key: str, value: torch.Tensor, family: Family) -> torch.Tensor:
+    """A weight by our name in the shape that our model has it in."""
     if family.linear and re.search(family.linear, key) \
             and value.dim() == 4 and value.shape[2:] == (1, 1):
         return value.flatten(1)

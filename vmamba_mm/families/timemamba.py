@@ -10,8 +10,9 @@ from vmamba_mm.families.vivim import check_grid, count_blocks
 
 _BASE = dict(embed_dims=768, depth=12, num_heads=12, mlp_ratio=4.0, d_state=16, expand=1.0,
              patch_size=16, image_size=224)
-ARCHS = {'base_frozen': dict(_BASE, style='frozen-in-time'),
-         'base_vanilla': dict(_BASE, style='timesformer-div')}
+#: The first is that of all fine-tuned files.
+ARCHS = {'base_vanilla': dict(_BASE, style='timesformer-div'),
+         'base_frozen': dict(_BASE, style='frozen-in-time')}
 
 _INT = Rule(lambda v: is_int(v, 1), 'an int of at least 1')
 RULES = {
@@ -42,7 +43,7 @@ def _infer_arch(weights: Mapping[str, Any]) -> dict[str, Any]:
     return dict(
         embed_dims=dims, depth=count_blocks(shapes), num_heads=num_heads, mlp_ratio=hidden / dims,
         d_state=d_state, expand=inner / dims, patch_size=patch_size,
-        image_size=infer_image_size(tokens - 1, patch_size), style='frozen-in-time')
+        image_size=infer_image_size(tokens - 1, patch_size), style='timesformer-div')
 
 
 FAMILY = Family(

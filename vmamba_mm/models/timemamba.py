@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vmamba_mm.families.timemamba import FAMILY
 from vmamba_mm.families.vivim import grid_of
 from vmamba_mm.layers import BiMambaMixer, DropPath, LayerNorm, Mlp, SelfAttention
-from vmamba_mm.layers.positions import pad_to_a_patch, resize_grid
+from vmamba_mm.layers.positions import pad_to_a_patch, resize_grid, resize_patches
 from vmamba_mm.models.base import Backbone
 from vmamba_mm.registry import MODELS
 
@@ -96,7 +96,7 @@ class TimeMamba(Backbone):
             mixers, ``patch_size``, ``image_size`` (one int, or height and width, of the position
             embedding) and ``style`` ('frozen-in-time', 'timesformer-div' or 'frozen-joint', as of
             :class:`TimeMambaBlock`). With ``base``, the name of a published one, only the keys
-            that differ from it. The default is 'base_frozen'.
+            that differ from it. The default is 'base_vanilla'.
         out_type: 'featmap' for maps of the blocks in ``out_indices``; 'cls_token' for the class
             token, the clip's feature, after the last block alone.
         drop_path_rate: of the MLPs.
@@ -115,7 +115,7 @@ class TimeMamba(Backbone):
     """
 
     family = FAMILY
-    default_arch = 'base_frozen'
+    default_arch = 'base_vanilla'
     stem = ('patch_embed', 'cls_token', 'pos_embed', 'ln_pre')
     stages_name = 'blocks'
     is_flat = True
@@ -161,6 +161,14 @@ class TimeMamba(Backbone):
 
     def output_norm(self, i: int) -> nn.Module | None:
         return self.norm if i == len(self.depths) - 1 else None
+
+    def adapt_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The position embedding, resized where it is of another image size."""
+        pos = weights.get('pos_embed')
+        if pos is None or pos.dim() != 3:
+            return weights
+        pos = torch.cat((pos[:, :1], resize_patches(pos[:, 1:], self.grid)), dim=1)
+        return weights | {'pos_embed': pos}
 
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
         """A clip's tokens, (B, 1 + T * n, C), and the size of their map, (T, h, w)."""

@@ -1,5 +1,6 @@
 """ViViM, the spatio-temporal backbone of Video Mamba Suite (arXiv 2403.09626, section 4.5)."""
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -8,10 +9,16 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
+from vmamba_mm.errors import UserError
 from vmamba_mm.families.vivim import FAMILY, grid_of
 from vmamba_mm.layers import BiMambaMixer, DecomposedBiMambaMixer, MambaBlock, RMSNorm
 from vmamba_mm.layers.norm import sum_and_norm
-from vmamba_mm.layers.positions import pad_to_a_patch, resize_grid, resize_time
+from vmamba_mm.layers.positions import (
+    pad_to_a_patch,
+    resize_grid,
+    resize_patches,
+    resize_time,
+)
 from vmamba_mm.models.base import Backbone
 from vmamba_mm.registry import MODELS
 
@@ -115,6 +122,49 @@ class ViViM(Backbone):
 
     def output_norm(self, i: int) -> nn.Module | None:
         return self.norm if i == len(self.depths) - 1 else None
+
+    # --- loading ----------------------------------------------------------------------------
+
+    def load_pretrained(self, checkpoint: str, prefix: str | None = None, weights: str = 'auto',
+                        map_location: Any = 'cpu', adapt_in_channels: bool = False,
+                        strict: bool | None = None, allow: str | Sequence[str] = (),
+                        from_vim: bool = False) -> None:
+        """Load the backbone of a checkpoint, as every :class:`Backbone` does.
+
+        Position embeddings of another image size or number of frames are resized to those of this
+        model: bicubic in space, linear in time.
+
+        Args:
+            checkpoint, prefix, weights, map_location, adapt_in_channels, strict, allow: as of
+                :meth:`vmamba_mm.models.pretrained.StrictLoading.load_pretrained`.
+            from_vim: start from a Vim, with its class token in the middle, as published. All but
+                the temporal embedding is in its files; that stays as it is in this model.
+
+        Raises:
+            UserError: as there, and if the file holds a Vim and ``from_vim`` is not said.
+        """
+        adapt = functools.partial(self._adapt, from_vim=from_vim, is_whole=not allow)
+        self._load(adapt, checkpoint, prefix, weights, map_location, adapt_in_channels, strict,
+                   allow)
+
+    def adapt_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self._adapt(weights)
+
+    def _adapt(self, weights, from_vim=False, is_whole=False):
+        adapted, time = dict(weights), weights.get('temporal_embedding')
+        if time is not None and time.dim() == 3:
+            adapted['temporal_embedding'] = resize_time(time, self.arch['num_frames'])
+        elif from_vim:
+            adapted['temporal_embedding'] = self.temporal_embedding.detach()
+        elif is_whole and set(weights) == set(self.state_dict()) - {'temporal_embedding'}:
+            raise UserError('the file holds a Vim of images, and the model is a ViViM of clips: '
+                            "load_pretrained and init_cfg=dict(type='Pretrained', ...) take "
+                            'from_vim=True to start from it')
+        if (pos := weights.get('pos_embed')) is not None and pos.dim() == 3:
+            before, cls, after = _around_middle(pos)
+            pos = resize_patches(torch.cat((before, after), dim=1), self.grid)
+            adapted['pos_embed'] = _insert(pos, cls)
+        return adapted
 
     # --- tokens -----------------------------------------------------------------------------
 
