@@ -44,10 +44,12 @@ def build_meta(load):
     import torch
     from mmengine.registry import MODELS
 
+    from vmamba_mm.mm.cli.runs import model_settings
+
     @lru_cache(maxsize=1)
     def build(leaf):
         cfg = load(leaf)
         with torch.device('meta'):
-            return MODELS.build(cfg.model)
+            return MODELS.build(model_settings(cfg))
 
     return build

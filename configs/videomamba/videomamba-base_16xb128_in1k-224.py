@@ -10,7 +10,7 @@ model = dict(
     head=dict(in_channels=768))
 
 train_dataloader = dict(batch_size=128)
-optim_wrapper = dict(clip_grad=dict(max_norm=5.0), optimizer=dict(lr=2e-3))
+optim_wrapper = dict(optimizer=dict(lr=2e-3))
 # 5e-7 -> 2e-3 -> 5e-6
 param_scheduler = [
     dict(type='LinearLR', start_factor=2.5e-4, by_epoch=True, begin=0, end=20),

@@ -10,7 +10,7 @@ model = dict(
     head=dict(
         in_channels=576,
         init_cfg=dict(
-            type='Pretrained', checkpoint='vmamba_mm://videomamba/middle.in1k',
+            _delete_=True, type='Pretrained', checkpoint='vmamba_mm://videomamba/middle.in1k',
             prefix='head.')))
 
 train_dataloader = dict(batch_size=32)

@@ -6,3 +6,4 @@ model = dict(
         drop_path_rate=0.15),
     head=dict(in_channels=384))
 
+optim_wrapper = dict(clip_grad=None)

@@ -10,7 +10,7 @@ model = dict(
     head=dict(
         in_channels=384,
         init_cfg=dict(
-            type='Pretrained', checkpoint='vmamba_mm://videomamba/small_448.in1k',
+            _delete_=True, type='Pretrained', checkpoint='vmamba_mm://videomamba/small_448.in1k',
             prefix='head.')))
 
 train_dataloader = dict(batch_size=64)

@@ -9,7 +9,7 @@ model = dict(
     head=dict(
         in_channels=192,
         init_cfg=dict(
-            type='Pretrained', checkpoint='vmamba_mm://videomamba/tiny.in1k',
+            _delete_=True, type='Pretrained', checkpoint='vmamba_mm://videomamba/tiny.in1k',
             prefix='head.')))
 
 # Weaker augmentation, as published: AutoAugment in place of RandAugment, and no repeats.

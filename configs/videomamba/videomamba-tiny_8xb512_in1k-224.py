@@ -12,4 +12,4 @@ train_pipeline[3] = dict(
 train_dataloader = dict(
     batch_size=512, dataset=dict(pipeline=train_pipeline),
     sampler=dict(_delete_=True, type='DefaultSampler', shuffle=True))
-optim_wrapper = dict(clip_grad=dict(max_norm=5.0), optimizer=dict(weight_decay=0.1))
+optim_wrapper = dict(optimizer=dict(weight_decay=0.1))

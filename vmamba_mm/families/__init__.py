@@ -37,7 +37,7 @@ Rules that keep the rest generic:
 from collections.abc import Mapping
 
 from vmamba_mm.errors import UserError
-from vmamba_mm.families import timemamba, videomamba, vivim, vmamba
+from vmamba_mm.families import timemamba, videomamba, vim, vivim, vmamba
 from vmamba_mm.families.base import Family, Rule, name_of, resolve_arch
 from vmamba_mm.families.names import exact_prefixes, is_counter, outer_wrappers, plain_name
 from vmamba_mm.zoo import register_configs, unregister_configs
@@ -114,5 +114,5 @@ def family_of(state_dict: Mapping[str, object]) -> Family | None:
     return next(iter(families.values()), None)
 
 
-for _module in (vmamba, videomamba, vivim, timemamba):
+for _module in (vmamba, vim, videomamba, vivim, timemamba):
     register_family(_module.FAMILY)

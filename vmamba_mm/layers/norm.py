@@ -22,6 +22,7 @@ class LayerNorm(nn.LayerNorm):
         dim: C.
         feeds_matmul: under autocast the result has autocast's dtype, to which the product that
             takes it would round it anyway; else it is fp32, as autocast has it.
+        eps: added to the variance.
 
     Shape: (B, ..., C) -> (B, ..., C).
     """

@@ -20,9 +20,10 @@ model = dict(
     type='vmamba_mm.VideoClassifier',
     # The leaf names the backbone, which takes (B, 3, T, H, W), and the head's in_channels.
     head=dict(
-        type='LinearClsHead', num_classes=400,
-        loss=dict(type='LabelSmoothLoss', label_smooth_val=0.1, mode='original')),
-    train_cfg=dict(augments=[dict(type='Mixup', alpha=0.8), dict(type='CutMix', alpha=1.0)]))
+        type='mmpretrain.LinearClsHead', num_classes=400,
+        loss=dict(type='mmpretrain.LabelSmoothLoss', label_smooth_val=0.1, mode='original')),
+    train_cfg=dict(augments=[
+        dict(type='mmpretrain.Mixup', alpha=0.8), dict(type='mmpretrain.CutMix', alpha=1.0)]))
 
 data_preprocessor = dict(
     type='vmamba_mm.ClipPreprocessor',
@@ -51,14 +52,14 @@ train_pipeline = [
 val_pipeline = [
     dict(type='vmamba_mm.LoadClips', num_frames=8),
     dict(type='vmamba_mm.PerFrame', transforms=[
-        dict(type='ResizeEdge', scale=224, edge='short'),
-        dict(type='CenterCrop', crop_size=224)]),
+        dict(type='mmpretrain.ResizeEdge', scale=224, edge='short'),
+        dict(type='mmpretrain.CenterCrop', crop_size=224)]),
     dict(type='vmamba_mm.PackClips'),
 ]
 test_pipeline = [
     dict(type='vmamba_mm.LoadClips', num_frames=8, num_clips=4),
     dict(type='vmamba_mm.PerFrame', transforms=[
-        dict(type='ResizeEdge', scale=224, edge='short')]),
+        dict(type='mmpretrain.ResizeEdge', scale=224, edge='short')]),
     dict(type='vmamba_mm.ThreeCrops', crop_size=224),
     dict(type='vmamba_mm.PackClips'),
 ]
@@ -76,7 +77,7 @@ test_dataloader = dict(
     batch_size=8, num_workers=12, persistent_workers=True,
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(ann_file='val.csv', pipeline=test_pipeline, test_mode=True, **dataset))
-val_evaluator = dict(type='Accuracy', topk=(1, 5))
+val_evaluator = dict(type='mmpretrain.Accuracy', topk=(1, 5))
 test_evaluator = val_evaluator
 
 # Published numbers are those of the best epoch.

@@ -12,7 +12,6 @@ train_dataloader = dict(batch_size=512, sampler=dict(_delete_=True, type='Repeat
 
 optim_wrapper = dict(
     type='AmpOptimWrapper', dtype='bfloat16', loss_scale=1.0,
-    clip_grad=None,
     # Published as 5e-4 for 512 images.
     optimizer=dict(lr=4e-3, weight_decay=0.05),
     # The published rule: no decay of 1-D parameters, of biases, and of these; A_log and A_b_log, of

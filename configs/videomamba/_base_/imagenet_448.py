@@ -12,7 +12,7 @@ val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
 # Published as 5e-6 for 512 images, with 1e-6 at the beginning and 5e-6 at the end.
-optim_wrapper = dict(optimizer=dict(lr=5e-6, weight_decay=1e-8))
+optim_wrapper = dict(clip_grad=None, optimizer=dict(lr=5e-6, weight_decay=1e-8))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.2, by_epoch=True, begin=0, end=5),
     dict(type='CosineAnnealingLR', eta_min=5e-6, by_epoch=True, begin=5, end=30),

@@ -1,5 +1,5 @@
-# The published recipe of middle on Kinetics-400, from its masked pre-training. A leaf config
-# names frames, batch and weights.
+# The published recipe of middle on Kinetics-400, from its masked pre-training.
+# A leaf config names frames, batch and weights.
 _base_ = ['../../_base_/tasks/video_k400.py']
 
 model = dict(

@@ -1,5 +1,5 @@
-# The published recipe of small on Kinetics-400, from ImageNet-1K. A leaf config
-# names frames, batch and weights.
+# The published recipe of small on Kinetics-400, from ImageNet-1K.
+# A leaf config names frames, batch and weights.
 _base_ = ['../../_base_/tasks/video_k400.py']
 
 model = dict(

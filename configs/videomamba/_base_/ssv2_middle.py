@@ -1,5 +1,5 @@
-# The published recipe of middle on Something-Something v2, from ImageNet-1K. A leaf config
-# names frames, batch and weights.
+# The published recipe of middle on Something-Something v2, from ImageNet-1K.
+# A leaf config names frames, batch and weights.
 _base_ = ['../../_base_/tasks/video_ssv2.py']
 
 model = dict(
