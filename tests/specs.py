@@ -15,7 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from vmamba_mm.families import FAMILIES, Family, register_family, unregister_family
+from vmamba_mm.families import (
+    FAMILIES,
+    Family,
+    SeveralFamilies,
+    family_of,
+    register_family,
+    unregister_family,
+)
 from vmamba_mm.models.base import Backbone
 
 State = Mapping[str, Tensor]
@@ -39,6 +46,8 @@ class Spec:
         layer_depths: {name of a parameter of the first arch: its depth}.
         a_weight: name of a Linear's weight in a block of every arch.
         sizes: of images, the odd ones that a family takes.
+        shares_names: (arch) -> whether another family's models have the same official names and
+            shapes, so that only who asks for one of the families can tell.
         published_keys: gives {arch: {official name: shape}} of the published classifiers, or None
             where the list is not at hand; None if nothing was published.
     """
@@ -54,6 +63,7 @@ class Spec:
     layer_depths: Mapping[str, int]
     a_weight: str
     sizes: Sequence[tuple[int, int]] = ((1, 1), (1, 50), (31, 33), (64, 32))
+    shares_names: Callable[[Mapping], bool] = lambda arch: False
     published_keys: Callable[[], Mapping[str, Mapping[str, tuple]] | None] | None = None
 
     @property
@@ -65,7 +75,7 @@ class Spec:
         arch = self.family.archs[arch] if isinstance(arch, str) else arch
         return range(len(self.model.stage_sizes(arch)[0]))
 
-    def told(self) -> dict[str, str]:
+    def told_archs(self) -> dict[str, str]:
         """{published arch: the one that its weights tell}: the first with these names and shapes.
 
         Others differ from it in what leaves no trace in weights.
@@ -75,6 +85,20 @@ class Spec:
             return {name: firsts.setdefault(frozenset(
                 (k, v.shape) for k, v in self.model(name).state_dict().items()), name)
                 for name in self.family.archs}
+
+    def told(self, arch: str | Mapping[str, Any], state: State) -> dict[str, Family]:
+        """What functions have to be told besides a state of official names: the family, or nothing.
+
+        And that they are right in it: the family is found, or an error names two.
+        """
+        arch = self.family.archs[arch] if isinstance(arch, str) else arch
+        if not self.shares_names(arch):
+            assert family_of(state) is self.family
+            return {}
+        with pytest.raises(SeveralFamilies, match=rf'like those of .*\b{self.family.model}\b.*: say '
+                                                  f'which .* --family {self.family.name}'):
+            family_of(state)
+        return dict(family=self.family)
 
     def takes_clips(self, arch: str | Mapping[str, Any]) -> bool:
         arch = self.family.archs[arch] if isinstance(arch, str) else arch

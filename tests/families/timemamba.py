@@ -22,7 +22,6 @@ def _shapes(arch, height, width):
 
 def official_name(key):
     """Written out from the released files."""
-    key = key.replace('patch_embed.', 'patch_embed.proj.', 1)
     return key.replace('.attn.qkv.', '.attn.Wqkv.').replace('.attn.proj.', '.attn.out_proj.')
 
 

@@ -77,4 +77,5 @@ SPEC = Spec(
     layer_depths={'patch_embed.proj.weight': 0, 'cls_token': 0, 'spatial_pos_embed': 0,
                   'temporal_pos_embed': 0, 'blocks.0.mixer.A_b_log': 1,
                   'blocks.1.norm.weight': 2, 'norm.weight': 4},
-    a_weight='blocks.1.mixer.out_proj.weight')
+    a_weight='blocks.1.mixer.out_proj.weight',
+    shares_names=lambda arch: not arch['num_frames'])  # with Vim

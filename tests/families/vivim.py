@@ -23,8 +23,7 @@ def _shapes(arch, height, width):
 def official_name(key):
     """Written out from the released files."""
     module, _, leaf = key.rpartition('.')
-    names = {'patch_embed': 'patch_embed.proj', 'norm': 'norm_f'}
-    key = f'{names[module]}.{leaf}' if module in names else key
+    key = f'norm_f.{leaf}' if module == 'norm' else key
     return key.replace('blocks.', 'layers.', 1)
 
 

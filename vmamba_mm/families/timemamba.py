@@ -35,7 +35,7 @@ def _infer_arch(weights: Mapping[str, Any]) -> dict[str, Any]:
     where these do not divide all."""
     shapes = {k: tuple(v.shape) for k, v in weights.items()}
     block = 'blocks.0.'
-    dims, _, patch_size, _ = shapes['patch_embed.weight']
+    dims, _, patch_size, _ = shapes['patch_embed.proj.weight']
     _, tokens, _ = shapes['pos_embed']
     inner, d_state = shapes[f'{block}time_mamba.A_log']
     hidden, _ = shapes[f'{block}mlp.fc1.weight']
@@ -48,7 +48,7 @@ def _infer_arch(weights: Mapping[str, Any]) -> dict[str, Any]:
 
 FAMILY = Family(
     name='timemamba', model='TimeMamba', system=SYSTEM, archs=ARCHS, rules=RULES, check=_check,
-    keys=(('patch_embed.proj', 'patch_embed'), ('pos_embed', 'pos_embed'),
+    keys=(('patch_embed.proj', 'patch_embed.proj'), ('pos_embed', 'pos_embed'),
           ('cls_token', 'cls_token'), ('ln_pre', 'ln_pre'),
           ('blocks.#.attn.Wqkv', 'blocks.#.attn.qkv'),
           ('blocks.#.attn.out_proj', 'blocks.#.attn.proj'),
@@ -59,6 +59,6 @@ FAMILY = Family(
     signature=('blocks.0.time_mamba.A_log', 'blocks.0.time_mamba.in_proj.weight',
                'blocks.0.time_mamba.A_b_log', 'blocks.0.alpha_timeattn',
                'blocks.0.attn.qkv.weight', 'blocks.0.norm3.weight', 'blocks.0.mlp.fc1.weight',
-               'cls_token', 'pos_embed', 'patch_embed.weight', 'ln_pre.weight', 'norm.weight'),
-    scalars=r'\.alpha_timeattn$', first_convs=('patch_embed.weight',), infer_arch=_infer_arch,
+               'cls_token', 'pos_embed', 'patch_embed.proj.weight', 'ln_pre.weight', 'norm.weight'),
+    scalars=r'\.alpha_timeattn$', first_convs=('patch_embed.proj.weight',), infer_arch=_infer_arch,
     licence=LICENCE, url=URL)

@@ -282,7 +282,7 @@ def _parity_block(section: str, case: Options) -> Subject:
 
 
 def _parity_norm(section: str, case: Options) -> Subject:
-    call = Call(args=('x', 'residual', 'weight', 'bias'),
+    call = Call(args=('x', 'weight', 'bias', 'residual'),
                 view=lambda y: list(y) if isinstance(y, tuple) else [y])
     return Subject(Build('vmamba_mm.integrations.dropin.norms:layer_norm_fn', dict(
         is_rms_norm=case['rms'], eps=case['eps'], prenorm=case['prenorm'])), call)

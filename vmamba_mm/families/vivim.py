@@ -75,7 +75,7 @@ def _infer_arch(weights: Mapping[str, Any]) -> dict[str, Any]:
     trace."""
     shapes = {k: tuple(v.shape) for k, v in weights.items()}
     mixer = 'blocks.0.mixer.'
-    dims, _, patch_size, _ = shapes['patch_embed.weight']
+    dims, _, patch_size, _ = shapes['patch_embed.proj.weight']
     _, tokens, _ = shapes['pos_embed']
     num_frames, _, _ = shapes['temporal_embedding']
     inner, d_state = shapes[f'{mixer}A_log']
@@ -99,7 +99,7 @@ def _infer_arch(weights: Mapping[str, Any]) -> dict[str, Any]:
 
 FAMILY = Family(
     name='vivim', model='ViViM', system=SYSTEM, archs=ARCHS, rules=RULES, check=_check,
-    keys=(('patch_embed.proj', 'patch_embed'), ('pos_embed', 'pos_embed'),
+    keys=(('patch_embed.proj', 'patch_embed.proj'), ('pos_embed', 'pos_embed'),
           ('cls_token', 'cls_token'), ('temporal_embedding', 'temporal_embedding'),
           ('layers.#', 'blocks.#'), ('norm_f', 'norm')),
     head_keys=(('head', 'head.fc'), ('image_projection', 'head.proj')),
@@ -107,6 +107,6 @@ FAMILY = Family(
                'blocks.0.mixer.conv1d.weight', 'blocks.0.mixer.x_proj.weight',
                'blocks.0.mixer.dt_proj.weight', 'blocks.0.mixer.out_proj.weight',
                'blocks.0.norm.weight', 'temporal_embedding', 'cls_token', 'pos_embed',
-               'patch_embed.weight', 'norm.weight'),
-    first_convs=('patch_embed.weight',), infer_arch=_infer_arch,
+               'patch_embed.proj.weight', 'norm.weight'),
+    first_convs=('patch_embed.proj.weight',), infer_arch=_infer_arch,
     parity=PARITY, licence=LICENCE, url=URL)

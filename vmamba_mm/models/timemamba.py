@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 from vmamba_mm.families.timemamba import FAMILY
 from vmamba_mm.families.vivim import grid_of
-from vmamba_mm.layers import BiMambaMixer, DropPath, LayerNorm, Mlp, SelfAttention
-from vmamba_mm.layers.positions import pad_to_a_patch, resize_grid, resize_patches
+from vmamba_mm.layers import BiMambaMixer, DropPath, LayerNorm, Mlp, PatchEmbed, SelfAttention
+from vmamba_mm.layers.positions import resize_grid, resize_patches
 from vmamba_mm.models.base import Backbone
 from vmamba_mm.registry import MODELS
 
 # What torch.fx records as it is, since it looks at shapes.
-torch.fx.wrap('pad_to_a_patch')
 torch.fx.wrap('resize_grid')
 
 
@@ -144,10 +143,10 @@ class TimeMamba(Backbone):
 
     def build(self, in_channels: int, drop_path_rates: Sequence[float], with_cp: bool) -> None:
         arch = self.arch
-        dims, patch = arch['embed_dims'], arch['patch_size']
+        dims = arch['embed_dims']
         self.grid = grid_of(arch)
         # No bias: the norm after it has one, as in CLIP.
-        self.patch_embed = nn.Conv2d(in_channels, dims, patch, patch, bias=False)
+        self.patch_embed = PatchEmbed(in_channels, dims, arch['patch_size'], bias=False)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dims))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1] + 1, dims))
         self.ln_pre = LayerNorm(dims)
@@ -173,11 +172,10 @@ class TimeMamba(Backbone):
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
         """A clip's tokens, (B, 1 + T * n, C), and the size of their map, (T, h, w)."""
         batch, _, frames = x.shape[:3]
-        x = pad_to_a_patch(x, self.arch['patch_size']).transpose(1, 2).flatten(0, 1)
-        x = self.patch_embed(x)
-        height, width = x.shape[-2:]
+        x = self.patch_embed(x.transpose(1, 2).flatten(0, 1))
+        height, width = x.shape[1:3]
         pos = resize_grid(self.pos_embed[:, 1:], self.grid, (height, width))
-        x = x.flatten(2).transpose(1, 2) + pos
+        x = x.flatten(1, 2) + pos
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(batch, -1, -1)
         x = torch.cat((cls, x.unflatten(0, (batch, frames)).flatten(1, 2)), dim=1)
         return self.ln_pre(x), (frames, height, width)

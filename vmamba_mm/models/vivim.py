@@ -11,19 +11,13 @@ from torch import Tensor, nn
 
 from vmamba_mm.errors import UserError
 from vmamba_mm.families.vivim import FAMILY, grid_of
-from vmamba_mm.layers import BiMambaMixer, DecomposedBiMambaMixer, MambaBlock, RMSNorm
+from vmamba_mm.layers import BiMambaMixer, DecomposedBiMambaMixer, MambaBlock, PatchEmbed, RMSNorm
 from vmamba_mm.layers.norm import sum_and_norm
-from vmamba_mm.layers.positions import (
-    pad_to_a_patch,
-    resize_grid,
-    resize_patches,
-    resize_time,
-)
+from vmamba_mm.layers.positions import resize_grid, resize_patches, resize_time
 from vmamba_mm.models.base import Backbone
 from vmamba_mm.registry import MODELS
 
 # What torch.fx records as it is, since it looks at shapes.
-torch.fx.wrap('pad_to_a_patch')
 torch.fx.wrap('resize_grid')
 torch.fx.wrap('resize_time')
 torch.fx.wrap('sum_and_norm')
@@ -93,10 +87,10 @@ class ViViM(Backbone):
 
     def build(self, in_channels: int, drop_path_rates: Sequence[float], with_cp: bool) -> None:
         arch = self.arch
-        dims, patch = arch['embed_dims'], arch['patch_size']
+        dims = arch['embed_dims']
         self.grid = grid_of(arch)
         num_patches = self.grid[0] * self.grid[1]
-        self.patch_embed = nn.Conv2d(in_channels, dims, patch, patch)
+        self.patch_embed = PatchEmbed(in_channels, dims, arch['patch_size'])
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dims))
         self.pos_embed = nn.Parameter(torch.zeros(1, num_patches + 1, dims))
         self.temporal_embedding = nn.Parameter(torch.zeros(arch['num_frames'], 1, dims))
@@ -107,10 +101,10 @@ class ViViM(Backbone):
 
     def _init_parameters(self):
         """As published; mixers start as in Mamba, but dt of the backward direction, with 0."""
-        fan_in = self.patch_embed.weight[0].numel()
+        fan_in = self.patch_embed.proj.weight[0].numel()
         # LeCun's normal: cut off at two deviations, the deviation is .88 of the one given.
-        nn.init.trunc_normal_(self.patch_embed.weight, std=fan_in ** -0.5 / 0.87962566)
-        nn.init.zeros_(self.patch_embed.bias)
+        nn.init.trunc_normal_(self.patch_embed.proj.weight, std=fan_in ** -0.5 / 0.87962566)
+        nn.init.zeros_(self.patch_embed.proj.bias)
         for embed in (self.cls_token, self.pos_embed):
             nn.init.trunc_normal_(embed, std=0.02)
         for block in self.blocks:
@@ -150,6 +144,12 @@ class ViViM(Backbone):
     def adapt_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         return self._adapt(weights)
 
+    def _find_backbone(self, *args):
+        # Our Vim has its last norm as that of an output.
+        name = f'norm{len(self.blocks) - 1}.weight'
+        return {'norm.weight' if k == name else k: v
+                for k, v in super()._find_backbone(*args).items()}
+
     def _adapt(self, weights, from_vim=False, is_whole=False):
         adapted, time = dict(weights), weights.get('temporal_embedding')
         if time is not None and time.dim() == 3:
@@ -171,10 +171,9 @@ class ViViM(Backbone):
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
         """A clip's tokens, (B, L, C), and the size of their map, (T, h, w)."""
         batch, _, frames = x.shape[:3]
-        x = pad_to_a_patch(x, self.arch['patch_size']).transpose(1, 2).flatten(0, 1)
-        x = self.patch_embed(x)
-        height, width = x.shape[-2:]
-        x = x.flatten(2).transpose(1, 2).unflatten(0, (batch, frames))  # (B, T, n, C)
+        x = self.patch_embed(x.transpose(1, 2).flatten(0, 1))
+        height, width = x.shape[1:3]
+        x = x.flatten(1, 2).unflatten(0, (batch, frames))  # (B, T, n, C)
         # The middle row of the embedding is the class token's.
         before, cls, after = _around_middle(self.pos_embed)
         pos = resize_grid(torch.cat((before, after), dim=1), self.grid, (height, width))

@@ -22,7 +22,7 @@ optim_wrapper = dict(
     optimizer=dict(lr=8e-4),
     paramwise_cfg=dict(custom_keys={
         'patch_embed': dict(lr_mult=0.75 ** 25),
-        'patch_embed.bias': dict(lr_mult=0.75 ** 25, decay_mult=0.),
+        'patch_embed.proj.bias': dict(lr_mult=0.75 ** 25, decay_mult=0.),
         'pos_embed': dict(lr_mult=0.75 ** 25, decay_mult=0.),
         'cls_token': dict(lr_mult=0.75 ** 25, decay_mult=0.),
         'temporal_embedding': dict(decay_mult=0.)}))
