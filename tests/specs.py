@@ -95,8 +95,8 @@ class Spec:
         if not self.shares_names(arch):
             assert family_of(state) is self.family
             return {}
-        with pytest.raises(SeveralFamilies, match=rf'like those of .*\b{self.family.model}\b.*: say '
-                                                  f'which .* --family {self.family.name}'):
+        model, name = self.family.model, self.family.name
+        with pytest.raises(SeveralFamilies, match=rf'of .*\b{model}\b.*: say .*--family {name}'):
             family_of(state)
         return dict(family=self.family)
 

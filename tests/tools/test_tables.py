@@ -16,7 +16,8 @@ import tables  # noqa: E402
 @pytest.fixture
 def root(tmp_path, monkeypatch):
     """A folder in place of the repository, with what the tool writes to."""
-    for path in ('README.md', 'model-index.yml', 'configs/vmamba/README.md'):
+    readmes = [path.relative_to(tables.ROOT) for path in tables.ROOT.glob('configs/*/README.md')]
+    for path in ('README.md', 'model-index.yml', *readmes):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(tables.ROOT / path, tmp_path / path)
     monkeypatch.setattr(tables, 'ROOT', tmp_path)
@@ -45,7 +46,7 @@ def test_changes_are_found_and_mended(root, capsys):
 @pytest.mark.parametrize('text, match', [
     ('<!-- table: models -->\n', r'README\.md: a <!-- table: NAME --> has no <!-- end -->'),
     ('<!-- table: vmamba/chess -->\n<!-- end -->\n', "'vmamba/chess', which does not exist; "
-     'choose one of models, architectures, vmamba/cls, vmamba/det, vmamba/seg'),
+     'choose one of models, architectures, .*vmamba/cls, vmamba/det, vmamba/seg'),
 ])
 def test_mistakes_in_a_file(root, capsys, text, match):
     (root / 'README.md').write_text(text)

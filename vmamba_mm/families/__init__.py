@@ -31,8 +31,9 @@ Rules that keep the rest generic:
   names has a row for each, the newest first; what our model computes itself has None in place of
   our name.
 - The signature has names that every model of the family has and those of no other family have
-  together. If two families say yes, nobody guesses: an error asks which one is meant. Where official
-  names are those of another family (Vim and VideoMamba), ours differ, so that our files tell.
+  together. If two families say yes, nobody guesses: an error asks which one is meant. Where
+  official names are those of another family (Vim and VideoMamba), ours differ, so that our files
+  tell.
 """
 
 from collections.abc import Mapping
