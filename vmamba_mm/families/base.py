@@ -71,6 +71,10 @@ class Family:
     #: The folder of its configs, configs/SYSTEM, and of official numbers, where several families
     #: share one; '' for their own, of the family's name. One of the families has the ``parity``.
     system: str = ''
+    #: What its models take: 'images', of which timm has the models too, or 'tokens' of text.
+    takes: str = 'images'
+    #: Under which key official files hold the weights of a whole model; '' for at the top.
+    weights_key: str = 'model'
     #: Of the official code and weights, and where they are.
     licence: str = ''
     url: str = ''
