@@ -80,10 +80,10 @@ DEMOS = {
         chance='8.4, all photograph'),
     'video': Demo(
         title='Video classification: VideoMamba, digits that move over photographs',
-        config='configs/demo/videomamba_moving-digits-48.py', part='clips',
+        config='configs/demo/videomamba_moving-digits-32.py', part='clips',
         images='data/demo/clips/val/*/*.mp4', every=41, floors={'accuracy/top1': 70.0},
         chance='12.5 %', from_classifier=False, margin=40.0,
-        baseline=('configs/demo/videomamba_single-frame-48.py', 'on a single frame')),
+        baseline=('configs/demo/videomamba_single-frame-32.py', 'on a single frame')),
 }
 
 
