@@ -45,7 +45,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(topk=(1,))
 test_evaluator = val_evaluator
 
-max_epochs = 10
+max_epochs = 14
 train_cfg = dict(max_epochs=max_epochs, val_interval=2)
 # fp32 on every machine, so that CPU and GPU give the same numbers
 optim_wrapper = dict(
