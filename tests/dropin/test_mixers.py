@@ -204,6 +204,31 @@ def test_mamba_by_its_equations(options, device):
         assert_close(moved_p.grad.cpu(), p.grad, 1e-5, name)
 
 
+def test_mixers_of_video_mamba_suite():
+    from mamba_ssm.modules.mamba_new import Mamba as DBM
+    from mamba_ssm.modules.mamba_simple_scan_norm import Mamba as Normed
+    torch.manual_seed(0)
+    x, options = random(2, LENGTH, DIM), dict(d_state=STATE, dtype=torch.float64)
+    block = DBM(DIM, **options)
+    assert block.in_proj.weight.shape == (4 * INNER, DIM) and len(block.state_dict()) == 9
+    forward, backward = block.in_proj(x).transpose(1, 2).chunk(2, 1)
+    y = torch.cat([mix(forward, *parameters_of(block)),
+                   mix(backward.flip(-1), *parameters_of(block)).flip(-1)], 1).transpose(1, 2)
+    assert_close(block(x).detach(), block.out_proj(y).detach(), 1e-6)
+    with pytest.raises(ValueError, match='cannot decode token by token'):
+        block.allocate_inference_cache(1, 1)
+
+    block = Normed(DIM, bimamba_type='v2', if_devide_out=True, **options)
+    assert [name for name, _ in block.named_children()][-2:] == ['norm', 'out_proj']
+    xz = block.in_proj(x).transpose(1, 2)
+    y = mix(xz, *parameters_of(block)) + mix(xz.flip(-1), *parameters_of(block, '_b')).flip(-1)
+    y = y.transpose(1, 2)
+    normed = y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    assert_close(block(x).detach(), block.out_proj(normed).detach(), 1e-6)
+    block.if_devide_out = False
+    assert_close(block(x).detach(), block.out_proj(y).detach(), 1e-6)
+
+
 def test_v1_is_bimamba_inner_fn():
     from mamba_ssm.ops.selective_scan_interface import bimamba_inner_fn
     block, x = mamba(bimamba_type='v1', bias=True), random(2, LENGTH, DIM)
