@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from s6_by_hand import conv, gradients, random
+from s6_by_hand import conv, gradients, on, random, tolerance
 
 from vmamba_mm.testing import DEVICES, assert_close
 
@@ -22,9 +22,9 @@ def test_causal_conv1d_fn(activation, width, device):
     tensors = inputs(width)
     expected, grads = gradients(lambda *args: conv(*args, activation is not None), tensors)
     y, found = gradients(lambda *args: causal_conv1d_fn(*args, activation=activation),
-                         [t.to(device) for t in tensors])
+                         on(device, tensors))
     for actual, wanted in zip([y, *found], [expected, *grads], strict=True):
-        assert_close(actual.cpu(), wanted, 1e-10)
+        assert_close(actual.cpu(), wanted, tolerance(device))
 
 
 def test_the_activation_was_the_fourth_argument_once():
