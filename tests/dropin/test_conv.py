@@ -98,6 +98,11 @@ def test_update_of_rows_of_a_larger_state():
                      + bias), 1e-10)
     assert torch.equal(state[[1, 3]], before[[1, 3]])
     assert torch.equal(state[[2, 0]][..., -1], x[..., 0])
+    before = state.clone()
+    y = causal_conv1d_update(x[..., 1:3], state, weight, bias, None, None, torch.tensor([-1, 1]))
+    assert (y[0] == 0).all() and (y[1] != 0).all()  # the first sample is padding
+    assert torch.equal(state[[0, 2, 3]], before[[0, 2, 3]])
+    assert torch.equal(state[1, :, -2:], x[1, :, 1:3])
     with pytest.raises(ValueError, match='expects a conv_state of 3 positions or more'):
         causal_conv1d_update(x[..., 0], state[:2, :, :2], weight, bias)
 

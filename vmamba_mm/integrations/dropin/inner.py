@@ -26,7 +26,8 @@ def mamba_inner_fn(xz: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None
     Args:
         xz: (B, 2*D, L), x first.
         conv1d_weight: (D, 1, W). conv1d_bias: (D), or None.
-        x_proj_weight: (R+2*N, D), for dt, B and C in this order.
+        x_proj_weight: (R+2*N, D), for dt, B and C in this order; without the N rows of a given B
+            or C.
         delta_proj_weight: (D, R). delta_bias: (D), or None.
         out_proj_weight: (C, D). out_proj_bias: (C), or None.
         A: (D, N), real. D: (D), or None.
@@ -129,15 +130,18 @@ def compose(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A,
     xz, x_proj, dt_proj = cast_for_autocast(xz, x_proj_weight, delta_proj_weight)
     x, z = xz.transpose(1, 2).chunk(2, -1)
     x = causal_conv(x, conv1d_weight[:, 0], conv1d_bias)
-    dt, B_x, C_x = F.linear(x, x_proj).split([rank, state, state], -1)
+    projected = F.linear(x, x_proj)
 
-    def choose(given, projected, bias):
+    def choose(given, part, bias):
         if given is not None:
             return given
-        projected = projected if bias is None else projected + bias.to(projected.dtype)
-        return projected.transpose(1, 2)
+        return (part if bias is None else part + bias.to(part.dtype)).transpose(1, 2)
 
-    B, C = choose(B, B_x, B_proj_bias), choose(C, C_x, C_proj_bias)
+    # The rows of B come after those of dt, and those of C are the last; x_proj has those that
+    # are used.
+    dt = projected[..., :rank]
+    B = choose(B, projected[..., rank:rank + state], B_proj_bias)
+    C = choose(C, projected[..., -state:], C_proj_bias)
     u, delta, z = x.transpose(1, 2), F.linear(dt, dt_proj).transpose(1, 2), z.transpose(1, 2)
     B, C = in_groups(B, C, u)
     options = dict(z=z, delta_bias=delta_bias, delta_softplus=delta_softplus)
