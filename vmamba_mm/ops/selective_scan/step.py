@@ -42,9 +42,10 @@ def selective_scan_step(state: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: T
         step = F.softplus(step)
     batch, channels, size = state.shape
     grouped = (batch, B.shape[1], channels // B.shape[1])
-    driven = torch.einsum('bkd,bkn->bkdn', (step * x).view(grouped), B)
-    state = torch.exp(step[..., None] * A) * state.to(dtype) + driven.reshape(state.shape)
-    y = torch.einsum('bkdn,bkn->bkd', state.view(*grouped, size), C).reshape(x.shape)
+    # Products and sums alone, which autocast leaves as they are.
+    driven = (step * x).view(grouped)[..., None] * B[:, :, None]
+    state = torch.exp(step[..., None] * A) * state.to(dtype) + driven.flatten(1, 2)
+    y = (state.view(*grouped, size) * C[:, :, None]).sum(-1).flatten(1)
     if D is not None:
         y = y + D.to(dtype) * x
     if z is not None:
