@@ -216,3 +216,49 @@ def test_checkpoints_of_other_trainers(config, call, tmp_path):
     assert_one_line(call('test.py', config, lightning), 'fc.weight', 'head.fc.weight is missing')
     torch.save(model, lightning)
     assert_one_line(call('test.py', config, lightning), 'last.ckpt', 'whole pickled model')
+
+
+@pytest.fixture
+def of_two_families(tmp_path):
+    """A VideoMamba of images by its official names, which are those of a Vim, and ours of it."""
+    from specs import SPECS
+
+    spec = SPECS['videomamba']
+    model = spec.random_model(spec.archs['image'])
+    path = tmp_path / 'a.pth'
+    torch.save(dict(model=spec.official_classifiers(model, 3)[0]), path)
+    return path, model
+
+
+def test_names_of_two_families_are_converted_if_one_is_named(of_two_families, call, tmp_path):
+    from vmamba_mm.checkpoints.files import read_checkpoint
+    from vmamba_mm.families import family_of
+
+    path, model = of_two_families
+    target = tmp_path / 'ours.pth'
+    assert_one_line(call('convert_checkpoint.py', path, target), 'a.pth: the weights under',
+                    'named like those of Vim and of VideoMamba: say which of the families it is',
+                    '--family vim or --family videomamba')
+    assert not target.exists()
+    code, out, err = call('convert_checkpoint.py', path, target, '--family', 'videomamba')
+    assert code == 0 and 'VideoMamba of its own, task cls' in out, err
+    content = torch.load(target, weights_only=True)
+    assert content['meta']['family'] == 'videomamba' and content['meta']['arch'] == model.arch
+    assert family_of(content['state_dict']).name == 'videomamba'  # our names tell
+    # Back to official names, with a word beside them.
+    again = tmp_path / 'official.pth'
+    torch.save(dict(content, state_dict=torch.load(path)['model']), again)
+    state = read_checkpoint(again)['state_dict']
+    assert all(torch.equal(v, content['state_dict'][k]) for k, v in state.items())
+
+
+def test_a_name_of_the_zoo_tells_the_family(of_two_families, monkeypatch):
+    from vmamba_mm.checkpoints.files import read_checkpoint
+    from vmamba_mm.errors import UserError
+
+    path, model = of_two_families
+    monkeypatch.setattr('vmamba_mm.checkpoints.files.weights_of', lambda name: str(path))
+    state = read_checkpoint('vmamba_mm://videomamba/tiny', keep_places=True)['state_dict']
+    assert all(torch.equal(v, state[f'backbone.{k}']) for k, v in model.state_dict().items())
+    with pytest.raises(UserError, match='Vim and of VideoMamba'):
+        read_checkpoint('vmamba_mm://vmamba/tiny_s1l8')  # it is of neither

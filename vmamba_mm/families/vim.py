@@ -24,9 +24,8 @@ def _arch(embed_dims: int, **more: Any) -> dict[str, Any]:
 
 #: Table 1; ``stride8`` are fine-tuned on patches that overlap by half.
 ARCHS = {
-    'tiny': _arch(192), 'tiny_stride8': _arch(192, stride=8),
-    'small': _arch(384), 'small_stride8': _arch(384, stride=8),
-    'base': _arch(768),
+    'tiny': _arch(192), 'small': _arch(384), 'base': _arch(768),
+    'tiny_stride8': _arch(192, stride=8), 'small_stride8': _arch(384, stride=8),
 }
 
 _COUNT = Rule(lambda v: is_int(v, 1), 'an int of at least 1')

@@ -287,7 +287,7 @@ def _cfg(backbone: type[Backbone], arch: str, entry: zoo.Entry | None = None) ->
     family = backbone.family
     settings = family.archs[arch]
     size = settings.get('image_size', 224)
-    side = size // backbone.stage_strides(settings)[-1]
+    side = backbone.map_size(settings, size)
     config = dict(
         input_size=(3, size, size), pool_size=(side, side), fixed_input_size=False,
         num_classes=1000, crop_pct=0.875, interpolation='bicubic', mean=(0.485, 0.456, 0.406),

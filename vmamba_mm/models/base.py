@@ -115,6 +115,11 @@ class Backbone(StrictLoading, BaseModule):
         """The frames of a clip that the arch is made for, (B, C, T, H, W); 0 if it takes images."""
         return 0
 
+    @classmethod
+    def map_size(cls, arch: Mapping[str, Any], size: int) -> int:
+        """The side of the last map, of a square image of ``size`` pixels."""
+        return size // cls.stage_strides(arch)[-1]
+
     def build(self, in_channels: int, drop_path_rates: Sequence[float], with_cp: bool) -> None:
         """Make the modules, with their initial weights.
 

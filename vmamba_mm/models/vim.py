@@ -99,6 +99,7 @@ class Vim(Backbone):
     stem = ('patch_embed', 'cls_token', 'cls_token_head', 'cls_token_tail', 'pos_embed')
     stages_name = 'blocks'
     is_flat = True
+    norms_last = True
 
     def __init__(self, arch: str | Mapping[str, Any] | None = None,
                  out_indices: Sequence[int] | None = None, out_type: str = 'featmap',
@@ -117,6 +118,10 @@ class Vim(Backbone):
     @classmethod
     def stage_strides(cls, arch: Mapping[str, Any]) -> list[int]:
         return [arch.get('stride', arch['patch_size'])] * arch['depth']
+
+    @classmethod
+    def map_size(cls, arch: Mapping[str, Any], size: int) -> int:
+        return grid_of(dict(arch, image_size=size))[0]
 
     def build(self, in_channels: int, drop_path_rates: Sequence[float], with_cp: bool) -> None:
         arch = self.arch
