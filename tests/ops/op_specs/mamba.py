@@ -2,8 +2,11 @@
 
 from dataclasses import replace
 
+import torch
+
 from op_specs import Spec, cut, randn
 from vmamba_mm.ops import causal_conv, mamba_inner
+from vmamba_mm.testing import mamba_inner_inputs
 
 # --- causal_conv ----------------------------------------------------------------------------------
 
@@ -63,13 +66,7 @@ NAMES = 'xz', 'conv_weight', 'conv_bias', 'x_proj', 'dt_proj', 'dt_bias', 'A', '
 
 def make_inner(*shape):
     """Shapes are (batch, directions, dim, length, state, rank, taps)."""
-    batch, routes, dim, length, state, rank, taps = shape
-    return dict(xz=randn(batch, length, 2 * dim), conv_weight=randn(routes, dim, taps, seed=2) / 2,
-                conv_bias=randn(routes, dim, seed=3),
-                x_proj=randn(routes, rank + 2 * state, dim, seed=4) / dim ** 0.5,
-                dt_proj=randn(routes, dim, rank, seed=5) / rank ** 0.5,
-                dt_bias=randn(routes, dim, seed=6) - 1, A=-randn(routes, dim, state, seed=7).exp(),
-                D=randn(routes, dim, seed=8))
+    return mamba_inner_inputs(*shape, dtype=torch.float64)
 
 
 def make_inner_bare(*shape):

@@ -2,7 +2,6 @@
 
 from math import e, log2
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
