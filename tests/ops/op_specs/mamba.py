@@ -85,8 +85,8 @@ def inner_spec(reverse=False, scale=1.0, **kwargs):
         call=lambda inputs, **options: mamba_inner(*map(inputs.get, NAMES), reverse=reverse,
                                                    scale=scale, **options),
         arguments=lambda inputs, out_dtype: (*map(inputs.get, NAMES), reverse, scale),
-        maps=('xz',), backends=('reference', 'chunked'), kernels=(), takes_out_dtype=False,
-        flops=inner_flops, **kwargs)
+        maps=('xz',), backends=('reference', 'chunked', 'triton'), kernels=('triton',),
+        takes_out_dtype=False, flops=inner_flops, **kwargs)
 
 
 INNER = [
@@ -94,6 +94,7 @@ INNER = [
         scale=0.5, make=make_inner,
         shapes=((2, 2, 2, 5, 2, 1, 4), (1, 2, 1, 1, 1, 1, 4), (2, 2, 3, 2, 1, 2, 4),
                 (1, 2, 6, 17, 16, 3, 4), (3, 2, 4, 50, 4, 2, 3)),
+        interpreter_shapes=((2, 2, 2, 4, 1, 1, 3),), gpu_shapes=((2, 2, 200, 197, 16, 12, 4),),
         wrong=(('xz', cut(2), r'expects xz \(B, L, 4\)'),
                ('x_proj', cut(1), 'expects x_proj of shape'),
                ('D', cut(1), 'expects D of shape'),

@@ -1,10 +1,13 @@
 """The op ``mamba_inner``: its definition, checks, and the public function."""
 
+from functools import partial
+
 from torch import Tensor
 
 from vmamba_mm.ops.core.backends import Backend
 from vmamba_mm.ops.core.define_op import Implementation, define_op
-from vmamba_mm.ops.mamba_inner import chunked, reference
+from vmamba_mm.ops.mamba_inner import chunked, reference, triton_scan
+from vmamba_mm.ops.scan_kernels import triton_backend
 from vmamba_mm.ops.selective_scan.op import scan_flops
 
 
@@ -22,6 +25,10 @@ def _fake(xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, reverse, s
     return xz.new_empty(batch, length, width // 2), *(xz.new_empty(0) for _ in range(3))
 
 
+_TRITON = Implementation(
+    partial(chunked.forward, way=triton_scan), partial(chunked.backward, way=triton_scan),
+    lambda xz, *rest: triton_backend.why_not(xz, xz.dtype, by_default=False))
+
 _mamba_inner = define_op(
     'mamba_inner_fwd',
     '(Tensor xz, Tensor conv_weight, Tensor? conv_bias, Tensor x_proj, Tensor dt_proj, '
@@ -29,7 +36,9 @@ _mamba_inner = define_op(
     '(Tensor y, Tensor convolved, Tensor projected, Tensor saved)',
     reference=reference.forward,
     fake=_fake,
-    implementations={'chunked': Implementation(chunked.forward, chunked.backward)},
+    implementations={
+        'triton': _TRITON,
+        'chunked': Implementation(chunked.forward, chunked.backward)},
     saves='xz conv_weight conv_bias x_proj dt_proj dt_bias A D convolved projected saved reverse '
           'scale',
     flops=_count_flops)
@@ -57,7 +66,8 @@ def mamba_inner(xz: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, x_pro
         D: (K, D), the skip.
         reverse: for K = 1, run backwards in time.
         scale: factor of the result: 0.5 for the mean of both directions.
-        backend: 'reference' or 'chunked'; None for 'chunked'.
+        backend: 'reference', 'chunked' or 'triton'; None for 'triton' where it takes the inputs (on
+            any GPU), else 'chunked'.
 
     Returns:
         (B, L, D) without gaps in the dtype of ``xz``, the directions summed, whatever autocast
