@@ -4,13 +4,14 @@ By hand: ``TRITON_INTERPRET=1 pytest tests/ops/interpreted_triton.py``; the vari
 before triton is imported. It takes milliseconds for each position, hence the sizes.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from scan_by_hand import scan_by_hand
 
 from vmamba_mm.ops import scan_norm, selective_scan, ss2d_scan
 from vmamba_mm.ops.scan_kernels import triton_backend
-from vmamba_mm.ops.selective_scan import reference as s6
 from vmamba_mm.ops.ss2d_scan import reference
 from vmamba_mm.testing import (
     assert_close,
@@ -25,10 +26,6 @@ HALF = (torch.float16, torch.bfloat16)
 def ss2d_reference(**inputs):
     """The specification differentiated by autograd: no code of the op's own backward."""
     return reference.forward(*inputs.values(), out_dtype=inputs['x'].dtype)
-
-
-def s6_reference(u, delta, A, B, C, D=None, *, delta_bias=None, delta_softplus=False):
-    return s6.forward(u, delta, A, B, C, D, delta_bias, delta_softplus, u.dtype)
 
 
 def check(op, specification, inputs, rtol=1e-5, **kwargs):
@@ -53,7 +50,8 @@ def test_patterns(scan):
 def test_batch_in_blocks(monkeypatch):
     monkeypatch.setattr(triton_backend, '_BLOCK', 1)
     check(ss2d_scan, ss2d_reference, ss2d_scan_inputs(3, 2, 2, 3))
-    check(selective_scan, s6_reference, selective_scan_inputs(3, 2, 2, 5, 1))
+    check(selective_scan, partial(selective_scan, backend='reference'),
+          selective_scan_inputs(3, 2, 2, 5, 1))
 
 
 def test_several_tiles_of_a_program(monkeypatch):

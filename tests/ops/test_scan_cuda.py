@@ -11,7 +11,6 @@ from vmamba_mm.ops.orders import reference as cross
 from vmamba_mm.ops.scan_kernels import cuda as launches
 from vmamba_mm.ops.selective_scan import chunked as s6_chunked
 from vmamba_mm.ops.selective_scan import cuda as s6_cuda
-from vmamba_mm.ops.selective_scan import reference as s6
 from vmamba_mm.ops.ss2d_scan import chunked, large_state, merge
 from vmamba_mm.testing import (
     relative_error,
@@ -81,8 +80,9 @@ def naive(inputs, grad_y):
     projected = torch.einsum('bkdl,kcd->bkcl', x_BKDL, weight.to(x.dtype))
     dt, B, C = projected.split((rank, state, state), dim=2)
     delta = torch.einsum('bkrl,kdr->bkdl', dt, dt_weight.to(x.dtype))
-    y = s6.forward(x_BKDL.flatten(1, 2).float(), delta.flatten(1, 2).float(), A, B.float(),
-                   C.float(), D, bias.flatten(), True, torch.float32)
+    y = selective_scan(x_BKDL.flatten(1, 2).float(), delta.flatten(1, 2).float(), A, B.float(),
+                       C.float(), D, delta_bias=bias.flatten(), delta_softplus=True,
+                       backend='reference')
     y = cross.merge_forward(y.view_as(x_BKDL), *x.shape[2:])
     return y.detach(), *torch.autograd.grad(y, list(leaves.values()), grad_y.float())
 
@@ -267,8 +267,9 @@ def make_sequence(*shape, dtype=torch.float32, device='cuda'):
 
 def exact_sequence(inputs, grad_y, softplus=True):
     values = [t if t is None else t.double() for t in map(inputs.get, SEQUENCE_NAMES[1:])]
-    return (s6_chunked.forward(*values, softplus, torch.float64),
-            *s6_chunked.backward(grad_y.double(), *values, softplus))
+    options = None, None, softplus, False, False  # no gate, no states, forward in time
+    return (s6_chunked.forward(*values, *options, torch.float64)[0],
+            *s6_chunked.backward(grad_y.double(), None, *values, *options)[:len(values)])
 
 
 @needs_gpu

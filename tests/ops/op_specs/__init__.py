@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-MODULES = ('selective_scan', 'ss2d_scan', 'orders', 'norms', 'convolutions', 'mlp', 'vss_block')
+MODULES = ('selective_scan', 'mamba', 'ss2d_scan', 'orders', 'norms', 'convolutions', 'mlp',
+           'vss_block')
 Shape = tuple[int, ...]
 
 

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import torch
 
-from op_specs import Spec, cut
+from op_specs import Spec, cut, randn
 from vmamba_mm.ops import selective_scan
 from vmamba_mm.testing import selective_scan_inputs
 
@@ -30,15 +30,42 @@ def flops(shape):
     return 2 * batch * groups * dim * length * (9 * state + 1)
 
 
-def spec(softplus, **kwargs):
-    return Spec(
-        'selective_scan_fwd',
-        call=lambda inputs, **options: selective_scan(
+def make_gated(*shape):
+    inputs = make(*shape)
+    batch, channels, _ = inputs['u'].shape
+    return inputs | dict(z=randn(*inputs['u'].shape, seed=7),
+                         initial_state=randn(batch, channels, shape[4], seed=8))
+
+
+def make_stateful(*shape):
+    return {name: t for name, t in make_gated(*shape).items() if name not in ('z', 'D')}
+
+
+def make_stateful_positive(*shape):
+    return make_stateful(*shape) | make_positive(*shape)
+
+
+def spec(softplus, reverse=False, final=False, **kwargs):
+    maps = 'u', 'delta', 'B', 'C'
+    if reverse or final:
+        maps += tuple(kwargs['make'](1, 1, 1, 1, 1).keys() & {'z', 'initial_state'})
+
+    def call(inputs, **options):
+        found = selective_scan(
             *[inputs.get(name) for name in NAMES[:6]], delta_bias=inputs.get('delta_bias'),
-            delta_softplus=softplus, **options),
-        arguments=lambda inputs, out_dtype: (*map(inputs.get, NAMES), softplus, out_dtype),
-        maps=('u', 'delta', 'B', 'C'), backends=('reference', 'chunked', 'cuda', 'triton'),
-        kernels=('cuda', 'triton'), flops=flops, **kwargs)
+            delta_softplus=softplus, z=inputs.get('z'), initial_state=inputs.get('initial_state'),
+            return_final_state=final, reverse=reverse, **options)
+        # In the dtype of the result, which generic tests look at.
+        return (found[0], found[1].to(found[0].dtype)) if final else found
+
+    return Spec(
+        'selective_scan_fwd', call=call,
+        arguments=lambda inputs, out_dtype: (
+            *map(inputs.get, NAMES), inputs.get('z'), inputs.get('initial_state'), softplus, final,
+            reverse, out_dtype),
+        maps=maps,
+        **dict(backends=('reference', 'chunked', 'cuda', 'triton'), kernels=('cuda', 'triton'),
+               flops=flops) | kwargs)
 
 
 SPECS = [spec(
@@ -63,3 +90,15 @@ SPECS.append(replace(spec(
     True, make=make_bare, shapes=((2, 2, 3, 9, 2),), kernel_shapes=((2, 2, 20, 30, 4),),
     interpreter_shapes=((2, 2, 3, 9, 3),)),
     id='selective_scan without skip and bias'))
+# What the world of one dimension asks for beside it. No kernel takes it yet.
+SPECS.append(replace(spec(
+    True, reverse=True, final=True, make=make_gated, kernels=(),
+    shapes=((2, 2, 2, 5, 2), (1, 1, 1, 1, 1), (2, 1, 3, 2, 1), (1, 2, 2, 17, 16), (1, 1, 3, 65, 3)),
+    wrong=(('z', cut(2), 'expects z of shape'),
+           ('initial_state', cut(2), 'expects initial_state of shape'),
+           ('A', lambda A: A.to(torch.complex64), 'complex'))),
+    id='selective_scan with gate and states, reversed'))
+SPECS.append(replace(spec(
+    False, final=True, make=make_stateful_positive, kernels=(),
+    shapes=((2, 2, 3, 11, 2), (1, 1, 1, 1, 1), (1, 1, 3, 65, 3))),
+    id='selective_scan with states'))

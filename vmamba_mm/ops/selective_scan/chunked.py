@@ -51,6 +51,11 @@ def softplus(x: Tensor) -> Tensor:
     return u.log_().add_(y).add_(x.clamp_min(0))
 
 
+def silu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient by ``x`` from that by ``silu(x)``."""
+    return torch.ops.aten.silu_backward(grad, x)
+
+
 def linear_scan_(a: Tensor, h: Tensor, reverse: bool) -> None:
     """Calculate h_t <- h_t + a_t h_{t-1} in place, along the whole sequence.
 
@@ -85,45 +90,84 @@ def _previous(x: Tensor, reverse: bool) -> Tensor:
     return out
 
 
-def scan_chunks(u, delta, A, B, C, reverse: bool, out: Tensor) -> None:
+def _ends(chunks: int, steps: int, reverse: bool):
+    """(t, g) of the first and of the last position in time."""
+    ends = (0, 0), (steps - 1, chunks - 1)
+    return ends[::-1] if reverse else ends
+
+
+def scan_chunks(u, delta, A, B, C, reverse: bool, out: Tensor, initial: Tensor | None = None,
+                final: Tensor | None = None) -> None:
     """Add one direction's scan to ``out``: y_t = <C_t, h_t>, without the skip.
 
     Args:
         u, delta, out: (T, G, M, D).
         A: (D, N).
         B, C: (T, G, M, N).
+        initial: (M, D, N), the state before the first step, or None for zeros.
+        final: (M, D, N), filled with the state after the last step. Where chunks are padded,
+            ``delta`` must be 0 in the padding.
     """
     drive = delta * u
+    first, last = _ends(u.shape[1], u.shape[0], reverse)
     for n in range(A.shape[1]):
         decay = torch.mul(delta, A[:, n]).exp_()
         h = drive * B[..., n, None]
+        if initial is not None:
+            h[first].addcmul_(decay[first], initial[..., n])
         linear_scan_(decay, h, reverse)
         out.addcmul_(h, C[..., n, None])
+        if final is not None:
+            final[..., n] = h[last]
 
 
-def scan_chunks_backward(grad_y, u, delta, A, B, C, reverse: bool):
-    """Gradients of :func:`scan_chunks` by u, delta, A, B, C; states are computed again."""
+def scan_chunks_backward(grad_y, u, delta, A, B, C, reverse: bool, initial: Tensor | None = None,
+                         grad_final: Tensor | None = None, out: Tensor | None = None,
+                         grad_initial: Tensor | None = None):
+    """Gradients of :func:`scan_chunks` by u, delta, A, B, C; states are computed again.
+
+    ``grad_initial``, where given, is filled with the gradient by the first state. The result of the
+    forward is added to ``out``, where given.
+    """
     drive = delta * u
     grad_drive, grad_delta = torch.zeros_like(u), torch.zeros_like(u)
     grad_A = torch.empty_like(A)
     grad_B, grad_C = torch.empty_like(B), torch.empty_like(C)
+    first, last = _ends(u.shape[1], u.shape[0], reverse)
     for n in range(A.shape[1]):
         A_n, B_n, C_n = A[:, n], B[..., n, None], C[..., n, None]
         decay = torch.mul(delta, A_n).exp_()
         h = drive * B_n
+        if initial is not None:
+            h[first].addcmul_(decay[first], initial[..., n])
         linear_scan_(decay.clone(), h, reverse)
         grad_C[..., n] = (grad_y * h).sum(-1)
+        if out is not None:
+            out.addcmul_(h, C_n)
 
         g = grad_y * C_n
+        if grad_final is not None:
+            g[last].add_(grad_final[..., n])
         linear_scan_(_previous(decay, not reverse), g, not reverse)
         grad_B[..., n] = (g * drive).sum(-1)
         grad_drive.addcmul_(g, B_n)
 
-        grad_exponent = g.mul_(decay).mul_(_previous(h, reverse))
+        g.mul_(decay)
+        if grad_initial is not None:
+            grad_initial[..., n] = g[first]
+        before = _previous(h, reverse)
+        if initial is not None:
+            before[first] = initial[..., n]
+        grad_exponent = g.mul_(before)
         grad_delta.addcmul_(grad_exponent, A_n)
         grad_A[:, n] = grad_exponent.mul_(delta).sum((0, 1, 2))
     grad_delta.addcmul_(grad_drive, u)
     return grad_drive.mul_(delta), grad_delta, grad_A, grad_B, grad_C
+
+
+def _chunks(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """(M, D, L) -> (T, G, M, D)."""
+    return to_chunks(chunk_sequence(t.transpose(1, 2)), dtype)
 
 
 def _groups(u, delta, A, B, C, delta_bias):
@@ -132,8 +176,7 @@ def _groups(u, delta, A, B, C, delta_bias):
     dim = u.shape[1] // B.shape[1]
     for k in range(B.shape[1]):
         channels = slice(k * dim, (k + 1) * dim)
-        inputs = [to_chunks(chunk_sequence(t.transpose(1, 2)), dtype)
-                  for t in (u[:, channels], delta[:, channels], B[:, k], C[:, k])]
+        inputs = [_chunks(t, dtype) for t in (u[:, channels], delta[:, channels], B[:, k], C[:, k])]
         if delta_bias is not None:
             inputs[1] += delta_bias[channels].to(dtype)
         yield k, channels, A[channels].to(dtype), *inputs
@@ -144,37 +187,71 @@ def _sequence(x_TGBD: Tensor, length: int) -> Tensor:
     return x_TGBD.permute(2, 3, 1, 0).flatten(2)[..., :length]
 
 
-def forward(u, delta, A, B, C, D, delta_bias, delta_softplus, out_dtype) -> Tensor:
+def _still(delta_TGBD: Tensor, length: int) -> Tensor:
+    """``delta`` with steps of 0 in the padding, which leave a state as it is."""
+    steps, chunks = delta_TGBD.shape[:2]
+    delta_TGBD[length - (chunks - 1) * steps:, -1] = 0
+    return delta_TGBD
+
+
+def forward(u, delta, A, B, C, D, delta_bias, z, initial_state, delta_softplus,
+            return_final_state, reverse, out_dtype) -> tuple[Tensor, Tensor]:
     """Shapes as in :func:`vmamba_mm.ops.selective_scan`."""
+    dtype, length = compute_dtype(u.dtype), u.shape[2]
     out = torch.empty(u.shape, dtype=out_dtype, device=u.device)
+    final_state = torch.empty((*u.shape[:2], A.shape[1]) if return_final_state else 0, dtype=dtype,
+                              device=u.device)
     groups = _groups(u, delta, A, B, C, delta_bias)
     for _, channels, A_k, u_k, delta_k, B_k, C_k in groups:
         if delta_softplus:
             delta_k = softplus(delta_k)
-        y = torch.zeros_like(u_k) if D is None else u_k * D[channels].to(u_k.dtype)
-        scan_chunks(u_k, delta_k, A_k, B_k, C_k, reverse=False, out=y)
-        out[:, channels] = _sequence(y, u.shape[2])
-    return out
+        y = torch.zeros_like(u_k) if D is None else u_k * D[channels].to(dtype)
+        scan_chunks(u_k, _still(delta_k, length), A_k, B_k, C_k, reverse, y,
+                    None if initial_state is None else initial_state[:, channels].to(dtype),
+                    final_state[:, channels] if return_final_state else None)
+        if z is not None:
+            y *= F.silu(_chunks(z[:, channels], dtype))
+        out[:, channels] = _sequence(y, length)
+    return out, final_state
 
 
-def backward(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus):
-    """Gradients by u, delta, A, B, C, D, delta_bias (None where the input is None)."""
+def backward(grad_y, grad_state, u, delta, A, B, C, D, delta_bias, z, initial_state,
+             delta_softplus, return_final_state, reverse):
+    """Gradients by u, delta, A, B, C, D, delta_bias, z, initial_state (None where those are)."""
+    inputs = (u, delta, A, B, C, D, delta_bias, z, initial_state)
     grads = [None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
-             for t in (u, delta, A, B, C, D, delta_bias)]
-    grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias = grads
-    length = u.shape[2]
+             for t in inputs]
+    grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias, grad_z, grad_initial = grads
+    dtype, length = compute_dtype(u.dtype), u.shape[2]
+    if grad_y is None:
+        grad_y = torch.zeros_like(u)
+    if not return_final_state:
+        grad_state = None
     groups = _groups(u, delta, A, B, C, delta_bias)
     for k, channels, A_k, u_k, raw_delta, B_k, C_k in groups:
         delta_k = softplus(raw_delta) if delta_softplus else raw_delta
-        gy = to_chunks(chunk_sequence(grad_y[:, channels].transpose(1, 2)), u_k.dtype)
-        gu, gdelta, gA, gB, gC = scan_chunks_backward(gy, u_k, delta_k, A_k, B_k, C_k, False)
+        gy, y, state, gstate = _chunks(grad_y[:, channels], dtype), None, None, None
+        if z is not None:
+            z_k, gated = _chunks(z[:, channels], dtype), gy
+            gy = gated * F.silu(z_k)
+            y = torch.zeros_like(u_k) if D is None else u_k * D[channels].to(dtype)
+        if initial_state is not None:
+            state = initial_state[:, channels].to(dtype)
+            gstate = torch.empty_like(state)
+        gu, gdelta, gA, gB, gC = scan_chunks_backward(
+            gy, u_k, _still(delta_k, length), A_k, B_k, C_k, reverse, state,
+            None if grad_state is None else grad_state[:, channels].to(dtype), y, gstate)
+        if z is not None:
+            grad_z[:, channels] = _sequence(silu_backward(gated.mul_(y), z_k), length)
+        if initial_state is not None:
+            grad_initial[:, channels] = gstate
         if D is not None:
-            gu.addcmul_(gy, D[channels].to(u_k.dtype))
+            gu.addcmul_(gy, D[channels].to(dtype))
             grad_D[channels] = (gy * u_k).sum((0, 1, 2))
         if delta_softplus:
             gdelta.mul_(raw_delta.sigmoid())
         if delta_bias is not None:
-            grad_bias[channels] = gdelta.sum((0, 1, 2))
+            grad_bias[channels] = _still(gdelta, length).sum((0, 1, 2))
         grad_u[:, channels], grad_delta[:, channels] = (
             _sequence(t, length) for t in (gu, gdelta))
         grad_A[channels] = gA

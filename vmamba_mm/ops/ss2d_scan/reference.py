@@ -33,8 +33,8 @@ def forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype) -
     num_routes = x_proj_weight.shape[0]
     with without_autocast(x):
         x_BKDL, _, delta, B, C = project(x, x_proj_weight, dt_projs_weight, A, num_routes)
-    y = s6.forward(x_BKDL.flatten(1, 2), delta.flatten(1, 2), A, B, C, D,
-                   dt_projs_bias.flatten(), True, dtype)
+    y, _ = s6.forward(x_BKDL.flatten(1, 2), delta.flatten(1, 2), A, B, C, D,
+                      dt_projs_bias.flatten(), None, None, True, False, False, dtype)
     return result.copy_(cross.merge_forward(y.view_as(x_BKDL), height, width))
 
 
