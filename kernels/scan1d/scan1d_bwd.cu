@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, NS>) scan1d_bwd(const Scan1
 #pragma unroll
         for (int n = 0; n < NS; ++n)
             rates[c][n] = valid && j * NS + n < p.state
-                ? LOG2E * load_parameter(p.A, ((long long)index.k * p.dim + own + c) * p.state
+                ? load_parameter(p.A, ((long long)index.k * p.dim + own + c) * p.state
                                          + j * NS + n, p.A_type) : 0.f;
         load_states(g[c], p.grad_entries + (index.of_span(p) + own + c) * p.state, j * NS, p.state,
                     p.grad_entries && valid);
@@ -251,7 +251,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, NS>) scan1d_bwd(const Scan1
                 }
                 const float2 by = *(const float2 *)(tile + S::at(E::step(e, i, back), c));
                 du[i] = fmaf(by.x, LN2 * l, skip[c] * dy);
-                dl[i] = fmaf(by.x, u, by.y * LN2);
+                dl[i] = fmaf(by.x, u, by.y);
                 // The derivative of softplus: 2^z / (1 + 2^z).
                 if (p.softplus) dl[i] *= ex2(z2 - l);
                 dD[E::of(e, i)] = fmaf(dy, u, dD[E::of(e, i)]);

@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, NS, MODE>) scan1d_fwd(const
 #pragma unroll
         for (int n = 0; n < NS; ++n)
             rates[c][n] = valid && j * NS + n < p.state
-                ? LOG2E * load_parameter(p.A, ((long long)index.k * p.dim + own + c) * p.state
+                ? load_parameter(p.A, ((long long)index.k * p.dim + own + c) * p.state
                                          + j * NS + n, p.A_type) : 0.f;
         load_states(h[c], p.entries + (index.of_span(p) + own + c) * p.state, j * NS, p.state,
                     MODE != GRADIENTS && p.entries && valid);
