@@ -53,12 +53,6 @@ struct Shape {
     // B and C of a lane's states are adjacent, the lanes of a step a row.
     static constexpr int BC_ROW = 2 * N + 4;
     static constexpr int TILE = STEPS * ROW, BC_TILE = STEPS * BC_ROW;
-
-    // A vector of channels has four pairs: they would all be in two of eight groups of banks.
-    static __device__ __forceinline__ int place(int pair) { return 4 * (pair ^ (pair >> 3 & 3)); }
-    static __device__ __forceinline__ int at(int step, int channel) {
-        return step * ROW + place(channel >> 1) + 2 * (channel & 1);
-    }
 };
 
 // Which sequence, span and channels a block has.
@@ -70,10 +64,13 @@ struct BlockIndex {
         span = i % p.spans, i /= p.spans;
         k = i % p.routes, b = i / p.routes;
     }
+    // The address of a thread's first element at position 0, for blocks that begin at `channel`.
+    template <class E>
     __device__ __forceinline__ const char *of(const Map &map, int channel, bool last,
-                                              int size) const {
+                                              const E &elements, int size = E::SIZE) const {
         return (const char *)map.data
-            + size * (b * map.b + k * map.k + (last ? channel : (long long)channel * map.s));
+            + size * (b * map.b + k * map.k + (last ? channel : (long long)channel * map.s)
+                      + elements.offset(map.s));
     }
     __device__ __forceinline__ long long of_span(const Scan1dParams &p) const {
         return ((long long)b * p.spans + span) * (p.routes * p.dim) + k * p.dim;
@@ -86,7 +83,6 @@ struct BlockIndex {
 // Where a tile lies in memory: its first position there, and how many of its steps there are.
 struct Place {
     int first, count;
-    bool back;
 };
 
 __device__ __forceinline__ u32 load_u16(const void *p) {
@@ -98,7 +94,8 @@ __device__ __forceinline__ u32 load_u16(const void *p) {
 __device__ __forceinline__ float sigmoid(float z) { return rcp(1.f + ex2(-LOG2E * z)); }
 
 // The elements of a tile that a thread loads and stores: vectors of V of them, which are adjacent
-// channels (LAST) or positions. The same thread has the same elements in every map.
+// channels (LAST) or positions. The same thread has the same elements in every map. `full` says that
+// there are all steps and channels of the tile.
 template <class T, class S, bool LAST, bool VECTOR>
 struct Elements {
     static constexpr bool WIDE = same<T, Float>;
@@ -107,50 +104,94 @@ struct Elements {
     static constexpr int VECTORS = S::CHANNELS * S::STEPS / V;
     static constexpr int TURNS = (VECTORS + THREADS - 1) / THREADS, COUNT = TURNS * V;
     static constexpr int WORDS = (COUNT * SIZE + 3) / 4;
-    // Different channels of a thread, where element i of turn e is of channel number of(e, i).
-    static constexpr int OWN = !LAST ? TURNS : V > 1 ? V : S::CHANNELS > THREADS ? 2 : 1;
+    static constexpr bool IDLE = VECTORS < THREADS;  // some threads have nothing
+    // Different channels of a thread; element i of turn e is of channel number of(e, i).
+    static constexpr int OWN = !LAST ? TURNS : V > 1 ? V : ROW > THREADS ? 2 : 1;
     static __device__ __forceinline__ constexpr int of(int e, int i) {
-        return !LAST ? e : V > 1 ? i : S::CHANNELS > THREADS ? e & 1 : 0;
+        return !LAST ? e : V > 1 ? i : ROW > THREADS ? e & 1 : 0;
+    }
+    // From the first vector to that of turn e: channels and positions.
+    static __device__ __forceinline__ constexpr int channels_to(int e) {
+        return !LAST ? e * (THREADS / ROW) : ROW > THREADS ? (e & 1) * THREADS : 0;
+    }
+    static __device__ __forceinline__ constexpr int positions_to(int e) {
+        return !LAST ? 0 : ROW > THREADS ? e / 2 : e * (THREADS / (ROW > THREADS ? 1 : ROW));
+    }
+    // Vectors of channels would all be in two of eight groups of banks: pairs change places.
+    static __device__ __forceinline__ int place(int pair) {
+        return 4 * (LAST && V > 1 ? pair ^ (pair >> 3 & 3) : pair);
     }
 
-    static __device__ __forceinline__ int index(int e) { return threadIdx.x + e * THREADS; }
-    static __device__ __forceinline__ int channel(int e) {
-        return LAST ? index(e) % ROW * V : index(e) / ROW;
+    int channel, position;  // of the first vector
+    int tile, row;          // where it is in shared memory; from a position to the next there
+    bool back, none;
+
+    __device__ __forceinline__ Elements(bool back) : back(back) {
+        const int i = threadIdx.x;
+        channel = LAST ? i % ROW * V : i / ROW;
+        position = LAST ? i / ROW : i % ROW * V;
+        none = IDLE && i >= VECTORS;
+        row = back ? -S::ROW : S::ROW;
+        tile = step(0, 0) * S::ROW;
+        if (!(LAST && V > 1)) tile += 2 * channel;
     }
-    static __device__ __forceinline__ int position(int e) {
-        return LAST ? index(e) / ROW : index(e) % ROW * V;
-    }
-    static __device__ __forceinline__ int step(int e, int i, bool back) {
-        const int m = position(e) + (LAST ? 0 : i);
+    __device__ __forceinline__ int step(int e, int i) const {
+        const int m = position + positions_to(e) + (LAST ? 0 : i);
         return back ? S::STEPS - 1 - m : m;
     }
-    static __device__ __forceinline__ bool valid(int e, int channels, const Place &place) {
-        return (VECTORS % THREADS == 0 || index(e) < VECTORS) && channel(e) < channels
-            && step(e, place.back ? V - 1 : 0, place.back) < place.count;
+    // Where l and x of an element are in shared memory.
+    __device__ __forceinline__ int at(int e, int i) const {
+        const int from = tile + (positions_to(e) + (LAST ? 0 : i)) * row + 2 * channels_to(e);
+        if (LAST && V > 1) return from + place((channel + i) / 2) + 2 * (i & 1);
+        return from;
     }
-    static __device__ __forceinline__ int offset(int e, int s, const Place &place) {
-        const int m = place.first + position(e);
-        return LAST ? m * s + channel(e) : channel(e) * s + m;
+    __device__ __forceinline__ void stage(float *to, int e, const float (&l)[V],
+                                          const float (&x)[V]) const {
+        if constexpr (LAST && V > 1) {
+#pragma unroll
+            for (int i = 0; i < V; i += 2)
+                *(float4 *)(to + at(e, i)) = make_float4(l[i], x[i], l[i + 1], x[i + 1]);
+        } else {
+#pragma unroll
+            for (int i = 0; i < V; ++i) *(float2 *)(to + at(e, i)) = make_float2(l[i], x[i]);
+        }
+    }
+    __device__ __forceinline__ bool valid(int e, int channels, const Place &place) const {
+        return !none && channel + channels_to(e) < channels
+            && step(e, back ? V - 1 : 0) < place.count;
+    }
+    // The offset of the first vector from a block's first channel, at position 0.
+    __device__ __forceinline__ int offset(int s) const {
+        return LAST ? position * s + channel : channel * s + position;
+    }
+    static __device__ __forceinline__ int to_turn(int e, int s) {
+        return LAST ? positions_to(e) * s + channels_to(e) : channels_to(e) * s;
+    }
+    static __device__ __forceinline__ long long of_place(const Place &place, int s) {
+        return (long long)place.first * (LAST ? s : 1);
     }
 
-    static __device__ __forceinline__ void load(u32 (&raw)[WORDS], const char *base, int s,
-                                                int channels, const Place &place) {
-#pragma unroll
-        for (int i = 0; i < WORDS; ++i) raw[i] = 0;
+    // `base` is the address of the first vector at position 0.
+    __device__ __forceinline__ void load(u32 (&raw)[WORDS], const char *base, int s, int channels,
+                                         const Place &place, bool full) const {
+        base += of_place(place, s) * SIZE;
 #pragma unroll
         for (int e = 0; e < TURNS; ++e) {
-            if (!valid(e, channels, place)) continue;
-            const char *const from = base + (long long)offset(e, s, place) * SIZE;
+            const bool inside = full ? !none : valid(e, channels, place);
+            const char *const from = base + (long long)to_turn(e, s) * SIZE;
             if constexpr (V * SIZE == 16) {
-                const uint4 v = __ldg((const uint4 *)from);
+                uint4 v = make_uint4(0, 0, 0, 0);
+                if (inside) v = __ldg((const uint4 *)from);
                 raw[4 * e] = v.x, raw[4 * e + 1] = v.y, raw[4 * e + 2] = v.z, raw[4 * e + 3] = v.w;
             } else if constexpr (V * SIZE == 8) {
-                const uint2 v = __ldg((const uint2 *)from);
+                uint2 v = make_uint2(0, 0);
+                if (inside) v = __ldg((const uint2 *)from);
                 raw[2 * e] = v.x, raw[2 * e + 1] = v.y;
-            } else if constexpr (WIDE) {
-                raw[e] = __ldg((const u32 *)from);
             } else {
-                raw[e / 2] |= load_u16(from) << 16 * (e & 1);
+                u32 v = 0;
+                if (inside) v = WIDE ? __ldg((const u32 *)from) : load_u16(from);
+                if (WIDE) raw[e] = v;
+                else raw[e / 2] = e & 1 ? raw[e / 2] | v << 16 : v;
             }
         }
     }
@@ -163,89 +204,105 @@ struct Elements {
             return j & 1 ? v.y : v.x;
         }
     }
+    // `base` is the address of the first vector in the tile; plain: `type` is that of T.
     static __device__ __forceinline__ void store(char *base, int s, int type, int e,
-                                                 const float (&v)[V], const Place &place) {
-        const long long at = offset(e, s, place);
-        if constexpr (V == 1) {
-            store_result(base, at, type, v[0]);
-        } else if (type != T::CODE) {
+                                                 const float (&v)[V], bool plain) {
+        const int at = to_turn(e, s);
+        if (!plain && type != T::CODE) {
 #pragma unroll
             for (int i = 0; i < V; ++i) store_result(base, at + i, type, v[i]);
-        } else if constexpr (V == 8) {
-            *(uint4 *)(base + at * SIZE) = make_uint4(T::pack(v[0], v[1]), T::pack(v[2], v[3]),
-                                                      T::pack(v[4], v[5]), T::pack(v[6], v[7]));
-        } else {
-            store4<T>(base, at, v);
+            return;
         }
+        base += (long long)at * SIZE;
+        if constexpr (V == 1)
+            store_result(base, 0, T::CODE, v[0]);
+        else if constexpr (V == 8)
+            *(uint4 *)base = make_uint4(T::pack(v[0], v[1]), T::pack(v[2], v[3]),
+                                        T::pack(v[4], v[5]), T::pack(v[6], v[7]));
+        else
+            store4<T>(base, 0, v);
     }
 };
 
-// Loads B and C of a tile, and writes them to shared memory as fp32.
-template <class T, class S, bool WITH_B, bool WITH_C>
-struct Columns {
-    static constexpr int WIDTH = S::N * (WITH_B + WITH_C), ALL = WIDTH * S::STEPS;
-    static constexpr int TURNS = (ALL + THREADS - 1) / THREADS, AHEAD = TURNS < 8 ? TURNS : 8;
+// Loads B or C of a tile, and writes it to shared memory as fp32, where a lane's states begin at
+// `staged`. `full`: there are all steps and states.
+template <class T, class S>
+struct Column {
+    static constexpr int ALL = S::N * S::STEPS, SIZE = same<T, Float> ? 4 : 2;
+    static constexpr int TURNS = (ALL + THREADS - 1) / THREADS, AHEAD = TURNS < 4 ? TURNS : 4;
     static constexpr bool LATE = TURNS > AHEAD;  // too many to be loaded ahead
-    const char *B, *C;
-    int B_n, B_l, C_n, C_l, state;
-    bool rows;  // the states of a position are adjacent
+    // From a thread's number to that of the next turn: states if positions are adjacent in memory,
+    // or positions if states are.
+    static constexpr int STATES_ON = THREADS / S::STEPS;
+    static constexpr int STEPS_ON = THREADS / S::N < 1 ? 1 : THREADS / S::N;
 
-    __device__ __forceinline__ Columns(const Scan1dParams &p, const BlockIndex &index) {
-        constexpr int SIZE = same<T, Float> ? 4 : 2;
-        B = (const char *)p.B.data + SIZE * (index.b * p.B.b + index.k * p.B.k);
-        C = (const char *)p.C.data + SIZE * (index.b * p.C.b + index.k * p.C.k);
-        B_n = p.B.n, B_l = p.B.l, C_n = p.C.n, C_l = p.C.l, state = p.state;
-        rows = B_n == 1;
+    const char *base;
+    int state, position;  // of the first number
+    int turn, states;     // elements from a turn to the next; N
+    int l;                // elements from a position to the next
+    int tile, tile_turn;  // where the first number goes; and from a turn to the next
+    bool rows, back;      // rows: the states of a position are adjacent
+
+    __device__ __forceinline__ Column(const Rows &of, const BlockIndex &index, int states,
+                                      bool back) : states(states), back(back) {
+        rows = of.n == 1;
+        const int i = threadIdx.x;
+        state = rows ? i % S::N : i / S::STEPS;
+        position = rows ? i / S::N : i % S::STEPS;
+        l = of.l;
+        turn = rows ? STEPS_ON * of.l : STATES_ON * of.n;
+        base = (const char *)of.data + SIZE * (index.b * of.b + index.k * of.k
+                                               + state * of.n + position * of.l);
+        tile = (back ? S::STEPS - 1 - position : position) * S::BC_ROW + slot(state);
+        tile_turn = rows ? (back ? -STEPS_ON : STEPS_ON) * S::BC_ROW : 2 * STATES_ON;
     }
-    __device__ __forceinline__ void find(int i, int &w, int &m) const {
-        w = rows ? i % WIDTH : i / S::STEPS;
-        m = rows ? i / WIDTH : i % S::STEPS;
+    static __device__ __forceinline__ int slot(int state) {
+        return state / S::NS * (2 * S::NS) + state % S::NS;
     }
-    __device__ __forceinline__ void load(u32 (&raw)[AHEAD], const Place &place, int first) const {
+    __device__ __forceinline__ void load(u32 (&raw)[AHEAD], const Place &place, int first,
+                                         bool full) const {
+        const char *const from = base + (long long)place.first * l * SIZE;
 #pragma unroll
         for (int r = 0; r < AHEAD; ++r) {
-            const int i = threadIdx.x + (first + r) * THREADS;
-            int w, m;
-            find(i, w, m);
-            const bool is_C = !WITH_B || w >= S::N;
-            const int n = w - (WITH_B && is_C ? S::N : 0), position = place.first + m;
-            const int t = place.back ? S::STEPS - 1 - m : m;
-            raw[r] = 0;
-            if ((ALL % THREADS == 0 || i < ALL) && n < state && t < place.count) {
-                const long long at = n * (is_C ? C_n : B_n) + position * (is_C ? C_l : B_l);
-                const char *const base = is_C ? C : B;
-                if constexpr (same<T, Float>) raw[r] = __ldg((const u32 *)base + at);
-                else raw[r] = load_u16(base + 2 * at);
+            bool inside = true;
+            if (!full) {
+                const int n = state + (rows ? 0 : (first + r) * STATES_ON);
+                const int m = position + (rows ? (first + r) * STEPS_ON : 0);
+                inside = n < states && (ALL % THREADS == 0 || m < S::STEPS)
+                    && (back ? S::STEPS - 1 - m : m) < place.count;
             }
+            const char *const at = from + (long long)((first + r) * turn) * SIZE;
+            u32 v = 0;
+            if (inside) v = SIZE == 4 ? __ldg((const u32 *)at) : load_u16(at);
+            raw[r] = v;
         }
     }
-    __device__ __forceinline__ void store(float *staged, const u32 (&raw)[AHEAD], bool back,
-                                          int first) const {
+    __device__ __forceinline__ void store(float *staged, const u32 (&raw)[AHEAD], int first) const {
 #pragma unroll
         for (int r = 0; r < AHEAD; ++r) {
-            const int i = threadIdx.x + (first + r) * THREADS;
-            if (ALL % THREADS && i >= ALL) break;
-            int w, m;
-            find(i, w, m);
-            const bool is_C = !WITH_B || w >= S::N;
-            const int n = w - (WITH_B && is_C ? S::N : 0), t = back ? S::STEPS - 1 - m : m;
+            if (ALL % THREADS && threadIdx.x + (first + r) * THREADS >= ALL) break;
             float v;
-            if constexpr (same<T, Float>) v = __uint_as_float(raw[r]);
+            if constexpr (SIZE == 4) v = __uint_as_float(raw[r]);
             else v = T::unpack(raw[r]).x;
-            staged[t * S::BC_ROW + n / S::NS * (2 * S::NS) + is_C * S::NS + n % S::NS] = v;
+            int to = tile + (first + r) * tile_turn;
+            if (!rows && STATES_ON % S::NS)
+                to = tile - slot(state) + slot(state + (first + r) * STATES_ON);
+            staged[to] = v;
         }
     }
-    __device__ __forceinline__ void load_ahead(u32 (&raw)[AHEAD], const Place &place) const {
-        if constexpr (!LATE) load(raw, place, 0);
+    __device__ __forceinline__ void load_ahead(u32 (&raw)[AHEAD], const Place &place, bool full
+                                               ) const {
+        if constexpr (!LATE) load(raw, place, 0, full);
     }
     __device__ __forceinline__ void stage(float *staged, u32 (&raw)[AHEAD],
                                           const Place &place) const {
         if constexpr (!LATE) {
-            store(staged, raw, place.back, 0);
+            store(staged, raw, 0);
         } else {
+#pragma unroll 1
             for (int first = 0; first < TURNS; first += AHEAD) {
-                load(raw, place, first);
-                store(staged, raw, place.back, first);
+                load(raw, place, first, false);
+                store(staged, raw, first);
             }
         }
     }

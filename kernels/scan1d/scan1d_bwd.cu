@@ -2,15 +2,18 @@
 // calculated again from the one that enters it; those that enter every PART steps stay in shared
 // memory. Then each PART steps run forwards, with states and decays in registers, and backwards.
 #include "scan1d/scan1d.cuh"
+#ifndef BWD_BLOCKS
+#define BWD_BLOCKS 3
+#endif
 
 constexpr int PART = 4;
-template <class T, int NS> constexpr int BLOCKS = NS < 4 ? 4 : 3;
+template <class T, int NS> constexpr int BLOCKS = NS < 4 ? 4 : BWD_BLOCKS;
 
 template <class T, int NS, int LANES, bool LAST, bool VECTOR>
 __global__ void __launch_bounds__(THREADS, BLOCKS<T, NS>) scan1d_bwd(const Scan1dParams p) {
     typedef Shape<NS, LANES> S;
     typedef Elements<T, S, LAST, VECTOR> E;
-    typedef Columns<T, S, true, true> Staging;
+    typedef Column<T, S> BC;
     constexpr int GRAD_ROW = S::CHANNELS + 2, PARTS = S::STEPS / PART, WARPS = THREADS / 32;
     constexpr int ACROSS = 32 / LANES;  // pairs of a warp
     // Of 2 NS sums over the pairs of a warp a lane gets so many, the same as SAME adjacent ones.
@@ -31,6 +34,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, NS>) scan1d_bwd(const Scan1
     const int j = threadIdx.x % LANES, pair = threadIdx.x / LANES;
     const int own = first_channel + 2 * pair;
     const bool back = p.reverse >> index.k & 1;
+    const E elements(back);
 
     load_channels<S>(bias, skip, p, index.k, first_channel);
     // g: the gradient by the state after a step, of what comes after it.
@@ -49,26 +53,31 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, NS>) scan1d_bwd(const Scan1
     float dD[E::OWN] = {}, dbias[E::OWN] = {};
 
     const int first_step = index.span * p.span, last_step = min(p.length, first_step + p.span);
-    const char *const u_base = index.of(p.u, first_channel, LAST, E::SIZE);
-    const char *const l_base = index.of(p.delta, first_channel, LAST, E::SIZE);
-    const char *const z_base = index.of(p.z, first_channel, LAST, E::SIZE);
-    const char *const y_base = index.of(p.y, first_channel, LAST, E::SIZE);
-    const char *const grad_base = index.of(p.grad, first_channel, LAST, E::SIZE);
-    const bool gated = p.z.data;
-    const Staging staging(p, index);
+    const char *const u_base = index.of(p.u, first_channel, LAST, elements);
+    const char *const l_base = index.of(p.delta, first_channel, LAST, elements);
+    const char *const grad_base = index.of(p.grad, first_channel, LAST, elements);
+    const bool gated = p.z.data, all_channels = channels >= S::CHANNELS && p.state == S::N;
+    const BC B_column(p.B, index, p.state, back), C_column(p.C, index, p.state, back);
     __syncthreads();
 
 #pragma unroll 1
     for (int start = first_step + (last_step - first_step - 1) / S::STEPS * S::STEPS;
          start >= first_step; start -= S::STEPS) {
         const Place place{back ? p.length - start - S::STEPS : start,
-                          min(S::STEPS, last_step - start), back};
+                          min(S::STEPS, last_step - start)};
+        const bool full = all_channels && place.count == S::STEPS;
         // What the tile needs, to shared memory; u, delta and the gradient stay in registers.
-        u32 u_raw[E::WORDS], l_raw[E::WORDS], grad_raw[E::WORDS], columns[Staging::AHEAD];
-        E::load(u_raw, u_base, p.u.s, channels, place);
-        E::load(l_raw, l_base, p.delta.s, channels, place);
-        E::load(grad_raw, grad_base, p.grad.s, channels, place);
-        staging.load_ahead(columns, place);
+        u32 u_raw[E::WORDS], l_raw[E::WORDS], grad_raw[E::WORDS];
+        u32 B_raw[BC::AHEAD], C_raw[BC::AHEAD];
+        auto load = [&](bool full) {
+            elements.load(u_raw, u_base, p.u.s, channels, place, full);
+            elements.load(l_raw, l_base, p.delta.s, channels, place, full);
+            elements.load(grad_raw, grad_base, p.grad.s, channels, place, full);
+            B_column.load_ahead(B_raw, place, full);
+            C_column.load_ahead(C_raw, place, full);
+        };
+        if (full) load(true);
+        else load(false);
         float h[2][NS];
         {
             const long long at = index.of_tile(p, start / S::STEPS) + own;
@@ -87,19 +96,22 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, NS>) scan1d_bwd(const Scan1
                 }
             }
         }
-        {
+        auto stage = [&](bool full, bool gated) {
             u32 z_raw[E::WORDS];
-            if (gated) E::load(z_raw, z_base, p.z.s, channels, place);
+            if (gated)
+                elements.load(z_raw, index.of(p.z, first_channel, LAST, elements), p.z.s, channels,
+                              place, false);
+            if (elements.none) return;
 #pragma unroll
             for (int e = 0; e < E::TURNS; ++e) {
-                if (E::VECTORS % THREADS && E::index(e) >= E::VECTORS) break;
-                const bool valid = E::valid(e, channels, place);
-                const int channel = E::channel(e);
+                const bool valid = full || elements.valid(e, channels, place);
+                const int channel = elements.channel + E::channels_to(e);
                 float l[E::V], x[E::V], dy[E::V];
 #pragma unroll
                 for (int i = 0; i < E::V; ++i) {
-                    const float own_bias = bias[channel + (LAST ? i : 0)];
-                    l[i] = valid ? find_l<T>(E::get(l_raw, e, i), own_bias, p.softplus) : 0.f;
+                    l[i] = find_l<T>(E::get(l_raw, e, i), bias[channel + (LAST ? i : 0)],
+                                     p.softplus);
+                    if (!valid) l[i] = 0.f;
                     x[i] = LN2 * l[i] * E::get(u_raw, e, i);
                     dy[i] = E::get(grad_raw, e, i);
                     if (gated) {
@@ -107,29 +119,27 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, NS>) scan1d_bwd(const Scan1
                         dy[i] *= z * sigmoid(z);
                     }
                 }
+                elements.stage(tile, e, l, x);
                 if constexpr (LAST && E::V > 1) {
-                    const int step = E::step(e, 0, back);
 #pragma unroll
-                    for (int i = 0; i < E::V; i += 2) {
-                        *(float4 *)(tile + step * S::ROW + S::place((channel + i) / 2))
-                            = make_float4(l[i], x[i], l[i + 1], x[i + 1]);
-                        *(float2 *)(grads + step * GRAD_ROW + channel + i)
+                    for (int i = 0; i < E::V; i += 2)
+                        *(float2 *)(grads + elements.step(e, 0) * GRAD_ROW + channel + i)
                             = make_float2(dy[i], dy[i + 1]);
-                    }
                 } else {
 #pragma unroll
-                    for (int i = 0; i < E::V; ++i) {
-                        const int step = E::step(e, i, back), c = channel + (LAST ? i : 0);
-                        *(float2 *)(tile + S::at(step, c)) = make_float2(l[i], x[i]);
-                        grads[step * GRAD_ROW + c] = dy[i];
-                    }
+                    for (int i = 0; i < E::V; ++i)
+                        grads[elements.step(e, i) * GRAD_ROW + channel] = dy[i];
                 }
             }
-        }
-        staging.stage(staged, columns, place);
+        };
+        if (full && !gated) stage(true, false);
+        else if (gated) stage(false, true);
+        else stage(false, false);
+        B_column.stage(staged, B_raw, place);
+        C_column.stage(staged + NS, C_raw, place);
         __syncthreads();
 
-        float *const rows = tile + S::place(pair);
+        float *const rows = tile + E::place(pair);
         const int parts = (place.count + PART - 1) / PART;
 #pragma unroll 1
         for (int part = 0; part < parts - 1; ++part) {
@@ -224,43 +234,54 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, NS>) scan1d_bwd(const Scan1
         }
         __syncthreads();
 
-        char *const du_base = (char *)index.of(p.du, first_channel, LAST, E::SIZE);
-        char *const dl_base = (char *)index.of(p.ddelta, first_channel, LAST, E::SIZE);
-        char *const dz_base = (char *)index.of(p.dz, first_channel, LAST, E::SIZE);
-        u32 z_raw[E::WORDS], y_raw[E::WORDS];
-        if (gated) {
-            E::load(z_raw, z_base, p.z.s, channels, place);
-            E::load(y_raw, y_base, p.y.s, channels, place);
-        }
-#pragma unroll
-        for (int e = 0; e < E::TURNS; ++e) {
-            if (!E::valid(e, channels, place)) continue;
-            const int channel = E::channel(e);
-            float du[E::V], dl[E::V], dz[E::V];
-#pragma unroll
-            for (int i = 0; i < E::V; ++i) {
-                const int c = channel + (LAST ? i : 0);
-                const float z2 = fmaf(E::get(l_raw, e, i), LOG2E, bias[c]);
-                const float l = p.softplus ? precise_softplus2<T>(z2) : z2;
-                const float u = E::get(u_raw, e, i);
-                float dy = E::get(grad_raw, e, i);
-                if (gated) {
-                    const float z = E::get(z_raw, e, i), s = sigmoid(z);
-                    dz[i] = dy * E::get(y_raw, e, i) * s * fmaf(z, 1.f - s, 1.f);
-                    dy *= z * s;
-                }
-                const float2 by = *(const float2 *)(tile + S::at(E::step(e, i, back), c));
-                du[i] = fmaf(by.x, LN2 * l, skip[c] * dy);
-                dl[i] = fmaf(by.x, u, by.y);
-                // The derivative of softplus: 2^z / (1 + 2^z).
-                if (p.softplus) dl[i] *= ex2(z2 - l);
-                dD[E::of(e, i)] = fmaf(dy, u, dD[E::of(e, i)]);
-                dbias[E::of(e, i)] += dl[i];
+        auto write = [&](bool full, bool gated) {
+            char *const du_base = (char *)index.of(p.du, first_channel, LAST, elements)
+                                  + E::of_place(place, p.du.s) * E::SIZE;
+            char *const dl_base = (char *)index.of(p.ddelta, first_channel, LAST, elements)
+                                  + E::of_place(place, p.ddelta.s) * E::SIZE;
+            char *const dz_base = (char *)index.of(p.dz, first_channel, LAST, elements)
+                                  + E::of_place(place, p.dz.s) * E::SIZE;
+            u32 z_raw[E::WORDS], y_raw[E::WORDS];
+            if (gated) {
+                elements.load(z_raw, index.of(p.z, first_channel, LAST, elements), p.z.s, channels,
+                              place, false);
+                elements.load(y_raw, index.of(p.y, first_channel, LAST, elements), p.y.s, channels,
+                              place, false);
             }
-            E::store(du_base, p.du.s, T::CODE, e, du, place);
-            E::store(dl_base, p.ddelta.s, T::CODE, e, dl, place);
-            if (gated) E::store(dz_base, p.dz.s, T::CODE, e, dz, place);
-        }
+            if (elements.none) return;
+#pragma unroll
+            for (int e = 0; e < E::TURNS; ++e) {
+                if (!full && !elements.valid(e, channels, place)) continue;
+                const int channel = elements.channel + E::channels_to(e);
+                float du[E::V], dl[E::V], dz[E::V];
+#pragma unroll
+                for (int i = 0; i < E::V; ++i) {
+                    const int c = channel + (LAST ? i : 0);
+                    const float z2 = fmaf(E::get(l_raw, e, i), LOG2E, bias[c]);
+                    const float l = p.softplus ? precise_softplus2<T>(z2) : z2;
+                    const float u = E::get(u_raw, e, i);
+                    float dy = E::get(grad_raw, e, i);
+                    if (gated) {
+                        const float z = E::get(z_raw, e, i), s = sigmoid(z);
+                        dz[i] = dy * E::get(y_raw, e, i) * s * fmaf(z, 1.f - s, 1.f);
+                        dy *= z * s;
+                    }
+                    const float2 by = *(const float2 *)(tile + elements.at(e, i));
+                    du[i] = fmaf(by.x, LN2 * l, skip[c] * dy);
+                    dl[i] = fmaf(by.x, u, by.y);
+                    // The derivative of softplus: 2^z / (1 + 2^z).
+                    if (p.softplus) dl[i] *= ex2(z2 - l);
+                    dD[E::of(e, i)] = fmaf(dy, u, dD[E::of(e, i)]);
+                    dbias[E::of(e, i)] += dl[i];
+                }
+                E::store(du_base, p.du.s, T::CODE, e, du, true);
+                E::store(dl_base, p.ddelta.s, T::CODE, e, dl, true);
+                if (gated) E::store(dz_base, p.dz.s, T::CODE, e, dz, true);
+            }
+        };
+        if (full && !gated) write(true, false);
+        else if (gated) write(false, true);
+        else write(false, false);
         // The sums of all warps, from the part that is written to the next kernel.
         const int rows_of_sequence = gridDim.x / (p.columns * p.spans);  // B K
         float *const to = p.BC_parts

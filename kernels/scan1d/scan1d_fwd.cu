@@ -2,18 +2,24 @@
 // what a span does to a state (STATES) or, from the far end, to the gradient by a state
 // (GRADIENTS).
 #include "scan1d/scan1d.cuh"
+#ifndef FWD_BLOCKS
+#define FWD_BLOCKS 4
+#endif
+#ifndef FWD_BODY
+#define FWD_BODY 4
+#endif
 
 template <class T, int NS, int MODE>
-constexpr int BLOCKS = NS < 4 ? 8 : same<T, Float> ? 4 : 5;
+constexpr int BLOCKS = NS < 4 ? 8 : FWD_BLOCKS;
 
 template <class T, int NS, int LANES, bool LAST, bool VECTOR, int MODE>
 __global__ void __launch_bounds__(THREADS, BLOCKS<T, NS, MODE>) scan1d_fwd(const Scan1dParams p) {
     typedef Shape<NS, LANES> S;
     typedef Elements<T, S, LAST, VECTOR> E;
-    typedef Columns<T, S, MODE != GRADIENTS, MODE != STATES> Staging;
+    typedef Column<T, S> BC;
     // Steps whose sums over a pair's lanes are found together, and steps between two tests of
     // whether there are more.
-    constexpr int GROUP = LANES < 4 ? 1 : LANES / 2, BODY = GROUP < 4 ? 4 : GROUP;
+    constexpr int GROUP = LANES < 4 ? 1 : LANES / 2, BODY = GROUP < FWD_BODY ? FWD_BODY : GROUP;
 
     extern __shared__ __align__(16) float shared[];
     float *const tile = shared, *const staged = tile + S::TILE;
@@ -22,8 +28,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, NS, MODE>) scan1d_fwd(const
     const BlockIndex index(p);
     const int first_channel = index.column * S::CHANNELS, channels = p.dim - first_channel;
     const int lane = threadIdx.x % 32, j = threadIdx.x % LANES, pair = threadIdx.x / LANES;
-    const int place_of_pair = S::place(pair), own = first_channel + 2 * pair;
+    const int place_of_pair = E::place(pair), own = first_channel + 2 * pair;
     const bool back = (p.reverse >> index.k & 1) != (MODE == GRADIENTS);
+    const E elements(back);
 
     load_channels<S>(bias, skip, p, index.k, first_channel);
     float rates[2][NS], h[2][NS], total[2] = {};
@@ -44,39 +51,44 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, NS, MODE>) scan1d_fwd(const
     const int begin = MODE == GRADIENTS ? p.length - last_step : first_step;
     const int end = begin + last_step - first_step;
     auto place_of = [&](int start) {
-        return Place{back ? p.length - start - S::STEPS : start, min(S::STEPS, end - start), back};
+        return Place{back ? p.length - start - S::STEPS : start, min(S::STEPS, end - start)};
     };
+    const bool all_channels = channels >= S::CHANNELS && p.state == S::N;
     const Map &source = MODE == GRADIENTS ? p.grad : p.u;
-    const char *const x_base = index.of(source, first_channel, LAST, E::SIZE);
-    const char *const l_base = index.of(p.delta, first_channel, LAST, E::SIZE);
-    const char *const z_base = index.of(p.z, first_channel, LAST, E::SIZE);
+    const char *const x_base = index.of(source, first_channel, LAST, elements);
+    const char *const l_base = index.of(p.delta, first_channel, LAST, elements);
     const bool gated = MODE != STATES && p.z.data;
-    const Staging staging(p, index);
+    const BC B_column(p.B, index, p.state, back), C_column(p.C, index, p.state, back);
 
-    u32 x_raw[E::WORDS], l_raw[E::WORDS], z_raw[E::WORDS], columns[Staging::AHEAD];
-    auto load = [&](int start) {
-        const Place place = place_of(start);
-        E::load(x_raw, x_base, source.s, channels, place);
-        E::load(l_raw, l_base, p.delta.s, channels, place);
-        staging.load_ahead(columns, place);
+    u32 x_raw[E::WORDS], l_raw[E::WORDS], B_raw[BC::AHEAD], C_raw[BC::AHEAD];
+    auto load_tile = [&](bool full, const Place &place) {
+        elements.load(x_raw, x_base, source.s, channels, place, full);
+        elements.load(l_raw, l_base, p.delta.s, channels, place, full);
+        if (MODE != GRADIENTS) B_column.load_ahead(B_raw, place, full);
+        if (MODE != STATES) C_column.load_ahead(C_raw, place, full);
     };
-    load(begin);
-    __syncthreads();
-
-#pragma unroll 1
-    for (int start = begin; start < end; start += S::STEPS) {
-        const Place place = place_of(start);
-        if (gated) E::load(z_raw, z_base, p.z.s, channels, place);
+    auto load = [&](const Place &place) {
+        if (all_channels && place.count == S::STEPS) load_tile(true, place);
+        else load_tile(false, place);
+    };
+    auto load_gate = [&](u32 (&z_raw)[E::WORDS], const Place &place) {
+        elements.load(z_raw, index.of(p.z, first_channel, LAST, elements), p.z.s, channels, place,
+                      false);
+    };
+    // l and x of the tile, to shared memory.
+    auto stage_tile = [&](bool full, const Place &place) {
+        u32 z_raw[E::WORDS];
+        if (MODE == GRADIENTS && gated) load_gate(z_raw, place);
+        if (elements.none) return;
 #pragma unroll
         for (int e = 0; e < E::TURNS; ++e) {
-            if (E::VECTORS % THREADS && E::index(e) >= E::VECTORS) break;
-            const bool valid = E::valid(e, channels, place);
-            const int channel = E::channel(e);
+            const bool valid = full || elements.valid(e, channels, place);
+            const float *const own_bias = bias + elements.channel + E::channels_to(e);
             float l[E::V], x[E::V];
 #pragma unroll
             for (int i = 0; i < E::V; ++i) {
-                const float own_bias = bias[channel + (LAST ? i : 0)];
-                l[i] = valid ? find_l<T>(E::get(l_raw, e, i), own_bias, p.softplus) : 0.f;
+                l[i] = find_l<T>(E::get(l_raw, e, i), own_bias[LAST ? i : 0], p.softplus);
+                if (!valid) l[i] = 0.f;
                 x[i] = E::get(x_raw, e, i);
                 if (MODE != GRADIENTS) {
                     x[i] *= LN2 * l[i];
@@ -85,27 +97,27 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, NS, MODE>) scan1d_fwd(const
                     x[i] *= z * sigmoid(z);
                 }
             }
-            if constexpr (LAST && E::V > 1) {
-                const int row = E::step(e, 0, back) * S::ROW;
-#pragma unroll
-                for (int i = 0; i < E::V; i += 2)
-                    *(float4 *)(tile + row + S::place((channel + i) / 2))
-                        = make_float4(l[i], x[i], l[i + 1], x[i + 1]);
-            } else {
-#pragma unroll
-                for (int i = 0; i < E::V; ++i)
-                    *(float2 *)(tile + S::at(E::step(e, i, back), channel))
-                        = make_float2(l[i], x[i]);
-            }
+            elements.stage(tile, e, l, x);
         }
-        staging.stage(staged, columns, place);
+    };
+    load(place_of(begin));
+    __syncthreads();
+
+#pragma unroll 1
+    for (int start = begin; start < end; start += S::STEPS) {
+        const Place place = place_of(start);
+        const bool full = all_channels && place.count == S::STEPS;
+        if (full) stage_tile(true, place);
+        else stage_tile(false, place);
+        if (MODE != GRADIENTS) B_column.stage(staged, B_raw, place);
+        if (MODE != STATES) C_column.stage(staged + NS, C_raw, place);
         __syncthreads();
 
         u32 u_raw[E::WORDS];
         if (MODE == RUN)
 #pragma unroll
             for (int i = 0; i < E::WORDS; ++i) u_raw[i] = x_raw[i];
-        if (start + S::STEPS < end) load(start + S::STEPS);
+        if (start + S::STEPS < end) load(place_of(start + S::STEPS));
         if (MODE != GRADIENTS && p.states) {
             const long long at = index.of_tile(p, start / S::STEPS) + own;
 #pragma unroll
@@ -159,23 +171,33 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, NS, MODE>) scan1d_fwd(const
         __syncthreads();
 
         if (MODE == RUN && p.y.data) {
-            char *const y_base = (char *)index.of(p.y, first_channel, LAST, p.y_type ? 2 : 4);
+            char *const y_base
+                = (char *)index.of(p.y, first_channel, LAST, elements, p.y_type ? 2 : 4)
+                  + E::of_place(place, p.y.s) * (p.y_type ? 2 : 4);
+            auto write = [&](bool fast, bool with_gate) {
+                u32 z_raw[E::WORDS];
+                if (with_gate) load_gate(z_raw, place);
+                if (elements.none) return;
 #pragma unroll
-            for (int e = 0; e < E::TURNS; ++e) {
-                if (!E::valid(e, channels, place)) continue;
-                const int channel = E::channel(e);
-                float y[E::V];
+                for (int e = 0; e < E::TURNS; ++e) {
+                    if (!fast && !elements.valid(e, channels, place)) continue;
+                    const float *const own_skip = skip + elements.channel + E::channels_to(e);
+                    float y[E::V];
 #pragma unroll
-                for (int i = 0; i < E::V; ++i) {
-                    const int c = channel + (LAST ? i : 0);
-                    y[i] = fmaf(skip[c], E::get(u_raw, e, i), tile[S::at(E::step(e, i, back), c)]);
-                    if (gated) {
-                        const float z = E::get(z_raw, e, i);
-                        y[i] *= z * sigmoid(z);
+                    for (int i = 0; i < E::V; ++i) {
+                        y[i] = fmaf(own_skip[LAST ? i : 0], E::get(u_raw, e, i),
+                                    tile[elements.at(e, i)]);
+                        if (with_gate) {
+                            const float z = E::get(z_raw, e, i);
+                            y[i] *= z * sigmoid(z);
+                        }
                     }
+                    E::store(y_base, p.y.s, p.y_type, e, y, fast);
                 }
-                E::store(y_base, p.y.s, p.y_type, e, y, place);
-            }
+            };
+            if (gated) write(false, true);
+            else if (full && p.y_type == T::CODE) write(true, false);
+            else write(false, false);
         }
     }
 
