@@ -1,20 +1,27 @@
 """Two processes joined by gloo through dist_train.sh, against one process with the whole batch."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import tiny
 import torch
 
 
-def dist(script, *argv, cwd):
+def command(script, *argv, cwd):
     env = dict(os.environ, PYTHON=sys.executable, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='',
-               PYTHONPATH=str(Path(__file__).parent))
-    return subprocess.run(['bash', tiny.TOOLS / script, *map(str, argv)], cwd=cwd, env=env,
-                          capture_output=True, text=True, timeout=240)
+               PYTHONPATH=os.pathsep.join(
+                   [str(Path(__file__).parent), os.environ.get('PYTHONPATH', '')]))
+    return dict(args=['bash', tiny.TOOLS / script, *map(str, argv)], cwd=cwd, env=env, text=True)
+
+
+def dist(script, *argv, cwd):
+    return subprocess.run(**command(script, *argv, cwd=cwd), capture_output=True, timeout=240)
 
 
 def write_config(tmp_path, name, **kwargs):
@@ -80,3 +87,39 @@ def test_mistake_in_the_input(tmp_path):
     assert 'the config nothing.py does not exist' in done.stderr
     assert 'Traceback' not in done.stderr
     assert done.stderr.splitlines()[-1].startswith('stopped: process')
+
+
+def rank_of(process):
+    try:
+        return process.environ().get('RANK')
+    except psutil.Error:
+        return None
+
+
+def test_a_killed_process_ends_the_run_which_resumes(tmp_path):
+    pytest.importorskip('mmpretrain')
+    tiny.make_cls(tmp_path / 'data')
+    config, work_dir = write_config(tmp_path, 'two', batch=2, workers=0), tmp_path / 'two'
+    argv = ['dist_train.sh', config, 2, '--work-dir', work_dir, '--resume', 'auto',
+            '--cfg-options']
+    started = command(*argv, 'train_cfg.max_epochs=500', cwd=tmp_path)
+    with subprocess.Popen(**started, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as run:
+        try:
+            end = time.monotonic() + 120
+            while not (work_dir / 'epoch_2.pth').is_file() and time.monotonic() < end:
+                time.sleep(0.05)
+            second, = (process for process in psutil.Process(run.pid).children(recursive=True)
+                       if rank_of(process) == '1')
+            second.send_signal(signal.SIGKILL)
+            _, err = run.communicate(timeout=120)
+        finally:
+            run.kill()
+    assert run.returncode == 1
+    assert err.splitlines()[-1].startswith('stopped: process 1 was killed by SIGKILL')
+    assert '--resume auto' in err
+
+    reached = max(int(path.stem.removeprefix('epoch_')) for path in work_dir.glob('epoch_*.pth'))
+    resumed = dist(*argv, f'train_cfg.max_epochs={reached + 1}', cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert f'resumed epoch: {reached}' in resumed.stdout
+    assert (work_dir / f'epoch_{reached + 1}.pth').is_file()

@@ -93,7 +93,8 @@ SPECS.append(replace(spec(
 # What the world of one dimension asks for beside it. No kernel takes it yet.
 SPECS.append(replace(spec(
     True, reverse=True, final=True, make=make_gated, kernels=(),
-    shapes=((2, 2, 2, 5, 2), (1, 1, 1, 1, 1), (2, 1, 3, 2, 1), (1, 2, 2, 17, 16), (1, 1, 3, 65, 3)),
+    shapes=((2, 2, 2, 5, 2), (1, 1, 1, 1, 1), (2, 1, 3, 2, 1), (1, 2, 2, 17, 16), (1, 1, 3, 65, 3),
+            (2, 2, 130, 21, 16)),
     wrong=(('z', cut(2), 'expects z of shape'),
            ('initial_state', cut(2), 'expects initial_state of shape'),
            ('A', lambda A: A.to(torch.complex64), 'complex'))),
