@@ -6,7 +6,7 @@ from torch import Tensor
 
 from vmamba_mm.ops.core.backends import Backend
 from vmamba_mm.ops.core.define_op import Implementation, define_op
-from vmamba_mm.ops.mamba_inner import chunked, reference, triton_scan
+from vmamba_mm.ops.mamba_inner import chunked, cuda, reference, triton_scan
 from vmamba_mm.ops.scan_kernels import triton_backend
 from vmamba_mm.ops.selective_scan.op import scan_flops
 
@@ -22,7 +22,10 @@ def _count_flops(xz, conv_weight, x_proj, dt_proj, A, **_) -> int:
 def _fake(xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, reverse, scale, backend,
           save):
     batch, length, width = xz.shape
-    return xz.new_empty(batch, length, width // 2), *(xz.new_empty(0) for _ in range(3))
+    shape, rows, total = (batch, length, width // 2), 0, 0
+    if backend == 'cuda' and save:
+        rows, total = (len(A), batch * length, x_proj.shape[1]), shape
+    return xz.new_empty(shape), xz.new_empty(0), xz.new_empty(rows), xz.new_empty(total)
 
 
 _TRITON = Implementation(
@@ -37,6 +40,7 @@ _mamba_inner = define_op(
     reference=reference.forward,
     fake=_fake,
     implementations={
+        'cuda': Implementation(cuda.forward, cuda.backward, cuda.why_not, saves=True),
         'triton': _TRITON,
         'chunked': Implementation(chunked.forward, chunked.backward)},
     saves='xz conv_weight conv_bias x_proj dt_proj dt_bias A D convolved projected saved reverse '
@@ -66,8 +70,8 @@ def mamba_inner(xz: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, x_pro
         D: (K, D), the skip.
         reverse: for K = 1, run backwards in time.
         scale: factor of the result: 0.5 for the mean of both directions.
-        backend: 'reference', 'chunked' or 'triton'; None for 'triton' where it takes the inputs (on
-            any GPU), else 'chunked'.
+        backend: 'reference', 'chunked', 'cuda' or 'triton'; None for the first of 'cuda' (an NVIDIA
+            GPU) and 'triton' (a GPU) that takes the inputs, else 'chunked'.
 
     Returns:
         (B, L, D) without gaps in the dtype of ``xz``, the directions summed, whatever autocast
