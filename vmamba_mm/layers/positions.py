@@ -1,7 +1,11 @@
 """Position embeddings, brought to the sizes of an input."""
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor
+
+from vmamba_mm.errors import UserError
 
 
 def pad_to_a_patch(x: Tensor, patch_size: int) -> Tensor:
@@ -20,6 +24,22 @@ def resize_grid(embed: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Te
     # In fp32: halves would round the weights of the neighbours.
     grid = F.interpolate(grid.float(), new, mode='bicubic', align_corners=False)
     return grid.flatten(2).transpose(1, 2).to(embed.dtype)
+
+
+def resize_patches(embed: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(1, n, C) of a checkpoint, for ``grid``: as it is if that has n patches, else of a square.
+
+    Raises:
+        UserError: if n is neither the grid's number nor that of a square.
+    """
+    count = embed.shape[1]
+    if count == grid[0] * grid[1]:
+        return embed
+    side = math.isqrt(count)
+    if side ** 2 != count:
+        raise UserError(f'a position embedding of {count} patches, which are no square, cannot be '
+                        f'resized to {grid[0]}x{grid[1]}')
+    return resize_grid(embed, (side, side), grid)
 
 
 def resize_time(embed: Tensor, frames: int) -> Tensor:
