@@ -63,6 +63,9 @@ def test_published_architecture(spec, arch):
         assert sum(p.numel() for p in model.parameters()) == entry.parameters
     assert infer_arch(state, spec.family) == arch
     assert logits.shape == (2, model.num_classes) == (2, 1000)
+    if spec.model.has_cls_token(spec.family.archs[arch]):
+        assert features.shape[::2] == (2, model.num_features)
+        features = model.forward_intermediates(x, intermediates_only=True)[-1]
     assert features.shape == (2, model.num_features, *cfg['pool_size'])
     assert {name.partition('.')[0] for name in state} == {'backbone', 'head'}
     assert model.get_classifier() is model.head.fc
@@ -74,7 +77,7 @@ def test_published_architecture(spec, arch):
 @each_arch
 @torch.no_grad()
 def test_maps(spec, arch):
-    model, x = create(spec, arch).eval(), image(64, 64)
+    model, x = create(spec, arch, global_pool='avg').eval(), image(64, 64)
     info = FeatureInfo(model.feature_info, len(model.feature_info))
     assert all(name in dict(model.named_modules()) for name in info.module_name())
     features = model.forward_features(x)
@@ -96,6 +99,34 @@ def test_maps(spec, arch):
     pruned = create(spec, arch).eval()
     pruned.prune_intermediate_layers([-1], prune_norm=True)
     assert torch.equal(pruned(x), maps[-1])
+
+
+@each_arch
+@torch.no_grad()
+def test_class_token(spec, arch):
+    """It is what the classifier reads where there is one, as in the published models."""
+    if not spec.model.has_cls_token(arch):
+        with pytest.raises(ValueError, match="'token' needs a class token, which this "
+                                             f'{spec.family.model} has not'):
+            create(spec, arch, global_pool='token')
+        return
+    model, x = create(spec, arch).eval(), image(48, 32)
+    last = spec.stages(arch)[-1:]
+    backbone = spec.model(model.backbone.arch, last, out_type='cls_token').eval()
+    backbone.load_state_dict(model.backbone.state_dict())
+    expected = backbone(x)[0]
+    torch.testing.assert_close(model(x), model.head.fc(expected))
+    features, maps = model.forward_intermediates(x)
+    assert torch.equal(features, model.forward_features(x))
+    torch.testing.assert_close(model.forward_head(features, pre_logits=True), expected)
+    by_maps = create(spec, arch, global_pool='avg').eval()
+    assert all(map(torch.equal, maps, by_maps.forward_intermediates(x, intermediates_only=True)))
+    model.reset_classifier(0)
+    torch.testing.assert_close(model(x), expected)
+    model.reset_classifier(3, 'avg')
+    assert torch.equal(model.forward_features(x), by_maps.forward_features(x))
+    model.reset_classifier(3, 'token')
+    torch.testing.assert_close(model(x), model.head.fc(expected))
 
 
 @each_arch
@@ -125,7 +156,7 @@ def test_official_files(spec, tmp_path, channels):
     for state in spec.official_classifiers(backbone, 10):
         file = tmp_path / 'official.pth'
         torch.save({'model': state}, file)
-        model = create(spec, pretrained=True, in_chans=channels,
+        model = create(spec, pretrained=True, in_chans=channels, global_pool='avg',
                        pretrained_cfg_overlay=dict(file=str(file), num_classes=10)).eval()
         x = image(48, 32, channels=channels)
         with torch.no_grad():

@@ -42,7 +42,7 @@ from vmamba_mm.registry import MODELS
 __all__ = ['TimmBackbone', 'TimmVMamba', 'register_models']
 
 _POOLS = ('avg', 'max', 'avgmax', 'catavgmax', 'fast', 'fastavg', 'fastmax', 'fastavgmax',
-          'fastcatavgmax', '')
+          'fastcatavgmax', 'token', '')
 
 
 class TimmBackbone(nn.Module):
@@ -56,14 +56,16 @@ class TimmBackbone(nn.Module):
         arch: as in the backbone; None for its default.
         num_classes: 0 for none: the pooled features come out.
         in_chans: channels of the input.
-        global_pool: a pooling of timm; '' for none, with ``num_classes=0`` only.
+        global_pool: a pooling of timm; 'token' for the class token, where the backbone has one; ''
+            for none, with ``num_classes=0`` only. None for what the published classifiers have:
+            'token', or else 'avg'.
         drop_rate: dropout before the classifier.
         drop_path_rate: as in the backbone.
         device, dtype: of the parameters.
 
     Shape:
         (B, in_chans, H, W), any H and W, to (B, num_classes); ``forward_features`` to the normed
-        map of the last stage, (B, C, H', W').
+        map of the last stage, (B, C, H', W'), or with 'token' to all normed tokens, (B, L, C).
 
     Raises:
         ValueError: on a value that is not allowed, with the choices.
@@ -73,15 +75,17 @@ class TimmBackbone(nn.Module):
     output_fmt = 'NCHW'
 
     def __init__(self, arch: str | Mapping[str, Any] | None = None, num_classes: int = 1000,
-                 in_chans: int = 3, global_pool: str = 'avg', drop_rate: float = 0.0,
+                 in_chans: int = 3, global_pool: str | None = None, drop_rate: float = 0.0,
                  drop_path_rate: float = 0.0, device: torch.device | str | None = None,
                  dtype: torch.dtype | None = None):
         super().__init__()
-        _check_head(num_classes, global_pool)
+        arch = resolve_arch(self.model.family, arch or self.model.default_arch)
+        if global_pool is None:
+            global_pool = 'token' if self.model.has_cls_token(arch) else 'avg'
+        _check_head(self.model, arch, num_classes, global_pool)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
-        arch = resolve_arch(self.model.family, arch or self.model.default_arch)
         depths, _ = self.model.stage_sizes(arch)
         self.backbone = self.model(arch, out_indices=(len(depths) - 1,), in_channels=in_chans,
                                    drop_path_rate=drop_path_rate)
@@ -92,9 +96,7 @@ class TimmBackbone(nn.Module):
             for i, (channels, stride) in enumerate(zip(
                 self.backbone.num_features, self.model.stage_strides(arch), strict=True))]
         self.num_features = self.backbone.num_features[-1]
-        self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool,
-                                   drop_rate=drop_rate)
-        self.head.apply(init_linear)
+        self._set_head(num_classes, global_pool)
         self.to(device=device, dtype=dtype)
 
     @property
@@ -102,10 +104,24 @@ class TimmBackbone(nn.Module):
         """Width of what the classifier reads; 'catavgmax' doubles it."""
         return self.num_features * self.head.global_pool.feat_mult()
 
+    def _set_head(self, num_classes: int, pool: str) -> None:
+        if pool == 'token':
+            self.head = _TokenHead(self.num_features, num_classes, self.drop_rate)
+        else:
+            self.head = ClassifierHead(self.num_features, num_classes, pool_type=pool,
+                                       drop_rate=self.drop_rate)
+        self.head.apply(init_linear)
+        if self.model.has_cls_token(self.backbone.arch):
+            self.backbone.out_type = 'raw' if pool == 'token' else 'featmap'
+
     def forward_features(self, x: Tensor) -> Tensor:
+        if self.head.global_pool.pool_type == 'token':
+            return self.backbone(x)[0]
         return self.backbone.forward_channels_last(x)[0]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        if self.head.global_pool.pool_type == 'token':
+            x = self.backbone.cls_token_of(x)
         return self.head(x, pre_logits=pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -117,10 +133,11 @@ class TimmBackbone(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A fresh classifier (none for 0 classes), and another pooling unless it is None."""
         pool = self.head.global_pool.pool_type if global_pool is None else global_pool
-        _check_head(num_classes, pool)
+        _check_head(self.model, self.backbone.arch, num_classes, pool)
         self.num_classes = num_classes
-        self.head.reset(num_classes, pool)
-        self.head.apply(init_linear)
+        reference = next(self.backbone.parameters())
+        self._set_head(num_classes, pool)
+        self.head.to(reference.device, reference.dtype)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         for module in self.backbone.modules():
@@ -158,8 +175,8 @@ class TimmBackbone(nn.Module):
             intermediates_only: leave the features out.
 
         Returns:
-            (features, maps) or maps; the features are those of ``forward_features``, or, stopped
-            early, the last map computed, both (B, C, H', W').
+            (features, maps) or maps; the features are those of ``forward_features`` (for which
+            with 'token' the blocks run once more), or, stopped early, the last map computed.
         """
         if output_fmt not in ('NCHW', 'NHWC'):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
@@ -173,7 +190,11 @@ class TimmBackbone(nn.Module):
                          for i in computed if i == backbone.out_indices[-1]}
         maps = [(normed if norm else outs)[i] for i in take]
         maps = [y.permute(0, 2, 3, 1) if output_fmt == 'NHWC' else y.contiguous() for y in maps]
-        return maps if intermediates_only else (normed[final].contiguous(), maps)
+        if intermediates_only:
+            return maps
+        if self.head.global_pool.pool_type == 'token' and final == len(backbone.depths) - 1:
+            return self.forward_features(x), maps
+        return normed[final].contiguous(), maps
 
     def prune_intermediate_layers(self, indices: int | Sequence[int] = 1, prune_norm: bool = False,
                                   prune_head: bool = True) -> list[int]:
@@ -193,7 +214,7 @@ class TimmBackbone(nn.Module):
             backbone.depths = backbone.depths[:last + 1]
             backbone.num_features = backbone.num_features[:last + 1]
             backbone.out_indices = (last,)
-            self.num_features = self.head.in_features = backbone.num_features[last]
+            self.num_features = backbone.num_features[last]
         if prune_head or shorter:
             self.reset_classifier(0, '')
         return take
@@ -234,11 +255,36 @@ class TimmBackbone(nn.Module):
         self.load_state_dict(weights)
 
 
-def _check_head(num_classes: int, global_pool: str) -> None:
+class _TokenHead(nn.Module):
+    """As timm's ``ClassifierHead``, on a class token: (B, C) to (B, num_classes)."""
+
+    class Pool(nn.Identity):
+        pool_type = 'token'
+
+        def feat_mult(self) -> int:
+            return 1
+
+    def __init__(self, in_features: int, num_classes: int, drop_rate: float):
+        super().__init__()
+        self.in_features = in_features
+        self.global_pool = self.Pool()
+        self.drop = nn.Dropout(drop_rate)
+        self.fc = nn.Linear(in_features, num_classes) if num_classes else nn.Identity()
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.drop(self.global_pool(x))
+        return x if pre_logits else self.fc(x)
+
+
+def _check_head(model: type[Backbone], arch: Mapping[str, Any], num_classes: int,
+                global_pool: str) -> None:
     if not isinstance(num_classes, int) or num_classes < 0:
         raise ValueError(f'num_classes must be an int of at least 0, got {num_classes!r}')
     if global_pool not in _POOLS:
         raise ValueError(f'global_pool must be one of {_POOLS}, got {global_pool!r}')
+    if global_pool == 'token' and not model.has_cls_token(arch):
+        raise ValueError(f"global_pool='token' needs a class token, which this {model.__name__} "
+                         'has not')
     if num_classes > 0 and not global_pool:
         raise ValueError("global_pool='' leaves maps, which only num_classes=0 allows, got "
                          f'num_classes={num_classes}')

@@ -120,6 +120,19 @@ class Backbone(StrictLoading, BaseModule):
         """The side of the last map, of a square image of ``size`` pixels."""
         return size // cls.stage_strides(arch)[-1]
 
+    @staticmethod
+    def has_cls_token(arch: Mapping[str, Any]) -> bool:
+        """Whether a class token is what classifiers read.
+
+        The backbone then takes ``out_type``: 'featmap' for maps, 'cls_token' for (B, C), 'raw' for
+        all tokens, (B, L, C), of which :meth:`cls_token_of` gives that.
+        """
+        return False
+
+    def cls_token_of(self, tokens: Tensor) -> Tensor:
+        """The class token, (B, C), of all tokens, (B, L, C)."""
+        raise NotImplementedError
+
     def build(self, in_channels: int, drop_path_rates: Sequence[float], with_cp: bool) -> None:
         """Make the modules, with their initial weights.
 

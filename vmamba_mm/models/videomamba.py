@@ -92,6 +92,13 @@ class VideoMamba(Backbone):
         return (1,) * arch['depth'], [arch['embed_dims']] * arch['depth']
 
     @staticmethod
+    def has_cls_token(arch: Mapping[str, Any]) -> bool:
+        return True
+
+    def cls_token_of(self, tokens: Tensor) -> Tensor:
+        return tokens[:, 0]
+
+    @staticmethod
     def clip_length(arch: Mapping[str, Any]) -> int:
         return arch['num_frames']
 

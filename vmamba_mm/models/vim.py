@@ -119,6 +119,15 @@ class Vim(Backbone):
     def stage_strides(cls, arch: Mapping[str, Any]) -> list[int]:
         return [arch.get('stride', arch['patch_size'])] * arch['depth']
 
+    @staticmethod
+    def has_cls_token(arch: Mapping[str, Any]) -> bool:
+        return arch['cls_token'] != 'none'
+
+    def cls_token_of(self, tokens: Tensor) -> Tensor:
+        kind = self.arch['cls_token']
+        tokens = tokens.flip(1) if self.arch.get('reverse') else tokens
+        return _cls_tokens_of(tokens, kind).mean(1)
+
     @classmethod
     def map_size(cls, arch: Mapping[str, Any], size: int) -> int:
         return grid_of(dict(arch, image_size=size))[0]
@@ -176,7 +185,7 @@ class Vim(Backbone):
                 y = self._output(i, streams)
                 outs.append(y.flip(1) if self.arch.get('reverse') else y)
             else:
-                cls = [_cls_tokens_of(y, patches, self.arch['cls_token']) for y in streams]
+                cls = [_cls_tokens_of(y, self.arch['cls_token']) for y in streams]
                 outs.append(self._output(i, cls).mean(1))
         return tuple(outs)
 
@@ -367,10 +376,10 @@ def _embed(patches: Tensor, cls_tokens: Sequence[Tensor], pos_embed: Tensor,
     return _join(patches, others, places) + pos_embed
 
 
-def _cls_tokens_of(tokens: Tensor, patches: Tensor, kind: str) -> Tensor:
+def _cls_tokens_of(tokens: Tensor, kind: str) -> Tensor:
     """The class tokens, (B, 1 or 2, C), of tokens (B, L, C)."""
-    height, width = patches.shape[1:3]
-    return torch.cat(_split(tokens, _cls_places(height * width, kind))[1], dim=1)
+    places = _cls_places(tokens.shape[1] - len(_CLS_TOKENS[kind]), kind)
+    return torch.cat(_split(tokens, places)[1], dim=1)
 
 
 def _to_map(tokens: Tensor, patches: Tensor, kind: str, reverse: bool) -> Tensor:
