@@ -13,7 +13,8 @@ REPO = Path(__file__).resolve().parents[1]
 #: One folder for each family; the last one is of the family that is made up.
 FOLDERS = [*sorted(path.parent for path in CONFIGS.glob('*/metafile.yml')),
            REPO / 'tests/made_up/configs/ripple']
-ENTRIES = [entry for folder in FOLDERS for entry in zoo.read_metafile(folder / 'metafile.yml')]
+ENTRIES = [entry for folder in FOLDERS for entry in zoo.read_metafile(folder / 'metafile.yml')
+           if entry.config]
 LEAVES = [path.relative_to(REPO).as_posix() for folder in FOLDERS
           for path in sorted(folder.glob('*.py'))]
 #: A published recipe on another data pipeline, which has no row of its own, -> whose it is.

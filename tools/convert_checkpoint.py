@@ -51,9 +51,11 @@ def check_complete(state, arch, family, source):
     norm = re.compile(r'backbone\.norm(\d+)\.')
     outputs = sorted({int(m[1]) for k in backbone if (m := norm.match(k))})
     firsts = [backbone[f'backbone.{k}'] for k in family.first_convs if f'backbone.{k}' in backbone]
+    kwargs = dict(out_indices=outputs) if outputs else {}
+    if firsts:
+        kwargs['in_channels'] = firsts[0].shape[1]
     with torch.device('meta'):
-        model = MODELS.build(dict(type=family.model, arch=arch, out_indices=outputs or None,
-                                  in_channels=firsts[0].shape[1] if firsts else 3))
+        model = MODELS.build(dict(type=family.model, arch=arch, **kwargs))
     expected = {f'backbone.{k}': v for k, v in model.state_dict().items()}
     expected = {k: v for k, v in expected.items() if outputs or not norm.match(k)}
     wrong = differences(expected, backbone)
@@ -148,8 +150,11 @@ def save(state, meta, family, target, to):
         buffer.write(to_bytes(state, metadata=dict(format='pt', meta=json.dumps(meta))))
     elif to == 'official':
         state = to_official(state, family)
-        dense = meta['task'] in ('det', 'seg')
-        torch.save(dict(meta=meta, state_dict=state) if dense else dict(model=state), buffer)
+        if meta['task'] in ('det', 'seg'):
+            state = dict(meta=meta, state_dict=state)
+        elif family.weights_key:
+            state = {family.weights_key: state}
+        torch.save(state, buffer)
     else:
         torch.save(dict(meta=meta, state_dict=state), buffer)
     write_atomic(buffer.getbuffer(), target)

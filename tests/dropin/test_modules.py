@@ -1,8 +1,10 @@
 """What is importable, what is left alone, and what the command runs."""
 
 import importlib
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +36,10 @@ def test_packages_give_their_modules_as_attributes():
      'mamba_ssm.ops.triton.layer_norm'),
     ('import causal_conv1d.causal_conv1d_varlen', 'causal_conv1d.causal_conv1d_varlen',
      'causal_conv1d.causal_conv1d_interface'),
+    ('from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel', 'mamba_ssm.models',
+     'vmamba_mm.models.CausalLM reads the files'),
+    ('from mamba_ssm import MambaLMHeadModel', 'mamba_ssm.MambaLMHeadModel',
+     'vmamba_mm.models.CausalLM reads the files'),
     ('from selective_scan_cuda import fwd_bwd', 'selective_scan_cuda.fwd_bwd', 'fwd, bwd'),
 ])
 def test_what_is_not_covered_is_named_in_one_line(statement, named, covered):
@@ -42,6 +48,15 @@ def test_what_is_not_covered_is_named_in_one_line(statement, named, covered):
     line = str(raised.value)
     assert line.startswith(f'{named} is not covered by vmamba_mm.dropin, which has ')
     assert covered in line and '\n' not in line
+
+
+def test_the_page_lists_what_is_covered():
+    page = (Path(__file__).parents[2] / 'docs/mamba-ssm.md').read_text()
+    table = page.partition('## What is covered')[2].partition('An import of')[0].splitlines()
+    for module in MODULES:
+        names = {name for name in names_of(module) if not name.startswith('_')}
+        row = [line for line in table if f'`{module}`' in line.split('|')[:2][-1]]
+        assert not names or names <= set(re.findall('`([^`]+)`', row[0].split('|')[2])), module
 
 
 def test_the_versions_are_of_mamba_1():

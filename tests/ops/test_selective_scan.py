@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from vmamba_mm.ops import selective_scan
+from vmamba_mm.ops.selective_scan import chunked, stepwise
 from vmamba_mm.testing import (
     assert_close,
     selective_scan_inputs,
@@ -29,7 +30,7 @@ def test_extreme_delta_is_finite_and_right(value):
 
 
 def test_softplus_is_exact_and_never_nan():
-    from vmamba_mm.ops.selective_scan.chunked import softplus
+    from vmamba_mm.ops.selective_scan.activations import softplus
     x = torch.cat([torch.linspace(-100, 100, 20001), torch.tensor([-3e38, -1e4, 1e4, 3e38])])
     exact = torch.logaddexp(x.double(), torch.zeros((), dtype=torch.float64))
     error = (softplus(x).double() - exact).abs() / exact.clamp_min(1e-37)
@@ -50,3 +51,24 @@ def test_dtype_policy_holds_under_autocast():
     expected = selective_scan(**inputs, delta_softplus=True)
     with torch.autocast('cpu', torch.bfloat16):
         assert torch.equal(selective_scan(**inputs, delta_softplus=True), expected)
+
+
+@pytest.mark.parametrize('reverse', [False, True])
+def test_both_ways_and_any_blocks_give_the_same(reverse, monkeypatch):
+    """Step by step, where blocks of samples and steps may be of any size, and chunk by chunk."""
+    inputs = list(selective_scan_inputs(3, 2, 4, 37, 5, dtype=torch.float64).values())
+    z, grad_y = torch.randn(2, 3, 8, 37, dtype=torch.float64)
+    state, grad_state = torch.randn(2, 3, 8, 5, dtype=torch.float64)
+    arguments = *inputs, z, state, True, True, reverse
+
+    def run():
+        return [*chunked.forward(*arguments, torch.float64),
+                *chunked.backward(grad_y, grad_state, *arguments)]
+
+    expected = run()
+    monkeypatch.setattr(chunked, '_MANY_STATES', 0)
+    for budget in (1, 160, 1 << 20):
+        monkeypatch.setattr(stepwise, '_BLOCK', budget)
+        monkeypatch.setattr(stepwise, '_STEP', budget)
+        for one, right in zip(run(), expected, strict=True):
+            assert_close(one, right, 1e-12)

@@ -61,6 +61,29 @@ def test_convert(name, to, config, official, call, tmp_path):
         assert head.tolist() == [0, 1] and head.untyped_storage().nbytes() == 8
 
 
+def test_convert_a_language_model(call, tmp_path):
+    """To our names and back to those of mamba_ssm, which reads a file of weights alone."""
+    from vmamba_mm.models import CausalLM
+
+    model = CausalLM(mixer='mamba', vocab_size=9, embed_dims=16, depth=2)
+    torch.save(model.state_dict(), tmp_path / 'ours.pth')
+    for source, target, options in (('ours.pth', 'a.bin', ['--to', 'official']),
+                                    ('a.bin', 'a.safetensors', [])):
+        code, out, err = call('convert_checkpoint.py', tmp_path / source, tmp_path / target,
+                              *options)
+        assert code == 0 and 'Left out' not in out, out + err
+    content = torch.load(tmp_path / 'a.bin', weights_only=True)
+    assert torch.equal(content['lm_head.weight'], content['backbone.embedding.weight'])
+    assert torch.equal(content['backbone.layers.1.mixer.D'], model.blocks[1].mixer.D)
+    found = CausalLM.from_pretrained(tmp_path / 'a.safetensors')
+    ids = torch.arange(9)[None]
+    assert torch.equal(found(ids), model(ids)) and found.is_tied
+    del content['backbone.norm_f.weight']
+    torch.save(content, tmp_path / 'part.bin')
+    assert_one_line(call('convert_checkpoint.py', tmp_path / 'part.bin', tmp_path / 'b.pth'),
+                    'part.bin', 'norm.weight is missing')
+
+
 def test_load_from_official_file(config, official, call):
     code, out, err = call('train.py', config, '--cfg-options', f'load_from={official}',
                           'train_cfg.max_epochs=3')
@@ -112,7 +135,7 @@ def test_convert_refuses(official, call, tmp_path):
         assert not target.exists()
     assert_one_line(call('convert_checkpoint.py', tmp_path / 'no.pth', target), 'does not exist')
     assert_one_line(call('convert_checkpoint.py', official, target, '--family', 'swin'),
-                    '--family swin does not exist; choose one of vmamba')
+                    '--family swin does not exist; choose one of')
     assert_one_line(call('convert_checkpoint.py', official, tmp_path), 'is a folder')
     assert_one_line(call('convert_checkpoint.py', official, target, '--to', 'safetensors'),
                     '.safetensors')

@@ -12,7 +12,9 @@ A family takes these files; everything else is generic and comes from them:
 3. ``configs/NAME/metafile.yml``, the only home of what was published, and
 4. ``configs/NAME/*.py``, a config for each published model.
 5. ``tests/families/NAME.py``: ``SPEC``, a ``Spec`` of ``tests/specs.py``, with small archs and the
-   official names written out a second time. All generic tests run on it.
+   official names written out a second time. All generic tests run on it. A family that takes
+   tokens in place of images, :mod:`vmamba_mm.families.mamba_lm`, is no backbone and has tests of
+   its own.
 
 Where there are numbers of the official code, ``FAMILY.parity`` says how to compare with them
 (:mod:`vmamba_mm.families.parity`). ``tests/made_up`` is a family of exactly these five files, in
@@ -39,7 +41,7 @@ Rules that keep the rest generic:
 from collections.abc import Mapping
 
 from vmamba_mm.errors import UserError
-from vmamba_mm.families import videomamba, vim, vmamba
+from vmamba_mm.families import mamba_lm, videomamba, vim, vmamba
 from vmamba_mm.families.base import Family, Rule, name_of, resolve_arch
 from vmamba_mm.families.names import exact_prefixes, is_counter, outer_wrappers, plain_name
 from vmamba_mm.zoo import register_configs, unregister_configs
@@ -131,5 +133,5 @@ def family_of(state_dict: Mapping[str, object]) -> Family | None:
     return next(iter(families.values()), None)
 
 
-for _module in (vmamba, vim, videomamba):
+for _module in (vmamba, mamba_lm, vim, videomamba):
     register_family(_module.FAMILY)

@@ -65,6 +65,10 @@ class Family:
     first_convs: tuple[str, ...] = ()
     #: Checks of a whole arch, after the rules: raises ValueError.
     check: Callable[[Mapping[str, Any]], None] | None = None
+    #: What its models take: 'images', of which timm has the models too, or 'tokens' of text.
+    takes: str = 'images'
+    #: Under which key official files hold the weights of a whole model; '' for at the top.
+    weights_key: str = 'model'
     #: Of the official code and weights, and where they are.
     licence: str = ''
     url: str = ''

@@ -343,4 +343,5 @@ def _register(model: type[TimmBackbone], family: Family, arch: str) -> None:
 
 
 for _family in FAMILIES.values():
-    register_models(_family)
+    if _family.takes == 'images':
+        register_models(_family)

@@ -202,12 +202,7 @@ class MambaMixer(_Mixer):
         layer_scale: initial value of ``gamma``, a factor for each channel of the result; None for
             no such parameter.
 
-    Args of ``forward``:
-        x: (B, L, C).
-        state: what :meth:`init_state`, :meth:`step` or an earlier call returned, for the tokens
-            before ``x``; None if there are none and nothing comes after.
-
-    Shape: (B, L, C) -> (B, L, C), with ``state`` that and the :class:`MambaState` after ``x``.
+    Shape: (B, L, C) -> (B, L, C), with a state that and the :class:`MambaState` after it.
 
     Raises:
         ValueError: on a value that is not allowed.
@@ -215,15 +210,35 @@ class MambaMixer(_Mixer):
 
     def forward(self, x: Tensor, state: MambaState | None = None
                 ) -> Tensor | tuple[Tensor, MambaState]:
+        """The mixer's result, and the new state if one is given, which is not changed.
+
+        Args:
+            x: (B, L, C).
+            state: what :meth:`init_state`, :meth:`step` or an earlier call returned, for the
+                tokens before ``x``; None if there are none and nothing comes after.
+        """
         if state is None:
             return super().forward(x)
+        if x.shape[1] == 1 and _is_causal_conv(self.conv1d):
+            return self._one_token(x, state)
         x, z = self.in_proj(x).chunk(2, dim=-1)
         # Before the convolution stand the last tokens, in place of zeros.
         seen = torch.cat([state.conv.to(x.dtype), x], dim=1)
         u = self._convolve(self.conv1d, seen)[:, self.d_conv - 1:]
         y, ssm = self._scan(self._scan_inputs(u, z), self.A_log, initial_state=state.ssm,
                             return_final_state=True)
-        return self._project_out(y), MambaState(seen[:, x.shape[1]:], ssm)
+        # A view would keep the memory of all tokens.
+        return self._project_out(y), MambaState(seen[:, x.shape[1]:].clone(), ssm)
+
+    def _one_token(self, x, state):
+        x, z = self.in_proj(x.squeeze(1)).chunk(2, dim=-1)
+        conv = self.conv1d
+        u, tail = causal_conv_step(state.conv.to(x.dtype), x, conv.weight.squeeze(1), conv.bias)
+        inputs = self._scan_inputs(u, z)
+        B, C = inputs.pop('B').unsqueeze(1), inputs.pop('C').unsqueeze(1)
+        y, ssm = selective_scan_step(state.ssm, A=state_matrix(self.A_log), B=B, C=C, **inputs,
+                                     delta_softplus=True)
+        return self._project_out(y).unsqueeze(1), MambaState(tail, ssm)
 
     def step(self, x: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         """One more token.
@@ -235,17 +250,8 @@ class MambaMixer(_Mixer):
         Returns:
             (B, C) and the new state; the old one is not changed.
         """
-        conv = self.conv1d
-        if not _is_causal_conv(conv):
-            y, state = self(x.unsqueeze(1), state)
-            return y.squeeze(1), state
-        x, z = self.in_proj(x).chunk(2, dim=-1)
-        u, tail = causal_conv_step(state.conv.to(x.dtype), x, conv.weight.squeeze(1), conv.bias)
-        inputs = self._scan_inputs(u, z)
-        B, C = inputs.pop('B').unsqueeze(1), inputs.pop('C').unsqueeze(1)
-        y, ssm = selective_scan_step(state.ssm, A=state_matrix(self.A_log), B=B, C=C, **inputs,
-                                     delta_softplus=True)
-        return self._project_out(y), MambaState(tail, ssm)
+        y, state = self(x.unsqueeze(1), state)
+        return y.squeeze(1), state
 
     def init_state(self, batch: int) -> MambaState:
         """The state before the first token, of ``batch`` sequences."""
@@ -359,14 +365,7 @@ class MambaBlock(nn.Module):
         drop_path: probability to drop the mixer's result for a sample.
         with_cp: recompute the block in the backward pass to save memory.
 
-    Args of ``forward``:
-        hidden: (B, L, C).
-        residual: (B, L, C), or None for the first block.
-        with_output: also return the mixer's result before paths are dropped.
-        state: for the mixer: :class:`MambaMixer`'s.
-
-    Shape: (B, L, C) twice -> (hidden, residual) of the same shape, then the mixer's result, then
-    the new state, each if it was asked for.
+    Shape: (B, L, C) twice -> (hidden, residual) of the same shape.
     """
 
     def __init__(self, mixer: nn.Module, norm: nn.Module, drop_path: float = 0.0,
@@ -379,6 +378,14 @@ class MambaBlock(nn.Module):
 
     def forward(self, hidden: Tensor, residual: Tensor | None = None, *, with_output: bool = False,
                 state: MambaState | None = None) -> tuple[Tensor, ...]:
+        """The new streams, then the mixer's result, then the new state, each if it was asked for.
+
+        Args:
+            hidden: (B, L, C).
+            residual: (B, L, C), or None for the first block.
+            with_output: also return the mixer's result before paths are dropped.
+            state: for the mixer: :class:`MambaMixer`'s.
+        """
         if self.with_cp and torch.is_grad_enabled():
             return torch.utils.checkpoint.checkpoint(
                 self._forward, hidden, residual, with_output, state, use_reentrant=False)

@@ -116,7 +116,7 @@ class StrictLoading:
         state = self._find_backbone(checkpoint, prefix, weights, map_location)
         ours = self.state_dict()
         norms = {k for k in ours if _OUTPUT_NORM.match(k)}
-        parameters = under_names_of(self.family, state, ours)
+        parameters = self._complete(under_names_of(self.family, state, ours), checkpoint)
         logger = MMLogger.get_current_instance()
         if not norms <= set(parameters):
             logger.info(f'{checkpoint} has not the norms of all outputs {self.out_indices}: they '
@@ -143,6 +143,25 @@ class StrictLoading:
             weights: of a checkpoint, by this model's names; none of them need be there.
         """
         return weights
+
+    def complete_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights with those that files leave out because others say them; a subclass may need it.
+
+        Such as the weight of a head that is tied to an embedding.
+
+        Args:
+            weights: all of a state dict, or a part, by this model's names.
+
+        Raises:
+            UserError: if weights contradict each other.
+        """
+        return weights
+
+    def _complete(self, weights, checkpoint):
+        try:
+            return self.complete_weights(weights)
+        except UserError as err:
+            raise UserError(f'{checkpoint}: {err}') from err
 
     def _find_backbone(self, checkpoint, prefix, weights, map_location):
         """The weights of the backbone in a checkpoint, by their names without the prefix."""
@@ -188,7 +207,8 @@ class StrictLoading:
         """
         caller = find_caller()
         below = inside(state_dict, prefix)
-        renamed = under_names_of(self.family, below, self.state_dict())
+        renamed = self._complete(under_names_of(self.family, below, self.state_dict()),
+                                 'the state dict')
         if list(renamed) != list(below):
             for key in below:
                 del state_dict[prefix + key]

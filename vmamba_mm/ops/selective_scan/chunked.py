@@ -1,217 +1,71 @@
-"""The selective scan without a loop over L, in plain PyTorch: exact, for any device.
+"""``selective_scan`` in plain PyTorch, forward and backward, for any device.
 
-The sequence is cut into G chunks of T steps and laid out time first, (T, G, M, D) with M samples
-and D channels, so that one PyTorch call advances every chunk, sample and channel by a step. The
-chunks start from a zero state; what enters a chunk from the one before is carried on afterwards
-through the chunk's own decay. T + G steps, about 2 sqrt(L), take the place of L.
-
-The state index n is the outer loop: nothing of size L*D*N ever exists.
+Gate, skip, softplus and bias around the scan of one group, which runs in one of two ways: chunk by
+chunk, all chunks at a time, or step by step, all states of a step at a time.
 """
 
-from itertools import pairwise
-from math import isqrt
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vmamba_mm.ops.core.backends import compute_dtype
+from vmamba_mm.ops.selective_scan import chunks, stepwise
+from vmamba_mm.ops.selective_scan.activations import silu_backward, softplus
+
+#: States of a step from which on steps are the quicker way, whatever the length: what a call costs
+#: is then less than what the further passes over memory of the other way do.
+_MANY_STATES = 4096
 
 
-def to_chunks(x_BGTD: Tensor, dtype: torch.dtype) -> Tensor:
-    """(M, G, T, D) -> contiguous (T, G, M, D): one copy, whatever the strides."""
-    m, g, t, d = x_BGTD.shape
-    out = torch.empty(t, g, m, d, dtype=dtype, device=x_BGTD.device)
-    return out.copy_(x_BGTD.permute(2, 1, 0, 3))
+def choose_way(batch: int, dim: int, state: int) -> ModuleType:
+    """:mod:`.stepwise` or :mod:`.chunks`, which have the same functions."""
+    return stepwise if batch * dim * state >= _MANY_STATES else chunks
 
 
-def chunk_sequence(x_BLD: Tensor) -> Tensor:
-    """(M, L, D) -> (M, G, T, D) with T about sqrt(L), padded with zeros at the end.
-
-    A zero in u, B and C drives nothing and is read by nobody, so padding changes no value.
-    """
-    length = x_BLD.shape[1]
-    steps = isqrt(length - 1) + 1
-    chunks = -(-length // steps)
-    x_BLD = F.pad(x_BLD, (0, 0, 0, chunks * steps - length))
-    return x_BLD.unflatten(1, (chunks, steps))
-
-
-def softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)) to the last digits for any x.
-
-    torch's own is not vectorised on CPUs (ten times slower than this, torch 2.14), nor is log1p:
-    with u = 1 + y rounded, log1p(y) = log(u) + (y - (u - 1)) / u.
-    """
-    if x.is_cuda:
-        return F.softplus(x)
-    y = x.abs().neg_().exp_()
-    u = y + 1
-    y.sub_(u - 1).div_(u)
-    return u.log_().add_(y).add_(x.clamp_min(0))
-
-
-def silu_backward(grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient by ``x`` from that by ``silu(x)``."""
-    return torch.ops.aten.silu_backward(grad, x)
-
-
-def linear_scan_(a: Tensor, h: Tensor, reverse: bool) -> None:
-    """Calculate h_t <- h_t + a_t h_{t-1} in place, along the whole sequence.
-
-    ``a`` ends as the product of the decays since its chunk began.
-
-    Args:
-        a, h: contiguous (T, G, M, D); the sequence runs through chunk 0, then chunk 1, ...
-        reverse: run from the last step of the last chunk to the first.
-    """
-    steps, chunks = a.shape[:2]
-    time = range(steps)[::-1] if reverse else range(steps)
-    a_t, h_t = a.unbind(0), h.unbind(0)
-    for previous, now in pairwise(time):
-        h_t[now].addcmul_(a_t[now], h_t[previous])
-        a_t[now].mul_(a_t[previous])
-    if chunks == 1:
-        return
-    carry = torch.zeros_like(h_t[0])
-    carry_g, end_g, decay_g = carry.unbind(0), h_t[time[-1]].unbind(0), a_t[time[-1]].unbind(0)
-    for previous, now in pairwise(range(chunks)[::-1] if reverse else range(chunks)):
-        torch.addcmul(end_g[previous], decay_g[previous], carry_g[previous], out=carry_g[now])
-    h.addcmul_(a, carry)
-
-
-def _previous(x: Tensor, reverse: bool) -> Tensor:
-    """x shifted by one step along the sequence: what the step before held, 0 at the start."""
-    out = torch.empty_like(x)
-    if reverse:
-        out[:-1], out[-1, :-1], out[-1, -1] = x[1:], x[0, 1:], 0
-    else:
-        out[1:], out[0, 1:], out[0, 0] = x[:-1], x[-1, :-1], 0
-    return out
-
-
-def _ends(chunks: int, steps: int, reverse: bool):
-    """(t, g) of the first and of the last position in time."""
-    ends = (0, 0), (steps - 1, chunks - 1)
-    return ends[::-1] if reverse else ends
-
-
-def scan_chunks(u, delta, A, B, C, reverse: bool, out: Tensor, initial: Tensor | None = None,
-                final: Tensor | None = None) -> None:
-    """Add one direction's scan to ``out``: y_t = <C_t, h_t>, without the skip.
-
-    Args:
-        u, delta, out: (T, G, M, D).
-        A: (D, N).
-        B, C: (T, G, M, N).
-        initial: (M, D, N), the state before the first step, or None for zeros.
-        final: (M, D, N), filled with the state after the last step. Where chunks are padded,
-            ``delta`` must be 0 in the padding.
-    """
-    drive = delta * u
-    first, last = _ends(u.shape[1], u.shape[0], reverse)
-    for n in range(A.shape[1]):
-        decay = torch.mul(delta, A[:, n]).exp_()
-        h = drive * B[..., n, None]
-        if initial is not None:
-            h[first].addcmul_(decay[first], initial[..., n])
-        linear_scan_(decay, h, reverse)
-        out.addcmul_(h, C[..., n, None])
-        if final is not None:
-            final[..., n] = h[last]
-
-
-def scan_chunks_backward(grad_y, u, delta, A, B, C, reverse: bool, initial: Tensor | None = None,
-                         grad_final: Tensor | None = None, out: Tensor | None = None,
-                         grad_initial: Tensor | None = None):
-    """Gradients of :func:`scan_chunks` by u, delta, A, B, C; states are computed again.
-
-    ``grad_initial``, where given, is filled with the gradient by the first state. The result of the
-    forward is added to ``out``, where given.
-    """
-    drive = delta * u
-    grad_drive, grad_delta = torch.zeros_like(u), torch.zeros_like(u)
-    grad_A = torch.empty_like(A)
-    grad_B, grad_C = torch.empty_like(B), torch.empty_like(C)
-    first, last = _ends(u.shape[1], u.shape[0], reverse)
-    for n in range(A.shape[1]):
-        A_n, B_n, C_n = A[:, n], B[..., n, None], C[..., n, None]
-        decay = torch.mul(delta, A_n).exp_()
-        h = drive * B_n
-        if initial is not None:
-            h[first].addcmul_(decay[first], initial[..., n])
-        linear_scan_(decay.clone(), h, reverse)
-        grad_C[..., n] = (grad_y * h).sum(-1)
-        if out is not None:
-            out.addcmul_(h, C_n)
-
-        g = grad_y * C_n
-        if grad_final is not None:
-            g[last].add_(grad_final[..., n])
-        linear_scan_(_previous(decay, not reverse), g, not reverse)
-        grad_B[..., n] = (g * drive).sum(-1)
-        grad_drive.addcmul_(g, B_n)
-
-        g.mul_(decay)
-        if grad_initial is not None:
-            grad_initial[..., n] = g[first]
-        before = _previous(h, reverse)
-        if initial is not None:
-            before[first] = initial[..., n]
-        grad_exponent = g.mul_(before)
-        grad_delta.addcmul_(grad_exponent, A_n)
-        grad_A[:, n] = grad_exponent.mul_(delta).sum((0, 1, 2))
-    grad_delta.addcmul_(grad_drive, u)
-    return grad_drive.mul_(delta), grad_delta, grad_A, grad_B, grad_C
-
-
-def _chunks(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """(M, D, L) -> (T, G, M, D)."""
-    return to_chunks(chunk_sequence(t.transpose(1, 2)), dtype)
-
-
-def _groups(u, delta, A, B, C, delta_bias):
-    """Each direction's slice, chunked, in the compute dtype; delta with its bias."""
+def _groups(way, u, delta, A, B, C, delta_bias):
+    """Each group's channels and inputs, as ``way`` wants them; delta with its bias."""
     dtype = compute_dtype(u.dtype)
     dim = u.shape[1] // B.shape[1]
     for k in range(B.shape[1]):
         channels = slice(k * dim, (k + 1) * dim)
-        inputs = [_chunks(t, dtype) for t in (u[:, channels], delta[:, channels], B[:, k], C[:, k])]
+        u_k, delta_k, B_k, C_k = (way.arrange(t, dtype) for t in (
+            u[:, channels], delta[:, channels], B[:, k], C[:, k]))
         if delta_bias is not None:
-            inputs[1] += delta_bias[channels].to(dtype)
-        yield k, channels, A[channels].to(dtype), *inputs
+            delta_k = delta_k + delta_bias[channels].to(dtype)
+        yield k, channels, A[channels].to(dtype), u_k, delta_k, B_k, C_k
 
 
-def _sequence(x_TGBD: Tensor, length: int) -> Tensor:
-    """(T, G, M, D) -> (M, D, L), the padding dropped."""
-    return x_TGBD.permute(2, 3, 1, 0).flatten(2)[..., :length]
+def _skip(u_k: Tensor, D: Tensor | None, channels: slice) -> Tensor:
+    return torch.zeros_like(u_k) if D is None else u_k * D[channels].to(u_k.dtype)
 
 
-def _still(delta_TGBD: Tensor, length: int) -> Tensor:
-    """``delta`` with steps of 0 in the padding, which leave a state as it is."""
-    steps, chunks = delta_TGBD.shape[:2]
-    delta_TGBD[length - (chunks - 1) * steps:, -1] = 0
-    return delta_TGBD
+def _over_channels(x: Tensor) -> Tensor:
+    """The sum over all but the channels, which are last."""
+    return x.flatten(0, -2).sum(0)
 
 
 def forward(u, delta, A, B, C, D, delta_bias, z, initial_state, delta_softplus,
             return_final_state, reverse, out_dtype) -> tuple[Tensor, Tensor]:
     """Shapes as in :func:`vmamba_mm.ops.selective_scan`."""
-    dtype, length = compute_dtype(u.dtype), u.shape[2]
+    (batch, all_channels, length), state = u.shape, A.shape[1]
+    dtype = compute_dtype(u.dtype)
+    way = choose_way(batch, all_channels // B.shape[1], state)
     out = torch.empty(u.shape, dtype=out_dtype, device=u.device)
-    final_state = torch.empty((*u.shape[:2], A.shape[1]) if return_final_state else 0, dtype=dtype,
-                              device=u.device)
-    groups = _groups(u, delta, A, B, C, delta_bias)
+    final_state = torch.empty((batch, all_channels, state) if return_final_state else 0,
+                              dtype=dtype, device=u.device)
+    groups = _groups(way, u, delta, A, B, C, delta_bias)
     for _, channels, A_k, u_k, delta_k, B_k, C_k in groups:
         if delta_softplus:
             delta_k = softplus(delta_k)
-        y = torch.zeros_like(u_k) if D is None else u_k * D[channels].to(dtype)
-        scan_chunks(u_k, _still(delta_k, length), A_k, B_k, C_k, reverse, y,
-                    None if initial_state is None else initial_state[:, channels].to(dtype),
-                    final_state[:, channels] if return_final_state else None)
+        y = _skip(u_k, D, channels)
+        way.scan(u_k, way.still(delta_k, length), A_k, B_k, C_k, reverse, y,
+                 None if initial_state is None else initial_state[:, channels].to(dtype),
+                 final_state[:, channels] if return_final_state else None)
         if z is not None:
-            y *= F.silu(_chunks(z[:, channels], dtype))
-        out[:, channels] = _sequence(y, length)
+            y *= F.silu(way.arrange(z[:, channels], dtype))
+        out[:, channels] = way.sequence(y, length)
     return out, final_state
 
 
@@ -222,38 +76,38 @@ def backward(grad_y, grad_state, u, delta, A, B, C, D, delta_bias, z, initial_st
     grads = [None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
              for t in inputs]
     grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias, grad_z, grad_initial = grads
-    dtype, length = compute_dtype(u.dtype), u.shape[2]
+    (batch, all_channels, length), dtype = u.shape, compute_dtype(u.dtype)
+    way = choose_way(batch, all_channels // B.shape[1], A.shape[1])
     if grad_y is None:
         grad_y = torch.zeros_like(u)
     if not return_final_state:
         grad_state = None
-    groups = _groups(u, delta, A, B, C, delta_bias)
+    groups = _groups(way, u, delta, A, B, C, delta_bias)
     for k, channels, A_k, u_k, raw_delta, B_k, C_k in groups:
         delta_k = softplus(raw_delta) if delta_softplus else raw_delta
-        gy, y, state, gstate = _chunks(grad_y[:, channels], dtype), None, None, None
+        gy, y, state, gstate = way.arrange(grad_y[:, channels], dtype), None, None, None
         if z is not None:
-            z_k, gated = _chunks(z[:, channels], dtype), gy
-            gy = gated * F.silu(z_k)
-            y = torch.zeros_like(u_k) if D is None else u_k * D[channels].to(dtype)
+            z_k, gated = way.arrange(z[:, channels], dtype), gy
+            gy, y = gated * F.silu(z_k), _skip(u_k, D, channels)
         if initial_state is not None:
             state = initial_state[:, channels].to(dtype)
             gstate = torch.empty_like(state)
-        gu, gdelta, gA, gB, gC = scan_chunks_backward(
-            gy, u_k, _still(delta_k, length), A_k, B_k, C_k, reverse, state,
+        gu, gdelta, gA, gB, gC = way.scan_backward(
+            gy, u_k, way.still(delta_k, length), A_k, B_k, C_k, reverse, state,
             None if grad_state is None else grad_state[:, channels].to(dtype), y, gstate)
         if z is not None:
-            grad_z[:, channels] = _sequence(silu_backward(gated.mul_(y), z_k), length)
+            grad_z[:, channels] = way.sequence(silu_backward(gated * y, z_k), length)
         if initial_state is not None:
             grad_initial[:, channels] = gstate
         if D is not None:
             gu.addcmul_(gy, D[channels].to(dtype))
-            grad_D[channels] = (gy * u_k).sum((0, 1, 2))
+            grad_D[channels] = _over_channels(gy * u_k)
         if delta_softplus:
             gdelta.mul_(raw_delta.sigmoid())
         if delta_bias is not None:
-            grad_bias[channels] = _still(gdelta, length).sum((0, 1, 2))
+            grad_bias[channels] = _over_channels(way.still(gdelta, length))
         grad_u[:, channels], grad_delta[:, channels] = (
-            _sequence(t, length) for t in (gu, gdelta))
+            way.sequence(t, length) for t in (gu, gdelta))
         grad_A[channels] = gA
-        grad_B[:, k], grad_C[:, k] = _sequence(gB, length), _sequence(gC, length)
+        grad_B[:, k], grad_C[:, k] = way.sequence(gB, length), way.sequence(gC, length)
     return tuple(grads)

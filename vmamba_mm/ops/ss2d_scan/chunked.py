@@ -10,13 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vmamba_mm.ops.core.backends import compute_dtype
-from vmamba_mm.ops.selective_scan.chunked import (
-    chunk_sequence,
-    scan_chunks,
-    scan_chunks_backward,
-    softplus,
-    to_chunks,
-)
+from vmamba_mm.ops.selective_scan import chunks
+from vmamba_mm.ops.selective_scan.activations import softplus
+from vmamba_mm.ops.selective_scan.chunks import chunk_sequence, to_chunks
 
 #: Elements of one (T, G, M, D) tensor: about eight of them are in use at a time, and should stay
 #: in the last-level cache of a CPU.
@@ -79,7 +75,7 @@ def forward(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, out_dtype) -
             projected = _project(u, x_proj_weight[routes], dt_projs_weight[routes],
                                  dt_projs_bias[routes])
             for k, (_, raw_delta, B, C) in zip((column, column + 2), projected, strict=False):
-                scan_chunks(u, softplus(raw_delta), A[k], B, C, reverse=k >= 2, out=y)
+                chunks.scan(u, softplus(raw_delta), A[k], B, C, reverse=k >= 2, out=y)
             _add_to_map(merged, y, column)
         out[block] = merged
     return out
@@ -109,7 +105,7 @@ def backward(grad_y, x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D):
             projected = _project(u, x_proj_weight[routes], dt_projs_weight[routes],
                                  dt_projs_bias[routes])
             for k, (dt, raw_delta, B, C) in zip((column, column + 2), projected, strict=False):
-                gu_k, gdelta, gA, gB, gC = scan_chunks_backward(
+                gu_k, gdelta, gA, gB, gC = chunks.scan_backward(
                     gy, u, softplus(raw_delta), A[k], B, C, reverse=k >= 2)
                 gdelta.mul_(raw_delta.sigmoid_())
                 gdelta_2d = gdelta.flatten(0, 2)
