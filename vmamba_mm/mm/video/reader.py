@@ -28,13 +28,13 @@ class Video:
     Attributes:
         num_frames: how many frames it has, at least 1.
         decoded: how many frames have been decoded so far.
+        threads: of the decoder, as many as torch has in this process: one in a worker of a data
+            loader.
 
     Args:
         path: of the file.
         short_side: scale the frames such that their shorter side has so many pixels; None keeps
             their size.
-
-    The decoder has as many threads as torch has in this process: one in a worker of a data loader.
 
     Raises:
         UserError: if there is no such file, if it is no video, or if it has no frames.
@@ -81,9 +81,9 @@ class Video:
             self.close()
             raise UserError(f'{self.path} has no pictures, only {kinds}; take it out of the data')
         self._stream = self._container.streams.video[0]
-        threads = torch.get_num_threads()
-        self._stream.thread_count = threads
-        self._stream.thread_type = 'AUTO' if threads > 1 else 'NONE'
+        self.threads = torch.get_num_threads()
+        self._stream.thread_count = self.threads
+        self._stream.thread_type = 'AUTO' if self.threads > 1 else 'NONE'
 
     def _measure(self):
         """The number of frames, and the time of the first and from one to the next, in ticks."""
@@ -206,8 +206,9 @@ class Video:
             raise UserError(f'the video {self.path} has no frames that can be decoded; {_CURE}')
         there = (frame.time - self._start) / self._step + 1
         if index - there + 1 > max(2, _MISSING * self.num_frames):
-            raise UserError(f'the video {self.path} is cut off: it ends after {there:.0f} of '
-                            f'{self.num_frames} frames; copy it again, or take it out of the data')
+            raise UserError(f'the video {self.path} ends after {there:.0f} of {self.num_frames} '
+                            'frames: it is cut off, or its frames have wrong times; copy it again, '
+                            f'or {_CURE}')
 
     def _corrupt(self, err):
         return f'the video {self.path} is corrupt ({err.strerror}); {_CURE}'
