@@ -75,6 +75,17 @@ class Spec:
         arch = self.family.archs[arch] if isinstance(arch, str) else arch
         return range(len(self.model.stage_sizes(arch)[0]))
 
+    def told_archs(self) -> dict[str, str]:
+        """{published arch: the one that its weights tell}: the first with these names and shapes.
+
+        Others differ from it in what leaves no trace in weights.
+        """
+        firsts: dict[Any, str] = {}
+        with torch.device('meta'):
+            return {name: firsts.setdefault(frozenset(
+                (k, v.shape) for k, v in self.model(name).state_dict().items()), name)
+                for name in self.family.archs}
+
     def told(self, arch: str | Mapping[str, Any], state: State) -> dict[str, Family]:
         """What functions have to be told besides a state of official names: the family, or nothing.
 

@@ -12,8 +12,8 @@ from vmamba_mm.checkpoints.names import infer_arch
 from vmamba_mm.integrations.timm import register_models
 
 #: {family: its spec, the names of its published archs of images}
-FAMILIES = {name: (spec, [arch for arch in spec.family.archs if not spec.takes_clips(arch)])
-            for name, spec in SPECS.items()}
+FAMILIES = {spec.family.name: (spec, [arch for arch in spec.family.archs
+                                      if not spec.takes_clips(arch)]) for spec in SPECS.values()}
 FAMILIES = {name: of_images for name, of_images in FAMILIES.items() if of_images[1]}
 each_spec = pytest.mark.parametrize('spec', [spec for spec, _ in FAMILIES.values()], ids=FAMILIES)
 each_arch = pytest.mark.parametrize('spec, arch', [

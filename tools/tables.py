@@ -33,21 +33,22 @@ SHORT = {'Top 1 Accuracy': 'top-1'}
 def table_of_models(folder: Path) -> str:
     """One row for each family: the best of each of its collections, by the first metric."""
     rows = []
-    for family, models in by_family():
+    for _, models in by_family():
         best = [max(group, key=main_metrics) for group in by_collection(measured(models))]
         cells = '; '.join(f'{e.dataset}{method(e)}: ' + ', '.join(
             f'{SHORT.get(name, name)} {value}' for name, value in main_metrics(e).items())
             + f' (`{e.arch}`)' for e in best)
         cells = cells or ', '.join(f'`{arch}`' for arch in dict.fromkeys(e.arch for e in models))
         rows.append([title(models[0]), cells,
-                     link(f'configs/{family}', folder, f'configs/{family}/README.md')])
+                     link(f'configs/{models[0].folder}', folder,
+                          f'configs/{models[0].folder}/README.md')])
     return table(['Family', 'Best published results', 'Configs'], rows)
 
 
 def table_of_architectures(folder: Path) -> str:
     """A table for each family: parameters, FLOPs and the first published row of each task."""
     tables = []
-    for family, models in by_family():
+    for _, models in by_family():
         models = measured(models) or models
         collections = list(by_collection(measured(models)))
         heads = [f'{group[0].dataset}{method(group[0])}{schedule(group)}: ' + ' / '.join(
@@ -59,8 +60,8 @@ def table_of_architectures(folder: Path) -> str:
             rows.append([f'`{arch}`', *sizes(size), *(
                 ' / '.join(str(v) for v in main_metrics(e).values()) if e else ''
                 for e in of_arch)])
-        tables.append(f'{title(models[0])}, `configs/{family}`:\n\n' + table(*without_empty(
-            ['Architecture', 'Parameters', 'FLOPs', *heads], rows)))
+        tables.append(f'{title(models[0])}, `configs/{models[0].folder}`:\n\n' + table(
+            *without_empty(['Architecture', 'Parameters', 'FLOPs', *heads], rows)))
     return '\n'.join(tables)
 
 
@@ -76,8 +77,8 @@ def table_of_files(models: Sequence[zoo.Entry], folder: Path) -> str:
 
 
 def model_index() -> str:
-    return 'Import:\n' + ''.join(
-        f'  - configs/{family}/metafile.yml\n' for family, _ in by_family())
+    folders = dict.fromkeys(e.folder for e in zoo.entries())
+    return 'Import:\n' + ''.join(f'  - configs/{folder}/metafile.yml\n' for folder in folders)
 
 
 def by_family() -> Iterator[tuple[str, list[zoo.Entry]]]:
@@ -182,7 +183,7 @@ def find_table(name: str, path: Path) -> str:
 def check_places(texts: dict[Path, str]) -> None:
     """Every family's README must have a place for each of its tables."""
     for family, models in by_family():
-        path = ROOT / 'configs' / family / 'README.md'
+        path = ROOT / 'configs' / models[0].folder / 'README.md'
         held = {m[1] for m in PLACE.findall(texts.get(path, ''))}
         for task in dict.fromkeys(e.task for e in models):
             if f'{family}/{task}' not in held:

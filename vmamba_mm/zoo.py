@@ -23,7 +23,8 @@ SCHEME = 'vmamba_mm://'
 #: Tasks as the model index calls them -> as ``tools/`` and the checkpoints do.
 TASKS = {'Image Classification': 'cls', 'Action Recognition': 'video', 'Object Detection': 'det',
          'Instance Segmentation': 'det', 'Semantic Segmentation': 'seg',
-         'Masked Pre-training': 'pretrain', 'Language Modelling': 'lm'}
+         'Masked Pre-training': 'pretrain', 'Multi-Instance Retrieval': 'pretrain',
+         'Language Modelling': 'lm'}
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,12 @@ class Entry:
 
     Attributes:
         name: unique in the zoo: that of its config, unless two files share one.
-        family: the folder of ``configs/``.
+        family: that of the model.
         arch: a published architecture of the family.
         task: 'cls', 'video', 'det', 'seg', 'lm', or 'pretrain' of a file that a fine-tuning starts
             from: a value of :data:`TASKS`.
-        config: ``configs/<family>/NAME.py``, relative to the repository; see ``path``. None where
+        folder: in ``configs/``, of the family's name, unless several families share it.
+        config: ``configs/<folder>/NAME.py``, relative to the repository; see ``path``. None where
             there is no recipe.
         root: the folder that ``config`` is relative to.
         weights: the address of the file, or None where it was not published.
@@ -65,6 +67,7 @@ class Entry:
     family: str
     arch: str
     task: str
+    folder: str
     config: str | None
     root: Path
     weights: str | None
@@ -218,9 +221,12 @@ def _read_entry(model: Mapping[str, Any], collections: Mapping[str, Any], path: 
     tasks = {TASKS[result.task] for result in results}
     if len(tasks) != 1:
         raise UserError(f'{path}: {model["Name"]} has results of several tasks, {sorted(tasks)}')
+    # 'FAMILY/ARCH' where several families share the folder.
+    family, _, arch = metadata['Arch'].rpartition('/')
     return Entry(
-        name=model['Name'], family=path.parent.name, arch=metadata['Arch'], task=tasks.pop(),
-        config=model.get('Config'), root=path.parents[2], weights=model.get('Weights'),
+        name=model['Name'], family=family or path.parent.name, arch=arch, task=tasks.pop(),
+        folder=path.parent.name, config=model.get('Config'), root=path.parents[2],
+        weights=model.get('Weights'),
         sha256=metadata.get('SHA-256'), parameters=metadata.get('Parameters'),
         flops=metadata.get('FLOPs'), results=results, tag=metadata.get('Tag'),
         pretrained=metadata.get('Pretrained'), metadata=metadata, collection=collection)

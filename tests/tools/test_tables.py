@@ -16,7 +16,7 @@ import tables  # noqa: E402
 @pytest.fixture
 def root(tmp_path, monkeypatch):
     """A folder in place of the repository, with what the tool writes to."""
-    readmes = {f'configs/{entry.family}/README.md' for entry in zoo.entries()}
+    readmes = [path.relative_to(tables.ROOT) for path in tables.ROOT.glob('configs/*/README.md')]
     for path in ('README.md', 'model-index.yml', *readmes):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(tables.ROOT / path, tmp_path / path)

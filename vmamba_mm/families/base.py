@@ -35,7 +35,7 @@ class Rule:
 class Family:
     """All that the package knows of a family besides its modules."""
 
-    #: Also the folder of its configs, configs/NAME.
+    #: Before an architecture in the names of published weights, vmamba_mm://NAME/ARCH.
     name: str
     #: The class in vmamba_mm.models, and what messages call the family.
     model: str
@@ -61,10 +61,16 @@ class Family:
     #: Our names of Linear weights that official files may hold as (out, in, 1, 1), as a regular
     #: expression.
     linear: str | None = None
+    #: Our names of weights of shape (1,) that official files hold as scalars, which FSDP cannot
+    #: share out, as a regular expression.
+    scalars: str | None = None
     #: Our names of the first convolutions, which can be adapted to other channels of images.
     first_convs: tuple[str, ...] = ()
     #: Checks of a whole arch, after the rules: raises ValueError.
     check: Callable[[Mapping[str, Any]], None] | None = None
+    #: The folder of its configs, configs/SYSTEM, and of official numbers, where several families
+    #: share one; '' for their own, of the family's name. One of the families has the ``parity``.
+    system: str = ''
     #: What its models take: 'images', of which timm has the models too, or 'tokens' of text.
     takes: str = 'images'
     #: Under which key official files hold the weights of a whole model; '' for at the top.

@@ -96,14 +96,15 @@ class VideoClassifier(BaseModel):
             whose last item is (B, channels) for 'LinearClsHead'.
         head: a classification head of mmpretrain.
         neck: between them.
+        drop_rate: dropout of what the head takes.
         train_cfg: ``augments`` and ``probs`` of mmpretrain's RandomBatchAugment: Mixup, CutMix.
         data_preprocessor: config of a :class:`ClipPreprocessor`, its type by default.
         init_cfg: mmengine's.
     """
 
     def __init__(self, backbone: dict, head: dict, neck: dict | None = None,
-                 train_cfg: dict | None = None, data_preprocessor: dict | None = None,
-                 init_cfg: dict | list[dict] | None = None):
+                 drop_rate: float = 0.0, train_cfg: dict | None = None,
+                 data_preprocessor: dict | None = None, init_cfg: dict | list[dict] | None = None):
         if not isinstance(data_preprocessor, torch.nn.Module):
             data_preprocessor = dict(type='vmamba_mm.ClipPreprocessor') | (data_preprocessor or {})
             if train_cfg is not None:
@@ -112,12 +113,15 @@ class VideoClassifier(BaseModel):
         super().__init__(data_preprocessor=data_preprocessor, init_cfg=init_cfg)
         self.backbone = MODELS.build(backbone)
         self.neck = MODELS.build(neck) if neck is not None else None
+        self.dropout = torch.nn.Dropout(drop_rate) if drop_rate else None
         self.head = MODELS.build(head)
 
     def extract_feat(self, inputs: Tensor):
         """What the head takes of clips (B, C, T, H, W)."""
         features = self.backbone(inputs)
-        return features if self.neck is None else self.neck(features)
+        if self.neck is not None:
+            features = self.neck(features)
+        return features if self.dropout is None else tuple(map(self.dropout, features))
 
     def forward(self, inputs: Tensor, data_samples: list | None = None, mode: str = 'tensor'):
         """

@@ -1,5 +1,12 @@
+from vmamba_mm.layers.attention import SelfAttention
 from vmamba_mm.layers.drop_path import DropPath
-from vmamba_mm.layers.embed import ConvDownsample, ConvStem, MergeDownsample, PatchStem
+from vmamba_mm.layers.embed import (
+    ConvDownsample,
+    ConvStem,
+    MergeDownsample,
+    PatchEmbed,
+    PatchStem,
+)
 from vmamba_mm.layers.mamba import (
     BiMambaMixer,
     DecomposedBiMambaMixer,
@@ -15,5 +22,5 @@ from vmamba_mm.layers.vss_block import Mlp, VSSBlock, VSSStage
 
 __all__ = ['SS2D', 'BiMambaMixer', 'ConvDownsample', 'ConvStem', 'DecomposedBiMambaMixer',
            'DropPath', 'LayerNorm', 'LayerNorm2d', 'MambaBlock', 'MambaMixer', 'MambaState',
-           'MergeDownsample', 'Mlp', 'PatchStem', 'RMSNorm', 'SharedBiMambaMixer', 'VSSBlock',
-           'VSSStage', 'record_inputs', 'record_scan_inputs']
+           'MergeDownsample', 'Mlp', 'PatchEmbed', 'PatchStem', 'RMSNorm', 'SelfAttention',
+           'SharedBiMambaMixer', 'VSSBlock', 'VSSStage', 'record_inputs', 'record_scan_inputs']

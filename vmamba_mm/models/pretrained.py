@@ -23,6 +23,7 @@ from vmamba_mm.checkpoints.names import (
     describe_places,
     infer_arch,
     is_official,
+    our_shape,
     rename_official,
     to_mm,
 )
@@ -293,7 +294,7 @@ def under_names_of(family: Family, weights: Mapping[str, Tensor], ours: Mapping[
                    ) -> dict[str, Tensor]:
     """Weights by a model's own names: official ones renamed, other wrappers replaced."""
     if is_official(weights, family):
-        unchanged = {k: v for k, v in weights.items() if k in ours}
+        unchanged = {k: our_shape(k, v, family) for k, v in weights.items() if k in ours}
         official = drop_wrappers({k: v for k, v in weights.items() if not (
             k in ours or is_counter(k) or is_of_trainer(k))})
         weights = unchanged | rename_official(official, family, set(map(plain_name, weights)))
