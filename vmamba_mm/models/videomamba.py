@@ -97,6 +97,10 @@ class VideoMamba(Backbone):
         return (1,) * arch['depth'], [arch['embed_dims']] * arch['depth']
 
     @staticmethod
+    def has_cls_token(arch: Mapping[str, Any]) -> bool:
+        return True
+
+    @staticmethod
     def clip_length(arch: Mapping[str, Any]) -> int:
         return arch['num_frames']
 
@@ -155,13 +159,16 @@ class VideoMamba(Backbone):
 
     def forward_stages(self, x: Tensor, indices: Sequence[int]) -> list[Tensor]:
         """The maps of some blocks before the norm, (B, H', W', C) or (B, T', H', W', C)."""
+        return [maps for _, maps in self.forward_with_cls(x, indices)]
+
+    def forward_with_cls(self, x: Tensor, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         tokens, patches = self.embed(x)
-        maps = []
+        outs = []
         for i, hidden, residual in self.run_blocks(tokens, patches, indices[-1]):
             if i in indices:
                 tokens = self._to_spatial_first(i, residual + hidden, patches)
-                maps.append(_to_maps(tokens, patches, x))
-        return maps
+                outs.append((tokens[:, :1], _to_maps(tokens, patches, x)))
+        return outs
 
     def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens (B, 1 + T'H'W', C) of images or clips, and the patches (B, T', H', W', C)
