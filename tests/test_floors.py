@@ -95,6 +95,15 @@ def test_importing_the_package_is_quiet_and_loads_nothing():
     assert not printed and not modules & {'torch', *MM}
 
 
+def test_models_by_the_names_of_configs():
+    import vmamba_mm.models
+    for name in vmamba_mm.models.__all__:
+        assert getattr(vmamba_mm, name) is getattr(vmamba_mm.models, name)
+    assert not hasattr(vmamba_mm, 'NoModel') and not hasattr(vmamba_mm, 'no_module')
+    modules, _ = loaded_by("import vmamba_mm; assert not hasattr(vmamba_mm, 'torch')")
+    assert not modules & {'torch', *MM}
+
+
 def test_importing_ops_and_layers_loads_no_mm_package():
     modules, printed = loaded_by('import vmamba_mm.ops, vmamba_mm.layers')
     assert not printed and 'torch' in modules and not modules & set(MM)

@@ -354,6 +354,24 @@ def test_block(rms, fused):
     assert states[0].dtype == torch.float16
 
 
+@pytest.mark.parametrize('fused', [True, False])
+def test_block_with_an_mlp(fused):
+    from mamba_ssm import Mamba
+    from mamba_ssm.modules.block import Block
+    torch.manual_seed(0)
+    mlp = partial(nn.Linear, out_features=DIM)
+    block = Block(DIM, partial(Mamba, d_state=STATE), mlp, fused_add_norm=fused)
+    assert [name for name, _ in block.named_children()] == ['norm', 'mixer', 'norm2', 'mlp']
+    x, residual = (random(2, LENGTH, DIM, seed=i, dtype=torch.float32) for i in (0, 1))
+    y, total = block(x, residual)
+    mixed = block.mixer(block.norm(x + residual))
+    assert_close(total.detach(), (x + residual + mixed).detach(), 1e-5)
+    assert_close(y.detach(), block.mlp(block.norm2(total)).detach(), 1e-5)
+    bare = Block(DIM, partial(Mamba, d_state=STATE), nn.Identity, fused_add_norm=fused)
+    assert bare.mlp is None and not hasattr(bare, 'norm2')
+    assert torch.equal(bare(x)[1], x)
+
+
 def test_fused_block_wants_a_norm_that_it_knows():
     from mamba_ssm.modules.mamba_simple import Block
     with pytest.raises(ValueError, match='takes an nn.LayerNorm or an RMSNorm, got Identity'):

@@ -36,6 +36,10 @@ def test_packages_give_their_modules_as_attributes():
      'mamba_ssm.ops.triton.layer_norm'),
     ('import causal_conv1d.causal_conv1d_varlen', 'causal_conv1d.causal_conv1d_varlen',
      'causal_conv1d.causal_conv1d_interface'),
+    ('from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel', 'mamba_ssm.models',
+     'vmamba_mm.models.CausalLM reads the files'),
+    ('from mamba_ssm import MambaLMHeadModel', 'mamba_ssm.MambaLMHeadModel',
+     'vmamba_mm.models.CausalLM reads the files'),
     ('from selective_scan_cuda import fwd_bwd', 'selective_scan_cuda.fwd_bwd', 'fwd, bwd'),
 ])
 def test_what_is_not_covered_is_named_in_one_line(statement, named, covered):

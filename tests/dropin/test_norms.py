@@ -123,7 +123,8 @@ def test_norm_and_linear(rms):
     assert_close(total, x + residual, 1e-10)
     assert_close(y, linear(norm_by_hand(total, weight, bias, rms)).detach(), 1e-10)
     with torch.autocast('cpu', torch.bfloat16):
-        y = layer_norm_linear_fn(x.float(), weight, bias, linear.weight, linear.bias)
+        single = [t.float() for t in (x, weight, bias, linear.weight, linear.bias)]
+        y = layer_norm_linear_fn(*single, is_rms_norm=rms)
     assert y.dtype == torch.bfloat16
 
 

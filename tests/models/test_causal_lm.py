@@ -556,7 +556,9 @@ def test_configs_of_other_models(tmp_path, config, message):
 def test_published_configs_give_published_architectures():
     ours = dict(d_model=768, n_layer=24, vocab_size=50277, ssm_cfg={}, rms_norm=True,
                 residual_in_fp32=True, fused_add_norm=True, pad_vocab_size_multiple=8)
-    theirs = dict(model_type='mamba', hidden_size=768, num_hidden_layers=24, vocab_size=50280,
+    # Those whose names end with -hf have keys of mamba_ssm besides.
+    theirs = dict(model_type='mamba', d_model=768, n_layer=24, ssm_cfg={}, hidden_size=768,
+                  pad_vocab_size_multiple=8, num_hidden_layers=24, vocab_size=50280,
                   state_size=16, conv_kernel=4, expand=2, time_step_rank=48, use_bias=False,
                   use_conv_bias=True, layer_norm_epsilon=1e-5, hidden_act='silu')
     assert arch_of_config(ours) == arch_of_config(theirs) == FAMILY.archs['mamba-130m']

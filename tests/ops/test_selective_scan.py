@@ -69,6 +69,6 @@ def test_both_ways_and_any_blocks_give_the_same(reverse, monkeypatch):
     monkeypatch.setattr(chunked, '_MANY_STATES', 0)
     for budget in (1, 160, 1 << 20):
         monkeypatch.setattr(stepwise, '_BLOCK', budget)
-        monkeypatch.setattr(stepwise, '_BLOCK_BACK', budget)
+        monkeypatch.setattr(stepwise, '_STEP', budget)
         for one, right in zip(run(), expected, strict=True):
             assert_close(one, right, 1e-12)

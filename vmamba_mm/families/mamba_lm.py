@@ -119,13 +119,15 @@ def arch_of_config(config: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: on what has no counterpart here, and would give other results.
         KeyError: if a size is missing.
     """
-    if 'd_model' in config:
-        return _without_defaults(_arch_of_mamba_ssm(config))
-    if config.get('model_type') == 'mamba':
+    # Published configs of transformers have keys of mamba_ssm as well.
+    kind = config.get('model_type')
+    if kind == 'mamba':
         return _without_defaults(_arch_of_transformers(config))
-    kind = config.get('model_type', 'no model_type')
-    raise ValueError(f"it describes a model of another kind ({kind}); what is read here has "
-                     "d_model (of mamba_ssm), or model_type 'mamba' (of transformers)")
+    if kind is None and 'd_model' in config:
+        return _without_defaults(_arch_of_mamba_ssm(config))
+    raise ValueError(f"it describes a model of another kind ({kind or 'no model_type'}); what is "
+                     "read here has model_type 'mamba' (of transformers), or d_model (of "
+                     'mamba_ssm)')
 
 
 def _arch_of_mamba_ssm(config):

@@ -203,7 +203,7 @@ def _tie(model: CausalLM, _: Any = None) -> None:
 def _is_same(embedding: Tensor | None, head: Tensor | None) -> bool:
     """Whether a head is absent or has the weights of the embedding, as far as can be told."""
     return embedding is None or head is None or embedding.is_meta or head.is_meta \
-        or embedding.shape != head.shape or torch.equal(embedding, head.to(embedding.device))
+        or embedding.shape != head.shape or torch.equal(embedding, head.to(embedding))
 
 
 def _read_config(path: Path) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""The ops of VMamba: functions on tensors, torch only. The maths is in README.md beside this."""
+"""The ops: functions on tensors, torch only. The maths is in README.md beside this."""
 
 from vmamba_mm.ops.causal_conv import causal_conv, causal_conv_step
 from vmamba_mm.ops.core.backends import BACKENDS

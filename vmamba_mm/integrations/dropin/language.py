@@ -36,7 +36,7 @@ class GenerationMixin:
 
     def generate(self, *args, **kwargs):
         raise NotImplementedError('GenerationMixin.generate is not covered by vmamba_mm.dropin; '
-                                  'decode with inference_params, one token a call')
+                                  'decode with inference_params, or use vmamba_mm.models.CausalLM')
 
 
 def load_config_hf(model_name: str) -> dict:

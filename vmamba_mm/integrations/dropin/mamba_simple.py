@@ -1,7 +1,6 @@
-"""``mamba_ssm.modules.mamba_simple``: Mamba and its block, with the arguments of the forks."""
+"""The block Mamba, with the arguments of the forks."""
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +8,6 @@ from torch import Tensor, nn
 
 from vmamba_mm.integrations.dropin.conv import causal_conv1d_update
 from vmamba_mm.integrations.dropin.inner import bimamba_inner_fn, cast_for_autocast
-from vmamba_mm.integrations.dropin.norms import RMSNorm, layer_norm_fn
 from vmamba_mm.integrations.dropin.scan import selective_scan_fn
 from vmamba_mm.integrations.dropin.state_update import selective_state_update
 from vmamba_mm.layers.ssm_init import init_A_logs, init_dt_bias
@@ -249,45 +247,3 @@ class Mamba(nn.Module):
 def _wide(x: Tensor) -> Tensor:
     """In fp32, or fp64 in a model of that dtype."""
     return x.to(compute_dtype(x.dtype))
-
-
-class Block(nn.Module):
-    """Add -> norm -> mixer, with the residual beside.
-
-    Args:
-        dim: C.
-        mixer_cls, norm_cls: what make the mixer and the norm from C.
-        fused_add_norm: the sum and the norm in fp32, without rounding in between; the norm is an
-            ``nn.LayerNorm`` or this package's RMSNorm.
-        residual_in_fp32: whether the residual is kept in fp32.
-    """
-
-    def __init__(self, dim: int, mixer_cls: Callable[[int], nn.Module],
-                 norm_cls: Callable[[int], nn.Module] = nn.LayerNorm, fused_add_norm: bool = False,
-                 residual_in_fp32: bool = False):
-        super().__init__()
-        self.residual_in_fp32 = residual_in_fp32
-        self.fused_add_norm = fused_add_norm
-        self.mixer = mixer_cls(dim)
-        self.norm = norm_cls(dim)
-        if fused_add_norm and not isinstance(self.norm, nn.LayerNorm | RMSNorm):
-            raise ValueError('fused_add_norm takes an nn.LayerNorm or an RMSNorm, got '
-                             f'{type(self.norm).__name__}')
-
-    def forward(self, hidden_states: Tensor, residual: Tensor | None = None,
-                inference_params=None) -> tuple[Tensor, Tensor]:
-        """The mixer's result and the residual, both (B, L, C); ``residual`` is None at first."""
-        norm = self.norm
-        if self.fused_add_norm:
-            hidden_states, residual = layer_norm_fn(
-                hidden_states, norm.weight, norm.bias, residual, eps=norm.eps, prenorm=True,
-                residual_in_fp32=self.residual_in_fp32, is_rms_norm=isinstance(norm, RMSNorm))
-        else:
-            residual = hidden_states if residual is None else hidden_states + residual
-            hidden_states = norm(residual.to(norm.weight.dtype))
-            residual = residual.float() if self.residual_in_fp32 else residual
-        return self.mixer(hidden_states, inference_params=inference_params), residual
-
-    def allocate_inference_cache(self, batch_size: int, max_seqlen: int,
-                                 dtype: torch.dtype | None = None, **kwargs):
-        return self.mixer.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype, **kwargs)

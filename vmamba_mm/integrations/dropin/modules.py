@@ -21,7 +21,8 @@ MODULES: dict[str, tuple[str, ...]] = {
     'mamba_ssm.ops.triton.selective_state_update': (
         'state_update: selective_state_update',),
     'mamba_ssm.modules': (),
-    'mamba_ssm.modules.mamba_simple': ('mamba_simple: Mamba Block',),
+    'mamba_ssm.modules.mamba_simple': ('mamba_simple: Mamba', 'blocks: Block'),
+    'mamba_ssm.modules.block': ('blocks: Block=BlockWithMLP',),
     'mamba_ssm.utils': (),
     'mamba_ssm.utils.generation': ('language: GenerationMixin InferenceParams',),
     'mamba_ssm.utils.hf': ('language: load_config_hf load_state_dict_hf',),
@@ -42,6 +43,11 @@ MODULES: dict[str, tuple[str, ...]] = {
 ROOTS = tuple(name for name in MODULES if '.' not in name)
 
 
+_LANGUAGE = '; vmamba_mm.models.CausalLM reads the files of MambaLMHeadModel'
+#: What is not covered -> what is there in its place.
+_INSTEAD = {'mamba_ssm.models': _LANGUAGE, 'mamba_ssm.MambaLMHeadModel': _LANGUAGE}
+
+
 def names_of(module: str) -> dict[str, tuple[str, str]]:
     """The names in a module, with the module of this package and the name there."""
     names = {}
@@ -60,4 +66,5 @@ def not_covered(module: str, name: str | None = None) -> str:
     if not there:
         there = [n for n in MODULES if n.partition('.')[0] == root and MODULES[n]]
     what = module if name is None else f'{module}.{name}'
-    return f'{what} is not covered by vmamba_mm.dropin, which has {", ".join(there)}'
+    return (f'{what} is not covered by vmamba_mm.dropin, which has {", ".join(there)}'
+            f'{_INSTEAD.get(what, "")}')

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmamba_mm.integrations.dropin.inner import cast_for_autocast
+from vmamba_mm.ops import add_norm, layer_norm, rms_norm
 from vmamba_mm.ops.core.backends import compute_dtype
 
 
@@ -39,12 +40,17 @@ def layer_norm_fn(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tens
     dtype = compute_dtype(x.dtype)
     total, mask = _drop(x if rowscale is None else x.to(dtype) * rowscale[..., None], dropout_p)
     other, mask1 = (None, None) if x1 is None else _drop(x1, dropout_p)
-    for term in (other, residual):
-        if term is not None:
-            # Of a 16-bit number and one of 32 bits torch adds the latter's way, in one pass.
-            total = (total if term.dtype == dtype else total.to(dtype)) + term
-    results = [_norm(total, w, b, eps, is_rms_norm).to(x.dtype)
-               for w, b in ((weight, bias), (weight1, bias1)) if w is not None]
+    if other is not None:
+        total = total.to(dtype) + other
+    norms = [(w, b) for w, b in ((weight, bias), (weight1, bias1)) if w is not None]
+    results = []
+    if residual is not None and residual.dtype == dtype and (bias is None) == is_rms_norm:
+        # The usual case, on a GPU one kernel.
+        total, normed = add_norm(residual, total, weight, bias, eps, out_dtype=x.dtype)
+        results, norms = [normed], norms[1:]
+    elif residual is not None:
+        total = total.to(dtype) + residual
+    results += [_norm(total, w, b, eps, is_rms_norm, x.dtype) for w, b in norms]
     if prenorm:
         results.append(total.to(residual.dtype if residual is not None
                                 else torch.float32 if residual_in_fp32 else x.dtype))
@@ -111,11 +117,13 @@ def _drop(x: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
     return x.to(compute_dtype(x.dtype)) * mask / (1 - p), mask
 
 
-def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, is_rms_norm: bool) -> Tensor:
-    """A norm of the last dimension, in fp32."""
-    x = x.to(compute_dtype(x.dtype))
-    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, is_rms_norm: bool,
+          dtype: torch.dtype) -> Tensor:
+    """A norm of the last dimension, calculated in fp32 at least."""
     if not is_rms_norm:
-        return F.layer_norm(x, weight.shape, weight, bias, eps)
-    y = F.rms_norm(x, weight.shape, weight, eps)
-    return y if bias is None else y + bias
+        bias = torch.zeros_like(weight) if bias is None else bias
+        return layer_norm(x, weight, bias, eps, out_dtype=dtype)
+    if bias is None:
+        return rms_norm(x, weight, eps, out_dtype=dtype)
+    y = rms_norm(x, weight, eps, out_dtype=compute_dtype(x.dtype))
+    return (y + bias).to(dtype)

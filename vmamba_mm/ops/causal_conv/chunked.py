@@ -28,20 +28,26 @@ def _in_memory(state: Tensor, reverse: bool) -> Tensor:
     return state.flip(1) if reverse else state
 
 
+def _by_tap(weight: Tensor) -> tuple[Tensor, ...]:
+    """The weights (D) of each tap, next to one another: with gaps products take three times as long
+    on a CPU."""
+    return weight.T.contiguous().unbind(0)
+
+
 def convolve(x, weight, bias, initial_state, reverse) -> Tensor:
     """The convolution alone, in the compute dtype."""
     dtype = compute_dtype(x.dtype)
-    x, weight = x.to(dtype), weight.to(dtype)
-    length, taps = x.shape[1], weight.shape[1]
-    y = x * weight[:, -1]
+    x, tap_weights = x.to(dtype), _by_tap(weight.to(dtype))
+    length, taps = x.shape[1], len(tap_weights)
+    y = x * tap_weights[-1]
     if bias is not None:
         y += bias.to(dtype)
     for tap, written, read in _shifts(length, taps, reverse):
-        y[:, written].addcmul_(x[:, read], weight[:, tap])
+        y[:, written].addcmul_(x[:, read], tap_weights[tap])
     if initial_state is not None:
         state = initial_state.to(dtype)
         for tap, written, read in _reach_back(length, taps, reverse):
-            y[:, written].addcmul_(_in_memory(state[:, read], reverse), weight[:, tap])
+            y[:, written].addcmul_(_in_memory(state[:, read], reverse), tap_weights[tap])
     return y
 
 
@@ -69,10 +75,11 @@ def forward(x, weight, bias, initial_state, silu, reverse, return_final_state
 def add_gradients(grad, x, weight, reverse, grad_x: Tensor, grad_weight: Tensor) -> None:
     """Add to the gradients by x and weight, from that by the convolution's result; without what
     concerns a first state. All are in the compute dtype."""
-    grad_x.addcmul_(grad, weight[:, -1])
+    tap_weights = _by_tap(weight)
+    grad_x.addcmul_(grad, tap_weights[-1])
     grad_weight[:, -1] += _inner(grad, x)
     for tap, written, read in _shifts(x.shape[1], weight.shape[1], reverse):
-        grad_x[:, read].addcmul_(grad[:, written], weight[:, tap])
+        grad_x[:, read].addcmul_(grad[:, written], tap_weights[tap])
         grad_weight[:, tap] += _inner(grad[:, written], x[:, read])
 
 

@@ -13,11 +13,12 @@ from math import e, log2
 import torch
 from torch import Tensor
 
-#: Elements of one (M, T, N, D) tensor for each thread: two of them are in use at a time by the
-#: forward, three by the backward, and should stay in a CPU's cache.
-_BLOCK, _BLOCK_BACK = 1 << 17, 1 << 18
-#: On other devices calls are what takes time.
-_BLOCK_ELSEWHERE = 1 << 25
+#: Elements of one (M, T, N, D) tensor, on a CPU for each thread: the forward uses two of them at a
+#: time, the backward three, which should stay in the last-level cache. On other devices calls are
+#: what takes time.
+_BLOCK, _BLOCK_ELSEWHERE = 1 << 19, 1 << 25
+#: Elements of one step (M, N, D) that a call is worth, on a CPU for each thread.
+_STEP = 1 << 15
 
 
 def arrange(x_BDL: Tensor, dtype: torch.dtype) -> Tensor:
@@ -39,14 +40,14 @@ def batch_blocks(batch: int, size: int, device: torch.device) -> Iterator[slice]
     """Slices of the batch: few samples of ``size`` = N * D states, so that blocks of steps of
     them fit into the cache of a CPU, but enough for a call to be worth it; the batch elsewhere."""
     if device.type == 'cpu':
-        few = max(1, _BLOCK * torch.get_num_threads() // (8 * size))
+        few = max(1, _STEP * torch.get_num_threads() // size)
         return (slice(i, i + few) for i in range(0, batch, few))
     return iter([slice(0, batch)])
 
 
-def _time_blocks(length: int, width: int, budget: int, reverse: bool) -> list[slice]:
-    """Slices of positions in the order of time, of about ``budget`` states in steps of ``width``.
-    """
+def _time_blocks(length: int, width: int, device: torch.device, reverse: bool) -> list[slice]:
+    """Slices of positions in the order of time, whose steps have ``width`` states each."""
+    budget = _BLOCK * torch.get_num_threads() if device.type == 'cpu' else _BLOCK_ELSEWHERE
     steps = max(1, budget // max(1, width))
     blocks = [slice(i, min(i + steps, length)) for i in range(0, length, steps)]
     return blocks[::-1] if reverse else blocks
@@ -60,18 +61,16 @@ class _Steps:
         A_ND: (N, D).
         B: (M, L, N).
         initial: (M, D, N), or None for zeros.
-        budget: states in a block, on a CPU for each thread.
         buffers: tensors for a block of states that will be needed.
     """
 
-    def __init__(self, u, delta, A_ND, B, reverse, initial, budget, buffers):
+    def __init__(self, u, delta, A_ND, B, reverse, initial, buffers):
         samples, length, _ = u.shape
         self.drive, self.delta, self.B, self.reverse = delta * u, delta, B, reverse
         self.A_log2 = A_ND * log2(e)
         self.state = (u.new_zeros(samples, *A_ND.shape) if initial is None
                       else initial.mT.contiguous())
-        budget = budget * torch.get_num_threads() if u.device.type == 'cpu' else _BLOCK_ELSEWHERE
-        self.blocks = _time_blocks(length, samples * A_ND.numel(), budget, reverse)
+        self.blocks = _time_blocks(length, samples * A_ND.numel(), u.device, reverse)
         steps = max(block.stop - block.start for block in self.blocks)
         self.buffers = u.new_empty(buffers, samples, steps, *A_ND.shape).unbind(0)
 
@@ -118,7 +117,7 @@ def scan(u, delta, A, B, C, reverse: bool, out: Tensor, initial: Tensor | None =
     A_ND = A.T.contiguous()
     for some in batch_blocks(len(u), A.numel(), u.device):
         steps = _Steps(u[some], delta[some], A_ND, B[some], reverse,
-                       None if initial is None else initial[some], _BLOCK, 2)
+                       None if initial is None else initial[some], 2)
         for block in steps.blocks:
             _, h = steps.advance(block)
             out[some, block] += _read(h, C[some, block])
@@ -150,7 +149,7 @@ def scan_backward(grad_y, u, delta, A, B, C, reverse: bool, initial: Tensor | No
 def _scan_backward(grad_y, u, delta, A_ND, B, C, reverse, initial, grad_final, out, grad_initial,
                    grad_u, grad_delta, grad_B, grad_C) -> Tensor:
     """Fill or add to the tensors given; the gradient by A is returned."""
-    steps = _Steps(u, delta, A_ND, B, reverse, initial, _BLOCK_BACK, 3)
+    steps = _Steps(u, delta, A_ND, B, reverse, initial, 3)
     before = [steps.state]
     for block in steps.blocks[:-1]:
         steps.advance(block)
