@@ -110,7 +110,8 @@ def _infer_arch(weights: Mapping[str, Any]) -> dict[str, Any]:
     inner, d_state = shapes[f'{first}A_log']
     _, rank = shapes[f'{first}dt_proj.weight']
     arch = dict(
-        embed_dims=dims, depth=len({m[1] for k in shapes if (m := re.match(r'blocks\.(\d+)\.', k))}),
+        embed_dims=dims,
+        depth=len({m[1] for k in shapes if (m := re.match(r'blocks\.(\d+)\.', k))}),
         d_state=d_state, patch_size=patch, image_size=infer_image_size(num_patches, patch),
         cls_token=cls_token)
     if (patch, num_patches) == (16, 27 ** 2):  # the published stride 8 at 224 pixels
@@ -175,8 +176,8 @@ def _parity_subject(file: str, options: Options) -> Subject:
     kwargs = options['kwargs']
     ratio = kwargs.get('flip_img_sequences_ratio', -1.0)
     if 0 < ratio < 1:
-        raise ValueError(f'kwargs.flip_img_sequences_ratio={ratio} is random at evaluation too, and '
-                         'has no counterpart here')
+        raise ValueError(f'kwargs.flip_img_sequences_ratio={ratio} is random at evaluation too, '
+                         'and has no counterpart here')
     arch = _parity_arch(kwargs)
     backbone = dict(arch=arch, in_channels=kwargs.get('channels', 3))
     if 'out_indices' in kwargs:

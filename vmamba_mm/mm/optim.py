@@ -51,7 +51,8 @@ class LayerDecayOptimWrapperConstructor(GroupedOptimWrapperConstructor):
     def adjust(self, params: list[dict], model: nn.Module) -> None:
         decay = self.paramwise_cfg.get('layer_decay_rate')
         if not isinstance(decay, int | float) or not 0 < decay <= 1:
-            raise UserError('LayerDecayOptimWrapperConstructor needs paramwise_cfg.layer_decay_rate '
+            raise UserError('LayerDecayOptimWrapperConstructor needs '
+                            'paramwise_cfg.layer_decay_rate '
                             f'above 0 and up to 1, got {decay!r}')
         names = {parameter: name for name, parameter in model.named_parameters()}
         for group in params:

@@ -223,20 +223,23 @@ class Vim(Backbone):
             (B, L, C): the streams hidden and residual, or what its mixer has added.
         """
         is_paired, wants_outputs = self.arch.get('paired', False), self.features == 'mixer'
-        streams = before = self._rotate(patches, tokens)
+        keywords = dict(with_output=True) if wants_outputs else {}
+        streams, forward = self._rotate(patches, tokens), None
         for i, block in enumerate(self.blocks[:indices[-1] + 1]):
-            keywords = dict(with_output=True) if wants_outputs else {}
-            if is_paired and i % 2:
-                backward = block(*(t.flip(1) for t in before), **keywords)
-                results = [a + b.flip(1) for a, b in zip(results, backward, strict=True)]
-            else:
-                before = streams
+            if forward is None:
                 results = block(*streams, **keywords)
-            streams = results[:2]
-            if i + 1 < len(self.blocks) and not (is_paired and i % 2 == 0):
-                streams = self._rotate(patches, *streams)
+                forward = results if is_paired else None
+            else:  # the second of a pair, on what the first one read
+                backward = block(*(t.flip(1) for t in streams), **keywords)
+                results = [a + b.flip(1) for a, b in zip(forward, backward, strict=True)]
+                forward = None
+            sums = results[:2]
+            if forward is None:
+                # Of the last block nothing reads the rotation, whatever blocks were taken away.
+                is_last = i + 1 == self.arch['depth']
+                sums = streams = sums if is_last else self._rotate(patches, *sums)
             if i in indices:
-                yield i, results[2:] if wants_outputs else streams
+                yield i, results[2:] if wants_outputs else sums
 
     def _rotate(self, patches: Tensor, hidden: Tensor, residual: Tensor | None = None
                 ) -> tuple[Tensor, ...]:

@@ -1,5 +1,5 @@
-# Cascade Mask R-CNN on a backbone of one stride, on COCO with large-scale jitter at 1024x1024, 4 GPUs
-# x 16 images, 100 epochs: ViTDet's recipe (arXiv 2203.16527) in fp16.
+# Cascade Mask R-CNN on a backbone of one stride, on COCO with large-scale jitter at 1024x1024,
+# 4 GPUs x 16 images, 100 epochs: ViTDet's recipe (arXiv 2203.16527) in fp16.
 _base_ = [
     'mmdet::_base_/models/cascade-mask-rcnn_r50_fpn.py',
     'mmdet::common/lsj-100e_coco-instance.py',

@@ -1,5 +1,5 @@
-# ImageNet-1K at 224x224: DeiT's recipe (arXiv 2012.12877), 300 epochs, in fp32; these are the values
-# of small, 8 GPUs x 64 images.
+# ImageNet-1K at 224x224: DeiT's recipe (arXiv 2012.12877), 300 epochs, in fp32; these are the
+# values of small, 8 GPUs x 64 images.
 _base_ = ['../../_base_/tasks/imagenet_224.py']
 
 model = dict(
