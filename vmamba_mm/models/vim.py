@@ -123,6 +123,10 @@ class Vim(Backbone):
     def map_size(cls, arch: Mapping[str, Any], size: int) -> int:
         return grid_of(dict(arch, image_size=size))[0]
 
+    @staticmethod
+    def has_cls_token(arch: Mapping[str, Any]) -> bool:
+        return arch['cls_token'] != 'none'
+
     def build(self, in_channels: int, drop_path_rates: Sequence[float], with_cp: bool) -> None:
         arch = self.arch
         dims, norm = arch['embed_dims'], _NORMS[arch.get('norm', 'rms')]
@@ -176,7 +180,8 @@ class Vim(Backbone):
                 y = self._output(i, streams)
                 outs.append(y.flip(1) if self.arch.get('reverse') else y)
             else:
-                cls = [_cls_tokens_of(y, patches, self.arch['cls_token']) for y in streams]
+                cls = [torch.cat(_cls_tokens_of(y, patches, self.arch['cls_token']), dim=1)
+                       for y in streams]
                 outs.append(self._output(i, cls).mean(1))
         return tuple(outs)
 
@@ -187,10 +192,21 @@ class Vim(Backbone):
             x: (B, in_channels, H, W).
             indices: increasing numbers of blocks; none after the last one runs.
         """
+        return [patches for _, patches in self._forward_parts(x, indices)]
+
+    def forward_with_cls(self, x: Tensor, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        return [(torch.cat(cls, dim=1), patches) for cls, patches in self._forward_parts(
+            x, indices)]
+
+    def _forward_parts(self, x: Tensor, indices: Sequence[int]
+                       ) -> Iterator[tuple[list[Tensor], Tensor]]:
+        """The class tokens, each (B, 1, C), and the maps of some blocks before the norm."""
         tokens, patches = self._embed(x)
         kind, reverse = self.arch['cls_token'], self.arch.get('reverse', False)
-        return [_to_map(sum(streams), patches, kind, reverse)
-                for _, streams in self._run(tokens, patches, indices)]
+        for _, streams in self._run(tokens, patches, indices):
+            tokens = sum(streams)
+            yield (_cls_tokens_of(tokens, patches, kind),
+                   _to_map(tokens, patches, kind, reverse))
 
     def norm_output(self, i: int, x: Tensor) -> Tensor:
         # Of a sum that is fp32 in a half too.
@@ -367,10 +383,10 @@ def _embed(patches: Tensor, cls_tokens: Sequence[Tensor], pos_embed: Tensor,
     return _join(patches, others, places) + pos_embed
 
 
-def _cls_tokens_of(tokens: Tensor, patches: Tensor, kind: str) -> Tensor:
-    """The class tokens, (B, 1 or 2, C), of tokens (B, L, C)."""
+def _cls_tokens_of(tokens: Tensor, patches: Tensor, kind: str) -> list[Tensor]:
+    """The class tokens, each (B, 1, C), of tokens (B, L, C)."""
     height, width = patches.shape[1:3]
-    return torch.cat(_split(tokens, _cls_places(height * width, kind))[1], dim=1)
+    return _split(tokens, _cls_places(height * width, kind))[1]
 
 
 def _to_map(tokens: Tensor, patches: Tensor, kind: str, reverse: bool) -> Tensor:
