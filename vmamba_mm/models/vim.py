@@ -152,7 +152,7 @@ class Vim(Backbone):
 
     def _init_parameters(self):
         """As published: mixers start as Mamba's, but dt of the backward direction with 0."""
-        # The variance of LeCun's initialisation, of a normal that is cut off at two deviations.
+        # LeCun's, divided as timm does for a normal that is cut off, which this one hardly is.
         fan_in, names = self.patch_embed.proj.weight[0].numel(), _CLS_TOKENS[self.arch['cls_token']]
         nn.init.trunc_normal_(self.patch_embed.proj.weight, std=fan_in ** -0.5 / 0.87962566)
         nn.init.zeros_(self.patch_embed.proj.bias)
@@ -173,7 +173,7 @@ class Vim(Backbone):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         if self.out_type == 'featmap':
             return super().forward(x)
-        tokens, patches = self._embed(x)
+        tokens, patches = self.embed(x)
         outs = []
         for i, streams in self._run(tokens, patches, self.out_indices):
             if self.out_type == 'raw':
@@ -201,7 +201,7 @@ class Vim(Backbone):
     def _forward_parts(self, x: Tensor, indices: Sequence[int]
                        ) -> Iterator[tuple[list[Tensor], Tensor]]:
         """The class tokens, each (B, 1, C), and the maps of some blocks before the norm."""
-        tokens, patches = self._embed(x)
+        tokens, patches = self.embed(x)
         kind, reverse = self.arch['cls_token'], self.arch.get('reverse', False)
         for _, streams in self._run(tokens, patches, indices):
             tokens = sum(streams)
@@ -222,7 +222,7 @@ class Vim(Backbone):
             y = sum_and_norm(norm, residual, hidden)[1]
         return y.to(self.pos_embed.dtype)
 
-    def _embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens (B, L, C), and the patches (B, h, w, C) before their position embedding."""
         patches = self.patch_embed(x)
         names = _CLS_TOKENS[self.arch['cls_token']]
