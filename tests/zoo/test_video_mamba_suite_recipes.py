@@ -5,38 +5,13 @@ import copy
 import pytest
 import torch
 from leaves import LEAVES, load  # noqa: F401 (a fixture)
+from small_recipes import make_small, settings_of
 from specs import SPECS
 
 from vmamba_mm.mm.cli.runs import build_model
 
 RECIPES = [leaf for leaf in LEAVES if leaf.startswith('configs/video_mamba_suite/')]
 ATTENTION = 'backbone.blocks.0.attn.qkv.weight'
-
-
-def make_small(cfg):
-    """The config with a small architecture and 5 classes."""
-    cfg = copy.deepcopy(cfg)
-    name = cfg.model.backbone.type.removeprefix('vmamba_mm.').lower()
-    arch = SPECS[name].first
-    # mmengine takes the key out of a dict that it merges.
-    cfg.model.backbone.update(arch=dict(arch), init_cfg=None)
-    cfg.model.head.update(in_channels=arch['embed_dims'], num_classes=5)
-    cfg.data_preprocessor.num_classes = 5
-    return cfg
-
-
-def settings_of(model, cfg):
-    """{name of a parameter: (factor of the rate, decay)} as the optimizer has them."""
-    from mmengine.optim import build_optim_wrapper
-
-    optim_cfg = copy.deepcopy(cfg.optim_wrapper)
-    optim_cfg.type = 'OptimWrapper'  # the Amp one refuses a machine without a GPU
-    for key in ('dtype', 'loss_scale'):
-        optim_cfg.pop(key)
-    wrapper = build_optim_wrapper(model, optim_cfg)
-    of_id = {id(p): (group['lr'] / cfg.optim_wrapper.optimizer.lr, group['weight_decay'])
-             for group in wrapper.optimizer.param_groups for p in group['params']}
-    return {name: of_id[id(p)] for name, p in model.named_parameters()}, wrapper
 
 
 @pytest.mark.parametrize('leaf', RECIPES)
