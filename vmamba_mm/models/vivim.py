@@ -220,8 +220,8 @@ class ViViM(Backbone):
     def forward_cls_token(self, x: Tensor) -> Tensor:
         """(B, in_channels, T, H, W) to the clip's feature, (B, C)."""
         tokens, size = self._embed(x)
-        for streams in self._run(tokens, len(self.blocks) - 1):
-            pass  # the last ones are wanted
+        for hidden, residual in self._run(tokens, len(self.blocks) - 1):
+            streams = hidden, residual  # at last those of the last block
         hidden, residual = (self._cls_tokens(y, size[0]) for y in streams)
         return sum_and_norm(self.norm, residual, hidden)[1].mean(1).to(tokens.dtype)
 
