@@ -4,7 +4,7 @@ from torch import Tensor
 
 from vmamba_mm.ops.core.backends import Backend
 from vmamba_mm.ops.core.define_op import Implementation, define_op
-from vmamba_mm.ops.mamba_inner import chunked, reference
+from vmamba_mm.ops.mamba_inner import chunked, cuda, reference
 from vmamba_mm.ops.selective_scan.op import scan_flops
 
 
@@ -19,7 +19,10 @@ def _count_flops(xz, conv_weight, x_proj, dt_proj, A, **_) -> int:
 def _fake(xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, reverse, scale, backend,
           save):
     batch, length, width = xz.shape
-    return xz.new_empty(batch, length, width // 2), *(xz.new_empty(0) for _ in range(3))
+    shape, rows, total = (batch, length, width // 2), 0, 0
+    if backend == 'cuda' and save:
+        rows, total = (len(A), batch * length, x_proj.shape[1]), shape
+    return xz.new_empty(shape), xz.new_empty(0), xz.new_empty(rows), xz.new_empty(total)
 
 
 _mamba_inner = define_op(
@@ -29,7 +32,9 @@ _mamba_inner = define_op(
     '(Tensor y, Tensor convolved, Tensor projected, Tensor saved)',
     reference=reference.forward,
     fake=_fake,
-    implementations={'chunked': Implementation(chunked.forward, chunked.backward)},
+    implementations={
+        'cuda': Implementation(cuda.forward, cuda.backward, cuda.why_not, saves=True),
+        'chunked': Implementation(chunked.forward, chunked.backward)},
     saves='xz conv_weight conv_bias x_proj dt_proj dt_bias A D convolved projected saved reverse '
           'scale',
     flops=_count_flops)
@@ -57,7 +62,8 @@ def mamba_inner(xz: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, x_pro
         D: (K, D), the skip.
         reverse: for K = 1, run backwards in time.
         scale: factor of the result: 0.5 for the mean of both directions.
-        backend: 'reference' or 'chunked'; None for 'chunked'.
+        backend: 'reference', 'chunked' or 'cuda'; None for 'cuda' where an NVIDIA GPU takes the
+            inputs, else 'chunked'.
 
     Returns:
         (B, L, D) without gaps in the dtype of ``xz``, the directions summed, whatever autocast

@@ -45,7 +45,7 @@ _selective_scan = define_op(
     fake=_fake,
     results=2,
     implementations={
-        'cuda': _plain(cuda, cuda.why_not),
+        'cuda': Implementation(cuda.forward, cuda.backward, cuda.why_not),
         'triton': _plain(triton_scan, lambda *args: triton_scan.why_not(
             args[0], args[7], args[1:7])),
         'chunked': Implementation(chunked.forward, chunked.backward)},
