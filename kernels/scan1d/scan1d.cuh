@@ -321,6 +321,13 @@ __device__ __forceinline__ void read(float (&to)[N], const float *from) {
     }
 }
 
+template <int N>
+__device__ __forceinline__ void write_states(float *to, const float (&from)[N]) {
+    if constexpr (N == 4) *(float4 *)to = make_float4(from[0], from[1], from[2], from[3]);
+    else if constexpr (N == 2) *(float2 *)to = make_float2(from[0], from[1]);
+    else *to = from[0];
+}
+
 // Numbers of a lane's states of a channel, in memory (.., N).
 template <int NS>
 __device__ __forceinline__ void load_states(float (&to)[NS], const float *from, int first,

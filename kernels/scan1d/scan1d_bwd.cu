@@ -50,7 +50,10 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, NS>) scan1d_bwd(const Scan1
         load_states(g[c], p.grad_entries + (index.of_span(p) + own + c) * p.state, j * NS, p.state,
                     p.grad_entries && valid);
     }
-    float dD[E::OWN] = {}, dbias[E::OWN] = {};
+    // By D and bias, of a thread's elements: (2, OWN, threads).
+    float *const partial = BC_sums + WARPS * S::STEPS * WIDTH + threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < 2 * E::OWN; ++i) partial[i * THREADS] = 0.f;
 
     const int first_step = index.span * p.span, last_step = min(p.length, first_step + p.span);
     const char *const u_base = index.of(p.u, first_channel, LAST, elements);
@@ -141,26 +144,27 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, NS>) scan1d_bwd(const Scan1
 
         float *const rows = tile + E::place(pair);
         const int parts = (place.count + PART - 1) / PART;
+        const float *const BC = staged + j * 2 * NS;
 #pragma unroll 1
         for (int part = 0; part < parts - 1; ++part) {
-#pragma unroll
-            for (int c = 0; c < 2; ++c)
-#pragma unroll
-                for (int n = 0; n < NS; ++n)
-                    own_states[(2 * part + c) * THREADS * NS + n] = h[c][n];
+            float4 lx[PART];
+            float B[PART][NS];
 #pragma unroll
             for (int i = 0; i < PART; ++i) {
-                const int step = part * PART + i;
-                const float4 lx = *(const float4 *)(rows + step * S::ROW);
-                float B[NS];
-                read(B, staged + step * S::BC_ROW + j * 2 * NS);
+                lx[i] = *(const float4 *)(rows + (part * PART + i) * S::ROW);
+                read(B[i], BC + (part * PART + i) * S::BC_ROW);
+            }
+#pragma unroll
+            for (int c = 0; c < 2; ++c)
+                write_states(own_states + (2 * part + c) * THREADS * NS, h[c]);
+#pragma unroll
+            for (int i = 0; i < PART; ++i)
 #pragma unroll
                 for (int c = 0; c < 2; ++c)
 #pragma unroll
                     for (int n = 0; n < NS; ++n)
-                        h[c][n] = fmaf(ex2(rates[c][n] * (c ? lx.z : lx.x)), h[c][n],
-                                       (c ? lx.w : lx.y) * B[n]);
-            }
+                        h[c][n] = fmaf(ex2(rates[c][n] * (c ? lx[i].z : lx[i].x)), h[c][n],
+                                       (c ? lx[i].w : lx[i].y) * B[i][n]);
         }
 #pragma unroll 1
         for (int part = parts - 1; part >= 0; --part) {
@@ -170,12 +174,14 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, NS>) scan1d_bwd(const Scan1
                     read(h[c], own_states + (2 * part + c) * THREADS * NS);
             // State before each step, and decay.
             float before[PART][2][NS], a[PART][2][NS];
+            float4 lx;
+            float2 dy;
+            float B[NS], C[NS];
 #pragma unroll
             for (int i = 0; i < PART; ++i) {
                 const int step = part * PART + i;
-                const float4 lx = *(const float4 *)(rows + step * S::ROW);
-                float B[NS];
-                read(B, staged + step * S::BC_ROW + j * 2 * NS);
+                lx = *(const float4 *)(rows + step * S::ROW);
+                read(B, BC + step * S::BC_ROW);
 #pragma unroll
                 for (int c = 0; c < 2; ++c)
 #pragma unroll
@@ -185,15 +191,11 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, NS>) scan1d_bwd(const Scan1
                         h[c][n] = fmaf(a[i][c][n], h[c][n], (c ? lx.w : lx.y) * B[n]);
                     }
             }
+            dy = *(const float2 *)(grads + (part * PART + PART - 1) * GRAD_ROW + 2 * pair);
+            read(C, BC + (part * PART + PART - 1) * S::BC_ROW + NS);
 #pragma unroll
             for (int i = PART - 1; i >= 0; --i) {
                 const int step = part * PART + i;
-                float *const row = rows + step * S::ROW;
-                const float4 lx = *(const float4 *)row;
-                const float2 dy = *(const float2 *)(grads + step * GRAD_ROW + 2 * pair);
-                float B[NS], C[NS];
-                read(B, staged + step * S::BC_ROW + j * 2 * NS);
-                read(C, staged + step * S::BC_ROW + j * 2 * NS + NS);
                 float sums[2 * NS], by_channel[4];  // by B, C; by x, l, of two channels
 #pragma unroll
                 for (int c = 0; c < 2; ++c) {
@@ -205,29 +207,36 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, NS>) scan1d_bwd(const Scan1
                         const float by_h = fmaf(C[n], d, g[c][n]);
                         sums[n] = c ? fmaf(by_h, x, sums[n]) : by_h * x;
                         sums[NS + n] = c ? fmaf(d, after, sums[NS + n]) : d * after;
-                        dx = fmaf(by_h, B[n], dx);
+                        dx = n ? fmaf(by_h, B[n], dx) : by_h * B[n];
                         g[c][n] = a[i][c][n] * by_h;
                         const float by_exponent = g[c][n] * before[i][c][n];
-                        dl = fmaf(by_exponent, rates[c][n], dl);
+                        dl = n ? fmaf(by_exponent, rates[c][n], dl) : by_exponent * rates[c][n];
                         dA[c][n] = fmaf(by_exponent, l, dA[c][n]);
                     }
                     by_channel[2 * c] = dx, by_channel[2 * c + 1] = dl;
                 }
+                if (i) {  // of the next step, before what is written below
+                    lx = *(const float4 *)(rows + (step - 1) * S::ROW);
+                    dy = *(const float2 *)(grads + (step - 1) * GRAD_ROW + 2 * pair);
+                    read(B, BC + (step - 1) * S::BC_ROW);
+                    read(C, BC + (step - 1) * S::BC_ROW + NS);
+                }
                 sum_over_lanes<ACROSS, LANES, 2 * NS>(sums, lane);
+                sum_over_lanes<LANES, 1, 4>(by_channel, lane);
                 const int across = lane / LANES;
-                if (across % SAME == 0)
+                if (SAME == 1 || across % SAME == 0)
 #pragma unroll
                     for (int s = 0; s < SUMS; ++s)
                         BC_sums[(warp * S::STEPS + step) * WIDTH + j * 2 * NS
                                 + across / SAME * SUMS + s] = sums[s];
                 // These take the place of l and x, which all lanes of the pair have read.
-                sum_over_lanes<LANES, 1, 4>(by_channel, lane);
+                float *const row = rows + step * S::ROW;
                 if constexpr (LANES == 1) {
                     *(float4 *)row = make_float4(by_channel[0], by_channel[1], by_channel[2],
                                                  by_channel[3]);
                 } else if constexpr (LANES == 2) {
                     *(float2 *)(row + 2 * j) = make_float2(by_channel[0], by_channel[1]);
-                } else if (j % (LANES / 4) == 0) {
+                } else if (LANES == 4 || j % (LANES / 4) == 0) {
                     row[j / (LANES / 4)] = by_channel[0];
                 }
             }
@@ -253,7 +262,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, NS>) scan1d_bwd(const Scan1
             for (int e = 0; e < E::TURNS; ++e) {
                 if (!full && !elements.valid(e, channels, place)) continue;
                 const int channel = elements.channel + E::channels_to(e);
-                float du[E::V], dl[E::V], dz[E::V];
+                float du[E::V], dl[E::V], dz[E::V], dD[E::V];
 #pragma unroll
                 for (int i = 0; i < E::V; ++i) {
                     const int c = channel + (LAST ? i : 0);
@@ -271,8 +280,17 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, NS>) scan1d_bwd(const Scan1
                     dl[i] = fmaf(by.x, u, by.y);
                     // The derivative of softplus: 2^z / (1 + 2^z).
                     if (p.softplus) dl[i] *= ex2(z2 - l);
-                    dD[E::of(e, i)] = fmaf(dy, u, dD[E::of(e, i)]);
-                    dbias[E::of(e, i)] += dl[i];
+                    dD[i] = dy * u;
+                }
+                // Positions of a channel are added first.
+#pragma unroll
+                for (int i = 0; i < (LAST ? E::V : 1); ++i) {
+                    float by_D = dD[i], by_bias = dl[i];
+#pragma unroll
+                    for (int next = 1; next < (LAST ? 1 : E::V); ++next)
+                        by_D += dD[next], by_bias += dl[next];
+                    partial[E::of(e, i) * THREADS] += by_D;
+                    partial[(E::OWN + E::of(e, i)) * THREADS] += by_bias;
                 }
                 E::store(du_base, p.du.s, T::CODE, e, du, true);
                 E::store(dl_base, p.ddelta.s, T::CODE, e, dl, true);
@@ -310,13 +328,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, NS>) scan1d_bwd(const Scan1
     }
     // By D and bias: sums over the threads that have a channel.
     __syncthreads();
-    float *const partial = shared;  // (2, OWN, threads)
-#pragma unroll
-    for (int i = 0; i < E::OWN; ++i) {
-        partial[i * THREADS + threadIdx.x] = dD[i];
-        partial[(E::OWN + i) * THREADS + threadIdx.x] = dbias[i];
-    }
-    __syncthreads();
+    const float *const all = partial - threadIdx.x;
     for (int i = threadIdx.x; i < 2 * S::CHANNELS; i += THREADS) {
         const int c = i % S::CHANNELS, which = i / S::CHANNELS;
         float sum = 0.f;
@@ -324,13 +336,13 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, NS>) scan1d_bwd(const Scan1
             constexpr int SHARING = E::ROW < THREADS ? E::ROW : THREADS;
             const int turn = c * E::ROW / THREADS, thread = c * E::ROW % THREADS;
             for (int s = 0; s < SHARING; ++s)
-                sum += partial[(which * E::OWN + turn) * THREADS + thread + s];
+                sum += all[(which * E::OWN + turn) * THREADS + thread + s];
         } else if constexpr (E::V > 1) {  // every ROW-th thread has the same vector of channels
             for (int thread = c / E::V; thread < THREADS; thread += E::ROW)
-                sum += partial[(which * E::OWN + c % E::V) * THREADS + thread];
+                sum += all[(which * E::OWN + c % E::V) * THREADS + thread];
         } else {
             for (int thread = c % THREADS; thread < THREADS; thread += E::ROW)
-                sum += partial[(which * E::OWN + c / THREADS) * THREADS + thread];
+                sum += all[(which * E::OWN + c / THREADS) * THREADS + thread];
         }
         if (first_channel + c < p.dim)
             p.D_parts[(of_span - index.k * p.dim) * 2 + (long long)which * p.routes * p.dim

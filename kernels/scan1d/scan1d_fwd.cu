@@ -3,23 +3,21 @@
 // (GRADIENTS).
 #include "scan1d/scan1d.cuh"
 #ifndef FWD_BLOCKS
-#define FWD_BLOCKS 4
+#define FWD_BLOCKS 5
 #endif
-#ifndef FWD_BODY
-#define FWD_BODY 4
+#ifndef FWD_GROUP
+#define FWD_GROUP 4
 #endif
 
-template <class T, int NS, int MODE>
-constexpr int BLOCKS = NS < 4 ? 8 : FWD_BLOCKS;
+template <class T, bool WIDE> constexpr int BLOCKS = WIDE || same<T, Float> ? 4 : FWD_BLOCKS;
 
 template <class T, int NS, int LANES, bool LAST, bool VECTOR, int MODE>
-__global__ void __launch_bounds__(THREADS, BLOCKS<T, NS, MODE>) scan1d_fwd(const Scan1dParams p) {
+__global__ void __launch_bounds__(THREADS, BLOCKS<T, LAST && VECTOR>) scan1d_fwd(const Scan1dParams p) {
     typedef Shape<NS, LANES> S;
     typedef Elements<T, S, LAST, VECTOR> E;
     typedef Column<T, S> BC;
-    // Steps whose sums over a pair's lanes are found together, and steps between two tests of
-    // whether there are more.
-    constexpr int GROUP = LANES < 4 ? 1 : LANES / 2, BODY = GROUP < FWD_BODY ? FWD_BODY : GROUP;
+    // Steps whose sums over a pair's lanes are found together.
+    constexpr int GROUP = LANES / 2 < FWD_GROUP ? FWD_GROUP : LANES / 2;
 
     extern __shared__ __align__(16) float shared[];
     float *const tile = shared, *const staged = tile + S::TILE;
@@ -130,41 +128,42 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, NS, MODE>) scan1d_fwd(const
         }
 
 #pragma unroll 1
-        for (int first = 0; first < place.count; first += BODY) {
+        for (int first = 0; first < place.count; first += GROUP) {
+            float y[2 * GROUP];
+            float *const row = tile + first * S::ROW + place_of_pair;
+            const float *const BC_row = staged + first * S::BC_ROW + j * 2 * NS;
 #pragma unroll
-            for (int group = 0; group < BODY; group += GROUP) {
-                float y[2 * GROUP];
-                float *const row = tile + (first + group) * S::ROW + place_of_pair;
+            for (int g = 0; g < GROUP; ++g) {
+                const float4 lx = *(const float4 *)(row + g * S::ROW);
+                float B[NS], C[NS];
+                if constexpr (MODE != GRADIENTS) read(B, BC_row + g * S::BC_ROW);
+                if constexpr (MODE != STATES) read(C, BC_row + g * S::BC_ROW + NS);
 #pragma unroll
-                for (int g = 0; g < GROUP; ++g) {
-                    const float4 lx = *(const float4 *)(row + g * S::ROW);
-                    const float *const BC = staged + (first + group + g) * S::BC_ROW + j * 2 * NS;
-                    float B[NS], C[NS];
-                    if constexpr (MODE != GRADIENTS) read(B, BC);
-                    if constexpr (MODE != STATES) read(C, BC + NS);
+                for (int c = 0; c < 2; ++c) {
+                    const float l = c ? lx.z : lx.x, x = c ? lx.w : lx.y;
+                    float sum = 0.f;
 #pragma unroll
-                    for (int c = 0; c < 2; ++c) {
-                        const float l = c ? lx.z : lx.x, x = c ? lx.w : lx.y;
-                        float sum = 0.f;
-#pragma unroll
-                        for (int n = 0; n < NS; ++n) {
-                            const float a = ex2(rates[c][n] * l);
-                            if (MODE == GRADIENTS) {
-                                h[c][n] = a * fmaf(C[n], x, h[c][n]);
-                            } else {
-                                h[c][n] = fmaf(a, h[c][n], x * B[n]);
-                                if (MODE == RUN) sum = n ? fmaf(C[n], h[c][n], sum) : C[n] * h[c][n];
-                            }
+                    for (int n = 0; n < NS; ++n) {
+                        const float a = ex2(rates[c][n] * l);
+                        if (MODE == GRADIENTS) {
+                            h[c][n] = a * fmaf(C[n], x, h[c][n]);
+                        } else {
+                            h[c][n] = fmaf(a, h[c][n], x * B[n]);
+                            if (MODE == RUN) sum = n ? fmaf(C[n], h[c][n], sum) : C[n] * h[c][n];
                         }
-                        y[2 * g + c] = sum;
-                        if (MODE != RUN) total[c] += l;
                     }
+                    y[2 * g + c] = sum;
+                    if (MODE != RUN) total[c] += l;
                 }
-                if (MODE == RUN) {
-                    // The sums take the place of l, which all lanes of the pair have read.
-                    sum_over_lanes<LANES, 1, 2 * GROUP>(y, lane);
-                    if constexpr (LANES == 1) row[0] = y[0], row[2] = y[1];
-                    else row[(j >> 1) * S::ROW + 2 * (j & 1)] = y[0];
+            }
+            if (MODE == RUN) {
+                // The sums take the place of l, which all lanes of the pair have read.
+                sum_over_lanes<LANES, 1, 2 * GROUP>(y, lane);
+                constexpr int OWN = 2 * GROUP / LANES;
+#pragma unroll
+                for (int i = 0; i < OWN; ++i) {
+                    const int v = j * OWN + i;
+                    row[(v >> 1) * S::ROW + 2 * (v & 1)] = y[i];
                 }
             }
         }

@@ -6,6 +6,7 @@ kernels work. fp16 and fp32 need sm_75, bf16 sm_80.
 """
 
 from collections.abc import Callable
+from math import ceil
 from typing import NamedTuple
 
 import torch
@@ -65,6 +66,7 @@ _COMPILED = [('Half', 16, False, False), ('Half', 16, False, True), ('Half', 16,
 
 #: What is compiled to check it, and the lowest compute capability (75 for 7.5) that it is for.
 INSTANCES: dict[Instance, int] = {
+    **{forward_instance('Half', 4 // more, 4 * more, False, True, RUN): 75 for more in (2, 4)},
     **{instance: 80 if type_ == 'BFloat' else 75 for type_, state, *memory in _COMPILED
        for instance in (*(forward_instance(type_, *lanes_of(state), *memory, mode)
                           for mode in range(3)),
@@ -112,9 +114,11 @@ class Tile(NamedTuple):
     steps: int
 
     @classmethod
-    def of(cls, state: int) -> 'Tile':
+    def of(cls, state: int, more: int = 1) -> 'Tile':
+        """``more``: lanes of fewer states, for more threads."""
         states, lanes = lanes_of(state)
-        return cls(states, lanes, 2 * _THREADS // lanes, min(4 * lanes, 16))
+        lanes *= more
+        return cls(states // more, lanes, 2 * _THREADS // lanes, min(4 * lanes, 16))
 
     @property
     def width(self) -> int:
@@ -131,24 +135,71 @@ class Tile(NamedTuple):
         """Bytes of shared memory of a block."""
         return self.forward_shared + 4 * (
             self.steps * (self.channels + 2) + self.steps // 4 * 2 * _THREADS * self.states
-            + _THREADS // 32 * self.steps * self.width)
+            + _THREADS // 32 * self.steps * self.width + 2 * 8 * _THREADS)
+
+
+class Plan(NamedTuple):
+    """How sequences are divided: the tile, steps of a span, spans."""
+    tile: Tile
+    span: int
+    spans: int
+
+    @classmethod
+    def of(cls, tile: Tile, length: int, spans: int) -> 'Plan':
+        tiles = -(-length // tile.steps)
+        tiles_of_span = -(-tiles // spans)
+        return cls(tile, tiles_of_span * tile.steps, -(-tiles // tiles_of_span))
 
 
 max_span = None  # for tests, which then ``forget``: steps of a span at most
+_FORWARD_BLOCKS, _BACKWARD_BLOCKS = 5, 3  # of a multiprocessor, as in the launch bounds
+# Instructions of a state and step in the forward by lanes that share the states of a channel; and
+# of what finds the states that enter spans, in relation.
+_INSTRUCTIONS = {1: 9, 2: 10.5, 4: 12.5}
+_DIVIDED = 0.75
 
 
-def _spans(index: int, sizes: Sizes, tile: Tile, backward: bool) -> tuple[int, int]:
-    """(steps of a span, spans): one span where there are enough blocks for the GPU without."""
-    columns, tiles = -(-sizes.dim // tile.channels), -(-sizes.length // tile.steps)
-    blocks = sizes.batch * sizes.routes * columns
-    slots = device_limits(index)[0] * (3 if backward else 5)
-    # Divided, all of it is scanned twice.
-    wanted = slots // blocks if 5 * blocks < 2 * slots else 1
-    spans = max(1, min(wanted, tiles // 4))
+def _cost(multiprocessors: int, sizes: Sizes, plan: Plan, more: int) -> float:
+    """The time of a forward, in no unit: that of the fullest multiprocessor, which does the more
+    at a time the more warps it has."""
+    tile = plan.tile
+    blocks = sizes.batch * sizes.routes * -(-sizes.dim // tile.channels) * plan.spans / \
+        multiprocessors
+    resident = min(_FORWARD_BLOCKS, ceil(blocks))
+    work = tile.channels * plan.span * _INSTRUCTIONS[more] * (1 + _DIVIDED * (plan.spans > 1))
+    return max(blocks, ceil(blocks) if blocks <= _FORWARD_BLOCKS else 0) * work \
+        * (1 + 6 / (4 * resident))
+
+
+def forward_plan(index: int, sizes: Sizes) -> Plan:
+    """Few sequences are divided into spans, of which all but the last are scanned twice, or a
+    channel's states among more lanes."""
+    multiprocessors = device_limits(index)[0]
+    plain = Tile.of(sizes.state)
     if max_span:
-        spans = max(spans, -(-sizes.length // max_span))
-    tiles_of_span = -(-tiles // spans)
-    return tiles_of_span * tile.steps, -(-tiles // tiles_of_span)
+        return Plan.of(plain, sizes.length, -(-sizes.length // max_span))
+    blocks = sizes.batch * sizes.routes * -(-sizes.dim // plain.channels)
+    tiles = -(-sizes.length // plain.steps)
+    plans = [(Plan.of(plain, sizes.length, 1), 1)]
+    for each in range(1, _FORWARD_BLOCKS + 1):
+        spans = min(each * multiprocessors // blocks, tiles // 4)
+        if spans > 1:
+            plans.append((Plan.of(plain, sizes.length, spans), 1))
+    if 8 < sizes.state <= 16:
+        plans += [(Plan.of(Tile.of(sizes.state, more), sizes.length, 1), more) for more in (2, 4)]
+    return min(plans, key=lambda plan: _cost(multiprocessors, sizes, *plan))[0]
+
+
+def backward_plan(index: int, sizes: Sizes) -> Plan:
+    """Few sequences are divided into spans."""
+    tile = Tile.of(sizes.state)
+    tiles = -(-sizes.length // tile.steps)
+    blocks = sizes.batch * sizes.routes * -(-sizes.dim // tile.channels)
+    slots = device_limits(index)[0] * _BACKWARD_BLOCKS
+    spans = max(1, min(slots // blocks, tiles // 4)) if 5 * blocks < 2 * slots else 1
+    if max_span:
+        spans = -(-sizes.length // max_span)
+    return Plan.of(tile, sizes.length, spans)
 
 
 class Slab:
@@ -175,10 +226,9 @@ class _Scan:
     """What the launches for such sizes share."""
 
     def __init__(self, index: int, dtype: torch.dtype, sizes: Sizes, last: bool, types: Types,
-                 softplus: bool, backward: bool):
+                 softplus: bool, plan: Plan):
         self.index, self.type, self.sizes, self.last = index, TYPES[dtype], sizes, last
-        self.tile = Tile.of(sizes.state)
-        self.span, self.spans = _spans(index, sizes, self.tile, backward)
+        self.tile, self.span, self.spans = plan
         self.tiles = -(-sizes.length // self.tile.steps)
         self.columns = -(-sizes.dim // self.tile.channels)
         self.blocks = sizes.batch * sizes.routes * self.columns * self.spans
@@ -255,7 +305,7 @@ def forward_launch(index: int, dtype: torch.dtype, sizes: Sizes, last: bool, typ
     start (the initial state) and end (the final one; (B, K * D, N), fp32), and of states
     (:func:`states_size`), which are given only with a backward's division into spans.
     """
-    scan = _Scan(index, dtype, sizes, last, types, softplus, backward=False)
+    scan = _Scan(index, dtype, sizes, last, types, softplus, forward_plan(index, sizes))
     strides, rows = dict(strides), dict(B=B, C=C)
     run = scan.bind(RUN, strides, rows, y_dtype)
     slab = Slab()
@@ -296,7 +346,7 @@ def backward_launch(index: int, dtype: torch.dtype, sizes: Sizes, last: bool, ty
     gate), end_grad (the gradient by the final state) and start_grad (that by the initial one).
     Gradients have the types of what they are by.
     """
-    scan = _Scan(index, dtype, sizes, last, types, softplus, backward=True)
+    scan = _Scan(index, dtype, sizes, last, types, softplus, backward_plan(index, sizes))
     tile, strides, rows = scan.tile, dict(strides), dict(B=B, C=C)
     channels, states, width = sizes.channels, sizes.state, tile.width
     slab, divided = Slab(), scan.spans > 1
