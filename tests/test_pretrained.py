@@ -202,7 +202,7 @@ def test_anything_else_than_all_of_it_is_refused(spec, tmp_path):
 def test_an_official_file_is_all_there_or_refused(spec, tmp_path):
     for state in spec.official_classifiers(last_only(spec), 10):
         names = {v.data_ptr(): k for k, v in state.items()}
-        renamed = to_mm(state)
+        renamed = to_mm(state, family=spec.family)
         key = names[renamed[f'backbone.{spec.a_weight}'].data_ptr()]
         path = str(save_training_file(tmp_path / 'a.pth', {k: v for k, v in state.items()
                                                            if k != key}))

@@ -1,5 +1,7 @@
 """The wrapper for timm around every family of images, the made-up one too."""
 
+import math
+
 import pytest
 import timm
 import torch
@@ -12,8 +14,8 @@ from vmamba_mm.checkpoints.names import infer_arch
 from vmamba_mm.integrations.timm import register_models
 
 #: {family: its spec, the names of its published archs of images}
-FAMILIES = {name: (spec, [arch for arch in spec.family.archs if not spec.takes_clips(arch)])
-            for name, spec in SPECS.items()}
+FAMILIES = {spec.family.name: (spec, [arch for arch in spec.family.archs
+                                      if not spec.takes_clips(arch)]) for spec in SPECS.values()}
 FAMILIES = {name: of_images for name, of_images in FAMILIES.items() if of_images[1]}
 each_spec = pytest.mark.parametrize('spec', [spec for spec, _ in FAMILIES.values()], ids=FAMILIES)
 each_arch = pytest.mark.parametrize('spec, arch', [
@@ -63,7 +65,10 @@ def test_published_architecture(spec, arch):
         assert sum(p.numel() for p in model.parameters()) == entry.parameters
     assert infer_arch(state, spec.family) == arch
     assert logits.shape == (2, model.num_classes) == (2, 1000)
-    assert features.shape == (2, model.num_features, *cfg['pool_size'])
+    if spec.model.has_cls_token(spec.family.archs[arch]):
+        assert features.shape == (2, 1 + math.prod(cfg['pool_size']), model.num_features)
+    else:
+        assert features.shape == (2, model.num_features, *cfg['pool_size'])
     assert {name.partition('.')[0] for name in state} == {'backbone', 'head'}
     assert model.get_classifier() is model.head.fc
     assert {f'{cfg["classifier"]}.weight', f'{cfg["first_conv"]}.weight'} <= set(state)
@@ -86,16 +91,43 @@ def test_maps(spec, arch):
         # Where patches overlap, the last one begins a patch before the end.
         assert all(64 - 2 * r <= side * r <= 64 for side in shape[1:])
     normed = model.forward_intermediates(x, norm=True, intermediates_only=True)
-    assert torch.equal(normed[-1], features)
+    assert torch.equal(normed[-1], map_of(model, features, normed[-1]))
     only = create(spec, arch, features_only=True, out_indices=(0, -1)).eval()(x)
     assert torch.equal(only[0], maps[0]) and torch.equal(only[1], maps[-1])
 
     pruned = create(spec, arch).eval()
     assert pruned.prune_intermediate_layers([0, -2]) == [0, len(maps) - 2]
-    assert torch.equal(pruned(x), maps[-2])
+    assert torch.equal(map_of(pruned, pruned(x), maps[-2]), maps[-2])
     pruned = create(spec, arch).eval()
     pruned.prune_intermediate_layers([-1], prune_norm=True)
-    assert torch.equal(pruned(x), maps[-1])
+    assert torch.equal(map_of(pruned, pruned(x), maps[-1]), maps[-1])
+
+
+def map_of(model, features, like):
+    """The map in a model's features, which are tokens where it has a class token."""
+    if not model.has_cls_token:
+        return features
+    return features[:, 1:].transpose(1, 2).reshape(like.shape)
+
+
+@each_arch
+@torch.no_grad()
+def test_classifiers_read_what_the_published_ones_read(spec, arch):
+    """The class token where there is one, else the mean of the map."""
+    model, x = create(spec, arch).eval(), image(48, 32)
+    kwargs = dict(out_type='cls_token') if model.has_cls_token else {}
+    backbone = spec.model(arch, out_indices=spec.stages(arch)[-1:], **kwargs).eval()
+    backbone.load_state_dict(model.backbone.state_dict())
+    y = backbone(x)[0]
+    torch.testing.assert_close(model(x), model.head.fc(y if y.dim() == 2 else y.mean((2, 3))))
+    torch.testing.assert_close(model.forward_head(model.forward_features(x)), model(x))
+    mean = create(spec, arch, global_pool='avg').eval()
+    mean.load_state_dict(model.state_dict())
+    y = map_of(model, model.forward_features(x), backbone.forward_channels_last(x)[0])
+    torch.testing.assert_close(mean(x), model.head.fc(y.mean((2, 3))))
+    if model.has_cls_token:
+        with pytest.raises(ValueError, match="global_pool must be one of .*'token'.*got 'max'"):
+            create(spec, arch, global_pool='max')
 
 
 @each_arch
@@ -130,4 +162,5 @@ def test_official_files(spec, tmp_path, channels):
         x = image(48, 32, channels=channels)
         with torch.no_grad():
             expected = backbone(x.expand(-1, 3, -1, -1))[0]
-            torch.testing.assert_close(model.forward_features(x), expected, rtol=1e-4, atol=1e-4)
+            found = map_of(model, model.forward_features(x), expected)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -33,7 +33,7 @@ SHORT = {'Top 1 Accuracy': 'top-1'}
 def table_of_models(folder: Path) -> str:
     """One row for each family: the best of each of its collections, by the first metric."""
     rows = []
-    for family, models in by_family():
+    for _, models in by_family():
         best = [max(group, key=main_metrics) for group in by_collection(measured(models))]
         cells = '; '.join(f'{e.dataset}{method(e)}: ' + ', '.join(
             f'{SHORT.get(name, name)} {value}' for name, value in main_metrics(e).items())
@@ -48,7 +48,7 @@ def table_of_models(folder: Path) -> str:
 def table_of_architectures(folder: Path) -> str:
     """A table for each family: parameters, FLOPs and the first published row of each task."""
     tables = []
-    for family, models in by_family():
+    for _, models in by_family():
         models = measured(models) or models
         collections = list(by_collection(measured(models)))
         heads = [f'{group[0].dataset}{method(group[0])}{schedule(group)}: ' + ' / '.join(

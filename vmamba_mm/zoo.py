@@ -44,8 +44,8 @@ class Entry:
         name: unique in the zoo: that of its config, unless two files share one.
         family: that of the model.
         arch: a published architecture of the family.
-        task: 'cls', 'video', 'det', 'seg', 'lm': a value of :data:`TASKS`. A file of 'pretrain' may
-            have no metrics, and its config is that of a model which starts from it.
+        task: 'cls', 'video', 'det', 'seg', 'lm', or 'pretrain' of a file that a fine-tuning starts
+            from: a value of :data:`TASKS`.
         folder: in ``configs/``, of the family's name, unless several families share it.
         config: ``configs/<folder>/NAME.py``, relative to the repository; see ``path``. None where
             there is no recipe.

@@ -145,6 +145,12 @@ def test_what_is_no_square_cannot_be_resized(tmp_path):
         VideoMamba(dict(CLIP, image_size=16)).load_pretrained(path)
 
 
+def test_clips_do_not_go_into_images(tmp_path):
+    path = saved(tmp_path / 'a.pth', random_model(CLIP))
+    with pytest.raises(UserError, match='a.pth does not fit the model: it holds the arch'):
+        VideoMamba(IMAGE).load_pretrained(path)
+
+
 @pytest.mark.parametrize('inflate, expected', [('center', (0, 1, 0)), ('mean', (1 / 3,) * 3)])
 def test_images_into_clips(tmp_path, inflate, expected):
     """By the option alone, and the temporal embedding stays."""

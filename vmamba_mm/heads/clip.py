@@ -34,7 +34,7 @@ class ClipTower(BaseModule):
     Args:
         backbone: with ``out_type='cls_token'``, such as :class:`vmamba_mm.models.ViViM`, or the
             config of one.
-        output_dims: of the space, 512 in CLIP ViT-B/16.
+        output_dims: width of the space, such as 512 in CLIP ViT-B/16.
         init_cfg: mmengine's.
 
     Shape: (B, C, T, H, W) -> (B, output_dims), not normalised.

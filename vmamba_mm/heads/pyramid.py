@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from vmamba_mm.layers import LayerNorm2d
 from vmamba_mm.registry import MODELS
 
+MODELS.register_module(name='LayerNorm2d', module=LayerNorm2d)  # for heads, as norm_cfg
 #: Scale -> number of the level, whose stride is 2 to that power, of a map of stride 16.
 _LEVELS = {4.0: 2, 2.0: 3, 1.0: 4, 0.5: 5}
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vmamba_mm.errors import UserError
+from vmamba_mm.ops.core.backends import compute_dtype
 
 
 def pad_to_a_patch(x: Tensor, patch_size: int) -> Tensor:
@@ -21,8 +22,9 @@ def resize_grid(embed: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Te
     if old == new:
         return embed
     grid = embed.transpose(1, 2).unflatten(2, old)
-    # In fp32: halves would round the weights of the neighbours.
-    grid = F.interpolate(grid.float(), new, mode='bicubic', align_corners=False)
+    # In fp32 at least: halves would round the weights of the neighbours.
+    grid = F.interpolate(grid.to(compute_dtype(embed.dtype)), new, mode='bicubic',
+                         align_corners=False)
     return grid.flatten(2).transpose(1, 2).to(embed.dtype)
 
 
@@ -46,6 +48,6 @@ def resize_time(embed: Tensor, frames: int) -> Tensor:
     """(T, 1, C), linear, for another number of frames."""
     if embed.shape[0] == frames:
         return embed
-    line = F.interpolate(embed.permute(1, 2, 0).float(), frames, mode='linear',
-                         align_corners=False)
+    line = F.interpolate(embed.permute(1, 2, 0).to(compute_dtype(embed.dtype)), frames,
+                         mode='linear', align_corners=False)
     return line.permute(2, 0, 1).to(embed.dtype)

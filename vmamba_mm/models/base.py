@@ -115,6 +115,12 @@ class Backbone(StrictLoading, BaseModule):
         """The frames of a clip that the arch is made for, (B, C, T, H, W); 0 if it takes images."""
         return 0
 
+    @staticmethod
+    def has_cls_token(arch: Mapping[str, Any]) -> bool:
+        """Whether published classifiers of the arch read class tokens (``out_type='cls_token'``),
+        and not the mean of the last map; then there is :meth:`forward_with_cls`."""
+        return False
+
     @classmethod
     def map_size(cls, arch: Mapping[str, Any], size: int) -> int:
         """The side of the last map, of a square image of ``size`` pixels."""
@@ -158,6 +164,14 @@ class Backbone(StrictLoading, BaseModule):
             else:
                 x = stage(x)
         return maps
+
+    def forward_with_cls(self, x: Tensor, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """The class tokens (B, n, C) and the maps of some stages, both before the norm.
+
+        Args:
+            x, indices: as of :meth:`forward_stages`, which gives the maps alone.
+        """
+        raise NotImplementedError
 
     def output_norm(self, i: int) -> nn.Module | None:
         """The norm of output ``i``, of maps (B, C, H, W) as LayerNorm2d, or None."""

@@ -13,7 +13,12 @@ from vmamba_mm.errors import UserError
 from vmamba_mm.families.videomamba import FAMILY
 from vmamba_mm.layers import BiMambaMixer, LayerNorm, MambaBlock, RMSNorm
 from vmamba_mm.layers.norm import sum_and_norm
-from vmamba_mm.layers.positions import pad_to_a_patch, resize_grid, resize_time
+from vmamba_mm.layers.positions import (
+    pad_to_a_patch,
+    resize_grid,
+    resize_patches,
+    resize_time,
+)
 from vmamba_mm.models.base import Backbone, init_linear
 from vmamba_mm.registry import MODELS
 
@@ -41,9 +46,10 @@ class VideoMamba(Backbone):
         arch: a key of ``VideoMamba.arch_settings``, or a dict with the keys ``embed_dims`` (C),
             ``depth``, ``d_state`` (N), ``patch_size``, ``image_size`` (pixels, an int or height
             and width), ``num_frames`` (of a clip; 0 for a model of images) and ``tubelet_size``
-            (frames of a patch), and as it likes ``d_conv`` (4), ``expand`` (2), ``norm`` ('rms' or
-            'ln') and ``order``, below. With ``base``, the name of a published one, only the keys
-            that differ from it: ``dict(base='tiny_f8', num_frames=32)``. The default is 'tiny'.
+            (frames of a patch), and as it likes ``d_conv`` (4), ``expand`` (2), ``dt_rank``
+            ('auto' for ceil(C / 16)), ``norm`` ('rms' or 'ln') and ``order``, below. With
+            ``base``, the name of a published one, only the keys that differ from it:
+            ``dict(base='tiny_f8', num_frames=32)``. The default is 'tiny'.
         out_indices: blocks to return; the last by default, which goes through the norm.
         out_type: 'featmap' for the patches as maps, 'cls_token' for the class token, or 'raw' for
             all tokens, the class token first and then frame by frame, row by row.
@@ -92,6 +98,10 @@ class VideoMamba(Backbone):
         return (1,) * arch['depth'], [arch['embed_dims']] * arch['depth']
 
     @staticmethod
+    def has_cls_token(arch: Mapping[str, Any]) -> bool:
+        return True
+
+    @staticmethod
     def clip_length(arch: Mapping[str, Any]) -> int:
         return arch['num_frames']
 
@@ -110,7 +120,8 @@ class VideoMamba(Backbone):
         self.register_parameter('temporal_pos_embed', nn.Parameter(torch.zeros(1, frames, dims))
                                 if frames else None)
         norm = _NORMS[arch.get('norm', 'rms')]
-        mixer_cfg = {key: arch[key] for key in ('d_state', 'd_conv', 'expand') if key in arch}
+        mixer_cfg = {key: arch[key] for key in ('d_state', 'd_conv', 'expand', 'dt_rank')
+                     if key in arch}
         self.blocks = nn.ModuleList(
             MambaBlock(BiMambaMixer(dims, **mixer_cfg), norm(dims), rate, with_cp)
             for rate in drop_path_rates)
@@ -150,13 +161,16 @@ class VideoMamba(Backbone):
 
     def forward_stages(self, x: Tensor, indices: Sequence[int]) -> list[Tensor]:
         """The maps of some blocks before the norm, (B, H', W', C) or (B, T', H', W', C)."""
+        return [maps for _, maps in self.forward_with_cls(x, indices)]
+
+    def forward_with_cls(self, x: Tensor, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         tokens, patches = self.embed(x)
-        maps = []
+        outs = []
         for i, hidden, residual in self.run_blocks(tokens, patches, indices[-1]):
             if i in indices:
                 tokens = self._to_spatial_first(i, residual + hidden, patches)
-                maps.append(_to_maps(tokens, patches, x))
-        return maps
+                outs.append((tokens[:, :1], _to_maps(tokens, patches, x)))
+        return outs
 
     def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens (B, 1 + T'H'W', C) of images or clips, and the patches (B, T', H', W', C)
@@ -237,14 +251,14 @@ class VideoMamba(Backbone):
                                 "take inflate='center' (as published) or 'mean' to start from it")
             adapted['patch_embed.proj.weight'] = _inflate(patches, ours.shape[2], inflate)
             adapted.setdefault('temporal_pos_embed', self.temporal_pos_embed.detach())
-        size = (0 if self.temporal_pos_embed is None else self.temporal_pos_embed.shape[1],
-                *self.grid)
-        names = ('spatial_pos_embed', 'temporal_pos_embed')
-        try:
-            resized = resize_pos_embeds(*map(adapted.get, names), size)
-        except ValueError as err:
-            raise UserError(str(err)) from err
-        return adapted | {k: v for k, v in zip(names, resized, strict=True) if v is not None}
+        if 'spatial_pos_embed' in adapted:
+            ours, held = self.temporal_pos_embed, adapted.get('temporal_pos_embed')
+            frames = 0 if ours is None else ours.shape[1]  # a file of clips is none for images
+            adapted['spatial_pos_embed'], resized = resize_pos_embeds(
+                adapted['spatial_pos_embed'], held if frames else None, (frames, *self.grid))
+            if resized is not None:
+                adapted['temporal_pos_embed'] = resized
+        return adapted
 
 
 class PatchEmbed(nn.Module):
@@ -298,11 +312,10 @@ def _embed(x: Tensor, patches: Tensor, cls_token: Tensor, spatial: Tensor,
     The class token has a place in space alone, and so has an image.
     """
     batch, frames, height, width, dims = patches.shape
-    spatial, temporal = resize_pos_embeds(spatial, None if x.dim() == 4 else temporal,
-                                          (frames, height, width), grid)
-    tokens = patches + spatial[:, 1:].view(1, 1, height, width, dims)
-    if temporal is not None:
-        tokens = tokens + temporal.view(1, frames, 1, 1, dims)
+    places = resize_grid(spatial[:, 1:], grid, (height, width))
+    tokens = patches + places.reshape(1, 1, height, width, dims)
+    if temporal is not None and x.dim() == 5:
+        tokens = tokens + _resize_frames(temporal, frames).reshape(1, frames, 1, 1, dims)
     first = (cls_token + spatial[:, :1]).expand(batch, 1, dims).to(tokens.dtype)
     return torch.cat([first, tokens.reshape(batch, -1, dims)], dim=1)
 
@@ -334,37 +347,25 @@ def _is_temporal_first(order: str, depth: int) -> list[bool]:
 
 # --- position embeddings and first convolutions of other sizes ----------------------------------
 
-def resize_pos_embeds(spatial: Tensor | None, temporal: Tensor | None,
-                      size: tuple[int, int, int], grid: tuple[int, int] | None = None
-                      ) -> tuple[Tensor | None, Tensor | None]:
-    """Position embeddings of another size: bicubic in space, linear in time.
+def resize_pos_embeds(spatial: Tensor, temporal: Tensor | None, size: tuple[int, int, int]
+                      ) -> tuple[Tensor, Tensor | None]:
+    """Position embeddings of a file for another size: bicubic in space, linear in time.
 
     Args:
-        spatial: (1, 1 + H*W, C), that of the class token first, or None.
+        spatial: (1, 1 + n, C), that of the class token first, of H*W places or of a square.
         temporal: (1, T, C), or None.
         size: T, H and W that are wanted.
-        grid: H and W of ``spatial``; None for a square.
-
-    Returns:
-        Both, (1, 1 + H*W, C) and (1, T, C); one that has the size already as it is.
 
     Raises:
-        ValueError: if ``spatial`` has another size, is no square and has no ``grid``.
+        UserError: if n is neither the number of places that are wanted, nor that of a square.
     """
     frames, height, width = size
-    if spatial is not None and (spatial.shape[1] != 1 + height * width if grid is None
-                                else grid != (height, width)):
-        if grid is None:
-            side = math.isqrt(spatial.shape[1] - 1)
-            if side ** 2 != spatial.shape[1] - 1:
-                raise ValueError(f'a position embedding of {spatial.shape[1] - 1} patches, which '
-                                 f'are no square, cannot be resized to {height}x{width}')
-            grid = side, side
-        spatial = torch.cat([spatial[:, :1], resize_grid(spatial[:, 1:], grid, (height, width))],
-                            dim=1)
-    if temporal is not None:
-        temporal = resize_time(temporal.transpose(0, 1), frames).transpose(0, 1)
-    return spatial, temporal
+    spatial = torch.cat([spatial[:, :1], resize_patches(spatial[:, 1:], (height, width))], dim=1)
+    return spatial, None if temporal is None else _resize_frames(temporal, frames)
+
+
+def _resize_frames(temporal: Tensor, frames: int) -> Tensor:
+    return resize_time(temporal.transpose(0, 1), frames).transpose(0, 1)
 
 
 def _inflate(weight: Tensor, tubelet_size: int, how: str) -> Tensor:

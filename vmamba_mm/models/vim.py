@@ -16,11 +16,12 @@ from vmamba_mm.layers import (
     LayerNorm,
     MambaBlock,
     MambaMixer,
+    PatchEmbed,
     RMSNorm,
     SharedBiMambaMixer,
 )
 from vmamba_mm.layers.norm import sum_and_norm
-from vmamba_mm.layers.positions import pad_to_a_patch, resize_grid
+from vmamba_mm.layers.positions import resize_grid
 from vmamba_mm.models.base import Backbone
 from vmamba_mm.registry import MODELS
 
@@ -28,7 +29,6 @@ from vmamba_mm.registry import MODELS
 torch.fx.wrap('_cls_tokens_of')
 torch.fx.wrap('_embed')
 torch.fx.wrap('_to_map')
-torch.fx.wrap('pad_to_a_patch')
 torch.fx.wrap('_rotate')
 
 _NORMS = {'rms': RMSNorm, 'ln': LayerNorm}
@@ -123,6 +123,10 @@ class Vim(Backbone):
     def map_size(cls, arch: Mapping[str, Any], size: int) -> int:
         return grid_of(dict(arch, image_size=size))[0]
 
+    @staticmethod
+    def has_cls_token(arch: Mapping[str, Any]) -> bool:
+        return arch['cls_token'] != 'none'
+
     def build(self, in_channels: int, drop_path_rates: Sequence[float], with_cp: bool) -> None:
         arch = self.arch
         dims, norm = arch['embed_dims'], _NORMS[arch.get('norm', 'rms')]
@@ -148,7 +152,7 @@ class Vim(Backbone):
 
     def _init_parameters(self):
         """As published: mixers start as Mamba's, but dt of the backward direction with 0."""
-        # The variance of LeCun's initialisation, of a normal that is cut off at two deviations.
+        # LeCun's, divided as timm does for a normal that is cut off, which this one hardly is.
         fan_in, names = self.patch_embed.proj.weight[0].numel(), _CLS_TOKENS[self.arch['cls_token']]
         nn.init.trunc_normal_(self.patch_embed.proj.weight, std=fan_in ** -0.5 / 0.87962566)
         nn.init.zeros_(self.patch_embed.proj.bias)
@@ -169,14 +173,15 @@ class Vim(Backbone):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         if self.out_type == 'featmap':
             return super().forward(x)
-        tokens, patches = self._embed(x)
+        tokens, patches = self.embed(x)
         outs = []
         for i, streams in self._run(tokens, patches, self.out_indices):
             if self.out_type == 'raw':
                 y = self._output(i, streams)
                 outs.append(y.flip(1) if self.arch.get('reverse') else y)
             else:
-                cls = [_cls_tokens_of(y, patches, self.arch['cls_token']) for y in streams]
+                cls = [torch.cat(_cls_tokens_of(y, patches, self.arch['cls_token']), dim=1)
+                       for y in streams]
                 outs.append(self._output(i, cls).mean(1))
         return tuple(outs)
 
@@ -187,10 +192,21 @@ class Vim(Backbone):
             x: (B, in_channels, H, W).
             indices: increasing numbers of blocks; none after the last one runs.
         """
-        tokens, patches = self._embed(x)
+        return [patches for _, patches in self._forward_parts(x, indices)]
+
+    def forward_with_cls(self, x: Tensor, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        return [(torch.cat(cls, dim=1), patches) for cls, patches in self._forward_parts(
+            x, indices)]
+
+    def _forward_parts(self, x: Tensor, indices: Sequence[int]
+                       ) -> Iterator[tuple[list[Tensor], Tensor]]:
+        """The class tokens, each (B, 1, C), and the maps of some blocks before the norm."""
+        tokens, patches = self.embed(x)
         kind, reverse = self.arch['cls_token'], self.arch.get('reverse', False)
-        return [_to_map(sum(streams), patches, kind, reverse)
-                for _, streams in self._run(tokens, patches, indices)]
+        for _, streams in self._run(tokens, patches, indices):
+            tokens = sum(streams)
+            yield (_cls_tokens_of(tokens, patches, kind),
+                   _to_map(tokens, patches, kind, reverse))
 
     def norm_output(self, i: int, x: Tensor) -> Tensor:
         # Of a sum that is fp32 in a half too.
@@ -206,7 +222,7 @@ class Vim(Backbone):
             y = sum_and_norm(norm, residual, hidden)[1]
         return y.to(self.pos_embed.dtype)
 
-    def _embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens (B, L, C), and the patches (B, h, w, C) before their position embedding."""
         patches = self.patch_embed(x)
         names = _CLS_TOKENS[self.arch['cls_token']]
@@ -223,20 +239,23 @@ class Vim(Backbone):
             (B, L, C): the streams hidden and residual, or what its mixer has added.
         """
         is_paired, wants_outputs = self.arch.get('paired', False), self.features == 'mixer'
-        streams = before = self._rotate(patches, tokens)
+        keywords = dict(with_output=True) if wants_outputs else {}
+        streams, forward = self._rotate(patches, tokens), None
         for i, block in enumerate(self.blocks[:indices[-1] + 1]):
-            keywords = dict(with_output=True) if wants_outputs else {}
-            if is_paired and i % 2:
-                backward = block(*(t.flip(1) for t in before), **keywords)
-                results = [a + b.flip(1) for a, b in zip(results, backward, strict=True)]
-            else:
-                before = streams
+            if forward is None:
                 results = block(*streams, **keywords)
-            streams = results[:2]
-            if i + 1 < len(self.blocks) and not (is_paired and i % 2 == 0):
-                streams = self._rotate(patches, *streams)
+                forward = results if is_paired else None
+            else:  # the second of a pair, on what the first one read
+                backward = block(*(t.flip(1) for t in streams), **keywords)
+                results = [a + b.flip(1) for a, b in zip(forward, backward, strict=True)]
+                forward = None
+            sums = results[:2]
+            if forward is None:
+                # Of the last block nothing reads the rotation, whatever blocks were taken away.
+                is_last = i + 1 == self.arch['depth']
+                sums = streams = sums if is_last else self._rotate(patches, *sums)
             if i in indices:
-                yield i, results[2:] if wants_outputs else streams
+                yield i, results[2:] if wants_outputs else sums
 
     def _rotate(self, patches: Tensor, hidden: Tensor, residual: Tensor | None = None
                 ) -> tuple[Tensor, ...]:
@@ -301,25 +320,6 @@ class Vim(Backbone):
         return adapted
 
 
-class PatchEmbed(nn.Module):
-    """Patches, which may overlap: (B, in_channels, H, W) to (B, h, w, C).
-
-    Args:
-        in_channels: channels of the input.
-        embed_dims: C.
-        patch_size: pixels of a side.
-        stride: pixels from one patch to the next.
-    """
-
-    def __init__(self, in_channels: int, embed_dims: int, patch_size: int, stride: int):
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, embed_dims, patch_size, stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = pad_to_a_patch(x, self.proj.kernel_size[0])
-        return self.proj(x).permute(0, 2, 3, 1)
-
-
 def _choose(**arguments: str) -> None:
     for name, value in arguments.items():
         if value not in _CHOICES[name]:
@@ -364,10 +364,10 @@ def _embed(patches: Tensor, cls_tokens: Sequence[Tensor], pos_embed: Tensor,
     return _join(patches, others, places) + pos_embed
 
 
-def _cls_tokens_of(tokens: Tensor, patches: Tensor, kind: str) -> Tensor:
-    """The class tokens, (B, 1 or 2, C), of tokens (B, L, C)."""
+def _cls_tokens_of(tokens: Tensor, patches: Tensor, kind: str) -> list[Tensor]:
+    """The class tokens, each (B, 1, C), of tokens (B, L, C)."""
     height, width = patches.shape[1:3]
-    return torch.cat(_split(tokens, _cls_places(height * width, kind))[1], dim=1)
+    return _split(tokens, _cls_places(height * width, kind))[1]
 
 
 def _to_map(tokens: Tensor, patches: Tensor, kind: str, reverse: bool) -> Tensor:
