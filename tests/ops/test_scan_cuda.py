@@ -252,10 +252,11 @@ def test_bit_equal_from_run_to_run(dtype):
         assert all(map(torch.equal, first, run(inputs, grad_y)))
 
 
-def run_sequence(inputs, grad_y, softplus=True, out_dtype=torch.float32):
+def run_sequence(inputs, grad_y, softplus=True, out_dtype=torch.float32, module=s6_cuda):
     values = [inputs.get(name) for name in SEQUENCE_NAMES[1:]]
-    return (s6_cuda.forward(*values, softplus, out_dtype),
-            *s6_cuda.backward(grad_y, *values, softplus))
+    options = None, None, softplus, False, False  # no gate, no states, forward in time
+    return (module.forward(*values, *options, out_dtype)[0],
+            *module.backward(grad_y, None, *values, *options)[:len(values)])
 
 
 def make_sequence(*shape, dtype=torch.float32, device='cuda'):
@@ -266,10 +267,8 @@ def make_sequence(*shape, dtype=torch.float32, device='cuda'):
 
 
 def exact_sequence(inputs, grad_y, softplus=True):
-    values = [t if t is None else t.double() for t in map(inputs.get, SEQUENCE_NAMES[1:])]
-    options = None, None, softplus, False, False  # no gate, no states, forward in time
-    return (s6_chunked.forward(*values, *options, torch.float64)[0],
-            *s6_chunked.backward(grad_y.double(), None, *values, *options)[:len(values)])
+    exact = {name: t.double() for name, t in inputs.items()}
+    return run_sequence(exact, grad_y.double(), softplus, torch.float64, s6_chunked)
 
 
 @needs_gpu
@@ -318,6 +317,6 @@ def test_strides_of_what_has_no_gaps():
 
 def test_reasons_against():
     inputs = selective_scan_inputs(1, 1, 2, 3, 1)
-    reason = s6_cuda.why_not(*map(inputs.get, SEQUENCE_NAMES[1:]), torch.float32)
+    reason = s6_cuda.why_not(*inputs.values(), None, None, True, False, False, torch.float32)
     assert 'not on an NVIDIA GPU' in reason
     assert 'not on an NVIDIA GPU' in large_state.why_not(torch.zeros(1, 2, 3, 3), 1, 16)
