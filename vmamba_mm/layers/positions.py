@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -52,8 +51,3 @@ def resize_time(embed: Tensor, frames: int) -> Tensor:
     line = F.interpolate(embed.permute(1, 2, 0).to(compute_dtype(embed.dtype)), frames,
                          mode='linear', align_corners=False)
     return line.permute(2, 0, 1).to(embed.dtype)
-
-
-def _at_least_fp32(x: Tensor) -> Tensor:
-    """Halves would round the weights of the neighbours."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
