@@ -17,8 +17,9 @@ ENTRIES = [entry for folder in FOLDERS for entry in zoo.read_metafile(folder / '
            if entry.config]
 LEAVES = [path.relative_to(REPO).as_posix() for folder in FOLDERS
           for path in sorted(folder.glob('*.py'))]
-#: A published recipe on another data pipeline, which has no row of its own, -> whose it is.
-VARIANTS = {leaf: leaf.replace('-fast_', '_') for leaf in LEAVES if '-fast_' in leaf}
+#: A recipe on another data pipeline, or with what only training has, -> the one whose row it has.
+VARIANTS = {leaf: leaf.replace(kind, '_') for leaf in LEAVES for kind in ('-fast_', '-distill_')
+            if kind in leaf}
 
 
 def entry_of(leaf):

@@ -1,6 +1,4 @@
-# Published with self-distillation: a trained small model gives features that the loss draws the
-# student's to (vmamba_mm.heads.DistilledVideoMamba). This is the classifier alone, for evaluation
-# and further training; the schedule is that of the published run.
+# The published model was trained with a teacher: videomamba-middle-distill_16xb128_in1k-224.py.
 _base_ = ['_base_/imagenet_224.py']
 
 model = dict(

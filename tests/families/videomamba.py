@@ -63,7 +63,7 @@ SPEC = Spec(
     changes=[dict(depth=1), dict(embed_dims=12), dict(d_state=3), dict(patch_size=2),
              dict(image_size=12), dict(image_size=(8, 12)), dict(num_frames=4, tubelet_size=2),
              dict(num_frames=6), dict(num_frames=0), dict(norm='ln'), dict(d_conv=3),
-             dict(expand=1.5)],
+             dict(expand=1.5), dict(dt_rank=3)],
     wrong=[(dict(depth=0), 'depth.*an int of at least 1'),
            (dict(image_size=(8, 8, 8)), 'image_size.*height and width'),
            (dict(image_size=2), 'image_size.*at least.*patch_size'),

@@ -7,6 +7,7 @@ import torch
 from specs import SPECS
 from torch.nn import functional as F
 
+from vmamba_mm.checkpoints.files import read_checkpoint
 from vmamba_mm.errors import UserError
 from vmamba_mm.families import family_of
 from vmamba_mm.heads import ClipTower
@@ -130,6 +131,28 @@ def test_towers_of_official_files(kind, arch, tmp_path):
         make().load_pretrained(tmp_path / 'none.pt')
 
 
+def test_official_classifier_of_timemamba(tmp_path):
+    """Its backbone is called visual; the head lies beside it."""
+    source = randomized(TimeMamba(VANILLA))
+    official, = SPECS['timemamba'].official(source)
+    head = {'fc_cls.weight': torch.randn(7, 64), 'fc_cls.bias': torch.randn(7)}
+    state = {f'visual.{k}': v for k, v in official.items()} | head
+    expected = {f'backbone.{k}': v for k, v in source.state_dict().items()} \
+        | {k.replace('fc_cls', 'head.fc'): v for k, v in head.items()}
+    for keep_places in (False, True):
+        for wrapper in ('', 'module.'):
+            file = tmp_path / 'cls.pt'
+            torch.save(dict(state_dict={f'{wrapper}{k}': v for k, v in state.items()},
+                            args=argparse.Namespace(num_classes=7)), file)
+            read = read_checkpoint(file, keep_places=keep_places)
+            assert read['meta'] == dict(arch=VANILLA, task='cls')
+            assert set(read['state_dict']) == set(expected)
+            assert all(torch.equal(read['state_dict'][k], v) for k, v in expected.items())
+    # With a text encoder beside it, it is no classifier and stays where it is.
+    torch.save(state | {'textual.x': torch.ones(1)}, file)
+    assert list(read_checkpoint(file, keep_places=True)['state_dict']) == [*state, 'textual.x']
+
+
 def test_vivim_starts_from_vim(tmp_path):
     arch = dict(FRAME, num_frames=3)
     vim = randomized(Vim({k: arch[k] for k in ('embed_dims', 'depth', 'd_state', 'patch_size',
@@ -161,6 +184,72 @@ def test_vivim_starts_from_vim(tmp_path):
     with pytest.raises(UserError, match='blocks.0.mixer.norm.weight is missing'):
         ViViM(dict(arch, mixer='scan_norm')).load_pretrained(
             str(tmp_path / 'vim.pth'), from_vim=True)
+
+
+class ClipVision(torch.nn.Module):
+    """CLIP's image encoder by its own names (OpenAI's model.py, open_clip), with GELU."""
+
+    def __init__(self, dim, depth, heads, patch, tokens):
+        super().__init__()
+        self.conv1 = torch.nn.Conv2d(3, dim, patch, patch, bias=False)
+        self.class_embedding = torch.nn.Parameter(torch.randn(dim))
+        self.positional_embedding = torch.nn.Parameter(torch.randn(tokens, dim))
+        self.ln_pre, self.ln_post = torch.nn.LayerNorm(dim), torch.nn.LayerNorm(dim, 1e-6)
+        blocks = [torch.nn.Module() for _ in range(depth)]
+        for block in blocks:
+            block.ln_1, block.ln_2 = (torch.nn.LayerNorm(dim, 1e-6) for _ in range(2))
+            block.attn = torch.nn.MultiheadAttention(dim, heads, batch_first=True)
+            block.mlp = torch.nn.Sequential()
+            block.mlp.add_module('c_fc', torch.nn.Linear(dim, dim // 2))
+            block.mlp.add_module('gelu', torch.nn.GELU())
+            block.mlp.add_module('c_proj', torch.nn.Linear(dim // 2, dim))
+        self.transformer = torch.nn.Module()
+        self.transformer.resblocks = torch.nn.ModuleList(blocks)
+        self.proj = torch.nn.Parameter(torch.randn(dim, 5))
+
+    def forward(self, x):
+        x = self.conv1(x).flatten(2).transpose(1, 2)
+        x = torch.cat((self.class_embedding.expand(len(x), 1, -1), x), 1)
+        x = self.ln_pre(x + self.positional_embedding)
+        for block in self.transformer.resblocks:
+            y = block.ln_1(x)
+            x = x + block.attn(y, y, y, need_weights=False)[0]
+            x = x + block.mlp(block.ln_2(x))
+        return self.ln_post(x[:, 0])
+
+
+def test_timemamba_starts_from_clip(tmp_path):
+    torch.manual_seed(0)
+    clip = ClipVision(64, 3, 1, 4, 17).eval()
+    text = {'logit_scale': torch.ones(()), 'positional_embedding': torch.ones(7, 4),
+            'transformer.resblocks.0.ln_1.weight': torch.ones(4)}
+    state = {f'visual.{k}': v for k, v in clip.state_dict().items()}
+    torch.save(state | text, tmp_path / 'openai.pt')
+    torch.save(dict(state_dict={f'module.{k}': v for k, v in (state | text).items()}),
+               tmp_path / 'trained.pt')
+    torch.save(clip.state_dict(), tmp_path / 'visual.pt')
+    image = torch.randn(2, 3, 16, 16)
+    for file in ('openai.pt', 'trained.pt', 'visual.pt'):
+        model = TimeMamba(VANILLA, out_type='cls_token', init_cfg=dict(
+            type='Pretrained', checkpoint=str(tmp_path / file), from_clip=True)).eval()
+        gate = model.blocks[0].alpha_timeattn
+        model.init_weights()
+        assert model.blocks[0].alpha_timeattn is gate and not gate.any()
+        with torch.no_grad():
+            assert_close(model(image.unsqueeze(2))[0], clip(image), 1e-5)
+    TimeMamba(dict(VANILLA, image_size=24)).load_pretrained(str(tmp_path / 'openai.pt'),
+                                                            from_clip=True)
+    for arch, change, message in (
+            (VANILLA, lambda s: s.pop('visual.conv1.weight'), 'patch_embed.proj.weight is missing'),
+            (VANILLA, lambda s: s.update({'visual.layer1.0.conv1.weight': torch.ones(1)}),
+             'but visual.layer1.0.conv1.weight is of no ViT'),
+            (VANILLA, lambda s: s.pop('visual.class_embedding'), 'no image encoder of a CLIP'),
+            (dict(VANILLA, mlp_ratio=1.0), lambda s: None, r'mlp.fc1.weight is \(32, 64\)')):
+        changed = dict(state)
+        change(changed)
+        torch.save(changed, tmp_path / 'changed.pt')
+        with pytest.raises(UserError, match=message):
+            TimeMamba(arch).load_pretrained(str(tmp_path / 'changed.pt'), from_clip=True)
 
 
 def test_position_embeddings_of_other_sizes(tmp_path):

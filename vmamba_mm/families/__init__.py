@@ -19,7 +19,9 @@ A family takes these files; everything else is generic and comes from them:
 Where there are numbers of the official code, ``FAMILY.parity`` says how to compare with them
 (:mod:`vmamba_mm.families.parity`). ``tests/made_up`` is a family of exactly these five files, in
 the way a package of a user's own would have it: it calls :func:`register_family` and registers its
-model with ``vmamba_mm.registry.MODELS``.
+model with ``vmamba_mm.registry.MODELS``. Families of one paper may share the folder of configs and
+that of numbers, their :attr:`Family.system`: :mod:`vmamba_mm.families.vivim` and
+:mod:`vmamba_mm.families.timemamba` are both of Video Mamba Suite.
 
 Rules that keep the rest generic:
 

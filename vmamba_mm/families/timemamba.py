@@ -46,6 +46,20 @@ def _infer_arch(weights: Mapping[str, Any]) -> dict[str, Any]:
         image_size=infer_image_size(tokens - 1, patch_size), style='timesformer-div')
 
 
+#: (name in CLIP's image encoder, as OpenAI and open_clip have it, ours).
+CLIP_KEYS = (
+    ('class_embedding', 'cls_token'), ('positional_embedding', 'pos_embed'),
+    ('conv1', 'patch_embed.proj'), ('ln_pre', 'ln_pre'), ('ln_post', 'norm'),
+    ('transformer.resblocks.#.ln_1', 'blocks.#.norm1'),
+    ('transformer.resblocks.#.ln_2', 'blocks.#.norm2'),
+    ('transformer.resblocks.#.attn.in_proj_weight', 'blocks.#.attn.qkv.weight'),
+    ('transformer.resblocks.#.attn.in_proj_bias', 'blocks.#.attn.qkv.bias'),
+    ('transformer.resblocks.#.attn.out_proj', 'blocks.#.attn.proj'),
+    ('transformer.resblocks.#.mlp.c_fc', 'blocks.#.mlp.fc1'),
+    ('transformer.resblocks.#.mlp.c_proj', 'blocks.#.mlp.fc2'),
+    ('proj', None),
+)
+
 FAMILY = Family(
     name='timemamba', model='TimeMamba', system=SYSTEM, archs=ARCHS, rules=RULES, check=_check,
     keys=(('patch_embed.proj', 'patch_embed.proj'), ('pos_embed', 'pos_embed'),
@@ -55,7 +69,7 @@ FAMILY = Family(
           *((f'blocks.#.{name}', f'blocks.#.{name}') for name in (
               'norm1', 'norm2', 'norm3', 'mlp', 'time_mamba', 'alpha_timeattn')),
           ('norm', 'norm')),
-    head_keys=(('fc_cls', 'head.fc'), ('image_projection', 'head.proj')),
+    head_keys=(('fc_cls', 'head.fc'), ('image_projection', 'head.proj')), place='visual.',
     signature=('blocks.0.time_mamba.A_log', 'blocks.0.time_mamba.in_proj.weight',
                'blocks.0.time_mamba.A_b_log', 'blocks.0.alpha_timeattn',
                'blocks.0.attn.qkv.weight', 'blocks.0.norm3.weight', 'blocks.0.mlp.fc1.weight',

@@ -54,6 +54,8 @@ RULES = {
     'tubelet_size': _COUNT,
     'd_conv': Rule(lambda v: is_int(v, 2), 'an int of at least 2').or_absent(),
     'expand': Rule(lambda v: is_number(v) and v > 0, 'a number above 0', optional=True),
+    'dt_rank': Rule(lambda v: v == 'auto' or is_int(v, 1), "'auto' or an int of at least 1",
+                    optional=True),
     'norm': one_of('rms', 'ln').or_absent(),
     'order': one_of(*ORDERS).or_absent(),
 }
@@ -105,20 +107,22 @@ def _infer_arch(weights: Mapping[str, Any]) -> dict[str, Any]:
     tubelet, frames = (kernel[0], shapes['temporal_pos_embed'][1]) if is_video else (1, 0)
     _, tokens, _ = shapes['spatial_pos_embed']
     inner, d_state = shapes[f'{first}A_log']
+    _, rank = shapes[f'{first}dt_proj.weight']
     *_, d_conv = shapes[f'{first}conv1d.weight']
     depth = len({m[1] for k in shapes if (m := re.match(r'blocks\.(\d+)\.', k))})
     arch = dict(embed_dims=dims, depth=depth, d_state=d_state, patch_size=kernel[-1],
                 image_size=infer_image_size(tokens - 1, kernel[-1]), num_frames=frames * tubelet,
                 tubelet_size=tubelet)
     unusual = dict(d_conv=d_conv, expand=inner / dims,
+                   dt_rank='auto' if rank == -(-dims // 16) else rank,
                    norm='ln' if 'norm.bias' in shapes else 'rms')
-    usual = dict(d_conv=4, expand=2, norm='rms')
+    usual = dict(d_conv=4, expand=2, dt_rank='auto', norm='rms')
     return arch | {k: v for k, v in unusual.items() if v != usual[k]}
 
 
 # --- the official code's numbers ----------------------------------------------------------------
 
-_SSM_KEYS = ('d_state', 'd_conv', 'expand')
+_SSM_KEYS = ('d_state', 'd_conv', 'expand', 'dt_rank')
 
 
 def _parity_arch(kwargs: Options, is_video: bool) -> dict[str, Any]:

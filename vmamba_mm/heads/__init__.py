@@ -3,7 +3,12 @@
 from vmamba_mm.heads.clip import ClipTower
 from vmamba_mm.heads.pyramid import SimpleFeaturePyramid
 from vmamba_mm.heads.video import ClipPreprocessor, VideoClassifier
-from vmamba_mm.heads.videomamba import DistilledVideoMamba, MaskedVideoMamba, VideoEncoder
+from vmamba_mm.heads.videomamba import (
+    DistilledVideoMamba,
+    MaskedVideoMamba,
+    SelfDistillation,
+    VideoEncoder,
+)
 
 __all__ = ['ClipPreprocessor', 'ClipTower', 'DistilledVideoMamba', 'MaskedVideoMamba',
-           'SimpleFeaturePyramid', 'VideoClassifier', 'VideoEncoder']
+           'SelfDistillation', 'SimpleFeaturePyramid', 'VideoClassifier', 'VideoEncoder']

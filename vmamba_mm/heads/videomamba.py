@@ -7,7 +7,11 @@ into them by :func:`vmamba_mm.checkpoints.files.read_checkpoint`.
 
 import torch
 import torch.nn.functional as F
+from mmengine.model import BaseModel
 from torch import Tensor, nn
+
+from vmamba_mm.models.base import init_linear
+from vmamba_mm.registry import MODELS
 
 _POOLS = ('cls', 'avg', 'cls+avg', 'cls_cat_avg')
 
@@ -35,16 +39,92 @@ class DistilledVideoMamba(nn.Module):
         self.backbone = backbone
         dims = backbone.num_features[-1]
         self.head = nn.ModuleDict(dict(fc=nn.Linear(dims, num_classes)))
-        self.distill_head = None if feature_dims is None else nn.Sequential(
-            type(backbone.norm)(dims), nn.Linear(dims, feature_dims))
-        for linear in (self.head['fc'], *(self.distill_head or ())[1:]):
-            nn.init.trunc_normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
+        self.distill_head = None if feature_dims is None else _distill_head(backbone, feature_dims)
+        init_linear(self.head['fc'])
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         tokens = self.backbone(x)[-1]
         features = tokens if self.distill_head is None else self.distill_head(tokens)
         return self.head['fc'](tokens[:, 0]), F.normalize(features, dim=-1)
+
+
+def _distill_head(backbone, feature_dims):
+    dims = backbone.num_features[-1]
+    head = nn.Sequential(type(backbone.norm)(dims), nn.Linear(dims, feature_dims))
+    return head.apply(init_linear)
+
+
+@MODELS.register_module()
+class SelfDistillation(BaseModel):
+    """A classifier of mmpretrain's kind that learns from labels and from a smaller model.
+
+    For training; its backbone and head are those of the plain classifier. The published recipe of
+    middle and base on ImageNet-1K (section 3.3): see :class:`DistilledVideoMamba`, whose names the
+    parameters have.
+
+    Args:
+        backbone: config of a VideoMamba with ``out_type='raw'``.
+        head: a classification head of mmpretrain, of class tokens.
+        teacher: config of a VideoMamba with ``out_type='raw'`` and trained weights (``init_cfg``).
+            It is not trained, and is in no state dict.
+        weight: of the loss of features.
+        neck: None: a class token needs none.
+        train_cfg: ``augments`` and ``probs`` of mmpretrain's RandomBatchAugment: Mixup, CutMix. The
+            teacher sees the same mixed images.
+        data_preprocessor: config of mmpretrain's ClsDataPreprocessor, its type by default.
+        init_cfg: mmengine's.
+    """
+
+    def __init__(self, backbone: dict, head: dict, teacher: dict, weight: float = 1.0,
+                 neck: None = None, train_cfg: dict | None = None,
+                 data_preprocessor: dict | None = None, init_cfg: dict | list[dict] | None = None):
+        if neck is not None:
+            raise ValueError(f'SelfDistillation has class tokens, which need no neck, got {neck!r}')
+        if not isinstance(data_preprocessor, nn.Module):
+            data_preprocessor = dict(type='mmpretrain.ClsDataPreprocessor') | (
+                data_preprocessor or {})
+            data_preprocessor.setdefault('batch_augments', train_cfg)
+            data_preprocessor = MODELS.build(data_preprocessor)
+        super().__init__(data_preprocessor=data_preprocessor, init_cfg=init_cfg)
+        self.backbone = MODELS.build(backbone)
+        self.head = MODELS.build(head)
+        teacher = MODELS.build(teacher).eval().requires_grad_(False)
+        for name, model in dict(backbone=self.backbone, teacher=teacher).items():
+            if model.out_type != 'raw':
+                raise ValueError(f"the {name} of SelfDistillation needs out_type='raw', got "
+                                 f'{model.out_type!r}')
+        self._teacher = [teacher]  # in a list, it is no submodule
+        self.distill_head = _distill_head(self.backbone, teacher.num_features[-1])
+        self.weight = weight
+
+    def init_weights(self) -> None:
+        super().init_weights()
+        self._teacher[0].init_weights()
+
+    def forward(self, inputs: Tensor, data_samples: list | None = None, mode: str = 'tensor'):
+        """
+        Args:
+            inputs: (B, 3, H, W).
+            data_samples: mmpretrain's DataSamples.
+            mode: 'tensor' for logits (B, classes), 'loss' for a dict of losses, 'predict' for
+                DataSamples.
+        """
+        tokens = self.backbone(inputs)[-1]
+        cls_tokens = tokens[:, 0],
+        if mode == 'tensor':
+            return self.head(cls_tokens)
+        if mode == 'predict':
+            return self.head.predict(cls_tokens, data_samples)
+        if mode == 'loss':
+            losses = self.head.loss(cls_tokens, data_samples)
+            return losses | dict(loss_features=self.weight * self._compare(inputs, tokens))
+        raise ValueError(f"mode must be 'tensor', 'loss' or 'predict', got {mode!r}")
+
+    def _compare(self, inputs, tokens):
+        """The mean of 2 - 2 cos between the student's tokens and the teacher's."""
+        with torch.no_grad():
+            wanted = self._teacher[0].to(inputs.device)(inputs)[-1]
+        return 2 - 2 * F.cosine_similarity(self.distill_head(tokens), wanted, dim=-1).mean()
 
 
 class MaskedVideoMamba(nn.Module):

@@ -58,9 +58,9 @@ class TimmBackbone(nn.Module):
         arch: as in the backbone; None for its default.
         num_classes: 0 for none: the pooled features come out.
         in_chans: channels of the input.
-        global_pool: a pooling of timm; '' for none, with ``num_classes=0`` only. An arch with a class
-            token takes 'token', that token, or 'avg', the mean of the patches. None for 'token' there
-            and 'avg' elsewhere, which the published weights are for.
+        global_pool: a pooling of timm; '' for none, with ``num_classes=0`` only. An arch with a
+            class token takes 'token', that token, or 'avg', the mean of the patches. None for
+            'token' there and 'avg' elsewhere, as the published weights have it.
         drop_rate: dropout before the classifier.
         drop_path_rate: as in the backbone.
         device, dtype: of the parameters.

@@ -117,8 +117,8 @@ class Backbone(StrictLoading, BaseModule):
 
     @staticmethod
     def has_cls_token(arch: Mapping[str, Any]) -> bool:
-        """Whether published classifiers of the arch read class tokens (``out_type='cls_token'``), and
-        not the mean of the last map; then there is :meth:`forward_with_cls`."""
+        """Whether published classifiers of the arch read class tokens (``out_type='cls_token'``),
+        and not the mean of the last map; then there is :meth:`forward_with_cls`."""
         return False
 
     @classmethod

@@ -1,5 +1,6 @@
 """TimeMamba, a temporal adapter of CLIP's image encoder (arXiv 2403.09626, section 4.4)."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,15 +9,24 @@ import torch.fx
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from vmamba_mm.families.timemamba import FAMILY
+from vmamba_mm.checkpoints.files import fetch
+from vmamba_mm.checkpoints.formats import read_content
+from vmamba_mm.checkpoints.prefixes import inside
+from vmamba_mm.errors import UserError
+from vmamba_mm.families.names import has_row, rename
+from vmamba_mm.families.timemamba import CLIP_KEYS, FAMILY
 from vmamba_mm.families.vivim import grid_of
 from vmamba_mm.layers import BiMambaMixer, DropPath, LayerNorm, Mlp, PatchEmbed, SelfAttention
 from vmamba_mm.layers.positions import resize_grid, resize_patches
 from vmamba_mm.models.base import Backbone
+from vmamba_mm.models.pretrained import check_fits
 from vmamba_mm.registry import MODELS
 
 # What torch.fx records as it is, since it looks at shapes.
 torch.fx.wrap('resize_grid')
+
+#: Names of what a CLIP has not.
+_OF_TIME = re.compile(r'\.(?:time_mamba|norm3|alpha_timeattn)(?:\.|$)')
 
 
 class TimeMambaBlock(nn.Module):
@@ -161,6 +171,40 @@ class TimeMamba(Backbone):
     def output_norm(self, i: int) -> nn.Module | None:
         return self.norm if i == len(self.depths) - 1 else None
 
+    # --- loading ----------------------------------------------------------------------------
+
+    def load_pretrained(self, checkpoint: str, prefix: str | None = None, weights: str = 'auto',
+                        map_location: Any = 'cpu', adapt_in_channels: bool = False,
+                        strict: bool | None = None, allow: str | Sequence[str] = (),
+                        from_clip: bool = False) -> None:
+        """Load the backbone of a checkpoint, as every :class:`Backbone` does.
+
+        A position embedding of another image size is resized to this model's, bicubic.
+
+        Args:
+            checkpoint, prefix, weights, map_location, adapt_in_channels, strict, allow: as of
+                :meth:`vmamba_mm.models.pretrained.StrictLoading.load_pretrained`.
+            from_clip: start from the image encoder of a CLIP, as published: a state dict with the
+                names of OpenAI's code and of open_clip, such as ``visual.conv1.weight``. All but
+                the mixers over time, their norms and gates is in it; these stay as they are. On
+                each frame the model is then CLIP's, but for GELU in place of its approximation
+                ('QuickGELU') in OpenAI's weights, and the eps of norms.
+
+        Raises:
+            UserError: as there, and if there is no such encoder in the file.
+        """
+        if not from_clip:
+            super().load_pretrained(checkpoint, prefix, weights, map_location, adapt_in_channels,
+                                    strict, allow)
+            return
+        found = _from_clip(read_content(fetch(checkpoint), map_location), checkpoint)
+        if adapt_in_channels:
+            self._adapt_stem(found, self.state_dict(), checkpoint)
+        found = {k: v for k, v in self.state_dict().items() if _OF_TIME.search(k)} \
+            | self.adapt_weights(found)
+        left = check_fits(self, found, checkpoint, strict, allow)
+        self.load_state_dict({k: v for k, v in found.items() if k not in left}, strict=False)
+
     def adapt_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The position embedding, resized where it is of another image size."""
         pos = weights.get('pos_embed')
@@ -168,6 +212,8 @@ class TimeMamba(Backbone):
             return weights
         pos = torch.cat((pos[:, :1], resize_patches(pos[:, 1:], self.grid)), dim=1)
         return weights | {'pos_embed': pos}
+
+    # --- forward ----------------------------------------------------------------------------
 
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
         """A clip's tokens, (B, 1 + T * n, C), and the size of their map, (T, h, w)."""
@@ -201,6 +247,31 @@ class TimeMamba(Backbone):
         for block in self.blocks:
             x = block(x, size[0])
         return self.norm(x[:, 0])
+
+
+def _from_clip(content: Any, name: str) -> dict[str, Tensor]:
+    """The image encoder of a CLIP by our names.
+
+    Raises:
+        UserError: if there is none, or a name that it has not.
+    """
+    state = content.get('state_dict', content) if isinstance(content, Mapping) else {}
+    prefix = next((k.removesuffix('class_embedding') for k in state
+                   if str(k).endswith('class_embedding')), None)
+    if prefix is None:
+        raise UserError(f'{name} holds no image encoder of a CLIP: nothing is called '
+                        'class_embedding, as in the weights of OpenAI and open_clip')
+    found = {}
+    for key, value in inside(state, prefix).items():
+        if not prefix and not has_row(key, CLIP_KEYS):
+            continue  # of the text encoder beside it
+        if not has_row(key, CLIP_KEYS):
+            raise UserError(f'{name} holds a CLIP, but {prefix}{key} is of no ViT')
+        if ours := rename(key, CLIP_KEYS):
+            found[ours] = value.float()
+    found['cls_token'] = found['cls_token'].view(1, 1, -1)
+    found['pos_embed'] = found['pos_embed'].unsqueeze(0)
+    return found
 
 
 def _norm(dim: int) -> LayerNorm:

@@ -46,9 +46,10 @@ class VideoMamba(Backbone):
         arch: a key of ``VideoMamba.arch_settings``, or a dict with the keys ``embed_dims`` (C),
             ``depth``, ``d_state`` (N), ``patch_size``, ``image_size`` (pixels, an int or height
             and width), ``num_frames`` (of a clip; 0 for a model of images) and ``tubelet_size``
-            (frames of a patch), and as it likes ``d_conv`` (4), ``expand`` (2), ``norm`` ('rms' or
-            'ln') and ``order``, below. With ``base``, the name of a published one, only the keys
-            that differ from it: ``dict(base='tiny_f8', num_frames=32)``. The default is 'tiny'.
+            (frames of a patch), and as it likes ``d_conv`` (4), ``expand`` (2), ``dt_rank``
+            ('auto' for ceil(C / 16)), ``norm`` ('rms' or 'ln') and ``order``, below. With
+            ``base``, the name of a published one, only the keys that differ from it:
+            ``dict(base='tiny_f8', num_frames=32)``. The default is 'tiny'.
         out_indices: blocks to return; the last by default, which goes through the norm.
         out_type: 'featmap' for the patches as maps, 'cls_token' for the class token, or 'raw' for
             all tokens, the class token first and then frame by frame, row by row.
@@ -119,7 +120,8 @@ class VideoMamba(Backbone):
         self.register_parameter('temporal_pos_embed', nn.Parameter(torch.zeros(1, frames, dims))
                                 if frames else None)
         norm = _NORMS[arch.get('norm', 'rms')]
-        mixer_cfg = {key: arch[key] for key in ('d_state', 'd_conv', 'expand') if key in arch}
+        mixer_cfg = {key: arch[key] for key in ('d_state', 'd_conv', 'expand', 'dt_rank')
+                     if key in arch}
         self.blocks = nn.ModuleList(
             MambaBlock(BiMambaMixer(dims, **mixer_cfg), norm(dims), rate, with_cp)
             for rate in drop_path_rates)

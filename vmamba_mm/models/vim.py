@@ -16,11 +16,12 @@ from vmamba_mm.layers import (
     LayerNorm,
     MambaBlock,
     MambaMixer,
+    PatchEmbed,
     RMSNorm,
     SharedBiMambaMixer,
 )
 from vmamba_mm.layers.norm import sum_and_norm
-from vmamba_mm.layers.positions import pad_to_a_patch, resize_grid
+from vmamba_mm.layers.positions import resize_grid
 from vmamba_mm.models.base import Backbone
 from vmamba_mm.registry import MODELS
 
@@ -28,7 +29,6 @@ from vmamba_mm.registry import MODELS
 torch.fx.wrap('_cls_tokens_of')
 torch.fx.wrap('_embed')
 torch.fx.wrap('_to_map')
-torch.fx.wrap('pad_to_a_patch')
 torch.fx.wrap('_rotate')
 
 _NORMS = {'rms': RMSNorm, 'ln': LayerNorm}
@@ -318,25 +318,6 @@ class Vim(Backbone):
             except ValueError as err:
                 raise UserError(str(err)) from err
         return adapted
-
-
-class PatchEmbed(nn.Module):
-    """Patches, which may overlap: (B, in_channels, H, W) to (B, h, w, C).
-
-    Args:
-        in_channels: channels of the input.
-        embed_dims: C.
-        patch_size: pixels of a side.
-        stride: pixels from one patch to the next.
-    """
-
-    def __init__(self, in_channels: int, embed_dims: int, patch_size: int, stride: int):
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, embed_dims, patch_size, stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = pad_to_a_patch(x, self.proj.kernel_size[0])
-        return self.proj(x).permute(0, 2, 3, 1)
 
 
 def _choose(**arguments: str) -> None:

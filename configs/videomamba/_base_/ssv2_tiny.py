@@ -11,6 +11,7 @@ model = dict(
 train_pipeline = _base_.train_pipeline
 train_pipeline[1].transforms[0].transforms[0].update(
     num_policies=2, magnitude_level=5, magnitude_std=0.25)
+train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 
 # The published code decays the rate by layers, but finds no layer of a VideoMamba: all blocks
 # learn at full rate, and the temporal embedding too, and what is before them at 7.5e-4 of it.
