@@ -155,8 +155,9 @@ def test_published_keys(spec):
         assert {k: tuple(v.shape) for k, v in to_official(converted).items()} == keys
 
 
-@pytest.mark.parametrize('spec', [s for s in SPECS.values() if len(set(s.told_archs().values())) > 1],
-                         ids=lambda spec: spec.family.name)
+@pytest.mark.parametrize('spec', [
+    s for s in SPECS.values() if len(set(s.told_archs().values())) > 1],
+    ids=lambda spec: spec.family.name)
 def test_mix_up_names_the_arch_and_the_config(spec):
     first, second, *_ = dict.fromkeys(spec.told_archs().values())
     with torch.device('meta'):

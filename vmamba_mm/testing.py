@@ -59,6 +59,22 @@ def ss2d_scan_inputs(batch: int, dim: int, height: int, width: int, *, state: in
                 D=randn(routes * dim))
 
 
+def mamba_inner_inputs(batch: int, routes: int, dim: int, length: int, state: int, rank: int,
+                       taps: int = 4, *, dtype: torch.dtype = torch.float32, device: str = 'cpu',
+                       seed: int = 0) -> dict[str, Tensor]:
+    """Arguments of ``mamba_inner`` of the magnitude that a trained model gives, in order."""
+    rng = torch.Generator(device).manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng, dtype=torch.float64, device=device).to(dtype)
+
+    return dict(xz=randn(batch, length, 2 * dim), conv_weight=randn(routes, dim, taps) / 2,
+                conv_bias=randn(routes, dim),
+                x_proj=randn(routes, rank + 2 * state, dim) / dim ** 0.5,
+                dt_proj=randn(routes, dim, rank) / rank ** 0.5, dt_bias=randn(routes, dim) - 1,
+                A=-randn(routes, dim, state).exp(), D=randn(routes, dim))
+
+
 def with_grads(op, inputs: dict[str, Tensor], grad_y: Tensor | None = None, **kwargs):
     """(y, {name: gradient}) of ``op(*inputs)``; ``grad_y`` defaults to a fixed random one."""
     leaves = {name: t.detach().clone().requires_grad_() for name, t in inputs.items()}

@@ -53,3 +53,14 @@ def gradients(function, tensors):
 def random(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
                        ).to(dtype)
+
+
+def on(device, tensors):
+    """The tensors on a device, in fp32 on a GPU: its kernels know no fp64."""
+    dtype = torch.float64 if device == 'cpu' else torch.float32
+    return [None if t is None else t.to(device, dtype) for t in tensors]
+
+
+def tolerance(device):
+    """How far a result may be from that of fp64."""
+    return 1e-9 if device == 'cpu' else 1e-4

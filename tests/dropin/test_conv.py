@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from s6_by_hand import conv, gradients, random
+from s6_by_hand import conv, gradients, on, random, tolerance
 
 from vmamba_mm.testing import DEVICES, assert_close
 
@@ -22,9 +22,9 @@ def test_causal_conv1d_fn(activation, width, device):
     tensors = inputs(width)
     expected, grads = gradients(lambda *args: conv(*args, activation is not None), tensors)
     y, found = gradients(lambda *args: causal_conv1d_fn(*args, activation=activation),
-                         [t.to(device) for t in tensors])
+                         on(device, tensors))
     for actual, wanted in zip([y, *found], [expected, *grads], strict=True):
-        assert_close(actual.cpu(), wanted, 1e-10)
+        assert_close(actual.cpu(), wanted, tolerance(device))
 
 
 def test_the_activation_was_the_fourth_argument_once():
@@ -98,6 +98,11 @@ def test_update_of_rows_of_a_larger_state():
                      + bias), 1e-10)
     assert torch.equal(state[[1, 3]], before[[1, 3]])
     assert torch.equal(state[[2, 0]][..., -1], x[..., 0])
+    before = state.clone()
+    y = causal_conv1d_update(x[..., 1:3], state, weight, bias, None, None, torch.tensor([-1, 1]))
+    assert (y[0] == 0).all() and (y[1] != 0).all()  # the first sample is padding
+    assert torch.equal(state[[0, 2, 3]], before[[0, 2, 3]])
+    assert torch.equal(state[1, :, -2:], x[1, :, 1:3])
     with pytest.raises(ValueError, match='expects a conv_state of 3 positions or more'):
         causal_conv1d_update(x[..., 0], state[:2, :, :2], weight, bias)
 

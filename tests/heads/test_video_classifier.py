@@ -124,7 +124,8 @@ def test_scores_of_views_are_averaged(classifier, samples):
     assert len(results) == 2
     for result, score, label in zip(results, expected, (0, 3), strict=True):
         torch.testing.assert_close(result.pred_score, score)
-        assert result.pred_label.tolist() == [score.argmax()] and result.gt_label.tolist() == [label]
+        assert result.pred_label.tolist() == [score.argmax()]
+        assert result.gt_label.tolist() == [label]
     with torch.no_grad():  # without labels
         for result, score in zip(classifier(inputs, mode='predict'), expected, strict=True):
             torch.testing.assert_close(result.pred_score, score)

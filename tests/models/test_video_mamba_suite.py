@@ -7,6 +7,7 @@ import torch
 from specs import SPECS
 from torch.nn import functional as F
 
+from vmamba_mm.checkpoints.files import read_checkpoint
 from vmamba_mm.errors import UserError
 from vmamba_mm.families import family_of
 from vmamba_mm.heads import ClipTower
@@ -128,6 +129,28 @@ def test_towers_of_official_files(kind, arch, tmp_path):
     torch.save(dict(a=torch.ones(1)), tmp_path / 'none.pt')
     with pytest.raises(UserError, match=f'none.pt holds no {kind.__name__}; one is needed'):
         make().load_pretrained(tmp_path / 'none.pt')
+
+
+def test_official_classifier_of_timemamba(tmp_path):
+    """Its backbone is called visual; the head lies beside it."""
+    source = randomized(TimeMamba(VANILLA))
+    official, = SPECS['timemamba'].official(source)
+    head = {'fc_cls.weight': torch.randn(7, 64), 'fc_cls.bias': torch.randn(7)}
+    state = {f'visual.{k}': v for k, v in official.items()} | head
+    expected = {f'backbone.{k}': v for k, v in source.state_dict().items()} \
+        | {k.replace('fc_cls', 'head.fc'): v for k, v in head.items()}
+    for keep_places in (False, True):
+        for wrapper in ('', 'module.'):
+            file = tmp_path / 'cls.pt'
+            torch.save(dict(state_dict={f'{wrapper}{k}': v for k, v in state.items()},
+                            args=argparse.Namespace(num_classes=7)), file)
+            read = read_checkpoint(file, keep_places=keep_places)
+            assert read['meta'] == dict(arch=VANILLA, task='cls')
+            assert set(read['state_dict']) == set(expected)
+            assert all(torch.equal(read['state_dict'][k], v) for k, v in expected.items())
+    # With a text encoder beside it, it is no classifier and stays where it is.
+    torch.save(state | {'textual.x': torch.ones(1)}, file)
+    assert list(read_checkpoint(file, keep_places=True)['state_dict']) == [*state, 'textual.x']
 
 
 def test_vivim_starts_from_vim(tmp_path):

@@ -142,22 +142,25 @@ def run_compiler(*arguments: str, text: str | None = None) -> str:
 
 
 def product(index, dtype, out_dtype, rows, columns, inner, left_t=False, right_t=False, bias=False,
-            tf32=False):
+            tf32=False, pitches=(0, 0, 0), batch=1):
     """In place of :func:`vmamba_mm.ops.core.gemm.product`; leaves NaN in its workspace."""
-    def matrix(address, height, width, dtype):
-        size = height * width * dtype.itemsize
-        memory = (ctypes.c_char * size).from_address(address)
-        return torch.frombuffer(memory, dtype=dtype).view(height, width)
+    def matrices(address, height, width, dtype, pitch=0):
+        pitch = pitch or width
+        size = ((batch * height - 1) * pitch + width) * dtype.itemsize
+        memory = torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=dtype)
+        return memory.as_strided((batch, height, width), (height * pitch, pitch, 1))
 
     def run(left, right, out, workspace, *bias):
-        left = matrix(left, inner, rows, dtype).T if left_t else matrix(left, rows, inner, dtype)
-        right = (matrix(right, columns, inner, dtype).T if right_t
-                 else matrix(right, inner, columns, dtype))
+        left = (matrices(left, inner, rows, dtype, pitches[0]).mT if left_t
+                else matrices(left, rows, inner, dtype, pitches[0]))
+        right = (matrices(right, columns, inner, dtype, pitches[1]).mT if right_t
+                 else matrices(right, inner, columns, dtype, pitches[1]))
         result = left.float() @ right.float()
         if bias:
-            result += matrix(*bias, 1, columns, dtype)
-        matrix(out, rows, columns, out_dtype).copy_(result)
-        matrix(workspace, 1, 64, torch.float32).fill_(torch.nan)
+            result += matrices(*bias, 1, columns, dtype)
+        matrices(out, rows, columns, out_dtype, pitches[2]).copy_(result)
+        memory = (ctypes.c_char * 256).from_address(workspace)
+        torch.frombuffer(memory, dtype=torch.float32).fill_(torch.nan)
 
     return gemm.Product(run, 256)
 

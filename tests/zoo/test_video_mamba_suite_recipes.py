@@ -67,7 +67,8 @@ def test_schedules(load):  # noqa: F811
         assert warmup.end == cosine.begin == (2 if 'ek100' in leaf else 5)
         lr, base = cfg.optim_wrapper.optimizer.lr, 1.2e-2 / 3e-3 if 'ek100' in leaf else 4
         assert lr * warmup.start_factor == pytest.approx(1e-6 * base)
-        assert lr * cosine.eta_min_ratio == pytest.approx((1e-5 if 'ek100' in leaf else 1e-6) * base)
+        last = 1e-5 if 'ek100' in leaf else 1e-6
+        assert lr * cosine.eta_min_ratio == pytest.approx(last * base)
         frames = {pipeline[0].num_frames for pipeline in (
             cfg.train_dataloader.dataset.pipeline, cfg.val_dataloader.dataset.pipeline,
             cfg.test_dataloader.dataset.pipeline)}

@@ -62,3 +62,42 @@ def build(root, settings):
                     frames = draw_clip(rng, split, source, direction, settings)
                     write_clip(frames, root / split / f'{scenes.CLASSES[digit]} {name}'
                                / f'{number:04d}_{source:04d}.mp4', settings['clip_rate'])
+
+
+def verify(root, settings, check):
+    """Read everything back: the files, and where the digit of some of them goes."""
+    labels = scenes.load_digits()[1]
+    names, counts, seen = class_names(settings['clip_digits']), {}, {}
+    shape = (settings['clip_frames'], settings['clip_size'], settings['clip_size'], 3)
+    for split, count in zip(('train', 'val'), settings['clips_per_class'], strict=True):
+        seen[split] = set()
+        check(sorted(p.name for p in (root / split).iterdir()) == sorted(names), f'{split} classes')
+        for name in names:
+            files = sorted((root / split / name).iterdir())
+            check(len(files) == count, f'{root / split / name} holds {len(files)} clips')
+            digit, direction = name.split()
+            for path in files:
+                source = int(path.stem.split('_')[1])
+                check(scenes.CLASSES[labels[source]] == digit, f'{path} is no {digit}')
+                seen[split].add(source)
+            frames = read_clip(files[0])
+            check(frames.shape == shape, f'{files[0]}: {frames.shape}')
+            check(way_of(frames) == direction, f'{files[0]} does not go {direction}')
+        counts[split] = len(names) * count
+    check(not seen['train'] & seen['val'], 'a digit is both in train and val')
+    return counts
+
+
+def read_clip(path):
+    with av.open(str(path)) as file:
+        return np.stack([frame.to_ndarray(format='rgb24') for frame in file.decode(video=0)])
+
+
+def way_of(frames):
+    """The direction in which what is brighter at the end than at the beginning lies."""
+    change = frames[-1].astype(float).mean(-1) - frames[0].astype(float).mean(-1)
+    places = np.indices(change.shape)
+    now, before = (np.array([(weight * axis).sum() for axis in places]) / weight.sum()
+                   for weight in (change.clip(0), (-change).clip(0)))
+    y, x = now - before
+    return max(DIRECTIONS, key=lambda name: np.dot(DIRECTIONS[name], (x, y)))

@@ -53,6 +53,9 @@ def to_mm(state_dict: StateDict, keep_places: bool = False,
         return dict(state_dict)
     state = unwrap(state_dict)
     models = find_models(state, family)
+    if _is_classifier_of(models, state):
+        state = {k.removeprefix(models[0].prefix): v for k, v in state.items()}
+        models = find_models(state, family)
     if keep_places and all(model.prefix for model in models):
         is_ours = any(m.prefix == 'backbone.' or not m.is_official for m in models)
         return state if is_ours else dict(state_dict)
@@ -120,6 +123,15 @@ def _of_none(family, key):
 def _main_model(state):
     models = find_models(state) or guess_models(state)
     return next((m for m in models if m.prefix == 'backbone.'), models[0])
+
+
+def _is_classifier_of(models, state):
+    """Whether it is an official classifier, whose backbone lies at its family's own place."""
+    if len(models) != 1 or not models[0].is_official \
+            or models[0].prefix != (models[0].family.place or None):
+        return False
+    beside = [k for k in state if not k.startswith(models[0].prefix)]
+    return bool(beside) and all(has_row(k, models[0].family.head_keys) for k in beside)
 
 
 def _rename_backbone(state, model):

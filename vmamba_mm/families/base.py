@@ -58,6 +58,9 @@ class Family:
     classifier_keys: Rows = ()
     #: Like ``keys``, for weights that our models have beside the backbone, such as ``head.fc``.
     head_keys: Rows = ()
+    #: Where official classifiers have the backbone, with the head beside it, such as 'visual.';
+    #: '' for at the top.
+    place: str = ''
     #: Our names of Linear weights that official files may hold as (out, in, 1, 1), as a regular
     #: expression.
     linear: str | None = None

@@ -69,7 +69,7 @@ FAMILY = Family(
           *((f'blocks.#.{name}', f'blocks.#.{name}') for name in (
               'norm1', 'norm2', 'norm3', 'mlp', 'time_mamba', 'alpha_timeattn')),
           ('norm', 'norm')),
-    head_keys=(('fc_cls', 'head.fc'), ('image_projection', 'head.proj')),
+    head_keys=(('fc_cls', 'head.fc'), ('image_projection', 'head.proj')), place='visual.',
     signature=('blocks.0.time_mamba.A_log', 'blocks.0.time_mamba.in_proj.weight',
                'blocks.0.time_mamba.A_b_log', 'blocks.0.alpha_timeattn',
                'blocks.0.attn.qkv.weight', 'blocks.0.norm3.weight', 'blocks.0.mlp.fc1.weight',

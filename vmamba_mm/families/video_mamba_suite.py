@@ -35,7 +35,7 @@ def _subject(file: str, options: Options) -> Subject:
             out_type='cls_token'))
     else:
         backbone = Build('vmamba_mm.models:ViViM', dict(
-            arch=_vivim_arch(kwargs), in_channels=kwargs.get('channels', 3),
+            arch=_vivim_arch(kwargs, 'scan_norm' in file), in_channels=kwargs.get('channels', 3),
             out_type='cls_token'))
     output_dims, num_classes = kwargs.get('output_dim'), kwargs.get('num_classes', 0)
     if output_dims is not None:
@@ -51,24 +51,30 @@ def _image_size(kwargs: Options) -> int | tuple[int, int]:
     return size if isinstance(size, int) or size[0] != size[1] else size[0]
 
 
-def _vivim_arch(kwargs: Options) -> dict[str, Any]:
-    """Our ``arch`` for the arguments of the official ``VisionMamba`` and ``ViViM``."""
+def _vivim_arch(kwargs: Options, has_scan_norm: bool) -> dict[str, Any]:
+    """Our ``arch`` for the arguments of the official ``VisionMamba`` and ``ViViM``.
+
+    Which mixers have a norm, the module says that the class is imported from; here the file's name.
+    """
     kwargs.require('stride', kwargs['patch_size'])
     # Of tokens, it has no effect where there is a class token; 'max' is of the classes.
     kwargs.require('final_pool_type', 'none', 'mean', 'all')
     ssm = kwargs.get('ssm_cfg') or {}
     decomposed = kwargs.get('use_new_mamba', False)
+    mixer = 'decomposed' if decomposed else 'scan_norm' if has_scan_norm else 'bidirectional'
     divide = kwargs.get('if_devide_out', False)
+    if has_scan_norm:
+        kwargs.require('if_devide_out', True)  # or the norm is there and has no effect
     arch = dict(
         embed_dims=kwargs['embed_dim'], depth=kwargs['depth'], d_state=ssm.get('d_state', 16),
-        expand=ssm.get('expand', 2), mixer='decomposed' if decomposed else 'bidirectional',
+        expand=ssm.get('expand', 2), mixer=mixer,
         cls_token='frame' if kwargs.get('frame_mid_cls_token', True) else 'clip',
         patch_size=kwargs['patch_size'], image_size=_image_size(kwargs),
         num_frames=kwargs['num_frames'])
     for key in ('d_conv', 'dt_rank'):
         if key in ssm:
             arch[key] = ssm[key]
-    if not divide and not decomposed:
+    if not divide and mixer == 'bidirectional':
         arch['reduce'] = 'sum'
     return arch
 
@@ -105,6 +111,8 @@ def _mixer(section: str, case: Options) -> Subject:
     for key in ('d_state', 'd_conv', 'expand', 'dt_rank', 'conv_bias', 'bias'):
         if key in kwargs:
             arguments[key] = kwargs[key]
+    kwargs.require('bimamba_type', 'v2')
+    kwargs.ignore('init_layer_scale', 'layer_idx', 'use_fast_path')
     divide = kwargs.get('if_devide_out', False)
     if kind == 'vim_scan_norm':
         kwargs.require('if_devide_out', True)  # or the norm is there and has no effect

@@ -48,12 +48,15 @@ class LayerDecayOptimWrapperConstructor(GroupedOptimWrapperConstructor):
         UserError: if ``layer_decay_rate`` is missing, or no number above 0 and up to 1.
     """
 
-    def adjust(self, params: list[dict], model: nn.Module) -> None:
+    def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None):
+        super().__init__(optim_wrapper_cfg, paramwise_cfg)
         decay = self.paramwise_cfg.get('layer_decay_rate')
         if not isinstance(decay, int | float) or not 0 < decay <= 1:
-            raise UserError('LayerDecayOptimWrapperConstructor needs '
-                            'paramwise_cfg.layer_decay_rate '
-                            f'above 0 and up to 1, got {decay!r}')
+            raise UserError('LayerDecayOptimWrapperConstructor needs a paramwise_cfg with '
+                            f'layer_decay_rate above 0 and up to 1, got {decay!r}')
+
+    def adjust(self, params: list[dict], model: nn.Module) -> None:
+        decay = self.paramwise_cfg['layer_decay_rate']
         names = {parameter: name for name, parameter in model.named_parameters()}
         for group in params:
             parameter, = group['params']

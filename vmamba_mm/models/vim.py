@@ -16,11 +16,12 @@ from vmamba_mm.layers import (
     LayerNorm,
     MambaBlock,
     MambaMixer,
+    PatchEmbed,
     RMSNorm,
     SharedBiMambaMixer,
 )
 from vmamba_mm.layers.norm import sum_and_norm
-from vmamba_mm.layers.positions import pad_to_a_patch, resize_grid
+from vmamba_mm.layers.positions import resize_grid
 from vmamba_mm.models.base import Backbone
 from vmamba_mm.registry import MODELS
 
@@ -28,7 +29,6 @@ from vmamba_mm.registry import MODELS
 torch.fx.wrap('_cls_tokens_of')
 torch.fx.wrap('_embed')
 torch.fx.wrap('_to_map')
-torch.fx.wrap('pad_to_a_patch')
 torch.fx.wrap('_rotate')
 
 _NORMS = {'rms': RMSNorm, 'ln': LayerNorm}
@@ -152,7 +152,7 @@ class Vim(Backbone):
 
     def _init_parameters(self):
         """As published: mixers start as Mamba's, but dt of the backward direction with 0."""
-        # The variance of LeCun's initialisation, of a normal that is cut off at two deviations.
+        # LeCun's, divided as timm does for a normal that is cut off, which this one hardly is.
         fan_in, names = self.patch_embed.proj.weight[0].numel(), _CLS_TOKENS[self.arch['cls_token']]
         nn.init.trunc_normal_(self.patch_embed.proj.weight, std=fan_in ** -0.5 / 0.87962566)
         nn.init.zeros_(self.patch_embed.proj.bias)
@@ -173,7 +173,7 @@ class Vim(Backbone):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         if self.out_type == 'featmap':
             return super().forward(x)
-        tokens, patches = self._embed(x)
+        tokens, patches = self.embed(x)
         outs = []
         for i, streams in self._run(tokens, patches, self.out_indices):
             if self.out_type == 'raw':
@@ -201,7 +201,7 @@ class Vim(Backbone):
     def _forward_parts(self, x: Tensor, indices: Sequence[int]
                        ) -> Iterator[tuple[list[Tensor], Tensor]]:
         """The class tokens, each (B, 1, C), and the maps of some blocks before the norm."""
-        tokens, patches = self._embed(x)
+        tokens, patches = self.embed(x)
         kind, reverse = self.arch['cls_token'], self.arch.get('reverse', False)
         for _, streams in self._run(tokens, patches, indices):
             tokens = sum(streams)
@@ -222,7 +222,7 @@ class Vim(Backbone):
             y = sum_and_norm(norm, residual, hidden)[1]
         return y.to(self.pos_embed.dtype)
 
-    def _embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens (B, L, C), and the patches (B, h, w, C) before their position embedding."""
         patches = self.patch_embed(x)
         names = _CLS_TOKENS[self.arch['cls_token']]
@@ -318,25 +318,6 @@ class Vim(Backbone):
             except ValueError as err:
                 raise UserError(str(err)) from err
         return adapted
-
-
-class PatchEmbed(nn.Module):
-    """Patches, which may overlap: (B, in_channels, H, W) to (B, h, w, C).
-
-    Args:
-        in_channels: channels of the input.
-        embed_dims: C.
-        patch_size: pixels of a side.
-        stride: pixels from one patch to the next.
-    """
-
-    def __init__(self, in_channels: int, embed_dims: int, patch_size: int, stride: int):
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, embed_dims, patch_size, stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = pad_to_a_patch(x, self.proj.kernel_size[0])
-        return self.proj(x).permute(0, 2, 3, 1)
 
 
 def _choose(**arguments: str) -> None:

@@ -185,15 +185,18 @@ class ViViM(Backbone):
             x = _insert(x.flatten(1, 2), cls.expand(batch, -1, -1))
         return x, (frames, height, width)
 
-    def _split(self, tokens: Tensor, size: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-        """(B, L, C) into the class tokens, (B, T, C) or (B, 1, C), and the map, (B, T, h, w, C)."""
-        frames, height, width = size
+    def _cls_tokens(self, tokens: Tensor, frames: int) -> Tensor:
+        """(B, L, C) to the class tokens, (B, T, C), or (B, 1, C) of one for the clip."""
         if self.arch['cls_token'] == 'frame':
-            before, cls, after = _around_middle(tokens.unflatten(1, (frames, -1)))
-            cls, patches = cls.squeeze(2), torch.cat((before, after), dim=2)
-            return cls, patches.unflatten(2, (height, width))
-        before, cls, after = _around_middle(tokens)
-        return cls, torch.cat((before, after), dim=1).unflatten(1, size)
+            return _around_middle(tokens.unflatten(1, (frames, -1)))[1].squeeze(2)
+        return _around_middle(tokens)[1]
+
+    def _map(self, tokens: Tensor, size: tuple[int, int, int]) -> Tensor:
+        """(B, L, C) to the map of the patches, (B, T, h, w, C)."""
+        if self.arch['cls_token'] == 'frame':
+            tokens = tokens.unflatten(1, (size[0], -1))
+        before, _, after = _around_middle(tokens)
+        return torch.cat((before, after), dim=-2).reshape(tokens.shape[0], *size, -1)
 
     def _run(self, tokens: Tensor, last: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(hidden, residual) after each block up to ``last``."""
@@ -210,16 +213,17 @@ class ViViM(Backbone):
             indices: increasing numbers of blocks; none after the last one runs.
         """
         tokens, size = self._embed(x)
-        return [self._split((residual + hidden).to(tokens.dtype), size)[1]
+        return [self._map((residual + hidden).to(tokens.dtype), size)
                 for i, (hidden, residual) in enumerate(self._run(tokens, indices[-1]))
                 if i in indices]
 
     def forward_cls_token(self, x: Tensor) -> Tensor:
         """(B, in_channels, T, H, W) to the clip's feature, (B, C)."""
         tokens, size = self._embed(x)
-        *_, (hidden, residual) = self._run(tokens, len(self.blocks) - 1)
-        (hidden, _), (residual, _) = self._split(hidden, size), self._split(residual, size)
-        return sum_and_norm(self.norm, residual, hidden, None)[1].mean(1).to(tokens.dtype)
+        for hidden, residual in self._run(tokens, len(self.blocks) - 1):
+            streams = hidden, residual  # at last those of the last block
+        hidden, residual = (self._cls_tokens(y, size[0]) for y in streams)
+        return sum_and_norm(self.norm, residual, hidden)[1].mean(1).to(tokens.dtype)
 
 
 def _mixer(arch: Mapping[str, Any]) -> nn.Module:

@@ -56,17 +56,19 @@ def causal_conv1d_update(x: Tensor, conv_state: Tensor, weight: Tensor,
         activation: 'silu', 'swish' (the same) or None.
         cache_seqlens: (B), how many positions came before; ``conv_state`` is then a ring that is
             written from ``cache_seqlens`` modulo its length.
-        conv_state_indices: (B), the rows of a larger ``conv_state`` to use.
+        conv_state_indices: (B), the rows of a larger ``conv_state`` to use; -1 for a sample that is
+            padding, whose result is 0.
 
     Returns:
         As ``x``.
     """
     silu = uses_silu(activation)
     if conv_state_indices is not None:
-        rows = conv_state[conv_state_indices]
+        is_used = conv_state_indices >= 0
+        rows = conv_state[conv_state_indices.clamp(min=0)]
         y = causal_conv1d_update(x, rows, weight, bias, activation, cache_seqlens)
-        conv_state[conv_state_indices] = rows
-        return y
+        conv_state[conv_state_indices[is_used]] = rows[is_used]
+        return y.where(is_used.view(-1, *[1] * (x.dim() - 1)), 0)
     new = x[..., None] if x.dim() == 2 else x
     before, size = weight.shape[1] - 1, conv_state.shape[-1]
     if size < before:

@@ -26,7 +26,8 @@ def mamba_inner_fn(xz: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None
     Args:
         xz: (B, 2*D, L), x first.
         conv1d_weight: (D, 1, W). conv1d_bias: (D), or None.
-        x_proj_weight: (R+2*N, D), for dt, B and C in this order.
+        x_proj_weight: (R+2*N, D), for dt, B and C in this order; without the N rows of a given B
+            or C.
         delta_proj_weight: (D, R). delta_bias: (D), or None.
         out_proj_weight: (C, D). out_proj_bias: (C), or None.
         A: (D, N), real. D: (D), or None.
@@ -40,7 +41,7 @@ def mamba_inner_fn(xz: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None
         (B, L, C).
     """
     _refuse_norms(b_rms_weight, c_rms_weight, dt_rms_weight)
-    y = _mix(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D,
+    y = mix(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D,
              delta_bias, B_proj_bias, C_proj_bias, delta_softplus)
     return F.linear(y, out_proj_weight, out_proj_bias)
 
@@ -53,7 +54,7 @@ def mamba_inner_fn_no_out_proj(xz: Tensor, conv1d_weight: Tensor, conv1d_bias: T
                                C_proj_bias: Tensor | None = None, delta_softplus: bool = True,
                                checkpoint_lvl: int = 1) -> Tensor:
     """:func:`mamba_inner_fn` without out_proj: (B, D, L)."""
-    return _mix(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D,
+    return mix(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D,
                 delta_bias, B_proj_bias, C_proj_bias, delta_softplus).transpose(1, 2)
 
 
@@ -69,7 +70,7 @@ def bimamba_inner_fn(xz: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | No
     The convolution runs forwards, once. Vim's own backward loses a part of the gradient by z; this
     one does not.
     """
-    y = _mix(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D,
+    y = mix(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D,
              delta_bias, B_proj_bias, C_proj_bias, delta_softplus, A_b)
     return F.linear(y, out_proj_weight, out_proj_bias)
 
@@ -78,7 +79,7 @@ def mamba_inner_ref(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_we
                     out_proj_weight, out_proj_bias, A, B=None, C=None, D=None, delta_bias=None,
                     B_proj_bias=None, C_proj_bias=None, delta_softplus=True) -> Tensor:
     """:func:`mamba_inner_fn` of single ops."""
-    y = _compose(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D,
+    y = compose(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D,
                  delta_bias, B_proj_bias, C_proj_bias, delta_softplus)
     return F.linear(y, out_proj_weight, out_proj_bias)
 
@@ -88,7 +89,7 @@ def bimamba_inner_ref(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_
                       delta_bias=None, B_proj_bias=None, C_proj_bias=None,
                       delta_softplus=True) -> Tensor:
     """:func:`bimamba_inner_fn` of single ops."""
-    y = _compose(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D,
+    y = compose(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D,
                  delta_bias, B_proj_bias, C_proj_bias, delta_softplus, A_b)
     return F.linear(y, out_proj_weight, out_proj_bias)
 
@@ -105,14 +106,15 @@ def cast_for_autocast(*tensors: Tensor) -> list[Tensor]:
     return [t if dtype is None else t.to(dtype) for t in tensors]
 
 
-def _mix(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D, delta_bias,
+def mix(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D, delta_bias,
          B_proj_bias, C_proj_bias, delta_softplus, A_b=None) -> Tensor:
-    """(B, L, D), by the fused op where it has what is asked for."""
+    """What is between in_proj and out_proj, (B, 2*D, L) to (B, L, D), by the fused op where it has
+    what is asked for; with ``A_b`` also backwards, as in Vim's v1."""
     refuse_complex(A)
     optional = (B, C, B_proj_bias, C_proj_bias, A_b)
     if not delta_softplus or D is None or delta_bias is None or any(
             t is not None for t in optional):
-        return _compose(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C,
+        return compose(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C,
                         D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus, A_b)
     xz, x_proj, dt_proj = cast_for_autocast(xz.transpose(1, 2), x_proj_weight, delta_proj_weight)
     return mamba_inner(xz, conv1d_weight[None, :, 0],
@@ -120,23 +122,26 @@ def _mix(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B,
                        dt_proj[None], delta_bias[None], A[None], D[None])
 
 
-def _compose(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D,
+def compose(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D,
              delta_bias, B_proj_bias, C_proj_bias, delta_softplus, A_b=None) -> Tensor:
-    """(B, L, D), of single ops."""
+    """:func:`mix` of single ops."""
     refuse_complex(A)
     rank, state = delta_proj_weight.shape[1], A.shape[1]
     xz, x_proj, dt_proj = cast_for_autocast(xz, x_proj_weight, delta_proj_weight)
     x, z = xz.transpose(1, 2).chunk(2, -1)
     x = causal_conv(x, conv1d_weight[:, 0], conv1d_bias)
-    dt, B_x, C_x = F.linear(x, x_proj).split([rank, state, state], -1)
+    projected = F.linear(x, x_proj)
 
-    def choose(given, projected, bias):
+    def choose(given, part, bias):
         if given is not None:
             return given
-        projected = projected if bias is None else projected + bias.to(projected.dtype)
-        return projected.transpose(1, 2)
+        return (part if bias is None else part + bias.to(part.dtype)).transpose(1, 2)
 
-    B, C = choose(B, B_x, B_proj_bias), choose(C, C_x, C_proj_bias)
+    # The rows of B come after those of dt, and those of C are the last; x_proj has those that
+    # are used.
+    dt = projected[..., :rank]
+    B = choose(B, projected[..., rank:rank + state], B_proj_bias)
+    C = choose(C, projected[..., -state:], C_proj_bias)
     u, delta, z = x.transpose(1, 2), F.linear(dt, dt_proj).transpose(1, 2), z.transpose(1, 2)
     B, C = in_groups(B, C, u)
     options = dict(z=z, delta_bias=delta_bias, delta_softplus=delta_softplus)

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmamba_mm.integrations.dropin.conv import causal_conv1d_update
-from vmamba_mm.integrations.dropin.inner import bimamba_inner_fn, cast_for_autocast
+from vmamba_mm.integrations.dropin.inner import cast_for_autocast, mix
 from vmamba_mm.integrations.dropin.scan import selective_scan_fn
 from vmamba_mm.integrations.dropin.state_update import selective_state_update
-from vmamba_mm.layers.ssm_init import init_A_logs, init_dt_bias
+from vmamba_mm.layers.ssm_init import init_A_logs, init_dt_bias, state_matrix
 from vmamba_mm.ops import causal_conv, mamba_inner
 from vmamba_mm.ops.core.backends import compute_dtype
 
@@ -50,6 +50,9 @@ class Mamba(nn.Module):
         ValueError: on a value that does not exist.
     """
 
+    #: Outputs of in_proj and inputs of out_proj, by D.
+    widths = 2, 1
+
     def __init__(self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: float = 2,
                  dt_rank: int | str = 'auto', dt_min: float = 0.001, dt_max: float = 0.1,
                  dt_init: str = 'random', dt_scale: float = 1.0, dt_init_floor: float = 1e-4,
@@ -72,13 +75,13 @@ class Mamba(nn.Module):
         self.dt_rank = math.ceil(d_model / 16) if dt_rank == 'auto' else dt_rank
         self.use_fast_path, self.layer_idx = use_fast_path, layer_idx
         self.bimamba_type, self.nslices = bimamba_type, nslices
-        self.if_divide_out = self.if_devide_out = if_divide_out or if_devide_out
+        self.if_divide_out = if_divide_out or if_devide_out
         self.init_layer_scale = init_layer_scale
         options = dict(device=device, dtype=dtype)
 
         if init_layer_scale is not None:
             self.gamma = nn.Parameter(init_layer_scale * torch.ones(d_model, device=device))
-        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **options)
+        self.in_proj = nn.Linear(d_model, self.widths[0] * self.d_inner, bias=bias, **options)
         self._add_direction('', conv_bias, options)
         bound = self.dt_rank ** -0.5 * dt_scale
         with torch.no_grad():
@@ -97,7 +100,20 @@ class Mamba(nn.Module):
             self._add_direction(suffix, conv_bias, options)
         self.activation = 'silu'
         self.act = nn.SiLU()
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **options)
+        self._add_before_out_proj(options)
+        self.out_proj = nn.Linear(self.widths[1] * self.d_inner, d_model, bias=bias, **options)
+
+    @property
+    def if_devide_out(self) -> bool:
+        """``if_divide_out``, as another fork spells it."""
+        return self.if_divide_out
+
+    @if_devide_out.setter
+    def if_devide_out(self, value: bool) -> None:
+        self.if_divide_out = value
+
+    def _add_before_out_proj(self, options: dict) -> None:
+        """What a fork has there."""
 
     def _add_direction(self, suffix: str, conv_bias: bool, options: dict) -> None:
         inner = self.d_inner
@@ -135,23 +151,25 @@ class Mamba(nn.Module):
             if inference_params.seqlen_offset > 0:
                 return self.step(hidden_states, *states)[0]
             return self._prefill(hidden_states, *states)
-        xz = self.in_proj(hidden_states)
-        if self.bimamba_type == 'v1':
-            out = bimamba_inner_fn(
-                xz.transpose(1, 2), self.conv1d.weight, self.conv1d.bias, self.x_proj.weight,
-                self.dt_proj.weight, self.out_proj.weight, self.out_proj.bias, self._A(''),
-                self._A('_b'), D=_wide(self.D), delta_bias=_wide(self.dt_proj.bias))
-            return self._scaled(out)
-        if self.bimamba_type == 'none':
-            y = self._mix(xz, ('',))
-        else:
-            scale = 0.5 if self.if_divide_out and self.bimamba_type == 'v2' else 1.0
-            y = self._mix(xz, ('', '_b'), scale)
-        if self.bimamba_type == 'v3':
-            y = y + self._from_slices(self._mix(self._to_slices(xz), ('_s',)))
+        y = self._run(self.in_proj(hidden_states))
         return self._scaled(self.out_proj(y))
 
-    def _mix(self, xz: Tensor, directions: tuple[str, ...], scale: float = 1.0) -> Tensor:
+    def _run(self, xz: Tensor) -> Tensor:
+        """What is between the two outer projections: (B, L, 2D) to (B, L, D)."""
+        if self.bimamba_type == 'none':
+            return self._mix(xz, ('',))
+        if self.bimamba_type == 'v1':
+            return mix(xz.transpose(1, 2), self.conv1d.weight, self.conv1d.bias,
+                       self.x_proj.weight, self.dt_proj.weight, self._A(''), None, None,
+                       _wide(self.D), _wide(self.dt_proj.bias), None, None, True, self._A('_b'))
+        is_mean = self.if_divide_out and self.bimamba_type == 'v2'
+        y = self._mix(xz, ('', '_b'), 0.5 if is_mean else 1.0)
+        if self.bimamba_type == 'v3':
+            y = y + self._from_slices(self._mix(self._to_slices(xz), ('_s',)))
+        return y
+
+    def _mix(self, xz: Tensor, directions: tuple[str, ...], scale: float = 1.0,
+             reverse: bool = False) -> Tensor:
         """(B, L, 2D) to (B, L, D): the sum over one direction or two, by ``scale``."""
         def stack(tensors):
             tensors = list(tensors)
@@ -166,10 +184,11 @@ class Mamba(nn.Module):
             xz, stack(conv.weight[:, 0] for conv in convs),
             None if convs[0].bias is None else stack(conv.bias for conv in convs),
             x_proj, dt_proj, stack(_wide(dt.bias) for dt in dts), stack(map(self._A, directions)),
-            stack(_wide(getattr(self, f'D{suffix}')) for suffix in directions), scale=scale)
+            stack(_wide(getattr(self, f'D{suffix}')) for suffix in directions), scale=scale,
+            reverse=reverse)
 
     def _A(self, suffix: str) -> Tensor:
-        return -torch.exp(_wide(getattr(self, f'A{suffix}_log')))
+        return state_matrix(getattr(self, f'A{suffix}_log'))
 
     def _scaled(self, out: Tensor) -> Tensor:
         return out if self.init_layer_scale is None else out * self.gamma

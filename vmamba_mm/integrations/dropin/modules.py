@@ -22,6 +22,8 @@ MODULES: dict[str, tuple[str, ...]] = {
         'state_update: selective_state_update',),
     'mamba_ssm.modules': (),
     'mamba_ssm.modules.mamba_simple': ('mamba_simple: Mamba', 'blocks: Block'),
+    'mamba_ssm.modules.mamba_simple_scan_norm': ('mamba_forks: Mamba=NormedMamba',),
+    'mamba_ssm.modules.mamba_new': ('mamba_forks: Mamba=DecomposedMamba',),
     'mamba_ssm.modules.block': ('blocks: Block=BlockWithMLP',),
     'mamba_ssm.utils': (),
     'mamba_ssm.utils.generation': ('language: GenerationMixin InferenceParams',),

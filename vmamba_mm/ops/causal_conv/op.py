@@ -5,7 +5,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from vmamba_mm.ops.causal_conv import chunked, reference
+from vmamba_mm.ops.causal_conv import chunked, cuda, reference
 from vmamba_mm.ops.core.backends import Backend
 from vmamba_mm.ops.core.define_op import Implementation, define_op
 
@@ -23,7 +23,9 @@ _causal_conv = define_op(
     reference=reference.forward,
     fake=_fake,
     results=2,
-    implementations={'chunked': Implementation(chunked.forward, chunked.backward)},
+    implementations={
+        'cuda': Implementation(cuda.forward, cuda.backward, cuda.why_not),
+        'chunked': Implementation(chunked.forward, chunked.backward)},
     saves='x weight bias initial_state silu reverse return_final_state',
     flops=lambda x, weight, **_: 2 * prod(x) * weight[1])
 
@@ -46,7 +48,8 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, silu: 
         initial_state: (B, W - 1, D), the inputs before the first step, oldest first, or None for
             zeros.
         return_final_state: return the last W - 1 inputs too.
-        backend: 'reference' or 'chunked'; None for 'chunked'.
+        backend: 'reference', 'chunked' or 'cuda'; None for 'cuda' where an NVIDIA GPU takes the
+            inputs, else 'chunked'.
 
     Returns:
         (B, L, D) in the dtype and, where ``x`` has no gaps, with the strides of ``x``, whatever

@@ -31,6 +31,7 @@ _TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}  # cudaDataTyp
 _COMPUTE_32F, _COMPUTE_32F_FAST_TF32 = 68, 77
 _TRANSA, _TRANSB, _EPILOGUE, _BIAS_POINTER = 3, 4, 7, 8  # of a product
 _EPILOGUE_BIAS = 4
+_BATCH, _BATCH_STRIDE = 5, 6  # of a layout
 _WORKSPACE, _REDUCTIONS, _ALIGNMENTS = 1, 3, (5, 6, 7, 8)  # of a preference
 _MOST_WORKSPACE = 32 * 2**20  # bytes, as torch has on recent GPUs
 _FULL_PRECISION = 3  # parts of a sum are added in place or in fp32, never rounded before
@@ -63,6 +64,7 @@ def cublas() -> ctypes.CDLL | None:
                 ('MatmulDescSetAttribute', pointer, number, pointer, ctypes.c_size_t),
                 ('MatrixLayoutCreate', pointer, number, ctypes.c_uint64, ctypes.c_uint64,
                  ctypes.c_int64),
+                ('MatrixLayoutSetAttribute', pointer, number, pointer, ctypes.c_size_t),
                 ('MatmulPreferenceSetAttribute', pointer, number, pointer, ctypes.c_size_t),
                 ('MatmulAlgoGetHeuristic', *[pointer] * 7, number, pointer, pointer),
                 ('Matmul', *[pointer] * 14, ctypes.c_size_t, pointer)):
@@ -112,12 +114,15 @@ def _handle(index: int) -> ctypes.c_void_p:
 @cached
 def product(index: int, dtype: torch.dtype, out_dtype: torch.dtype, rows: int, columns: int,
             inner: int, left_t: bool = False, right_t: bool = False, bias: bool = False,
-            tf32: bool = False) -> Product:
-    """``left`` (rows, inner) times ``right`` (inner, columns), plus ``bias`` (columns), each
-    without gaps, of which a transposed one lies there as (inner, rows) or (columns, inner).
+            tf32: bool = False, pitches: tuple[int, int, int] = (0, 0, 0), batch: int = 1
+            ) -> Product:
+    """``left`` (rows, inner) times ``right`` (inner, columns), plus ``bias`` (columns), of which a
+    transposed one lies there as (inner, rows) or (columns, inner).
 
-    Sums are in fp32 and rounded once; ``tf32`` rounds factors in fp32 to that. Every address is a
-    multiple of 16.
+    Matrices have no gaps, but where one of the ``pitches`` of left, right and result is not 0:
+    then its rows lie that many elements apart. A ``batch`` of products has its matrices one after
+    the other, each with as many elements as its rows take. Sums are in fp32 and rounded once;
+    ``tf32`` rounds factors in fp32 to that. Every address is a multiple of 16.
 
     Raises:
         RuntimeError: with the library's words, if it cannot.
@@ -132,12 +137,17 @@ def product(index: int, dtype: torch.dtype, out_dtype: torch.dtype, rows: int, c
         _set('MatmulDesc', descriptor, _EPILOGUE, ctypes.c_int(_EPILOGUE_BIAS))
         _set('MatmulDesc', descriptor, _BIAS_POINTER, ctypes.c_void_p(_ALIGNED))
 
-    def layout(type_, height, width):
-        return _make('MatrixLayoutCreate', _TYPES[type_], width, height, width)
+    def layout(type_, height, width, pitch):
+        pitch = pitch or width
+        made = _make('MatrixLayoutCreate', _TYPES[type_], width, height, pitch)
+        if batch > 1:
+            _set('MatrixLayout', made, _BATCH, ctypes.c_int(batch))
+            _set('MatrixLayout', made, _BATCH_STRIDE, ctypes.c_int64(height * pitch))
+        return made
 
-    right_layout = layout(dtype, *((columns, inner) if right_t else (inner, columns)))
-    left_layout = layout(dtype, *((inner, rows) if left_t else (rows, inner)))
-    out_layout = layout(out_dtype, rows, columns)
+    right_layout = layout(dtype, *((columns, inner) if right_t else (inner, columns)), pitches[1])
+    left_layout = layout(dtype, *((inner, rows) if left_t else (rows, inner)), pitches[0])
+    out_layout = layout(out_dtype, rows, columns, pitches[2])
     preference = _make('MatmulPreferenceCreate')
     _set('MatmulPreference', preference, _WORKSPACE, ctypes.c_uint64(_MOST_WORKSPACE))
     _set('MatmulPreference', preference, _REDUCTIONS, ctypes.c_uint32(_FULL_PRECISION))

@@ -1,10 +1,13 @@
 """The op ``mamba_inner``: its definition, checks, and the public function."""
 
+from functools import partial
+
 from torch import Tensor
 
 from vmamba_mm.ops.core.backends import Backend
 from vmamba_mm.ops.core.define_op import Implementation, define_op
-from vmamba_mm.ops.mamba_inner import chunked, reference
+from vmamba_mm.ops.mamba_inner import chunked, cuda, reference, triton_scan
+from vmamba_mm.ops.scan_kernels import triton_backend
 from vmamba_mm.ops.selective_scan.op import scan_flops
 
 
@@ -19,8 +22,15 @@ def _count_flops(xz, conv_weight, x_proj, dt_proj, A, **_) -> int:
 def _fake(xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, reverse, scale, backend,
           save):
     batch, length, width = xz.shape
-    return xz.new_empty(batch, length, width // 2), *(xz.new_empty(0) for _ in range(3))
+    shape, rows, total = (batch, length, width // 2), 0, 0
+    if backend == 'cuda' and save:
+        rows, total = (len(A), batch * length, x_proj.shape[1]), shape
+    return xz.new_empty(shape), xz.new_empty(0), xz.new_empty(rows), xz.new_empty(total)
 
+
+_TRITON = Implementation(
+    partial(chunked.forward, way=triton_scan), partial(chunked.backward, way=triton_scan),
+    lambda xz, *rest: triton_backend.why_not(xz, xz.dtype, by_default=False))
 
 _mamba_inner = define_op(
     'mamba_inner_fwd',
@@ -29,7 +39,10 @@ _mamba_inner = define_op(
     '(Tensor y, Tensor convolved, Tensor projected, Tensor saved)',
     reference=reference.forward,
     fake=_fake,
-    implementations={'chunked': Implementation(chunked.forward, chunked.backward)},
+    implementations={
+        'cuda': Implementation(cuda.forward, cuda.backward, cuda.why_not, saves=True),
+        'triton': _TRITON,
+        'chunked': Implementation(chunked.forward, chunked.backward)},
     saves='xz conv_weight conv_bias x_proj dt_proj dt_bias A D convolved projected saved reverse '
           'scale',
     flops=_count_flops)
@@ -57,7 +70,8 @@ def mamba_inner(xz: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, x_pro
         D: (K, D), the skip.
         reverse: for K = 1, run backwards in time.
         scale: factor of the result: 0.5 for the mean of both directions.
-        backend: 'reference' or 'chunked'; None for 'chunked'.
+        backend: 'reference', 'chunked', 'cuda' or 'triton'; None for the first of 'cuda' (an NVIDIA
+            GPU) and 'triton' (a GPU) that takes the inputs, else 'chunked'.
 
     Returns:
         (B, L, D) without gaps in the dtype of ``xz``, the directions summed, whatever autocast

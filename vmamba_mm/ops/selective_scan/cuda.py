@@ -1,85 +1,131 @@
-"""selective_scan by the CUDA kernels in ``kernels/scan``: half and fp32, any number of states."""
+"""selective_scan by the CUDA kernels in ``kernels/scan1d``: half and fp32, up to 128 states."""
 
 import torch
 from torch import Tensor
 
 from vmamba_mm.ops.core.launch import TYPES, pointer
-from vmamba_mm.ops.scan_kernels import cuda as scans
+from vmamba_mm.ops.scan_kernels import cuda as scan_kernels
+from vmamba_mm.ops.selective_scan import cuda_scan as scans
+from vmamba_mm.ops.selective_scan.cuda_scan import RowStrides, Sizes, Strides, Types
 
 
-def why_not(u, delta, A, B, C, D, delta_bias, out_dtype) -> str | None:
+def why_not(u, delta, A, B, C, D, delta_bias, z, initial_state, delta_softplus, return_final_state,
+            reverse, out_dtype) -> str | None:
     """The reason why the kernels cannot take these inputs, or None."""
-    tensors = [t for t in (delta, A, B, C, D, delta_bias) if t is not None]
-    if any(t.device != u.device for t in tensors):
-        return 'the inputs are on different devices'
-    if any(t.dtype not in TYPES for t in tensors):
-        return 'an input is neither float32 nor float16 nor bfloat16'
+    for t in (delta, A, B, C, D, delta_bias, z, initial_state):
+        if t is None:
+            continue
+        if t.device != u.device:
+            return 'the inputs are on different devices'
+        if t.dtype not in TYPES:
+            return 'an input is neither float32 nor float16 nor bfloat16'
     if out_dtype not in TYPES:
         return f'out_dtype is {out_dtype}; the kernels give float16, bfloat16 and float32'
-    return scans.why_not(u, 0, A.shape[1])
+    if B.numel() >= 2**31 * len(B):
+        return 'B of a sample has 2^31 elements or more'
+    return scan_kernels.why_not(u, 0, 1) or _why_not_here(u.device.index, u.dtype, A.shape[1])
 
 
-def _start(u, delta, A, B, C, D, delta_bias):
-    """u, delta, B, C in one dtype, contiguous; sizes; the parameters as the kernels take them."""
-    dtype = u.dtype if all(t.dtype == u.dtype for t in (delta, B, C)) else torch.float32
-    u, delta, B, C = (t.to(dtype).contiguous() for t in (u, delta, B, C))
+@torch.compiler.assume_constant_result
+def _why_not_here(index: int, dtype: torch.dtype, state: int) -> str | None:
+    return scans.why_not_on(index, dtype, state)
+
+
+def _sizes(u, A, B, reverse) -> Sizes:
     batch, channels, length = u.shape
     routes = B.shape[1]
-    sizes = batch, channels // routes, 1, length, 0, routes
-    return u, delta, B, C, sizes, scans.prepare(sizes, (None, delta_bias, A, D), merged=False)
+    return Sizes(batch, routes, channels // routes, length, A.shape[1],
+                 (1 << routes) - 1 if reverse else 0)
 
 
-def _empty(u: Tensor, dtype: torch.dtype, state: int) -> Tensor:
-    """Memory for the results of each scan."""
-    return u.new_empty((scans.groups_of(state)[1], *u.shape), dtype=scans.maps_dtype(dtype, state))
+def _start(u, delta, B, C, z, *others):
+    """Maps in one dtype, without gaps."""
+    maps = u, delta, B, C, z, *others
+    dtype = u.dtype
+    if any(t is not None and t.dtype != dtype for t in maps):
+        dtype = torch.float32
+    return [None if t is None else t.to(dtype).contiguous() for t in maps]
 
 
-def _forward(u, delta, B, C, sizes, prepared, state, delta_softplus, out_dtype, y, states):
-    """Fill ``y`` and ``states``, where given."""
-    launch = scans.forward_launch(u.get_device(), u.dtype, sizes, state, sequence=True,
-                                  softplus=delta_softplus, written=out_dtype)
-    memory = u.new_empty(launch.memory, dtype=torch.uint8)
-    launch.run(x=u.data_ptr(), projected=delta.data_ptr(), prepared=prepared.data_ptr(),
-               maps=pointer(y), states=pointer(states), memory=memory.data_ptr(), B=B.data_ptr(),
-               C=C.data_ptr())
+def _dense(t: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+    return None if t is None else t.to(dtype or t.dtype).contiguous()
 
 
-def forward(u, delta, A, B, C, D, delta_bias, delta_softplus, out_dtype) -> Tensor:
-    """Shapes as in :func:`vmamba_mm.ops.selective_scan`; inputs for which ``why_not`` is None."""
-    u, *rest = _start(u, delta, A, B, C, D, delta_bias)
-    state = A.shape[1]
-    y = _empty(u, out_dtype, state)
-    _forward(u, *rest, state, delta_softplus, out_dtype, y, None)
-    return scans.merge_groups(y, out_dtype)
+def _types(A, D, delta_bias) -> Types:
+    return Types(A.dtype, None if D is None else D.dtype,
+                 None if delta_bias is None else delta_bias.dtype)
 
 
-def backward(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus):
-    """Gradients by u, delta, A, B, C, D, delta_bias (None where the input is None).
+def _strides(sizes: Sizes, *names: str) -> tuple[tuple[str, Strides], ...]:
+    of = Strides(sizes.channels * sizes.length, sizes.dim * sizes.length, sizes.length)
+    return tuple([(name, of) for name in names])
 
-    The states between chunks are computed again.
+
+def _rows(sizes: Sizes) -> RowStrides:
+    one = sizes.state * sizes.length
+    return RowStrides(sizes.routes * one, one, sizes.length, 1)
+
+
+def forward(u, delta, A, B, C, D, delta_bias, z, initial_state, delta_softplus, return_final_state,
+            reverse, out_dtype) -> tuple[Tensor, Tensor]:
+    """Shapes as in :func:`vmamba_mm.ops.selective_scan`; inputs for which ``why_not`` is None.
+
+    The second result is empty without ``return_final_state``."""
+    sizes = _sizes(u, A, B, reverse)
+    u, delta, B, C, z = _start(u, delta, B, C, z)
+    A, D, delta_bias = map(_dense, (A, D, delta_bias))
+    start = _dense(initial_state, torch.float32)
+    y = torch.empty(u.shape, dtype=out_dtype, device=u.device)
+    end = torch.empty((sizes.batch, sizes.channels, sizes.state) if return_final_state else 0,
+                      dtype=torch.float32, device=u.device)
+    rows = _rows(sizes)
+    launch = scans.forward_launch(
+        u.get_device(), u.dtype, sizes, False, _types(A, D, delta_bias), delta_softplus,
+        _strides(sizes, 'u', 'delta', 'z', 'y'), rows, rows, out_dtype)
+    memory = u.new_empty(launch.memory, dtype=torch.uint8) if launch.memory else None
+    launch.run(u=u.data_ptr(), delta=delta.data_ptr(), A=A.data_ptr(), B=B.data_ptr(),
+               C=C.data_ptr(), y=y.data_ptr(), memory=pointer(memory), D=pointer(D),
+               bias=pointer(delta_bias), z=pointer(z), start=pointer(start),
+               end=end.data_ptr() if return_final_state else 0)
+    return y, end
+
+
+def backward(grad_y, grad_state, u, delta, A, B, C, D, delta_bias, z, initial_state,
+             delta_softplus, return_final_state, reverse):
+    """Gradients by u, delta, A, B, C, D, delta_bias, z, initial_state (None where the input is
+    None).
+
+    The states within the sequence are computed again.
     """
-    inputs = (u, delta, A, B, C, D, delta_bias)
-    u, delta, B, C, sizes, prepared = _start(*inputs)
-    dtype, state = u.dtype, A.shape[1]
-    batch, dim, _, length, _, routes = sizes
-    states = u.new_empty(scans.states_shape(batch, routes, length, state, dim), dtype=torch.float32)
-    _forward(u, delta, B, C, sizes, prepared, state, delta_softplus, dtype, None, states)
-    launch = scans.backward_launch(u.get_device(), dtype, sizes, state, sequence=True,
-                                   softplus=delta_softplus)
-    grad_u, grad_delta = _empty(u, dtype, state), _empty(u, dtype, state)
-    grad_B, grad_C = (u.new_empty((launch.columns, *B.shape),
-                                  dtype=dtype if launch.columns == 1 else torch.float32)
-                      for _ in range(2))
-    sums = scans.empty_sums(u, sizes, state, launch.parts)
+    inputs = u, delta, A, B, C, D, delta_bias, z, initial_state
+    sizes = _sizes(u, A, B, reverse)
+    if grad_y is None:
+        grad_y = torch.zeros_like(u)
+    same_dtype = all(t is None or t.dtype == u.dtype for t in (delta, B, C, z))
+    u, delta, B, C, z = _start(u, delta, B, C, z)
+    grad_y = _dense(grad_y, u.dtype)
+    A, D, delta_bias = map(_dense, (A, D, delta_bias))
+    start = _dense(initial_state, torch.float32)
+    end_grad = _dense(grad_state, torch.float32) if return_final_state else None
+    du, ddelta = torch.empty_like(u), torch.empty_like(u)
+    dA, dD, dbias = (None if t is None else torch.empty_like(t) for t in (A, D, delta_bias))
+    dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in inputs[3:5])
+    dz, y = (None, None) if z is None else (torch.empty_like(z), torch.empty_like(u))
+    start_grad = None if start is None else torch.empty_like(start)
+    rows = _rows(sizes)
+    launch = scans.backward_launch(
+        u.get_device(), u.dtype, sizes, False, _types(A, D, delta_bias), delta_softplus,
+        _strides(sizes, 'u', 'delta', 'z', 'y', 'grad', 'du', 'ddelta', 'dz'), rows, rows, rows,
+        rows, (dB.dtype, dC.dtype), z is not None)
     memory = u.new_empty(launch.memory, dtype=torch.uint8)
-    grad_y = grad_y.to(dtype).contiguous()
-    launch.run(x=u.data_ptr(), projected=delta.data_ptr(), prepared=prepared.data_ptr(),
-               states=states.data_ptr(), grad=grad_y.data_ptr(), maps=grad_u.data_ptr(),
-               dprojected=grad_delta.data_ptr(), sums=sums.data_ptr(), memory=memory.data_ptr(),
-               B=B.data_ptr(), C=C.data_ptr(), grad_B=grad_B.data_ptr(), grad_C=grad_C.data_ptr())
-    grad_B, grad_C = (t[0] if len(t) == 1 else t.sum(0) for t in (grad_B, grad_C))
-    _, by_bias, by_A, by_D = scans.finish(sums, sizes, (None, delta_bias, A, D))
-    grads = (scans.merge_groups(grad_u, dtype), scans.merge_groups(grad_delta, dtype), by_A, grad_B,
-             grad_C, by_D, by_bias)
+    launch.run(u=u.data_ptr(), delta=delta.data_ptr(), A=A.data_ptr(), B=B.data_ptr(),
+               C=C.data_ptr(), grad=grad_y.data_ptr(), du=du.data_ptr(), ddelta=ddelta.data_ptr(),
+               dA=dA.data_ptr(), dB=dB.data_ptr(), dC=dC.data_ptr(), memory=memory.data_ptr(),
+               D=pointer(D), bias=pointer(delta_bias), z=pointer(z), start=pointer(start),
+               dD=pointer(dD), dbias=pointer(dbias), dz=pointer(dz), y=pointer(y),
+               end_grad=pointer(end_grad), start_grad=pointer(start_grad))
+    grads = du, ddelta, dA, dB, dC, dD, dbias, dz, start_grad
+    if same_dtype and (initial_state is None or initial_state.dtype == torch.float32):
+        return grads
     return tuple(None if t is None else g.to(t.dtype)
                  for g, t in zip(grads, inputs, strict=True))

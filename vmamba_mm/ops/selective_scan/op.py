@@ -45,7 +45,7 @@ _selective_scan = define_op(
     fake=_fake,
     results=2,
     implementations={
-        'cuda': _plain(cuda, cuda.why_not),
+        'cuda': Implementation(cuda.forward, cuda.backward, cuda.why_not),
         'triton': _plain(triton_scan, lambda *args: triton_scan.why_not(
             args[0], args[7], args[1:7])),
         'chunked': Implementation(chunked.forward, chunked.backward)},
@@ -110,9 +110,9 @@ def _check(u, delta, A, B, C, D, delta_bias, z, initial_state) -> None:
     if length < 1 or state < 1 or channels % groups:
         raise ValueError(f'selective_scan expects L >= 1, N >= 1 and K*D={channels} divisible by '
                          f'K={groups}; got L={length}, N={state}')
-    if A.is_complex() or B.is_complex() or C.is_complex():
-        raise ValueError('selective_scan expects real A, B and C; complex ones are not supported: '
-                         f'got A {A.dtype}, B {B.dtype}, C {C.dtype}')
+    if any(t.is_complex() for t in (u, delta, A, B, C)):
+        raise ValueError('selective_scan expects real tensors, complex ones are not supported; got '
+                         f'u {u.dtype}, delta {delta.dtype}, A {A.dtype}, B {B.dtype}, C {C.dtype}')
     routed, states = (batch, groups, state, length), (batch, channels, state)
     if (delta.shape == u.shape and A.shape[0] == channels and B.shape == routed
             and C.shape == routed and (D is None or D.shape == (channels,))

@@ -1,0 +1,417 @@
+"""Launches of the kernels in ``kernels/scan1d``, on addresses, for selective_scan and mamba_inner.
+
+A sequence is one of (B, K): D channels over L positions. Either the channels of a position are
+adjacent in memory (``last``), or the positions of a channel. ``kernels/README.md`` says how the
+kernels work. fp16 and fp32 need sm_75, bf16 sm_80.
+"""
+
+from collections.abc import Callable
+from math import ceil
+from typing import NamedTuple
+
+import torch
+
+from vmamba_mm.ops.core.launch import (
+    CODES,
+    TYPES,
+    Instance,
+    cached,
+    device_limits,
+    kernel,
+)
+
+MOST_STATES = 128
+_THREADS = 128
+RUN, STATES, GRADIENTS = range(3)  # modes of the forward kernel, as in scan1d.cuh
+
+
+# --- what is compiled -------------------------------------------------------------------------
+
+def _flags(*flags: bool) -> str:
+    return ', '.join(str(flag).lower() for flag in flags)
+
+
+def lanes_of(state: int) -> tuple[int, int]:
+    """(states of a lane, lanes) of the kernels for N states, or for fewer."""
+    if state <= 4:
+        return (1, 2, 4, 4)[state - 1], 1
+    return 4, next(n for n in (2, 4, 8, 16, 32) if 4 * n >= state)
+
+
+def forward_instance(type_: str, states: int, lanes: int, last: bool, vector: bool, mode: int
+                     ) -> Instance:
+    """``mode`` is RUN, STATES or GRADIENTS."""
+    return Instance('scan1d/scan1d_fwd.cu',
+                    f'scan1d_fwd<{type_}, {states}, {lanes}, {_flags(last, vector)}, {mode}>')
+
+
+def backward_instance(type_: str, states: int, lanes: int, last: bool, vector: bool) -> Instance:
+    return Instance('scan1d/scan1d_bwd.cu',
+                    f'scan1d_bwd<{type_}, {states}, {lanes}, {_flags(last, vector)}>')
+
+
+def combine_instance() -> Instance:
+    return Instance('scan1d/scan1d_combine.cu', 'scan1d_combine')
+
+
+def finish_instance() -> Instance:
+    return Instance('scan1d/scan1d_finish.cu', 'scan1d_finish')
+
+
+# Type, N, last, vector: those that published models use, and for each N one.
+_COMPILED = [('Half', 16, False, False), ('Half', 16, False, True), ('Half', 16, True, True),
+             ('BFloat', 16, False, True), ('BFloat', 16, True, True), ('Float', 16, False, True),
+             ('Float', 16, True, True), ('Half', 1, False, True), ('Float', 3, True, False),
+             ('Float', 8, False, False), ('Float', 32, False, True), ('Half', 64, True, True)]
+
+#: What is compiled to check it, and the lowest compute capability (75 for 7.5) that it is for.
+INSTANCES: dict[Instance, int] = {
+    **{forward_instance('Half', 4 // more, 4 * more, False, True, RUN): 75 for more in (2, 4)},
+    **{instance: 80 if type_ == 'BFloat' else 75 for type_, state, *memory in _COMPILED
+       for instance in (*(forward_instance(type_, *lanes_of(state), *memory, mode)
+                          for mode in range(3)),
+                        backward_instance(type_, *lanes_of(state), *memory))},
+    combine_instance(): 75, finish_instance(): 75}
+
+
+# --- sizes ------------------------------------------------------------------------------------
+
+class Sizes(NamedTuple):
+    """``dim``: channels of one of the ``routes`` (K); ``reverse``: a bit for each of them."""
+    batch: int
+    routes: int
+    dim: int
+    length: int
+    state: int
+    reverse: int = 0
+
+    @property
+    def channels(self) -> int:
+        return self.routes * self.dim
+
+
+class Strides(NamedTuple):
+    """Of a map, in elements: from a sample and a route to the next, and from a position
+    (``last``) or a channel."""
+    b: int
+    k: int
+    s: int
+
+
+class RowStrides(NamedTuple):
+    """Of B or C, in elements."""
+    b: int
+    k: int
+    n: int
+    l: int  # noqa: E741
+
+
+class Tile(NamedTuple):
+    """As the struct Shape in scan1d.cuh."""
+    states: int
+    lanes: int
+    channels: int
+    steps: int
+
+    @classmethod
+    def of(cls, state: int, more: int = 1) -> 'Tile':
+        """``more``: lanes of fewer states, for more threads."""
+        states, lanes = lanes_of(state)
+        lanes *= more
+        return cls(states // more, lanes, 2 * _THREADS // lanes, min(4 * lanes, 16))
+
+    @property
+    def width(self) -> int:
+        """Columns of B and C together."""
+        return 2 * self.states * self.lanes
+
+    @property
+    def forward_shared(self) -> int:
+        """Bytes of shared memory of a block."""
+        return 4 * (self.steps * (2 * self.channels + 4 + self.width + 4) + 2 * self.channels)
+
+    @property
+    def backward_shared(self) -> int:
+        """Bytes of shared memory of a block."""
+        return self.forward_shared + 4 * (
+            self.steps * (self.channels + 2) + self.steps // 4 * 2 * _THREADS * self.states
+            + _THREADS // 32 * self.steps * self.width + 2 * 8 * _THREADS)
+
+
+class Plan(NamedTuple):
+    """How sequences are divided: the tile, steps of a span, spans."""
+    tile: Tile
+    span: int
+    spans: int
+
+    @classmethod
+    def of(cls, tile: Tile, length: int, spans: int) -> 'Plan':
+        tiles = -(-length // tile.steps)
+        tiles_of_span = -(-tiles // spans)
+        return cls(tile, tiles_of_span * tile.steps, -(-tiles // tiles_of_span))
+
+
+max_span = None  # for tests, which then ``forget``: steps of a span at most
+_FORWARD_BLOCKS, _BACKWARD_BLOCKS = 5, 3  # of a multiprocessor, as in the launch bounds
+# Instructions of a state and step in the forward by lanes that share the states of a channel; and
+# of what finds the states that enter spans, in relation.
+_INSTRUCTIONS = {1: 9, 2: 10.5, 4: 12.5}
+_DIVIDED = 0.75
+
+
+def _cost(multiprocessors: int, sizes: Sizes, plan: Plan, more: int) -> float:
+    """The time of a forward, in no unit: that of the fullest multiprocessor, which does the more
+    at a time the more warps it has."""
+    tile = plan.tile
+    blocks = sizes.batch * sizes.routes * -(-sizes.dim // tile.channels) * plan.spans / \
+        multiprocessors
+    resident = min(_FORWARD_BLOCKS, ceil(blocks))
+    work = tile.channels * plan.span * _INSTRUCTIONS[more] * (1 + _DIVIDED * (plan.spans > 1))
+    return max(blocks, ceil(blocks) if blocks <= _FORWARD_BLOCKS else 0) * work \
+        * (1 + 6 / (4 * resident))
+
+
+def forward_plan(index: int, sizes: Sizes) -> Plan:
+    """Few sequences are divided into spans, of which all but the last are scanned twice, or a
+    channel's states among more lanes."""
+    multiprocessors = device_limits(index)[0]
+    plain = Tile.of(sizes.state)
+    if max_span:
+        return Plan.of(plain, sizes.length, -(-sizes.length // max_span))
+    blocks = sizes.batch * sizes.routes * -(-sizes.dim // plain.channels)
+    tiles = -(-sizes.length // plain.steps)
+    plans = [(Plan.of(plain, sizes.length, 1), 1)]
+    for each in range(1, _FORWARD_BLOCKS + 1):
+        spans = min(each * multiprocessors // blocks, tiles // 4)
+        if spans > 1:
+            plans.append((Plan.of(plain, sizes.length, spans), 1))
+    if 8 < sizes.state <= 16:
+        plans += [(Plan.of(Tile.of(sizes.state, more), sizes.length, 1), more) for more in (2, 4)]
+    return min(plans, key=lambda plan: _cost(multiprocessors, sizes, *plan))[0]
+
+
+def backward_plan(index: int, sizes: Sizes) -> Plan:
+    """Few sequences are divided into spans."""
+    tile = Tile.of(sizes.state)
+    tiles = -(-sizes.length // tile.steps)
+    blocks = sizes.batch * sizes.routes * -(-sizes.dim // tile.channels)
+    slots = device_limits(index)[0] * _BACKWARD_BLOCKS
+    spans = max(1, min(slots // blocks, tiles // 4)) if 5 * blocks < 2 * slots else 1
+    if max_span:
+        spans = -(-sizes.length // max_span)
+    return Plan.of(tile, sizes.length, spans)
+
+
+class Slab:
+    """Parts of one piece of memory, each at a multiple of 256 bytes."""
+
+    def __init__(self):
+        self.size = 0
+
+    def take(self, count: int, size: int = 4) -> int:
+        """The offset of a part of ``count`` elements of ``size`` bytes."""
+        at = self.size
+        self.size += -(-count * size // 256) * 256
+        return at
+
+
+class Types(NamedTuple):
+    """Of the parameters: None for one that there is not."""
+    A: torch.dtype
+    D: torch.dtype | None
+    bias: torch.dtype | None
+
+
+class _Scan:
+    """What the launches for such sizes share."""
+
+    def __init__(self, index: int, dtype: torch.dtype, sizes: Sizes, last: bool, types: Types,
+                 softplus: bool, plan: Plan):
+        self.index, self.type, self.sizes, self.last = index, TYPES[dtype], sizes, last
+        self.tile, self.span, self.spans = plan
+        self.tiles = -(-sizes.length // self.tile.steps)
+        self.columns = -(-sizes.dim // self.tile.channels)
+        self.blocks = sizes.batch * sizes.routes * self.columns * self.spans
+        self.A_type = CODES[types.A]
+        self.constants = dict(
+            dim=sizes.dim, length=sizes.length, state=sizes.state, routes=sizes.routes,
+            reverse=sizes.reverse, columns=self.columns, span=self.span, spans=self.spans,
+            tiles=self.tiles, softplus=int(softplus), A_type=self.A_type,
+            D_type=CODES.get(types.D, 0), bias_type=CODES.get(types.bias, 0))
+        # Vectors of 8 channels or 4 positions.
+        self.vectors = not (sizes.dim if last else sizes.length) % (
+            8 if last and dtype != torch.float32 else 4)
+
+    def entries_size(self) -> int:
+        return self.sizes.batch * self.spans * self.sizes.channels * self.sizes.state
+
+    def sums_size(self) -> int:
+        return self.sizes.batch * self.spans * self.sizes.channels
+
+    def bind(self, mode: int | None, strides: dict[str, Strides], rows: dict[str, RowStrides],
+             y_dtype: torch.dtype) -> Callable[..., None]:
+        """A launch of the forward in ``mode``, or of the backward for None: ``(vector, **addresses)``.
+        """
+        constants = dict(self.constants, y_type=CODES[y_dtype])
+        for name in ('u', 'delta', 'z', 'y', 'grad', 'du', 'ddelta', 'dz'):
+            values = strides.get(name, Strides(0, 0, 0))
+            constants.update({f'{name}_{side}': v for side, v in values._asdict().items()})
+        for name in ('B', 'C'):
+            constants.update({f'{name}_{side}': v for side, v in rows[name]._asdict().items()})
+        instance, shared = forward_instance, self.tile.forward_shared
+        if mode is None:
+            instance, shared = backward_instance, self.tile.backward_shared
+        launches = {}
+
+        def launch(vector, **addresses):
+            bound = launches.get(vector)
+            if bound is None:
+                more = () if mode is None else (mode,)
+                bound = launches[vector] = kernel(
+                    self.index, instance, self.type, self.tile.states, self.tile.lanes, self.last,
+                    vector, *more).bind((self.blocks, 1, 1), (_THREADS, 1, 1), shared,
+                                        **constants)
+            bound(**addresses)
+
+        return launch
+
+    def combine(self, back: bool) -> Callable[..., None]:
+        sizes = self.sizes
+        count = sizes.batch * sizes.channels * sizes.state
+        return kernel(self.index, combine_instance).bind(
+            (-(-count // 128), 1, 1), (128, 1, 1), batch=sizes.batch, channels=sizes.channels,
+            state=sizes.state, spans=self.spans, A_type=self.A_type, back=int(back))
+
+    def is_vector(self, *addresses: int) -> bool:
+        joined = 0
+        for address in addresses:
+            joined |= address
+        return self.vectors and joined % 16 == 0
+
+
+class Launch(NamedTuple):
+    """``run`` launches; ``memory`` bytes that it needs."""
+    run: Callable[..., None]
+    memory: int
+
+
+@cached
+def forward_launch(index: int, dtype: torch.dtype, sizes: Sizes, last: bool, types: Types,
+                   softplus: bool, strides: tuple[tuple[str, Strides], ...], B: RowStrides,
+                   C: RowStrides, y_dtype: torch.dtype) -> Launch:
+    """The forward of such sequences.
+
+    It takes the addresses of u, delta, A, B, C, y and memory, and, 0 for none, of D, bias, z,
+    start (the initial state) and end (the final one; (B, K * D, N), fp32), and of states
+    (:func:`states_size`), which are given only with a backward's division into spans.
+    """
+    scan = _Scan(index, dtype, sizes, last, types, softplus, forward_plan(index, sizes))
+    strides, rows = dict(strides), dict(B=B, C=C)
+    run = scan.bind(RUN, strides, rows, y_dtype)
+    slab = Slab()
+    if scan.spans == 1:
+        def launch_forward(u, delta, A, B, C, y, memory, D=0, bias=0, z=0, start=0, end=0):
+            run(scan.is_vector(u, delta, z, y), u_data=u, delta_data=delta, A=A, B_data=B,
+                C_data=C, D=D, bias=bias, z_data=z, entries=start, last=end, y_data=y)
+
+        return Launch(launch_forward, 0)
+
+    ends_at, sums_at = slab.take(scan.entries_size()), slab.take(scan.sums_size())
+    entries_at = slab.take(scan.entries_size())
+    summarise = scan.bind(STATES, strides, rows, y_dtype)
+    combine = scan.combine(back=False)
+
+    def launch_in_spans(u, delta, A, B, C, y, memory, D=0, bias=0, z=0, start=0, end=0):
+        ends, sums, entries = memory + ends_at, memory + sums_at, memory + entries_at
+        vector = scan.is_vector(u, delta, z, y)
+        summarise(vector, u_data=u, delta_data=delta, A=A, B_data=B, C_data=C, bias=bias,
+                  ends=ends, sums=sums)
+        combine(ends=ends, sums=sums, before=start, A=A, entries=entries)
+        run(vector, u_data=u, delta_data=delta, A=A, B_data=B, C_data=C, D=D, bias=bias, z_data=z,
+            entries=entries, last=end, y_data=y)
+
+    return Launch(launch_in_spans, slab.size)
+
+
+@cached
+def backward_launch(index: int, dtype: torch.dtype, sizes: Sizes, last: bool, types: Types,
+                    softplus: bool, strides: tuple[tuple[str, Strides], ...], B: RowStrides,
+                    C: RowStrides, dB: RowStrides, dC: RowStrides, BC_types: tuple[torch.dtype, ...],
+                    gated: bool) -> Launch:
+    """The backward of such sequences; with ``gated`` it calculates the result before the gate
+    again, with the strides of ``y``.
+
+    It takes the addresses of u, delta, A, B, C, grad, du, ddelta, dA, dB, dC and memory, and, 0 for
+    none, of D, bias, z, start, dD, dbias, dz, y (``gated``: memory for the result before the
+    gate), end_grad (the gradient by the final state) and start_grad (that by the initial one).
+    Gradients have the types of what they are by.
+    """
+    scan = _Scan(index, dtype, sizes, last, types, softplus, backward_plan(index, sizes))
+    tile, strides, rows = scan.tile, dict(strides), dict(B=B, C=C)
+    channels, states, width = sizes.channels, sizes.state, tile.width
+    slab, divided = Slab(), scan.spans > 1
+    states_at = slab.take(sizes.batch * scan.tiles * channels * states)
+    BC_at = slab.take(scan.columns * sizes.batch * sizes.routes * sizes.length * width)
+    A_at, D_at = slab.take(scan.entries_size()), slab.take(2 * scan.sums_size())
+    if divided:
+        cums_at = slab.take(sizes.batch * scan.tiles * channels)
+        ends_at, sums_at = slab.take(scan.entries_size()), slab.take(scan.sums_size())
+        entries_at, grad_entries_at = slab.take(scan.entries_size()), slab.take(scan.entries_size())
+        find_gradients = scan.bind(GRADIENTS, strides, rows, dtype)
+        combine, combine_back = scan.combine(back=False), scan.combine(back=True)
+    find_states = scan.bind(STATES, strides, rows, dtype)
+    find_y = scan.bind(RUN, strides, rows, dtype) if gated else None
+    run = scan.bind(None, strides, rows, dtype)
+
+    parameters = -(-channels * (states + 2) // 32)
+    blocks = sizes.batch * sizes.routes * -(-sizes.length // 32)
+    fields = {f'{name}_{side}': value for name, of in (('B', dB), ('C', dC))
+              for side, value in of._asdict().items()}
+    finish = kernel(index, finish_instance).bind(
+        (parameters + blocks, 1, 1), (256, 1, 1), 4 * max(256, 32 * (width + 1)),
+        parts=sizes.batch * scan.spans, channels=channels, state=states, columns=scan.columns,
+        batch=sizes.batch, routes=sizes.routes, length=sizes.length, slots=width,
+        lane_states=tile.states, parameter_blocks=parameters, A_type=scan.A_type,
+        D_type=CODES.get(types.D, 0), bias_type=CODES.get(types.bias, 0),
+        B_type=CODES[BC_types[0]], C_type=CODES[BC_types[1]], **fields)
+
+    def launch_backward(u, delta, A, B, C, grad, du, ddelta, dA, dB, dC, memory, D=0, bias=0, z=0,
+                        start=0, dD=0, dbias=0, dz=0, y=0, end_grad=0, start_grad=0):
+        states = memory + states_at
+        inputs = dict(u_data=u, delta_data=delta, A=A, B_data=B, C_data=C, bias=bias)
+        vector = scan.is_vector(u, delta, z, y, grad, du, ddelta, dz)
+        cums, entries, grad_entries = 0, start, end_grad
+        if divided:
+            ends, sums, cums = memory + ends_at, memory + sums_at, memory + cums_at
+            entries, grad_entries = memory + entries_at, memory + grad_entries_at
+            find_states(vector, states=states, cums=cums, ends=ends, sums=sums, **inputs)
+            combine(ends=ends, sums=sums, before=start, A=A, entries=entries)
+            find_gradients(vector, grad_data=grad, z_data=z, ends=ends, sums=sums, **inputs)
+            combine_back(ends=ends, sums=sums, before=end_grad, A=A, entries=grad_entries)
+        if gated:
+            find_y(vector, entries=entries, D=D, y_data=y, states=0 if divided else states,
+                   **inputs)
+        elif not divided:
+            find_states(vector, entries=entries, states=states, **inputs)
+        run(vector, grad_data=grad, z_data=z, y_data=y, D=D, du_data=du, ddelta_data=ddelta,
+            dz_data=dz, states=states, cums=cums, entries=entries, grad_entries=grad_entries,
+            first_grad=start_grad, BC_parts=memory + BC_at, A_parts=memory + A_at,
+            D_parts=memory + D_at, **inputs)
+        finish(A_parts=memory + A_at, D_parts=memory + D_at, BC_parts=memory + BC_at, A=dA, D=dD,
+               bias=dbias, B=dB, C=dC)
+
+    return Launch(launch_backward, slab.size)
+
+
+@cached
+def why_not_on(index: int, dtype: torch.dtype, state: int) -> str | None:
+    """The reason why the GPU ``index`` cannot run the kernels, or None."""
+    capability = torch.cuda.get_device_capability(index)
+    if capability < ((8, 0) if dtype == torch.bfloat16 else (7, 5)):
+        return f'a GPU of compute capability {capability} is too old for {dtype}'
+    if state > MOST_STATES:
+        return f'N is {state}; the kernels take at most {MOST_STATES}'
+    shared = Tile.of(state).backward_shared
+    if shared > device_limits(index)[2]:
+        return f'N={state} needs {shared} bytes of shared memory, more than this GPU has'
+    return None
