@@ -205,3 +205,27 @@ def test_auto_augment(load):  # noqa: F811
             names = {'ColorTransform': 'Color', 'Shear': f'Shear{axis}',
                      'Translate': f'Translate{axis}Rel'}
             assert names.get(ours.type, ours.type) == op.name
+
+
+@pytest.mark.parametrize('leaf, kind', [
+    ('configs/videomamba/videomamba-tiny_8xb256_in1k-448.py', 'image'),
+    ('configs/videomamba/videomamba-small-f16_16xb12_ssv2-288.py', 'clip'),
+    ('configs/videomamba/videomamba-small-f8_8xb64_k400-224.py', 'image')])
+def test_starts(leaf, kind, load, tmp_path, monkeypatch):  # noqa: F811
+    """From an official file of the smaller size, head included, or from one of images."""
+    source = SPEC.random_model(SPEC.archs[kind])
+    state, = SPEC.official_classifiers(source, 5)
+    torch.save(dict(model=state), tmp_path / 'a.pth')
+    monkeypatch.setattr('vmamba_mm.checkpoints.files.weights_of',
+                        lambda name: str(tmp_path / 'a.pth'))
+    cfg, published = load(leaf), load(leaf).model
+    inflates = 'f8' in leaf
+    arch = SPEC.archs['clip'] if inflates else dict(SPEC.archs[kind], image_size=12)
+    cfg = make_small(cfg, arch)
+    cfg.model.backbone.init_cfg = published.backbone.init_cfg
+    model = build_model(cfg)
+    model.init_weights()
+    ours, theirs = model.backbone.state_dict(), source.state_dict()
+    assert torch.equal(ours[SPEC.a_weight], theirs[SPEC.a_weight])
+    assert torch.equal(ours['spatial_pos_embed'], theirs['spatial_pos_embed']) == inflates
+    assert torch.equal(model.head.fc.weight, state['head.weight']) != inflates
