@@ -43,8 +43,9 @@ class ViViM(Backbone):
             it. The default is 'tiny'.
         out_type: 'featmap' for maps of the blocks in ``out_indices``; 'cls_token' for the class
             token, the clip's feature, after the last block alone.
-        out_indices, drop_path_rate, frozen_stages, norm_eval, with_cp, in_channels, compile,
-            init_cfg: as of :class:`Backbone`.
+        out_indices: blocks to return; the last by default, which goes through the norm.
+        drop_path_rate, frozen_stages, norm_eval, with_cp, in_channels, compile, init_cfg: as of
+            :class:`Backbone`, a stage being a block.
 
     Shape:
         (B, in_channels, T, H, W) to a tuple: of (B, C, T, h, w) with h = H // patch_size, or of one
