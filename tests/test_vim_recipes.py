@@ -77,6 +77,9 @@ def test_ade20k(leaf, load, build_meta):
         is_free = model.get_parameter(name).ndim == 1 or name.endswith('.bias')
         assert settings == pytest.approx((rate * (factor if is_stem else 1),
                                           0.0 if is_free else decay), rel=1e-3), name
+    # As of the published code, where a norm that is not used remains.
+    count = sum(p.numel() for part in (model.backbone, model.neck) for p in part.parameters())
+    assert count == (7_556_928 - 192 if is_tiny else 27_500_160 - 384)
     assert model.backbone.features == ('mixer' if is_tiny else 'stream')
     assert model.backbone.out_indices == (5, 11, 17, 23) and model.backbone.cls_token is None
     found = rates(cfg, 1, cfg.train_cfg.max_iters)
