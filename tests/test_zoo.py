@@ -26,6 +26,7 @@ METRICS = {
     'Semantic Segmentation': {'mIoU', 'mIoU(ms+flip)'},
     'Masked Pre-training': set(),
     'Multi-Instance Retrieval': {'mAP', 'nDCG'},
+    'Text-to-Video Retrieval': {'R@1', 'R@5', 'R@10'},
     'Language Modelling': set(),
 }
 
