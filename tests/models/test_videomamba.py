@@ -245,3 +245,19 @@ def test_video_encoder(pool, clips, frames):
 def test_wrong_pool():
     with pytest.raises(ValueError, match="pool='max' does not exist; choose one of .*'cls.avg'"):
         VideoEncoder(VideoMamba(CLIP), pool='max')
+
+
+def test_the_encoder_in_a_file_of_clips_and_texts(tmp_path):
+    """By its prefix, or as the only one there; what it was decoded and pooled with is left out."""
+    source = random_model(CLIP)
+    state = SPEC.official(source)[0]
+    state['norm.weight'] = state.pop('norm_f.weight')
+    state |= {'clip_decoder.0.head.weight': torch.ones(5, 8), 'pool_norm.bias': torch.ones(8)}
+    content = {f'vision_encoder.{k}': v for k, v in state.items()} | {
+        'text_encoder.bert.pooler.weight': torch.ones(2, 2), 'clip_teacher.proj': torch.ones(2)}
+    torch.save(dict(model=content), tmp_path / 'a.pth')
+    for prefix in ('vision_encoder', None):
+        model = VideoMamba(CLIP)
+        model.load_pretrained(str(tmp_path / 'a.pth'), prefix=prefix)
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, source.state_dict()[key]), key

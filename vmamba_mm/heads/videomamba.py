@@ -248,7 +248,8 @@ class ClipDecoder(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.head(x))
+        # The residual stream is fp32 in a model of halves too.
+        return self.norm(self.head(x.to(self.head.weight.dtype)))
 
 
 def sinusoids(length: int, dims: int) -> Tensor:
