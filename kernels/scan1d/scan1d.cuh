@@ -175,6 +175,7 @@ struct Elements {
     __device__ __forceinline__ void load(u32 (&raw)[WORDS], const char *base, int s, int channels,
                                          const Place &place, bool full) const {
         base += of_place(place, s) * SIZE;
+        if (TURNS > 4) opaque(s);  // offsets of turns would be kept in registers otherwise
 #pragma unroll
         for (int e = 0; e < TURNS; ++e) {
             const bool inside = full ? !none : valid(e, channels, place);
