@@ -13,11 +13,13 @@ REPO = Path(__file__).resolve().parents[1]
 #: One folder for each family; the last one is of the family that is made up.
 FOLDERS = [*sorted(path.parent for path in CONFIGS.glob('*/metafile.yml')),
            REPO / 'tests/made_up/configs/ripple']
-ENTRIES = [entry for folder in FOLDERS for entry in zoo.read_metafile(folder / 'metafile.yml')]
+ENTRIES = [entry for folder in FOLDERS for entry in zoo.read_metafile(folder / 'metafile.yml')
+           if entry.config]
 LEAVES = [path.relative_to(REPO).as_posix() for folder in FOLDERS
           for path in sorted(folder.glob('*.py'))]
-#: A published recipe on another data pipeline, which has no row of its own, -> whose it is.
-VARIANTS = {leaf: leaf.replace('-fast_', '_') for leaf in LEAVES if '-fast_' in leaf}
+#: A recipe on another data pipeline, or with what only training has, -> the one whose row it has.
+VARIANTS = {leaf: leaf.replace(kind, '_') for leaf in LEAVES for kind in ('-fast_', '-distill_')
+            if kind in leaf}
 
 
 def entry_of(leaf):
@@ -44,10 +46,12 @@ def build_meta(load):
     import torch
     from mmengine.registry import MODELS
 
+    from vmamba_mm.mm.cli.runs import model_settings
+
     @lru_cache(maxsize=1)
     def build(leaf):
         cfg = load(leaf)
         with torch.device('meta'):
-            return MODELS.build(cfg.model)
+            return MODELS.build(model_settings(cfg))
 
     return build

@@ -15,7 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from vmamba_mm.families import FAMILIES, Family, register_family, unregister_family
+from vmamba_mm.families import (
+    FAMILIES,
+    Family,
+    SeveralFamilies,
+    family_of,
+    register_family,
+    unregister_family,
+)
 from vmamba_mm.models.base import Backbone
 
 State = Mapping[str, Tensor]
@@ -28,7 +35,8 @@ class Spec:
     Attributes:
         family, model: the family and its class.
         archs: small architectures that together have all of the family's parts.
-        shapes: (arch, height, width of the image) -> (C, H, W) of the map of each stage.
+        shapes: (arch, height, width of the image) -> (C, H, W) of the map of each stage, or
+            (C, T, H, W) of a clip of ``clip_length`` frames.
         changes: keys of the first arch that change, each of which weights tell.
         wrong: (keys of the first arch that change, message) of what is refused.
         official: (backbone) -> its weights as official files have them, for each generation of
@@ -38,6 +46,8 @@ class Spec:
         layer_depths: {name of a parameter of the first arch: its depth}.
         a_weight: name of a Linear's weight in a block of every arch.
         sizes: of images, the odd ones that a family takes.
+        shares_names: (arch) -> whether another family's models have the same official names and
+            shapes, so that only who asks for one of the families can tell.
         published_keys: gives {arch: {official name: shape}} of the published classifiers, or None
             where the list is not at hand; None if nothing was published.
     """
@@ -45,7 +55,7 @@ class Spec:
     family: Family
     model: type[Backbone]
     archs: Mapping[str, Mapping[str, Any]]
-    shapes: Callable[[Mapping, int, int], Sequence[tuple[int, int, int]]]
+    shapes: Callable[[Mapping, int, int], Sequence[tuple[int, ...]]]
     changes: Sequence[Mapping[str, Any]]
     wrong: Sequence[tuple[Mapping[str, Any], str]]
     official: Callable[[Backbone], list[State]]
@@ -53,6 +63,7 @@ class Spec:
     layer_depths: Mapping[str, int]
     a_weight: str
     sizes: Sequence[tuple[int, int]] = ((1, 1), (1, 50), (31, 33), (64, 32))
+    shares_names: Callable[[Mapping], bool] = lambda arch: False
     published_keys: Callable[[], Mapping[str, Mapping[str, tuple]] | None] | None = None
 
     @property
@@ -63,6 +74,41 @@ class Spec:
         """The numbers of the stages of an architecture."""
         arch = self.family.archs[arch] if isinstance(arch, str) else arch
         return range(len(self.model.stage_sizes(arch)[0]))
+
+    def told_archs(self) -> dict[str, str]:
+        """{published arch: the one that its weights tell}: the first with these names and shapes.
+
+        Others differ from it in what leaves no trace in weights.
+        """
+        firsts: dict[Any, str] = {}
+        with torch.device('meta'):
+            return {name: firsts.setdefault(frozenset(
+                (k, v.shape) for k, v in self.model(name).state_dict().items()), name)
+                for name in self.family.archs}
+
+    def told(self, arch: str | Mapping[str, Any], state: State) -> dict[str, Family]:
+        """What functions have to be told besides a state of official names: the family, or nothing.
+
+        And that they are right in it: the family is found, or an error names two.
+        """
+        arch = self.family.archs[arch] if isinstance(arch, str) else arch
+        if not self.shares_names(arch):
+            assert family_of(state) is self.family
+            return {}
+        model, name = self.family.model, self.family.name
+        with pytest.raises(SeveralFamilies, match=rf'of .*\b{model}\b.*: say .*--family {name}'):
+            family_of(state)
+        return dict(family=self.family)
+
+    def takes_clips(self, arch: str | Mapping[str, Any]) -> bool:
+        arch = self.family.archs[arch] if isinstance(arch, str) else arch
+        return self.model.clip_length(arch) > 0
+
+    def input(self, arch: Mapping[str, Any], batch: int, channels: int, height: int, width: int,
+              device: str = 'cpu') -> Tensor:
+        """Random images, (B, C, H, W), or clips of the arch's length, (B, C, T, H, W)."""
+        frames = [self.model.clip_length(arch)] if self.takes_clips(arch) else []
+        return torch.randn(batch, channels, *frames, height, width, device=device)
 
     def random_model(self, arch: Mapping[str, Any] | None = None, seed: int = 0, **kwargs
                      ) -> Backbone:

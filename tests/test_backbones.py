@@ -10,21 +10,25 @@ from torch import nn
 from vmamba_mm import zoo
 from vmamba_mm.families import resolve_arch
 
+CLASSES = {'ImageNet-1k': 1000, 'Kinetics-400': 400, 'Something-Something v2': 174,
+           'EPIC-KITCHENS-100': 3806}
+
+
 # --- architectures ------------------------------------------------------------------------------
 
 @each_spec
 def test_published_architectures(spec):
     """They keep their own rules, and have as many parameters as the metafile says."""
-    entries = {e.arch: e for e in zoo.entries(spec.family.name, task='cls')}
+    entries = [e for e in zoo.entries(spec.family.name) if e.task in ('cls', 'video')]
     assert entries and spec.model.arch_settings is spec.family.archs
     for arch in spec.family.archs:
         assert resolve_arch(spec.family, dict(spec.family.archs[arch])) == spec.family.archs[arch]
         with torch.device('meta'):
             model = spec.model(arch, spec.stages(arch)[-1:])
-        head = 1000 * (model.num_features[-1] + 1)
-        if arch in entries:
-            counted = sum(p.numel() for p in model.parameters()) + head
-            assert counted == entries[arch].parameters, arch
+        backbone = sum(p.numel() for p in model.parameters())
+        for entry in (e for e in entries if e.arch == arch):
+            head = CLASSES[entry.dataset] * (model.num_features[-1] + 1)
+            assert backbone + head == entry.parameters, entry.name
 
 
 @each_spec
@@ -83,7 +87,7 @@ def test_left_over_keywords_say_delete(spec):
 def test_building_and_running_is_quiet(spec, arch, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        spec.model(arch)(torch.randn(1, 3, 8, 8))
+        spec.model(arch)(spec.input(arch, 1, 3, 8, 8))
     assert capsys.readouterr() == ('', '')
 
 
@@ -95,11 +99,11 @@ def test_any_input_size_forward_and_backward(spec, arch):
     stages = spec.stages(arch)
     for size in spec.sizes:
         model = spec.model(arch, stages, drop_path_rate=0.1)
-        outs = model(torch.randn(2, 3, *size))
+        outs = model(spec.input(arch, 2, 3, *size))
         shapes = spec.shapes(arch, *size)
         assert [out.shape[1:] for out in outs] == shapes, size
         assert all(out.is_contiguous() for out in outs)  # mmcv's ops assume it
-        assert model.num_features == [channels for channels, _, _ in shapes]
+        assert model.num_features == [channels for channels, *_ in shapes]
         sum(out.square().mean() for out in outs).backward()
         for name, p in model.named_parameters():
             assert p.grad is not None and p.grad.isfinite().all(), (size, name)
@@ -108,7 +112,7 @@ def test_any_input_size_forward_and_backward(spec, arch):
 @each_arch
 def test_out_indices(spec, arch):
     stages = spec.stages(arch)
-    every, x = spec.model(arch, stages).eval(), torch.randn(1, 3, 40, 32)
+    every, x = spec.model(arch, stages).eval(), spec.input(arch, 1, 3, 40, 32)
     all_outs = every(x)
     for indices in ((0,), (1, stages[-1]), (stages[-1],)):
         model = spec.model(arch, indices).eval()
@@ -124,10 +128,10 @@ def test_gradient_checkpointing_is_exact(spec, arch):
     torch.manual_seed(0)
     plain, saving = (spec.model(arch, drop_path_rate=0.3, with_cp=cp) for cp in (False, True))
     saving.load_state_dict(plain.state_dict())
-    x, recomputed = torch.randn(2, 3, 32, 32), []
+    x, recomputed = spec.input(arch, 2, 3, 32, 32), []
     block = saving.get_submodule(_block_of(spec, saving))
     block.register_forward_pre_hook(lambda *args: recomputed.append(0))
-    norm = next(m for m in block.modules() if isinstance(m, nn.LayerNorm))
+    norm = next(m for m in block.modules() if isinstance(m, nn.LayerNorm | nn.RMSNorm))
     norm.register_forward_pre_hook(lambda *args: recomputed.append(1))
     for model in (plain, saving):
         torch.manual_seed(1)
@@ -148,7 +152,7 @@ def _block_of(spec, model):
 def test_drop_path(spec, arch):
     """Off where the rate is 0, at evaluation, and in the first block; it grows to the last."""
     torch.manual_seed(0)
-    x = torch.randn(8, 3, 8, 8)
+    x = spec.input(arch, 8, 3, 8, 8)
     model = spec.model(arch, drop_path_rate=0.9).train()
     assert not torch.equal(model(x)[-1], model(x)[-1])
     for other in (model.eval(), spec.model(arch).train()):
@@ -166,7 +170,7 @@ def test_drop_path(spec, arch):
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=['fp16', 'bf16'])
 def test_half_precision(spec, arch, dtype):
     torch.manual_seed(0)
-    model, x = spec.model(arch).eval(), torch.randn(1, 3, 32, 48)
+    model, x = spec.model(arch).eval(), spec.input(arch, 1, 3, 32, 48)
     exact = model(x)
     with torch.autocast('cpu', dtype):
         cast = model(x)
@@ -182,7 +186,7 @@ def test_other_channels(spec, arch):
     model = spec.model(arch, in_channels=5)
     firsts = [p for name, p in model.named_parameters() if name in spec.family.first_convs]
     assert len(firsts) == 1 and firsts[0].shape[1] == 5
-    assert model(torch.randn(1, 5, 16, 16))
+    assert model(spec.input(arch, 1, 5, 16, 16))
 
 
 # --- training ---------------------------------------------------------------------------------
@@ -204,7 +208,7 @@ def test_frozen_stages(spec, arch):
             stage = getattr(model, spec.model.stages_name)[i]
             assert stage.training == (i >= frozen_stages)
         if frozen_stages < len(stages):
-            model(torch.randn(1, 3, 32, 32))[-1].sum().backward()
+            model(spec.input(arch, 1, 3, 32, 32))[-1].sum().backward()
 
 
 @each_arch
@@ -237,7 +241,7 @@ def test_layer_depths(spec, arch):
 def test_one_graph_under_compile(spec, arch):
     model = spec.model(arch).eval()
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
-    x = torch.randn(1, 3, 33, 40)
+    x = spec.input(arch, 1, 3, 33, 40)
     with torch.no_grad():
         for out, expected in zip(compiled(x), model(x), strict=True):
             torch.testing.assert_close(out, expected)
@@ -248,7 +252,7 @@ def test_argument_compile(spec):
     plain = spec.model(spec.first).eval()
     model = spec.model(spec.first, compile=dict(backend='aot_eager', fullgraph=True)).eval()
     model.load_state_dict(plain.state_dict())  # the names of the weights stay
-    x = torch.randn(1, 3, 40, 32)
+    x = spec.input(spec.first, 1, 3, 40, 32)
     with torch.no_grad():
         for out, expected in zip(model(x), plain(x), strict=True):
             torch.testing.assert_close(out, expected)
@@ -260,7 +264,7 @@ def test_argument_compile(spec):
 @each_arch
 @pytest.mark.filterwarnings('ignore')
 def test_export(spec, arch):
-    model, x = spec.random_model(arch), torch.randn(1, 3, 32, 40)
+    model, x = spec.random_model(arch), spec.input(arch, 1, 3, 32, 40)
     exported = torch.export.export(model, (x,)).module()
     for out, expected in zip(exported(x), model(x), strict=True):
         torch.testing.assert_close(out, expected)

@@ -1,4 +1,4 @@
-"""Imports only go down: ops <- layers <- models <- configs, tools, tests."""
+"""Imports only go down: ops <- layers <- models <- heads <- configs, tools, tests."""
 
 import ast
 import subprocess
@@ -19,7 +19,9 @@ FLOORS = {
     'families': (),
     'checkpoints': ('torch', 'filelock', 'numpy', 'safetensors'),
     'models': ('torch', 'mmengine'),
-    'mm': ('torch', 'numpy', 'matplotlib', 'cv2', 'PIL', 'mmengine', 'mmcv', 'mmpretrain', 'mmdet'),
+    'heads': ('torch', 'mmengine', 'mmpretrain'),
+    'mm': ('torch', 'numpy', 'matplotlib', 'cv2', 'PIL', 'av', 'mmengine', 'mmcv', 'mmpretrain',
+           'mmdet'),
     'integrations': ('torch', 'yaml', 'timm', 'mmpretrain'),
 }
 #: The ground floor: modules that any other may import, and what they import themselves.
@@ -30,6 +32,7 @@ GROUND = {
     'testing.py': ('torch', 'vmamba_mm.ops'),
     # Names that users import; they only pass on what is in integrations.
     'timm.py': ('vmamba_mm.integrations',), 'mmpretrain.py': ('vmamba_mm.integrations',),
+    'dropin.py': ('vmamba_mm.integrations',),
 }
 #: What is below a floor in the list and yet not below it in the house.
 NOT_BELOW = {'families': ('ops', 'layers'), 'checkpoints': ('ops', 'layers'),
@@ -61,8 +64,8 @@ def check_imports(path: Path, allowed: tuple[str, ...]) -> None:
 def test_imports_only_go_down(floor):
     names = list(FLOORS)
     inside = [*names[:names.index(floor) + 1],
-              *(Path(m).stem for m in GROUND if m not in ('__init__.py', 'timm.py',
-                                                          'mmpretrain.py'))]
+              *(Path(m).stem for m in GROUND if m not in ('__init__.py', 'timm.py', 'mmpretrain.py',
+                                                          'dropin.py'))]
     inside = [name for name in inside if name not in NOT_BELOW.get(floor, ())]
     files = sorted((PACKAGE / floor).rglob('*.py'))
     assert files
@@ -92,13 +95,22 @@ def test_importing_the_package_is_quiet_and_loads_nothing():
     assert not printed and not modules & {'torch', *MM}
 
 
+def test_models_by_the_names_of_configs():
+    import vmamba_mm.models
+    for name in vmamba_mm.models.__all__:
+        assert getattr(vmamba_mm, name) is getattr(vmamba_mm.models, name)
+    assert not hasattr(vmamba_mm, 'NoModel') and not hasattr(vmamba_mm, 'no_module')
+    modules, _ = loaded_by("import vmamba_mm; assert not hasattr(vmamba_mm, 'torch')")
+    assert not modules & {'torch', *MM}
+
+
 def test_importing_ops_and_layers_loads_no_mm_package():
     modules, printed = loaded_by('import vmamba_mm.ops, vmamba_mm.layers')
     assert not printed and 'torch' in modules and not modules & set(MM)
 
 
-def test_importing_models_loads_mmengine_alone():
-    modules, printed = loaded_by('import vmamba_mm.models')
+def test_importing_models_and_heads_loads_mmengine_alone():
+    modules, printed = loaded_by('import vmamba_mm.models, vmamba_mm.heads')
     assert not printed and modules & set(MM) == {'mmengine'}
 
 

@@ -1,9 +1,11 @@
-"""The wrapper for timm around every family, the made-up one too."""
+"""The wrapper for timm around every family of images, the made-up one too."""
+
+import math
 
 import pytest
 import timm
 import torch
-from specs import SPECS, each_arch, each_spec, registered  # noqa: F401 (a fixture for all tests)
+from specs import SPECS, registered  # noqa: F401 (a fixture for all tests)
 from timm.models import FeatureInfo, group_parameters
 from timm_models import image
 
@@ -11,20 +13,34 @@ from vmamba_mm import zoo
 from vmamba_mm.checkpoints.names import infer_arch
 from vmamba_mm.integrations.timm import register_models
 
+#: {family: its spec, the names of its published archs of images}
+FAMILIES = {spec.family.name: (spec, [arch for arch in spec.family.archs
+                                      if not spec.takes_clips(arch)]) for spec in SPECS.values()}
+FAMILIES = {name: of_images for name, of_images in FAMILIES.items() if of_images[1]}
+each_spec = pytest.mark.parametrize('spec', [spec for spec, _ in FAMILIES.values()], ids=FAMILIES)
+each_arch = pytest.mark.parametrize('spec, arch', [
+    pytest.param(spec, arch, id=f'{name}-{which}') for name, (spec, _) in FAMILIES.items()
+    for which, arch in spec.archs.items() if not spec.takes_clips(arch)])
+
 
 def create(spec, arch=None, **kwargs):
     """The first of a family's models, on another architecture."""
     register_models(spec.family)
     torch.manual_seed(0)
-    name = f'{spec.family.name}_{next(iter(spec.family.archs))}'
-    return timm.create_model(name, **{'arch': arch or spec.first, 'num_classes': 10, **kwargs})
+    name = f'{spec.family.name}_{FAMILIES[spec.family.name][1][0]}'
+    return timm.create_model(name, **{'arch': arch or first(spec), 'num_classes': 10, **kwargs})
+
+
+def first(spec):
+    """The first of the small architectures that takes images."""
+    return next(arch for arch in spec.archs.values() if not spec.takes_clips(arch))
 
 
 @each_spec
 def test_names_and_weights_are_those_of_the_zoo(spec):
     family = spec.family
     model = register_models(family)
-    names = {f'{family.name}_{arch}' for arch in family.archs}
+    names = {f'{family.name}_{arch}' for arch in FAMILIES[family.name][1]}
     assert set(timm.list_models(f'{family.name}_*')) == names
     assert model.__name__ == f'Timm{family.model}' and model.model is spec.model
     published = zoo.entries(family.name, task='cls')
@@ -36,20 +52,23 @@ def test_names_and_weights_are_those_of_the_zoo(spec):
 
 
 @pytest.mark.parametrize('spec, arch', [pytest.param(spec, arch, id=f'{name}-{arch}')
-                                        for name, spec in SPECS.items()
-                                        for arch in spec.family.archs])
+                                        for name, (spec, archs) in FAMILIES.items()
+                                        for arch in archs])
 def test_published_architecture(spec, arch):
     register_models(spec.family)
     with torch.device('meta'):
         model = timm.create_model(f'{spec.family.name}_{arch}')
-        logits = model(torch.empty(2, 3, 224, 224))
-        features = model.forward_features(torch.empty(2, 3, 224, 224))
+        x = torch.empty(2, *model.default_cfg['input_size'])
+        logits, features = model(x), model.forward_features(x)
     state, cfg = model.state_dict(), model.default_cfg
     for entry in zoo.entries(spec.family.name, arch, 'cls'):
         assert sum(p.numel() for p in model.parameters()) == entry.parameters
     assert infer_arch(state, spec.family) == arch
     assert logits.shape == (2, model.num_classes) == (2, 1000)
-    assert features.shape == (2, model.num_features, *cfg['pool_size'])
+    if spec.model.has_cls_token(spec.family.archs[arch]):
+        assert features.shape == (2, 1 + math.prod(cfg['pool_size']), model.num_features)
+    else:
+        assert features.shape == (2, model.num_features, *cfg['pool_size'])
     assert {name.partition('.')[0] for name in state} == {'backbone', 'head'}
     assert model.get_classifier() is model.head.fc
     assert {f'{cfg["classifier"]}.weight', f'{cfg["first_conv"]}.weight'} <= set(state)
@@ -68,18 +87,47 @@ def test_maps(spec, arch):
     assert torch.equal(last, features)
     for y, shape, c, r in zip(maps, spec.shapes(model.backbone.arch, 64, 64), info.channels(),
                               info.reduction(), strict=True):
-        assert y.shape == (2, *shape) and shape == (c, 64 // r, 64 // r)
+        assert y.shape == (2, *shape) and shape[0] == c
+        # Where patches overlap, the last one begins a patch before the end.
+        assert all(64 - 2 * r <= side * r <= 64 for side in shape[1:])
     normed = model.forward_intermediates(x, norm=True, intermediates_only=True)
-    assert torch.equal(normed[-1], features)
+    assert torch.equal(normed[-1], map_of(model, features, normed[-1]))
     only = create(spec, arch, features_only=True, out_indices=(0, -1)).eval()(x)
     assert torch.equal(only[0], maps[0]) and torch.equal(only[1], maps[-1])
 
     pruned = create(spec, arch).eval()
     assert pruned.prune_intermediate_layers([0, -2]) == [0, len(maps) - 2]
-    assert torch.equal(pruned(x), maps[-2])
+    assert torch.equal(map_of(pruned, pruned(x), maps[-2]), maps[-2])
     pruned = create(spec, arch).eval()
     pruned.prune_intermediate_layers([-1], prune_norm=True)
-    assert torch.equal(pruned(x), maps[-1])
+    assert torch.equal(map_of(pruned, pruned(x), maps[-1]), maps[-1])
+
+
+def map_of(model, features, like):
+    """The map in a model's features, which are tokens where it has a class token."""
+    if not model.has_cls_token:
+        return features
+    return features[:, 1:].transpose(1, 2).reshape(like.shape)
+
+
+@each_arch
+@torch.no_grad()
+def test_classifiers_read_what_the_published_ones_read(spec, arch):
+    """The class token where there is one, else the mean of the map."""
+    model, x = create(spec, arch).eval(), image(48, 32)
+    kwargs = dict(out_type='cls_token') if model.has_cls_token else {}
+    backbone = spec.model(arch, out_indices=spec.stages(arch)[-1:], **kwargs).eval()
+    backbone.load_state_dict(model.backbone.state_dict())
+    y = backbone(x)[0]
+    torch.testing.assert_close(model(x), model.head.fc(y if y.dim() == 2 else y.mean((2, 3))))
+    torch.testing.assert_close(model.forward_head(model.forward_features(x)), model(x))
+    mean = create(spec, arch, global_pool='avg').eval()
+    mean.load_state_dict(model.state_dict())
+    y = map_of(model, model.forward_features(x), backbone.forward_channels_last(x)[0])
+    torch.testing.assert_close(mean(x), model.head.fc(y.mean((2, 3))))
+    if model.has_cls_token:
+        with pytest.raises(ValueError, match="global_pool must be one of .*'token'.*got 'max'"):
+            create(spec, arch, global_pool='max')
 
 
 @each_arch
@@ -104,8 +152,8 @@ def test_training(spec, arch):
 @each_spec
 @pytest.mark.parametrize('channels', [3, 1])
 def test_official_files(spec, tmp_path, channels):
-    stages = spec.stages(spec.first)
-    backbone = spec.random_model(out_indices=(stages[-1],))
+    stages = spec.stages(first(spec))
+    backbone = spec.random_model(first(spec), out_indices=(stages[-1],))
     for state in spec.official_classifiers(backbone, 10):
         file = tmp_path / 'official.pth'
         torch.save({'model': state}, file)
@@ -114,4 +162,5 @@ def test_official_files(spec, tmp_path, channels):
         x = image(48, 32, channels=channels)
         with torch.no_grad():
             expected = backbone(x.expand(-1, 3, -1, -1))[0]
-            torch.testing.assert_close(model.forward_features(x), expected, rtol=1e-4, atol=1e-4)
+            found = map_of(model, model.forward_features(x), expected)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

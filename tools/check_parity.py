@@ -40,7 +40,7 @@ def parse_args():
 
 
 def find_family(folder: Path):
-    """The family that a folder belongs to, by its name; the root is VMamba's, by its files.
+    """The family whose ``parity`` is of a folder, by its name; the root is VMamba's, by its files.
 
     Raises:
         UserError: if there is none.
@@ -49,15 +49,15 @@ def find_family(folder: Path):
 
     if not folder.is_dir():
         raise UserError(f'the folder {folder} does not exist')
+    families = {f.system or f.name: f for f in FAMILIES.values() if f.parity is not None}
     name, root = folder.resolve().name, FAMILIES[ROOT]
     of_root = [*(f'*{end}' for end in root.parity.checkpoints[:1]), *root.parity.ops]
-    if name not in FAMILIES and any(any(folder.glob(pattern)) for pattern in of_root):
+    if name not in families and any(any(folder.glob(pattern)) for pattern in of_root):
         return root
-    if name not in FAMILIES or FAMILIES[name].parity is None:
-        names = ', '.join(n for n, family in FAMILIES.items() if family.parity is not None)
-        raise UserError(f'{folder}: there is no family {name!r} to compare, only {names}; '
-                             'the folder has the name of the family')
-    return FAMILIES[name]
+    if name not in families:
+        raise UserError(f'{folder}: there is no family {name!r} to compare, only '
+                        f'{", ".join(families)}; the folder has the name of the family')
+    return families[name]
 
 
 def check_folder(folder: Path, device: str = 'cpu', dtype: str | None = None,

@@ -12,7 +12,8 @@ EXAMPLES = """\
   python tools/convert_checkpoint.py vmamba_mm://vmamba/tiny_s1l8 vmamba-tiny-s1l8.pth
   python tools/convert_checkpoint.py vmamba_mm://vmamba/tiny_s1l8 vmamba.safetensors
   python tools/convert_checkpoint.py work_dirs/NAME/epoch_300.pth official.pth --to official
-  python tools/convert_checkpoint.py lightning.ckpt vmamba.pth"""
+  python tools/convert_checkpoint.py lightning.ckpt vmamba.pth
+  python tools/convert_checkpoint.py videomamba_t16_in1k_res224.pth tiny.pth --family videomamba"""
 SUFFIXES = ('.pth', '.pt', '.bin', '.ckpt', '.safetensors')
 
 
@@ -50,9 +51,11 @@ def check_complete(state, arch, family, source):
     norm = re.compile(r'backbone\.norm(\d+)\.')
     outputs = sorted({int(m[1]) for k in backbone if (m := norm.match(k))})
     firsts = [backbone[f'backbone.{k}'] for k in family.first_convs if f'backbone.{k}' in backbone]
+    kwargs = dict(out_indices=outputs) if outputs else {}
+    if firsts:
+        kwargs['in_channels'] = firsts[0].shape[1]
     with torch.device('meta'):
-        model = MODELS.build(dict(type=family.model, arch=arch, out_indices=outputs or None,
-                                  in_channels=firsts[0].shape[1] if firsts else 3))
+        model = MODELS.build(dict(type=family.model, arch=arch, **kwargs))
     expected = {f'backbone.{k}': v for k, v in model.state_dict().items()}
     expected = {k: v for k, v in expected.items() if outputs or not norm.match(k)}
     wrong = differences(expected, backbone)
@@ -60,20 +63,25 @@ def check_complete(state, arch, family, source):
         raise UserError(explain_differences(wrong, expected, backbone, source))
 
 
-def find_family(name, content, path, weights):
+def find_family(name, content, path, source, weights):
     """The family of this name, or the one whose model the file holds, at least in part."""
-    from vmamba_mm.checkpoints.files import choose_weights, select_weights
+    from vmamba_mm.checkpoints.files import choose_weights, select_weights, told_family
     from vmamba_mm.checkpoints.prefixes import find_models
-    from vmamba_mm.families import FAMILIES
+    from vmamba_mm.families import FAMILIES, SeveralFamilies
 
     if name is not None and name not in FAMILIES:
         raise UserError(f'--family {name} does not exist; choose one of '
                         f'{", ".join(sorted(FAMILIES))}')
     named = [FAMILIES[name]] if name else []
     is_dict = isinstance(content, dict)
-    for family in (named or (None, *FAMILIES.values())) if is_dict else ():  # what is exact first
-        if chosen := choose_weights(content, weights, path, family):
-            return find_models(chosen[1], family)[0].family
+    try:
+        for family in (named or (None, *FAMILIES.values())) if is_dict else ():  # exact ones first
+            if chosen := choose_weights(content, weights, path, family):
+                return find_models(chosen[1], family)[0].family
+    except SeveralFamilies as err:
+        if (told := told_family(source, content)) in err.families:
+            return told
+        raise UserError(f'{path}: {err}') from err
     select_weights(content, weights, path)  # which says so if it is no file of weights at all
     models = ' or '.join(f.model for f in named or FAMILIES.values())
     raise UserError(f'{path} holds no {models}')
@@ -142,8 +150,11 @@ def save(state, meta, family, target, to):
         buffer.write(to_bytes(state, metadata=dict(format='pt', meta=json.dumps(meta))))
     elif to == 'official':
         state = to_official(state, family)
-        dense = meta['task'] in ('det', 'seg')
-        torch.save(dict(meta=meta, state_dict=state) if dense else dict(model=state), buffer)
+        if meta['task'] in ('det', 'seg'):
+            state = dict(meta=meta, state_dict=state)
+        elif family.weights_key:
+            state = {family.weights_key: state}
+        torch.save(state, buffer)
     else:
         torch.save(dict(meta=meta, state_dict=state), buffer)
     write_atomic(buffer.getbuffer(), target)
@@ -163,7 +174,7 @@ def main():
     path = fetch(args.source)
     refuse_own_input(args.source, list_files(path), args.target)
     content = read_content(path)
-    family = find_family(args.family, content, path, args.weights)
+    family = find_family(args.family, content, path, args.source, args.weights)
     checkpoint = select_weights(content, args.weights, path, family=family)
     state = checkpoint['state_dict']
     if 'task' in checkpoint['meta']:

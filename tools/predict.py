@@ -1,6 +1,7 @@
 """Predict on images and draw the result: classes, boxes and masks, or a segmentation.
 
-An image that cannot be predicted is reported and passed over; the exit code is then 1.
+Of a model of videos, the files are videos, and the picture shows frames and classes. A file that
+cannot be predicted is reported and passed over; the exit code is then 1.
 """
 
 import functools
@@ -11,12 +12,14 @@ from vmamba_mm.errors import UserError
 from vmamba_mm.mm import cli
 from vmamba_mm.mm.cli import images as image_files
 from vmamba_mm.mm.inputs import build_steps, build_trained
+from vmamba_mm.mm.sources import IMAGE
 from vmamba_mm.mm.tasks import task_named
 
 EXAMPLES = """\
   python tools/predict.py CONFIG CHECKPOINT photo.jpg
   python tools/predict.py CONFIG CHECKPOINT folder/ --out-dir drawn --score-thr 0.5
-  python tools/predict.py CONFIG CHECKPOINT six_channels.tiff --channels 3 2 1"""
+  python tools/predict.py CONFIG CHECKPOINT six_channels.tiff --channels 3 2 1
+  python tools/predict.py CONFIG CHECKPOINT clip.mp4   (a config of videos)"""
 
 MAX_LEGEND = 20  # classes, largest area first
 
@@ -27,7 +30,8 @@ def parse_args():
                         help='a config file, or a stock one as mmdet::folder/name.py')
     parser.add_argument('checkpoint', metavar='CHECKPOINT',
                         help='a checkpoint file or web address, official or ours')
-    parser.add_argument('images', metavar='IMAGE', nargs='+', help='image files or folders of them')
+    parser.add_argument('images', metavar='IMAGE', nargs='+',
+                        help='image files (of a config of videos, video files) or folders of them')
     cli.add_weights_option(parser)
     parser.add_argument('--out-dir', default='predictions', metavar='FOLDER',
                         help='where the pictures are written (default: predictions); a number is '
@@ -62,25 +66,29 @@ def class_name(meta, label):
     return str(classes[label]) if label < len(classes) else f'class {label}'
 
 
-def predict(model, steps, path, number):
-    """Run the model on an image: its result, and the image as it was loaded."""
+def predict(model, steps, path, number, source):
+    """Run the model on a file: its result, and the image as it was loaded; of a video its frames.
+
+    Args:
+        source: the kind of file, of :mod:`vmamba_mm.mm.sources`.
+    """
     import torch
     from mmengine.dataset import pseudo_collate
 
     from vmamba_mm.mm.hooks.data import apply_steps
 
-    data, image = apply_steps(steps, dict(img_path=str(path), img_id=number, seg_fields=[],
-                                          reduce_zero_label=False))
-    if image is None or data is None:
+    data, loaded = apply_steps(steps, {source.path_key: str(path), 'img_id': number,
+                                       'seg_fields': [], 'reduce_zero_label': False})
+    if loaded is None or data is None:
         raise UserError(f'the test pipeline makes nothing of {path}: it needs a step that '
-                        'loads the file, such as LoadImageFromFile')
+                        f'loads the file, such as {source.loader}')
     try:
         with torch.no_grad():
-            return model.test_step(pseudo_collate([data]))[0], image
+            return model.test_step(pseudo_collate([data]))[0], source.picture(loaded)
     except Exception as err:
         message = cli.explain(err) or f'{type(err).__name__}: {err}'
-        raise UserError(f'the model fails on {path}, {image.shape[1]}x{image.shape[0]} '
-                        f'pixels: {message}') from err
+        raise UserError(f'the model fails on {path}, {source.size(loaded)} pixels: {message}'
+                        ) from err
 
 
 # --- drawing ----------------------------------------------------------------------------------
@@ -181,9 +189,9 @@ def draw(image, sample, meta, out, detections):
     raise UserError(f'predict.py does not know how to draw {type(sample).__name__}')
 
 
-def find_images(names, out_dir):
-    """The images named, but for pictures that this tool drew there before."""
-    images = image_files.list_images(names)
+def find_images(names, out_dir, source):
+    """The files named, but for pictures that this tool drew there before."""
+    images = image_files.list_images(names, source)
     drawn = [p for p in images if p.suffix.lower() == '.png' and p.parent.resolve() ==
              out_dir.resolve() and image_files.made_from(p)]
     if drawn:
@@ -205,20 +213,23 @@ def main():
 
     out_dir = Path(args.out_dir)
     checkpoint = read_checkpoint(args.checkpoint, args.weights)
-    images = find_images(args.images, out_dir)
+    task = cli.find_task(cfg)
+    source = IMAGE if task is None else task.source
+    images = find_images(args.images, out_dir, source)
     device = cli.choose_device(args.device)
     model = build_trained(cfg, checkpoint, args.checkpoint, device)
     from vmamba_mm.mm.pictures import Pictures, reads_bgr
 
     steps = build_steps(cfg)
     meta = find_meta(cfg, checkpoint)
-    outputs, failures = image_files.Outputs(out_dir), image_files.Failures(len(images), 'predicted')
+    outputs = image_files.Outputs(out_dir)
+    failures = image_files.Failures(len(images), 'predicted', source)
     detections = Detections(meta, args.score_thr)
     to_picture = Pictures(args.channels,
                           reads_bgr(steps, getattr(model, 'data_preprocessor', None)))
     for number, path in enumerate(images):
         try:
-            sample, image = predict(model, steps, path, number)
+            sample, image = predict(model, steps, path, number, source)
             picture = to_picture(image)
             out = outputs.choose(path)
             result = draw(picture, sample, meta, out, detections)

@@ -73,7 +73,7 @@ base_complete() {
     [ -f "$STAMP" ] && [ "$(cat "$STAMP")" = "$(fingerprint)" ] && "$PY" - <<'EOF' 2>/dev/null
 import importlib.util
 import sys
-names = 'torch torchvision mmcv mmengine mmpretrain mmdet mmseg timm mlxtend vmamba_mm'.split()
+names = 'torch torchvision mmcv mmengine mmpretrain mmdet mmseg timm av mlxtend vmamba_mm'.split()
 sys.exit(not all(importlib.util.find_spec(name) for name in names))
 EOF
 }
@@ -178,7 +178,7 @@ install_package() {
 }
 
 final_check() {
-    "$PY" -c 'import cv2, mmcv, mmengine, mmpretrain, mmdet, mmseg, timm, vmamba_mm.registry' \
+    "$PY" -c 'import av, cv2, mmcv, mmengine, mmpretrain, mmdet, mmseg, timm, vmamba_mm.registry' \
         && "$PY" -m pip check
 }
 

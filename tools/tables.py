@@ -33,52 +33,62 @@ SHORT = {'Top 1 Accuracy': 'top-1'}
 def table_of_models(folder: Path) -> str:
     """One row for each family: the best of each of its collections, by the first metric."""
     rows = []
-    for family, models in by_family():
-        best = [max(group, key=main_metrics) for group in by_collection(models)]
+    for _, models in by_family():
+        best = [max(group, key=main_metrics) for group in by_collection(measured(models))]
         cells = '; '.join(f'{e.dataset}{method(e)}: ' + ', '.join(
             f'{SHORT.get(name, name)} {value}' for name, value in main_metrics(e).items())
             + f' (`{e.arch}`)' for e in best)
+        cells = cells or ', '.join(f'`{arch}`' for arch in dict.fromkeys(e.arch for e in models))
         rows.append([title(models[0]), cells,
-                     link(f'configs/{family}', folder, f'configs/{family}/README.md')])
+                     link(f'configs/{models[0].folder}', folder,
+                          f'configs/{models[0].folder}/README.md')])
     return table(['Family', 'Best published results', 'Configs'], rows)
 
 
 def table_of_architectures(folder: Path) -> str:
     """A table for each family: parameters, FLOPs and the first published row of each task."""
     tables = []
-    for family, models in by_family():
-        collections = list(by_collection(models))
+    for _, models in by_family():
+        models = measured(models) or models
+        collections = list(by_collection(measured(models)))
         heads = [f'{group[0].dataset}{method(group[0])}{schedule(group)}: ' + ' / '.join(
             SHORT.get(name, name) for name in main_metrics(group[0])) for group in collections]
         rows = []
         for arch in dict.fromkeys(e.arch for e in models):
             of_arch = [next((e for e in group if e.arch == arch), None) for group in collections]
-            size = next(e for e in of_arch if e)
+            size = next(e for e in models if e.arch == arch)
             rows.append([f'`{arch}`', *sizes(size), *(
                 ' / '.join(str(v) for v in main_metrics(e).values()) if e else ''
                 for e in of_arch)])
-        tables.append(f'{title(models[0])}, `configs/{family}`:\n\n'
-                      + table(['Architecture', 'Parameters', 'FLOPs', *heads], rows))
+        tables.append(f'{title(models[0])}, `configs/{models[0].folder}`:\n\n' + table(
+            *without_empty(['Architecture', 'Parameters', 'FLOPs', *heads], rows)))
     return '\n'.join(tables)
 
 
 def table_of_files(models: Sequence[zoo.Entry], folder: Path) -> str:
     """Every published file of a family and a task."""
     metrics = list(dict.fromkeys(name for e in models for name in e.metrics))
-    rows = [[link(e.name, folder, e.config), *(number(e.metrics.get(m)) for m in metrics),
-             *sizes(e), f'[{e.weights.rpartition("/")[2]}]({e.weights})' if e.weights else '']
+    rows = [[link(e.name, folder, e.config) if e.config else e.name,
+             *(number(e.metrics.get(m)) for m in metrics), *sizes(e),
+             f'[{e.weights.rpartition("/")[2]}]({e.weights})' if e.weights else '']
             for e in models]
-    return table(['Config', *metrics, 'Parameters', 'FLOPs', 'Weights'], rows)
+    first = 'Config' if any(e.config for e in models) else 'Model'
+    return table(*without_empty([first, *metrics, 'Parameters', 'FLOPs', 'Weights'], rows))
 
 
 def model_index() -> str:
-    return 'Import:\n' + ''.join(
-        f'  - configs/{family}/metafile.yml\n' for family, _ in by_family())
+    folders = dict.fromkeys(e.folder for e in zoo.entries())
+    return 'Import:\n' + ''.join(f'  - configs/{folder}/metafile.yml\n' for folder in folders)
 
 
 def by_family() -> Iterator[tuple[str, list[zoo.Entry]]]:
     for family, models in groupby(zoo.entries(), key=lambda e: e.family):
         yield family, list(models)
+
+
+def measured(models: Sequence[zoo.Entry]) -> list[zoo.Entry]:
+    """Those with results, which a pre-training alone has not."""
+    return [e for e in models if e.metrics]
 
 
 def by_collection(models: Sequence[zoo.Entry]) -> Iterator[list[zoo.Entry]]:
@@ -95,13 +105,17 @@ class Metrics(dict):
 
 def main_metrics(entry: zoo.Entry) -> dict[str, float]:
     """The first metric of each result: box AP and mask AP of a detector."""
-    return Metrics(next(iter(result.metrics.items())) for result in entry.results)
+    return Metrics(next(iter(result.metrics.items())) for result in entry.results
+                   if result.metrics)
 
 
 def method(entry: zoo.Entry) -> str:
-    """The collection's name without that of its family: ', Mask R-CNN' or nothing."""
+    """The collection's name without that of its family: ', Mask R-CNN' or nothing.
+
+    A name that is the data set's says nothing more.
+    """
     name = entry.collection['Name'].removeprefix(entry.collection['Family']).strip()
-    return f', {name}' if name else ''
+    return '' if name in ('', entry.dataset) else f', {name}'
 
 
 def schedule(models: Sequence[zoo.Entry]) -> str:
@@ -126,6 +140,13 @@ def number(value: float | None) -> str:
 def link(text: str, folder: Path, target: str) -> str:
     """A link that works from a file in ``folder``."""
     return f'[{text}]({os.path.relpath(ROOT / target, folder).replace(os.sep, "/")})'
+
+
+def without_empty(head: Sequence[str], rows: Sequence[Sequence[str]]
+                  ) -> tuple[list[str], list[list[str]]]:
+    """The columns that have anything in them."""
+    kept = [i for i in range(len(head)) if any(row[i] for row in rows)]
+    return [head[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -162,7 +183,7 @@ def find_table(name: str, path: Path) -> str:
 def check_places(texts: dict[Path, str]) -> None:
     """Every family's README must have a place for each of its tables."""
     for family, models in by_family():
-        path = ROOT / 'configs' / family / 'README.md'
+        path = ROOT / 'configs' / models[0].folder / 'README.md'
         held = {m[1] for m in PLACE.findall(texts.get(path, ''))}
         for task in dict.fromkeys(e.task for e in models):
             if f'{family}/{task}' not in held:

@@ -24,6 +24,15 @@ def type_name(node: Any) -> str:
     return (name if isinstance(name, str) else str(kind)).rpartition('.')[2]
 
 
+def names_of(node: Any) -> Iterator[str]:
+    """'package.Name' of a type with its scope or of a class, then of each of its base classes."""
+    kind = type_of(node)
+    if isinstance(kind, type):
+        yield from (f'{base.__module__.partition(".")[0]}.{base.__name__}' for base in kind.__mro__)
+    else:
+        yield from (f'{scope}.{type_name(kind)}' for scope in scopes_of(kind))
+
+
 def scopes_of(node: Any) -> Iterator[str]:
     """The packages a type may be looked up in: its own first, then those of its base classes.
 

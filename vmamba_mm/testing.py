@@ -1,5 +1,8 @@
 """What tests, tools and benchmarks share: inputs for the ops, errors relative to scale."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -56,6 +59,22 @@ def ss2d_scan_inputs(batch: int, dim: int, height: int, width: int, *, state: in
                 D=randn(routes * dim))
 
 
+def mamba_inner_inputs(batch: int, routes: int, dim: int, length: int, state: int, rank: int,
+                       taps: int = 4, *, dtype: torch.dtype = torch.float32, device: str = 'cpu',
+                       seed: int = 0) -> dict[str, Tensor]:
+    """Arguments of ``mamba_inner`` of the magnitude that a trained model gives, in order."""
+    rng = torch.Generator(device).manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng, dtype=torch.float64, device=device).to(dtype)
+
+    return dict(xz=randn(batch, length, 2 * dim), conv_weight=randn(routes, dim, taps) / 2,
+                conv_bias=randn(routes, dim),
+                x_proj=randn(routes, rank + 2 * state, dim) / dim ** 0.5,
+                dt_proj=randn(routes, dim, rank) / rank ** 0.5, dt_bias=randn(routes, dim) - 1,
+                A=-randn(routes, dim, state).exp(), D=randn(routes, dim))
+
+
 def with_grads(op, inputs: dict[str, Tensor], grad_y: Tensor | None = None, **kwargs):
     """(y, {name: gradient}) of ``op(*inputs)``; ``grad_y`` defaults to a fixed random one."""
     leaves = {name: t.detach().clone().requires_grad_() for name, t in inputs.items()}
@@ -67,22 +86,83 @@ def with_grads(op, inputs: dict[str, Tensor], grad_y: Tensor | None = None, **kw
     return y.detach(), dict(zip(leaves, grads, strict=True))
 
 
+#: (B, L, C) of all tokens, or their logits -> what a classifier makes of them.
+_POOLS = {'mean': lambda x: x.mean(1), 'max': lambda x: x.amax(1), 'last': lambda x: x[:, -1],
+          'all': lambda x: x}
+
+
 class Classifier(nn.Module):
-    """A backbone, the mean of its last map, and a linear layer.
+    """A backbone, the mean of its last map, its class token or its tokens, and a linear layer.
 
     Parameters are named ``backbone.*`` and ``head.fc.*``, as in mmpretrain's ImageClassifier, of
     which it is what matters for numbers.
 
     Args:
-        backbone: with ``num_features``, the channels of its stages, and a tuple of maps as result.
+        backbone: with ``num_features``, the channels of its stages, and a tuple as result, whose
+            last is a map (B, C, ...), a class token (B, C) or, with ``pool``, tokens (B, L, C).
         num_classes: of the linear layer.
+        pool: of tokens: 'mean' or the 'last' of them, 'max' for the largest of their logits or
+            'all' for the logits of each. It says nothing of maps and class tokens.
     """
 
-    def __init__(self, backbone: nn.Module, num_classes: int):
+    def __init__(self, backbone: nn.Module, num_classes: int, pool: str = ''):
         super().__init__()
         self.backbone = backbone
         self.head = nn.ModuleDict(dict(fc=nn.Linear(backbone.num_features[-1], num_classes)))
+        self.pool = pool
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, num_classes)."""
-        return self.head['fc'](self.backbone(x)[-1].mean((2, 3)))
+        """What the backbone takes, to (B, num_classes), or (B, L, num_classes) of 'all'."""
+        y = self.backbone(x)[-1]
+        if y.dim() == 3 and self.pool in ('max', 'all'):
+            return _POOLS[self.pool](self.head['fc'](y))
+        if y.dim() == 3 and self.pool:
+            return self.head['fc'](_POOLS[self.pool](y))
+        return self.head['fc'](y if y.dim() == 2 else y.flatten(2).mean(2))
+
+
+class WithNeck(nn.Module):
+    """A backbone and the neck on its maps, named as in mmdet and mmseg."""
+
+    def __init__(self, backbone: nn.Module, neck: nn.Module):
+        super().__init__()
+        self.backbone = backbone
+        self.neck = neck
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.neck(self.backbone(x)))
+
+
+def run_in_parts(mixer: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A causal mixer on all tokens, and on the first ones together and the others one by one.
+
+    Args:
+        mixer: as :class:`vmamba_mm.layers.MambaMixer`.
+        inputs: 'input' (B, L, C), and 'prefill_len', the number of tokens that go together.
+
+    Returns:
+        'output'; 'step_output' of the parts; 'state_after_prefill' and 'state_final', each with
+        'conv' (B, D, d_conv), the last inputs of the convolution with zeros before the first, and
+        'ssm' (B, D, N).
+    """
+    x, prefill = inputs['input'], inputs['prefill_len']
+    tokens = x.detach()
+    with torch.no_grad():
+        before = state = mixer.init_state(len(x))
+        if prefill > 1:
+            _, before = mixer(tokens[:, :prefill - 1], state)
+        outputs, state = mixer(tokens[:, :prefill], state)
+        states, outputs = [_window(before, state)], [outputs]
+        for token in tokens[:, prefill:].unbind(1):
+            before = state
+            y, state = mixer.step(token, before)
+            outputs.append(y.unsqueeze(1))
+        states.append(_window(before, state))
+    return dict(output=mixer(x), step_output=torch.cat(outputs, 1), state_after_prefill=states[0],
+                state_final=states[1])
+
+
+def _window(before, state):
+    """A state with one more input of the convolution, from the state a token earlier."""
+    conv = torch.cat([before.conv[:, :1].to(state.conv.dtype), state.conv], dim=1)
+    return dict(conv=conv.transpose(1, 2), ssm=state.ssm)

@@ -21,8 +21,10 @@ from vmamba_mm.paths import CONFIGS
 #: Before a name of :func:`find`, in place of the address of a checkpoint.
 SCHEME = 'vmamba_mm://'
 #: Tasks as the model index calls them -> as ``tools/`` and the checkpoints do.
-TASKS = {'Image Classification': 'cls', 'Object Detection': 'det', 'Instance Segmentation': 'det',
-         'Semantic Segmentation': 'seg'}
+TASKS = {'Image Classification': 'cls', 'Action Recognition': 'video', 'Object Detection': 'det',
+         'Instance Segmentation': 'det', 'Semantic Segmentation': 'seg',
+         'Masked Pre-training': 'pretrain', 'Multi-Instance Retrieval': 'pretrain',
+         'Language Modelling': 'lm'}
 
 
 @dataclass(frozen=True)
@@ -40,20 +42,22 @@ class Entry:
 
     Attributes:
         name: unique in the zoo: that of its config, unless two files share one.
-        family: the folder of ``configs/``.
+        family: that of the model.
         arch: a published architecture of the family.
-        task: 'cls', 'det', 'seg': a value of :data:`TASKS`.
-        config: ``configs/<family>/NAME.py``, relative to the repository; see ``path``.
+        task: 'cls', 'video', 'det', 'seg', 'lm', or 'pretrain' of a file that a fine-tuning starts
+            from: a value of :data:`TASKS`.
+        folder: in ``configs/``, of the family's name, unless several families share it.
+        config: ``configs/<folder>/NAME.py``, relative to the repository; see ``path``. None where
+            there is no recipe.
         root: the folder that ``config`` is relative to.
         weights: the address of the file, or None where it was not published.
         sha256: of that file, where it is known.
         parameters: a count; exact for classifiers, as rounded by the authors for the others.
         flops: of one image of the size in the paper, where a multiply-add counts once.
-        results: as published, one for each task and data set.
+        results: as published, one for each task and data set; ``metrics`` may be empty.
         tag: tells the weights of one architecture apart, as timm's names do
-            (``vmamba_tiny_s1l8.in1k``); None for what is no classifier.
-        pretrained: of a detector or segmentor, the classifier that it started from, as
-            ``family/arch.tag``.
+            (``vmamba_tiny_s1l8.in1k``); None for detectors and segmentors.
+        pretrained: what it started from, as ``family/arch.tag``; None for random weights.
         metadata: all that the metafile has under 'Metadata', with what the collection has there.
         collection: what the models of one paper and task share: 'Name', 'Metadata', 'Paper',
             'Code' and so on.
@@ -63,7 +67,8 @@ class Entry:
     family: str
     arch: str
     task: str
-    config: str
+    folder: str
+    config: str | None
     root: Path
     weights: str | None
     sha256: str | None
@@ -76,9 +81,9 @@ class Entry:
     collection: Mapping[str, Any]
 
     @property
-    def path(self) -> Path:
-        """The path of the config, in a checkout as in an installed package."""
-        return self.root / self.config
+    def path(self) -> Path | None:
+        """The path of the config, in a checkout as in an installed package; None without one."""
+        return None if self.config is None else self.root / self.config
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -115,7 +120,8 @@ def find(name: str) -> Entry:
 
     Args:
         name: an entry's, such as 'vmamba-tiny-s1l8_8xb128_in1k-224', or 'family/arch' for the
-            first published classifier of an architecture, or 'family/arch.tag' for another.
+            first published classifier (or language model) of an architecture, or
+            'family/arch.tag' for another.
 
     Raises:
         UserError: if there is none, with the names that are like it.
@@ -215,9 +221,12 @@ def _read_entry(model: Mapping[str, Any], collections: Mapping[str, Any], path: 
     tasks = {TASKS[result.task] for result in results}
     if len(tasks) != 1:
         raise UserError(f'{path}: {model["Name"]} has results of several tasks, {sorted(tasks)}')
+    # 'FAMILY/ARCH' where several families share the folder.
+    family, _, arch = metadata['Arch'].rpartition('/')
     return Entry(
-        name=model['Name'], family=path.parent.name, arch=metadata['Arch'], task=tasks.pop(),
-        config=model['Config'], root=path.parents[2], weights=model.get('Weights'),
+        name=model['Name'], family=family or path.parent.name, arch=arch, task=tasks.pop(),
+        folder=path.parent.name, config=model.get('Config'), root=path.parents[2],
+        weights=model.get('Weights'),
         sha256=metadata.get('SHA-256'), parameters=metadata.get('Parameters'),
         flops=metadata.get('FLOPs'), results=results, tag=metadata.get('Tag'),
         pretrained=metadata.get('Pretrained'), metadata=metadata, collection=collection)

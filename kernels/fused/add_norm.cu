@@ -1,11 +1,11 @@
-// x + scale * branch, and its LayerNorm over the channels.
+// x + scale * branch, and its LayerNorm or RMSNorm over the channels.
 #include "common/norm.cuh"
 
 struct AddNormParams {
     const void *x;                // (M, D) of X
     const void *branch;           // (M, D) of B, if ADD; else (D) of fp32, 16 bytes aligned, or null
     const float *scale;           // (samples) of the branch, or null
-    const void *weight, *bias;    // (D)
+    const void *weight, *bias;    // (D); no bias of an RMSNorm
     void *sum;                    // (M, D) of X, or null without ADD; of O, if there is no norm
     void *normed;                 // (M, D) of O, or null: no norm
     float2 *moments;              // (M): mean and 1 / deviation, or null
@@ -15,12 +15,12 @@ struct AddNormParams {
 
 // LANES to a position: a warp, or where there are few channels half of one, so that more is read at
 // a time; a lane has 4 adjacent channels out of each 4 LANES.
-template <class X, class B, class O, bool ADD, int PARTS, int LANES>
+template <class X, class B, class O, bool ADD, int PARTS, int LANES, bool RMS = false>
 __global__ void __launch_bounds__(256, 2) add_norm(const AddNormParams p) {
     constexpr int OF_WARP = 32 / LANES;
     const int lane = threadIdx.x % LANES, warps = gridDim.x * (blockDim.x >> 5);
     extern __shared__ __align__(16) float shared[];  // weight and bias, if there is a norm
-    if (p.normed) load_affine(shared, p.weight, p.bias, p.dim, p.parameter_type);
+    if (p.normed) load_affine<RMS>(shared, p.weight, p.bias, p.dim, p.parameter_type);
     for (int first = (blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5)) * OF_WARP;
          first < p.positions; first += warps * OF_WARP) {
         const int m = first + threadIdx.x % 32 / LANES;
@@ -50,8 +50,8 @@ __global__ void __launch_bounds__(256, 2) add_norm(const AddNormParams p) {
             }
         }
         if (!p.normed) continue;
-        const float2 moments = store_norm<O, LANES>(p.normed, at, v, shared, p.dim, lane, p.eps,
-                                                    valid);
+        const float2 moments = store_norm<O, LANES, RMS>(p.normed, at, v, shared, p.dim, lane,
+                                                         p.eps, valid);
         if (p.moments && lane == 0 && valid) p.moments[m] = moments;
     }
 }

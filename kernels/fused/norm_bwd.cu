@@ -1,10 +1,10 @@
-// Backward of a LayerNorm, and of the sum that came before it.
+// Backward of a LayerNorm or RMSNorm, and of the sum that came before it.
 #include "common/common.cuh"
 
 struct NormBwdParams {
     const void *grad;             // (M, D) of G, by the norm's output
     const void *input;            // (M, D) of X: the norm's input
-    const float2 *moments;        // (M): mean and 1 / deviation
+    const float2 *moments;        // (M): mean and 1 / deviation; the mean is 0 in an RMSNorm
     const void *weight;           // (D)
     const void *extra_grad;       // (M, D) of X: a gradient by that input to be added, or null
     const float *scale;           // (samples) of the branch, or null
@@ -16,7 +16,7 @@ struct NormBwdParams {
 
 // TEAM warps per position, or where there are few channels half of one; LANES of a warp are of one
 // position, and a lane has 4 adjacent channels out of each 4 * LANES * TEAM.
-template <class G, class X, class B, int PARTS, int TEAM, int LANES>
+template <class G, class X, class B, int PARTS, int TEAM, int LANES, bool RMS = false>
 __global__ void __launch_bounds__(256, same<X, Float> && PARTS > 3 ? 1 : 2)
 norm_bwd(const NormBwdParams p) {
     constexpr int TEAMS = 256 / LANES / TEAM, STEP = 4 * LANES * TEAM;
@@ -81,7 +81,7 @@ norm_bwd(const NormBwdParams p) {
             }
             turn ^= 1;
         }
-        sum *= per;
+        sum *= RMS ? 0.f : per;
         product *= per;
         const float scale = p.scale && valid ? p.scale[m / p.length] : 1.f;
 #pragma unroll

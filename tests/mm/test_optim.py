@@ -61,3 +61,46 @@ def test_shared_parameters_and_no_rules(paramwise_cfg):
     assert len(optimizer.param_groups) == 1
     assert {id(p) for p in optimizer.param_groups[0]['params']} >= {
         id(p) for p in model.parameters() if p.requires_grad}
+
+
+# --- layer decay ----------------------------------------------------------------------------------
+
+LAYER_DECAY = 'vmamba_mm.LayerDecayOptimWrapperConstructor'
+
+
+def make_detector():
+    from vmamba_mm.models import Vim
+    arch = dict(base='tiny', embed_dims=8, depth=3, image_size=32)
+    return nn.ModuleDict(dict(backbone=Vim(arch), neck=nn.Linear(8, 8)))
+
+
+def test_layer_decay():
+    """A factor for each block between a parameter and the head; other settings as they were."""
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.neck = make_detector().values()
+
+    model = Model()
+    rules = dict(custom_keys={'pos_embed': dict(decay_mult=0.), 'neck': dict(lr_mult=2.)})
+    plain = settings_of(build(model, rules, constructor=GROUPED).optimizer, model)
+    found = settings_of(build(model, dict(rules, layer_decay_rate=0.5),
+                              constructor=LAYER_DECAY).optimizer, model)
+    factors = {'backbone.cls_token': 1 / 16, 'backbone.pos_embed': 1 / 16,
+               'backbone.patch_embed.proj.bias': 1 / 16, 'backbone.blocks.0.norm.weight': 1 / 8,
+               'backbone.blocks.2.mixer.A_log': 1 / 2, 'backbone.norm2.weight': 1,
+               'neck.weight': 1}
+    for name, factor in factors.items():
+        assert found[name]['lr'] == pytest.approx(plain[name]['lr'] * factor), name
+    for name, settings in found.items():
+        assert {**settings, 'lr': 0} == {**plain[name], 'lr': 0}, name
+    assert len({repr(s) for s in found.values()}) == len(build(
+        model, dict(rules, layer_decay_rate=0.5), constructor=LAYER_DECAY).optimizer.param_groups)
+
+
+@pytest.mark.parametrize('rate', [None, 0, 1.5, 'half'])
+def test_layer_decay_of_no_rate(rate):
+    from vmamba_mm.errors import UserError
+    with pytest.raises(UserError, match=r'layer_decay_rate above 0 and up to 1, got'):
+        build(make_model(), {} if rate is None else dict(layer_decay_rate=rate),
+              constructor=LAYER_DECAY)

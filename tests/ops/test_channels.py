@@ -80,8 +80,10 @@ def skip_types(request, *types):
 
 
 def exact_norm(x, branch, scale, weight, bias, eps):
-    x, branch, weight, bias = (t.double() for t in (x, branch, weight, bias))
+    x, branch, weight, bias = (None if t is None else t.double() for t in (x, branch, weight, bias))
     total = x + branch * (1 if scale is None else scale.double()[:, None, None, None])
+    if bias is None:
+        return total, F.rms_norm(total, weight.shape, weight, eps)
     return total, F.layer_norm(total, weight.shape, weight, bias, eps)
 
 
@@ -89,7 +91,8 @@ def exact_norm(x, branch, scale, weight, bias, eps):
 
 @pytest.mark.parametrize('types', TYPES, ids=str)
 @pytest.mark.parametrize('shape, scaled', [((3, 5, 7, 96), True), ((2, 3, 1, 768), False)], ids=str)
-def test_add_norm(request, device, types, shape, scaled):
+@pytest.mark.parametrize('rms', [False, True], ids=['layer', 'rms'])
+def test_add_norm(request, device, types, shape, scaled, rms):
     skip_types(request, *types)
     dim = shape[-1]
     inputs = [randn(*shape, dtype=types[0], device=device) * 2 + 1,
@@ -101,13 +104,14 @@ def test_add_norm(request, device, types, shape, scaled):
     if not has_kernels(request):
         inputs[0], inputs[1] = inputs[0].to(types[0]).float(), inputs[1].float()
         grads = [g.float() for g in grads]
-    leaves = [t.requires_grad_() for t in inputs]
-    found = add_norm(*leaves, 1e-3, scale=scale, out_dtype=types[2])
+    leaves = [t.requires_grad_() for t in (inputs[:3] if rms else inputs)]
+    bias = None if rms else inputs[3]
+    found = add_norm(*inputs[:3], bias, 1e-3, scale=scale, out_dtype=types[2])
     if has_kernels(request):
         assert [t.dtype for t in found] == [types[0], types[2]]
     found_grads = torch.autograd.grad(found, leaves, [g.to(t.dtype) for g, t in
                                                       zip(grads, found, strict=True)])
-    expected = exact_norm(inputs[0], inputs[1], scale, inputs[2], inputs[3], 1e-3)
+    expected = exact_norm(inputs[0], inputs[1], scale, inputs[2], bias, 1e-3)
     expected_grads = torch.autograd.grad(expected, leaves, [g.double() for g in grads])
     for one, other in zip((*found, *found_grads), (*expected, *expected_grads), strict=True):
         # The gradient's sum over positions is fp32, of a sum that was rounded for the backward.

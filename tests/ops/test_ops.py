@@ -438,7 +438,7 @@ def test_every_op_has_a_spec():
         assert spec.wrong or spec.name == 'reorder' or spec.id or not spec.shapes
 
 
-PUBLIC = {'layer_norm'} | {spec.name.removesuffix('_fwd') for spec in SPECS}
+PUBLIC = {'layer_norm', 'rms_norm'} | {spec.name.removesuffix('_fwd') for spec in SPECS}
 
 
 @pytest.mark.parametrize('name', sorted(PUBLIC & {*vmamba_mm.ops.__all__}))

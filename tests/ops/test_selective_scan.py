@@ -16,8 +16,10 @@ def autograd_reference(u, delta, A, B, C, D=None, *, delta_bias=None, delta_soft
                           delta_softplus=delta_softplus, backend='reference')
 
 
+@pytest.mark.parametrize('many_states', [0, 1 << 40], ids=['stepwise', 'chunks'])
 @pytest.mark.parametrize('value', [-1e4, -30.0, 0.0, 20.0, 1e3, 6e4])
-def test_extreme_delta_is_finite_and_right(value):
+def test_extreme_delta_is_finite_and_right(value, many_states, monkeypatch):
+    monkeypatch.setattr(chunked, '_MANY_STATES', many_states)
     inputs = selective_scan_inputs(1, 2, 3, 41, 3, dtype=torch.float64)
     inputs['delta'] = torch.full_like(inputs['delta'], value)
     expected, expected_grads = with_grads(autograd_reference, inputs, delta_softplus=True)

@@ -79,8 +79,13 @@ def test_states_of_scans_are_single_in_half_precision(dtype):
         y, state = selective_scan(**inputs, delta_softplus=True, return_final_state=True)
     assert y.dtype == dtype and state.dtype == torch.float32
     assert_close(state, right, 1e-5)
-    y, new = selective_scan_step(state, **pick(inputs, 0), delta_softplus=True)
+    first = {name: t[..., :1] if name in SEQUENCES else t for name, t in exact.items()}
+    _, right = selective_scan(**first, delta_softplus=True, initial_state=state.double(),
+                              return_final_state=True)
+    with torch.autocast('cpu', torch.bfloat16):
+        y, new = selective_scan_step(state, **pick(inputs, 0), delta_softplus=True)
     assert y.dtype == dtype and new.dtype == torch.float32
+    assert_close(new, right, 1e-5)
 
 
 @pytest.mark.parametrize('backend', ['reference', 'chunked'])
@@ -123,6 +128,67 @@ def test_convolution_keeps_the_layout_of_its_input():
     assert_close(y, causal_conv(channel_first.transpose(1, 2).contiguous(), weight), 1e-6)
     expected = torch.nn.functional.conv1d(channel_first, weight[:, None], padding=3, groups=6)
     assert_close(y.transpose(1, 2), torch.nn.functional.silu(expected[..., :9]), 1e-6)
+
+
+def test_strong_decay_forgets_the_first_state():
+    """Where exp(delta A) is zero, the state and its gradient are those of the last step alone."""
+    inputs = scan_inputs(1, 1, 2, 5, 3, dtype=torch.float32)
+    inputs['A'] = torch.full_like(inputs['A'], -1e4)
+    inputs['delta'] = inputs['delta'].abs() + 1
+    state = torch.randn(1, 2, 3).requires_grad_()
+    y, last = selective_scan(**inputs, initial_state=state, return_final_state=True)
+    without, same = selective_scan(**inputs, return_final_state=True)
+    assert torch.equal(y, without) and torch.equal(last, same)
+    by_state, = torch.autograd.grad(y.sum() + last.sum(), state)
+    assert torch.equal(by_state, torch.zeros_like(state))
+
+
+def test_only_the_final_state_may_be_used():
+    inputs = {name: t.requires_grad_() for name, t in scan_inputs(1, 2, 2, 6, 3).items()}
+    names = [name for name in inputs if name not in ('C', 'D', 'z')]
+    leaves = [inputs[name] for name in names]
+    grads = [torch.autograd.grad(selective_scan(
+        **inputs, delta_softplus=True, return_final_state=True, backend=backend)[1].square().sum(),
+        leaves) for backend in ('chunked', 'reference')]
+    for name, one, right in zip(names, *grads, strict=True):
+        assert_close(one, right, 1e-12, name)
+
+
+def test_transforms_see_the_states():
+    inputs = scan_inputs(2, 1, 3, 6, 2)
+
+    def run_scan(u, z, state):
+        return selective_scan(**inputs | dict(u=u, z=z), delta_softplus=True, initial_state=state,
+                              return_final_state=True, reverse=True)
+
+    u, z = torch.randn(2, 4, 2, 3, 6, dtype=torch.float64)
+    state = torch.randn(4, 2, 3, 2, dtype=torch.float64)
+    ys, lasts = torch.func.vmap(run_scan)(u, z, state)
+    for i in range(4):
+        y, last = run_scan(u[i], z[i], state[i])
+        assert_close(ys[i], y, 1e-12)
+        assert_close(lasts[i], last, 1e-12)
+
+    def loss(state):
+        y, last = run_scan(u[0], z[0], state)
+        return y.sum() + last.square().sum()
+
+    expected, = torch.autograd.grad(loss(leaf := state[0].clone().requires_grad_()), leaf)
+    assert_close(torch.func.grad(loss)(state[0]), expected, 1e-12)
+
+
+def test_steps_compile_without_a_break():
+    inputs = pick(scan_inputs(2, 1, 4, 1, 2, dtype=torch.float32), 0)
+
+    def step(conv_state, state, weight):
+        x, conv_state = causal_conv_step(conv_state, inputs['u'], weight)
+        y, state = selective_scan_step(state, **inputs | dict(u=x), delta_softplus=True)
+        return y, conv_state, state
+
+    given = torch.randn(2, 3, 4), torch.randn(2, 4, 2), torch.randn(4, 4)
+    for one, right in zip(torch.compile(step, fullgraph=True, backend='aot_eager')(*given),
+                          step(*given), strict=True):
+        assert_close(one, right, 1e-6)
 
 
 def test_wrong_shapes_of_a_step_are_named():

@@ -1,4 +1,4 @@
-"""The options that end_to_end.py and dense_steps.py have in common."""
+"""The options that end_to_end.py, dense_steps.py and vim_sizes.py have in common."""
 
 import sys
 
@@ -9,7 +9,8 @@ from vmamba_mm.errors import UserError
 
 
 @pytest.mark.parametrize(('name', 'wrong_choice'), [
-    ('end_to_end', ('--sections', 'none')), ('dense_steps', ('--tasks', 'none'))])
+    ('end_to_end', ('--sections', 'none')), ('dense_steps', ('--tasks', 'none')),
+    ('vim_sizes', ('--sides', '300'))])
 def test_mistakes(load_tool, monkeypatch, tmp_path, name, wrong_choice, mm):
     pytest.importorskip('timm')
     tool = load_tool(f'bench/{name}.py')

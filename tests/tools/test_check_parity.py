@@ -308,7 +308,7 @@ def test_folders_of_no_family(tool, vmamba, tmp_path):
     assert failed(tool.check_folder(tmp_path / 'unheard_of')) == []  # by its files the root
     for path in (tmp_path / 'unheard_of').glob('*.cls.pth'):
         path.unlink()
-    with pytest.raises(UserError, match="no family 'unheard_of' to compare, only vmamba;"):
+    with pytest.raises(UserError, match="no family 'unheard_of' to compare, only vmamba"):
         list(tool.check_folder(tmp_path / 'unheard_of'))
     with pytest.raises(UserError, match='nowhere does not exist'):
         list(tool.check_folder(tmp_path / 'nowhere'))

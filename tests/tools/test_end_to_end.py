@@ -71,7 +71,7 @@ def test_all_sections(tool, monkeypatch, tmp_path, capsys):
     lines = list(csv.DictReader((tmp_path / 'a.csv').open()))
     cases = {(line['model'], line['task'], line['how'], line['precision'], line['batch'],
               line['height'], line['output']) for line in lines}
-    assert len(cases) == len(lines) == 4 * (3 + 10 + 6 + 2 + 2)
+    assert len(cases) == len(lines) == 4 * (3 + 10 + 6 + 2 + 2 + 3)
     for line in lines:
         fails = line['model'] in ('swin_t', 'mambavision_t') or line['how'] == 'graph'
         assert bool(line['problem']) == fails
@@ -90,6 +90,39 @@ def test_all_sections(tool, monkeypatch, tmp_path, capsys):
     (tmp_path / 'c.csv').write_text(other.replace(',tiny_s1l8,', ',base_s1l20,'))
     with pytest.raises(UserError, match='device CPU and another GPU'):
         tool.call(*ON_CPU, '--sections', 'headline', '--merge', tmp_path / 'c.csv')
+
+
+def test_vim_beside_deit(tool, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, 'selective_scan_cuda', None)  # an import of it fails
+    tool.call(*ON_CPU, '--sections', 'vim', '--csv', tmp_path / 'a.csv', '--models', 'vim_tiny',
+              'deit_t', 'plain_deit_t', 'published_vim_t', 'mamba_ssm_vim_t')
+    out = capsys.readouterr().out
+    head, ratio = out[out.index('Times as fast'):].splitlines()[1:3]
+    assert head.split('  ')[-1] == 'as published, our scan' and 'DeiT, attention in memory' in head
+    assert ratio.startswith('vim_tiny: forward+backward eager') and len(ratio.split()) == 7 + 3
+    assert 'mamba_ssm_vim_t: not installed' in out
+    lines = list(csv.DictReader((tmp_path / 'a.csv').open()))
+    assert len(lines) == 10
+    assert all(0 < float(line['error']) < 6e-2 for line in lines if line['model'] == 'vim_tiny')
+
+
+def test_published_mixer_is_vims(load_tool):
+    pytest.importorskip('mmengine')
+    vim_models = load_tool('bench/vim_models.py')
+    torch.manual_seed(0)
+    model = vim_models.Vim(dict(base='tiny', embed_dims=16, depth=2, image_size=48),
+                           out_type='raw').double()
+    x = torch.randn(2, 3, 48, 48, dtype=torch.float64)
+    expected = model(x)[0]
+    grads = torch.autograd.grad(expected.sin().sum(), list(model.parameters()))
+    published = vim_models.publish(model)
+    assert isinstance(published.blocks[1].mixer, vim_models.PublishedMixer)
+    found = published(x)[0]
+    torch.testing.assert_close(found, expected)
+    by_name = dict(zip(dict(model.named_parameters()), grads, strict=True))
+    found.sin().sum().backward()
+    for name, parameter in published.named_parameters():
+        torch.testing.assert_close(parameter.grad, by_name[name], msg=name)
 
 
 @pytest.mark.parametrize('what', ['the output', "the parameters' gradient"])
@@ -137,7 +170,7 @@ def test_anchors(tool, capsys):
 def test_every_model_builds(tool, monkeypatch):
     monkeypatch.undo()  # the real make_model
     for name in tool.MODELS:
-        if name != 'mambavision_t':
+        if name not in ('mambavision_t', *tool.PUBLISHED):
             with torch.device('meta'):
                 model = tool.make_model(name, 'logits', 224, 224)
-            assert sum(p.numel() for p in model.parameters()) > 2e7
+            assert sum(p.numel() for p in model.parameters()) > 5e6

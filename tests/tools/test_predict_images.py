@@ -282,6 +282,8 @@ def test_task_of_a_model(mm):
     from mmengine.config import ConfigDict
     from mmengine.model import BaseModel
 
+    from vmamba_mm.heads import VideoClassifier
+
     class Mine(mmdet.models.MaskRCNN):
         pass
 
@@ -294,6 +296,8 @@ def test_task_of_a_model(mm):
     assert task('mmdet.models.detectors.MaskRCNN') == 'det'
     assert task(Mine) == task(mmdet.models.MaskRCNN, 'mmengine') == 'det'
     assert task(mmpretrain.models.ImageClassifier) == 'cls'
+    assert task('vmamba_mm.VideoClassifier', 'mmpretrain') == task(VideoClassifier) == 'video'
+    assert task('VideoClassifier', 'vmamba_mm') == 'video'
     assert task('EncoderDecoder', 'mmengine', _scope_='mmseg') == 'seg'
     # Nobody's: what works without a task goes on.
     assert task('vmamba_mm.VMamba', 'mmengine') is task(BaseModel) is None

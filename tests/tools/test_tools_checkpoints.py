@@ -61,6 +61,29 @@ def test_convert(name, to, config, official, call, tmp_path):
         assert head.tolist() == [0, 1] and head.untyped_storage().nbytes() == 8
 
 
+def test_convert_a_language_model(call, tmp_path):
+    """To our names and back to those of mamba_ssm, which reads a file of weights alone."""
+    from vmamba_mm.models import CausalLM
+
+    model = CausalLM(mixer='mamba', vocab_size=9, embed_dims=16, depth=2)
+    torch.save(model.state_dict(), tmp_path / 'ours.pth')
+    for source, target, options in (('ours.pth', 'a.bin', ['--to', 'official']),
+                                    ('a.bin', 'a.safetensors', [])):
+        code, out, err = call('convert_checkpoint.py', tmp_path / source, tmp_path / target,
+                              *options)
+        assert code == 0 and 'Left out' not in out, out + err
+    content = torch.load(tmp_path / 'a.bin', weights_only=True)
+    assert torch.equal(content['lm_head.weight'], content['backbone.embedding.weight'])
+    assert torch.equal(content['backbone.layers.1.mixer.D'], model.blocks[1].mixer.D)
+    found = CausalLM.from_pretrained(tmp_path / 'a.safetensors')
+    ids = torch.arange(9)[None]
+    assert torch.equal(found(ids), model(ids)) and found.is_tied
+    del content['backbone.norm_f.weight']
+    torch.save(content, tmp_path / 'part.bin')
+    assert_one_line(call('convert_checkpoint.py', tmp_path / 'part.bin', tmp_path / 'b.pth'),
+                    'part.bin', 'norm.weight is missing')
+
+
 def test_load_from_official_file(config, official, call):
     code, out, err = call('train.py', config, '--cfg-options', f'load_from={official}',
                           'train_cfg.max_epochs=3')
@@ -112,7 +135,7 @@ def test_convert_refuses(official, call, tmp_path):
         assert not target.exists()
     assert_one_line(call('convert_checkpoint.py', tmp_path / 'no.pth', target), 'does not exist')
     assert_one_line(call('convert_checkpoint.py', official, target, '--family', 'swin'),
-                    '--family swin does not exist; choose one of vmamba')
+                    '--family swin does not exist; choose one of')
     assert_one_line(call('convert_checkpoint.py', official, tmp_path), 'is a folder')
     assert_one_line(call('convert_checkpoint.py', official, target, '--to', 'safetensors'),
                     '.safetensors')
@@ -193,3 +216,49 @@ def test_checkpoints_of_other_trainers(config, call, tmp_path):
     assert_one_line(call('test.py', config, lightning), 'fc.weight', 'head.fc.weight is missing')
     torch.save(model, lightning)
     assert_one_line(call('test.py', config, lightning), 'last.ckpt', 'whole pickled model')
+
+
+@pytest.fixture
+def of_two_families(tmp_path):
+    """A VideoMamba of images by its official names, which are those of a Vim, and ours of it."""
+    from specs import SPECS
+
+    spec = SPECS['videomamba']
+    model = spec.random_model(spec.archs['image'])
+    path = tmp_path / 'a.pth'
+    torch.save(dict(model=spec.official_classifiers(model, 3)[0]), path)
+    return path, model
+
+
+def test_names_of_two_families_are_converted_if_one_is_named(of_two_families, call, tmp_path):
+    from vmamba_mm.checkpoints.files import read_checkpoint
+    from vmamba_mm.families import family_of
+
+    path, model = of_two_families
+    target = tmp_path / 'ours.pth'
+    assert_one_line(call('convert_checkpoint.py', path, target), 'a.pth: the weights under',
+                    'named like those of Vim and of VideoMamba: say which of the families it is',
+                    '--family vim or --family videomamba')
+    assert not target.exists()
+    code, out, err = call('convert_checkpoint.py', path, target, '--family', 'videomamba')
+    assert code == 0 and 'VideoMamba of its own, task cls' in out, err
+    content = torch.load(target, weights_only=True)
+    assert content['meta']['family'] == 'videomamba' and content['meta']['arch'] == model.arch
+    assert family_of(content['state_dict']).name == 'videomamba'  # our names tell
+    # Back to official names, with a word beside them.
+    again = tmp_path / 'official.pth'
+    torch.save(dict(content, state_dict=torch.load(path)['model']), again)
+    state = read_checkpoint(again)['state_dict']
+    assert all(torch.equal(v, content['state_dict'][k]) for k, v in state.items())
+
+
+def test_a_name_of_the_zoo_tells_the_family(of_two_families, monkeypatch):
+    from vmamba_mm.checkpoints.files import read_checkpoint
+    from vmamba_mm.errors import UserError
+
+    path, model = of_two_families
+    monkeypatch.setattr('vmamba_mm.checkpoints.files.weights_of', lambda name: str(path))
+    state = read_checkpoint('vmamba_mm://videomamba/tiny', keep_places=True)['state_dict']
+    assert all(torch.equal(v, state[f'backbone.{k}']) for k, v in model.state_dict().items())
+    with pytest.raises(UserError, match='Vim and of VideoMamba'):
+        read_checkpoint('vmamba_mm://vmamba/tiny_s1l8')  # it is of neither

@@ -16,6 +16,7 @@ from _parity.weights import (
     OfficialNames,
     build,
     convert_names,
+    family_in,
     find_tensor,
     load,
     load_state,
@@ -86,14 +87,15 @@ class Runner:
         for name in [name for name, shape in shapes.items() if shape is None]:
             report.fail('', name, 'the checkpoint has no such weight')
             del shapes[name]
-        convert = functools.partial(convert_names, self.family, subject)
         models, names = {}, {}
         for variant, spec in _variants(subject):
             model = build(spec)
+            family = family_in(model) or self.family
+            convert = functools.partial(convert_names, family, subject)
             if subject.initial:
                 state = convert(expected[subject.initial], model.state_dict())
                 model.load_state_dict(state, strict=False)
-            load(model, self.family, subject, path)
+            load(model, family, subject, path)
             models[variant] = model.to(self.device, DTYPES[self.dtype]).eval()
             names[variant] = OfficialNames(model, convert, shapes)
         state = models[''].state_dict()

@@ -27,12 +27,19 @@ def build(spec: Build) -> Any:
     return target(**kwargs) if inspect.isclass(target) else functools.partial(target, **kwargs)
 
 
+def family_in(model: nn.Module) -> Family | None:
+    """The family of the backbone that a model is, or has; a system may have several."""
+    return next((module.family for module in model.modules()
+                 if isinstance(getattr(module, 'family', None), Family)), None)
+
+
 def load(model: nn.Module, family: Family, subject: Subject, path: Path) -> None:
     """Load a checkpoint as users do, strictly.
 
     Raises:
         UserError: if it does not fit.
     """
+    model = model.get_submodule(subject.into)
     if subject.convert is not None:
         content = read_content(path)
         for key in subject.within:

@@ -1,4 +1,4 @@
-"""The options of end_to_end.py and dense_steps.py that are the same."""
+"""The options that the benchmarks of whole models have in common."""
 
 import torch
 

@@ -19,6 +19,10 @@ Sections: GPU time is dear, so each is a run of its own, and --merge shows them 
   compiled-inference  torch.compile, batch 128, half-precision parameters
   compiled-training   torch.compile, batch 128, autocast
   max-autotune        both by torch.compile's mode of that name, CUDA graphs included
+  vim                 Vim and DeiT of the same widths, batch 128, eager: forward+backward, inference
+  vim-pure            the same with half-precision parameters
+  vim-compiled        the same by torch.compile, in both precisions
+  vim-published       the first and the second with Vim's mixer step by step, as published
 """
 
 import copy
@@ -36,6 +40,7 @@ from bench_options import add_run_options, check_run_options
 from bench_report import NAN, describe_tf32, device_name
 from end_to_end_report import OURS, RESOLUTIONS, Case
 from ss2d_gpu import graphed
+from vim_models import PUBLISHED, VIMS, make_vim, publish
 
 import vmamba_mm
 import vmamba_mm.timm
@@ -45,6 +50,7 @@ from vmamba_mm.mm.measuring import WARM_UP
 from vmamba_mm.models import VMamba
 
 EXAMPLES = '''  python tools/bench/end_to_end.py --sections headline batch1 --csv a.csv
+  python tools/bench/end_to_end.py --sections vim vim-published --csv vim.csv
   python tools/bench/end_to_end.py --sections compiled-training --models tiny_s1l8 --csv b.csv
   python tools/bench/end_to_end.py --merge a.csv b.csv --csv all.csv --png all.png
   python tools/bench/end_to_end.py --device cpu --shrink 16 --models tiny_s1l8 swin_t'''
@@ -55,10 +61,11 @@ PEERS = {'swin_t': ('swin_tiny_patch4_window7_224', torch.contiguous_format, Tru
          'convnext_t': ('convnext_tiny', torch.channels_last, False),
          'convnext_s': ('convnext_small', torch.channels_last, False),
          'convnext_b': ('convnext_base', torch.channels_last, False),
-         'deit_s': ('deit_small_patch16_224', torch.contiguous_format, True),
+         **{f'{name}_{size[0]}': (f'deit_{size}_patch16_224', torch.contiguous_format, True)
+            for name in ('deit', 'plain_deit') for size in ('tiny', 'small', 'base')},
          'mambaout_t': ('mambaout_tiny', torch.channels_last, False),
          'mambavision_t': ('mamba_vision_T', torch.contiguous_format, False)}
-MODELS = (*OURS, *PEERS)
+MODELS = (*OURS, *PEERS, *PUBLISHED)
 #: relative 2-norms of the output's error and of the gradient's; bf16 has an eighth of the digits
 MAX_ERRORS = {torch.float16: (2e-2, 5e-2), torch.bfloat16: (6e-2, 1.5e-1)}
 #: of an image whose gradient is checked too
@@ -108,20 +115,39 @@ def autotuned(model):
             Case(model, how=AUTOTUNED, precision='pure')]
 
 
+def pure(model):
+    return [case._replace(precision='pure') for case in archs(model)]
+
+
+def vim_compiled(model):
+    return [case._replace(how='compiled') for case in (*archs(model), *pure(model))]
+
+
+def published(model):
+    return [*archs(model), *pure(model)]
+
+
 THREE = ('tiny_s1l8', 'swin_t', 'convnext_t')
+WIDTHS = ('vim_tiny', 'deit_t', 'vim_small', 'deit_s', 'vim_base', 'deit_b')
 SECTIONS = {'headline': (headline, report.TINY),
-            'archs': (archs, (*OURS, 'swin_s', 'convnext_s', 'swin_b', 'convnext_b')),
+            'archs': (archs, (*report.VMAMBAS, 'swin_s', 'convnext_s', 'swin_b', 'convnext_b')),
             'batch1': (batch1, (*THREE, 'deit_s')),
             'resolutions': (resolutions, THREE),
             'compiled-inference': (compiled_inference, THREE),
             'compiled-training': (compiled_training, THREE),
-            'max-autotune': (autotuned, THREE)}
+            'max-autotune': (autotuned, THREE),
+            'vim': (archs, WIDTHS),
+            'vim-pure': (pure, WIDTHS),
+            'vim-compiled': (vim_compiled, WIDTHS),
+            'vim-published': (published, tuple(PUBLISHED))}
 
 
 # --- models ---------------------------------------------------------------------------------
 
 def make_model(name, output, height, width):
     """A model with random weights, on the default device."""
+    if name in VIMS or name in PUBLISHED:
+        return make_vim(name, output, height, width)
     if name in OURS:
         if output == 'maps':
             return VMamba(name, out_indices=(0, 1, 2, 3))
@@ -133,7 +159,12 @@ def make_model(name, output, height, width):
     create = timm.create_model
     if name == 'mambavision_t':
         from mambavision import create_model as create
-    return create(timm_name, drop_path_rate=0.0, **options)
+    model = create(timm_name, drop_path_rate=0.0, **options)
+    if name.startswith('plain_deit'):
+        for module in model.modules():
+            if hasattr(module, 'fused_attn'):
+                module.fused_attn = False
+    return model
 
 
 def outputs(result):
@@ -144,11 +175,12 @@ class Subject:
     """A model, its images, and what it must give for the first and the last of them."""
 
     def __init__(self, name, output, batch, height, width, device):
+        self.name = name
         torch.manual_seed(0)
         with torch.device(device):
             model = make_model(name, output, height, width)
             images = torch.randn(batch, 3, height, width)
-        layout = torch.channels_last if name in OURS else PEERS[name][1]
+        layout = PEERS[name][1] if name in PEERS else torch.channels_last
         self.model = model.to(device, memory_format=layout)
         self.images = images.contiguous(memory_format=layout)
         # The CPU needs seconds for a large image; the last one is furthest in memory.
@@ -156,16 +188,25 @@ class Subject:
         self.checked = sorted({0, batch - 1}) if self.few else [batch - 1]
         self.expected = self.expected_grad = self.cotangents = None
 
+    def reference(self):
+        """The model in fp32, where all of it is plain PyTorch: on the CPU. A large image takes
+        a Vim minutes there, so that then it is on the GPU, its mixers op by op."""
+        model = copy.deepcopy(self.model).float().eval()
+        if self.name in VIMS and not self.few:
+            return publish(model)
+        return model.cpu()
+
     def work_out(self, training, dtype):
         """Sets what is expected, in fp32 on the CPU; once, as it takes the longest there."""
         training = training and self.few
         if self.expected_grad is not None or (self.expected is not None and not training):
             return
-        model = copy.deepcopy(self.model).float().cpu().eval()
+        model = self.reference()
         model.zero_grad(set_to_none=True)
         with torch.set_grad_enabled(training):
-            results = outputs(model(self.images[self.checked].float().cpu()))
-        self.expected = [o.detach() for o in results]
+            device = next(model.parameters()).device
+            results = outputs(model(self.images[self.checked].float().to(device)))
+        self.expected = [o.detach().cpu() for o in results]
         if training:
             self.cotangents = [torch.randn_like(o).to(dtype) for o in results]
             torch.autograd.backward(results, [c.float() for c in self.cotangents])
@@ -222,7 +263,8 @@ def measure(case, args):
     numbers = dict.fromkeys(report.NUMBERS, NAN)
     if case.precision == 'pure':
         if case.model in OURS:
-            subject.work_out(False, args.dtype)  # while the parameters have all their digits
+            # while the parameters have all their digits
+            subject.work_out(case.task != 'inference', args.dtype)
         make_subject.cache_clear()
         subject.model.to(args.dtype)
         subject.images = subject.images.to(args.dtype)
@@ -336,28 +378,31 @@ def attempt(case, args):
     return nothing, problem
 
 
-def measure_all(args, rows, setting):
+def measure_all(cases, args, rows, setting):
     """Adds to ``rows``, and to the CSV file after each: a run may be cut off."""
+    for case in cases:
+        start = time.monotonic()
+        numbers, problem = attempt(case, args)
+        if args.device == 'cuda':
+            gc.collect()
+            torch.cuda.empty_cache()
+        rows[case] = {**numbers, 'problem': problem, **setting}
+        result = problem or (f'{numbers["ms"]:.3f} ms, {numbers["images_per_s"]:.0f} images/s, '
+                             f'{numbers["peak_gib"]:.2f} GiB')
+        print(f'  {case.model}: {case.what}: {result} [{time.monotonic() - start:.0f} s]',
+              file=sys.stderr, flush=True)
+        if args.csv:
+            report.SHEET.write(args.csv, rows)
+
+
+def measure_sections(args, rows, setting):
     done = set()
     for section in args.sections:
         cases, models = SECTIONS[section]
         began = time.monotonic()
-        for case in (case for model in args.models or models for case in cases(model)):
-            if case in done:
-                continue
-            done.add(case)
-            start = time.monotonic()
-            numbers, problem = attempt(case, args)
-            if args.device == 'cuda':
-                gc.collect()
-                torch.cuda.empty_cache()
-            rows[case] = {**numbers, 'problem': problem, **setting}
-            result = problem or (f'{numbers["ms"]:.3f} ms, {numbers["images_per_s"]:.0f} images/s, '
-                                 f'{numbers["peak_gib"]:.2f} GiB')
-            print(f'  {case.model}: {case.what}: {result} [{time.monotonic() - start:.0f} s]',
-                  file=sys.stderr, flush=True)
-            if args.csv:
-                report.SHEET.write(args.csv, rows)
+        cases = dict.fromkeys(case for model in args.models or models for case in cases(model))
+        measure_all([case for case in cases if case not in done], args, rows, setting)
+        done |= set(cases)
         print(f'{section}: {time.monotonic() - began:.0f} s', file=sys.stderr, flush=True)
 
 
@@ -379,14 +424,19 @@ def parse_args():
     return args
 
 
-def main():
-    args = parse_args()
+def begin(args, measures):
+    """The rows of --merge, the setting and a line about it; ``measures``: whether this run adds
+    rows, for which it prints what is the same for all.
+
+    Raises:
+        UserError: if the rows are of different settings.
+    """
     rows = {}
     for path in args.merge:
         rows |= report.SHEET.read(path)
     setting = dict(device=device_name(args.device), torch=torch.__version__,
                    timm=timm.__version__, dtype=args.dtype,
-                   shrink=str(args.shrink)) if args.sections else report.SHEET.find_setting(rows)
+                   shrink=str(args.shrink)) if measures else report.SHEET.find_setting(rows)
     report.SHEET.find_setting({**rows, None: setting})
     args.dtype = getattr(torch, args.dtype)
     torch.backends.cudnn.benchmark = True
@@ -395,11 +445,25 @@ def main():
     if setting['shrink'] != '1':
         title += f'; every batch and side by {setting["shrink"]}: nothing to compare with'
     print(title)
-    if args.sections:
+    if measures:
         print(f'vmamba_mm {vmamba_mm.__version__}; the same for all models: drop path 0, '
               f'cudnn.benchmark on, {describe_tf32()}')
     sys.stdout.flush()
-    measure_all(args, rows, setting)
+    return rows, setting, title
+
+
+def fail_if_ours_did(rows):
+    """Raise UserError if a model of ours did not run."""
+    failed = sorted({case.model for case, row in rows.items()
+                     if case.model in OURS and row['problem'] not in ('', NO_GRAPHS)})
+    if failed:
+        raise UserError(f'{", ".join(failed)} failed: see above')
+
+
+def main():
+    args = parse_args()
+    rows, setting, title = begin(args, bool(args.sections))
+    measure_sections(args, rows, setting)
     report.print_ratios(rows)
     report.print_anchors(rows)
     report.print_rows(rows)
@@ -407,10 +471,7 @@ def main():
         report.SHEET.write(args.csv, rows)
     if args.png:
         report.plot(rows, args.png, title)
-    failed = sorted({case.model for case, row in rows.items()
-                     if case.model in OURS and row['problem'] not in ('', NO_GRAPHS)})
-    if failed:
-        raise UserError(f'{", ".join(failed)} failed: see above')
+    fail_if_ours_did(rows)
 
 
 if __name__ == '__main__':

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import matplotlib
 from bench_report import NAN, Sheet, number, print_problems, print_table, show, show_in
+from vim_models import VIMS
 
 from vmamba_mm import zoo
 from vmamba_mm.atomic import atomic_file
@@ -13,12 +14,19 @@ from vmamba_mm.errors import UserError
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402 (after the choice of its backend)
 
-OURS = tuple(dict.fromkeys(e.arch for e in zoo.entries('vmamba', task='cls')))
+VMAMBAS = tuple(dict.fromkeys(e.arch for e in zoo.entries('vmamba', task='cls')))
+OURS = (*VMAMBAS, *VIMS)
 #: family: the peers of each size; DeiT-S has nearly the parameters of the tiny models
 FAMILIES = {'Swin': {'tiny': 'swin_t', 'small': 'swin_s', 'base': 'swin_b'},
             'ConvNeXt': {'tiny': 'convnext_t', 'small': 'convnext_s', 'base': 'convnext_b'},
             'DeiT': {'tiny': 'deit_s'}, 'MambaOut': {'tiny': 'mambaout_t'},
             'MambaVision': {'tiny': 'mambavision_t'}}
+#: The same of Vim: DeiT of its width, with attention as one op and as matrices in memory, and Vim
+#: itself with its mixer as published, by mamba-ssm's scan and by ours (vim_models.py).
+VIM_FAMILIES = {family: {size: f'{name}_{size[0]}' for size in ('tiny', 'small', 'base')}
+                for family, name in (('DeiT', 'deit'), ('DeiT, attention in memory', 'plain_deit'),
+                                     ('as published, mamba-ssm', 'mamba_ssm_vim'),
+                                     ('as published, our scan', 'published_vim'))}
 TINY = ('tiny_s1l8', *(peers['tiny'] for peers in FAMILIES.values()))
 RESOLUTIONS = ((224, 64), (384, 32), (512, 16), (640, 16), (768, 8), (1024, 4))
 NUMBERS = ('ms', 'images_per_s', 'peak_gib', 'error', 'grad_error')
@@ -97,13 +105,18 @@ def time_per_pixel(rows, model):
 # --- tables ---------------------------------------------------------------------------------
 
 def print_ratios(rows):
+    print_ratios_of(rows, VMAMBAS, FAMILIES)
+    print_ratios_of(rows, VIMS, VIM_FAMILIES)
+
+
+def print_ratios_of(rows, models, families):
     lines = []
     for case, row in rows.items():
-        if case.model not in OURS:
+        if case.model not in models:
             continue
         size = next(size for size in ('tiny', 'small', 'base') if size in case.model)
         cells = []
-        for peers in FAMILIES.values():
+        for peers in families.values():
             peer = case._replace(model=peers.get(size, ''))
             faster = row['images_per_s'] / number(rows, peer, 'images_per_s')
             memory = row['peak_gib'] / number(rows, peer, 'peak_gib')
@@ -112,7 +125,7 @@ def print_ratios(rows):
         if any(cells):
             lines.append([f'{case.model}: {case.what}', *cells])
     print_table('Times as fast as the peer of its size, measured beside it | peak memory by its',
-                ['', *FAMILIES], lines)
+                ['', *families], lines)
 
 
 def print_anchors(rows):
@@ -145,7 +158,8 @@ def print_rows(rows):
 def plot(rows, path, title):
     """Draw at most four panels, those that have rows."""
     rows = {case: row for case, row in rows.items() if not row['problem']}
-    models = [m for m in (*OURS, *(p for f in FAMILIES.values() for p in f.values()))
+    peers = (p for f in {**FAMILIES, **VIM_FAMILIES}.values() for p in f.values())
+    models = [m for m in dict.fromkeys((*OURS, *peers))
               if any(case.model == m for case in rows)]
     tiny = [m for m in TINY if m in models] or models[:len(COLOURS)]
     looks = {m: (COLOURS[i], HATCHES[i], MARKERS[i]) for i, m in enumerate(tiny)}

@@ -1,10 +1,11 @@
-"""Build the demo sets: MNIST digits pasted on photographs, in the three real layouts.
+"""Build the demo sets: MNIST digits pasted on photographs, in real layouts.
 
     data/demo/imagenet   train/<class>/*.png, val/<class>/*.png             (ImageNet folders)
     data/demo/coco       annotations/instances_{train,val}2017.json,
                          {train,val}2017/*.png                              (COCO)
     data/demo/ade20k     images/{training,validation}/*.png,
                          annotations/{training,validation}/*.png            (ADE20K)
+    data/demo/clips      train/<class>/*.mp4, val/<class>/*.mp4             (class folders)
 
 coco and ade20k show the same scenes, so that their labels can be checked against each other.
 Everything follows from --seed; a set that is already there with the same settings is kept.
@@ -16,6 +17,7 @@ import shutil
 import time
 from pathlib import Path
 
+import clips
 import numpy as np
 import scenes
 from PIL import Image
@@ -25,9 +27,12 @@ DEFAULTS = dict(
     seed=0,
     cls_size=56, cls_tile=(48, 58), cls_per_class=(400, 100),
     scene_size=128, scene_tile=(34, 64), scene_digits=(2, 5), scenes=(600, 100),
+    clip_size=64, clip_tile=(32, 40), clip_way=(20, 28), clip_frames=16, clip_rate=8,
+    clip_digits=(0, 1), clips_per_class=(200, 40),
 )
+PARTS = ('imagenet', 'coco', 'ade20k', 'clips')
 # The id of a set is a hash of these settings and of the code that draws it.
-CODE = (Path(__file__), Path(scenes.__file__))
+CODE = (Path(__file__), Path(scenes.__file__), Path(clips.__file__))
 
 
 def settings_id(settings):
@@ -164,12 +169,13 @@ def verify_scenes(coco_root, ade_root, settings):
     return counts
 
 
-def build(root, settings, parts=('imagenet', 'coco', 'ade20k')):
+def build(root, settings, parts=PARTS):
     """Build the parts that are missing or were made with other settings; verify what was built."""
     root, wanted = Path(root), settings_id(settings)
     scenes_parts = {'coco', 'ade20k'} if {'coco', 'ade20k'} & set(parts) else set()
     groups = [('imagenet',)] if 'imagenet' in parts else []
     groups += [('coco', 'ade20k')] if scenes_parts else []
+    groups += [('clips',)] if 'clips' in parts else []
     for group in groups:
         stamps = [root / part / 'made.json' for part in group]
         if all(s.is_file() and json.loads(s.read_text())['id'] == wanted for s in stamps):
@@ -181,6 +187,9 @@ def build(root, settings, parts=('imagenet', 'coco', 'ade20k')):
         if group == ('imagenet',):
             build_imagenet(root / 'imagenet', settings)
             counts = verify_imagenet(root / 'imagenet', settings)
+        elif group == ('clips',):
+            clips.build(root / 'clips', settings)
+            counts = clips.verify(root / 'clips', settings, check)
         else:
             build_scenes(root / 'coco', root / 'ade20k', settings)
             counts = verify_scenes(root / 'coco', root / 'ade20k', settings)
@@ -192,12 +201,12 @@ def build(root, settings, parts=('imagenet', 'coco', 'ade20k')):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('parts', nargs='*', default=['imagenet', 'coco', 'ade20k'],
-                        metavar='imagenet|coco|ade20k', help='default: all three')
+    parser.add_argument('parts', nargs='*', default=PARTS, metavar='|'.join(PARTS),
+                        help='default: all')
     parser.add_argument('--root', type=Path, default=Path('data/demo'))
     parser.add_argument('--seed', type=int, default=DEFAULTS['seed'])
     args = parser.parse_args()
-    unknown = set(args.parts) - {'imagenet', 'coco', 'ade20k'}
+    unknown = set(args.parts) - set(PARTS)
     if unknown:
         parser.error(f'unknown set: {", ".join(sorted(unknown))}')
     build(args.root, {**DEFAULTS, 'seed': args.seed}, args.parts)

@@ -22,8 +22,8 @@ from vmamba_mm.checkpoints.formats import read_content, refuse_module, refuse_te
 from vmamba_mm.checkpoints.names import infer_arch, infer_task, to_mm
 from vmamba_mm.checkpoints.prefixes import find_models
 from vmamba_mm.errors import UserError
-from vmamba_mm.families import Family
-from vmamba_mm.zoo import SCHEME, published_sha256, weights_of
+from vmamba_mm.families import FAMILIES, Family, SeveralFamilies
+from vmamba_mm.zoo import SCHEME, find, published_sha256, weights_of
 
 WEIGHTS = ('auto', 'model', 'model_ema')
 #: Where trainers keep weights, in the order of preference where there are several.
@@ -76,7 +76,29 @@ def read_checkpoint(source: str | os.PathLike, weights: str = 'auto',
     if weights not in WEIGHTS:
         raise ValueError(f'weights={weights!r} does not exist; choose one of {WEIGHTS}')
     path = fetch(source)
-    return select_weights(read_content(path, map_location), weights, path, keep_places, family)
+    content = read_content(path, map_location)
+    try:
+        return select_weights(content, weights, path, keep_places, family)
+    except SeveralFamilies as err:
+        told = told_family(source, content)
+        if told in err.families:
+            return select_weights(content, weights, path, keep_places, told)
+        if keep_places and err.prefix:
+            return content  # the model that has them inside it knows its own names
+        raise UserError(f'{path}: {err}') from err
+
+
+def told_family(source: str | os.PathLike, content: Any) -> Family | None:
+    """The family that a name of the zoo, or a file of convert_checkpoint.py, says in words.
+
+    Args:
+        source: as of :func:`read_checkpoint`.
+        content: of the file.
+    """
+    if os.fspath(source).startswith(SCHEME):
+        return FAMILIES.get(find(os.fspath(source).removeprefix(SCHEME)).family)
+    meta = content.get('meta') if isinstance(content, Mapping) else None
+    return FAMILIES.get(meta.get('family')) if isinstance(meta, Mapping) else None
 
 
 def select_weights(content: Any, weights: str, path: Path, keep_places: bool = False,

@@ -53,6 +53,9 @@ def to_mm(state_dict: StateDict, keep_places: bool = False,
         return dict(state_dict)
     state = unwrap(state_dict)
     models = find_models(state, family)
+    if _is_classifier_of(models, state):
+        state = {k.removeprefix(models[0].prefix): v for k, v in state.items()}
+        models = find_models(state, family)
     if keep_places and all(model.prefix for model in models):
         is_ours = any(m.prefix == 'backbone.' or not m.is_official for m in models)
         return state if is_ours else dict(state_dict)
@@ -83,7 +86,8 @@ def to_official(state_dict: StateDict, family: Family | None = None) -> dict[str
         rows = family.classifier_keys + rows
         beside = {_renamed(k, inverse(family.head_keys), family): v for k, v in beside.items()}
     prefix = 'backbone.' if task in ('det', 'seg') else ''
-    return {prefix + _renamed(k, inverse(rows), family): v for k, v in backbone.items()} | beside
+    return {prefix + _renamed(k, inverse(rows), family): _official_shape(k, v, family)
+            for k, v in backbone.items()} | beside
 
 
 def is_official(state_dict: Mapping[str, Any], family: Family) -> bool:
@@ -121,6 +125,15 @@ def _main_model(state):
     return next((m for m in models if m.prefix == 'backbone.'), models[0])
 
 
+def _is_classifier_of(models, state):
+    """Whether it is an official classifier, whose backbone lies at its family's own place."""
+    if len(models) != 1 or not models[0].is_official \
+            or models[0].prefix != (models[0].family.place or None):
+        return False
+    beside = [k for k in state if not k.startswith(models[0].prefix)]
+    return bool(beside) and all(has_row(k, models[0].family.head_keys) for k in beside)
+
+
 def _rename_backbone(state, model):
     """Rename the weights of a model; one at the top has all that there is."""
     family, prefix = model.family, model.prefix
@@ -129,7 +142,7 @@ def _rename_backbone(state, model):
     if model.is_official:
         inner = rename_official(inner, family, inner)
     else:
-        inner = {k: _flatten_linear(k, v, family) for k, v in inner.items()}
+        inner = {k: our_shape(k, v, family) for k, v in inner.items()}
     if not prefix:
         return {k if has_row(k, heads) else f'backbone.{k}': v for k, v in inner.items()}
     renamed = {prefix + k: v for k, v in inner.items()}
@@ -156,7 +169,7 @@ def rename_official(weights: StateDict, family: Family, names: Collection[str]
     """
     rows = family.all_rows(names)
     renamed = {_renamed(k, rows, family): v for k, v in weights.items()}
-    return {k: _flatten_linear(k, v, family) for k, v in renamed.items() if k is not None}
+    return {k: our_shape(k, v, family) for k, v in renamed.items() if k is not None}
 
 
 def _renamed(key, rows, family):
@@ -166,11 +179,19 @@ def _renamed(key, rows, family):
         raise UserError(_of_none(family, key)) from None
 
 
-def _flatten_linear(key, value, family):
+def our_shape(key: str, value: torch.Tensor, family: Family) -> torch.Tensor:
+    """A weight by our name in the shape that our model has it in."""
     if family.linear and re.search(family.linear, key) \
             and value.dim() == 4 and value.shape[2:] == (1, 1):
         return value.flatten(1)
+    if family.scalars and re.search(family.scalars, key) and value.dim() == 0:
+        return value.reshape(1)
     return value
+
+
+def _official_shape(key, value, family):
+    is_scalar = family.scalars and re.search(family.scalars, key) and value.numel() == 1
+    return value.reshape(()) if is_scalar else value
 
 
 # --- what a checkpoint holds ------------------------------------------------------------------

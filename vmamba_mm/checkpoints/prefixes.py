@@ -18,6 +18,7 @@ from vmamba_mm.families.names import (
     our_rows,
     outer_wrappers,
     plain_name,
+    rename,
 )
 
 StateDict = Mapping[str, torch.Tensor]
@@ -64,15 +65,21 @@ def guess_models(state_dict: Mapping[str, Any]) -> list[HeldModel]:
         for prefix, is_official in find_prefixes(family, names).items():
             model = HeldModel(prefix, family, is_official)
             models[prefix] = max((m for m in (models.get(prefix), model) if m),
-                                 key=lambda m: _count_known(m, names))
+                                 key=lambda m: _likeness(m, names))
     return [models[prefix] for prefix in sorted(models)]
 
 
-def _count_known(model, names):
+def _likeness(model, names):
+    """How many names are the family's, and what part of its signature is there."""
+    family = model.family
     below = [k.removeprefix(model.prefix) for k in names if k.startswith(model.prefix)]
-    rows = model.family.rows(below)
-    rows = rows if model.is_official else our_rows(rows)
-    return sum(has_row(k, rows) for k in below)
+    rows = family.rows(below)
+    if model.is_official:
+        ours = {rename(k, rows) for k in below if has_row(k, rows)}
+    else:
+        rows, ours = our_rows(rows), set(below)
+    known = sum(has_row(k, rows) for k in below)
+    return known, len(ours.intersection(family.signature)) / len(family.signature)
 
 
 def _extended_models(weights):

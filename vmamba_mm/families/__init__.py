@@ -12,12 +12,16 @@ A family takes these files; everything else is generic and comes from them:
 3. ``configs/NAME/metafile.yml``, the only home of what was published, and
 4. ``configs/NAME/*.py``, a config for each published model.
 5. ``tests/families/NAME.py``: ``SPEC``, a ``Spec`` of ``tests/specs.py``, with small archs and the
-   official names written out a second time. All generic tests run on it.
+   official names written out a second time. All generic tests run on it. A family that takes
+   tokens in place of images, :mod:`vmamba_mm.families.mamba_lm`, is no backbone and has tests of
+   its own.
 
 Where there are numbers of the official code, ``FAMILY.parity`` says how to compare with them
 (:mod:`vmamba_mm.families.parity`). ``tests/made_up`` is a family of exactly these five files, in
 the way a package of a user's own would have it: it calls :func:`register_family` and registers its
-model with ``vmamba_mm.registry.MODELS``.
+model with ``vmamba_mm.registry.MODELS``. Families of one paper may share the folder of configs and
+that of numbers, their :attr:`Family.system`: :mod:`vmamba_mm.families.vivim` and
+:mod:`vmamba_mm.families.timemamba` are both of Video Mamba Suite.
 
 Rules that keep the rest generic:
 
@@ -31,22 +35,41 @@ Rules that keep the rest generic:
   names has a row for each, the newest first; what our model computes itself has None in place of
   our name.
 - The signature has names that every model of the family has and those of no other family have
-  together. If two families say yes, nobody guesses: an error asks which one is meant.
+  together. If two families say yes, nobody guesses: an error asks which one is meant. Where
+  official names are those of another family (Vim and VideoMamba), ours differ, so that our files
+  tell.
 """
 
 from collections.abc import Mapping
 
 from vmamba_mm.errors import UserError
-from vmamba_mm.families import vmamba
+from vmamba_mm.families import mamba_lm, timemamba, videomamba, vim, vivim, vmamba
 from vmamba_mm.families.base import Family, Rule, name_of, resolve_arch
 from vmamba_mm.families.names import exact_prefixes, is_counter, outer_wrappers, plain_name
 from vmamba_mm.zoo import register_configs, unregister_configs
 
-__all__ = ['FAMILIES', 'Family', 'Rule', 'families_at', 'family_of',
+__all__ = ['FAMILIES', 'Family', 'Rule', 'SeveralFamilies', 'families_at', 'family_of',
            'name_of', 'register_family', 'resolve_arch', 'unregister_family']
 
 #: All families by name.
 FAMILIES: dict[str, Family] = {}
+
+
+class SeveralFamilies(UserError):
+    """Names that are those of two families: somebody has to say which one is meant.
+
+    Attributes:
+        prefix: what stands before the names.
+        families: the two.
+    """
+
+    def __init__(self, prefix: str, families: tuple[Family, Family]):
+        first, second = families
+        super().__init__(
+            f'the weights under {prefix!r} are named like those of {first.model} and of '
+            f'{second.model}: say which of the families it is; tools/convert_checkpoint.py takes '
+            f'--family {first.name} or --family {second.name}, and writes names that tell')
+        self.prefix, self.families = prefix, families
 
 
 def register_family(family: Family) -> Family:
@@ -82,15 +105,13 @@ def families_at(weights: Mapping[str, object]) -> dict[str, Family]:
         weights: by plain names, see :func:`vmamba_mm.families.names.exact_prefixes`.
 
     Raises:
-        UserError: if two families say that the weights below one prefix are theirs.
+        SeveralFamilies: if two families say that the weights below one prefix are theirs.
     """
     families: dict[str, Family] = {}
     for family in FAMILIES.values():
         for prefix in exact_prefixes(family, weights):
             if prefix in families:
-                raise UserError(f'the weights under {prefix!r} are named like those of '
-                                f'{families[prefix].model} and of {family.model}: say which of '
-                                'the families it is')
+                raise SeveralFamilies(prefix, (families[prefix], family))
             families[prefix] = family
     return families
 
@@ -102,7 +123,7 @@ def family_of(state_dict: Mapping[str, object]) -> Family | None:
     name has a row: a single name like those of a family means nothing.
 
     Raises:
-        UserError: if two families say yes.
+        UserError: if two families say yes; SeveralFamilies if they do of the same weights.
     """
     names = {plain_name(k): v for k, v in state_dict.items()
              if isinstance(k, str) and not is_counter(k)}
@@ -114,5 +135,5 @@ def family_of(state_dict: Mapping[str, object]) -> Family | None:
     return next(iter(families.values()), None)
 
 
-for _module in (vmamba,):
+for _module in (vmamba, mamba_lm, vim, videomamba, vivim, timemamba):
     register_family(_module.FAMILY)

@@ -35,7 +35,7 @@ class Rule:
 class Family:
     """All that the package knows of a family besides its modules."""
 
-    #: Also the folder of its configs, configs/NAME.
+    #: Before an architecture in the names of published weights, vmamba_mm://NAME/ARCH.
     name: str
     #: The class in vmamba_mm.models, and what messages call the family.
     model: str
@@ -58,13 +58,26 @@ class Family:
     classifier_keys: Rows = ()
     #: Like ``keys``, for weights that our models have beside the backbone, such as ``head.fc``.
     head_keys: Rows = ()
+    #: Where official classifiers have the backbone, with the head beside it, such as 'visual.';
+    #: '' for at the top.
+    place: str = ''
     #: Our names of Linear weights that official files may hold as (out, in, 1, 1), as a regular
     #: expression.
     linear: str | None = None
+    #: Our names of weights of shape (1,) that official files hold as scalars, which FSDP cannot
+    #: share out, as a regular expression.
+    scalars: str | None = None
     #: Our names of the first convolutions, which can be adapted to other channels of images.
     first_convs: tuple[str, ...] = ()
     #: Checks of a whole arch, after the rules: raises ValueError.
     check: Callable[[Mapping[str, Any]], None] | None = None
+    #: The folder of its configs, configs/SYSTEM, and of official numbers, where several families
+    #: share one; '' for their own, of the family's name. One of the families has the ``parity``.
+    system: str = ''
+    #: What its models take: 'images', of which timm has the models too, or 'tokens' of text.
+    takes: str = 'images'
+    #: Under which key official files hold the weights of a whole model; '' for at the top.
+    weights_key: str = 'model'
     #: Of the official code and weights, and where they are.
     licence: str = ''
     url: str = ''
@@ -126,6 +139,22 @@ def resolve_arch(family: Family, arch: str | Mapping[str, Any]) -> dict[str, Any
 def name_of(family: Family, arch: Mapping[str, Any]) -> str | None:
     """The published name of a resolved architecture, if it has one."""
     return next((name for name, settings in family.archs.items() if settings == arch), None)
+
+
+def infer_image_size(num_patches: int, patch_size: int) -> int | tuple[int, int]:
+    """Height and width of an image of so many patches, for ``infer_arch``; an int if it is square.
+
+    Which of its sides is longer, and by how much, leaves no trace: it is taken to be as near to a
+    square as the number of patches allows, and wide.
+
+    Raises:
+        ValueError: if there is no patch.
+    """
+    if num_patches < 1:
+        raise ValueError('the position embedding is of no patch')
+    rows = next(n for n in range(math.isqrt(num_patches), 0, -1) if num_patches % n == 0)
+    columns = num_patches // rows
+    return rows * patch_size if rows == columns else (rows * patch_size, columns * patch_size)
 
 
 # --- tests of values, for rules ---------------------------------------------------------------

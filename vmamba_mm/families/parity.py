@@ -48,7 +48,7 @@ What each kind of case looks like:
   with these arguments for the keys that end in ``_paper``, or that lie in a dict ``paper``.
 - **States after loading**: ``loaded={OUR_NAME: KEY}`` compares with a tensor beside the cases, or
   in the checkpoint; ``initial='extra_state'`` sets weights before loading; ``has_cases=False``
-  where there is nothing else to compare.
+  where there is nothing else to compare. ``into='backbone'`` loads the file into that part alone.
 - **A layer alone in a file**: ``Build('vmamba_mm.layers:Mamba2', ...)``, with ``convert`` for its
   names and ``within=('model', 'projector')`` for its place in the file.
 - **A file of an op or a layer**: ``ops={'op_ssd.pt': function}``; the function takes the name of
@@ -200,6 +200,8 @@ class Subject:
     convert: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     #: Where the weights lie in the file, for ``convert``; () for the file itself.
     within: tuple[str, ...] = ()
+    #: Our submodule that the file is loaded into; '' for the whole model.
+    into: str = ''
     #: Arguments of the model's ``load_pretrained``, or of ``read_checkpoint`` where it has none,
     #: such as ``dict(weights='model')``.
     load: Mapping[str, Any] = field(default_factory=dict)

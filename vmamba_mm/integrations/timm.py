@@ -43,6 +43,8 @@ __all__ = ['TimmBackbone', 'TimmVMamba', 'register_models']
 
 _POOLS = ('avg', 'max', 'avgmax', 'catavgmax', 'fast', 'fastavg', 'fastmax', 'fastavgmax',
           'fastcatavgmax', '')
+#: Of tokens, the class token first.
+_TOKEN_POOLS = ('token', 'avg', '')
 
 
 class TimmBackbone(nn.Module):
@@ -56,32 +58,38 @@ class TimmBackbone(nn.Module):
         arch: as in the backbone; None for its default.
         num_classes: 0 for none: the pooled features come out.
         in_chans: channels of the input.
-        global_pool: a pooling of timm; '' for none, with ``num_classes=0`` only.
+        global_pool: a pooling of timm; '' for none, with ``num_classes=0`` only. An arch with a
+            class token takes 'token', that token, or 'avg', the mean of the patches. None for
+            'token' there and 'avg' elsewhere, as the published weights have it.
         drop_rate: dropout before the classifier.
         drop_path_rate: as in the backbone.
         device, dtype: of the parameters.
 
     Shape:
         (B, in_chans, H, W), any H and W, to (B, num_classes); ``forward_features`` to the normed
-        map of the last stage, (B, C, H', W').
+        map of the last stage, (B, C, H', W'), or, of an arch with a class token, to tokens
+        (B, 1 + H'W', C), that token first.
 
     Raises:
         ValueError: on a value that is not allowed, with the choices.
     """
 
     model: type[Backbone]
-    output_fmt = 'NCHW'
 
     def __init__(self, arch: str | Mapping[str, Any] | None = None, num_classes: int = 1000,
-                 in_chans: int = 3, global_pool: str = 'avg', drop_rate: float = 0.0,
+                 in_chans: int = 3, global_pool: str | None = None, drop_rate: float = 0.0,
                  drop_path_rate: float = 0.0, device: torch.device | str | None = None,
                  dtype: torch.dtype | None = None):
         super().__init__()
-        _check_head(num_classes, global_pool)
+        arch = resolve_arch(self.model.family, arch or self.model.default_arch)
+        self.has_cls_token = self.model.has_cls_token(arch)
+        self.output_fmt = 'NLC' if self.has_cls_token else 'NCHW'
+        if global_pool is None:
+            global_pool = 'token' if self.has_cls_token else 'avg'
+        self._check_head(num_classes, global_pool)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
-        arch = resolve_arch(self.model.family, arch or self.model.default_arch)
         depths, _ = self.model.stage_sizes(arch)
         self.backbone = self.model(arch, out_indices=(len(depths) - 1,), in_channels=in_chans,
                                    drop_path_rate=drop_path_rate)
@@ -92,8 +100,9 @@ class TimmBackbone(nn.Module):
             for i, (channels, stride) in enumerate(zip(
                 self.backbone.num_features, self.model.stage_strides(arch), strict=True))]
         self.num_features = self.backbone.num_features[-1]
-        self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool,
-                                   drop_rate=drop_rate)
+        head = TokenHead if self.has_cls_token else ClassifierHead
+        self.head = head(self.num_features, num_classes, pool_type=global_pool,
+                         drop_rate=drop_rate)
         self.head.apply(init_linear)
         self.to(device=device, dtype=dtype)
 
@@ -103,7 +112,17 @@ class TimmBackbone(nn.Module):
         return self.num_features * self.head.global_pool.feat_mult()
 
     def forward_features(self, x: Tensor) -> Tensor:
-        return self.backbone.forward_channels_last(x)[0]
+        if not self.has_cls_token:
+            return self.backbone.forward_channels_last(x)[0]
+        last, = self.backbone.out_indices
+        (cls, last_map), = self.backbone.forward_with_cls(x, (last,))
+        return self._join(last, cls, last_map)
+
+    def _join(self, i: int, cls: Tensor, stage_map: Tensor) -> Tensor:
+        """Class tokens and the map of a stage, through its norm: (B, 1 + L, C)."""
+        norm = self.backbone.norm_output
+        parts = norm(i, cls).mean(2, keepdim=True), norm(i, stage_map).flatten(2)
+        return torch.cat(parts, dim=2).transpose(1, 2)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         return self.head(x, pre_logits=pre_logits)
@@ -117,10 +136,20 @@ class TimmBackbone(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A fresh classifier (none for 0 classes), and another pooling unless it is None."""
         pool = self.head.global_pool.pool_type if global_pool is None else global_pool
-        _check_head(num_classes, pool)
+        self._check_head(num_classes, pool)
         self.num_classes = num_classes
         self.head.reset(num_classes, pool)
         self.head.apply(init_linear)
+
+    def _check_head(self, num_classes, global_pool):
+        pools = _TOKEN_POOLS if self.has_cls_token else _POOLS
+        if not isinstance(num_classes, int) or num_classes < 0:
+            raise ValueError(f'num_classes must be an int of at least 0, got {num_classes!r}')
+        if global_pool not in pools:
+            raise ValueError(f'global_pool must be one of {pools}, got {global_pool!r}')
+        if num_classes > 0 and not global_pool:
+            raise ValueError("global_pool='' leaves maps, which only num_classes=0 allows, got "
+                             f'num_classes={num_classes}')
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         for module in self.backbone.modules():
@@ -159,7 +188,7 @@ class TimmBackbone(nn.Module):
 
         Returns:
             (features, maps) or maps; the features are those of ``forward_features``, or, stopped
-            early, the last map computed, both (B, C, H', W').
+            early, those of the last map computed.
         """
         if output_fmt not in ('NCHW', 'NHWC'):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
@@ -167,13 +196,21 @@ class TimmBackbone(nn.Module):
         take, last = feature_take_indices(len(backbone.depths), indices)
         final = last if stop_early or intermediates_only else len(backbone.depths) - 1
         computed = sorted({*take, final})
-        raw = dict(zip(computed, backbone.forward_stages(x, computed), strict=True))
+        if self.has_cls_token:
+            cls_tokens, stage_maps = zip(*backbone.forward_with_cls(x, computed), strict=True)
+        else:
+            stage_maps = backbone.forward_stages(x, computed)
+        raw = dict(zip(computed, stage_maps, strict=True))
         outs = {i: y.permute(0, 3, 1, 2) for i, y in raw.items()}
         normed = outs | {i: backbone.norm_output(i, raw[i])
                          for i in computed if i == backbone.out_indices[-1]}
         maps = [(normed if norm else outs)[i] for i in take]
         maps = [y.permute(0, 2, 3, 1) if output_fmt == 'NHWC' else y.contiguous() for y in maps]
-        return maps if intermediates_only else (normed[final].contiguous(), maps)
+        if intermediates_only:
+            return maps
+        features = normed[final].contiguous() if not self.has_cls_token else \
+            self._join(final, cls_tokens[-1], stage_maps[-1])
+        return features, maps
 
     def prune_intermediate_layers(self, indices: int | Sequence[int] = 1, prune_norm: bool = False,
                                   prune_head: bool = True) -> list[int]:
@@ -234,14 +271,48 @@ class TimmBackbone(nn.Module):
         self.load_state_dict(weights)
 
 
-def _check_head(num_classes: int, global_pool: str) -> None:
-    if not isinstance(num_classes, int) or num_classes < 0:
-        raise ValueError(f'num_classes must be an int of at least 0, got {num_classes!r}')
-    if global_pool not in _POOLS:
-        raise ValueError(f'global_pool must be one of {_POOLS}, got {global_pool!r}')
-    if num_classes > 0 and not global_pool:
-        raise ValueError("global_pool='' leaves maps, which only num_classes=0 allows, got "
-                         f'num_classes={num_classes}')
+class TokenHead(nn.Module):
+    """timm's ``ClassifierHead`` for tokens: a pooling, dropout, and ``fc``.
+
+    Args:
+        in_features: C.
+        num_classes: 0 for no ``fc``.
+        pool_type: 'token' for the first token, 'avg' for the mean of the others, '' for all.
+        drop_rate: before ``fc``.
+
+    Shape: (B, 1 + L, C) to (B, num_classes), (B, C) or (B, 1 + L, C).
+    """
+
+    def __init__(self, in_features: int, num_classes: int, pool_type: str = 'token',
+                 drop_rate: float = 0.0):
+        super().__init__()
+        self.in_features = in_features
+        self.drop = nn.Dropout(drop_rate)
+        self.reset(num_classes, pool_type)
+
+    def reset(self, num_classes: int, pool_type: str) -> None:
+        self.global_pool = TokenPool(pool_type)
+        self.fc = nn.Linear(self.in_features, num_classes) if num_classes else nn.Identity()
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.drop(self.global_pool(x))
+        return x if pre_logits else self.fc(x)
+
+
+class TokenPool(nn.Module):
+    """The pooling of :class:`TokenHead`."""
+
+    def __init__(self, pool_type: str):
+        super().__init__()
+        self.pool_type = pool_type
+
+    def feat_mult(self) -> int:
+        return 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pool_type == 'token':
+            return x[:, 0]
+        return x[:, 1:].mean(1) if self.pool_type == 'avg' else x
 
 
 class TimmVMamba(TimmBackbone):
@@ -251,7 +322,9 @@ class TimmVMamba(TimmBackbone):
 
 
 def register_models(family: Family) -> type[TimmBackbone]:
-    """Register the published architectures of a family with timm, as ``family_arch``, once.
+    """Register the published architectures of images with timm, as ``family_arch``, once.
+
+    Those of clips are left out: timm's models take images.
 
     Returns:
         The class of the models.
@@ -263,13 +336,14 @@ def register_models(family: Family) -> type[TimmBackbone]:
     model = TimmVMamba if backbone is VMamba else type(
         f'Timm{family.model}', (TimmBackbone,), dict(model=backbone, __module__=__name__))
     configs = {}
-    for arch in family.archs:
+    archs = [arch for arch, settings in family.archs.items() if not backbone.clip_length(settings)]
+    for arch in archs:
         published = [e for e in zoo.entries(family.name, arch, 'cls') if e.weights]
         configs |= {f'{family.name}_{arch}.{e.tag}': _cfg(backbone, arch, e) for e in published}
         if not published:  # a name without a tag
             configs[f'{family.name}_{arch}'] = _cfg(backbone, arch)
     default_cfgs.update(generate_default_cfgs(configs))
-    for arch in family.archs:
+    for arch in archs:
         _register(model, family, arch)
     _REGISTERED[family.name] = model
     return model
@@ -278,14 +352,15 @@ def register_models(family: Family) -> type[TimmBackbone]:
 _REGISTERED: dict[str, type[TimmBackbone]] = {}
 #: {name: configs of its weights}: register_model looks here for them.
 default_cfgs: dict[str, Any] = {}
-_SIDE = 224
 
 
 def _cfg(backbone: type[Backbone], arch: str, entry: zoo.Entry | None = None) -> dict[str, Any]:
     family = backbone.family
-    side = _SIDE // backbone.stage_strides(family.archs[arch])[-1]
+    settings = family.archs[arch]
+    size = settings.get('image_size', 224)
+    side = backbone.map_size(settings, size)
     config = dict(
-        input_size=(3, _SIDE, _SIDE), pool_size=(side, side), fixed_input_size=False,
+        input_size=(3, size, size), pool_size=(side, side), fixed_input_size=False,
         num_classes=1000, crop_pct=0.875, interpolation='bicubic', mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225), classifier='head.fc', first_conv=_first_conv(backbone, arch),
         license=family.licence.lower(), origin_url=family.url, custom_load=True)
@@ -339,4 +414,5 @@ def _register(model: type[TimmBackbone], family: Family, arch: str) -> None:
 
 
 for _family in FAMILIES.values():
-    register_models(_family)
+    if _family.takes == 'images':
+        register_models(_family)

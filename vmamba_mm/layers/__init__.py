@@ -1,10 +1,26 @@
+from vmamba_mm.layers.attention import SelfAttention
 from vmamba_mm.layers.drop_path import DropPath
-from vmamba_mm.layers.embed import ConvDownsample, ConvStem, MergeDownsample, PatchStem
-from vmamba_mm.layers.norm import LayerNorm, LayerNorm2d
+from vmamba_mm.layers.embed import (
+    ConvDownsample,
+    ConvStem,
+    MergeDownsample,
+    PatchEmbed,
+    PatchStem,
+)
+from vmamba_mm.layers.mamba import (
+    BiMambaMixer,
+    DecomposedBiMambaMixer,
+    MambaBlock,
+    MambaMixer,
+    MambaState,
+    SharedBiMambaMixer,
+)
+from vmamba_mm.layers.norm import LayerNorm, LayerNorm2d, RMSNorm
 from vmamba_mm.layers.recording import record_inputs, record_scan_inputs
 from vmamba_mm.layers.ss2d import SS2D
 from vmamba_mm.layers.vss_block import Mlp, VSSBlock, VSSStage
 
-__all__ = ['SS2D', 'ConvDownsample', 'ConvStem', 'DropPath', 'LayerNorm', 'LayerNorm2d',
-           'MergeDownsample', 'Mlp', 'PatchStem', 'VSSBlock', 'VSSStage', 'record_inputs',
-           'record_scan_inputs']
+__all__ = ['SS2D', 'BiMambaMixer', 'ConvDownsample', 'ConvStem', 'DecomposedBiMambaMixer',
+           'DropPath', 'LayerNorm', 'LayerNorm2d', 'MambaBlock', 'MambaMixer', 'MambaState',
+           'MergeDownsample', 'Mlp', 'PatchEmbed', 'PatchStem', 'RMSNorm', 'SelfAttention',
+           'SharedBiMambaMixer', 'VSSBlock', 'VSSStage', 'record_inputs', 'record_scan_inputs']

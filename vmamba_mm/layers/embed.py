@@ -7,13 +7,14 @@ from torch import Tensor, nn
 
 from vmamba_mm.layers.norm import LayerNorm
 from vmamba_mm.layers.plain import is_plain, is_plain_conv
+from vmamba_mm.layers.positions import pad_to_a_patch
 from vmamba_mm.ops import channels_last, conv_norm, conv_norm_gelu
 
 # What torch.fx records as it is, since it looks at shapes.
 torch.fx.wrap('channels_last')
 torch.fx.wrap('conv_norm')
 torch.fx.wrap('conv_norm_gelu')
-torch.fx.wrap('_pad_to_a_patch')
+torch.fx.wrap('pad_to_a_patch')
 
 
 def _conv_norm(conv: nn.Conv2d, norm: LayerNorm, x_BHWC: Tensor) -> Tensor:
@@ -23,13 +24,6 @@ def _conv_norm(conv: nn.Conv2d, norm: LayerNorm, x_BHWC: Tensor) -> Tensor:
                          stride=conv.stride[0], padding=conv.padding[0],
                          out_dtype=norm.out_dtype(x_BHWC))
     return norm(conv(x_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-
-
-def _pad_to_a_patch(x_BCHW: Tensor) -> Tensor:
-    height, width = x_BCHW.shape[2:]
-    if height >= 4 and width >= 4:
-        return x_BCHW
-    return F.pad(x_BCHW, (0, max(0, 4 - width), 0, max(0, 4 - height)))
 
 
 class PatchStem(nn.Module):
@@ -45,7 +39,7 @@ class PatchStem(nn.Module):
         self.norm = LayerNorm(embed_dims)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _conv_norm(self.proj, self.norm, channels_last(_pad_to_a_patch(x)))
+        return _conv_norm(self.proj, self.norm, channels_last(pad_to_a_patch(x, 4)))
 
 
 class ConvStem(nn.Module):
@@ -96,3 +90,25 @@ class ConvDownsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return _conv_norm(self.conv, self.norm, x)
+
+
+class PatchEmbed(nn.Module):
+    """Patches of a side, which may overlap (ViT): (B, in_channels, H, W) -> (B, h, w, C).
+
+    Sides smaller than a patch are padded with zeros, and what is left over is ignored.
+
+    Args:
+        in_channels: channels of the input.
+        embed_dims: C.
+        patch_size: pixels of a side.
+        stride: pixels from one patch to the next; None for ``patch_size``.
+        bias: of the projection.
+    """
+
+    def __init__(self, in_channels: int, embed_dims: int, patch_size: int,
+                 stride: int | None = None, bias: bool = True):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, embed_dims, patch_size, stride or patch_size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(pad_to_a_patch(x, self.proj.kernel_size[0])).permute(0, 2, 3, 1)

@@ -1,16 +1,17 @@
-"""LayerNorm of maps that are channels last, and the residual sum before it."""
+"""LayerNorm and RMSNorm of the last dimension, and the residual sum before them."""
 
 import torch
 import torch.fx
 from torch import Tensor, nn
 
 from vmamba_mm.layers.plain import is_plain
-from vmamba_mm.ops import add_norm, layer_norm
+from vmamba_mm.ops import add_norm, layer_norm, rms_norm
 from vmamba_mm.ops.core.backends import autocast_dtype
 
 # What torch.fx records as it is, since it looks at shapes.
 torch.fx.wrap('add_norm')
 torch.fx.wrap('layer_norm')
+torch.fx.wrap('rms_norm')
 torch.fx.wrap('autocast_dtype')
 
 
@@ -21,12 +22,13 @@ class LayerNorm(nn.LayerNorm):
         dim: C.
         feeds_matmul: under autocast the result has autocast's dtype, to which the product that
             takes it would round it anyway; else it is fp32, as autocast has it.
+        eps: added to the variance.
 
     Shape: (B, ..., C) -> (B, ..., C).
     """
 
-    def __init__(self, dim: int, feeds_matmul: bool = False):
-        super().__init__(dim)
+    def __init__(self, dim: int, feeds_matmul: bool = False, eps: float = 1e-5):
+        super().__init__(dim, eps=eps)
         self.feeds_matmul = feeds_matmul
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,17 +47,39 @@ class LayerNorm2d(LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def sum_and_norm(norm: nn.Module, x: Tensor, branch: Tensor, scale: Tensor | None
-                 ) -> tuple[Tensor, Tensor]:
+class RMSNorm(nn.RMSNorm):
+    """``nn.RMSNorm`` of the last dimension (arXiv 1910.07467), computed in fp32 at least; on an
+    NVIDIA GPU one kernel.
+
+    Args:
+        dim: C.
+        eps: added to the mean square.
+
+    Shape: (B, ..., C) -> (B, ..., C), in the dtype of the input, or fp32 under autocast.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-5):
+        super().__init__(dim, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+def sum_and_norm(norm: nn.Module, x: Tensor, branch: Tensor, scale: Tensor | None = None,
+                 out_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """``x + scale * branch`` and ``norm`` of it, on an NVIDIA GPU in one pass.
 
     Args:
         norm: a norm of the last dimension.
         x, branch: (B, ..., C).
         scale: (B), or None for 1.
+        out_dtype: of the norm's result; None for what ``norm`` itself gives.
     """
+    if is_plain(norm, RMSNorm):
+        return add_norm(x, branch, norm.weight, None, norm.eps, scale=scale, out_dtype=out_dtype)
     if is_plain(norm, LayerNorm):
         return add_norm(x, branch, norm.weight, norm.bias, norm.eps, scale=scale,
-                        out_dtype=norm.out_dtype(x))
+                        out_dtype=out_dtype or norm.out_dtype(x))
     total = add_norm(x, branch, None, None, scale=scale)[0]
-    return total, norm(total)
+    normed = norm(total)
+    return total, normed if out_dtype is None else normed.to(out_dtype)

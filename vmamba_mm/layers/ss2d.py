@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 from vmamba_mm.layers.norm import LayerNorm
 from vmamba_mm.layers.plain import is_depthwise_3x3, is_plain
-from vmamba_mm.layers.ssm_init import init_ssm, init_x_proj
+from vmamba_mm.layers.ssm_init import init_ssm, init_x_proj, state_matrix
 from vmamba_mm.ops import dwconv_silu, scan_norm
 from vmamba_mm.ops.ss2d_scan.patterns import check_scan
 
 # What torch.fx records as it is, since it looks at shapes.
 torch.fx.wrap('dwconv_silu')
 torch.fx.wrap('scan_norm')
-torch.fx.wrap('_state_matrix')
+torch.fx.wrap('state_matrix')
 
 NUM_ROUTES = 4
 _ACTS = {'silu': F.silu, 'gelu': F.gelu, 'relu': F.relu}
@@ -94,12 +94,7 @@ class SS2D(nn.Module):
         norm, is_fused = self.out_norm, is_plain(self.out_norm, LayerNorm)
         y_BDHW = scan_norm(
             x.permute(0, 3, 1, 2), self.x_proj_weight, self.dt_projs_weight, self.dt_projs_bias,
-            _state_matrix(self.A_logs), self.Ds, *(
+            state_matrix(self.A_logs), self.Ds, *(
                 (norm.weight, norm.bias, norm.eps) if is_fused else (None, None)), scan=self.scan)
         y = y_BDHW.permute(0, 2, 3, 1)
         return y if is_fused else norm(y).to(x.dtype)
-
-
-def _state_matrix(A_logs: Tensor) -> Tensor:
-    """A = -exp(A_logs), in fp32 at least: the rounding errors of a half would grow in exp."""
-    return -torch.exp(A_logs if A_logs.dtype == torch.float64 else A_logs.float())

@@ -1,4 +1,4 @@
-"""Initial values of the state-space parameters (Mamba, arXiv 2312.00752, section 3.6)."""
+"""Initial values of the state-space parameters (Mamba, arXiv 2312.00752, section 3.6), and A."""
 
 import math
 
@@ -56,3 +56,8 @@ def init_ssm(kind: str, num_routes: int, dim: int, d_state: int, dt_rank: int
     if kind == 'zero':
         return 0.1 * torch.rand(weight), 0.1 * torch.rand(bias), torch.zeros(A_logs)
     raise ValueError(f"ssm_init={kind!r} does not exist; choose 'mamba', 'random' or 'zero'")
+
+
+def state_matrix(A_logs: Tensor) -> Tensor:
+    """A = -exp(A_logs), in fp32 at least: the rounding errors of a half would grow in exp."""
+    return -torch.exp(A_logs if A_logs.dtype == torch.float64 else A_logs.float())

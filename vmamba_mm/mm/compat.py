@@ -27,7 +27,9 @@ from vmamba_mm.errors import UserError
 from vmamba_mm.mm.tasks import TASKS
 from vmamba_mm.paths import CONFIGS
 
-EXTRAS = {scope: task.extra for scope, task in TASKS.items()} | dict(mmcv='all', mmengine='all')
+# Of several tasks of a package the first has its extra.
+EXTRAS = {task.scope: task.extra for task in reversed(TASKS.values())} | dict(
+    mmcv='all', mmengine='all')
 # What to install beside an upstream mmengine. The extras name the onedl line, whose packages would
 # overwrite upstream's, because they share the module names.
 UPSTREAM = {'mmpretrain': 'mmpretrain==1.2.0', 'mmdet': 'mmdet==3.3.0',

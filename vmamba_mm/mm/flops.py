@@ -5,6 +5,7 @@ the formulas that they register. On the meta device nothing is computed: a base 
 takes a second. A multiply-add counts as 1 here.
 """
 
+import functools
 import inspect
 import math
 import re
@@ -22,6 +23,7 @@ from vmamba_mm.config import type_name
 from vmamba_mm.errors import UserError
 from vmamba_mm.mm.cli.configs import datasets_of, find_task
 from vmamba_mm.mm.cli.runs import model_settings, sync_to_plain_batch_norm
+from vmamba_mm.mm.sources import VIDEO
 from vmamba_mm.ops.selective_scan.op import scan_flops
 
 KINDS = ('scan', 'attention', 'projections', 'convolutions', 'MLP')
@@ -68,7 +70,7 @@ class Count:
 
 
 def count(cfg, shape=None, device=None):
-    """Count a config's model on one image.
+    """Count a config's model on one image; of videos, on one clip of the test pipeline's frames.
 
     Args:
         cfg: the config, as of :func:`vmamba_mm.mm.cli.load_config`.
@@ -85,6 +87,8 @@ def count(cfg, shape=None, device=None):
                         '--shape')
     shape = tuple(shape or task.image)
     forward = _FORWARDS.get(task and task.name, _forward_tensor)
+    if task is not None and task.source is VIDEO:
+        forward = functools.partial(_forward_clip, _num_frames(cfg))
     # The first is enough for ours; constructors of others read values, and some models when run.
     attempts = (('meta', 'meta'), ('cpu', 'meta'), ('cpu', 'cpu'))
     for built_on, counted_on in attempts if device is None else ((device, device),):
@@ -200,6 +204,22 @@ class _Whole(nn.Module):
 
 def _forward_tensor(model, x, notes):
     return model(x, mode='tensor')
+
+
+def _forward_clip(num_frames, model, x, notes):
+    notes.append(f'one clip of {num_frames} frames')
+    return model(x[:, :, None].expand(-1, -1, num_frames, -1, -1), mode='tensor')
+
+
+def _num_frames(cfg):
+    """Of the clips that the test pipeline loads."""
+    dataset = (cfg.get('test_dataloader') or {}).get('dataset')
+    for _, inner in datasets_of(dataset, '') if dataset else ():
+        for step in inner.get('pipeline') or ():
+            if type_name(step) == 'LoadClips':
+                return step.num_frames
+    raise UserError(f'{cfg.filename} has no test_dataloader whose pipeline says how many frames a '
+                    "clip has: it needs the step 'vmamba_mm.LoadClips'")
 
 
 def _segment(model, x, notes):

@@ -1,15 +1,17 @@
 """The tasks that the tools know: one entry for each mm* package whose models they train.
 
-A new task is a new entry of :data:`TASKS` and its extra in pyproject.toml. Training, and metrics
-of a test, need no entry: they work for a model of any package on mmengine.
+A task without a living package has a model of this one, which is the entry's key. A new task is a
+new entry of :data:`TASKS` and its extra in pyproject.toml. Training, and metrics of a test, need no
+entry: they work for a model of any package on mmengine.
 """
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vmamba_mm.errors import UserError
+from vmamba_mm.mm.sources import IMAGE, VIDEO, Source
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class Task:
     Args:
         name: as hooks and checkpoints call it.
         extra: of this package, which installs what the task needs.
+        scope: the mm* package whose registries its configs use.
         image: height and width that published FLOPs are of.
         visualizer: the type that draws a sample; ``ascii_text`` if it has no other letters.
         draw: draw(visualizer, picture, sample, path, settings) writes one picture.
@@ -30,11 +33,14 @@ class Task:
         flip_tta: flip_tta(last step of the pipeline) gives the model and the last step of a
             test-time augmentation by mirror images; None where only the config can say how.
         loader: what the package's own tools add to every data loader.
+        modules: what it needs besides ``scope``.
+        source: the kind of files that samples are made from.
         has_score_threshold: whether ``score_thr`` decides what is drawn.
     """
 
     name: str
     extra: str
+    scope: str
     image: tuple[int, int]
     visualizer: str
     draw: Callable[..., None]
@@ -46,6 +52,8 @@ class Task:
     ascii_text: bool = False
     has_score_threshold: bool = False
     loader: dict[str, Any] = field(default_factory=dict)
+    modules: tuple[str, ...] = ()
+    source: Source = IMAGE
 
 
 def task_named(name):
@@ -61,15 +69,21 @@ def task_named(name):
                     f'{", ".join(repr(task.name) for task in TASKS.values())}')
 
 
+def scopes():
+    """The packages of the tasks, each once."""
+    return list(dict.fromkeys(task.scope for task in TASKS.values()))
+
+
 def list_scopes():
     """The packages of the tasks in words: 'mmpretrain, mmdet and mmseg'."""
-    *first, last = TASKS
+    *first, last = scopes()
     return f'{", ".join(first)} and {last}'
 
 
 # --- classification -------------------------------------------------------------------------
 
-_OF_THE_HOOK = ('type', 'priority', 'enable', 'draw', 'out_dir', 'test_out_dir', 'backend_args')
+_OF_THE_HOOK = ('type', '_scope_', 'priority', 'enable', 'draw', 'out_dir', 'test_out_dir',
+                'backend_args')
 
 
 def _show_classes(hook):
@@ -113,20 +127,28 @@ def _flip_boxes(pack):
 
 # --- the table ------------------------------------------------------------------------------
 
+_CLASSIFICATION = Task(
+    name='cls', extra='cls', scope='mmpretrain', image=(224, 224),
+    visualizer='mmpretrain.UniversalVisualizer', draw=_draw_classes,
+    stock_hook='VisualizationHook', show=_show_classes,
+    enable=lambda folder: dict(enable=True, out_dir=folder), dump='mmengine.DumpResults',
+    flip_tta=_flip_classes,
+    loader=dict(persistent_workers=True, collate_fn=dict(type='default_collate')))
+
+# By the package, or by a model of this one.
 TASKS = {
-    'mmpretrain': Task(
-        name='cls', extra='cls', image=(224, 224), visualizer='mmpretrain.UniversalVisualizer',
-        draw=_draw_classes, stock_hook='VisualizationHook', show=_show_classes,
-        enable=lambda folder: dict(enable=True, out_dir=folder), dump='mmengine.DumpResults',
-        flip_tta=_flip_classes,
-        loader=dict(persistent_workers=True, collate_fn=dict(type='default_collate'))),
+    'mmpretrain': _CLASSIFICATION,
+    'vmamba_mm.VideoClassifier': replace(
+        _CLASSIFICATION, name='video', extra='video', flip_tta=None, modules=('av',), source=VIDEO),
     'mmdet': Task(
-        name='det', extra='det', image=(1280, 800), visualizer='mmdet.DetLocalVisualizer',
-        draw=_draw_sample, stock_hook='DetVisualizationHook', show=_show_samples,
+        name='det', extra='det', scope='mmdet', image=(1280, 800),
+        visualizer='mmdet.DetLocalVisualizer', draw=_draw_sample,
+        stock_hook='DetVisualizationHook', show=_show_samples,
         enable=lambda folder: dict(draw=True), dump='mmdet.DumpDetResults',
         flip_tta=_flip_boxes, has_score_threshold=True),
     'mmseg': Task(
-        name='seg', extra='seg', image=(512, 2048), visualizer='mmseg.SegLocalVisualizer',
-        draw=_draw_sample, stock_hook='SegVisualizationHook', show=_show_samples,
+        name='seg', extra='seg', scope='mmseg', image=(512, 2048),
+        visualizer='mmseg.SegLocalVisualizer', draw=_draw_sample,
+        stock_hook='SegVisualizationHook', show=_show_samples,
         enable=lambda folder: dict(draw=True), dump=None, flip_tta=None, ascii_text=True),
 }

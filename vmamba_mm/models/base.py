@@ -56,6 +56,8 @@ class Backbone(StrictLoading, BaseModule):
     stem: tuple[str, ...] = ('patch_embed',)
     stages_name = 'stages'
     is_flat = False
+    #: Whether the norms of outputs are of the last dimension, as of tokens, and no LayerNorm2d.
+    norms_last = False
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -108,6 +110,22 @@ class Backbone(StrictLoading, BaseModule):
             return [arch['patch_size']] * len(depths)
         return [4 * 2 ** i for i in range(len(depths))]
 
+    @staticmethod
+    def clip_length(arch: Mapping[str, Any]) -> int:
+        """The frames of a clip that the arch is made for, (B, C, T, H, W); 0 if it takes images."""
+        return 0
+
+    @staticmethod
+    def has_cls_token(arch: Mapping[str, Any]) -> bool:
+        """Whether published classifiers of the arch read class tokens (``out_type='cls_token'``),
+        and not the mean of the last map; then there is :meth:`forward_with_cls`."""
+        return False
+
+    @classmethod
+    def map_size(cls, arch: Mapping[str, Any], size: int) -> int:
+        """The side of the last map, of a square image of ``size`` pixels."""
+        return size // cls.stage_strides(arch)[-1]
+
     def build(self, in_channels: int, drop_path_rates: Sequence[float], with_cp: bool) -> None:
         """Make the modules, with their initial weights.
 
@@ -147,6 +165,14 @@ class Backbone(StrictLoading, BaseModule):
                 x = stage(x)
         return maps
 
+    def forward_with_cls(self, x: Tensor, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """The class tokens (B, n, C) and the maps of some stages, both before the norm.
+
+        Args:
+            x, indices: as of :meth:`forward_stages`, which gives the maps alone.
+        """
+        raise NotImplementedError
+
     def output_norm(self, i: int) -> nn.Module | None:
         """The norm of output ``i``, of maps (B, C, H, W) as LayerNorm2d, or None."""
         return getattr(self, f'norm{i}', None)
@@ -155,10 +181,10 @@ class Backbone(StrictLoading, BaseModule):
         """The norm of output ``i``: (B, H, W, C) to (B, C, H, W), a view."""
         norm = self.output_norm(i)
         if norm is None:
-            return x.permute(0, 3, 1, 2)
-        if isinstance(norm, nn.LayerNorm) and not isinstance(norm, LayerNorm2d):
-            return norm(x).permute(0, 3, 1, 2)  # of the last dimension
-        return norm(x.permute(0, 3, 1, 2))
+            return x.movedim(-1, 1)
+        last = self.norms_last or (isinstance(norm, nn.LayerNorm)
+                                   and not isinstance(norm, LayerNorm2d))
+        return norm(x).movedim(-1, 1) if last else norm(x.movedim(-1, 1))
 
     def train(self, mode: bool = True) -> 'Backbone':
         super().train(mode)

@@ -23,6 +23,7 @@ from vmamba_mm.checkpoints.names import (
     describe_places,
     infer_arch,
     is_official,
+    our_shape,
     rename_official,
     to_mm,
 )
@@ -103,10 +104,20 @@ class StrictLoading:
                 another shape; it names the architecture that the file holds. The model is then as
                 it was.
         """
+        self._load(self.adapt_weights, checkpoint, prefix, weights, map_location,
+                   adapt_in_channels, strict, allow)
+
+    def _load(self, adapt, checkpoint, prefix, weights, map_location, adapt_in_channels, strict,
+              allow):
+        """Do the work of :meth:`load_pretrained`.
+
+        Args:
+            adapt: in place of :meth:`adapt_weights`, where a subclass has options for it.
+        """
         state = self._find_backbone(checkpoint, prefix, weights, map_location)
         ours = self.state_dict()
         norms = {k for k in ours if _OUTPUT_NORM.match(k)}
-        parameters = under_names_of(self.family, state, ours)
+        parameters = self._complete(under_names_of(self.family, state, ours), checkpoint)
         logger = MMLogger.get_current_instance()
         if not norms <= set(parameters):
             logger.info(f'{checkpoint} has not the norms of all outputs {self.out_indices}: they '
@@ -116,7 +127,7 @@ class StrictLoading:
                       if k in norms or not _OUTPUT_NORM.match(k)}
         if adapt_in_channels:
             self._adapt_stem(parameters, ours, checkpoint)
-        parameters = self.adapt_weights(parameters)
+        parameters = adapt(parameters)
         left = check_fits(self, parameters, str(checkpoint), strict, allow)
         if left:
             logger.info(f'Not loaded from {checkpoint} (missing, left over or of another shape): '
@@ -133,6 +144,25 @@ class StrictLoading:
             weights: of a checkpoint, by this model's names; none of them need be there.
         """
         return weights
+
+    def complete_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights with those that files leave out because others say them; a subclass may need it.
+
+        Such as the weight of a head that is tied to an embedding.
+
+        Args:
+            weights: all of a state dict, or a part, by this model's names.
+
+        Raises:
+            UserError: if weights contradict each other.
+        """
+        return weights
+
+    def _complete(self, weights, checkpoint):
+        try:
+            return self.complete_weights(weights)
+        except UserError as err:
+            raise UserError(f'{checkpoint}: {err}') from err
 
     def _find_backbone(self, checkpoint, prefix, weights, map_location):
         """The weights of the backbone in a checkpoint, by their names without the prefix."""
@@ -178,7 +208,8 @@ class StrictLoading:
         """
         caller = find_caller()
         below = inside(state_dict, prefix)
-        renamed = under_names_of(self.family, below, self.state_dict())
+        renamed = self._complete(under_names_of(self.family, below, self.state_dict()),
+                                 'the state dict')
         if list(renamed) != list(below):
             for key in below:
                 del state_dict[prefix + key]
@@ -263,7 +294,7 @@ def under_names_of(family: Family, weights: Mapping[str, Tensor], ours: Mapping[
                    ) -> dict[str, Tensor]:
     """Weights by a model's own names: official ones renamed, other wrappers replaced."""
     if is_official(weights, family):
-        unchanged = {k: v for k, v in weights.items() if k in ours}
+        unchanged = {k: our_shape(k, v, family) for k, v in weights.items() if k in ours}
         official = drop_wrappers({k: v for k, v in weights.items() if not (
             k in ours or is_counter(k) or is_of_trainer(k))})
         weights = unchanged | rename_official(official, family, set(map(plain_name, weights)))

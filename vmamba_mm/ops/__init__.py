@@ -1,8 +1,8 @@
-"""The ops of VMamba: functions on tensors, torch only. The maths is in README.md beside this."""
+"""The ops: functions on tensors, torch only. The maths is in README.md beside this."""
 
 from vmamba_mm.ops.causal_conv import causal_conv, causal_conv_step
 from vmamba_mm.ops.core.backends import BACKENDS
-from vmamba_mm.ops.fused.add_norm import add_norm, layer_norm
+from vmamba_mm.ops.fused.add_norm import add_norm, layer_norm, rms_norm
 from vmamba_mm.ops.fused.conv_norm import channels_last, conv_norm
 from vmamba_mm.ops.fused.dwconv import dwconv_silu
 from vmamba_mm.ops.fused.mlp import mlp
@@ -15,5 +15,6 @@ from vmamba_mm.ops.ss2d_scan.patterns import register_scan, scan_norm, scan_patt
 
 __all__ = ['BACKENDS', 'add_norm', 'causal_conv', 'causal_conv_step', 'channels_last', 'conv_norm',
            'conv_norm_gelu', 'cross_merge', 'cross_scan', 'dwconv_silu', 'layer_norm',
-           'mamba_inner', 'mlp', 'register_scan', 'scan_norm', 'scan_patterns', 'selective_scan',
-           'selective_scan_step', 'ss2d_attention', 'ss2d_scan', 'ss2d_scan_norm']
+           'mamba_inner', 'mlp', 'register_scan', 'rms_norm', 'scan_norm', 'scan_patterns',
+           'selective_scan', 'selective_scan_step', 'ss2d_attention', 'ss2d_scan',
+           'ss2d_scan_norm']

@@ -2,8 +2,11 @@
 
 from dataclasses import replace
 
+import torch
+
 from op_specs import Spec, cut, randn
 from vmamba_mm.ops import causal_conv, mamba_inner
+from vmamba_mm.testing import mamba_inner_inputs
 
 # --- causal_conv ----------------------------------------------------------------------------------
 
@@ -63,13 +66,7 @@ NAMES = 'xz', 'conv_weight', 'conv_bias', 'x_proj', 'dt_proj', 'dt_bias', 'A', '
 
 def make_inner(*shape):
     """Shapes are (batch, directions, dim, length, state, rank, taps)."""
-    batch, routes, dim, length, state, rank, taps = shape
-    return dict(xz=randn(batch, length, 2 * dim), conv_weight=randn(routes, dim, taps, seed=2) / 2,
-                conv_bias=randn(routes, dim, seed=3),
-                x_proj=randn(routes, rank + 2 * state, dim, seed=4) / dim ** 0.5,
-                dt_proj=randn(routes, dim, rank, seed=5) / rank ** 0.5,
-                dt_bias=randn(routes, dim, seed=6) - 1, A=-randn(routes, dim, state, seed=7).exp(),
-                D=randn(routes, dim, seed=8))
+    return mamba_inner_inputs(*shape, dtype=torch.float64)
 
 
 def make_inner_bare(*shape):
@@ -88,8 +85,8 @@ def inner_spec(reverse=False, scale=1.0, **kwargs):
         call=lambda inputs, **options: mamba_inner(*map(inputs.get, NAMES), reverse=reverse,
                                                    scale=scale, **options),
         arguments=lambda inputs, out_dtype: (*map(inputs.get, NAMES), reverse, scale),
-        maps=('xz',), backends=('reference', 'chunked'), kernels=(), takes_out_dtype=False,
-        flops=inner_flops, **kwargs)
+        maps=('xz',), backends=('reference', 'chunked', 'triton'), kernels=('triton',),
+        takes_out_dtype=False, flops=inner_flops, **kwargs)
 
 
 INNER = [
@@ -97,6 +94,7 @@ INNER = [
         scale=0.5, make=make_inner,
         shapes=((2, 2, 2, 5, 2, 1, 4), (1, 2, 1, 1, 1, 1, 4), (2, 2, 3, 2, 1, 2, 4),
                 (1, 2, 6, 17, 16, 3, 4), (3, 2, 4, 50, 4, 2, 3)),
+        interpreter_shapes=((2, 2, 2, 4, 1, 1, 3),), gpu_shapes=((2, 2, 200, 197, 16, 12, 4),),
         wrong=(('xz', cut(2), r'expects xz \(B, L, 4\)'),
                ('x_proj', cut(1), 'expects x_proj of shape'),
                ('D', cut(1), 'expects D of shape'),

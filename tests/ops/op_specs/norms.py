@@ -1,7 +1,7 @@
 import torch
 
 from op_specs import Spec, cut, randn
-from vmamba_mm.ops import add_norm, layer_norm
+from vmamba_mm.ops import add_norm, layer_norm, rms_norm
 
 SHAPES = (2, 3, 1, 8), (1, 1, 1, 4), (2, 3, 5, 6), (3, 5, 7, 96)
 KERNEL_SHAPES = (2, 3, 2, 8), (1, 1, 1, 4), (2, 3, 3, 100), (2, 3, 1, 768), (1, 1, 3, 4096)
@@ -20,6 +20,10 @@ def make_add_norm(*shape):
     return make_sum(*shape) | {k: t for k, t in make_norm(*shape).items() if k != 'x'}
 
 
+def without_bias(inputs):
+    return {k: t for k, t in inputs.items() if k != 'bias'}
+
+
 def scale(x):
     """A factor for each sample, which has no gradient."""
     return torch.linspace(0.5, 2, len(x), device=x.device)
@@ -35,6 +39,22 @@ SPECS = [
          autocast_dtype=torch.float32,
          wrong=(('weight', cut(0), 'expects weight of shape'),
                 ('bias', cut(0), 'expects bias of shape'))),
+    Spec('add_norm', id='rms_norm',
+         call=lambda inputs, backend=None, **options: rms_norm(**inputs, eps=1e-3, **options),
+         make=lambda *shape: without_bias(make_norm(*shape)),
+         arguments=lambda inputs, out_dtype: (inputs['x'], None, None, inputs['weight'], None, 1e-3,
+                                              out_dtype),
+         shapes=SHAPES, kernel_shapes=KERNEL_SHAPES, half_shapes=((2, 3, 5, 48),),
+         autocast_dtype=torch.float32, wrong=(('weight', cut(0), 'expects weight of shape'),)),
+    Spec('add_norm', id='add_rms_norm',
+         call=lambda inputs, backend=None, **options: add_norm(
+             **inputs, bias=None, eps=1e-3, scale=scale(inputs['x']), **options),
+         make=lambda *shape: without_bias(make_add_norm(*shape)),
+         arguments=lambda inputs, out_dtype: (
+             inputs['x'], inputs['branch'], scale(inputs['x']), inputs['weight'], None, 1e-3,
+             out_dtype),
+         shapes=SHAPES, kernel_shapes=KERNEL_SHAPES, half_shapes=((3, 5, 7, 96), (2, 2, 3, 1536)),
+         maps=('x', 'branch'), autocast_dtype=torch.float32),
     Spec('add_norm',
          call=lambda inputs, backend=None, **options: add_norm(
              **inputs, eps=1e-3, scale=scale(inputs['x']), **options),

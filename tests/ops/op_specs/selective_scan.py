@@ -37,6 +37,10 @@ def make_gated(*shape):
                          initial_state=randn(batch, channels, shape[4], seed=8))
 
 
+def make_gated_alone(*shape):
+    return {name: t for name, t in make_gated(*shape).items() if name != 'initial_state'}
+
+
 def make_stateful(*shape):
     return {name: t for name, t in make_gated(*shape).items() if name not in ('z', 'D')}
 
@@ -90,7 +94,11 @@ SPECS.append(replace(spec(
     True, make=make_bare, shapes=((2, 2, 3, 9, 2),), kernel_shapes=((2, 2, 20, 30, 4),),
     interpreter_shapes=((2, 2, 3, 9, 3),)),
     id='selective_scan without skip and bias'))
-# What the world of one dimension asks for beside it. No kernel takes it yet.
+# What the world of one dimension asks for beside it.
+SPECS.append(replace(spec(
+    True, reverse=True, make=make_gated_alone, shapes=((2, 2, 2, 5, 2), (1, 1, 3, 65, 3)),
+    interpreter_shapes=((2, 2, 3, 9, 3),), kernels=('triton',)),
+    id='selective_scan with gate, reversed'))
 SPECS.append(replace(spec(
     True, reverse=True, final=True, make=make_gated, kernels=(),
     shapes=((2, 2, 2, 5, 2), (1, 1, 1, 1, 1), (2, 1, 3, 2, 1), (1, 2, 2, 17, 16), (1, 1, 3, 65, 3),

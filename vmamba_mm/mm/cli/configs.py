@@ -4,11 +4,11 @@ import difflib
 import os
 from pathlib import Path
 
-from vmamba_mm.config import scopes_of
+from vmamba_mm.config import names_of, scopes_of
 from vmamba_mm.errors import UserError
 from vmamba_mm.mm.cli.options import parse_options, say_what_is_lost
-from vmamba_mm.mm.compat import prepare_mm, require_working
-from vmamba_mm.mm.tasks import TASKS
+from vmamba_mm.mm.compat import prepare_mm, require, require_working
+from vmamba_mm.mm.tasks import TASKS, scopes
 
 
 def load_config(path, options=()):
@@ -65,23 +65,26 @@ def find_task(cfg):
         UserError: if there is no such scope or model, as in a config of another OpenMMLab package.
     """
     kind, default = cfg.model.get('type'), cfg.get('default_scope')
-    scopes = [*scopes_of(kind), cfg.model.get('_scope_'), default]
-    scope = next((s for s in scopes if s in TASKS), None)
+    keys = [*names_of(kind), *scopes_of(kind), cfg.model.get('_scope_'), default]
+    task = next((TASKS[key] for key in keys if key in TASKS), None)
     model_type = kind
-    if scope is None and (kind is None or isinstance(kind, str)):
+    if task is None and (kind is None or isinstance(kind, str)):
         model_type = _find_class(kind, default)
-        scope = next((s for s in scopes_of(model_type) if s in TASKS), None)
+        keys = [*names_of(model_type), *scopes_of(model_type)]
+        task = next((TASKS[key] for key in keys if key in TASKS), None)
     if model_type is None or default and not _is_scope(default):
         raise UserError(
             f"the config's model type={kind!r} and default_scope={default!r} are of no task that "
-            f'is known here: default_scope is {", ".join(map(repr, TASKS))}, or, in a config of '
+            f'is known here: default_scope is {", ".join(map(repr, scopes()))}, or, in a config of '
             "'mmengine', the model's type begins with one of them, as 'mmdet.MaskRCNN' does")
-    if scope is None:
+    if task is None:
         return None
-    require_working(scope)
+    require_working(task.scope)
+    for module in task.modules:
+        require(module)
     if not default:
-        cfg.default_scope = scope
-    return TASKS[scope]
+        cfg.default_scope = task.scope
+    return task
 
 
 def _is_scope(name):

@@ -9,8 +9,8 @@ from pathlib import Path
 from vmamba_mm.errors import UserError
 from vmamba_mm.mm.cli.command import shorten, wants_traceback
 from vmamba_mm.mm.cli.explain import explain
+from vmamba_mm.mm.sources import IMAGE
 
-IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.ppm')
 KEY = 'Made from'  # in the PNG: the image's name, and a hash of its path
 
 
@@ -27,8 +27,8 @@ def check_channels_option(args):
                         f'{" ".join(map(str, args.channels))}')
 
 
-def list_images(names):
-    """The image files named, or in the folders named, in order.
+def list_images(names, source=IMAGE):
+    """The image files named, or in the folders named, in order; with a ``source`` its files.
 
     What is hidden in a folder (``._a.jpg``, all in ``.thumbnails``) is left out, which is said.
     """
@@ -43,12 +43,12 @@ def list_images(names):
                 print(f'skipped {len(hidden)} hidden file(s): {shorten(hidden)}',
                       file=sys.stderr)
             hidden = set(hidden)
-            images = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and p not in hidden]
+            images = [p for p in files if p.suffix.lower() in source.suffixes and p not in hidden]
             if not images:
-                raise UserError(f'the folder {path} has no images')
+                raise UserError(f'the folder {path} has no {source.name}s')
             paths += images
         elif not path.is_file():
-            raise UserError(f'the image {path} does not exist')
+            raise UserError(f'the {source.name} {path} does not exist')
         else:
             paths.append(path)
     return paths
@@ -113,8 +113,8 @@ def made_from(picture):
 class Failures:
     """Images that could not be done, each told at once on stderr; the others go on."""
 
-    def __init__(self, total, what):
-        self.total, self.what, self.failed = total, what, []
+    def __init__(self, total, what, source=IMAGE):
+        self.total, self.what, self.source, self.failed = total, what, source, []
 
     def add(self, image, err):
         message = explain(err) or f'{type(err).__name__}: {err}'
@@ -131,5 +131,5 @@ class Failures:
         if self.failed:
             description = (self.failed[0][1] if len(self.failed) == 1
                            else shorten([image for image, _ in self.failed]))
-            raise UserError(f'{len(self.failed)} of {self.total} images could not be '
-                            f'{self.what}: {description}')
+            raise UserError(f'{len(self.failed)} of {self.total} {self.source.name}s could not '
+                            f'be {self.what}: {description}')

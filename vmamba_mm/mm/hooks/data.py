@@ -23,9 +23,10 @@ from vmamba_mm.mm.labels import (
     check_num_classes,
     segmentation_classes,
 )
+from vmamba_mm.mm.sources import IMAGE, VIDEO, source_of
 from vmamba_mm.registry import HOOKS
 
-FILE_KEYS = ('img_path', 'seg_map_path')
+FILE_KEYS = {IMAGE.path_key: IMAGE.name, 'seg_map_path': IMAGE.name, VIDEO.path_key: VIDEO.name}
 # A step that loads raises these when it lacks a package or is wrong itself; the file is sound.
 _NOT_THE_FILE = (ImportError, AttributeError, NameError)
 
@@ -81,10 +82,10 @@ def find_bad_file(dataset, index):
         info = dataset.get_data_info(index)
     except Exception:
         return None
-    for key in FILE_KEYS:
+    for key, name in FILE_KEYS.items():
         path = info.get(key)
         if isinstance(path, str) and '://' not in path and not os.path.isfile(path):
-            return f'the image {path} does not exist (the data set lists it)'
+            return f'the {name} {path} does not exist (the data set lists it)'
     try:
         apply_steps(steps_of(dataset, index), info)
     except UserError as err:
@@ -108,21 +109,23 @@ def apply_steps(steps, info):
     """Run the steps of a pipeline one by one.
 
     Args:
-        steps: transforms; the first ones, until there is an ``img``, load the image.
-        info: of the sample, with ``img_path`` where it is a file.
+        steps: transforms; the first ones, until there is an ``img`` (of a video ``clips``), load
+            the image.
+        info: of the sample, with ``img_path`` or ``video_path`` where it is a file.
 
     Returns:
-        What the last step gives, and the image as it was loaded, (H, W) or (H, W, C), or None if
-        the sample had one from the beginning, or no step loads any.
+        What the last step gives, and the image as it was loaded, (H, W) or (H, W, C), or the clips
+        of a video, (V, T, H, W, C); None if the sample had one from the beginning, or no step loads
+        any.
 
     Raises:
         UserError: with the file and the step that failed. The file is called corrupt only if it
             was a step that loads it.
     """
-    loaded, data = None, info
-    path = info.get('img_path') or 'without a file name'
+    loaded, data, source = None, info, source_of(info)
+    path = info.get(source.path_key) or 'without a file name'
     for step in steps:
-        loading = loaded is None and 'img' not in data
+        loading = loaded is None and source.data_key not in data
         labels = 'Annotations' in type(step).__name__ and info.get('seg_map_path')
         try:
             data = step(data)
@@ -133,29 +136,31 @@ def apply_steps(steps, info):
                 raise UserError(_unreadable(path, step, err)) from err
             if labels and not is_image(labels):
                 raise UserError(_unreadable(labels, step, err)) from err
-            size = f', {loaded.shape[1]}x{loaded.shape[0]} pixels' if loaded is not None else ''
-            raise UserError(f'the step {type(step).__name__} of the pipeline fails on the image '
-                            f'{path}{size}: {type(err).__name__}: {err}') from err
+            size = f', {source.size(loaded)} pixels' if loaded is not None else ''
+            raise UserError(f'the step {type(step).__name__} of the pipeline fails on the '
+                            f'{source.name} {path}{size}: {type(err).__name__}: {err}') from err
         if data is None:
             if loading:
                 raise UserError(_unreadable(path, step))
             return None, loaded  # to be replaced by another sample
-        if loading and 'img' in data:
-            loaded = np.array(data['img'])  # some steps write into it
+        if loading and source.data_key in data:
+            loaded = np.array(data[source.data_key])  # some steps write into it
     return data, loaded
 
 
-def load_image(steps, path):
+def load_image(steps, path, source=IMAGE):
     """An image as the loader of a pipeline reads it, (H, W) or (H, W, C).
+
+    Of a video, whose ``source`` is :data:`vmamba_mm.mm.sources.VIDEO`, its frames as one image.
 
     Raises:
         UserError: if it cannot, or if there is no step that loads.
     """
     for i in range(1, len(steps) + 1):
-        _, image = apply_steps(steps[:i], dict(img_path=str(path)))
-        if image is not None:
-            return image
-    raise UserError(f'the test pipeline has no step that loads {path}, such as LoadImageFromFile')
+        _, loaded = apply_steps(steps[:i], {source.path_key: str(path)})
+        if loaded is not None:
+            return source.picture(loaded)
+    raise UserError(f'the test pipeline has no step that loads {path}, such as {source.loader}')
 
 
 def _unreadable(path, step, err=''):
@@ -203,10 +208,14 @@ def check_classes(dataset):
     present = set(int(label) for label in dataset.get_gt_labels())
     empty = sorted(name for name, label in folders.items() if label not in present)
     if empty:
-        root = getattr(dataset, 'img_prefix', '')
+        root, files = getattr(dataset, 'img_prefix', ''), _files_of(dataset)
         listed = ', '.join(empty[:5]) + (', ...' if len(empty) > 5 else '')
-        raise UserError(f'{len(empty)} class folder(s) without images in {root}: {listed}; add '
-                        'images or delete the folder')
+        raise UserError(f'{len(empty)} class folder(s) without {files} in {root}: {listed}; add '
+                        f'{files} or delete the folder')
+
+
+def _files_of(dataset):
+    return f'{getattr(dataset, "source", IMAGE).name}s'
 
 
 def check_dataset(dataset, check_labels=None):
@@ -219,7 +228,8 @@ def check_dataset(dataset, check_labels=None):
         check_labels(dataset)
     if len(dataset) == 0:
         where = getattr(dataset, 'data_prefix', None) or getattr(dataset, 'data_root', '')
-        raise UserError(f'the data set {type(dataset).__name__} has no images: {where}')
+        raise UserError(f'the data set {type(dataset).__name__} has no {_files_of(dataset)}: '
+                        f'{where}')
 
 
 def measures_masks(loop):

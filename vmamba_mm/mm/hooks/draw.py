@@ -54,7 +54,7 @@ class DrawHook(Hook):
     picture lies below ``out_dir`` where its image lies below the data's root.
 
     Args:
-        task: its name: 'cls', 'det', 'seg' (:data:`vmamba_mm.mm.tasks.TASKS`).
+        task: its name: 'cls', 'det', 'seg', 'video' (:data:`vmamba_mm.mm.tasks.TASKS`).
         out_dir: the folder of the pictures.
         visualizer: the config's, or None for that of the task.
         score_thr: detections are drawn from this score on.
@@ -92,9 +92,10 @@ class DrawHook(Hook):
             self.count += 1
 
     def draw(self, sample, data_batch, number):
-        path = sample.get('img_path')
+        source = self.task.source
+        path = sample.get(source.path_key)
         if path:
-            image, out = load_image(self.steps, path), self.name(path)
+            image, out = load_image(self.steps, path, source), self.name(path)
         else:  # as the model gets it, for images that are no files
             image = data_batch['inputs'][number].permute(1, 2, 0).cpu().numpy()
             out = os.path.join(self.out_dir, f'{self.count}.png')

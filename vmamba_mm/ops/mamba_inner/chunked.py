@@ -5,6 +5,8 @@ ops stays in the cache and takes little memory. A direction that runs backwards 
 memory from the other end: nothing is flipped. Only inputs are kept for the backward.
 """
 
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,8 +20,8 @@ from vmamba_mm.ops.selective_scan.activations import silu_backward, softplus
 class _Direction:
     """One direction of some samples, up to its scan."""
 
-    def __init__(self, x, parameters, k: int, backwards: bool):
-        self.x, self.backwards = x, backwards
+    def __init__(self, way, x, parameters, k: int, backwards: bool):
+        self.way, self.x, self.backwards = way, x, backwards
         self.conv_weight, conv_bias, self.x_proj, self.dt_proj, dt_bias, self.A, self.D = (
             None if t is None else t[k] for t in parameters)
         rank, state = self.dt_proj.shape[1], self.A.shape[1]
@@ -32,13 +34,13 @@ class _Direction:
     def scan(self, out: Tensor) -> None:
         """Add the result to ``out``."""
         out.addcmul_(self.u, self.D)
-        stepwise.scan(self.u, self.delta, self.A, self.B, self.C, self.backwards, out)
+        self.way.scan(self.u, self.delta, self.A, self.B, self.C, self.backwards, out)
 
     def scan_backward(self, grad: Tensor, out: Tensor, grad_x: Tensor, grads) -> None:
         """As :meth:`scan`; and add to the gradients by x and the parameters, in their order."""
         grad_conv, grad_conv_bias, grad_x_proj, grad_dt_proj, grad_dt_bias, grad_A, grad_D = grads
         out.addcmul_(self.u, self.D)
-        grad_u, grad_delta, by_A, grad_B, grad_C = stepwise.scan_backward(
+        grad_u, grad_delta, by_A, grad_B, grad_C = self.way.scan_backward(
             grad, self.u, self.delta, self.A, self.B, self.C, self.backwards, out=out)
         grad_A += by_A
         grad_D += (grad * self.u).sum((0, 1))
@@ -59,32 +61,34 @@ class _Direction:
             grad_conv_bias += by_convolved.sum((0, 1))
 
 
-def _start(xz, parameters, reverse):
+def _start(way, xz, parameters, reverse):
     """Slices of the batch, the parameters in the compute dtype, and (k, backwards) in turn."""
     dtype, A = compute_dtype(xz.dtype), parameters[5]
-    return (stepwise.batch_blocks(len(xz), A[0].numel(), xz.device),
+    return (way.batch_blocks(len(xz), A[0].numel(), xz.device),
             [None if t is None else t.to(dtype) for t in parameters],
             [(0, reverse), (1, True)][:len(A)])
 
 
-def forward(xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, reverse, scale) -> Tensor:
-    """Shapes as in :func:`vmamba_mm.ops.mamba_inner`."""
+def forward(xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, reverse, scale, *,
+            way: ModuleType = stepwise) -> Tensor:
+    """Shapes as in :func:`vmamba_mm.ops.mamba_inner`; ``way`` has the scan and its backward."""
     parameters = conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D
-    samples, parameters, directions = _start(xz, parameters, reverse)
+    samples, parameters, directions = _start(way, xz, parameters, reverse)
     out = xz.new_empty(*xz.shape[:2], D.shape[1])
     for some in samples:
         x, z = xz[some].to(parameters[0].dtype).contiguous().chunk(2, dim=-1)
         y = x.new_zeros(x.shape)
         for k, backwards in directions:
-            _Direction(x, parameters, k, backwards).scan(y)
+            _Direction(way, x, parameters, k, backwards).scan(y)
         out[some] = y.mul_(F.silu(z)).mul_(scale)
     return out
 
 
-def backward(grad_y, xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, reverse, scale):
+def backward(grad_y, xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, reverse, scale, *,
+             way: ModuleType = stepwise):
     """Gradients by xz and the parameters (None where there is none)."""
     given = conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D
-    samples, parameters, directions = _start(xz, given, reverse)
+    samples, parameters, directions = _start(way, xz, given, reverse)
     dtype = parameters[0].dtype
     grad_xz = xz.new_empty(xz.shape)
     grads = [None if t is None else torch.zeros(t.shape, dtype=dtype, device=t.device)
@@ -95,7 +99,7 @@ def backward(grad_y, xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D,
         gated = grad * F.silu(z)
         y, grad_x = torch.zeros_like(gated), torch.zeros_like(gated)
         for k, backwards in directions:
-            _Direction(x, parameters, k, backwards).scan_backward(
+            _Direction(way, x, parameters, k, backwards).scan_backward(
                 gated, y, grad_x, [None if t is None else t[k] for t in grads])
         grad_xz[some] = torch.cat((grad_x, silu_backward(grad.mul_(y), z)), dim=-1)
     return grad_xz, *(None if t is None else grad.to(t.dtype)

@@ -1,10 +1,13 @@
 """The op ``mamba_inner``: its definition, checks, and the public function."""
 
+from functools import partial
+
 from torch import Tensor
 
 from vmamba_mm.ops.core.backends import Backend
 from vmamba_mm.ops.core.define_op import Implementation, define_op
-from vmamba_mm.ops.mamba_inner import chunked, cuda, reference
+from vmamba_mm.ops.mamba_inner import chunked, cuda, reference, triton_scan
+from vmamba_mm.ops.scan_kernels import triton_backend
 from vmamba_mm.ops.selective_scan.op import scan_flops
 
 
@@ -25,6 +28,10 @@ def _fake(xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, reverse, s
     return xz.new_empty(shape), xz.new_empty(0), xz.new_empty(rows), xz.new_empty(total)
 
 
+_TRITON = Implementation(
+    partial(chunked.forward, way=triton_scan), partial(chunked.backward, way=triton_scan),
+    lambda xz, *rest: triton_backend.why_not(xz, xz.dtype, by_default=False))
+
 _mamba_inner = define_op(
     'mamba_inner_fwd',
     '(Tensor xz, Tensor conv_weight, Tensor? conv_bias, Tensor x_proj, Tensor dt_proj, '
@@ -34,6 +41,7 @@ _mamba_inner = define_op(
     fake=_fake,
     implementations={
         'cuda': Implementation(cuda.forward, cuda.backward, cuda.why_not, saves=True),
+        'triton': _TRITON,
         'chunked': Implementation(chunked.forward, chunked.backward)},
     saves='xz conv_weight conv_bias x_proj dt_proj dt_bias A D convolved projected saved reverse '
           'scale',
@@ -62,8 +70,8 @@ def mamba_inner(xz: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, x_pro
         D: (K, D), the skip.
         reverse: for K = 1, run backwards in time.
         scale: factor of the result: 0.5 for the mean of both directions.
-        backend: 'reference', 'chunked' or 'cuda'; None for 'cuda' where an NVIDIA GPU takes the
-            inputs, else 'chunked'.
+        backend: 'reference', 'chunked', 'cuda' or 'triton'; None for the first of 'cuda' (an NVIDIA
+            GPU) and 'triton' (a GPU) that takes the inputs, else 'chunked'.
 
     Returns:
         (B, L, D) without gaps in the dtype of ``xz``, the directions summed, whatever autocast

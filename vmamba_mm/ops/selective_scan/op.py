@@ -5,7 +5,7 @@ from torch import Tensor
 
 from vmamba_mm.ops.core.backends import Backend, compute_dtype
 from vmamba_mm.ops.core.define_op import Implementation, define_op
-from vmamba_mm.ops.selective_scan import chunked, cuda, reference, triton_scan
+from vmamba_mm.ops.selective_scan import chunked, composed, cuda, reference, triton_scan
 
 
 def scan_flops(batch: int, channels: int, length: int, state: int) -> int:
@@ -16,30 +16,11 @@ def scan_flops(batch: int, channels: int, length: int, state: int) -> int:
     return 2 * batch * length * channels * (9 * state + 1)
 
 
-def _why_not_plain(z, initial_state, return_final_state, reverse) -> str | None:
-    """The reason why kernels of the scan alone cannot serve a call with these arguments."""
-    for given, name in ((z is not None, 'z'), (initial_state is not None, 'initial_state'),
-                        (return_final_state, 'return_final_state'), (reverse, 'reverse')):
-        if given:
-            return f'it has no {name}'
-    return None
-
-
 def _plain(module, why_not) -> Implementation:
-    """An implementation of the scan alone: without gate, states and reversed time."""
-    def forward(u, delta, A, B, C, D, delta_bias, z, initial_state, delta_softplus,
-                return_final_state, reverse, out_dtype):
-        y = module.forward(u, delta, A, B, C, D, delta_bias, delta_softplus, out_dtype)
-        return y, _no_state(u)
-
-    def backward(grad_y, grad_state, u, delta, A, B, C, D, delta_bias, z, initial_state,
-                 delta_softplus, return_final_state, reverse):
-        grads = module.backward(grad_y, u, delta, A, B, C, D, delta_bias, delta_softplus)
-        return *grads, None, None
-
-    return Implementation(
-        forward, backward,
-        lambda *args: why_not(*args[:7], args[12]) or _why_not_plain(*args[7:9], *args[10:12]))
+    """An implementation of the plain scan, with what can be composed around it."""
+    whole = composed.Composed(module)
+    return Implementation(whole.forward, whole.backward, lambda *args: (
+        why_not(*args[:7], args[12]) or composed.why_not(args[8], args[10])))
 
 
 def _no_state(u: Tensor) -> Tensor:
@@ -129,9 +110,9 @@ def _check(u, delta, A, B, C, D, delta_bias, z, initial_state) -> None:
     if length < 1 or state < 1 or channels % groups:
         raise ValueError(f'selective_scan expects L >= 1, N >= 1 and K*D={channels} divisible by '
                          f'K={groups}; got L={length}, N={state}')
-    if A.is_complex() or B.is_complex() or C.is_complex():
-        raise ValueError('selective_scan expects real A, B and C; complex ones are not supported: '
-                         f'got A {A.dtype}, B {B.dtype}, C {C.dtype}')
+    if any(t.is_complex() for t in (u, delta, A, B, C)):
+        raise ValueError('selective_scan expects real tensors, complex ones are not supported; got '
+                         f'u {u.dtype}, delta {delta.dtype}, A {A.dtype}, B {B.dtype}, C {C.dtype}')
     routed, states = (batch, groups, state, length), (batch, channels, state)
     if (delta.shape == u.shape and A.shape[0] == channels and B.shape == routed
             and C.shape == routed and (D is None or D.shape == (channels,))

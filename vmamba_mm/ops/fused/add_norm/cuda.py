@@ -24,15 +24,18 @@ def why_not(x: Tensor, *tensors: Tensor | None) -> str | None:
 # --- what is compiled -------------------------------------------------------------------------
 
 def forward_instance(x_type: str, branch_type: str, out_type: str, adds: bool, parts: int,
-                     lanes: int = 32) -> Instance:
+                     lanes: int = 32, rms: bool = False) -> Instance:
     return Instance('fused/add_norm.cu', f'add_norm<{x_type}, {branch_type}, {out_type}, '
-                    f'{as_template(adds)}, {parts}, {lanes}>')
+                    f'{as_template(adds)}, {parts}, {lanes}{_RMS[rms]}>')
 
 
 def backward_instance(grad_type: str, x_type: str, branch_type: str, parts: int, team: int,
-                      lanes: int = 32) -> Instance:
+                      lanes: int = 32, rms: bool = False) -> Instance:
     return Instance('fused/norm_bwd.cu', f'norm_bwd<{grad_type}, {x_type}, {branch_type}, {parts}, '
-                    f'{team}, {lanes}>')
+                    f'{team}, {lanes}{_RMS[rms]}>')
+
+
+_RMS = {False: '', True: ', true'}  # the last argument of the templates
 
 
 # Types of x, branch and result: everything in a half, autocast, everything in fp32.
@@ -52,6 +55,11 @@ INSTANCES: dict[Instance, int] = {
     # The norm at the end of a network under autocast: fp32, of a half.
     forward_instance('Half', 'Half', 'Float', False, 1): 75,
     backward_instance('Float', 'Half', 'Half', 1, 1): 75,
+    # RMSNorm, of the channels that Vim has: 192, 384 and 768.
+    **{instance: 75 for parts in (2, 3, 6) for instance in (
+        forward_instance('Float', 'Half', 'Half', True, parts, rms=True),
+        backward_instance('Half', 'Float', 'Half', 3 if parts == 6 else parts, 1 + (parts == 6),
+                          rms=True))},
 }
 
 
@@ -62,8 +70,9 @@ def _lanes_of_position(dim: int) -> int:
 
 
 @cached
-def forward_launch(index, x, branch, out, weight, batch, length, dim):
-    """The forward for these dtypes, None of ``branch`` without a sum, of ``weight`` without a norm.
+def forward_launch(index, x, branch, out, weight, batch, length, dim, rms=False):
+    """The forward for these dtypes, None of ``branch`` without a sum, of ``weight`` without a norm;
+    ``rms`` for an RMSNorm.
 
     It takes the addresses ``x``, ``branch`` (without a sum, (D) in fp32 to be added before the
     norm, or null), ``scale``, ``weight``, ``bias``, ``sum``, ``normed``, ``moments``; and ``eps``.
@@ -71,13 +80,13 @@ def forward_launch(index, x, branch, out, weight, batch, length, dim):
     positions, lanes = batch * length, _lanes_of_position(dim)
     blocks = min(-(-positions * lanes // 256), 8 * device_limits(index)[0])
     return kernel(index, forward_instance, TYPES[x], TYPES[branch or x], TYPES[out],
-                  branch is not None, -(-dim // 128), lanes).bind(
+                  branch is not None, -(-dim // 128), lanes, rms).bind(
         (blocks, 1, 1), (256, 1, 1), 8 * dim if weight else 0, ('eps',), positions=positions,
         length=length, dim=dim, parameter_type=CODES.get(weight, 0))
 
 
 @cached
-def backward_launch(index, grad, x, branch, weight, batch, length, dim):
+def backward_launch(index, grad, x, branch, weight, batch, length, dim, rms=False):
     """Blocks, each of which leaves a part (2, D) of the gradients by weight and bias, and the
     backward for these dtypes, None of ``branch`` without a sum.
 
@@ -89,7 +98,7 @@ def backward_launch(index, grad, x, branch, weight, batch, length, dim):
     team = 1 << ((dim - 1) // 512).bit_length()  # 1, 2, 4 or 8 warps: 512 channels each
     blocks = min(-(-positions * team * lanes // 256), 4 * device_limits(index)[0])
     launch = kernel(index, backward_instance, TYPES[grad], TYPES[x], TYPES[branch or x],
-                    -(-dim // (128 * team)), team, lanes).bind(
+                    -(-dim // (128 * team)), team, lanes, rms).bind(
         (blocks, 1, 1), (256, 1, 1), 8 * dim, positions=positions, length=length, dim=dim,
         parameter_type=CODES[weight])
     return blocks, launch
@@ -99,6 +108,8 @@ def backward_launch(index, grad, x, branch, weight, batch, length, dim):
 
 def forward(x, branch, scale, weight, bias, eps, out_dtype, save, shift=None):
     """(sum, normed, moments): shapes and dtypes as in the op, None for what was not asked for.
+
+    Without a bias it is an RMSNorm.
 
     ``shift`` (D), fp32, is for calls without a branch: added before the norm, and if ``save`` to
     ``x`` itself, which has no gaps.
@@ -112,9 +123,11 @@ def forward(x, branch, scale, weight, bias, eps, out_dtype, save, shift=None):
         return total, normed, moments
     branch = dense(branch)
     if norms:
-        weight, bias = weight.contiguous(), bias.to(weight.dtype).contiguous()
+        weight = weight.contiguous()
+        bias = None if bias is None else bias.to(weight.dtype).contiguous()
     forward_launch(x.get_device(), x.dtype, branch.dtype if adds else None, out_dtype,
-                   weight.dtype if norms else None, len(x), positions // len(x), dim)(
+                   weight.dtype if norms else None, len(x), positions // len(x), dim,
+                   norms and bias is None)(
         x=x.data_ptr(), branch=pointer(branch if adds else shift), scale=pointer(scale),
         weight=pointer(weight), bias=pointer(bias),
         sum=x.data_ptr() if save and shift is not None else pointer(total),
@@ -128,17 +141,19 @@ def backward(grad, x, moments, weight, bias, extra_grad, scale, branch_dtype):
     flat_weight = weight.contiguous()
     dx = torch.empty_like(x)
     dbranch = x.new_empty(x.shape if branch_dtype else (0,), dtype=branch_dtype or x.dtype)
+    dweight = torch.empty_like(weight)
+    dbias = weight.new_empty(0) if bias is None else torch.empty_like(bias)
     if x.numel() == 0:
-        return dx, dbranch, torch.zeros_like(weight), torch.zeros_like(bias)
+        return dx, dbranch, dweight.zero_(), dbias.zero_()
     blocks, launch = backward_launch(x.get_device(), grad.dtype, x.dtype, branch_dtype,
-                                     weight.dtype, len(x), x.numel() // dim // len(x), dim)
+                                     weight.dtype, len(x), x.numel() // dim // len(x), dim,
+                                     bias is None)
     partials = x.new_empty((blocks, 2, dim), dtype=torch.float32)
     launch(grad=grad.data_ptr(), input=x.data_ptr(), moments=moments.data_ptr(),
            weight=flat_weight.data_ptr(), extra_grad=pointer(extra_grad), scale=pointer(scale),
            dinput=dx.data_ptr(), dbranch=dbranch.data_ptr() if branch_dtype else 0,
            partials=partials.data_ptr())
-    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
-    parameter_grads(partials, dweight, dbias, 1)
+    parameter_grads(partials, dweight, None if bias is None else dbias, 1)
     return dx, dbranch, dweight, dbias
 
 

@@ -1,5 +1,5 @@
-"""The op ``add_norm``: LayerNorm over the last dimension, and the residual sum before it, in one
-pass. Its definition and the public functions."""
+"""The op ``add_norm``: LayerNorm or RMSNorm over the last dimension, and the residual sum before
+it, in one pass. Its definition and the public functions."""
 
 import torch
 from torch import Tensor
@@ -11,14 +11,15 @@ from vmamba_mm.ops.fused.add_norm import cuda, reference
 
 def _bwd_fake(grad, x, moments, weight, bias, extra_grad, scale, branch_dtype):
     dbranch = x.new_empty(x.shape if branch_dtype else (0,), dtype=branch_dtype or x.dtype)
-    return x.new_empty(x.shape), dbranch, torch.empty_like(weight), torch.empty_like(bias)
+    dbias = weight.new_empty(0) if bias is None else torch.empty_like(bias)
+    return x.new_empty(x.shape), dbranch, torch.empty_like(weight), dbias
 
 
 # Gradients by the norm's input (``extra_grad`` added), times ``scale`` by the branch (empty if
 # ``branch_dtype`` is None), and by weight and bias.
 _bwd = register(
     'add_norm_bwd',
-    '(Tensor grad, Tensor x, Tensor moments, Tensor weight, Tensor bias, Tensor? extra_grad, '
+    '(Tensor grad, Tensor x, Tensor moments, Tensor weight, Tensor? bias, Tensor? extra_grad, '
     'Tensor? scale, ScalarType? branch_dtype) -> (Tensor, Tensor, Tensor, Tensor)',
     cuda.backward, fake=_bwd_fake)
 
@@ -42,7 +43,8 @@ def _backward(ctx, grad_sum, grad_normed):
             dbranch = cuda.scaled(grad_sum, scale, ctx.branch_dtype)
         return None if grad_sum is None else grad_sum.to(ctx.x_dtype), dbranch, *[None] * 6
     dx, dbranch, dweight, dbias = _bwd(grad_normed, *saved, grad_sum, scale, ctx.branch_dtype)
-    return (dx, None if ctx.branch_dtype is None else dbranch, None, dweight, dbias,
+    return (dx, None if ctx.branch_dtype is None else dbranch, None, dweight,
+            None if saved[-1] is None else dbias,
             None, None, None)
 
 
@@ -102,15 +104,39 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *,
     return _add_norm(x, None, None, weight, bias, eps, out_dtype or _default_dtype(x))[1]
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, *,
+             out_dtype: torch.dtype | None = None) -> Tensor:
+    """RMSNorm (arXiv 1910.07467) over the last dimension, computed in fp32 and rounded once.
+
+    Args:
+        x: (B, ..., D).
+        weight: (D).
+        eps: added to the mean square.
+        out_dtype: as in :func:`layer_norm`.
+
+    Returns:
+        (B, ..., D).
+
+    Raises:
+        ValueError: if the shapes do not fit one another.
+
+    Example:
+        >>> rms_norm(torch.tensor([[1., 7.]]), torch.ones(2))
+        tensor([[0.2000, 1.4000]])
+    """
+    _check(x, None, weight, None)
+    return _add_norm(x, None, None, weight, None, eps, out_dtype or _default_dtype(x))[1]
+
+
 def add_norm(x: Tensor, branch: Tensor, weight: Tensor | None, bias: Tensor | None,
              eps: float = 1e-5, *, scale: Tensor | None = None,
              out_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
-    """A residual sum and the LayerNorm that follows it.
+    """A residual sum and the LayerNorm or RMSNorm that follows it.
 
     Args:
         x: (B, ..., D), of which the sum before a norm has the dtype.
         branch: (B, ..., D).
-        weight, bias: (D); None for no norm.
+        weight, bias: (D), of a LayerNorm; weight alone, of an RMSNorm; None for no norm.
         scale: (B), fp32: a factor for each sample of ``branch`` (stochastic depth); None for 1.
         eps: as in :func:`layer_norm`.
         out_dtype: as there; without a norm the dtype of the sum, None for that of ``x``.
@@ -134,12 +160,13 @@ def add_norm(x: Tensor, branch: Tensor, weight: Tensor | None, bias: Tensor | No
 
 def _check(x, branch, weight, bias) -> None:
     dim = x.shape[-1:]
-    if (branch is None or branch.shape == x.shape) and (weight is None) == (bias is None) \
-            and (weight is None or weight.shape == bias.shape == dim):
+    if (branch is None or branch.shape == x.shape) and (
+            bias is None if weight is None
+            else weight.shape == dim and (bias is None or bias.shape == dim)):
         return
     expected = {'branch': (branch, x.shape), 'weight': (weight, dim), 'bias': (bias, dim)}
-    if (weight is None) != (bias is None):
-        raise ValueError('a norm needs weight and bias, or neither for no norm')
+    if weight is None and bias is not None:
+        raise ValueError('a norm needs a weight beside its bias, or neither for no norm')
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f'a norm expects {name} of shape {tuple(shape)} beside x '

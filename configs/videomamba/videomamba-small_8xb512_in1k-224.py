@@ -1,0 +1,9 @@
+_base_ = ['_base_/imagenet_224.py']
+
+model = dict(
+    backbone=dict(
+        arch='small',
+        drop_path_rate=0.15),
+    head=dict(in_channels=384))
+
+optim_wrapper = dict(clip_grad=None)

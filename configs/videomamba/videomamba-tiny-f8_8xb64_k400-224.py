@@ -1,0 +1,10 @@
+_base_ = ['_base_/k400_tiny.py']
+
+model = dict(
+    backbone=dict(
+        arch='tiny_f8',
+        init_cfg=dict(
+            type='Pretrained', checkpoint='vmamba_mm://videomamba/tiny.in1k',
+            prefix='backbone.', inflate='center')))
+
+optim_wrapper = dict(optimizer=dict(lr=8e-4))

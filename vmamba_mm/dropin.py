@@ -1,0 +1,12 @@
+"""mamba_ssm, causal_conv1d and selective_scan_cuda* without a build; see integrations/dropin.
+
+``import vmamba_mm.dropin; vmamba_mm.dropin.install()``, or
+``python -m vmamba_mm.dropin SCRIPT ARGUMENTS``.
+"""
+
+from vmamba_mm.integrations.dropin import install, main, uninstall
+
+__all__ = ['install', 'uninstall']
+
+if __name__ == '__main__':
+    main()

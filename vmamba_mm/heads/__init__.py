@@ -1,0 +1,14 @@
+"""Decoders and models of tasks that are no backbones, for mmengine's registry."""
+
+from vmamba_mm.heads.clip import ClipTower
+from vmamba_mm.heads.pyramid import SimpleFeaturePyramid
+from vmamba_mm.heads.video import ClipPreprocessor, VideoClassifier
+from vmamba_mm.heads.videomamba import (
+    DistilledVideoMamba,
+    MaskedVideoMamba,
+    SelfDistillation,
+    VideoEncoder,
+)
+
+__all__ = ['ClipPreprocessor', 'ClipTower', 'DistilledVideoMamba', 'MaskedVideoMamba',
+           'SelfDistillation', 'SimpleFeaturePyramid', 'VideoClassifier', 'VideoEncoder']

@@ -1,0 +1,62 @@
+"""The files that samples are made from: images, and videos."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+
+def _clip_to_sheet(clips):
+    """The frames of the first view (V, T, H, W, C) in rows, as one image with white lines."""
+    frames, line = clips[0], 2
+    columns = min(len(frames), max(4, round(len(frames) ** 0.5)))
+    count, height, width, channels = frames.shape
+    rows = -(-count // columns)
+    sheet = np.full((rows * (height + line) - line, columns * (width + line) - line, channels), 255,
+                    frames.dtype)
+    for i, frame in enumerate(frames):
+        y, x = i // columns * (height + line), i % columns * (width + line)
+        sheet[y:y + height, x:x + width] = frame
+    return sheet
+
+
+@dataclass(frozen=True)
+class Source:
+    """A kind of files.
+
+    Attributes:
+        name: what one is called in messages; ``name + 's'`` for several.
+        path_key: of a sample's file in its info.
+        data_key: of what a pipeline loads of it, from then on.
+        suffixes: of the files that are taken from a folder.
+        loader: a step that loads it, for messages.
+        picture: gives an image (H, W) or (H, W, C) to draw, of what was loaded.
+    """
+
+    name: str
+    path_key: str
+    data_key: str
+    suffixes: tuple[str, ...]
+    loader: str
+    picture: Callable[[np.ndarray], np.ndarray]
+
+    def size(self, loaded: np.ndarray) -> str:
+        """Width and height of what was loaded, '640x480'."""
+        height, width = loaded.shape[:2] if self is IMAGE else loaded.shape[2:4]
+        return f'{width}x{height}'
+
+
+IMAGE = Source(
+    name='image', path_key='img_path', data_key='img',
+    suffixes=('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.ppm'),
+    loader='LoadImageFromFile', picture=lambda image: image)
+VIDEO = Source(
+    name='video', path_key='video_path', data_key='clips',
+    suffixes=('.3gp', '.avi', '.flv', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.ogv',
+              '.ts', '.webm', '.wmv'),
+    loader='vmamba_mm.LoadClips', picture=_clip_to_sheet)
+
+
+def source_of(info: dict) -> Source:
+    """The kind of the file that a sample's info names."""
+    return VIDEO if VIDEO.path_key in info else IMAGE

@@ -1,0 +1,226 @@
+"""A causal language model over the mixers of this package, such as Mamba's (arXiv 2312.00752)."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from vmamba_mm.checkpoints.files import fetch, read_checkpoint
+from vmamba_mm.checkpoints.formats import FOLDER_FILES
+from vmamba_mm.checkpoints.names import infer_arch
+from vmamba_mm.checkpoints.prefixes import inside
+from vmamba_mm.errors import UserError
+from vmamba_mm.families import resolve_arch
+from vmamba_mm.families.mamba_lm import DEFAULTS, FAMILY, arch_of_config, padded_vocab_size
+from vmamba_mm.layers import MambaBlock, MambaMixer, RMSNorm
+from vmamba_mm.layers.norm import sum_and_norm
+from vmamba_mm.models.generation import generate
+from vmamba_mm.models.pretrained import StrictLoading
+from vmamba_mm.registry import MODELS
+
+_MIXERS: dict[str, type[nn.Module]] = {'mamba': MambaMixer}
+_MIXER_KEYS = ('d_state', 'd_conv', 'expand', 'dt_rank', 'conv_bias', 'bias')
+
+
+@MODELS.register_module()
+class CausalLM(StrictLoading, BaseModule):
+    """A language model that predicts the next token, as ``MambaLMHeadModel`` of ``mamba_ssm``.
+
+    An embedding, ``depth`` blocks of norm and mixer around a residual stream in fp32, a norm, and a
+    head that gives a logit for each token of the vocabulary. There are no positions.
+
+    ``CausalLM('mamba-130m')`` is a published architecture, ``CausalLM(mixer='mamba',
+    vocab_size=256, embed_dims=64, depth=2)`` another one; :meth:`from_pretrained` builds the one
+    that a checkpoint holds.
+
+    Args:
+        arch: a key of ``CausalLM.arch_settings``, or a dict with the keys of ``settings``.
+        with_cp: recompute each block in the backward pass (gradient checkpointing).
+        init_cfg: mmengine's, for example ``dict(type='Pretrained', checkpoint=...)``. None keeps
+            the published initialisation.
+        settings: keys of the arch, in place of ``arch``, or where they differ from it:
+
+            - ``mixer``: 'mamba'; ``embed_dims``: channels C; ``depth``: number of blocks;
+            - ``vocab_size``: the number of tokens. Embedding and head have the next multiple of
+              ``pad_vocab_size_multiple`` (8) rows;
+            - ``tie_embeddings`` (True): the head's weight is that of the embedding;
+            - ``d_state`` (16), ``d_conv`` (4), ``expand`` (2), ``dt_rank`` ('auto'), ``conv_bias``
+              (True), ``bias`` (False): of :class:`vmamba_mm.layers.MambaMixer`;
+            - ``norm_eps`` (1e-5): of the norms, which are RMSNorm.
+
+    Raises:
+        ValueError: on a value that is not allowed, with the choices.
+    """
+
+    family = FAMILY
+    arch_settings = FAMILY.archs
+
+    def __init__(self, arch: str | Mapping[str, Any] | None = None, *, with_cp: bool = False,
+                 init_cfg: dict | list[dict] | None = None, **settings):
+        super().__init__(init_cfg=init_cfg)
+        if isinstance(arch, str) and settings:
+            settings = {'base': arch, **settings}
+        elif arch is not None:
+            settings = {**arch, **settings} if isinstance(arch, Mapping) else arch
+        self.arch = resolve_arch(self.family, settings)
+        options = {**DEFAULTS, **self.arch}
+        dims, depth, rows = options['embed_dims'], options['depth'], padded_vocab_size(self.arch)
+        mixer = _MIXERS[options['mixer']]
+        mixer_cfg = {key: options[key] for key in _MIXER_KEYS}
+        self.vocab_size = options['vocab_size']
+        self.token_embed = nn.Embedding(rows, dims)
+        self.blocks = nn.ModuleList(
+            MambaBlock(mixer(dims, **mixer_cfg), RMSNorm(dims, eps=options['norm_eps']),
+                       with_cp=with_cp) for _ in range(depth))
+        self.norm = RMSNorm(dims, eps=options['norm_eps'])
+        self.lm_head = nn.Linear(dims, rows, bias=False)
+        self._init_parameters()
+        self.is_tied = options['tie_embeddings']
+        _tie(self)
+        # load_state_dict(..., assign=True) makes new parameters.
+        self.register_load_state_dict_post_hook(_tie)
+
+    def _init_parameters(self) -> None:
+        """As published: what feeds the residual stream starts smaller, by sqrt(depth)."""
+        nn.init.normal_(self.token_embed.weight, std=0.02)
+        for block in self.blocks:
+            for projection in (block.mixer.in_proj, block.mixer.out_proj):
+                if projection.bias is not None:
+                    nn.init.zeros_(projection.bias)
+            with torch.no_grad():
+                block.mixer.out_proj.weight.div_(math.sqrt(len(self.blocks)))
+
+    def init_state(self, batch: int) -> tuple[Any, ...]:
+        """The state before the first token, of ``batch`` sequences: one item for each block."""
+        return tuple(block.mixer.init_state(batch) for block in self.blocks)
+
+    def forward(self, input_ids: Tensor, state: Sequence[Any] | None = None,
+                logits_to_keep: int = 0) -> Tensor | tuple[Tensor, tuple[Any, ...]]:
+        """The logits of the token after each one.
+
+        Args:
+            input_ids: (B, L), numbers of tokens, all of them real: there is no padding.
+            state: what came before: of :meth:`init_state` or of an earlier call. A call with it,
+                for one token or many, costs what these take, however many came before.
+            logits_to_keep: the logits of the last so many tokens alone; 0 for those of all.
+
+        Returns:
+            (B, L, V) with V the padded vocabulary; with ``state`` also the new one. The old one is
+            not changed.
+        """
+        hidden, residual = self.token_embed(input_ids), None
+        if state is None:
+            for block in self.blocks:
+                hidden, residual = block(hidden, residual)
+        else:
+            states = []
+            for block, old in zip(self.blocks, state, strict=True):
+                hidden, residual, new = block(hidden, residual, state=old)
+                states.append(new)
+        if logits_to_keep:
+            hidden, residual = hidden[:, -logits_to_keep:], residual[:, -logits_to_keep:]
+        normed = sum_and_norm(self.norm, residual, hidden, None)[1]
+        logits = self.lm_head(normed.to(hidden.dtype))
+        return logits if state is None else (logits, tuple(states))
+
+    def generate(self, input_ids: Tensor | Sequence[Tensor], max_new_tokens: int, *,
+                 temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
+                 eos_token_id: int | Sequence[int] | None = None, pad_token_id: int | None = None,
+                 callback: Callable[[Tensor], Any] | None = None,
+                 generator: torch.Generator | None = None) -> Tensor | list[Tensor]:
+        """Continue texts: :func:`vmamba_mm.models.generation.generate` with this model."""
+        return generate(self, input_ids, max_new_tokens, temperature=temperature, top_k=top_k,
+                        top_p=top_p, eos_token_id=eos_token_id, pad_token_id=pad_token_id,
+                        callback=callback, generator=generator)
+
+    # --- weights ----------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, checkpoint: str | os.PathLike, *, device: Any = 'cpu',
+                        weights: str = 'auto', **kwargs) -> 'CausalLM':
+        """The model that a checkpoint holds, with its weights, in fp32 and eval mode.
+
+        Args:
+            checkpoint: a folder with the ``config.json`` and weights of ``mamba_ssm`` or of
+                transformers, a file in such a folder or alone, or anything else that
+                :func:`vmamba_mm.checkpoints.files.read_checkpoint` takes, such as
+                ``vmamba_mm://mamba_lm/mamba-130m``. Without a ``config.json`` the architecture is
+                that of the weights.
+            device: of the model.
+            weights: as there.
+            kwargs: keyword arguments of the class, in place of what the checkpoint says.
+
+        Raises:
+            UserError: if it cannot be read, describes another kind of model, or its weights are
+                not all that such a model has, and no more.
+        """
+        path = fetch(checkpoint)
+        state = read_checkpoint(path, weights, family=cls.family)
+        state = state.get('state_dict', state)
+        arch = _read_config(path)
+        if arch is None:
+            arch = infer_arch(state, cls.family)
+            embedding, head = (state.get(f'backbone.{name}.weight')
+                               for name in ('token_embed', 'lm_head'))
+            if not _is_same(embedding, head):
+                kwargs = {'tie_embeddings': False, **kwargs}
+        with torch.device('meta'):  # initial values would take longer than the file
+            model = cls(arch, **kwargs)
+        _tie(model.to_empty(device=device))
+        try:
+            model.load_state_dict(inside(state, 'backbone.') or state)
+        except UserError as err:
+            raise UserError(f'{checkpoint}: {err}') from err
+        return model.eval()
+
+    def complete_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights with a tied head, which transformers leaves out of a file."""
+        embedding, head = weights.get('token_embed.weight'), weights.get('lm_head.weight')
+        if not self.is_tied or embedding is None:
+            return weights
+        if not _is_same(embedding, head):
+            raise UserError('lm_head.weight differs from the embedding: give the model '
+                            'tie_embeddings=False, or build it with CausalLM.from_pretrained')
+        return {**weights, 'lm_head.weight': embedding}
+
+    def plain_state(self, arch: str | Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+        with torch.device('meta'):
+            return CausalLM(self.arch if arch is None else arch).state_dict()
+
+
+def _tie(model: CausalLM, _: Any = None) -> None:
+    """Make the head's weight that of the embedding, where the model ties them."""
+    if model.is_tied:
+        model.lm_head.weight = model.token_embed.weight
+
+
+def _is_same(embedding: Tensor | None, head: Tensor | None) -> bool:
+    """Whether a head is absent or has the weights of the embedding, as far as can be told."""
+    return embedding is None or head is None or embedding.is_meta or head.is_meta \
+        or embedding.shape != head.shape or torch.equal(embedding, head.to(embedding))
+
+
+def _read_config(path: Path) -> dict[str, Any] | None:
+    """The arch of the ``config.json`` in a checkpoint's folder; None if there is none."""
+    if path.is_dir():
+        path = path / 'config.json'
+    elif path.name in FOLDER_FILES:
+        path = path.with_name('config.json')
+    else:
+        return None
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text(encoding='utf-8'))
+        return resolve_arch(FAMILY, arch_of_config(config))
+    except KeyError as err:
+        raise UserError(f'{path} lacks {err}: it is not the config.json of a language model of '
+                        'mamba_ssm or transformers') from err
+    except (AttributeError, TypeError, ValueError) as err:
+        raise UserError(f'{path} cannot be used: {err}') from err
