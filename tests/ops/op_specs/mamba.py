@@ -36,19 +36,21 @@ def conv_spec(make, silu=True, reverse=False, final=False, **kwargs):
             inputs['x'], inputs['weight'], inputs.get('bias'), inputs.get('initial_state'), silu,
             reverse, final),
         make=make, maps=('x', 'initial_state') if make is make_conv_with_state else ('x',),
-        backends=('reference', 'chunked'), kernels=(), takes_out_dtype=False,
+        backends=('reference', 'chunked', 'cuda'), takes_out_dtype=False,
         flops=lambda shape: 2 * shape[0] * shape[1] * shape[2] * shape[3], **kwargs)
 
 
 CONV = [
     conv_spec(
-        make_conv,
+        make_conv, kernel_shapes=((2, 5, 3, 4), (1, 1, 1, 4), (1, 17, 6, 4)),
+        half_shapes=((2, 9, 8, 4),), gpu_shapes=((2, 197, 100, 4),),
         shapes=((2, 5, 3, 4), (1, 1, 1, 4), (2, 2, 3, 4), (1, 17, 6, 2), (2, 50, 8, 3),
                 (1, 3, 2, 7), (1, 4, 2, 1)),
         wrong=(('weight', cut(0), r'expects x \(B, L, D\) and weight'),
                ('bias', cut(0), 'expects bias of shape'))),
     replace(conv_spec(
         make_conv_with_state, reverse=True, final=True,
+        kernel_shapes=((2, 5, 3, 4), (1, 2, 4, 4)),
         shapes=((2, 5, 3, 4), (1, 1, 1, 4), (2, 2, 3, 4), (1, 3, 2, 2)),
         wrong=(('initial_state', cut(1), 'expects initial_state of shape'),)),
         id='causal_conv with states, reversed'),
@@ -85,7 +87,8 @@ def inner_spec(reverse=False, scale=1.0, **kwargs):
         call=lambda inputs, **options: mamba_inner(*map(inputs.get, NAMES), reverse=reverse,
                                                    scale=scale, **options),
         arguments=lambda inputs, out_dtype: (*map(inputs.get, NAMES), reverse, scale),
-        maps=('xz',), backends=('reference', 'chunked', 'triton'), kernels=('triton',),
+        maps=('xz',), backends=('reference', 'chunked', 'cuda', 'triton'),
+        kernels=('cuda', 'triton'), roundings=2,
         takes_out_dtype=False, flops=inner_flops, **kwargs)
 
 
@@ -94,6 +97,8 @@ INNER = [
         scale=0.5, make=make_inner,
         shapes=((2, 2, 2, 5, 2, 1, 4), (1, 2, 1, 1, 1, 1, 4), (2, 2, 3, 2, 1, 2, 4),
                 (1, 2, 6, 17, 16, 3, 4), (3, 2, 4, 50, 4, 2, 3)),
+        kernel_shapes=((2, 2, 2, 5, 2, 1, 4), (1, 2, 6, 17, 16, 3, 4)),
+        half_shapes=((2, 2, 16, 12, 16, 2, 4),),
         interpreter_shapes=((2, 2, 2, 4, 1, 1, 3),), gpu_shapes=((2, 2, 200, 197, 16, 12, 4),),
         wrong=(('xz', cut(2), r'expects xz \(B, L, 4\)'),
                ('x_proj', cut(1), 'expects x_proj of shape'),
@@ -102,6 +107,7 @@ INNER = [
                ('A', lambda A: A * 1j, 'complex'))),
     replace(inner_spec(make=make_inner_bare, shapes=((2, 1, 3, 7, 2, 2, 4), (1, 1, 2, 1, 2, 1, 2))),
             id='mamba_inner forward'),
-    replace(inner_spec(reverse=True, make=make_inner, shapes=((2, 1, 3, 7, 2, 2, 4),)),
+    replace(inner_spec(reverse=True, make=make_inner, shapes=((2, 1, 3, 7, 2, 2, 4),),
+                       kernel_shapes=((2, 1, 3, 7, 2, 2, 4),)),
             id='mamba_inner backward')]
 SPECS = CONV + INNER

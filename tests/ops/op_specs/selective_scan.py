@@ -100,7 +100,8 @@ SPECS.append(replace(spec(
     interpreter_shapes=((2, 2, 3, 9, 3),), kernels=('triton',)),
     id='selective_scan with gate, reversed'))
 SPECS.append(replace(spec(
-    True, reverse=True, final=True, make=make_gated, kernels=(),
+    True, reverse=True, final=True, make=make_gated, kernels=('cuda',),
+    kernel_shapes=((2, 2, 3, 11, 4), (1, 1, 5, 20, 16)), half_shapes=((2, 2, 4, 15, 4),),
     shapes=((2, 2, 2, 5, 2), (1, 1, 1, 1, 1), (2, 1, 3, 2, 1), (1, 2, 2, 17, 16), (1, 1, 3, 65, 3),
             (2, 2, 130, 21, 16)),
     wrong=(('z', cut(2), 'expects z of shape'),
@@ -108,6 +109,7 @@ SPECS.append(replace(spec(
            ('A', lambda A: A.to(torch.complex64), 'complex'))),
     id='selective_scan with gate and states, reversed'))
 SPECS.append(replace(spec(
-    False, final=True, make=make_stateful_positive, kernels=(),
+    False, final=True, make=make_stateful_positive, kernels=('cuda',),
+    kernel_shapes=((2, 2, 3, 11, 4),),
     shapes=((2, 2, 3, 11, 2), (1, 1, 1, 1, 1), (1, 1, 3, 65, 3))),
     id='selective_scan with states'))
