@@ -1,4 +1,4 @@
-"""The kernels in kernels/scan1d and kernels/causal_conv, against fp64; test_ops.py has small shapes.
+"""The kernels in kernels/scan1d, against fp64, at more shapes than in test_ops.py.
 
 A device is 'cuda', or 'sm_90', 'sm_80' and 'sm_75': such a GPU emulated on the CPU.
 """
