@@ -125,7 +125,7 @@ def test_spans(device, place, shape, reverse):
 @pytest.mark.parametrize('more', [2, 4])
 def test_more_lanes(device, place, more, monkeypatch):
     """The states of a channel among more lanes than usual."""
-    monkeypatch.setattr(cuda_scan, 'forward_plan', lambda index, sizes: Plan.of(
+    monkeypatch.setattr(cuda_scan, 'forward_plan', lambda index, sizes, most: Plan.of(
         Tile.of(sizes.state, more), sizes.length, 1))
     launch.forget()
     check(*make(place, 2, 1, 40, 36, 16))
