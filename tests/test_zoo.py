@@ -259,7 +259,8 @@ def test_hub_lists_the_classifiers_and_nothing_else_of_ours(tmp_path):
               'importlib.reload(vmamba_mm.integrations.mmpretrain)\n'
               'import mmpretrain\n'
               'assert len(mmpretrain.list_models("resnet50_8xb32_in1k")) == 1\n'
-              'print(json.dumps(mmpretrain.list_models("*mamba*")))', tmp_path)
+              'print(json.dumps(mmpretrain.list_models("*mamba*")'
+              ' + mmpretrain.list_models("vim-*")))', tmp_path)
     assert set(json.loads(out)) == {entry.name for entry in zoo.entries(task='cls')}
 
 
