@@ -146,6 +146,13 @@ def weights_of(source: str) -> str:
     return entry.weights
 
 
+def published_at(source: str) -> Entry | None:
+    """The model that was published as ``vmamba_mm://NAME``, or at an address."""
+    if source.startswith(SCHEME):
+        return find(source.removeprefix(SCHEME))
+    return next((e for e in _all_entries() if e.weights == source), None)
+
+
 def published_sha256(address: str) -> str | None:
     """The SHA-256 of the file at an address, in hexadecimal, if the zoo knows it."""
     return next((e.sha256 for e in _all_entries() if e.weights == address), None)

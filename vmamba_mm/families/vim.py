@@ -136,11 +136,11 @@ _LAST = {'none': 'mixer', 'add': 'stream', 'add & norm': 'normed'}
 
 def _parity_arch(kwargs: Options) -> dict[str, Any]:
     """Our ``arch`` for the arguments of the official ``VisionMamba``, of images, det or seg."""
-    for key, value in dict(norm_epsilon=1e-5, if_abs_pos_embed=True, drop_rate=0.0).items():
+    for key, value in dict(norm_epsilon=1e-5, if_abs_pos_embed=True).items():
         kwargs.require(key, value)
     # Of one function in fp32; what only training has; and what has no effect.
-    kwargs.ignore('residual_in_fp32', 'fused_add_norm', 'drop_path_rate', 'ft_seq_len',
-                  'use_checkpoint')
+    kwargs.ignore('residual_in_fp32', 'fused_add_norm', 'drop_rate', 'drop_path_rate',
+                  'ft_seq_len', 'use_checkpoint', 'if_devide_out')
     size, patch = kwargs.get('img_size', 224), kwargs.get('patch_size', 16)
     cls_token = 'none'
     for key, kind in (('use_middle_cls_token', 'middle'), ('use_double_cls_token', 'double')):

@@ -59,7 +59,7 @@ class Vim(Backbone):
         out_indices: blocks to return; the last by default.
         out_type: 'featmap' for the patches as maps; 'cls_token' for the class token (the mean of
             both, if it is double), which is the feature of the published classifiers; 'raw' for
-            all tokens in their order.
+            all tokens in the order in which the blocks read them.
         features: what of the blocks in ``out_indices`` is returned: 'normed', the sum of all
             blocks up to there, which for the last block goes through the norm; 'stream', the
             sums alone; or 'mixer', what the mixer of each block has added (as the published
@@ -165,9 +165,6 @@ class Vim(Backbone):
             if hasattr(mixer, 'dt_proj_b'):
                 nn.init.zeros_(mixer.dt_proj_b.bias)
 
-    def _cls_tokens(self) -> list[Tensor]:
-        return [getattr(self, name) for name in _CLS_TOKENS[self.arch['cls_token']]]
-
     # --- forward ------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -177,8 +174,7 @@ class Vim(Backbone):
         outs = []
         for i, streams in self._run(tokens, patches, self.out_indices):
             if self.out_type == 'raw':
-                y = self._output(i, streams)
-                outs.append(y.flip(1) if self.arch.get('reverse') else y)
+                outs.append(self._output(i, streams))
             else:
                 cls = [torch.cat(_cls_tokens_of(y, patches, self.arch['cls_token']), dim=1)
                        for y in streams]
@@ -204,9 +200,8 @@ class Vim(Backbone):
         tokens, patches = self.embed(x)
         kind, reverse = self.arch['cls_token'], self.arch.get('reverse', False)
         for _, streams in self._run(tokens, patches, indices):
-            tokens = sum(streams)
-            yield (_cls_tokens_of(tokens, patches, kind),
-                   _to_map(tokens, patches, kind, reverse))
+            total = functools.reduce(torch.add, streams)
+            yield _cls_tokens_of(total, patches, kind), _to_map(total, patches, kind, reverse)
 
     def norm_output(self, i: int, x: Tensor) -> Tensor:
         # Of a sum that is fp32 in a half too.
@@ -216,7 +211,7 @@ class Vim(Backbone):
         """The output of block ``i``, of tokens: (B, ..., C)."""
         norm = self.output_norm(i)
         if norm is None:
-            y = sum(streams)
+            y = functools.reduce(torch.add, streams)
         else:
             hidden, residual = streams
             y = sum_and_norm(norm, residual, hidden)[1]
