@@ -24,7 +24,7 @@ SCHEME = 'vmamba_mm://'
 TASKS = {'Image Classification': 'cls', 'Action Recognition': 'video', 'Object Detection': 'det',
          'Instance Segmentation': 'det', 'Semantic Segmentation': 'seg',
          'Masked Pre-training': 'pretrain', 'Multi-Instance Retrieval': 'pretrain',
-         'Language Modelling': 'lm'}
+         'Text-to-Video Retrieval': 'pretrain', 'Language Modelling': 'lm'}
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -151,19 +151,9 @@ class Vim(Backbone):
         self._init_parameters()
 
     def _init_parameters(self):
-        """As published: mixers start as Mamba's, but dt of the backward direction with 0."""
-        # LeCun's, divided as timm does for a normal that is cut off, which this one hardly is.
-        fan_in, names = self.patch_embed.proj.weight[0].numel(), _CLS_TOKENS[self.arch['cls_token']]
-        nn.init.trunc_normal_(self.patch_embed.proj.weight, std=fan_in ** -0.5 / 0.87962566)
-        nn.init.zeros_(self.patch_embed.proj.bias)
-        for embed in (self.pos_embed, *(getattr(self, name) for name in names)):
-            nn.init.trunc_normal_(embed, std=0.02)
-        for block in self.blocks:
-            mixer = block.mixer
-            nn.init.kaiming_uniform_(mixer.out_proj.weight, a=math.sqrt(5))
-            mixer.out_proj.weight.data /= math.sqrt(len(self.blocks))
-            if hasattr(mixer, 'dt_proj_b'):
-                nn.init.zeros_(mixer.dt_proj_b.bias)
+        names = _CLS_TOKENS[self.arch['cls_token']]
+        init_vim(self.patch_embed, (self.pos_embed, *(getattr(self, name) for name in names)),
+                 self.blocks)
 
     # --- forward ------------------------------------------------------------------------------
 
@@ -313,6 +303,29 @@ class Vim(Backbone):
             except ValueError as err:
                 raise UserError(str(err)) from err
         return adapted
+
+
+def init_vim(patch_embed: PatchEmbed, embeds: Iterable[Tensor], blocks: Sequence[MambaBlock]
+             ) -> None:
+    """Set initial values as published: mixers as Mamba's, but dt of the backward direction 0.
+
+    Args:
+        patch_embed: the projection of patches.
+        embeds: class tokens and embeddings of position.
+        blocks: of the model.
+    """
+    # LeCun's, divided as timm does for a normal that is cut off, which this one hardly is.
+    fan_in = patch_embed.proj.weight[0].numel()
+    nn.init.trunc_normal_(patch_embed.proj.weight, std=fan_in ** -0.5 / 0.87962566)
+    nn.init.zeros_(patch_embed.proj.bias)
+    for embed in embeds:
+        nn.init.trunc_normal_(embed, std=0.02)
+    for block in blocks:
+        mixer = block.mixer
+        nn.init.kaiming_uniform_(mixer.out_proj.weight, a=math.sqrt(5))
+        mixer.out_proj.weight.data /= math.sqrt(len(blocks))
+        if hasattr(mixer, 'dt_proj_b'):
+            nn.init.zeros_(mixer.dt_proj_b.bias)
 
 
 def _choose(**arguments: str) -> None:
