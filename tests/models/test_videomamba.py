@@ -90,6 +90,15 @@ def test_wrong_inputs(arch, shape, message):
         VideoMamba(arch)(torch.randn(shape))
 
 
+@pytest.mark.parametrize('out_type', ['featmap', 'cls_token', 'raw'])
+def test_dtype_of_the_outputs(out_type):
+    """That of the weights, though the residual stream is fp32."""
+    model = random_model(CLIP, out_type=out_type, out_indices=(0, 2))
+    with torch.autocast('cpu', torch.bfloat16):
+        assert {y.dtype for y in model(clip())} == {torch.float32}
+    assert {y.dtype for y in model.bfloat16()(clip().bfloat16())} == {torch.bfloat16}
+
+
 def test_wrong_out_type():
     with pytest.raises(ValueError, match="out_type='avg' does not exist; choose one of .*'raw'"):
         VideoMamba(CLIP, out_type='avg')
@@ -228,6 +237,8 @@ def test_masked_pre_training():
     assert model.backbone.blocks[2].mixer.out_proj.weight.grad.any()
     with pytest.raises(ValueError, match='num_features=3 with interval=2 asks for more blocks'):
         MaskedVideoMamba(VideoMamba(CLIP), 5, num_features=3, interval=2)
+    with pytest.raises(ValueError, match="order='spatial-first'.*got 'alternate'"):
+        MaskedVideoMamba(VideoMamba(dict(CLIP, order='alternate')), 5)
 
 
 @pytest.mark.parametrize('pool, clips, frames', [
