@@ -54,7 +54,7 @@ def _why_not_here(index: int, dtype: torch.dtype, state: int) -> str | None:
     return scans.why_not_on(index, dtype, state)
 
 
-class _Sizes(NamedTuple):
+class Sizes(NamedTuple):
     batch: int
     length: int
     dim: int
@@ -66,7 +66,7 @@ class _Sizes(NamedTuple):
     xz_l: int
 
 
-class _Dtypes(NamedTuple):
+class Dtypes(NamedTuple):
     """Of the map and the parameters; None for a bias that there is not."""
     map: torch.dtype
     conv_weight: torch.dtype
@@ -82,7 +82,7 @@ class _Dtypes(NamedTuple):
 class _Mixer:
     """The launches that forward and backward share."""
 
-    def __init__(self, index: int, sizes: _Sizes, dtypes: _Dtypes, reverse: bool):
+    def __init__(self, index: int, sizes: Sizes, dtypes: Dtypes, reverse: bool):
         self.index, self.sizes, self.dtypes = index, sizes, dtypes
         batch, length, dim, routes, taps, rank, state, xz_b, xz_l = sizes
         self.dtype, self.size = dtypes.map, dtypes.map.itemsize
@@ -129,7 +129,7 @@ class _Forward(NamedTuple):
 
 
 @cached
-def _forward_launch(index: int, sizes: _Sizes, dtypes: _Dtypes, reverse: bool, scale: float,
+def forward_launch(index: int, sizes: Sizes, dtypes: Dtypes, reverse: bool, scale: float,
                     save: bool) -> _Forward:
     """The forward. It takes the addresses of xz, the parameters (``x_proj`` and ``dt_proj`` in the
     dtype of the map), y, memory, and with ``save`` of projected and total."""
@@ -168,7 +168,7 @@ def _forward_launch(index: int, sizes: _Sizes, dtypes: _Dtypes, reverse: bool, s
 
 
 @cached
-def _backward_launch(index: int, sizes: _Sizes, dtypes: _Dtypes, reverse: bool, scale: float
+def _backward_launch(index: int, sizes: Sizes, dtypes: Dtypes, reverse: bool, scale: float
                      ) -> _Forward:
     """The backward. It takes the addresses of grad, xz, the parameters as the forward, projected
     and total of the forward, dxz (B, L, 2*D), the gradients by the parameters, and memory."""
@@ -239,9 +239,9 @@ def _start(xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D):
     parameters = [None if t is None else t.contiguous()
                   for t in (conv_weight, conv_bias, dt_bias, A, D)]
     routes, dim, taps = conv_weight.shape
-    sizes = _Sizes(batch, length, dim, routes, taps, dt_proj.shape[2], A.shape[2], stride_b,
+    sizes = Sizes(batch, length, dim, routes, taps, dt_proj.shape[2], A.shape[2], stride_b,
                    stride_l)
-    dtypes = _Dtypes(dtype, *[None if t is None else t.dtype for t in parameters])
+    dtypes = Dtypes(dtype, *[None if t is None else t.dtype for t in parameters])
     conv_weight, conv_bias, dt_bias, A, D = parameters
     return sizes, dtypes, dict(xz=xz, conv_weight=conv_weight, conv_bias=conv_bias,
                                x_proj=factors[0], dt_proj=factors[1], dt_bias=dt_bias, A=A, D=D)
@@ -256,7 +256,7 @@ def forward(xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, reverse,
     """Shapes as in :func:`vmamba_mm.ops.mamba_inner`. With ``save`` also what the backward takes:
     nothing, the projections (K, B * L, R + 2N), and the sum of the directions before the gate."""
     sizes, dtypes, tensors = _start(xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D)
-    launch = _forward_launch(xz.get_device(), sizes, dtypes, reverse, scale, save)
+    launch = forward_launch(xz.get_device(), sizes, dtypes, reverse, scale, save)
     shape = sizes.batch, sizes.length, sizes.dim
     rows, width = sizes.batch * sizes.length, sizes.rank + 2 * sizes.state
     y = xz.new_empty(shape)
