@@ -46,11 +46,12 @@ def why_not(xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, reverse,
         return (f'{conv_weight.shape[2]} taps; the kernels take {conv.TAPS[0]} to {conv.TAPS[-1]}')
     if (reason := scan_kernels.why_not(xz, 0, 1)) is not None:
         return reason
-    return _why_not_here(xz.device.index, xz.dtype, A.shape[2]) or gemm.why_not()
+    return why_not_here(xz.device.index, xz.dtype, A.shape[2]) or gemm.why_not()
 
 
 @torch.compiler.assume_constant_result
-def _why_not_here(index: int, dtype: torch.dtype, state: int) -> str | None:
+def why_not_here(index: int, dtype: torch.dtype, state: int) -> str | None:
+    """The reason why the GPU ``index`` cannot run the kernels on such maps, or None."""
     return scans.why_not_on(index, dtype, state)
 
 
