@@ -37,7 +37,7 @@ torch.fx.wrap('mamba_inner')
 torch.fx.wrap('selective_scan')
 torch.fx.wrap('state_matrix')
 torch.fx.wrap('_stream')
-torch.fx.wrap('_dtype_of_products')
+torch.fx.wrap('dtype_of_products')
 
 
 class MambaState(NamedTuple):
@@ -407,7 +407,7 @@ class MambaBlock(nn.Module):
         return self.drop_path(y), residual, state
 
     def _add_and_norm(self, hidden, residual):
-        dtype = _dtype_of_products(hidden)
+        dtype = dtype_of_products(hidden)
         if residual is None:
             residual = _stream(hidden)
             return residual, self.norm(residual).to(dtype)
@@ -419,7 +419,7 @@ def _stream(hidden: Tensor) -> Tensor:
     return hidden.to(compute_dtype(hidden.dtype))
 
 
-def _dtype_of_products(hidden: Tensor) -> torch.dtype:
+def dtype_of_products(hidden: Tensor) -> torch.dtype:
     """The dtype of the matrix products around the stream, to which the norm's result is rounded."""
     return autocast_dtype(hidden) or hidden.dtype
 
@@ -431,7 +431,12 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
 
 def _is_causal_conv(module: nn.Module) -> bool:
     """Whether ``module`` is the depthwise convolution of a mixer, and nobody watches it."""
-    return (is_plain(module, nn.Conv1d)
-            and module.groups == module.in_channels == module.out_channels
-            and module.padding == (module.kernel_size[0] - 1,)
-            and (module.stride, module.dilation, module.padding_mode) == ((1,), (1,), 'zeros'))
+    return is_plain(module, nn.Conv1d) and is_depthwise_causal(module)
+
+
+def is_depthwise_causal(conv: nn.Conv1d) -> bool:
+    """Whether ``conv`` is a convolution of each channel by itself with zeros before the first
+    token, once what comes after the last one is cut off."""
+    return (conv.groups == conv.in_channels == conv.out_channels
+            and conv.padding == (conv.kernel_size[0] - 1,)
+            and (conv.stride, conv.dilation, conv.padding_mode) == ((1,), (1,), 'zeros'))

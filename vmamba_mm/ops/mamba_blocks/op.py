@@ -57,7 +57,7 @@ def mamba_blocks(hidden: Tensor, residual: Tensor | None, blocks: list[Weights],
     Returns:
         (residual, hidden) after the last block.
 
-    :func:`vmamba_mm.layers.mamba.run_blocks` calls it.
+    :func:`vmamba_mm.layers.run_blocks` calls it.
     """
     return _mamba_blocks(hidden, residual, [t for block in blocks for t in block.flat],
                          len(blocks[0].directions), eps, float(scale), dtype)
