@@ -42,7 +42,7 @@ def mamba_inner_fn(xz: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None
     """
     _refuse_norms(b_rms_weight, c_rms_weight, dt_rms_weight)
     y = mix(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D,
-             delta_bias, B_proj_bias, C_proj_bias, delta_softplus)
+            delta_bias, B_proj_bias, C_proj_bias, delta_softplus)
     return F.linear(y, out_proj_weight, out_proj_bias)
 
 
@@ -55,7 +55,7 @@ def mamba_inner_fn_no_out_proj(xz: Tensor, conv1d_weight: Tensor, conv1d_bias: T
                                checkpoint_lvl: int = 1) -> Tensor:
     """:func:`mamba_inner_fn` without out_proj: (B, D, L)."""
     return mix(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D,
-                delta_bias, B_proj_bias, C_proj_bias, delta_softplus).transpose(1, 2)
+               delta_bias, B_proj_bias, C_proj_bias, delta_softplus).transpose(1, 2)
 
 
 def bimamba_inner_fn(xz: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None,
@@ -71,7 +71,7 @@ def bimamba_inner_fn(xz: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | No
     one does not.
     """
     y = mix(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D,
-             delta_bias, B_proj_bias, C_proj_bias, delta_softplus, A_b)
+            delta_bias, B_proj_bias, C_proj_bias, delta_softplus, A_b)
     return F.linear(y, out_proj_weight, out_proj_bias)
 
 
@@ -80,7 +80,7 @@ def mamba_inner_ref(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_we
                     B_proj_bias=None, C_proj_bias=None, delta_softplus=True) -> Tensor:
     """:func:`mamba_inner_fn` of single ops."""
     y = compose(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D,
-                 delta_bias, B_proj_bias, C_proj_bias, delta_softplus)
+                delta_bias, B_proj_bias, C_proj_bias, delta_softplus)
     return F.linear(y, out_proj_weight, out_proj_bias)
 
 
@@ -90,7 +90,7 @@ def bimamba_inner_ref(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_
                       delta_softplus=True) -> Tensor:
     """:func:`bimamba_inner_fn` of single ops."""
     y = compose(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D,
-                 delta_bias, B_proj_bias, C_proj_bias, delta_softplus, A_b)
+                delta_bias, B_proj_bias, C_proj_bias, delta_softplus, A_b)
     return F.linear(y, out_proj_weight, out_proj_bias)
 
 
@@ -107,7 +107,7 @@ def cast_for_autocast(*tensors: Tensor) -> list[Tensor]:
 
 
 def mix(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D, delta_bias,
-         B_proj_bias, C_proj_bias, delta_softplus, A_b=None) -> Tensor:
+        B_proj_bias, C_proj_bias, delta_softplus, A_b=None) -> Tensor:
     """What is between in_proj and out_proj, (B, 2*D, L) to (B, L, D), by the fused op where it has
     what is asked for; with ``A_b`` also backwards, as in Vim's v1."""
     refuse_complex(A)
@@ -115,7 +115,7 @@ def mix(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, 
     if not delta_softplus or D is None or delta_bias is None or any(
             t is not None for t in optional):
         return compose(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C,
-                        D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus, A_b)
+                       D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus, A_b)
     xz, x_proj, dt_proj = cast_for_autocast(xz.transpose(1, 2), x_proj_weight, delta_proj_weight)
     return mamba_inner(xz, conv1d_weight[None, :, 0],
                        None if conv1d_bias is None else conv1d_bias[None], x_proj[None],
@@ -123,7 +123,7 @@ def mix(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, 
 
 
 def compose(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D,
-             delta_bias, B_proj_bias, C_proj_bias, delta_softplus, A_b=None) -> Tensor:
+            delta_bias, B_proj_bias, C_proj_bias, delta_softplus, A_b=None) -> Tensor:
     """:func:`mix` of single ops."""
     refuse_complex(A)
     rank, state = delta_proj_weight.shape[1], A.shape[1]

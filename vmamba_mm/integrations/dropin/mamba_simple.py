@@ -113,7 +113,7 @@ class Mamba(nn.Module):
         self.if_divide_out = value
 
     def _add_before_out_proj(self, options: dict) -> None:
-        """What a fork has there."""
+        """For a fork that has a module there."""
 
     def _add_direction(self, suffix: str, conv_bias: bool, options: dict) -> None:
         inner = self.d_inner
