@@ -112,7 +112,7 @@ def backward_launch(index: int, dtype: torch.dtype, sizes: Sizes, directions: in
     last = x.d == 1
     routes = 2 if directions == BOTH else 1
     columns, chunks, constants = _constants(sizes, weight, bias, silu, last, vector)
-    chunks = min(chunks, max(1, 8 * device_limits(index)[0] // columns))
+    chunks = min(chunks, max(1, 3 * device_limits(index)[0] // columns))
     rows = routes * (sizes.taps + 1)
     launch = kernel(index, backward_instance, TYPES[dtype], sizes.taps, directions, last,
                     vector).bind(

@@ -38,17 +38,21 @@ def _sizes(u, A, B, reverse) -> Sizes:
                  (1 << routes) - 1 if reverse else 0)
 
 
-def _start(u, delta, B, C, z, *others):
+def _start(u, delta, B, C, z):
     """Maps in one dtype, without gaps."""
-    maps = u, delta, B, C, z, *others
     dtype = u.dtype
-    if any(t is not None and t.dtype != dtype for t in maps):
-        dtype = torch.float32
-    return [None if t is None else t.to(dtype).contiguous() for t in maps]
+    if delta.dtype == B.dtype == C.dtype == dtype and (z is None or z.dtype == dtype):
+        return [None if t is None else t.contiguous() for t in (u, delta, B, C, z)]
+    return [None if t is None else t.float().contiguous() for t in (u, delta, B, C, z)]
 
 
-def _dense(t: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-    return None if t is None else t.to(dtype or t.dtype).contiguous()
+def _dense(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def _as_state(t: Tensor | None) -> Tensor | None:
+    """In fp32, without gaps, at a multiple of 16 bytes."""
+    return None if t is None else scan_kernels.dense(t.float())
 
 
 def _types(A, D, delta_bias) -> Types:
@@ -74,7 +78,7 @@ def forward(u, delta, A, B, C, D, delta_bias, z, initial_state, delta_softplus, 
     sizes = _sizes(u, A, B, reverse)
     u, delta, B, C, z = _start(u, delta, B, C, z)
     A, D, delta_bias = map(_dense, (A, D, delta_bias))
-    start = _dense(initial_state, torch.float32)
+    start = _as_state(initial_state)
     y = torch.empty(u.shape, dtype=out_dtype, device=u.device)
     end = torch.empty((sizes.batch, sizes.channels, sizes.state) if return_final_state else 0,
                       dtype=torch.float32, device=u.device)
@@ -103,10 +107,10 @@ def backward(grad_y, grad_state, u, delta, A, B, C, D, delta_bias, z, initial_st
         grad_y = torch.zeros_like(u)
     same_dtype = all(t is None or t.dtype == u.dtype for t in (delta, B, C, z))
     u, delta, B, C, z = _start(u, delta, B, C, z)
-    grad_y = _dense(grad_y, u.dtype)
+    grad_y = grad_y.to(u.dtype).contiguous()
     A, D, delta_bias = map(_dense, (A, D, delta_bias))
-    start = _dense(initial_state, torch.float32)
-    end_grad = _dense(grad_state, torch.float32) if return_final_state else None
+    start = _as_state(initial_state)
+    end_grad = _as_state(grad_state) if return_final_state else None
     du, ddelta = torch.empty_like(u), torch.empty_like(u)
     dA, dD, dbias = (None if t is None else torch.empty_like(t) for t in (A, D, delta_bias))
     dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in inputs[3:5])
