@@ -40,9 +40,12 @@ def make_blocks(mixer=BiMambaMixer, count=3, **kwargs):
                          for _ in range(count)).eval()
 
 
-def one_by_one(blocks, *streams):
+def step_by_step(blocks, *streams):
+    """Each mixer by itself, as a hook asks for."""
     for block in blocks:
+        handle = block.mixer.out_proj.register_forward_hook(lambda *args: None)
         streams = block(*streams)
+        handle.remove()
     return streams
 
 
@@ -55,7 +58,7 @@ def test_as_one_op(make, begins, calls):
     blocks = make()
     streams = torch.randn(2, 7, 16), None if begins else torch.randn(2, 7, 16)
     with torch.no_grad():
-        for expected, found in zip(one_by_one(blocks, *streams), run_blocks(blocks, *streams),
+        for expected, found in zip(step_by_step(blocks, *streams), run_blocks(blocks, *streams),
                                    strict=True):
             assert_close(found, expected, 1e-5)
     assert calls == [len(blocks)]
@@ -65,7 +68,7 @@ def test_half_precision(calls):
     """Under autocast, and with half-precision parameters."""
     blocks, hidden = make_blocks(reduce='mean'), torch.randn(2, 7, 16)
     with torch.no_grad():
-        expected = one_by_one(blocks, hidden, None)
+        expected = step_by_step(blocks, hidden, None)
         with torch.autocast('cpu', torch.float16):
             found = run_blocks(blocks, hidden)
         assert [t.dtype for t in found] == [torch.float16, torch.float32]
@@ -89,6 +92,66 @@ def test_results_are_new_memory():
             assert given is None or torch.equal(given, before[1])
             pointers = {t.data_ptr() for t in (hidden, given, *results) if t is not None}
             assert len(pointers) == 3 + (given is not None)
+
+
+@pytest.mark.parametrize('make', [lambda: make_blocks(count=1), lambda: make_blocks(
+    MambaMixer, count=1)], ids=['both', 'causal'])
+def test_a_block_with_gradients(make, monkeypatch):
+    """As one op, beside the steps, which a hook asks for."""
+    block, calls, op = make()[0], [], layers.mamba_block
+    monkeypatch.setattr(layers, 'mamba_block', lambda *args: calls.append(1) or op(*args))
+    streams = [torch.randn(2, 7, 16, requires_grad=True) for _ in range(2)]
+    leaves = [*streams, *block.parameters()]
+
+    def run():
+        results = block(*streams, with_output=True)
+        return results, torch.autograd.grad(sum((t.sin() * (i + 1)).sum() for i, t in
+                                                enumerate(results)), leaves)
+
+    assert block.why_not_one_op(*streams) is None
+    results, grads = run()
+    assert calls == [1]
+    block.mixer.out_proj.register_forward_hook(lambda *args: None)
+    assert 'hook' in block.why_not_one_op(*streams)
+    expected, expected_grads = run()
+    assert calls == [1]
+    for a, b in zip((*results, *grads), (*expected, *expected_grads), strict=True):
+        assert_close(a, b, 1e-4)
+
+
+def test_what_a_block_with_gradients_cannot_take():
+    block, streams = make_blocks(count=1)[0], [torch.randn(1, 3, 16) for _ in range(2)]
+    assert 'first block' in block.why_not_one_op(streams[0])
+    with torch.autocast('cpu', torch.float16):
+        assert 'dtype of matrix products' in block.why_not_one_op(*streams)
+        assert block.why_not_one_op(streams[0].half(), streams[1]) is None
+    assert 'not float32' in block.why_not_one_op(streams[0], streams[1].half())
+    with torch.no_grad():
+        assert block.why_not_one_op(streams[0]) is None
+
+
+@pytest.mark.parametrize('compiled', [False, True])
+def test_a_model_trains(compiled, monkeypatch):
+    """All blocks but the first as one op each, under torch.compile in one graph."""
+    pytest.importorskip('mmengine')
+    from vmamba_mm.models import Vim
+
+    torch.manual_seed(0)
+    model = Vim(dict(base='tiny', embed_dims=16, depth=3, image_size=32), drop_path_rate=0.1)
+    x, grads = torch.randn(2, 3, 32, 32), []
+    called = torch.compile(model, backend='aot_eager', fullgraph=True) if compiled else model
+    seen, op = [], layers.mamba_block
+    monkeypatch.setattr(layers, 'mamba_block', lambda *args: seen.append(1) or op(*args))
+    for run in (called, model):
+        torch.manual_seed(1)
+        run(x)[0].square().sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+        model.zero_grad()
+        for block in model.blocks:  # then step by step
+            block.norm.register_forward_hook(lambda *args: None)
+    assert len(seen) == 2
+    for a, b in zip(*grads, strict=True):
+        assert_close(a, b, 1e-4)
 
 
 def hooked(blocks):
@@ -129,8 +192,11 @@ def test_what_keeps_them_from_it(change, reason, calls):
         assert layers.why_not_one_op(blocks, hidden) is None
         change(blocks)
         assert reason in layers.why_not_one_op(blocks, hidden)
-        run_blocks(blocks, hidden)
-    assert calls == []
+        found = run_blocks(blocks, hidden)
+        assert set(calls) <= {1}
+        if change is not dropping:
+            for a, b in zip(found, step_by_step(blocks, hidden, None), strict=True):
+                assert_close(a, b, 1e-5)
 
 
 def test_gradients_keep_them_from_it(calls):
@@ -168,7 +234,7 @@ def test_models_run_them(name, calls):
         found = model(x)
         assert calls == ([4] if name == 'CausalLM' else [2, 2])
         for block in model.blocks:
-            block.register_forward_hook(lambda *args: None)
+            block.mixer.in_proj.register_forward_hook(lambda *args: None)
         expected = model(x)
     for a, b in zip(found, expected, strict=True):
         assert_close(a, b, 1e-5)

@@ -3,16 +3,16 @@ import torch.nn.functional as F
 
 from op_specs import Spec, randn
 from vmamba_mm.ops.core.backends import autocast_dtype
-from vmamba_mm.ops.mamba_blocks import Direction, Weights, mamba_blocks, reference
+from vmamba_mm.ops.mamba_blocks import Direction, Weights, mamba_block, mamba_blocks, reference
 from vmamba_mm.testing import mamba_inner_inputs
 
 EPS = 1e-5
 
 
-def make(batch, length, dim, inner, routes):
-    """Two blocks with R = 4, N = 16 and 4 taps."""
+def make(batch, length, dim, inner, routes, blocks=2):
+    """Blocks with R = 4, N = 16 and 4 taps."""
     inputs = dict(hidden=randn(batch, length, dim), residual=randn(batch, length, dim, seed=1))
-    for i in range(2):
+    for i in range(blocks):
         given = mamba_inner_inputs(1, routes, inner, 1, 16, 4, dtype=torch.float64, seed=i)
         weights = Weights(
             randn(dim, seed=2 + i) / 2 + 1, randn(2 * inner, dim, seed=3 + i) / dim**0.5,
@@ -88,7 +88,37 @@ def flops(shape):
     return 2 * 2 * batch * length * (3 * inner * dim + scan)
 
 
+def make_block(*shape):
+    return make(*shape, blocks=1)
+
+
+def call_block(inputs, backend=None, out_dtype=None):
+    weights, = reference.split(weights_of(inputs), (len(inputs) - 2) // len(Direction._fields))
+    return mamba_block(inputs['hidden'].to(product_dtype(inputs)), stream(inputs, False), weights,
+                       EPS, 0.5, product_dtype(inputs))
+
+
+def arguments_of_block(inputs, out_dtype):
+    weights = weights_of(inputs)
+    return (inputs['hidden'].to(product_dtype(inputs)), stream(inputs, False), *weights,
+            *[None] * (17 - len(weights)), EPS, 0.5, product_dtype(inputs))
+
+
+def naive_block(hidden, residual, *args):
+    weights = [t for t in args[:-3] if t is not None]
+    return reference.mamba_blocks(hidden, residual, weights, len(weights) // 7, *args[-3:],
+                                  mix=naive_mix)
+
+
 SPECS = [
+    *(Spec('mamba_block_fwd', id=f'mamba_block with {routes}', call=call_block, make=make_block,
+           arguments=arguments_of_block, maps=('hidden', 'residual'), shapes=(),
+           kernel_shapes=((2, 5, 16, 32, routes), (1, 1, 8, 16, routes)),
+           half_shapes=((2, 7, 16, 32, routes),), gpu_shapes=((2, 197, 192, 384, routes),),
+           flops=lambda shape: flops(shape) // 2, naive=naive_block,
+           roundings=4,  # of the norm, xz, the convolution, and dt, on the way to dt_proj
+           limits={torch.float64: 1e-10, torch.float32: 2e-5}, takes_out_dtype=False)
+      for routes in (1, 2)),
     spec(False, 0.5, kernel_shapes=((2, 5, 16, 32, 2), (1, 1, 8, 16, 2)),
          half_shapes=((2, 7, 16, 32, 2),), gpu_shapes=((2, 197, 192, 384, 2),)),
     spec(True, 1.0, id='mamba_blocks of a model, causal', kernel_shapes=((2, 5, 16, 32, 1),),

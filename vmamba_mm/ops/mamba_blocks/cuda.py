@@ -30,9 +30,14 @@ def gather_instance(type_: str) -> Instance:
     return Instance('mamba_blocks/gather.cu', f'gather<{type_}>')
 
 
+def scatter_instance() -> Instance:
+    return Instance('mamba_blocks/scatter.cu', 'scatter')
+
+
 #: What is compiled to check it, and the lowest compute capability that it is for.
 INSTANCES: dict[Instance, int] = {
-    gather_instance('Half'): 75, gather_instance('BFloat'): 80, gather_instance('Float'): 75}
+    gather_instance('Half'): 75, gather_instance('BFloat'): 80, gather_instance('Float'): 75,
+    scatter_instance(): 75}
 
 
 def why_not(hidden: Tensor, residual: Tensor | None, first: Weights, dtype: torch.dtype
@@ -51,6 +56,8 @@ def why_not(hidden: Tensor, residual: Tensor | None, first: Weights, dtype: torc
         return 'an input is neither float32 nor float16 nor bfloat16'
     if dtype == torch.float32 and any(d != dtype for d in (hidden.dtype, *dtypes)):
         return 'matrix products in float32 are for streams and parameters in float32'
+    if any(t.dtype not in (dtype, torch.float32) for t in (first.in_proj, first.out_proj)):
+        return f'a parameter of a matrix product is neither float32 nor {dtype}'
     if direction.conv.shape[2] not in TAPS:
         return f'{direction.conv.shape[2]} taps; the kernels take {TAPS[0]} to {TAPS[-1]}'
     if hidden.shape[1] * 2 * inner_dims >= 2**31:
@@ -59,7 +66,8 @@ def why_not(hidden: Tensor, residual: Tensor | None, first: Weights, dtype: torc
             or inner.why_not_here(hidden.device.index, dtype, direction.A_log.shape[1]))
 
 
-class _Sizes(NamedTuple):
+class Sizes(NamedTuple):
+    """Of the streams and a block."""
     batch: int
     length: int
     dim: int     # of a token
@@ -68,6 +76,26 @@ class _Sizes(NamedTuple):
     rank: int
     state: int
     routes: int
+
+    @classmethod
+    def of(cls, hidden: Tensor, weights: Weights) -> 'Sizes':
+        conv, _, x_proj, dt_proj, _, A_log, _ = weights.directions[0]
+        return cls(*hidden.shape, x_proj.shape[1], conv.shape[2], dt_proj.shape[1],
+                   A_log.shape[1], len(weights.directions))
+
+    @property
+    def mixer(self) -> inner.Sizes:
+        """As ``mamba_inner`` has them."""
+        width = 2 * self.inner
+        return inner.Sizes(self.batch, self.length, self.inner, self.routes, self.taps, self.rank,
+                           self.state, self.length * width, width)
+
+    @property
+    def direction(self) -> Direction:
+        """Elements of the parameters of a direction."""
+        by_inner = Direction(conv=self.taps, conv_bias=1, x_proj=self.rank + 2 * self.state,
+                             dt_proj=self.rank, dt_bias=1, A_log=self.state, D=1)
+        return Direction(*[self.inner * n for n in by_inner])
 
 
 class _Blocks:
@@ -79,10 +107,10 @@ class _Blocks:
         begins: whether the stream ``residual`` begins with the first block.
     """
 
-    def __init__(self, index: int, sizes: _Sizes, hidden_dtype: torch.dtype, dtype: torch.dtype,
+    def __init__(self, index: int, sizes: Sizes, hidden_dtype: torch.dtype, dtype: torch.dtype,
                  tf32: bool, dtypes: tuple[torch.dtype, ...], scale: float, begins: bool):
-        batch, length, dim, inner_dims, taps, rank, state, routes = sizes
-        self.index, self.routes, self.begins, rows = index, routes, begins, batch * length
+        batch, length, dim, inner_dims, *_, routes = sizes
+        self.routes, self.begins, rows = routes, begins, batch * length
         kinds = next(split(dtypes, routes))
 
         def norm_launch(branch):
@@ -95,15 +123,10 @@ class _Blocks:
                     for columns, width in ((2 * inner_dims, dim), (dim, inner_dims))]
         self.in_proj, self.out_proj = (product.run for product in products)
         self.mixer = inner.forward_launch(
-            index, inner.Sizes(batch, length, inner_dims, routes, taps, rank, state,
-                               length * 2 * inner_dims, 2 * inner_dims),
-            inner.Dtypes(dtype, *[torch.float32] * 5), False, scale, False)
+            index, sizes.mixer, inner.Dtypes(dtype, *[torch.float32] * 5), False, scale, False)
 
         slab, size = Slab(), dtype.itemsize
-        by_inner = Direction(conv=taps, conv_bias=1, x_proj=rank + 2 * state, dt_proj=rank,
-                             dt_bias=1, A_log=state, D=1)
-        self.gather = _Gather(index, dtype, slab, dim * inner_dims,
-                              Direction(*[inner_dims * n for n in by_inner]), kinds)
+        self.gather = Gather(index, dtype, slab, sizes, kinds)
         self.normed_at, self.xz_at = slab.take(rows * dim, size), slab.take(
             rows * 2 * inner_dims, size)
         self.y_at = slab.take(rows * inner_dims, size)
@@ -131,17 +154,14 @@ class _Blocks:
             self.out_proj(y, slab + gather.out_proj, hidden, workspace)
 
 
-class _Gather:
+class Gather:
     """A block's parameters in a slab, as the launches take them.
 
-    Args:
-        factor_size: elements of ``out_proj``; ``in_proj`` has twice as many.
-        sizes: elements of a direction's parameters.
-        dtypes: of a block's weights.
+    ``dtypes`` are those of the block's weights.
     """
 
-    def __init__(self, index: int, dtype: torch.dtype, slab: Slab, factor_size: int,
-                 sizes: Direction, dtypes: Weights):
+    def __init__(self, index: int, dtype: torch.dtype, slab: Slab, block: Sizes, dtypes: Weights):
+        factor_size, sizes = block.dim * block.inner, block.direction
         self.in_proj = slab.take(2 * factor_size, dtype.itemsize)
         self.out_proj = slab.take(factor_size, dtype.itemsize)
         itemsizes = [dtype.itemsize if kind == _FACTOR else 4 for kind in _KINDS]
@@ -169,14 +189,14 @@ class _Gather:
 
     def of_directions(self, slab: int) -> dict[str, int]:
         """The addresses as ``mamba_inner`` takes them."""
-        names = 'conv_weight', 'conv_bias', 'x_proj', 'dt_proj', 'dt_bias', 'A', 'D'
-        return {name: slab + start for name, start in zip(names, self.starts, strict=True)}
+        return {name: slab + start
+                for name, start in zip(inner.PARAMETERS, self.starts, strict=True)}
 
 
 _blocks_of = cached(_Blocks)
 
 
-def _aligned(*tensors: Tensor) -> tuple[list[Tensor], list[int]]:
+def aligned(*tensors: Tensor) -> tuple[list[Tensor], list[int]]:
     """Tensors without gaps at multiples of 16 bytes, and their addresses."""
     tensors = list(tensors)
     addresses = [t.data_ptr() for t in tensors]
@@ -194,15 +214,11 @@ def forward(hidden: Tensor, residual: Tensor | None, weights: list[Tensor], rout
     begins, is_single = residual is None, len(weights) == 3 + routes * len(Direction._fields)
     if begins:
         residual = hidden.float()
-    (hidden_in, residual_in, *weights), addresses = _aligned(hidden, residual, *weights)
+    (hidden_in, residual_in, *weights), addresses = aligned(hidden, residual, *weights)
     first = next(split(weights, routes))
-    _, _, x_proj, dt_proj, _, A_log, _ = direction = first.directions[0]
-    batch, length, dim = hidden.shape
-    sizes = _Sizes(batch, length, dim, x_proj.shape[1], direction.conv.shape[2], dt_proj.shape[1],
-                   A_log.shape[1], routes)
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     index = hidden.get_device()
-    blocks = _blocks_of(index, sizes, hidden.dtype, dtype, tf32,
+    blocks = _blocks_of(index, Sizes.of(hidden, first), hidden.dtype, dtype, tf32,
                         tuple([t.dtype for t in first.flat]), scale, begins)
     hidden = hidden.new_empty(hidden.shape, dtype=dtype)
     if begins and is_single:  # nothing is added to it

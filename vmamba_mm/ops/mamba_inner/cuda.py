@@ -55,6 +55,10 @@ def why_not_here(index: int, dtype: torch.dtype, state: int) -> str | None:
     return scans.why_not_on(index, dtype, state)
 
 
+#: the parameters of a direction as the launches call them
+PARAMETERS = ('conv_weight', 'conv_bias', 'x_proj', 'dt_proj', 'dt_bias', 'A', 'D')
+
+
 class Sizes(NamedTuple):
     batch: int
     length: int
@@ -107,7 +111,6 @@ class _Mixer:
         self.u = Strides(length * dim, self.of_map, dim)
         self.z = Strides(xz_b, 0, xz_l)
         self.BC = RowStrides(length * self.width, self.rows * self.width, 1, self.width)
-        self.vector = not (dim | xz_b | xz_l) % 4
 
     def product(self, *sizes, out_dtype=None, **kwargs) -> Callable[..., None]:
         product = gemm.product(self.index, self.dtype, out_dtype or self.dtype, *sizes,
@@ -116,12 +119,23 @@ class _Mixer:
         return product.run
 
     def gate(self, backward: bool, scale: float, **strides: int) -> Callable[..., None]:
-        sizes = self.sizes
-        fields = dict(z_b=sizes.xz_b, z_l=sizes.xz_l, dz_b=0, dz_l=0, batch=sizes.batch,
-                      length=sizes.length, dim=sizes.dim, routes=sizes.routes, scale=scale)
-        return kernel(self.index, gate_instance, TYPES[self.dtype], self.vector, backward).bind(
-            (-(-self.of_map // (1024 if self.vector else 256)), 1, 1), (256, 1, 1),
-            **fields | strides)
+        return gate_launch(self.index, self.sizes, self.dtype, backward, scale, **strides)
+
+
+@cached
+def gate_launch(index: int, sizes: Sizes, dtype: torch.dtype, backward: bool, scale: float,
+                dz_b: int = 0, dz_l: int = 0) -> Callable[..., None]:
+    """The sum of the directions, and the gate; or its backward.
+
+    It takes the addresses ``ys`` (K, B, L, D), ``z``, ``sum`` (or null) and ``out``; the backward
+    ``grad``, ``sum``, ``z``, ``out`` for the gradient by the sum, and ``dz``.
+    """
+    of_map = sizes.batch * sizes.length * sizes.dim
+    vector = not (sizes.dim | sizes.xz_b | sizes.xz_l) % 4
+    return kernel(index, gate_instance, TYPES[dtype], vector, backward).bind(
+        (-(-of_map // (1024 if vector else 256)), 1, 1), (256, 1, 1), z_b=sizes.xz_b,
+        z_l=sizes.xz_l, dz_b=dz_b, dz_l=dz_l, batch=sizes.batch, length=sizes.length,
+        dim=sizes.dim, routes=sizes.routes, scale=scale)
 
 
 class _Forward(NamedTuple):
@@ -169,7 +183,7 @@ def forward_launch(index: int, sizes: Sizes, dtypes: Dtypes, reverse: bool, scal
 
 
 @cached
-def _backward_launch(index: int, sizes: Sizes, dtypes: Dtypes, reverse: bool, scale: float
+def backward_launch(index: int, sizes: Sizes, dtypes: Dtypes, reverse: bool, scale: float
                      ) -> _Forward:
     """The backward. It takes the addresses of grad, xz, the parameters as the forward, projected
     and total of the forward, dxz (B, L, 2*D), the gradients by the parameters, and memory."""
@@ -278,7 +292,7 @@ def backward(grad, xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, c
     products = [t.dtype if t.dtype in (dtype, torch.float32) else torch.float32
                 for t in (x_proj, dt_proj)]
     dtypes = dtypes._replace(x_proj=products[0], dt_proj=products[1])
-    launch = _backward_launch(xz.get_device(), sizes, dtypes, reverse, scale)
+    launch = backward_launch(xz.get_device(), sizes, dtypes, reverse, scale)
     grad = grad.to(dtype).contiguous()
     if grad.data_ptr() % 16:
         grad = grad.clone()
