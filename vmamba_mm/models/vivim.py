@@ -1,8 +1,7 @@
 """ViViM, the spatio-temporal backbone of Video Mamba Suite (arXiv 2403.09626, section 4.5)."""
 
 import functools
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,10 +10,19 @@ from torch import Tensor, nn
 
 from vmamba_mm.errors import UserError
 from vmamba_mm.families.vivim import FAMILY, grid_of
-from vmamba_mm.layers import BiMambaMixer, DecomposedBiMambaMixer, MambaBlock, PatchEmbed, RMSNorm
+from vmamba_mm.layers import (
+    BiMambaMixer,
+    DecomposedBiMambaMixer,
+    MambaBlock,
+    PatchEmbed,
+    RMSNorm,
+    run_blocks,
+    run_blocks_to,
+)
 from vmamba_mm.layers.norm import sum_and_norm
 from vmamba_mm.layers.positions import resize_grid, resize_patches, resize_time
 from vmamba_mm.models.base import Backbone
+from vmamba_mm.models.vim import init_vim
 from vmamba_mm.registry import MODELS
 
 # What torch.fx records as it is, since it looks at shapes.
@@ -43,8 +51,9 @@ class ViViM(Backbone):
             it. The default is 'tiny'.
         out_type: 'featmap' for maps of the blocks in ``out_indices``; 'cls_token' for the class
             token, the clip's feature, after the last block alone.
-        out_indices, drop_path_rate, frozen_stages, norm_eval, with_cp, in_channels, compile,
-            init_cfg: as of :class:`Backbone`.
+        out_indices: blocks to return; the last by default, which goes through the norm.
+        drop_path_rate, frozen_stages, norm_eval, with_cp, in_channels, compile, init_cfg: as of
+            :class:`Backbone`, a stage being a block.
 
     Shape:
         (B, in_channels, T, H, W) to a tuple: of (B, C, T, h, w) with h = H // patch_size, or of one
@@ -97,22 +106,7 @@ class ViViM(Backbone):
         self.blocks = nn.ModuleList(MambaBlock(_mixer(arch), RMSNorm(dims), rate, with_cp)
                                     for rate in drop_path_rates)
         self.norm = RMSNorm(dims)
-        self._init_parameters()
-
-    def _init_parameters(self):
-        """As published; mixers start as in Mamba, but dt of the backward direction, with 0."""
-        fan_in = self.patch_embed.proj.weight[0].numel()
-        # LeCun's normal: cut off at two deviations, the deviation is .88 of the one given.
-        nn.init.trunc_normal_(self.patch_embed.proj.weight, std=fan_in ** -0.5 / 0.87962566)
-        nn.init.zeros_(self.patch_embed.proj.bias)
-        for embed in (self.cls_token, self.pos_embed):
-            nn.init.trunc_normal_(embed, std=0.02)
-        for block in self.blocks:
-            mixer = block.mixer
-            nn.init.kaiming_uniform_(mixer.out_proj.weight, a=math.sqrt(5))
-            mixer.out_proj.weight.data /= math.sqrt(len(self.blocks))
-            if hasattr(mixer, 'dt_proj_b'):
-                nn.init.zeros_(mixer.dt_proj_b.bias)
+        init_vim(self.patch_embed, (self.cls_token, self.pos_embed), self.blocks)
 
     def output_norm(self, i: int) -> nn.Module | None:
         return self.norm if i == len(self.depths) - 1 else None
@@ -198,13 +192,6 @@ class ViViM(Backbone):
         before, _, after = _around_middle(tokens)
         return torch.cat((before, after), dim=-2).reshape(tokens.shape[0], *size, -1)
 
-    def _run(self, tokens: Tensor, last: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(hidden, residual) after each block up to ``last``."""
-        hidden, residual = tokens, None
-        for block in self.blocks[:last + 1]:
-            hidden, residual = block(hidden, residual)
-            yield hidden, residual
-
     def forward_stages(self, x: Tensor, indices: Sequence[int]) -> list[Tensor]:
         """The maps after some blocks, before the norm, each (B, T, h, w, C).
 
@@ -214,15 +201,13 @@ class ViViM(Backbone):
         """
         tokens, size = self._embed(x)
         return [self._map((residual + hidden).to(tokens.dtype), size)
-                for i, (hidden, residual) in enumerate(self._run(tokens, indices[-1]))
-                if i in indices]
+                for _, (hidden, residual) in run_blocks_to(indices, self.blocks, tokens)]
 
     def forward_cls_token(self, x: Tensor) -> Tensor:
         """(B, in_channels, T, H, W) to the clip's feature, (B, C)."""
         tokens, size = self._embed(x)
-        for hidden, residual in self._run(tokens, len(self.blocks) - 1):
-            streams = hidden, residual  # at last those of the last block
-        hidden, residual = (self._cls_tokens(y, size[0]) for y in streams)
+        hidden, residual = (self._cls_tokens(y, size[0])
+                            for y in run_blocks(self.blocks, tokens))
         return sum_and_norm(self.norm, residual, hidden)[1].mean(1).to(tokens.dtype)
 
 
