@@ -272,3 +272,13 @@ def test_the_encoder_in_a_file_of_clips_and_texts(tmp_path):
         model.load_pretrained(str(tmp_path / 'a.pth'), prefix=prefix)
         for key, value in model.state_dict().items():
             assert torch.equal(value, source.state_dict()[key]), key
+
+
+@pytest.mark.parametrize('build, parameters', [
+    (lambda: DistilledVideoMamba(VideoMamba('middle'), 1000, 384), 74_439_592),
+    (lambda: DistilledVideoMamba(VideoMamba('base'), 1000, 384), 97_894_504),
+    (lambda: MaskedVideoMamba(VideoMamba('middle_f8'), 512), 73_941_504),
+    (lambda: VideoEncoder(VideoMamba('middle_f8'), 512), 73_942_656)])
+def test_as_many_parameters_as_the_official_code(build, parameters):
+    with torch.device('meta'):
+        assert sum(p.numel() for p in build().parameters()) == parameters
