@@ -48,19 +48,31 @@ struct Conv {
         else if constexpr (V == 2) *(u32 *)to = T::pack(v[0], v[1]);
         else store_result(to, 0, T::CODE, v[0]);
     }
-    // What position `position` reads as x: beyond the start of time it is of `before`, or zero.
-    static __device__ __forceinline__ void load_x(float (&v)[V], const ConvMap &x,
-                                                  const void *before, int sample, int position,
-                                                  int channel, int length, int dim) {
-        const int early = back(0) ? position - length : -1 - position;
-        if (position >= 0 && position < length) {
-            load(v, x.data, sample * x.b + (long long)position * x.l + (long long)channel * x.d);
-        } else if (DIRECTIONS != 3 && before && early >= 0 && early < HALO) {
-            load(v, before, (long long)(sample * HALO + HALO - 1 - early) * dim + channel);
-        } else {
+    // What the positions from `first` on read as x: beyond the ends zeros. Loads are never skipped,
+    // so that all of them are under way at once.
+    template <int FROM, int TO>
+    static __device__ __forceinline__ void load_window(float (&x)[WINDOW][V], const ConvMap &map,
+                                                       const void *before, int sample, int first,
+                                                       int channel, int length, int dim) {
 #pragma unroll
-            for (int e = 0; e < V; ++e) v[e] = 0.f;
+        for (int i = FROM; i < TO; ++i) {
+            const int position = min(max(first + i, 0), length - 1);
+            load(x[i], map.data, sample * map.b + (long long)position * map.l
+                                 + (long long)channel * map.d);
         }
+#pragma unroll
+        for (int i = FROM; i < TO; ++i)
+            if (first + i < 0 || first + i >= length)
+#pragma unroll
+                for (int e = 0; e < V; ++e) x[i][e] = 0.f;
+        if (DIRECTIONS != 3 && before)
+#pragma unroll
+            for (int i = FROM; i < TO; ++i) {
+                const int early = back(0) ? first + i - length : -1 - first - i;
+                if (early >= 0 && early < HALO)
+                    load(x[i], before, (long long)(sample * HALO + HALO - 1 - early) * dim
+                                       + channel);
+            }
     }
     static __device__ __forceinline__ void load_weights(
         float (&weights)[K][W][V], float (&biases)[K][V], const void *weight, int weight_type,

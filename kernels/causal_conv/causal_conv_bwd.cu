@@ -13,7 +13,7 @@ struct CausalConvBwdParams {
 };
 
 template <class T, int W, int DIRECTIONS, bool LAST, int V>
-__global__ void __launch_bounds__(CONV_THREADS) causal_conv_bwd(const CausalConvBwdParams p) {
+__global__ void __launch_bounds__(CONV_THREADS, 3) causal_conv_bwd(const CausalConvBwdParams p) {
     typedef Conv<T, W, DIRECTIONS, LAST, V> C;
     constexpr int P = C::P, HALO = C::HALO, K = C::K, SUMS = K * (W + 1) * V;
     extern __shared__ __align__(16) float shared[];
@@ -30,31 +30,36 @@ __global__ void __launch_bounds__(CONV_THREADS) causal_conv_bwd(const CausalConv
          row += p.chunks * C::ROWS) {
         const int sample = row / of_sample, first = (row - sample * of_sample) * P;
         float x[C::WINDOW][V], dx[P][V] = {};
-#pragma unroll
-        for (int i = 0; i < C::WINDOW; ++i)
-            C::load_x(x[i], p.x, p.before, sample, first - HALO + i, channel, p.length, p.dim);
+        C::template load_window<0, C::WINDOW>(x, p.x, p.before, sample, first - HALO, channel,
+                                              p.length, p.dim);
 #pragma unroll
         for (int k = 0; k < K; ++k) {
             const bool back = C::back(k);
             // The gradient by the sums at those of P, and at those after them in time.
             float g[P + HALO][V];
+            auto load_all = [&](float (&to)[P + HALO][V], const ConvMap &map) {
+#pragma unroll
+                for (int i = 0; i < P + HALO; ++i) {
+                    const int position = min(max(first + (back ? i - HALO : i), 0), p.length - 1);
+                    C::load(to[i], map.data, k * map.k + sample * map.b
+                            + (long long)position * map.l + (long long)channel * map.d);
+                }
+            };
+            load_all(g, p.dy);
+            if (p.more.data) {
+                float more[P + HALO][V];
+                load_all(more, p.more);
+#pragma unroll
+                for (int i = 0; i < P + HALO; ++i)
+#pragma unroll
+                    for (int e = 0; e < V; ++e) g[i][e] += more[i][e];
+            }
 #pragma unroll
             for (int i = 0; i < P + HALO; ++i) {
                 const int place = back ? i - HALO : i, position = first + place;
                 const bool inside = position >= 0 && position < p.length;
-                float more[V] = {};
-#pragma unroll
-                for (int e = 0; e < V; ++e) g[i][e] = 0.f;
-                if (inside) {
-                    C::load(g[i], p.dy.data, k * p.dy.k + sample * p.dy.b
-                            + (long long)position * p.dy.l + (long long)channel * p.dy.d);
-                    if (p.more.data)
-                        C::load(more, p.more.data, k * p.more.k + sample * p.more.b
-                                + (long long)position * p.more.l + (long long)channel * p.more.d);
-                }
 #pragma unroll
                 for (int e = 0; e < V; ++e) {
-                    g[i][e] += more[e];
                     if (p.silu) {
                         // The windows of positions beyond P end within that of P.
                         float sum = biases[k][e];
@@ -64,8 +69,8 @@ __global__ void __launch_bounds__(CONV_THREADS) causal_conv_bwd(const CausalConv
                                        x[place + HALO + (back ? HALO - w : w - HALO)][e], sum);
                         const float s = sigmoid(sum);
                         g[i][e] *= s * fmaf(sum, 1.f - s, 1.f);
-                        if (!inside) g[i][e] = 0.f;
                     }
+                    if (!inside) g[i][e] = 0.f;
                 }
             }
 #pragma unroll

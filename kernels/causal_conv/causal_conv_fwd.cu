@@ -22,12 +22,8 @@ __global__ void __launch_bounds__(CONV_THREADS) causal_conv_fwd(const CausalConv
 
     float weights[C::K][W][V], biases[C::K][V], x[C::WINDOW][V];
     C::load_weights(weights, biases, p.weight, p.weight_type, p.bias, p.bias_type, channel, p.dim);
-#pragma unroll
-    for (int i = 0; i < C::WINDOW; ++i) {
-        const bool needed = (DIRECTIONS & 1 || i >= HALO) && (DIRECTIONS & 2 || i < P + HALO);
-        if (needed)
-            C::load_x(x[i], p.x, p.before, sample, first - HALO + i, channel, p.length, p.dim);
-    }
+    C::template load_window<DIRECTIONS & 1 ? 0 : HALO, DIRECTIONS & 2 ? C::WINDOW : P + HALO>(
+        x, p.x, p.before, sample, first - HALO, channel, p.length, p.dim);
 #pragma unroll
     for (int k = 0; k < C::K; ++k)
 #pragma unroll
@@ -46,9 +42,10 @@ __global__ void __launch_bounds__(CONV_THREADS) causal_conv_fwd(const CausalConv
     if (DIRECTIONS != 3 && p.last && first == 0)
 #pragma unroll
         for (int s = 0; s < HALO; ++s) {
-            float v[V];
+            float v[C::WINDOW][V];
             const int position = C::back(0) ? HALO - 1 - s : p.length - HALO + s;
-            C::load_x(v, p.x, p.before, sample, position, channel, p.length, p.dim);
-            C::store(p.last, (long long)(sample * HALO + s) * p.dim + channel, v);
+            C::template load_window<0, 1>(v, p.x, p.before, sample, position, channel, p.length,
+                                          p.dim);
+            C::store(p.last, (long long)(sample * HALO + s) * p.dim + channel, v[0]);
         }
 }

@@ -175,6 +175,7 @@ struct Elements {
     __device__ __forceinline__ void load(u32 (&raw)[WORDS], const char *base, int s, int channels,
                                          const Place &place, bool full) const {
         base += of_place(place, s) * SIZE;
+        if (TURNS > 4) opaque(s);  // offsets of turns would be kept in registers otherwise
 #pragma unroll
         for (int e = 0; e < TURNS; ++e) {
             const bool inside = full ? !none : valid(e, channels, place);
@@ -264,11 +265,11 @@ struct Column {
         const char *const from = base + (long long)place.first * l * SIZE;
 #pragma unroll
         for (int r = 0; r < AHEAD; ++r) {
-            bool inside = true;
+            bool inside = ALL % THREADS == 0 || threadIdx.x + (first + r) * THREADS < ALL;
             if (!full) {
                 const int n = state + (rows ? 0 : (first + r) * STATES_ON);
                 const int m = position + (rows ? (first + r) * STEPS_ON : 0);
-                inside = n < states && (ALL % THREADS == 0 || m < S::STEPS)
+                inside = inside && n < states
                     && (back ? S::STEPS - 1 - m : m) < place.count;
             }
             const char *const at = from + (long long)((first + r) * turn) * SIZE;

@@ -2,15 +2,13 @@
 // calculated again from the one that enters it; those that enter every PART steps stay in shared
 // memory. Then each PART steps run forwards, with states and decays in registers, and backwards.
 #include "scan1d/scan1d.cuh"
-#ifndef BWD_BLOCKS
-#define BWD_BLOCKS 3
-#endif
 
 constexpr int PART = 4;
-template <class T, int NS> constexpr int BLOCKS = NS < 4 ? 4 : BWD_BLOCKS;
+template <int NS, int LANES>
+constexpr int BLOCKS = NS < 4 ? 4 : LANES > 8 || LANES == 1 || __CUDA_ARCH__ < 860 ? 2 : 3;
 
 template <class T, int NS, int LANES, bool LAST, bool VECTOR>
-__global__ void __launch_bounds__(THREADS, BLOCKS<T, NS>) scan1d_bwd(const Scan1dParams p) {
+__global__ void __launch_bounds__(THREADS, BLOCKS<NS, LANES>) scan1d_bwd(const Scan1dParams p) {
     typedef Shape<NS, LANES> S;
     typedef Elements<T, S, LAST, VECTOR> E;
     typedef Column<T, S> BC;
@@ -20,6 +18,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, NS>) scan1d_bwd(const Scan1
     constexpr int SUMS = 2 * NS / ACROSS < 1 ? 1 : 2 * NS / ACROSS;
     constexpr int SAME = ACROSS / (2 * NS) < 1 ? 1 : ACROSS / (2 * NS);
     constexpr int WIDTH = 2 * S::N;
+    constexpr int UNROLL = VECTOR ? 4 : 2;  // with others the compiler spills
 
     extern __shared__ __align__(16) float shared[];
     float *const tile = shared, *const staged = tile + S::TILE;
@@ -56,9 +55,6 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, NS>) scan1d_bwd(const Scan1
     for (int i = 0; i < 2 * E::OWN; ++i) partial[i * THREADS] = 0.f;
 
     const int first_step = index.span * p.span, last_step = min(p.length, first_step + p.span);
-    const char *const u_base = index.of(p.u, first_channel, LAST, elements);
-    const char *const l_base = index.of(p.delta, first_channel, LAST, elements);
-    const char *const grad_base = index.of(p.grad, first_channel, LAST, elements);
     const bool gated = p.z.data, all_channels = channels >= S::CHANNELS && p.state == S::N;
     const BC B_column(p.B, index, p.state, back), C_column(p.C, index, p.state, back);
     __syncthreads();
@@ -69,18 +65,18 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, NS>) scan1d_bwd(const Scan1
         const Place place{back ? p.length - start - S::STEPS : start,
                           min(S::STEPS, last_step - start)};
         const bool full = all_channels && place.count == S::STEPS;
-        // What the tile needs, to shared memory; u, delta and the gradient stay in registers.
-        u32 u_raw[E::WORDS], l_raw[E::WORDS], grad_raw[E::WORDS];
+        // What the tile needs, to shared memory. It is loaded again at the end: states and decays
+        // leave no registers for it.
         u32 B_raw[BC::AHEAD], C_raw[BC::AHEAD];
-        auto load = [&](bool full) {
-            elements.load(u_raw, u_base, p.u.s, channels, place, full);
-            elements.load(l_raw, l_base, p.delta.s, channels, place, full);
-            elements.load(grad_raw, grad_base, p.grad.s, channels, place, full);
-            B_column.load_ahead(B_raw, place, full);
-            C_column.load_ahead(C_raw, place, full);
+        auto load = [&](u32 (&u_raw)[E::WORDS], u32 (&l_raw)[E::WORDS], u32 (&grad_raw)[E::WORDS],
+                        bool full) {
+            elements.load(u_raw, index.of(p.u, first_channel, LAST, elements), p.u.s, channels,
+                          place, full);
+            elements.load(l_raw, index.of(p.delta, first_channel, LAST, elements), p.delta.s, channels,
+                          place, full);
+            elements.load(grad_raw, index.of(p.grad, first_channel, LAST, elements), p.grad.s, channels,
+                          place, full);
         };
-        if (full) load(true);
-        else load(false);
         float h[2][NS];
         {
             const long long at = index.of_tile(p, start / S::STEPS) + own;
@@ -100,7 +96,10 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, NS>) scan1d_bwd(const Scan1
             }
         }
         auto stage = [&](bool full, bool gated) {
-            u32 z_raw[E::WORDS];
+            u32 u_raw[E::WORDS], l_raw[E::WORDS], grad_raw[E::WORDS], z_raw[E::WORDS];
+            load(u_raw, l_raw, grad_raw, full);
+            B_column.load_ahead(B_raw, place, full);
+            C_column.load_ahead(C_raw, place, full);
             if (gated)
                 elements.load(z_raw, index.of(p.z, first_channel, LAST, elements), p.z.s, channels,
                               place, false);
@@ -250,7 +249,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, NS>) scan1d_bwd(const Scan1
                                   + E::of_place(place, p.ddelta.s) * E::SIZE;
             char *const dz_base = (char *)index.of(p.dz, first_channel, LAST, elements)
                                   + E::of_place(place, p.dz.s) * E::SIZE;
+            u32 u_raw[E::WORDS], l_raw[E::WORDS], grad_raw[E::WORDS];
             u32 z_raw[E::WORDS], y_raw[E::WORDS];
+            load(u_raw, l_raw, grad_raw, full);
             if (gated) {
                 elements.load(z_raw, index.of(p.z, first_channel, LAST, elements), p.z.s, channels,
                               place, false);
@@ -305,6 +306,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, NS>) scan1d_bwd(const Scan1
         float *const to = p.BC_parts
             + ((long long)(index.column * rows_of_sequence + index.b * p.routes + index.k)
                * p.length + place.first) * WIDTH;
+#pragma unroll UNROLL
         for (int i = threadIdx.x; i < S::STEPS * WIDTH; i += THREADS) {
             const int m = i / WIDTH, t = back ? S::STEPS - 1 - m : m;
             if (t >= place.count) continue;

@@ -1,12 +1,13 @@
-// What enters each span of a sequence: the state, or from the far end the gradient by it.
+// What enters each span of a sequence, from what parts of the spans leave: the state, or from the
+// far end (`back`) the gradient by it.
 #include "common/common.cuh"
 
 struct Scan1dCombineParams {
-    const float *ends, *sums;  // (B, spans, K * D, N); (B, spans, K * D)
-    const float *before;       // (B, K * D, N), or null for zeros
+    const float *ends, *sums;  // (B, parts, K * D, N); (B, parts, K * D)
+    const float *before;       // (B, K * D, N): what enters the first, or null for zeros
     const void *A;             // (K * D, N)
-    float *entries, *after;     // (B, spans, K * D, N); (B, K * D, N): what leaves the last, or null
-    int batch, channels, state, spans, A_type, back;
+    float *entries;            // (B, spans, K * D, N)
+    int batch, channels, state, parts, spans, of_span, A_type, back;  // of_span: parts of a span
 };
 
 __global__ void __launch_bounds__(128) scan1d_combine(const Scan1dCombineParams p) {
@@ -16,12 +17,13 @@ __global__ void __launch_bounds__(128) scan1d_combine(const Scan1dCombineParams 
     const long long at = i % inner, b = i / inner;
     const float rate = load_parameter(p.A, at, p.A_type);
     float h = p.before ? p.before[i] : 0.f;
+    for (int span = 0, part = 0; span < p.spans; ++span) {
+        p.entries[(b * p.spans + (p.back ? p.spans - 1 - span : span)) * inner + at] = h;
 #pragma unroll 4
-    for (int n = 0; n < p.spans; ++n) {
-        const long long span = b * p.spans + (p.back ? p.spans - 1 - n : n);
-        p.entries[span * inner + at] = h;
-        h = fmaf(ex2(rate * p.sums[span * p.channels + at / p.state]), h,
-                 p.ends[span * inner + at]);
+        for (int n = 0; n < p.of_span && part < p.parts; ++n, ++part) {
+            const long long from = b * p.parts + (p.back ? p.parts - 1 - part : part);
+            h = fmaf(ex2(rate * p.sums[from * p.channels + at / p.state]), h,
+                     p.ends[from * inner + at]);
+        }
     }
-    if (p.after) p.after[i] = h;
 }

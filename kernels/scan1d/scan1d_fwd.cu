@@ -2,22 +2,19 @@
 // what a span does to a state (STATES) or, from the far end, to the gradient by a state
 // (GRADIENTS).
 #include "scan1d/scan1d.cuh"
-#ifndef FWD_BLOCKS
-#define FWD_BLOCKS 5
-#endif
-#ifndef FWD_GROUP
-#define FWD_GROUP 4
-#endif
 
-template <class T, bool WIDE> constexpr int BLOCKS = WIDE || same<T, Float> ? 4 : FWD_BLOCKS;
+// Blocks of a multiprocessor: as many as the compiler finds registers for.
+template <class T, bool LAST, bool VECTOR>
+constexpr int BLOCKS = (VECTOR && !LAST && !same<T, Float> ? 5 : 4) - (__CUDA_ARCH__ < 800);
 
 template <class T, int NS, int LANES, bool LAST, bool VECTOR, int MODE>
-__global__ void __launch_bounds__(THREADS, BLOCKS<T, LAST && VECTOR>) scan1d_fwd(const Scan1dParams p) {
+__global__ void __launch_bounds__(THREADS, BLOCKS<T, LAST, VECTOR>) scan1d_fwd(
+    const Scan1dParams p) {
     typedef Shape<NS, LANES> S;
     typedef Elements<T, S, LAST, VECTOR> E;
     typedef Column<T, S> BC;
     // Steps whose sums over a pair's lanes are found together.
-    constexpr int GROUP = LANES / 2 < FWD_GROUP ? FWD_GROUP : LANES / 2;
+    constexpr int GROUP = LANES < 8 ? 4 : LANES / 2;
 
     extern __shared__ __align__(16) float shared[];
     float *const tile = shared, *const staged = tile + S::TILE;

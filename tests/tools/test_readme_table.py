@@ -54,6 +54,32 @@ def test_tables(tool, files, monkeypatch):
     assert '| inference, images/s | 11,731 | - | - |\n' in short and 'ConvNeXt-B' not in short
 
 
+def test_tables_of_vim(tool, monkeypatch, tmp_path):
+    report, nothing = tool.report, dict.fromkeys(tool.report.NUMBERS, tool.report.NAN)
+    rows = {
+        report.Case('vim_small'): dict(images_per_s=6123.4, ms=20.9, peak_gib=1.0),
+        report.Case('vim_small', 'forward+backward'): dict(images_per_s=2000.0, peak_gib=5.04),
+        report.Case('deit_s', 'forward+backward', precision='pure'): dict(images_per_s=4004.0),
+        report.Case('published_vim_s'): dict(images_per_s=2003.0),
+        tool.sizes.case_of('vim_small', 'inference', 1248): dict(
+            images_per_s=150.0, ms=26.7, peak_gib=0.811)}
+    report.SHEET.write(tmp_path / 'a.csv', {
+        case: {**nothing, **row, **SETTING} for case, row in rows.items()})
+    page = tmp_path / 'page.md'
+    page.write_text('<!-- performance -->\nkept\n<!-- /performance -->\n<!-- vim -->\n'
+                    '<!-- /vim -->\nafter\n')
+    call(tool, monkeypatch, '--models', str(tmp_path / 'a.csv'), '--readme', str(page))
+    text = page.read_text()
+    assert '<!-- performance -->\nkept\n<!--' in text and text.endswith('<!-- /vim -->\nafter\n')
+    assert ('| 224x224, batch 128, images/s | inference, autocast | forward+backward, autocast | '
+            'forward+backward, pure | peak') in text
+    assert '| Vim-S | 6,123 | 2,000 | - | 5.04 |\n' in text
+    assert '| DeiT-S | - | - | 4,004 | - |\n' in text
+    assert '| Vim-S, as published, our scan | 2,003 | - | - | - |\n' in text
+    assert '| 224x224 | 1248x1248 |\n' in text
+    assert '| Vim-S | 6,123, 1 GiB | 150, 0.811 GiB |\n' in text
+
+
 def test_mistakes(tool, files, monkeypatch):
     models, steps, page, readme = files
     other = Path(steps).read_text().replace('a GPU', 'another')

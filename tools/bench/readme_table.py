@@ -1,9 +1,10 @@
-"""Write the tables of README.md and docs/performance.md from what end_to_end.py and dense_steps.py
-measured.
+"""Write the tables of README.md and docs/performance.md from what end_to_end.py, vim_sizes.py and
+dense_steps.py measured.
 
-What stands between the lines "<!-- speed -->" and "<!-- /speed -->" is replaced by the first table,
-and between "<!-- performance -->" and "<!-- /performance -->" by all of them. The rows of all CSV
-files must be of one device and torch.
+What stands between the lines "<!-- speed -->" and "<!-- /speed -->" is replaced by the first table
+of VMamba, between "<!-- performance -->" and "<!-- /performance -->" by all of them, and between
+"<!-- vim -->" and "<!-- /vim -->" by those of Vim. Tables without a row stay as they are. The rows
+of all CSV files must be of one device and torch.
 """
 
 import math
@@ -11,15 +12,18 @@ from pathlib import Path
 
 import dense_steps_report as steps
 import end_to_end_report as report
+import vim_sizes as sizes
 from bench_report import find_setting, markdown_table, number, show
-from end_to_end_report import FAMILIES, OURS, Case
+from end_to_end_report import FAMILIES, VIM_FAMILIES, VMAMBAS, Case
+from vim_models import VIMS
 
 from vmamba_mm.atomic import write_atomic
 from vmamba_mm.errors import UserError
 from vmamba_mm.mm import cli
 
-EXAMPLES = '''  python tools/bench/readme_table.py --models a.csv b.csv --steps steps.csv'''
-ALL, FIRST = 'performance', 'speed'  # the places in a file
+EXAMPLES = '''  python tools/bench/readme_table.py --models a.csv b.csv --steps steps.csv
+  python tools/bench/readme_table.py --models vim.csv sizes.csv --readme docs/performance.md'''
+ALL, FIRST, OF_VIM = 'performance', 'speed', 'vim'  # the places in a file
 TINY = {'tiny_s1l8': 'VMamba-T (`tiny_s1l8`)', 'swin_t': 'Swin-T', 'convnext_t': 'ConvNeXt-T'}
 PEERS = {name: f'{family}-{size[0].upper()}' for family in ('Swin', 'ConvNeXt')
          for size, name in FAMILIES[family].items()}
@@ -57,7 +61,7 @@ def tiny_table(rows):
 
 def model_table(rows):
     lines = []
-    for model in (*OURS, *PEERS):
+    for model in (*VMAMBAS, *PEERS):
         inference, train = Case(model), Case(model, 'forward+backward')
         lines.append([
             PEERS.get(model, f'`{model}`'), count(number(rows, inference, 'images_per_s')),
@@ -75,6 +79,43 @@ def step_table(rows):
         [steps.Case('', task, precision).what,
          *(cell(steps.Case(model, task, precision)) for model in TINY)]
         for task in ('mask-rcnn', 'upernet') for precision in ('fp32', 'fp16')])
+
+
+def vim_table(rows):
+    names = {f'vim_{size}': f'Vim-{size[0].upper()}' for size in ('tiny', 'small', 'base')}
+    names |= {peer: f'{names[f"vim_{size}"].replace("Vim", "DeiT")}' for size, peer
+              in VIM_FAMILIES['DeiT'].items()}
+    names |= {peer: f'{names[f"vim_{size}"]}, {family}' for family in VIM_FAMILIES
+              if family.startswith('as published')
+              for size, peer in VIM_FAMILIES[family].items()}
+    cases = [Case('', task, how, precision) for precision in ('autocast', 'pure')
+             for how in ('eager', 'compiled') for task in ('inference', 'forward+backward')]
+    cases = [case for case in cases if any(case._replace(model=name) in rows for name in names)]
+    heads = [f'{case.task}, {case.precision}' + (', compiled' if case.how == 'compiled' else '')
+             for case in cases]
+    return markdown_table(
+        ['224x224, batch 128, images/s', *heads, 'peak memory of forward + backward, GiB'],
+        [[text, *(count(number(rows, case._replace(model=name), 'images_per_s'))
+                  for case in cases), show(number(rows, _TRAIN._replace(model=name), 'peak_gib'))]
+         for name, text in names.items()])
+
+
+def sizes_table(rows):
+    """Images/s and GiB of inference by the side of the image; '' without the largest sizes."""
+    sides = [side for side in sizes.SIDES if sizes.case_of('vim_tiny', 'inference', side) in rows
+             or sizes.case_of('vim_small', 'inference', side) in rows]
+    if len(sides) < 2:
+        return ''
+    lines = []
+    for model, (text, *_) in sizes.MODELS.items():
+        cells = []
+        for side in sides:
+            case = sizes.case_of(model, 'inference', side)
+            cells.append('-' if math.isnan(number(rows, case, 'ms')) else
+                         f'{count(number(rows, case, "images_per_s"))}, '
+                         f'{show(number(rows, case, "peak_gib"))} GiB')
+        lines.append([text, *cells])
+    return markdown_table(['inference, images/s, peak memory', *(f'{s}x{s}' for s in sides)], lines)
 
 
 def write(path, texts):
@@ -96,7 +137,7 @@ def write(path, texts):
 def main():
     parser = cli.make_parser(__doc__, EXAMPLES)
     parser.add_argument('--models', nargs='+', required=True, metavar='CSV',
-                        help='of end_to_end.py')
+                        help='of end_to_end.py and vim_sizes.py')
     parser.add_argument('--steps', nargs='+', default=[], metavar='CSV', help='of dense_steps.py')
     parser.add_argument('--readme', nargs='+', type=Path, metavar='FILE',
                         default=[Path('README.md'), Path('docs/performance.md')],
@@ -111,12 +152,19 @@ def main():
     setting = report.SHEET.find_setting(rows)
     find_setting({**rows, **step_rows}, ('device', 'torch', 'shrink'))
     dtype = {'float16': 'fp16', 'bfloat16': 'bf16'}.get(setting['dtype'], setting['dtype'])
-    tables = [f'{setting["device"]}, torch {setting["torch"]}, timm {setting["timm"]}, {dtype} '
-              f'autocast and eager unless said.\n', tiny_table(rows), model_table(rows)]
-    if step_rows:
-        tables.append(step_table(step_rows))
+    title = (f'{setting["device"]}, torch {setting["torch"]}, timm {setting["timm"]}, {dtype} '
+             'autocast and eager unless said.\n')
+    texts, of_vim = {}, {case for case in rows if case.model in VIMS}
+    if step_rows or any(case.model in VMAMBAS for case in rows):
+        tables = [title, tiny_table(rows), model_table(rows)]
+        if step_rows:
+            tables.append(step_table(step_rows))
+        texts = {ALL: '\n'.join(['', *tables, '']), FIRST: '\n'.join(['', *tables[:2], ''])}
+    if of_vim:
+        texts[OF_VIM] = '\n'.join(['', *filter(None, (title, vim_table(rows), sizes_table(rows))),
+                                   ''])
     for path in args.readme:
-        write(path, {ALL: '\n'.join(['', *tables, '']), FIRST: '\n'.join(['', *tables[:2], ''])})
+        write(path, texts)
         print(f'wrote the tables of {path}')
 
 

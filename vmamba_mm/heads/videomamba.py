@@ -177,8 +177,9 @@ class MaskedVideoMamba(nn.Module):
         if mask is not None:
             tokens, patches = _visible(tokens, mask), None
         features, last = [], len(backbone.blocks) - 1
-        for i, hidden, residual in backbone.run_blocks(tokens, patches, last):
-            if i in self.out_blocks and i < last:
+        for i, hidden, residual in backbone.run_blocks(tokens, patches,
+                                                       sorted({*self.out_blocks, last})):
+            if i < last:
                 features.append(backbone.norm(residual + hidden))
         features.append(residual + hidden if self.add_last else residual)
         return (hidden, residual), features

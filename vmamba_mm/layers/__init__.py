@@ -10,11 +10,11 @@ from vmamba_mm.layers.embed import (
 from vmamba_mm.layers.mamba import (
     BiMambaMixer,
     DecomposedBiMambaMixer,
-    MambaBlock,
     MambaMixer,
     MambaState,
     SharedBiMambaMixer,
 )
+from vmamba_mm.layers.mamba_blocks import MambaBlock, run_blocks, run_blocks_to
 from vmamba_mm.layers.norm import LayerNorm, LayerNorm2d, RMSNorm
 from vmamba_mm.layers.recording import record_inputs, record_scan_inputs
 from vmamba_mm.layers.ss2d import SS2D
@@ -23,4 +23,5 @@ from vmamba_mm.layers.vss_block import Mlp, VSSBlock, VSSStage
 __all__ = ['SS2D', 'BiMambaMixer', 'ConvDownsample', 'ConvStem', 'DecomposedBiMambaMixer',
            'DropPath', 'LayerNorm', 'LayerNorm2d', 'MambaBlock', 'MambaMixer', 'MambaState',
            'MergeDownsample', 'Mlp', 'PatchEmbed', 'PatchStem', 'RMSNorm', 'SelfAttention',
-           'SharedBiMambaMixer', 'VSSBlock', 'VSSStage', 'record_inputs', 'record_scan_inputs']
+           'SharedBiMambaMixer', 'VSSBlock', 'VSSStage', 'record_inputs', 'record_scan_inputs',
+           'run_blocks', 'run_blocks_to']

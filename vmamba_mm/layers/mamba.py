@@ -1,4 +1,4 @@
-"""Mixers of S6 in one dimension, and the residual block around them.
+"""Mixers of S6 in one dimension.
 
 :class:`MambaMixer` is that of Mamba (arXiv 2312.00752, section 3.4); the others read the sequence
 in both directions, as Vim (arXiv 2401.09417), VideoMamba (arXiv 2403.06977) and Video Mamba Suite
@@ -15,11 +15,9 @@ from typing import NamedTuple
 import torch
 import torch.fx
 import torch.nn.functional as F
-import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from vmamba_mm.layers.drop_path import DropPath
-from vmamba_mm.layers.norm import RMSNorm, sum_and_norm
+from vmamba_mm.layers.norm import RMSNorm
 from vmamba_mm.layers.plain import are_plain, is_plain
 from vmamba_mm.layers.ssm_init import init_A_logs, init_dt_bias, init_dt_proj, state_matrix
 from vmamba_mm.ops import (
@@ -29,15 +27,13 @@ from vmamba_mm.ops import (
     selective_scan,
     selective_scan_step,
 )
-from vmamba_mm.ops.core.backends import autocast_dtype, compute_dtype
+from vmamba_mm.ops.core.backends import compute_dtype
 
 # What torch.fx records as it is, since it looks at shapes and dtypes.
 torch.fx.wrap('causal_conv')
 torch.fx.wrap('mamba_inner')
 torch.fx.wrap('selective_scan')
 torch.fx.wrap('state_matrix')
-torch.fx.wrap('_stream')
-torch.fx.wrap('_dtype_of_products')
 
 
 class MambaState(NamedTuple):
@@ -352,78 +348,6 @@ class DecomposedBiMambaMixer(_Mixer):
         return torch.cat([run(forward), run(backward, reverse=True)], dim=-1)
 
 
-class MambaBlock(nn.Module):
-    """Add, norm, mixer: the block that goes round with two streams.
-
-    ``residual`` is the sum of all that came before, in fp32; ``hidden`` the last block's result,
-    which is added to it first. Before the first block there is no residual. After the last one
-    comes ``sum_and_norm(norm, residual, hidden)``.
-
-    Args:
-        mixer: a module of tokens, such as :class:`BiMambaMixer`.
-        norm: of the last dimension, of the mixer's input.
-        drop_path: probability to drop the mixer's result for a sample.
-        with_cp: recompute the block in the backward pass to save memory.
-
-    Shape: (B, L, C) twice -> (hidden, residual) of the same shape.
-    """
-
-    def __init__(self, mixer: nn.Module, norm: nn.Module, drop_path: float = 0.0,
-                 with_cp: bool = False):
-        super().__init__()
-        self.mixer = mixer
-        self.norm = norm
-        self.drop_path = DropPath(drop_path)
-        self.with_cp = with_cp
-
-    def forward(self, hidden: Tensor, residual: Tensor | None = None, *, with_output: bool = False,
-                state: MambaState | None = None) -> tuple[Tensor, ...]:
-        """The new streams, then the mixer's result, then the new state, each if it was asked for.
-
-        Args:
-            hidden: (B, L, C).
-            residual: (B, L, C), or None for the first block.
-            with_output: also return the mixer's result before paths are dropped.
-            state: for the mixer: :class:`MambaMixer`'s.
-        """
-        if self.with_cp and torch.is_grad_enabled():
-            return torch.utils.checkpoint.checkpoint(
-                self._forward, hidden, residual, with_output, state, use_reentrant=False)
-        return self._forward(hidden, residual, with_output, state)
-
-    def _forward(self, hidden, residual, with_output, state):
-        residual, x = self._add_and_norm(hidden, residual)
-        if state is None:
-            y, states = self.mixer(x), ()
-        else:
-            y, *states = self.mixer(x, state)
-        return (self.drop_path(y), residual, *((y,) if with_output else ()), *states)
-
-    def step(self, hidden: Tensor, residual: Tensor | None, state: MambaState
-             ) -> tuple[Tensor, Tensor, MambaState]:
-        """One more token: (B, C) and the mixer's state to (hidden, residual, state)."""
-        residual, x = self._add_and_norm(hidden, residual)
-        y, state = self.mixer.step(x, state)
-        return self.drop_path(y), residual, state
-
-    def _add_and_norm(self, hidden, residual):
-        dtype = _dtype_of_products(hidden)
-        if residual is None:
-            residual = _stream(hidden)
-            return residual, self.norm(residual).to(dtype)
-        return sum_and_norm(self.norm, residual, hidden, out_dtype=dtype)
-
-
-def _stream(hidden: Tensor) -> Tensor:
-    """The residual stream that begins with ``hidden``: in fp32 at least."""
-    return hidden.to(compute_dtype(hidden.dtype))
-
-
-def _dtype_of_products(hidden: Tensor) -> torch.dtype:
-    """The dtype of the matrix products around the stream, to which the norm's result is rounded."""
-    return autocast_dtype(hidden) or hidden.dtype
-
-
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
     """Parameters of K directions: (K, ...), of one direction without a copy."""
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
@@ -431,7 +355,12 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
 
 def _is_causal_conv(module: nn.Module) -> bool:
     """Whether ``module`` is the depthwise convolution of a mixer, and nobody watches it."""
-    return (is_plain(module, nn.Conv1d)
-            and module.groups == module.in_channels == module.out_channels
-            and module.padding == (module.kernel_size[0] - 1,)
-            and (module.stride, module.dilation, module.padding_mode) == ((1,), (1,), 'zeros'))
+    return is_plain(module, nn.Conv1d) and is_depthwise_causal(module)
+
+
+def is_depthwise_causal(conv: nn.Conv1d) -> bool:
+    """Whether ``conv`` is a convolution of each channel by itself with zeros before the first
+    token, once what comes after the last one is cut off."""
+    return (conv.groups == conv.in_channels == conv.out_channels
+            and conv.padding == (conv.kernel_size[0] - 1,)
+            and (conv.stride, conv.dilation, conv.padding_mode) == ((1,), (1,), 'zeros'))

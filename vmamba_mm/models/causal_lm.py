@@ -18,7 +18,7 @@ from vmamba_mm.checkpoints.prefixes import inside
 from vmamba_mm.errors import UserError
 from vmamba_mm.families import resolve_arch
 from vmamba_mm.families.mamba_lm import DEFAULTS, FAMILY, arch_of_config, padded_vocab_size
-from vmamba_mm.layers import MambaBlock, MambaMixer, RMSNorm
+from vmamba_mm.layers import MambaBlock, MambaMixer, RMSNorm, run_blocks
 from vmamba_mm.layers.norm import sum_and_norm
 from vmamba_mm.models.generation import generate
 from vmamba_mm.models.pretrained import StrictLoading
@@ -116,8 +116,7 @@ class CausalLM(StrictLoading, BaseModule):
         """
         hidden, residual = self.token_embed(input_ids), None
         if state is None:
-            for block in self.blocks:
-                hidden, residual = block(hidden, residual)
+            hidden, residual = run_blocks(self.blocks, hidden)
         else:
             states = []
             for block, old in zip(self.blocks, state, strict=True):

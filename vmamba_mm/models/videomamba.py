@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vmamba_mm.errors import UserError
 from vmamba_mm.families.videomamba import FAMILY
-from vmamba_mm.layers import BiMambaMixer, LayerNorm, MambaBlock, RMSNorm
+from vmamba_mm.layers import BiMambaMixer, LayerNorm, MambaBlock, RMSNorm, run_blocks
 from vmamba_mm.layers.norm import sum_and_norm
 from vmamba_mm.layers.positions import (
     pad_to_a_patch,
@@ -149,14 +149,13 @@ class VideoMamba(Backbone):
             return super().forward(x)
         tokens, patches = self.embed(x)
         outs = []
-        for i, hidden, residual in self.run_blocks(tokens, patches, self.out_indices[-1]):
-            if i in self.out_indices:
-                if self.out_type == 'cls_token':
-                    hidden, residual = hidden[:, 0], residual[:, 0]
-                else:
-                    hidden, residual = (self._to_spatial_first(i, y, patches)
-                                        for y in (hidden, residual))
-                outs.append(self.add_and_norm(i, hidden, residual))
+        for i, hidden, residual in self.run_blocks(tokens, patches, self.out_indices):
+            if self.out_type == 'cls_token':
+                hidden, residual = hidden[:, 0], residual[:, 0]
+            else:
+                hidden, residual = (self._to_spatial_first(i, y, patches)
+                                    for y in (hidden, residual))
+            outs.append(self.add_and_norm(i, hidden, residual))
         return tuple(outs)
 
     def forward_stages(self, x: Tensor, indices: Sequence[int]) -> list[Tensor]:
@@ -166,10 +165,9 @@ class VideoMamba(Backbone):
     def forward_with_cls(self, x: Tensor, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         tokens, patches = self.embed(x)
         outs = []
-        for i, hidden, residual in self.run_blocks(tokens, patches, indices[-1]):
-            if i in indices:
-                tokens = self._to_spatial_first(i, residual + hidden, patches)
-                outs.append((tokens[:, :1], _to_maps(tokens, patches, x)))
+        for i, hidden, residual in self.run_blocks(tokens, patches, indices):
+            tokens = self._to_spatial_first(i, residual + hidden, patches)
+            outs.append((tokens[:, :1], _to_maps(tokens, patches, x)))
         return outs
 
     def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,28 +178,31 @@ class VideoMamba(Backbone):
         return _embed(x, patches, self.cls_token, self.spatial_pos_embed,
                       self.temporal_pos_embed, self.grid), patches
 
-    def run_blocks(self, tokens: Tensor, patches: Tensor | None, last: int
+    def run_blocks(self, tokens: Tensor, patches: Tensor | None, indices: Sequence[int]
                    ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Run the blocks up to ``last``, and give number, hidden and residual after each.
+        """Run the blocks up to the last of ``indices``, and give number, hidden and residual after
+        each of these.
 
         Args:
             tokens: (B, L, C), spatial-first.
             patches: as :meth:`embed` gives them; None for a part of the tokens, which only the
                 order 'spatial-first' can take.
-            last: number of the last block to run.
+            indices: increasing numbers of blocks.
 
         Yields:
             i, hidden and residual of :class:`vmamba_mm.layers.MambaBlock`, in the order of block i.
         """
-        hidden, residual, is_temporal = tokens, None, False
-        for i, block in enumerate(self.blocks[:last + 1]):
-            if self.is_temporal_first[i] != is_temporal:
+        blocks, orders = list(self.blocks[:indices[-1] + 1]), self.is_temporal_first
+        streams, is_temporal, begin = (tokens,), False, 0
+        for i in range(len(blocks)):
+            if orders[i] != is_temporal:
                 is_temporal = not is_temporal
-                hidden = _transpose(hidden, patches, is_temporal)
-                if residual is not None:
-                    residual = _transpose(residual, patches, is_temporal)
-            hidden, residual = block(hidden, residual)
-            yield i, hidden, residual
+                streams = tuple(_transpose(y, patches, is_temporal) for y in streams)
+            if i in indices or orders[i + 1] != is_temporal:
+                streams = run_blocks(blocks[begin:i + 1], *streams)
+                begin = i + 1
+            if i in indices:
+                yield i, *streams
 
     def add_and_norm(self, i: int, hidden: Tensor, residual: Tensor) -> Tensor:
         """The output of block ``i``: the sum of both, through the norm if the block is the last."""

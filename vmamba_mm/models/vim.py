@@ -19,6 +19,7 @@ from vmamba_mm.layers import (
     PatchEmbed,
     RMSNorm,
     SharedBiMambaMixer,
+    run_blocks_to,
 )
 from vmamba_mm.layers.norm import sum_and_norm
 from vmamba_mm.layers.positions import resize_grid
@@ -224,6 +225,9 @@ class Vim(Backbone):
             (B, L, C): the streams hidden and residual, or what its mixer has added.
         """
         is_paired, wants_outputs = self.arch.get('paired', False), self.features == 'mixer'
+        if not (is_paired or wants_outputs) and self.arch.get('rope', 'none') == 'none':
+            yield from run_blocks_to(indices, self.blocks, tokens)
+            return
         keywords = dict(with_output=True) if wants_outputs else {}
         streams, forward = self._rotate(patches, tokens), None
         for i, block in enumerate(self.blocks[:indices[-1] + 1]):

@@ -1,7 +1,7 @@
 """ViViM, the spatio-temporal backbone of Video Mamba Suite (arXiv 2403.09626, section 4.5)."""
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from vmamba_mm.errors import UserError
 from vmamba_mm.families.vivim import FAMILY, grid_of
-from vmamba_mm.layers import BiMambaMixer, DecomposedBiMambaMixer, MambaBlock, PatchEmbed, RMSNorm
+from vmamba_mm.layers import (
+    BiMambaMixer,
+    DecomposedBiMambaMixer,
+    MambaBlock,
+    PatchEmbed,
+    RMSNorm,
+    run_blocks,
+    run_blocks_to,
+)
 from vmamba_mm.layers.norm import sum_and_norm
 from vmamba_mm.layers.positions import resize_grid, resize_patches, resize_time
 from vmamba_mm.models.base import Backbone
@@ -184,13 +192,6 @@ class ViViM(Backbone):
         before, _, after = _around_middle(tokens)
         return torch.cat((before, after), dim=-2).reshape(tokens.shape[0], *size, -1)
 
-    def _run(self, tokens: Tensor, last: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(hidden, residual) after each block up to ``last``."""
-        hidden, residual = tokens, None
-        for block in self.blocks[:last + 1]:
-            hidden, residual = block(hidden, residual)
-            yield hidden, residual
-
     def forward_stages(self, x: Tensor, indices: Sequence[int]) -> list[Tensor]:
         """The maps after some blocks, before the norm, each (B, T, h, w, C).
 
@@ -200,15 +201,13 @@ class ViViM(Backbone):
         """
         tokens, size = self._embed(x)
         return [self._map((residual + hidden).to(tokens.dtype), size)
-                for i, (hidden, residual) in enumerate(self._run(tokens, indices[-1]))
-                if i in indices]
+                for _, (hidden, residual) in run_blocks_to(indices, self.blocks, tokens)]
 
     def forward_cls_token(self, x: Tensor) -> Tensor:
         """(B, in_channels, T, H, W) to the clip's feature, (B, C)."""
         tokens, size = self._embed(x)
-        for hidden, residual in self._run(tokens, len(self.blocks) - 1):
-            streams = hidden, residual  # at last those of the last block
-        hidden, residual = (self._cls_tokens(y, size[0]) for y in streams)
+        hidden, residual = (self._cls_tokens(y, size[0])
+                            for y in run_blocks(self.blocks, tokens))
         return sum_and_norm(self.norm, residual, hidden)[1].mean(1).to(tokens.dtype)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 MODULES = ('selective_scan', 'mamba', 'ss2d_scan', 'orders', 'norms', 'convolutions', 'mlp',
-           'vss_block')
+           'vss_block', 'mamba_blocks')
 Shape = tuple[int, ...]
 
 

@@ -89,7 +89,7 @@ def backward(grad_y, grad_state, x, weight, bias, initial_state, silu, reverse, 
     length, taps = x.shape[1], weight.shape[1]
     before, new = taps - 1, min(taps - 1, length)
     x_, weight_ = x.to(dtype), weight.to(dtype)
-    grad_x = torch.zeros(x.shape, dtype=dtype, device=x.device)
+    grad_x = torch.zeros_like(x_)
     grad_weight = torch.zeros_like(weight_, memory_format=torch.contiguous_format)
     grad_bias, grad_initial = None, None
     if initial_state is not None:
@@ -117,7 +117,7 @@ def backward(grad_y, grad_state, x, weight, bias, initial_state, silu, reverse, 
         if grad_initial is not None and new < before:
             grad_initial[:, new:] += grad_state[:, :before - new]
     inputs, grads = (x, weight, bias, initial_state), (grad_x, grad_weight, grad_bias, grad_initial)
-    return tuple(None if t is None else grad.to(t.dtype)
+    return tuple(None if t is None else grad.to(t.dtype).contiguous()
                  for grad, t in zip(grads, inputs, strict=True))
 
 

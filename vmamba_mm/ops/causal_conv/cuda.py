@@ -42,9 +42,7 @@ def backward_instance(*args) -> Instance:
 
 # Type, taps, directions, whether channels are adjacent in memory, whether they come in pairs.
 _COMPILED = [('Half', 4, BOTH, True, True), ('BFloat', 4, BOTH, True, True),
-             ('Float', 4, BOTH, True, True), ('Half', 4, FORWARD, True, True),
-             ('Half', 4, FORWARD, False, False), ('BFloat', 3, BACKWARD, False, False),
-             ('Float', 2, BACKWARD, True, False)]
+             ('Half', 4, FORWARD, False, False), ('Float', 2, BACKWARD, True, False)]
 
 #: What is compiled to check it, and the lowest compute capability (75 for 7.5) that it is for.
 INSTANCES: dict[Instance, int] = {
@@ -112,7 +110,7 @@ def backward_launch(index: int, dtype: torch.dtype, sizes: Sizes, directions: in
     last = x.d == 1
     routes = 2 if directions == BOTH else 1
     columns, chunks, constants = _constants(sizes, weight, bias, silu, last, vector)
-    chunks = min(chunks, max(1, 8 * device_limits(index)[0] // columns))
+    chunks = min(chunks, max(1, 3 * device_limits(index)[0] // columns))
     rows = routes * (sizes.taps + 1)
     launch = kernel(index, backward_instance, TYPES[dtype], sizes.taps, directions, last,
                     vector).bind(

@@ -28,7 +28,7 @@ def gate_instance(type_: str, vector: bool, backward: bool) -> Instance:
 #: What is compiled to check it, and the lowest compute capability (75 for 7.5) that it is for.
 INSTANCES: dict[Instance, int] = {
     gate_instance(type_, vector, backward): 80 if type_ == 'BFloat' else 75
-    for type_, vector in (('Half', True), ('BFloat', True), ('Float', True), ('Half', False))
+    for type_, vector in (('Half', True), ('BFloat', True), ('Float', False))
     for backward in (False, True)}
 
 
@@ -46,15 +46,20 @@ def why_not(xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, reverse,
         return (f'{conv_weight.shape[2]} taps; the kernels take {conv.TAPS[0]} to {conv.TAPS[-1]}')
     if (reason := scan_kernels.why_not(xz, 0, 1)) is not None:
         return reason
-    return _why_not_here(xz.device.index, xz.dtype, A.shape[2]) or gemm.why_not()
+    return why_not_here(xz.device.index, xz.dtype, A.shape[2]) or gemm.why_not()
 
 
 @torch.compiler.assume_constant_result
-def _why_not_here(index: int, dtype: torch.dtype, state: int) -> str | None:
+def why_not_here(index: int, dtype: torch.dtype, state: int) -> str | None:
+    """The reason why the GPU ``index`` cannot run the kernels on such maps, or None."""
     return scans.why_not_on(index, dtype, state)
 
 
-class _Sizes(NamedTuple):
+#: the parameters of a direction as the launches call them
+PARAMETERS = ('conv_weight', 'conv_bias', 'x_proj', 'dt_proj', 'dt_bias', 'A', 'D')
+
+
+class Sizes(NamedTuple):
     batch: int
     length: int
     dim: int
@@ -66,7 +71,7 @@ class _Sizes(NamedTuple):
     xz_l: int
 
 
-class _Dtypes(NamedTuple):
+class Dtypes(NamedTuple):
     """Of the map and the parameters; None for a bias that there is not."""
     map: torch.dtype
     conv_weight: torch.dtype
@@ -82,7 +87,7 @@ class _Dtypes(NamedTuple):
 class _Mixer:
     """The launches that forward and backward share."""
 
-    def __init__(self, index: int, sizes: _Sizes, dtypes: _Dtypes, reverse: bool):
+    def __init__(self, index: int, sizes: Sizes, dtypes: Dtypes, reverse: bool):
         self.index, self.sizes, self.dtypes = index, sizes, dtypes
         batch, length, dim, routes, taps, rank, state, xz_b, xz_l = sizes
         self.dtype, self.size = dtypes.map, dtypes.map.itemsize
@@ -106,7 +111,6 @@ class _Mixer:
         self.u = Strides(length * dim, self.of_map, dim)
         self.z = Strides(xz_b, 0, xz_l)
         self.BC = RowStrides(length * self.width, self.rows * self.width, 1, self.width)
-        self.vector = not (dim | xz_b | xz_l) % 4
 
     def product(self, *sizes, out_dtype=None, **kwargs) -> Callable[..., None]:
         product = gemm.product(self.index, self.dtype, out_dtype or self.dtype, *sizes,
@@ -115,12 +119,23 @@ class _Mixer:
         return product.run
 
     def gate(self, backward: bool, scale: float, **strides: int) -> Callable[..., None]:
-        sizes = self.sizes
-        fields = dict(z_b=sizes.xz_b, z_l=sizes.xz_l, dz_b=0, dz_l=0, batch=sizes.batch,
-                      length=sizes.length, dim=sizes.dim, routes=sizes.routes, scale=scale)
-        return kernel(self.index, gate_instance, TYPES[self.dtype], self.vector, backward).bind(
-            (-(-self.of_map // (1024 if self.vector else 256)), 1, 1), (256, 1, 1),
-            **fields | strides)
+        return gate_launch(self.index, self.sizes, self.dtype, backward, scale, **strides)
+
+
+@cached
+def gate_launch(index: int, sizes: Sizes, dtype: torch.dtype, backward: bool, scale: float,
+                dz_b: int = 0, dz_l: int = 0) -> Callable[..., None]:
+    """The sum of the directions, and the gate; or its backward.
+
+    It takes the addresses ``ys`` (K, B, L, D), ``z``, ``sum`` (or null) and ``out``; the backward
+    ``grad``, ``sum``, ``z``, ``out`` for the gradient by the sum, and ``dz``.
+    """
+    of_map = sizes.batch * sizes.length * sizes.dim
+    vector = not (sizes.dim | sizes.xz_b | sizes.xz_l) % 4
+    return kernel(index, gate_instance, TYPES[dtype], vector, backward).bind(
+        (-(-of_map // (1024 if vector else 256)), 1, 1), (256, 1, 1), z_b=sizes.xz_b,
+        z_l=sizes.xz_l, dz_b=dz_b, dz_l=dz_l, batch=sizes.batch, length=sizes.length,
+        dim=sizes.dim, routes=sizes.routes, scale=scale)
 
 
 class _Forward(NamedTuple):
@@ -129,7 +144,7 @@ class _Forward(NamedTuple):
 
 
 @cached
-def _forward_launch(index: int, sizes: _Sizes, dtypes: _Dtypes, reverse: bool, scale: float,
+def forward_launch(index: int, sizes: Sizes, dtypes: Dtypes, reverse: bool, scale: float,
                     save: bool) -> _Forward:
     """The forward. It takes the addresses of xz, the parameters (``x_proj`` and ``dt_proj`` in the
     dtype of the map), y, memory, and with ``save`` of projected and total."""
@@ -168,7 +183,7 @@ def _forward_launch(index: int, sizes: _Sizes, dtypes: _Dtypes, reverse: bool, s
 
 
 @cached
-def _backward_launch(index: int, sizes: _Sizes, dtypes: _Dtypes, reverse: bool, scale: float
+def backward_launch(index: int, sizes: Sizes, dtypes: Dtypes, reverse: bool, scale: float
                      ) -> _Forward:
     """The backward. It takes the addresses of grad, xz, the parameters as the forward, projected
     and total of the forward, dxz (B, L, 2*D), the gradients by the parameters, and memory."""
@@ -239,9 +254,9 @@ def _start(xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D):
     parameters = [None if t is None else t.contiguous()
                   for t in (conv_weight, conv_bias, dt_bias, A, D)]
     routes, dim, taps = conv_weight.shape
-    sizes = _Sizes(batch, length, dim, routes, taps, dt_proj.shape[2], A.shape[2], stride_b,
+    sizes = Sizes(batch, length, dim, routes, taps, dt_proj.shape[2], A.shape[2], stride_b,
                    stride_l)
-    dtypes = _Dtypes(dtype, *[None if t is None else t.dtype for t in parameters])
+    dtypes = Dtypes(dtype, *[None if t is None else t.dtype for t in parameters])
     conv_weight, conv_bias, dt_bias, A, D = parameters
     return sizes, dtypes, dict(xz=xz, conv_weight=conv_weight, conv_bias=conv_bias,
                                x_proj=factors[0], dt_proj=factors[1], dt_bias=dt_bias, A=A, D=D)
@@ -256,7 +271,7 @@ def forward(xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, reverse,
     """Shapes as in :func:`vmamba_mm.ops.mamba_inner`. With ``save`` also what the backward takes:
     nothing, the projections (K, B * L, R + 2N), and the sum of the directions before the gate."""
     sizes, dtypes, tensors = _start(xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D)
-    launch = _forward_launch(xz.get_device(), sizes, dtypes, reverse, scale, save)
+    launch = forward_launch(xz.get_device(), sizes, dtypes, reverse, scale, save)
     shape = sizes.batch, sizes.length, sizes.dim
     rows, width = sizes.batch * sizes.length, sizes.rank + 2 * sizes.state
     y = xz.new_empty(shape)
@@ -277,7 +292,7 @@ def backward(grad, xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, c
     products = [t.dtype if t.dtype in (dtype, torch.float32) else torch.float32
                 for t in (x_proj, dt_proj)]
     dtypes = dtypes._replace(x_proj=products[0], dt_proj=products[1])
-    launch = _backward_launch(xz.get_device(), sizes, dtypes, reverse, scale)
+    launch = backward_launch(xz.get_device(), sizes, dtypes, reverse, scale)
     grad = grad.to(dtype).contiguous()
     if grad.data_ptr() % 16:
         grad = grad.clone()

@@ -1,0 +1,241 @@
+"""Mamba blocks as one op in inference, the kernels emulated on the CPU, and what keeps them from
+it."""
+
+import os
+import sys
+
+import emulated_cuda
+import pytest
+import torch
+from emulated_cuda import emulated_gpu
+from torch import nn
+
+import vmamba_mm.layers.mamba_blocks as layers
+from vmamba_mm.layers import BiMambaMixer, LayerNorm, MambaBlock, MambaMixer, RMSNorm, run_blocks
+from vmamba_mm.testing import assert_close
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != 'linux' or emulated_cuda.COMPILER is None and not os.environ.get('CI'),
+    reason='needs Linux and a C++ compiler')
+
+
+@pytest.fixture(autouse=True)
+def gpu(tmp_path_factory):
+    with emulated_gpu(tmp_path_factory.getbasetemp()):
+        yield
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """One number for each call of the op: its blocks."""
+    calls, op = [], layers.mamba_blocks
+    monkeypatch.setattr(layers, 'mamba_blocks',
+                        lambda *args: calls.append(len(args[2])) or op(*args))
+    return calls
+
+
+def make_blocks(mixer=BiMambaMixer, count=3, **kwargs):
+    torch.manual_seed(0)
+    return nn.ModuleList(MambaBlock(mixer(16, d_state=16, **kwargs), RMSNorm(16), 0.1)
+                         for _ in range(count)).eval()
+
+
+def step_by_step(blocks, *streams):
+    """Each mixer by itself, as a hook asks for."""
+    for block in blocks:
+        handle = block.mixer.out_proj.register_forward_hook(lambda *args: None)
+        streams = block(*streams)
+        handle.remove()
+    return streams
+
+
+@pytest.mark.parametrize('make', [
+    lambda: make_blocks(), lambda: make_blocks(reduce='mean'),
+    lambda: make_blocks(MambaMixer, dt_rank=8), lambda: make_blocks(count=1)],
+    ids=['sum', 'mean', 'causal', 'one block'])
+@pytest.mark.parametrize('begins', [True, False])
+def test_as_one_op(make, begins, calls):
+    blocks = make()
+    streams = torch.randn(2, 7, 16), None if begins else torch.randn(2, 7, 16)
+    with torch.no_grad():
+        for expected, found in zip(step_by_step(blocks, *streams), run_blocks(blocks, *streams),
+                                   strict=True):
+            assert_close(found, expected, 1e-5)
+    assert calls == [len(blocks)]
+
+
+def test_half_precision(calls):
+    """Under autocast, and with half-precision parameters."""
+    blocks, hidden = make_blocks(reduce='mean'), torch.randn(2, 7, 16)
+    with torch.no_grad():
+        expected = step_by_step(blocks, hidden, None)
+        with torch.autocast('cpu', torch.float16):
+            found = run_blocks(blocks, hidden)
+        assert [t.dtype for t in found] == [torch.float16, torch.float32]
+        pure = run_blocks(blocks.half(), hidden.half())
+        assert [t.dtype for t in pure] == [torch.float16, torch.float32]
+    for results in (found, pure):
+        for a, b in zip(results, expected, strict=True):
+            assert_close(a, b, 1e-2)
+    assert calls == [3, 3]
+
+
+def test_results_are_new_memory():
+    """Nothing that comes in is changed or given back."""
+    for count in (1, 2):
+        for given in (None, torch.randn(2, 5, 16)):
+            hidden = torch.randn(2, 5, 16)
+            before = hidden.clone(), None if given is None else given.clone()
+            with torch.no_grad():
+                results = run_blocks(make_blocks(count=count), hidden, given)
+            assert torch.equal(hidden, before[0])
+            assert given is None or torch.equal(given, before[1])
+            pointers = {t.data_ptr() for t in (hidden, given, *results) if t is not None}
+            assert len(pointers) == 3 + (given is not None)
+
+
+@pytest.mark.parametrize('make', [lambda: make_blocks(count=1), lambda: make_blocks(
+    MambaMixer, count=1)], ids=['both', 'causal'])
+def test_a_block_with_gradients(make, monkeypatch):
+    """As one op, beside the steps, which a hook asks for."""
+    block, calls, op = make()[0], [], layers.mamba_block
+    monkeypatch.setattr(layers, 'mamba_block', lambda *args: calls.append(1) or op(*args))
+    streams = [torch.randn(2, 7, 16, requires_grad=True) for _ in range(2)]
+    leaves = [*streams, *block.parameters()]
+
+    def run():
+        results = block(*streams, with_output=True)
+        return results, torch.autograd.grad(sum((t.sin() * (i + 1)).sum() for i, t in
+                                                enumerate(results)), leaves)
+
+    assert block.why_not_one_op(*streams) is None
+    results, grads = run()
+    assert calls == [1]
+    block.mixer.out_proj.register_forward_hook(lambda *args: None)
+    assert 'hook' in block.why_not_one_op(*streams)
+    expected, expected_grads = run()
+    assert calls == [1]
+    for a, b in zip((*results, *grads), (*expected, *expected_grads), strict=True):
+        assert_close(a, b, 1e-4)
+
+
+def test_what_a_block_with_gradients_cannot_take():
+    block, streams = make_blocks(count=1)[0], [torch.randn(1, 3, 16) for _ in range(2)]
+    assert 'first block' in block.why_not_one_op(streams[0])
+    with torch.autocast('cpu', torch.float16):
+        assert 'dtype of matrix products' in block.why_not_one_op(*streams)
+        assert block.why_not_one_op(streams[0].half(), streams[1]) is None
+    assert 'not float32' in block.why_not_one_op(streams[0], streams[1].half())
+    with torch.no_grad():
+        assert block.why_not_one_op(streams[0]) is None
+
+
+@pytest.mark.parametrize('compiled', [False, True])
+def test_a_model_trains(compiled, monkeypatch):
+    """All blocks but the first as one op each, under torch.compile in one graph."""
+    pytest.importorskip('mmengine')
+    from vmamba_mm.models import Vim
+
+    torch.manual_seed(0)
+    model = Vim(dict(base='tiny', embed_dims=16, depth=3, image_size=32), drop_path_rate=0.1)
+    x, grads = torch.randn(2, 3, 32, 32), []
+    called = torch.compile(model, backend='aot_eager', fullgraph=True) if compiled else model
+    seen, op = [], layers.mamba_block
+    monkeypatch.setattr(layers, 'mamba_block', lambda *args: seen.append(1) or op(*args))
+    for run in (called, model):
+        torch.manual_seed(1)
+        run(x)[0].square().sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+        model.zero_grad()
+        for block in model.blocks:  # then step by step
+            block.norm.register_forward_hook(lambda *args: None)
+    assert len(seen) == 2
+    for a, b in zip(*grads, strict=True):
+        assert_close(a, b, 1e-4)
+
+
+def hooked(blocks):
+    blocks[1].mixer.x_proj_b.register_forward_hook(lambda *args: None)
+
+
+def with_bias(blocks):
+    blocks[2].mixer.out_proj = nn.Linear(32, 16)
+
+
+def with_layer_norm(blocks):
+    blocks[0].norm = LayerNorm(16)
+
+
+def dropping(blocks):
+    blocks.train()
+
+
+def other_eps(blocks):
+    blocks[1].norm.eps = 1e-6
+
+
+def other_size(blocks):
+    blocks[2].mixer = BiMambaMixer(16, d_state=8)
+
+
+def normed(blocks):
+    blocks[0].mixer = BiMambaMixer(16, out_norm=True)
+
+
+@pytest.mark.parametrize(('change', 'reason'), [
+    (hooked, 'hook'), (with_bias, 'bias more or less'), (with_layer_norm, 'of another class'),
+    (dropping, 'drops paths'), (other_eps, 'differ in eps'), (other_size, 'differ in eps'),
+    (normed, 'a norm or a layer scale')], ids=lambda value: getattr(value, '__name__', ''))
+def test_what_keeps_them_from_it(change, reason, calls):
+    blocks, hidden = make_blocks(), torch.randn(1, 3, 16)
+    with torch.no_grad():
+        assert layers.why_not_one_op(blocks, hidden) is None
+        change(blocks)
+        assert reason in layers.why_not_one_op(blocks, hidden)
+        found = run_blocks(blocks, hidden)
+        assert set(calls) <= {1}
+        if change is not dropping:
+            for a, b in zip(found, step_by_step(blocks, hidden, None), strict=True):
+                assert_close(a, b, 1e-5)
+
+
+def test_gradients_keep_them_from_it(calls):
+    blocks, hidden = make_blocks(), torch.randn(1, 3, 16)
+    assert layers.why_not_one_op(blocks, hidden) == 'gradients are wanted'
+    sum(run_blocks(blocks, hidden)).sum().backward()
+    assert calls == [] and blocks[0].mixer.in_proj.weight.grad is not None
+    with torch.no_grad():
+        odd = torch.randn(1, 3, 12)
+        reason = layers.why_not_one_op(
+            [MambaBlock(MambaMixer(12), RMSNorm(12))], odd)
+    assert 'multiples of 8' in reason
+
+
+@pytest.mark.parametrize('name', ['Vim', 'VideoMamba', 'ViViM', 'CausalLM'])
+def test_models_run_them(name, calls):
+    """The same result as with a hook on a block, which keeps all from the op."""
+    pytest.importorskip('mmengine')
+    from vmamba_mm import models
+
+    torch.manual_seed(0)
+    model_class = getattr(models, name)
+    arch = dict(embed_dims=16, depth=4)
+    if name == 'CausalLM':
+        arch, x = dict(arch, base='mamba-130m', vocab_size=32), torch.randint(32, (2, 9))
+    elif name == 'Vim':
+        arch, x = dict(arch, base='tiny', image_size=48), torch.randn(2, 3, 48, 48)
+    else:
+        arch = dict(arch, **(dict(base='tiny_f8', order='half-spatial-half-temporal')
+                             if name == 'VideoMamba' else dict(base='tiny')))
+        x = torch.randn(2, 3, 8, 32, 32)
+    options = {} if name == 'CausalLM' else dict(out_indices=(1, 3))
+    model = model_class(arch, **options).eval()
+    with torch.no_grad():
+        found = model(x)
+        assert calls == ([4] if name == 'CausalLM' else [2, 2])
+        for block in model.blocks:
+            block.mixer.in_proj.register_forward_hook(lambda *args: None)
+        expected = model(x)
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b, 1e-5)
+    assert len(calls) <= 2
