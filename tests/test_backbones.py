@@ -11,7 +11,7 @@ from vmamba_mm import zoo
 from vmamba_mm.families import resolve_arch
 
 CLASSES = {'ImageNet-1k': 1000, 'Kinetics-400': 400, 'Something-Something v2': 174,
-           'EPIC-KITCHENS-100': 3806}
+           'EPIC-KITCHENS-100': 3806, 'Breakfast': 10, 'COIN': 180}
 
 
 # --- architectures ------------------------------------------------------------------------------

@@ -11,12 +11,13 @@ STEP = 6  # of the grey value from one frame to the next
 
 
 def write_video(path, count=24, size=(32, 24), rate=12, codec='libx264', times=None, frame=None,
-                **options):
+                rotation=0, **options):
     """Frame i is grey of value ``STEP * i``, or ``frame(i)``, an RGB array.
 
     Args:
         times: of the packets in the order of coding, in frames, for files out of order; the codec
             must be one whose frames are coded on their own.
+        rotation: how far a player has to turn the pictures, in degrees counterclockwise.
         options: of the codec, such as ``g='6'`` for a key frame every six.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -24,6 +25,8 @@ def write_video(path, count=24, size=(32, 24), rate=12, codec='libx264', times=N
         stream = file.add_stream(codec, rate=rate, options=options)
         stream.width, stream.height = size
         stream.pix_fmt = 'yuvj420p' if codec == 'mjpeg' else 'yuv420p'
+        if rotation:
+            stream.set_display_rotation(rotation)
         packets = []
         for i in range(count):
             image = np.full((size[1], size[0], 3), STEP * i, np.uint8) if frame is None \

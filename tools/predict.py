@@ -212,7 +212,7 @@ def main():
     from vmamba_mm.checkpoints.files import read_checkpoint
 
     out_dir = Path(args.out_dir)
-    checkpoint = read_checkpoint(args.checkpoint, args.weights)
+    checkpoint = read_checkpoint(args.checkpoint, args.weights, likely=cli.families_of(cfg))
     task = cli.find_task(cfg)
     source = IMAGE if task is None else task.source
     images = find_images(args.images, out_dir, source)

@@ -106,9 +106,10 @@ def main():
     cli.set_work_dir(cfg, args)
     from vmamba_mm.checkpoints.files import fetch, read_checkpoint
     from vmamba_mm.mm.loading import register
-    register(args.weights)
+    likely = cli.families_of(cfg)
+    register(args.weights, likely)
     checkpoint = str(fetch(args.checkpoint))
-    read_checkpoint(checkpoint, args.weights)
+    read_checkpoint(checkpoint, args.weights, likely=likely)
     cli.check_data_paths(cfg, 'test_dataloader')
     cli.evaluate_in_fp32_without_gpu(cfg)
     cli.start_processes(cfg, args.launcher)

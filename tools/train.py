@@ -60,11 +60,13 @@ def set_amp(cfg, wants_amp):
 
 def set_resume(cfg, wanted):
     """Decide what to load. The seed comes along: mmengine would shuffle anew without one."""
-    import vmamba_mm.mm.loading  # noqa: F401 (mmengine reads checkpoints safely from here on)
     from vmamba_mm.checkpoints.files import fetch, read_checkpoint
     from vmamba_mm.mm.hooks.checkpoint import find_resumable
+    from vmamba_mm.mm.loading import register
     from vmamba_mm.zoo import SCHEME
 
+    likely = cli.families_of(cfg)
+    register(likely=likely)  # mmengine reads checkpoints safely from here on
     if wanted is None and cfg.get('resume'):
         wanted = cfg.get('load_from') or 'auto'
     cfg.resume = False
@@ -77,7 +79,7 @@ def set_resume(cfg, wanted):
         if start and start.startswith(('http://', 'https://', SCHEME)):
             start = cfg.load_from = str(fetch(start))
         if start and '://' not in start:
-            read_checkpoint(start)
+            read_checkpoint(start, likely=likely)
         return
     checkpoint = read_checkpoint(wanted)
     meta = checkpoint.get('meta') or {}

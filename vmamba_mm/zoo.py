@@ -24,7 +24,7 @@ SCHEME = 'vmamba_mm://'
 TASKS = {'Image Classification': 'cls', 'Action Recognition': 'video', 'Object Detection': 'det',
          'Instance Segmentation': 'det', 'Semantic Segmentation': 'seg',
          'Masked Pre-training': 'pretrain', 'Multi-Instance Retrieval': 'pretrain',
-         'Language Modelling': 'lm'}
+         'Text-to-Video Retrieval': 'pretrain', 'Language Modelling': 'lm'}
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,13 @@ def weights_of(source: str) -> str:
     if entry.weights is None:
         raise UserError(f'{source}: the weights of {entry.name} were not published')
     return entry.weights
+
+
+def published_at(source: str) -> Entry | None:
+    """The model that was published as ``vmamba_mm://NAME``, or at an address."""
+    if source.startswith(SCHEME):
+        return find(source.removeprefix(SCHEME))
+    return next((e for e in _all_entries() if e.weights == source), None)
 
 
 def published_sha256(address: str) -> str | None:

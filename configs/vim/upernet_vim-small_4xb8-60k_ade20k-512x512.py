@@ -19,4 +19,6 @@ optim_wrapper = dict(
     # As of tiny: of the published layer decay, 0.95, only the stem's part had an effect.
     paramwise_cfg=dict(
         norm_decay_mult=0., bias_decay_mult=0., flat_decay_mult=0.,
-        custom_keys={'patch_embed': dict(lr_mult=0.2774), 'pos_embed': dict(lr_mult=0.2774)}))
+        custom_keys={
+            'patch_embed': dict(lr_mult=0.2774), 'pos_embed': dict(lr_mult=0.2774),
+            'patch_embed.proj.bias': dict(lr_mult=0.2774, decay_mult=0.)}))

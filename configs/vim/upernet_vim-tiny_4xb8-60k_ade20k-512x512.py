@@ -21,4 +21,6 @@ optim_wrapper = dict(
     # for them under another name, so that only the stem's are lower, by 0.92 ** 25: it is kept.
     paramwise_cfg=dict(
         norm_decay_mult=0., bias_decay_mult=0., flat_decay_mult=0.,
-        custom_keys={'patch_embed': dict(lr_mult=0.1244), 'pos_embed': dict(lr_mult=0.1244)}))
+        custom_keys={
+            'patch_embed': dict(lr_mult=0.1244), 'pos_embed': dict(lr_mult=0.1244),
+            'patch_embed.proj.bias': dict(lr_mult=0.1244, decay_mult=0.)}))

@@ -5,7 +5,7 @@
 
 constexpr int PART = 4;
 template <int NS, int LANES>
-constexpr int BLOCKS = NS < 4 ? 4 : LANES > 8 || LANES == 1 || __CUDA_ARCH__ < 800 ? 2 : 3;
+constexpr int BLOCKS = NS < 4 ? 4 : LANES > 8 || LANES == 1 || __CUDA_ARCH__ < 860 ? 2 : 3;
 
 template <class T, int NS, int LANES, bool LAST, bool VECTOR>
 __global__ void __launch_bounds__(THREADS, BLOCKS<NS, LANES>) scan1d_bwd(const Scan1dParams p) {

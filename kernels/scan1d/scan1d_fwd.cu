@@ -3,12 +3,12 @@
 // (GRADIENTS).
 #include "scan1d/scan1d.cuh"
 
-// Blocks of a multiprocessor, as many as the compiler finds registers for.
-template <class T, bool WIDE>
-constexpr int BLOCKS = (WIDE || same<T, Float> ? 4 : 5) - (__CUDA_ARCH__ < 800);
+// Blocks of a multiprocessor: as many as the compiler finds registers for.
+template <class T, bool LAST, bool VECTOR>
+constexpr int BLOCKS = (VECTOR && !LAST && !same<T, Float> ? 5 : 4) - (__CUDA_ARCH__ < 800);
 
 template <class T, int NS, int LANES, bool LAST, bool VECTOR, int MODE>
-__global__ void __launch_bounds__(THREADS, BLOCKS<T, LAST && VECTOR>) scan1d_fwd(
+__global__ void __launch_bounds__(THREADS, BLOCKS<T, LAST, VECTOR>) scan1d_fwd(
     const Scan1dParams p) {
     typedef Shape<NS, LANES> S;
     typedef Elements<T, S, LAST, VECTOR> E;

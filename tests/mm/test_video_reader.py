@@ -35,6 +35,18 @@ def test_colours_are_bgr_and_frames_are_scaled(tmp_path):
     assert (abs(frames.mean((0, 1, 2)) - [0, 0, 250]) < 12).all()
 
 
+def test_pictures_of_a_turned_telephone(tmp_path):
+    """A player turns them; the corner that is white comes from the file's upper right."""
+    image = np.zeros((24, 32, 3), np.uint8)
+    image[:12, 16:] = 250
+    path = write_video(tmp_path / 'a.mp4', count=2, frame=lambda i: image, rotation=90)
+    with Video(path, short_side=12) as video:
+        frame = video.read([1])[0]
+    assert frame.shape == (16, 12, 3)
+    corners = [frame[y, x].mean() > 125 for y in (2, -3) for x in (2, -3)]
+    assert corners == [True, False, False, False]  # counterclockwise: to the upper left
+
+
 def test_few_frames_of_a_long_file_are_decoded(tmp_path):
     """Those from the key frame before each, and none of a file that is only opened."""
     path = write_video(tmp_path / 'long.mp4', count=600, rate=10, g='12', bf='0',

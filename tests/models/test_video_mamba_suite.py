@@ -72,17 +72,34 @@ def test_vivim_puts_a_class_token_in_the_middle_of_each_frame_or_of_the_clip():
 
 def test_timemamba_starts_as_a_vit_on_each_frame():
     """The gate starts as 0; then the maps of a frame depend on others by the class token alone."""
-    model = TimeMamba(VANILLA).eval()
+    model = TimeMamba(VANILLA, out_indices=(0,)).eval()
     clip = torch.randn(1, 3, 3, 16, 16)
     changed = clip.clone()
     changed[:, :, 2] += 1
     with torch.no_grad():
-        first = model.blocks[0](model._embed(clip)[0], 3)[:, 1:].unflatten(1, (3, -1))
-        second = model.blocks[0](model._embed(changed)[0], 3)[:, 1:].unflatten(1, (3, -1))
-        assert torch.equal(first[:, :2], second[:, :2])
+        (first,), (second,) = model(clip), model(changed)
+        assert torch.equal(first[:, :, :2], second[:, :, :2])
         model.blocks[0].alpha_timeattn.fill_(0.5)
-        gated = model.blocks[0](model._embed(changed)[0], 3)[:, 1:].unflatten(1, (3, -1))
-        assert not torch.allclose(gated[:, :2], second[:, :2])
+        gated, = model(changed)
+        assert not torch.allclose(gated[:, :, :2], second[:, :, :2])
+
+
+@pytest.mark.parametrize('style', ['timesformer-div', 'frozen-in-time', 'frozen-joint'])
+def test_timemamba_block_patch_after_patch(style):
+    """As the authors' code has the tokens: the frames of a patch follow one another."""
+    block = randomized(TimeMamba(dict(VANILLA, style=style)).blocks[0])
+    frames, patches = 3, 4
+    cls, x = torch.randn(2, 1, 64), torch.randn(2, patches, frames, 64)
+    found = block(torch.cat((cls, x.transpose(1, 2).flatten(1, 2)), 1), frames)
+    joint = style == 'frozen-joint'
+    y = block.norm3(x).flatten(1, 2) if joint else block.norm3(x).flatten(0, 1)
+    mixed = x + block.alpha_timeattn.tanh() * block.time_mamba(y).view_as(x)
+    answers = [block.attn(block.norm1(torch.cat((cls, mixed[:, :, t]), 1))) for t in range(frames)]
+    cls = cls + sum(y[:, :1] for y in answers) / frames
+    x = (mixed if style == 'timesformer-div' else x) \
+        + torch.stack([y[:, 1:] for y in answers], dim=2)
+    expected = [y + block.mlp(block.norm2(y)) for y in (cls, x.transpose(1, 2).flatten(1, 2))]
+    assert_close(found, torch.cat(expected, 1), 1e-5)
 
 
 @pytest.mark.parametrize('kind', [ViViM, TimeMamba])

@@ -90,6 +90,15 @@ def test_wrong_inputs(arch, shape, message):
         VideoMamba(arch)(torch.randn(shape))
 
 
+@pytest.mark.parametrize('out_type', ['featmap', 'cls_token', 'raw'])
+def test_dtype_of_the_outputs(out_type):
+    """That of the weights, though the residual stream is fp32."""
+    model = random_model(CLIP, out_type=out_type, out_indices=(0, 2))
+    with torch.autocast('cpu', torch.bfloat16):
+        assert {y.dtype for y in model(clip())} == {torch.float32}
+    assert {y.dtype for y in model.bfloat16()(clip().bfloat16())} == {torch.bfloat16}
+
+
 def test_wrong_out_type():
     with pytest.raises(ValueError, match="out_type='avg' does not exist; choose one of .*'raw'"):
         VideoMamba(CLIP, out_type='avg')
@@ -228,6 +237,8 @@ def test_masked_pre_training():
     assert model.backbone.blocks[2].mixer.out_proj.weight.grad.any()
     with pytest.raises(ValueError, match='num_features=3 with interval=2 asks for more blocks'):
         MaskedVideoMamba(VideoMamba(CLIP), 5, num_features=3, interval=2)
+    with pytest.raises(ValueError, match="order='spatial-first'.*got 'alternate'"):
+        MaskedVideoMamba(VideoMamba(dict(CLIP, order='alternate')), 5)
 
 
 @pytest.mark.parametrize('pool, clips, frames', [
@@ -245,3 +256,29 @@ def test_video_encoder(pool, clips, frames):
 def test_wrong_pool():
     with pytest.raises(ValueError, match="pool='max' does not exist; choose one of .*'cls.avg'"):
         VideoEncoder(VideoMamba(CLIP), pool='max')
+
+
+def test_the_encoder_in_a_file_of_clips_and_texts(tmp_path):
+    """By its prefix, or as the only one there; what it was decoded and pooled with is left out."""
+    source = random_model(CLIP)
+    state = SPEC.official(source)[0]
+    state['norm.weight'] = state.pop('norm_f.weight')
+    state |= {'clip_decoder.0.head.weight': torch.ones(5, 8), 'pool_norm.bias': torch.ones(8)}
+    content = {f'vision_encoder.{k}': v for k, v in state.items()} | {
+        'text_encoder.bert.pooler.weight': torch.ones(2, 2), 'clip_teacher.proj': torch.ones(2)}
+    torch.save(dict(model=content), tmp_path / 'a.pth')
+    for prefix in ('vision_encoder', None):
+        model = VideoMamba(CLIP)
+        model.load_pretrained(str(tmp_path / 'a.pth'), prefix=prefix)
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, source.state_dict()[key]), key
+
+
+@pytest.mark.parametrize('build, parameters', [
+    (lambda: DistilledVideoMamba(VideoMamba('middle'), 1000, 384), 74_439_592),
+    (lambda: DistilledVideoMamba(VideoMamba('base'), 1000, 384), 97_894_504),
+    (lambda: MaskedVideoMamba(VideoMamba('middle_f8'), 512), 73_941_504),
+    (lambda: VideoEncoder(VideoMamba('middle_f8'), 512), 73_942_656)])
+def test_as_many_parameters_as_the_official_code(build, parameters):
+    with torch.device('meta'):
+        assert sum(p.numel() for p in build().parameters()) == parameters

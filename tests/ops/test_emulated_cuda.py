@@ -164,7 +164,7 @@ def test_norm(dim, dtype):
     check_norm(on_cpu(2, dim, 5, 7, dtype=dtype))
 
 
-# --- any N, fp32, selective_scan ---------------------------------------------------------------
+# --- any N, fp32 ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('shape', [
     (1, 32, 1, 1, 1, 4, 2), (3, 20, 1, 40, 4, 4, 1), (1, 33, 37, 1, 16, 2, 3),
@@ -189,11 +189,6 @@ def test_scans_in_spans(state):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=['fp32', 'fp16'])
 def test_gpus_and_any_state(gpu, dtype):
     scans.check(*scans.make(2, 40, 9, 14, 16, 4, 3, dtype=dtype, device='cpu'))
-
-
-@pytest.mark.usefixtures('divided')
-def test_selective_scan_without_skip_and_bias_and_in_spans():
-    scans.check_selective_scan_without_skip_and_bias('cpu')
 
 
 def test_logs_of_scans():

@@ -1,4 +1,4 @@
-"""The kernels in kernels/scan, which ss2d_scan and selective_scan share, against fp64."""
+"""The kernels in kernels/scan, for ss2d_scan with any number of states, against fp64."""
 
 import pytest
 import torch
@@ -9,14 +9,10 @@ from vmamba_mm.ops.core import launch
 from vmamba_mm.ops.core.launch import pointer
 from vmamba_mm.ops.orders import reference as cross
 from vmamba_mm.ops.scan_kernels import cuda as launches
-from vmamba_mm.ops.selective_scan import chunked as s6_chunked
-from vmamba_mm.ops.selective_scan import cuda as s6_cuda
 from vmamba_mm.ops.ss2d_scan import chunked, large_state, merge
 from vmamba_mm.testing import (
     relative_error,
-    selective_scan_inputs,
     ss2d_scan_inputs,
-    with_grads,
 )
 
 needs_gpu = pytest.mark.gpu(nvidia=True)
@@ -32,7 +28,6 @@ NAMES = ('y', 'x', 'x_proj_weight', 'dt_projs_weight', 'dt_projs_bias', 'A', 'D'
 FINISHES = [(1, 4, 2, 20, 300), (5, 2, 3, 33, 1), (40, 1, 1, 12, 9), (16, 4, 0, 7, 20)]
 MERGES = [(maps, extra, norm) for maps in (1, 2, 4) for extra in (False, True)
           for norm in (False, True)]
-SEQUENCE_NAMES = ('y', 'u', 'delta', 'A', 'B', 'C', 'D', 'delta_bias')
 
 
 def make(batch, dim, height, width, state, routes, rank, dtype=torch.float32, device='cuda'):
@@ -252,64 +247,6 @@ def test_bit_equal_from_run_to_run(dtype):
         assert all(map(torch.equal, first, run(inputs, grad_y)))
 
 
-def run_sequence(inputs, grad_y, softplus=True, out_dtype=torch.float32):
-    values = [inputs.get(name) for name in SEQUENCE_NAMES[1:]]
-    return (s6_cuda.forward(*values, softplus, out_dtype),
-            *s6_cuda.backward(grad_y, *values, softplus))
-
-
-def make_sequence(*shape, dtype=torch.float32, device='cuda'):
-    inputs = selective_scan_inputs(*shape, device=device)
-    inputs.update((name, inputs[name].to(dtype)) for name in ('u', 'delta', 'B', 'C'))
-    rng = torch.Generator(device).manual_seed(1)
-    return inputs, torch.randn(inputs['u'].shape, generator=rng, device=device).to(dtype)
-
-
-def exact_sequence(inputs, grad_y, softplus=True):
-    values = [t if t is None else t.double() for t in map(inputs.get, SEQUENCE_NAMES[1:])]
-    options = None, None, softplus, False, False  # no gate, no states, forward in time
-    return (s6_chunked.forward(*values, *options, torch.float64)[0],
-            *s6_chunked.backward(grad_y.double(), None, *values, *options)[:len(values)])
-
-
-@needs_gpu
-@HALVES
-@pytest.mark.parametrize('length', [104, 101])
-def test_selective_scan_of_halves(dtype, length):
-    inputs, grad_y = make_sequence(2, 2, 40, length, 16, dtype=dtype)
-    results = run_sequence(inputs, grad_y)
-    eps = torch.finfo(dtype).eps
-    assert_within(results, exact_sequence(inputs, grad_y),
-                  [1e-5, eps, eps, 1e-5, eps, eps, 1e-5, 1e-5],
-                  SEQUENCE_NAMES)
-    half = run_sequence(inputs, grad_y, out_dtype=dtype)[0]
-    assert torch.equal(half, results[0].to(dtype))
-    mixed = dict(inputs, delta=inputs['delta'].float())
-    assert relative_error(run_sequence(mixed, grad_y)[0], results[0]) < 1e-5
-
-
-@needs_gpu
-@pytest.mark.usefixtures('divided')
-def test_selective_scan_without_skip_and_bias_and_in_spans():
-    check_selective_scan_without_skip_and_bias('cuda')
-
-
-def check_selective_scan_without_skip_and_bias(device):
-    inputs, grad_y = make_sequence(2, 2, 20, 301, 4, device=device)
-    del inputs['D'], inputs['delta_bias']
-    results, expected = (f(inputs, grad_y) for f in (run_sequence, exact_sequence))
-    assert results[6:] == expected[6:] == (None, None)
-    assert_within(results[:6], expected[:6], [1e-5] * 6, SEQUENCE_NAMES[:6])
-
-
-@needs_gpu
-def test_cuda_is_the_default_backend():
-    inputs, grad_y = make_sequence(1, 2, 20, 37, 4)
-    for backend in (None, 'cuda'):
-        y, grads = with_grads(selective_scan, inputs, grad_y, delta_softplus=True, backend=backend)
-        assert all(map(torch.equal, (y, *grads.values()), run_sequence(inputs, grad_y)))
-
-
 def test_strides_of_what_has_no_gaps():
     x = torch.empty(2, 5, 3, 4).contiguous(memory_format=torch.channels_last)
     assert launches.plain_strides((*x.shape, 1, 4), False) == x.stride()
@@ -317,7 +254,4 @@ def test_strides_of_what_has_no_gaps():
 
 
 def test_reasons_against():
-    inputs = selective_scan_inputs(1, 1, 2, 3, 1)
-    reason = s6_cuda.why_not(*map(inputs.get, SEQUENCE_NAMES[1:]), torch.float32)
-    assert 'not on an NVIDIA GPU' in reason
     assert 'not on an NVIDIA GPU' in large_state.why_not(torch.zeros(1, 2, 3, 3), 1, 16)

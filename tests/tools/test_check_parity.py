@@ -154,6 +154,20 @@ def test_the_official_numbers(tool):
         'is of the backbone with norms, NAME.dense.pth', 'belongs to the classifier, NAME.cls.pth'}
 
 
+#: The folders beside the checkout, but VMamba's, which is their root.
+FOLDERS = [f.system or f.name for f in FAMILIES.values() if f.parity is not None
+           and (PARITY / (f.system or f.name)).is_dir()]
+
+
+@pytest.mark.parametrize('folder', FOLDERS)
+def test_the_official_numbers_of_every_system(tool, folder):
+    rows = list(tool.check_folder(PARITY / folder))
+    assert failed(rows) == []
+    files = {p.name for p in (PARITY / folder).iterdir()
+             if p.suffix in ('.pt', '.pth') and not p.name.endswith('.expected.pt')}
+    assert {row.file for row in rows} >= files
+
+
 # --- a made-up family with every kind of case -----------------------------------------------------
 
 #: What is compared, without the parameters' gradients.

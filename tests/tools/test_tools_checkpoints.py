@@ -262,3 +262,31 @@ def test_a_name_of_the_zoo_tells_the_family(of_two_families, monkeypatch):
     assert all(torch.equal(v, state[f'backbone.{k}']) for k, v in model.state_dict().items())
     with pytest.raises(UserError, match='Vim and of VideoMamba'):
         read_checkpoint('vmamba_mm://vmamba/tiny_s1l8')  # it is of neither
+
+
+def test_the_model_that_weights_are_for_tells_the_family(of_two_families, monkeypatch):
+    """Of the tools it is that of the config; and of what was published the zoo knows."""
+    from mmengine.config import Config
+
+    from vmamba_mm import zoo
+    from vmamba_mm.checkpoints.files import read_checkpoint
+    from vmamba_mm.errors import UserError
+    from vmamba_mm.families import FAMILIES
+    from vmamba_mm.mm import cli
+
+    path, model = of_two_families
+    cfg = Config(dict(model=dict(type='Distiller', parts=[
+        dict(backbone=dict(type='vmamba_mm.VideoMamba')), dict(type='VMamba')])))
+    likely = cli.families_of(cfg)
+    assert [family.name for family in likely] == ['vmamba', 'videomamba']
+    state = read_checkpoint(path, keep_places=True, likely=likely)['state_dict']
+    assert set(model.state_dict()) == {k.removeprefix('backbone.') for k in state
+                                       if not k.startswith('head.')}
+    for nobody in ((), [FAMILIES['vmamba']], [FAMILIES['vim'], FAMILIES['videomamba']]):
+        with pytest.raises(UserError, match='of Vim and of VideoMamba: say which'):
+            read_checkpoint(path, likely=nobody)
+    assert cli.families_of(Config(dict(work_dir='a'))) == []
+    # The address that mmpretrain's hub has.
+    address = zoo.find('videomamba/tiny').weights
+    monkeypatch.setattr('vmamba_mm.checkpoints.files.fetch', lambda source: path)
+    assert set(read_checkpoint(address)['state_dict']) == set(state)

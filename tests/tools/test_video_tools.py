@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from test_tools_errors import assert_one_line
 from videos import cut, write_video
 
+from vmamba_mm.errors import UserError
 from vmamba_mm.mm import cli, flops
 from vmamba_mm.paths import CONFIGS
 
@@ -155,3 +157,9 @@ def test_flops_of_a_clip(project, mm):
     assert one.notes == ['one clip of 4 frames'] and two.notes == ['one clip of 8 frames']
     tokens = (8 * 4 + 1) / (4 * 4 + 1)
     assert tokens - 0.1 < two.flops / one.flops < 2
+
+
+def test_without_pyav(project, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'av', None)  # as if it were not installed
+    with pytest.raises(UserError, match='the package av is not installed.*pip install av'):
+        cli.load_config(str(project()))

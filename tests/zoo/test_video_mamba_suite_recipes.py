@@ -47,6 +47,8 @@ def test_a_step_and_an_evaluation(leaf, load):  # noqa: F811
     frames = SPECS[model.backbone.family.name].model.clip_length(model.backbone.arch)
     clips = torch.randint(0, 255, (2, 2, 3, frames, 16, 16), dtype=torch.uint8)
     data = dict(inputs=clips, data_samples=[DataSample().set_gt_label(i) for i in (1, 3)])
+    features, = model.train().extract_feat(torch.randn(64, 3, frames, 16, 16))
+    assert (features == 0).float().mean() == pytest.approx(0.5 if 'ek100' in leaf else 0, abs=0.05)
     _, wrapper = settings_of(model, cfg)
     before = model.backbone.cls_token.detach().clone()
     loss = model.train_step(copy.deepcopy(data), wrapper)['loss']

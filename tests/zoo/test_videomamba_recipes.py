@@ -20,7 +20,13 @@ PUBLISHED = {
     ('k400', 'tiny'): (2e-4, 70, 0.1, 0.1), ('k400', 'small'): (2e-4, 50, 0.35, 0.05),
     ('k400', 'middle'): (1e-4, 50, 0.8, 0.05), ('k400', 'mask'): (1e-4, 45, 0.4, 0.05),
     ('ssv2', 'tiny'): (4e-4, 35, 0.1, 0.1), ('ssv2', 'small'): (4e-4, 30, 0.35, 0.05),
-    ('ssv2', 'middle'): (4e-4, 30, 0.8, 0.05), ('ssv2', 'mask'): (1e-4, 30, 0.4, 0.05)}
+    ('ssv2', 'middle'): (4e-4, 30, 0.8, 0.05), ('ssv2', 'mask'): (1e-4, 30, 0.4, 0.05),
+    ('breakfast', 'tiny'): (2e-4, 70, 0.1, 0.1), ('breakfast', 'small'): (2e-4, 50, 0.4, 0.05),
+    ('breakfast', 'middle'): (2e-4, 50, 0.8, 0.05), ('breakfast', 'mask'): (2e-4, 45, 0.4, 0.05),
+    ('coin', 'tiny'): (2e-4, 40, 0.1, 0.1), ('coin', 'small'): (2e-4, 35, 0.4, 0.05),
+    ('coin', 'middle'): (2e-4, 30, 0.8, 0.05), ('coin', 'mask'): (2e-4, 30, 0.4, 0.05)}
+#: data set -> classes, clips of a test
+DATA = {'k400': (400, 4), 'ssv2': (174, 2), 'breakfast': (10, 4), 'coin': (180, 10)}
 #: The same of models that continue at a larger size, by the first word of theirs: epochs, warm-up.
 LARGER = {('k400', 'tiny'): (10, 2), ('k400', 'small'): (6, 1), ('k400', 'middle'): (6, 1),
           ('ssv2', 'tiny'): (10, 2), ('ssv2', 'small'): (10, 2), ('ssv2', 'middle'): (10, 2)}
@@ -77,11 +83,14 @@ def test_clips(leaf, load):  # noqa: F811
     policy = augment['vmamba_mm.RandAugment']
     assert (policy.num_policies, policy.magnitude_level, policy.magnitude_std) == (
         (2, 5, 0.25) if size == 'tiny' else (4, 7, 0.5))
-    assert ('vmamba_mm.RandomFlip' in augment) == (data == 'k400')
+    assert ('vmamba_mm.RandomFlip' in augment) == (data != 'ssv2')
     resize, crop = val[1].transforms
     assert resize.scale == crop.crop_size == test[1].transforms[0].scale == side
-    assert test[2].crop_size == side and test[0].num_clips == (4 if data == 'k400' else 2)
-    assert cfg.model.head.num_classes == (400 if data == 'k400' else 174)
+    assert test[2].crop_size == side
+    assert (cfg.model.head.num_classes, test[0].num_clips) == DATA[data]
+    assert cfg.data_preprocessor.num_classes == cfg.model.head.num_classes
+    roots = {cfg[f'{kind}_dataloader'].dataset.data_root for kind in ('train', 'val', 'test')}
+    assert len(roots) == 1 and (roots == {'data/kinetics400'}) == (data == 'k400')
 
 
 @pytest.mark.parametrize('leaf', IMAGES)
@@ -205,3 +214,27 @@ def test_auto_augment(load):  # noqa: F811
             names = {'ColorTransform': 'Color', 'Shear': f'Shear{axis}',
                      'Translate': f'Translate{axis}Rel'}
             assert names.get(ours.type, ours.type) == op.name
+
+
+@pytest.mark.parametrize('leaf, kind', [
+    ('configs/videomamba/videomamba-tiny_8xb256_in1k-448.py', 'image'),
+    ('configs/videomamba/videomamba-small-f16_16xb12_ssv2-288.py', 'clip'),
+    ('configs/videomamba/videomamba-small-f8_8xb64_k400-224.py', 'image')])
+def test_starts(leaf, kind, load, tmp_path, monkeypatch):  # noqa: F811
+    """From an official file of the smaller size, head included, or from one of images."""
+    source = SPEC.random_model(SPEC.archs[kind])
+    state, = SPEC.official_classifiers(source, 5)
+    torch.save(dict(model=state), tmp_path / 'a.pth')
+    monkeypatch.setattr('vmamba_mm.checkpoints.files.weights_of',
+                        lambda name: str(tmp_path / 'a.pth'))
+    cfg, published = load(leaf), load(leaf).model
+    inflates = 'f8' in leaf
+    arch = SPEC.archs['clip'] if inflates else dict(SPEC.archs[kind], image_size=12)
+    cfg = make_small(cfg, arch)
+    cfg.model.backbone.init_cfg = published.backbone.init_cfg
+    model = build_model(cfg)
+    model.init_weights()
+    ours, theirs = model.backbone.state_dict(), source.state_dict()
+    assert torch.equal(ours[SPEC.a_weight], theirs[SPEC.a_weight])
+    assert torch.equal(ours['spatial_pos_embed'], theirs['spatial_pos_embed']) == inflates
+    assert torch.equal(model.head.fc.weight, state['head.weight']) != inflates

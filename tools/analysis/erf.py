@@ -267,7 +267,8 @@ def main():
             raise UserError(f'{name}: the model {type(model).__name__} has no backbone')
         native, load = find_size(cfg, model.backbone), Loader(cfg, model, name)
         if file != NONE:  # before the first run, which takes long
-            state, _ = check_fits(model, read_checkpoint(file, args.weights), file)
+            state, _ = check_fits(model, read_checkpoint(
+                file, args.weights, likely=cli.families_of(cfg)), file)
         print(f'{name}, {BEFORE}')
         erfs[name, BEFORE] = measure(model.to(device), paths, args, name, native, load)
         if file != NONE:

@@ -132,14 +132,17 @@ def print_published(tables):
     for table in tables:
         digits = digits_of(TABLES[table])
         height, width = task_named(TABLES[table][0].task).image
-        print(f'\n{table}, {height}x{width}\n{"":14}{"parameters":>24}{"FLOPs":>29}\n'
-              f'{"":14}{"counted":>13}{"published":>11}{"counted":>10}{"all":>10}'
+        names = [f'{entry.family}/{entry.arch}' for entry in TABLES[table]]
+        wide = max(map(len, names)) + 1
+        print(f'\n{table}, {height}x{width} unless the name says more\n'
+              f'{"":{wide}}{"parameters":>24}{"FLOPs":>29}\n'
+              f'{"":{wide}}{"counted":>13}{"published":>11}{"counted":>10}{"all":>10}'
               f'{"published":>11}')
-        for entry in TABLES[table]:
+        for name, entry in zip(names, TABLES[table], strict=True):
             count = flops.count(cli.load_config(str(entry.path)))
             verdict = compare(entry, count, digits)
             total = count.flops + sum(count.extras.values())
-            print(f'{entry.arch:14}{count.parameters:>13,}{f"{entry.parameters / 1e6:.0f} M":>11}'
+            print(f'{name:{wide}}{count.parameters:>13,}{f"{entry.parameters / 1e6:.0f} M":>11}'
                   f'{count.flops / 1e9:>10.3f}{total / 1e9:>10.3f}'
                   f'{f"{entry.flops / 1e9:.{digits}f} G":>11}  {verdict}', flush=True)
             counts.append((table, entry.arch, count, dict(

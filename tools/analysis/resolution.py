@@ -105,8 +105,8 @@ class Subject:
         self.has_size = any('img_size' in inspect.signature(base.__init__).parameters
                             for base in backbone.__mro__)
         if checkpoint != NONE:
-            self.state, _ = check_fits(model, read_checkpoint(checkpoint, args.weights),
-                                       checkpoint)
+            held = read_checkpoint(checkpoint, args.weights, likely=cli.families_of(cfg))
+            self.state, _ = check_fits(model, held, checkpoint)
 
     def config_at(self, size):
         cfg = copy.deepcopy(self.cfg)

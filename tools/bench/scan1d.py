@@ -7,8 +7,8 @@ sample and at most 64 channels of the row, at its full length.
 Peers: mamba-ssm's CUDA scan where it is installed, else published anchors, measured by us on an
 H200 (they compare on the same GPU only); and a port of the pipeline around it that the official
 code of a bidirectional mixer runs: two convolutions, two projections, two scans, two flips, gate,
-sum. Without mamba-ssm the port has this package's convolution and, for its scans, the anchors' ratio
-to ours: its time is then marked with ~.
+sum. Its convolution is this package's. Without mamba-ssm the port is timed without its scans, and
+the anchors of two scans are added: such a time is marked with ~.
 """
 
 import argparse

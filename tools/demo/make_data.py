@@ -27,8 +27,8 @@ DEFAULTS = dict(
     seed=0,
     cls_size=56, cls_tile=(48, 58), cls_per_class=(400, 100),
     scene_size=128, scene_tile=(34, 64), scene_digits=(2, 5), scenes=(600, 100),
-    clip_size=64, clip_tile=(32, 40), clip_way=(20, 28), clip_frames=16, clip_rate=8,
-    clip_digits=(0, 1), clips_per_class=(200, 40),
+    clip_size=40, clip_tile=(20, 25), clip_way=(14, 17), clip_frames=12, clip_rate=8,
+    clip_digits=(0, 1), clips_per_class=(300, 40),
 )
 PARTS = ('imagenet', 'coco', 'ade20k', 'clips')
 # The id of a set is a hash of these settings and of the code that draws it.

@@ -15,15 +15,17 @@ def fitted(path, width):
     return image.resize((width, round(image.height * width / image.width)), Image.LANCZOS)
 
 
-def needs_room(path):
+def choose_columns(path):
     with Image.open(path) as image:
-        return image.width > 1.5 * image.height or image.width > 400
+        if image.width > 2.5 * image.height:
+            return 2
+        return 3 if image.width > 1.5 * image.height or image.width > 400 else 4
 
 
 def contact_sheet(path, title, lines, curves, folder):
     """Write the page and return its path."""
     files = [p for p in sorted(Path(folder).rglob('*')) if p.suffix.lower() in ('.png', '.jpg')]
-    columns = 3 if files and needs_room(files[0]) else 4
+    columns = choose_columns(files[0]) if files else 4
     cell = (WIDTH - PAD * (columns + 1)) // columns
     pictures = [fitted(p, cell) for p in files]
     curve = [fitted(curves, WIDTH - 2 * PAD)] if Path(curves).is_file() else []

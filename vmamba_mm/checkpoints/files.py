@@ -10,7 +10,7 @@ import re
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from vmamba_mm.checkpoints.names import infer_arch, infer_task, to_mm
 from vmamba_mm.checkpoints.prefixes import find_models
 from vmamba_mm.errors import UserError
 from vmamba_mm.families import FAMILIES, Family, SeveralFamilies
-from vmamba_mm.zoo import SCHEME, find, published_sha256, weights_of
+from vmamba_mm.zoo import SCHEME, published_at, published_sha256, weights_of
 
 WEIGHTS = ('auto', 'model', 'model_ema')
 #: Where trainers keep weights, in the order of preference where there are several.
@@ -39,7 +39,8 @@ _LONG = 20 << 20  # bytes of a download that shows its progress
 
 def read_checkpoint(source: str | os.PathLike, weights: str = 'auto',
                     map_location: Any = 'cpu', keep_places: bool = False,
-                    family: Family | None = None) -> dict[str, Any]:
+                    family: Family | None = None, likely: Collection[Family] = ()
+                    ) -> dict[str, Any]:
     """Read a checkpoint of any format; weights of our families come under our names.
 
     No code of the file runs: besides tensors, plain values, numpy arrays and mmengine's history,
@@ -62,6 +63,8 @@ def read_checkpoint(source: str | os.PathLike, weights: str = 'auto',
         family: the family that is meant, so that weights that are only in part those of one of its
             models are found as well. None recognises a family only where the names are exactly
             those of its models (:func:`vmamba_mm.families.family_of`).
+        likely: families of which one is meant where the names are those of several, such as that of
+            the model that the weights are for.
 
     Returns:
         ``{'meta': ..., 'state_dict': ...}``, with all else that a checkpoint of mmengine holds.
@@ -80,23 +83,24 @@ def read_checkpoint(source: str | os.PathLike, weights: str = 'auto',
     try:
         return select_weights(content, weights, path, keep_places, family)
     except SeveralFamilies as err:
-        told = told_family(source, content)
-        if told in err.families:
-            return select_weights(content, weights, path, keep_places, told)
+        told = [told_family(source, content)]
+        told = [f for f in err.families if f in (told if any(told) else likely)]
+        if len(told) == 1:
+            return select_weights(content, weights, path, keep_places, told[0])
         if keep_places and err.prefix:
             return content  # the model that has them inside it knows its own names
         raise UserError(f'{path}: {err}') from err
 
 
 def told_family(source: str | os.PathLike, content: Any) -> Family | None:
-    """The family that a name of the zoo, or a file of convert_checkpoint.py, says in words.
+    """The family that a name or an address of the zoo, or a file of convert_checkpoint.py, tells.
 
     Args:
         source: as of :func:`read_checkpoint`.
         content: of the file.
     """
-    if os.fspath(source).startswith(SCHEME):
-        return FAMILIES.get(find(os.fspath(source).removeprefix(SCHEME)).family)
+    if entry := published_at(os.fspath(source)):
+        return FAMILIES.get(entry.family)
     meta = content.get('meta') if isinstance(content, Mapping) else None
     return FAMILIES.get(meta.get('family')) if isinstance(meta, Mapping) else None
 

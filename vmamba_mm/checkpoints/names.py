@@ -35,7 +35,8 @@ def to_mm(state_dict: StateDict, keep_places: bool = False,
 
     The only model of a state dict comes to ``backbone.``, whatever the trainer called its place
     (``net.``, ``net.backbone.``), if all else lies there with it, but for the weights of a loss or
-    the state of a metric, which are dropped. Else models stay where they are.
+    the state of a metric, which are dropped. So does that of an official classifier from its
+    family's own place (``Family.place``). Else models stay where they are.
 
     Args:
         state_dict: the weights.

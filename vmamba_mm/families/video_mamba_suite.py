@@ -14,10 +14,14 @@ LICENCE = 'MIT'
 URL = 'https://github.com/OpenGVLab/video-mamba-suite'
 
 #: Official options of models that all of ours have in common, or that change no number in fp32.
-_AS_PUBLISHED = dict(rms_norm=True, if_abs_pos_embed=True, if_rope=False, if_rope_residual=False,
-                     bimamba_type='v2', if_cls_token=True, use_middle_cls_token=True,
+_AS_PUBLISHED = dict(rms_norm=True, norm_epsilon=1e-5, if_abs_pos_embed=True, if_rope=False,
+                     if_rope_residual=False, if_bimamba=False, bimamba_type='v2',
+                     if_bidirectional=False, if_cls_token=True, use_middle_cls_token=True,
+                     use_double_cls_token=False, flip_img_sequences_ratio=-1.0,
                      is_tanh_gating=True, ln_pre=True, use_flash_attn=True)
-_WITHOUT_EFFECT = ('residual_in_fp32', 'fused_add_norm', 'drop_path_rate', 'init_layer_scale')
+_WITHOUT_EFFECT = ('residual_in_fp32', 'fused_add_norm', 'drop_rate', 'drop_path_rate',
+                   'attn_drop_rate', 'init_layer_scale', 'qkv_bias', 'time_init', 'ft_seq_len',
+                   'pt_hw_seq_len')
 
 
 def _subject(file: str, options: Options) -> Subject:

@@ -136,11 +136,11 @@ _LAST = {'none': 'mixer', 'add': 'stream', 'add & norm': 'normed'}
 
 def _parity_arch(kwargs: Options) -> dict[str, Any]:
     """Our ``arch`` for the arguments of the official ``VisionMamba``, of images, det or seg."""
-    for key, value in dict(norm_epsilon=1e-5, if_abs_pos_embed=True, drop_rate=0.0).items():
+    for key, value in dict(norm_epsilon=1e-5, if_abs_pos_embed=True).items():
         kwargs.require(key, value)
     # Of one function in fp32; what only training has; and what has no effect.
-    kwargs.ignore('residual_in_fp32', 'fused_add_norm', 'drop_path_rate', 'ft_seq_len',
-                  'use_checkpoint')
+    kwargs.ignore('residual_in_fp32', 'fused_add_norm', 'drop_rate', 'drop_path_rate',
+                  'ft_seq_len', 'use_checkpoint', 'if_devide_out')
     size, patch = kwargs.get('img_size', 224), kwargs.get('patch_size', 16)
     cls_token = 'none'
     for key, kind in (('use_middle_cls_token', 'middle'), ('use_double_cls_token', 'double')):
@@ -201,12 +201,14 @@ def _dense(kwargs: Options, backbone: dict[str, Any]) -> dict[str, Any]:
 
 def _parity_segmentor(kwargs: Options, backbone: dict[str, Any]) -> Subject:
     last = kwargs.require('last_layer_process', *_LAST) or 'none'
-    is_stream = kwargs.get('use_residual_as_feature', False)
-    if is_stream == (last == 'none'):
-        raise ValueError(f'kwargs.last_layer_process={last!r} with use_residual_as_feature='
-                         f'{is_stream} has no counterpart here')
-    arguments = dict(_dense(kwargs, backbone), out_indices=tuple(kwargs['out_indices']),
-                     features=_LAST[last])
+    indices, features = tuple(kwargs['out_indices']), 'mixer'
+    if kwargs.get('use_residual_as_feature', False):  # else the other option has no effect
+        has_last = indices[-1] == backbone['arch']['depth'] - 1
+        if has_last and last == 'none':
+            raise ValueError("kwargs.last_layer_process='none' with use_residual_as_feature=True "
+                             'has no counterpart here')
+        features = _LAST[last] if has_last else 'stream'
+    arguments = dict(_dense(kwargs, backbone), out_indices=indices, features=features)
     model = Build('vmamba_mm.models:Vim', arguments)
     if not kwargs.get('if_fpn', True):
         return Subject(model, Call(view=list), load=dict(resize='published'),
@@ -251,9 +253,9 @@ def _convert_dense(state, prefix, parts):
 
 
 def _parity_detector(kwargs: Options, options: Options, backbone: dict[str, Any]) -> Subject:
-    kwargs.require('last_layer_process', 'add')
+    last = kwargs.require('last_layer_process', 'none', 'add') or 'none'
     dims, channels = backbone['arch']['embed_dims'], options['out_channels']
-    model = Build('vmamba_mm.models:Vim', dict(_dense(kwargs, backbone), features='stream'))
+    model = Build('vmamba_mm.models:Vim', dict(_dense(kwargs, backbone), features=_LAST[last]))
     neck = Build('vmamba_mm.heads:SimpleFeaturePyramid', dict(
         in_channels=dims, out_channels=channels))
     return Subject(

@@ -157,6 +157,9 @@ class MaskedVideoMamba(nn.Module):
         if not 1 <= num_features or (num_features - 1) * interval >= depth:
             raise ValueError(f'num_features={num_features} with interval={interval} asks for more '
                              f'blocks than the {depth} of the backbone')
+        if any(backbone.is_temporal_first):
+            raise ValueError("masked tokens need order='spatial-first' of the backbone's arch, got "
+                             f'{backbone.arch["order"]!r}')
         self.backbone = backbone
         self.out_blocks = [depth - 1 - i * interval for i in range(num_features)]
         self.normalize, self.add_last = normalize, add_last
@@ -249,7 +252,8 @@ class ClipDecoder(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.head(x))
+        # The residual stream is fp32 in a model of halves too.
+        return self.norm(self.head(x.to(self.head.weight.dtype)))
 
 
 def sinusoids(length: int, dims: int) -> Tensor:

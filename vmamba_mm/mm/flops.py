@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vmamba_mm.ops  # noqa: F401 (registers the formulas)
 from vmamba_mm.config import type_name
 from vmamba_mm.errors import UserError
+from vmamba_mm.families import resolve_arch
 from vmamba_mm.mm.cli.configs import datasets_of, find_task
 from vmamba_mm.mm.cli.runs import model_settings, sync_to_plain_batch_norm
 from vmamba_mm.mm.sources import VIDEO
@@ -74,8 +75,8 @@ def count(cfg, shape=None, device=None):
 
     Args:
         cfg: the config, as of :func:`vmamba_mm.mm.cli.load_config`.
-        shape: (H, W) of the image, by default that of the task's published numbers; a detector's
-            is padded as its data_preprocessor says.
+        shape: (H, W) of the image, by default that of the task's published numbers, of a classifier
+            that of its arch if it says one; a detector's is padded as its data_preprocessor says.
         device: where to count, as 'cpu'; by default on meta, and on a CPU where that fails.
 
     Raises:
@@ -85,7 +86,7 @@ def count(cfg, shape=None, device=None):
     if shape is None and task is None:
         raise UserError(f'{cfg.filename} is of no known task: give the size of its image by '
                         '--shape')
-    shape = tuple(shape or task.image)
+    shape = tuple(shape or task.name in ('cls', 'video') and find_image_size(cfg) or task.image)
     forward = _FORWARDS.get(task and task.name, _forward_tensor)
     if task is not None and task.source is VIDEO:
         forward = functools.partial(_forward_clip, _num_frames(cfg))
@@ -109,6 +110,19 @@ def count(cfg, shape=None, device=None):
         return result
     raise UserError(f'the model cannot be run on an image of {shape[0]}x{shape[1]}: '
                     f'{type(failure).__name__}: {failure}') from failure
+
+
+def find_image_size(cfg):
+    """(H, W) of the images that a config's arch is made for; None if it says none."""
+    from mmengine.registry import MODELS
+
+    settings = cfg.model.get('backbone') or {}
+    backbone = MODELS.get(settings.get('type')) if isinstance(settings.get('type'), str) else None
+    if not hasattr(backbone, 'family'):
+        return None
+    arch = resolve_arch(backbone.family, settings.get('arch') or backbone.default_arch)
+    size = arch.get('image_size')
+    return (size, size) if isinstance(size, int) else size
 
 
 def count_module(model, shape):

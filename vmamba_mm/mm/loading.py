@@ -27,14 +27,14 @@ from vmamba_mm.zoo import SCHEME
 PREFIXES = ('', 'file://', 'http://', 'https://', SCHEME)
 
 
-def register(weights='auto'):
-    """Register the loader; ``weights`` as in ``read_checkpoint``.
+def register(weights='auto', likely=()):
+    """Register the loader; arguments as in ``read_checkpoint``.
 
     Which model the weights go to is not known here: they keep their places.
     """
 
     def load_from_vmamba_mm(filename, map_location=None):
-        return read_checkpoint(filename, weights, map_location, keep_places=True)
+        return read_checkpoint(filename, weights, map_location, keep_places=True, likely=likely)
 
     CheckpointLoader.register_scheme(PREFIXES, load_from_vmamba_mm, force=True)
 

@@ -9,9 +9,9 @@ import numpy as np
 def _clip_to_sheet(clips):
     """The frames of the first view (V, T, H, W, C) in rows, as one image with white lines."""
     frames, line = clips[0], 2
-    columns = min(len(frames), max(4, round(len(frames) ** 0.5)))
     count, height, width, channels = frames.shape
-    rows = -(-count // columns)
+    rows = -(-count // max(4, round(count ** 0.5)))
+    columns = -(-count // rows)  # rows of one length, as far as it goes
     sheet = np.full((rows * (height + line) - line, columns * (width + line) - line, channels), 255,
                     frames.dtype)
     for i, frame in enumerate(frames):

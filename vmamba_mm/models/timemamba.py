@@ -108,9 +108,10 @@ class TimeMamba(Backbone):
             that differ from it. The default is 'base_vanilla'.
         out_type: 'featmap' for maps of the blocks in ``out_indices``; 'cls_token' for the class
             token, the clip's feature, after the last block alone.
+        out_indices: blocks to return; the last by default, which goes through the norm.
         drop_path_rate: of the MLPs.
-        out_indices, frozen_stages, norm_eval, with_cp, in_channels, compile, init_cfg: as of
-            :class:`Backbone`.
+        frozen_stages, norm_eval, with_cp, in_channels, compile, init_cfg: as of
+            :class:`Backbone`, a stage being a block.
 
     Shape:
         (B, in_channels, T, H, W), any T, to a tuple: of (B, C, T, h, w) with h = H // patch_size,

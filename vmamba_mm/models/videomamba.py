@@ -207,9 +207,12 @@ class VideoMamba(Backbone):
     def add_and_norm(self, i: int, hidden: Tensor, residual: Tensor) -> Tensor:
         """The output of block ``i``: the sum of both, through the norm if the block is the last."""
         norm = self.output_norm(i)
-        if norm is None:
-            return residual + hidden
-        return sum_and_norm(norm, residual, hidden, None)[1].to(hidden.dtype)
+        y = residual + hidden if norm is None else sum_and_norm(norm, residual, hidden)[1]
+        return y.to(self.spatial_pos_embed.dtype)
+
+    def norm_output(self, i: int, x: Tensor) -> Tensor:
+        # Of a sum that is fp32 in a half too.
+        return super().norm_output(i, x).to(self.spatial_pos_embed.dtype)
 
     def _to_spatial_first(self, i, tokens, patches):
         return _transpose(tokens, patches, False) if self.is_temporal_first[i] else tokens

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,7 +60,7 @@ class Vim(Backbone):
         out_indices: blocks to return; the last by default.
         out_type: 'featmap' for the patches as maps; 'cls_token' for the class token (the mean of
             both, if it is double), which is the feature of the published classifiers; 'raw' for
-            all tokens in their order.
+            all tokens in the order in which the blocks read them.
         features: what of the blocks in ``out_indices`` is returned: 'normed', the sum of all
             blocks up to there, which for the last block goes through the norm; 'stream', the
             sums alone; or 'mixer', what the mixer of each block has added (as the published
@@ -152,22 +152,9 @@ class Vim(Backbone):
         self._init_parameters()
 
     def _init_parameters(self):
-        """As published: mixers start as Mamba's, but dt of the backward direction with 0."""
-        # LeCun's, divided as timm does for a normal that is cut off, which this one hardly is.
-        fan_in, names = self.patch_embed.proj.weight[0].numel(), _CLS_TOKENS[self.arch['cls_token']]
-        nn.init.trunc_normal_(self.patch_embed.proj.weight, std=fan_in ** -0.5 / 0.87962566)
-        nn.init.zeros_(self.patch_embed.proj.bias)
-        for embed in (self.pos_embed, *(getattr(self, name) for name in names)):
-            nn.init.trunc_normal_(embed, std=0.02)
-        for block in self.blocks:
-            mixer = block.mixer
-            nn.init.kaiming_uniform_(mixer.out_proj.weight, a=math.sqrt(5))
-            mixer.out_proj.weight.data /= math.sqrt(len(self.blocks))
-            if hasattr(mixer, 'dt_proj_b'):
-                nn.init.zeros_(mixer.dt_proj_b.bias)
-
-    def _cls_tokens(self) -> list[Tensor]:
-        return [getattr(self, name) for name in _CLS_TOKENS[self.arch['cls_token']]]
+        names = _CLS_TOKENS[self.arch['cls_token']]
+        init_vim(self.patch_embed, (self.pos_embed, *(getattr(self, name) for name in names)),
+                 self.blocks)
 
     # --- forward ------------------------------------------------------------------------------
 
@@ -178,8 +165,7 @@ class Vim(Backbone):
         outs = []
         for i, streams in self._run(tokens, patches, self.out_indices):
             if self.out_type == 'raw':
-                y = self._output(i, streams)
-                outs.append(y.flip(1) if self.arch.get('reverse') else y)
+                outs.append(self._output(i, streams))
             else:
                 cls = [torch.cat(_cls_tokens_of(y, patches, self.arch['cls_token']), dim=1)
                        for y in streams]
@@ -205,9 +191,8 @@ class Vim(Backbone):
         tokens, patches = self.embed(x)
         kind, reverse = self.arch['cls_token'], self.arch.get('reverse', False)
         for _, streams in self._run(tokens, patches, indices):
-            tokens = sum(streams)
-            yield (_cls_tokens_of(tokens, patches, kind),
-                   _to_map(tokens, patches, kind, reverse))
+            total = functools.reduce(torch.add, streams)
+            yield _cls_tokens_of(total, patches, kind), _to_map(total, patches, kind, reverse)
 
     def norm_output(self, i: int, x: Tensor) -> Tensor:
         # Of a sum that is fp32 in a half too.
@@ -217,7 +202,7 @@ class Vim(Backbone):
         """The output of block ``i``, of tokens: (B, ..., C)."""
         norm = self.output_norm(i)
         if norm is None:
-            y = sum(streams)
+            y = functools.reduce(torch.add, streams)
         else:
             hidden, residual = streams
             y = sum_and_norm(norm, residual, hidden)[1]
@@ -322,6 +307,29 @@ class Vim(Backbone):
             except ValueError as err:
                 raise UserError(str(err)) from err
         return adapted
+
+
+def init_vim(patch_embed: PatchEmbed, embeds: Iterable[Tensor], blocks: Sequence[MambaBlock]
+             ) -> None:
+    """Set initial values as published: mixers as Mamba's, but dt of the backward direction 0.
+
+    Args:
+        patch_embed: the projection of patches.
+        embeds: class tokens and embeddings of position.
+        blocks: of the model.
+    """
+    # LeCun's, divided as timm does for a normal that is cut off, which this one hardly is.
+    fan_in = patch_embed.proj.weight[0].numel()
+    nn.init.trunc_normal_(patch_embed.proj.weight, std=fan_in ** -0.5 / 0.87962566)
+    nn.init.zeros_(patch_embed.proj.bias)
+    for embed in embeds:
+        nn.init.trunc_normal_(embed, std=0.02)
+    for block in blocks:
+        mixer = block.mixer
+        nn.init.kaiming_uniform_(mixer.out_proj.weight, a=math.sqrt(5))
+        mixer.out_proj.weight.data /= math.sqrt(len(blocks))
+        if hasattr(mixer, 'dt_proj_b'):
+            nn.init.zeros_(mixer.dt_proj_b.bias)
 
 
 def _choose(**arguments: str) -> None:

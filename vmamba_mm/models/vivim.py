@@ -1,7 +1,6 @@
 """ViViM, the spatio-temporal backbone of Video Mamba Suite (arXiv 2403.09626, section 4.5)."""
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from vmamba_mm.layers import (
 from vmamba_mm.layers.norm import sum_and_norm
 from vmamba_mm.layers.positions import resize_grid, resize_patches, resize_time
 from vmamba_mm.models.base import Backbone
+from vmamba_mm.models.vim import init_vim
 from vmamba_mm.registry import MODELS
 
 # What torch.fx records as it is, since it looks at shapes.
@@ -51,8 +51,9 @@ class ViViM(Backbone):
             it. The default is 'tiny'.
         out_type: 'featmap' for maps of the blocks in ``out_indices``; 'cls_token' for the class
             token, the clip's feature, after the last block alone.
-        out_indices, drop_path_rate, frozen_stages, norm_eval, with_cp, in_channels, compile,
-            init_cfg: as of :class:`Backbone`.
+        out_indices: blocks to return; the last by default, which goes through the norm.
+        drop_path_rate, frozen_stages, norm_eval, with_cp, in_channels, compile, init_cfg: as of
+            :class:`Backbone`, a stage being a block.
 
     Shape:
         (B, in_channels, T, H, W) to a tuple: of (B, C, T, h, w) with h = H // patch_size, or of one
@@ -105,22 +106,7 @@ class ViViM(Backbone):
         self.blocks = nn.ModuleList(MambaBlock(_mixer(arch), RMSNorm(dims), rate, with_cp)
                                     for rate in drop_path_rates)
         self.norm = RMSNorm(dims)
-        self._init_parameters()
-
-    def _init_parameters(self):
-        """As published; mixers start as in Mamba, but dt of the backward direction, with 0."""
-        fan_in = self.patch_embed.proj.weight[0].numel()
-        # LeCun's normal: cut off at two deviations, the deviation is .88 of the one given.
-        nn.init.trunc_normal_(self.patch_embed.proj.weight, std=fan_in ** -0.5 / 0.87962566)
-        nn.init.zeros_(self.patch_embed.proj.bias)
-        for embed in (self.cls_token, self.pos_embed):
-            nn.init.trunc_normal_(embed, std=0.02)
-        for block in self.blocks:
-            mixer = block.mixer
-            nn.init.kaiming_uniform_(mixer.out_proj.weight, a=math.sqrt(5))
-            mixer.out_proj.weight.data /= math.sqrt(len(self.blocks))
-            if hasattr(mixer, 'dt_proj_b'):
-                nn.init.zeros_(mixer.dt_proj_b.bias)
+        init_vim(self.patch_embed, (self.cls_token, self.pos_embed), self.blocks)
 
     def output_norm(self, i: int) -> nn.Module | None:
         return self.norm if i == len(self.depths) - 1 else None

@@ -97,10 +97,13 @@ SPECS.append(replace(spec(
 # What the world of one dimension asks for beside it.
 SPECS.append(replace(spec(
     True, reverse=True, make=make_gated_alone, shapes=((2, 2, 2, 5, 2), (1, 1, 3, 65, 3)),
-    interpreter_shapes=((2, 2, 3, 9, 3),), kernels=('triton',)),
+    interpreter_shapes=((2, 2, 3, 9, 3),), kernel_shapes=((2, 2, 3, 9, 3), (1, 1, 40, 20, 16)),
+    half_shapes=((2, 1, 40, 21, 16),), gpu_shapes=((2, 1, 200, 197, 16),)),
     id='selective_scan with gate, reversed'))
 SPECS.append(replace(spec(
-    True, reverse=True, final=True, make=make_gated, kernels=(),
+    True, reverse=True, final=True, make=make_gated, kernels=('cuda',),
+    kernel_shapes=((2, 2, 3, 11, 2), (1, 1, 1, 1, 1), (1, 1, 40, 20, 16)),
+    half_shapes=((2, 1, 40, 21, 16),), gpu_shapes=((2, 2, 200, 197, 16), (1, 1, 40, 5000, 4)),
     shapes=((2, 2, 2, 5, 2), (1, 1, 1, 1, 1), (2, 1, 3, 2, 1), (1, 2, 2, 17, 16), (1, 1, 3, 65, 3),
             (2, 2, 130, 21, 16)),
     wrong=(('z', cut(2), 'expects z of shape'),
@@ -108,6 +111,7 @@ SPECS.append(replace(spec(
            ('A', lambda A: A.to(torch.complex64), 'complex'))),
     id='selective_scan with gate and states, reversed'))
 SPECS.append(replace(spec(
-    False, final=True, make=make_stateful_positive, kernels=(),
+    False, final=True, make=make_stateful_positive, kernels=('cuda',),
+    kernel_shapes=((2, 2, 3, 11, 2),),
     shapes=((2, 2, 3, 11, 2), (1, 1, 1, 1, 1), (1, 1, 3, 65, 3))),
     id='selective_scan with states'))

@@ -4,7 +4,7 @@ import difflib
 import os
 from pathlib import Path
 
-from vmamba_mm.config import names_of, scopes_of
+from vmamba_mm.config import names_of, scopes_of, type_name
 from vmamba_mm.errors import UserError
 from vmamba_mm.mm.cli.options import parse_options, say_what_is_lost
 from vmamba_mm.mm.compat import prepare_mm, require, require_working
@@ -110,6 +110,20 @@ def _find_class(kind, scope):
         return None
     finally:
         logging.disable(logging.NOTSET)
+
+
+def families_of(cfg):
+    """The families of the models in a config: what a file holds is one of theirs."""
+    from vmamba_mm.families import FAMILIES
+
+    found, parts = set(), [cfg.get('model')]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, dict):
+            found.add(type_name(part))
+        if isinstance(part, dict | list | tuple):
+            parts += part.values() if isinstance(part, dict) else part
+    return [family for family in FAMILIES.values() if family.model in found]
 
 
 def set_work_dir(cfg, args):

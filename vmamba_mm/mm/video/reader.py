@@ -222,8 +222,10 @@ class Video:
                 scale = self.short_side / min(self._size)
                 self._size = tuple(round(side * scale) for side in self._size)
         if frame.image is None:
-            frame.image = picture.to_ndarray(format='bgr24', width=self._size[0],
-                                             height=self._size[1], interpolation='BICUBIC')
+            image = picture.to_ndarray(format='bgr24', width=self._size[0], height=self._size[1],
+                                       interpolation='BICUBIC')
+            # Telephones write how to turn their pictures, counterclockwise, beside them.
+            frame.image = np.rot90(image, round(picture.rotation / 90))
         return frame.image
 
 

@@ -42,9 +42,7 @@ def backward_instance(*args) -> Instance:
 
 # Type, taps, directions, whether channels are adjacent in memory, whether they come in pairs.
 _COMPILED = [('Half', 4, BOTH, True, True), ('BFloat', 4, BOTH, True, True),
-             ('Float', 4, BOTH, True, True), ('Half', 4, FORWARD, True, True),
-             ('Half', 4, FORWARD, False, False), ('BFloat', 3, BACKWARD, False, False),
-             ('Float', 2, BACKWARD, True, False)]
+             ('Half', 4, FORWARD, False, False), ('Float', 2, BACKWARD, True, False)]
 
 #: What is compiled to check it, and the lowest compute capability (75 for 7.5) that it is for.
 INSTANCES: dict[Instance, int] = {

@@ -28,7 +28,7 @@ def gate_instance(type_: str, vector: bool, backward: bool) -> Instance:
 #: What is compiled to check it, and the lowest compute capability (75 for 7.5) that it is for.
 INSTANCES: dict[Instance, int] = {
     gate_instance(type_, vector, backward): 80 if type_ == 'BFloat' else 75
-    for type_, vector in (('Half', True), ('BFloat', True), ('Float', True), ('Half', False))
+    for type_, vector in (('Half', True), ('BFloat', True), ('Float', False))
     for backward in (False, True)}
 
 

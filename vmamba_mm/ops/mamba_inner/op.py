@@ -75,7 +75,8 @@ def mamba_inner(xz: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, x_pro
 
     Returns:
         (B, L, D) without gaps in the dtype of ``xz``, the directions summed, whatever autocast
-        says. It is calculated in fp32 (fp64 for fp64).
+        says. It is calculated in fp32 (fp64 for fp64), but by 'cuda' the projections in the dtype
+        of ``xz``, as under autocast.
 
     Raises:
         ValueError: on shapes that do not fit one another, a complex ``A``, ``reverse`` with K = 2,

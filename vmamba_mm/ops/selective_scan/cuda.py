@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vmamba_mm.ops.core.launch import TYPES, pointer
+from vmamba_mm.ops.core.launch import TYPES, cached, pointer
 from vmamba_mm.ops.scan_kernels import cuda as scan_kernels
 from vmamba_mm.ops.selective_scan import cuda_scan as scans
 from vmamba_mm.ops.selective_scan.cuda_scan import RowStrides, Sizes, Strides, Types
@@ -31,13 +31,6 @@ def _why_not_here(index: int, dtype: torch.dtype, state: int) -> str | None:
     return scans.why_not_on(index, dtype, state)
 
 
-def _sizes(u, A, B, reverse) -> Sizes:
-    batch, channels, length = u.shape
-    routes = B.shape[1]
-    return Sizes(batch, routes, channels // routes, length, A.shape[1],
-                 (1 << routes) - 1 if reverse else 0)
-
-
 def _start(u, delta, B, C, z):
     """Maps in one dtype, without gaps."""
     dtype = u.dtype
@@ -55,37 +48,54 @@ def _as_state(t: Tensor | None) -> Tensor | None:
     return None if t is None else scan_kernels.dense(t.float())
 
 
-def _types(A, D, delta_bias) -> Types:
-    return Types(A.dtype, None if D is None else D.dtype,
-                 None if delta_bias is None else delta_bias.dtype)
+# What follows from sizes and dtypes alone, by what is quick to ask of tensors.
+
+def _dtype(t: Tensor | None) -> torch.dtype | None:
+    return None if t is None else t.dtype
 
 
-def _strides(sizes: Sizes, *names: str) -> tuple[tuple[str, Strides], ...]:
-    of = Strides(sizes.channels * sizes.length, sizes.dim * sizes.length, sizes.length)
-    return tuple([(name, of) for name in names])
+def _arrange(shape, routes, state, reverse, *names):
+    """Sizes, the strides of maps, and those of B and C."""
+    batch, channels, length = shape
+    sizes = Sizes(batch, routes, channels // routes, length, state,
+                  (1 << routes) - 1 if reverse else 0)
+    of = Strides(channels * length, sizes.dim * length, length)
+    return (sizes, tuple((name, of) for name in names),
+            RowStrides(routes * state * length, state * length, length, 1))
 
 
-def _rows(sizes: Sizes) -> RowStrides:
-    one = sizes.state * sizes.length
-    return RowStrides(sizes.routes * one, one, sizes.length, 1)
+@cached
+def _forward_launch(index, dtype, shape, routes, state, A, D, bias, softplus, reverse, out_dtype
+                    ) -> scans.Launch:
+    sizes, strides, rows = _arrange(shape, routes, state, reverse, 'u', 'delta', 'z', 'y')
+    return scans.forward_launch(index, dtype, sizes, False, Types(A, D, bias), softplus, strides,
+                                rows, rows, out_dtype)
 
+
+@cached
+def _backward_launch(index, dtype, shape, routes, state, A, D, bias, softplus, reverse, dB, dC,
+                     gated) -> scans.Launch:
+    sizes, strides, rows = _arrange(shape, routes, state, reverse, 'u', 'delta', 'z', 'y', 'grad',
+                                    'du', 'ddelta', 'dz')
+    return scans.backward_launch(index, dtype, sizes, False, Types(A, D, bias), softplus, strides,
+                                 rows, rows, rows, rows, (dB, dC), gated)
+
+
+# --- on tensors -------------------------------------------------------------------------------
 
 def forward(u, delta, A, B, C, D, delta_bias, z, initial_state, delta_softplus, return_final_state,
             reverse, out_dtype) -> tuple[Tensor, Tensor]:
     """Shapes as in :func:`vmamba_mm.ops.selective_scan`; inputs for which ``why_not`` is None.
 
     The second result is empty without ``return_final_state``."""
-    sizes = _sizes(u, A, B, reverse)
     u, delta, B, C, z = _start(u, delta, B, C, z)
-    A, D, delta_bias = map(_dense, (A, D, delta_bias))
+    A, D, delta_bias = _dense(A), _dense(D), _dense(delta_bias)
     start = _as_state(initial_state)
-    y = torch.empty(u.shape, dtype=out_dtype, device=u.device)
-    end = torch.empty((sizes.batch, sizes.channels, sizes.state) if return_final_state else 0,
-                      dtype=torch.float32, device=u.device)
-    rows = _rows(sizes)
-    launch = scans.forward_launch(
-        u.get_device(), u.dtype, sizes, False, _types(A, D, delta_bias), delta_softplus,
-        _strides(sizes, 'u', 'delta', 'z', 'y'), rows, rows, out_dtype)
+    shape, state = u.shape, A.shape[1]
+    y = torch.empty_like(u, dtype=out_dtype)
+    end = u.new_empty((*shape[:2], state) if return_final_state else 0, dtype=torch.float32)
+    launch = _forward_launch(u.get_device(), u.dtype, shape, B.shape[1], state, A.dtype, _dtype(D),
+                             _dtype(delta_bias), delta_softplus, reverse, out_dtype)
     memory = u.new_empty(launch.memory, dtype=torch.uint8) if launch.memory else None
     launch.run(u=u.data_ptr(), delta=delta.data_ptr(), A=A.data_ptr(), B=B.data_ptr(),
                C=C.data_ptr(), y=y.data_ptr(), memory=pointer(memory), D=pointer(D),
@@ -102,25 +112,23 @@ def backward(grad_y, grad_state, u, delta, A, B, C, D, delta_bias, z, initial_st
     The states within the sequence are computed again.
     """
     inputs = u, delta, A, B, C, D, delta_bias, z, initial_state
-    sizes = _sizes(u, A, B, reverse)
     if grad_y is None:
         grad_y = torch.zeros_like(u)
-    same_dtype = all(t is None or t.dtype == u.dtype for t in (delta, B, C, z))
+    dtypes = u.dtype, delta.dtype, _dtype(z)
     u, delta, B, C, z = _start(u, delta, B, C, z)
     grad_y = grad_y.to(u.dtype).contiguous()
-    A, D, delta_bias = map(_dense, (A, D, delta_bias))
+    A, D, delta_bias = _dense(A), _dense(D), _dense(delta_bias)
     start = _as_state(initial_state)
     end_grad = _as_state(grad_state) if return_final_state else None
     du, ddelta = torch.empty_like(u), torch.empty_like(u)
-    dA, dD, dbias = (None if t is None else torch.empty_like(t) for t in (A, D, delta_bias))
-    dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in inputs[3:5])
+    dA, dD, dbias = [None if t is None else torch.empty_like(t) for t in (A, D, delta_bias)]
+    dB, dC = [torch.empty_like(t, dtype=given.dtype)
+              for t, given in zip((B, C), inputs[3:5], strict=True)]
     dz, y = (None, None) if z is None else (torch.empty_like(z), torch.empty_like(u))
     start_grad = None if start is None else torch.empty_like(start)
-    rows = _rows(sizes)
-    launch = scans.backward_launch(
-        u.get_device(), u.dtype, sizes, False, _types(A, D, delta_bias), delta_softplus,
-        _strides(sizes, 'u', 'delta', 'z', 'y', 'grad', 'du', 'ddelta', 'dz'), rows, rows, rows,
-        rows, (dB.dtype, dC.dtype), z is not None)
+    launch = _backward_launch(u.get_device(), u.dtype, u.shape, B.shape[1], A.shape[1], A.dtype,
+                              _dtype(D), _dtype(delta_bias), delta_softplus, reverse, dB.dtype,
+                              dC.dtype, z is not None)
     memory = u.new_empty(launch.memory, dtype=torch.uint8)
     launch.run(u=u.data_ptr(), delta=delta.data_ptr(), A=A.data_ptr(), B=B.data_ptr(),
                C=C.data_ptr(), grad=grad_y.data_ptr(), du=du.data_ptr(), ddelta=ddelta.data_ptr(),
@@ -129,7 +137,8 @@ def backward(grad_y, grad_state, u, delta, A, B, C, D, delta_bias, z, initial_st
                dD=pointer(dD), dbias=pointer(dbias), dz=pointer(dz), y=pointer(y),
                end_grad=pointer(end_grad), start_grad=pointer(start_grad))
     grads = du, ddelta, dA, dB, dC, dD, dbias, dz, start_grad
-    if same_dtype and (initial_state is None or initial_state.dtype == torch.float32):
+    given = *dtypes, _dtype(initial_state)
+    if given == (u.dtype, u.dtype, _dtype(z), _dtype(start)):
         return grads
     return tuple(None if t is None else g.to(t.dtype)
                  for g, t in zip(grads, inputs, strict=True))

@@ -6,7 +6,6 @@ kernels work. fp16 and fp32 need sm_75, bf16 sm_80.
 """
 
 from collections.abc import Callable
-from math import ceil
 from typing import NamedTuple
 
 import torch
@@ -58,11 +57,9 @@ def finish_instance() -> Instance:
     return Instance('scan1d/scan1d_finish.cu', 'scan1d_finish')
 
 
-# Type, N, last, vector: those that published models use, and for each N one.
-_COMPILED = [('Half', 16, False, False), ('Half', 16, False, True), ('Half', 16, True, True),
-             ('BFloat', 16, False, True), ('BFloat', 16, True, True), ('Float', 16, False, True),
-             ('Float', 16, True, True), ('Half', 1, False, True), ('Float', 3, True, False),
-             ('Float', 8, False, False), ('Float', 32, False, True), ('Half', 64, True, True)]
+# Type, N, last, vector: those that published models use, and one for each kind beside them.
+_COMPILED = [('Half', 16, False, False), ('Half', 16, True, True), ('BFloat', 16, False, True),
+             ('Float', 16, True, True), ('Float', 1, False, True), ('Float', 64, True, False)]
 
 #: What is compiled to check it, and the lowest compute capability (75 for 7.5) that it is for.
 INSTANCES: dict[Instance, int] = {
@@ -154,36 +151,50 @@ class Plan(NamedTuple):
 
 
 max_span = None  # for tests, which then ``forget``: steps of a span at most
-_FORWARD_BLOCKS, _BACKWARD_BLOCKS = 5, 3  # of a multiprocessor, as in the launch bounds
+_BACKWARD_BLOCKS = 3  # of a multiprocessor, as in the launch bounds
 # Instructions of a state and step in the forward, by how many times more lanes than usual share
 # the states of a channel; of what finds the states that enter spans; and of two more launches.
 _INSTRUCTIONS = {1: 9, 2: 11.5, 4: 17}
 _OF_ENDS, _OF_LAUNCHES = 6.7, 6e4
+# The time of a block where a multiprocessor has 1 to 5 of them, as measured on an H200.
+_OF_BLOCK = 1.82, 1.32, 1, 0.965, 0.94
 
 
-def _time(multiprocessors: int, blocks: int, work: float) -> float:
-    """In no unit. The fullest multiprocessor decides, which does the more at a time the more blocks
-    it has."""
-    each = blocks / multiprocessors
-    most = ceil(each) if each <= _FORWARD_BLOCKS else each
-    return most * work * (1 + 1.5 / min(_FORWARD_BLOCKS, ceil(each)))
+def _has_vectors(dtype: torch.dtype, sizes: Sizes, last: bool) -> bool:
+    """Whether maps may be read in vectors, of 8 or 4 channels or of 4 positions."""
+    return not (sizes.dim if last else sizes.length) % (8 if last and dtype != torch.float32 else 4)
 
 
-def _cost(multiprocessors: int, sizes: Sizes, plan: Plan, more: int) -> float:
+def _forward_blocks(index: int, dtype: torch.dtype, sizes: Sizes, last: bool) -> int:
+    """Blocks of a multiprocessor, as in the launch bounds of scan1d_fwd.cu."""
+    many = _has_vectors(dtype, sizes, last) and not last and dtype != torch.float32
+    return (5 if many else 4) - (torch.cuda.get_device_capability(index) < (8, 0))
+
+
+def _time(multiprocessors: int, most: int, blocks: int, work: float) -> float:
+    """In no unit, for blocks of so much work, of which a multiprocessor has at ``most`` so many at
+    a time. The fullest one decides."""
+    full, rest = divmod(blocks, multiprocessors * most)
+    rest = -(-rest // multiprocessors)
+    return work * (full * most * _OF_BLOCK[most - 1] + rest * _OF_BLOCK[rest - 1])
+
+
+def _cost(multiprocessors: int, most: int, sizes: Sizes, plan: Plan, more: int) -> float:
     """The time of a forward, in no unit."""
     channels = plan.tile.channels
     blocks = sizes.batch * sizes.routes * -(-sizes.dim // channels)
-    cost = _time(multiprocessors, blocks * plan.spans, channels * plan.span * _INSTRUCTIONS[more])
+    cost = _time(multiprocessors, most, blocks * plan.spans,
+                 channels * plan.span * _INSTRUCTIONS[more])
     if plan.spans > 1:
         cost += _OF_LAUNCHES + _time(
-            multiprocessors, blocks * (plan.spans - 1) * plan.parts,
+            multiprocessors, most, blocks * (plan.spans - 1) * plan.parts,
             channels * plan.span / plan.parts * _OF_ENDS)
     return cost
 
 
-def forward_plan(index: int, sizes: Sizes) -> Plan:
+def forward_plan(index: int, sizes: Sizes, most: int = 5) -> Plan:
     """Few sequences are divided into spans, of which all but the last are scanned twice, or a
-    channel's states among more lanes."""
+    channel's states among more lanes. A multiprocessor has at ``most`` so many blocks."""
     multiprocessors = device_limits(index)[0]
     plain = Tile.of(sizes.state)
     if max_span:
@@ -191,13 +202,13 @@ def forward_plan(index: int, sizes: Sizes) -> Plan:
     blocks = sizes.batch * sizes.routes * -(-sizes.dim // plain.channels)
     tiles = -(-sizes.length // plain.steps)
     plans = [(Plan.of(plain, sizes.length, 1), 1)]
-    for each in range(1, _FORWARD_BLOCKS + 1):
+    for each in range(1, most + 1):
         spans = min(each * multiprocessors // blocks, tiles // 4)
         if spans > 1:
-            plans += [(Plan.of(plain, sizes.length, spans, parts), 1) for parts in (1, 2, 3)]
+            plans += [(Plan.of(plain, sizes.length, spans, parts), 1) for parts in (1, 2, 4)]
     if 8 < sizes.state <= 16:
         plans += [(Plan.of(Tile.of(sizes.state, more), sizes.length, 1), more) for more in (2, 4)]
-    return min(plans, key=lambda plan: _cost(multiprocessors, sizes, *plan))[0]
+    return min(plans, key=lambda plan: _cost(multiprocessors, most, sizes, *plan))[0]
 
 
 def backward_plan(index: int, sizes: Sizes) -> Plan:
@@ -248,9 +259,7 @@ class _Scan:
             reverse=sizes.reverse, columns=self.columns, span=self.span, spans=self.spans,
             tiles=self.tiles, softplus=int(softplus), A_type=self.A_type,
             D_type=CODES.get(types.D, 0), bias_type=CODES.get(types.bias, 0))
-        # Vectors of 8 channels or 4 positions.
-        self.vectors = not (sizes.dim if last else sizes.length) % (
-            8 if last and dtype != torch.float32 else 4)
+        self.vectors = _has_vectors(dtype, sizes, last)
 
     def sums_size(self, spans: int | None = None) -> int:
         """Elements of a number for each channel of each span."""
@@ -322,7 +331,8 @@ def forward_launch(index: int, dtype: torch.dtype, sizes: Sizes, last: bool, typ
     start (the initial state) and end (the final one; (B, K * D, N), fp32), and of states
     (:func:`states_size`), which are given only with a backward's division into spans.
     """
-    scan = _Scan(index, dtype, sizes, last, types, softplus, forward_plan(index, sizes))
+    plan = forward_plan(index, sizes, _forward_blocks(index, dtype, sizes, last))
+    scan = _Scan(index, dtype, sizes, last, types, softplus, plan)
     strides, rows = dict(strides), dict(B=B, C=C)
     run = scan.bind(RUN, strides, rows, y_dtype)
     slab = Slab()
@@ -354,8 +364,8 @@ def forward_launch(index: int, dtype: torch.dtype, sizes: Sizes, last: bool, typ
 @cached
 def backward_launch(index: int, dtype: torch.dtype, sizes: Sizes, last: bool, types: Types,
                     softplus: bool, strides: tuple[tuple[str, Strides], ...], B: RowStrides,
-                    C: RowStrides, dB: RowStrides, dC: RowStrides, BC_types: tuple[torch.dtype, ...],
-                    gated: bool) -> Launch:
+                    C: RowStrides, dB: RowStrides, dC: RowStrides,
+                    BC_types: tuple[torch.dtype, torch.dtype], gated: bool) -> Launch:
     """The backward of such sequences; with ``gated`` it calculates the result before the gate
     again, with the strides of ``y``.
 

@@ -1,6 +1,6 @@
 # What `make demo-video` compares with: the same model, trained in the same way on the same clips,
 # of which it sees one frame each.
-_base_ = ['videomamba_moving-digits-48.py']
+_base_ = ['videomamba_moving-digits-32.py']
 
 model = dict(backbone=dict(arch=dict(num_frames=1)))
 train_pipeline, test_pipeline = _base_.train_pipeline, _base_.test_pipeline

@@ -1,0 +1,17 @@
+_base_ = ['_base_/breakfast_middle.py']
+
+model = dict(
+    backbone=dict(
+        arch='middle_f32',
+        init_cfg=dict(
+            type='Pretrained', checkpoint='vmamba_mm://videomamba/middle_f32.k400',
+            prefix='backbone.')))
+
+for pipeline in (_base_.train_pipeline, _base_.val_pipeline, _base_.test_pipeline):
+    pipeline[0].num_frames = 32
+del pipeline
+train_dataloader = dict(batch_size=8, dataset=dict(pipeline=_base_.train_pipeline))
+val_dataloader = dict(batch_size=8, dataset=dict(pipeline=_base_.val_pipeline))
+test_dataloader = dict(batch_size=1, dataset=dict(pipeline=_base_.test_pipeline))
+optim_wrapper = dict(optimizer=dict(lr=1e-4))
+auto_scale_lr = dict(base_batch_size=64)

@@ -1,0 +1,17 @@
+_base_ = ['_base_/breakfast_middle_mask.py']
+
+model = dict(
+    backbone=dict(
+        arch='middle_f64',
+        init_cfg=dict(
+            type='Pretrained', checkpoint='vmamba_mm://videomamba/middle_f64.k400_mask',
+            prefix='backbone.')))
+
+for pipeline in (_base_.train_pipeline, _base_.val_pipeline, _base_.test_pipeline):
+    pipeline[0].num_frames = 64
+del pipeline
+train_dataloader = dict(batch_size=4, dataset=dict(pipeline=_base_.train_pipeline))
+val_dataloader = dict(batch_size=4, dataset=dict(pipeline=_base_.val_pipeline))
+test_dataloader = dict(batch_size=1, dataset=dict(pipeline=_base_.test_pipeline))
+optim_wrapper = dict(optimizer=dict(lr=5e-5))
+auto_scale_lr = dict(base_batch_size=32)
