@@ -52,11 +52,13 @@ def why_not(hidden: Tensor, residual: Tensor | None, first: Weights, dtype: torc
     if residual is not None and residual.dtype != torch.float32:
         return 'the residual stream is not float32'
     dtypes = [t.dtype for t in first.flat]
-    if dtype not in CODES or hidden.dtype not in CODES or any(d not in CODES for d in dtypes):
+    if all([d == dtypes[0] for d in dtypes]):  # mostly, and a small batch waits for the questions
+        dtypes = dtypes[:1]
+    if dtype not in CODES or hidden.dtype not in CODES or any([d not in CODES for d in dtypes]):
         return 'an input is neither float32 nor float16 nor bfloat16'
-    if dtype == torch.float32 and any(d != dtype for d in (hidden.dtype, *dtypes)):
+    if dtype == torch.float32 and any([d != dtype for d in (hidden.dtype, *dtypes)]):
         return 'matrix products in float32 are for streams and parameters in float32'
-    if any(t.dtype not in (dtype, torch.float32) for t in (first.in_proj, first.out_proj)):
+    if any([t.dtype not in (dtype, torch.float32) for t in (first.in_proj, first.out_proj)]):
         return f'a parameter of a matrix product is neither float32 nor {dtype}'
     if direction.conv.shape[2] not in TAPS:
         return f'{direction.conv.shape[2]} taps; the kernels take {TAPS[0]} to {TAPS[-1]}'

@@ -183,8 +183,8 @@ def forward(hidden: Tensor, residual: Tensor, weights: Weights, eps: float, scal
     (hidden, residual, *flat), addresses = aligned(hidden, residual, *weights.flat)
     launches = _forward_of(*_key(residual, weights, dtype), scale)
     new_hidden, new_residual = torch.empty_like(hidden), torch.empty_like(residual)
-    slab, saved = (hidden.new_empty(size, dtype=torch.uint8)
-                   for size in (launches.slab.size, launches.saved_size))
+    slab = hidden.new_empty(launches.slab.size, dtype=torch.uint8)
+    saved = hidden.new_empty(launches.saved_size, dtype=torch.uint8)
     arguments = (eps, *addresses[:2], new_hidden.data_ptr(), new_residual.data_ptr(),
                  slab.data_ptr(), saved.data_ptr(), *addresses[2:])
     replay(launches.index, (launches, arguments), lambda: launches.launch(*arguments))

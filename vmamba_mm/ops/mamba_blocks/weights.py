@@ -1,6 +1,7 @@
 """The parameters of a Mamba block, one after the other in a list."""
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 from torch import Tensor
@@ -29,13 +30,13 @@ class Weights(NamedTuple):
 
     @property
     def flat(self) -> list[Tensor]:
-        return [*self[:3], *(t for direction in self.directions for t in direction)]
+        return [*self[:3], *chain.from_iterable(self.directions)]
 
 
 def split(weights: Sequence, routes: int) -> Iterator[Weights]:
     """The blocks of a list of their ``flat``, or of what stands for each tensor there."""
     size = len(Direction._fields)
     for first in range(0, len(weights), 3 + routes * size):
-        directions = (weights[first + 3 + k * size:first + 3 + (k + 1) * size]
-                      for k in range(routes))
-        yield Weights(*weights[first:first + 3], tuple(map(Direction._make, directions)))
+        start, end = first + 3, first + 3 + routes * size
+        directions = [Direction(*weights[i:i + size]) for i in range(start, end, size)]
+        yield Weights(*weights[first:start], tuple(directions))
