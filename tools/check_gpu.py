@@ -225,7 +225,7 @@ def write_products_plainly(torch, gemm):
                  else matrices(left, rows, inner, dtype, pitches[0]))
             b = (matrices(right, columns, inner, dtype, pitches[1]).mT if right_t
                  else matrices(right, inner, columns, dtype, pitches[1]))
-            result = torch.stack([product(*pair) for pair in zip(a, b, strict=True)])
+            result = product(a, b)
             if bias:
                 result += matrices(*bias, 1, columns, dtype)
             matrices(out, rows, columns, out_dtype, pitches[2]).copy_(result)

@@ -118,7 +118,7 @@ def test_wrong_settings(make, settings, message):
 def test_frames_of_a_clip_are_augmented_alike(make):
     """A random crop, flip and RandAugment; each view draws its own."""
     image = np.random.default_rng(0).integers(0, 255, (1, 1, 20, 30, 3), np.uint8)
-    clips = np.broadcast_to(image, (4, 5, 20, 30, 3))
+    clips = np.broadcast_to(image, (4, 5, 20, 30, 3)).copy()
     np.random.seed(1)
     results = make('PerFrame', transforms=[
         dict(type='vmamba_mm.RandAugment', policies='timm_increasing', num_policies=2,

@@ -51,6 +51,7 @@ class Video:
         if not os.path.getsize(path):
             raise UserError(f'the video {path} is empty (0 bytes); copy it again, or take it out '
                             'of the data')
+        self._reformatter = av.video.reformatter.VideoReformatter()  # which keeps its tables
         self._open()
         try:
             self._measure()
@@ -80,7 +81,7 @@ class Video:
             kinds = ', '.join(s.type for s in self._container.streams) or 'a header'
             self.close()
             raise UserError(f'{self.path} has no pictures, only {kinds}; take it out of the data')
-        self._stream = self._container.streams.video[0]
+        self._stream, self._at_start = self._container.streams.video[0], True
         self.threads = torch.get_num_threads()
         self._stream.thread_count = self.threads
         self._stream.thread_type = 'AUTO' if self.threads > 1 else 'NONE'
@@ -168,6 +169,7 @@ class Video:
         for margin in (0, second, 10 * second):
             if not self._timed or time - margin <= self._start:
                 break
+            self._at_start = False
             try:
                 self._container.seek(round(time - margin), stream=self._stream)
             except self._errors:
@@ -176,12 +178,13 @@ class Video:
             first = next(frames, None)
             if first is not None and first.time <= time + self._step:
                 return itertools.chain([first], frames)
-        self.close()
-        self._open()
+        if not self._at_start:
+            self.close()
+            self._open()
         return self._decode()
 
     def _decode(self) -> Iterator['_Frame']:
-        last = None
+        last, self._at_start = None, False
         try:
             for number, frame in enumerate(self._container.decode(self._stream)):
                 self.decoded += 1
@@ -222,8 +225,9 @@ class Video:
                 scale = self.short_side / min(self._size)
                 self._size = tuple(round(side * scale) for side in self._size)
         if frame.image is None:
-            image = picture.to_ndarray(format='bgr24', width=self._size[0], height=self._size[1],
-                                       interpolation='BICUBIC')
+            image = self._reformatter.reformat(
+                picture, *self._size, format='bgr24', interpolation='BICUBIC',
+                threads=self.threads).to_ndarray()
             # Telephones write how to turn their pictures, counterclockwise, beside them.
             frame.image = np.rot90(image, round(picture.rotation / 90))
         return frame.image
