@@ -28,7 +28,7 @@ class _Saved(NamedTuple):
     """Offsets in the slab for the backward, in bytes."""
     moments: int    # (B * L, 2), fp32, of the norm
     xz: int         # (B, L, 2D)
-    projected: int  # (K, B * L, R + 2N)
+    projected: int  # (K, B * L, R + 2N and a gap)
     total: int      # (B, L, D)
 
 
@@ -36,7 +36,7 @@ class _Saved(NamedTuple):
 def _lay_out_saved(sizes: Sizes, itemsize: int) -> tuple[_Saved, int]:
     """The offsets, and the size of the slab."""
     slab, rows = Slab(), sizes.batch * sizes.length
-    width = sizes.rank + 2 * sizes.state
+    width = inner.projected_pitch(sizes.rank + 2 * sizes.state)
     return _Saved(slab.take(2 * rows), slab.take(rows * 2 * sizes.inner, itemsize),
                   slab.take(sizes.routes * rows * width, itemsize),
                   slab.take(rows * sizes.inner, itemsize)), slab.size
