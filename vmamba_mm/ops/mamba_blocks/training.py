@@ -36,9 +36,9 @@ class _Saved(NamedTuple):
 def _lay_out_saved(sizes: Sizes, itemsize: int) -> tuple[_Saved, int]:
     """The offsets, and the size of the slab."""
     slab, rows = Slab(), sizes.batch * sizes.length
-    width = inner.projected_pitch(sizes.rank + 2 * sizes.state)
+    pitch = inner.projected_pitch(sizes.rank + 2 * sizes.state)
     return _Saved(slab.take(2 * rows), slab.take(rows * 2 * sizes.inner, itemsize),
-                  slab.take(sizes.routes * rows * width, itemsize),
+                  slab.take(sizes.routes * rows * pitch, itemsize),
                   slab.take(rows * sizes.inner, itemsize)), slab.size
 
 
