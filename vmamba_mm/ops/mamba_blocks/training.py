@@ -16,7 +16,7 @@ from vmamba_mm.ops.core.launch import CODES, cached, kernel
 from vmamba_mm.ops.fused.add_norm import cuda as norm
 from vmamba_mm.ops.fused.channels import SumJob, sum_launch
 from vmamba_mm.ops.mamba_blocks.cuda import Gather, Sizes, aligned, scatter_instance
-from vmamba_mm.ops.mamba_blocks.weights import Direction, Weights, split
+from vmamba_mm.ops.mamba_blocks.weights import Direction, Weights, flatten, split
 from vmamba_mm.ops.mamba_inner import cuda as inner
 from vmamba_mm.ops.selective_scan.cuda_scan import Slab
 
@@ -173,14 +173,14 @@ _forward_of, _backward_of = cached(_Forward), cached(_Backward)
 
 def _key(residual: Tensor, weights: Weights, dtype: torch.dtype) -> tuple:
     tf32 = dtype == _SINGLE and torch.backends.cuda.matmul.allow_tf32
-    dtypes = next(split(tuple([t.dtype for t in weights.flat]), len(weights.directions)))
+    dtypes = next(split(tuple([t.dtype for t in flatten(weights)]), len(weights.directions)))
     return residual.get_device(), Sizes.of(residual, weights), dtype, tf32, dtypes
 
 
 def forward(hidden: Tensor, residual: Tensor, weights: Weights, eps: float, scale: float,
             dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """The new residual and hidden, and the slab for the backward."""
-    (hidden, residual, *flat), addresses = aligned(hidden, residual, *weights.flat)
+    (hidden, residual, *flat), addresses = aligned(hidden, residual, *flatten(weights))
     launches = _forward_of(*_key(residual, weights, dtype), scale)
     new_hidden, new_residual = torch.empty_like(hidden), torch.empty_like(residual)
     slab = hidden.new_empty(launches.slab.size, dtype=torch.uint8)
@@ -199,11 +199,11 @@ def backward(dresidual: Tensor | None, dhidden: Tensor | None, residual: Tensor,
     if dresidual is None:
         dresidual = torch.zeros_like(residual)
     tensors, addresses = aligned(dhidden.to(dtype), dresidual.to(_SINGLE), residual, saved,
-                                 *weights.flat)
+                                 *flatten(weights))
     launches = _backward_of(*_key(residual, weights, dtype), scale)
     by_residual = torch.empty(residual.shape, dtype=_SINGLE, device=residual.device)
     by_hidden = torch.empty(residual.shape, dtype=dtype, device=residual.device)
-    grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in weights.flat]
+    grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in flatten(weights)]
     slab = residual.new_empty(launches.slab.size, dtype=torch.uint8)
     arguments = (eps, *addresses[:4], by_residual.data_ptr(), by_hidden.data_ptr(),
                  slab.data_ptr(), tuple([grad.data_ptr() for grad in grads]), *addresses[4:])

@@ -1,7 +1,6 @@
 """The parameters of a Mamba block, one after the other in a list."""
 
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from typing import NamedTuple
 
 from torch import Tensor
@@ -28,13 +27,14 @@ class Weights(NamedTuple):
     out_proj: Tensor  # (C, D)
     directions: tuple[Direction, ...]  # forward; then backward, if there are two
 
-    @property
-    def flat(self) -> list[Tensor]:
-        return [*self[:3], *chain.from_iterable(self.directions)]
+
+def flatten(weights: Weights) -> list:
+    """The tensors of a block, or what stands for each, one after the other."""
+    return [*weights[:3], *[t for direction in weights.directions for t in direction]]
 
 
 def split(weights: Sequence, routes: int) -> Iterator[Weights]:
-    """The blocks of a list of their ``flat``, or of what stands for each tensor there."""
+    """The blocks of a list that has those of each by :func:`flatten`."""
     size = len(Direction._fields)
     for first in range(0, len(weights), 3 + routes * size):
         start, end = first + 3, first + 3 + routes * size
