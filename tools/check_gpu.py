@@ -76,10 +76,22 @@ def run_cases(tool, only):
     import torch
 
     from vmamba_mm.layers import ConvStem, VSSBlock
-    from vmamba_mm.ops import selective_scan, ss2d_scan, ss2d_scan_norm
+    from vmamba_mm.ops import (
+        causal_conv,
+        mamba_inner,
+        selective_scan,
+        ss2d_scan,
+        ss2d_scan_norm,
+    )
     from vmamba_mm.ops.core import gemm, launch
+    from vmamba_mm.ops.selective_scan import cuda_scan
     from vmamba_mm.ops.ss2d_scan import schedule
-    from vmamba_mm.testing import selective_scan_inputs, ss2d_scan_inputs, with_grads
+    from vmamba_mm.testing import (
+        mamba_inner_inputs,
+        selective_scan_inputs,
+        ss2d_scan_inputs,
+        with_grads,
+    )
 
     if tool != 'memcheck':
         write_products_plainly(torch, gemm)
@@ -142,9 +154,26 @@ def run_cases(tool, only):
         if norm:
             weight = torch.ones(shape[1])
             run(name, ss2d_scan_norm, dict(inputs, norm_weight=weight, norm_bias=weight))
-    for state, dtype in ((1, torch.float32), (16, torch.float16)):
-        inputs = selective_scan_inputs(2, 2, 9, 150, state, dtype=dtype)
-        run(f'N = {state}', selective_scan, inputs, delta_softplus=True)
+    for state, dtype, length in ((1, torch.float32, 150), (16, torch.float16, 151),
+                                 (16, torch.float16, 152), (40, torch.float32, 40)):
+        inputs = selective_scan_inputs(2, 2, 9, length, state, dtype=dtype)
+        inputs |= dict(z=inputs['u'].clone(), initial_state=torch.ones(2, 18, state))
+        for cuda_scan.max_span in (None, 32):
+            launch.forget()
+            run(f'N = {state}, L = {length}, spans of {cuda_scan.max_span}', selective_scan, inputs,
+                delta_softplus=True, reverse=length % 2 > 0)
+    cuda_scan.max_span = None
+    launch.forget()
+    for taps, dtype, dim in ((4, torch.float16, 20), (3, torch.float32, 7)):
+        x, weight = torch.randn(2, 37, dim).to(dtype), torch.randn(dim, taps)
+        inputs = dict(x=x, weight=weight, bias=weight[:, 0].clone(),
+                      initial_state=x[:, :taps - 1].clone())
+        run(f'{taps} taps', causal_conv, inputs)
+        run(f'{taps} taps, channels first', causal_conv, inputs | dict(
+            x=x.transpose(1, 2).contiguous().transpose(1, 2)), reverse=True)
+    for routes, dtype, dim in ((2, torch.float16, 72), (1, torch.float32, 6)):
+        inputs = mamba_inner_inputs(2, routes, dim, 37, 16, 3)
+        run(f'{routes} directions', mamba_inner, inputs | dict(xz=inputs['xz'].to(dtype)))
     for name, dtype in (('half', torch.float16), ('fp32', torch.float32)):
         run_block(name, dtype)
     run_stem()
@@ -183,20 +212,23 @@ def write_products_plainly(torch, gemm):
             self.__cuda_array_interface__ = dict(
                 data=(address, False), shape=(size,), typestr=f'<i{dtype.itemsize}', version=3)
 
-    def matrix(address, height, width, dtype):
-        memory = torch.as_tensor(Memory(address, height * width, dtype), device='cuda')
-        return memory.view(dtype).view(height, width)
-
     def on_addresses(index, dtype, out_dtype, rows, columns, inner, left_t=False, right_t=False,
-                     bias=False, tf32=False):
+                     bias=False, tf32=False, pitches=(0, 0, 0), batch=1):
+        def matrices(address, height, width, dtype, pitch=0):
+            pitch = pitch or width
+            size = (batch * height - 1) * pitch + width
+            memory = torch.as_tensor(Memory(address, size, dtype), device='cuda').view(dtype)
+            return memory.as_strided((batch, height, width), (height * pitch, pitch, 1))
+
         def run(left, right, out, workspace, *bias):
-            a = matrix(left, inner, rows, dtype).T if left_t else matrix(left, rows, inner, dtype)
-            b = (matrix(right, columns, inner, dtype).T if right_t
-                 else matrix(right, inner, columns, dtype))
+            a = (matrices(left, inner, rows, dtype, pitches[0]).mT if left_t
+                 else matrices(left, rows, inner, dtype, pitches[0]))
+            b = (matrices(right, columns, inner, dtype, pitches[1]).mT if right_t
+                 else matrices(right, inner, columns, dtype, pitches[1]))
             result = product(a, b)
             if bias:
-                result += matrix(*bias, 1, columns, dtype)
-            matrix(out, rows, columns, out_dtype).copy_(result)
+                result += matrices(*bias, 1, columns, dtype)
+            matrices(out, rows, columns, out_dtype, pitches[2]).copy_(result)
 
         return gemm.Product(run, 0)
 

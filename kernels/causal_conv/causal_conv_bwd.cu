@@ -12,8 +12,10 @@ struct CausalConvBwdParams {
     int batch, length, dim, silu, columns, chunks, weight_type, bias_type;
 };
 
+constexpr int CONV_BLOCKS = __CUDA_ARCH__ < 860 ? 2 : 3;  // of a multiprocessor
+
 template <class T, int W, int DIRECTIONS, bool LAST, int V>
-__global__ void __launch_bounds__(CONV_THREADS, 3) causal_conv_bwd(const CausalConvBwdParams p) {
+__global__ void __launch_bounds__(CONV_THREADS, CONV_BLOCKS) causal_conv_bwd(const CausalConvBwdParams p) {
     typedef Conv<T, W, DIRECTIONS, LAST, V> C;
     constexpr int P = C::P, HALO = C::HALO, K = C::K, SUMS = K * (W + 1) * V;
     extern __shared__ __align__(16) float shared[];

@@ -5,7 +5,8 @@
 
 // Blocks of a multiprocessor: as many as the compiler finds registers for.
 template <class T, bool LAST, bool VECTOR>
-constexpr int BLOCKS = (VECTOR && !LAST && !same<T, Float> ? 5 : 4) - (__CUDA_ARCH__ < 800);
+constexpr int BLOCKS = (VECTOR && !LAST && !same<T, Float> ? 5 : 4)
+                       - (__CUDA_ARCH__ < (same<T, Float> ? 860 : 800));
 
 template <class T, int NS, int LANES, bool LAST, bool VECTOR, int MODE>
 __global__ void __launch_bounds__(THREADS, BLOCKS<T, LAST, VECTOR>) scan1d_fwd(

@@ -1,4 +1,4 @@
-"""The demo set of videos: real files, held-out digits, and frames that do not tell the direction."""
+"""The demo set of videos: real files, held-out digits; no single frame tells the direction."""
 
 import importlib.util
 

@@ -62,6 +62,28 @@ def test_products_in_fp32(kwargs):
 
 
 @needs_gpu
+@pytest.mark.parametrize('dtype', [torch.float16, torch.float32], ids=['fp16', 'fp32'])
+@pytest.mark.parametrize('kwargs', [{}, {'left_t': True}, {'right_t': True}], ids=str)
+def test_batches_with_gaps_between_rows(kwargs, dtype):
+    rows, columns, inner, batch, gap = 500, 35, 48, 2, 8
+    shapes = [(inner, rows) if kwargs.get('left_t') else (rows, inner),
+              (columns, inner) if kwargs.get('right_t') else (inner, columns), (rows, columns)]
+    pitches = tuple(-(-width // 8) * 8 + gap for _, width in shapes)
+    product = gemm.product(0, dtype, dtype, rows, columns, inner, pitches=pitches, batch=batch,
+                           **kwargs)
+    left, right, out = (torch.randn(batch, height, pitch, device='cuda').to(dtype)
+                        for (height, _), pitch in zip(shapes, pitches, strict=True))
+    before = out.clone()
+    workspace = torch.empty(product.workspace, device='cuda', dtype=torch.uint8)
+    product.run(*[t.data_ptr() for t in (left, right, out, workspace)])
+    a, b = (t[..., :width].double() for t, (_, width) in zip((left, right), shapes, strict=False))
+    expected = (a.mT if kwargs.get('left_t') else a) @ (b.mT if kwargs.get('right_t') else b)
+    limit = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
+    assert relative_error(out[..., :columns], expected) <= limit
+    assert torch.equal(out[..., columns:], before[..., columns:])
+
+
+@needs_gpu
 def test_threads_that_share_a_product():
     """Each with a bias of its own, in a thread without a context."""
     runs = [make(64, 32, 48, torch.float16, torch.float16, right_t=True, bias=True)

@@ -239,3 +239,40 @@ def test_models_run_them(name, calls):
     for a, b in zip(found, expected, strict=True):
         assert_close(a, b, 1e-5)
     assert len(calls) <= 2
+
+
+class Streams(nn.Module):
+    """One tensor in, one out: all that torch.jit.trace takes."""
+
+    def __init__(self, blocks):
+        super().__init__()
+        self.blocks = blocks
+
+    def forward(self, x):
+        return sum(run_blocks(self.blocks, x))
+
+
+@pytest.mark.parametrize('grad', [True, False], ids=['grad', 'no-grad'])
+@pytest.mark.parametrize('mixer', [BiMambaMixer, MambaMixer])
+def test_traced_with_and_without_gradients(mixer, grad):
+    model, x = Streams(make_blocks(mixer)), torch.randn(1, 5, 16)
+
+    def gradients(function):
+        model.zero_grad()
+        function(x).square().mean().backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    expected = gradients(model)
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(model, x)
+    for found, wanted in zip(gradients(traced), expected, strict=True):
+        assert_close(found, wanted, 1e-5)
+
+
+def test_traced_for_inference_alone():
+    model, x = Streams(make_blocks()).requires_grad_(False), torch.randn(1, 5, 16)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, x)
+        assert_close(traced(x), model(x), 1e-6)
+    with pytest.raises(RuntimeError, match='mamba_blocks has no backward'):
+        traced(x.requires_grad_()).sum().backward()

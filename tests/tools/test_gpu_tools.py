@@ -2,6 +2,7 @@
 
 import csv
 import ctypes
+import importlib
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,14 +60,28 @@ def test_materialised_pipeline_is_the_op(state):
         assert_close(grads_four[name], grad, 1e-5, name)
 
 
-@without_gpu
-def test_bench_without_a_gpu(monkeypatch):
-    import ss2d_gpu
+def test_pipeline_of_a_mixer_is_the_op():
+    import scan1d
 
+    from vmamba_mm.ops import mamba_inner
+    from vmamba_mm.testing import assert_close, mamba_inner_inputs, with_grads
+
+    inputs = mamba_inner_inputs(2, 2, 6, 9, scan1d.STATE, 3)
+    y, grads = with_grads(mamba_inner, inputs)
+    port, port_grads = with_grads(lambda **given: scan1d.plain_mixer(given), inputs)
+    assert_close(port, y, 1e-5)
+    for name, grad in grads.items():
+        assert_close(port_grads[name], grad, 1e-5, name)
+
+
+@without_gpu
+@pytest.mark.parametrize('bench, row', [('ss2d_gpu', 'stage 9'), ('scan1d', 'b3')])
+def test_bench_without_a_gpu(monkeypatch, bench, row):
+    bench = importlib.import_module(bench)
     with pytest.raises(SystemExit, match='finds no GPU'):
-        call(ss2d_gpu.main, monkeypatch)
+        call(bench.main, monkeypatch)
     with pytest.raises(SystemExit):
-        call(ss2d_gpu.main, monkeypatch, '--rows', 'stage 9')
+        call(bench.main, monkeypatch, '--rows', row)
 
 
 def test_sanitizer_is_missing(monkeypatch, tmp_path):

@@ -5,21 +5,37 @@ import torch
 
 
 @pytest.fixture
-def tool(load_tool, monkeypatch):
-    monkeypatch.setattr(sys, 'argv', ['mamba_cpu.py', '--rounds', '1', '--shrink', '64'])
+def run(load_tool, monkeypatch):
+    """Runs the tool with these arguments, and attributes of it replaced."""
     monkeypatch.setattr(torch, 'set_num_threads', lambda threads: None)  # for other tests too
-    return load_tool('bench/mamba_cpu.py')
+    tool = load_tool('bench/mamba_cpu.py')
+    monkeypatch.setattr(tool, 'SHAPES', tool.SHAPES[-2:])
 
-
-def test_all_ways_agree_and_are_timed(tool, capsys):
-    tool.main()
-    out = capsys.readouterr().out
-    assert 'relative error' in out
-    assert out.count('  mamba_inner  ') == 4 and out.count('loop over positions') == 4
-
-
-def test_a_wrong_result_ends_the_run(tool, monkeypatch, capsys):
-    monkeypatch.setattr(tool, 'LIMIT', 0)
-    with pytest.raises(SystemExit, match='nothing was timed'):
+    def run(*arguments, **attributes):
+        monkeypatch.setattr(sys, 'argv', ['mamba_cpu.py', '--rounds', '1', '--shrink', '64',
+                                          *arguments])
+        for name, value in attributes.items():
+            monkeypatch.setattr(tool, name, value)
         tool.main()
+
+    return run
+
+
+def test_all_ways_agree_and_are_timed(run, capsys):
+    measured = []  # each would be a process
+    run(peak_mib=lambda index, args, way: measured.append((index, way)) or 7.0)
+    out = capsys.readouterr().out
+    assert 'relative error' in out and out.count(' 7 MiB') == len(measured) == 6
+    assert out.count('loop over positions') == 2 and (1, 'mamba_inner') in measured
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+def test_memory_of_one_way(run, capsys):
+    run('--memory-of', '1', 'mamba_inner')
+    assert float(capsys.readouterr().out) >= 0
+
+
+def test_a_wrong_result_ends_the_run(run, capsys):
+    with pytest.raises(SystemExit, match='nothing was timed'):
+        run(LIMIT=0)
     assert ' ms' not in capsys.readouterr().out

@@ -3,7 +3,8 @@
 Three ways take turns, in fp32: the published pipeline in plain PyTorch, with a loop over positions,
 all decays in memory, and one direction on the flipped sequence; the same with this package's
 causal_conv and selective_scan; and mamba_inner. Results and all gradients are compared first, and a
-wrong one ends the run. The median round counts.
+wrong one ends the run. The median round counts. Memory is what a fresh process holds at most in a
+forward and backward, above what it held before.
 
 Example: python tools/bench/mamba_cpu.py --threads 2
 """
@@ -11,8 +12,10 @@ Example: python tools/bench/mamba_cpu.py --threads 2
 import argparse
 import platform
 import statistics
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -108,6 +111,31 @@ def time_in_turns(inputs, with_backward: bool, rounds: int) -> dict[str, float]:
     return {name: 1e3 * statistics.median(s) for name, s in seconds.items()}
 
 
+def peak_mib(index: int, args: argparse.Namespace, way: str) -> float:
+    """Of a forward and backward of a shape, in a process of its own."""
+    command = [sys.executable, __file__, '--memory-of', str(index), way, '--threads',
+               str(args.threads), '--shrink', str(args.shrink)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f'measuring the memory of {way} failed:\n{done.stderr}')
+    return float(done.stdout.split()[-1])
+
+
+def measure_memory(shape, way: str) -> None:
+    run(WAYS[way], mamba_inner_inputs(1, 2, 8, 9, 4, 2), with_backward=True)  # loads what it needs
+    inputs = mamba_inner_inputs(*shape)
+    before = high_water_mib()
+    run(WAYS[way], inputs, with_backward=True)
+    print(high_water_mib() - before)
+
+
+def high_water_mib() -> float:
+    # Not getrusage: its maximum is inherited from the parent process.
+    line = next(line for line in Path('/proc/self/status').read_text().splitlines()
+                if line.startswith('VmHWM'))
+    return int(line.split()[1]) / 2 ** 10
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -115,6 +143,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--rounds', type=int, default=3)
     parser.add_argument('--shrink', type=int, default=1, metavar='N',
                         help='divide D and L by N, to try the tool out')
+    parser.add_argument('--memory-of', nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -122,25 +151,30 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    print(f'{platform.processor() or platform.machine()} ({cpu_name()}), {args.threads} threads, '
-          f'fp32, eager; torch {torch.__version__}, vmamba_mm {vmamba_mm.__version__}')
     shapes = [(b, k, max(1, d // args.shrink), max(1, length // args.shrink), n, r)
               for b, k, d, length, n, r in SHAPES]
+    if args.memory_of:
+        index, way = args.memory_of
+        measure_memory(shapes[int(index)], way)
+        return
+    print(f'{platform.processor() or platform.machine()} ({cpu_name()}), {args.threads} threads, '
+          f'fp32, eager; torch {torch.__version__}, vmamba_mm {vmamba_mm.__version__}')
     worst = max(map(verify, shapes))
     print(f'results and gradients beside the loop in fp64: relative error {worst:.1e} '
           f'(allowed {LIMIT:.0e})', flush=True)
     if not worst <= LIMIT:
         sys.exit('A result is wrong; nothing was timed.')
-    for shape in shapes:
+    for i, shape in enumerate(shapes):
         inputs = mamba_inner_inputs(*shape)
         print('batch {}, directions {}, D {}, L {}, N {}'.format(*shape))
         times = [time_in_turns(inputs, with_backward, args.rounds)
                  for with_backward in (False, True)]
         for name in WAYS:
             forward, both = (t[name] for t in times)
-            print(f'  {name:28s} forward {forward:9.1f} ms, with backward {both:9.1f} ms; '
-                  f'{forward / times[0]["mamba_inner"]:5.2f} and '
-                  f'{both / times[1]["mamba_inner"]:5.2f} times mamba_inner', flush=True)
+            print(f'  {name:28s} forward {forward:8.1f} ms, with backward {both:8.1f} ms '
+                  f'({forward / times[0]["mamba_inner"]:5.2f} and '
+                  f'{both / times[1]["mamba_inner"]:5.2f} times mamba_inner), '
+                  f'{peak_mib(i, args, name):6.0f} MiB', flush=True)
 
 
 if __name__ == '__main__':

@@ -189,8 +189,19 @@ def _parity_masked(file: str, kwargs: Options, backbone: Build) -> Subject:
             arguments, normalize=normalize)), Call(kwargs=inputs))
     kwargs.require('add_pool_norm', True)
     return Subject(Build('vmamba_mm.heads:VideoEncoder', dict(
-        arguments, pool=kwargs.get('pool_type', 'cls+avg'))),
-        Call(kwargs=dict(inputs, keep_temporal='keep_temporal'), view=list))
+        arguments, pool=kwargs.get('pool_type', 'cls+avg'))), _encoder_call)
+
+
+def _encoder_call(case: Options) -> Call:
+    inputs = dict(mask='mask', keep_temporal='keep_temporal')
+    return Call(kwargs=inputs, run=_run_on_images) if case.get('use_image') \
+        else Call(kwargs=inputs, view=list)
+
+
+def _run_on_images(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """A clip of one frame is an image, as the official ``use_image`` has it."""
+    image = inputs['input'].squeeze(2)
+    return {'output': list(model(image, **{k: v for k, v in inputs.items() if k != 'input'}))}
 
 
 def _parity_resize(section: str, case: Options) -> Subject:

@@ -17,7 +17,14 @@ from vmamba_mm.layers.mamba import BiMambaMixer, MambaMixer, MambaState, is_dept
 from vmamba_mm.layers.norm import RMSNorm, sum_and_norm
 from vmamba_mm.layers.plain import Attributes, are_plain
 from vmamba_mm.ops.core.backends import autocast_dtype, compute_dtype, runs_kernels, wants_grad
-from vmamba_mm.ops.mamba_blocks import Direction, Weights, mamba_block, mamba_blocks, why_not
+from vmamba_mm.ops.mamba_blocks import (
+    Direction,
+    Weights,
+    flatten,
+    mamba_block,
+    mamba_blocks,
+    why_not,
+)
 
 # What torch.fx records as it is, since it looks at dtypes.
 torch.fx.wrap('_stream')
@@ -175,7 +182,7 @@ def _run_op(block: MambaBlock, weights: Weights, hidden: Tensor, residual: Tenso
             ) -> tuple[Tensor, Tensor]:
     """The new residual and the mixer's result, for ``weights`` of :func:`_weights_for_op`."""
     settings = block.norm.eps, _scale(block.mixer), _dtype_of_products(hidden)
-    if wants_grad(hidden, residual, *weights.flat):
+    if wants_grad(hidden, residual, *flatten(weights)):
         return mamba_block(hidden, residual, weights, *settings)
     return mamba_blocks(hidden, residual, [weights], *settings)
 
@@ -187,7 +194,8 @@ def _weights_for_op(block: MambaBlock, hidden: Tensor, residual: Tensor | None) 
     weights, dtype = _weights_of(block), _dtype_of_products(hidden)
     if isinstance(weights, str):
         return weights
-    if (residual is None or hidden.dtype != dtype) and wants_grad(hidden, residual, *weights.flat):
+    if (residual is None or hidden.dtype != dtype) \
+            and wants_grad(hidden, residual, *flatten(weights)):
         return 'it is the first block, or what comes in is not in the dtype of matrix products'
     return why_not(hidden, residual, weights, dtype) or weights
 
@@ -213,7 +221,8 @@ def _all_weights_for_op(blocks: Sequence[nn.Module], hidden: Tensor, residual: T
         weights = _weights_of(block)
         if isinstance(weights, str):
             return weights
-        kind = (block.norm.eps, _scale(block.mixer), *[(t.dtype, t.shape) for t in weights.flat])
+        kind = (block.norm.eps, _scale(block.mixer),
+                *[(t.dtype, t.shape) for t in flatten(weights)])
         if kind != (first_kind := first_kind or kind):
             return 'blocks differ in eps, in the sum of directions, or in shapes or dtypes'
         all_weights.append(weights)

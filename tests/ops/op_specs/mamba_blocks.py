@@ -3,7 +3,14 @@ import torch.nn.functional as F
 
 from op_specs import Spec, randn
 from vmamba_mm.ops.core.backends import autocast_dtype
-from vmamba_mm.ops.mamba_blocks import Direction, Weights, mamba_block, mamba_blocks, reference
+from vmamba_mm.ops.mamba_blocks import (
+    Direction,
+    Weights,
+    flatten,
+    mamba_block,
+    mamba_blocks,
+    reference,
+)
 from vmamba_mm.testing import mamba_inner_inputs
 
 EPS = 1e-5
@@ -20,7 +27,7 @@ def make(batch, length, dim, inner, routes, blocks=2):
                 given['conv_weight'][k][:, None], given['conv_bias'][k], given['x_proj'][k],
                 given['dt_proj'][k], given['dt_bias'][k], (-given['A'][k]).log(), given['D'][k])
                 for k in range(routes)))
-        inputs |= {f'weight{i}_{j}': t for j, t in enumerate(weights.flat)}
+        inputs |= {f'weight{i}_{j}': t for j, t in enumerate(flatten(weights))}
     return inputs
 
 

@@ -169,8 +169,9 @@ def define_op(name: str, schema: str, *, reference: Callable, fake: Callable,
         else:
             _check_backend(backend, implementations, args)
             chosen = backend, None, implementations[backend].saves
-        wants = False
-        if torch.is_grad_enabled() or torch.jit.is_tracing():  # as devices.wants_grad
+        # torch.jit.trace records one graph for calls with and without gradients.
+        wants = torch.jit.is_tracing()
+        if not wants and torch.is_grad_enabled():
             for i in tensors:
                 if args[i] is not None and args[i].requires_grad:
                     wants = True

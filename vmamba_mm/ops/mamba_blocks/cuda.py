@@ -16,7 +16,7 @@ from vmamba_mm.ops.core.graphs import replay
 from vmamba_mm.ops.core.launch import CODES, TYPES, Instance, cached, kernel
 from vmamba_mm.ops.fused.add_norm import cuda as norm
 from vmamba_mm.ops.fused.channels import WIDEST
-from vmamba_mm.ops.mamba_blocks.weights import Direction, Weights, split
+from vmamba_mm.ops.mamba_blocks.weights import Direction, Weights, flatten, split
 from vmamba_mm.ops.mamba_inner import cuda as inner
 from vmamba_mm.ops.scan_kernels import cuda as scans
 from vmamba_mm.ops.selective_scan.cuda_scan import Slab
@@ -51,17 +51,19 @@ def why_not(hidden: Tensor, residual: Tensor | None, first: Weights, dtype: torc
                 f'up to {WIDEST}')
     if residual is not None and residual.dtype != torch.float32:
         return 'the residual stream is not float32'
-    dtypes = [t.dtype for t in first.flat]
-    if dtype not in CODES or hidden.dtype not in CODES or any(d not in CODES for d in dtypes):
+    dtypes = [t.dtype for t in flatten(first)]
+    if all([d == dtypes[0] for d in dtypes]):  # mostly, and a small batch waits for the questions
+        dtypes = dtypes[:1]
+    if dtype not in CODES or hidden.dtype not in CODES or any([d not in CODES for d in dtypes]):
         return 'an input is neither float32 nor float16 nor bfloat16'
-    if dtype == torch.float32 and any(d != dtype for d in (hidden.dtype, *dtypes)):
+    if dtype == torch.float32 and any([d != dtype for d in (hidden.dtype, *dtypes)]):
         return 'matrix products in float32 are for streams and parameters in float32'
-    if any(t.dtype not in (dtype, torch.float32) for t in (first.in_proj, first.out_proj)):
+    if any([t.dtype not in (dtype, torch.float32) for t in (first.in_proj, first.out_proj)]):
         return f'a parameter of a matrix product is neither float32 nor {dtype}'
     if direction.conv.shape[2] not in TAPS:
         return f'{direction.conv.shape[2]} taps; the kernels take {TAPS[0]} to {TAPS[-1]}'
-    if hidden.shape[1] * 2 * inner_dims >= 2**31:
-        return 'a sample has 2^31 elements or more'
+    if hidden.shape[1] == 0 or hidden.shape[1] * 2 * inner_dims >= 2**31:
+        return 'a sample has no token, or 2^31 elements or more'
     return (scans.why_not(hidden, 0, 1) or gemm.why_not()
             or inner.why_not_here(hidden.device.index, dtype, direction.A_log.shape[1]))
 
@@ -185,7 +187,7 @@ class Gather:
 
     def __call__(self, weights: Weights, slab: int) -> None:
         """Gather what is at these addresses in the slab at that one."""
-        self._launch(sources=(*weights.flat[1:], *self._absent), to=slab)
+        self._launch(sources=(*flatten(weights)[1:], *self._absent), to=slab)
 
     def of_directions(self, slab: int) -> dict[str, int]:
         """The addresses as ``mamba_inner`` takes them."""
@@ -219,7 +221,7 @@ def forward(hidden: Tensor, residual: Tensor | None, weights: list[Tensor], rout
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     index = hidden.get_device()
     blocks = _blocks_of(index, Sizes.of(hidden, first), hidden.dtype, dtype, tf32,
-                        tuple([t.dtype for t in first.flat]), scale, begins)
+                        tuple([t.dtype for t in flatten(first)]), scale, begins)
     hidden = hidden.new_empty(hidden.shape, dtype=dtype)
     if begins and is_single:  # nothing is added to it
         residual = residual_in.clone()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vmamba_mm.ops.core.define_op import Implementation, define_op
 from vmamba_mm.ops.mamba_blocks import cuda, reference, training
-from vmamba_mm.ops.mamba_blocks.weights import Direction, Weights, split
+from vmamba_mm.ops.mamba_blocks.weights import Direction, Weights, flatten, split
 from vmamba_mm.ops.selective_scan.op import scan_flops
 
 
@@ -57,7 +57,7 @@ def _gather(weights) -> Weights:
 
 def _reference_of_block(hidden, residual, *args):
     weights, (eps, scale, dtype) = _gather(args[:-3]), args[-3:]
-    return reference.mamba_blocks(hidden, residual, weights.flat, len(weights.directions), eps,
+    return reference.mamba_blocks(hidden, residual, flatten(weights), len(weights.directions), eps,
                                   scale, dtype)
 
 
@@ -76,7 +76,7 @@ def _backward(dresidual, dhidden, _, *args):
     *weights, residual, saved, eps, scale, dtype = args
     weights = _gather(weights)
     grads = training.backward(dresidual, dhidden, residual, weights, saved, eps, scale, dtype)
-    absent = len(_NAMES) - len(weights.flat)
+    absent = len(_NAMES) - len(flatten(weights))
     return *grads, *(residual.new_empty(0) for _ in range(absent))
 
 
@@ -90,7 +90,7 @@ def _fake_backward(dresidual, dhidden, residual, *args):
 
 def _flops_of_block(residual, **shapes) -> int:
     weights = _gather([shapes.get(name) for name in _NAMES])
-    return _count_flops(residual, weights.flat, len(weights.directions))
+    return _count_flops(residual, flatten(weights), len(weights.directions))
 
 
 _mamba_block_fwd = define_op(
@@ -116,7 +116,7 @@ def mamba_block(hidden: Tensor, residual: Tensor, weights: Weights, eps: float, 
         residual, eps, scale, dtype: as there.
         weights: the block's parameters.
     """
-    flat = weights.flat
+    flat = flatten(weights)
     return _mamba_block_fwd(hidden, residual, *flat, *[None] * (len(_NAMES) - len(flat)), eps,
                             float(scale), dtype)
 
@@ -140,5 +140,5 @@ def mamba_blocks(hidden: Tensor, residual: Tensor | None, blocks: list[Weights],
 
     :func:`vmamba_mm.layers.run_blocks` calls it.
     """
-    return _mamba_blocks(hidden, residual, [t for block in blocks for t in block.flat],
+    return _mamba_blocks(hidden, residual, [t for block in blocks for t in flatten(block)],
                          len(blocks[0].directions), eps, float(scale), dtype)

@@ -16,7 +16,7 @@ from vmamba_mm.ops.core.launch import CODES, cached, kernel
 from vmamba_mm.ops.fused.add_norm import cuda as norm
 from vmamba_mm.ops.fused.channels import SumJob, sum_launch
 from vmamba_mm.ops.mamba_blocks.cuda import Gather, Sizes, aligned, scatter_instance
-from vmamba_mm.ops.mamba_blocks.weights import Direction, Weights, split
+from vmamba_mm.ops.mamba_blocks.weights import Direction, Weights, flatten, split
 from vmamba_mm.ops.mamba_inner import cuda as inner
 from vmamba_mm.ops.selective_scan.cuda_scan import Slab
 
@@ -28,7 +28,7 @@ class _Saved(NamedTuple):
     """Offsets in the slab for the backward, in bytes."""
     moments: int    # (B * L, 2), fp32, of the norm
     xz: int         # (B, L, 2D)
-    projected: int  # (K, B * L, R + 2N)
+    projected: int  # (K, B * L, R + 2N and a gap)
     total: int      # (B, L, D)
 
 
@@ -36,9 +36,9 @@ class _Saved(NamedTuple):
 def _lay_out_saved(sizes: Sizes, itemsize: int) -> tuple[_Saved, int]:
     """The offsets, and the size of the slab."""
     slab, rows = Slab(), sizes.batch * sizes.length
-    width = sizes.rank + 2 * sizes.state
+    pitch = inner.projected_pitch(sizes.rank + 2 * sizes.state)
     return _Saved(slab.take(2 * rows), slab.take(rows * 2 * sizes.inner, itemsize),
-                  slab.take(sizes.routes * rows * width, itemsize),
+                  slab.take(sizes.routes * rows * pitch, itemsize),
                   slab.take(rows * sizes.inner, itemsize)), slab.size
 
 
@@ -173,18 +173,18 @@ _forward_of, _backward_of = cached(_Forward), cached(_Backward)
 
 def _key(residual: Tensor, weights: Weights, dtype: torch.dtype) -> tuple:
     tf32 = dtype == _SINGLE and torch.backends.cuda.matmul.allow_tf32
-    dtypes = next(split(tuple([t.dtype for t in weights.flat]), len(weights.directions)))
+    dtypes = next(split(tuple([t.dtype for t in flatten(weights)]), len(weights.directions)))
     return residual.get_device(), Sizes.of(residual, weights), dtype, tf32, dtypes
 
 
 def forward(hidden: Tensor, residual: Tensor, weights: Weights, eps: float, scale: float,
             dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """The new residual and hidden, and the slab for the backward."""
-    (hidden, residual, *flat), addresses = aligned(hidden, residual, *weights.flat)
+    (hidden, residual, *flat), addresses = aligned(hidden, residual, *flatten(weights))
     launches = _forward_of(*_key(residual, weights, dtype), scale)
     new_hidden, new_residual = torch.empty_like(hidden), torch.empty_like(residual)
-    slab, saved = (hidden.new_empty(size, dtype=torch.uint8)
-                   for size in (launches.slab.size, launches.saved_size))
+    slab = hidden.new_empty(launches.slab.size, dtype=torch.uint8)
+    saved = hidden.new_empty(launches.saved_size, dtype=torch.uint8)
     arguments = (eps, *addresses[:2], new_hidden.data_ptr(), new_residual.data_ptr(),
                  slab.data_ptr(), saved.data_ptr(), *addresses[2:])
     replay(launches.index, (launches, arguments), lambda: launches.launch(*arguments))
@@ -199,11 +199,11 @@ def backward(dresidual: Tensor | None, dhidden: Tensor | None, residual: Tensor,
     if dresidual is None:
         dresidual = torch.zeros_like(residual)
     tensors, addresses = aligned(dhidden.to(dtype), dresidual.to(_SINGLE), residual, saved,
-                                 *weights.flat)
+                                 *flatten(weights))
     launches = _backward_of(*_key(residual, weights, dtype), scale)
     by_residual = torch.empty(residual.shape, dtype=_SINGLE, device=residual.device)
     by_hidden = torch.empty(residual.shape, dtype=dtype, device=residual.device)
-    grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in weights.flat]
+    grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in flatten(weights)]
     slab = residual.new_empty(launches.slab.size, dtype=torch.uint8)
     arguments = (eps, *addresses[:4], by_residual.data_ptr(), by_hidden.data_ptr(),
                  slab.data_ptr(), tuple([grad.data_ptr() for grad in grads]), *addresses[4:])

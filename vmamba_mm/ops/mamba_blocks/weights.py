@@ -27,15 +27,16 @@ class Weights(NamedTuple):
     out_proj: Tensor  # (C, D)
     directions: tuple[Direction, ...]  # forward; then backward, if there are two
 
-    @property
-    def flat(self) -> list[Tensor]:
-        return [*self[:3], *(t for direction in self.directions for t in direction)]
+
+def flatten(weights: Weights) -> list:
+    """The tensors of a block, or what stands for each, one after the other."""
+    return [*weights[:3], *[t for direction in weights.directions for t in direction]]
 
 
 def split(weights: Sequence, routes: int) -> Iterator[Weights]:
-    """The blocks of a list of their ``flat``, or of what stands for each tensor there."""
+    """The blocks of a list that has those of each by :func:`flatten`."""
     size = len(Direction._fields)
     for first in range(0, len(weights), 3 + routes * size):
-        directions = (weights[first + 3 + k * size:first + 3 + (k + 1) * size]
-                      for k in range(routes))
-        yield Weights(*weights[first:first + 3], tuple(map(Direction._make, directions)))
+        start, end = first + 3, first + 3 + routes * size
+        directions = [Direction(*weights[i:i + size]) for i in range(start, end, size)]
+        yield Weights(*weights[first:start], tuple(directions))

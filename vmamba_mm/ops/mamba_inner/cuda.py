@@ -84,6 +84,12 @@ class Dtypes(NamedTuple):
     dt_proj: torch.dtype = torch.float32
 
 
+def projected_pitch(width: int) -> int:
+    """Elements from a position of dt, B and C to the next: rows at multiples of 16 bytes, for the
+    products."""
+    return -(-width // 8) * 8
+
+
 class _Mixer:
     """The launches that forward and backward share."""
 
@@ -92,6 +98,7 @@ class _Mixer:
         batch, length, dim, routes, taps, rank, state, xz_b, xz_l = sizes
         self.dtype, self.size = dtypes.map, dtypes.map.itemsize
         self.rows, self.width = batch * length, rank + 2 * state
+        self.pitch = projected_pitch(self.width)
         self.of_map = self.rows * dim
         self.directions = conv.BOTH if routes == 2 else conv.BACKWARD if reverse else conv.FORWARD
         self.conv_sizes = conv.Sizes(batch, length, dim, taps)
@@ -102,15 +109,16 @@ class _Mixer:
             index, self.dtype, self.conv_sizes, self.directions, self.x_strides, self.map_strides,
             dtypes.conv_weight, dtypes.conv_bias, True, self.conv_vector)
         self.workspace_size = 0
-        self.project = self.product(self.rows, self.width, dim, right_t=True)
+        self.project = self.product(self.rows, self.width, dim, right_t=True,
+                                    pitches=(0, 0, self.pitch))
         self.find_delta = self.product(self.rows, dim, rank, right_t=True,
-                                       pitches=(self.width, 0, 0))
+                                       pitches=(self.pitch, 0, 0))
         self.scan_sizes = scans.Sizes(batch, routes, dim, length, state,
                                       2 if routes == 2 else int(reverse))
         self.types = Types(dtypes.A, dtypes.D, dtypes.dt_bias)
         self.u = Strides(length * dim, self.of_map, dim)
         self.z = Strides(xz_b, 0, xz_l)
-        self.BC = RowStrides(length * self.width, self.rows * self.width, 1, self.width)
+        self.BC = RowStrides(length * self.pitch, self.rows * self.pitch, 1, self.pitch)
 
     def product(self, *sizes, out_dtype=None, **kwargs) -> Callable[..., None]:
         product = gemm.product(self.index, self.dtype, out_dtype or self.dtype, *sizes,
@@ -159,7 +167,7 @@ def forward_launch(index: int, sizes: Sizes, dtypes: Dtypes, reverse: bool, scal
     slab = Slab()
     u_at, delta_at = slab.take(routes * of_map, size), slab.take(routes * of_map, size)
     y_at = 0 if gated else slab.take(routes * of_map, size)
-    projected_at = 0 if save else slab.take(routes * mixer.rows * mixer.width, size)
+    projected_at = 0 if save else slab.take(routes * mixer.rows * mixer.pitch, size)
     workspace_at, scan_at = slab.take(mixer.workspace_size, 1), slab.take(scan.memory, 1)
     B_at, C_at = sizes.rank * size, (sizes.rank + sizes.state) * size
     z_at = sizes.dim * size
@@ -189,7 +197,8 @@ def backward_launch(index: int, sizes: Sizes, dtypes: Dtypes, reverse: bool, sca
     and total of the forward, dxz (B, L, 2*D), the gradients by the parameters, and memory."""
     mixer = _Mixer(index, sizes, dtypes, reverse)
     batch, length, dim, routes, _, rank, state, *_ = sizes
-    of_map, size, rows, width = mixer.of_map, mixer.size, mixer.rows, mixer.width
+    of_map, size, rows = mixer.of_map, mixer.size, mixer.rows
+    width, pitch = mixer.width, mixer.pitch
     of_grad = Strides(length * dim, 0, dim)
     scan = scans.backward_launch(
         index, mixer.dtype, mixer.scan_sizes, True, mixer.types, True,
@@ -197,11 +206,12 @@ def backward_launch(index: int, sizes: Sizes, dtypes: Dtypes, reverse: bool, sca
          ('ddelta', mixer.u)),
         mixer.BC, mixer.BC, mixer.BC, mixer.BC, (mixer.dtype, mixer.dtype), False)
     gate = mixer.gate(True, scale, dz_b=length * 2 * dim, dz_l=2 * dim)
-    by_dt = mixer.product(rows, rank, dim, pitches=(0, 0, width))
-    by_dt_proj = mixer.product(dim, rank, rows, left_t=True, pitches=(0, width, 0),
+    by_dt = mixer.product(rows, rank, dim, pitches=(0, 0, pitch))
+    by_dt_proj = mixer.product(dim, rank, rows, left_t=True, pitches=(0, pitch, 0),
                                out_dtype=dtypes.dt_proj)
-    by_x_proj = mixer.product(width, dim, rows, left_t=True, out_dtype=dtypes.x_proj)
-    by_u = mixer.product(rows, dim, width)
+    by_x_proj = mixer.product(width, dim, rows, left_t=True, pitches=(pitch, 0, 0),
+                              out_dtype=dtypes.x_proj)
+    by_u = mixer.product(rows, dim, width, pitches=(pitch, 0, 0))
     dx_strides = conv.Strides(0, length * 2 * dim, 2 * dim, 1)
     partials, conv_backward = conv.backward_launch(
         index, mixer.dtype, mixer.conv_sizes, mixer.directions, mixer.x_strides,
@@ -210,7 +220,7 @@ def backward_launch(index: int, sizes: Sizes, dtypes: Dtypes, reverse: bool, sca
     slab = Slab()
     maps = [slab.take(routes * of_map, size) for _ in range(5)]
     by_total_at = slab.take(of_map, size)
-    by_projected_at = slab.take(routes * rows * width, size)
+    by_projected_at = slab.take(routes * rows * pitch, size)
     partials_at, workspace_at = slab.take(partials), slab.take(mixer.workspace_size, 1)
     scan_at = slab.take(scan.memory, 1)
     B_at, C_at, z_at = rank * size, (rank + state) * size, dim * size
@@ -269,13 +279,14 @@ def _addresses(tensors: dict[str, Tensor | None]) -> dict[str, int]:
 def forward(xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, reverse, scale, save
             ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Shapes as in :func:`vmamba_mm.ops.mamba_inner`. With ``save`` also what the backward takes:
-    nothing, the projections (K, B * L, R + 2N), and the sum of the directions before the gate."""
+    nothing, the projections (K, B * L, R + 2N and a gap), and the sum of the directions before
+    the gate."""
     sizes, dtypes, tensors = _start(xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D)
     launch = forward_launch(xz.get_device(), sizes, dtypes, reverse, scale, save)
     shape = sizes.batch, sizes.length, sizes.dim
-    rows, width = sizes.batch * sizes.length, sizes.rank + 2 * sizes.state
+    rows, pitch = sizes.batch * sizes.length, projected_pitch(x_proj.shape[1])
     y = xz.new_empty(shape)
-    projected = xz.new_empty((sizes.routes, rows, width) if save else 0)
+    projected = xz.new_empty((sizes.routes, rows, pitch) if save else 0)
     total = xz.new_empty(shape if save else 0)
     memory = xz.new_empty(launch.memory, dtype=torch.uint8)
     saved = dict(projected=projected.data_ptr(), total=total.data_ptr()) if save else {}

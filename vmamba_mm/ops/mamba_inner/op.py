@@ -24,7 +24,8 @@ def _fake(xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, reverse, s
     batch, length, width = xz.shape
     shape, rows, total = (batch, length, width // 2), 0, 0
     if backend == 'cuda' and save:
-        rows, total = (len(A), batch * length, x_proj.shape[1]), shape
+        rows = len(A), batch * length, cuda.projected_pitch(x_proj.shape[1])
+        total = shape
     return xz.new_empty(shape), xz.new_empty(0), xz.new_empty(rows), xz.new_empty(total)
 
 
