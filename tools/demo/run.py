@@ -226,8 +226,8 @@ def main():
     if demo.baseline:
         key = next(iter(demo.floors))
         gain = results[key] - base_metrics[key]
-        lines.append(f'{gain:.4g} points above {base_metrics[key]:.4g}, of the same model trained in '
-                     f'the same way {demo.baseline[1]} (floor {demo.margin:g} points)')
+        lines.append(f'{gain:.4g} points above {base_metrics[key]:.4g}, of the same model trained '
+                     f'in the same way {demo.baseline[1]} (floor {demo.margin:g} points)')
         low += ['the gain'] if not gain >= demo.margin else []
     sheet = report.contact_sheet(work_dir / 'report.png', demo.title, lines,
                                  work_dir / 'curves.png', work_dir / 'predictions')
