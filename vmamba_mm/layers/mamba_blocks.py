@@ -119,7 +119,8 @@ def run_blocks(blocks: Sequence[nn.Module], hidden: Tensor, residual: Tensor | N
     """The streams after all of ``blocks``, each of which is a :class:`MambaBlock`.
 
     Without gradients all of them run as one op where their mixers are plain :class:`MambaMixer` or
-    :class:`BiMambaMixer` on an NVIDIA GPU (:func:`why_not_one_op`), else one after the other.
+    :class:`BiMambaMixer` on an NVIDIA GPU, else one after the other; ``why_not_one_op`` of this
+    module says why.
 
     Args:
         blocks: at least one.
