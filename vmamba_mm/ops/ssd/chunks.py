@@ -313,13 +313,19 @@ def scan_backward(x: Tensor, log_decay: Tensor, weight: Tensor | None, B: Tensor
     return grad_decay, grad_weight, grad_initial
 
 
-def _block_backward(run: _Pass, scores: Tensor, grad_y: Tensor, grad_last: Tensor):
-    """Gradients of a block by x, B, C, logarithms of decays, weights and the first state.
+def _crossing(pairs: Tensor, reverse: bool) -> Tensor:
+    """For each token k, the sum over pairs[t, s] from s before k to t at or after k, in time.
 
-    The gradient by a_k is the sum of what goes from before k to k or later. Of pairs in a chunk it
-    leaves out what a token adds to its own y, which would cancel but for rounding, and drown the
-    rest where decays are strong.
+    They are the pairs whose decay has that of k in it. What differences of sums over all t and all
+    s would give is the same but for rounding, which drowns it where the decay of k is strong.
     """
+    if reverse:
+        return pairs.cumsum(-2).triu_(1).sum(-1)
+    return F.pad(pairs.cumsum(-1).tril_(-1).sum(-2)[..., :-1], (1, 0))
+
+
+def _block_backward(run: _Pass, scores: Tensor, grad_y: Tensor, grad_last: Tensor):
+    """Gradients of a block by x, B, C, logarithms of decays, weights and the first state."""
     block, decays, groups = run.block, run.decays, run.groups
     by_state = _times_group((grad_y * decays.into[..., None]).mT, run.C)
     after, grad_initial = _carry_back(block, by_state, decays.through, grad_last)
@@ -327,10 +333,7 @@ def _block_backward(run: _Pass, scores: Tensor, grad_y: Tensor, grad_last: Tenso
 
     # y = (mask * C B^T * weight) x inside of a chunk.
     by_scores = run.weigh(grad_y @ run.x.mT)
-    pairs = by_scores * scores
-    pairs.diagonal(dim1=-2, dim2=-1).zero_()
-    crossing = (pairs.sum(-1) - pairs.sum(-2)).to(_sum_dtype(pairs))
-    grad_decay = _cumsum(crossing, not block.reverse).to(pairs.dtype)
+    grad_decay = _crossing(by_scores * scores, block.reverse)
     by_products = _over_heads(by_scores.mul_(decays.mask), groups)
     grad_C, grad_B = by_products @ run.B, by_products.mT @ run.C
     driven = scores.mT @ grad_y
