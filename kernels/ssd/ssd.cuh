@@ -1,0 +1,319 @@
+// Tiles of the tensor cores for state space duality, the same for half precision and fp32, and the
+// decays of a chunk. Needs sm_80.
+//
+// A chunk has Q positions in the order of time. A tile in shared memory has rows of elements of T
+// and 16 bytes after each row, so that the rows of a matrix instruction lie in different banks.
+#pragma once
+#include "common/common.cuh"
+
+constexpr int Q = 64, BLOCK = 16, BLOCKS = 4;  // positions of a chunk, of a block of it; blocks
+
+// Two adjacent elements in registers.
+template <class T> struct Two { typedef u32 type; };
+template <> struct Two<Float> { typedef float2 type; };
+template <class T> using Pair = typename Two<T>::type;
+template <class T> using Element = typename Raw<T>::element;
+
+template <class T> constexpr int VECTOR = 16 / sizeof(Element<T>);  // elements of 16 bytes
+template <class T, int COLUMNS> constexpr int PITCH = COLUMNS + VECTOR<T>;
+
+template <class T>
+__device__ __forceinline__ Pair<T> pack(float lo, float hi) {
+    if constexpr (same<T, Float>) return make_float2(lo, hi);
+    else return T::pack(lo, hi);
+}
+
+template <class T>
+__device__ __forceinline__ float2 unpack(Pair<T> v) {
+    if constexpr (same<T, Float>) return v;
+    else return T::unpack(v);
+}
+
+template <class T>
+__device__ __forceinline__ Pair<T> scaled(Pair<T> v, float2 by) {
+    const float2 f = unpack<T>(v);
+    return pack<T>(f.x * by.x, f.y * by.y);
+}
+
+template <class T>
+__device__ __forceinline__ float2 load_pair(const Element<T> *p) {
+    return unpack<T>(*(const Pair<T> *)p);
+}
+
+// --- matrix instructions ----------------------------------------------------------------------
+
+// A 16 x 16 block of a tile as four 8 x 8 ones: (rows 0-7, columns 0-7), (8-15, 0-7), (0-7, 8-15),
+// (8-15, 8-15). Lane 4 g + t has elements 2 t, 2 t + 1 of row g of each; of a transposed one, of
+// column g.
+template <class T>
+struct Block16 {
+    Pair<T> v[4];
+
+    // The first factor of a product is rows x k. From a tile that is k x rows, transposed, come the
+    // middle ones the other way round.
+    template <bool TRANSPOSED>
+    __device__ __forceinline__ void load(const Element<T> *at, int pitch) {
+        const int lane = threadIdx.x & 31;
+        if constexpr (same<T, Float>) {
+            const int g = lane >> 2, t = lane & 3;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const Element<T> *const from = at + (i & 1) * 8 * pitch + (i >> 1) * 8;
+                if (TRANSPOSED)
+                    v[i] = make_float2(from[2 * t * pitch + g], from[(2 * t + 1) * pitch + g]);
+                else
+                    v[i] = *(const float2 *)(from + g * pitch + 2 * t);
+            }
+        } else {
+            const u32 row = shared_address(at + (lane & 15) * pitch + (lane >> 4) * 8);
+            if (TRANSPOSED)
+                asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                             : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(row));
+            else
+                asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                             : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(row));
+        }
+    }
+};
+
+// c += a b in halves: a is 16 x 16, b is 16 x 8.
+#define MULTIPLY(TYPE, NAME)                                                                      \
+    __device__ __forceinline__ void multiply_halves(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, \
+                                                    u32 b0, u32 b1, TYPE) {                       \
+        asm("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME ".f32 {%0, %1, %2, %3}, "      \
+            "{%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"                                   \
+            : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])                                      \
+            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]),         \
+              "f"(c[2]), "f"(c[3]));                                                              \
+    }
+MULTIPLY(Half, "f16")
+MULTIPLY(BFloat, "bf16")
+
+__device__ __forceinline__ void multiply_tf32(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0,
+                                              u32 b1) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%10, %11, %12, %13};"
+        : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]),
+          "f"(c[3]));
+}
+
+constexpr u32 SEEN = 0xffffe000u;  // of an fp32 number, by the tensor cores
+
+__device__ __forceinline__ u32 rounded(float f) { return __float_as_uint(f) + 0x1000u; }
+__device__ __forceinline__ u32 upper(float f) { return __float_as_uint(f) & SEEN; }
+__device__ __forceinline__ u32 lower(float f) {
+    return __float_as_uint(f - __uint_as_float(upper(f)));
+}
+
+// c += a b, where a is 16 x 16 and b is 16 x 8, in registers as in a Block16. fp32 numbers are
+// rounded to TF32 if FAST, else each is the sum of two, whose product lacks only the last bits.
+template <class T, bool FAST>
+__device__ __forceinline__ void multiply(float (&c)[4], Pair<T> a0, Pair<T> a1, Pair<T> a2,
+                                         Pair<T> a3, Pair<T> b0, Pair<T> b1) {
+    if constexpr (!same<T, Float>) {
+        multiply_halves(c, a0, a1, a2, a3, b0, b1, T{});
+    } else {
+        // In which order k runs is the same for the product: a pair is k = t and k = t + 4.
+        const float2 a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const float2 top = a[2 * i], bottom = a[2 * i + 1], right = b[i];
+            if constexpr (FAST) {
+                multiply_tf32(c, rounded(top.x), rounded(bottom.x), rounded(top.y),
+                              rounded(bottom.y), rounded(right.x), rounded(right.y));
+            } else {
+                multiply_tf32(c, lower(top.x), lower(bottom.x), lower(top.y), lower(bottom.y),
+                              upper(right.x), upper(right.y));
+                multiply_tf32(c, upper(top.x), upper(bottom.x), upper(top.y), upper(bottom.y),
+                              lower(right.x), lower(right.y));
+                multiply_tf32(c, upper(top.x), upper(bottom.x), upper(top.y), upper(bottom.y),
+                              upper(right.x), upper(right.y));
+            }
+        }
+    }
+}
+
+// Four adjacent columns of 16 from the two that a lane has of each half: of a row of a product, lane
+// t has columns 2 t, 2 t + 1 in `left`, and those 8 further in `right`. It receives the columns from
+// first_column(t) on.
+__device__ __forceinline__ void gather_four(float (&v)[4], float left0, float left1, float right0,
+                                            float right1) {
+    const bool odd = threadIdx.x & 1;
+    const float x = __shfl_xor_sync(0xffffffffu, odd ? left0 : right0, 1);
+    const float y = __shfl_xor_sync(0xffffffffu, odd ? left1 : right1, 1);
+    v[0] = odd ? x : left0, v[1] = odd ? y : left1;
+    v[2] = odd ? right0 : x, v[3] = odd ? right1 : y;
+}
+
+__device__ __forceinline__ int first_column(int t) { return (t & 1) * 8 + (t >> 1) * 4; }
+
+// --- memory -----------------------------------------------------------------------------------
+
+// A map (batch, length, heads, ...) in elements; the last dimension has no gaps.
+struct Map {
+    void *data;
+    long long b;
+    int l, h;
+};
+
+// Where the positions of a sequence are, in the order of time.
+struct Time {
+    int length, reverse;
+    __device__ __forceinline__ long long operator()(int i) const {
+        return reverse ? length - 1 - i : i;
+    }
+};
+
+// Copies `rows` rows of `columns` elements, from position `start` on, into a tile Q x COLUMNS,
+// with zeros around them. Called by `threads` threads, of which this is number `thread`.
+template <class T, int COLUMNS>
+__device__ __forceinline__ void copy_rows(Element<T> *tile, const Element<T> *from, int stride,
+                                          Time time, int start, int rows, int columns, int thread,
+                                          int threads) {
+    constexpr int V = VECTOR<T>, ROW = COLUMNS / V;
+    opaque(thread);  // else the compiler keeps all addresses from one chunk to the next
+    for (int i = thread; i < Q * ROW; i += threads) {
+        const int row = i / ROW, column = i % ROW * V;
+        const bool valid = row < rows && column < columns;
+        copy16(tile + row * PITCH<T, COLUMNS> + column,
+               valid ? from + time(start + row) * stride + column : from, valid);
+    }
+}
+
+// --- decays -----------------------------------------------------------------------------------
+
+// What a head multiplies by in a chunk. Sums of logarithms are in base 2, and do not go beyond a
+// block, so that what is beyond it costs no digits. WITH_STEP says whether `column` has dt in it.
+struct Decays {
+    float dt[Q];      // after bias, softplus and limits; 0 beyond the sequence
+    float sum[Q];     // of the logarithms in the block up to this position and with it
+    float row[Q];     // the decay from the end of the block before to this position
+    float enter[Q];   // the decay from the chunk's start to this position
+    float column[Q];  // the decay from this position to the end of its block
+    float leave[Q];   // the decay from this position to the chunk's end
+    float totals[BLOCKS];  // of the logarithms of each block
+    float through, unused[3];  // the decay of the chunk
+};
+
+// How dt is made from the raw values.
+struct Steps {
+    const void *A, *bias;
+    int A_type, bias_type, dt_type, softplus;
+    float low, high;
+};
+
+// The raw values of the two positions of a lane, 0 beyond `rows`.
+__device__ __forceinline__ float2 load_steps(const void *from, long long base, int stride,
+                                             int type, Time time, int start, int rows) {
+    const int i = 2 * (threadIdx.x & 31);
+    return make_float2(
+        i < rows ? load_parameter(from, base + time(start + i) * stride, type) : 0.f,
+        i + 1 < rows ? load_parameter(from, base + time(start + i + 1) * stride, type) : 0.f);
+}
+
+__device__ __forceinline__ float step_of(float raw, const Steps &p, bool valid) {
+    const float v = p.softplus ? precise_softplus2<Float>(raw * LOG2E) * LN2 : raw;
+    // NaN stays NaN.
+    return !valid ? 0.f : v < p.low ? p.low : v > p.high ? p.high : v;
+}
+
+// Less is 0 as a decay. NaN stays NaN.
+__device__ __forceinline__ float log_decay(float a) { return a < -300.f ? -300.f : a; }
+
+// Called by a warp, whose lanes have two positions each. `rate` is A log2(e).
+template <bool WITH_STEP>
+__device__ __forceinline__ void make_decays(Decays &d, float2 raw, float bias, float rate,
+                                            const Steps &p, int rows) {
+    const int lane = threadIdx.x & 31, i = 2 * lane;
+    const float dt0 = step_of(raw.x + bias, p, i < rows);
+    const float dt1 = step_of(raw.y + bias, p, i + 1 < rows);
+    const float a0 = log_decay(dt0 * rate), a1 = log_decay(dt1 * rate);
+    float sum1 = a0 + a1, rest = sum1;  // of a block, which 8 lanes have, up to and from a lane
+#pragma unroll
+    for (int by = 1; by < 8; by <<= 1) {
+        const float before = __shfl_up_sync(0xffffffffu, sum1, by);
+        const float after = __shfl_down_sync(0xffffffffu, rest, by);
+        if ((lane & 7) >= by) sum1 += before;
+        if ((lane & 7) + by < 8) rest += after;
+    }
+    const float before = __shfl_up_sync(0xffffffffu, sum1, 1);
+    const float after = __shfl_down_sync(0xffffffffu, rest, 1);
+    const float sum0 = a0 + ((lane & 7) == 0 ? 0.f : before);
+    const float rest1 = (lane & 7) == 7 ? 0.f : after, rest0 = rest1 + a1;
+    float ahead = 0.f, beyond = 0.f, total = 0.f;  // blocks before, after, all
+#pragma unroll
+    for (int b = 0; b < BLOCKS; ++b) {
+        const float of_block = __shfl_sync(0xffffffffu, sum1, 8 * b + 7);
+        if (b < lane >> 3) ahead += of_block;
+        if (b > lane >> 3) beyond += of_block;
+        if (lane == b) d.totals[b] = of_block;
+        total += of_block;
+    }
+    *(float2 *)(d.dt + i) = make_float2(dt0, dt1);
+    *(float2 *)(d.sum + i) = make_float2(sum0, sum1);
+    *(float2 *)(d.row + i) = make_float2(ex2(sum0), ex2(sum1));
+    *(float2 *)(d.enter + i) = make_float2(ex2(ahead + sum0), ex2(ahead + sum1));
+    *(float2 *)(d.column + i) = make_float2(ex2(rest0) * (WITH_STEP ? dt0 : 1.f),
+                                            ex2(rest1) * (WITH_STEP ? dt1 : 1.f));
+    *(float2 *)(d.leave + i) = make_float2(ex2(rest0 + beyond), ex2(rest1 + beyond));
+    if (lane == 0) d.through = ex2(total);
+}
+
+// The decay from position j to position i, WITH_STEP times dt of j, for the eight elements that a
+// lane has of a block of rows r and columns b: (row g + 8 k, column 8 n + 2 t + e) is v[n][2 k + e].
+// Below the diagonal it has three factors of at most 1, so that no exponential is needed for each
+// element. On the diagonal it is 0 where j > i.
+template <bool WITH_STEP>
+__device__ __forceinline__ void decays_of(float (&v)[2][4], const Decays &d, int r, int b) {
+    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+    const int i = BLOCK * r + g, j = BLOCK * b + 2 * t;
+    if (b < r) {
+        float between = 1.f;
+        if (r - b > 1) between = ex2(r - b > 2 ? d.totals[1] + d.totals[2] : d.totals[b + 1]);
+        const float upper = between * d.row[i], lower = between * d.row[i + 8];
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+            const float2 column = *(const float2 *)(d.column + j + 8 * n);
+            v[n][0] = upper * column.x, v[n][1] = upper * column.y;
+            v[n][2] = lower * column.x, v[n][3] = lower * column.y;
+        }
+    } else {
+        const float upper = d.sum[i], lower = d.sum[i + 8];
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+            const float2 dt = WITH_STEP ? *(const float2 *)(d.dt + j + 8 * n)
+                                        : make_float2(1.f, 1.f);
+            const float2 sum = *(const float2 *)(d.sum + j + 8 * n);
+            const int column = 8 * n + 2 * t;
+            v[n][0] = column <= g ? ex2(upper - sum.x) * dt.x : 0.f;
+            v[n][1] = column + 1 <= g ? ex2(upper - sum.y) * dt.y : 0.f;
+            v[n][2] = column <= g + 8 ? ex2(lower - sum.x) * dt.x : 0.f;
+            v[n][3] = column + 1 <= g + 8 ? ex2(lower - sum.y) * dt.y : 0.f;
+        }
+    }
+}
+
+// --- the blocks of a triangle -------------------------------------------------------------------
+
+// The ten blocks on and below the diagonal of Q x Q in six items of one or two adjacent blocks of a
+// row. Warps that take every second or every fourth of them have equally much to do.
+struct Item {
+    static constexpr int COUNT = 6;
+    int row, first, count;
+    __device__ __forceinline__ Item(int i)
+        : row(0x021233 >> 4 * i & 15), first(0x020020 >> 4 * i & 15), count(i < 4 ? 2 : 1) {}
+};
+
+// Stores the elements that a lane has of a block, as for decays_of, in a tile Q x Q.
+template <class T>
+__device__ __forceinline__ void store_block(Element<T> *tile, int pitch, int r, int b,
+                                            const float (&v)[2][4]) {
+    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+        Element<T> *const to = tile + (BLOCK * r + g) * pitch + BLOCK * b + 8 * n + 2 * t;
+        *(Pair<T> *)to = pack<T>(v[n][0], v[n][1]);
+        *(Pair<T> *)(to + 8 * pitch) = pack<T>(v[n][2], v[n][3]);
+    }
+}

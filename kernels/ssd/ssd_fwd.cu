@@ -1,0 +1,321 @@
+// State space duality, forward. A thread block has HEADS heads of a group in one sequence, or in a
+// span of it, and of each head SLICES * TILES * 16 channels. It goes through time in chunks of Q
+// positions, with the states in registers.
+#include "ssd/ssd.cuh"
+
+struct Forward {
+    Map x, z, y, dt, B, C;  // of B and C, h is the stride of a group
+    Steps step;
+    const void *D;
+    const float *entries;  // the states that enter spans (batch, heads, spans, dim, state), or null
+    float *last;           // the final state (batch, heads, dim, state), or null
+    int D_type, D_full;    // D_full: of each channel
+    int length, heads, per_group, dim, state, columns, span, spans, reverse;
+};
+
+template <class T, int TILES, int SLICES, int N, int HEADS, int STAGES>
+struct ForwardShared {
+    static constexpr int WIDTH = SLICES * TILES * BLOCK;
+    struct Stage {
+        Element<T> x[HEADS][Q * PITCH<T, WIDTH>];
+        Element<T> B[Q * PITCH<T, N>], C[Q * PITCH<T, N>];
+    };
+    Stage stages[STAGES];
+    Element<T> scores[HEADS][Q * PITCH<T, Q>];
+    Decays decays[2][HEADS];
+};
+
+// Blocks of so many threads that a multiprocessor is to have registers for.
+__device__ constexpr int live_blocks(int threads, int states) {
+    const int blocks = (states <= 64 ? 384 : 256) / threads;
+    return blocks > 0 ? blocks : 1;
+}
+
+template <class T, bool FAST, int TILES, int SLICES, int N, int HEADS, int STAGES>
+__global__ void __launch_bounds__(32 * SLICES * HEADS,
+                                  live_blocks(32 * SLICES * HEADS, TILES * N)) ssd_fwd(const Forward p) {
+    typedef ForwardShared<T, TILES, SLICES, N, HEADS, STAGES> Shared;
+    typedef Element<T> E;
+    constexpr int WIDTH = Shared::WIDTH, WARPS = SLICES * HEADS, THREADS = 32 * WARPS;
+    constexpr int X = PITCH<T, WIDTH>, K = PITCH<T, N>, S = PITCH<T, Q>;
+    constexpr int TOGETHER = TILES * N > 128 || TILES > 1 ? 2 : BLOCKS;  // blocks of rows, for fewer registers
+    extern __shared__ __align__(16) char memory[];
+    Shared &shared = *(Shared *)memory;
+
+    const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
+    const int g = lane >> 2, t = lane & 3, own = warp / SLICES, slice = warp % SLICES;
+    const int column = blockIdx.x % p.columns, rest = blockIdx.x / p.columns;
+    const int first_head = rest % (p.heads / HEADS) * HEADS, batch = rest / (p.heads / HEADS);
+    const int span = blockIdx.y, head = first_head + own;
+    const int first_channel = column * WIDTH, channel = slice * TILES * BLOCK;
+    const int width = min(WIDTH, p.dim - first_channel);
+    const int group = first_head / p.per_group;
+    const Time time = {p.length, p.reverse};
+    const int begin = span * p.span * Q, end = min(p.length, begin + p.span * Q);
+
+    const E *const x = (const E *)p.x.data + batch * p.x.b + first_channel;
+    const E *const B = (const E *)p.B.data + batch * p.B.b + (long long)group * p.B.h;
+    const E *const C = (const E *)p.C.data + batch * p.C.b + (long long)group * p.C.h;
+    const long long dt_base = batch * p.dt.b + (long long)head * p.dt.h;
+
+    auto copy = [&](typename Shared::Stage &stage, int start) {
+        const int rows = min(Q, end - start);
+#pragma unroll
+        for (int k = 0; k < HEADS; ++k)
+            copy_rows<T, WIDTH>(stage.x[k], x + (long long)(first_head + k) * p.x.h, p.x.l, time,
+                                start, rows, width, thread, THREADS);
+        copy_rows<T, N>(stage.B, B, p.B.l, time, start, rows, p.state, thread, THREADS);
+        copy_rows<T, N>(stage.C, C, p.C.l, time, start, rows, p.state, thread, THREADS);
+        commit_copies();
+    };
+    copy(shared.stages[0], begin);
+
+    // The first warp of each head makes its decays, a chunk ahead.
+    float rate = 0.f, bias = 0.f;
+    if (slice == 0) {
+        rate = load_parameter(p.step.A, head, p.step.A_type) * LOG2E;
+        if (p.step.bias) bias = load_parameter(p.step.bias, head, p.step.bias_type);
+        const int rows = min(Q, end - begin);
+        make_decays<true>(shared.decays[0][own],
+                          load_steps(p.dt.data, dt_base, p.dt.l, p.step.dt_type, time, begin, rows),
+                          bias, rate, p.step, rows);
+    }
+
+    // The channels of a lane: rows g, g + 8 of each tile of states; of y, columns 2 t, 2 t + 1.
+    float skip[TILES][2][2];
+#pragma unroll
+    for (int i = 0; i < TILES; ++i)
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const int c = first_channel + channel + BLOCK * i + 8 * n + 2 * t + e;
+                skip[i][n][e] = !p.D || c >= p.dim ? 0.f : load_parameter(
+                    p.D, p.D_full ? (long long)head * p.dim + c : head, p.D_type);
+            }
+    float state[TILES][N / 8][4];
+    const long long states_of_head = (long long)p.dim * p.state;
+    const float *const entry = p.entries ? p.entries + (
+        ((long long)batch * p.heads + head) * p.spans + span) * states_of_head : nullptr;
+#pragma unroll
+    for (int i = 0; i < TILES; ++i)
+#pragma unroll
+        for (int n = 0; n < N / 8; ++n)
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                const int c = first_channel + channel + BLOCK * i + 8 * k + g, s = 8 * n + 2 * t;
+                float2 v = make_float2(0.f, 0.f);
+                if (entry && c < p.dim && s < p.state)
+                    v = *(const float2 *)(entry + (long long)c * p.state + s);
+                state[i][n][2 * k] = v.x, state[i][n][2 * k + 1] = v.y;
+            }
+
+    int parity = 0;
+    for (int start = begin; start < end; start += Q, parity ^= 1) {
+        typename Shared::Stage &stage = shared.stages[STAGES > 1 ? parity : 0];
+        const int rows = min(Q, end - start), blocks = (rows + BLOCK - 1) / BLOCK;
+        wait_copies<0>();
+        __syncthreads();
+        if (STAGES > 1 && start + Q < end) copy(shared.stages[parity ^ 1], start + Q);
+        float2 raw = make_float2(0.f, 0.f);
+        const int next_rows = min(Q, end - start - Q);
+        if (slice == 0 && next_rows > 0)
+            raw = load_steps(p.dt.data, dt_base, p.dt.l, p.step.dt_type, time, start + Q,
+                             next_rows);
+
+        // C B^T on and below the diagonal, for all heads, and with the decays of each.
+        for (int i = warp; i < Item::COUNT; i += WARPS) {
+            const Item item(i);
+            if (item.row >= blocks) continue;
+            float scores[2][2][4] = {};
+#pragma unroll
+            for (int n = 0; n < N / BLOCK; ++n) {
+                Block16<T> left, right;
+                left.template load<false>(stage.C + BLOCK * item.row * K + BLOCK * n, K);
+#pragma unroll
+                for (int q = 0; q < 2; ++q) {
+                    if (q >= item.count) break;
+                    right.template load<false>(
+                        stage.B + BLOCK * (item.first + q) * K + BLOCK * n, K);
+#pragma unroll
+                    for (int m = 0; m < 2; ++m)
+                        multiply<T, FAST>(scores[q][m], left.v[0], left.v[1], left.v[2], left.v[3],
+                                          right.v[m], right.v[2 + m]);
+                }
+            }
+#pragma unroll
+            for (int q = 0; q < 2; ++q) {
+                if (q >= item.count) break;
+#pragma unroll 1
+                for (int k = 0; k < HEADS; ++k) {
+                    float v[2][4];
+                    decays_of<true>(v, shared.decays[parity][k], item.row, item.first + q);
+#pragma unroll
+                    for (int m = 0; m < 2; ++m)
+#pragma unroll
+                        for (int e = 0; e < 4; ++e)
+                            v[m][e] = v[m][e] == 0.f ? 0.f : v[m][e] * scores[q][m][e];
+                    store_block<T>(shared.scores[k], S, item.row, item.first + q, v);
+                }
+            }
+        }
+        if (slice == 0 && next_rows > 0)
+            make_decays<true>(shared.decays[parity ^ 1][own], raw, bias, rate, p.step, next_rows);
+        __syncthreads();
+
+        const Decays &decays = shared.decays[parity][own];
+        const E *const own_x = stage.x[own] + channel;
+        Block16<T> inputs[BLOCKS][TILES];
+#pragma unroll
+        for (int b = 0; b < BLOCKS; ++b)
+#pragma unroll
+            for (int i = 0; i < TILES; ++i)
+                inputs[b][i].template load<true>(own_x + BLOCK * b * X + BLOCK * i, X);
+#pragma unroll 1
+        for (int first = 0; first < blocks; first += TOGETHER) {
+            float y[TOGETHER][TILES][2][4] = {};
+            // What the state that enters gives.
+#pragma unroll
+            for (int n = 0; n < N / BLOCK; ++n) {
+                Pair<T> right[TILES][2][2];
+#pragma unroll
+                for (int i = 0; i < TILES; ++i)
+#pragma unroll
+                    for (int k = 0; k < 2; ++k)
+#pragma unroll
+                        for (int m = 0; m < 2; ++m)
+                            right[i][k][m] = pack<T>(state[i][2 * n + m][2 * k],
+                                                     state[i][2 * n + m][2 * k + 1]);
+#pragma unroll
+                for (int r = 0; r < TOGETHER; ++r) {
+                    Block16<T> left;
+                    left.template load<false>(stage.C + BLOCK * (first + r) * K + BLOCK * n, K);
+#pragma unroll
+                    for (int i = 0; i < TILES; ++i)
+#pragma unroll
+                        for (int k = 0; k < 2; ++k)
+                            multiply<T, FAST>(y[r][i][k], left.v[0], left.v[1], left.v[2],
+                                              left.v[3], right[i][k][0], right[i][k][1]);
+                }
+            }
+#pragma unroll
+            for (int r = 0; r < TOGETHER; ++r) {
+                const int row = BLOCK * (first + r) + g;
+                const float upper = decays.enter[row], lower = decays.enter[row + 8];
+#pragma unroll
+                for (int i = 0; i < TILES; ++i)
+#pragma unroll
+                    for (int k = 0; k < 2; ++k)
+#pragma unroll
+                        for (int e = 0; e < 4; ++e) y[r][i][k][e] *= e < 2 ? upper : lower;
+            }
+            // What the chunk itself gives.
+#pragma unroll
+            for (int b = 0; b < BLOCKS; ++b)
+#pragma unroll
+                for (int r = 0; r < TOGETHER; ++r) {
+                    if (b > first + r || first + r >= blocks) continue;
+                    Block16<T> left;
+                    left.template load<false>(
+                        shared.scores[own] + BLOCK * (first + r) * S + BLOCK * b, S);
+#pragma unroll
+                    for (int i = 0; i < TILES; ++i)
+#pragma unroll
+                        for (int k = 0; k < 2; ++k)
+                            multiply<T, FAST>(y[r][i][k], left.v[0], left.v[1], left.v[2],
+                                              left.v[3], inputs[b][i].v[2 * k],
+                                              inputs[b][i].v[2 * k + 1]);
+                }
+#pragma unroll
+            for (int r = 0; r < TOGETHER; ++r)
+#pragma unroll
+                for (int k = 0; k < 2; ++k) {
+                    const int row = BLOCK * (first + r) + 8 * k + g;
+                    const long long at = time(start + row);
+#pragma unroll
+                    for (int i = 0; i < TILES; ++i) {
+                        float v[4];
+#pragma unroll
+                        for (int n = 0; n < 2; ++n) {
+                            const float2 given = load_pair<T>(own_x + row * X + BLOCK * i + 8 * n
+                                                              + 2 * t);
+                            y[r][i][n][2 * k] += skip[i][n][0] * given.x;
+                            y[r][i][n][2 * k + 1] += skip[i][n][1] * given.y;
+                        }
+                        gather_four(v, y[r][i][0][2 * k], y[r][i][0][2 * k + 1],
+                                    y[r][i][1][2 * k], y[r][i][1][2 * k + 1]);
+                        const int c = first_channel + channel + BLOCK * i + first_column(t);
+                        if (row >= rows || c >= p.dim) continue;
+                        if (p.z.data) {
+                            float z[4];
+                            unpack4(z, load4<T>(p.z.data, batch * p.z.b + at * p.z.l
+                                                + (long long)head * p.z.h + c, true), T{});
+#pragma unroll
+                            for (int e = 0; e < 4; ++e) v[e] *= z[e] * rcp(1.f + ex2(-z[e] * LOG2E));
+                        }
+                        store4<T>(p.y.data, batch * p.y.b + at * p.y.l + (long long)head * p.y.h
+                                  + c, v);
+                    }
+                }
+        }
+
+        // The state that leaves.
+        if (start + Q < end || p.last) {
+            const float decay = decays.through;
+#pragma unroll
+            for (int i = 0; i < TILES; ++i)
+#pragma unroll
+                for (int n = 0; n < N / 8; ++n)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) state[i][n][e] *= decay;
+#pragma unroll
+            for (int b = 0; b < BLOCKS; ++b) {
+                if (b >= blocks) break;
+                float2 by[2];
+#pragma unroll
+                for (int k = 0; k < 2; ++k) {
+                    const int j = BLOCK * b + 8 * k + 2 * t;
+                    const float2 leave = *(const float2 *)(decays.leave + j);
+                    const float2 dt = *(const float2 *)(decays.dt + j);
+                    by[k] = make_float2(leave.x * dt.x, leave.y * dt.y);
+                }
+#pragma unroll
+                for (int i = 0; i < TILES; ++i)
+#pragma unroll
+                    for (int k = 0; k < 4; ++k)
+                        inputs[b][i].v[k] = scaled<T>(inputs[b][i].v[k], by[k & 1]);
+#pragma unroll
+                for (int n = 0; n < N / BLOCK; ++n) {
+                    Block16<T> right;
+                    right.template load<true>(stage.B + BLOCK * b * K + BLOCK * n, K);
+#pragma unroll
+                    for (int i = 0; i < TILES; ++i)
+#pragma unroll
+                        for (int m = 0; m < 2; ++m)
+                            multiply<T, FAST>(state[i][2 * n + m], inputs[b][i].v[0],
+                                              inputs[b][i].v[2], inputs[b][i].v[1],
+                                              inputs[b][i].v[3], right.v[2 * m],
+                                              right.v[2 * m + 1]);
+                }
+            }
+        }
+        if (STAGES == 1) {
+            __syncthreads();
+            if (start + Q < end) copy(stage, start + Q);
+        }
+    }
+
+    if (!p.last || end < p.length) return;
+    float *const last = p.last + ((long long)batch * p.heads + head) * states_of_head;
+#pragma unroll
+    for (int i = 0; i < TILES; ++i)
+#pragma unroll
+        for (int n = 0; n < N / 8; ++n)
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                const int c = first_channel + channel + BLOCK * i + 8 * k + g, s = 8 * n + 2 * t;
+                if (c < p.dim && s < p.state)
+                    *(float2 *)(last + (long long)c * p.state + s) = make_float2(
+                        state[i][n][2 * k], state[i][n][2 * k + 1]);
+            }
+}
