@@ -181,6 +181,12 @@ __device__ __forceinline__ void copy_rows(Element<T> *tile, const Element<T> *fr
     }
 }
 
+// Blocks of so many threads that a multiprocessor is to have registers for.
+__device__ constexpr int live_blocks(int threads, int states) {
+    const int blocks = (states <= 64 ? 384 : 256) / threads;
+    return blocks > 0 ? blocks : 1;
+}
+
 // --- decays -----------------------------------------------------------------------------------
 
 // What a head multiplies by in a chunk. Sums of logarithms are in base 2, and do not go beyond a

@@ -25,12 +25,6 @@ struct ForwardShared {
     Decays decays[2][HEADS];
 };
 
-// Blocks of so many threads that a multiprocessor is to have registers for.
-__device__ constexpr int live_blocks(int threads, int states) {
-    const int blocks = (states <= 64 ? 384 : 256) / threads;
-    return blocks > 0 ? blocks : 1;
-}
-
 template <class T, bool FAST, int TILES, int SLICES, int N, int HEADS, int STAGES>
 __global__ void __launch_bounds__(32 * SLICES * HEADS,
                                   live_blocks(32 * SLICES * HEADS, TILES * N)) ssd_fwd(const Forward p) {

@@ -1,10 +1,12 @@
 """``ssd`` by the CUDA kernels in ``kernels/ssd``: fp16, bf16 and fp32 on the tensor cores."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vmamba_mm.ops.core.launch import TYPES, cached, device_limits, pointer
 from vmamba_mm.ops.scan_kernels import cuda as scan_kernels
+from vmamba_mm.ops.selective_scan.activations import silu_backward
 from vmamba_mm.ops.ssd import cuda_launch as launches
 from vmamba_mm.ops.ssd.cuda_launch import Options, Sizes, Strides
 
@@ -116,3 +118,54 @@ def forward(x, dt, A, B, C, D, dt_bias, z, initial_state, seq_idx, dt_softplus, 
                z=pointer(z), start=pointer(start),
                last=last.data_ptr() if return_final_state else 0)
     return y if dtype == out_dtype else y.to(out_dtype), last
+
+
+def backward(grad_y, grad_state, x, dt, A, B, C, D, dt_bias, z, initial_state, seq_idx,
+             dt_softplus, dt_min, dt_max, return_final_state, reverse):
+    """Gradients by x, dt, A, B, C, D, dt_bias, z, initial_state (None where those are).
+
+    The states of chunks are calculated again, and with a gate the result before it.
+    """
+    given = x, dt, A, B, C, D, dt_bias, z, initial_state
+    dtype, grad_z = _common_dtype(x, B, C, z), None
+    if grad_y is None:
+        grad_y = torch.zeros_like(x)
+    if z is not None:
+        y, _ = forward(x.to(dtype), dt, A, B, C, D, dt_bias, None, initial_state, None, dt_softplus,
+                       dt_min, dt_max, False, reverse)
+        gate, grad_y = z.float(), grad_y.float()
+        grad_z = silu_backward(grad_y * y, gate).to(z.dtype).contiguous()
+        grad_y = grad_y * F.silu(gate)
+    (x, of_x), (B, of_B), (C, of_C), (dy, of_dy) = (_map(t, dtype) for t in (x, B, C, grad_y))
+    (dt, of_dt), A, D, dt_bias = _steps(dt), _dense(A), _dense(D), _dense(dt_bias)
+    start, sizes = _as_state(initial_state), _sizes(x, B)
+    grad_last = _as_state(grad_state) if return_final_state else None
+    grad_start = None if start is None else torch.empty_like(start)
+    dx, dB, dC = (torch.empty(t.shape, dtype=dtype, device=x.device) for t in (x, B, C))
+    ddt = torch.empty(dt.shape, dtype=dt.dtype, device=x.device)
+    options = Options(dt.dtype, A.dtype, _dtype(D), D is not None and D.dim() == 2,
+                      _dtype(dt_bias), dt_softplus, dt_min, dt_max, reverse)
+    launch = launches.backward_launch(
+        x.get_device(), dtype, _is_fast(dtype), sizes, options, of_x, of_dy, of_dt, of_B, of_C,
+        *(Strides(*t.stride()[:3]) for t in (dx, ddt, dB, dC)))
+
+    def parts(*shape):
+        return torch.empty(shape, dtype=torch.float32, device=x.device)
+
+    head_parts = parts(2, sizes.batch * sizes.chunks, sizes.heads)
+    D_parts = None if D is None else parts(sizes.batch * sizes.chunks, sizes.heads, sizes.dim)
+    BC_parts = parts(2, launch.splits, *B.shape) if launch.splits > 1 else None
+    memory = x.new_empty(launch.memory, dtype=torch.uint8)
+    launch.run(x=x.data_ptr(), dy=dy.data_ptr(), dt=dt.data_ptr(), A=A.data_ptr(), B=B.data_ptr(),
+               C=C.data_ptr(), dx=dx.data_ptr(), ddt=ddt.data_ptr(), dB=dB.data_ptr(),
+               dC=dC.data_ptr(), BC_parts=pointer(BC_parts), head_parts=head_parts.data_ptr(),
+               memory=memory.data_ptr(), D=pointer(D), D_parts=pointer(D_parts),
+               bias=pointer(dt_bias), start=pointer(start), grad_last=pointer(grad_last),
+               grad_start=pointer(grad_start))
+    if BC_parts is not None:
+        dB, dC = BC_parts.sum(1)
+    dA, dbias = head_parts.sum(1)
+    dD = None if D is None else D_parts.sum(0) if D.dim() == 2 else D_parts.sum((0, 2))
+    grads = (dx, ddt, dA, dB, dC, dD, None if dt_bias is None else dbias, grad_z, grad_start)
+    return tuple(None if t is None else grad.to(t.dtype).contiguous()
+                 for grad, t in zip(grads, given, strict=True))

@@ -26,6 +26,8 @@ MOST_CHANNELS = 128
 
 #: Chunks of a span at most, for tests.
 max_span: int | None = None
+#: Blocks among which the heads of a group are divided in the backward, for tests.
+max_split: int | None = None
 #: How forwards are divided, for tests and measurements.
 force: 'Shape | None' = None
 
@@ -71,6 +73,48 @@ def forward_instance(type_: str, fast: bool, shape: Shape, states: int) -> Insta
     return Instance('ssd/ssd_fwd.cu',
                     f'ssd_fwd<{type_}, {_flag(fast)}, {shape.tiles}, {shape.slices}, {states}, '
                     f'{shape.heads}, {shape.stages}>')
+
+
+class StatesShape(NamedTuple):
+    """How a block of ssd_states is made up, as :class:`Shape`."""
+    slices: int
+    stages: int
+
+    @property
+    def width(self) -> int:
+        return _BLOCK * self.slices
+
+    def shared(self, size: int, states: int) -> int:
+        """Bytes of shared memory; as StatesShared."""
+        return self.stages * (_tile(self.width, size) + _tile(states, size)) + 2 * _DECAYS
+
+
+def states_instance(type_: str, fast: bool, shape: StatesShape, states: int) -> Instance:
+    return Instance('ssd/ssd_states.cu',
+                    f'ssd_states<{type_}, {_flag(fast)}, {shape.slices}, {states}, '
+                    f'{shape.stages}>')
+
+
+def combine_instance() -> Instance:
+    return Instance('ssd/ssd_combine.cu', 'ssd_combine')
+
+
+def backward_instance(type_: str, fast: bool, channels: int, states: int) -> Instance:
+    return Instance('ssd/ssd_bwd.cu', f'ssd_bwd<{type_}, {_flag(fast)}, {channels}, {states}>')
+
+
+def backward_warps(states: int) -> int:
+    """WARPS of BackwardShared."""
+    return max(states // _BLOCK, 4)
+
+
+def backward_shared(size: int, channels: int, states: int) -> int:
+    """Bytes of shared memory; as BackwardShared."""
+    slices = states // _BLOCK
+    tiles = 2 * (_tile(states, size) + _tile(channels, size) + _tile(CHUNK, size)
+                 + channels * (states * size + 16))
+    sums = 4 * (CHUNK * (2 * 4 + 1 + 2 * slices) + 16 + backward_warps(states))
+    return tiles + _DECAYS + -(-sums // 16) * 16
 
 
 # --- sizes ------------------------------------------------------------------------------------
@@ -136,12 +180,102 @@ def forward_shape(index: int, size: int, sizes: Sizes) -> Shape:
     return shape
 
 
+def padded_channels(dim: int) -> int:
+    """P of the backward's kernel for so many channels."""
+    return next(n for n in (16, 32, 64, 128) if n >= dim)
+
+
+def states_shape(index: int, size: int, sizes: Sizes) -> StatesShape:
+    shape = StatesShape(padded_channels(sizes.dim) // _BLOCK, 2)
+    if shape.shared(size, sizes.states) > device_limits(index)[2]:
+        shape = shape._replace(stages=1)
+    return shape
+
+
+def span_of(index: int, sizes: Sizes, sequences: int, each: int) -> tuple[int, int]:
+    """(chunks of a span, spans) for so many ``sequences``, of which a block has one, and ``each``
+    blocks on a multiprocessor."""
+    if max_span:
+        span = max_span
+    else:
+        spans = device_limits(index)[0] * each // sequences
+        span = max(-(-sizes.chunks // max(spans, 1)), min(4, sizes.chunks))
+        if 2 * spans < 3:
+            span = sizes.chunks
+    return span, -(-sizes.chunks // span)
+
+
+def head_splits(index: int, sizes: Sizes) -> int:
+    """Among how many blocks the heads of a group are divided in the backward."""
+    if max_split:
+        return min(max_split, sizes.heads // sizes.groups)
+    blocks = sizes.batch * sizes.chunks * sizes.groups
+    splits = -(-2 * device_limits(index)[0] // blocks)
+    return min(splits, sizes.heads // sizes.groups)
+
+
 # --- launches ---------------------------------------------------------------------------------
 
 class Launch(NamedTuple):
     """``run`` launches; ``memory`` bytes that it needs."""
     run: Callable[..., None]
     memory: int
+
+
+class _Slab:
+    """Parts of one piece of memory, each at a multiple of 256 bytes."""
+
+    def __init__(self):
+        self.size = 0
+
+    def take(self, count: int, size: int = 4) -> int:
+        """The offset of a part of ``count`` elements of ``size`` bytes."""
+        at = self.size
+        self.size += -(-count * size // 256) * 256
+        return at
+
+
+class _States:
+    """Launches of ssd_states and ssd_combine: ``span`` chunks of a span, ``spans`` of them."""
+
+    def __init__(self, index: int, dtype: torch.dtype, fast: bool, sizes: Sizes, options: Options,
+                 maps: dict[str, Strides], span: int, spans: int):
+        self.sizes, self.spans = sizes, spans
+        self.shape = states_shape(index, dtype.itemsize, sizes)
+        self._index, self._dtype, self._fast = index, dtype, fast
+        zero = Strides(0, 0, 0)
+        self._fields = dict(
+            length=sizes.length, heads=sizes.heads, per_group=sizes.heads // sizes.groups,
+            dim=sizes.dim, state=sizes.state, columns=-(-sizes.dim // self.shape.width),
+            chunks=sizes.chunks, span=span, spans=spans, reverse=int(options.reverse),
+            **options.fields(), **_map_fields(**dict.fromkeys(('x', 'dy', 'dt', 'B', 'C'), zero)
+                                              | maps))
+
+    @property
+    def entries(self) -> int:
+        """Numbers of the states of all spans."""
+        sizes = self.sizes
+        return sizes.batch * sizes.heads * self.spans * sizes.dim * sizes.state
+
+    @property
+    def sums(self) -> int:
+        return self.sizes.batch * self.sizes.heads * self.spans
+
+    def bind(self, jobs: int, backwards: int = 0) -> Callable[..., None]:
+        """The states, the gradients (``backwards``), or both."""
+        sizes, size = self.sizes, self._dtype.itemsize
+        grid = sizes.batch * sizes.heads * self._fields['columns'], self.spans, jobs
+        return kernel(self._index, states_instance, TYPES[self._dtype], self._fast, self.shape,
+                      sizes.states).bind(grid, (32 * self.shape.slices, 1, 1),
+                                         self.shape.shared(size, sizes.states),
+                                         backwards=backwards, **self._fields)
+
+    def combine(self, jobs: int) -> Callable[..., None]:
+        sizes = self.sizes
+        count, size = sizes.batch * sizes.heads, sizes.dim * sizes.state
+        return kernel(self._index, combine_instance).bind(
+            (-(-count * size // 512), jobs, 1), (128, 1, 1), count=count, spans=self.spans,
+            size=size, backwards=0)
 
 
 @cached
@@ -155,16 +289,99 @@ def forward_launch(index: int, dtype: torch.dtype, fast: bool, sizes: Sizes, opt
     """
     shape = forward_shape(index, dtype.itemsize, sizes)
     columns = -(-sizes.dim // shape.width)
+    sequences = sizes.batch * sizes.heads // shape.heads * columns
+    span, spans = span_of(index, sizes, sequences, 3)
     run = kernel(index, forward_instance, TYPES[dtype], fast, shape, sizes.states).bind(
-        (sizes.batch * sizes.heads // shape.heads * columns, 1, 1),
-        (32 * shape.slices * shape.heads, 1, 1), shape.shared(dtype.itemsize, sizes.states),
+        (sequences, spans, 1), (32 * shape.slices * shape.heads, 1, 1),
+        shape.shared(dtype.itemsize, sizes.states),
         length=sizes.length, heads=sizes.heads, per_group=sizes.heads // sizes.groups,
-        dim=sizes.dim, state=sizes.state, columns=columns, span=sizes.chunks, spans=1,
+        dim=sizes.dim, state=sizes.state, columns=columns, span=span, spans=spans,
         reverse=int(options.reverse), D_type=CODES.get(options.D, 0), D_full=int(options.D_full),
         **options.fields(), **_map_fields(x=x, z=z, y=y, dt=dt, B=B, C=C))
+    if spans == 1:
+        def launch_forward(x, dt, A, B, C, y, memory, D=0, bias=0, z=0, start=0, last=0):
+            run(x_data=x, dt_data=dt, step_A=A, B_data=B, C_data=C, y_data=y, D=D, step_bias=bias,
+                z_data=z, entries=start, last=last)
 
-    def launch_forward(x, dt, A, B, C, y, memory, D=0, bias=0, z=0, start=0, last=0):
+        return Launch(launch_forward, 0)
+
+    states = _States(index, dtype, fast, sizes, options, dict(x=x, dt=dt, B=B), span, spans)
+    slab = _Slab()
+    ends_at, entries_at = slab.take(states.entries), slab.take(states.entries)
+    sums_at = slab.take(states.sums)
+    summarise, combine = states.bind(1), states.combine(1)
+
+    def launch_in_spans(x, dt, A, B, C, y, memory, D=0, bias=0, z=0, start=0, last=0):
+        ends, entries, sums = memory + ends_at, memory + entries_at, memory + sums_at
+        summarise(x_data=x, dt_data=dt, step_A=A, step_bias=bias, B_data=B, ends=ends, sums=sums)
+        combine(ends=ends, sums=sums, start=start, entries=entries)
         run(x_data=x, dt_data=dt, step_A=A, B_data=B, C_data=C, y_data=y, D=D, step_bias=bias,
-            z_data=z, entries=start, last=last)
+            z_data=z, entries=entries, last=last)
 
-    return Launch(launch_forward, 0)
+    return Launch(launch_in_spans, slab.size)
+
+
+class BackwardLaunch(NamedTuple):
+    """``run`` launches; ``memory`` bytes that it needs. ``splits``: parts of the gradients by B and
+    C, which are to be summed, if more than 1."""
+    run: Callable[..., None]
+    memory: int
+    splits: int
+
+
+@cached
+def backward_launch(index: int, dtype: torch.dtype, fast: bool, sizes: Sizes, options: Options,
+                    x: Strides, dy: Strides, dt: Strides, B: Strides, C: Strides, dx: Strides,
+                    ddt: Strides, dB: Strides, dC: Strides) -> BackwardLaunch:
+    """The backward, without a gate.
+
+    It takes the addresses of x, dy, dt, A, B, C, dx, ddt, head_parts (2, B, chunks, H) and memory;
+    of dB and dC or, with ``splits``, of BC_parts (2, splits, B, L, G, N); and, 0 for none, of D,
+    D_parts (B, chunks, H, P), bias, start, grad_last and grad_start. Parts are fp32.
+    """
+    sequences = 2 * sizes.batch * sizes.heads
+    span, spans = span_of(index, sizes, sequences, 3)
+    states = _States(index, dtype, fast, sizes, options, dict(x=x, dy=dy, dt=dt, B=B, C=C), span,
+                     spans)
+    splits = head_splits(index, sizes)
+    per_group = sizes.heads // sizes.groups
+    channels = padded_channels(sizes.dim)
+    slab, all_states = _Slab(), sizes.batch * sizes.heads * sizes.chunks * sizes.dim * sizes.state
+    states_at = slab.take(all_states, dtype.itemsize)
+    grad_states_at = slab.take(all_states, dtype.itemsize)
+    find = states.bind(2)
+    if spans > 1:
+        combine = states.combine(2)
+        ends_at, grad_ends_at, entries_at, grad_entries_at = (
+            slab.take(states.entries) for _ in range(4))
+        sums_at = slab.take(states.sums)
+    run = kernel(index, backward_instance, TYPES[dtype], fast, channels, sizes.states).bind(
+        (sizes.groups * splits, sizes.chunks, sizes.batch),
+        (32 * backward_warps(sizes.states), 1, 1),
+        backward_shared(dtype.itemsize, channels, sizes.states),
+        batch=sizes.batch, length=sizes.length, heads=sizes.heads, per_group=per_group,
+        groups=sizes.groups, dim=sizes.dim, state=sizes.state, chunks=sizes.chunks, splits=splits,
+        per_split=-(-per_group // splits), reverse=int(options.reverse),
+        D_type=CODES.get(options.D, 0), D_full=int(options.D_full), **options.fields(),
+        **_map_fields(x=x, dy=dy, dt=dt, B=B, C=C, dx=dx, ddt=ddt, dB=dB, dC=dC))
+
+    def launch_backward(x, dy, dt, A, B, C, dx, ddt, head_parts, memory, dB=0, dC=0, BC_parts=0,
+                        D=0, D_parts=0, bias=0, start=0, grad_last=0, grad_start=0):
+        inputs = dict(x_data=x, dy_data=dy, dt_data=dt, step_A=A, step_bias=bias, B_data=B,
+                      C_data=C)
+        all_states, grad_states = memory + states_at, memory + grad_states_at
+        if spans == 1:
+            find(entries=start, grad_entries=grad_last, states=all_states, grad_states=grad_states,
+                 grad_ends=grad_start, **inputs)
+        else:
+            ends, grad_ends, sums = memory + ends_at, memory + grad_ends_at, memory + sums_at
+            entries, grad_entries = memory + entries_at, memory + grad_entries_at
+            find(ends=ends, grad_ends=grad_ends, sums=sums, **inputs)
+            combine(ends=ends, grad_ends=grad_ends, sums=sums, start=start, grad_start=grad_last,
+                    entries=entries, grad_entries=grad_entries, grad_last=grad_start)
+            find(entries=entries, grad_entries=grad_entries, states=all_states,
+                 grad_states=grad_states, **inputs)
+        run(states=all_states, grad_states=grad_states, dx_data=dx, ddt_data=ddt, dB_data=dB,
+            dC_data=dC, BC_parts=BC_parts, head_parts=head_parts, D=D, D_parts=D_parts, **inputs)
+
+    return BackwardLaunch(launch_backward, slab.size, splits)

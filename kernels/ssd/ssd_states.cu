@@ -1,0 +1,176 @@
+// The states that enter each chunk or leave a span, and the same backwards: the gradients by the
+// states that leave each chunk. Both are S' = through S + sum_i by_i x_i b_i^T over the positions of
+// a chunk: of x and B with by = dt leave, and from the end of dy and C with by = enter.
+#include "ssd/ssd.cuh"
+
+struct States {
+    Map x, dy, dt, B, C;
+    Steps step;
+    // Of each span, (batch, heads, spans, dim, state): what enters, null for zeros; what leaves, and
+    // the logarithm of the decay (batch, heads, spans), null if not wanted.
+    const float *entries, *grad_entries;
+    float *ends, *grad_ends, *sums;
+    void *states, *grad_states;  // (batch, heads, chunks, dim, state), null if not wanted
+    int backwards;  // 0: states, 1: gradients, for the first blocks in z
+    int length, heads, per_group, dim, state, columns, chunks, span, spans, reverse;
+};
+
+template <class T, int SLICES, int N, int STAGES>
+struct StatesShared {
+    static constexpr int WIDTH = SLICES * BLOCK;
+    struct Stage {
+        Element<T> x[Q * PITCH<T, WIDTH>], b[Q * PITCH<T, N>];
+    };
+    Stage stages[STAGES];
+    Decays decays[2];
+};
+
+template <class T, bool FAST, int SLICES, int N, int STAGES>
+__global__ void __launch_bounds__(32 * SLICES, live_blocks(32 * SLICES, N)) ssd_states(const States p) {
+    typedef StatesShared<T, SLICES, N, STAGES> Shared;
+    typedef Element<T> E;
+    constexpr int WIDTH = Shared::WIDTH, THREADS = 32 * SLICES;
+    constexpr int X = PITCH<T, WIDTH>, K = PITCH<T, N>;
+    extern __shared__ __align__(16) char memory[];
+    Shared &shared = *(Shared *)memory;
+
+    const int thread = threadIdx.x, lane = thread & 31, slice = thread >> 5;
+    const int g = lane >> 2, t = lane & 3;
+    const int column = blockIdx.x % p.columns, rest = blockIdx.x / p.columns;
+    const int head = rest % p.heads, batch = rest / p.heads, span = blockIdx.y;
+    const bool back = p.backwards + (int)blockIdx.z > 0;
+    const int first_channel = column * WIDTH, channel = first_channel + slice * BLOCK + g;
+    const int width = min(WIDTH, p.dim - first_channel);
+    const Time time = {p.length, p.reverse};
+    const int chunks = min(p.span, p.chunks - span * p.span);
+
+    const Map &of_x = back ? p.dy : p.x, &of_b = back ? p.C : p.B;
+    const E *const x = (const E *)of_x.data + batch * of_x.b + (long long)head * of_x.h
+        + first_channel;
+    const E *const b = (const E *)of_b.data + batch * of_b.b
+        + (long long)(head / p.per_group) * of_b.h;
+    const int x_stride = of_x.l, b_stride = of_b.l;
+    const long long dt_base = batch * p.dt.b + (long long)head * p.dt.h;
+
+    // The chunk at which it is after so many.
+    auto chunk_at = [&](int i) { return span * p.span + (back ? chunks - 1 - i : i); };
+    auto copy = [&](typename Shared::Stage &stage, int chunk) {
+        const int start = chunk * Q, rows = min(Q, p.length - start);
+        copy_rows<T, WIDTH>(stage.x, x, x_stride, time, start, rows, width, thread, THREADS);
+        copy_rows<T, N>(stage.b, b, b_stride, time, start, rows, p.state, thread, THREADS);
+        commit_copies();
+    };
+    copy(shared.stages[0], chunk_at(0));
+
+    float rate = 0.f, bias = 0.f, sum = 0.f;
+    if (slice == 0) {
+        rate = load_parameter(p.step.A, head, p.step.A_type) * LOG2E;
+        if (p.step.bias) bias = load_parameter(p.step.bias, head, p.step.bias_type);
+        const int start = chunk_at(0) * Q, rows = min(Q, p.length - start);
+        make_decays<true>(shared.decays[0],
+                          load_steps(p.dt.data, dt_base, p.dt.l, p.step.dt_type, time, start, rows),
+                          bias, rate, p.step, rows);
+    }
+
+    float state[N / 8][4];
+    const long long of_span = (((long long)batch * p.heads + head) * p.spans + span)
+        * p.dim * p.state;
+    const float *const entries = back ? p.grad_entries : p.entries;
+#pragma unroll
+    for (int n = 0; n < N / 8; ++n)
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            const int c = channel + 8 * k, s = 8 * n + 2 * t;
+            float2 v = make_float2(0.f, 0.f);
+            if (entries && c < p.dim && s < p.state)
+                v = *(const float2 *)(entries + of_span + (long long)c * p.state + s);
+            state[n][2 * k] = v.x, state[n][2 * k + 1] = v.y;
+        }
+
+    void *const states = back ? p.grad_states : p.states;
+    float *const ends = back ? p.grad_ends : p.ends;
+    int parity = 0;
+    for (int i = 0; i < chunks; ++i, parity ^= 1) {
+        typename Shared::Stage &stage = shared.stages[STAGES > 1 ? parity : 0];
+        const int chunk = chunk_at(i), blocks = (min(Q, p.length - chunk * Q) + BLOCK - 1) / BLOCK;
+        const bool more = i + 1 < chunks;
+        wait_copies<0>();
+        __syncthreads();
+        if (STAGES > 1 && more) copy(shared.stages[parity ^ 1], chunk_at(i + 1));
+        if (states) {
+            const long long to = (((long long)batch * p.heads + head) * p.chunks + chunk)
+                * p.dim * p.state;
+#pragma unroll
+            for (int n = 0; n < N / BLOCK; ++n)
+#pragma unroll
+                for (int k = 0; k < 2; ++k) {
+                    float v[4];
+                    gather_four(v, state[2 * n][2 * k], state[2 * n][2 * k + 1],
+                                state[2 * n + 1][2 * k], state[2 * n + 1][2 * k + 1]);
+                    const int c = channel + 8 * k, s = BLOCK * n + first_column(t);
+                    if (c < p.dim && s < p.state)
+                        store4<T>(states, to + (long long)c * p.state + s, v);
+                }
+        }
+        if (!more && !ends) break;
+        float2 raw = make_float2(0.f, 0.f);
+        const int next = chunk_at(i + 1) * Q, next_rows = more ? min(Q, p.length - next) : 0;
+        if (slice == 0 && more)
+            raw = load_steps(p.dt.data, dt_base, p.dt.l, p.step.dt_type, time, next, next_rows);
+
+        const Decays &decays = shared.decays[parity];
+        const float through = decays.through;
+        if (slice == 0)
+            sum += decays.totals[0] + decays.totals[1] + decays.totals[2] + decays.totals[3];
+#pragma unroll
+        for (int n = 0; n < N / 8; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) state[n][e] *= through;
+#pragma unroll
+        for (int r = 0; r < BLOCKS; ++r) {
+            if (r >= blocks) break;
+            Block16<T> left;
+            left.template load<true>(stage.x + BLOCK * r * X + slice * BLOCK, X);
+            float2 by[2];
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                const int j = BLOCK * r + 8 * k + 2 * t;
+                by[k] = *(const float2 *)((back ? decays.enter : decays.leave) + j);
+                if (!back) {
+                    const float2 dt = *(const float2 *)(decays.dt + j);
+                    by[k].x *= dt.x, by[k].y *= dt.y;
+                }
+            }
+#pragma unroll
+            for (int k = 0; k < 4; ++k) left.v[k] = scaled<T>(left.v[k], by[k & 1]);
+#pragma unroll
+            for (int n = 0; n < N / BLOCK; ++n) {
+                Block16<T> right;
+                right.template load<true>(stage.b + BLOCK * r * K + BLOCK * n, K);
+#pragma unroll
+                for (int m = 0; m < 2; ++m)
+                    multiply<T, FAST>(state[2 * n + m], left.v[0], left.v[2], left.v[1], left.v[3],
+                                      right.v[2 * m], right.v[2 * m + 1]);
+            }
+        }
+        if (slice == 0 && more)
+            make_decays<true>(shared.decays[parity ^ 1], raw, bias, rate, p.step, next_rows);
+        if (STAGES == 1) {
+            __syncthreads();
+            if (more) copy(stage, chunk_at(i + 1));
+        }
+    }
+
+    if (p.sums && !back && thread == 0 && column == 0)
+        p.sums[((long long)batch * p.heads + head) * p.spans + span] = sum;
+    if (!ends) return;
+#pragma unroll
+    for (int n = 0; n < N / 8; ++n)
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            const int c = channel + 8 * k, s = 8 * n + 2 * t;
+            if (c < p.dim && s < p.state)
+                *(float2 *)(ends + of_span + (long long)c * p.state + s) = make_float2(
+                    state[n][2 * k], state[n][2 * k + 1]);
+        }
+}
