@@ -4,7 +4,7 @@
 
 struct Combine {
     const float *ends, *grad_ends, *sums;   // of each span, as from ssd_states
-    const float *start, *grad_start;        // what enters the first span, null for zeros
+    const float *before, *grad_before;      // what enters the first span, null for zeros
     float *entries, *grad_entries;          // what enters each
     float *last, *grad_last;                // what leaves the last one, null if not wanted
     int count, spans, size, backwards;      // sequences times heads; numbers of a state
@@ -18,11 +18,11 @@ __global__ void __launch_bounds__(128) ssd_combine(const Combine p) {
     const long long sequence = i / p.size, first = sequence * p.spans * p.size + i % p.size;
     const float *const ends = (back ? p.grad_ends : p.ends) + first;
     float *const entries = (back ? p.grad_entries : p.entries) + first;
-    const float *const start = back ? p.grad_start : p.start;
+    const float *const before = back ? p.grad_before : p.before;
     float *const last = back ? p.grad_last : p.last;
     const float *const sums = p.sums + sequence * p.spans;
     float v[4] = {};
-    if (start) unpack4(v, *(const float4 *)(start + i), Float{});
+    if (before) unpack4(v, *(const float4 *)(before + i), Float{});
 #pragma unroll 4
     for (int k = 0; k < p.spans; ++k) {
         const int span = back ? p.spans - 1 - k : k;

@@ -314,7 +314,7 @@ def forward_launch(index: int, dtype: torch.dtype, fast: bool, sizes: Sizes, opt
     def launch_in_spans(x, dt, A, B, C, y, memory, D=0, bias=0, z=0, start=0, last=0):
         ends, entries, sums = memory + ends_at, memory + entries_at, memory + sums_at
         summarise(x_data=x, dt_data=dt, step_A=A, step_bias=bias, B_data=B, ends=ends, sums=sums)
-        combine(ends=ends, sums=sums, start=start, entries=entries)
+        combine(ends=ends, sums=sums, before=start, entries=entries)
         run(x_data=x, dt_data=dt, step_A=A, B_data=B, C_data=C, y_data=y, D=D, step_bias=bias,
             z_data=z, entries=entries, last=last)
 
@@ -377,7 +377,7 @@ def backward_launch(index: int, dtype: torch.dtype, fast: bool, sizes: Sizes, op
             ends, grad_ends, sums = memory + ends_at, memory + grad_ends_at, memory + sums_at
             entries, grad_entries = memory + entries_at, memory + grad_entries_at
             find(ends=ends, grad_ends=grad_ends, sums=sums, **inputs)
-            combine(ends=ends, grad_ends=grad_ends, sums=sums, start=start, grad_start=grad_last,
+            combine(ends=ends, grad_ends=grad_ends, sums=sums, before=start, grad_before=grad_last,
                     entries=entries, grad_entries=grad_entries, grad_last=grad_start)
             find(entries=entries, grad_entries=grad_entries, states=all_states,
                  grad_states=grad_states, **inputs)
