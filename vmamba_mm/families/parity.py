@@ -1,6 +1,6 @@
 """How a family's models are compared with numbers of the official code, by tools/check_parity.py.
 
-A folder of such numbers has the family's name. It holds sets of three files: ``NAME.json`` with the
+A folder of such numbers has the family's name, or one of its ``parity_folders``. It holds sets of three files: ``NAME.json`` with the
 arguments of the official constructor, ``NAME.pth`` with the official checkpoint, and
 ``NAME.expected.pt`` with cases of inputs, outputs and gradients; and files such as ``op_NAME.pt``
 with cases of single ops or layers. A :class:`Parity` says what of ours belongs to them. Its two
