@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 MODULES = ('selective_scan', 'mamba', 'ss2d_scan', 'orders', 'norms', 'convolutions', 'mlp',
-           'vss_block', 'mamba_blocks')
+           'vss_block', 'mamba_blocks', 'nc_ssd')
 Shape = tuple[int, ...]
 
 
