@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmamba_mm.layers.norm import LayerNorm
-from vmamba_mm.layers.plain import is_depthwise_3x3, is_plain
+from vmamba_mm.layers.plain import are_plain, is_depthwise_3x3, is_plain
 from vmamba_mm.layers.ss2d import ACTS, NUM_ROUTES
 from vmamba_mm.layers.ssm_init import init_dt_bias, init_x_proj, state_matrix
 from vmamba_mm.ops import dwconv_silu, ssd
@@ -100,7 +100,7 @@ class SSD2D(nn.Module):
         if self.gate:
             x, z = x.chunk(2, dim=-1)
         act, conv = ACTS[self.act], self.conv2d
-        if self.act == 'silu' and is_plain(conv, nn.Sequential) and is_depthwise_3x3(conv[1]):
+        if self.act == 'silu' and _is_plain_depthwise_3x3(conv):
             x = dwconv_silu(x, conv[1].weight, conv[1].bias)
         else:
             x = act(x if conv is None else conv(x))
@@ -160,6 +160,14 @@ class _Permute(nn.Module):
 def _channels_last(conv: nn.Conv2d, *before: nn.Module) -> nn.Sequential:
     """A convolution, after modules that take channels-last maps, of a channels-last map."""
     return nn.Sequential(*before, _Permute(0, 3, 1, 2), conv, _Permute(0, 2, 3, 1))
+
+
+def _is_plain_depthwise_3x3(conv: nn.Module | None) -> bool:
+    """Whether it is what :func:`_channels_last` makes of a 3x3 convolution, and nobody watches."""
+    if not is_plain(conv, nn.Sequential) or len(conv) != 3:
+        return False
+    before, inner, after = conv
+    return are_plain((before, after), (_Permute, _Permute)) and is_depthwise_3x3(inner)
 
 
 class _MapSoftmax(nn.Module):
