@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vmamba_mm.families.base import Family, Rule, are_ints, is_int, is_number, one_of
-from vmamba_mm.families.parity import Build, Call, Omission, Options, Parity, Subject
+from vmamba_mm.families.parity import Build, Call, Limit, Options, Parity, Subject
 
 
 def _arch(embed_dims: int, depths: tuple[int, ...], num_heads: tuple[int, ...], d_state: int
@@ -136,8 +136,10 @@ def _parity_op(section: str, case: Options) -> Subject:
         Call(args=('x', 'dt', 'A', 'B', 'C', 'D'), outputs=('y',)))
 
 
-PARITY = Parity(subject=_parity_subject, ops={'op_nc_ssd.pt': _parity_op}, omissions=(
-    Omission('note', 'describes the file', 'op_nc_ssd.pt'),))
+PARITY = Parity(
+    subject=_parity_subject, ops={'op_nc_ssd.pt': _parity_op},
+    limits=(Limit('grad_params.layers.0.*', 1e-3, 'ill-conditioned, through norms of 4 channels: '
+                  'the stored gradients, of fp32, are up to 1.6e-4 off those of fp64'),))
 
 FAMILY = Family(
     name='vssd', model='VSSD', archs=ARCHS, rules=RULES, check=_check, keys=_KEYS,
