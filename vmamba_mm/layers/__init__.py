@@ -19,10 +19,11 @@ from vmamba_mm.layers.norm import LayerNorm, LayerNorm2d, RMSNorm
 from vmamba_mm.layers.recording import record_inputs, record_scan_inputs
 from vmamba_mm.layers.ss2d import SS2D
 from vmamba_mm.layers.ssd2d import SSD2D
+from vmamba_mm.layers.stage import Stage
 from vmamba_mm.layers.vss_block import Mlp, VSSBlock, VSSStage
 
 __all__ = ['SS2D', 'SSD2D', 'BiMambaMixer', 'ConvDownsample', 'ConvStem', 'DecomposedBiMambaMixer',
            'DropPath', 'LayerNorm', 'LayerNorm2d', 'MambaBlock', 'MambaMixer', 'MambaState',
            'MergeDownsample', 'Mlp', 'PatchEmbed', 'PatchStem', 'RMSNorm', 'SelfAttention',
-           'SharedBiMambaMixer', 'VSSBlock', 'VSSStage', 'record_inputs', 'record_scan_inputs',
-           'run_blocks', 'run_blocks_to']
+           'SharedBiMambaMixer', 'Stage', 'VSSBlock', 'VSSStage', 'record_inputs',
+           'record_scan_inputs', 'run_blocks', 'run_blocks_to']
