@@ -1,4 +1,4 @@
-"""Small language models for the tests of CausalLM, and their weights as other libraries name them."""
+"""Small language models for tests of CausalLM, and their weights as other libraries name them."""
 
 import pytest
 import torch
@@ -45,8 +45,11 @@ def transformers_state(model):
     for name, value in model.state_dict().items():
         if name.startswith('blocks.'):
             name = f'backbone.layers.{name.removeprefix("blocks.")}'
-        name = {'token_embed.weight': 'backbone.embeddings.weight',
-                'norm.weight': 'backbone.norm_f.weight'}.get(name, name)
+        for ours, theirs in (('token_embed', 'embeddings'), ('norm', 'norm_f'),
+                             ('position_embed', 'position_embed')):
+            if name.startswith(f'{ours}.'):
+                name = f'backbone.{theirs}{name.removeprefix(ours)}'
+                break
         if name != 'lm_head.weight' or not model.is_tied:
             state[name] = value
     return state

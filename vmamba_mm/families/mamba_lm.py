@@ -207,21 +207,20 @@ def _infer_mamba2(dims: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
 
 def _infer_attention(dims: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """The number of heads and the rotation leave no trace. They are as published where there is a
-    convolution, and else one head and none."""
+    convolution, and else there is one head of keys and values, and no rotation."""
     (rows, _), (_, inner) = shapes['in_proj.weight'], shapes['out_proj.weight']
+    of_keys, odd = divmod(rows - inner, 2)
+    if odd or of_keys < 1 or inner % of_keys:
+        raise ValueError(f'in_proj.weight has {rows} rows and out_proj.weight {inner} columns')
     arch = dict(attn_conv=shapes['conv1d.weight'][2] if 'conv1d.weight' in shapes else 0,
                 qkv_bias='in_proj.bias' in shapes, out_bias='out_proj.bias' in shapes)
     width = _ATTENTION['attn_head_dim']
-    if arch['attn_conv'] and inner % width == 0 and (rows - inner) % (2 * width) == 0:
-        arch |= dict(num_heads=inner // width, attn_head_dim=width,
-                     rotary_dims=_ATTENTION['rotary_dims'])
-        if rows != 3 * inner:
-            arch['num_kv_heads'] = (rows - inner) // (2 * width)
-    elif rows != 3 * inner:
-        raise ValueError(f'in_proj.weight has {rows} rows, not 3 times {inner}')
-    elif inner != dims:
-        arch['attn_head_dim'] = inner
-    return arch
+    is_published = arch['attn_conv'] and of_keys % width == 0
+    width, rotary_dims = (width, _ATTENTION['rotary_dims']) if is_published else (of_keys, 0)
+    heads = inner // width
+    return arch | dict(num_heads=heads, rotary_dims=rotary_dims,
+                       num_kv_heads=None if of_keys == inner else of_keys // width,
+                       attn_head_dim=None if width * heads == dims else width)
 
 
 _INFER: dict[str, Callable[[int, Mapping[str, tuple[int, ...]]], dict[str, Any]]] = {
@@ -300,8 +299,8 @@ def _arch_of_mamba_ssm(config):
                                       ('rotary_emb_interleaved', False, False),
                                       ('softmax_scale', None, None)):
             _require(f'attn_cfg.{key}', attention.get(key, default), *wanted)
-        arch |= dict(attn_layers=tuple(layers), num_heads=attention['num_heads'],
-                     **_renamed(attention, _ATTN_CFG))
+        arch |= dict(attn_layers=tuple(layers), num_heads=attention['num_heads'])
+        arch |= _renamed(attention, _ATTN_CFG)
     return arch
 
 

@@ -95,8 +95,8 @@ class CausalAttention(nn.Module):
             raise ValueError(f'num_kv_heads={num_kv_heads!r} must divide num_heads={num_heads}')
         head_dim = embed_dims // num_heads if head_dim is None else head_dim
         if head_dim < 1 or not 0 <= rotary_dims <= head_dim or rotary_dims % 2:
-            raise ValueError(f'rotary_dims must be even and at most head_dim={head_dim}, which must '
-                             f'be at least 1, got {rotary_dims!r}')
+            raise ValueError(f'rotary_dims must be even and at most head_dim={head_dim}, which '
+                             f'must be at least 1, got {rotary_dims!r}')
         if d_conv < 0 or d_conv == 1:
             raise ValueError(f'd_conv must be 0 or at least 2, got {d_conv!r}')
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, kv_heads, head_dim
