@@ -112,7 +112,7 @@ def test_it_is_retention_with_a_constant_decay():
     assert_close(ssd(v, torch.ones_like(v[..., 0]), gamma.log(), k, q), expected, 1e-12)
     out = torch.empty_like(expected)
     chunks.scan(v, gamma.log().expand(2, 21, 3), None, k, q, None, None, False,
-                False, lambda block, y: out[block.place].copy_(y), chunk_len=8)
+                False, lambda block, v, y: block.put(out, y), chunk_len=8)
     assert_close(out, expected, 1e-12)
 
 

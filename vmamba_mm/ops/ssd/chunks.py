@@ -67,9 +67,15 @@ class Block:
         """(M, L', H, ...) -> (M, c, H, Q, ...), as :meth:`cut`."""
         return self.cut(t, dtype).transpose(2, 3)
 
-    def join(self, t: Tensor) -> Tensor:
-        """(M, c, Q, ...) -> (M, L', ...), the inverse of :meth:`cut`."""
-        return t.flatten(1, 2)[:, :self.tokens.stop - self.tokens.start]
+    def put(self, into: Tensor, t: Tensor) -> None:
+        """Write (M, c, Q, ...) to its place in (B, L, ...), without the padding."""
+        into = into[self.place]
+        whole, rest = divmod(into.shape[1], self.chunk_len)
+        if whole:
+            head = into[:, :into.shape[1] - rest].unflatten(1, (whole, self.chunk_len))
+            head.copy_(t[:, :whole])
+        if rest:
+            into[:, -rest:] = t[:, -1, :rest]
 
 
 def make_blocks(x: Tensor, state: int, reverse: bool, chunk_len: int | None = None
@@ -285,21 +291,20 @@ class _Pass:
         return self._read(self.before, self.C[:, self.entered])
 
     def result(self, scores: Tensor, entering: Tensor) -> Tensor:
-        """y, (M, L', H, P)."""
+        """y, (M, c, Q, H, P)."""
         y = (scores @ self.driving).transpose(2, 3)
         y[:, self.entered].addcmul_(_for_tokens(self.decays.into[:, self.entered]), entering)
-        return self.block.join(y)
+        return y
 
     def backward(self, scores: Tensor, entering: Tensor, grad_y: Tensor, grad_last: Tensor | None
                  ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """Gradients from that by y, (M, L', H, P), and by the last state.
+        """Gradients from that by y, (M, c, Q, H, P), and by the last state.
 
         Returns:
-            By x (M, L', H, P), B and C (M, L', G, N), logarithms of decays and weights (M, L', H),
-            and the state before the block.
+            By x (M, c, Q, H, P), B and C (M, c, Q, G, N), logarithms of decays and weights
+            (M, c, Q, H), and the state before the block.
         """
         decays, entered, left = self.decays, self.entered, self.left
-        grad_y = self.block.cut(grad_y, self.x.dtype)
         heads = grad_y.transpose(2, 3).contiguous()
 
         # y = (mask * C B^T) weight x inside of a chunk.
@@ -332,8 +337,8 @@ class _Pass:
         grad_weight = (grad_x * self.x).sum(-1)
         if self.weight is not None:
             grad_x = grad_x.mul_(_for_tokens(self.weight))
-        return (*map(self.block.join, (grad_x, grad_B.transpose(2, 3), grad_C.transpose(2, 3),
-                                       grad_decay.transpose(2, 3), grad_weight)), grad_initial)
+        return (grad_x, grad_B.transpose(2, 3), grad_C.transpose(2, 3), grad_decay.transpose(2, 3),
+                grad_weight, grad_initial)
 
 
 def _within(part: slice, whole: slice) -> slice:
@@ -356,7 +361,7 @@ def scan(x: Tensor, log_decay: Tensor, weight: Tensor | None, B: Tensor, C: Tens
         initial: (B, H, P, N), or None.
         segments: (B, L), as of ``reference.number_segments``, or None for one.
         needs_final: whether the final state is asked for.
-        write: called with a block and its y (M, L', H, P), which it may change.
+        write: called with a block and its x and y, (M, c, Q, H, P). It may change y.
         chunk_len: tokens of a chunk; None for the best.
 
     Returns:
@@ -369,7 +374,7 @@ def scan(x: Tensor, log_decay: Tensor, weight: Tensor | None, B: Tensor, C: Tens
         for block in blocks:
             run = _Pass(block, x, log_decay, weight, B, C, segments, state,
                         needs_final or block is not blocks[-1])
-            write(block, run.result(run.scores(), run.entering()))
+            write(block, run.x, run.result(run.scores(), run.entering()))
             state = run.last
         if needs_final:
             final[blocks[0].samples] = state
@@ -384,9 +389,10 @@ def scan_backward(x: Tensor, log_decay: Tensor, weight: Tensor | None, B: Tensor
 
     Args:
         grad_final: (B, H, P, N), or None.
-        read: called with a block and its y, as ``write`` of ``scan``, but None unless ``needs_y``;
-            gives the gradient by y, (M, L', H, P).
-        write: called with a block and its gradients by x (M, L', H, P), B and C (M, L', G, N).
+        read: called as ``write`` of ``scan``, but with None for y unless ``needs_y``; gives the
+            gradient by y.
+        write: called with a block, its x, and the gradients by x (M, c, Q, H, P), B and C
+            (M, c, Q, G, N). It may change them.
 
     Returns:
         The gradients by ``log_decay`` and ``weight``, (B, L, H), and by the initial state.
@@ -403,10 +409,11 @@ def scan_backward(x: Tensor, log_decay: Tensor, weight: Tensor | None, B: Tensor
         for block in reversed(blocks):
             run = _Pass(block, *inputs, states.pop(), grad is not None)
             scores, entering = run.scores(), run.entering()
-            grad_y = read(block, run.result(scores, entering) if needs_y else None)
+            grad_y = read(block, run.x, run.result(scores, entering) if needs_y else None)
             gx, gB, gC, gdecay, gweight, grad = run.backward(scores, entering, grad_y, grad)
-            write(block, gx, gB, gC)
-            grad_decay[block.place], grad_weight[block.place] = gdecay, gweight
+            write(block, run.x, gx, gB, gC)
+            block.put(grad_decay, gdecay)
+            block.put(grad_weight, gweight)
         if initial is not None:
             grad_initial[samples] = grad
     return grad_decay, grad_weight, grad_initial
