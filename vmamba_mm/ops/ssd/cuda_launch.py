@@ -5,7 +5,7 @@ chunks: one launch finds what each does to a state from zero, one what enters ea
 runs from there. ``kernels/README.md`` says how the kernels work. They need sm_80.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -115,6 +115,24 @@ def backward_shared(size: int, channels: int, states: int) -> int:
                  + channels * (states * size + 16))
     sums = 4 * (CHUNK * (2 * 4 + 1 + 2 * slices) + 16 + backward_warps(states))
     return tiles + _DECAYS + -(-sums // 16) * 16
+
+
+#: Type, whether TF32, channels, N: those that published models use, and one for each kind beside.
+_COMPILED = [('Half', False, 64, 64), ('BFloat', False, 64, 128), ('Half', False, 32, 16),
+             ('Float', False, 64, 32), ('Float', True, 16, 64), ('BFloat', False, 64, 256)]
+
+
+def _compiled() -> Iterator[Instance]:
+    for type_, fast, channels, states in _COMPILED:
+        slices, stages = channels // _BLOCK, 1 if states > 128 else 2
+        yield forward_instance(type_, fast, Shape(1, slices, 1, stages), states)
+        yield states_instance(type_, fast, StatesShape(slices, stages), states)
+        yield backward_instance(type_, fast, channels, states)
+
+
+#: What is compiled to check it, and the lowest compute capability that it is for: matrix
+#: instructions 16 elements deep need 8.0.
+INSTANCES: dict[Instance, int] = {instance: 80 for instance in (*_compiled(), combine_instance())}
 
 
 # --- sizes ------------------------------------------------------------------------------------
