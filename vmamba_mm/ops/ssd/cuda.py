@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vmamba_mm.ops.core.backends import wants_grad
 from vmamba_mm.ops.core.launch import TYPES, cached, device_limits, pointer
 from vmamba_mm.ops.scan_kernels import cuda as scan_kernels
 from vmamba_mm.ops.selective_scan.activations import silu_backward
@@ -11,6 +12,7 @@ from vmamba_mm.ops.ssd import cuda_launch as launches
 from vmamba_mm.ops.ssd.cuda_launch import Options, Sizes, Strides
 
 _NONE = Strides(0, 0, 0)
+_MOST_SAMPLES = 65535  # blocks of a launch in its third dimension
 
 
 def why_not(x, dt, A, B, C, D, dt_bias, z, initial_state, seq_idx, dt_softplus, dt_min, dt_max,
@@ -30,20 +32,27 @@ def why_not(x, dt, A, B, C, D, dt_bias, z, initial_state, seq_idx, dt_softplus, 
         return f'P is {dim}; the kernels take multiples of 8 up to {launches.MOST_CHANNELS}'
     if state % 8 or state > launches.STATES[-1]:
         return f'N is {state}; the kernels take multiples of 8 up to {launches.STATES[-1]}'
+    if len(x) > _MOST_SAMPLES:
+        return f'the batch is of more than {_MOST_SAMPLES} samples'
+    training = wants_grad(x, dt, A, B, C, D, dt_bias, z, initial_state)
     return scan_kernels.why_not(x, 0, 1) or _why_not_here(
-        x.device.index, _common_dtype(x, B, C, z), dim, state)
+        x.device.index, _common_dtype(x, B, C, z).itemsize, dim, state, training)
 
 
 @torch.compiler.assume_constant_result
-def _why_not_here(index: int, dtype: torch.dtype, dim: int, state: int) -> str | None:
-    return _why_not_on(index, dtype, dim, state)
+def _why_not_here(index: int, size: int, dim: int, state: int, training: bool) -> str | None:
+    return _why_not_on(index, size, dim, state, training)
 
 
 @cached
-def _why_not_on(index: int, dtype: torch.dtype, dim: int, state: int) -> str | None:
+def _why_not_on(index: int, size: int, dim: int, state: int, training: bool) -> str | None:
     capability = torch.cuda.get_device_capability(index)
     if capability < (8, 0):
         return f'a GPU of compute capability {capability} is too old for them'
+    shared, limit = launches.least_shared(size, dim, state, training), device_limits(index)[2]
+    if shared > limit:
+        return (f'P={dim} and N={state} need {shared} bytes of shared memory'
+                f'{" in training" if training else ""}, and this GPU has {limit}')
     return None
 
 

@@ -210,6 +210,14 @@ def states_shape(index: int, size: int, sizes: Sizes) -> StatesShape:
     return shape
 
 
+def least_shared(size: int, dim: int, state: int, training: bool) -> int:
+    """Bytes of shared memory that the kernels need, for elements of so many bytes."""
+    states = padded_states(state)
+    shape = Shape(1, padded_channels(dim) // _BLOCK, 1, 1)
+    return max(shape.shared(size, states),
+               backward_shared(size, padded_channels(dim), states) if training else 0)
+
+
 def span_of(index: int, sizes: Sizes, sequences: int, each: int) -> tuple[int, int]:
     """(chunks of a span, spans) for so many ``sequences``, of which a block has one, and ``each``
     blocks on a multiprocessor."""
