@@ -137,14 +137,28 @@ __device__ __forceinline__ void multiply(float (&c)[4], Pair<T> a0, Pair<T> a1, 
 // Four adjacent columns of 16 from the two that a lane has of each half: of a row of a product, lane
 // t has columns 2 t, 2 t + 1 in `left`, and those 8 further in `right`. It receives the columns from
 // first_column(t) on.
-__device__ __forceinline__ void gather_four(float (&v)[4], float left0, float left1, float right0,
-                                            float right1) {
-    const bool odd = threadIdx.x & 1;
-    const float x = __shfl_xor_sync(0xffffffffu, odd ? left0 : right0, 1);
-    const float y = __shfl_xor_sync(0xffffffffu, odd ? left1 : right1, 1);
-    v[0] = odd ? x : left0, v[1] = odd ? y : left1;
-    v[2] = odd ? right0 : x, v[3] = odd ? right1 : y;
-}
+template <class T>
+struct Four {
+    Pair<T> lo, hi;
+
+    __device__ __forceinline__ Four(Pair<T> left, Pair<T> right) {
+        const bool odd = threadIdx.x & 1;
+        const Pair<T> given = odd ? left : right;
+        Pair<T> other;
+        if constexpr (same<T, Float>) {
+            other.x = __shfl_xor_sync(0xffffffffu, given.x, 1);
+            other.y = __shfl_xor_sync(0xffffffffu, given.y, 1);
+        } else {
+            other = __shfl_xor_sync(0xffffffffu, given, 1);
+        }
+        lo = odd ? other : left, hi = odd ? right : other;
+    }
+
+    __device__ __forceinline__ void store(Element<T> *to) const {
+        if constexpr (same<T, Float>) *(float4 *)to = make_float4(lo.x, lo.y, hi.x, hi.y);
+        else *(uint2 *)to = make_uint2(lo, hi);
+    }
+};
 
 __device__ __forceinline__ int first_column(int t) { return (t & 1) * 8 + (t >> 1) * 4; }
 
@@ -163,23 +177,53 @@ struct Time {
     __device__ __forceinline__ long long operator()(int i) const {
         return reverse ? length - 1 - i : i;
     }
+    __device__ __forceinline__ int step(int stride) const { return reverse ? -stride : stride; }
 };
 
-// Copies `rows` rows of `columns` elements, from position `start` on, into a tile Q x COLUMNS,
-// with zeros around them. Called by `threads` threads, of which this is number `thread`.
-template <class T, int COLUMNS>
-__device__ __forceinline__ void copy_rows(Element<T> *tile, const Element<T> *from, int stride,
-                                          Time time, int start, int rows, int columns, int thread,
-                                          int threads) {
-    constexpr int V = VECTOR<T>, ROW = COLUMNS / V;
-    opaque(thread);  // else the compiler keeps all addresses from one chunk to the next
-    for (int i = thread; i < Q * ROW; i += threads) {
-        const int row = i / ROW, column = i % ROW * V;
-        const bool valid = row < rows && column < columns;
-        copy16(tile + row * PITCH<T, COLUMNS> + column,
-               valid ? from + time(start + row) * stride + column : from, valid);
-    }
+// The number of this warp, known to the compiler to be that of all lanes.
+__device__ __forceinline__ int warp_index() {
+    return __shfl_sync(0xffffffffu, (int)threadIdx.x >> 5, 0);
 }
+
+// Copies the rows of one chunk after the other to tiles Q x COLUMNS. A thread has the same column
+// of all of its rows.
+template <class T, int COLUMNS, int THREADS>
+struct Rows {
+    static constexpr int V = VECTOR<T>, ROW = COLUMNS / V, PARTS = ROW > THREADS ? ROW / THREADS : 1;
+    static constexpr int STEP = THREADS / ROW > Q ? Q : THREADS / ROW > 0 ? THREADS / ROW : 1;
+    const Element<T> *from;
+    int step, row, column;
+
+    // From position `start` of a sequence at `sequence` on.
+    __device__ __forceinline__ Rows(const Element<T> *sequence, int stride, Time time, int start)
+        : step(time.step(stride)), row(threadIdx.x / ROW), column(threadIdx.x % ROW * V) {
+        from = sequence + time(start + row) * stride + column;
+    }
+
+    // The next `rows` rows of `columns` elements, with zeros around them; `chunk` chunks further on.
+    __device__ __forceinline__ void copy(Element<T> *tile, int rows, int columns, int chunk = 1) {
+        Element<T> *const to = tile + row * PITCH<T, COLUMNS> + column;
+        if (THREADS <= Q * ROW || row < Q) {
+            if (rows == Q && columns == COLUMNS) {
+#pragma unroll
+                for (int i = 0; i < Q; i += STEP)
+#pragma unroll
+                    for (int k = 0; k < PARTS; ++k)
+                        copy16(to + i * PITCH<T, COLUMNS> + k * THREADS * V,
+                               from + (long long)i * step + k * THREADS * V, true);
+            } else {
+#pragma unroll 1
+                for (int i = 0; i < Q; i += STEP)
+                    for (int k = 0; k < PARTS; ++k) {
+                        const bool valid = row + i < rows && column + k * THREADS * V < columns;
+                        copy16(to + i * PITCH<T, COLUMNS> + k * THREADS * V,
+                               valid ? from + (long long)i * step + k * THREADS * V : from, valid);
+                    }
+            }
+        }
+        from += (long long)chunk * Q * step;
+    }
+};
 
 // Blocks of so many threads that a multiprocessor is to have registers for.
 __device__ constexpr int live_blocks(int threads, int states) {
@@ -266,12 +310,12 @@ __device__ __forceinline__ void make_decays(Decays &d, float2 raw, float bias, f
     if (lane == 0) d.through = ex2(total);
 }
 
-// The decay from position j to position i, WITH_STEP times dt of j, for the eight elements that a
-// lane has of a block of rows r and columns b: (row g + 8 k, column 8 n + 2 t + e) is v[n][2 k + e].
-// Below the diagonal it has three factors of at most 1, so that no exponential is needed for each
-// element. On the diagonal it is 0 where j > i.
+// Multiplies by the decay from position j to position i, and WITH_STEP by dt of j, the eight
+// elements that a lane has of a block of rows r and columns b: (row g + 8 k, column 8 n + 2 t + e) is
+// v[n][2 k + e]. Below the diagonal the decay has three factors of at most 1, so that no exponential
+// is needed for each element. On the diagonal elements become 0 where j > i.
 template <bool WITH_STEP>
-__device__ __forceinline__ void decays_of(float (&v)[2][4], const Decays &d, int r, int b) {
+__device__ __forceinline__ void decay_block(float (&v)[2][4], const Decays &d, int r, int b) {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     const int i = BLOCK * r + g, j = BLOCK * b + 2 * t;
     if (b < r) {
@@ -281,21 +325,23 @@ __device__ __forceinline__ void decays_of(float (&v)[2][4], const Decays &d, int
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
             const float2 column = *(const float2 *)(d.column + j + 8 * n);
-            v[n][0] = upper * column.x, v[n][1] = upper * column.y;
-            v[n][2] = lower * column.x, v[n][3] = lower * column.y;
+            v[n][0] *= upper * column.x, v[n][1] *= upper * column.y;
+            v[n][2] *= lower * column.x, v[n][3] *= lower * column.y;
         }
     } else {
         const float upper = d.sum[i], lower = d.sum[i + 8];
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
-            const float2 dt = WITH_STEP ? *(const float2 *)(d.dt + j + 8 * n)
-                                        : make_float2(1.f, 1.f);
             const float2 sum = *(const float2 *)(d.sum + j + 8 * n);
             const int column = 8 * n + 2 * t;
-            v[n][0] = column <= g ? ex2(upper - sum.x) * dt.x : 0.f;
-            v[n][1] = column + 1 <= g ? ex2(upper - sum.y) * dt.y : 0.f;
-            v[n][2] = column <= g + 8 ? ex2(lower - sum.x) * dt.x : 0.f;
-            v[n][3] = column + 1 <= g + 8 ? ex2(lower - sum.y) * dt.y : 0.f;
+            if (WITH_STEP) {
+                const float2 dt = *(const float2 *)(d.dt + j + 8 * n);
+                v[n][0] *= dt.x, v[n][1] *= dt.y, v[n][2] *= dt.x, v[n][3] *= dt.y;
+            }
+            v[n][0] = column <= g ? ex2(upper - sum.x) * v[n][0] : 0.f;
+            v[n][1] = column < g ? ex2(upper - sum.y) * v[n][1] : 0.f;
+            v[n][2] = column <= g + 8 ? ex2(lower - sum.x) * v[n][2] : 0.f;
+            v[n][3] = column < g + 8 ? ex2(lower - sum.y) * v[n][3] : 0.f;
         }
     }
 }

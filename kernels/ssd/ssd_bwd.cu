@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS) ssd_bwd(c
     extern __shared__ __align__(16) char memory[];
     Shared &shared = *(Shared *)memory;
 
-    const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
+    const int thread = threadIdx.x, lane = thread & 31, warp = warp_index();
     const int g = lane >> 2, t = lane & 3, slice = warp % SLICES, part = warp / SLICES;
     const int split = blockIdx.x % p.splits, group = blockIdx.x / p.splits % p.groups;
     const int chunk = blockIdx.y, batch = blockIdx.z;
@@ -229,20 +229,19 @@ __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS) ssd_bwd(c
     const int blocks = (count + BLOCK - 1) / BLOCK;
     const Time time = {p.length, p.reverse};
 
-    copy_rows<T, N>(shared.B, (const E *)p.B.data + batch * p.B.b + (long long)group * p.B.h,
-                    p.B.l, time, start, count, p.state, thread, THREADS);
-    copy_rows<T, N>(shared.C, (const E *)p.C.data + batch * p.C.b + (long long)group * p.C.h,
-                    p.C.l, time, start, count, p.state, thread, THREADS);
+    Rows<T, N, THREADS>((const E *)p.B.data + batch * p.B.b + (long long)group * p.B.h, p.B.l, time,
+                        start).copy(shared.B, count, p.state);
+    Rows<T, N, THREADS>((const E *)p.C.data + batch * p.C.b + (long long)group * p.C.h, p.C.l, time,
+                        start).copy(shared.C, count, p.state);
 
     float dB[OWN][2][4] = {}, dC[OWN][2][4] = {};
     const int first_head = group * p.per_group + split * p.per_split;
     const int end_head = min(first_head + p.per_split, (group + 1) * p.per_group);
     for (int head = first_head; head < end_head; ++head) {
-        copy_rows<T, P>(shared.x, (const E *)p.x.data + batch * p.x.b + (long long)head * p.x.h,
-                        p.x.l, time, start, count, p.dim, thread, THREADS);
-        copy_rows<T, P>(shared.dy, (const E *)p.dy.data + batch * p.dy.b
-                        + (long long)head * p.dy.h, p.dy.l, time, start, count, p.dim, thread,
-                        THREADS);
+        Rows<T, P, THREADS>((const E *)p.x.data + batch * p.x.b + (long long)head * p.x.h, p.x.l,
+                            time, start).copy(shared.x, count, p.dim);
+        Rows<T, P, THREADS>((const E *)p.dy.data + batch * p.dy.b + (long long)head * p.dy.h,
+                            p.dy.l, time, start).copy(shared.dy, count, p.dim);
         const long long of_chunk = (((long long)batch * p.heads + head) * p.chunks + chunk)
             * p.dim * p.state;
         for (int i = thread; i < P * N / VECTOR<T>; i += THREADS) {
@@ -272,7 +271,7 @@ __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS) ssd_bwd(c
         for (int i = warp; i < 10; i += WARPS) {
             const int r = i < 1 ? 0 : i < 3 ? 1 : i < 6 ? 2 : 3, b = i - r * (r + 1) / 2;
             if (r >= blocks) continue;
-            float products[2][4] = {}, grads[2][4] = {}, v[2][4], passed[2][4];
+            float products[2][4] = {}, grads[2][4] = {}, passed[2][4];
 #pragma unroll
             for (int n = 0; n < N / BLOCK; ++n)
                 multiply_rows<T, FAST>(products, shared.C + BLOCK * r * K + BLOCK * n, K,
@@ -281,20 +280,16 @@ __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS) ssd_bwd(c
             for (int n = 0; n < P / BLOCK; ++n)
                 multiply_rows<T, FAST>(grads, shared.dy + BLOCK * r * X + BLOCK * n, X,
                                        shared.x + BLOCK * b * X + BLOCK * n, X);
-            decays_of<false>(v, decays, r, b);
+            decay_block<false>(products, decays, r, b);
             float down[2] = {};
+#pragma unroll
+            for (int n = 0; n < 2; ++n)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) passed[n][e] = products[n][e] * grads[n][e];
+            decay_block<false>(grads, decays, r, b);
 #pragma unroll
             for (int n = 0; n < 2; ++n) {
                 const float2 dt = *(const float2 *)(decays.dt + BLOCK * b + 8 * n + 2 * t);
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    const float step = e & 1 ? dt.y : dt.x;
-                    const bool zero = v[n][e] == 0.f;
-                    products[n][e] = zero ? 0.f : v[n][e] * products[n][e];
-                    passed[n][e] = zero ? 0.f : products[n][e] * grads[n][e];
-                    products[n][e] *= step;
-                    grads[n][e] = zero ? 0.f : v[n][e] * grads[n][e] * step;
-                }
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                     const float sum = sum_over_rows(passed[n][e] + passed[n][2 + e]);
@@ -302,7 +297,8 @@ __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS) ssd_bwd(c
                 }
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    passed[n][e] *= e & 1 ? dt.y : dt.x;
+                    const float step = e & 1 ? dt.y : dt.x;
+                    products[n][e] *= step, grads[n][e] *= step, passed[n][e] *= step;
                     down[e >> 1] += passed[n][e];
                 }
             }
@@ -391,12 +387,12 @@ __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS) ssd_bwd(c
             }
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
-                float v[4];
-                gather_four(v, dx[0][2 * k], dx[0][2 * k + 1], dx[1][2 * k], dx[1][2 * k + 1]);
+                const Four<T> v(pack<T>(dx[0][2 * k], dx[0][2 * k + 1]),
+                                pack<T>(dx[1][2 * k], dx[1][2 * k + 1]));
                 const int c = BLOCK * tile + first_column(t);
                 if (row + 8 * k < count && c < p.dim)
-                    store4<T>(p.dx.data, batch * p.dx.b + time(start + row + 8 * k) * p.dx.l
-                              + (long long)head * p.dx.h + c, v);
+                    v.store((E *)p.dx.data + batch * p.dx.b + time(start + row + 8 * k) * p.dx.l
+                            + (long long)head * p.dx.h + c);
             }
         }
         if (p.D_parts)
@@ -447,24 +443,26 @@ __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS) ssd_bwd(c
             const int row = BLOCK * (part * OWN + o) + 8 * k + g;
             const int s = BLOCK * slice + first_column(t);
             const long long at = time(start + row);
-            float b[4], c[4];
-            gather_four(b, dB[o][0][2 * k], dB[o][0][2 * k + 1], dB[o][1][2 * k],
-                        dB[o][1][2 * k + 1]);
-            gather_four(c, dC[o][0][2 * k], dC[o][0][2 * k + 1], dC[o][1][2 * k],
-                        dC[o][1][2 * k + 1]);
-            if (row >= count || s >= p.state) continue;
+            const float2 left_B = make_float2(dB[o][0][2 * k], dB[o][0][2 * k + 1]);
+            const float2 right_B = make_float2(dB[o][1][2 * k], dB[o][1][2 * k + 1]);
+            const float2 left_C = make_float2(dC[o][0][2 * k], dC[o][0][2 * k + 1]);
+            const float2 right_C = make_float2(dC[o][1][2 * k], dC[o][1][2 * k + 1]);
+            const bool valid = row < count && s < p.state;
             if (p.BC_parts) {
                 const long long to = ((((long long)split * p.batch + batch) * p.length + at)
                                       * p.groups + group) * p.state + s;
                 const long long half = (long long)p.splits * p.batch * p.length * p.groups
                     * p.state;
-                store4<Float>(p.BC_parts, to, b);
-                store4<Float>(p.BC_parts, half + to, c);
+                const Four<Float> b(left_B, right_B), c(left_C, right_C);
+                if (valid) b.store(p.BC_parts + to), c.store(p.BC_parts + half + to);
             } else {
-                store4<T>(p.dB.data, batch * p.dB.b + at * p.dB.l + (long long)group * p.dB.h + s,
-                          b);
-                store4<T>(p.dC.data, batch * p.dC.b + at * p.dC.l + (long long)group * p.dC.h + s,
-                          c);
+                const Four<T> b(pack<T>(left_B.x, left_B.y), pack<T>(right_B.x, right_B.y));
+                const Four<T> c(pack<T>(left_C.x, left_C.y), pack<T>(right_C.x, right_C.y));
+                if (!valid) continue;
+                b.store((E *)p.dB.data + batch * p.dB.b + at * p.dB.l + (long long)group * p.dB.h
+                        + s);
+                c.store((E *)p.dC.data + batch * p.dC.b + at * p.dC.l + (long long)group * p.dC.h
+                        + s);
             }
         }
 }

@@ -25,6 +25,18 @@ struct ForwardShared {
     Decays decays[2][HEADS];
 };
 
+// Multiplies four channels by the SiLU of what is at `from`.
+template <class T>
+__device__ __forceinline__ void gate(Four<T> &v, const Element<T> *from) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const float2 z = load_pair<T>(from + 2 * i);
+        Pair<T> &of = i ? v.hi : v.lo;
+        of = scaled<T>(of, make_float2(z.x * rcp(1.f + ex2(-z.x * LOG2E)),
+                                       z.y * rcp(1.f + ex2(-z.y * LOG2E))));
+    }
+}
+
 template <class T, bool FAST, int TILES, int SLICES, int N, int HEADS, int STAGES>
 __global__ void __launch_bounds__(32 * SLICES * HEADS,
                                   live_blocks(32 * SLICES * HEADS, TILES * N)) ssd_fwd(const Forward p) {
@@ -36,7 +48,7 @@ __global__ void __launch_bounds__(32 * SLICES * HEADS,
     extern __shared__ __align__(16) char memory[];
     Shared &shared = *(Shared *)memory;
 
-    const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
+    const int lane = threadIdx.x & 31, warp = warp_index();
     const int g = lane >> 2, t = lane & 3, own = warp / SLICES, slice = warp % SLICES;
     const int column = blockIdx.x % p.columns, rest = blockIdx.x / p.columns;
     const int first_head = rest % (p.heads / HEADS) * HEADS, batch = rest / (p.heads / HEADS);
@@ -47,19 +59,28 @@ __global__ void __launch_bounds__(32 * SLICES * HEADS,
     const Time time = {p.length, p.reverse};
     const int begin = span * p.span * Q, end = min(p.length, begin + p.span * Q);
 
-    const E *const x = (const E *)p.x.data + batch * p.x.b + first_channel;
-    const E *const B = (const E *)p.B.data + batch * p.B.b + (long long)group * p.B.h;
-    const E *const C = (const E *)p.C.data + batch * p.C.b + (long long)group * p.C.h;
+    Rows<T, WIDTH, THREADS> x((const E *)p.x.data + batch * p.x.b + (long long)first_head * p.x.h
+                              + first_channel, p.x.l, time, begin);
+    Rows<T, N, THREADS> B((const E *)p.B.data + batch * p.B.b + (long long)group * p.B.h, p.B.l,
+                          time, begin);
+    Rows<T, N, THREADS> C((const E *)p.C.data + batch * p.C.b + (long long)group * p.C.h, p.C.l,
+                          time, begin);
     const long long dt_base = batch * p.dt.b + (long long)head * p.dt.h;
+    // Of a lane: position g of the chunk, and the first of four channels.
+    const int own_channel = first_channel + channel + first_column(t);
+    const int y_step = time.step(p.y.l);
+    E *y_at = (E *)p.y.data + batch * p.y.b + time(begin + g) * p.y.l + (long long)head * p.y.h
+        + own_channel;
 
     auto copy = [&](typename Shared::Stage &stage, int start) {
         const int rows = min(Q, end - start);
 #pragma unroll
-        for (int k = 0; k < HEADS; ++k)
-            copy_rows<T, WIDTH>(stage.x[k], x + (long long)(first_head + k) * p.x.h, p.x.l, time,
-                                start, rows, width, thread, THREADS);
-        copy_rows<T, N>(stage.B, B, p.B.l, time, start, rows, p.state, thread, THREADS);
-        copy_rows<T, N>(stage.C, C, p.C.l, time, start, rows, p.state, thread, THREADS);
+        for (int k = 0; k < HEADS; ++k) {
+            x.copy(stage.x[k], rows, width, k + 1 == HEADS);
+            x.from += k + 1 < HEADS ? p.x.h : -(long long)(HEADS - 1) * p.x.h;
+        }
+        B.copy(stage.B, rows, p.state);
+        C.copy(stage.C, rows, p.state);
         commit_copies();
     };
     copy(shared.stages[0], begin);
@@ -143,12 +164,11 @@ __global__ void __launch_bounds__(32 * SLICES * HEADS,
 #pragma unroll 1
                 for (int k = 0; k < HEADS; ++k) {
                     float v[2][4];
-                    decays_of<true>(v, shared.decays[parity][k], item.row, item.first + q);
 #pragma unroll
                     for (int m = 0; m < 2; ++m)
 #pragma unroll
-                        for (int e = 0; e < 4; ++e)
-                            v[m][e] = v[m][e] == 0.f ? 0.f : v[m][e] * scores[q][m][e];
+                        for (int e = 0; e < 4; ++e) v[m][e] = scores[q][m][e];
+                    decay_block<true>(v, shared.decays[parity][k], item.row, item.first + q);
                     store_block<T>(shared.scores[k], S, item.row, item.first + q, v);
                 }
             }
@@ -224,34 +244,29 @@ __global__ void __launch_bounds__(32 * SLICES * HEADS,
             for (int r = 0; r < TOGETHER; ++r)
 #pragma unroll
                 for (int k = 0; k < 2; ++k) {
-                    const int row = BLOCK * (first + r) + 8 * k + g;
-                    const long long at = time(start + row);
+                    const int row = BLOCK * (first + r) + 8 * k;
+                    const bool valid = row + g < rows;
 #pragma unroll
                     for (int i = 0; i < TILES; ++i) {
-                        float v[4];
+                        Pair<T> half[2];
 #pragma unroll
                         for (int n = 0; n < 2; ++n) {
-                            const float2 given = load_pair<T>(own_x + row * X + BLOCK * i + 8 * n
-                                                              + 2 * t);
-                            y[r][i][n][2 * k] += skip[i][n][0] * given.x;
-                            y[r][i][n][2 * k + 1] += skip[i][n][1] * given.y;
+                            const float2 given = load_pair<T>(
+                                own_x + (row + g) * X + BLOCK * i + 8 * n + 2 * t);
+                            half[n] = pack<T>(y[r][i][n][2 * k] + skip[i][n][0] * given.x,
+                                              y[r][i][n][2 * k + 1] + skip[i][n][1] * given.y);
                         }
-                        gather_four(v, y[r][i][0][2 * k], y[r][i][0][2 * k + 1],
-                                    y[r][i][1][2 * k], y[r][i][1][2 * k + 1]);
-                        const int c = first_channel + channel + BLOCK * i + first_column(t);
-                        if (row >= rows || c >= p.dim) continue;
-                        if (p.z.data) {
-                            float z[4];
-                            unpack4(z, load4<T>(p.z.data, batch * p.z.b + at * p.z.l
-                                                + (long long)head * p.z.h + c, true), T{});
-#pragma unroll
-                            for (int e = 0; e < 4; ++e) v[e] *= z[e] * rcp(1.f + ex2(-z[e] * LOG2E));
-                        }
-                        store4<T>(p.y.data, batch * p.y.b + at * p.y.l + (long long)head * p.y.h
-                                  + c, v);
+                        Four<T> out(half[0], half[1]);
+                        if (!valid || own_channel + BLOCK * i >= p.dim) continue;
+                        if (p.z.data)
+                            gate(out, (const E *)p.z.data + batch * p.z.b
+                                 + time(start + row + g) * p.z.l + (long long)head * p.z.h
+                                 + own_channel + BLOCK * i);
+                        out.store(y_at + (long long)row * y_step + BLOCK * i);
                     }
                 }
         }
+        y_at += (long long)Q * y_step;
 
         // The state that leaves.
         if (start + Q < end || p.last) {

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(32 * SLICES, live_blocks(32 * SLICES, N)) ssd_
     extern __shared__ __align__(16) char memory[];
     Shared &shared = *(Shared *)memory;
 
-    const int thread = threadIdx.x, lane = thread & 31, slice = thread >> 5;
+    const int lane = threadIdx.x & 31, slice = warp_index();
     const int g = lane >> 2, t = lane & 3;
     const int column = blockIdx.x % p.columns, rest = blockIdx.x / p.columns;
     const int head = rest % p.heads, batch = rest / p.heads, span = blockIdx.y;
@@ -44,20 +44,22 @@ __global__ void __launch_bounds__(32 * SLICES, live_blocks(32 * SLICES, N)) ssd_
     const Time time = {p.length, p.reverse};
     const int chunks = min(p.span, p.chunks - span * p.span);
 
-    const Map &of_x = back ? p.dy : p.x, &of_b = back ? p.C : p.B;
-    const E *const x = (const E *)of_x.data + batch * of_x.b + (long long)head * of_x.h
-        + first_channel;
-    const E *const b = (const E *)of_b.data + batch * of_b.b
-        + (long long)(head / p.per_group) * of_b.h;
-    const int x_stride = of_x.l, b_stride = of_b.l;
-    const long long dt_base = batch * p.dt.b + (long long)head * p.dt.h;
-
     // The chunk at which it is after so many.
     auto chunk_at = [&](int i) { return span * p.span + (back ? chunks - 1 - i : i); };
+    const int begin = chunk_at(0) * Q, x_stride = back ? p.dy.l : p.x.l;
+    const int b_stride = back ? p.C.l : p.B.l, group = head / p.per_group;
+    Rows<T, WIDTH, THREADS> x(
+        (const E *)(back ? p.dy.data : p.x.data) + batch * (back ? p.dy.b : p.x.b)
+        + (long long)head * (back ? p.dy.h : p.x.h) + first_channel, x_stride, time, begin);
+    Rows<T, N, THREADS> b(
+        (const E *)(back ? p.C.data : p.B.data) + batch * (back ? p.C.b : p.B.b)
+        + (long long)group * (back ? p.C.h : p.B.h), b_stride, time, begin);
+    const long long dt_base = batch * p.dt.b + (long long)head * p.dt.h;
+
     auto copy = [&](typename Shared::Stage &stage, int chunk) {
-        const int start = chunk * Q, rows = min(Q, p.length - start);
-        copy_rows<T, WIDTH>(stage.x, x, x_stride, time, start, rows, width, thread, THREADS);
-        copy_rows<T, N>(stage.b, b, b_stride, time, start, rows, p.state, thread, THREADS);
+        const int rows = min(Q, p.length - chunk * Q);
+        x.copy(stage.x, rows, width, back ? -1 : 1);
+        b.copy(stage.b, rows, p.state, back ? -1 : 1);
         commit_copies();
     };
     copy(shared.stages[0], chunk_at(0));
@@ -66,9 +68,9 @@ __global__ void __launch_bounds__(32 * SLICES, live_blocks(32 * SLICES, N)) ssd_
     if (slice == 0) {
         rate = load_parameter(p.step.A, head, p.step.A_type) * LOG2E;
         if (p.step.bias) bias = load_parameter(p.step.bias, head, p.step.bias_type);
-        const int start = chunk_at(0) * Q, rows = min(Q, p.length - start);
+        const int rows = min(Q, p.length - begin);
         make_decays<true>(shared.decays[0],
-                          load_steps(p.dt.data, dt_base, p.dt.l, p.step.dt_type, time, start, rows),
+                          load_steps(p.dt.data, dt_base, p.dt.l, p.step.dt_type, time, begin, rows),
                           bias, rate, p.step, rows);
     }
 
@@ -104,12 +106,12 @@ __global__ void __launch_bounds__(32 * SLICES, live_blocks(32 * SLICES, N)) ssd_
             for (int n = 0; n < N / BLOCK; ++n)
 #pragma unroll
                 for (int k = 0; k < 2; ++k) {
-                    float v[4];
-                    gather_four(v, state[2 * n][2 * k], state[2 * n][2 * k + 1],
-                                state[2 * n + 1][2 * k], state[2 * n + 1][2 * k + 1]);
+                    const Four<T> v(
+                        pack<T>(state[2 * n][2 * k], state[2 * n][2 * k + 1]),
+                        pack<T>(state[2 * n + 1][2 * k], state[2 * n + 1][2 * k + 1]));
                     const int c = channel + 8 * k, s = BLOCK * n + first_column(t);
                     if (c < p.dim && s < p.state)
-                        store4<T>(states, to + (long long)c * p.state + s, v);
+                        v.store((E *)states + to + (long long)c * p.state + s);
                 }
         }
         if (!more && !ends) break;
@@ -161,7 +163,7 @@ __global__ void __launch_bounds__(32 * SLICES, live_blocks(32 * SLICES, N)) ssd_
         }
     }
 
-    if (p.sums && !back && thread == 0 && column == 0)
+    if (p.sums && !back && threadIdx.x == 0 && column == 0)
         p.sums[((long long)batch * p.heads + head) * p.spans + span] = sum;
     if (!ends) return;
 #pragma unroll
