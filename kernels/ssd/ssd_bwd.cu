@@ -131,7 +131,7 @@ __device__ __forceinline__ void add_rows(float (&sums)[2][4], float *dots, const
 template <class T, int P, int N>
 __device__ __forceinline__ float2 finish_steps(const BackwardShared<T, P, N> &shared, float2 &ddt,
                                                float2 raw, float A, const Steps &p, int count) {
-    const int lane = threadIdx.x & 31, own = lane >> 3, blocks = (count + BLOCK - 1) / BLOCK;
+    const int lane = threadIdx.x & 31, own = lane >> 3;
     const Decays &decays = shared.decays;
     float direct[2], down[2] = {}, across[2] = {}, reads[2] = {}, leaves[2] = {}, within[2] = {};
     float between = 0.f, through = 0.f;
@@ -139,8 +139,7 @@ __device__ __forceinline__ float2 finish_steps(const BackwardShared<T, P, N> &sh
     for (int e = 0; e < 2; ++e) {
         const int i = 2 * lane + e;
         direct[e] = 0.f;
-        if (own >= blocks) continue;
-        for (int r = own; r < blocks; ++r) {
+        for (int r = own; r < BLOCKS; ++r) {
             const float v = shared.columns[r][i];
             direct[e] += v;
             if (r > own) across[e] += v * decays.dt[i];
@@ -154,7 +153,7 @@ __device__ __forceinline__ float2 finish_steps(const BackwardShared<T, P, N> &sh
         direct[e] += leaves[e];
         leaves[e] *= decays.dt[i];
     }
-    for (int r = own + 1; r < blocks; ++r)
+    for (int r = own + 1; r < BLOCKS; ++r)
         for (int b = 0; b < own; ++b) between += shared.blocks[r][b];
     for (int w = 0; w < BackwardShared<T, P, N>::WARPS; ++w) through += shared.dots[w];
     between += through * decays.through;
@@ -212,7 +211,8 @@ __device__ __forceinline__ float2 finish_steps(const BackwardShared<T, P, N> &sh
 }
 
 template <class T, bool FAST, int P, int N>
-__global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS) ssd_bwd(const Backward p) {
+__global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS,
+                                  live_blocks(32 * BackwardShared<T, P, N>::WARPS, N)) ssd_bwd(const Backward p) {
     typedef BackwardShared<T, P, N> Shared;
     typedef Element<T> E;
     constexpr int WARPS = Shared::WARPS, THREADS = 32 * WARPS, SLICES = Shared::SLICES;
@@ -222,11 +222,10 @@ __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS) ssd_bwd(c
     Shared &shared = *(Shared *)memory;
 
     const int thread = threadIdx.x, lane = thread & 31, warp = warp_index();
-    const int g = lane >> 2, t = lane & 3, slice = warp % SLICES, part = warp / SLICES;
+    const int g = lane >> 2, t = lane & 3, slice = warp % SLICES, part = Shared::PARTS > 1 ? warp / SLICES : 0;
     const int split = blockIdx.x % p.splits, group = blockIdx.x / p.splits % p.groups;
     const int chunk = blockIdx.y, batch = blockIdx.z;
     const int start = chunk * Q, count = min(Q, p.length - start);
-    const int blocks = (count + BLOCK - 1) / BLOCK;
     const Time time = {p.length, p.reverse};
 
     Rows<T, N, THREADS>((const E *)p.B.data + batch * p.B.b + (long long)group * p.B.h, p.B.l, time,
@@ -270,13 +269,12 @@ __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS) ssd_bwd(c
         const Decays &decays = shared.decays;
         for (int i = warp; i < 10; i += WARPS) {
             const int r = i < 1 ? 0 : i < 3 ? 1 : i < 6 ? 2 : 3, b = i - r * (r + 1) / 2;
-            if (r >= blocks) continue;
             float products[2][4] = {}, grads[2][4] = {}, passed[2][4];
-#pragma unroll
+#pragma unroll (N > 128 ? 4 : 2)
             for (int n = 0; n < N / BLOCK; ++n)
                 multiply_rows<T, FAST>(products, shared.C + BLOCK * r * K + BLOCK * n, K,
                                        shared.B + BLOCK * b * K + BLOCK * n, K);
-#pragma unroll
+#pragma unroll (N > 128 ? P / BLOCK : 2)
             for (int n = 0; n < P / BLOCK; ++n)
                 multiply_rows<T, FAST>(grads, shared.dy + BLOCK * r * X + BLOCK * n, X,
                                        shared.x + BLOCK * b * X + BLOCK * n, X);
@@ -322,11 +320,10 @@ __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS) ssd_bwd(c
 #pragma unroll
         for (int o = 0; o < OWN; ++o) {
             const int r = part * OWN + o;
-            if (r >= blocks) break;
             // Of a row: what C reads from the state that enters, and what B leaves in the one that
             // leaves; and what comes from the rows before, and from those after.
             float by_C[2][4] = {}, by_B[2][4] = {};
-#pragma unroll
+#pragma unroll (N > 128 ? P / BLOCK : 2)
             for (int n = 0; n < P / BLOCK; ++n)
                 multiply_right<T, FAST>(by_C, shared.dy + BLOCK * r * X + BLOCK * n, X,
                                         shared.state + BLOCK * n * K + BLOCK * slice, K);
@@ -338,7 +335,7 @@ __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS) ssd_bwd(c
                 if (b <= r)
                     multiply_right<T, FAST>(dC[o], shared.grads + BLOCK * r * S + BLOCK * b, S,
                                             shared.B + BLOCK * b * K + BLOCK * slice, K);
-#pragma unroll
+#pragma unroll (N > 128 ? P / BLOCK : 2)
             for (int n = 0; n < P / BLOCK; ++n)
                 multiply_right<T, FAST>(by_B, shared.x + BLOCK * r * X + BLOCK * n, X,
                                         shared.grad_state + BLOCK * n * K + BLOCK * slice, K);
@@ -347,7 +344,7 @@ __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS) ssd_bwd(c
                         decays.dt + BLOCK * r);
 #pragma unroll
             for (int b = 0; b < BLOCKS; ++b)
-                if (b >= r && b < blocks)
+                if (b >= r)
                     multiply_right<T, FAST, true>(
                         dB[o], shared.grads + BLOCK * b * S + BLOCK * r, S,
                         shared.C + BLOCK * b * K + BLOCK * slice, K);
@@ -356,9 +353,9 @@ __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS) ssd_bwd(c
         // The gradient by x.
         for (int i = warp; i < BLOCKS * (P / BLOCK); i += WARPS) {
             const int r = i % BLOCKS, tile = i / BLOCKS;
-            if (r >= blocks || BLOCK * tile >= p.dim) continue;
+            if (BLOCK * tile >= p.dim) continue;
             float dx[2][4] = {};
-#pragma unroll
+#pragma unroll (N > 128 ? 4 : 2)
             for (int n = 0; n < N / BLOCK; ++n)
                 multiply_rows<T, FAST>(dx, shared.B + BLOCK * r * K + BLOCK * n, K,
                                        shared.grad_state + BLOCK * tile * K + BLOCK * n, K);
@@ -369,7 +366,7 @@ __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS) ssd_bwd(c
             for (int m = 0; m < 2; ++m)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) dx[m][e] *= e < 2 ? upper : lower;
-            for (int b = r; b < blocks; ++b)
+            for (int b = r; b < BLOCKS; ++b)
                 multiply_right<T, FAST, true>(dx, shared.weights + BLOCK * b * S + BLOCK * r, S,
                                               shared.dy + BLOCK * b * X + BLOCK * tile, X);
 #pragma unroll

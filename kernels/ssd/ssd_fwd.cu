@@ -85,9 +85,9 @@ __global__ void __launch_bounds__(32 * SLICES * HEADS,
     };
     copy(shared.stages[0], begin);
 
-    // The first warp of each head makes its decays, a chunk ahead.
+    // A warp of each head, which has fewer blocks to multiply, makes its decays, a chunk ahead.
     float rate = 0.f, bias = 0.f;
-    if (slice == 0) {
+    if (slice == SLICES - 1) {
         rate = load_parameter(p.step.A, head, p.step.A_type) * LOG2E;
         if (p.step.bias) bias = load_parameter(p.step.bias, head, p.step.bias_type);
         const int rows = min(Q, end - begin);
@@ -128,20 +128,19 @@ __global__ void __launch_bounds__(32 * SLICES * HEADS,
     int parity = 0;
     for (int start = begin; start < end; start += Q, parity ^= 1) {
         typename Shared::Stage &stage = shared.stages[STAGES > 1 ? parity : 0];
-        const int rows = min(Q, end - start), blocks = (rows + BLOCK - 1) / BLOCK;
+        const int rows = min(Q, end - start);
         wait_copies<0>();
         __syncthreads();
         if (STAGES > 1 && start + Q < end) copy(shared.stages[parity ^ 1], start + Q);
         float2 raw = make_float2(0.f, 0.f);
         const int next_rows = min(Q, end - start - Q);
-        if (slice == 0 && next_rows > 0)
+        if (slice == SLICES - 1 && next_rows > 0)
             raw = load_steps(p.dt.data, dt_base, p.dt.l, p.step.dt_type, time, start + Q,
                              next_rows);
 
         // C B^T on and below the diagonal, for all heads, and with the decays of each.
         for (int i = warp; i < Item::COUNT; i += WARPS) {
             const Item item(i);
-            if (item.row >= blocks) continue;
             float scores[2][2][4] = {};
 #pragma unroll
             for (int n = 0; n < N / BLOCK; ++n) {
@@ -173,7 +172,7 @@ __global__ void __launch_bounds__(32 * SLICES * HEADS,
                 }
             }
         }
-        if (slice == 0 && next_rows > 0)
+        if (slice == SLICES - 1 && next_rows > 0)
             make_decays<true>(shared.decays[parity ^ 1][own], raw, bias, rate, p.step, next_rows);
         __syncthreads();
 
@@ -185,8 +184,8 @@ __global__ void __launch_bounds__(32 * SLICES * HEADS,
 #pragma unroll
             for (int i = 0; i < TILES; ++i)
                 inputs[b][i].template load<true>(own_x + BLOCK * b * X + BLOCK * i, X);
-#pragma unroll 1
-        for (int first = 0; first < blocks; first += TOGETHER) {
+#pragma unroll (TOGETHER < BLOCKS ? 1 : BLOCKS)
+        for (int first = 0; first < BLOCKS; first += TOGETHER) {
             float y[TOGETHER][TILES][2][4] = {};
             // What the state that enters gives.
 #pragma unroll
@@ -228,7 +227,7 @@ __global__ void __launch_bounds__(32 * SLICES * HEADS,
             for (int b = 0; b < BLOCKS; ++b)
 #pragma unroll
                 for (int r = 0; r < TOGETHER; ++r) {
-                    if (b > first + r || first + r >= blocks) continue;
+                    if (b > first + r) continue;
                     Block16<T> left;
                     left.template load<false>(
                         shared.scores[own] + BLOCK * (first + r) * S + BLOCK * b, S);
@@ -279,7 +278,6 @@ __global__ void __launch_bounds__(32 * SLICES * HEADS,
                     for (int e = 0; e < 4; ++e) state[i][n][e] *= decay;
 #pragma unroll
             for (int b = 0; b < BLOCKS; ++b) {
-                if (b >= blocks) break;
                 float2 by[2];
 #pragma unroll
                 for (int k = 0; k < 2; ++k) {

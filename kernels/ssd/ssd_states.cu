@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(32 * SLICES, live_blocks(32 * SLICES, N)) ssd_
     int parity = 0;
     for (int i = 0; i < chunks; ++i, parity ^= 1) {
         typename Shared::Stage &stage = shared.stages[STAGES > 1 ? parity : 0];
-        const int chunk = chunk_at(i), blocks = (min(Q, p.length - chunk * Q) + BLOCK - 1) / BLOCK;
+        const int chunk = chunk_at(i);
         const bool more = i + 1 < chunks;
         wait_copies<0>();
         __syncthreads();
@@ -130,7 +130,6 @@ __global__ void __launch_bounds__(32 * SLICES, live_blocks(32 * SLICES, N)) ssd_
             for (int e = 0; e < 4; ++e) state[n][e] *= through;
 #pragma unroll
         for (int r = 0; r < BLOCKS; ++r) {
-            if (r >= blocks) break;
             Block16<T> left;
             left.template load<true>(stage.x + BLOCK * r * X + slice * BLOCK, X);
             float2 by[2];
