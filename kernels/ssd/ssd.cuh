@@ -242,24 +242,43 @@ struct Decays {
     float enter[Q];   // the decay from the chunk's start to this position
     float column[Q];  // the decay from this position to the end of its block
     float leave[Q];   // the decay from this position to the chunk's end
+    float segment[Q];      // how often the state has restarted in the block
     float totals[BLOCKS];  // of the logarithms of each block
-    float through, unused[3];  // the decay of the chunk
+    float through;         // the decay of the chunk
+    int packed, unused[2]; // whether the state may restart
 };
 
-// How dt is made from the raw values.
+// How dt is made from the raw values. The state restarts where `index` (batch, length) changes; it is
+// null for one sequence.
 struct Steps {
     const void *A, *bias;
+    const int *index;
     int A_type, bias_type, dt_type, softplus;
     float low, high;
 };
 
-// The raw values of the two positions of a lane, 0 beyond `rows`.
-__device__ __forceinline__ float2 load_steps(const void *from, long long base, int stride,
-                                             int type, Time time, int start, int rows) {
-    const int i = 2 * (threadIdx.x & 31);
-    return make_float2(
-        i < rows ? load_parameter(from, base + time(start + i) * stride, type) : 0.f,
-        i + 1 < rows ? load_parameter(from, base + time(start + i + 1) * stride, type) : 0.f);
+// The raw values of the two positions of a lane, 0 beyond a sequence, and whether the state restarts
+// before them.
+struct Raw2 {
+    float dt0, dt1;
+    bool restart0, restart1;
+};
+
+// Called by a warp. `index` is that of the sample, or null.
+__device__ __forceinline__ Raw2 load_steps(const void *from, long long base, int stride, int type,
+                                           const int *index, Time time, int start, int rows) {
+    const int lane = threadIdx.x & 31, i = 2 * lane;
+    Raw2 raw = {};
+    if (i < rows) raw.dt0 = load_parameter(from, base + time(start + i) * stride, type);
+    if (i + 1 < rows) raw.dt1 = load_parameter(from, base + time(start + i + 1) * stride, type);
+    if (index) {
+        const int own0 = i < rows ? index[time(start + i)] : 0;
+        const int own1 = i + 1 < rows ? index[time(start + i + 1)] : 0;
+        int before = __shfl_up_sync(0xffffffffu, own1, 1);
+        if (lane == 0) before = start ? index[time(start - 1)] : 0;
+        raw.restart0 = i < rows && own0 != before, raw.restart1 = i + 1 < rows && own1 != own0;
+    }
+    return raw;
 }
 
 __device__ __forceinline__ float step_of(float raw, const Steps &p, bool valid) {
@@ -268,33 +287,53 @@ __device__ __forceinline__ float step_of(float raw, const Steps &p, bool valid) 
     return !valid ? 0.f : v < p.low ? p.low : v > p.high ? p.high : v;
 }
 
+constexpr float NOTHING = -1e30f;  // the logarithm of 0, also where others are added
+
 // Less is 0 as a decay. NaN stays NaN.
 __device__ __forceinline__ float log_decay(float a) { return a < -300.f ? -300.f : a; }
 
 // Called by a warp, whose lanes have two positions each. `rate` is A log2(e).
 template <bool WITH_STEP>
-__device__ __forceinline__ void make_decays(Decays &d, float2 raw, float bias, float rate,
+__device__ __forceinline__ void make_decays(Decays &d, const Raw2 &raw, float bias, float rate,
                                             const Steps &p, int rows) {
-    const int lane = threadIdx.x & 31, i = 2 * lane;
-    const float dt0 = step_of(raw.x + bias, p, i < rows);
-    const float dt1 = step_of(raw.y + bias, p, i + 1 < rows);
+    const int lane = threadIdx.x & 31, in_block = lane & 7, i = 2 * lane;
+    const float dt0 = step_of(raw.dt0 + bias, p, i < rows);
+    const float dt1 = step_of(raw.dt1 + bias, p, i + 1 < rows);
     const float a0 = log_decay(dt0 * rate), a1 = log_decay(dt1 * rate);
     float sum1 = a0 + a1, rest = sum1;  // of a block, which 8 lanes have, up to and from a lane
 #pragma unroll
     for (int by = 1; by < 8; by <<= 1) {
         const float before = __shfl_up_sync(0xffffffffu, sum1, by);
         const float after = __shfl_down_sync(0xffffffffu, rest, by);
-        if ((lane & 7) >= by) sum1 += before;
-        if ((lane & 7) + by < 8) rest += after;
+        if (in_block >= by) sum1 += before;
+        if (in_block + by < 8) rest += after;
     }
     const float before = __shfl_up_sync(0xffffffffu, sum1, 1);
     const float after = __shfl_down_sync(0xffffffffu, rest, 1);
-    const float sum0 = a0 + ((lane & 7) == 0 ? 0.f : before);
-    const float rest1 = (lane & 7) == 7 ? 0.f : after, rest0 = rest1 + a1;
+    float sum0 = a0 + (in_block == 0 ? 0.f : before), own = sum1;
+    float rest1 = in_block == 7 ? 0.f : after, rest0 = rest1 + a1;
+    // Up to a position, and from it to the end of the block; these are nothing past a restart.
+    float up0 = sum0, up1 = sum1;
+    if (p.index) {
+        float count1 = (raw.restart0 ? 1.f : 0.f) + (raw.restart1 ? 1.f : 0.f);
+#pragma unroll
+        for (int by = 1; by < 8; by <<= 1) {
+            const float ahead = __shfl_up_sync(0xffffffffu, count1, by);
+            if (in_block >= by) count1 += ahead;
+        }
+        const float count0 = count1 - (raw.restart1 ? 1.f : 0.f);
+        const float all = __shfl_sync(0xffffffffu, count1, lane | 7);
+        *(float2 *)(d.segment + i) = make_float2(count0, count1);
+        if (count0 > 0.f) up0 = NOTHING;
+        if (count1 > 0.f) up1 = NOTHING;
+        if (all > 0.f) own = NOTHING;
+        if (all > count0) rest0 = NOTHING;
+        if (all > count1) rest1 = NOTHING;
+    }
     float ahead = 0.f, beyond = 0.f, total = 0.f;  // blocks before, after, all
 #pragma unroll
     for (int b = 0; b < BLOCKS; ++b) {
-        const float of_block = __shfl_sync(0xffffffffu, sum1, 8 * b + 7);
+        const float of_block = __shfl_sync(0xffffffffu, own, 8 * b + 7);
         if (b < lane >> 3) ahead += of_block;
         if (b > lane >> 3) beyond += of_block;
         if (lane == b) d.totals[b] = of_block;
@@ -302,12 +341,12 @@ __device__ __forceinline__ void make_decays(Decays &d, float2 raw, float bias, f
     }
     *(float2 *)(d.dt + i) = make_float2(dt0, dt1);
     *(float2 *)(d.sum + i) = make_float2(sum0, sum1);
-    *(float2 *)(d.row + i) = make_float2(ex2(sum0), ex2(sum1));
-    *(float2 *)(d.enter + i) = make_float2(ex2(ahead + sum0), ex2(ahead + sum1));
+    *(float2 *)(d.row + i) = make_float2(ex2(up0), ex2(up1));
+    *(float2 *)(d.enter + i) = make_float2(ex2(ahead + up0), ex2(ahead + up1));
     *(float2 *)(d.column + i) = make_float2(ex2(rest0) * (WITH_STEP ? dt0 : 1.f),
                                             ex2(rest1) * (WITH_STEP ? dt1 : 1.f));
     *(float2 *)(d.leave + i) = make_float2(ex2(rest0 + beyond), ex2(rest1 + beyond));
-    if (lane == 0) d.through = ex2(total);
+    if (lane == 0) d.through = ex2(total), d.packed = p.index != nullptr;
 }
 
 // Multiplies by the decay from position j to position i, and WITH_STEP by dt of j, the eight
@@ -342,6 +381,16 @@ __device__ __forceinline__ void decay_block(float (&v)[2][4], const Decays &d, i
             v[n][1] = column < g ? ex2(upper - sum.y) * v[n][1] : 0.f;
             v[n][2] = column <= g + 8 ? ex2(lower - sum.x) * v[n][2] : 0.f;
             v[n][3] = column < g + 8 ? ex2(lower - sum.y) * v[n][3] : 0.f;
+        }
+        if (!d.packed) return;
+        const float of_upper = d.segment[i], of_lower = d.segment[i + 8];
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+            const float2 of = *(const float2 *)(d.segment + j + 8 * n);
+            if (of.x != of_upper) v[n][0] = 0.f;
+            if (of.y != of_upper) v[n][1] = 0.f;
+            if (of.x != of_lower) v[n][2] = 0.f;
+            if (of.y != of_lower) v[n][3] = 0.f;
         }
     }
 }

@@ -251,16 +251,18 @@ __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS,
             copy16(shared.grad_state + c * K + s, (const E *)p.grad_states + from, valid);
         }
         commit_copies();
-        float2 raw = make_float2(0.f, 0.f);
+        Raw2 raw = {};
         float A = 0.f;
         if (warp == 0) {
             A = load_parameter(p.step.A, head, p.step.A_type);
             const float bias = p.step.bias
                 ? load_parameter(p.step.bias, head, p.step.bias_type) : 0.f;
             raw = load_steps(p.dt.data, batch * p.dt.b + (long long)head * p.dt.h, p.dt.l,
-                             p.step.dt_type, time, start, count);
+                             p.step.dt_type, p.step.index
+                             ? p.step.index + (long long)batch * p.length : nullptr, time, start,
+                             count);
             make_decays<false>(shared.decays, raw, bias, A * LOG2E, p.step, count);
-            raw.x += bias, raw.y += bias;
+            raw.dt0 += bias, raw.dt1 += bias;
         }
         wait_copies<0>();
         __syncthreads();
@@ -418,7 +420,8 @@ __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS,
 
         if (warp == 0) {
             float2 ddt;
-            const float2 parts = finish_steps<T, P, N>(shared, ddt, raw, A, p.step, count);
+            const float2 parts = finish_steps<T, P, N>(
+                shared, ddt, make_float2(raw.dt0, raw.dt1), A, p.step, count);
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
                 const int i = 2 * lane + e;

@@ -66,6 +66,7 @@ __global__ void __launch_bounds__(32 * SLICES * HEADS,
     Rows<T, N, THREADS> C((const E *)p.C.data + batch * p.C.b + (long long)group * p.C.h, p.C.l,
                           time, begin);
     const long long dt_base = batch * p.dt.b + (long long)head * p.dt.h;
+    const int *const index = p.step.index ? p.step.index + (long long)batch * p.length : nullptr;
     // Of a lane: position g of the chunk, and the first of four channels.
     const int own_channel = first_channel + channel + first_column(t);
     const int y_step = time.step(p.y.l);
@@ -92,7 +93,7 @@ __global__ void __launch_bounds__(32 * SLICES * HEADS,
         if (p.step.bias) bias = load_parameter(p.step.bias, head, p.step.bias_type);
         const int rows = min(Q, end - begin);
         make_decays<true>(shared.decays[0][own],
-                          load_steps(p.dt.data, dt_base, p.dt.l, p.step.dt_type, time, begin, rows),
+                          load_steps(p.dt.data, dt_base, p.dt.l, p.step.dt_type, index, time, begin, rows),
                           bias, rate, p.step, rows);
     }
 
@@ -132,10 +133,10 @@ __global__ void __launch_bounds__(32 * SLICES * HEADS,
         wait_copies<0>();
         __syncthreads();
         if (STAGES > 1 && start + Q < end) copy(shared.stages[parity ^ 1], start + Q);
-        float2 raw = make_float2(0.f, 0.f);
+        Raw2 raw = {};
         const int next_rows = min(Q, end - start - Q);
         if (slice == SLICES - 1 && next_rows > 0)
-            raw = load_steps(p.dt.data, dt_base, p.dt.l, p.step.dt_type, time, start + Q,
+            raw = load_steps(p.dt.data, dt_base, p.dt.l, p.step.dt_type, index, time, start + Q,
                              next_rows);
 
         // C B^T on and below the diagonal, for all heads, and with the decays of each.

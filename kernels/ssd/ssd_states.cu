@@ -55,6 +55,7 @@ __global__ void __launch_bounds__(32 * SLICES, live_blocks(32 * SLICES, N)) ssd_
         (const E *)(back ? p.C.data : p.B.data) + batch * (back ? p.C.b : p.B.b)
         + (long long)group * (back ? p.C.h : p.B.h), b_stride, time, begin);
     const long long dt_base = batch * p.dt.b + (long long)head * p.dt.h;
+    const int *const index = p.step.index ? p.step.index + (long long)batch * p.length : nullptr;
 
     auto copy = [&](typename Shared::Stage &stage, int chunk) {
         const int rows = min(Q, p.length - chunk * Q);
@@ -70,7 +71,7 @@ __global__ void __launch_bounds__(32 * SLICES, live_blocks(32 * SLICES, N)) ssd_
         if (p.step.bias) bias = load_parameter(p.step.bias, head, p.step.bias_type);
         const int rows = min(Q, p.length - begin);
         make_decays<true>(shared.decays[0],
-                          load_steps(p.dt.data, dt_base, p.dt.l, p.step.dt_type, time, begin, rows),
+                          load_steps(p.dt.data, dt_base, p.dt.l, p.step.dt_type, index, time, begin, rows),
                           bias, rate, p.step, rows);
     }
 
@@ -115,10 +116,10 @@ __global__ void __launch_bounds__(32 * SLICES, live_blocks(32 * SLICES, N)) ssd_
                 }
         }
         if (!more && !ends) break;
-        float2 raw = make_float2(0.f, 0.f);
+        Raw2 raw = {};
         const int next = chunk_at(i + 1) * Q, next_rows = more ? min(Q, p.length - next) : 0;
         if (slice == 0 && more)
-            raw = load_steps(p.dt.data, dt_base, p.dt.l, p.step.dt_type, time, next, next_rows);
+            raw = load_steps(p.dt.data, dt_base, p.dt.l, p.step.dt_type, index, time, next, next_rows);
 
         const Decays &decays = shared.decays[parity];
         const float through = decays.through;

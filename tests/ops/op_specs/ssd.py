@@ -83,7 +83,9 @@ SPECS.append(replace(spec(
     kernel_shapes=((2, 70, 2, 16, 2, 8),), gpu_shapes=((2, 300, 4, 64, 1, 64),)),
     id='ssd without softplus and skip'))
 SPECS.append(replace(spec(
-    limit=(0.2, 0.7), packed=True, final=True, reverse=True, make=make_stateful, kernels=(),
+    limit=(0.2, 0.7), packed=True, final=True, reverse=True, make=make_stateful,
+    kernel_shapes=((2, 70, 4, 16, 2, 16),), half_shapes=((2, 70, 4, 16, 2, 16),),
+    gpu_shapes=((2, 300, 4, 64, 2, 64), (1, 9000, 2, 64, 1, 64)),
     shapes=((2, 5, 2, 3, 1, 2), (1, 1, 2, 3, 2, 4), (2, 20, 4, 3, 2, 2), (1, 130, 2, 4, 1, 5)),
     wrong=(('z', cut(3), 'expects z of shape'),
            ('initial_state', cut(3), 'expects initial_state of shape'),
@@ -94,8 +96,3 @@ SPECS.append(replace(spec(
     kernel_shapes=((2, 21, 2, 8, 1, 16),), half_shapes=((2, 70, 2, 16, 1, 16),),
     gpu_shapes=((2, 300, 4, 64, 1, 64),)),
     id='ssd with gate and states'))
-SPECS.append(replace(spec(
-    limit=(0.2, 0.7), final=True, reverse=True, make=make_stateful, shapes=((2, 5, 2, 3, 1, 2),),
-    kernel_shapes=((2, 70, 4, 16, 2, 16),), half_shapes=((2, 70, 4, 16, 2, 16),),
-    gpu_shapes=((2, 300, 4, 64, 2, 64), (1, 9000, 2, 64, 1, 64))),
-    id='ssd with limits, gate and states, reversed'))

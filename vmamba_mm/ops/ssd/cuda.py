@@ -18,8 +18,8 @@ _MOST_SAMPLES = 65535  # blocks of a launch in its third dimension
 def why_not(x, dt, A, B, C, D, dt_bias, z, initial_state, seq_idx, dt_softplus, dt_min, dt_max,
             return_final_state, reverse) -> str | None:
     """The reason why the kernels cannot take these inputs, or None."""
-    if seq_idx is not None:
-        return 'they do not take seq_idx'
+    if seq_idx is not None and seq_idx.device != x.device:
+        return 'the inputs are on different devices'
     for t in (dt, A, B, C, D, dt_bias, z, initial_state):
         if t is None:
             continue
@@ -93,6 +93,10 @@ def _as_state(t: Tensor | None) -> Tensor | None:
     return None if t is None else scan_kernels.dense(t.float())
 
 
+def _as_index(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.to(torch.int32).contiguous()
+
+
 def _is_fast(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
 
@@ -113,7 +117,7 @@ def forward(x, dt, A, B, C, D, dt_bias, z, initial_state, seq_idx, dt_softplus, 
     out_dtype, dtype = x.dtype, _common_dtype(x, B, C, z)
     (x, of_x), (B, of_B), (C, of_C), (z, of_z) = (_map(t, dtype) for t in (x, B, C, z))
     (dt, of_dt), A, D, dt_bias = _steps(dt), _dense(A), _dense(D), _dense(dt_bias)
-    start, sizes = _as_state(initial_state), _sizes(x, B)
+    start, sizes, index = _as_state(initial_state), _sizes(x, B), _as_index(seq_idx)
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     last = torch.empty((sizes.batch, sizes.heads, sizes.dim, sizes.state) if return_final_state
                        else 0, dtype=torch.float32, device=x.device)
@@ -125,7 +129,7 @@ def forward(x, dt, A, B, C, D, dt_bias, z, initial_state, seq_idx, dt_softplus, 
     launch.run(x=x.data_ptr(), dt=dt.data_ptr(), A=A.data_ptr(), B=B.data_ptr(), C=C.data_ptr(),
                y=y.data_ptr(), memory=pointer(memory), D=pointer(D), bias=pointer(dt_bias),
                z=pointer(z), start=pointer(start),
-               last=last.data_ptr() if return_final_state else 0)
+               last=last.data_ptr() if return_final_state else 0, seq_idx=pointer(index))
     return y if dtype == out_dtype else y.to(out_dtype), last
 
 
@@ -140,14 +144,14 @@ def backward(grad_y, grad_state, x, dt, A, B, C, D, dt_bias, z, initial_state, s
     if grad_y is None:
         grad_y = torch.zeros_like(x)
     if z is not None:
-        y, _ = forward(x.to(dtype), dt, A, B, C, D, dt_bias, None, initial_state, None, dt_softplus,
-                       dt_min, dt_max, False, reverse)
+        y, _ = forward(x.to(dtype), dt, A, B, C, D, dt_bias, None, initial_state, seq_idx,
+                       dt_softplus, dt_min, dt_max, False, reverse)
         gate, grad_y = z.float(), grad_y.float()
         grad_z = silu_backward(grad_y * y, gate).to(z.dtype).contiguous()
         grad_y = grad_y * F.silu(gate)
     (x, of_x), (B, of_B), (C, of_C), (dy, of_dy) = (_map(t, dtype) for t in (x, B, C, grad_y))
     (dt, of_dt), A, D, dt_bias = _steps(dt), _dense(A), _dense(D), _dense(dt_bias)
-    start, sizes = _as_state(initial_state), _sizes(x, B)
+    start, sizes, index = _as_state(initial_state), _sizes(x, B), _as_index(seq_idx)
     grad_last = _as_state(grad_state) if return_final_state else None
     grad_start = None if start is None else torch.empty_like(start)
     dx, dB, dC = (torch.empty(t.shape, dtype=dtype, device=x.device) for t in (x, B, C))
@@ -170,7 +174,7 @@ def backward(grad_y, grad_state, x, dt, A, B, C, D, dt_bias, z, initial_state, s
                dC=dC.data_ptr(), BC_parts=pointer(BC_parts), head_parts=head_parts.data_ptr(),
                memory=memory.data_ptr(), D=pointer(D), D_parts=pointer(D_parts),
                bias=pointer(dt_bias), start=pointer(start), grad_last=pointer(grad_last),
-               grad_start=pointer(grad_start))
+               grad_start=pointer(grad_start), seq_idx=pointer(index))
     if BC_parts is not None:
         dB, dC = BC_parts.sum(1)
     dA, dbias = head_parts.sum(1)

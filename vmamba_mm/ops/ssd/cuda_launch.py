@@ -50,7 +50,7 @@ class Shape(NamedTuple):
         return self.stages * stage + self.heads * (_tile(CHUNK, size) + 2 * _DECAYS)
 
 
-_DECAYS = 4 * (6 * CHUNK + 8)
+_DECAYS = 4 * (7 * CHUNK + 8)  # bytes of Decays
 
 
 def _tile(columns: int, size: int) -> int:
@@ -311,7 +311,7 @@ def forward_launch(index: int, dtype: torch.dtype, fast: bool, sizes: Sizes, opt
     """The forward.
 
     It takes the addresses of x, dt, A, B, C, y and memory, and, 0 for none, of D, bias, z, start
-    and last (the initial and the final state, (B, H, P, N), fp32).
+    and last (the initial and the final state, (B, H, P, N), fp32), and seq_idx (B, L), int32.
     """
     shape = forward_shape(index, dtype.itemsize, sizes)
     columns = -(-sizes.dim // shape.width)
@@ -325,9 +325,9 @@ def forward_launch(index: int, dtype: torch.dtype, fast: bool, sizes: Sizes, opt
         reverse=int(options.reverse), D_type=CODES.get(options.D, 0), D_full=int(options.D_full),
         **options.fields(), **_map_fields(x=x, z=z, y=y, dt=dt, B=B, C=C))
     if spans == 1:
-        def launch_forward(x, dt, A, B, C, y, memory, D=0, bias=0, z=0, start=0, last=0):
+        def launch_forward(x, dt, A, B, C, y, memory, D=0, bias=0, z=0, start=0, last=0, seq_idx=0):
             run(x_data=x, dt_data=dt, step_A=A, B_data=B, C_data=C, y_data=y, D=D, step_bias=bias,
-                z_data=z, entries=start, last=last)
+                z_data=z, entries=start, last=last, step_index=seq_idx)
 
         return Launch(launch_forward, 0)
 
@@ -337,12 +337,14 @@ def forward_launch(index: int, dtype: torch.dtype, fast: bool, sizes: Sizes, opt
     sums_at = slab.take(states.sums)
     summarise, combine = states.bind(1), states.combine(1)
 
-    def launch_in_spans(x, dt, A, B, C, y, memory, D=0, bias=0, z=0, start=0, last=0):
+    def launch_in_spans(x, dt, A, B, C, y, memory, D=0, bias=0, z=0, start=0, last=0,
+                           seq_idx=0):
         ends, entries, sums = memory + ends_at, memory + entries_at, memory + sums_at
-        summarise(x_data=x, dt_data=dt, step_A=A, step_bias=bias, B_data=B, ends=ends, sums=sums)
+        summarise(x_data=x, dt_data=dt, step_A=A, step_bias=bias, step_index=seq_idx, B_data=B,
+                  ends=ends, sums=sums)
         combine(ends=ends, sums=sums, before=start, entries=entries)
         run(x_data=x, dt_data=dt, step_A=A, B_data=B, C_data=C, y_data=y, D=D, step_bias=bias,
-            z_data=z, entries=entries, last=last)
+            z_data=z, entries=entries, last=last, step_index=seq_idx)
 
     return Launch(launch_in_spans, slab.size)
 
@@ -363,7 +365,7 @@ def backward_launch(index: int, dtype: torch.dtype, fast: bool, sizes: Sizes, op
 
     It takes the addresses of x, dy, dt, A, B, C, dx, ddt, head_parts (2, B, chunks, H) and memory;
     of dB and dC or, with ``splits``, of BC_parts (2, splits, B, L, G, N); and, 0 for none, of D,
-    D_parts (B, chunks, H, P), bias, start, grad_last and grad_start. Parts are fp32.
+    D_parts (B, chunks, H, P), bias, start, grad_last, grad_start and seq_idx. Parts are fp32.
     """
     sequences = 2 * sizes.batch * sizes.heads
     span, spans = span_of(index, sizes, sequences, 3)
@@ -392,9 +394,9 @@ def backward_launch(index: int, dtype: torch.dtype, fast: bool, sizes: Sizes, op
         **_map_fields(x=x, dy=dy, dt=dt, B=B, C=C, dx=dx, ddt=ddt, dB=dB, dC=dC))
 
     def launch_backward(x, dy, dt, A, B, C, dx, ddt, head_parts, memory, dB=0, dC=0, BC_parts=0,
-                        D=0, D_parts=0, bias=0, start=0, grad_last=0, grad_start=0):
+                        D=0, D_parts=0, bias=0, start=0, grad_last=0, grad_start=0, seq_idx=0):
         inputs = dict(x_data=x, dy_data=dy, dt_data=dt, step_A=A, step_bias=bias, B_data=B,
-                      C_data=C)
+                      C_data=C, step_index=seq_idx)
         all_states, grad_states = memory + states_at, memory + grad_states_at
         if spans == 1:
             find(entries=start, grad_entries=grad_last, states=all_states, grad_states=grad_states,
