@@ -156,23 +156,23 @@ def measure(function, row):
     return found
 
 
-def measure_peer(row):
+def measure_peer(row, chunks):
     """The best of each over the chunks; the memory that goes with the best of forward + backward.
     """
     if mamba_chunk_scan_combined is None:
         return Times(row.anchors[0], NAN, NAN, row.anchors[1], NAN)
-    found = [measure(lambda i: run_peer(i, chunk), row) for chunk in CHUNKS]  # noqa: B023
+    found = [measure(lambda i: run_peer(i, chunk), row) for chunk in chunks]  # noqa: B023
     best = [min(times) for times in zip(*found, strict=True)]
     return Times(*best[:4], min(found, key=lambda times: times.both_graph).memory)
 
 
-def print_times(rows, copy):
+def print_times(rows, chunks, copy):
     print('\nbf16, one group, dt_bias, softplus and D, ms; forward in a CUDA graph, forward + '
           f'backward eagerly and in a graph\n{"":26}{"forward":>8}{"peer":>8}{"ratio":>7}'
           f'{"of floor":>9}{"eager":>8}{"peer":>8}{"fwd+bwd":>9}{"peer":>8}{"ratio":>7}'
           f'{"graph":>8}{"peer":>8}{"MiB":>8}{"peer":>8}')
     for row in rows:
-        ours, peer = measure(run, row), measure_peer(row)
+        ours, peer = measure(run, row), measure_peer(row, chunks)
         print(f'{row!s:26}{ours.graph:8.4f}{peer.graph:8.4f}{ours.graph / peer.graph:6.2f}x'
               f'{ours.graph * copy / row.bytes:8.2f}x{ours.eager:8.3f}{peer.eager:8.3f}'
               f'{ours.both:9.3f}{peer.both:8.3f}{ours.both / peer.both:6.2f}x'
@@ -184,6 +184,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--rows', default='', metavar='TEXT', help='rows whose name has this')
+    parser.add_argument('--chunks', type=int, nargs='+', default=CHUNKS, metavar='N',
+                        help=f'of the peer (default: {" ".join(map(str, CHUNKS))})')
     parser.add_argument('--check-only', action='store_true', help='no times')
     args = parser.parse_args()
     rows = [row for row in ROWS if args.rows in str(row)]
@@ -198,7 +200,7 @@ def main():
     print('\nCorrectness: relative errors against fp64 in the 2-norm, and their limits')
     right = [row for row in rows if is_right(row)]
     if right and not args.check_only:
-        print_times(right, gpu['copy'])
+        print_times(right, args.chunks, gpu['copy'])
     if len(right) < len(rows):
         sys.exit(f'error: {len(rows) - len(right)} rows are wrong; they were not timed')
 

@@ -9,6 +9,7 @@ from vmamba_mm.ops.core.launch import TYPES, cached, device_limits, pointer
 from vmamba_mm.ops.scan_kernels import cuda as scan_kernels
 from vmamba_mm.ops.selective_scan.activations import silu_backward
 from vmamba_mm.ops.ssd import cuda_launch as launches
+from vmamba_mm.ops.ssd.cuda_backward import backward_launch
 from vmamba_mm.ops.ssd.cuda_launch import Options, Sizes, Strides
 
 _NONE = Strides(0, 0, 0)
@@ -158,7 +159,7 @@ def backward(grad_y, grad_state, x, dt, A, B, C, D, dt_bias, z, initial_state, s
     ddt = torch.empty(dt.shape, dtype=dt.dtype, device=x.device)
     options = Options(dt.dtype, A.dtype, _dtype(D), D is not None and D.dim() == 2,
                       _dtype(dt_bias), dt_softplus, dt_min, dt_max, reverse)
-    launch = launches.backward_launch(
+    launch = backward_launch(
         x.get_device(), dtype, _is_fast(dtype), sizes, options, of_x, of_dy, of_dt, of_B, of_C,
         *(Strides(*t.stride()[:3]) for t in (dx, ddt, dB, dC)))
 

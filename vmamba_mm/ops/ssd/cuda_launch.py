@@ -26,8 +26,6 @@ MOST_CHANNELS = 128
 
 #: Chunks of a span at most, for tests.
 max_span: int | None = None
-#: Blocks among which the heads of a group are divided in the backward, for tests.
-max_split: int | None = None
 #: How forwards are divided, for tests and measurements.
 force: 'Shape | None' = None
 
@@ -180,7 +178,7 @@ class Options(NamedTuple):
                     step_low=self.low, step_high=self.high)
 
 
-def _map_fields(**strides: Strides) -> dict[str, int]:
+def map_fields(**strides: Strides) -> dict[str, int]:
     return {f'{name}_{side}': value for name, of in strides.items()
             for side, value in of._asdict().items()}
 
@@ -231,15 +229,6 @@ def span_of(index: int, sizes: Sizes, sequences: int, each: int) -> tuple[int, i
     return span, -(-sizes.chunks // span)
 
 
-def head_splits(index: int, sizes: Sizes) -> int:
-    """Among how many blocks the heads of a group are divided in the backward."""
-    if max_split:
-        return min(max_split, sizes.heads // sizes.groups)
-    blocks = sizes.batch * sizes.chunks * sizes.groups
-    splits = -(-2 * device_limits(index)[0] // blocks)
-    return min(splits, sizes.heads // sizes.groups)
-
-
 # --- launches ---------------------------------------------------------------------------------
 
 class Launch(NamedTuple):
@@ -248,7 +237,7 @@ class Launch(NamedTuple):
     memory: int
 
 
-class _Slab:
+class Slab:
     """Parts of one piece of memory, each at a multiple of 256 bytes."""
 
     def __init__(self):
@@ -261,7 +250,7 @@ class _Slab:
         return at
 
 
-class _States:
+class States:
     """Launches of ssd_states and ssd_combine: ``span`` chunks of a span, ``spans`` of them."""
 
     def __init__(self, index: int, dtype: torch.dtype, fast: bool, sizes: Sizes, options: Options,
@@ -274,7 +263,7 @@ class _States:
             length=sizes.length, heads=sizes.heads, per_group=sizes.heads // sizes.groups,
             dim=sizes.dim, state=sizes.state, columns=-(-sizes.dim // self.shape.width),
             chunks=sizes.chunks, span=span, spans=spans, reverse=int(options.reverse),
-            **options.fields(), **_map_fields(**dict.fromkeys(('x', 'dy', 'dt', 'B', 'C'), zero)
+            **options.fields(), **map_fields(**dict.fromkeys(('x', 'dy', 'dt', 'B', 'C'), zero)
                                               | maps))
 
     @property
@@ -323,7 +312,7 @@ def forward_launch(index: int, dtype: torch.dtype, fast: bool, sizes: Sizes, opt
         length=sizes.length, heads=sizes.heads, per_group=sizes.heads // sizes.groups,
         dim=sizes.dim, state=sizes.state, columns=columns, span=span, spans=spans,
         reverse=int(options.reverse), D_type=CODES.get(options.D, 0), D_full=int(options.D_full),
-        **options.fields(), **_map_fields(x=x, z=z, y=y, dt=dt, B=B, C=C))
+        **options.fields(), **map_fields(x=x, z=z, y=y, dt=dt, B=B, C=C))
     if spans == 1:
         def launch_forward(x, dt, A, B, C, y, memory, D=0, bias=0, z=0, start=0, last=0, seq_idx=0):
             run(x_data=x, dt_data=dt, step_A=A, B_data=B, C_data=C, y_data=y, D=D, step_bias=bias,
@@ -331,8 +320,8 @@ def forward_launch(index: int, dtype: torch.dtype, fast: bool, sizes: Sizes, opt
 
         return Launch(launch_forward, 0)
 
-    states = _States(index, dtype, fast, sizes, options, dict(x=x, dt=dt, B=B), span, spans)
-    slab = _Slab()
+    states = States(index, dtype, fast, sizes, options, dict(x=x, dt=dt, B=B), span, spans)
+    slab = Slab()
     ends_at, entries_at = slab.take(states.entries), slab.take(states.entries)
     sums_at = slab.take(states.sums)
     summarise, combine = states.bind(1), states.combine(1)
@@ -347,69 +336,3 @@ def forward_launch(index: int, dtype: torch.dtype, fast: bool, sizes: Sizes, opt
             z_data=z, entries=entries, last=last, step_index=seq_idx)
 
     return Launch(launch_in_spans, slab.size)
-
-
-class BackwardLaunch(NamedTuple):
-    """``run`` launches; ``memory`` bytes that it needs. ``splits``: parts of the gradients by B and
-    C, which are to be summed, if more than 1."""
-    run: Callable[..., None]
-    memory: int
-    splits: int
-
-
-@cached
-def backward_launch(index: int, dtype: torch.dtype, fast: bool, sizes: Sizes, options: Options,
-                    x: Strides, dy: Strides, dt: Strides, B: Strides, C: Strides, dx: Strides,
-                    ddt: Strides, dB: Strides, dC: Strides) -> BackwardLaunch:
-    """The backward, without a gate.
-
-    It takes the addresses of x, dy, dt, A, B, C, dx, ddt, head_parts (2, B, chunks, H) and memory;
-    of dB and dC or, with ``splits``, of BC_parts (2, splits, B, L, G, N); and, 0 for none, of D,
-    D_parts (B, chunks, H, P), bias, start, grad_last, grad_start and seq_idx. Parts are fp32.
-    """
-    sequences = 2 * sizes.batch * sizes.heads
-    span, spans = span_of(index, sizes, sequences, 3)
-    states = _States(index, dtype, fast, sizes, options, dict(x=x, dy=dy, dt=dt, B=B, C=C), span,
-                     spans)
-    splits = head_splits(index, sizes)
-    per_group = sizes.heads // sizes.groups
-    channels = padded_channels(sizes.dim)
-    slab, all_states = _Slab(), sizes.batch * sizes.heads * sizes.chunks * sizes.dim * sizes.state
-    states_at = slab.take(all_states, dtype.itemsize)
-    grad_states_at = slab.take(all_states, dtype.itemsize)
-    find = states.bind(2)
-    if spans > 1:
-        combine = states.combine(2)
-        ends_at, grad_ends_at, entries_at, grad_entries_at = (
-            slab.take(states.entries) for _ in range(4))
-        sums_at = slab.take(states.sums)
-    run = kernel(index, backward_instance, TYPES[dtype], fast, channels, sizes.states).bind(
-        (sizes.groups * splits, sizes.chunks, sizes.batch),
-        (32 * backward_warps(sizes.states), 1, 1),
-        backward_shared(dtype.itemsize, channels, sizes.states),
-        batch=sizes.batch, length=sizes.length, heads=sizes.heads, per_group=per_group,
-        groups=sizes.groups, dim=sizes.dim, state=sizes.state, chunks=sizes.chunks, splits=splits,
-        per_split=-(-per_group // splits), reverse=int(options.reverse),
-        D_type=CODES.get(options.D, 0), D_full=int(options.D_full), **options.fields(),
-        **_map_fields(x=x, dy=dy, dt=dt, B=B, C=C, dx=dx, ddt=ddt, dB=dB, dC=dC))
-
-    def launch_backward(x, dy, dt, A, B, C, dx, ddt, head_parts, memory, dB=0, dC=0, BC_parts=0,
-                        D=0, D_parts=0, bias=0, start=0, grad_last=0, grad_start=0, seq_idx=0):
-        inputs = dict(x_data=x, dy_data=dy, dt_data=dt, step_A=A, step_bias=bias, B_data=B,
-                      C_data=C, step_index=seq_idx)
-        all_states, grad_states = memory + states_at, memory + grad_states_at
-        if spans == 1:
-            find(entries=start, grad_entries=grad_last, states=all_states, grad_states=grad_states,
-                 grad_ends=grad_start, **inputs)
-        else:
-            ends, grad_ends, sums = memory + ends_at, memory + grad_ends_at, memory + sums_at
-            entries, grad_entries = memory + entries_at, memory + grad_entries_at
-            find(ends=ends, grad_ends=grad_ends, sums=sums, **inputs)
-            combine(ends=ends, grad_ends=grad_ends, sums=sums, before=start, grad_before=grad_last,
-                    entries=entries, grad_entries=grad_entries, grad_last=grad_start)
-            find(entries=entries, grad_entries=grad_entries, states=all_states,
-                 grad_states=grad_states, **inputs)
-        run(states=all_states, grad_states=grad_states, dx_data=dx, ddt_data=ddt, dB_data=dB,
-            dC_data=dC, BC_parts=BC_parts, head_parts=head_parts, D=D, D_parts=D_parts, **inputs)
-
-    return BackwardLaunch(launch_backward, slab.size, splits)
