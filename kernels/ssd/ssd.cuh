@@ -257,28 +257,34 @@ struct Steps {
     float low, high;
 };
 
-// The raw values of the two positions of a lane, 0 beyond a sequence, and whether the state restarts
-// before them.
-struct Raw2 {
-    float dt0, dt1;
-    bool restart0, restart1;
+// The raw values of the two positions of a lane as they are in memory, 0 beyond a sequence, their
+// indices, and the index of the position before the first one: nothing waits for a load before
+// make_decays takes them.
+struct RawSteps {
+    u32 dt[2];
+    int index[2], before;
 };
 
-// Called by a warp. `index` is that of the sample, or null.
-__device__ __forceinline__ Raw2 load_steps(const void *from, long long base, int stride, int type,
-                                           const int *index, Time time, int start, int rows) {
-    const int lane = threadIdx.x & 31, i = 2 * lane;
-    Raw2 raw = {};
-    if (i < rows) raw.dt0 = load_parameter(from, base + time(start + i) * stride, type);
-    if (i + 1 < rows) raw.dt1 = load_parameter(from, base + time(start + i + 1) * stride, type);
-    if (index) {
-        const int own0 = i < rows ? index[time(start + i)] : 0;
-        const int own1 = i + 1 < rows ? index[time(start + i + 1)] : 0;
-        int before = __shfl_up_sync(0xffffffffu, own1, 1);
-        if (lane == 0) before = start ? index[time(start - 1)] : 0;
-        raw.restart0 = i < rows && own0 != before, raw.restart1 = i + 1 < rows && own1 != own0;
+// `index` is that of the sample, or null.
+__device__ __forceinline__ RawSteps load_steps(const void *from, long long base, int stride, int type,
+                                          const int *index, Time time, int start, int rows) {
+    RawSteps raw = {};
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+        const int i = 2 * (threadIdx.x & 31) + e;
+        if (i >= rows) continue;
+        const long long at = time(start + i);
+        if (type == 0) raw.dt[e] = ((const u32 *)from)[base + at * stride];
+        else raw.dt[e] = ((const unsigned short *)from)[base + at * stride];
+        if (index) raw.index[e] = index[at];
     }
+    if (index && start > 0 && rows > 0) raw.before = index[time(start - 1)];
     return raw;
+}
+
+__device__ __forceinline__ float raw_step(u32 bits, int type) {
+    if (type == 0) return __uint_as_float(bits);
+    return type == 1 ? Half::unpack(bits).x : BFloat::unpack(bits).x;
 }
 
 __device__ __forceinline__ float step_of(float raw, const Steps &p, bool valid) {
@@ -294,11 +300,11 @@ __device__ __forceinline__ float log_decay(float a) { return a < -300.f ? -300.f
 
 // Called by a warp, whose lanes have two positions each. `rate` is A log2(e).
 template <bool WITH_STEP>
-__device__ __forceinline__ void make_decays(Decays &d, const Raw2 &raw, float bias, float rate,
+__device__ __forceinline__ void make_decays(Decays &d, const RawSteps &raw, float bias, float rate,
                                             const Steps &p, int rows) {
     const int lane = threadIdx.x & 31, in_block = lane & 7, i = 2 * lane;
-    const float dt0 = step_of(raw.dt0 + bias, p, i < rows);
-    const float dt1 = step_of(raw.dt1 + bias, p, i + 1 < rows);
+    const float dt0 = step_of(raw_step(raw.dt[0], p.dt_type) + bias, p, i < rows);
+    const float dt1 = step_of(raw_step(raw.dt[1], p.dt_type) + bias, p, i + 1 < rows);
     const float a0 = log_decay(dt0 * rate), a1 = log_decay(dt1 * rate);
     float sum1 = a0 + a1, rest = sum1;  // of a block, which 8 lanes have, up to and from a lane
 #pragma unroll
@@ -315,13 +321,16 @@ __device__ __forceinline__ void make_decays(Decays &d, const Raw2 &raw, float bi
     // Up to a position, and from it to the end of the block; these are nothing past a restart.
     float up0 = sum0, up1 = sum1;
     if (p.index) {
-        float count1 = (raw.restart0 ? 1.f : 0.f) + (raw.restart1 ? 1.f : 0.f);
+        int before = __shfl_up_sync(0xffffffffu, raw.index[1], 1);
+        if (lane == 0) before = raw.before;
+        const bool restarts = i + 1 < rows && raw.index[1] != raw.index[0];
+        float count1 = (i < rows && raw.index[0] != before ? 1.f : 0.f) + (restarts ? 1.f : 0.f);
 #pragma unroll
         for (int by = 1; by < 8; by <<= 1) {
             const float ahead = __shfl_up_sync(0xffffffffu, count1, by);
             if (in_block >= by) count1 += ahead;
         }
-        const float count0 = count1 - (raw.restart1 ? 1.f : 0.f);
+        const float count0 = count1 - (restarts ? 1.f : 0.f);
         const float all = __shfl_sync(0xffffffffu, count1, lane | 7);
         *(float2 *)(d.segment + i) = make_float2(count0, count1);
         if (count0 > 0.f) up0 = NOTHING;

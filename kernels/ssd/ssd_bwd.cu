@@ -251,18 +251,19 @@ __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS,
             copy16(shared.grad_state + c * K + s, (const E *)p.grad_states + from, valid);
         }
         commit_copies();
-        Raw2 raw = {};
+        float2 steps = make_float2(0.f, 0.f);  // raw dt with the bias
         float A = 0.f;
         if (warp == 0) {
             A = load_parameter(p.step.A, head, p.step.A_type);
             const float bias = p.step.bias
                 ? load_parameter(p.step.bias, head, p.step.bias_type) : 0.f;
-            raw = load_steps(p.dt.data, batch * p.dt.b + (long long)head * p.dt.h, p.dt.l,
+            const RawSteps raw = load_steps(p.dt.data, batch * p.dt.b + (long long)head * p.dt.h, p.dt.l,
                              p.step.dt_type, p.step.index
                              ? p.step.index + (long long)batch * p.length : nullptr, time, start,
                              count);
             make_decays<false>(shared.decays, raw, bias, A * LOG2E, p.step, count);
-            raw.dt0 += bias, raw.dt1 += bias;
+            steps.x = raw_step(raw.dt[0], p.step.dt_type) + bias;
+            steps.y = raw_step(raw.dt[1], p.step.dt_type) + bias;
         }
         wait_copies<0>();
         __syncthreads();
@@ -421,7 +422,7 @@ __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS,
         if (warp == 0) {
             float2 ddt;
             const float2 parts = finish_steps<T, P, N>(
-                shared, ddt, make_float2(raw.dt0, raw.dt1), A, p.step, count);
+                shared, ddt, steps, A, p.step, count);
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
                 const int i = 2 * lane + e;

@@ -89,6 +89,7 @@ __global__ void __launch_bounds__(32 * SLICES * HEADS,
 
     // A warp of each head, which has fewer blocks to multiply, makes its decays, a chunk ahead.
     float rate = 0.f, bias = 0.f;
+    RawSteps raw = {};  // of the chunk after the one at hand
     if (slice == SLICES - 1) {
         rate = load_parameter(p.step.A, head, p.step.A_type) * LOG2E;
         if (p.step.bias) bias = load_parameter(p.step.bias, head, p.step.bias_type);
@@ -96,6 +97,8 @@ __global__ void __launch_bounds__(32 * SLICES * HEADS,
         make_decays<true>(shared.decays[0][own],
                           load_steps(p.dt.data, dt_base, p.dt.l, p.step.dt_type, index, time, begin, rows),
                           bias, rate, p.step, rows);
+        raw = load_steps(p.dt.data, dt_base, p.dt.l, p.step.dt_type, index, time, begin + Q,
+                         min(Q, end - begin - Q));
     }
 
     // The channels of a lane: rows g, g + 8 of each tile of states; of y, columns 2 t, 2 t + 1.
@@ -134,11 +137,13 @@ __global__ void __launch_bounds__(32 * SLICES * HEADS,
         wait_copies<0>();
         __syncthreads();
         if (STAGES > 1 && start + Q < end) copy(shared.stages[parity ^ 1], start + Q);
-        Raw2 raw = {};
-        const int next_rows = min(Q, end - start - Q);
-        if (slice == SLICES - 1 && next_rows > 0)
-            raw = load_steps(p.dt.data, dt_base, p.dt.l, p.step.dt_type, index, time, start + Q,
-                             next_rows);
+        if (slice == SLICES - 1 && start + Q < end) {
+            const RawSteps given = raw;
+            raw = load_steps(p.dt.data, dt_base, p.dt.l, p.step.dt_type, index, time,
+                             start + 2 * Q, min(Q, end - start - 2 * Q));
+            make_decays<true>(shared.decays[parity ^ 1][own], given, bias, rate, p.step,
+                              min(Q, end - start - Q));
+        }
 
         // C B^T on and below the diagonal, for all heads, and with the decays of each.
         for (int i = warp; i < Item::COUNT; i += WARPS) {
@@ -174,8 +179,6 @@ __global__ void __launch_bounds__(32 * SLICES * HEADS,
                 }
             }
         }
-        if (slice == SLICES - 1 && next_rows > 0)
-            make_decays<true>(shared.decays[parity ^ 1][own], raw, bias, rate, p.step, next_rows);
         __syncthreads();
 
         const Decays &decays = shared.decays[parity][own];

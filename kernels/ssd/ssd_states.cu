@@ -67,13 +67,18 @@ __global__ void __launch_bounds__(
     copy(shared.stages[0], chunk_at(0));
 
     float rate = 0.f, bias = 0.f, sum = 0.f;
+    RawSteps raw = {};  // of the chunk after the one at hand
+    auto load = [&](int i) {
+        const int start = chunk_at(i) * Q;
+        return load_steps(p.dt.data, dt_base, p.dt.l, p.step.dt_type, index, time, start,
+                          i < chunks ? min(Q, p.length - start) : 0);
+    };
     if (slice == 0) {
         rate = load_parameter(p.step.A, head, p.step.A_type) * LOG2E;
         if (p.step.bias) bias = load_parameter(p.step.bias, head, p.step.bias_type);
         const int rows = min(Q, p.length - begin);
-        make_decays<true>(shared.decays[0],
-                          load_steps(p.dt.data, dt_base, p.dt.l, p.step.dt_type, index, time, begin, rows),
-                          bias, rate, p.step, rows);
+        make_decays<true>(shared.decays[0], load(0), bias, rate, p.step, rows);
+        raw = load(1);
     }
 
     float state[N / 8][4];
@@ -117,10 +122,12 @@ __global__ void __launch_bounds__(
                 }
         }
         if (!more && !ends) break;
-        Raw2 raw = {};
-        const int next = chunk_at(i + 1) * Q, next_rows = more ? min(Q, p.length - next) : 0;
-        if (slice == 0 && more)
-            raw = load_steps(p.dt.data, dt_base, p.dt.l, p.step.dt_type, index, time, next, next_rows);
+        if (slice == 0 && more) {
+            const RawSteps given = raw;
+            raw = load(i + 2);
+            make_decays<true>(shared.decays[parity ^ 1], given, bias, rate, p.step,
+                              min(Q, p.length - chunk_at(i + 1) * Q));
+        }
 
         const Decays &decays = shared.decays[parity];
         const float through = decays.through;
@@ -130,7 +137,7 @@ __global__ void __launch_bounds__(
         for (int n = 0; n < N / 8; ++n)
 #pragma unroll
             for (int e = 0; e < 4; ++e) state[n][e] *= through;
-#pragma unroll
+#pragma unroll (N > 128 ? 1 : BLOCKS)
         for (int r = 0; r < BLOCKS; ++r) {
             Block16<T> left;
             left.template load<true>(stage.x + BLOCK * r * X + slice * BLOCK, X);
@@ -156,8 +163,6 @@ __global__ void __launch_bounds__(
                                       right.v[2 * m], right.v[2 * m + 1]);
             }
         }
-        if (slice == 0 && more)
-            make_decays<true>(shared.decays[parity ^ 1], raw, bias, rate, p.step, next_rows);
         if (STAGES == 1) {
             __syncthreads();
             if (more) copy(stage, chunk_at(i + 1));

@@ -115,17 +115,19 @@ def backward_shared(size: int, channels: int, states: int) -> int:
     return tiles + _DECAYS + -(-sums // 16) * 16
 
 
-#: Type, whether TF32, channels, N: those that published models use, and one for each kind beside.
-_COMPILED = [('Half', False, 64, 64), ('BFloat', False, 64, 128), ('Half', False, 32, 16),
-             ('Float', False, 64, 32), ('Float', True, 16, 64), ('BFloat', False, 64, 256)]
+#: Type, channels, N: those that published models use, and one for each kind beside them.
+_COMPILED = [('BFloat', 64, 64), ('BFloat', 64, 128), ('Half', 32, 16), ('Half', 64, 256),
+             ('Float', 16, 32)]
 
 
 def _compiled() -> Iterator[Instance]:
-    for type_, fast, channels, states in _COMPILED:
+    for type_, channels, states in _COMPILED:
         slices, stages = channels // _BLOCK, 1 if states > 128 else 2
-        yield forward_instance(type_, fast, Shape(1, slices, 1, stages), states)
-        yield states_instance(type_, fast, StatesShape(slices, stages), states)
-        yield backward_instance(type_, fast, channels, states)
+        yield forward_instance(type_, False, Shape(1, slices, 1, stages), states)
+        yield states_instance(type_, False, StatesShape(slices, stages), states)
+        yield backward_instance(type_, False, channels, states)
+    yield forward_instance('Float', True, Shape(1, 4, 1, 2), 64)
+    yield forward_instance('Half', False, Shape(2, 1, 2, 2), 16)
 
 
 #: What is compiled to check it, and the lowest compute capability that it is for: matrix
