@@ -46,11 +46,19 @@ __global__ void __launch_bounds__(32 * SLICES * HEADS,
     constexpr int WIDTH = Shared::WIDTH, WARPS = SLICES * HEADS, THREADS = 32 * WARPS;
     constexpr int X = PITCH<T, WIDTH>, K = PITCH<T, N>, S = PITCH<T, Q>;
     constexpr int TOGETHER = TILES * N > 128 || TILES > 1 ? 2 : BLOCKS;  // blocks of rows, for fewer registers
+    // Warps among which the blocks of C B^T are divided: those that do not make decays, if these are
+    // at least two. Of two warps, the one that makes decays has a third of the blocks.
+    constexpr int WORKERS = SLICES > 1 && WARPS - HEADS > 1 ? WARPS - HEADS : WARPS > 2 ? WARPS : 1;
     extern __shared__ __align__(16) char memory[];
     Shared &shared = *(Shared *)memory;
 
     const int lane = threadIdx.x & 31, warp = warp_index();
     const int g = lane >> 2, t = lane & 3, own = warp / SLICES, slice = warp % SLICES;
+    const bool makes_decays = slice == SLICES - 1;
+    const int first_item = WORKERS == 1 ? 0 : WORKERS == WARPS ? warp
+        : makes_decays ? Item::COUNT : warp - own;
+    const int own_items = WARPS != 2 ? ~0 : SLICES == 1 ? (warp ? 0x2a : 0x15)
+        : makes_decays ? 0x28 : 0x17;
     const int column = blockIdx.x % p.columns, rest = blockIdx.x / p.columns;
     const int first_head = rest % (p.heads / HEADS) * HEADS, batch = rest / (p.heads / HEADS);
     const int span = blockIdx.y, head = first_head + own;
@@ -90,7 +98,7 @@ __global__ void __launch_bounds__(32 * SLICES * HEADS,
     // A warp of each head, which has fewer blocks to multiply, makes its decays, a chunk ahead.
     float rate = 0.f, bias = 0.f;
     RawSteps raw = {};  // of the chunk after the one at hand
-    if (slice == SLICES - 1) {
+    if (makes_decays) {
         rate = load_parameter(p.step.A, head, p.step.A_type) * LOG2E;
         if (p.step.bias) bias = load_parameter(p.step.bias, head, p.step.bias_type);
         const int rows = min(Q, end - begin);
@@ -137,7 +145,7 @@ __global__ void __launch_bounds__(32 * SLICES * HEADS,
         wait_copies<0>();
         __syncthreads();
         if (STAGES > 1 && start + Q < end) copy(shared.stages[parity ^ 1], start + Q);
-        if (slice == SLICES - 1 && start + Q < end) {
+        if (makes_decays && start + Q < end) {
             const RawSteps given = raw;
             raw = load_steps(p.dt.data, dt_base, p.dt.l, p.step.dt_type, index, time,
                              start + 2 * Q, min(Q, end - start - 2 * Q));
@@ -146,7 +154,8 @@ __global__ void __launch_bounds__(32 * SLICES * HEADS,
         }
 
         // C B^T on and below the diagonal, for all heads, and with the decays of each.
-        for (int i = warp; i < Item::COUNT; i += WARPS) {
+        for (int i = first_item; i < Item::COUNT; i += WORKERS) {
+            if (!(own_items >> i & 1)) continue;
             const Item item(i);
             float scores[2][2][4] = {};
 #pragma unroll

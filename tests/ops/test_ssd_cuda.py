@@ -192,3 +192,13 @@ def test_memory_of_a_training_that_does_not_fit(place):
         reason = cuda.why_not(x, *rest, None, True, 0.0, 1.0, False, False)
         assert (reason is None) == fits, (training, dtype, reason)
         assert fits or 'in training' in reason
+
+
+@pytest.mark.parametrize('sequences, length, expected', [
+    (12, 256, (4, 1)), (12, 257, (4, 2)), (132, 65536, (1024, 1)), (6, 65536, (16, 64)),
+    (1, 1, (1, 1)), (131, 65536, (342, 3))])
+def test_spans_of_an_h200(monkeypatch, sequences, length, expected):
+    """Up to 256 tokens are one launch, and so is what fills the GPU."""
+    monkeypatch.setattr(cuda_launch, 'device_limits', lambda index: (132, 228 * 1024, 227 * 1024))
+    sizes = cuda_launch.Sizes(1, length, sequences, 64, 1, 64)
+    assert cuda_launch.span_of(0, sizes, sequences) == expected

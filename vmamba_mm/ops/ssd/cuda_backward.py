@@ -56,7 +56,7 @@ class _Piece:
     def __init__(self, index: int, dtype: torch.dtype, fast: bool, batch: int, sizes: Sizes,
                  options: Options, maps: _Maps, splits: int):
         given = dict(zip(maps._fields[:5], maps[:5], strict=True))
-        span, self.spans = cuda_launch.span_of(index, sizes, 2 * sizes.batch * sizes.heads, 3)
+        span, self.spans = cuda_launch.span_of(index, sizes, 2 * sizes.batch * sizes.heads)
         states = States(index, dtype, fast, sizes, options, given, span, self.spans)
         slab = Slab()
         count = sizes.batch * sizes.heads * sizes.chunks * sizes.dim * sizes.state

@@ -218,17 +218,17 @@ def least_shared(size: int, dim: int, state: int, training: bool) -> int:
                backward_shared(size, padded_channels(dim), states) if training else 0)
 
 
-def span_of(index: int, sizes: Sizes, sequences: int, each: int) -> tuple[int, int]:
-    """(chunks of a span, spans) for so many ``sequences``, of which a block has one, and ``each``
-    blocks on a multiprocessor."""
+def span_of(index: int, sizes: Sizes, sequences: int) -> tuple[int, int]:
+    """(chunks of a span, spans) for so many ``sequences``, of which a block has one. They are
+    divided if they are fewer than multiprocessors, and into spans of at least 4 chunks."""
+    multiprocessors, chunks = device_limits(index)[0], sizes.chunks
     if max_span:
         span = max_span
+    elif sequences >= multiprocessors:
+        span = chunks
     else:
-        spans = device_limits(index)[0] * each // sequences
-        span = max(-(-sizes.chunks // max(spans, 1)), min(4, sizes.chunks))
-        if 2 * spans < 3:
-            span = sizes.chunks
-    return span, -(-sizes.chunks // span)
+        span = max(-(-chunks // (3 * multiprocessors // sequences)), min(4, chunks))
+    return span, -(-chunks // span)
 
 
 # --- launches ---------------------------------------------------------------------------------
@@ -307,7 +307,7 @@ def forward_launch(index: int, dtype: torch.dtype, fast: bool, sizes: Sizes, opt
     shape = forward_shape(index, dtype.itemsize, sizes)
     columns = -(-sizes.dim // shape.width)
     sequences = sizes.batch * sizes.heads // shape.heads * columns
-    span, spans = span_of(index, sizes, sequences, 3)
+    span, spans = span_of(index, sizes, sequences)
     run = kernel(index, forward_instance, TYPES[dtype], fast, shape, sizes.states).bind(
         (sequences, spans, 1), (32 * shape.slices * shape.heads, 1, 1),
         shape.shared(dtype.itemsize, sizes.states),
