@@ -43,29 +43,33 @@ __device__ __forceinline__ float2 load_pair(const Element<T> *p) {
 // --- matrix instructions ----------------------------------------------------------------------
 
 // A 16 x 16 block of a tile as four 8 x 8 ones: (rows 0-7, columns 0-7), (8-15, 0-7), (0-7, 8-15),
-// (8-15, 8-15). Lane 4 g + t has elements 2 t, 2 t + 1 of row g of each; of a transposed one, of
-// column g.
+// (8-15, 8-15); the middle ones the other way round if SWAPPED. Lane 4 g + t has elements 2 t,
+// 2 t + 1 of row g of each; of a transposed one, of column g. What a factor needs is then in
+// adjacent registers: of a first factor (rows x k) from a tile of its rows, or from a tile of k,
+// TRANSPOSED and SWAPPED, all four; of a second one (k x columns) the first two for columns 0-7, the
+// others for 8-15, from a tile of k, TRANSPOSED, or from a tile of its columns, SWAPPED.
 template <class T>
 struct Block16 {
     Pair<T> v[4];
 
-    // The first factor of a product is rows x k. From a tile that is k x rows, transposed, come the
-    // middle ones the other way round.
-    template <bool TRANSPOSED>
+    template <bool TRANSPOSED, bool SWAPPED = false>
     __device__ __forceinline__ void load(const Element<T> *at, int pitch) {
         const int lane = threadIdx.x & 31;
         if constexpr (same<T, Float>) {
             const int g = lane >> 2, t = lane & 3;
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const Element<T> *const from = at + (i & 1) * 8 * pitch + (i >> 1) * 8;
+                const int down = SWAPPED ? i >> 1 : i & 1, right = SWAPPED ? i & 1 : i >> 1;
+                const Element<T> *const from = at + down * 8 * pitch + right * 8;
                 if (TRANSPOSED)
                     v[i] = make_float2(from[2 * t * pitch + g], from[(2 * t + 1) * pitch + g]);
                 else
                     v[i] = *(const float2 *)(from + g * pitch + 2 * t);
             }
         } else {
-            const u32 row = shared_address(at + (lane & 15) * pitch + (lane >> 4) * 8);
+            const int down = SWAPPED ? (lane & 7) + (lane >> 4) * 8 : lane & 15;
+            const int right = SWAPPED ? lane & 8 : (lane >> 4) * 8;
+            const u32 row = shared_address(at + down * pitch + right);
             if (TRANSPOSED)
                 asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                              : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(row));

@@ -82,10 +82,11 @@ __device__ __forceinline__ void multiply_rows(float (&sums)[2][4], const Element
                                               int right_pitch) {
     Block16<T> a, b;
     a.template load<false>(left, left_pitch);
-    b.template load<false>(right, right_pitch);
+    b.template load<false, true>(right, right_pitch);
 #pragma unroll
     for (int m = 0; m < 2; ++m)
-        multiply<T, FAST>(sums[m], a.v[0], a.v[1], a.v[2], a.v[3], b.v[m], b.v[2 + m]);
+        multiply<T, FAST>(sums[m], a.v[0], a.v[1], a.v[2], a.v[3], b.v[2 * m],
+                          b.v[2 * m + 1]);
 }
 
 // sums += a b of 16 x 16 blocks at `left` and `right`; the first is TRANSPOSED or not.
@@ -94,12 +95,11 @@ __device__ __forceinline__ void multiply_right(float (&sums)[2][4], const Elemen
                                                int left_pitch, const Element<T> *right,
                                                int right_pitch) {
     Block16<T> a, b;
-    a.template load<TRANSPOSED>(left, left_pitch);
+    a.template load<TRANSPOSED, TRANSPOSED>(left, left_pitch);
     b.template load<true>(right, right_pitch);
 #pragma unroll
     for (int m = 0; m < 2; ++m)
-        multiply<T, FAST>(sums[m], a.v[0], a.v[TRANSPOSED ? 2 : 1], a.v[TRANSPOSED ? 1 : 2],
-                          a.v[3], b.v[2 * m], b.v[2 * m + 1]);
+        multiply<T, FAST>(sums[m], a.v[0], a.v[1], a.v[2], a.v[3], b.v[2 * m], b.v[2 * m + 1]);
 }
 
 // Adds a block of 16 rows, times the decays and the steps of rows, to `sums`; and stores for each

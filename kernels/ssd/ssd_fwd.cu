@@ -165,12 +165,12 @@ __global__ void __launch_bounds__(32 * SLICES * HEADS,
 #pragma unroll
                 for (int q = 0; q < 2; ++q) {
                     if (q >= item.count) break;
-                    right.template load<false>(
+                    right.template load<false, true>(
                         stage.B + BLOCK * (item.first + q) * K + BLOCK * n, K);
 #pragma unroll
                     for (int m = 0; m < 2; ++m)
                         multiply<T, FAST>(scores[q][m], left.v[0], left.v[1], left.v[2], left.v[3],
-                                          right.v[m], right.v[2 + m]);
+                                          right.v[2 * m], right.v[2 * m + 1]);
                 }
             }
 #pragma unroll

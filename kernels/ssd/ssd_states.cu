@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(
 #pragma unroll (N > 128 ? 1 : BLOCKS)
         for (int r = 0; r < BLOCKS; ++r) {
             Block16<T> left;
-            left.template load<true>(stage.x + BLOCK * r * X + slice * BLOCK, X);
+            left.template load<true, true>(stage.x + BLOCK * r * X + slice * BLOCK, X);
             float2 by[2];
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
@@ -152,14 +152,14 @@ __global__ void __launch_bounds__(
                 }
             }
 #pragma unroll
-            for (int k = 0; k < 4; ++k) left.v[k] = scaled<T>(left.v[k], by[k & 1]);
+            for (int k = 0; k < 4; ++k) left.v[k] = scaled<T>(left.v[k], by[k >> 1]);
 #pragma unroll
             for (int n = 0; n < N / BLOCK; ++n) {
                 Block16<T> right;
                 right.template load<true>(stage.b + BLOCK * r * K + BLOCK * n, K);
 #pragma unroll
                 for (int m = 0; m < 2; ++m)
-                    multiply<T, FAST>(state[2 * n + m], left.v[0], left.v[2], left.v[1], left.v[3],
+                    multiply<T, FAST>(state[2 * n + m], left.v[0], left.v[1], left.v[2], left.v[3],
                                       right.v[2 * m], right.v[2 * m + 1]);
             }
         }
