@@ -273,11 +273,11 @@ __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS,
         for (int i = warp; i < 10; i += WARPS) {
             const int r = i < 1 ? 0 : i < 3 ? 1 : i < 6 ? 2 : 3, b = i - r * (r + 1) / 2;
             float products[2][4] = {}, grads[2][4] = {}, passed[2][4];
-#pragma unroll (N > 128 ? 4 : 2)
+#pragma unroll 2
             for (int n = 0; n < N / BLOCK; ++n)
                 multiply_rows<T, FAST>(products, shared.C + BLOCK * r * K + BLOCK * n, K,
                                        shared.B + BLOCK * b * K + BLOCK * n, K);
-#pragma unroll (N > 128 ? P / BLOCK : 2)
+#pragma unroll 2
             for (int n = 0; n < P / BLOCK; ++n)
                 multiply_rows<T, FAST>(grads, shared.dy + BLOCK * r * X + BLOCK * n, X,
                                        shared.x + BLOCK * b * X + BLOCK * n, X);
@@ -326,26 +326,26 @@ __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS,
             // Of a row: what C reads from the state that enters, and what B leaves in the one that
             // leaves; and what comes from the rows before, and from those after.
             float by_C[2][4] = {}, by_B[2][4] = {};
-#pragma unroll (N > 128 ? P / BLOCK : 2)
+#pragma unroll 2
             for (int n = 0; n < P / BLOCK; ++n)
                 multiply_right<T, FAST>(by_C, shared.dy + BLOCK * r * X + BLOCK * n, X,
                                         shared.state + BLOCK * n * K + BLOCK * slice, K);
             add_rows<T>(dC[o], shared.reads[slice] + BLOCK * r, by_C,
                         shared.C + BLOCK * r * K + BLOCK * slice, K, decays.enter + BLOCK * r,
                         nullptr);
-#pragma unroll
+#pragma unroll (N > 128 ? 1 : BLOCKS)
             for (int b = 0; b < BLOCKS; ++b)
                 if (b <= r)
                     multiply_right<T, FAST>(dC[o], shared.grads + BLOCK * r * S + BLOCK * b, S,
                                             shared.B + BLOCK * b * K + BLOCK * slice, K);
-#pragma unroll (N > 128 ? P / BLOCK : 2)
+#pragma unroll 2
             for (int n = 0; n < P / BLOCK; ++n)
                 multiply_right<T, FAST>(by_B, shared.x + BLOCK * r * X + BLOCK * n, X,
                                         shared.grad_state + BLOCK * n * K + BLOCK * slice, K);
             add_rows<T>(dB[o], shared.leaves[slice] + BLOCK * r, by_B,
                         shared.B + BLOCK * r * K + BLOCK * slice, K, decays.leave + BLOCK * r,
                         decays.dt + BLOCK * r);
-#pragma unroll
+#pragma unroll (N > 128 ? 1 : BLOCKS)
             for (int b = 0; b < BLOCKS; ++b)
                 if (b >= r)
                     multiply_right<T, FAST, true>(
@@ -358,7 +358,7 @@ __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS,
             const int r = i % BLOCKS, tile = i / BLOCKS;
             if (BLOCK * tile >= p.dim) continue;
             float dx[2][4] = {};
-#pragma unroll (N > 128 ? 4 : 2)
+#pragma unroll 2
             for (int n = 0; n < N / BLOCK; ++n)
                 multiply_rows<T, FAST>(dx, shared.B + BLOCK * r * K + BLOCK * n, K,
                                        shared.grad_state + BLOCK * tile * K + BLOCK * n, K);

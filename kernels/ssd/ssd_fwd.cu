@@ -39,8 +39,8 @@ __device__ __forceinline__ void gate(Four<T> &v, const Element<T> *from) {
 
 template <class T, bool FAST, int TILES, int SLICES, int N, int HEADS, int STAGES>
 __global__ void __launch_bounds__(32 * SLICES * HEADS,
-                                  live_blocks(32 * SLICES * HEADS,
-                                              TILES * N * sizeof(Element<T>) / 2)) ssd_fwd(const Forward p) {
+                                  live_blocks(32 * SLICES * HEADS, TILES * (N < 64 ? 64 : N)
+                                              * sizeof(Element<T>) / 2)) ssd_fwd(const Forward p) {
     typedef ForwardShared<T, TILES, SLICES, N, HEADS, STAGES> Shared;
     typedef Element<T> E;
     constexpr int WIDTH = Shared::WIDTH, WARPS = SLICES * HEADS, THREADS = 32 * WARPS;

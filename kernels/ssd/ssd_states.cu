@@ -12,7 +12,8 @@ struct States {
     float *ends, *grad_ends, *sums;
     void *states, *grad_states;  // (batch, heads, chunks, dim, state), null if not wanted
     int backwards;  // 0: states, 1: gradients, for the first blocks in z
-    int length, heads, per_group, dim, state, columns, chunks, span, spans, reverse;
+    // A block has 16 * SLICES channels, of which there are `columns` parts, and N of the states.
+    int length, heads, per_group, dim, state, columns, parts, chunks, span, spans, reverse;
 };
 
 template <class T, int SLICES, int N, int STAGES>
@@ -37,11 +38,13 @@ __global__ void __launch_bounds__(
 
     const int lane = threadIdx.x & 31, slice = warp_index();
     const int g = lane >> 2, t = lane & 3;
-    const int column = blockIdx.x % p.columns, rest = blockIdx.x / p.columns;
+    const int column = blockIdx.x % p.columns, part = blockIdx.x / p.columns % p.parts;
+    const int rest = blockIdx.x / (p.columns * p.parts);
     const int head = rest % p.heads, batch = rest / p.heads, span = blockIdx.y;
     const bool back = p.backwards + (int)blockIdx.z > 0;
     const int first_channel = column * WIDTH, channel = first_channel + slice * BLOCK + g;
     const int width = min(WIDTH, p.dim - first_channel);
+    const int first_state = part * N, states_here = min(N, p.state - first_state);
     const Time time = {p.length, p.reverse};
     const int chunks = min(p.span, p.chunks - span * p.span);
 
@@ -54,14 +57,14 @@ __global__ void __launch_bounds__(
         + (long long)head * (back ? p.dy.h : p.x.h) + first_channel, x_stride, time, begin);
     Rows<T, N, THREADS> b(
         (const E *)(back ? p.C.data : p.B.data) + batch * (back ? p.C.b : p.B.b)
-        + (long long)group * (back ? p.C.h : p.B.h), b_stride, time, begin);
+        + (long long)group * (back ? p.C.h : p.B.h) + first_state, b_stride, time, begin);
     const long long dt_base = batch * p.dt.b + (long long)head * p.dt.h;
     const int *const index = p.step.index ? p.step.index + (long long)batch * p.length : nullptr;
 
     auto copy = [&](typename Shared::Stage &stage, int chunk) {
         const int rows = min(Q, p.length - chunk * Q);
         x.copy(stage.x, rows, width, back ? -1 : 1);
-        b.copy(stage.b, rows, p.state, back ? -1 : 1);
+        b.copy(stage.b, rows, states_here, back ? -1 : 1);
         commit_copies();
     };
     copy(shared.stages[0], chunk_at(0));
@@ -89,7 +92,7 @@ __global__ void __launch_bounds__(
     for (int n = 0; n < N / 8; ++n)
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-            const int c = channel + 8 * k, s = 8 * n + 2 * t;
+            const int c = channel + 8 * k, s = first_state + 8 * n + 2 * t;
             float2 v = make_float2(0.f, 0.f);
             if (entries && c < p.dim && s < p.state)
                 v = *(const float2 *)(entries + of_span + (long long)c * p.state + s);
@@ -116,7 +119,7 @@ __global__ void __launch_bounds__(
                     const Four<T> v(
                         pack<T>(state[2 * n][2 * k], state[2 * n][2 * k + 1]),
                         pack<T>(state[2 * n + 1][2 * k], state[2 * n + 1][2 * k + 1]));
-                    const int c = channel + 8 * k, s = BLOCK * n + first_column(t);
+                    const int c = channel + 8 * k, s = first_state + BLOCK * n + first_column(t);
                     if (c < p.dim && s < p.state)
                         v.store((E *)states + to + (long long)c * p.state + s);
                 }
@@ -137,7 +140,7 @@ __global__ void __launch_bounds__(
         for (int n = 0; n < N / 8; ++n)
 #pragma unroll
             for (int e = 0; e < 4; ++e) state[n][e] *= through;
-#pragma unroll (N > 128 ? 1 : BLOCKS)
+#pragma unroll
         for (int r = 0; r < BLOCKS; ++r) {
             Block16<T> left;
             left.template load<true, true>(stage.x + BLOCK * r * X + slice * BLOCK, X);
@@ -169,14 +172,14 @@ __global__ void __launch_bounds__(
         }
     }
 
-    if (p.sums && !back && threadIdx.x == 0 && column == 0)
+    if (p.sums && !back && threadIdx.x == 0 && column == 0 && part == 0)
         p.sums[((long long)batch * p.heads + head) * p.spans + span] = sum;
     if (!ends) return;
 #pragma unroll
     for (int n = 0; n < N / 8; ++n)
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-            const int c = channel + 8 * k, s = 8 * n + 2 * t;
+            const int c = channel + 8 * k, s = first_state + 8 * n + 2 * t;
             if (c < p.dim && s < p.state)
                 *(float2 *)(ends + of_span + (long long)c * p.state + s) = make_float2(
                     state[n][2 * k], state[n][2 * k + 1]);

@@ -74,22 +74,23 @@ def forward_instance(type_: str, fast: bool, shape: Shape, states: int) -> Insta
 
 
 class StatesShape(NamedTuple):
-    """How a block of ssd_states is made up, as :class:`Shape`."""
+    """How a block of ssd_states is made up, as :class:`Shape`, with so many of the N states."""
     slices: int
     stages: int
+    states: int
 
     @property
     def width(self) -> int:
         return _BLOCK * self.slices
 
-    def shared(self, size: int, states: int) -> int:
+    def shared(self, size: int) -> int:
         """Bytes of shared memory; as StatesShared."""
-        return self.stages * (_tile(self.width, size) + _tile(states, size)) + 2 * _DECAYS
+        return self.stages * (_tile(self.width, size) + _tile(self.states, size)) + 2 * _DECAYS
 
 
-def states_instance(type_: str, fast: bool, shape: StatesShape, states: int) -> Instance:
+def states_instance(type_: str, fast: bool, shape: StatesShape) -> Instance:
     return Instance('ssd/ssd_states.cu',
-                    f'ssd_states<{type_}, {_flag(fast)}, {shape.slices}, {states}, '
+                    f'ssd_states<{type_}, {_flag(fast)}, {shape.slices}, {shape.states}, '
                     f'{shape.stages}>')
 
 
@@ -115,24 +116,26 @@ def backward_shared(size: int, channels: int, states: int) -> int:
     return tiles + _DECAYS + -(-sums // 16) * 16
 
 
-#: Type, channels, N: those that published models use, and one for each kind beside them.
-_COMPILED = [('BFloat', 64, 64), ('BFloat', 64, 128), ('Half', 32, 16), ('Half', 64, 256),
-             ('Float', 16, 32)]
+#: Type, channels, N: those that published models use, and one for each kind beside them; and the
+#: lowest compute capability. That of matrix instructions 16 elements deep is 8.0.
+_COMPILED = [('BFloat', 64, 64, 80), ('BFloat', 64, 128, 80), ('Half', 32, 16, 80),
+             ('Float', 16, 32, 80),
+             ('Half', 64, 256, 90)]  # whose backward needs more shared memory than older ones have
 
 
-def _compiled() -> Iterator[Instance]:
-    for type_, channels, states in _COMPILED:
+def _compiled() -> Iterator[tuple[Instance, int]]:
+    for type_, channels, states, low in _COMPILED:
         slices, stages = channels // _BLOCK, 1 if states > 128 else 2
-        yield forward_instance(type_, False, Shape(1, slices, 1, stages), states)
-        yield states_instance(type_, False, StatesShape(slices, stages), states)
-        yield backward_instance(type_, False, channels, states)
-    yield forward_instance('Float', True, Shape(1, 4, 1, 2), 64)
-    yield forward_instance('Half', False, Shape(2, 1, 2, 2), 16)
+        yield forward_instance(type_, False, Shape(1, slices, 1, stages), states), 80
+        yield states_instance(type_, False, StatesShape(slices, 2, min(states, 128))), 80
+        yield backward_instance(type_, False, channels, states), low
+    yield forward_instance('Float', True, Shape(1, 4, 1, 2), 64), 80
+    yield forward_instance('Half', False, Shape(2, 1, 2, 2), 16), 80
+    yield combine_instance(), 80
 
 
-#: What is compiled to check it, and the lowest compute capability that it is for: matrix
-#: instructions 16 elements deep need 8.0.
-INSTANCES: dict[Instance, int] = {instance: 80 for instance in (*_compiled(), combine_instance())}
+#: What is compiled to check it, and the lowest compute capability that it is for.
+INSTANCES: dict[Instance, int] = dict(_compiled())
 
 
 # --- sizes ------------------------------------------------------------------------------------
@@ -204,8 +207,8 @@ def padded_channels(dim: int) -> int:
 
 
 def states_shape(index: int, size: int, sizes: Sizes) -> StatesShape:
-    shape = StatesShape(padded_channels(sizes.dim) // _BLOCK, 2)
-    if shape.shared(size, sizes.states) > device_limits(index)[2]:
+    shape = StatesShape(padded_channels(sizes.dim) // _BLOCK, 2, min(sizes.states, 128))
+    if shape.shared(size) > device_limits(index)[2]:
         shape = shape._replace(stages=1)
     return shape
 
@@ -264,7 +267,8 @@ class States:
         self._fields = dict(
             length=sizes.length, heads=sizes.heads, per_group=sizes.heads // sizes.groups,
             dim=sizes.dim, state=sizes.state, columns=-(-sizes.dim // self.shape.width),
-            chunks=sizes.chunks, span=span, spans=spans, reverse=int(options.reverse),
+            parts=-(-sizes.state // self.shape.states), chunks=sizes.chunks, span=span,
+            spans=spans, reverse=int(options.reverse),
             **options.fields(), **map_fields(**dict.fromkeys(('x', 'dy', 'dt', 'B', 'C'), zero)
                                               | maps))
 
@@ -281,11 +285,11 @@ class States:
     def bind(self, jobs: int, backwards: int = 0) -> Callable[..., None]:
         """The states, the gradients (``backwards``), or both."""
         sizes, size = self.sizes, self._dtype.itemsize
-        grid = sizes.batch * sizes.heads * self._fields['columns'], self.spans, jobs
-        return kernel(self._index, states_instance, TYPES[self._dtype], self._fast, self.shape,
-                      sizes.states).bind(grid, (32 * self.shape.slices, 1, 1),
-                                         self.shape.shared(size, sizes.states),
-                                         backwards=backwards, **self._fields)
+        blocks = sizes.batch * sizes.heads * self._fields['columns'] * self._fields['parts']
+        return kernel(self._index, states_instance, TYPES[self._dtype], self._fast,
+                      self.shape).bind(
+            (blocks, self.spans, jobs), (32 * self.shape.slices, 1, 1), self.shape.shared(size),
+            backwards=backwards, **self._fields)
 
     def combine(self, jobs: int) -> Callable[..., None]:
         sizes = self.sizes
