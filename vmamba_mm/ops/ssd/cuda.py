@@ -1,5 +1,7 @@
 """``ssd`` by the CUDA kernels in ``kernels/ssd``: fp16, bf16 and fp32 on the tensor cores."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,10 +11,9 @@ from vmamba_mm.ops.core.launch import TYPES, cached, device_limits, pointer
 from vmamba_mm.ops.scan_kernels import cuda as scan_kernels
 from vmamba_mm.ops.selective_scan.activations import silu_backward
 from vmamba_mm.ops.ssd import cuda_launch as launches
-from vmamba_mm.ops.ssd.cuda_backward import backward_launch
+from vmamba_mm.ops.ssd.cuda_backward import BackwardLaunch, backward_launch
 from vmamba_mm.ops.ssd.cuda_launch import Options, Sizes, Strides
 
-_NONE = Strides(0, 0, 0)
 _MOST_SAMPLES = 65535  # blocks of a launch in its third dimension
 
 
@@ -64,10 +65,8 @@ def _common_dtype(x, B, C, z) -> torch.dtype:
         else torch.float32
 
 
-def _map(t: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Strides]:
+def _map(t: Tensor, dtype: torch.dtype) -> Tensor:
     """In ``dtype``, with rows that are without gaps and begin at multiples of 16 bytes."""
-    if t is None:
-        return None, _NONE
     if t.dtype != dtype:
         t = t.to(dtype)
     b, l, h, last = t.stride()  # noqa: E741
@@ -75,14 +74,11 @@ def _map(t: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Strides]:
         t = t.contiguous()
         if t.data_ptr() % 16:
             t = t.clone()
-        b, l, h, _ = t.stride()  # noqa: E741
-    return t, Strides(b, l, h)
+    return t
 
 
-def _steps(dt: Tensor) -> tuple[Tensor, Strides]:
-    if max(dt.stride()) >= 2**31:
-        dt = dt.contiguous()
-    return dt, Strides(*dt.stride())
+def _steps(dt: Tensor) -> Tensor:
+    return dt.contiguous() if max(dt.stride()) >= 2**31 else dt
 
 
 def _dense(t: Tensor | None) -> Tensor | None:
@@ -106,9 +102,37 @@ def _dtype(t: Tensor | None) -> torch.dtype | None:
     return None if t is None else t.dtype
 
 
-def _sizes(x: Tensor, B: Tensor) -> Sizes:
-    batch, length, heads, dim = x.shape
-    return Sizes(batch, length, heads, dim, *B.shape[2:])
+# What follows from sizes and dtypes alone, by what is quick to ask of tensors.
+
+def _strides(strides: tuple[int, ...] | None) -> Strides:
+    return Strides(0, 0, 0) if strides is None else Strides(*strides[:3])
+
+
+def _contiguous(*shape: int) -> Strides:
+    """Of (B, L, H, ...)."""
+    return Strides(math.prod(shape[1:]), math.prod(shape[2:]), math.prod(shape[3:]))
+
+
+@cached
+def _forward_launch(index, dtype, fast, shape, shared, types, softplus, low, high, reverse, x, z,
+                    dt, B, C) -> launches.Launch:
+    """``shared`` is the shape of B, ``types`` those of dt, A, D, dt_bias and the dimensions of D;
+    what follows are strides."""
+    return launches.forward_launch(
+        index, dtype, fast, Sizes(*shape, *shared[2:]),
+        Options(*types, softplus, low, high, reverse), _strides(x), _strides(z),
+        _contiguous(*shape), _strides(dt), _strides(B), _strides(C))
+
+
+@cached
+def _backward_launch(index, dtype, fast, shape, shared, types, softplus, low, high, reverse, x, dy,
+                     dt, B, C) -> BackwardLaunch:
+    """As :func:`_forward_launch`."""
+    of_shared = _contiguous(*shared)
+    return backward_launch(
+        index, dtype, fast, Sizes(*shape, *shared[2:]),
+        Options(*types, softplus, low, high, reverse), *map(_strides, (x, dy, dt, B, C)),
+        _contiguous(*shape), _contiguous(*shape[:3]), of_shared, of_shared)
 
 
 def forward(x, dt, A, B, C, D, dt_bias, z, initial_state, seq_idx, dt_softplus, dt_min, dt_max,
@@ -116,16 +140,19 @@ def forward(x, dt, A, B, C, D, dt_bias, z, initial_state, seq_idx, dt_softplus, 
     """Shapes as in :func:`vmamba_mm.ops.ssd`; the second result is empty without
     ``return_final_state``."""
     out_dtype, dtype = x.dtype, _common_dtype(x, B, C, z)
-    (x, of_x), (B, of_B), (C, of_C), (z, of_z) = (_map(t, dtype) for t in (x, B, C, z))
-    (dt, of_dt), A, D, dt_bias = _steps(dt), _dense(A), _dense(D), _dense(dt_bias)
-    start, sizes, index = _as_state(initial_state), _sizes(x, B), _as_index(seq_idx)
+    x, B, C = _map(x, dtype), _map(B, dtype), _map(C, dtype)
+    z = None if z is None else _map(z, dtype)
+    dt, A, D, dt_bias = _steps(dt), _dense(A), _dense(D), _dense(dt_bias)
+    start, index = _as_state(initial_state), _as_index(seq_idx)
+    batch, _, heads, dim = x.shape
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    last = torch.empty((sizes.batch, sizes.heads, sizes.dim, sizes.state) if return_final_state
-                       else 0, dtype=torch.float32, device=x.device)
-    options = Options(dt.dtype, A.dtype, _dtype(D), D is not None and D.dim() == 2,
-                      _dtype(dt_bias), dt_softplus, dt_min, dt_max, reverse)
-    launch = launches.forward_launch(x.get_device(), dtype, _is_fast(dtype), sizes, options, of_x,
-                                     of_z, Strides(*y.stride()[:3]), of_dt, of_B, of_C)
+    last = torch.empty((batch, heads, dim, B.shape[3]) if return_final_state else 0,
+                       dtype=torch.float32, device=x.device)
+    launch = _forward_launch(
+        x.get_device(), dtype, _is_fast(dtype), x.shape, B.shape,
+        (dt.dtype, A.dtype, _dtype(D), D is not None and D.dim() == 2, _dtype(dt_bias)),
+        dt_softplus, dt_min, dt_max, reverse, x.stride(), None if z is None else z.stride(),
+        dt.stride(), B.stride(), C.stride())
     memory = x.new_empty(launch.memory, dtype=torch.uint8) if launch.memory else None
     launch.run(x=x.data_ptr(), dt=dt.data_ptr(), A=A.data_ptr(), B=B.data_ptr(), C=C.data_ptr(),
                y=y.data_ptr(), memory=pointer(memory), D=pointer(D), bias=pointer(dt_bias),
@@ -150,24 +177,26 @@ def backward(grad_y, grad_state, x, dt, A, B, C, D, dt_bias, z, initial_state, s
         gate, grad_y = z.float(), grad_y.float()
         grad_z = silu_backward(grad_y * y, gate).to(z.dtype).contiguous()
         grad_y = grad_y * F.silu(gate)
-    (x, of_x), (B, of_B), (C, of_C), (dy, of_dy) = (_map(t, dtype) for t in (x, B, C, grad_y))
-    (dt, of_dt), A, D, dt_bias = _steps(dt), _dense(A), _dense(D), _dense(dt_bias)
-    start, sizes, index = _as_state(initial_state), _sizes(x, B), _as_index(seq_idx)
+    x, B, C, dy = _map(x, dtype), _map(B, dtype), _map(C, dtype), _map(grad_y, dtype)
+    dt, A, D, dt_bias = _steps(dt), _dense(A), _dense(D), _dense(dt_bias)
+    start, index = _as_state(initial_state), _as_index(seq_idx)
+    batch, length, heads, dim = x.shape
+    chunks = -(-length // launches.CHUNK)
     grad_last = _as_state(grad_state) if return_final_state else None
     grad_start = None if start is None else torch.empty_like(start)
     dx, dB, dC = (torch.empty(t.shape, dtype=dtype, device=x.device) for t in (x, B, C))
     ddt = torch.empty(dt.shape, dtype=dt.dtype, device=x.device)
-    options = Options(dt.dtype, A.dtype, _dtype(D), D is not None and D.dim() == 2,
-                      _dtype(dt_bias), dt_softplus, dt_min, dt_max, reverse)
-    launch = backward_launch(
-        x.get_device(), dtype, _is_fast(dtype), sizes, options, of_x, of_dy, of_dt, of_B, of_C,
-        *(Strides(*t.stride()[:3]) for t in (dx, ddt, dB, dC)))
+    launch = _backward_launch(
+        x.get_device(), dtype, _is_fast(dtype), x.shape, B.shape,
+        (dt.dtype, A.dtype, _dtype(D), D is not None and D.dim() == 2, _dtype(dt_bias)),
+        dt_softplus, dt_min, dt_max, reverse, x.stride(), dy.stride(), dt.stride(), B.stride(),
+        C.stride())
 
     def parts(*shape):
         return torch.empty(shape, dtype=torch.float32, device=x.device)
 
-    head_parts = parts(2, sizes.batch * sizes.chunks, sizes.heads)
-    D_parts = None if D is None else parts(sizes.batch * sizes.chunks, sizes.heads, sizes.dim)
+    head_parts = parts(2, batch * chunks, heads)
+    D_parts = None if D is None else parts(batch * chunks, heads, dim)
     BC_parts = parts(2, launch.splits, *B.shape) if launch.splits > 1 else None
     memory = x.new_empty(launch.memory, dtype=torch.uint8)
     launch.run(x=x.data_ptr(), dy=dy.data_ptr(), dt=dt.data_ptr(), A=A.data_ptr(), B=B.data_ptr(),
