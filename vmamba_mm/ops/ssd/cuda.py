@@ -20,6 +20,9 @@ _MOST_SAMPLES = 65535  # blocks of a launch in its third dimension
 def why_not(x, dt, A, B, C, D, dt_bias, z, initial_state, seq_idx, dt_softplus, dt_min, dt_max,
             return_final_state, reverse) -> str | None:
     """The reason why the kernels cannot take these inputs, or None."""
+    reason = scan_kernels.why_not(x, 0, 1)
+    if reason is not None:
+        return reason
     if seq_idx is not None and seq_idx.device != x.device:
         return 'the inputs are on different devices'
     for t in (dt, A, B, C, D, dt_bias, z, initial_state):
@@ -37,8 +40,7 @@ def why_not(x, dt, A, B, C, D, dt_bias, z, initial_state, seq_idx, dt_softplus, 
     if len(x) > _MOST_SAMPLES:
         return f'the batch is of more than {_MOST_SAMPLES} samples'
     training = wants_grad(x, dt, A, B, C, D, dt_bias, z, initial_state)
-    return scan_kernels.why_not(x, 0, 1) or _why_not_here(
-        x.device.index, _common_dtype(x, B, C, z).itemsize, dim, state, training)
+    return _why_not_here(x.device.index, _common_dtype(x, B, C, z).itemsize, dim, state, training)
 
 
 @torch.compiler.assume_constant_result
