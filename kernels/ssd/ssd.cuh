@@ -419,14 +419,13 @@ struct Item {
         : row(0x021233 >> 4 * i & 15), first(0x020020 >> 4 * i & 15), count(i < 4 ? 2 : 1) {}
 };
 
-// Stores the elements that a lane has of a block, as for decays_of, in a tile Q x Q.
+// Stores the elements that a lane has of a block, as for decay_block.
 template <class T>
-__device__ __forceinline__ void store_block(Element<T> *tile, int pitch, int r, int b,
-                                            const float (&v)[2][4]) {
+__device__ __forceinline__ void store_block(Element<T> *at, int pitch, const float (&v)[2][4]) {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-        Element<T> *const to = tile + (BLOCK * r + g) * pitch + BLOCK * b + 8 * n + 2 * t;
+        Element<T> *const to = at + g * pitch + 8 * n + 2 * t;
         *(Pair<T> *)to = pack<T>(v[n][0], v[n][1]);
         *(Pair<T> *)(to + 8 * pitch) = pack<T>(v[n][2], v[n][3]);
     }

@@ -22,13 +22,22 @@ struct BackwardShared {
     Element<T> B[Q * PITCH<T, N>], C[Q * PITCH<T, N>];
     Element<T> x[Q * PITCH<T, P>], dy[Q * PITCH<T, P>];
     Element<T> state[P * PITCH<T, N>], grad_state[P * PITCH<T, N>];
-    Element<T> weights[Q * PITCH<T, Q>], grads[Q * PITCH<T, Q>];
+    // Blocks on and below the diagonal: the weights of x in y, and the gradients by C B^T. The latter
+    // are in the places of blocks above it, and beside it.
+    Element<T> pairs[Q * PITCH<T, Q>], diagonal[BLOCK * PITCH<T, Q>];
     Decays decays;
     // What passes from position j to position i, summed over j in block b of [b][i], over i in block
     // r of [r][j] (without dt), over both, and over the pairs of a block that a position is between.
     float rows[BLOCKS][Q], columns[BLOCKS][Q], blocks[BLOCKS][BLOCKS], within[Q];
     float reads[SLICES][Q], leaves[SLICES][Q];  // what passes from and to the states
     float dots[WARPS];
+
+    __device__ __forceinline__ Element<T> *weights(int r, int b) {
+        return pairs + BLOCK * r * PITCH<T, Q> + BLOCK * b;
+    }
+    __device__ __forceinline__ Element<T> *grads(int r, int b) {
+        return r == b ? diagonal + BLOCK * b : weights(b, r);
+    }
 };
 
 __device__ __forceinline__ float sum_over_columns(float v) {  // of a row, which 4 lanes have
@@ -303,8 +312,8 @@ __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS,
                     down[e >> 1] += passed[n][e];
                 }
             }
-            store_block<T>(shared.weights, S, r, b, products);
-            store_block<T>(shared.grads, S, r, b, grads);
+            store_block<T>(shared.weights(r, b), S, products);
+            store_block<T>(shared.grads(r, b), S, grads);
             if (b < r) {
                 down[0] = sum_over_columns(down[0]), down[1] = sum_over_columns(down[1]);
                 const float sum = sum_over_rows(down[0] + down[1]);
@@ -336,7 +345,7 @@ __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS,
 #pragma unroll (N > 128 ? 1 : BLOCKS)
             for (int b = 0; b < BLOCKS; ++b)
                 if (b <= r)
-                    multiply_right<T, FAST>(dC[o], shared.grads + BLOCK * r * S + BLOCK * b, S,
+                    multiply_right<T, FAST>(dC[o], shared.grads(r, b), S,
                                             shared.B + BLOCK * b * K + BLOCK * slice, K);
 #pragma unroll 2
             for (int n = 0; n < P / BLOCK; ++n)
@@ -348,9 +357,8 @@ __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS,
 #pragma unroll (N > 128 ? 1 : BLOCKS)
             for (int b = 0; b < BLOCKS; ++b)
                 if (b >= r)
-                    multiply_right<T, FAST, true>(
-                        dB[o], shared.grads + BLOCK * b * S + BLOCK * r, S,
-                        shared.C + BLOCK * b * K + BLOCK * slice, K);
+                    multiply_right<T, FAST, true>(dB[o], shared.grads(b, r), S,
+                                                  shared.C + BLOCK * b * K + BLOCK * slice, K);
         }
 
         // The gradient by x.
@@ -370,7 +378,7 @@ __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS,
 #pragma unroll
                 for (int e = 0; e < 4; ++e) dx[m][e] *= e < 2 ? upper : lower;
             for (int b = r; b < BLOCKS; ++b)
-                multiply_right<T, FAST, true>(dx, shared.weights + BLOCK * b * S + BLOCK * r, S,
+                multiply_right<T, FAST, true>(dx, shared.weights(b, r), S,
                                               shared.dy + BLOCK * b * X + BLOCK * tile, X);
 #pragma unroll
             for (int m = 0; m < 2; ++m) {

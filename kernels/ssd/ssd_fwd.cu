@@ -184,7 +184,8 @@ __global__ void __launch_bounds__(32 * SLICES * HEADS,
 #pragma unroll
                         for (int e = 0; e < 4; ++e) v[m][e] = scores[q][m][e];
                     decay_block<true>(v, shared.decays[parity][k], item.row, item.first + q);
-                    store_block<T>(shared.scores[k], S, item.row, item.first + q, v);
+                    store_block<T>(shared.scores[k] + BLOCK * item.row * S
+                                   + BLOCK * (item.first + q), S, v);
                 }
             }
         }
