@@ -30,6 +30,7 @@ struct BackwardShared {
     // r of [r][j] (without dt), over both, and over the pairs of a block that a position is between.
     float rows[BLOCKS][Q], columns[BLOCKS][Q], blocks[BLOCKS][BLOCKS], within[Q];
     float reads[SLICES][Q], leaves[SLICES][Q];  // what passes from and to the states
+    float steps[Q];                             // raw dt with the bias
     float dots[WARPS];
 
     __device__ __forceinline__ Element<T> *weights(int r, int b) {
@@ -139,7 +140,7 @@ __device__ __forceinline__ void add_rows(float (&sums)[2][4], float *dots, const
 // of those by A and by the bias, which lane 0 receives.
 template <class T, int P, int N>
 __device__ __forceinline__ float2 finish_steps(const BackwardShared<T, P, N> &shared, float2 &ddt,
-                                               float2 raw, float A, const Steps &p, int count) {
+                                               float A, const Steps &p, int count) {
     const int lane = threadIdx.x & 31, own = lane >> 3;
     const Decays &decays = shared.decays;
     float direct[2], down[2] = {}, across[2] = {}, reads[2] = {}, leaves[2] = {}, within[2] = {};
@@ -195,7 +196,7 @@ __device__ __forceinline__ float2 finish_steps(const BackwardShared<T, P, N> &sh
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
         const int i = 2 * lane + e;
-        const float given = e ? raw.y : raw.x;
+        const float given = shared.steps[i];
         // The gradient by the logarithm of the decay.
         const float by_decay = between + within[e]
             + (e ? down[1] + down_after : down_from) + (e ? reads[1] + reads_after : reads_from)
@@ -260,10 +261,8 @@ __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS,
             copy16(shared.grad_state + c * K + s, (const E *)p.grad_states + from, valid);
         }
         commit_copies();
-        float2 steps = make_float2(0.f, 0.f);  // raw dt with the bias
-        float A = 0.f;
         if (warp == 0) {
-            A = load_parameter(p.step.A, head, p.step.A_type);
+            const float A = load_parameter(p.step.A, head, p.step.A_type);
             const float bias = p.step.bias
                 ? load_parameter(p.step.bias, head, p.step.bias_type) : 0.f;
             const RawSteps raw = load_steps(p.dt.data, batch * p.dt.b + (long long)head * p.dt.h, p.dt.l,
@@ -271,8 +270,9 @@ __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS,
                              ? p.step.index + (long long)batch * p.length : nullptr, time, start,
                              count);
             make_decays<false>(shared.decays, raw, bias, A * LOG2E, p.step, count);
-            steps.x = raw_step(raw.dt[0], p.step.dt_type) + bias;
-            steps.y = raw_step(raw.dt[1], p.step.dt_type) + bias;
+            *(float2 *)(shared.steps + 2 * lane) = make_float2(
+                raw_step(raw.dt[0], p.step.dt_type) + bias,
+                raw_step(raw.dt[1], p.step.dt_type) + bias);
         }
         wait_copies<0>();
         __syncthreads();
@@ -430,7 +430,7 @@ __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS,
         if (warp == 0) {
             float2 ddt;
             const float2 parts = finish_steps<T, P, N>(
-                shared, ddt, steps, A, p.step, count);
+                shared, ddt, load_parameter(p.step.A, head, p.step.A_type), p.step, count);
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
                 const int i = 2 * lane + e;

@@ -112,7 +112,7 @@ def backward_shared(size: int, channels: int, states: int) -> int:
     slices = states // _BLOCK
     tiles = (2 * (_tile(states, size) + _tile(channels, size) + channels * (states * size + 16))
              + _tile(CHUNK, size) * (CHUNK + _BLOCK) // CHUNK)
-    sums = 4 * (CHUNK * (2 * 4 + 1 + 2 * slices) + 16 + backward_warps(states))
+    sums = 4 * (CHUNK * (2 * 4 + 2 + 2 * slices) + 16 + backward_warps(states))
     return tiles + _DECAYS + -(-sums // 16) * 16
 
 
