@@ -10,7 +10,7 @@ struct Backward {
     const void *D, *states, *grad_states;
     float *BC_parts;    // (2, splits, batch, length, groups, state) in place of dB and dC, or null
     float *head_parts;  // by A and by the bias (2, batch, chunks, heads)
-    float *D_parts;     // (batch, chunks, heads, dim), null without D
+    float *D_parts;     // (batch, chunks, BLOCKS, heads, dim), null without D
     int D_type, D_full;
     int batch, length, heads, per_group, groups, dim, state, chunks, splits, per_split, reverse;
 };
@@ -232,7 +232,8 @@ __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS,
     Shared &shared = *(Shared *)memory;
 
     const int thread = threadIdx.x, lane = thread & 31, warp = warp_index();
-    const int g = lane >> 2, t = lane & 3, slice = warp % SLICES, part = Shared::PARTS > 1 ? warp / SLICES : 0;
+    const int g = lane >> 2, t = lane & 3, slice = warp % SLICES;
+    const int part = Shared::PARTS > 1 ? warp / SLICES : 0;
     const int split = blockIdx.x % p.splits, group = blockIdx.x / p.splits % p.groups;
     const int chunk = blockIdx.y, batch = blockIdx.z;
     const int start = chunk * Q, count = min(Q, p.length - start);
@@ -243,10 +244,7 @@ __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS,
     Rows<T, N, THREADS>((const E *)p.C.data + batch * p.C.b + (long long)group * p.C.h, p.C.l, time,
                         start).copy(shared.C, count, p.state);
 
-    float dB[OWN][2][4] = {}, dC[OWN][2][4] = {};
-    const int first_head = group * p.per_group + split * p.per_split;
-    const int end_head = min(first_head + p.per_split, (group + 1) * p.per_group);
-    for (int head = first_head; head < end_head; ++head) {
+    auto copy = [&](int head) {
         Rows<T, P, THREADS>((const E *)p.x.data + batch * p.x.b + (long long)head * p.x.h, p.x.l,
                             time, start).copy(shared.x, count, p.dim);
         Rows<T, P, THREADS>((const E *)p.dy.data + batch * p.dy.b + (long long)head * p.dy.h,
@@ -261,19 +259,49 @@ __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS,
             copy16(shared.grad_state + c * K + s, (const E *)p.grad_states + from, valid);
         }
         commit_copies();
-        if (warp == 0) {
-            const float A = load_parameter(p.step.A, head, p.step.A_type);
-            const float bias = p.step.bias
-                ? load_parameter(p.step.bias, head, p.step.bias_type) : 0.f;
-            const RawSteps raw = load_steps(p.dt.data, batch * p.dt.b + (long long)head * p.dt.h, p.dt.l,
-                             p.step.dt_type, p.step.index
-                             ? p.step.index + (long long)batch * p.length : nullptr, time, start,
-                             count);
-            make_decays<false>(shared.decays, raw, bias, A * LOG2E, p.step, count);
-            *(float2 *)(shared.steps + 2 * lane) = make_float2(
-                raw_step(raw.dt[0], p.step.dt_type) + bias,
-                raw_step(raw.dt[1], p.step.dt_type) + bias);
+    };
+    auto prepare = [&](int head, const RawSteps &raw) {
+        const float A = load_parameter(p.step.A, head, p.step.A_type);
+        const float bias = p.step.bias
+            ? load_parameter(p.step.bias, head, p.step.bias_type) : 0.f;
+        make_decays<false>(shared.decays, raw, bias, A * LOG2E, p.step, count);
+        *(float2 *)(shared.steps + 2 * lane) = make_float2(
+            raw_step(raw.dt[0], p.step.dt_type) + bias,
+            raw_step(raw.dt[1], p.step.dt_type) + bias);
+    };
+    // The gradients by dt, and shares of those by A and by the bias, from what the warps have left.
+    auto finish = [&](int head) {
+        float2 ddt;
+        const float2 parts = finish_steps<T, P, N>(
+            shared, ddt, load_parameter(p.step.A, head, p.step.A_type), p.step, count);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            const int i = 2 * lane + e;
+            if (i < count)
+                store_parameter(p.ddt.data, batch * p.ddt.b + time(start + i) * p.ddt.l
+                                + (long long)head * p.ddt.h, p.step.dt_type, e ? ddt.y : ddt.x);
         }
+        if (lane < 2)
+            p.head_parts[(((long long)lane * p.batch + batch) * p.chunks + chunk) * p.heads + head]
+                = lane ? parts.y : parts.x;
+        __syncwarp();  // before the decays are written anew
+    };
+
+    float dB[OWN][2][4] = {}, dC[OWN][2][4] = {};
+    const int first_head = group * p.per_group + split * p.per_split;
+    const int end_head = min(first_head + p.per_split, (group + 1) * p.per_group);
+    for (int head = first_head;; ++head) {
+        const bool more = head < end_head;
+        if (more) copy(head);
+        if (warp == 0) {
+            const RawSteps raw = load_steps(
+                p.dt.data, batch * p.dt.b + (long long)head * p.dt.h, p.dt.l, p.step.dt_type,
+                p.step.index ? p.step.index + (long long)batch * p.length : nullptr, time, start,
+                more ? count : 0);
+            if (head > first_head) finish(head - 1);  // while the copies are under way
+            if (more) prepare(head, raw);
+        }
+        if (!more) break;
         wait_copies<0>();
         __syncthreads();
 
@@ -383,15 +411,22 @@ __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS,
 #pragma unroll
             for (int m = 0; m < 2; ++m) {
                 const int c = BLOCK * tile + 8 * m + 2 * t;
-                if (!p.D || c >= p.dim) continue;
+                if (!p.D || BLOCK * tile + 8 * m >= p.dim) continue;
                 const long long at = p.D_full ? (long long)head * p.dim + c : head;
                 const float skip0 = load_parameter(p.D, at, p.D_type);
                 const float skip1 = p.D_full ? load_parameter(p.D, at + 1, p.D_type) : skip0;
+                float2 sum = make_float2(0.f, 0.f);
 #pragma unroll
                 for (int k = 0; k < 2; ++k) {
                     const float2 dy = load_pair<T>(shared.dy + (row + 8 * k) * X + c);
+                    const float2 x = load_pair<T>(shared.x + (row + 8 * k) * X + c);
                     dx[m][2 * k] += skip0 * dy.x, dx[m][2 * k + 1] += skip1 * dy.y;
+                    sum.x += x.x * dy.x, sum.y += x.y * dy.y;
                 }
+                sum = make_float2(sum_over_rows(sum.x), sum_over_rows(sum.y));
+                if (g == 0)
+                    *(float2 *)(p.D_parts + ((((long long)batch * p.chunks + chunk) * BLOCKS + r)
+                                             * p.heads + head) * p.dim + c) = sum;
             }
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
@@ -403,18 +438,6 @@ __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS,
                             + (long long)head * p.dx.h + c);
             }
         }
-        if (p.D_parts)
-            for (int c = thread; c < p.dim; c += THREADS) {
-                float sum = 0.f;
-                for (int i = 0; i < count; ++i) {
-                    const int at = i * X + c;
-                    const float2 x = load_pair<T>(shared.x + (at & ~1));
-                    const float2 dy = load_pair<T>(shared.dy + (at & ~1));
-                    sum += c & 1 ? x.y * dy.y : x.x * dy.x;
-                }
-                p.D_parts[(((long long)batch * p.chunks + chunk) * p.heads + head) * p.dim + c]
-                    = sum;
-            }
         float dot = 0.f;
         for (int i = thread; i < P * N / 2; i += THREADS) {
             const int at = i / (N / 2) * K + i % (N / 2) * 2;
@@ -426,23 +449,6 @@ __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS,
         for (int by = 16; by; by >>= 1) dot += __shfl_xor_sync(0xffffffffu, dot, by);
         if (lane == 0) shared.dots[warp] = dot;
         __syncthreads();
-
-        if (warp == 0) {
-            float2 ddt;
-            const float2 parts = finish_steps<T, P, N>(
-                shared, ddt, load_parameter(p.step.A, head, p.step.A_type), p.step, count);
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                const int i = 2 * lane + e;
-                if (i < count)
-                    store_parameter(p.ddt.data, batch * p.ddt.b + time(start + i) * p.ddt.l
-                                    + (long long)head * p.ddt.h, p.step.dt_type,
-                                    e ? ddt.y : ddt.x);
-            }
-            if (lane < 2)
-                p.head_parts[(((long long)lane * p.batch + batch) * p.chunks + chunk) * p.heads
-                             + head] = lane ? parts.y : parts.x;
-        }
     }
 
 #pragma unroll

@@ -21,6 +21,7 @@ from vmamba_mm.ops.core.launch import (
 
 CHUNK = 64  # Q in ssd.cuh
 _BLOCK = 16
+BLOCKS = CHUNK // _BLOCK
 STATES = 16, 32, 64, 128, 256  # N of the kernels
 MOST_CHANNELS = 128
 
