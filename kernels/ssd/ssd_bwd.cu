@@ -155,6 +155,7 @@ __device__ __forceinline__ float2 finish_steps(const BackwardShared<T, P, N> &sh
             if (r > own) across[e] += v * decays.dt[i];
         }
         for (int b = 0; b < own; ++b) down[e] += shared.rows[b][i];
+#pragma unroll 4
         for (int s = 0; s < N / BLOCK; ++s) {
             reads[e] += shared.reads[s][i];
             leaves[e] += shared.leaves[s][i];
@@ -165,6 +166,7 @@ __device__ __forceinline__ float2 finish_steps(const BackwardShared<T, P, N> &sh
     }
     for (int r = own + 1; r < BLOCKS; ++r)
         for (int b = 0; b < own; ++b) between += shared.blocks[r][b];
+#pragma unroll 4
     for (int w = 0; w < BackwardShared<T, P, N>::WARPS; ++w) through += shared.dots[w];
     between += through * decays.through;
 
@@ -222,7 +224,7 @@ __device__ __forceinline__ float2 finish_steps(const BackwardShared<T, P, N> &sh
 
 template <class T, bool FAST, int P, int N>
 __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS,
-                                  live_blocks(32 * BackwardShared<T, P, N>::WARPS, N)) ssd_bwd(const Backward p) {
+                                  N <= 64 ? 3 : N <= 128 && !same<T, Float> ? 2 : 1) ssd_bwd(const Backward p) {
     typedef BackwardShared<T, P, N> Shared;
     typedef Element<T> E;
     constexpr int WARPS = Shared::WARPS, THREADS = 32 * WARPS, SLICES = Shared::SLICES;
@@ -251,7 +253,9 @@ __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS,
                             p.dy.l, time, start).copy(shared.dy, count, p.dim);
         const long long of_chunk = (((long long)batch * p.heads + head) * p.chunks + chunk)
             * p.dim * p.state;
-        for (int i = thread; i < P * N / VECTOR<T>; i += THREADS) {
+        int first = thread;
+        opaque(first);  // else addresses stay in registers from one head to the next
+        for (int i = first; i < P * N / VECTOR<T>; i += THREADS) {
             const int c = i / (N / VECTOR<T>), s = i % (N / VECTOR<T>) * VECTOR<T>;
             const bool valid = c < p.dim && s < p.state;
             const long long from = valid ? of_chunk + (long long)c * p.state + s : 0;
@@ -260,7 +264,10 @@ __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS,
         }
         commit_copies();
     };
-    auto prepare = [&](int head, const RawSteps &raw) {
+    auto prepare = [&](int head) {
+        const RawSteps raw = load_steps(
+            p.dt.data, batch * p.dt.b + (long long)head * p.dt.h, p.dt.l, p.step.dt_type,
+            p.step.index ? p.step.index + (long long)batch * p.length : nullptr, time, start, count);
         const float A = load_parameter(p.step.A, head, p.step.A_type);
         const float bias = p.step.bias
             ? load_parameter(p.step.bias, head, p.step.bias_type) : 0.f;
@@ -293,13 +300,9 @@ __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS,
     for (int head = first_head;; ++head) {
         const bool more = head < end_head;
         if (more) copy(head);
-        if (warp == 0) {
-            const RawSteps raw = load_steps(
-                p.dt.data, batch * p.dt.b + (long long)head * p.dt.h, p.dt.l, p.step.dt_type,
-                p.step.index ? p.step.index + (long long)batch * p.length : nullptr, time, start,
-                more ? count : 0);
-            if (head > first_head) finish(head - 1);  // while the copies are under way
-            if (more) prepare(head, raw);
+        if (warp == 0) {  // while the copies are under way
+            if (head > first_head) finish(head - 1);
+            if (more) prepare(head);
         }
         if (!more) break;
         wait_copies<0>();
