@@ -373,7 +373,7 @@ __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS,
             add_rows<T>(dC[o], shared.reads[slice] + BLOCK * r, by_C,
                         shared.C + BLOCK * r * K + BLOCK * slice, K, decays.enter + BLOCK * r,
                         nullptr);
-#pragma unroll (N > 128 ? 1 : BLOCKS)
+#pragma unroll (N > 64 ? 1 : BLOCKS)
             for (int b = 0; b < BLOCKS; ++b)
                 if (b <= r)
                     multiply_right<T, FAST>(dC[o], shared.grads(r, b), S,
@@ -385,7 +385,7 @@ __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS,
             add_rows<T>(dB[o], shared.leaves[slice] + BLOCK * r, by_B,
                         shared.B + BLOCK * r * K + BLOCK * slice, K, decays.leave + BLOCK * r,
                         decays.dt + BLOCK * r);
-#pragma unroll (N > 128 ? 1 : BLOCKS)
+#pragma unroll (N > 64 ? 1 : BLOCKS)
             for (int b = 0; b < BLOCKS; ++b)
                 if (b >= r)
                     multiply_right<T, FAST, true>(dB[o], shared.grads(b, r), S,
