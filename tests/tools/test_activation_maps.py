@@ -201,7 +201,8 @@ def test_mistakes(call, tool, projects, image, tmp_path):
                     'scan', "'bidirectional'", "'cross'")
     ssd = tmp_path / 'ssd.pth'
     options = '--cfg-options', 'model.backbone.arch.core=ssd'
-    model = tool.cli.build_model(tool.cli.load_config(config, ['model.backbone.arch.core=ssd']))
+    model = tool.cli.build_model(tool.cli.load_config(str(config), [
+        'model.backbone.arch.core=ssd']))
     torch.save(dict(state_dict=model.state_dict()), ssd)
     assert_one_line(call(TOOL, config, '--checkpoint', ssd, image, *options), "core='ssd'",
                     'no SS2D')

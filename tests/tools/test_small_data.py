@@ -121,7 +121,8 @@ def test_a_state_that_leaves_no_mlp(small_data, args):
 
 
 def test_unequal_parameters(small_data, args, monkeypatch):
-    monkeypatch.setattr(small_data.models, 'match', lambda name, *args: 4.0 if name in small_data.models.S6 else 2.0)
+    monkeypatch.setattr(small_data.models, 'match',
+                        lambda name, *args: 2.0 if name == 'swin' else 4.0)
     with pytest.raises(UserError, match='more than 2% apart'):
         small_data.models.describe_models(5, args)
 
@@ -260,9 +261,9 @@ def test_report(small_data, call, results, tmp_path):
     assert ('    python tools/analysis/small_data.py --data flowers --epochs 3 --size 96 '
             '--batch-size 128 \\\n        --lr 0.001\n') in text
     flat = ' '.join(text.split())
-    assert ('embed_dims 48 and depths (2, 2, 4, 2): `vmamba-*` are `tiny_s1l8`; with one seed their '
-            "weights at the start are the same; `swin` is timm's Swin with heads (3, 6, 12, 24) and "
-            'windows of 6, with mlp_ratio 3.75 for equal parameters.') in flat
+    assert ('embed_dims 48 and depths (2, 2, 4, 2): `vmamba-*` are `tiny_s1l8`; with one seed '
+            "their weights at the start are the same; `swin` is timm's Swin with heads (3, 6, 12, "
+            '24) and windows of 6, with mlp_ratio 3.75 for equal parameters.') in flat
     assert 'vmamba-cross over swin (+9.0), vmamba-cascade over swin (+8.0).' in flat
     assert 'in points): vmamba-cross and vmamba-cascade (1.0).' in flat
     assert 'in 10 % of all studies' in flat and '3 pairs were compared' in flat
@@ -284,8 +285,8 @@ def test_what_the_models_are(small_data, results):
     assert text.startswith('Models, all at embed_dims 48 and depths (2, 2, 4, 2): `vmamba-*` but '
                            '`vmamba-ssd` are `tiny_s1l8` without depthwise convolutions; with')
     assert ('`tiny_m2` with a state of 64 without depthwise convolutions, with mlp_ratio 2.5 for '
-            "equal parameters; `vssd` is VSSD's `tiny` with heads (3, 6, 12, 24) and a state of 64, "
-            'with mlp_ratio 2.5') in text
+            "equal parameters; `vssd` is VSSD's `tiny` with heads (3, 6, 12, 24) and a state of "
+            '64, with mlp_ratio 2.5') in text
     del summary['vmamba-cross']
     assert '`vmamba-*`' not in small_data.report.models_of(summary, setting)
 
