@@ -172,10 +172,11 @@ _OUT_NORM_WEIGHTS = ('ln_dwconv', '2.weight'), ('dwconv', '1.weight')
 
 
 def _s6_sizes(shapes: Mapping[str, tuple[int, ...]], first: str) -> tuple[int, int, int]:
-    """Inner channels, dt_rank and d_state of SS2D; its norm is there in every stage."""
-    for i in range(4):
-        _, inner, rank = shapes[f'stages.{i}.blocks.0.ssm.dt_projs_weight']
-        shapes[f'stages.{i}.blocks.0.ssm.out_norm.weight']
+    """Inner channels, dt_rank and d_state of SS2D, which has these two weights in every stage."""
+    for name in (f'stages.{i}.blocks.0.ssm.{name}' for i in range(4)
+                 for name in ('dt_projs_weight', 'out_norm.weight')):
+        if name not in shapes:
+            raise KeyError(name)
     _, inner, rank = shapes[f'{first}ssm.dt_projs_weight']
     _, d_state = shapes[f'{first}ssm.A_logs']
     return inner, rank, d_state
