@@ -86,7 +86,7 @@ def test_left_over_keywords_say_delete(spec):
 def test_building_and_running_is_quiet(spec, arch, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        spec.model(arch)(spec.input(arch, 1, 3, 8, 8))
+        spec.model(arch)(spec.input(arch, 2, 3, 8, 8))
     assert capsys.readouterr() == ('', '')
 
 
@@ -185,7 +185,7 @@ def test_other_channels(spec, arch):
     model = spec.model(arch, in_channels=5)
     firsts = [p for name, p in model.named_parameters() if name in spec.family.first_convs]
     assert len(firsts) == 1 and firsts[0].shape[1] == 5
-    assert model(spec.input(arch, 1, 5, 16, 16))
+    assert model(spec.input(arch, 2, 5, 16, 16))
 
 
 # --- training ---------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def test_frozen_stages(spec, arch):
             stage = getattr(model, spec.model.stages_name)[i]
             assert stage.training == (i >= frozen_stages)
         if frozen_stages < len(stages):
-            model(spec.input(arch, 1, 3, 32, 32))[-1].sum().backward()
+            model(spec.input(arch, 2, 3, 32, 32))[-1].sum().backward()
 
 
 @each_arch

@@ -304,8 +304,9 @@ def test_what_nobody_published_is_named(spec):
 
 
 #: {file: system} of what is no model of its folder's system: VM-UNet starts from VMamba's weights,
-#: and a block alone is no model.
-SYSTEMS = {'vm_unet/vmamba_init.pth': 'vmamba', 'video_mamba_suite/action_mamba_block.pth': None}
+#: and a block, or its operator, alone is no model.
+SYSTEMS = {'vm_unet/vmamba_init.pth': 'vmamba', 'video_mamba_suite/action_mamba_block.pth': None,
+           **{f'vmamba_m2/ss2d_{name}.pth': None for name in ('m0', 'm0_noz', 'm0_onnone_noz')}}
 
 
 def shared_files():
@@ -315,7 +316,7 @@ def shared_files():
 
 @pytest.mark.skipif(not shared_files(), reason='no ../shared/parity beside the checkout')
 def test_files_of_other_systems_are_not_mistaken():
-    """Among them some with the very names of SS2D: VM-UNet, MambaIR, RS-Mamba, VMamba's M2."""
+    """Among them some with the very names of SS2D: VM-UNet, MambaIR, RS-Mamba."""
     for name in shared_files():
         path = SHARED / 'parity' / name
         content = read_content(path)
@@ -326,7 +327,8 @@ def test_files_of_other_systems_are_not_mistaken():
             continue
         # The files at the root are VMamba's, the others those of the system of the folder.
         system = SYSTEMS.get(name, name.partition('/')[0] if '/' in name else 'vmamba')
-        families = [f for f in FAMILIES.values() if (f.system or f.name) == system]
+        families = [f for f in FAMILIES.values()
+                    if system in (f.system or f.name, *f.parity_folders)]
         if families:
             assert family_of(read['state_dict']) in families, name
             continue
