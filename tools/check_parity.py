@@ -39,8 +39,9 @@ def parse_args():
     return parser.parse_args()
 
 
-def find_family(folder: Path):
-    """The family whose ``parity`` is of a folder, by its name; the root is VMamba's, by its files.
+def find_parity(folder: Path):
+    """The family that a folder is of, and its ``Parity`` for it, by the folder's name; the root is
+    VMamba's, by its files.
 
     Raises:
         UserError: if there is none.
@@ -49,15 +50,18 @@ def find_family(folder: Path):
 
     if not folder.is_dir():
         raise UserError(f'the folder {folder} does not exist')
-    families = {f.system or f.name: f for f in FAMILIES.values() if f.parity is not None}
+    parities = {f.system or f.name: (f, f.parity) for f in FAMILIES.values()
+                if f.parity is not None}
+    parities |= {name: (f, parity) for f in FAMILIES.values()
+                 for name, parity in f.parity_folders.items()}
     name, root = folder.resolve().name, FAMILIES[ROOT]
     of_root = [*(f'*{end}' for end in root.parity.checkpoints[:1]), *root.parity.ops]
-    if name not in families and any(any(folder.glob(pattern)) for pattern in of_root):
-        return root
-    if name not in families:
+    if name not in parities and any(any(folder.glob(pattern)) for pattern in of_root):
+        return root, root.parity
+    if name not in parities:
         raise UserError(f'{folder}: there is no family {name!r} to compare, only '
-                        f'{", ".join(families)}; the folder has the name of the family')
-    return families[name]
+                        f'{", ".join(parities)}; the folder has the name of the family')
+    return parities[name]
 
 
 def check_folder(folder: Path, device: str = 'cpu', dtype: str | None = None,
@@ -73,9 +77,8 @@ def check_folder(folder: Path, device: str = 'cpu', dtype: str | None = None,
     from _parity.report import Row
     from _parity.runner import Runner
 
-    family = find_family(folder)
-    parity = family.parity
-    runner = Runner(family, device, dtype or 'fp32',
+    family, parity = find_parity(folder)
+    runner = Runner(family, parity, device, dtype or 'fp32',
                     dtype or ('fp64' if device == 'cpu' else 'fp32'))
     ends = (*parity.checkpoints, EXPECTED, '.json')
     names = {p.name.removesuffix(end) for end in ends for p in folder.glob(f'*{end}')}

@@ -155,8 +155,9 @@ def test_the_official_numbers(tool):
 
 
 #: The folders beside the checkout, but VMamba's, which is their root.
-FOLDERS = [f.system or f.name for f in FAMILIES.values() if f.parity is not None
-           and (PARITY / (f.system or f.name)).is_dir()]
+FOLDERS = [name for f in FAMILIES.values()
+           for name in ((f.system or f.name,) * (f.parity is not None) + tuple(f.parity_folders))
+           if (PARITY / name).is_dir()]
 
 
 @pytest.mark.parametrize('folder', FOLDERS)

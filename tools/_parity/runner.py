@@ -25,7 +25,7 @@ from _parity.weights import (
 from vmamba_mm.checkpoints.formats import read_content
 from vmamba_mm.errors import UserError
 from vmamba_mm.families import Family
-from vmamba_mm.families.parity import Build, Call, Options, Subject
+from vmamba_mm.families.parity import Build, Call, Options, Parity, Subject
 
 DTYPES = dict(fp64=torch.float64, fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 
@@ -46,13 +46,15 @@ class Runner:
     """Runs the cases of the files of one family.
 
     Args:
-        family: one with a ``parity``.
+        family: whose names and loader apply.
+        parity: of the files' folder.
         device: 'cpu', 'cuda', ...
         dtype, dtype_of_ops: keys of ``DTYPES``.
     """
 
-    def __init__(self, family: Family, device: str, dtype: str, dtype_of_ops: str):
-        self.family, self.parity, self.device = family, family.parity, device
+    def __init__(self, family: Family, parity: Parity, device: str, dtype: str,
+                 dtype_of_ops: str):
+        self.family, self.parity, self.device = family, parity, device
         self.dtype, self.dtype_of_ops = dtype, dtype_of_ops
 
     # --- models -------------------------------------------------------------------------------

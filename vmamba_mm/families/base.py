@@ -6,7 +6,7 @@ builds no model.
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,8 @@ class Family:
     configs: Path | None = None
     #: What tools/check_parity.py needs to compare the family with the official code.
     parity: Parity | None = None
+    #: The same for folders of other names, by name: of a variant of the family, or of its layers.
+    parity_folders: Mapping[str, Parity] = field(default_factory=dict)
 
     def rows(self, names: Collection[str]) -> Rows:
         """The rows of a backbone, of the variant that has these names (official or ours)."""
