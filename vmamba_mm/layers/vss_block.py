@@ -54,7 +54,8 @@ class VSSBlock(nn.Module):
         mlp_ratio: hidden width of the MLP by C; 0 for no MLP branch (vanilla VMamba).
         drop_path: probability to drop a branch, the same for both.
         with_cp: recompute the block in the backward pass to save memory.
-        ssm_cfg: keyword arguments of :class:`SS2D`.
+        ssm_cfg: keyword arguments of ``ssm_type``.
+        ssm_type: :class:`SS2D`, or another layer of such maps, as :class:`SSD2D`.
         feeds_matmul: whether a matrix product or convolution takes the result, see
             :class:`LayerNorm`.
 
@@ -62,12 +63,12 @@ class VSSBlock(nn.Module):
     """
 
     def __init__(self, dim: int, *, mlp_ratio: float, drop_path: float, with_cp: bool,
-                 ssm_cfg: dict, feeds_matmul: bool = False):
+                 ssm_cfg: dict, ssm_type: type[nn.Module] = SS2D, feeds_matmul: bool = False):
         super().__init__()
         self.with_cp = with_cp
         self.feeds_matmul = feeds_matmul
         self.norm1 = LayerNorm(dim, feeds_matmul=True)
-        self.ssm = SS2D(dim, **ssm_cfg)
+        self.ssm = ssm_type(dim, **ssm_cfg)
         self.norm2 = LayerNorm(dim, feeds_matmul=True) if mlp_ratio > 0 else None
         self.mlp = Mlp(dim, int(mlp_ratio * dim)) if mlp_ratio > 0 else None
         self.drop_path = DropPath(drop_path)
