@@ -34,9 +34,9 @@ class Budget:
         report = yield
         now = clocks()
         cpu, wall = (end - begin for end, begin in zip(now, self.began, strict=True))
-        # A pool of processes, as torch.compile's, counts when it ends, which may be much later:
-        # more than all cores can do in the time is not this test's.
-        report.budget = [*owners(item, self.limits)], min(cpu, wall * os.cpu_count())
+        # A child counts when it ends, which for a pool of processes, as torch.compile's, may be in
+        # another test, much later: a test pays for no more than its own duration.
+        report.budget = [*owners(item, self.limits)], min(cpu, wall)
         self.began = now
         return report
 

@@ -109,7 +109,7 @@ class Classification:
             fully_shard(self.model, mesh=mesh)
         else:
             self.model = DistributedDataParallel(
-                self.model, device_ids=[rank] if device == 'cuda' else None)
+                self.model, device_ids=[rank] if device == 'cuda' else None, **cli.DDP_OPTIONS)
 
     def compile(self):
         self.model = torch.compile(self.model, dynamic=False)
@@ -153,7 +153,7 @@ class Detection:
     def wrap(self, case, device, rank):
         from mmengine.model import MMDistributedDataParallel
         self.model = MMDistributedDataParallel(
-            self.model, device_ids=[rank] if device == 'cuda' else None)
+            self.model, device_ids=[rank] if device == 'cuda' else None, **cli.DDP_OPTIONS)
 
     def data_of(self, rank):
         rng = np.random.default_rng(100 + rank)

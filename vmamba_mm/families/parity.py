@@ -4,11 +4,11 @@ A folder of such numbers has the family's name, or one of its ``parity_folders``
 three files: ``NAME.json`` with the arguments of the official constructor, ``NAME.pth`` with the
 official checkpoint, and ``NAME.expected.pt`` with cases of inputs, outputs and gradients; and files
 such as ``op_NAME.pt`` with cases of single ops or layers. A :class:`Parity` says what of ours
-belongs to them. Its two functions receive what a file says beside its tensors, as
-:class:`Options`, and give a :class:`Subject`: what to build, how to load it and how to call it.
-Nothing is passed over in silence: an option that no function has read, a tensor that is neither an
-input nor compared, a gradient that is not stored, and a parameter without a stored gradient are
-failures, unless an :class:`Omission` gives the reason.
+belongs to them. Its two functions receive what a file says beside its tensors, as :class:`Options`,
+and give a :class:`Subject`: what to build, how to load it and how to call it. Nothing is passed
+over in silence: an option that no function has read, a tensor that is neither an input nor
+compared, a gradient that is not stored, and a parameter without a stored gradient are failures,
+unless an :class:`Omission` gives the reason.
 
 What each kind of case looks like:
 

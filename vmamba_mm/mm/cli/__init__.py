@@ -31,6 +31,7 @@ from vmamba_mm.mm.cli.configs import (
 )
 from vmamba_mm.mm.cli.explain import explain
 from vmamba_mm.mm.cli.runs import (
+    DDP_OPTIONS,
     add_hooks,
     build_model,
     build_runner,
@@ -43,10 +44,10 @@ from vmamba_mm.mm.cli.runs import (
     sync_to_plain_batch_norm,
 )
 
-__all__ = ['add_common_options', 'add_device_option', 'add_hooks', 'add_traceback_option',
-           'add_weights_option', 'build_model', 'build_runner', 'check_data_paths',
-           'check_testing', 'check_training', 'choose_device', 'datasets_of',
+__all__ = ['DDP_OPTIONS', 'add_common_options', 'add_device_option', 'add_hooks',
+           'add_traceback_option', 'add_weights_option', 'build_model', 'build_runner',
+           'check_data_paths', 'check_testing', 'check_training', 'choose_device', 'datasets_of',
            'evaluate_in_fp32_without_gpu', 'explain', 'families_of', 'find_task', 'has_gpu',
-           'load_config',
-           'make_parser', 'model_settings', 'run', 'set_loader_defaults', 'set_work_dir',
-           'shorten', 'start_processes', 'sync_to_plain_batch_norm', 'wants_traceback']
+           'load_config', 'make_parser', 'model_settings', 'run', 'set_loader_defaults',
+           'set_work_dir', 'shorten', 'start_processes', 'sync_to_plain_batch_norm',
+           'wants_traceback']

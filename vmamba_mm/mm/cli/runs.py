@@ -6,6 +6,10 @@ import os
 from vmamba_mm.config import scopes_of, type_name
 from vmamba_mm.errors import UserError
 
+#: Of DistributedDataParallel, unless a config has model_wrapper_cfg. As views of the buckets that
+#: the processes exchange, gradients need not be copied back from these one by one.
+DDP_OPTIONS = dict(broadcast_buffers=False, gradient_as_bucket_view=True)
+
 
 def has_gpu():
     from mmengine.device import get_device
@@ -57,6 +61,10 @@ def start_processes(cfg, launcher):
         raise UserError(f'--launcher {launcher} needs {", ".join(missing)} in the environment: '
                         f'start the processes with {how}')
     rank, world, local = (int(os.environ[n]) for n in names)
+    if not cfg.get('model_wrapper_cfg'):
+        cfg.model_wrapper_cfg = dict(
+            DDP_OPTIONS, type='MMDistributedDataParallel',
+            find_unused_parameters=cfg.get('find_unused_parameters', False))
     if has_gpu():
         count = torch.cuda.device_count()
         if launcher != 'slurm' and count and local >= count:
@@ -68,11 +76,7 @@ def start_processes(cfg, launcher):
         os.environ.setdefault(name, str(value))
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group('gloo')
-    wrapper = cfg.get('model_wrapper_cfg') or dict(
-        type='MMDistributedDataParallel', broadcast_buffers=False,
-        find_unused_parameters=cfg.get('find_unused_parameters', False))
-    wrapper['device_ids'] = None
-    cfg.model_wrapper_cfg = wrapper
+    cfg.model_wrapper_cfg['device_ids'] = None
     cfg.sync_bn = None
     sync_to_plain_batch_norm(cfg.model)
 

@@ -108,8 +108,8 @@ class Decays:
         dtype, (_, last) = log_decay.dtype, block.ends
         # A factor below the smallest number is 0: this keeps sums small.
         least = log2(torch.finfo(dtype).tiny) * 1.25
-        sums = block.cut(log_decay[block.place], _sum_dtype(log_decay)).mul_(log2(e)).clamp_min_(least)
-        sums = _cumsum(sums, block.reverse)
+        terms = block.cut(log_decay[block.place], _sum_dtype(log_decay))
+        sums = _cumsum(terms.mul_(log2(e)).clamp_min_(least), block.reverse)
         total = sums[..., last]
         # Powers of 2, which a CPU calculates four times as fast as those of e.
         self.mask = (sums[..., :, None] - sums[..., None, :]).to(dtype)

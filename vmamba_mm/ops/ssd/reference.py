@@ -5,9 +5,10 @@ head (arXiv 2405.21060, sections 3.1 and 5),
 
     S_t = exp(dt_t A) S_(t-1) + dt_t x_t B_t^T        y_t = S_t C_t + D x_t
 
-times silu(z_t) with a gate. ``recurrent`` is this loop, linear in L; ``quadratic`` is the dual form,
-attention with a mask of decays instead of a softmax; ``chunked`` is quadratic inside of chunks and
-linear over them. They give the same numbers. All are for reading and for tests, not for speed.
+times silu(z_t) with a gate. ``recurrent`` is this loop, linear in L; ``quadratic`` is the dual
+form, attention with a mask of decays in place of a softmax; ``chunked`` is quadratic inside of
+chunks and linear over them. They give the same numbers. All are for reading and for tests, not for
+speed.
 """
 
 from itertools import pairwise

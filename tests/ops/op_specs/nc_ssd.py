@@ -1,0 +1,62 @@
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from op_specs import Spec, cut, randn
+from vmamba_mm.ops import nc_ssd
+
+NAMES = 'x', 'dt', 'A', 'B', 'C', 'D'
+
+
+def make(*shape):
+    """Shapes are (batch, length, heads, channels of a head, groups, state)."""
+    batch, length, heads, dim, groups, state = shape
+    return dict(x=randn(batch, length, heads, dim), dt=randn(batch, length, heads),
+                A=-randn(heads).exp(), B=randn(batch, length, groups, state, seed=1),
+                C=randn(batch, length, groups, state, seed=2), D=randn(heads, seed=1),
+                dt_bias=randn(heads, seed=2))
+
+
+def make_bare(*shape):
+    """With weights of the tokens that are given, and no D."""
+    return {name: t for name, t in make(*shape).items() if name not in ('D', 'dt_bias')}
+
+
+def by_hand(x, dt, A, B, C, D, dt_bias, dt_softplus, positive) -> Tensor:
+    """What a user would write in half precision: products in the half, weights in fp32."""
+    dt = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
+    dt = F.softplus(dt) if dt_softplus else dt
+    weights = dt * A.float() * (-1 if positive else 1)
+    heads = [h % B.shape[2] for h in range(x.shape[2])]
+    B, C = B[:, :, heads].movedim(2, 1), C[:, :, heads].movedim(2, 1)  # (B, H, L, N)
+    values = (x * weights[..., None]).to(x.dtype).movedim(2, 1)
+    y = (C @ (B.mT @ values)).movedim(1, 2)
+    return y if D is None else (y + x * D.to(x.dtype)[:, None]).to(x.dtype)
+
+
+def spec(make, softplus=True, positive=True, **kwargs):
+    return Spec(
+        'nc_ssd_fwd',
+        call=lambda inputs, **options: nc_ssd(
+            *map(inputs.get, NAMES), dt_bias=inputs.get('dt_bias'), dt_softplus=softplus,
+            positive=positive, **options),
+        arguments=lambda inputs, out_dtype: (
+            *map(inputs.get, NAMES), inputs.get('dt_bias'), softplus, positive),
+        make=make, maps=('x', 'dt', 'B', 'C'), backends=('reference', 'chunked'), kernels=(),
+        takes_out_dtype=False, naive=by_hand,
+        flops=lambda shape: 4 * shape[0] * shape[1] * shape[2] * shape[3] * shape[5], **kwargs)
+
+
+SPECS = [
+    spec(make, shapes=((2, 5, 2, 3, 1, 2), (1, 1, 1, 1, 1, 1), (1, 2, 4, 2, 2, 3),
+                       (2, 50, 2, 16, 1, 8), (3, 17, 3, 5, 3, 4)),
+         wrong=(('x', lambda x: x[0], r'nc_ssd expects x \(B, L, H, P\)'),
+                ('B', lambda B: B.repeat(1, 1, 3, 1), 'G a divisor of H'),
+                ('C', cut(3), 'expects C of shape'), ('dt', cut(1), 'expects dt of shape'),
+                ('A', cut(0), 'expects A of shape'), ('dt_bias', cut(0), 'dt_bias of shape'),
+                ('B', torch.Tensor.half, 'of one real dtype'))),
+    replace(spec(make_bare, softplus=False, positive=False,
+                 shapes=((2, 6, 2, 2, 2, 3), (1, 9, 4, 4, 1, 5), (2, 9, 6, 4, 3, 5))),
+            id='nc_ssd of given weights')]

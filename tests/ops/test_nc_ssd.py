@@ -1,0 +1,44 @@
+"""What is special about the non-causal SSD of VSSD."""
+
+import torch
+from op_specs.nc_ssd import make
+
+from vmamba_mm.ops import nc_ssd
+from vmamba_mm.testing import assert_close
+
+NAMES = 'x', 'dt', 'A', 'B', 'C', 'D'
+
+
+def run(inputs, **options):
+    return nc_ssd(*map(inputs.get, NAMES), dt_bias=inputs['dt_bias'], dt_softplus=True, **options)
+
+
+def test_the_order_of_tokens_has_no_meaning():
+    inputs = make(2, 31, 4, 3, 2, 5)
+    order = torch.randperm(31, generator=torch.Generator().manual_seed(0))
+    moved = {k: t[:, order] if t.dim() > 2 else t for k, t in inputs.items()}
+    assert_close(run(moved), run(inputs)[:, order], 1e-12)
+
+
+def test_it_is_linear_attention_without_a_mask():
+    """Heads 0 and 2 are of group 0, heads 1 and 3 of group 1."""
+    inputs = make(2, 11, 4, 3, 2, 5)
+    weights = -inputs['A'] * torch.nn.functional.softplus(inputs['dt'] + inputs['dt_bias'])
+    y = run(inputs)
+    for head, group in enumerate((0, 1, 0, 1)):
+        scores = inputs['C'][:, :, group] @ inputs['B'][:, :, group].mT
+        x = inputs['x'][:, :, head]
+        expected = scores @ (weights[:, :, head, None] * x) + inputs['D'][head] * x
+        assert_close(y[:, :, head], expected, 1e-12)
+
+
+def test_sums_over_the_tokens_of_a_large_image_stay_within_fp16():
+    """A state of 70,000 tokens is 140,000 here, and fp16 ends at 65,504."""
+    length = 70_000
+    ones = torch.ones(1, length, 1, 4, dtype=torch.float16)
+    x = ones[..., :1].clone().requires_grad_()
+    dt = torch.full((1, length, 1), 2.0, dtype=torch.float16)
+    y = nc_ssd(x, dt, torch.tensor([-1.0]), ones, ones / 16384)
+    assert_close(y, torch.full_like(y, 4 * 2 * length / 16384), 1e-3)
+    grad, = torch.autograd.grad(y, x, torch.ones_like(y) / 16)
+    assert_close(grad, torch.full_like(grad, 4 * 2 * length / 16384 / 16), 1e-3)

@@ -1,0 +1,74 @@
+"""The op ``nc_ssd``: its definition, checks, and the public function."""
+
+from torch import Tensor
+
+from vmamba_mm.ops.core.backends import Backend
+from vmamba_mm.ops.core.define_op import Implementation, define_op
+from vmamba_mm.ops.nc_ssd import chunked, reference
+
+
+def _count_flops(x, B, **_) -> int:
+    batch, length, heads, dim = x
+    return 4 * batch * length * heads * dim * B[3]
+
+
+_nc_ssd = define_op(
+    'nc_ssd_fwd',
+    '(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, '
+    'bool dt_softplus, bool positive, str backend) -> Tensor',
+    reference=reference.forward,
+    fake=lambda x, *_: x.new_empty(x.shape),
+    implementations={'chunked': Implementation(chunked.forward, chunked.backward)},
+    saves='x dt A B C D dt_bias dt_softplus positive',
+    flops=_count_flops)
+
+
+def nc_ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, *,
+           dt_bias: Tensor | None = None, dt_softplus: bool = False, positive: bool = True,
+           backend: Backend | None = None) -> Tensor:
+    """Non-causal state space duality of VSSD (arXiv 2407.18559, section 3.2).
+
+    The decay of Mamba-2 is no recurrence here but the weight of a token in a state that all tokens
+    share, so their order has no meaning: ``w_l = -dt_l A``, ``S = sum_l w_l B_l x_l^T`` and
+    ``y_l = C_l S + D x_l``, for each head. Every tensor has a gradient.
+
+    Args:
+        x: (B, L, H, P), of any strides.
+        dt: (B, L, H); with ``dt_bias`` (H) added first, and with ``dt_softplus`` softplus of that.
+        A: (H), below zero, as of Mamba-2.
+        B, C: (B, L, G, N). Head h is of group h mod G, unlike in Mamba-2.
+        D: (H), or None.
+        positive: whether the weight is ``-dt A``, as of every published model; else ``dt A``.
+        backend: 'reference', or 'chunked' for matrix products, which None takes.
+
+    Returns:
+        (B, L, H, P) without gaps, in the dtype of ``x``, whatever autocast says. Weights are in
+        fp32 (fp64 for fp64); products are in the dtype of ``x`` with sums in fp32.
+
+    Raises:
+        ValueError: on shapes or dtypes that do not fit one another, or an unknown backend.
+
+    Example, of two tokens and one head:
+        >>> x, ones = torch.tensor([[[[1.]], [[2.]]]]), torch.ones(1, 2, 1, 1)
+        >>> nc_ssd(x, torch.ones(1, 2, 1), torch.tensor([-0.5]), ones, ones).flatten()
+        tensor([1.5000, 1.5000])
+    """
+    _check(x, dt, A, B, C, D, dt_bias)
+    return _nc_ssd(x, dt, A, B, C, D, dt_bias, dt_softplus, positive, backend=backend)
+
+
+def _check(x, dt, A, B, C, D, dt_bias) -> None:
+    if x.dim() != 4 or B.dim() != 4 or x.shape[1] < 1 or x.shape[2] % max(1, B.shape[2]):
+        raise ValueError('nc_ssd expects x (B, L, H, P), L of at least 1, and B (B, L, G, N), G '
+                         f'a divisor of H; got x {tuple(x.shape)}, B {tuple(B.shape)}')
+    batch, length, heads, _ = x.shape
+    expected = dict(dt=(dt, (batch, length, heads)), A=(A, (heads,)),
+                    B=(B, (batch, length, *B.shape[2:])), C=(C, (batch, length, *B.shape[2:])),
+                    D=(D, (heads,)), dt_bias=(dt_bias, (heads,)))
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f'nc_ssd expects {name} of shape {shape} beside x {tuple(x.shape)}, '
+                             f'got {tuple(tensor.shape)}')
+    if not x.dtype == B.dtype == C.dtype or not x.dtype.is_floating_point:
+        raise ValueError('nc_ssd expects x, B and C of one real dtype; got '
+                         f'{x.dtype}, {B.dtype}, {C.dtype}')
