@@ -16,6 +16,7 @@ class SelfAttention(nn.Module):
     Args:
         dim: C, channels of a token.
         num_heads: heads of C / num_heads channels each.
+        qkv_bias: whether the projection to queries, keys and values has a bias.
 
     Shape: (B, L, C) -> (B, L, C).
 
@@ -23,12 +24,12 @@ class SelfAttention(nn.Module):
         ValueError: if ``num_heads`` does not divide ``dim``.
     """
 
-    def __init__(self, dim: int, num_heads: int):
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f'num_heads={num_heads} must divide the {dim} channels')
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
