@@ -6,16 +6,21 @@ What a mixer keeps of the tokens before is found by running it, so nothing else 
 
 from typing import NamedTuple
 
+PIECE = 1024  # tokens
+
 
 class Mixer(NamedTuple):
     label: str  #: in pictures and tables
     settings: dict  #: of CausalLM
+    training: int  #: the power of the length with which the time of a training step grows in theory
+    token: int  #: the same of one more token: of its time, and of the memory of all before it
 
 
 MIXERS = {
-    'attention': Mixer('softmax attention', dict(mixer='attention')),
-    'mamba': Mixer('Mamba', dict(mixer='mamba')),
-    'mamba2': Mixer('Mamba-2', dict(mixer='mamba2')),
+    # With the short convolution that the other mixers have, so that it needs no positions.
+    'attention': Mixer('softmax attention', dict(mixer='attention', attn_conv=4), 2, 1),
+    'mamba': Mixer('Mamba', dict(mixer='mamba'), 1, 0),
+    'mamba2': Mixer('Mamba-2', dict(mixer='mamba2'), 1, 0),
 }
 
 
@@ -39,14 +44,19 @@ def tensors_of(state):
 
 
 def state_after(model, length, batch=1):
-    """What a model keeps of ``length`` tokens for the next one, on the model's device."""
+    """What a model keeps of ``length`` tokens for the next one, on the model's device.
+
+    The tokens are read in pieces, as a mask of attention has an element for each token of a piece
+    and each one before.
+    """
     import torch
 
-    device = next(model.parameters()).device
     state = model.init_state(batch)
+    tokens = torch.zeros(batch, length, dtype=torch.long, device=next(model.parameters()).device)
     with torch.no_grad():
-        tokens = torch.zeros(batch, length, dtype=torch.long, device=device)
-        return model(tokens, state, logits_to_keep=1)[1]
+        for piece in tokens.split(PIECE, dim=1):
+            state = model(piece, state, logits_to_keep=1)[1]
+    return state
 
 
 def state_numbers(name, length, **settings):
