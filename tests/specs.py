@@ -4,6 +4,7 @@ A family's spec is ``SPEC`` in ``tests/families/NAME.py``. The last one is of a 
 up (``tests/made_up``), which shows that nothing else is needed.
 """
 
+import functools
 import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -75,16 +76,27 @@ class Spec:
         arch = self.family.archs[arch] if isinstance(arch, str) else arch
         return range(len(self.model.stage_sizes(arch)[0]))
 
+    def published(self, arch: str, is_classifier: bool = False) -> Backbone:
+        """A published model on the meta device, built once in a process: only to be looked at.
+
+        Args:
+            arch: its name.
+            is_classifier: with its last output alone.
+        """
+        indices = tuple(self.stages(arch))
+        if is_classifier or self.model.is_flat:
+            indices = indices[-1:]
+        return _on_meta(self.model, arch, indices)
+
     def told_archs(self) -> dict[str, str]:
         """{published arch: the one that its weights tell}: the first with these names and shapes.
 
         Others differ from it in what leaves no trace in weights.
         """
         firsts: dict[Any, str] = {}
-        with torch.device('meta'):
-            return {name: firsts.setdefault(frozenset(
-                (k, v.shape) for k, v in self.model(name).state_dict().items()), name)
-                for name in self.family.archs}
+        return {name: firsts.setdefault(frozenset(
+            (k, v.shape) for k, v in self.published(name).state_dict().items()), name)
+            for name in self.family.archs}
 
     def told(self, arch: str | Mapping[str, Any], state: State) -> dict[str, Family]:
         """What functions have to be told besides a state of official names: the family, or nothing.
@@ -119,6 +131,12 @@ class Spec:
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.02)
         return model
+
+
+@functools.cache
+def _on_meta(model, arch, out_indices):
+    with torch.device('meta'):
+        return model(arch, out_indices)
 
 
 _TESTS = Path(__file__).parent

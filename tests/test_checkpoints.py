@@ -117,8 +117,7 @@ def test_arch_is_told_from_names_and_shapes(spec, arch):
 @each_spec
 def test_published_architectures_are_told(spec):
     for name, first in spec.told_archs().items():
-        with torch.device('meta'):
-            model = spec.model(name)
+        model = spec.published(name)
         assert infer_arch(model.state_dict()) == first
         for state in spec.official(model):
             assert infer_arch(state, **spec.told(name, state)) == first
@@ -148,20 +147,22 @@ def test_published_keys(spec):
         told = spec.told(name, official)
         assert infer_arch(official, **told) == firsts[name]
         converted = to_mm(official, **told)
-        with torch.device('meta'):
-            model = spec.model(name, spec.stages(name)[-1:])
+        model = spec.published(name, is_classifier=True)
         wrong = differences(under('backbone.', model.state_dict()), converted)
         assert set(wrong) == {'head.fc.weight', 'head.fc.bias'}
         assert {k: tuple(v.shape) for k, v in to_official(converted).items()} == keys
 
 
-@pytest.mark.parametrize('spec', [
-    s for s in SPECS.values() if len(set(s.told_archs().values())) > 1],
-    ids=lambda spec: spec.family.name)
+@each_spec
 def test_mix_up_names_the_arch_and_the_config(spec):
-    first, second, *_ = dict.fromkeys(spec.told_archs().values())
-    with torch.device('meta'):
-        held, model = spec.model(first), spec.model(second)
+    first, *others = dict.fromkeys(spec.told_archs().values())
+    held = spec.published(first)
+    if others:
+        model, is_another = spec.published(others[0]), f'is {others[0]!r}'
+    else:
+        with torch.device('meta'):
+            model = spec.model(dict(base=first, **spec.changes[0]))
+        is_another = 'has another'
     expected, found = (under('backbone.', m.state_dict()) for m in (model, held))
     wrong = differences(expected, found)
     head = {'head.fc.weight': torch.zeros(1000, model.num_features[-1])}
@@ -169,7 +170,7 @@ def test_mix_up_names_the_arch_and_the_config(spec):
                          (head, f'use configs/{spec.family.system or spec.family.name}/')):
         text = explain_differences(wrong, expected | more, found | more, 'f.pth')
         assert text.startswith(f'f.pth does not fit the model: it holds the arch {first!r}, and '
-                               f'the model is {second!r}: {advice}')
+                               f'the model {is_another}: {advice}')
         assert ' more' in text and all(f'{k} {v}' in text for k, v in list(wrong.items())[:3])
 
 
@@ -303,8 +304,9 @@ def test_what_nobody_published_is_named(spec):
 
 
 #: {file: system} of what is no model of its folder's system: VM-UNet starts from VMamba's weights,
-#: and a block alone is no model.
-SYSTEMS = {'vm_unet/vmamba_init.pth': 'vmamba', 'video_mamba_suite/action_mamba_block.pth': None}
+#: and a block, or its operator, alone is no model.
+SYSTEMS = {'vm_unet/vmamba_init.pth': 'vmamba', 'video_mamba_suite/action_mamba_block.pth': None,
+           **{f'vmamba_m2/ss2d_{name}.pth': None for name in ('m0', 'm0_noz', 'm0_onnone_noz')}}
 
 
 def shared_files():
@@ -314,7 +316,7 @@ def shared_files():
 
 @pytest.mark.skipif(not shared_files(), reason='no ../shared/parity beside the checkout')
 def test_files_of_other_systems_are_not_mistaken():
-    """Among them some with the very names of SS2D: VM-UNet, MambaIR, RS-Mamba, VMamba's M2."""
+    """Among them some with the very names of SS2D: VM-UNet, MambaIR, RS-Mamba."""
     for name in shared_files():
         path = SHARED / 'parity' / name
         content = read_content(path)
@@ -325,7 +327,8 @@ def test_files_of_other_systems_are_not_mistaken():
             continue
         # The files at the root are VMamba's, the others those of the system of the folder.
         system = SYSTEMS.get(name, name.partition('/')[0] if '/' in name else 'vmamba')
-        families = [f for f in FAMILIES.values() if (f.system or f.name) == system]
+        families = [f for f in FAMILIES.values()
+                    if system in (f.system or f.name, *f.parity_folders)]
         if families:
             assert family_of(read['state_dict']) in families, name
             continue

@@ -22,6 +22,7 @@ S1 = dict(embed_dims=8, depths=(1, 1, 1, 1), d_state=1, ssm_ratio=1.0, dt_rank='
           conv_bias=False, gate=False, mlp_ratio=2.0, stem='conv', downsample='conv', scan='cross')
 VANILLA = dict(S1, d_state=2, conv_bias=True, gate=True, mlp_ratio=0.0, stem='patch',
                downsample='merge')
+SSD = dict(S1, d_state=3, core='ssd')
 
 
 class Counting:
@@ -55,9 +56,10 @@ def outputs_and_grads(model, parameters, x, context):
 
 @pytest.mark.parametrize('arch, training, with_cp, autocast', [
     (S1, True, False, False), (S1, True, True, False), (S1, True, True, True),
-    (S1, False, False, True), (VANILLA, True, True, True), (VANILLA, False, False, False)],
+    (S1, False, False, True), (VANILLA, True, True, True), (VANILLA, False, False, False),
+    (SSD, True, False, False), (SSD, False, False, True)],
     ids=['training', 'with_cp', 'with_cp-autocast', 'eval-autocast', 'vanilla-with_cp-autocast',
-         'vanilla-eval'])
+         'vanilla-eval', 'ssd-training', 'ssd-eval-autocast'])
 def test_one_graph(counting, arch, training, with_cp, autocast):
     torch.manual_seed(0)
     model = VMamba(arch, drop_path_rate=0.3, with_cp=with_cp).train(training)
@@ -82,7 +84,8 @@ SAME, OTHERS, ONE, ALL = ([2] * 10, 2), ([3, 4, 2, 5], 3), ([1, 1, 1], 4), ([2, 
 
 
 @pytest.mark.parametrize('arch, training, runs', [
-    (S1, True, (SAME, OTHERS, ONE, ALL)), (VANILLA, False, (SAME,))], ids=['s1', 'vanilla'])
+    (S1, True, (SAME, OTHERS, ONE, ALL)), (VANILLA, False, (SAME,)), (SSD, False, (SAME,))],
+    ids=['s1', 'vanilla', 'ssd'])
 def test_many_sizes_are_few_graphs(counting, arch, training, runs):
     """One graph for the first size and one for all others; one more for batches of other sizes,
     one for those of a single image."""

@@ -133,6 +133,23 @@ model = dict(type='ImageClassifier', backbone=dict(
     assert found.extras == {'norms': 5 * elements, 'resizes': 0, 'pooling': 0}
 
 
+def test_kinds_of_ssd_by_hand(tmp_path, mm):
+    """The same with core='ssd' and two heads for each of four routes."""
+    (tmp_path / 'config.py').write_text("""
+default_scope = 'mmpretrain'
+model = dict(type='ImageClassifier', backbone=dict(
+    type='vmamba_mm.VMamba', out_indices=(0,), arch=dict(
+        base='tiny_m2', embed_dims=8, depths=(1, 1, 1, 1), d_state=3, ssm_ratio=2.0, dt_rank=2)))
+""")
+    found = count(tmp_path / 'config.py', (16, 24))
+    length, dim, inner, state, heads = 4 * 6, 8, 16, 3, 2
+    assert {row.kind: row.flops for row in found.rows if row.kind} == {
+        'scan': length * 4 * inner * 3 * state,
+        'projections': length * (2 * dim * inner + 4 * inner * (heads + 2 * state)),
+        'convolutions': 8 * 12 * 4 * 3 * 9 + length * 8 * 4 * 9 + length * inner * 9,
+        'MLP': length * 2 * dim * 4 * dim}
+
+
 def test_attention_and_its_projections(mm):
     """DeiT-S: 12 blocks, 196 patches of 16x16 and a class token, 384 channels."""
     found = count('mmpretrain::deit/deit-small_4xb256_in1k.py')

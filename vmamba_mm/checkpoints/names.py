@@ -111,8 +111,16 @@ def _describe_unknown(state_dict, family=None):
     if not missing:
         rows = our_rows(model.family.rows(weights))
         unknown = [k for k in weights if not has_row(k, rows)]
-        return _of_none(model.family, unknown[0]) if unknown else \
-            f'the weights have the names of a {model.family.model}, and not its shapes'
+        if unknown:
+            return _of_none(model.family, unknown[0])
+        try:
+            model.family.infer_arch({k: v for k, v in weights.items() if hasattr(v, 'shape')})
+        except KeyError as err:  # a name that one variant of the family must have
+            missing = err.args
+        except ValueError:
+            pass
+        if not missing:
+            return f'the weights have the names of a {model.family.model}, and not its shapes'
     return f'the weights are named like those of a {model.family.model}, but lack {missing[0]!r}'
 
 

@@ -66,12 +66,17 @@ class ConvStem(nn.Module):
 
 
 class MergeDownsample(nn.Module):
-    """Swin's patch merging (vanilla VMamba): (B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 2C)."""
+    """Swin's patch merging (vanilla VMamba): (B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 2C).
 
-    def __init__(self, dim: int):
+    Args:
+        dim: C.
+        out_dim: another number of channels than 2C.
+    """
+
+    def __init__(self, dim: int, out_dim: int | None = None):
         super().__init__()
         self.norm = LayerNorm(4 * dim, feeds_matmul=True)
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.reduction = nn.Linear(4 * dim, out_dim or 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
@@ -81,12 +86,18 @@ class MergeDownsample(nn.Module):
 
 
 class ConvDownsample(nn.Module):
-    """3x3 convolution of stride 2 and a norm: (B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 2C)."""
+    """3x3 convolution of stride 2 and a norm: (B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 2C).
 
-    def __init__(self, dim: int):
+    Args:
+        dim: C.
+        out_dim: another number of channels than 2C.
+    """
+
+    def __init__(self, dim: int, out_dim: int | None = None):
         super().__init__()
-        self.conv = nn.Conv2d(dim, 2 * dim, kernel_size=3, stride=2, padding=1)
-        self.norm = LayerNorm(2 * dim)
+        out_dim = out_dim or 2 * dim
+        self.conv = nn.Conv2d(dim, out_dim, kernel_size=3, stride=2, padding=1)
+        self.norm = LayerNorm(out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return _conv_norm(self.conv, self.norm, x)

@@ -119,7 +119,7 @@ class _Mixer(nn.Module):
     def _is_one_op(self) -> bool:
         """Whether nobody watches or has replaced the directions' submodules."""
         return all(
-            _is_causal_conv(conv) and are_plain((x_proj, dt_proj), (nn.Linear, nn.Linear))
+            is_causal_conv(conv) and are_plain((x_proj, dt_proj), (nn.Linear, nn.Linear))
             and x_proj.bias is None and dt_proj.bias is not None
             for conv, x_proj, dt_proj in map(self._modules_of, self.directions))
 
@@ -152,11 +152,9 @@ class _Mixer(nn.Module):
 
     def _convolve(self, conv: nn.Module, x: Tensor, reverse: bool = False) -> Tensor:
         """The causal convolution and SiLU: (B, L, D) to (B, L, D)."""
-        if _is_causal_conv(conv):
-            return causal_conv(x, conv.weight.squeeze(1), conv.bias, reverse=reverse)
-        x = (x.flip(1) if reverse else x).transpose(1, 2)
-        u = F.silu(conv(x)[..., :x.shape[-1]]).transpose(1, 2)
-        return u.flip(1) if reverse else u
+        if not reverse or is_causal_conv(conv):
+            return convolve(conv, x, reverse=reverse)
+        return convolve(conv, x.flip(1)).flip(1)
 
     def _scan_inputs(self, u: Tensor, z: Tensor, suffix: str = '') -> dict[str, Tensor | None]:
         """Arguments of the scan, but A, for tokens: (B, L, D), or (B, D) of one token."""
@@ -215,7 +213,7 @@ class MambaMixer(_Mixer):
         """
         if state is None:
             return super().forward(x)
-        if x.shape[1] == 1 and _is_causal_conv(self.conv1d):
+        if x.shape[1] == 1 and is_causal_conv(self.conv1d):
             return self._one_token(x, state)
         x, z = self.in_proj(x).chunk(2, dim=-1)
         # Before the convolution stand the last tokens, in place of zeros.
@@ -353,9 +351,32 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
 
 
-def _is_causal_conv(module: nn.Module) -> bool:
+def is_causal_conv(module: nn.Module) -> bool:
     """Whether ``module`` is the depthwise convolution of a mixer, and nobody watches it."""
     return is_plain(module, nn.Conv1d) and is_depthwise_causal(module)
+
+
+def convolve(conv: nn.Module, x: Tensor, tail: Tensor | None = None, *, silu: bool = True,
+             reverse: bool = False) -> Tensor:
+    """The causal convolution of a mixer, as the op unless somebody watches the module.
+
+    Args:
+        conv: of each channel by itself, with W - 1 zeros on both sides.
+        x: (B, L, D).
+        tail: (B, W - 1, D), what came before; None for zeros.
+        silu: whether SiLU follows.
+        reverse: of the op alone: what comes later is convolved.
+
+    Returns:
+        (B, L, D).
+    """
+    if is_causal_conv(conv):
+        return causal_conv(x, conv.weight.squeeze(1), conv.bias, silu=silu, reverse=reverse,
+                           initial_state=tail)
+    seen = x if tail is None else torch.cat([tail, x], dim=1)
+    start = seen.shape[1] - x.shape[1]
+    y = conv(seen.transpose(1, 2))[..., start:start + x.shape[1]].transpose(1, 2)
+    return F.silu(y) if silu else y
 
 
 def is_depthwise_causal(conv: nn.Conv1d) -> bool:

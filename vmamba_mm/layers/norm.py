@@ -2,17 +2,19 @@
 
 import torch
 import torch.fx
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmamba_mm.layers.plain import is_plain
 from vmamba_mm.ops import add_norm, layer_norm, rms_norm
-from vmamba_mm.ops.core.backends import autocast_dtype
+from vmamba_mm.ops.core.backends import autocast_dtype, compute_dtype
 
 # What torch.fx records as it is, since it looks at shapes.
 torch.fx.wrap('add_norm')
 torch.fx.wrap('layer_norm')
 torch.fx.wrap('rms_norm')
 torch.fx.wrap('autocast_dtype')
+torch.fx.wrap('gated_rms_norm')
 
 
 class LayerNorm(nn.LayerNorm):
@@ -63,6 +65,60 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+
+class RMSNormGated(nn.RMSNorm):
+    """RMSNorm of groups of channels and a gate SiLU(z), in fp32 at least (Mamba-2, arXiv
+    2405.21060, section 7.2).
+
+    Args:
+        dim: C.
+        group_size: channels that are normalised together; None for all. It must divide C.
+        norm_before_gate: RMSNorm(x) * weight * SiLU(z), not RMSNorm(x * SiLU(z)) * weight.
+        eps: added to the mean square.
+
+    Shape: (B, ..., C), twice with a gate -> (B, ..., C), in the dtype of the input.
+
+    Raises:
+        ValueError: if ``group_size`` does not divide ``dim``.
+    """
+
+    def __init__(self, dim: int, group_size: int | None = None, norm_before_gate: bool = False,
+                 eps: float = 1e-5):
+        super().__init__(dim, eps=eps)
+        self.group_size = dim if group_size is None else group_size
+        if self.group_size < 1 or dim % self.group_size:
+            raise ValueError(f'group_size={group_size!r} must divide the {dim} channels')
+        self.norm_before_gate = norm_before_gate
+
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        return gated_rms_norm(x, self.weight, z, self.eps, group_size=self.group_size,
+                              norm_before_gate=self.norm_before_gate)
+
+
+def gated_rms_norm(x: Tensor, weight: Tensor, z: Tensor | None = None, eps: float = 1e-5, *,
+                   group_size: int | None = None, norm_before_gate: bool = False) -> Tensor:
+    """:class:`RMSNormGated` as a function.
+
+    Args:
+        x: (B, ..., C).
+        weight: (C).
+        z: (B, ..., C), or None for no gate.
+        eps, group_size, norm_before_gate: as there.
+
+    Returns:
+        (B, ..., C) in the dtype of ``x``.
+    """
+    y = x.to(compute_dtype(x.dtype))
+    gate = None if z is None else F.silu(z.to(y.dtype))
+    if gate is not None and not norm_before_gate:
+        y = y * gate
+    groups = y.unflatten(-1, (-1, group_size or y.shape[-1]))
+    scale = torch.rsqrt(groups.square().mean(dim=-1, keepdim=True) + eps)
+    y = (groups * scale).flatten(-2) * weight.to(y.dtype)
+    if gate is not None and norm_before_gate:
+        y = y * gate
+    return y.to(x.dtype)
 
 
 def sum_and_norm(norm: nn.Module, x: Tensor, branch: Tensor, scale: Tensor | None = None,

@@ -17,7 +17,7 @@ torch.fx.wrap('scan_norm')
 torch.fx.wrap('state_matrix')
 
 NUM_ROUTES = 4
-_ACTS = {'silu': F.silu, 'gelu': F.gelu, 'relu': F.relu}
+ACTS = {'silu': F.silu, 'gelu': F.gelu, 'relu': F.relu}
 
 
 class SS2D(nn.Module):
@@ -49,8 +49,8 @@ class SS2D(nn.Module):
                  act: str = 'silu', conv_kernel: int = 3, ssm_init: str = 'mamba',
                  scan: str = 'cross'):
         super().__init__()
-        if act not in _ACTS:
-            raise ValueError(f'act={act!r} does not exist; choose one of {list(_ACTS)}')
+        if act not in ACTS:
+            raise ValueError(f'act={act!r} does not exist; choose one of {list(ACTS)}')
         if conv_kernel != 0 and (conv_kernel < 3 or conv_kernel % 2 == 0):
             raise ValueError(f'conv_kernel must be 0 (no convolution) or an odd int of at least 3, '
                              f'got {conv_kernel}')
@@ -78,7 +78,7 @@ class SS2D(nn.Module):
         x = self.in_proj(x)
         if self.gate:
             x, z = x.chunk(2, dim=-1)
-        act = _ACTS[self.act]
+        act = ACTS[self.act]
         if self.act == 'silu' and is_depthwise_3x3(self.conv2d):
             x = dwconv_silu(x, self.conv2d.weight, self.conv2d.bias)
         elif self.conv2d is not None:

@@ -5,7 +5,7 @@ its blocks as one op, ``vss_blocks``; else each block runs by itself, as one op,
 step by step. ``why_not_one_op`` of a stage or a block says what keeps it from the faster way.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.fx
@@ -17,6 +17,7 @@ from vmamba_mm.layers.drop_path import DropPath
 from vmamba_mm.layers.norm import LayerNorm, sum_and_norm
 from vmamba_mm.layers.plain import Attributes, are_plain, is_depthwise_3x3, is_plain
 from vmamba_mm.layers.ss2d import SS2D
+from vmamba_mm.layers.stage import Stage
 from vmamba_mm.ops import add_norm, mlp
 from vmamba_mm.ops.core.backends import autocast_dtype, runs_kernels, wants_grad
 from vmamba_mm.ops.vss_block import Weights, vss_block, vss_blocks, why_not
@@ -53,7 +54,8 @@ class VSSBlock(nn.Module):
         mlp_ratio: hidden width of the MLP by C; 0 for no MLP branch (vanilla VMamba).
         drop_path: probability to drop a branch, the same for both.
         with_cp: recompute the block in the backward pass to save memory.
-        ssm_cfg: keyword arguments of :class:`SS2D`.
+        ssm_cfg: keyword arguments of ``ssm_type``.
+        ssm_type: :class:`SS2D`, or another layer of such maps, as :class:`SSD2D`.
         feeds_matmul: whether a matrix product or convolution takes the result, see
             :class:`LayerNorm`.
 
@@ -61,12 +63,12 @@ class VSSBlock(nn.Module):
     """
 
     def __init__(self, dim: int, *, mlp_ratio: float, drop_path: float, with_cp: bool,
-                 ssm_cfg: dict, feeds_matmul: bool = False):
+                 ssm_cfg: dict, ssm_type: type[nn.Module] = SS2D, feeds_matmul: bool = False):
         super().__init__()
         self.with_cp = with_cp
         self.feeds_matmul = feeds_matmul
         self.norm1 = LayerNorm(dim, feeds_matmul=True)
-        self.ssm = SS2D(dim, **ssm_cfg)
+        self.ssm = ssm_type(dim, **ssm_cfg)
         self.norm2 = LayerNorm(dim, feeds_matmul=True) if mlp_ratio > 0 else None
         self.mlp = Mlp(dim, int(mlp_ratio * dim)) if mlp_ratio > 0 else None
         self.drop_path = DropPath(drop_path)
@@ -200,31 +202,8 @@ def _stage_weights_for_op(stage: 'VSSStage', x: Tensor, autocast: torch.dtype | 
     return stage_weights
 
 
-class VSSStage(nn.Module):
-    """Blocks at one resolution, and the downsampling that follows them (None in the last stage).
-
-    Args of ``forward``:
-        x: (B, H, W, C).
-        downsample: False to stop before the downsampling.
-        with_map: also return the map before the downsampling.
-
-    Shape: (B, H, W, C) -> (B, H', W', 2C); (B, H, W, C) without a downsampling. With ``with_map``
-    that, and (B, H, W, C).
-    """
-
-    def __init__(self, blocks: Sequence[VSSBlock], downsample: nn.Module | None):
-        super().__init__()
-        self.blocks = nn.Sequential(*blocks)
-        self.downsample = downsample
-
-    def forward(self, x: Tensor, downsample: bool = True, with_map: bool = False
-                ) -> Tensor | tuple[Tensor, Tensor]:
-        stage_map = self._run_blocks(x)
-        if downsample and self.downsample is not None:
-            result = self.downsample(stage_map)
-        else:
-            result = stage_map
-        return (result, stage_map) if with_map else result
+class VSSStage(Stage):
+    """A :class:`Stage` of VSS blocks."""
 
     def _run_blocks(self, x: Tensor) -> Tensor:
         """``blocks(x)``, in inference on an NVIDIA GPU as one op."""

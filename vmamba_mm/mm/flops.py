@@ -381,6 +381,14 @@ def _by_kind(module, path, counts, extra_counts):
         if not name or inside and name.startswith(inside):
             continue
         child_counts = counts.get(f'{path}.{name}', {})
+        if getattr(child, 'projects_in_batches', False):
+            for op in _BATCHED:  # without those of what is inside, which counts by itself
+                own = child_counts.get(op, 0) - sum(
+                    counts.get(f'{path}.{name}.{inner}', {}).get(op, 0)
+                    for inner, _ in child.named_children())
+                by_kind[_kind(op)] -= own
+                by_kind['projections'] += own
+            continue
         if _MLP.search(type(child).__name__):
             inside, kind = f'{name}.', 'MLP'
         elif isinstance(child, nn.Linear):  # batched or not, by its strides

@@ -5,6 +5,7 @@ from vmamba_mm.models.videomamba import VideoMamba
 from vmamba_mm.models.vim import Vim
 from vmamba_mm.models.vivim import ViViM
 from vmamba_mm.models.vmamba import VMamba
+from vmamba_mm.models.vssd import VSSD
 
-__all__ = ['ActionMamba', 'CausalLM', 'MaskMambaBlock', 'TimeMamba', 'VMamba', 'ViViM',
+__all__ = ['VSSD', 'ActionMamba', 'CausalLM', 'MaskMambaBlock', 'TimeMamba', 'VMamba', 'ViViM',
            'VideoMamba', 'Vim']

@@ -1,5 +1,7 @@
-"""A causal language model over the mixers of this package, such as Mamba's (arXiv 2312.00752)."""
+"""A causal language model over the mixers of this package: Mamba's (arXiv 2312.00752), Mamba-2's
+(arXiv 2405.21060), softmax attention, or several of them."""
 
+import functools
 import json
 import math
 import os
@@ -17,15 +19,31 @@ from vmamba_mm.checkpoints.names import infer_arch
 from vmamba_mm.checkpoints.prefixes import inside
 from vmamba_mm.errors import UserError
 from vmamba_mm.families import resolve_arch
-from vmamba_mm.families.mamba_lm import DEFAULTS, FAMILY, arch_of_config, padded_vocab_size
-from vmamba_mm.layers import MambaBlock, MambaMixer, RMSNorm, run_blocks
+from vmamba_mm.families.base import name_of
+from vmamba_mm.families.mamba_lm import (
+    FAMILY,
+    arch_of_config,
+    mixer_of,
+    padded_vocab_size,
+    with_defaults,
+)
+from vmamba_mm.layers import (
+    CausalAttention,
+    LayerNorm,
+    Mamba2Mixer,
+    MambaBlock,
+    MambaMixer,
+    RMSNorm,
+    run_blocks,
+)
 from vmamba_mm.layers.norm import sum_and_norm
 from vmamba_mm.models.generation import generate
 from vmamba_mm.models.pretrained import StrictLoading
 from vmamba_mm.registry import MODELS
 
-_MIXERS: dict[str, type[nn.Module]] = {'mamba': MambaMixer}
-_MIXER_KEYS = ('d_state', 'd_conv', 'expand', 'dt_rank', 'conv_bias', 'bias')
+_MIXERS: dict[str, type[nn.Module]] = {
+    'mamba': MambaMixer, 'mamba2': Mamba2Mixer, 'attention': CausalAttention}
+_NORMS: dict[str, type[nn.Module]] = {'rms': RMSNorm, 'layer': LayerNorm}
 
 
 @MODELS.register_module()
@@ -33,9 +51,10 @@ class CausalLM(StrictLoading, BaseModule):
     """A language model that predicts the next token, as ``MambaLMHeadModel`` of ``mamba_ssm``.
 
     An embedding, ``depth`` blocks of norm and mixer around a residual stream in fp32, a norm, and a
-    head that gives a logit for each token of the vocabulary. There are no positions.
+    head that gives a logit for each token of the vocabulary. There are no positions unless
+    ``max_positions`` asks for them.
 
-    ``CausalLM('mamba-130m')`` is a published architecture, ``CausalLM(mixer='mamba',
+    ``CausalLM('mamba2-130m')`` is a published architecture, ``CausalLM(mixer='mamba2',
     vocab_size=256, embed_dims=64, depth=2)`` another one; :meth:`from_pretrained` builds the one
     that a checkpoint holds.
 
@@ -46,13 +65,26 @@ class CausalLM(StrictLoading, BaseModule):
             the published initialisation.
         settings: keys of the arch, in place of ``arch``, or where they differ from it:
 
-            - ``mixer``: 'mamba'; ``embed_dims``: channels C; ``depth``: number of blocks;
+            - ``mixer``: 'mamba', 'mamba2' or 'attention'; ``embed_dims``: channels C; ``depth``:
+              number of blocks;
             - ``vocab_size``: the number of tokens. Embedding and head have the next multiple of
               ``pad_vocab_size_multiple`` (8) rows;
             - ``tie_embeddings`` (True): the head's weight is that of the embedding;
-            - ``d_state`` (16), ``d_conv`` (4), ``expand`` (2), ``dt_rank`` ('auto'), ``conv_bias``
-              (True), ``bias`` (False): of :class:`vmamba_mm.layers.MambaMixer`;
-            - ``norm_eps`` (1e-5): of the norms, which are RMSNorm.
+            - ``norm`` ('rms'): RMSNorm, or 'layer' for LayerNorm, with ``norm_eps`` (1e-5);
+            - ``max_positions`` (0): learned absolute positions of so many tokens are added to the
+              embedding, and no text may be longer; ``drop_rate`` (0.0): dropout after it;
+            - of 'mamba': ``d_state`` (16), ``d_conv`` (4), ``expand`` (2), ``dt_rank`` ('auto'),
+              ``conv_bias`` (True), ``bias`` (False), see :class:`vmamba_mm.layers.MambaMixer`;
+            - of 'mamba2': ``d_state`` (128), ``d_conv`` (4), ``expand`` (2), ``head_dim`` (64),
+              ``d_ssm`` (None), ``n_groups`` (1), ``rmsnorm`` (True), ``norm_before_gate`` (False),
+              ``D_has_hdim`` (False), ``dt_limit`` ((0, inf)), ``conv_bias`` (True), ``bias``
+              (False), see :class:`vmamba_mm.layers.Mamba2Mixer`;
+            - ``attn_layers`` (()): numbers of layers, from 0, with attention in place of the mixer;
+            - of 'attention' and of those layers: ``num_heads`` (1), ``num_kv_heads`` (None),
+              ``attn_head_dim`` (None), ``attn_conv`` (0), ``rotary_dims`` (0), ``qkv_bias`` (True),
+              ``out_bias`` (True), ``attn_drop_rate`` (0.0), which are ``num_heads``,
+              ``num_kv_heads``, ``head_dim``, ``d_conv``, ``rotary_dims``, ``qkv_bias``,
+              ``out_bias`` and ``drop_rate`` of :class:`vmamba_mm.layers.CausalAttention`.
 
     Raises:
         ValueError: on a value that is not allowed, with the choices.
@@ -69,16 +101,18 @@ class CausalLM(StrictLoading, BaseModule):
         elif arch is not None:
             settings = {**arch, **settings} if isinstance(arch, Mapping) else arch
         self.arch = resolve_arch(self.family, settings)
-        options = {**DEFAULTS, **self.arch}
+        options = with_defaults(self.arch)
         dims, depth, rows = options['embed_dims'], options['depth'], padded_vocab_size(self.arch)
-        mixer = _MIXERS[options['mixer']]
-        mixer_cfg = {key: options[key] for key in _MIXER_KEYS}
         self.vocab_size = options['vocab_size']
         self.token_embed = nn.Embedding(rows, dims)
+        self.position_embed = nn.Embedding(options['max_positions'], dims) \
+            if options['max_positions'] else None
+        self.embed_drop = nn.Dropout(options['drop_rate'])
+        make_norm = functools.partial(_NORMS[options['norm']], dims, eps=options['norm_eps'])
         self.blocks = nn.ModuleList(
-            MambaBlock(mixer(dims, **mixer_cfg), RMSNorm(dims, eps=options['norm_eps']),
-                       with_cp=with_cp) for _ in range(depth))
-        self.norm = RMSNorm(dims, eps=options['norm_eps'])
+            MambaBlock(_make_mixer(self.arch, i), make_norm(), with_cp=with_cp)
+            for i in range(depth))
+        self.norm = make_norm()
         self.lm_head = nn.Linear(dims, rows, bias=False)
         self._init_parameters()
         self.is_tied = options['tie_embeddings']
@@ -89,6 +123,8 @@ class CausalLM(StrictLoading, BaseModule):
     def _init_parameters(self) -> None:
         """As published: what feeds the residual stream starts smaller, by sqrt(depth)."""
         nn.init.normal_(self.token_embed.weight, std=0.02)
+        if self.position_embed is not None:
+            nn.init.normal_(self.position_embed.weight, std=0.02)
         for block in self.blocks:
             for projection in (block.mixer.in_proj, block.mixer.out_proj):
                 if projection.bias is not None:
@@ -97,8 +133,12 @@ class CausalLM(StrictLoading, BaseModule):
                 block.mixer.out_proj.weight.div_(math.sqrt(len(self.blocks)))
 
     def init_state(self, batch: int) -> tuple[Any, ...]:
-        """The state before the first token, of ``batch`` sequences: one item for each block."""
-        return tuple(block.mixer.init_state(batch) for block in self.blocks)
+        """The state before the first token, of ``batch`` sequences: one item for each block, and,
+        where there are positions, the number of tokens that each has (B)."""
+        states = tuple(block.mixer.init_state(batch) for block in self.blocks)
+        if self.position_embed is None:
+            return states
+        return *states, torch.zeros(batch, dtype=torch.long, device=self.token_embed.weight.device)
 
     def forward(self, input_ids: Tensor, state: Sequence[Any] | None = None,
                 logits_to_keep: int = 0) -> Tensor | tuple[Tensor, tuple[Any, ...]]:
@@ -107,26 +147,49 @@ class CausalLM(StrictLoading, BaseModule):
         Args:
             input_ids: (B, L), numbers of tokens, all of them real: there is no padding.
             state: what came before: of :meth:`init_state` or of an earlier call. A call with it,
-                for one token or many, costs what these take, however many came before.
+                for one token or many, costs what these take, however many came before, unless
+                there is attention.
             logits_to_keep: the logits of the last so many tokens alone; 0 for those of all.
 
         Returns:
             (B, L, V) with V the padded vocabulary; with ``state`` also the new one. The old one is
             not changed.
+
+        Raises:
+            ValueError: if a text is longer than ``max_positions``.
         """
-        hidden, residual = self.token_embed(input_ids), None
+        hidden, residual, states = self.token_embed(input_ids), None, []
+        if self.position_embed is not None:
+            *state, seen = (None, None) if state is None else state
+            hidden = hidden + self._positions(input_ids, seen)
+            state = None if seen is None else state
+        hidden = self.embed_drop(hidden)
         if state is None:
             hidden, residual = run_blocks(self.blocks, hidden)
         else:
-            states = []
             for block, old in zip(self.blocks, state, strict=True):
                 hidden, residual, new = block(hidden, residual, state=old)
                 states.append(new)
+            if self.position_embed is not None:
+                states.append(seen + input_ids.shape[1])
         if logits_to_keep:
             hidden, residual = hidden[:, -logits_to_keep:], residual[:, -logits_to_keep:]
         normed = sum_and_norm(self.norm, residual, hidden, None)[1]
         logits = self.lm_head(normed.to(hidden.dtype))
         return logits if state is None else (logits, tuple(states))
+
+    def _positions(self, input_ids, seen):
+        """(L, C), or (B, L, C) after the ``seen`` (B) tokens of each text."""
+        length, most = input_ids.shape[1], self.position_embed.num_embeddings
+        places = torch.arange(length, device=input_ids.device)
+        if seen is not None:
+            places = seen[:, None] + places
+        # A compiled step does not wait for the number, and the embedding refuses it.
+        longest = length if seen is None or torch.compiler.is_compiling() \
+            else length + int(seen.max())
+        if longest > most:
+            raise ValueError(f'a text of {longest} tokens is longer than max_positions={most}')
+        return self.position_embed(places)
 
     def generate(self, input_ids: Tensor | Sequence[Tensor], max_new_tokens: int, *,
                  temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
@@ -169,8 +232,15 @@ class CausalLM(StrictLoading, BaseModule):
                                for name in ('token_embed', 'lm_head'))
             if not _is_same(embedding, head):
                 kwargs = {'tie_embeddings': False, **kwargs}
-        with torch.device('meta'):  # initial values would take longer than the file
-            model = cls(arch, **kwargs)
+            if 'num_heads' not in kwargs and _guesses_heads(arch):
+                raise UserError(f'{checkpoint}: the weights do not tell how many heads the '
+                                'attention has; give from_pretrained its num_heads (and '
+                                'rotary_dims, if there are any), or the folder with config.json')
+        try:
+            with torch.device('meta'):  # initial values would take longer than the file
+                model = cls(arch, **kwargs)
+        except ValueError as err:
+            raise UserError(f'{checkpoint} holds no model that can be built: {err}') from err
         _tie(model.to_empty(device=device))
         try:
             model.load_state_dict(inside(state, 'backbone.') or state)
@@ -191,6 +261,17 @@ class CausalLM(StrictLoading, BaseModule):
     def plain_state(self, arch: str | Mapping[str, Any] | None = None) -> dict[str, Tensor]:
         with torch.device('meta'):
             return CausalLM(self.arch if arch is None else arch).state_dict()
+
+
+def _make_mixer(arch: Mapping[str, Any], layer: int) -> nn.Module:
+    kind, options = mixer_of(arch, layer)
+    return _MIXERS[kind](arch['embed_dims'], **options)
+
+
+def _guesses_heads(arch: str | Mapping[str, Any]) -> bool:
+    """Whether an arch that was told from weights has attention, and is not a published one."""
+    return not isinstance(arch, str) and name_of(FAMILY, arch) is None \
+        and (arch['mixer'] == 'attention' or 'attn_layers' in arch)
 
 
 def _tie(model: CausalLM, _: Any = None) -> None:

@@ -1,4 +1,4 @@
-"""Text from a language model, one token at a time, in memory that does not grow with the text."""
+"""Text from a language model, one token at a time, from a state that holds all that came before."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,8 +15,9 @@ def generate(model: nn.Module, input_ids: Tensor | Sequence[Tensor], max_new_tok
              generator: torch.Generator | None = None) -> Tensor | list[Tensor]:
     """Continue texts.
 
-    The prompts are read in one pass, each then gives a state of fixed size, and every further token
-    costs one step from it: time and memory of a token do not depend on how many came before.
+    The prompts are read in one pass, each then gives a state, and every further token costs one
+    step from it. The state of a scan has a fixed size: time and memory of a token do not depend on
+    how many came before. That of attention grows.
 
     Args:
         model: with ``vocab_size``, ``init_state(batch)`` and ``model(input_ids, state,
@@ -114,10 +115,15 @@ def _read_prompts(model, prompts):
 
 
 def _joined(parts, places):
-    """Nested tuples of tensors as one, along the first dimension and in this order."""
+    """Nested tuples of tensors as one, along the first dimension and in this order.
+
+    A state whose size depends on the text has a method ``joined`` that makes them as one.
+    """
     first = parts[0]
     if isinstance(first, Tensor):
         return torch.cat(parts)[places]
+    if hasattr(first, 'joined'):
+        parts = [first.joined(parts)]
     items = [_joined(group, places) for group in zip(*parts, strict=True)]
     return type(first)(*items) if hasattr(first, '_fields') else type(first)(items)
 

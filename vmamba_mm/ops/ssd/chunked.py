@@ -77,9 +77,9 @@ def forward(x, dt, A, B, C, D, dt_bias, z, initial_state, seq_idx, dt_softplus, 
     def write(block, y):
         out[block.place] = around.result(block, y)
 
-    state = chunks.scan(x, weight * rates, weight, B, C, initial_state, segments, reverse, write,
-                        chunk_len)
-    return out, state if return_final_state else state.new_empty(0)
+    state = chunks.scan(x, weight * rates, weight, B, C, initial_state, segments, reverse,
+                        return_final_state, write, chunk_len)
+    return out, raw.new_empty(0) if state is None else state
 
 
 def backward(grad_y, grad_state, x, dt, A, B, C, D, dt_bias, z, initial_state, seq_idx,
@@ -112,15 +112,13 @@ def backward(grad_y, grad_state, x, dt, A, B, C, D, dt_bias, z, initial_state, s
         grad_x[block.place], grad_B[block.place], grad_C[block.place] = gx, gB, gC
 
     grad_decay, grad_weight, grad_initial = chunks.scan_backward(
-        x, weight * rates, weight, B, C, initial_state, segments, reverse, read,
-        grad_state if return_final_state else None, write, z is not None, chunk_len)
+        x, weight * rates, weight, B, C, initial_state, segments, reverse,
+        grad_state if return_final_state else None, read, write, z is not None, chunk_len)
     grad_A = (grad_decay * weight).sum((0, 1)).to(A.dtype)
     grad_dt = finish_dt_backward(grad_weight.addcmul_(grad_decay, rates), raw, dt_softplus, dt_min,
                                  dt_max)
     grad_bias = None if dt_bias is None else grad_dt.sum((0, 1)).to(dt_bias.dtype)
     if D is not None:
         grad_D = (grad_D.sum(1) if D.dim() == 1 else grad_D).to(D.dtype)
-    if initial_state is not None:
-        grad_initial = grad_initial.to(initial_state.dtype)
     return (grad_x, grad_dt.to(dt.dtype).contiguous(), grad_A, grad_B, grad_C, grad_D, grad_bias,
-            grad_z, None if initial_state is None else grad_initial)
+            grad_z, grad_initial)

@@ -7,7 +7,10 @@ RetNet's retention a constant a for each head and w = 1. Inside of a chunk of Q 
 attention with a mask of decays; the state before a chunk comes in by a second product. Chunks go in
 blocks, so that what exists at a time is bounded, whatever the length and the batch.
 
-Within a block all is laid out (M, H, G, Q, ...): M samples, H heads (or groups of heads), G chunks.
+Shapes within a block of M samples: (M, c, Q, H, P) is that of tokens as they lie in memory, in c
+chunks of Q, and (M, c, H, Q, P) that by heads. All heads of a group share B and C, so that what
+goes through states, (M, c, H, P, N), is one product for a group: of (Q, H/G * P) with (Q, N) and
+the like. What stays in a chunk is one for each head, since their masks differ.
 """
 
 from collections.abc import Callable
@@ -35,30 +38,38 @@ class Block:
     reverse: bool
 
     @property
-    def ends(self) -> tuple[int, int]:
-        """The indices of a chunk's, or the block's, first and last element in time."""
-        return (-1, 0) if self.reverse else (0, -1)
-
-    @property
     def place(self) -> tuple[slice, slice]:
         """Its part of a tensor (B, L, ...)."""
         return self.samples, self.tokens
 
+    @property
+    def time(self) -> range:
+        """Its chunks in the order of time."""
+        return range(self.chunks)[::-1] if self.reverse else range(self.chunks)
+
+    def all_but(self, omitted: int | None = None) -> slice:
+        """All chunks, or all but the first (0) or the last (-1) in time."""
+        skips_first = omitted is not None and self.time[omitted] == 0
+        skips_last = omitted is not None and not skips_first
+        return slice(int(skips_first), self.chunks - int(skips_last))
+
     def cut(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """(M, L', H, ...) -> (M, H, G, Q, ...) without gaps, zeros beyond the end."""
-        t = t.transpose(1, 2)
-        samples, heads, length = t.shape[:3]
-        out = torch.empty(samples, heads, self.chunks, self.chunk_len, *t.shape[3:], dtype=dtype,
-                          device=t.device)
-        flat = out.flatten(2, 3)
-        flat[:, :, :length].copy_(t)
-        flat[:, :, length:] = 0
-        return out
+        """(M, L', ...) -> (M, c, Q, ...), with zeros beyond the end; a view where that will do."""
+        size = self.chunks * self.chunk_len
+        if t.shape[1] < size:
+            out = torch.empty(len(t), size, *t.shape[2:], dtype=dtype, device=t.device)
+            out[:, :t.shape[1]] = t
+            out[:, t.shape[1]:] = 0
+            t = out
+        return t.to(dtype).unflatten(1, (self.chunks, self.chunk_len))
+
+    def cut_heads(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """(M, L', H, ...) -> (M, c, H, Q, ...), as :meth:`cut`."""
+        return self.cut(t, dtype).transpose(2, 3)
 
     def join(self, t: Tensor) -> Tensor:
-        """(M, H, G, Q, ...) -> (M, L', H, ...), the inverse of :meth:`cut`."""
-        length = self.tokens.stop - self.tokens.start
-        return t.flatten(2, 3)[:, :, :length].transpose(1, 2)
+        """(M, c, Q, ...) -> (M, L', ...), the inverse of :meth:`cut`."""
+        return t.flatten(1, 2)[:, :self.tokens.stop - self.tokens.start]
 
 
 def make_blocks(x: Tensor, state: int, reverse: bool, chunk_len: int | None = None
@@ -71,14 +82,13 @@ def make_blocks(x: Tensor, state: int, reverse: bool, chunk_len: int | None = No
         chunk_len: tokens of a chunk; None for the best.
     """
     batch, length, heads, dim = x.shape
-    if chunk_len is None:
-        longest = _CPU_CHUNK if x.device.type == 'cpu' else _GPU_CHUNK
-        chunk_len = -(-length // -(-length // longest))
+    is_cpu = x.device.type == 'cpu'
+    if chunk_len is None:  # even chunks, so that little is padding
+        chunk_len = -(-length // -(-length // (_CPU_CHUNK if is_cpu else _GPU_CHUNK)))
     chunks = -(-length // chunk_len)
     size = heads * max(chunk_len * chunk_len, chunk_len * dim, chunk_len * state, dim * state)
-    fits = max(1, (_CPU_BLOCK if x.device.type == 'cpu' else _GPU_BLOCK) // size)
-    span = min(chunks, fits)
-    samples = max(1, fits // chunks)
+    fits = max(1, (_CPU_BLOCK if is_cpu else _GPU_BLOCK) // size)
+    span, samples = min(chunks, fits), max(1, fits // chunks)
     parts = []
     for i in range(0, batch, samples):
         blocks = []
@@ -91,25 +101,27 @@ def make_blocks(x: Tensor, state: int, reverse: bool, chunk_len: int | None = No
     return parts
 
 
-class Decays:
+# --- decays -------------------------------------------------------------------------------------
+
+class _Decays:
     """The decays of a block.
 
     Sums of logarithms are fp64 where the device has it: the decay between two tokens is that of a
     difference, which does not lose what strong decays before both of them add to it.
 
     Attributes:
-        mask: (M, H, G, Q, Q), from token (last) to token: 0 for what is not seen.
-        into: (M, H, G, Q), from the state before the chunk to a token.
-        out: (M, H, G, Q), from a token to the end of the chunk.
-        through: (M, H, G), of the state, through the chunk.
+        mask: (M, c, H, Q, Q), to a token from a token (last): 0 for what is not seen.
+        into: (M, c, H, Q), from the state before the chunk to a token.
+        out: (M, c, H, Q), from a token to the end of the chunk.
+        through: (M, c, H), of the state, through the chunk.
     """
 
     def __init__(self, block: Block, log_decay: Tensor, segments: Tensor | None):
-        dtype, (_, last) = log_decay.dtype, block.ends
+        dtype, last = log_decay.dtype, 0 if block.reverse else -1
         # A factor below the smallest number is 0: this keeps sums small.
         least = log2(torch.finfo(dtype).tiny) * 1.25
-        terms = block.cut(log_decay[block.place], _sum_dtype(log_decay))
-        sums = _cumsum(terms.mul_(log2(e)).clamp_min_(least), block.reverse)
+        terms = block.cut_heads(log_decay[block.place], _sum_dtype(log_decay))
+        sums = _cumsum((terms * log2(e)).clamp_min_(least), block.reverse)
         total = sums[..., last]
         # Powers of 2, which a CPU calculates four times as fast as those of e.
         self.mask = (sums[..., :, None] - sums[..., None, :]).to(dtype)
@@ -118,30 +130,29 @@ class Decays:
         self.out = (total[..., None] - sums).to(dtype).exp2_()
         self.through = total.to(dtype).exp2()
         if segments is not None:
-            self._restart(block, segments)
+            self._restart(block, segments, last)
 
-    def _restart(self, block, segments):
+    def _restart(self, block, segments, last):
         """Set to 0 what is between segments."""
-        _, last = block.ends
         tokens = segments[block.place]
-        within = F.pad(tokens, (0, block.chunks * block.chunk_len - tokens.shape[1]))
-        if within.shape[1] > tokens.shape[1]:  # The padding goes on with the last segment.
-            within[:, tokens.shape[1]:] = tokens[:, -1:]
-        within = within.unflatten(1, (block.chunks, block.chunk_len))
-        ends = within[..., last]
+        padding = block.chunks * block.chunk_len - tokens.shape[1]
+        if padding:  # It goes on with the last segment.
+            tokens = torch.cat([tokens, tokens[:, -1:].expand(-1, padding)], dim=1)
+        tokens = tokens.unflatten(1, (block.chunks, block.chunk_len))
+        ends = tokens[..., last]
         edge = block.tokens.stop if block.reverse else block.tokens.start - 1
         is_first = edge in (-1, segments.shape[1])
         before = torch.zeros_like(ends[:, 0]) if is_first else segments[block.samples, edge]
         before = torch.cat([ends[:, 1:], before[:, None]] if block.reverse else
                            [before[:, None], ends[:, :-1]], dim=1)
-        self.mask.mul_((within[..., :, None] == within[..., None, :])[:, None])
-        self.into.mul_((within == before[..., None])[:, None])
-        self.out.mul_((within == ends[..., None])[:, None])
-        self.through.mul_((ends == before)[:, None])
+        self.mask.mul_((tokens[..., :, None] == tokens[..., None, :])[:, :, None])
+        self.into.mul_((tokens == before[..., None])[:, :, None])
+        self.out.mul_((tokens == ends[..., None])[:, :, None])
+        self.through.mul_((ends == before)[:, :, None])
 
 
 def _sum_dtype(t: Tensor) -> torch.dtype:
-    return torch.float64 if t.device.type in ('cpu', 'cuda', 'meta') else t.dtype
+    return torch.float64 if t.device.type in ('cpu', 'cuda') else t.dtype
 
 
 def _cumsum(t: Tensor, reverse: bool) -> Tensor:
@@ -155,99 +166,186 @@ def _unseen(block: Block, like: Tensor) -> Tensor:
     return full.tril(-1) if block.reverse else full.triu(1)
 
 
+def _crossing(pairs: Tensor, reverse: bool) -> Tensor:
+    """For each token k, the sum over pairs[t, s] from s before k to t at or after k, in time.
+
+    They are the pairs whose decay has that of k in it. What differences of sums over all t and all
+    s would give is the same but for rounding, which drowns it where the decay of k is strong.
+    """
+    if reverse:
+        return pairs.cumsum(-2).triu_(1).sum(-1)
+    return F.pad(pairs.cumsum(-1).tril_(-1).sum(-2)[..., :-1], (1, 0))
+
+
+# --- a block ------------------------------------------------------------------------------------
+
+def _for_tokens(t: Tensor) -> Tensor:
+    """(M, c, H, Q) -> (M, c, Q, H, 1)."""
+    return t.transpose(2, 3).unsqueeze(-1)
+
+
 def _by_group(t: Tensor, groups: int) -> Tensor:
-    """(M, H, ...) -> (M, groups, H / groups, ...)."""
-    return t.unflatten(1, (groups, -1))
+    """(M, c, Q, H, P) -> (M, c, G, Q, H/G * P)."""
+    return t.unflatten(3, (groups, -1)).flatten(4).transpose(2, 3)
 
 
-def _times_group(per_head: Tensor, per_group: Tensor) -> Tensor:
-    """Matrix products of (M, H, G, ., .) with the head's group of (M, groups, G, ., .)."""
-    groups = per_group.shape[1]
-    return (_by_group(per_head, groups) @ per_group[:, :, None]).flatten(1, 2)
-
-
-def _over_heads(t: Tensor, groups: int) -> Tensor:
-    """The sum over the heads of each group."""
-    return t if t.shape[1] == groups else _by_group(t, groups).sum(2)
-
-
-def _group_times(per_group: Tensor, per_head: Tensor) -> Tensor:
-    """Matrix products of each head's group with (M, H, G, ., .)."""
-    return (per_group[:, :, None] @ _by_group(per_head, per_group.shape[1])).flatten(1, 2)
-
-
-def _dot(per_head: Tensor, per_group: Tensor) -> Tensor:
-    """Scalar products of (M, H, G, Q, N) with the head's group."""
-    groups = per_group.shape[1]
-    return (_by_group(per_head, groups) * per_group[:, :, None]).sum(-1).flatten(1, 2)
+def _by_token(t: Tensor, dim: int) -> Tensor:
+    """(M, c, G, Q, H/G * P) -> (M, c, Q, H, P)."""
+    return t.transpose(2, 3).unflatten(-1, (-1, dim)).flatten(3, 4)
 
 
 class _Pass:
-    """What forward and backward calculate of a block: its inputs as blocks, and states."""
+    """What forward and backward calculate of a block: its inputs, decays and states.
 
-    def __init__(self, block: Block, x, log_decay, weight, B, C, segments, initial):
-        dtype = log_decay.dtype
-        self.block, self.groups = block, B.shape[2]
-        self.x, self.B, self.C = (block.cut(t[block.place], dtype) for t in (x, B, C))
-        self.weight = None if weight is None else block.cut(weight[block.place], dtype)
-        self.decays = Decays(block, log_decay, segments)
-        driven = self.x * self.weigh(self.decays.out)[..., None]
-        ends = _times_group(driven.mT, self.B)
-        self.before, self.last = _carry(block, ends, self.decays.through, initial)
+    States are of chunks that are ``entered`` by one, and of those that have ``left`` one to the
+    next: all but the first and the last, unless a state comes in and goes out.
 
-    def weigh(self, t: Tensor) -> Tensor:
-        """Times the weights of tokens, the last dimension of ``t``."""
-        if self.weight is None:
-            return t
-        return t * (self.weight if t.dim() == self.weight.dim() else self.weight[..., None, :])
+    Args:
+        initial: (M, H, P, N), the state before the block, or None for zeros.
+        needs_last: whether the state after it is asked for, as ``last``.
+    """
+
+    def __init__(self, block: Block, x: Tensor, log_decay: Tensor, weight: Tensor | None, B: Tensor,
+                 C: Tensor, segments: Tensor | None, initial: Tensor | None, needs_last: bool):
+        dtype, place = log_decay.dtype, block.place
+        self.block, self.groups, self.shape = block, B.shape[2], (*x.shape[2:], B.shape[3])
+        self.x = block.cut(x[place], dtype)
+        self.B, self.C = (block.cut_heads(t[place], dtype).contiguous() for t in (B, C))
+        self.weight = None if weight is None else block.cut_heads(weight[place], dtype)
+        self.decays = _Decays(block, log_decay, segments)
+        self.entered = block.all_but(0) if initial is None else block.all_but()
+        self.left = block.all_but() if needs_last else block.all_but(-1)
+        #: weight x, for each head; and what is left of it at the end of the chunk.
+        heads, out = self.x.transpose(2, 3), self.decays.out
+        if weight is None:
+            self.driving = heads.contiguous()
+        else:
+            self.driving = torch.mul(heads, self.weight[..., None],
+                                     out=heads.new_empty(heads.shape))
+            out = out * self.weight
+        self.leaving = self.x[:, self.left] * _for_tokens(out[:, self.left])
+        self.before, self.last = self._carry(self._states(self.leaving, self.B[:, self.left]),
+                                             initial)
+
+    def _states(self, per_head: Tensor, per_group: Tensor) -> Tensor:
+        """The sums over tokens of (M, c, Q, H, P) times (M, c, G, Q, N): (M, c, H, P, N)."""
+        sums = _by_group(per_head, self.groups).mT @ per_group
+        return sums.view(*sums.shape[:2], *self.shape)
+
+    def _read(self, states: Tensor, per_group: Tensor) -> Tensor:
+        """The products over N of states (M, c, H, P, N) with (M, c, G, Q, N): (M, c, Q, H, P)."""
+        return _by_token(per_group @ self._grouped(states).mT, self.shape[1])
+
+    def _grouped(self, states: Tensor) -> Tensor:
+        """(M, c, H, P, N) -> (M, c, G, H/G * P, N)."""
+        return states.unflatten(2, (self.groups, -1)).flatten(3, 4)
+
+    def _carry(self, ends: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The states before the chunks that are entered, (M, c', H, P, N), and the last one.
+
+        Args:
+            ends: what the tokens of the chunks that have left a state add to it.
+        """
+        chunks, state = range(self.block.chunks), initial
+        before = ends.new_empty(len(ends), len(chunks[self.entered]), *self.shape)
+        through = self.decays.through[..., None, None]
+        for i in self.block.time:
+            if state is not None:
+                state = before[:, i - self.entered.start].copy_(state)
+            if i in chunks[self.left]:
+                end = ends[:, i - self.left.start]
+                state = end if state is None else torch.addcmul(end, through[:, i], state)
+        return before, state
+
+    def _carry_back(self, reads: Tensor, grad_last: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Gradients by the states after the chunks that have left one, and by the first state.
+
+        Args:
+            reads: the gradients by ``before`` of what the tokens read.
+            grad_last: (M, H, P, N), by the state after the last chunk, if it is needed.
+        """
+        chunks, grad = range(self.block.chunks), grad_last
+        after = reads.new_empty(len(reads), len(chunks[self.left]), *self.shape)
+        through = self.decays.through[..., None, None]
+        for i in reversed(self.block.time):
+            if i in chunks[self.left]:
+                grad = after[:, i - self.left.start].copy_(grad)
+            if i in chunks[self.entered]:
+                read = reads[:, i - self.entered.start]
+                grad = read if grad is None else torch.addcmul(read, through[:, i], grad)
+        return after, grad
 
     def scores(self) -> Tensor:
-        """The mask of decays times the products C B^T of each head's group, (M, H, G, Q, Q)."""
-        products = self.C @ self.B.mT
-        return (_by_group(self.decays.mask, self.groups) * products[:, :, None]).flatten(1, 2)
+        """The mask of decays times the products C B^T of each head's group, (M, c, H, Q, Q)."""
+        mask = self.decays.mask.unflatten(2, (self.groups, -1))
+        return (mask * (self.C @ self.B.mT).unsqueeze(3)).flatten(2, 3)
 
-    def result(self, scores: Tensor) -> Tensor:
-        """y (M, H, G, Q, P) from the scores before weights."""
-        y = self.weigh(scores) @ self.x
-        return y.addcmul_(self.decays.into[..., None], _group_times(self.C, self.before.mT))
+    def entering(self) -> Tensor:
+        """S C of the states S before chunks, without decay: (M, c', Q, H, P)."""
+        return self._read(self.before, self.C[:, self.entered])
+
+    def result(self, scores: Tensor, entering: Tensor) -> Tensor:
+        """y, (M, L', H, P)."""
+        y = (scores @ self.driving).transpose(2, 3)
+        y[:, self.entered].addcmul_(_for_tokens(self.decays.into[:, self.entered]), entering)
+        return self.block.join(y)
+
+    def backward(self, scores: Tensor, entering: Tensor, grad_y: Tensor, grad_last: Tensor | None
+                 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Gradients from that by y, (M, L', H, P), and by the last state.
+
+        Returns:
+            By x (M, L', H, P), B and C (M, L', G, N), logarithms of decays and weights (M, L', H),
+            and the state before the block.
+        """
+        decays, entered, left = self.decays, self.entered, self.left
+        grad_y = self.block.cut(grad_y, self.x.dtype)
+        heads = grad_y.transpose(2, 3).contiguous()
+
+        # y = (mask * C B^T) weight x inside of a chunk.
+        by_scores = heads @ self.driving.mT
+        grad_decay = _crossing(by_scores * scores, self.block.reverse)
+        by_products = by_scores.mul_(decays.mask).unflatten(2, (self.groups, -1)).sum(3)
+        grad_C, grad_B = by_products @ self.B, by_products.mT @ self.C
+        grad_x = (scores.mT @ heads).transpose(2, 3)
+
+        # A token reads into * S C of the state S before its chunk.
+        read = grad_y[:, entered] * _for_tokens(decays.into[:, entered])
+        by_before = self._states(read, self.C[:, entered])
+        grad_C[:, entered] += _by_group(read, self.groups) @ self._grouped(self.before)
+        reads = (read * entering).sum(-1).transpose(2, 3)
+        grad_decay[:, entered] += _cumsum(reads, not self.block.reverse)
+
+        # It leaves out * weight * x B^T at the end of its chunk.
+        after, grad_initial = self._carry_back(by_before, grad_last)
+        grad_B[:, left] += _by_group(self.leaving, self.groups) @ self._grouped(after)
+        by_leaving = self._read(after, self.B[:, left])
+        grad_x[:, left].addcmul_(_for_tokens(decays.out[:, left]), by_leaving)
+        leaves = (self.leaving * by_leaving).sum(-1).transpose(2, 3)
+        grad_decay[:, left] += _cumsum(leaves, self.block.reverse) - leaves
+
+        # And a state goes through a chunk.
+        both = slice(max(entered.start, left.start), min(entered.stop, left.stop))
+        through = self.before[:, _within(both, entered)] * after[:, _within(both, left)]
+        grad_decay[:, both] += (through.sum((-2, -1)) * decays.through[:, both])[..., None]
+
+        grad_weight = (grad_x * self.x).sum(-1)
+        if self.weight is not None:
+            grad_x = grad_x.mul_(_for_tokens(self.weight))
+        return (*map(self.block.join, (grad_x, grad_B.transpose(2, 3), grad_C.transpose(2, 3),
+                                       grad_decay.transpose(2, 3), grad_weight)), grad_initial)
 
 
-def _carry(block: Block, ends: Tensor, through: Tensor, initial: Tensor | None
-           ) -> tuple[Tensor, Tensor]:
-    """The states before the chunks, (M, H, G, P, N), and the one after the last.
-
-    Args:
-        ends: what the tokens of each chunk leave at its end.
-        through: (M, H, G).
-        initial: (M, H, P, N), or None for zeros.
-    """
-    before = torch.empty_like(ends)
-    state = torch.zeros_like(ends[:, :, 0]) if initial is None else initial
-    for g in range(block.chunks)[::-1] if block.reverse else range(block.chunks):
-        before[:, :, g] = state
-        state = torch.addcmul(ends[:, :, g], through[:, :, g, None, None], state)
-    return before, state
+def _within(part: slice, whole: slice) -> slice:
+    """The place of a part in what ``whole`` has cut out."""
+    return slice(part.start - whole.start, max(part.stop, part.start) - whole.start)
 
 
-def _carry_back(block: Block, reads: Tensor, through: Tensor, grad_last: Tensor
-                ) -> tuple[Tensor, Tensor]:
-    """Gradients by the states after the chunks, (M, H, G, P, N), and by the one before the first.
-
-    Args:
-        reads: the gradients by the states before the chunks of what the tokens read.
-        through: (M, H, G).
-        grad_last: (M, H, P, N), by the state after the last chunk.
-    """
-    after, grad = torch.empty_like(reads), grad_last
-    for g in range(block.chunks) if block.reverse else range(block.chunks)[::-1]:
-        after[:, :, g] = grad
-        grad = torch.addcmul(reads[:, :, g], through[:, :, g, None, None], grad)
-    return after, grad
-
+# --- the scan -----------------------------------------------------------------------------------
 
 def scan(x: Tensor, log_decay: Tensor, weight: Tensor | None, B: Tensor, C: Tensor,
-         initial: Tensor | None, segments: Tensor | None, reverse: bool, write: Callable,
-         chunk_len: int | None = None) -> Tensor:
+         initial: Tensor | None, segments: Tensor | None, reverse: bool, needs_final: bool,
+         write: Callable, chunk_len: int | None = None) -> Tensor | None:
     """Run the scan, block by block.
 
     Args:
@@ -257,97 +355,58 @@ def scan(x: Tensor, log_decay: Tensor, weight: Tensor | None, B: Tensor, C: Tens
         B, C: (B, L, G, N).
         initial: (B, H, P, N), or None.
         segments: (B, L), as of ``reference.number_segments``, or None for one.
+        needs_final: whether the final state is asked for.
         write: called with a block and its y (M, L', H, P), which it may change.
         chunk_len: tokens of a chunk; None for the best.
 
     Returns:
-        The final state, (B, H, P, N).
+        The final state, (B, H, P, N), or None.
     """
-    final = log_decay.new_empty(len(x), *x.shape[2:], B.shape[3])
+    states = len(x), *x.shape[2:], B.shape[3]
+    final = log_decay.new_empty(states) if needs_final else None
     for blocks in make_blocks(x, B.shape[3], reverse, chunk_len):
         state = None if initial is None else initial[blocks[0].samples].to(log_decay.dtype)
         for block in blocks:
-            run = _Pass(block, x, log_decay, weight, B, C, segments, state)
-            write(block, block.join(run.result(run.scores())))
+            run = _Pass(block, x, log_decay, weight, B, C, segments, state,
+                        needs_final or block is not blocks[-1])
+            write(block, run.result(run.scores(), run.entering()))
             state = run.last
-        final[blocks[0].samples] = state
+        if needs_final:
+            final[blocks[0].samples] = state
     return final
 
 
 def scan_backward(x: Tensor, log_decay: Tensor, weight: Tensor | None, B: Tensor, C: Tensor,
-                  initial: Tensor | None, segments: Tensor | None, reverse: bool, read: Callable,
-                  grad_final: Tensor | None, write: Callable, wants_y: bool = False,
-                  chunk_len: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+                  initial: Tensor | None, segments: Tensor | None, reverse: bool,
+                  grad_final: Tensor | None, read: Callable, write: Callable, needs_y: bool = False,
+                  chunk_len: int | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of :func:`scan`; states are calculated again.
 
     Args:
-        read: called with a block and its y, as ``write`` of ``scan``, but None without
-            ``wants_y``; gives the gradient by y, (M, L', H, P).
         grad_final: (B, H, P, N), or None.
+        read: called with a block and its y, as ``write`` of ``scan``, but None unless ``needs_y``;
+            gives the gradient by y, (M, L', H, P).
         write: called with a block and its gradients by x (M, L', H, P), B and C (M, L', G, N).
 
     Returns:
         The gradients by ``log_decay`` and ``weight``, (B, L, H), and by the initial state.
     """
-    dtype = log_decay.dtype
-    grad_decay, grad_weight = (torch.empty_like(
-        log_decay, memory_format=torch.contiguous_format) for _ in range(2))
-    grad_initial = log_decay.new_empty(len(x), *x.shape[2:], B.shape[3])
+    dtype, inputs = log_decay.dtype, (x, log_decay, weight, B, C, segments)
+    grad_decay, grad_weight = (log_decay.new_empty(log_decay.shape) for _ in range(2))
+    grad_initial = None if initial is None else initial.new_empty(initial.shape)
     for blocks in make_blocks(x, B.shape[3], reverse, chunk_len):
         samples = blocks[0].samples
         states = [None if initial is None else initial[samples].to(dtype)]
         for block in blocks[:-1]:
-            states.append(_Pass(block, x, log_decay, weight, B, C, segments, states[-1]).last)
-        grad = torch.zeros_like(grad_initial[samples]) if grad_final is None else \
-            grad_final[samples].to(dtype)
+            states.append(_Pass(block, *inputs, states[-1], True).last)
+        grad = None if grad_final is None else grad_final[samples].to(dtype)
         for block in reversed(blocks):
-            run = _Pass(block, x, log_decay, weight, B, C, segments, states.pop())
-            scores = run.scores()
-            y = block.join(run.result(scores)) if wants_y else None
-            grad_y = block.cut(read(block, y), dtype)
-            *by_inputs, gdecay, gweight, grad = _block_backward(run, scores, grad_y, grad)
-            write(block, *map(block.join, by_inputs))
-            grad_decay[block.place] = block.join(gdecay)
-            grad_weight[block.place] = block.join(gweight)
-        grad_initial[samples] = grad
+            run = _Pass(block, *inputs, states.pop(), grad is not None)
+            scores, entering = run.scores(), run.entering()
+            grad_y = read(block, run.result(scores, entering) if needs_y else None)
+            gx, gB, gC, gdecay, gweight, grad = run.backward(scores, entering, grad_y, grad)
+            write(block, gx, gB, gC)
+            grad_decay[block.place], grad_weight[block.place] = gdecay, gweight
+        if initial is not None:
+            grad_initial[samples] = grad
     return grad_decay, grad_weight, grad_initial
-
-
-def _block_backward(run: _Pass, scores: Tensor, grad_y: Tensor, grad_last: Tensor):
-    """Gradients of a block by x, B, C, logarithms of decays, weights and the first state.
-
-    The gradient by a_k is the sum of what goes from before k to k or later. Of pairs in a chunk it
-    leaves out what a token adds to its own y, which would cancel but for rounding, and drown the
-    rest where decays are strong.
-    """
-    block, decays, groups = run.block, run.decays, run.groups
-    by_state = _times_group((grad_y * decays.into[..., None]).mT, run.C)
-    after, grad_initial = _carry_back(block, by_state, decays.through, grad_last)
-    through = decays.through * (after * run.before).sum((-2, -1))
-
-    # y = (mask * C B^T * weight) x inside of a chunk.
-    by_scores = run.weigh(grad_y @ run.x.mT)
-    pairs = by_scores * scores
-    pairs.diagonal(dim1=-2, dim2=-1).zero_()
-    crossing = (pairs.sum(-1) - pairs.sum(-2)).to(_sum_dtype(pairs))
-    grad_decay = _cumsum(crossing, not block.reverse).to(pairs.dtype)
-    by_products = _over_heads(by_scores.mul_(decays.mask), groups)
-    grad_C, grad_B = by_products @ run.B, by_products.mT @ run.C
-    driven = scores.mT @ grad_y
-
-    # A token leaves out * weight * x B^T at the end of its chunk.
-    by_B = run.x @ after
-    leaves = run.weigh(decays.out) * _dot(by_B, run.B)
-    grad_B += _over_heads(by_B.mul_(run.weigh(decays.out)[..., None]), groups)
-    driven.addcmul_(decays.out[..., None], _group_times(run.B, after.mT))
-    # It reads into * S C of the state S before its chunk.
-    by_C = grad_y @ run.before
-    reads = decays.into * _dot(by_C, run.C)
-    grad_C += _over_heads(by_C.mul_(decays.into[..., None]), groups)
-
-    grad_decay += _cumsum(reads, not block.reverse)
-    grad_decay += _cumsum(leaves, block.reverse) - leaves
-    grad_decay += through[..., None]
-    grad_weight = (driven * run.x).sum(-1)
-    grad_x = driven if run.weight is None else driven.mul_(run.weight[..., None])
-    return grad_x, grad_B, grad_C, grad_decay, grad_weight, grad_initial

@@ -98,7 +98,8 @@ def _check(x, dt, A, B, C, D, dt_bias, z, initial_state, seq_idx, dt_limit) -> N
         raise ValueError('ssd expects x (B, L, H, P) and B (B, L, G, N); '
                          f'got x {tuple(x.shape)}, B {tuple(B.shape)}')
     (batch, length, heads, dim), (groups, state) = x.shape, B.shape[2:]
-    if min(length, dim, groups, state) < 1 or heads % groups:
+    # Not min(length, ...), which would bind torch.export to this length.
+    if length < 1 or min(dim, groups, state) < 1 or heads % groups:
         raise ValueError(f'ssd expects L, P and N of at least 1 and H={heads} divisible by '
                          f'G={groups}; got L={length}, P={dim}, N={state}')
     if any(t.is_complex() for t in (x, dt, A, B, C)):

@@ -1,0 +1,298 @@
+"""The VSSD backbone (arXiv 2407.18559): non-causal state space duality, attention at the end."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+from vmamba_mm.families.vssd import DEFAULTS, FAMILY
+from vmamba_mm.layers import DropPath, LayerNorm, LayerNorm2d, Mlp, SelfAttention, Stage
+from vmamba_mm.layers.norm import sum_and_norm
+from vmamba_mm.layers.plain import is_depthwise_3x3, is_plain
+from vmamba_mm.layers.ssm_init import init_dt_bias, state_matrix
+from vmamba_mm.models.base import Backbone, init_linear
+from vmamba_mm.ops import add_norm, channels_last, dwconv_silu, nc_ssd
+from vmamba_mm.registry import MODELS
+
+# What torch.fx records as it is, since it looks at shapes.
+torch.fx.wrap('_pad_to_patches')
+torch.fx.wrap('add_norm')
+torch.fx.wrap('channels_last')
+torch.fx.wrap('dwconv_silu')
+torch.fx.wrap('nc_ssd')
+torch.fx.wrap('state_matrix')
+torch.fx.wrap('sum_and_norm')
+
+
+# --- convolutions, on maps with the channels last -------------------------------------------------
+
+def _convolve(conv: nn.Module, x: Tensor) -> Tensor:
+    """A convolution of (B, H, W, C), whose result has the channels last in memory too."""
+    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class ConvUnit(nn.Module):
+    """A convolution, a batch norm unless ``norm`` is False, and a ReLU unless ``act`` is False.
+
+    Shape: (B, H, W, C) -> (B, H', W', C').
+    """
+
+    def __init__(self, dim: int, out_dim: int, kernel_size: int = 1, stride: int = 1,
+                 padding: int = 0, groups: int = 1, bias: bool = True, norm: bool = True,
+                 act: bool = True):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, out_dim, kernel_size, stride, padding, groups=groups, bias=bias)
+        self.norm = nn.BatchNorm2d(out_dim) if norm else None
+        self.act = nn.ReLU() if act else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = _convolve(self.conv, x)
+        if self.norm is not None:
+            # The channels are last in memory whatever the convolution has done: of a map that is
+            # not, the gradient by the norm of a single image is wrong on a CPU where the gradient
+            # that comes to it has the channels last and a batch stride of its own (torch 2.14).
+            y = self.norm(y.contiguous().permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return y if self.act is None else self.act(y)
+
+
+class ResidualStem(nn.Module):
+    """Five convolutions, two of which stride and two of which are a residual branch:
+    (B, in_channels, H, W) -> (B, ceil(H/4), ceil(W/4), C)."""
+
+    def __init__(self, in_channels: int, embed_dims: int):
+        super().__init__()
+        half = embed_dims // 2
+        self.conv1 = ConvUnit(in_channels, half, 3, 2, 1, bias=False)
+        self.conv2 = nn.Sequential(ConvUnit(half, half, 3, 1, 1, bias=False),
+                                   ConvUnit(half, half, 3, 1, 1, bias=False, act=False))
+        self.conv3 = nn.Sequential(ConvUnit(half, 4 * embed_dims, 3, 2, 1, bias=False),
+                                   ConvUnit(4 * embed_dims, embed_dims, bias=False, act=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(channels_last(x))
+        return self.conv3(x + self.conv2(x))
+
+
+class PatchStem(nn.Module):
+    """Patches of 4x4 pixels with a batch norm, a ReLU and a LayerNorm: (B, in_channels, H, W) ->
+    (B, ceil(H/4), ceil(W/4), C). Images are padded with zeros to whole patches."""
+
+    def __init__(self, in_channels: int, embed_dims: int):
+        super().__init__()
+        self.conv1 = ConvUnit(in_channels, embed_dims, 4, 4, bias=False)
+        self.norm = LayerNorm(embed_dims)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv1(channels_last(_pad_to_patches(x))))
+
+
+def _pad_to_patches(x: Tensor, patch_size: int = 4) -> Tensor:
+    """(..., H, W) with zeros below and on the right up to multiples of ``patch_size``."""
+    height, width = x.shape[-2:]
+    return F.pad(x, (0, -width % patch_size, 0, -height % patch_size))
+
+
+class InvertedDownsample(nn.Module):
+    """To 8C channels, a depthwise 3x3 convolution of stride 2, and to 2C with a batch norm:
+    (B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 2C)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        hidden = 8 * dim
+        self.conv = nn.Sequential(
+            ConvUnit(dim, hidden, norm=False),
+            ConvUnit(hidden, hidden, 3, 2, 1, groups=hidden, norm=False),
+            ConvUnit(hidden, 2 * dim, act=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class ConvDownsample(nn.Module):
+    """A 3x3 convolution of stride 2, a ReLU and a LayerNorm:
+    (B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 2C)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.conv = nn.Sequential(ConvUnit(dim, 2 * dim, 3, 2, 1, norm=False))
+        self.norm = LayerNorm(2 * dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
+
+
+_STEMS = {'residual': ResidualStem, 'patch': PatchStem}
+_DOWNSAMPLES = {'inverted': InvertedDownsample, 'conv': ConvDownsample}
+
+
+# --- mixers ---------------------------------------------------------------------------------------
+
+class NonCausalSSD(nn.Module):
+    """The mixer of VSSD (figure 3, arXiv 2407.18559): Mamba-2's with a state that all tokens share.
+
+    in_proj -> depthwise 3x3 convolution and SiLU of x, B and C -> ``nc_ssd`` -> LayerNorm -> * z ->
+    out_proj. Unlike in Mamba-2, z has no activation, and the norm comes before it.
+
+    Args:
+        dim: C, channels of the block.
+        num_heads: H, of expand * C / H channels each.
+        d_state: N, size of the state of one channel.
+        expand: channels inside by C.
+        n_groups: G, of heads that share B and C: head h is of group h mod G.
+        positive: as of :func:`vmamba_mm.ops.nc_ssd`.
+
+    Shape: (B, H, W, C) -> (B, H, W, C), any H and W.
+    """
+
+    def __init__(self, dim: int, num_heads: int, d_state: int, *, expand: float = 2.0,
+                 n_groups: int = 1, positive: bool = True):
+        super().__init__()
+        inner = int(expand * dim)
+        if inner % num_heads or num_heads % n_groups:
+            raise ValueError(f'num_heads={num_heads} must divide the {inner} channels, and '
+                             f'n_groups={n_groups} the heads')
+        self.num_heads, self.n_groups, self.positive = num_heads, n_groups, positive
+        self.sizes = [inner, n_groups * d_state, n_groups * d_state]  # of x, B and C
+        self.in_proj = nn.Linear(dim, inner + sum(self.sizes) + num_heads, bias=False)
+        self.conv2d = nn.Conv2d(sum(self.sizes), sum(self.sizes), 3, padding=1,
+                                groups=sum(self.sizes))
+        self.dt_bias = nn.Parameter(init_dt_bias(1, num_heads).flatten())
+        self.A_log = nn.Parameter(torch.empty(num_heads).uniform_(1, 16).log_())
+        self.D = nn.Parameter(torch.ones(num_heads))
+        self.norm = LayerNorm(inner, feeds_matmul=True)
+        self.out_proj = nn.Linear(inner, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z, xBC, dt = self.in_proj(x).split(
+            (self.sizes[0], sum(self.sizes), self.num_heads), dim=-1)
+        if is_depthwise_3x3(self.conv2d):
+            xBC = dwconv_silu(xBC, self.conv2d.weight, self.conv2d.bias)
+        else:
+            xBC = F.silu(_convolve(self.conv2d, xBC))
+        x, B, C = xBC.flatten(1, 2).split(self.sizes, dim=-1)
+        B, C = (t.unflatten(-1, (self.n_groups, -1)) for t in (B, C))
+        y = nc_ssd(x.unflatten(-1, (self.num_heads, -1)), dt.flatten(1, 2),
+                   state_matrix(self.A_log), B, C, self.D, dt_bias=self.dt_bias, dt_softplus=True,
+                   positive=self.positive)
+        return self.out_proj(self.norm(y.view(z.shape)) * z)
+
+
+class _MapAttention(SelfAttention):
+    """Softmax attention of all positions of a map: (B, H, W, C) -> (B, H, W, C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(1, 2)).view(x.shape)
+
+
+# --- the block and the backbone -------------------------------------------------------------------
+
+class VSSDBlock(nn.Module):
+    """Convolutional position encoding and a mixer, the same and an MLP; all are residual branches.
+
+    Args:
+        mixer: of maps, (B, H, W, C) -> (B, H, W, C).
+        dim: C, channels.
+        mlp_ratio: hidden width of the MLP by C.
+        drop_path: probability to drop the mixer or the MLP.
+        with_cp: recompute the block in the backward pass to save memory.
+
+    Shape: (B, H, W, C) -> (B, H, W, C).
+    """
+
+    def __init__(self, mixer: nn.Module, dim: int, *, mlp_ratio: float, drop_path: float,
+                 with_cp: bool):
+        super().__init__()
+        self.with_cp = with_cp
+        self.cpe1, self.cpe2 = (nn.Conv2d(dim, dim, 3, padding=1, groups=dim) for _ in range(2))
+        self.norm1, self.norm2 = (LayerNorm(dim, feeds_matmul=True) for _ in range(2))
+        self.attn = mixer
+        self.mlp = Mlp(dim, int(mlp_ratio * dim))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.with_cp and torch.is_grad_enabled():
+            return torch.utils.checkpoint.checkpoint(self._forward, x, use_reentrant=False)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        drop: Callable[[Tensor], Tensor] = self.drop_path
+        scales: tuple[Tensor | None, ...] = (None, None)
+        if is_plain(drop, DropPath):  # then the factors go into the sums
+            scales, drop = drop.factors(x, 2), _identity
+        x, normed = sum_and_norm(self.norm1, x, _convolve(self.cpe1, x))
+        x, _ = add_norm(x, drop(self.attn(normed)), None, None, scale=scales[0])
+        x, normed = sum_and_norm(self.norm2, x, _convolve(self.cpe2, x))
+        return add_norm(x, drop(self.mlp(normed)), None, None, scale=scales[1])[0]
+
+
+def _identity(branch: Tensor) -> Tensor:
+    return branch
+
+
+@MODELS.register_module()
+class VSSD(Backbone):
+    """VSSD as a backbone for mmpretrain, mmdet and mmseg.
+
+    Args:
+        arch: a key of ``VSSD.arch_settings``, or a dict with the keys ``embed_dims`` (channels C of
+            the first stage, doubled at each further one), ``depths`` (blocks of the 4 stages),
+            ``num_heads`` (of the mixers of each stage) and ``d_state`` (N), and as it likes
+            ``mixers`` (of each stage, 'ssd' or 'attention'; attention in the last one), ``expand``
+            (2), ``mlp_ratio`` (4), ``n_groups`` (1) and ``positive`` (True), as of
+            :class:`NonCausalSSD`, ``stem`` ('residual', or 'patch' for patches of 4x4 pixels) and
+            ``downsample`` ('inverted', or 'conv' for a single convolution). With ``base``, the name
+            of a published one, only the keys that differ from it, as ``dict(base='tiny',
+            d_state=32)``. The default is 'tiny'.
+        out_indices: stages to return, each through a norm of its own, ``norm{i}``; all by default.
+        norm_eval: keep the batch norms of the stem and of the downsamplings in eval mode while
+            training. The published detectors and segmentors train them, with two images a GPU.
+        drop_path_rate, frozen_stages, with_cp, in_channels, compile, init_cfg: as of
+            :class:`Backbone`.
+
+    Shape:
+        (B, in_channels, H, W), any H and W of at least 1, to a tuple of (B, C_i, H_i, W_i) with
+        C_i = embed_dims * 2^i, H_0 = ceil(H / 4) and H_i = ceil(H_(i-1) / 2). The maps are
+        contiguous.
+
+    Raises:
+        ValueError: on a value that is not allowed, with the choices.
+        TypeError: on a keyword of another backbone, left over in a merged config.
+    """
+
+    family = FAMILY
+    default_arch = 'tiny'
+
+    @staticmethod
+    def stage_sizes(arch: Mapping[str, Any]) -> tuple[Sequence[int], list[int]]:
+        return arch['depths'], [arch['embed_dims'] * 2 ** i for i in range(len(arch['depths']))]
+
+    @classmethod
+    def map_size(cls, arch: Mapping[str, Any], size: int) -> int:
+        return math.ceil(size / cls.stage_strides(arch)[-1])
+
+    def build(self, in_channels: int, drop_path_rates: Sequence[float], with_cp: bool) -> None:
+        arch, rates = {**DEFAULTS, **self.arch}, iter(drop_path_rates)
+        self.patch_embed = _STEMS[arch['stem']](in_channels, self.num_features[0])
+        self.stages = nn.ModuleList()
+        for i, (dim, depth) in enumerate(zip(self.num_features, self.depths, strict=True)):
+            blocks = [VSSDBlock(_make_mixer(arch, i, dim), dim, mlp_ratio=arch['mlp_ratio'],
+                                drop_path=next(rates), with_cp=with_cp) for _ in range(depth)]
+            is_last = i == len(self.depths) - 1
+            self.stages.append(Stage(
+                blocks, None if is_last else _DOWNSAMPLES[arch['downsample']](dim)))
+        for i in self.out_indices:
+            self.add_module(f'norm{i}', LayerNorm2d(self.num_features[i]))
+        self.apply(init_linear)  # the rest starts as torch or the mixer sets it
+
+
+def _make_mixer(arch: Mapping[str, Any], stage: int, dim: int) -> nn.Module:
+    heads = arch['num_heads'][stage]
+    if arch['mixers'][stage] == 'attention':
+        return _MapAttention(dim, heads, qkv_bias=False)
+    return NonCausalSSD(dim, heads, arch['d_state'], expand=arch['expand'],
+                        n_groups=arch['n_groups'], positive=arch['positive'])
