@@ -24,8 +24,9 @@ from torch import Tensor
 
 from vmamba_mm.ops.core.backends import compute_dtype
 
-#: Numbers of one temporary tensor of a block, of which there are about ten at a time.
-_CPU_BLOCK, _GPU_BLOCK = 1 << 21, 1 << 24
+#: Numbers of one temporary tensor of a block, of which there are about ten at a time. On a CPU
+#: they stay in its caches.
+_CPU_BLOCK, _GPU_BLOCK = 1 << 19, 1 << 24
 
 
 @dataclass(frozen=True)
