@@ -297,19 +297,22 @@ class _Pass:
         self.decays = _Decays(block, log_decay, segments)
         self.entered = block.all_but(0) if initial is None else block.all_but()
         self.left = block.all_but() if needs_last else block.all_but(-1)
-        #: weight x, for each head; and what is left of it at the end of the chunk.
-        heads, out = self.x.transpose(2, 3), self.decays.out
-        if weight is None:
-            self.driving = self._lay_out(heads)
-        else:
-            self.driving = torch.mul(heads, self.weight[..., None], out=heads.new_empty(
-                heads.shape, dtype=self.operand))
-            out = out * self.weight
+        #: What is left of weight x at the end of the chunk, (M, c', Q, H, P).
+        out = self.decays.out if weight is None else self.decays.out * self.weight
         leaving = self.x[:, self.left] * _for_tokens(out[:, self.left])
         self.leaving = leaving.to(self.operand)
         self.before, self.last = _carry(
             block.time, self._states(self.leaving, self.B[:, self.left]), self.left,
             self.decays.through, initial, self.entered)
+
+    @cached_property
+    def driving(self) -> Tensor:
+        """weight x, (M, c, H, Q, P)."""
+        heads = self.x.transpose(2, 3)
+        if self.weight is None:
+            return self._lay_out(heads)
+        return torch.mul(heads, self.weight[..., None],
+                         out=heads.new_empty(heads.shape, dtype=self.operand))
 
     def _lay_out(self, t: Tensor) -> Tensor:
         """A copy without gaps, to multiply with."""
