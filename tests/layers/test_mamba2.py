@@ -1,9 +1,11 @@
 """The mixer of Mamba-2 and its gated norm, against loops over tokens."""
 
 import math
+import warnings
 
 import pytest
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import nn
 
@@ -225,6 +227,19 @@ def test_in_a_block():
     assert_close(compiled(x), block.mixer(x), 1e-12)
     assert_close(compiled(x, seq_idx=seq_idx), block.mixer(x, seq_idx=seq_idx), 1e-12)
     torch._dynamo.reset()
+
+
+@each_option
+def test_recording(options):
+    """By torch.fx, as extractors of features do, and by torch.jit."""
+    mixer, x = random_mixer(options), tokens_of(2, 7, 6)
+    recorded = torch.fx.symbolic_trace(mixer, concrete_args=dict(state=None, seq_idx=None))
+    assert_close(recorded(x, None, None), mixer(x), 1e-12)
+    assert {'in_proj', 'out_proj'} <= {node.target for node in recorded.graph.nodes}
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # it is deprecated, and compares shapes
+        recorded = torch.jit.trace(mixer, (x,))
+    assert_close(recorded(x + 1), mixer(x + 1), 1e-12)
 
 
 @pytest.mark.parametrize('options, message', [
