@@ -195,9 +195,10 @@ def test_schedule(small_data):
     assert small_data.recipe.lr_factor(0, 1) == 1
 
 
-def test_without_scan(small_data, args, splits):
-    """What is left has no view of other positions but the convolutions'; Swin has no scan."""
-    training = make(small_data, args, splits)
+@pytest.mark.parametrize('name', ['vmamba-cross', 'vmamba-ssd'])
+def test_without_scan(small_data, args, splits, name):
+    """What is left has no view of other positions but the convolutions'."""
+    training = make(small_data, args, splits, name)
     for block in (b for stage in training.model.backbone.stages for b in stage.blocks):
         block.ssm.in_proj.weight.data.mul_(100)  # so that the scan matters before any training
     model = training.model.eval()
@@ -211,7 +212,11 @@ def test_without_scan(small_data, args, splits):
             block.ssm.A_logs.data.uniform_(-2, 2)
             block.ssm.dt_projs_bias.data.uniform_(-2, 2)
         assert torch.equal(model(x), alone) and not torch.allclose(before, alone, rtol=1e-3)
-    assert make(small_data, args, splits, 'swin').evaluate_without_scan() is None
+
+
+@pytest.mark.parametrize('name', ['vssd', 'swin'])
+def test_models_without_a_scan_to_take_out(small_data, args, splits, name):
+    assert make(small_data, args, splits, name).evaluate_without_scan() is None
 
 
 def test_loss_that_is_no_number(small_data, args, splits):
