@@ -10,9 +10,11 @@ from vmamba_mm.layers.norm import LayerNorm
 from vmamba_mm.layers.plain import are_plain, is_depthwise_3x3, is_plain
 from vmamba_mm.layers.ss2d import ACTS, NUM_ROUTES
 from vmamba_mm.layers.ssm_init import init_dt_bias, init_x_proj, state_matrix
-from vmamba_mm.ops import dwconv_silu, ssd
+from vmamba_mm.ops import cross_merge, cross_scan, dwconv_silu, ssd
 
 # What torch.fx records as it is, since it looks at shapes.
+torch.fx.wrap('cross_merge')
+torch.fx.wrap('cross_scan')
 torch.fx.wrap('dwconv_silu')
 torch.fx.wrap('ssd')
 torch.fx.wrap('state_matrix')
@@ -118,7 +120,7 @@ class SSD2D(nn.Module):
         of two scans takes both, one forward and one in reverse, so that nothing is turned around.
         """
         height, width = x_BHWD.shape[1:3]
-        x_BLSD = torch.stack((x_BHWD.flatten(1, 2), x_BHWD.transpose(1, 2).flatten(1, 2)), dim=2)
+        x_BLSD = cross_scan(x_BHWD, 2, channels_last=True)
         # Parameters are stacked by (forward, backward) and, in each, by (rows, columns).
         weights = self.x_proj_weight.unflatten(0, (2, 2))
         projected = torch.einsum('blsd, rscd -> rblsc', x_BLSD, weights)
@@ -131,9 +133,8 @@ class SSD2D(nn.Module):
             for i, (dt, B, C) in enumerate(
                 part.split((self.num_heads, self.d_state, self.d_state), dim=-1)
                 for part in (projected[0], projected[1])))
-        rows, columns = (y_forward + y_backward).flatten(2).chunk(2, dim=-1)
-        return rows.unflatten(1, (height, width)) + columns.unflatten(
-            1, (width, height)).transpose(1, 2)
+        return cross_merge((y_forward + y_backward).view(x_BLSD.shape), height, width,
+                           channels_last=True)
 
 
 def _init_decay(kind: str, heads: int) -> tuple[Tensor, Tensor]:
