@@ -17,6 +17,7 @@ from vmamba_mm.layers.plain import is_depthwise_3x3, is_plain
 from vmamba_mm.layers.ssm_init import init_dt_bias, state_matrix
 from vmamba_mm.models.base import Backbone, init_linear
 from vmamba_mm.ops import add_norm, channels_last, dwconv_silu, nc_ssd
+from vmamba_mm.ops.core.backends import compute_dtype
 from vmamba_mm.registry import MODELS
 
 # What torch.fx records as it is, since it looks at shapes.
@@ -53,11 +54,29 @@ class ConvUnit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = _convolve(self.conv, x)
         if self.norm is not None:
-            # The channels are last in memory whatever the convolution has done: of a map that is
-            # not, the gradient by the norm of a single image is wrong on a CPU where the gradient
-            # that comes to it has the channels last and a batch stride of its own (torch 2.14).
-            y = self.norm(y.contiguous().permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            y = _batch_norm(self.norm, y)
         return y if self.act is None else self.act(y)
+
+
+def _batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """The batch norm of (B, H, W, C)."""
+    if _sums_on_cpu(norm, x):
+        # torch's own backward adds up all positions in fp32 one after the other where the channels
+        # are last in memory; autograd's sums of these steps do it in a tree.
+        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+        return torch.addcmul(norm.bias, x - norm.running_mean, scale)
+    # The channels are last in memory whatever the convolution has done: of a map that is not, the
+    # gradient by the norm of a single image is wrong on a CPU where the gradient that comes to it
+    # has the channels last and a batch stride of its own (torch 2.14).
+    return norm(x.contiguous().permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def _sums_on_cpu(norm: nn.Module, x: Tensor) -> bool:
+    """Whether a plain norm is evaluated on a CPU, not in half precision; not what torch.fx traces
+    with."""
+    return (isinstance(x, Tensor) and x.is_cpu and not norm.training
+            and is_plain(norm, nn.BatchNorm2d) and norm.affine and norm.track_running_stats
+            and x.dtype == norm.weight.dtype == compute_dtype(x.dtype))
 
 
 class ResidualStem(nn.Module):
