@@ -21,6 +21,7 @@ from vmamba_mm.ops.core.backends import compute_dtype
 from vmamba_mm.registry import MODELS
 
 # What torch.fx records as it is, since it looks at shapes.
+torch.fx.wrap('_evaluate_batch_norm')
 torch.fx.wrap('_pad_to_patches')
 torch.fx.wrap('add_norm')
 torch.fx.wrap('channels_last')
@@ -60,23 +61,24 @@ class ConvUnit(nn.Module):
 
 def _batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
     """The batch norm of (B, H, W, C)."""
-    if _sums_on_cpu(norm, x):
-        # torch's own backward adds up all positions in fp32 one after the other where the channels
-        # are last in memory; autograd's sums of these steps do it in a tree.
-        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-        return torch.addcmul(norm.bias, x - norm.running_mean, scale)
+    if not norm.training and is_plain(norm, nn.BatchNorm2d) and norm.affine \
+            and norm.track_running_stats:
+        return _evaluate_batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias,
+                                    norm.eps)
     # The channels are last in memory whatever the convolution has done: of a map that is not, the
     # gradient by the norm of a single image is wrong on a CPU where the gradient that comes to it
     # has the channels last and a batch stride of its own (torch 2.14).
     return norm(x.contiguous().permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-def _sums_on_cpu(norm: nn.Module, x: Tensor) -> bool:
-    """Whether a plain norm is evaluated on a CPU, not in half precision; not what torch.fx traces
-    with."""
-    return (isinstance(x, Tensor) and x.is_cpu and not norm.training
-            and is_plain(norm, nn.BatchNorm2d) and norm.affine and norm.track_running_stats
-            and x.dtype == norm.weight.dtype == compute_dtype(x.dtype))
+def _evaluate_batch_norm(x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor,
+                         eps: float) -> Tensor:
+    if x.is_cpu and x.dtype == weight.dtype == compute_dtype(x.dtype):
+        # torch's own backward adds up all positions in fp32 one after the other where the channels
+        # are last in memory; autograd's sums of these steps do it in a tree.
+        return torch.addcmul(bias, x - mean, weight * torch.rsqrt(variance + eps))
+    y = F.batch_norm(x.contiguous().permute(0, 3, 1, 2), mean, variance, weight, bias, eps=eps)
+    return y.permute(0, 2, 3, 1)
 
 
 class ResidualStem(nn.Module):
