@@ -172,6 +172,7 @@ def measure_all(args, setting, device):
             gc.collect()
             if args.on_gpu:
                 torch.cuda.empty_cache()
+    report.write(rows, setting, args.out)
     return rows
 
 
