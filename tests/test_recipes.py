@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 from leaves import LEAVES, entry_of
+from small_recipes import learning_rates
 
 from vmamba_mm import zoo
 
@@ -135,27 +136,6 @@ def test_dense_decay(leaf, load, build_meta):
 
 
 # -- schedule ------------------------------------------------------------------------------
-
-def learning_rates(cfg, epoch_length, total):
-    """The learning rate of every iteration, stepped as mmengine's ParamSchedulerHook does."""
-    import torch
-    from mmengine.registry import PARAM_SCHEDULERS
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)],
-                                lr=cfg.optim_wrapper.optimizer.lr)
-    schedulers = []
-    for item in cfg.param_scheduler:
-        assert 'end' in item
-        schedulers.append(PARAM_SCHEDULERS.build(
-            item, default_args=dict(optimizer=optimizer, epoch_length=epoch_length)))
-    optimizer.step()  # torch warns about a scheduler that steps first
-    found = []
-    for i in range(1, total + 1):
-        found.append(optimizer.param_groups[0]['lr'])
-        for scheduler in schedulers:
-            if not scheduler.by_epoch or i % epoch_length == 0:
-                scheduler.step()
-    return found
-
 
 @pytest.mark.parametrize('leaf', [leaf for leaf in IMAGENET if 'tiny-s1l8' in leaf])
 def test_imagenet_schedule(leaf, load):

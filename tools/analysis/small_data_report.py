@@ -28,6 +28,12 @@ LIMITS = (
     "the models' best.",
 )
 
+#: What models are whose mlp_ratio is set.
+OTHERS = {
+    'vmamba-ssd': 'VMamba with SSD in place of S6, `tiny_m2` with a state of {d_state}{plain}',
+    'vssd': "VSSD's `tiny` with heads (3, 6, 12, 24) and a state of {d_state}",
+    'swin': "timm's Swin with heads (3, 6, 12, 24) and windows of {window}"}
+
 
 # --- files ----------------------------------------------------------------------------------
 
@@ -220,20 +226,28 @@ def draw(rows, summary, setting, path):
 
 # --- Markdown -------------------------------------------------------------------------------
 
+def models_of(summary, setting):
+    """What the models are."""
+    plain = '' if setting['conv_kernel'] else ' without depthwise convolutions'
+    lines = []
+    if any(name not in OTHERS for name in summary):
+        lines.append(f'`vmamba-*` {"but `vmamba-ssd` " if "vmamba-ssd" in summary else ""}are '
+                     f'`tiny_s1l8`{plain}; with one seed their weights at the start are the same')
+    for name in summary:
+        if name in OTHERS:
+            what = OTHERS[name].format(**setting, plain=plain)
+            lines.append(f'`{name}` is {what}, with mlp_ratio {summary[name]["mlp_ratio"]:g} for '
+                         'equal parameters')
+    return (f'Models, all at embed_dims {setting["embed_dims"]} and depths '
+            f'{tuple(setting["depths"])}: {"; ".join(lines)}')
+
+
 def markdown(summary, setting, picture):
     """The report; ``picture`` is its name relative to the report."""
     s, recipe = setting, setting['recipe']
-    models = (f'Models: `vmamba-*` are `tiny_s1l8` at embed_dims {s["embed_dims"]} and depths '
-              f'{tuple(s["depths"])}'
-              f'{"" if s["conv_kernel"] else " without depthwise convolutions"}; with one seed '
-              'their weights at the start are the same')
-    if 'swin' in summary:
-        models += (f"; `swin` is timm's of the same width and depths, with heads (3, 6, 12, 24), "
-                   f'windows of {s["window"]} and, for equal parameters, mlp_ratio '
-                   f'{summary["swin"]["mlp_ratio"]:g}')
     low, high = recipe['crop_area']
     setting_lines = [
-        f'{models}.',
+        f'{models_of(summary, s)}.',
         f'Data: decoded once and kept at {round(s["size"] * 8 / 7)} pixels; random crops of '
         f'{low:.0%} to {high:.0%} of the area, resized to {s["size"]}x{s["size"]}; flips; '
         f'brightness, contrast and saturation within {recipe["colour"]:.0%}; the centre for val.',

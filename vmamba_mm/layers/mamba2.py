@@ -171,11 +171,7 @@ class Mamba2Mixer(nn.Module):
         conv, width = self.conv1d, self.d_conv
         if seq_idx is None:
             return convolve(conv, x, tail)
-        # What each token reads: itself and the tokens before it that are of its own sequence.
-        seen = F.pad(x, (0, 0, width - 1, 0)) if tail is None else torch.cat([tail, x], dim=1)
-        sequences = F.pad(seq_idx, (width - 1, 0)).unfold(1, width, 1)
-        is_own = (sequences == seq_idx.unsqueeze(2)).unsqueeze(2)
-        windows = torch.where(is_own, seen.unfold(1, width, 1), 0).flatten(0, 1)
+        windows = own_windows(x, seq_idx, width, tail)
         y = F.conv1d(windows, conv.weight, conv.bias, groups=conv.groups) \
             if is_causal_conv(conv) else conv(windows)[..., width - 1:width]
         return F.silu(y).view_as(x)
@@ -212,3 +208,22 @@ class Mamba2Mixer(nn.Module):
                                      conv.bias)
         y, ssm = ssd_step(state.ssm, **self._scan_inputs(xBC, z, dt))
         return self._project_out(y, z, mlp).unsqueeze(1), Mamba2State(tail, ssm)
+
+
+def own_windows(x: Tensor, seq_idx: Tensor, width: int, tail: Tensor | None = None) -> Tensor:
+    """What each token of packed sequences reads in a causal convolution: itself and those before it
+    that are of its own sequence, and zeros for the others.
+
+    Args:
+        x: (B, L, D).
+        seq_idx: (B, L), the number of each token's sequence.
+        width: W.
+        tail: (B, W - 1, D), what came before, of sequence 0; None for zeros.
+
+    Returns:
+        (B * L, D, W), the token itself last.
+    """
+    seen = F.pad(x, (0, 0, width - 1, 0)) if tail is None else torch.cat([tail, x], dim=1)
+    sequences = F.pad(seq_idx, (width - 1, 0)).unfold(1, width, 1)
+    is_own = (sequences == seq_idx.unsqueeze(2)).unsqueeze(2)
+    return torch.where(is_own, seen.unfold(1, width, 1), 0).flatten(0, 1)

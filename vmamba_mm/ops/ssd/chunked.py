@@ -35,29 +35,26 @@ class _Around:
     """The skip D x and the gate z, which follow the scan."""
 
     def __init__(self, x: Tensor, D: Tensor | None, z: Tensor | None):
-        self.dtype = compute_dtype(x.dtype)
-        self.x, self.z = x, z
+        self.dtype, self.z = compute_dtype(x.dtype), z
         self.D = None if D is None else D.to(self.dtype).reshape(x.shape[2], -1)
 
-    def result(self, block: chunks.Block, y: Tensor) -> Tensor:
-        """From the scan's y (M, L', H, P), which is overwritten."""
+    def result(self, block: chunks.Block, x: Tensor, y: Tensor) -> Tensor:
+        """From x and the scan's y, which is overwritten, (M, c, Q, H, P)."""
         if self.D is not None:
-            y.addcmul_(self.x[block.place].to(self.dtype), self.D)
+            y.addcmul_(x, self.D)
         if self.z is not None:
-            y.mul_(F.silu(self.z[block.place].to(self.dtype)))
+            y.mul_(F.silu(block.cut(self.z[block.place], self.dtype)))
         return y
 
-    def gradients(self, block: chunks.Block, y: Tensor | None, grad: Tensor
+    def gradients(self, block: chunks.Block, x: Tensor, y: Tensor | None, grad: Tensor
                   ) -> tuple[Tensor, Tensor | None]:
         """The gradients by the scan's y, which is overwritten, and by z."""
-        grad, grad_z = grad.to(self.dtype), None
-        if self.z is not None:
-            z = self.z[block.place].to(self.dtype)
-            if self.D is not None:
-                y.addcmul_(self.x[block.place].to(self.dtype), self.D)
-            grad_z = silu_backward(y.mul_(grad), z)
-            grad = grad * F.silu(z)
-        return grad, grad_z
+        if self.z is None:
+            return grad, None
+        z = block.cut(self.z[block.place], self.dtype)
+        if self.D is not None:
+            y.addcmul_(x, self.D)
+        return grad * F.silu(z), silu_backward(y.mul_(grad), z)
 
 
 def _prepare(dt, A, dt_bias, seq_idx, reverse, dtype):
@@ -74,8 +71,8 @@ def forward(x, dt, A, B, C, D, dt_bias, z, initial_state, seq_idx, dt_softplus, 
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     around = _Around(x, D, z)
 
-    def write(block, y):
-        out[block.place] = around.result(block, y)
+    def write(block, x, y):
+        block.put(out, around.result(block, x, y))
 
     state = chunks.scan(x, weight * rates, weight, B, C, initial_state, segments, reverse,
                         return_final_state, write, chunk_len)
@@ -97,19 +94,21 @@ def backward(grad_y, grad_state, x, dt, A, B, C, D, dt_bias, z, initial_state, s
     around = _Around(x, D, z)
     grads = []  # by y, of the block that is at work
 
-    def read(block, y):
-        grad, of_z = around.gradients(block, y, grad_y[block.place])
+    def read(block, x, y):
+        grad, of_z = around.gradients(block, x, y, block.cut(grad_y[block.place], dtype))
         if z is not None:
-            grad_z[block.place] = of_z
+            block.put(grad_z, of_z)
         grads.append(grad)
         return grad
 
-    def write(block, gx, gB, gC):
+    def write(block, x, gx, gB, gC):
         grad = grads.pop()
         if D is not None:
             gx.addcmul_(grad, around.D)
-            grad_D.add_((grad * x[block.place]).sum((0, 1)))
-        grad_x[block.place], grad_B[block.place], grad_C[block.place] = gx, gB, gC
+            grad_D.add_((grad * x).sum((0, 1, 2)))
+        block.put(grad_x, gx)
+        block.put(grad_B, gB)
+        block.put(grad_C, gC)
 
     grad_decay, grad_weight, grad_initial = chunks.scan_backward(
         x, weight * rates, weight, B, C, initial_state, segments, reverse,

@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Numbers of one temporary tensor of a block: those of a CPU stay in its caches.
-_CPU_BLOCK, _GPU_BLOCK = 1 << 20, 1 << 26
-#: Tokens of a chunk, at most.
-_CPU_CHUNK, _GPU_CHUNK = 64, 64
+from vmamba_mm.ops.core.backends import compute_dtype
+
+#: Numbers of one temporary tensor of a block, of which there are about ten at a time.
+_CPU_BLOCK, _GPU_BLOCK = 1 << 21, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,15 @@ class Block:
         """(M, L', H, ...) -> (M, c, H, Q, ...), as :meth:`cut`."""
         return self.cut(t, dtype).transpose(2, 3)
 
-    def join(self, t: Tensor) -> Tensor:
-        """(M, c, Q, ...) -> (M, L', ...), the inverse of :meth:`cut`."""
-        return t.flatten(1, 2)[:, :self.tokens.stop - self.tokens.start]
+    def put(self, into: Tensor, t: Tensor) -> None:
+        """Write (M, c, Q, ...) to its place in (B, L, ...), without the padding."""
+        into = into[self.place]
+        whole, rest = divmod(into.shape[1], self.chunk_len)
+        if whole:
+            head = into[:, :into.shape[1] - rest].unflatten(1, (whole, self.chunk_len))
+            head.copy_(t[:, :whole])
+        if rest:
+            into[:, -rest:] = t[:, -1, :rest]
 
 
 def make_blocks(x: Tensor, state: int, reverse: bool, chunk_len: int | None = None
@@ -83,8 +89,8 @@ def make_blocks(x: Tensor, state: int, reverse: bool, chunk_len: int | None = No
     """
     batch, length, heads, dim = x.shape
     is_cpu = x.device.type == 'cpu'
-    if chunk_len is None:  # even chunks, so that little is padding
-        chunk_len = -(-length // -(-length // (_CPU_CHUNK if is_cpu else _GPU_CHUNK)))
+    if chunk_len is None:
+        chunk_len = _choose_chunk_len(length, state, is_cpu)
     chunks = -(-length // chunk_len)
     size = heads * max(chunk_len * chunk_len, chunk_len * dim, chunk_len * state, dim * state)
     fits = max(1, (_CPU_BLOCK if is_cpu else _GPU_BLOCK) // size)
@@ -99,6 +105,13 @@ def make_blocks(x: Tensor, state: int, reverse: bool, chunk_len: int | None = No
                                 reverse))
         parts.append(blocks[::-1] if reverse else blocks)
     return parts
+
+
+def _choose_chunk_len(length: int, state: int, is_cpu: bool) -> int:
+    """Up to 64 tokens; fewer pay with few states. Even chunks, so that little is padding."""
+    chunk_len = -(-length // -(-length // (32 if state <= 16 else 64)))
+    # GPUs multiply matrices of half precision by rows of 16 bytes.
+    return chunk_len if is_cpu else -(-chunk_len // 8) * 8
 
 
 # --- decays -------------------------------------------------------------------------------------
@@ -124,7 +137,8 @@ class _Decays:
         sums = _cumsum((terms * log2(e)).clamp_min_(least), block.reverse)
         total = sums[..., last]
         # Powers of 2, which a CPU calculates four times as fast as those of e.
-        self.mask = (sums[..., :, None] - sums[..., None, :]).to(dtype)
+        self.mask = torch.sub(sums[..., :, None], sums[..., None, :], out=sums.new_empty(
+            *sums.shape, block.chunk_len, dtype=dtype))
         self.mask.add_(_unseen(block, self.mask)).exp2_()
         self.into = sums.to(dtype).exp2()
         self.out = (total[..., None] - sums).to(dtype).exp2_()
@@ -177,6 +191,29 @@ def _crossing(pairs: Tensor, reverse: bool) -> Tensor:
     return F.pad(pairs.cumsum(-1).tril_(-1).sum(-2)[..., :-1], (1, 0))
 
 
+# --- products -----------------------------------------------------------------------------------
+
+def operand_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype of what is multiplied: half precision if all are, on GPUs that sum it in fp32."""
+    dtype = tensors[0].dtype
+    if (dtype in (torch.float16, torch.bfloat16) and all(t.dtype == dtype for t in tensors)
+            and tensors[0].is_cuda and torch.version.hip is None
+            and hasattr(torch.ops.aten.bmm, 'dtype')  # from torch 2.8 on
+            and torch.cuda.get_device_capability(tensors[0].device) >= (8, 0)):
+        return dtype
+    return compute_dtype(dtype)
+
+
+def _multiply(a: Tensor, b: Tensor) -> Tensor:
+    """Products (M, c, ., ., .), summed and returned in fp32 where they are of half precision."""
+    if a.dtype == compute_dtype(a.dtype):
+        return a @ b
+    if not a.is_cuda:  # as a test of half precision does
+        return a.float() @ b.float()
+    product = torch.bmm(a.flatten(0, 2), b.flatten(0, 2), out_dtype=torch.float32)
+    return product.unflatten(0, a.shape[:3])
+
+
 # --- a block ------------------------------------------------------------------------------------
 
 def _for_tokens(t: Tensor) -> Tensor:
@@ -194,6 +231,37 @@ def _by_token(t: Tensor, dim: int) -> Tensor:
     return t.transpose(2, 3).unflatten(-1, (-1, dim)).flatten(3, 4)
 
 
+def _carry(order: range, added: Tensor, adding: slice, through: Tensor, first: Tensor | None,
+           stored: slice) -> tuple[Tensor, Tensor | None]:
+    """Carry states from chunk to chunk, or their gradients in the other direction.
+
+    Args:
+        order: of the chunks.
+        added: (M, c', H, P, N), what the chunks of ``adding`` add.
+        through: (M, c, H), by which a state is multiplied in a chunk.
+        first: (M, H, P, N), or None for zeros.
+        stored: the chunks that are not the first of ``order``, and that if ``first`` is given.
+
+    Returns:
+        The states with which the chunks of ``stored`` begin, and the one after the last, None if
+        that chunk is not in ``adding``.
+    """
+    chunks = range(len(order))
+    states = added.new_empty(len(added), len(chunks[stored]), *added.shape[2:])
+    places = dict(zip(chunks[stored], states.unbind(1), strict=True))
+    terms = dict(zip(chunks[adding], added.unbind(1), strict=True))
+    state = None if first is None else places[order[0]].copy_(first)
+    for i, following in zip(order, (*order[1:], None), strict=True):
+        if i not in terms:
+            return states, None
+        place = places.get(following)
+        if state is not None:
+            state = torch.addcmul(terms[i], through[:, i, :, None, None], state, out=place)
+        else:
+            state = terms[i] if place is None else place.copy_(terms[i])
+    return states, state
+
+
 class _Pass:
     """What forward and backward calculate of a block: its inputs, decays and states.
 
@@ -209,8 +277,9 @@ class _Pass:
                  C: Tensor, segments: Tensor | None, initial: Tensor | None, needs_last: bool):
         dtype, place = log_decay.dtype, block.place
         self.block, self.groups, self.shape = block, B.shape[2], (*x.shape[2:], B.shape[3])
+        self.operand = operand_dtype(x, B, C)
         self.x = block.cut(x[place], dtype)
-        self.B, self.C = (block.cut_heads(t[place], dtype).contiguous() for t in (B, C))
+        self.B, self.C = (block.cut_heads(t[place], self.operand).contiguous() for t in (B, C))
         self.weight = None if weight is None else block.cut_heads(weight[place], dtype)
         self.decays = _Decays(block, log_decay, segments)
         self.entered = block.all_but(0) if initial is None else block.all_but()
@@ -218,107 +287,79 @@ class _Pass:
         #: weight x, for each head; and what is left of it at the end of the chunk.
         heads, out = self.x.transpose(2, 3), self.decays.out
         if weight is None:
-            self.driving = heads.contiguous()
+            self.driving = self._lay_out(heads)
         else:
-            self.driving = torch.mul(heads, self.weight[..., None],
-                                     out=heads.new_empty(heads.shape))
+            self.driving = torch.mul(heads, self.weight[..., None], out=heads.new_empty(
+                heads.shape, dtype=self.operand))
             out = out * self.weight
-        self.leaving = self.x[:, self.left] * _for_tokens(out[:, self.left])
-        self.before, self.last = self._carry(self._states(self.leaving, self.B[:, self.left]),
-                                             initial)
+        leaving = self.x[:, self.left] * _for_tokens(out[:, self.left])
+        self.leaving = leaving.to(self.operand)
+        self.before, self.last = _carry(
+            block.time, self._states(self.leaving, self.B[:, self.left]), self.left,
+            self.decays.through, initial, self.entered)
+
+    def _lay_out(self, t: Tensor) -> Tensor:
+        """A copy without gaps, to multiply with."""
+        return torch.empty(t.shape, dtype=self.operand, device=t.device).copy_(t)
 
     def _states(self, per_head: Tensor, per_group: Tensor) -> Tensor:
         """The sums over tokens of (M, c, Q, H, P) times (M, c, G, Q, N): (M, c, H, P, N)."""
-        sums = _by_group(per_head, self.groups).mT @ per_group
+        sums = _multiply(_by_group(per_head, self.groups).mT, per_group)
         return sums.view(*sums.shape[:2], *self.shape)
 
     def _read(self, states: Tensor, per_group: Tensor) -> Tensor:
         """The products over N of states (M, c, H, P, N) with (M, c, G, Q, N): (M, c, Q, H, P)."""
-        return _by_token(per_group @ self._grouped(states).mT, self.shape[1])
+        return _by_token(_multiply(per_group, self._grouped(states).mT), self.shape[1])
 
     def _grouped(self, states: Tensor) -> Tensor:
-        """(M, c, H, P, N) -> (M, c, G, H/G * P, N)."""
-        return states.unflatten(2, (self.groups, -1)).flatten(3, 4)
-
-    def _carry(self, ends: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The states before the chunks that are entered, (M, c', H, P, N), and the last one.
-
-        Args:
-            ends: what the tokens of the chunks that have left a state add to it.
-        """
-        chunks, state = range(self.block.chunks), initial
-        before = ends.new_empty(len(ends), len(chunks[self.entered]), *self.shape)
-        through = self.decays.through[..., None, None]
-        for i in self.block.time:
-            if state is not None:
-                state = before[:, i - self.entered.start].copy_(state)
-            if i in chunks[self.left]:
-                end = ends[:, i - self.left.start]
-                state = end if state is None else torch.addcmul(end, through[:, i], state)
-        return before, state
-
-    def _carry_back(self, reads: Tensor, grad_last: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Gradients by the states after the chunks that have left one, and by the first state.
-
-        Args:
-            reads: the gradients by ``before`` of what the tokens read.
-            grad_last: (M, H, P, N), by the state after the last chunk, if it is needed.
-        """
-        chunks, grad = range(self.block.chunks), grad_last
-        after = reads.new_empty(len(reads), len(chunks[self.left]), *self.shape)
-        through = self.decays.through[..., None, None]
-        for i in reversed(self.block.time):
-            if i in chunks[self.left]:
-                grad = after[:, i - self.left.start].copy_(grad)
-            if i in chunks[self.entered]:
-                read = reads[:, i - self.entered.start]
-                grad = read if grad is None else torch.addcmul(read, through[:, i], grad)
-        return after, grad
+        """(M, c, H, P, N) -> (M, c, G, H/G * P, N), to multiply with."""
+        return states.to(self.operand).unflatten(2, (self.groups, -1)).flatten(3, 4)
 
     def scores(self) -> Tensor:
         """The mask of decays times the products C B^T of each head's group, (M, c, H, Q, Q)."""
         mask = self.decays.mask.unflatten(2, (self.groups, -1))
-        return (mask * (self.C @ self.B.mT).unsqueeze(3)).flatten(2, 3)
+        return (mask * _multiply(self.C, self.B.mT).unsqueeze(3)).flatten(2, 3)
 
     def entering(self) -> Tensor:
         """S C of the states S before chunks, without decay: (M, c', Q, H, P)."""
         return self._read(self.before, self.C[:, self.entered])
 
     def result(self, scores: Tensor, entering: Tensor) -> Tensor:
-        """y, (M, L', H, P)."""
-        y = (scores @ self.driving).transpose(2, 3)
+        """y, (M, c, Q, H, P)."""
+        y = _multiply(scores.to(self.operand), self.driving).transpose(2, 3)
         y[:, self.entered].addcmul_(_for_tokens(self.decays.into[:, self.entered]), entering)
-        return self.block.join(y)
+        return y
 
     def backward(self, scores: Tensor, entering: Tensor, grad_y: Tensor, grad_last: Tensor | None
                  ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """Gradients from that by y, (M, L', H, P), and by the last state.
+        """Gradients from that by y, (M, c, Q, H, P), and by the last state.
 
         Returns:
-            By x (M, L', H, P), B and C (M, L', G, N), logarithms of decays and weights (M, L', H),
-            and the state before the block.
+            By x (M, c, Q, H, P), B and C (M, c, Q, G, N), logarithms of decays and weights
+            (M, c, Q, H), and the state before the block.
         """
         decays, entered, left = self.decays, self.entered, self.left
-        grad_y = self.block.cut(grad_y, self.x.dtype)
-        heads = grad_y.transpose(2, 3).contiguous()
+        heads = self._lay_out(grad_y.transpose(2, 3))
 
         # y = (mask * C B^T) weight x inside of a chunk.
-        by_scores = heads @ self.driving.mT
+        by_scores = _multiply(heads, self.driving.mT)
         grad_decay = _crossing(by_scores * scores, self.block.reverse)
-        by_products = by_scores.mul_(decays.mask).unflatten(2, (self.groups, -1)).sum(3)
-        grad_C, grad_B = by_products @ self.B, by_products.mT @ self.C
-        grad_x = (scores.mT @ heads).transpose(2, 3)
+        by_products = by_scores.mul_(decays.mask).unflatten(2, (self.groups, -1)).sum(3).to(
+            self.operand)
+        grad_C, grad_B = _multiply(by_products, self.B), _multiply(by_products.mT, self.C)
+        grad_x = _multiply(scores.to(self.operand).mT, heads).transpose(2, 3)
 
         # A token reads into * S C of the state S before its chunk.
-        read = grad_y[:, entered] * _for_tokens(decays.into[:, entered])
+        read = (grad_y[:, entered] * _for_tokens(decays.into[:, entered])).to(self.operand)
         by_before = self._states(read, self.C[:, entered])
-        grad_C[:, entered] += _by_group(read, self.groups) @ self._grouped(self.before)
+        grad_C[:, entered] += _multiply(_by_group(read, self.groups), self._grouped(self.before))
         reads = (read * entering).sum(-1).transpose(2, 3)
         grad_decay[:, entered] += _cumsum(reads, not self.block.reverse)
 
         # It leaves out * weight * x B^T at the end of its chunk.
-        after, grad_initial = self._carry_back(by_before, grad_last)
-        grad_B[:, left] += _by_group(self.leaving, self.groups) @ self._grouped(after)
+        after, grad_initial = _carry(self.block.time[::-1], by_before, entered, decays.through,
+                                     grad_last, left)
+        grad_B[:, left] += _multiply(_by_group(self.leaving, self.groups), self._grouped(after))
         by_leaving = self._read(after, self.B[:, left])
         grad_x[:, left].addcmul_(_for_tokens(decays.out[:, left]), by_leaving)
         leaves = (self.leaving * by_leaving).sum(-1).transpose(2, 3)
@@ -332,8 +373,8 @@ class _Pass:
         grad_weight = (grad_x * self.x).sum(-1)
         if self.weight is not None:
             grad_x = grad_x.mul_(_for_tokens(self.weight))
-        return (*map(self.block.join, (grad_x, grad_B.transpose(2, 3), grad_C.transpose(2, 3),
-                                       grad_decay.transpose(2, 3), grad_weight)), grad_initial)
+        return (grad_x, grad_B.transpose(2, 3), grad_C.transpose(2, 3), grad_decay.transpose(2, 3),
+                grad_weight, grad_initial)
 
 
 def _within(part: slice, whole: slice) -> slice:
@@ -356,7 +397,7 @@ def scan(x: Tensor, log_decay: Tensor, weight: Tensor | None, B: Tensor, C: Tens
         initial: (B, H, P, N), or None.
         segments: (B, L), as of ``reference.number_segments``, or None for one.
         needs_final: whether the final state is asked for.
-        write: called with a block and its y (M, L', H, P), which it may change.
+        write: called with a block and its x and y, (M, c, Q, H, P). It may change y.
         chunk_len: tokens of a chunk; None for the best.
 
     Returns:
@@ -369,7 +410,7 @@ def scan(x: Tensor, log_decay: Tensor, weight: Tensor | None, B: Tensor, C: Tens
         for block in blocks:
             run = _Pass(block, x, log_decay, weight, B, C, segments, state,
                         needs_final or block is not blocks[-1])
-            write(block, run.result(run.scores(), run.entering()))
+            write(block, run.x, run.result(run.scores(), run.entering()))
             state = run.last
         if needs_final:
             final[blocks[0].samples] = state
@@ -384,9 +425,10 @@ def scan_backward(x: Tensor, log_decay: Tensor, weight: Tensor | None, B: Tensor
 
     Args:
         grad_final: (B, H, P, N), or None.
-        read: called with a block and its y, as ``write`` of ``scan``, but None unless ``needs_y``;
-            gives the gradient by y, (M, L', H, P).
-        write: called with a block and its gradients by x (M, L', H, P), B and C (M, L', G, N).
+        read: called as ``write`` of ``scan``, but with None for y unless ``needs_y``; gives the
+            gradient by y.
+        write: called with a block, its x, and the gradients by x (M, c, Q, H, P), B and C
+            (M, c, Q, G, N). It may change them.
 
     Returns:
         The gradients by ``log_decay`` and ``weight``, (B, L, H), and by the initial state.
@@ -403,10 +445,11 @@ def scan_backward(x: Tensor, log_decay: Tensor, weight: Tensor | None, B: Tensor
         for block in reversed(blocks):
             run = _Pass(block, *inputs, states.pop(), grad is not None)
             scores, entering = run.scores(), run.entering()
-            grad_y = read(block, run.result(scores, entering) if needs_y else None)
+            grad_y = read(block, run.x, run.result(scores, entering) if needs_y else None)
             gx, gB, gC, gdecay, gweight, grad = run.backward(scores, entering, grad_y, grad)
-            write(block, gx, gB, gC)
-            grad_decay[block.place], grad_weight[block.place] = gdecay, gweight
+            write(block, run.x, gx, gB, gC)
+            block.put(grad_decay, gdecay)
+            block.put(grad_weight, gweight)
         if initial is not None:
             grad_initial[samples] = grad
     return grad_decay, grad_weight, grad_initial
