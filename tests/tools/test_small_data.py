@@ -103,12 +103,13 @@ def test_augment_colours(small_data):
     (48, (2, 2, 4, 2), 96), (12, (1, 1, 1, 1), 32), (24, (1, 2, 3, 1), 64)])
 def test_equal_parameters(small_data, args, embed_dims, depths, size):
     args.embed_dims, args.depths, args.size = embed_dims, depths, size
+    args.d_state = 64 if embed_dims == 48 else 8
     args.models = ['vmamba-cross', 'vmamba-cascade', 'vmamba-ssd', 'vssd', 'swin']
     found = small_data.models.describe_models(5, args)
     counts = {name: m['parameters'] for name, m in found.items()}
     assert counts['vmamba-cross'] == counts['vmamba-cascade']
     for name, count in counts.items():
-        assert abs(count / counts['vmamba-cross'] - 1) <= 0.02, name
+        assert abs(count / counts['vmamba-cross'] - 1) <= (0.02 if name == 'swin' else 0.01), name
         model = small_data.models.build(name, 5, args, found[name]['mlp_ratio'])
         assert count == sum(p.numel() for p in model.parameters())
         assert found[name]['flops'] > count  # a weight has several positions
