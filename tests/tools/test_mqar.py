@@ -334,7 +334,7 @@ def test_more_states_recall_more(call, tmp_path):
     assert code == 0, err[-3000:]
     found = {s['model']: s['mean'] for s in json.loads(
         (tmp_path / 'out/mqar.json').read_text())['summary']}
-    assert found['mamba2-n64'] > found['mamba2-n16'] + 0.3
+    assert found['mamba2-n64'] > 0.95 and found['mamba2-n64'] > found['mamba2-n16'] + 0.05
     assert (tmp_path / 'out/mqar.png').is_file()
 
 
