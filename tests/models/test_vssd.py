@@ -136,6 +136,29 @@ def test_gradients_of_one_image(arch, training):
         assert by_gradients == pytest.approx(by_differences, rel=1e-6)
 
 
+def test_batch_norm_on_a_cpu():
+    """It is torch's own, but its gradients are sums that keep the digits of fp32."""
+    torch.manual_seed(0)
+    unit = ConvUnit(3, 4, act=False).eval()
+    for name, t in [*unit.norm.named_parameters(), *unit.norm.named_buffers()]:
+        if name != 'num_batches_tracked':
+            t.data.uniform_(0.5, 1.5)
+    x, grad = torch.randn(2, 160, 160, 3), torch.randn(2, 160, 160, 4)
+
+    def run(unit, norm, x, grad):
+        unit.zero_grad()
+        y = unit.conv(x.permute(0, 3, 1, 2))
+        y = norm(y).permute(0, 2, 3, 1) if norm else unit(x)
+        y.backward(grad)
+        return y.detach(), unit.norm.weight.grad.clone(), unit.norm.bias.grad.clone()
+
+    found, plain = run(unit, None, x, grad), run(unit, unit.norm, x, grad)
+    exact = run(unit.double(), unit.norm, x.double(), grad.double())
+    for one, other, right in zip(found, plain, exact, strict=True):
+        assert_close(one, right, 1e-6)
+        assert_close(other, right, 1e-4)
+
+
 class ChannelsFirst(nn.Conv2d):
     """A convolution in a user's place, whose result has the channels first in memory."""
 

@@ -141,7 +141,11 @@ def _infer_arch(weights: Mapping[str, Any]) -> dict[str, Any]:
     weights."""
     shapes = {k: tuple(v.shape) for k, v in weights.items()}
     first = 'stages.0.blocks.0.'
-    dim, is_ssd = shapes[f'{first}norm1.weight'][0], len(shapes[f'{first}ssm.Ds']) == 3
+    dim, *_ = shapes[f'{first}norm1.weight']
+    if (Ds := f'{first}ssm.Ds') in shapes:
+        is_ssd = len(shapes[Ds]) == 3
+    else:
+        is_ssd = f'{first}ssm.dt_projs_weight' not in shapes
     # Half a file is told as well, so that a message can say what it holds.
     dims = tuple(shapes.get(f'stages.{i}.blocks.0.norm1.weight', (usual,))[0]
                  for i, usual in enumerate(stage_dims(dim)))
