@@ -9,7 +9,7 @@ from PIL import Image
 from test_tools_errors import assert_one_line
 
 TOOL = 'analysis/complexity.py'
-SMALL = ['--device', 'cpu', '--embed-dims', 16, '--depth', 1, '--vocab-size', 16, '--repeats', 2]
+SMALL = ['--device', 'cpu', '--embed-dims', 32, '--depth', 1, '--vocab-size', 16, '--repeats', 2]
 
 
 @pytest.fixture
@@ -54,6 +54,8 @@ def test_state_of_known_size(load_tool):
     settings = dict(vocab_size=16, embed_dims=8, depth=2)
     for length in (1, 5, 1025):
         assert mixers.state_numbers('mamba', length, **settings) == 2 * 16 * (16 + 3)
+        assert mixers.state_numbers('attention', length, **settings) == 2 * (
+            2 * 8 * length + 3 * 24 + 1)  # keys and values, the convolution's inputs, the count
     model = mixers.build('mamba', **settings)
     state = mixers.state_after(model, 5, batch=3)
     assert sum(t.numel() for t in mixers.tensors_of(state)) == 3 * 2 * 16 * (16 + 3)
@@ -73,11 +75,13 @@ def test_state_in_pieces(load_tool, monkeypatch):
 
 
 def test_flops_of_products(load_tool):
-    """Twice the length takes twice the multiply-adds of Mamba."""
+    """Those of attention grow with the square of the length, those of the others with it."""
     mixers = load_tool('analysis/mixers.py')
-    settings = dict(vocab_size=16, embed_dims=8, depth=2)
-    first, second = (mixers.count_flops('mamba', n, **settings) for n in (32, 64))
-    assert second == 2 * first > 0
+    settings = dict(vocab_size=16, embed_dims=64, depth=2)
+    for name, mixer in mixers.MIXERS.items():
+        first, second, third = (mixers.count_flops(name, n, **settings)
+                                for n in (1024, 2048, 4096))
+        assert (third - second) / (second - first) == pytest.approx(2**mixer.training, rel=0.1)
 
 
 # --- runs -------------------------------------------------------------------------------------

@@ -103,12 +103,13 @@ def test_augment_colours(small_data):
     (48, (2, 2, 4, 2), 96), (12, (1, 1, 1, 1), 32), (24, (1, 2, 3, 1), 64)])
 def test_equal_parameters(small_data, args, embed_dims, depths, size):
     args.embed_dims, args.depths, args.size = embed_dims, depths, size
+    args.d_state = 64 if embed_dims == 48 else 8
     args.models = ['vmamba-cross', 'vmamba-cascade', 'vmamba-ssd', 'vssd', 'swin']
     found = small_data.models.describe_models(5, args)
     counts = {name: m['parameters'] for name, m in found.items()}
     assert counts['vmamba-cross'] == counts['vmamba-cascade']
     for name, count in counts.items():
-        assert abs(count / counts['vmamba-cross'] - 1) <= 0.02, name
+        assert abs(count / counts['vmamba-cross'] - 1) <= (0.02 if name == 'swin' else 0.01), name
         model = small_data.models.build(name, 5, args, found[name]['mlp_ratio'])
         assert count == sum(p.numel() for p in model.parameters())
         assert found[name]['flops'] > count  # a weight has several positions
@@ -195,9 +196,10 @@ def test_schedule(small_data):
     assert small_data.recipe.lr_factor(0, 1) == 1
 
 
-def test_without_scan(small_data, args, splits):
-    """What is left has no view of other positions but the convolutions'; Swin has no scan."""
-    training = make(small_data, args, splits)
+@pytest.mark.parametrize('name', ['vmamba-cross', 'vmamba-ssd'])
+def test_without_scan(small_data, args, splits, name):
+    """What is left has no view of other positions but the convolutions'."""
+    training = make(small_data, args, splits, name)
     for block in (b for stage in training.model.backbone.stages for b in stage.blocks):
         block.ssm.in_proj.weight.data.mul_(100)  # so that the scan matters before any training
     model = training.model.eval()
@@ -211,7 +213,11 @@ def test_without_scan(small_data, args, splits):
             block.ssm.A_logs.data.uniform_(-2, 2)
             block.ssm.dt_projs_bias.data.uniform_(-2, 2)
         assert torch.equal(model(x), alone) and not torch.allclose(before, alone, rtol=1e-3)
-    assert make(small_data, args, splits, 'swin').evaluate_without_scan() is None
+
+
+@pytest.mark.parametrize('name', ['vssd', 'swin'])
+def test_models_without_a_scan_to_take_out(small_data, args, splits, name):
+    assert make(small_data, args, splits, name).evaluate_without_scan() is None
 
 
 def test_loss_that_is_no_number(small_data, args, splits):

@@ -172,6 +172,7 @@ def measure_all(args, setting, device):
             gc.collect()
             if args.on_gpu:
                 torch.cuda.empty_cache()
+    report.write(rows, setting, args.out)
     return rows
 
 
@@ -198,7 +199,7 @@ def main():
         args.on_gpu = device.type == 'cuda'
         args.lengths = sorted(set(args.lengths or LENGTHS['gpu' if args.on_gpu else 'cpu']))
         if args.on_gpu:
-            torch.cuda.set_device(device)
+            torch.cuda.set_device(device.index or 0)
         threads = torch.get_num_threads()
         setting = dict(
             command=command_of(args), dtype=args.dtype, embed_dims=args.embed_dims,

@@ -169,14 +169,17 @@ def table(rows):
 
 def values_table(rows):
     """Rows of text: the longest length of each mixer."""
-    lines = [('mixer', 'tokens', *(f'{m.title.lower()}, {m.unit}' for m in MEASURES.values()))]
+    measures = dict(MEASURES)
+    if any(row['token_mib'] is not None for row in rows):
+        measures['token_mib'] = Measure('Peak memory of one more token', 'MiB', 1)
+    lines = [('mixer', 'tokens', *(f'{m.title.lower()}, {m.unit}' for m in measures.values()))]
     for mixer in mixers_of(rows):
-        found = {column: dict(medians(rows, mixer, column)) for column in MEASURES}
+        found = {column: dict(medians(rows, mixer, column)) for column in measures}
         if found['train_ms']:
             longest = max(found['train_ms'])
             lines.append((MIXERS[mixer].label, f'{longest:,}', *(
                 number(found[c][longest] * m.scale) if longest in found[c] else '-'
-                for c, m in MEASURES.items())))
+                for c, m in measures.items())))
     return lines
 
 

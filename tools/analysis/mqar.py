@@ -178,7 +178,7 @@ def study(args, start):
     if args.plan:
         return False
     if on_gpu:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
     torch.set_float32_matmul_precision('high' if setting['dtype'] == 'tf32' else 'highest')
     environment = dict(
         device=torch.cuda.get_device_name(device) if on_gpu else

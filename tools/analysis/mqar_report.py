@@ -248,7 +248,8 @@ def markdown(results, picture):
              'a whole sequence.')
     setting = [
         f'Models: {s["depth"]} block{"s" if s["depth"] > 1 else ""} of norm and mixer, no MLP, '
-        f'embedding and head tied; heads of Mamba-2 have {s["head_dim"]} channels.',
+        f'embedding and head tied; heads of Mamba-2 have {s["head_dim"]} channels. Attention has '
+        'one head and, in place of positions, the short convolution that the other mixers have.',
         f'Data: {s["examples"]:,} training examples for each number of pairs ({pairs}), in this '
         f'order in every epoch; {"random tokens" if s["noise"] else "zeros"} between the queries; '
         f'power_a {s["power_a"]:g}.',

@@ -6,8 +6,8 @@ and number of epochs; a seed decides initialisation, order and augmentation alik
 Reported is the top-1 accuracy on val at the last epoch, never the best one, for each model its
 mean, standard deviation and range over the seeds. The models are small: the published architecture
 tiny_s1l8 at --embed-dims and --depths; and with the same two its variant with SSD in place of S6
-(tiny_m2), VSSD's tiny and timm's Swin, whose mlp_ratio is set to the quarter that brings their
-parameters nearest to those of tiny_s1l8; 2 % is the most they may differ.
+(tiny_m2), VSSD's tiny and timm's Swin, whose mlp_ratio is set to the twelfth (of Swin the quarter)
+that brings their parameters nearest to those of tiny_s1l8; 2 % is the most any two may differ.
 
 The recipe is the published one where a small set allows it: AdamW, weight decay 0.05 but for
 biases and 1-D parameters (and Swin's position biases), a linear warm-up and a cosine, gradients

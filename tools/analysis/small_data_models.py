@@ -10,6 +10,9 @@ SSD, VSSD, SWIN = 'vmamba-ssd', 'vssd', 'swin'
 MODELS = (*S6, SSD, VSSD, SWIN)
 #: Heads of each stage of VSSD and Swin: those of VSSD's base, as embed_dims is a multiple of 12.
 NUM_HEADS = (3, 6, 12, 24)
+#: An mlp_ratio is matched in steps of 1 by this, as embed_dims is a multiple of 12. That of Swin is
+#: the step of the reports that were made before the others were there.
+STEPS = {SSD: 12, VSSD: 12, SWIN: 4}
 MOST_DIFFERENCE = 0.02  # of parameters
 
 
@@ -54,8 +57,8 @@ def count_parameters(model):
 
 
 def match(name, num_classes, args):
-    """The mlp_ratio, in quarters, that brings a model's parameters nearest to those of VMamba with
-    S6, whose own is 4.
+    """The mlp_ratio, in STEPS, that brings a model's parameters nearest to those of VMamba with S6,
+    whose own is 4.
 
     Raises:
         UserError: if it has more of them without an MLP.
@@ -64,7 +67,8 @@ def match(name, num_classes, args):
         return 4.0
     wanted, four, five = (count_parameters(build(model, num_classes, args, ratio))
                           for model, ratio in ((S6[0], 4.0), (name, 4.0), (name, 5.0)))
-    ratio = round(4 * (4 + (wanted - four) / (five - four))) / 4
+    steps = STEPS[name]
+    ratio = round(steps * (4 + (wanted - four) / (five - four))) / steps
     if ratio <= 0:
         raise UserError(f'{name} has more parameters without an MLP than {S6[0]} with one: choose '
                         'a smaller --d-state or larger --embed-dims')

@@ -52,9 +52,6 @@ class FlatBackbone(Backbone):
         return super().forward(x) if self.out_type == 'featmap' else self.forward_tokens(x)
 
     def forward_tokens(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The outputs if ``out_type`` asks for tokens, after their norms.
-
-        Args:
-            x: as of :meth:`forward_stages`.
-        """
+        """The outputs if ``out_type`` asks for tokens, after their norms; ``x`` is what the backbone
+        takes."""
         raise NotImplementedError

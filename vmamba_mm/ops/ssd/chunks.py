@@ -15,6 +15,7 @@ the like. What stays in a chunk is one for each head, since their masks differ.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from math import e, log2
 
 import torch
@@ -23,8 +24,9 @@ from torch import Tensor
 
 from vmamba_mm.ops.core.backends import compute_dtype
 
-#: Numbers of one temporary tensor of a block, of which there are about ten at a time.
-_CPU_BLOCK, _GPU_BLOCK = 1 << 21, 1 << 24
+#: Numbers of one temporary tensor of a block, of which there are about ten at a time. On a CPU
+#: they stay in its caches.
+_CPU_BLOCK, _GPU_BLOCK = 1 << 19, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -123,46 +125,57 @@ class _Decays:
     difference, which does not lose what strong decays before both of them add to it.
 
     Attributes:
-        mask: (M, c, H, Q, Q), to a token from a token (last): 0 for what is not seen.
         into: (M, c, H, Q), from the state before the chunk to a token.
         out: (M, c, H, Q), from a token to the end of the chunk.
         through: (M, c, H), of the state, through the chunk.
     """
 
     def __init__(self, block: Block, log_decay: Tensor, segments: Tensor | None):
-        dtype, last = log_decay.dtype, 0 if block.reverse else -1
+        self._block, self._dtype = block, log_decay.dtype
         # A factor below the smallest number is 0: this keeps sums small.
-        least = log2(torch.finfo(dtype).tiny) * 1.25
+        least = log2(torch.finfo(self._dtype).tiny) * 1.25
         terms = block.cut_heads(log_decay[block.place], _sum_dtype(log_decay))
-        sums = _cumsum((terms * log2(e)).clamp_min_(least), block.reverse)
-        total = sums[..., last]
+        self._sums = _cumsum((terms * log2(e)).clamp_min_(least), block.reverse)
+        last = 0 if block.reverse else -1
+        total = self._sums[..., last]
         # Powers of 2, which a CPU calculates four times as fast as those of e.
-        self.mask = torch.sub(sums[..., :, None], sums[..., None, :], out=sums.new_empty(
-            *sums.shape, block.chunk_len, dtype=dtype))
-        self.mask.add_(_unseen(block, self.mask)).exp2_()
-        self.into = sums.to(dtype).exp2()
-        self.out = (total[..., None] - sums).to(dtype).exp2_()
-        self.through = total.to(dtype).exp2()
+        self.into = self._sums.to(self._dtype).exp2()
+        self.out = (total[..., None] - self._sums).to(self._dtype).exp2_()
+        self.through = total.to(self._dtype).exp2()
+        self._segments = None
         if segments is not None:
-            self._restart(block, segments, last)
+            self._segments, before = _segments_of(block, segments, last)
+            ends = self._segments[..., last]
+            self.into.masked_fill_((self._segments != before[..., None])[:, :, None], 0)
+            self.out.masked_fill_((self._segments != ends[..., None])[:, :, None], 0)
+            self.through.masked_fill_((ends != before)[:, :, None], 0)
 
-    def _restart(self, block, segments, last):
-        """Set to 0 what is between segments."""
-        tokens = segments[block.place]
-        padding = block.chunks * block.chunk_len - tokens.shape[1]
-        if padding:  # It goes on with the last segment.
-            tokens = torch.cat([tokens, tokens[:, -1:].expand(-1, padding)], dim=1)
-        tokens = tokens.unflatten(1, (block.chunks, block.chunk_len))
-        ends = tokens[..., last]
-        edge = block.tokens.stop if block.reverse else block.tokens.start - 1
-        is_first = edge in (-1, segments.shape[1])
-        before = torch.zeros_like(ends[:, 0]) if is_first else segments[block.samples, edge]
-        before = torch.cat([ends[:, 1:], before[:, None]] if block.reverse else
-                           [before[:, None], ends[:, :-1]], dim=1)
-        self.mask.mul_((tokens[..., :, None] == tokens[..., None, :])[:, :, None])
-        self.into.mul_((tokens == before[..., None])[:, :, None])
-        self.out.mul_((tokens == ends[..., None])[:, :, None])
-        self.through.mul_((ends == before)[:, :, None])
+    @cached_property
+    def mask(self) -> Tensor:
+        """(M, c, H, Q, Q), to a token from a token (last): 0 for what is not seen."""
+        sums = self._sums
+        mask = sums.new_empty(*sums.shape, sums.shape[-1], dtype=self._dtype)
+        torch.sub(sums[..., :, None], sums[..., None, :], out=mask)
+        mask.add_(_unseen(self._block, mask)).exp2_()
+        if self._segments is not None:
+            tokens = self._segments
+            mask.masked_fill_((tokens[..., :, None] != tokens[..., None, :])[:, :, None], 0)
+        return mask
+
+
+def _segments_of(block: Block, segments: Tensor, last: int) -> tuple[Tensor, Tensor]:
+    """The segments of a block's tokens, (M, c, Q), and those before its chunks, (M, c)."""
+    tokens = segments[block.place]
+    padding = block.chunks * block.chunk_len - tokens.shape[1]
+    if padding:  # It goes on with the last segment.
+        tokens = torch.cat([tokens, tokens[:, -1:].expand(-1, padding)], dim=1)
+    tokens = tokens.unflatten(1, (block.chunks, block.chunk_len))
+    ends = tokens[..., last]
+    edge = block.tokens.stop if block.reverse else block.tokens.start - 1
+    is_first = edge in (-1, segments.shape[1])
+    before = torch.zeros_like(ends[:, 0]) if is_first else segments[block.samples, edge]
+    return tokens, torch.cat([ends[:, 1:], before[:, None]] if block.reverse else
+                             [before[:, None], ends[:, :-1]], dim=1)
 
 
 def _sum_dtype(t: Tensor) -> torch.dtype:
@@ -284,19 +297,22 @@ class _Pass:
         self.decays = _Decays(block, log_decay, segments)
         self.entered = block.all_but(0) if initial is None else block.all_but()
         self.left = block.all_but() if needs_last else block.all_but(-1)
-        #: weight x, for each head; and what is left of it at the end of the chunk.
-        heads, out = self.x.transpose(2, 3), self.decays.out
-        if weight is None:
-            self.driving = self._lay_out(heads)
-        else:
-            self.driving = torch.mul(heads, self.weight[..., None], out=heads.new_empty(
-                heads.shape, dtype=self.operand))
-            out = out * self.weight
+        #: What is left of weight x at the end of the chunk, (M, c', Q, H, P).
+        out = self.decays.out if weight is None else self.decays.out * self.weight
         leaving = self.x[:, self.left] * _for_tokens(out[:, self.left])
         self.leaving = leaving.to(self.operand)
         self.before, self.last = _carry(
             block.time, self._states(self.leaving, self.B[:, self.left]), self.left,
             self.decays.through, initial, self.entered)
+
+    @cached_property
+    def driving(self) -> Tensor:
+        """weight x, (M, c, H, Q, P)."""
+        heads = self.x.transpose(2, 3)
+        if self.weight is None:
+            return self._lay_out(heads)
+        return torch.mul(heads, self.weight[..., None],
+                         out=heads.new_empty(heads.shape, dtype=self.operand))
 
     def _lay_out(self, t: Tensor) -> Tensor:
         """A copy without gaps, to multiply with."""
