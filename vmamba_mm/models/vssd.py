@@ -189,7 +189,7 @@ class NonCausalSSD(nn.Module):
         self.out_proj = nn.Linear(inner, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        z, xBC, dt, *_ = self._project(x)
+        z, xBC, dt = self._project(x)[:3]
         if is_depthwise_3x3(self.conv2d):
             xBC = dwconv_silu(xBC, self.conv2d.weight, self.conv2d.bias)
         else:
