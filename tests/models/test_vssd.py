@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from vmamba_mm.errors import UserError
-from vmamba_mm.models import VSSD
+from vmamba_mm.models import VSSD, vssd
 from vmamba_mm.models.vssd import ConvUnit, NonCausalSSD
+from vmamba_mm.ops import dwconv_silu
 from vmamba_mm.testing import Classifier, assert_close
 
 TINY = dict(embed_dims=4, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), d_state=3)
@@ -44,6 +45,23 @@ def test_mixer_is_that_of_the_paper(groups, positive):
     assert_close(mixer(x), by_hand(mixer, x), 1e-12)
     mixer.conv2d.register_forward_hook(lambda *args: None)  # then the convolution is called
     assert_close(mixer(x), by_hand(mixer, x), 1e-12)
+
+
+def test_rows_of_multiples_of_16_bytes(monkeypatch):
+    """As on a GPU, of 19 numbers and 5 zeros: the same results and gradients."""
+    torch.manual_seed(0)
+    mixer = NonCausalSSD(4, 1, 1).double()
+    x = torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True)
+    results, strides = [], []
+    monkeypatch.setattr(vssd, 'dwconv_silu', lambda x, *args: (
+        strides.append(x.stride(2)), dwconv_silu(x, *args))[1])
+    for on_gpu in (False, True):
+        monkeypatch.setattr(vssd, 'runs_kernels', lambda x, on_gpu=on_gpu: on_gpu)
+        y = mixer(x)
+        results.append([y, *torch.autograd.grad(y.sin().sum(), [x, *mixer.parameters()])])
+    assert strides == [19, 24]
+    for one, other in zip(*results, strict=True):
+        assert_close(one, other, 1e-12)
 
 
 def test_initial_values():

@@ -17,7 +17,7 @@ from vmamba_mm.layers.plain import is_depthwise_3x3, is_plain
 from vmamba_mm.layers.ssm_init import init_dt_bias, state_matrix
 from vmamba_mm.models.base import Backbone, init_linear
 from vmamba_mm.ops import add_norm, channels_last, dwconv_silu, nc_ssd
-from vmamba_mm.ops.core.backends import compute_dtype
+from vmamba_mm.ops.core.backends import compute_dtype, runs_kernels
 from vmamba_mm.registry import MODELS
 
 # What torch.fx records as it is, since it looks at shapes.
@@ -189,8 +189,7 @@ class NonCausalSSD(nn.Module):
         self.out_proj = nn.Linear(inner, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        z, xBC, dt = self.in_proj(x).split(
-            (self.sizes[0], sum(self.sizes), self.num_heads), dim=-1)
+        z, xBC, dt = self._project(x)[:3]
         if is_depthwise_3x3(self.conv2d):
             xBC = dwconv_silu(xBC, self.conv2d.weight, self.conv2d.bias)
         else:
@@ -201,6 +200,18 @@ class NonCausalSSD(nn.Module):
                    state_matrix(self.A_log), B, C, self.D, dt_bias=self.dt_bias, dt_softplus=True,
                    positive=self.positive)
         return self.out_proj(self.norm(y.view(z.shape)) * z)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """z, what the convolution takes, dt, and on a GPU zeros that nobody reads.
+
+        The rows of a published stage have 386 numbers, or 515. Tensor cores, and the kernel of the
+        convolution, want rows that begin at multiples of 16 bytes.
+        """
+        linear, sizes = self.in_proj, [self.sizes[0], sum(self.sizes), self.num_heads]
+        gap = -sum(sizes) % 8
+        if gap and runs_kernels(x) and is_plain(linear, nn.Linear) and linear.bias is None:
+            return F.linear(x, F.pad(linear.weight, (0, 0, 0, gap))).split((*sizes, gap), dim=-1)
+        return linear(x).split(sizes, dim=-1)
 
 
 class _MapAttention(SelfAttention):

@@ -7,9 +7,10 @@ tokens in fp32.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from vmamba_mm.ops.core.backends import compute_dtype
+from vmamba_mm.ops.core.backends import compute_dtype, without_autocast
 from vmamba_mm.ops.selective_scan.activations import softplus
 
 
@@ -93,3 +94,20 @@ def backward(grad, x, dt, A, B, C, D, dt_bias, dt_softplus, positive):
     grad_bias = None if dt_bias is None else grad_dt.sum((0, 1)).to(dt_bias.dtype)
     return (grad_x.to(x.dtype), grad_dt.to(dt.dtype), grad_A, _by_head(grad_B, B.shape, groups),
             _by_head(grad_C, C.shape, groups), grad_D, grad_bias)
+
+
+def compose(x, dt, A, B, C, D, dt_bias, dt_softplus, positive) -> Tensor:
+    """The same for compilers, which fuse all that is around the products, forward and backward."""
+    dtype, groups = compute_dtype(x.dtype), B.shape[2]
+    # Not a power of two, for the number of tokens may be a symbol; it is rounded in fp32 alone.
+    scale = 1 / torch.sym_sqrt(x.shape[1]) if x.dtype == torch.float16 else 1.0
+    with without_autocast(x):
+        raw = dt.to(dtype) if dt_bias is None else dt + dt_bias.to(dtype)
+        step = F.softplus(raw) if dt_softplus else raw
+        weights = step * A.to(dtype) * (-scale if positive else scale)
+        values = _by_group((x * weights[..., None]).to(x.dtype), groups)
+        y = _by_group(C, groups) @ (_by_group(B, groups).mT @ values)
+        y = _by_head(y, x.shape, groups).to(dtype) / scale
+        if D is not None:
+            y = y + x * D.to(dtype)[:, None]
+    return y.to(x.dtype)
