@@ -208,7 +208,7 @@ def draw(rows, setting, path):
             text = MIXERS[mixer].label
             ax.plot(*zip(*points, strict=True), **styles[mixer])
             if fits[mixer][column] is not None:
-                text += f': L$^{{{power(fits[mixer][column][:1] + (None, None))}}}$'
+                text += f': L^{power((fits[mixer][column][0], None, None))}'
             ends.append((*points[-1], text, styles[mixer]['color']))
         if not ends:
             ax.set_visible(False)
@@ -223,7 +223,7 @@ def draw(rows, setting, path):
         label_ends(ax, ends)
     figure.suptitle(f'{setting["device"]}, {setting["dtype"]}: {setting["depth"]} blocks of '
                     f'{setting["embed_dims"]} channels, batch {setting["batch_size"]}; powers of '
-                    'the length over its upper half', fontsize=10)
+                    'the length L over its upper half', fontsize=10)
     figure.savefig(path, dpi=100)
 
 

@@ -264,7 +264,7 @@ def markdown(results, picture):
     setting.append(f'{sum(r["seconds"] for r in results):,.0f} s of training for '
                    f'{len(results)} runs.')
     return f"""\
-# Associative recall
+# Associative recall{", small setting" if s["name"] == "cpu" else ""}
 
 {wrapped(intro)}
 
