@@ -187,12 +187,14 @@ def run_ssd(ssd: Callable, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     y, final_state = ssd(**arguments, return_final_state=True)
     results = dict(y=y, final_state=final_state)
     if 'cu_seqlens' in inputs:
-        del arguments['seq_idx']
-        alone = ({name: value[:, start:end] if name in ('x', 'dt', 'B', 'C', 'z') else value
-                  for name, value in arguments.items()}
-                 for start, end in pairwise(inputs['cu_seqlens'].tolist()))
-        results['varlen_states'] = torch.cat([
-            ssd(**sequence, return_final_state=True)[1] for sequence in alone])
+        of_tokens = 'x', 'dt', 'B', 'C', 'z', 'seq_idx'
+        states = []
+        for start, end in pairwise(inputs['cu_seqlens'].tolist()):
+            alone = {name: value[:, start:end] if name in of_tokens else value
+                     for name, value in arguments.items()}
+            states.append(ssd(**alone, return_final_state=True)[1])
+            arguments.pop('initial_state', None)  # of the first sequence
+        results['varlen_states'] = torch.cat(states)
     return results
 
 

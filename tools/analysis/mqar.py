@@ -52,6 +52,8 @@ def parse_args():
                         help='each decides the initial weights and the data')
     parser.add_argument('--dtype', choices=DTYPES,
                         help='tf32 is fp32 whose products a GPU may round; bf16 is autocast')
+    parser.add_argument('--filler', choices=('random', 'zeros'),
+                        help='tokens between the queries: any tokens, or 0, which is easier')
     for name, kind in CHANGES.items():
         several = dict(nargs='+', type=kind[0]) if isinstance(kind, list) else dict(type=kind)
         parser.add_argument(f'--{name.replace("_", "-")}', metavar='N', **several,
@@ -86,7 +88,7 @@ def make_setting(args, on_gpu):
     """(what is the same for all runs, the runs)."""
     name = args.setting or ('gpu' if on_gpu else 'cpu')
     setting = dict(SETTINGS[name], name=name, cuda_graphs=args.cuda_graphs)
-    setting['changed'] = {key: getattr(args, key) for key in (*CHANGES, 'dtype')
+    setting['changed'] = {key: getattr(args, key) for key in (*CHANGES, 'dtype', 'filler')
                           if getattr(args, key) not in (None, setting[key])}
     setting |= setting['changed']
     choices = [list(dict.fromkeys(getattr(args, key) or setting[key])) for key in CHOICES]
@@ -200,7 +202,7 @@ def study(args, start):
     end = start + 60 * args.minutes if args.minutes else float('inf')
     seed, data = None, None
     for run in list(progress.left):
-        if time.perf_counter() > end:
+        if data and time.perf_counter() > end:  # each call gets on, however short it is
             break
         if seed != run.seed:
             seed = run.seed

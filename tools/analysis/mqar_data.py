@@ -132,7 +132,7 @@ def make_segments(setting, seed):
     The test has one segment, of the most pairs. Many examples are drawn by several processes.
 
     Args:
-        setting: with vocab_size, length, pairs, examples, test_examples, power_a, noise.
+        setting: with vocab_size, length, pairs, examples, test_examples, power_a, filler.
         seed: of the data.
     """
     import torch
@@ -158,6 +158,6 @@ def _draw(setting, pairs, seed, examples):
 
     inputs, labels = multiquery_ar(
         setting['vocab_size'], examples, setting['length'], seed, power_a=setting['power_a'],
-        num_kv_pairs=pairs, random_non_queries=setting['noise'],
+        num_kv_pairs=pairs, random_non_queries=setting['filler'] == 'random',
         generator=torch.Generator().manual_seed(seed))
     return [t.numpy() for t in (inputs, *find_queries(labels))]

@@ -251,8 +251,8 @@ def markdown(results, picture):
         f'embedding and head tied; heads of Mamba-2 have {s["head_dim"]} channels. Attention has '
         'one head and, in place of positions, the short convolution that the other mixers have.',
         f'Data: {s["examples"]:,} training examples for each number of pairs ({pairs}), in this '
-        f'order in every epoch; {"random tokens" if s["noise"] else "zeros"} between the queries; '
-        f'power_a {s["power_a"]:g}.',
+        f'order in every epoch; {"random tokens" if s["filler"] == "random" else "zeros"} between '
+        f'the queries; power_a {s["power_a"]:g}.',
         f'Training: {s["epochs"]} epoch{"s" if s["epochs"] > 1 else ""} in batches of '
         f'{s["batch_size"]}, at most {max(r["steps_planned"] for r in results):,} steps; ended '
         f'when the test accuracy is above {s["stop_at"]:g}; AdamW, weight decay '

@@ -23,9 +23,9 @@ from vmamba_mm.ops import ssd
 from vmamba_mm.ops.ssd import reference
 from vmamba_mm.testing import relative_error, with_grads
 
-#: (batch, L, heads, P, groups, N): maps of an image in two stages, language models of two states.
+#: (batch, L, heads, P, groups, N): images in two stages, texts with few states and with many.
 SHAPES = ((4, 196, 12, 64, 1, 64), (8, 49, 24, 32, 1, 64), (1, 2048, 12, 64, 1, 64),
-          (1, 2048, 24, 64, 1, 128))
+          (1, 512, 24, 64, 1, 128))
 LIMIT = 1e-4
 
 

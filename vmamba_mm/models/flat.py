@@ -52,6 +52,6 @@ class FlatBackbone(Backbone):
         return super().forward(x) if self.out_type == 'featmap' else self.forward_tokens(x)
 
     def forward_tokens(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The outputs if ``out_type`` asks for tokens, after their norms; ``x`` is what the backbone
+        """The outputs if ``out_type`` asks for tokens, after their norms, of what the backbone
         takes."""
         raise NotImplementedError
