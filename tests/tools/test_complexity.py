@@ -148,6 +148,18 @@ def test_end_to_end(load_tool, call, tmp_path):
     assert (tmp_path / 'out/complexity.png').is_file() and f'[{3 * len(mixers)} of' in out
 
 
+@pytest.mark.gpu
+def test_memory_of_a_token(call, tmp_path):
+    """What PyTorch allocates for one more token holds at least the state."""
+    code, out, err = call(TOOL, *SMALL, '--device', 'cuda', '--dtype', 'bf16', '--lengths', 256,
+                          1024, '--out', tmp_path / 'out')
+    assert code == 0, err[-3000:]
+    with open(tmp_path / 'out/complexity.csv', newline='') as file:
+        for row in csv.DictReader(file):
+            assert float(row['token_mib']) * 2**20 >= int(row['state_bytes']) > 0
+            assert float(row['train_mib']) > 0
+
+
 def test_slow_mixers_stop(call, tmp_path):
     code, out, err = call(TOOL, *SMALL, '--mixers', 'mamba', '--lengths', 16, 32, 64, '--out',
                           tmp_path / 'out', '--max-seconds', 1e-9)

@@ -334,7 +334,7 @@ def test_more_states_recall_more(call, tmp_path):
     assert code == 0, err[-3000:]
     found = {s['model']: s['mean'] for s in json.loads(
         (tmp_path / 'out/mqar.json').read_text())['summary']}
-    assert found['mamba2-n64'] > found['mamba2-n16'] + 0.3
+    assert found['mamba2-n64'] > 0.95 and found['mamba2-n64'] > found['mamba2-n16'] + 0.05
     assert (tmp_path / 'out/mqar.png').is_file()
 
 
@@ -375,7 +375,7 @@ def test_plan(call, tmp_path):
     code, out, err = call(TOOL, '--setting', 'gpu', '--plan', '--models', 'mamba-n16', '--out',
                           tmp_path / 'out')
     assert code == 0, err[-3000:]
-    assert '12 runs, at most' in out and '3,072' in out and not (tmp_path / 'out').exists()
+    assert '12 runs, at most' in out and '3,136' in out and not (tmp_path / 'out').exists()
 
 
 def test_cost(mqar, setting):
