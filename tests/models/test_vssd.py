@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from vmamba_mm import zoo
+from vmamba_mm.checkpoints import files
 from vmamba_mm.errors import UserError
 from vmamba_mm.models import VSSD, vssd
 from vmamba_mm.models.vssd import ConvUnit, NonCausalSSD
@@ -111,6 +113,22 @@ def test_official_training_files(arch, weights, tmp_path, capsys):
     assert all(map(torch.equal, model.state_dict().values(), expected.values()))
     with pytest.raises(UserError, match='does not fit the model'):
         VSSD(dict(arch, d_state=8), out_indices=(3,)).load_pretrained(str(tmp_path / 'a.pth'))
+
+
+def test_the_set_that_was_published(tmp_path, monkeypatch):
+    """Of micro it is not the averaged one."""
+    sets = {name: official(Classifier(VSSD(TINY, out_indices=(3,)), 5))
+            for name in ('model', 'model_ema')}
+    torch.save(sets, tmp_path / 'a.pth')
+    monkeypatch.setattr(files, 'fetch', lambda source: tmp_path / 'a.pth')
+    address = zoo.find('vssd/micro').weights
+    for source, weights, expected in [
+            ('vmamba_mm://vssd/micro', 'auto', 'model'), (address, 'auto', 'model'),
+            ('vmamba_mm://vssd/tiny', 'auto', 'model_ema'), ('a.pth', 'auto', 'model_ema'),
+            ('vmamba_mm://vssd/micro', 'model_ema', 'model_ema')]:
+        found = files.read_checkpoint(source, weights)
+        assert found['meta']['weights'] == expected
+        assert torch.equal(found['state_dict']['head.fc.weight'], sets[expected]['head.weight'])
 
 
 # --- one image ------------------------------------------------------------------------------------

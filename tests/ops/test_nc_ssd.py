@@ -1,9 +1,15 @@
-"""What is special about the non-causal SSD of VSSD."""
+"""What is special about the non-causal SSD of VSSD, and a VSSD on the kernels around it."""
 
+import os
+import sys
+
+import emulated_cuda
 import pytest
 import torch
+from emulated_cuda import emulated_gpu
 from op_specs.nc_ssd import make, make_bare
 
+from vmamba_mm.models import VSSD
 from vmamba_mm.ops import nc_ssd
 from vmamba_mm.testing import assert_close
 
@@ -79,3 +85,31 @@ def test_an_exported_model_needs_nothing_of_this_package():
     exported = torch.export.export(module, inputs)
     assert not any('vmamba_mm' in str(node.target) for node in exported.graph.nodes)
     assert_close(exported.module()(*inputs), module(*inputs), 1e-12)
+
+
+@pytest.mark.skipif(
+    sys.platform != 'linux' or emulated_cuda.COMPILER is None and not os.environ.get('CI'),
+    reason='needs Linux and a C++ compiler')
+def test_a_model_on_the_kernels(tmp_path_factory):
+    """Those of norms, sums, MLPs and the convolution, with rows of the projection that have gaps:
+    the results and gradients are those of plain PyTorch."""
+    torch.manual_seed(0)
+    model = VSSD(dict(embed_dims=8, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), d_state=4)).eval()
+    x = torch.randn(2, 3, 40, 36)
+
+    def run_model(dtype=torch.float32):
+        model.zero_grad()
+        with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+            maps = model(x)
+        sum((y * y.detach().cos()).sum() for y in maps).backward()
+        return maps, [p.grad.clone() for p in model.parameters()]
+
+    expected, expected_grads = run_model()
+    with emulated_gpu(tmp_path_factory.getbasetemp()):
+        found, grads = run_model()
+        halves, _ = run_model(torch.bfloat16)
+    for one, half, right in zip(found, halves, expected, strict=True):
+        assert_close(one, right, 1e-5)
+        assert_close(half, right, 3e-2)
+    for one, right in zip(grads, expected_grads, strict=True):
+        assert_close(one, right, 1e-3)

@@ -98,7 +98,7 @@ def _mix(mixer: NonCausalSSD, tokens: Tensor, size: tuple[int, int]) -> Tensor:
     x, B, C = xBC.split((inner, state, state), dim=-1)
     weights = F.softplus(dt + mixer.dt_bias) * mixer.A_log.float().exp()
     values = x.unflatten(2, (mixer.num_heads, -1)).transpose(1, 2)         # (B, heads, L, P)
-    weighted = values * weights.transpose(1, 2).unsqueeze(-1)
+    weighted = (values * weights.transpose(1, 2).unsqueeze(-1)).to(x.dtype)  # as autocast does
     y = C.unsqueeze(1) @ (B.unsqueeze(1).transpose(2, 3) @ weighted)
     y = (y + values * mixer.D.view(-1, 1, 1)).transpose(1, 2).flatten(2)
     return mixer.out_proj(_norm(mixer.norm, y) * z)
