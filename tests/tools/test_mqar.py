@@ -375,7 +375,7 @@ def test_plan(call, tmp_path):
     code, out, err = call(TOOL, '--setting', 'gpu', '--plan', '--models', 'mamba-n16', '--out',
                           tmp_path / 'out')
     assert code == 0, err[-3000:]
-    assert '12 runs, at most' in out and '3,136' in out and not (tmp_path / 'out').exists()
+    assert '8 runs, at most' in out and '4,480' in out and not (tmp_path / 'out').exists()
 
 
 def test_cost(mqar, setting):

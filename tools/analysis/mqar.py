@@ -6,7 +6,7 @@ of Mamba-2 (arXiv 2405.21060, section 9.1 and figure 8). All models are the same
 for their mixer, and see the same examples in the same order; each learning rate is a run, and the
 best one counts.
 
---setting gpu is that study, shortened to some 20 minutes of an H200: 256 tokens, 8 to 64 pairs,
+--setting gpu is that study, shortened to some 20 minutes of an H200: 256 tokens, 1 to 64 pairs,
 8192 tokens in the vocabulary. --setting cpu is a small task of a minute on one core, which tells
 Mamba-2 with 16 and with 64 numbers of state apart.
 
