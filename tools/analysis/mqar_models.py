@@ -27,7 +27,7 @@ MODELS = {
 #: too, and each segment has twice the pairs of the one before: what is learnt on one helps on the
 #: next, and without these steps all models stay for long where they know which tokens are values,
 #: and no more. Zeros stand between the queries, as in Zoology's figure 2, since random tokens take
-#: several times as long to learn. Heads of Mamba-2 are small, so that a narrow model has several
+#: much longer to learn. Heads of Mamba-2 are small, so that a narrow model has several
 #: decays.
 SETTINGS = {
     'gpu': dict(
