@@ -4,6 +4,9 @@ import copy
 
 from specs import SPECS
 
+#: Pixels of an image of :func:`batch_of`.
+SIZE = 64
+
 
 def make_small(cfg, arch=None, num_classes=5):
     """The config with the first small architecture of its family, or another, and few classes."""
@@ -49,3 +52,43 @@ def learning_rates(cfg, epoch_length, total):
             if not scheduler.by_epoch or i % epoch_length == 0:
                 scheduler.step()
     return found
+
+
+def batch_of(scope):
+    """Two images of SIZE pixels with what the task asks of them, for a model of that scope."""
+    import torch
+    images = torch.randint(0, 256, (2, 3, SIZE, SIZE), dtype=torch.uint8)
+    if scope == 'mmdet':
+        from mmdet.testing import demo_mm_inputs
+        return demo_mm_inputs(2, (3, SIZE, SIZE), num_items=[2, 3], num_classes=80, with_mask=True)
+    if scope == 'mmseg':
+        from mmengine.structures import PixelData
+        from mmseg.structures import SegDataSample
+        labels = torch.randint(0, 150, (1, SIZE, SIZE))
+        return dict(inputs=list(images), data_samples=[SegDataSample(
+            gt_sem_seg=PixelData(data=labels), metainfo=dict(
+                img_shape=(SIZE, SIZE), ori_shape=(SIZE, SIZE))) for _ in images])
+    from mmpretrain.structures import DataSample
+    return dict(inputs=images, data_samples=[DataSample().set_gt_label(i) for i in (3, 7)])
+
+
+def take_a_step(cfg, narrowed):
+    """Build the model that ``narrowed(cfg)`` gives, train a step that moves all weights of the
+    backbone, and predict."""
+    import torch
+    from mmengine.model import revert_sync_batchnorm
+    from mmengine.optim import build_optim_wrapper
+    from mmengine.registry import MODELS
+
+    torch.manual_seed(0)
+    model = revert_sync_batchnorm(MODELS.build(narrowed(cfg))).train()
+    optim_cfg = copy.deepcopy(cfg.optim_wrapper)
+    optim_cfg.type = 'OptimWrapper'  # the Amp one refuses a machine without a GPU
+    optim_wrapper = build_optim_wrapper(model, optim_cfg)
+    before = {name: p.detach().clone() for name, p in model.backbone.named_parameters()}
+    log = model.train_step(batch_of(cfg.default_scope), optim_wrapper)
+    assert all(value.isfinite().all() for value in log.values())
+    for name, p in model.backbone.named_parameters():
+        assert p.isfinite().all() and not torch.equal(p, before[name]), name
+    with torch.no_grad():
+        assert len(model.eval().test_step(batch_of(cfg.default_scope))) == 2

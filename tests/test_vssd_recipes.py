@@ -1,10 +1,8 @@
 """The published recipes of VSSD: decay, rates, averages and MESA, and a step of each kind."""
 
-import copy
-
 import pytest
 from leaves import LEAVES, entry_of
-from small_recipes import learning_rates, settings_of
+from small_recipes import SIZE, learning_rates, settings_of, take_a_step
 
 ALL = [leaf for leaf in LEAVES if leaf.startswith('configs/vssd/')]
 IMAGENET, COCO, ADE20K = ([leaf for leaf in ALL if entry_of(leaf).task == task]
@@ -68,7 +66,6 @@ def test_dense(leaf, load, build_meta):
 
 # --- a step of training, and a prediction ---------------------------------------------------------
 
-SIZE = 64
 ARCH = dict(embed_dims=8, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), d_state=4)
 CHANNELS = [8, 16, 32, 64]
 
@@ -98,39 +95,6 @@ def narrowed(cfg):
     return model
 
 
-def batch_of(scope):
-    import torch
-    images = torch.randint(0, 256, (2, 3, SIZE, SIZE), dtype=torch.uint8)
-    if scope == 'mmdet':
-        from mmdet.testing import demo_mm_inputs
-        return demo_mm_inputs(2, (3, SIZE, SIZE), num_items=[2, 3], num_classes=80, with_mask=True)
-    if scope == 'mmseg':
-        from mmengine.structures import PixelData
-        from mmseg.structures import SegDataSample
-        labels = torch.randint(0, 150, (1, SIZE, SIZE))
-        return dict(inputs=list(images), data_samples=[SegDataSample(
-            gt_sem_seg=PixelData(data=labels), metainfo=dict(
-                img_shape=(SIZE, SIZE), ori_shape=(SIZE, SIZE))) for _ in images])
-    from mmpretrain.structures import DataSample
-    return dict(inputs=images, data_samples=[DataSample().set_gt_label(i) for i in (3, 7)])
-
-
 @pytest.mark.parametrize('leaf', [IMAGENET[0], COCO[0], ADE20K[0]])
 def test_one_step_and_a_prediction(leaf, load):
-    import torch
-    from mmengine.model import revert_sync_batchnorm
-    from mmengine.optim import build_optim_wrapper
-    from mmengine.registry import MODELS
-    cfg = load(leaf)
-    torch.manual_seed(0)
-    model = revert_sync_batchnorm(MODELS.build(narrowed(cfg))).train()
-    optim_cfg = copy.deepcopy(cfg.optim_wrapper)
-    optim_cfg.type = 'OptimWrapper'  # the Amp one refuses a machine without a GPU
-    optim_wrapper = build_optim_wrapper(model, optim_cfg)
-    before = {name: p.detach().clone() for name, p in model.backbone.named_parameters()}
-    log = model.train_step(batch_of(cfg.default_scope), optim_wrapper)
-    assert all(value.isfinite().all() for value in log.values())
-    for name, p in model.backbone.named_parameters():
-        assert p.isfinite().all() and not torch.equal(p, before[name]), name
-    with torch.no_grad():
-        assert len(model.eval().test_step(batch_of(cfg.default_scope))) == 2
+    take_a_step(load(leaf), narrowed)

@@ -16,12 +16,12 @@ import time
 
 import torch
 import torch.nn.functional as F
+from ways import run, worst_error
 
 import vmamba_mm
 from vmamba_mm.mm.measuring import cpu_name, held_and_peak
 from vmamba_mm.ops import ssd
 from vmamba_mm.ops.ssd import reference
-from vmamba_mm.testing import relative_error, with_grads
 
 #: (batch, L, heads, P, groups, N): images in two stages, texts with few states and with many.
 SHAPES = ((4, 196, 12, 64, 1, 64), (8, 49, 24, 32, 1, 64), (1, 2048, 12, 64, 1, 64),
@@ -84,23 +84,7 @@ WAYS = {'loop over tokens': by_reference('recurrent'), 'loop over chunks': by_re
 def verify(shape) -> float:
     """The largest relative error of the ways beside the loop in fp64, at a part of the length."""
     inputs = make(1, min(shape[1], 100), *shape[2:])
-    y_ref, grads_ref = with_grads(WAYS['loop over tokens'],
-                                  {name: t.double() for name, t in inputs.items()})
-    worst = 0.0
-    for way in WAYS.values():
-        y, grads = with_grads(way, inputs)
-        worst = max(worst, relative_error(y, y_ref),
-                    *(relative_error(grads[name], grads_ref[name]) for name in grads))
-    return worst
-
-
-def run(way, inputs, with_backward: bool) -> None:
-    if not with_backward:
-        with torch.inference_mode():
-            way(**inputs)
-        return
-    leaves = {name: t.detach().requires_grad_() for name, t in inputs.items()}
-    way(**leaves).sum().backward()
+    return worst_error(WAYS.values(), WAYS['loop over tokens'], inputs)
 
 
 def time_in_turns(inputs, with_backward: bool, rounds: int) -> dict[str, float]:

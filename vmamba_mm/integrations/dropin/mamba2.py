@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmamba_mm.integrations.dropin.conv import causal_conv1d_update, convolve_sequences
+from vmamba_mm.integrations.dropin.mamba_simple import states_from_cache
 from vmamba_mm.integrations.dropin.norms_gated import RMSNorm
 from vmamba_mm.integrations.dropin.ssd import (
     NO_LIMIT,
@@ -214,15 +215,7 @@ class Mamba2(_Block):
 
     def _get_states_from_cache(self, inference_params, batch_size: int,
                                initialize_states: bool = False) -> tuple[Tensor, Tensor]:
-        if self.layer_idx is None:
-            raise ValueError('a Mamba2 that decodes needs a layer_idx, the key of its state')
-        memory = inference_params.key_value_memory_dict
-        if self.layer_idx not in memory:
-            memory[self.layer_idx] = self.allocate_inference_cache(batch_size, 0)
-        elif initialize_states:
-            for state in memory[self.layer_idx]:
-                state.zero_()
-        return memory[self.layer_idx]
+        return states_from_cache(self, inference_params, batch_size, initialize_states)
 
 
 class Mamba2Simple(_Block):
