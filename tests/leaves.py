@@ -27,7 +27,7 @@ def entry_of(leaf):
     return next(entry for entry in ENTRIES if entry.path == path)
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def load(read_config):
     from mmengine.registry import init_default_scope
     read_once = lru_cache(maxsize=None)(read_config)
@@ -40,7 +40,7 @@ def load(read_config):
     return read
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def build_meta(load):
     """The model of a config on the meta device: names, shapes and classes without the memory."""
     import torch

@@ -1,8 +1,11 @@
-"""Published recipes with a small model: for tests that train a step."""
+"""Published recipes: their rates and decay, and with a small model for tests that train a step."""
 
 import copy
 
 from specs import SPECS
+
+#: Pixels of an image of :func:`batch_of`.
+SIZE = 64
 
 
 def make_small(cfg, arch=None, num_classes=5):
@@ -23,8 +26,69 @@ def settings_of(model, cfg):
     optim_cfg = copy.deepcopy(cfg.optim_wrapper)
     optim_cfg.type = 'OptimWrapper'  # the Amp one refuses a machine without a GPU
     for key in ('dtype', 'loss_scale'):
-        optim_cfg.pop(key)
+        optim_cfg.pop(key, None)
     wrapper = build_optim_wrapper(model, optim_cfg)
     of_id = {id(p): (group['lr'] / cfg.optim_wrapper.optimizer.lr, group['weight_decay'])
              for group in wrapper.optimizer.param_groups for p in group['params']}
     return {name: of_id[id(p)] for name, p in model.named_parameters()}, wrapper
+
+
+def learning_rates(cfg, epoch_length, total):
+    """The learning rate of every iteration, stepped as mmengine's ParamSchedulerHook does."""
+    import torch
+    from mmengine.registry import PARAM_SCHEDULERS
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)],
+                                lr=cfg.optim_wrapper.optimizer.lr)
+    schedulers = []
+    for item in cfg.param_scheduler:
+        assert 'end' in item
+        schedulers.append(PARAM_SCHEDULERS.build(
+            item, default_args=dict(optimizer=optimizer, epoch_length=epoch_length)))
+    optimizer.step()  # torch warns about a scheduler that steps first
+    found = []
+    for i in range(1, total + 1):
+        found.append(optimizer.param_groups[0]['lr'])
+        for scheduler in schedulers:
+            if not scheduler.by_epoch or i % epoch_length == 0:
+                scheduler.step()
+    return found
+
+
+def batch_of(scope):
+    """Two images of SIZE pixels with what the task asks of them, for a model of that scope."""
+    import torch
+    images = torch.randint(0, 256, (2, 3, SIZE, SIZE), dtype=torch.uint8)
+    if scope == 'mmdet':
+        from mmdet.testing import demo_mm_inputs
+        return demo_mm_inputs(2, (3, SIZE, SIZE), num_items=[2, 3], num_classes=80, with_mask=True)
+    if scope == 'mmseg':
+        from mmengine.structures import PixelData
+        from mmseg.structures import SegDataSample
+        labels = torch.randint(0, 150, (1, SIZE, SIZE))
+        return dict(inputs=list(images), data_samples=[SegDataSample(
+            gt_sem_seg=PixelData(data=labels), metainfo=dict(
+                img_shape=(SIZE, SIZE), ori_shape=(SIZE, SIZE))) for _ in images])
+    from mmpretrain.structures import DataSample
+    return dict(inputs=images, data_samples=[DataSample().set_gt_label(i) for i in (3, 7)])
+
+
+def take_a_step(cfg, narrowed):
+    """Build the model that ``narrowed(cfg)`` gives, train a step that moves all weights of the
+    backbone, and predict."""
+    import torch
+    from mmengine.model import revert_sync_batchnorm
+    from mmengine.optim import build_optim_wrapper
+    from mmengine.registry import MODELS
+
+    torch.manual_seed(0)
+    model = revert_sync_batchnorm(MODELS.build(narrowed(cfg))).train()
+    optim_cfg = copy.deepcopy(cfg.optim_wrapper)
+    optim_cfg.type = 'OptimWrapper'  # the Amp one refuses a machine without a GPU
+    optim_wrapper = build_optim_wrapper(model, optim_cfg)
+    before = {name: p.detach().clone() for name, p in model.backbone.named_parameters()}
+    log = model.train_step(batch_of(cfg.default_scope), optim_wrapper)
+    assert all(value.isfinite().all() for value in log.values())
+    for name, p in model.backbone.named_parameters():
+        assert p.isfinite().all() and not torch.equal(p, before[name]), name
+    with torch.no_grad():
+        assert len(model.eval().test_step(batch_of(cfg.default_scope))) == 2

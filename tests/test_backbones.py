@@ -239,6 +239,7 @@ def test_layer_depths(spec, arch):
 @each_arch
 def test_one_graph_under_compile(spec, arch):
     """By torch.compile, and the first arch by the argument ``compile``."""
+    torch._dynamo.reset()  # the code of one class is compiled again for each model, up to a limit
     model, options = spec.model(arch).eval(), dict(fullgraph=True, backend='aot_eager')
     if arch is spec.first:
         compiled = spec.model(arch, compile=options).eval()

@@ -303,9 +303,10 @@ def test_what_nobody_published_is_named(spec):
             to_mm(state | {'extra.weight': torch.zeros(1)})
 
 
-#: {file: system} of what is no model of its folder's system: VM-UNet starts from VMamba's weights,
-#: and a block, or its operator, alone is no model.
-SYSTEMS = {'vm_unet/vmamba_init.pth': 'vmamba', 'video_mamba_suite/action_mamba_block.pth': None,
+#: {file or folder: system} of what is no model of its folder's system: VM-UNet starts from VMamba's
+#: weights, and a block, or its operator, alone is no model.
+SYSTEMS = {'vm_unet/vmamba_init.pth': 'vmamba', 'mamba2': None,
+           'video_mamba_suite/action_mamba_block.pth': None,
            **{f'vmamba_m2/ss2d_{name}.pth': None for name in ('m0', 'm0_noz', 'm0_onnone_noz')}}
 
 
@@ -326,7 +327,8 @@ def test_files_of_other_systems_are_not_mistaken():
             assert name.partition('/')[0] in {family.name for family in err.families}, name
             continue
         # The files at the root are VMamba's, the others those of the system of the folder.
-        system = SYSTEMS.get(name, name.partition('/')[0] if '/' in name else 'vmamba')
+        folder = name.partition('/')[0] if '/' in name else 'vmamba'
+        system = SYSTEMS.get(name, SYSTEMS.get(folder, folder))
         families = [f for f in FAMILIES.values()
                     if system in (f.system or f.name, *f.parity_folders)]
         if families:

@@ -9,6 +9,8 @@ from leaves import ENTRIES, LEAVES, REPO, VARIANTS, entry_of
 from vmamba_mm import zoo
 from vmamba_mm.models.base import Backbone
 
+#: The scope lets the tests of one leaf follow one another, so that its model is built once.
+each_leaf = pytest.mark.parametrize('leaf', LEAVES, scope='module')
 PREPROCESSORS = dict(cls='ClsDataPreprocessor', video='vmamba_mm.ClipPreprocessor',
                      det='DetDataPreprocessor', seg='SegDataPreProcessor')
 
@@ -24,7 +26,7 @@ def arch_name(cfg):
     return arch if isinstance(arch, str) else arch.base
 
 
-@pytest.mark.parametrize('leaf', LEAVES)
+@each_leaf
 def test_model_is_that_of_its_row(leaf, load, build_meta):
     """Parameters of classifiers exactly, of others as the authors print them."""
     cfg, entry, model = load(leaf), entry_of(leaf), build_meta(leaf)
@@ -35,7 +37,7 @@ def test_model_is_that_of_its_row(leaf, load, build_meta):
     assert found == entry.parameters or round(found / 1e6) * 10**6 == entry.parameters
 
 
-@pytest.mark.parametrize('leaf', LEAVES)
+@each_leaf
 def test_nothing_is_left_of_the_stock_config(leaf, load):
     cfg, entry = load(leaf), entry_of(leaf)
     assert cfg.custom_imports == dict(imports=['vmamba_mm.mm'], allow_failed_imports=False)
@@ -50,7 +52,7 @@ def test_nothing_is_left_of_the_stock_config(leaf, load):
         assert (init_cfg.type, init_cfg.prefix) == ('Pretrained', 'backbone.')
 
 
-@pytest.mark.parametrize('leaf', LEAVES)
+@each_leaf
 def test_necks_and_heads_take_what_the_backbone_gives(leaf, load, build_meta):
     model, cfg = build_meta(leaf), load(leaf).model
     channels = [model.backbone.num_features[i] for i in model.backbone.out_indices]
@@ -63,14 +65,14 @@ def test_necks_and_heads_take_what_the_backbone_gives(leaf, load, build_meta):
     assert found
 
 
-@pytest.mark.parametrize('leaf', LEAVES)
+@each_leaf
 def test_batch_size_is_that_of_the_row(leaf, load):
     cfg, entry = load(leaf), entry_of(leaf)
     if 'auto_scale_lr' in cfg:
         assert entry.metadata['Batch Size'] == cfg.auto_scale_lr.base_batch_size
 
 
-@pytest.mark.parametrize('leaf', LEAVES)
+@each_leaf
 def test_every_transform_and_evaluator_builds(leaf, load):
     from mmengine.registry import METRICS, MODELS, TRANSFORMS
     cfg, task = load(leaf), entry_of(leaf).task

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 from leaves import LEAVES, entry_of
+from small_recipes import learning_rates
 
 from vmamba_mm import zoo
 
@@ -15,6 +16,8 @@ IMAGENET, COCO, ADE20K = ([leaf for leaf in ALL if entry_of(leaf).task == task]
 COCO_1X = 'configs/vmamba/mask-rcnn_vmamba-tiny-s1l8_fpn_1x_coco.py'
 COCO_3X = 'configs/vmamba/mask-rcnn_vmamba-tiny-s1l8_fpn_ms-3x_coco.py'
 COCO_BS8 = 'configs/vmamba/mask-rcnn_vmamba-base-s2l15_fpn_8xb1-1x_coco.py'
+#: The scope lets the tests of one leaf follow one another, so that its model is built once.
+each_dense = pytest.mark.parametrize('leaf', COCO + ADE20K, scope='module')
 #: arch -> drop path on ImageNet, COCO, ADE20K
 DROP_PATH = {
     'vanilla_tiny': (0.1, 0.2, 0.3), 'vanilla_small': (0.3, 0.2, 0.3),
@@ -42,7 +45,7 @@ def test_drop_path(leaf, load):
     assert load(leaf).model.backbone.drop_path_rate == DROP_PATH[entry.arch][task]
 
 
-@pytest.mark.parametrize('leaf', COCO + ADE20K)
+@each_dense
 def test_dense_backbone_is_the_classifier_with_norms(leaf, build_meta):
     """Less its head, plus a norm for each of the first three stages."""
     backbone = build_meta(leaf).backbone
@@ -101,7 +104,7 @@ OFFICIAL = [
 ]
 
 
-@pytest.mark.parametrize('leaf', COCO + ADE20K)
+@each_dense
 def test_dense_decay(leaf, load, build_meta):
     cfg = load(leaf)
     model = build_meta(leaf)
@@ -135,27 +138,6 @@ def test_dense_decay(leaf, load, build_meta):
 
 
 # -- schedule ------------------------------------------------------------------------------
-
-def learning_rates(cfg, epoch_length, total):
-    """The learning rate of every iteration, stepped as mmengine's ParamSchedulerHook does."""
-    import torch
-    from mmengine.registry import PARAM_SCHEDULERS
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)],
-                                lr=cfg.optim_wrapper.optimizer.lr)
-    schedulers = []
-    for item in cfg.param_scheduler:
-        assert 'end' in item
-        schedulers.append(PARAM_SCHEDULERS.build(
-            item, default_args=dict(optimizer=optimizer, epoch_length=epoch_length)))
-    optimizer.step()  # torch warns about a scheduler that steps first
-    found = []
-    for i in range(1, total + 1):
-        found.append(optimizer.param_groups[0]['lr'])
-        for scheduler in schedulers:
-            if not scheduler.by_epoch or i % epoch_length == 0:
-                scheduler.step()
-    return found
-
 
 @pytest.mark.parametrize('leaf', [leaf for leaf in IMAGENET if 'tiny-s1l8' in leaf])
 def test_imagenet_schedule(leaf, load):

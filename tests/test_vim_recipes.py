@@ -2,6 +2,7 @@
 
 import pytest
 from leaves import LEAVES, entry_of
+from small_recipes import SIZE, learning_rates, settings_of, take_a_step
 
 ALL = [leaf for leaf in LEAVES if leaf.startswith('configs/vim/')]
 IMAGENET, COCO, ADE20K = ([leaf for leaf in ALL if entry_of(leaf).task == task]
@@ -10,33 +11,6 @@ IMAGENET, COCO, ADE20K = ([leaf for leaf in ALL if entry_of(leaf).task == task]
 PUBLISHED = {'tiny': (1024, 1e-3, 0.1, 0.0), 'small': (512, 1e-3, 0.05, 0.05),
              'base': (512, 1e-3, 0.05, 0.05), 'tiny_stride8': (1024, 1e-5, 1e-8, 0.0),
              'small_stride8': (1024, 1e-5, 1e-8, 0.0)}
-
-
-def settings_of(model, cfg):
-    """{parameter name: (rate, decay)} as the optimizer of the config has them."""
-    from mmengine.optim import build_optim_wrapper
-    optim_cfg = cfg.optim_wrapper.copy()
-    optim_cfg.type = 'OptimWrapper'  # the Amp one refuses a machine without a GPU
-    groups = build_optim_wrapper(model, optim_cfg).optimizer.param_groups
-    found = {id(p): (g['lr'], g['weight_decay']) for g in groups for p in g['params']}
-    return {name: found[id(p)] for name, p in model.named_parameters()}
-
-
-def rates(cfg, epochs, per_epoch):
-    """The rate of each iteration, or of each epoch of one iteration."""
-    import torch
-    from mmengine.registry import PARAM_SCHEDULERS
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)],
-                                lr=cfg.optim_wrapper.optimizer.lr)
-    schedulers = [PARAM_SCHEDULERS.build(item, default_args=dict(
-        optimizer=optimizer, epoch_length=per_epoch)) for item in cfg.param_scheduler]
-    optimizer.step()  # torch warns about a scheduler that steps first
-    found = []
-    for _ in range(epochs * per_epoch):
-        found.append(optimizer.param_groups[0]['lr'])
-        for scheduler in schedulers:
-            scheduler.step()
-    return found
 
 
 @pytest.mark.parametrize('leaf', IMAGENET)
@@ -49,12 +23,13 @@ def test_imagenet(leaf, load, build_meta):
     assert cfg.optim_wrapper.type == 'OptimWrapper' and cfg.optim_wrapper.clip_grad is None
     model = build_meta(leaf)
     assert model.backbone.out_type == 'cls_token' and model.neck is None
-    for name, settings in settings_of(model, cfg).items():
+    assert cfg.optim_wrapper.optimizer.lr == rate
+    for name, settings in settings_of(model, cfg)[0].items():
         is_free = model.get_parameter(name).ndim == 1 or name.endswith(
             ('.bias', '_embed', '_token'))
-        assert settings == (rate, 0.0 if is_free else decay), name
+        assert settings == (1.0, 0.0 if is_free else decay), name
     epochs = cfg.train_cfg.max_epochs
-    found = rates(cfg, epochs, 1)
+    found = learning_rates(cfg, 1, epochs)
     if 'stride8' in arch:
         assert epochs == 30 and set(found) == {1e-5}
         assert cfg.model.backbone.init_cfg.resize == 'published'
@@ -72,17 +47,18 @@ def test_ade20k(leaf, load, build_meta):
     cfg, is_tiny = load(leaf), entry_of(leaf).arch == 'tiny'
     rate, decay, factor = (2e-4, 0.1, 0.92 ** 25) if is_tiny else (1e-4, 0.05, 0.95 ** 25)
     model = build_meta(leaf)
-    for name, settings in settings_of(model, cfg).items():
+    assert cfg.optim_wrapper.optimizer.lr == rate
+    for name, settings in settings_of(model, cfg)[0].items():
         is_stem = name.startswith(('backbone.patch_embed', 'backbone.pos_embed'))
         is_free = model.get_parameter(name).ndim == 1 or name.endswith('.bias')
-        assert settings == pytest.approx((rate * (factor if is_stem else 1),
-                                          0.0 if is_free else decay), rel=1e-3), name
+        assert settings == pytest.approx((factor if is_stem else 1, 0.0 if is_free else decay),
+                                         rel=1e-3), name
     # As of the published code, where a norm that is not used remains.
     count = sum(p.numel() for part in (model.backbone, model.neck) for p in part.parameters())
     assert count == (7_556_928 - 192 if is_tiny else 27_500_160 - 384)
     assert model.backbone.features == ('mixer' if is_tiny else 'stream')
     assert model.backbone.out_indices == (5, 11, 17, 23) and model.backbone.cls_token is None
-    found = rates(cfg, 1, cfg.train_cfg.max_iters)
+    found = learning_rates(cfg, cfg.train_cfg.max_iters, cfg.train_cfg.max_iters)
     assert len(found) == 60000 and found[0] == pytest.approx(rate * 1e-6)
     assert found[1500] == max(found) == pytest.approx(rate) and found[-1] < rate * 1e-4
 
@@ -90,14 +66,15 @@ def test_ade20k(leaf, load, build_meta):
 @pytest.mark.parametrize('leaf', COCO)
 def test_coco(leaf, load, build_meta):
     cfg, model = load(leaf), build_meta(leaf)
-    for name, (rate, decay) in settings_of(model, cfg).items():
+    assert cfg.optim_wrapper.optimizer.lr == 1e-4
+    for name, (factor, decay) in settings_of(model, cfg)[0].items():
         levels = name.split('.')
         depth = 25
         if levels[0] == 'backbone':
             depth = int(levels[2]) + 1 if levels[1] == 'blocks' else 0
-        assert rate == pytest.approx(1e-4 * 0.837 ** (25 - depth)), name
+        assert factor == pytest.approx(0.837 ** (25 - depth)), name
         assert decay == (0.0 if 'pos_embed' in name else 0.1), name
-    found = rates(cfg, 1, cfg.train_cfg.max_iters)
+    found = learning_rates(cfg, cfg.train_cfg.max_iters, cfg.train_cfg.max_iters)
     assert len(found) == 184375 and found[0] == pytest.approx(1e-7)
     assert found[250] == found[163888] == pytest.approx(1e-4)
     assert found[163889] == pytest.approx(1e-5) and found[-1] == pytest.approx(1e-6)
@@ -106,9 +83,6 @@ def test_coco(leaf, load, build_meta):
 
 
 # --- a step of training, and a prediction ---------------------------------------------------------
-
-SIZE = 64
-
 
 def narrowed(cfg):
     """The model of a config with four blocks of 16 channels, for images of 64 pixels."""
@@ -143,38 +117,6 @@ def narrowed(cfg):
     return model
 
 
-def batch_of(scope):
-    import torch
-    images = torch.randint(0, 256, (2, 3, SIZE, SIZE), dtype=torch.uint8)
-    if scope == 'mmdet':
-        from mmdet.testing import demo_mm_inputs
-        return demo_mm_inputs(2, (3, SIZE, SIZE), num_items=[2, 3], num_classes=80, with_mask=True)
-    if scope == 'mmseg':
-        from mmengine.structures import PixelData
-        from mmseg.structures import SegDataSample
-        labels = torch.randint(0, 150, (1, SIZE, SIZE))
-        return dict(inputs=list(images), data_samples=[SegDataSample(
-            gt_sem_seg=PixelData(data=labels), metainfo=dict(
-                img_shape=(SIZE, SIZE), ori_shape=(SIZE, SIZE))) for _ in images])
-    from mmpretrain.structures import DataSample
-    return dict(inputs=images, data_samples=[DataSample().set_gt_label(i) for i in (3, 7)])
-
-
 @pytest.mark.parametrize('leaf', [IMAGENET[0], COCO[0], *ADE20K])
 def test_one_step_and_a_prediction(leaf, load):
-    import torch
-    from mmengine.model import revert_sync_batchnorm
-    from mmengine.optim import build_optim_wrapper
-    from mmengine.registry import MODELS
-    cfg = load(leaf)
-    torch.manual_seed(0)
-    model = revert_sync_batchnorm(MODELS.build(narrowed(cfg))).train()
-    cfg.optim_wrapper.type = 'OptimWrapper'  # the Amp one refuses a machine without a GPU
-    optim_wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
-    before = {name: p.detach().clone() for name, p in model.backbone.named_parameters()}
-    log = model.train_step(batch_of(cfg.default_scope), optim_wrapper)
-    assert all(value.isfinite().all() for value in log.values())
-    for name, p in model.backbone.named_parameters():
-        assert p.isfinite().all() and not torch.equal(p, before[name]), name
-    with torch.no_grad():
-        assert len(model.eval().test_step(batch_of(cfg.default_scope))) == 2
+    take_a_step(load(leaf), narrowed)

@@ -1,6 +1,7 @@
 """What tests, tools and benchmarks share: inputs for the ops, errors relative to scale."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -176,6 +177,41 @@ def run_in_parts(mixer: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
         states.append(_window(before, state))
     return dict(output=mixer(x), step_output=torch.cat(outputs, 1), state_after_prefill=states[0],
                 state_final=states[1])
+
+
+def run_mamba2_in_parts(mixer: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """:func:`run_in_parts` by the names in the numbers of Mamba-2.
+
+    Args:
+        mixer: as :class:`vmamba_mm.layers.Mamba2Mixer`.
+        inputs: 'input' (B, L, C), and 'prefill_length', the number of tokens that go together.
+
+    Returns:
+        'output' of the parts, and the states after the first and the last of them.
+    """
+    parts = run_in_parts(mixer, dict(input=inputs['input'], prefill_len=inputs['prefill_length']))
+    first, last = parts['state_after_prefill'], parts['state_final']
+    return dict(output=parts['step_output'], conv_state=first['conv'], ssm_state=first['ssm'],
+                conv_state_end=last['conv'], ssm_state_end=last['ssm'])
+
+
+def run_ssd(ssd: Callable, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The result 'y' of the op ``ssd``, its 'final_state', and that of each packed sequence,
+    'varlen_states', where 'cu_seqlens' says where they begin and end."""
+    arguments = {{'initial_states': 'initial_state'}.get(name, name): value
+                 for name, value in inputs.items() if name != 'cu_seqlens'}
+    y, final_state = ssd(**arguments, return_final_state=True)
+    results = dict(y=y, final_state=final_state)
+    if 'cu_seqlens' in inputs:
+        of_tokens = 'x', 'dt', 'B', 'C', 'z', 'seq_idx'
+        states = []
+        for start, end in pairwise(inputs['cu_seqlens'].tolist()):
+            alone = {name: value[:, start:end] if name in of_tokens else value
+                     for name, value in arguments.items()}
+            states.append(ssd(**alone, return_final_state=True)[1])
+            arguments.pop('initial_state', None)  # of the first sequence
+        results['varlen_states'] = torch.cat(states)
+    return results
 
 
 def _window(before, state):

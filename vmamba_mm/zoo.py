@@ -52,6 +52,8 @@ class Entry:
         root: the folder that ``config`` is relative to.
         weights: the address of the file, or None where it was not published.
         sha256: of that file, where it is known.
+        held_as: which set of weights of a file that holds two has the published numbers, 'model'
+            or 'model_ema'; None for the averaged ones where they are present.
         parameters: a count; exact for classifiers, as rounded by the authors for the others.
         flops: of one image of the size in the paper, where a multiply-add counts once.
         results: as published, one for each task and data set; ``metrics`` may be empty.
@@ -72,6 +74,7 @@ class Entry:
     root: Path
     weights: str | None
     sha256: str | None
+    held_as: str | None
     parameters: int | None
     flops: int | None
     results: tuple[Result, ...]
@@ -234,6 +237,7 @@ def _read_entry(model: Mapping[str, Any], collections: Mapping[str, Any], path: 
         name=model['Name'], family=family or path.parent.name, arch=arch, task=tasks.pop(),
         folder=path.parent.name, config=model.get('Config'), root=path.parents[2],
         weights=model.get('Weights'),
-        sha256=metadata.get('SHA-256'), parameters=metadata.get('Parameters'),
+        sha256=metadata.get('SHA-256'), held_as=metadata.get('Held As'),
+        parameters=metadata.get('Parameters'),
         flops=metadata.get('FLOPs'), results=results, tag=metadata.get('Tag'),
         pretrained=metadata.get('Pretrained'), metadata=metadata, collection=collection)

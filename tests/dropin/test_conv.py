@@ -53,13 +53,30 @@ def test_states_join_two_parts(channels_last):
     assert_close(torch.cat([first, second], -1), conv(x, weight, bias), 1e-10)
 
 
+@pytest.mark.parametrize('activation', [None, 'silu'])
+def test_sequences_in_one_sample(activation):
+    from causal_conv1d import causal_conv1d_fn
+    tensors, lengths = inputs(), [2, 1, 6]
+    seq_idx = torch.tensor([0, 0, 1, 2, 2, 2, 2, 2, 2], dtype=torch.int32).expand(BATCH, -1)
+
+    def by_hand(x, weight, bias):
+        return torch.cat([conv(part, weight, bias, activation is not None)
+                          for part in x.split(lengths, -1)], -1)
+
+    expected, grads = gradients(by_hand, tensors)
+    y, found = gradients(lambda *args: causal_conv1d_fn(*args, seq_idx, activation=activation),
+                         tensors)
+    for actual, wanted in zip([y, *found], [expected, *grads], strict=True):
+        assert_close(actual, wanted, 1e-10)
+
+
 def test_what_is_not_covered_is_refused():
     import causal_conv1d_cuda
     from causal_conv1d import causal_conv1d_fn
     x, weight, bias = inputs()
     seq_idx = torch.zeros(BATCH, LENGTH, dtype=torch.int32)
-    with pytest.raises(NotImplementedError, match='has no seq_idx'):
-        causal_conv1d_fn(x, weight, bias, seq_idx)
+    with pytest.raises(ValueError, match='takes seq_idx without initial_states'):
+        causal_conv1d_fn(x, weight, bias, seq_idx, return_final_states=True)
     with pytest.raises(NotImplementedError, match='has no seq_idx'):
         causal_conv1d_cuda.causal_conv1d_fwd(x, weight, bias, seq_idx, True)
     with pytest.raises(NotImplementedError, match="must be None, 'silu' or 'swish', got 'gelu'"):

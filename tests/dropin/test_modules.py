@@ -29,10 +29,10 @@ def test_packages_give_their_modules_as_attributes():
 
 
 @pytest.mark.parametrize('statement, named, covered', [
-    ('from mamba_ssm import Mamba2', 'mamba_ssm.Mamba2', 'Mamba'),
-    ('from mamba_ssm.modules.mamba2 import Mamba2', 'mamba_ssm.modules.mamba2',
+    ('from mamba_ssm import Mamba3', 'mamba_ssm.Mamba3', 'Mamba'),
+    ('from mamba_ssm.modules.mamba3 import Mamba3', 'mamba_ssm.modules.mamba3',
      'mamba_ssm.modules.mamba_simple'),
-    ('from mamba_ssm.ops.triton import ssd_combined', 'mamba_ssm.ops.triton.ssd_combined',
+    ('from mamba_ssm.ops.triton import ssd_chunk_scan', 'mamba_ssm.ops.triton.ssd_chunk_scan',
      'mamba_ssm.ops.triton.layer_norm'),
     ('import causal_conv1d.causal_conv1d_varlen', 'causal_conv1d.causal_conv1d_varlen',
      'causal_conv1d.causal_conv1d_interface'),
@@ -59,10 +59,10 @@ def test_the_page_lists_what_is_covered():
         assert not names or names <= set(re.findall('`([^`]+)`', row[0].split('|')[2])), module
 
 
-def test_the_versions_are_of_mamba_1():
+def test_the_versions_are_of_mamba_2():
     import causal_conv1d
     import mamba_ssm
-    assert mamba_ssm.__version__.startswith('1.2.') and causal_conv1d.__version__ > '1.4'
+    assert mamba_ssm.__version__.startswith('2.2.') and causal_conv1d.__version__ > '1.4'
 
 
 @pytest.fixture

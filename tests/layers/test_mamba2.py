@@ -1,9 +1,11 @@
 """The mixer of Mamba-2 and its gated norm, against loops over tokens."""
 
 import math
+import warnings
 
 import pytest
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import nn
 
@@ -83,7 +85,7 @@ def results(mixer, run, x):
     x = x.clone().requires_grad_()
     y = run(x)
     names, leaves = zip(('x', x), *mixer.named_parameters(), strict=True)
-    return dict(zip(names, torch.autograd.grad(y, leaves, tokens_of(*y.shape, seed=2)),
+    return dict(zip(names, torch.autograd.grad(y, leaves, tokens_of(*y.shape, seed=2).to(y)),
                     strict=True)) | {'y': y}
 
 
@@ -209,6 +211,29 @@ def test_half_precision(autocast):
     assert_close(pieces, expected, 0.03)
 
 
+@pytest.mark.gpu
+@each_option
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_on_a_gpu(options, dtype):
+    """All tokens, pieces and packed sequences, against fp64 on a CPU."""
+    mixer, x = random_mixer(options), tokens_of(2, 70, 6)
+    seq_idx = (torch.arange(70) // 25).int().expand(2, -1)
+    expected = results(mixer, mixer, x)
+    packed = mixer(x, seq_idx=seq_idx)
+    mixer, x = mixer.to('cuda', dtype), x.to('cuda', dtype)
+    found = {name: value.cpu().double() for name, value in results(mixer, mixer, x).items()}
+    limit = 1e-4 if dtype == torch.float32 else 0.05
+    for name, value in expected.items():
+        assert_close(found[name], value, limit if name == 'y' else 4 * limit, name)
+    # torch may round a convolution's inputs to TF32.
+    assert_close(mixer(x, seq_idx=seq_idx.cuda()).cpu(), packed, max(limit, 2e-3))
+    state, outputs = mixer.init_state(2), []
+    for piece in x.split([1, 64, 1, 4], 1):
+        y, state = mixer(piece, state)
+        outputs.append(y)
+    assert_close(torch.cat(outputs, 1).cpu(), expected['y'], limit)
+
+
 def test_in_a_block():
     """With gradient checkpointing, and through torch.compile in one graph."""
     torch._dynamo.reset()
@@ -225,6 +250,19 @@ def test_in_a_block():
     assert_close(compiled(x), block.mixer(x), 1e-12)
     assert_close(compiled(x, seq_idx=seq_idx), block.mixer(x, seq_idx=seq_idx), 1e-12)
     torch._dynamo.reset()
+
+
+@each_option
+def test_recording(options):
+    """By torch.fx, as extractors of features do, and by torch.jit."""
+    mixer, x = random_mixer(options), tokens_of(2, 7, 6)
+    recorded = torch.fx.symbolic_trace(mixer, concrete_args=dict(state=None, seq_idx=None))
+    assert_close(recorded(x, None, None), mixer(x), 1e-12)
+    assert {'in_proj', 'out_proj'} <= {node.target for node in recorded.graph.nodes}
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # it is deprecated, and compares shapes
+        recorded = torch.jit.trace(mixer, (x,))
+    assert_close(recorded(x + 1), mixer(x + 1), 1e-12)
 
 
 @pytest.mark.parametrize('options, message', [

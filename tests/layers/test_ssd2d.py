@@ -150,3 +150,26 @@ def test_a_block_with_it_runs_step_by_step():
     expected = normed + block.mlp(block.norm2(normed))
     torch.testing.assert_close(block(x), expected)
     assert block.why_not_one_op(x) is not None
+
+
+def test_what_kernels_read_is_aligned(monkeypatch):
+    """With columns that fill up, and the same result."""
+    import vmamba_mm.layers.ssd2d as module
+    torch.manual_seed(0)
+    layer, x, seen = SSD2D(24, d_state=8, dt_rank=3), torch.randn(2, 3, 5, 24), []
+    plain = layer(x)
+
+    def watched(*inputs, **kwargs):
+        seen.append([t for i, t in enumerate(inputs) if i in (0, 3, 4)])
+        return ssd(*inputs, **kwargs)
+
+    ssd = module.ssd
+    monkeypatch.setattr(module, 'ssd', watched)
+    monkeypatch.setattr(module, 'runs_kernels', lambda x: True)
+    torch.testing.assert_close(layer(x), plain)
+    for maps in seen:
+        for t in maps:
+            *strides, last = t.stride()
+            assert last == 1 and all(stride % 8 == 0 for stride in strides)
+            assert t.storage_offset() % 8 == 0
+    assert len(seen) == 2

@@ -28,25 +28,34 @@ from vmamba_mm.registry import MODELS
 
 # -- numbers -------------------------------------------------------------------------------------
 
-#: Of transformers 5.24.0 (MambaForCausalLM, its path in plain PyTorch): the logits after the last
-#: of the tokens below, of a model whose parameters, in the order of their names there, are
-#: 0.8 sin(0.7 n + i + 1) for the n-th element of the i-th.
-TRANSFORMERS_LOGITS = [
-    [0.523053, -0.576114, 0.075286, 0.497923, -0.592418, 0.117348, 0.470542, -0.606043,
-     0.15888, 0.441034, -0.616928, 0.199693, 0.409531, -0.625023, 0.239604, 0.376176],
-    [-0.083924, -0.176569, 0.267305, -0.101047, -0.162359, 0.26967, -0.117714, -0.147415,
-     0.270816, -0.133848, -0.131804, 0.270737, -0.149377, -0.115598, 0.269434, -0.16423]]
+#: Of transformers 5.24.0 (MambaForCausalLM and Mamba2ForCausalLM, in plain PyTorch): the logits
+#: after the last of the tokens below, of a model whose parameters, in the order of their names
+#: there, are 0.8 sin(0.7 n + i + 1) for the n-th element of the i-th.
+TRANSFORMERS_LOGITS = {
+    'mamba': [
+        [0.523053, -0.576114, 0.075286, 0.497923, -0.592418, 0.117348, 0.470542, -0.606043,
+         0.15888, 0.441034, -0.616928, 0.199693, 0.409531, -0.625023, 0.239604, 0.376176],
+        [-0.083924, -0.176569, 0.267305, -0.101047, -0.162359, 0.26967, -0.117714, -0.147415,
+         0.270816, -0.133848, -0.131804, 0.270737, -0.149377, -0.115598, 0.269434, -0.16423]],
+    'mamba2': [
+        [-0.151541, 0.44067, -0.30613, -0.122731, 0.433595, -0.327591, -0.093367, 0.42456,
+         -0.347571, -0.06358, 0.413604, -0.36598, -0.033506, 0.400778, -0.382733, -0.00328],
+        [-0.065398, 0.606122, -0.564107, -0.020254, 0.585142, -0.587461, 0.024982, 0.561516,
+         -0.608159, 0.070105, 0.53535, -0.626107, 0.11491, 0.506764, -0.641224, 0.159197]]}
 
 
-def test_logits_are_those_of_transformers():
-    model = CausalLM(mixer='mamba', vocab_size=16, embed_dims=12, depth=2, d_state=5, dt_rank=3)
+@pytest.mark.parametrize('options', [
+    dict(mixer='mamba', dt_rank=3), dict(mixer='mamba2', head_dim=4, n_groups=2)],
+    ids=['mamba', 'mamba2'])
+def test_logits_are_those_of_transformers(options):
+    model = CausalLM(options, vocab_size=16, embed_dims=12, depth=2, d_state=5)
     with torch.no_grad():
         for i, (_, parameter) in enumerate(sorted(transformers_state(model).items())):
             n = torch.arange(parameter.numel(), dtype=torch.float64)
             parameter.copy_((0.8 * torch.sin(0.7 * n + i + 1)).reshape(parameter.shape))
         logits = model((torch.arange(14) * 5 % 16).reshape(2, 7))
-    torch.testing.assert_close(logits[:, -1], torch.tensor(TRANSFORMERS_LOGITS),
-                               atol=2e-6, rtol=1e-5)
+    expected = torch.tensor(TRANSFORMERS_LOGITS[options['mixer']])
+    torch.testing.assert_close(logits[:, -1], expected, atol=2e-6, rtol=1e-5)
 
 
 def by_hand(model, input_ids):

@@ -12,8 +12,11 @@ from official import (
 )
 from torch import nn
 
+from vmamba_mm.checkpoints.names import to_mm
 from vmamba_mm.errors import UserError
 from vmamba_mm.models import VMamba
+
+SSD = dict(S1, d_state=3, core='ssd')
 
 
 @pytest.fixture
@@ -32,7 +35,8 @@ def assert_unchanged(model, before):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-@pytest.mark.parametrize('held, wanted', [(S2, S1), (S1, VANILLA), (VANILLA, S2)])
+@pytest.mark.parametrize('held, wanted', [
+    (S2, S1), (S1, VANILLA), (VANILLA, S2), (SSD, S1), (S1, SSD)])
 def test_another_variant_is_refused(held, wanted, tmp_path):
     path = str(save_training_file(tmp_path / 'a.pth', classifier_state(random_backbone(held, (3,)),
                                                                        10)))
@@ -41,6 +45,16 @@ def test_another_variant_is_refused(held, wanted, tmp_path):
     with pytest.raises(UserError, match=f"a.pth does not fit.*'ssm_ratio': {held['ssm_ratio']}"):
         model.init_weights()
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize('arch, lacking', [
+    (S1, 'dt_projs_weight'), (S1, 'out_norm.weight'), (S1, 'Ds'), (SSD, 'Ds'), (SSD, 'A_logs')])
+def test_what_a_variant_lacks_is_named(arch, lacking):
+    """The weights of SS2D and of SSD2D that the other has not are missed as all others are."""
+    name = f'stages.2.blocks.0.ssm.{lacking}'
+    state = {k: v for k, v in random_backbone(arch).state_dict().items() if k != name}
+    with pytest.raises(UserError, match=f'like those of a VMamba, but lack .{name}'):
+        to_mm(state)
 
 
 def test_classifier_into_a_detector_is_refused(mm, official_file):

@@ -4,9 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from vmamba_mm import zoo
+from vmamba_mm.checkpoints import files
 from vmamba_mm.errors import UserError
-from vmamba_mm.models import VSSD
+from vmamba_mm.models import VSSD, vssd
 from vmamba_mm.models.vssd import ConvUnit, NonCausalSSD
+from vmamba_mm.ops import dwconv_silu
 from vmamba_mm.testing import Classifier, assert_close
 
 TINY = dict(embed_dims=4, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), d_state=3)
@@ -44,6 +47,23 @@ def test_mixer_is_that_of_the_paper(groups, positive):
     assert_close(mixer(x), by_hand(mixer, x), 1e-12)
     mixer.conv2d.register_forward_hook(lambda *args: None)  # then the convolution is called
     assert_close(mixer(x), by_hand(mixer, x), 1e-12)
+
+
+def test_rows_of_multiples_of_16_bytes(monkeypatch):
+    """As on a GPU, of 19 numbers and 5 zeros: the same results and gradients."""
+    torch.manual_seed(0)
+    mixer = NonCausalSSD(4, 1, 1).double()
+    x = torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True)
+    results, strides = [], []
+    monkeypatch.setattr(vssd, 'dwconv_silu', lambda x, *args: (
+        strides.append(x.stride(2)), dwconv_silu(x, *args))[1])
+    for on_gpu in (False, True):
+        monkeypatch.setattr(vssd, 'runs_kernels', lambda x, on_gpu=on_gpu: on_gpu)
+        y = mixer(x)
+        results.append([y, *torch.autograd.grad(y.sin().sum(), [x, *mixer.parameters()])])
+    assert strides == [19, 24]
+    for one, other in zip(*results, strict=True):
+        assert_close(one, other, 1e-12)
 
 
 def test_initial_values():
@@ -95,6 +115,22 @@ def test_official_training_files(arch, weights, tmp_path, capsys):
         VSSD(dict(arch, d_state=8), out_indices=(3,)).load_pretrained(str(tmp_path / 'a.pth'))
 
 
+def test_the_set_that_was_published(tmp_path, monkeypatch):
+    """Of micro it is not the averaged one."""
+    sets = {name: official(Classifier(VSSD(TINY, out_indices=(3,)), 5))
+            for name in ('model', 'model_ema')}
+    torch.save(sets, tmp_path / 'a.pth')
+    monkeypatch.setattr(files, 'fetch', lambda source: tmp_path / 'a.pth')
+    address = zoo.find('vssd/micro').weights
+    for source, weights, expected in [
+            ('vmamba_mm://vssd/micro', 'auto', 'model'), (address, 'auto', 'model'),
+            ('vmamba_mm://vssd/tiny', 'auto', 'model_ema'), ('a.pth', 'auto', 'model_ema'),
+            ('vmamba_mm://vssd/micro', 'model_ema', 'model_ema')]:
+        found = files.read_checkpoint(source, weights)
+        assert found['meta']['weights'] == expected
+        assert torch.equal(found['state_dict']['head.fc.weight'], sets[expected]['head.weight'])
+
+
 # --- one image ------------------------------------------------------------------------------------
 
 def directional(function, tensors):
@@ -134,6 +170,29 @@ def test_gradients_of_one_image(arch, training):
     for tensors in ([x], list(model.patch_embed.parameters()), list(model.stages.parameters())):
         by_gradients, by_differences = directional(lambda: loss_of(model(x)), tensors)
         assert by_gradients == pytest.approx(by_differences, rel=1e-6)
+
+
+def test_batch_norm_on_a_cpu():
+    """It is torch's own, but its gradients are sums that keep the digits of fp32."""
+    torch.manual_seed(0)
+    unit = ConvUnit(3, 4, act=False).eval()
+    for name, t in [*unit.norm.named_parameters(), *unit.norm.named_buffers()]:
+        if name != 'num_batches_tracked':
+            t.data.uniform_(0.5, 1.5)
+    x, grad = torch.randn(2, 160, 160, 3), torch.randn(2, 160, 160, 4)
+
+    def run(unit, norm, x, grad):
+        unit.zero_grad()
+        y = unit.conv(x.permute(0, 3, 1, 2))
+        y = norm(y).permute(0, 2, 3, 1) if norm else unit(x)
+        y.backward(grad)
+        return y.detach(), unit.norm.weight.grad.clone(), unit.norm.bias.grad.clone()
+
+    found, plain = run(unit, None, x, grad), run(unit, unit.norm, x, grad)
+    exact = run(unit.double(), unit.norm, x.double(), grad.double())
+    for one, other, right in zip(found, plain, exact, strict=True):
+        assert_close(one, right, 1e-6)
+        assert_close(other, right, 1e-4)
 
 
 class ChannelsFirst(nn.Conv2d):

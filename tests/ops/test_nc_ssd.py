@@ -1,8 +1,15 @@
-"""What is special about the non-causal SSD of VSSD."""
+"""What is special about the non-causal SSD of VSSD, and a VSSD on the kernels around it."""
 
+import os
+import sys
+
+import emulated_cuda
+import pytest
 import torch
-from op_specs.nc_ssd import make
+from emulated_cuda import emulated_gpu
+from op_specs.nc_ssd import make, make_bare
 
+from vmamba_mm.models import VSSD
 from vmamba_mm.ops import nc_ssd
 from vmamba_mm.testing import assert_close
 
@@ -42,3 +49,67 @@ def test_sums_over_the_tokens_of_a_large_image_stay_within_fp16():
     assert_close(y, torch.full_like(y, 4 * 2 * length / 16384), 1e-3)
     grad, = torch.autograd.grad(y, x, torch.ones_like(y) / 16)
     assert_close(grad, torch.full_like(grad, 4 * 2 * length / 16384 / 16), 1e-3)
+
+
+@pytest.mark.parametrize('inputs_of, groups, dtype, lengths', [
+    (make, 2, torch.float64, (7, 12)), (make_bare, 1, torch.float16, (12,))], ids=['fp64', 'fp16'])
+def test_compilers_get_ops_of_torch(inputs_of, groups, dtype, lengths):
+    """Of any number of tokens, with the same results and gradients, whatever autocast says."""
+    def function(x, dt, A, B, C, D=None, dt_bias=None):
+        return nc_ssd(x, dt, A, B, C, D, dt_bias=dt_bias, dt_softplus=dt_bias is not None,
+                      positive=dt_bias is not None)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend='aot_eager')
+    limit = 1e-12 if dtype == torch.float64 else 10 * torch.finfo(dtype).eps
+    for length in lengths:
+        results = []
+        for run_it in (function, compiled):
+            inputs = {k: (t.to(dtype) if k in ('x', 'dt', 'B', 'C') else t.to(
+                torch.promote_types(dtype, torch.float32))).requires_grad_()
+                for k, t in inputs_of(2, length, 4, 3, groups, 5).items()}
+            with torch.autocast('cpu', torch.bfloat16, enabled=dtype != torch.float64):
+                y = run_it(**inputs)
+            grads = torch.autograd.grad(y, list(inputs.values()), torch.ones_like(y))
+            results.append([y.detach(), *grads])
+        for one, other in zip(*results, strict=True):
+            assert one.dtype == other.dtype
+            assert_close(one, other, limit)
+
+
+def test_an_exported_model_needs_nothing_of_this_package():
+    module = torch.nn.Module()
+    module.forward = lambda x, dt, A, B, C, D, dt_bias: nc_ssd(
+        x, dt, A, B, C, D, dt_bias=dt_bias, dt_softplus=True)
+    inputs = tuple(make(2, 7, 4, 3, 2, 5).values())
+    exported = torch.export.export(module, inputs)
+    assert not any('vmamba_mm' in str(node.target) for node in exported.graph.nodes)
+    assert_close(exported.module()(*inputs), module(*inputs), 1e-12)
+
+
+@pytest.mark.skipif(
+    sys.platform != 'linux' or emulated_cuda.COMPILER is None and not os.environ.get('CI'),
+    reason='needs Linux and a C++ compiler')
+def test_a_model_on_the_kernels(tmp_path_factory):
+    """Those of norms, sums, MLPs and the convolution, with rows of the projection that have gaps:
+    the results and gradients are those of plain PyTorch."""
+    torch.manual_seed(0)
+    model = VSSD(dict(embed_dims=8, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), d_state=4)).eval()
+    x = torch.randn(2, 3, 40, 36)
+
+    def run_model(dtype=torch.float32):
+        model.zero_grad()
+        with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+            maps = model(x)
+        sum((y * y.detach().cos()).sum() for y in maps).backward()
+        return maps, [p.grad.clone() for p in model.parameters()]
+
+    expected, expected_grads = run_model()
+    with emulated_gpu(tmp_path_factory.getbasetemp()):
+        found, grads = run_model()
+        halves, _ = run_model(torch.bfloat16)
+    for one, half, right in zip(found, halves, expected, strict=True):
+        assert_close(one, right, 1e-5)
+        assert_close(half, right, 3e-2)
+    for one, right in zip(grads, expected_grads, strict=True):
+        assert_close(one, right, 1e-3)

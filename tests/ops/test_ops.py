@@ -15,6 +15,7 @@ import pytest
 import torch
 from emulated_cuda import emulated_gpu
 from op_specs import MODULES, all_specs
+from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -235,6 +236,12 @@ def permuted(t):
     return t.permute(order).contiguous().permute(order)
 
 
+def second_last(t):
+    """The same numbers, the second dimension adjacent in memory: channels last, or sequences of
+    channels by ``transpose(1, 2)``."""
+    return t.movedim(1, -1).contiguous().movedim(-1, 1) if t.dim() > 2 else t
+
+
 def shifted(t):
     """The same numbers, one element beyond a multiple of 16 bytes."""
     return t.new_empty(t.numel() + 1)[1:].view(t.shape).copy_(t)
@@ -371,6 +378,28 @@ def test_opcheck(op, spec, backend, device, shape, place):
         opcheck(registered_op, arguments, test_utils=(
             'test_schema', 'test_autograd_registration', 'test_faketensor',
             *(['test_aot_dispatch_dynamic'] if device == 'cpu' else [])))
+
+
+@cases('shape', first_shape_of_op)
+def test_strides_are_those_of_the_fake(op, spec, backend, device, shape, place):
+    """A compiled graph goes by the fakes: results and gradients lie in memory as these say."""
+    def strides(inputs, moved):
+        results = results_of(call(spec, inputs, backend))
+        found = dict(enumerate(results))
+        if spec.has_gradient:
+            grads = torch.autograd.grad(results, [*inputs.values()], [*map(moved, results)])
+            found.update(zip(inputs, grads, strict=True))
+        # Of a dimension of one element the stride means nothing.
+        return {name: [step for step, size in zip(t.stride(), t.shape, strict=True) if size > 1]
+                for name, t in found.items()}
+
+    plain = make(spec, shape, place, SINGLE)
+    for move in (torch.Tensor.contiguous, second_last, permuted, spread):
+        inputs = {name: move(t).requires_grad_(spec.has_gradient) for name, t in plain.items()}
+        found = strides(inputs, move)
+        with FakeTensorMode() as mode:
+            fakes = {name: mode.from_tensor(t) for name, t in inputs.items()}
+            assert found == strides(fakes, move), move.__name__
 
 
 @plain

@@ -31,7 +31,7 @@ def with_grads(function, inputs, *args, **kwargs):
     leaves = {name: t.detach().clone().requires_grad_() for name, t in inputs.items()}
     results = function(leaves, *args, **kwargs)
     rng = torch.Generator().manual_seed(3)
-    given = [torch.randn(t.shape, generator=rng, dtype=DOUBLE).to(t.dtype) for t in results]
+    given = [torch.randn(t.shape, generator=rng, dtype=DOUBLE).to(t) for t in results]
     grads = torch.autograd.grad(results, list(leaves.values()), given)
     return dict(zip(('y', 'final_state', *leaves), (*results, *grads), strict=True))
 
@@ -214,6 +214,54 @@ def test_states_are_single_in_half_precision(dtype):
     assert y.dtype == first.dtype == dtype and state.dtype == last.dtype == SINGLE
     assert_close(state, right, 1e-5)
     assert_close(last, after, 1e-5)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('shape', [(2, 5, 2, 3, 1, 2), (2, 150, 4, 32, 2, 16)], ids=str)
+def test_half_precision_of_gpus(shape, dtype, monkeypatch):
+    """What is multiplied is rounded to half precision there: at most twice the error of a scan that
+    rounds its results alone, or two roundings."""
+    inputs = {name: t.to(dtype if name in TOKENS else SINGLE)
+              for name, t in make(*shape).items()}
+
+    def run(leaves, backend):
+        return ssd(**leaves, backend=backend, **OPTIONS)
+
+    expected = with_grads(run, {name: t.double() for name, t in inputs.items()}, 'reference')
+    naive = with_grads(run, inputs, 'reference')
+    in_single = ssd(**inputs, **OPTIONS)[0]
+    monkeypatch.setattr(chunks, 'operand_dtype', lambda *tensors: dtype)
+    found = with_grads(run, inputs, 'chunked')
+    assert not torch.equal(found['y'], in_single)
+    for name, right in expected.items():
+        errors = [((one[name].double() - right).norm() / right.norm()).item()
+                  for one in (found, naive)]
+        assert errors[0] <= 2 * max(errors[1], torch.finfo(dtype).eps), name
+    assert found['final_state'].dtype == SINGLE
+
+
+@pytest.mark.gpu(nvidia=True)
+@pytest.mark.parametrize('dtype', [SINGLE, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('shape', [(3, 196, 12, 64, 1, 64), (1, 3000, 4, 32, 2, 16)], ids=str)
+def test_chunked_on_a_gpu(shape, dtype, monkeypatch):
+    """In one block and in many, with padding."""
+    inputs = {name: t.to('cuda', dtype if name in TOKENS else SINGLE)
+              for name, t in make(*shape).items()}
+    index = packed(shape[0], shape[1]).cuda()
+
+    def run(leaves, **options):
+        return ssd(**leaves, seq_idx=index, backend='chunked', **OPTIONS, **options)
+
+    for reverse in (False, True):
+        expected = with_grads(run, {name: t.double() for name, t in inputs.items()},
+                              reverse=reverse)
+        for size in (1 << 16, 1 << 24):
+            monkeypatch.setattr(chunks, '_GPU_BLOCK', size)
+            found = with_grads(run, inputs, reverse=reverse)
+            for name, right in expected.items():
+                difference = (found[name].double() - right).norm() / right.norm()
+                limit = 1e-5 if dtype == SINGLE else 2 * torch.finfo(dtype).eps
+                assert difference.item() <= limit, name
 
 
 # --- dt and decays ------------------------------------------------------------------------------

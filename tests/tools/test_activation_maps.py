@@ -199,6 +199,13 @@ def test_mistakes(call, tool, projects, image, tmp_path):
                         'choose of 0.0, 1.0, 2.0, 3.0')
     assert_one_line(call(*start, image, '--cfg-options', 'model.backbone.arch.scan=bidirectional'),
                     'scan', "'bidirectional'", "'cross'")
+    ssd = tmp_path / 'ssd.pth'
+    options = '--cfg-options', 'model.backbone.arch.core=ssd'
+    model = tool.cli.build_model(tool.cli.load_config(str(config), [
+        'model.backbone.arch.core=ssd']))
+    torch.save(dict(state_dict=model.state_dict()), ssd)
+    assert_one_line(call(TOOL, config, '--checkpoint', ssd, image, *options), "core='ssd'",
+                    'no SS2D')
     resnet = tmp_path / 'resnet.pth'
     model = tool.cli.build_model(tool.cli.load_config(RESNET))
     torch.save(dict(state_dict=model.state_dict()), resnet)

@@ -106,6 +106,33 @@ def test_vim_beside_deit(tool, monkeypatch, tmp_path, capsys):
     assert all(0 < float(line['error']) < 6e-2 for line in lines if line['model'] == 'vim_tiny')
 
 
+def test_vssd_beside_what_was_published(tool, tmp_path, capsys):
+    tool.call(*ON_CPU, '--sections', 'vssd', '--csv', tmp_path / 'a.csv', '--models',
+              'vssd_micro', 'published_vssd_micro')
+    out = capsys.readouterr().out
+    head, ratio = out[out.index('Times as fast'):].splitlines()[1:3]
+    assert head.split() == ['as', 'published', 'ConvNeXt']
+    assert ratio.startswith('vssd_micro: forward+backward eager autocast')
+    lines = list(csv.DictReader((tmp_path / 'a.csv').open()))
+    assert len(lines) == 8 and not any(line['problem'] for line in lines)
+    assert all(0 < float(line['error']) < 6e-2 for line in lines if line['model'] == 'vssd_micro')
+
+
+def test_published_vssd_is_ours(load_tool):
+    pytest.importorskip('timm')
+    vssd_models = load_tool('bench/vssd_models.py')
+    torch.manual_seed(0)
+    published = vssd_models.make_vssd('published_vssd_micro', 'logits').double().eval()
+    ours, x = published.classifier, torch.randn(2, 3, 64, 32, dtype=torch.float64)
+    expected = ours(x)
+    grads = torch.autograd.grad(expected.sin().sum(), list(ours.parameters()))
+    found = published(x)
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(torch.autograd.grad(found.sin().sum(), list(ours.parameters())), grads,
+                          strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_published_mixer_is_vims(load_tool):
     pytest.importorskip('mmengine')
     vim_models = load_tool('bench/vim_models.py')

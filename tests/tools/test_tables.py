@@ -74,7 +74,8 @@ def test_tables_say_what_is_published():
                     if c and name not in others] == list(entry.metrics.values())
             assert cells[-1] == (f'[{entry.weights.rpartition("/")[2]}]({entry.weights})'
                                  if entry.weights else '')
-    row = tables.table_of_models(tables.ROOT / 'docs').splitlines()[-1]
+    row, = (line for line in tables.table_of_models(tables.ROOT / 'docs').splitlines()
+            if line.startswith('| [VMamba]'))
     assert '(../configs/' in row
     best = max(zoo.entries('vmamba', task='det'), key=lambda e: e.metrics['box AP'])
     ap = best.metrics

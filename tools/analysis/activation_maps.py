@@ -223,6 +223,9 @@ def main():
     if not isinstance(backbone, VMamba):
         raise UserError(f'the backbone of {args.config} is {type(backbone).__name__}, which has no '
                         'SS2D; give a config with vmamba_mm.VMamba')
+    if backbone.arch.get('core', 's6') != 's6':
+        raise UserError(f"the backbone's arch has core={backbone.arch['core']!r}, whose blocks "
+                        "have no SS2D; the maps of this tool are those of core='s6'")
     if backbone.arch['scan'] != 'cross':
         raise UserError(f"the backbone's arch has scan={backbone.arch['scan']!r}; the routes that "
                         "this tool knows are those of scan='cross'")

@@ -39,7 +39,8 @@ def label_ends(ax, ends):
     ax.set_ylim(*ax.get_ylim())
     positions = [ax.transAxes.inverted().transform(ax.transData.transform((x, y)))
                  for x, y, *_ in ends]
-    gap = 13 / (ax.figure.get_size_inches()[1] * 72 * 0.8)  # 9 pt of text, in axes
+    height = ax.figure.get_size_inches()[1] * ax.get_position().height * 72  # points
+    gap = 13 / height  # 9 pt of text, in axes
     heights = spread([y for _, y in positions], gap)
     for (x, y, text, colour), height in zip(ends, heights, strict=True):
         ax.annotate(drawable(text), (x, y), xycoords='data', xytext=(1.03, height),

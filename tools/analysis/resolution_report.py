@@ -1,16 +1,14 @@
 """What resolution.py found, as a table, as files and as pictures; the fits of the FLOPs."""
 
-import csv
 import json
-import math
 
 import numpy as np
 from curve_labels import label_ends
+from report_parts import finish, make_figure, number, plain_ticks, style_of, write_csv
 
 COLUMNS = ('model', 'resolution', 'batch', 'parameters', 'flops', 'ms', 'images_per_s', 'peak_mib',
            'mib_per_image', 'accuracy', 'images', 'problem')
 FEWEST = 3  # sizes that a fit needs: two are always on a line
-LINES = ('-', '--', ':')
 
 
 # --- the fits ---------------------------------------------------------------------------------
@@ -54,13 +52,6 @@ def by_model(rows):
 
 # --- text and files ---------------------------------------------------------------------------
 
-def number(value, digits=3):
-    """Format a value with three digits at least, and no exponent."""
-    if value is None:
-        return '-'
-    return f'{value:,.0f}' if abs(value) >= 10**digits else f'{value:.{digits}g}'
-
-
 def describe(row):
     text = f'{row["model"]} at {row["resolution"]}x{row["resolution"]}: '
     if row['problem']:
@@ -99,10 +90,7 @@ def show(rows):
 
 def write(rows, setting, folder):
     """resolution.csv and .json."""
-    with open(folder / 'resolution.csv', 'w', newline='') as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(rows, COLUMNS, folder / 'resolution.csv')
     content = dict(setting=setting, fits=fits_of(rows), rows=rows)
     (folder / 'resolution.json').write_text(json.dumps(content, indent=2) + '\n')
 
@@ -113,45 +101,6 @@ def label_names(names):
     """Up to the first '_', behind which is the recipe, where that tells the models apart."""
     short = {name: name.split('_')[0] for name in names}
     return short if len(set(short.values())) == len(names) else {name: name for name in names}
-
-
-def style_of(i):
-    from vmamba_mm.mm.hooks.curves import COLOURS, MARKERS
-
-    return dict(color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], markersize=6,
-                linestyle=LINES[i // len(COLOURS) % len(LINES)])
-
-
-def finish(ax, title, xlabel, ylabel):
-    ax.set(xlabel=xlabel, ylabel=ylabel)
-    ax.set_title(title, fontsize=10, loc='left')
-    ax.grid(alpha=0.3)
-    for side in ('top', 'right'):
-        ax.spines[side].set_visible(False)
-
-
-def make_figure(columns=1):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2 * columns, 4.4), layout='constrained')
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
-
-
-def plain_ticks(axis, values=None):
-    """Numbers as they are read, on a logarithmic axis too."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
-
-    if values is None:
-        low, high = axis.get_view_interval()
-        subs = (1, 2, 5) if math.log10(high / low) < 3 else (1,)
-        axis.set_major_locator(LogLocator(subs=subs))
-    else:
-        axis.set_ticks(values)
-        axis.set_minor_locator(NullLocator())
-    axis.set_minor_formatter(NullFormatter())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:,.10g}'))
 
 
 def draw_by_size(rows, column, log, ylabel, title, path):

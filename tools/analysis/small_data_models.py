@@ -1,11 +1,18 @@
-"""The models of small_data.py: VMamba's scans, and Swin of as many parameters."""
+"""The models of small_data.py: VMamba's scans, and others of as many parameters."""
 
 from small_data_recipe import RECIPE
 
 from vmamba_mm.errors import UserError
 
 SCANS = ('cross', 'unidirectional', 'bidirectional', 'cascade')
-MODELS = tuple(f'vmamba-{scan}' for scan in SCANS) + ('swin',)
+S6 = tuple(f'vmamba-{scan}' for scan in SCANS)
+SSD, VSSD, SWIN = 'vmamba-ssd', 'vssd', 'swin'
+MODELS = (*S6, SSD, VSSD, SWIN)
+#: Heads of each stage of VSSD and Swin: those of VSSD's base, as embed_dims is a multiple of 12.
+NUM_HEADS = (3, 6, 12, 24)
+#: An mlp_ratio is matched in steps of 1 by this, as embed_dims is a multiple of 12. That of Swin is
+#: the step of the reports that were made before the others were there.
+STEPS = {SSD: 12, VSSD: 12, SWIN: 4}
 MOST_DIFFERENCE = 0.02  # of parameters
 
 
@@ -20,32 +27,52 @@ def window_of(size):
 
 def build(name, num_classes, args, mlp_ratio=4.0):
     """One of MODELS for (B, 3, size, size), with random weights from torch's generator."""
-    from timm.models.swin_transformer import SwinTransformer
+    from vmamba_mm.families import FAMILIES
+    from vmamba_mm.timm import TimmVMamba, register_models
 
-    from vmamba_mm.families.vmamba import ARCHS
-    from vmamba_mm.timm import TimmVMamba
+    rate, depths = RECIPE['drop_path_rate'], tuple(args.depths)
+    if name == SWIN:
+        from timm.models.swin_transformer import SwinTransformer
 
-    rate = RECIPE['drop_path_rate']
-    if name == 'swin':
         return SwinTransformer(
             img_size=args.size, window_size=window_of(args.size), embed_dim=args.embed_dims,
-            depths=args.depths, num_heads=(3, 6, 12, 24), mlp_ratio=mlp_ratio,
+            depths=depths, num_heads=NUM_HEADS, mlp_ratio=mlp_ratio,
             num_classes=num_classes, drop_path_rate=rate)
-    arch = {**ARCHS['tiny_s1l8'], 'embed_dims': args.embed_dims,
-            'depths': tuple(args.depths), 'conv_kernel': args.conv_kernel,
-            'scan': name.removeprefix('vmamba-')}
-    return TimmVMamba(arch, num_classes=num_classes, drop_path_rate=rate)
+    arch = dict(embed_dims=args.embed_dims, depths=depths, mlp_ratio=mlp_ratio)
+    if name == VSSD:
+        model = register_models(FAMILIES['vssd'])
+        arch |= dict(base='tiny', num_heads=NUM_HEADS, d_state=args.d_state)
+    elif name == SSD:
+        model = TimmVMamba
+        arch |= dict(base='tiny_m2', d_state=args.d_state, conv_kernel=args.conv_kernel)
+    else:
+        model = TimmVMamba
+        arch |= dict(base='tiny_s1l8', conv_kernel=args.conv_kernel,
+                     scan=name.removeprefix('vmamba-'))
+    return model(arch, num_classes=num_classes, drop_path_rate=rate)
 
 
 def count_parameters(model):
     return sum(p.numel() for p in model.parameters())
 
 
-def match_swin(num_classes, args):
-    """Swin's mlp_ratio, in quarters, that brings its parameters nearest to VMamba's."""
-    wanted, four, five = (count_parameters(build(name, num_classes, args, ratio)) for name, ratio
-                          in ((MODELS[0], None), ('swin', 4), ('swin', 5)))
-    return round(4 * (4 + (wanted - four) / (five - four))) / 4
+def match(name, num_classes, args):
+    """The mlp_ratio, in STEPS, that brings a model's parameters nearest to those of VMamba with S6,
+    whose own is 4.
+
+    Raises:
+        UserError: if it has more of them without an MLP.
+    """
+    if name in S6:
+        return 4.0
+    wanted, four, five = (count_parameters(build(model, num_classes, args, ratio))
+                          for model, ratio in ((S6[0], 4.0), (name, 4.0), (name, 5.0)))
+    steps = STEPS[name]
+    ratio = round(steps * (4 + (wanted - four) / (five - four))) / steps
+    if ratio <= 0:
+        raise UserError(f'{name} has more parameters without an MLP than {S6[0]} with one: choose '
+                        'a smaller --d-state or larger --embed-dims')
+    return ratio
 
 
 def describe_models(num_classes, args):
@@ -58,7 +85,7 @@ def describe_models(num_classes, args):
 
     models = {}
     for name in args.models:
-        ratio = match_swin(num_classes, args) if name == 'swin' else 4.0
+        ratio = match(name, num_classes, args)
         model = build(name, num_classes, args, ratio)
         models[name] = dict(parameters=count_parameters(model), mlp_ratio=ratio,
                             flops=flops.count_module(model, (args.size, args.size)).flops)

@@ -8,10 +8,10 @@ import itertools
 import json
 import math
 import statistics
-import textwrap
 from pathlib import Path
 
 from curve_labels import spread
+from report_parts import bullets, command_block, markdown_table, print_table, wrapped, write_csv
 
 from vmamba_mm.errors import UserError
 
@@ -28,15 +28,18 @@ LIMITS = (
     "the models' best.",
 )
 
+#: What models are whose mlp_ratio is set.
+OTHERS = {
+    'vmamba-ssd': 'VMamba with SSD in place of S6, `tiny_m2` with a state of {d_state}{plain}',
+    'vssd': "VSSD's `tiny` with heads (3, 6, 12, 24) and a state of {d_state}",
+    'swin': "timm's Swin with heads (3, 6, 12, 24) and windows of {window}"}
+
 
 # --- files ----------------------------------------------------------------------------------
 
 def write(rows, setting, folder):
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / 'small_data.csv', 'w', newline='') as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(rows, COLUMNS, folder / 'small_data.csv')
     (folder / 'small_data.json').write_text(json.dumps(
         dict(setting=setting, summary=summarise(rows, setting)), indent=2) + '\n')
 
@@ -151,12 +154,7 @@ def table(summary):
 
 
 def show(summary):
-    lines = table(summary)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    print()
-    for line in lines:
-        print(line[0].ljust(widths[0]) + ''.join(f'  {cell:>{width}}' for cell, width in
-                                                 zip(line[1:], widths[1:], strict=True)))
+    print_table(table(summary))
 
 
 # --- picture --------------------------------------------------------------------------------
@@ -228,34 +226,28 @@ def draw(rows, summary, setting, path):
 
 # --- Markdown -------------------------------------------------------------------------------
 
-def wrapped(text, first='', rest='', end=''):
-    """Lines of at most 100 characters."""
-    return f'{end}\n'.join(textwrap.wrap(
-        text, 100 - len(end), initial_indent=first, subsequent_indent=rest,
-        break_long_words=False, break_on_hyphens=False))
-
-
-def bullets(lines):
-    return '\n'.join(wrapped(line, '- ', '  ') for line in lines)
+def models_of(summary, setting):
+    """What the models are."""
+    plain = '' if setting['conv_kernel'] else ' without depthwise convolutions'
+    lines = []
+    if any(name not in OTHERS for name in summary):
+        lines.append(f'`vmamba-*` {"but `vmamba-ssd` " if "vmamba-ssd" in summary else ""}are '
+                     f'`tiny_s1l8`{plain}; with one seed their weights at the start are the same')
+    for name in summary:
+        if name in OTHERS:
+            what = OTHERS[name].format(**setting, plain=plain)
+            lines.append(f'`{name}` is {what}, with mlp_ratio {summary[name]["mlp_ratio"]:g} for '
+                         'equal parameters')
+    return (f'Models, all at embed_dims {setting["embed_dims"]} and depths '
+            f'{tuple(setting["depths"])}: {"; ".join(lines)}')
 
 
 def markdown(summary, setting, picture):
     """The report; ``picture`` is its name relative to the report."""
     s, recipe = setting, setting['recipe']
-    titles, *lines = table(summary)
-    rows = '\n'.join(f'| {" | ".join(row)} |'
-                     for row in (titles, ('---', *['---:'] * (len(titles) - 1)), *lines))
-    models = (f'Models: `vmamba-*` are `tiny_s1l8` at embed_dims {s["embed_dims"]} and depths '
-              f'{tuple(s["depths"])}'
-              f'{"" if s["conv_kernel"] else " without depthwise convolutions"}; with one seed '
-              'their weights at the start are the same')
-    if 'swin' in summary:
-        models += (f"; `swin` is timm's of the same width and depths, with heads (3, 6, 12, 24), "
-                   f'windows of {s["window"]} and, for equal parameters, mlp_ratio '
-                   f'{summary["swin"]["mlp_ratio"]:g}')
     low, high = recipe['crop_area']
     setting_lines = [
-        f'{models}.',
+        f'{models_of(summary, s)}.',
         f'Data: decoded once and kept at {round(s["size"] * 8 / 7)} pixels; random crops of '
         f'{low:.0%} to {high:.0%} of the area, resized to {s["size"]}x{s["size"]}; flips; '
         f'brightness, contrast and saturation within {recipe["colour"]:.0%}; the centre for val.',
@@ -269,9 +261,6 @@ def markdown(summary, setting, picture):
         f'{s["device"]}, {s["dtype"]}{" autocast" if s["dtype"] == "fp16" else ""}'
         f'{", CUDA graphs" if s["cuda_graphs"] else ""}; torch {s["torch"]}, timm {s["timm"]}, '
         f'vmamba_mm {s["vmamba_mm"]}, Python {s["python"]}; {s["seconds"]:.0f} s in all.']
-    # Lines break before an option, not before its value.
-    command = s['command'].replace(' ', '\xa0').replace('\xa0--', ' --')
-    command = wrapped(command, '    ', '        ', end=' \\').replace('\xa0', ' ')
     intro = (f'{", ".join(f"`{name}`" for name in summary)}, of equal parameters, trained from '
              f'scratch on `{s["data"]}`: {s["train_images"]:,} training and {s["val_images"]:,} '
              f'validation images of {len(s["classes"])} classes ({", ".join(s["classes"])}). '
@@ -282,13 +271,13 @@ def markdown(summary, setting, picture):
 
 {wrapped(intro)}
 
-{rows}
+{markdown_table(table(summary))}
 
 ![Accuracy over epochs, and of each seed at the end]({picture})
 
 Measured with this command, where `--data` takes the place of the folder:
 
-{command}
+{command_block(s['command'])}
 
 ## What this shows and what it does not
 

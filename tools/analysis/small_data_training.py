@@ -95,7 +95,8 @@ class Training:
         return 100 * correct.item() / len(val)
 
     def evaluate_without_scan(self):
-        """Top-1 in % after B, C and delta's input are set to zero for good; None for Swin.
+        """Top-1 in % after B, C and delta's input are set to zero for good; None for models
+        without x_proj, VSSD and Swin.
 
         The states stay at zero then, and a scan returns its skip D x alone (LayerNorms included
         that are part of the pattern). How far it falls tells how much the model uses its scan.

@@ -23,6 +23,9 @@ Sections: GPU time is dear, so each is a run of its own, and --merge shows them 
   vim-pure            the same with half-precision parameters
   vim-compiled        the same by torch.compile, in both precisions
   vim-published       the first and the second with Vim's mixer step by step, as published
+  vssd                VSSD tiny, the same in plain PyTorch as published, and ConvNeXt-T, batch 128,
+                      eager: forward+backward and inference, autocast and half-precision parameters
+  vssd-compiled       the same by torch.compile
 """
 
 import copy
@@ -40,7 +43,9 @@ from bench_options import add_run_options, check_run_options
 from bench_report import NAN, describe_tf32, device_name
 from end_to_end_report import OURS, RESOLUTIONS, Case
 from ss2d_gpu import graphed
+from torch.nn.modules.batchnorm import _BatchNorm
 from vim_models import PUBLISHED, VIMS, make_vim, publish
+from vssd_models import PUBLISHED_VSSDS, VSSDS, make_vssd
 
 import vmamba_mm
 import vmamba_mm.timm
@@ -65,7 +70,7 @@ PEERS = {'swin_t': ('swin_tiny_patch4_window7_224', torch.contiguous_format, Tru
             for name in ('deit', 'plain_deit') for size in ('tiny', 'small', 'base')},
          'mambaout_t': ('mambaout_tiny', torch.channels_last, False),
          'mambavision_t': ('mamba_vision_T', torch.contiguous_format, False)}
-MODELS = (*OURS, *PEERS, *PUBLISHED)
+MODELS = (*OURS, *PEERS, *PUBLISHED, *PUBLISHED_VSSDS)
 #: relative 2-norms of the output's error and of the gradient's; bf16 has an eighth of the digits
 MAX_ERRORS = {torch.float16: (2e-2, 5e-2), torch.bfloat16: (6e-2, 1.5e-1)}
 #: of an image whose gradient is checked too
@@ -128,6 +133,7 @@ def published(model):
 
 
 THREE = ('tiny_s1l8', 'swin_t', 'convnext_t')
+VSSD_PEERS = ('vssd_tiny', 'published_vssd_tiny', 'convnext_t')
 WIDTHS = ('vim_tiny', 'deit_t', 'vim_small', 'deit_s', 'vim_base', 'deit_b')
 SECTIONS = {'headline': (headline, report.TINY),
             'archs': (archs, (*report.VMAMBAS, 'swin_s', 'convnext_s', 'swin_b', 'convnext_b')),
@@ -139,7 +145,9 @@ SECTIONS = {'headline': (headline, report.TINY),
             'vim': (archs, WIDTHS),
             'vim-pure': (pure, WIDTHS),
             'vim-compiled': (vim_compiled, WIDTHS),
-            'vim-published': (published, tuple(PUBLISHED))}
+            'vim-published': (published, tuple(PUBLISHED)),
+            'vssd': (published, VSSD_PEERS),
+            'vssd-compiled': (vim_compiled, VSSD_PEERS)}
 
 
 # --- models ---------------------------------------------------------------------------------
@@ -148,6 +156,8 @@ def make_model(name, output, height, width):
     """A model with random weights, on the default device."""
     if name in VIMS or name in PUBLISHED:
         return make_vim(name, output, height, width)
+    if name in VSSDS or name in PUBLISHED_VSSDS:
+        return make_vssd(name, output)
     if name in OURS:
         if output == 'maps':
             return VMamba(name, out_indices=(0, 1, 2, 3))
@@ -167,6 +177,10 @@ def make_model(name, output, height, width):
     return model
 
 
+def batch_norms(model):
+    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
+
+
 def outputs(result):
     return list(result) if isinstance(result, list | tuple) else [result]
 
@@ -181,7 +195,11 @@ class Subject:
             model = make_model(name, output, height, width)
             images = torch.randn(batch, 3, height, width)
         layout = PEERS[name][1] if name in PEERS else torch.channels_last
+        if name in PUBLISHED_VSSDS:
+            layout = torch.contiguous_format
         self.model = model.to(device, memory_format=layout)
+        for module in batch_norms(model):
+            module.momentum = 0.0  # steps that are timed change nothing of what is expected
         self.images = images.contiguous(memory_format=layout)
         # The CPU needs seconds for a large image; the last one is furthest in memory.
         self.few = height * width <= FEW_PIXELS
@@ -333,22 +351,33 @@ def make_training(case, subject, args):
         torch.autograd.backward(results, cotangents or held)
         return results
 
-    results = [o.detach()[subject.checked] for o in step()]
     if case.model not in OURS:
+        step()
         return step, NAN, NAN
+    if batch_norms(model):
+        model.eval()  # what must come out does not depend on the other images then
+    try:
+        return step, *check_step(case, subject, step, held, args)
+    finally:
+        model.train()
+
+
+def check_step(case, subject, step, held, args):
+    """The errors of a step's output and of the parameters' gradient."""
+    results = [o.detach()[subject.checked] for o in step()]
     subject.work_out(True, args.dtype)
     error = distance(results, subject.expected)
     check(case, 'the output', error, MAX_ERRORS[args.dtype][0])
     if subject.expected_grad is None:
-        return step, error, NAN
+        return error, NAN
     # No gradient by the other images, so that the parameters' is that of the checked ones.
     only = [torch.zeros_like(c) for c in held]
     for whole, few in zip(only, subject.cotangents, strict=True):
         whole[subject.checked] = few.to(whole)
     step(cotangents=only)
-    grad_error = distance([flat_grad(model)], [subject.expected_grad])
+    grad_error = distance([flat_grad(subject.model)], [subject.expected_grad])
     check(case, "the parameters' gradient", grad_error, MAX_ERRORS[args.dtype][1])
-    return step, error, grad_error
+    return error, grad_error
 
 
 def shrunk(case, by):

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import matplotlib
 from bench_report import NAN, Sheet, number, print_problems, print_table, show, show_in
 from vim_models import VIMS
+from vssd_models import VSSDS
 
 from vmamba_mm import zoo
 from vmamba_mm.atomic import atomic_file
@@ -15,7 +16,7 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402 (after the choice of its backend)
 
 VMAMBAS = tuple(dict.fromkeys(e.arch for e in zoo.entries('vmamba', task='cls')))
-OURS = (*VMAMBAS, *VIMS)
+OURS = (*VMAMBAS, *VIMS, *VSSDS)
 #: family: the peers of each size; DeiT-S has nearly the parameters of the tiny models
 FAMILIES = {'Swin': {'tiny': 'swin_t', 'small': 'swin_s', 'base': 'swin_b'},
             'ConvNeXt': {'tiny': 'convnext_t', 'small': 'convnext_s', 'base': 'convnext_b'},
@@ -27,6 +28,9 @@ VIM_FAMILIES = {family: {size: f'{name}_{size[0]}' for size in ('tiny', 'small',
                 for family, name in (('DeiT', 'deit'), ('DeiT, attention in memory', 'plain_deit'),
                                      ('as published, mamba-ssm', 'mamba_ssm_vim'),
                                      ('as published, our scan', 'published_vim'))}
+#: The same of VSSD: as published, in plain PyTorch (vssd_models.py).
+VSSD_FAMILIES = {'as published': {size: f'published_vssd_{size}' for size in VSSDS.values()},
+                 'ConvNeXt': FAMILIES['ConvNeXt']}
 TINY = ('tiny_s1l8', *(peers['tiny'] for peers in FAMILIES.values()))
 RESOLUTIONS = ((224, 64), (384, 32), (512, 16), (640, 16), (768, 8), (1024, 4))
 NUMBERS = ('ms', 'images_per_s', 'peak_gib', 'error', 'grad_error')
@@ -107,6 +111,7 @@ def time_per_pixel(rows, model):
 def print_ratios(rows):
     print_ratios_of(rows, VMAMBAS, FAMILIES)
     print_ratios_of(rows, VIMS, VIM_FAMILIES)
+    print_ratios_of(rows, VSSDS, VSSD_FAMILIES)
 
 
 def print_ratios_of(rows, models, families):
@@ -114,7 +119,7 @@ def print_ratios_of(rows, models, families):
     for case, row in rows.items():
         if case.model not in models:
             continue
-        size = next(size for size in ('tiny', 'small', 'base') if size in case.model)
+        size = next(s for s in ('micro', 'tiny', 'small', 'base') if s in case.model)
         cells = []
         for peers in families.values():
             peer = case._replace(model=peers.get(size, ''))
@@ -158,7 +163,7 @@ def print_rows(rows):
 def plot(rows, path, title):
     """Draw at most four panels, those that have rows."""
     rows = {case: row for case, row in rows.items() if not row['problem']}
-    peers = (p for f in {**FAMILIES, **VIM_FAMILIES}.values() for p in f.values())
+    peers = (p for f in {**FAMILIES, **VIM_FAMILIES, **VSSD_FAMILIES}.values() for p in f.values())
     models = [m for m in dict.fromkeys((*OURS, *peers))
               if any(case.model == m for case in rows)]
     tiny = [m for m in TINY if m in models] or models[:len(COLOURS)]

@@ -1,4 +1,5 @@
-"""CausalLM against transformers' Mamba in plain PyTorch: tokens/s of a prompt and of a text.
+"""CausalLM against transformers' Mamba and Mamba-2 in plain PyTorch: tokens/s of a prompt and of a
+text.
 
 Both have the same random weights. Checks logits and texts against theirs first, in fp32; a wrong
 result ends the run before any timing. Models take turns; the median round counts. Needs the package
@@ -26,7 +27,8 @@ from vmamba_mm.models import CausalLM
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--arch', default='mamba-130m', choices=list(CausalLM.arch_settings))
+    parser.add_argument('--arch', default='mamba-130m', choices=[
+        name for name, arch in CausalLM.arch_settings.items() if 'attn_layers' not in arch])
     parser.add_argument('--depth', type=int, help="blocks (default: the arch's)")
     parser.add_argument('--batch', type=int, default=1)
     parser.add_argument('--prompt', type=int, default=512, help='tokens of the prompt')
@@ -38,12 +40,19 @@ def parse_args() -> argparse.Namespace:
 
 def build(arch: str, depth: int | None) -> tuple[CausalLM, torch.nn.Module]:
     """Ours and theirs, with the same weights."""
-    from transformers import MambaConfig, MambaForCausalLM
+    from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
 
     ours = CausalLM(arch, **({} if depth is None else dict(depth=depth))).eval()
-    theirs = MambaForCausalLM(MambaConfig(
-        vocab_size=ours.token_embed.num_embeddings, hidden_size=ours.arch['embed_dims'],
-        num_hidden_layers=ours.arch['depth'], eos_token_id=None)).eval()
+    options = dict(vocab_size=ours.token_embed.num_embeddings, hidden_size=ours.arch['embed_dims'],
+                   num_hidden_layers=ours.arch['depth'], eos_token_id=None,
+                   tie_word_embeddings=True)
+    if ours.arch['mixer'] == 'mamba2':
+        mixer = ours.blocks[0].mixer
+        theirs = Mamba2ForCausalLM(Mamba2Config(
+            **options, num_heads=mixer.num_heads, head_dim=mixer.head_dim, n_groups=mixer.n_groups,
+            state_size=mixer.d_state)).eval()
+    else:
+        theirs = MambaForCausalLM(MambaConfig(**options)).eval()
     theirs.load_state_dict({name.replace('.embedding.', '.embeddings.'): value for name, value in
                             to_official(ours.state_dict(), ours.family).items()})
     return ours, theirs

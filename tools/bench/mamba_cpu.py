@@ -19,11 +19,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from ways import run, worst_error
 
 import vmamba_mm
 from vmamba_mm.mm.measuring import cpu_name
 from vmamba_mm.ops import causal_conv, mamba_inner, selective_scan
-from vmamba_mm.testing import mamba_inner_inputs, relative_error, with_grads
+from vmamba_mm.testing import mamba_inner_inputs
 
 #: (batch, directions, D, L, N, R): Vim-T and Vim-S at 224, Mamba-130m, a long sequence.
 SHAPES = ((8, 2, 384, 197, 16, 12), (8, 2, 768, 197, 16, 24), (1, 1, 1536, 2048, 16, 48),
@@ -81,22 +82,7 @@ def verify(shape) -> float:
     """The largest relative error of the ways beside the loop in fp64, at a part of the length."""
     batch, routes, dim, length, state, rank = shape
     inputs = mamba_inner_inputs(1, routes, dim, min(length, 50), state, rank)
-    y_ref, grads_ref = with_grads(by_loop, {name: t.double() for name, t in inputs.items()})
-    worst = 0.0
-    for way in WAYS.values():
-        y, grads = with_grads(way, inputs)
-        worst = max(worst, relative_error(y, y_ref),
-                    *(relative_error(grads[name], grads_ref[name]) for name in grads))
-    return worst
-
-
-def run(way, inputs, with_backward: bool) -> None:
-    if not with_backward:
-        with torch.inference_mode():
-            way(**inputs)
-        return
-    leaves = {name: t.detach().requires_grad_() for name, t in inputs.items()}
-    way(**leaves).sum().backward()
+    return worst_error(WAYS.values(), by_loop, inputs)
 
 
 def time_in_turns(inputs, with_backward: bool, rounds: int) -> dict[str, float]:

@@ -56,7 +56,8 @@ def read_checkpoint(source: str | os.PathLike, weights: str = 'auto',
             several parts, or a folder of Hugging Face's or of torch.distributed.checkpoint.
         weights: which of a file that holds two sets: 'model', 'model_ema' (the averaged weights,
             whatever the trainer calls them), or 'auto' for the averaged ones where they are
-            present (one printed line says so, except of mmengine's), else the others.
+            present (one printed line says so, except of mmengine's), else the others; of a file
+            that was published, by its name or address, those that have the published numbers.
         map_location: of ``torch.load``.
         keep_places: leave a model that lies inside another one in its place, with its names and
             wrappers; see :func:`vmamba_mm.checkpoints.names.to_mm`.
@@ -80,6 +81,8 @@ def read_checkpoint(source: str | os.PathLike, weights: str = 'auto',
         raise ValueError(f'weights={weights!r} does not exist; choose one of {WEIGHTS}')
     path = fetch(source)
     content = read_content(path, map_location)
+    if weights == 'auto' and (entry := published_at(os.fspath(source))) and entry.held_as:
+        weights = entry.held_as
     try:
         return select_weights(content, weights, path, keep_places, family)
     except SeveralFamilies as err:

@@ -3,7 +3,6 @@
 Language models are of :mod:`vmamba_mm.families.mamba_lm`.
 """
 
-import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -48,31 +47,9 @@ def _subject(file: str, options: Options) -> Subject:
 
 def _call(case: Options) -> Call:
     if 'prefill_length' in case:
-        length = case['prefill_length']
-        return Call(run=lambda mixer, inputs: _decode(mixer, inputs['input'], length))
+        case.ignore('prefill_length')  # an argument of the call
+        return Call(args=('input', 'prefill_length'), run='vmamba_mm.testing:run_mamba2_in_parts')
     return Call(kwargs={'seq_idx': 'seq_idx'})
-
-
-def _decode(mixer: Any, tokens: Any, length: int) -> dict[str, Any]:
-    """Some tokens at once and the others one by one: results and both states."""
-    import torch
-
-    def conv_state(before, state):
-        # The official one also holds the oldest of d_conv inputs, which is not read again.
-        return torch.cat([before.conv[:, :1], state.conv], 1).transpose(1, 2)
-
-    start = before = mixer.init_state(len(tokens))
-    y, first = mixer(tokens[:, :length], start)
-    if length > 1:
-        _, before = mixer(tokens[:, :length - 1], start)
-    results = dict(conv_state=conv_state(before, first), ssm_state=first.ssm)
-    outputs, state = [y], first
-    for token in tokens[:, length:].unbind(1):
-        before = state
-        y, state = mixer.step(token, state)
-        outputs.append(y.unsqueeze(1))
-    return results | dict(output=torch.cat(outputs, 1), conv_state_end=conv_state(before, state),
-                          ssm_state_end=state.ssm)
 
 
 def _gated_norm(section: str, case: Options) -> Subject:
@@ -81,33 +58,14 @@ def _gated_norm(section: str, case: Options) -> Subject:
                    Call(args=('x', 'weight'), kwargs={'z': 'z'}, outputs=('y',)))
 
 
-#: Tensors of a case of the scan, and the arguments of ``ssd``.
-_SCAN = {name: name for name in ('x', 'dt', 'A', 'B', 'C', 'D', 'z', 'dt_bias', 'seq_idx')} | {
-    'initial_states': 'initial_state'}
-
-
 def _scan(section: str, case: Options) -> Subject:
     case.ignore('chunk_size')
-    options = dict(dt_softplus=case['dt_softplus'], dt_limit=case.get('dt_limit', (0, math.inf)),
-                   return_final_state=True)
+    tensors = ('x', 'dt', 'A', 'B', 'C', 'D', 'z', 'dt_bias', 'seq_idx', 'initial_states',
+               'cu_seqlens')
+    options = dict(dt_softplus=case['dt_softplus'], dt_limit=case.get('dt_limit', (0, math.inf)))
     return Subject(Build('vmamba_mm.ops:ssd', options), Call(
-        args=(), kwargs=_SCAN | {'cu_seqlens': 'cu_seqlens'}, run=_run_scan, uncast=('A',)))
-
-
-def _run_scan(ssd: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The result and the final state, and that of each sequence where a row holds several."""
-    arguments = {ours: inputs[name] for name, ours in _SCAN.items() if name in inputs}
-    y, final_state = ssd(**arguments)
-    results = dict(y=y, final_state=final_state)
-    if 'cu_seqlens' in inputs:
-        import torch
-
-        ends, rows = inputs['cu_seqlens'].tolist(), ('x', 'dt', 'B', 'C', 'z')
-        del arguments['seq_idx']
-        results['varlen_states'] = torch.cat([ssd(**{
-            k: v[:, start:end] if k in rows else v for k, v in arguments.items()})[1]
-            for start, end in itertools.pairwise(ends)])
-    return results
+        args=(), kwargs={name: name for name in tensors}, run='vmamba_mm.testing:run_ssd',
+        uncast=('A',)))  # it comes from fp32, and so does its gradient go there
 
 
 PARITY = Parity(

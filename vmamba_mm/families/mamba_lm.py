@@ -313,7 +313,6 @@ def _arch_of_mamba(config):
 
 
 def _arch_of_mamba2(config):
-    """Of several groups, the norm is of each by itself, as where the published models come from."""
     _require('hidden_act', config.get('hidden_act', 'silu'), 'silu')
     _require('rms_norm', config.get('rms_norm', True), True)
     arch = dict(mixer='mamba2', embed_dims=config['hidden_size'],

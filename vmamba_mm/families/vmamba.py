@@ -141,8 +141,14 @@ def _infer_arch(weights: Mapping[str, Any]) -> dict[str, Any]:
     weights."""
     shapes = {k: tuple(v.shape) for k, v in weights.items()}
     first = 'stages.0.blocks.0.'
-    dims = tuple(shapes[f'stages.{i}.blocks.0.norm1.weight'][0] for i in range(4))
-    dim, is_ssd = dims[0], len(shapes[f'{first}ssm.Ds']) == 3
+    dim, *_ = shapes[f'{first}norm1.weight']
+    if (Ds := f'{first}ssm.Ds') in shapes:
+        is_ssd = len(shapes[Ds]) == 3
+    else:
+        is_ssd = f'{first}ssm.dt_projs_weight' not in shapes
+    # Half a file is told as well, so that a message can say what it holds.
+    dims = tuple(shapes.get(f'stages.{i}.blocks.0.norm1.weight', (usual,))[0]
+                 for i, usual in enumerate(stage_dims(dim)))
     projected, *_ = shapes[f'{first}ssm.in_proj.weight']
     hidden, *_ = shapes.get(f'{first}mlp.fc1.weight', (0,))
     blocks = {m.groups() for k in shapes if (m := re.match(r'stages\.(\d+)\.blocks\.(\d+)\.', k))}
@@ -172,10 +178,12 @@ _OUT_NORM_WEIGHTS = ('ln_dwconv', '2.weight'), ('dwconv', '1.weight')
 
 
 def _s6_sizes(shapes: Mapping[str, tuple[int, ...]], first: str) -> tuple[int, int, int]:
-    """Inner channels, dt_rank and d_state of SS2D; its norm is there in every stage."""
-    for i in range(4):
-        _, inner, rank = shapes[f'stages.{i}.blocks.0.ssm.dt_projs_weight']
-        shapes[f'stages.{i}.blocks.0.ssm.out_norm.weight']
+    """Inner channels, dt_rank and d_state of SS2D, which has these two weights in every stage."""
+    stages = {k.partition('.blocks.')[0] for k in shapes if '.blocks.' in k}
+    for name in (f'{stage}.blocks.0.ssm.{name}' for stage in sorted(stages)
+                 for name in ('dt_projs_weight', 'out_norm.weight')):
+        if name not in shapes:
+            raise KeyError(name)
     _, inner, rank = shapes[f'{first}ssm.dt_projs_weight']
     _, d_state = shapes[f'{first}ssm.A_logs']
     return inner, rank, d_state

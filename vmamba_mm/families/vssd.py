@@ -84,8 +84,8 @@ def _infer_arch(weights: Mapping[str, Any]) -> dict[str, Any]:
     heads, mixers = [], []
     for i in range(4):
         place = f'stages.{i}.blocks.0.attn.'
-        mixers.append('attention' if f'{place}qkv.weight' in shapes else 'ssd')
-        heads.append(2 * heads[-1] if mixers[-1] == 'attention' else shapes[f'{place}A_log'][0])
+        mixers.append('ssd' if f'{place}A_log' in shapes else 'attention')
+        heads.append(shapes[f'{place}A_log'][0] if mixers[-1] == 'ssd' else 2 * heads[-1])
     if (conv - inner) % 2:
         raise ValueError(f'{conv} channels of the convolution for {inner} of x')
     arch = dict(embed_dims=dims, depths=depths, num_heads=tuple(heads), d_state=(conv - inner) // 2)

@@ -125,16 +125,21 @@ class CausalAttention(nn.Module):
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         if self.rotary_dims:
             q, k = (self._rotated(t, None if state is None else state.seen) for t in (q, k))
-        options = dict(dropout_p=self.drop_rate if self.training else 0.0,
-                       enable_gqa=self.num_kv_heads != self.num_heads)
+        mask = None
+        if state is not None:
+            # Of the first tokens no mask is made, whose size would be the square of the length.
+            if state.keys.shape[2]:
+                mask = _mask(state, x.shape[1])
+            k = torch.cat([state.keys.to(k.dtype), k], dim=2)
+            v = torch.cat([state.values.to(v.dtype), v], dim=2)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None,
+            dropout_p=self.drop_rate if self.training else 0.0,
+            enable_gqa=self.num_kv_heads != self.num_heads)
+        y = self.out_proj(y.transpose(1, 2).flatten(2))
         if state is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
-            return self._project_out(y)
-        k = torch.cat([state.keys.to(k.dtype), k], dim=2)
-        v = torch.cat([state.values.to(v.dtype), v], dim=2)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=_mask(state, x.shape[1]), **options)
-        return self._project_out(y), AttentionState(
-            seen[:, x.shape[1]:].clone(), k, v, state.seen + x.shape[1])
+            return y
+        return y, AttentionState(seen[:, x.shape[1]:].clone(), k, v, state.seen + x.shape[1])
 
     def step(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
         """One more token: (B, C) and the state of the tokens before, which is not changed."""
@@ -148,9 +153,6 @@ class CausalAttention(nn.Module):
         return AttentionState(
             weight.new_zeros(batch, max(self.d_conv - 1, 0), weight.shape[0]), keys, keys,
             torch.zeros(batch, dtype=torch.long, device=weight.device))
-
-    def _project_out(self, y):
-        return self.out_proj(y.transpose(1, 2).flatten(2))
 
     def _rotated(self, x, seen):
         """(B, heads, L, P), whose first token has the position ``seen`` (B), or 0."""

@@ -15,6 +15,7 @@ from vmamba_mm.ops import causal_conv_step, ssd, ssd_step
 from vmamba_mm.ops.core.backends import compute_dtype
 
 # What torch.fx records as it is, since it looks at shapes and dtypes.
+torch.fx.wrap('_first_state')
 torch.fx.wrap('ssd')
 torch.fx.wrap('state_matrix')
 
@@ -91,7 +92,7 @@ class Mamba2Mixer(nn.Module):
                              f'{dt_limit!r}')
         self.d_ssm, self.d_mlp, self.d_state, self.d_conv = d_ssm, inner - d_ssm, d_state, d_conv
         self.num_heads, self.head_dim, self.n_groups = heads, head_dim, n_groups
-        self.dt_limit = float(low), float(high)
+        self.D_has_hdim, self.dt_limit = D_has_hdim, (float(low), float(high))
         channels = d_ssm + 2 * n_groups * d_state
         self.in_proj = nn.Linear(embed_dims, 2 * self.d_mlp + d_ssm + channels + heads, bias=bias)
         self.conv1d = nn.Conv1d(channels, channels, d_conv, padding=d_conv - 1, groups=channels,
@@ -127,9 +128,7 @@ class Mamba2Mixer(nn.Module):
         tail = None if state is None else state.conv.to(xBC.dtype)
         inputs = self._scan_inputs(self._convolve(xBC, tail, seq_idx), z, dt)
         if state is None:
-            first = self.init_states
-            if first is not None:
-                first = first.to(compute_dtype(x.dtype)).expand(x.shape[0], -1, -1, -1)
+            first = None if self.init_states is None else _first_state(self.init_states, x)
             return self._project_out(ssd(**inputs, initial_state=first, seq_idx=seq_idx), z, mlp)
         y, ssm = ssd(**inputs, initial_state=state.ssm, seq_idx=seq_idx, return_final_state=True)
         return self._project_out(y, z, mlp), Mamba2State(self._tail(tail, xBC, seq_idx), ssm)
@@ -162,20 +161,17 @@ class Mamba2Mixer(nn.Module):
         """The MLP part or None, z, what is convolved, and dt, each (B, L, its channels)."""
         widths = self.d_ssm, self.conv1d.in_channels, self.num_heads
         if not self.d_mlp:
-            return None, *self.in_proj(x).split(widths, dim=-1)
-        gate, value, *others = self.in_proj(x).split((self.d_mlp, self.d_mlp, *widths), dim=-1)
-        return F.silu(gate) * value, *others
+            z, xBC, dt = self.in_proj(x).split(widths, dim=-1)
+            return None, z, xBC, dt
+        gate, value, z, xBC, dt = self.in_proj(x).split((self.d_mlp, self.d_mlp, *widths), dim=-1)
+        return F.silu(gate) * value, z, xBC, dt
 
     def _convolve(self, x, tail=None, seq_idx=None):
         """The causal convolution and SiLU, (B, L, D), after ``tail`` (B, W - 1, D), or zeros."""
         conv, width = self.conv1d, self.d_conv
         if seq_idx is None:
             return convolve(conv, x, tail)
-        # What each token reads: itself and the tokens before it that are of its own sequence.
-        seen = F.pad(x, (0, 0, width - 1, 0)) if tail is None else torch.cat([tail, x], dim=1)
-        sequences = F.pad(seq_idx, (width - 1, 0)).unfold(1, width, 1)
-        is_own = (sequences == seq_idx.unsqueeze(2)).unsqueeze(2)
-        windows = torch.where(is_own, seen.unfold(1, width, 1), 0).flatten(0, 1)
+        windows = own_windows(x, seq_idx, width, tail)
         y = F.conv1d(windows, conv.weight, conv.bias, groups=conv.groups) \
             if is_causal_conv(conv) else conv(windows)[..., width - 1:width]
         return F.silu(y).view_as(x)
@@ -193,7 +189,7 @@ class Mamba2Mixer(nn.Module):
         """Arguments of ``ssd`` or ``ssd_step``: for (B, L, channels), or (B, channels)."""
         x, B, C = xBC.split((self.d_ssm, *[self.n_groups * self.d_state] * 2), dim=-1)
         heads, groups = (self.num_heads, self.head_dim), (self.n_groups, self.d_state)
-        D = self.D if self.D.numel() == self.num_heads else self.D.unflatten(0, heads)
+        D = self.D.unflatten(0, heads) if self.D_has_hdim else self.D
         return dict(x=x.unflatten(-1, heads), dt=dt, A=state_matrix(self.A_log),
                     B=B.unflatten(-1, groups), C=C.unflatten(-1, groups), D=D,
                     z=z.unflatten(-1, heads) if self.norm is None else None,
@@ -212,3 +208,28 @@ class Mamba2Mixer(nn.Module):
                                      conv.bias)
         y, ssm = ssd_step(state.ssm, **self._scan_inputs(xBC, z, dt))
         return self._project_out(y, z, mlp).unsqueeze(1), Mamba2State(tail, ssm)
+
+
+def _first_state(init_states: Tensor, x: Tensor) -> Tensor:
+    """(H, P, N) for each sequence of ``x``."""
+    dtype = compute_dtype(init_states.dtype)
+    return init_states.to(dtype).expand(x.shape[0], -1, -1, -1)
+
+
+def own_windows(x: Tensor, seq_idx: Tensor, width: int, tail: Tensor | None = None) -> Tensor:
+    """What each token of packed sequences reads in a causal convolution: itself and those before it
+    that are of its own sequence, and zeros for the others.
+
+    Args:
+        x: (B, L, D).
+        seq_idx: (B, L), the number of each token's sequence.
+        width: W.
+        tail: (B, W - 1, D), what came before, of sequence 0; None for zeros.
+
+    Returns:
+        (B * L, D, W), the token itself last.
+    """
+    seen = F.pad(x, (0, 0, width - 1, 0)) if tail is None else torch.cat([tail, x], dim=1)
+    sequences = F.pad(seq_idx, (width - 1, 0)).unfold(1, width, 1)
+    is_own = (sequences == seq_idx.unsqueeze(2)).unsqueeze(2)
+    return torch.where(is_own, seen.unfold(1, width, 1), 0).flatten(0, 1)

@@ -113,9 +113,12 @@ def gated_rms_norm(x: Tensor, weight: Tensor, z: Tensor | None = None, eps: floa
     gate = None if z is None else F.silu(z.to(y.dtype))
     if gate is not None and not norm_before_gate:
         y = y * gate
-    groups = y.unflatten(-1, (-1, group_size or y.shape[-1]))
-    scale = torch.rsqrt(groups.square().mean(dim=-1, keepdim=True) + eps)
-    y = (groups * scale).flatten(-2) * weight.to(y.dtype)
+    if group_size in (None, y.shape[-1]):
+        y = rms_norm(y, weight, eps, out_dtype=y.dtype)
+    else:
+        groups = y.unflatten(-1, (-1, group_size))
+        scale = torch.rsqrt(groups.square().mean(dim=-1, keepdim=True) + eps)
+        y = (groups * scale).flatten(-2) * weight.to(y.dtype)
     if gate is not None and norm_before_gate:
         y = y * gate
     return y.to(x.dtype)

@@ -10,9 +10,12 @@ from vmamba_mm.layers.norm import LayerNorm
 from vmamba_mm.layers.plain import are_plain, is_depthwise_3x3, is_plain
 from vmamba_mm.layers.ss2d import ACTS, NUM_ROUTES
 from vmamba_mm.layers.ssm_init import init_dt_bias, init_x_proj, state_matrix
-from vmamba_mm.ops import dwconv_silu, ssd
+from vmamba_mm.ops import cross_merge, cross_scan, dwconv_silu, ssd
+from vmamba_mm.ops.core.backends import runs_kernels
 
 # What torch.fx records as it is, since it looks at shapes.
+torch.fx.wrap('cross_merge')
+torch.fx.wrap('cross_scan')
 torch.fx.wrap('dwconv_silu')
 torch.fx.wrap('ssd')
 torch.fx.wrap('state_matrix')
@@ -118,22 +121,33 @@ class SSD2D(nn.Module):
         of two scans takes both, one forward and one in reverse, so that nothing is turned around.
         """
         height, width = x_BHWD.shape[1:3]
-        x_BLSD = torch.stack((x_BHWD.flatten(1, 2), x_BHWD.transpose(1, 2).flatten(1, 2)), dim=2)
-        # Parameters are stacked by (forward, backward) and, in each, by (rows, columns).
-        weights = self.x_proj_weight.unflatten(0, (2, 2))
-        projected = torch.einsum('blsd, rscd -> rblsc', x_BLSD, weights)
-        A, D, dt_bias = (t.flatten(0, 1).chunk(2) for t in (
-            state_matrix(self.A_logs), self.Ds, self.dt_projs_bias))
+        x_BLSD = cross_scan(x_BHWD, 2, channels_last=True)
+        B, C, B_back, C_back, dt, dt_back, _ = self._project(x_BLSD)
         x_BLHP = x_BLSD.flatten(2).unflatten(2, (2 * self.num_heads, -1))
-        y_forward, y_backward = (
-            ssd(x_BLHP, dt.flatten(2), A[i], B, C, D[i], dt_bias=dt_bias[i], dt_softplus=True,
-                reverse=i == 1)
-            for i, (dt, B, C) in enumerate(
-                part.split((self.num_heads, self.d_state, self.d_state), dim=-1)
-                for part in (projected[0], projected[1])))
-        rows, columns = (y_forward + y_backward).flatten(2).chunk(2, dim=-1)
-        return rows.unflatten(1, (height, width)) + columns.unflatten(
-            1, (width, height)).transpose(1, 2)
+        # Parameters are stacked by (forward, backward) and, in each, by (rows, columns).
+        (A, A_back), (D, D_back), (bias, bias_back) = (t.flatten(0, 1).chunk(2) for t in (
+            state_matrix(self.A_logs), self.Ds, self.dt_projs_bias))
+        y = ssd(x_BLHP, dt.flatten(2), A, B, C, D, dt_bias=bias, dt_softplus=True)
+        y = y + ssd(x_BLHP, dt_back.flatten(2), A_back, B_back, C_back, D_back, dt_bias=bias_back,
+                    dt_softplus=True, reverse=True)
+        return cross_merge(y.view(x_BLSD.shape), height, width, channels_last=True)
+
+    def _project(self, x_BLSD: Tensor) -> tuple[Tensor, ...]:
+        """B and C forward and backward, (B, L, S, N), dt forward and backward, (B, L, S, R), and
+        what fills up.
+
+        They lie side by side, B and C first. On an NVIDIA GPU they are filled up to a multiple of 8
+        columns, which aligns them to 16 bytes: so kernels read them where they are.
+        """
+        heads, state = self.num_heads, self.d_state
+        weights = self.x_proj_weight.unflatten(0, (2, 2)).transpose(0, 1)  # (S, direction, ...)
+        of_dt, of_BC = weights.split((heads, 2 * state), dim=2)
+        fill = -(4 * state + 2 * heads) % 8 if runs_kernels(x_BLSD) else 0
+        weights = torch.cat((of_BC.flatten(1, 2), of_dt.flatten(1, 2)), dim=1)
+        if fill:
+            weights = F.pad(weights, (0, 0, 0, fill))
+        projected = torch.einsum('blsd, scd -> blsc', x_BLSD, weights)
+        return projected.split((*[state] * 4, heads, heads, fill), dim=-1)
 
 
 def _init_decay(kind: str, heads: int) -> tuple[Tensor, Tensor]:

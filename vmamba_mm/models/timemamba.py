@@ -18,7 +18,7 @@ from vmamba_mm.families.timemamba import CLIP_KEYS, FAMILY
 from vmamba_mm.families.vivim import grid_of
 from vmamba_mm.layers import BiMambaMixer, DropPath, LayerNorm, Mlp, PatchEmbed, SelfAttention
 from vmamba_mm.layers.positions import resize_grid, resize_patches
-from vmamba_mm.models.base import Backbone
+from vmamba_mm.models.flat import FlatBackbone
 from vmamba_mm.models.pretrained import check_fits
 from vmamba_mm.registry import MODELS
 
@@ -94,7 +94,7 @@ class TimeMambaBlock(nn.Module):
 
 
 @MODELS.register_module()
-class TimeMamba(Backbone):
+class TimeMamba(FlatBackbone):
     """CLIP's ViT with a bidirectional mixer over time in every block.
 
     There is no embedding of time; the mixers are all that knows the order of frames.
@@ -127,26 +127,6 @@ class TimeMamba(Backbone):
     family = FAMILY
     default_arch = 'base_vanilla'
     stem = ('patch_embed', 'cls_token', 'pos_embed', 'ln_pre')
-    stages_name = 'blocks'
-    is_flat = True
-    norms_last = True
-
-    def __init__(self, arch: str | Mapping[str, Any] | None = None,
-                 out_indices: Sequence[int] | None = None, out_type: str = 'featmap', **kwargs):
-        if out_type not in ('featmap', 'cls_token'):
-            raise ValueError(f"out_type={out_type!r} does not exist; choose 'featmap' or "
-                             "'cls_token'")
-        super().__init__(arch, out_indices, **kwargs)
-        self.out_type = out_type
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        if self.out_type == 'cls_token':
-            return (self.forward_cls_token(x),)
-        return super().forward(x)
-
-    @staticmethod
-    def stage_sizes(arch: Mapping[str, Any]) -> tuple[Sequence[int], list[int]]:
-        return (1,) * arch['depth'], [arch['embed_dims']] * arch['depth']
 
     @staticmethod
     def clip_length(arch: Mapping[str, Any]) -> int:
@@ -168,9 +148,6 @@ class TimeMamba(Backbone):
         self.norm = _norm(dims)
         for embed in (self.cls_token, self.pos_embed):
             nn.init.trunc_normal_(embed, std=0.02)
-
-    def output_norm(self, i: int) -> nn.Module | None:
-        return self.norm if i == len(self.depths) - 1 else None
 
     # --- loading ----------------------------------------------------------------------------
 
@@ -241,6 +218,9 @@ class TimeMamba(Backbone):
             if i in indices:
                 maps.append(x[:, 1:].unflatten(1, size))
         return maps
+
+    def forward_tokens(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (self.forward_cls_token(x),)
 
     def forward_cls_token(self, x: Tensor) -> Tensor:
         """(B, in_channels, T, H, W) to the clip's feature, (B, C)."""

@@ -19,7 +19,8 @@ from vmamba_mm.layers.positions import (
     resize_patches,
     resize_time,
 )
-from vmamba_mm.models.base import Backbone, init_linear
+from vmamba_mm.models.base import init_linear
+from vmamba_mm.models.flat import FlatBackbone
 from vmamba_mm.registry import MODELS
 
 # What torch.fx records as it is, since it looks at shapes.
@@ -31,12 +32,11 @@ torch.fx.wrap('pad_to_a_patch')
 torch.fx.wrap('_with_frames')
 
 _NORMS = {'rms': RMSNorm, 'ln': LayerNorm}
-_OUT_TYPES = ('featmap', 'cls_token', 'raw')
 _INFLATIONS = ('center', 'mean')
 
 
 @MODELS.register_module()
-class VideoMamba(Backbone):
+class VideoMamba(FlatBackbone):
     """VideoMamba as a backbone of images or clips.
 
     A class token and the patches of all frames, with position embeddings of space and time, go
@@ -82,20 +82,7 @@ class VideoMamba(Backbone):
     family = FAMILY
     default_arch = 'tiny'
     stem = ('patch_embed', 'cls_token', 'spatial_pos_embed', 'temporal_pos_embed')
-    stages_name = 'blocks'
-    is_flat = True
-    norms_last = True
-
-    def __init__(self, arch: str | Mapping[str, Any] | None = None,
-                 out_indices: Sequence[int] | None = None, out_type: str = 'featmap', **kwargs):
-        if out_type not in _OUT_TYPES:
-            raise ValueError(f'out_type={out_type!r} does not exist; choose one of {_OUT_TYPES}')
-        super().__init__(arch, out_indices, **kwargs)
-        self.out_type = out_type
-
-    @staticmethod
-    def stage_sizes(arch: Mapping[str, Any]) -> tuple[Sequence[int], list[int]]:
-        return (1,) * arch['depth'], [arch['embed_dims']] * arch['depth']
+    out_types = ('featmap', 'cls_token', 'raw')
 
     @staticmethod
     def has_cls_token(arch: Mapping[str, Any]) -> bool:
@@ -139,14 +126,9 @@ class VideoMamba(Backbone):
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
             weight.data /= math.sqrt(len(self.blocks))
 
-    def output_norm(self, i: int) -> nn.Module | None:
-        return self.norm if i == len(self.depths) - 1 else None
-
     # --- forward ------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        if self.out_type == 'featmap':
-            return super().forward(x)
+    def forward_tokens(self, x: Tensor) -> tuple[Tensor, ...]:
         tokens, patches = self.embed(x)
         outs = []
         for i, hidden, residual in self.run_blocks(tokens, patches, self.out_indices):

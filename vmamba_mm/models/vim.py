@@ -23,7 +23,7 @@ from vmamba_mm.layers import (
 )
 from vmamba_mm.layers.norm import sum_and_norm
 from vmamba_mm.layers.positions import resize_grid
-from vmamba_mm.models.base import Backbone
+from vmamba_mm.models.flat import FlatBackbone
 from vmamba_mm.registry import MODELS
 
 # What torch.fx records as it is, since it looks at shapes.
@@ -37,12 +37,12 @@ _MIXERS = {'bidirectional': BiMambaMixer, 'shared': SharedBiMambaMixer, 'causal'
 _MIXER_KEYS = ('d_state', 'd_conv', 'expand', 'dt_rank', 'layer_scale')
 _CLS_TOKENS = {'middle': ('cls_token',), 'head': ('cls_token',),
                'double': ('cls_token_head', 'cls_token_tail'), 'none': ()}
-_CHOICES = dict(out_type=('featmap', 'cls_token', 'raw'), features=('normed', 'stream', 'mixer'),
-                resize=('by token', 'published'))
+_FEATURES = ('normed', 'stream', 'mixer')
+_RESIZES = ('by token', 'published')
 
 
 @MODELS.register_module()
-class Vim(Backbone):
+class Vim(FlatBackbone):
     """Vim as a backbone for mmpretrain, mmdet and mmseg.
 
     The patches of an image, row by row, and a class token in their middle go through bidirectional
@@ -98,23 +98,18 @@ class Vim(Backbone):
     family = FAMILY
     default_arch = 'tiny'
     stem = ('patch_embed', 'cls_token', 'cls_token_head', 'cls_token_tail', 'pos_embed')
-    stages_name = 'blocks'
-    is_flat = True
-    norms_last = True
+    out_types = ('featmap', 'cls_token', 'raw')
 
     def __init__(self, arch: str | Mapping[str, Any] | None = None,
                  out_indices: Sequence[int] | None = None, out_type: str = 'featmap',
                  features: str = 'normed', **kwargs):
-        _choose(out_type=out_type, features=features)
-        self.out_type, self.features = out_type, features  # which build() asks for
-        super().__init__(arch, out_indices, **kwargs)
+        if features not in _FEATURES:
+            raise ValueError(f'features={features!r} does not exist; choose one of {_FEATURES}')
+        self.features = features  # which build() asks for
+        super().__init__(arch, out_indices, out_type, **kwargs)
         if out_type == 'cls_token' and self.arch['cls_token'] == 'none':
             raise ValueError("out_type='cls_token' needs an arch with a class token, and "
                              "arch['cls_token'] is 'none'")
-
-    @staticmethod
-    def stage_sizes(arch: Mapping[str, Any]) -> tuple[Sequence[int], list[int]]:
-        return (1,) * arch['depth'], [arch['embed_dims']] * arch['depth']
 
     @classmethod
     def stage_strides(cls, arch: Mapping[str, Any]) -> list[int]:
@@ -158,9 +153,10 @@ class Vim(Backbone):
 
     # --- forward ------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        if self.out_type == 'featmap':
-            return super().forward(x)
+    def output_norm(self, i: int) -> nn.Module | None:
+        return getattr(self, f'norm{i}', None)
+
+    def forward_tokens(self, x: Tensor) -> tuple[Tensor, ...]:
         tokens, patches = self.embed(x)
         outs = []
         for i, streams in self._run(tokens, patches, self.out_indices):
@@ -281,7 +277,8 @@ class Vim(Backbone):
             ValueError: on another ``resize``.
             UserError: as there, and if the embedding in the file is not that of a square.
         """
-        _choose(resize=resize)
+        if resize not in _RESIZES:
+            raise ValueError(f'resize={resize!r} does not exist; choose one of {_RESIZES}')
         self._load(functools.partial(self.adapt_weights, resize=resize), checkpoint, prefix,
                    weights, map_location, adapt_in_channels, strict, allow)
 
@@ -330,12 +327,6 @@ def init_vim(patch_embed: PatchEmbed, embeds: Iterable[Tensor], blocks: Sequence
         mixer.out_proj.weight.data /= math.sqrt(len(blocks))
         if hasattr(mixer, 'dt_proj_b'):
             nn.init.zeros_(mixer.dt_proj_b.bias)
-
-
-def _choose(**arguments: str) -> None:
-    for name, value in arguments.items():
-        if value not in _CHOICES[name]:
-            raise ValueError(f'{name}={value!r} does not exist; choose one of {_CHOICES[name]}')
 
 
 # --- tokens -------------------------------------------------------------------------------------

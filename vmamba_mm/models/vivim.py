@@ -21,7 +21,7 @@ from vmamba_mm.layers import (
 )
 from vmamba_mm.layers.norm import sum_and_norm
 from vmamba_mm.layers.positions import resize_grid, resize_patches, resize_time
-from vmamba_mm.models.base import Backbone
+from vmamba_mm.models.flat import FlatBackbone
 from vmamba_mm.models.vim import init_vim
 from vmamba_mm.registry import MODELS
 
@@ -32,7 +32,7 @@ torch.fx.wrap('sum_and_norm')
 
 
 @MODELS.register_module()
-class ViViM(Backbone):
+class ViViM(FlatBackbone):
     """A Vim for clips: the patches of all frames, and class tokens, in one long sequence.
 
     Tokens run frame by frame and row by row. A class token stands in the middle of every frame;
@@ -69,26 +69,6 @@ class ViViM(Backbone):
     family = FAMILY
     default_arch = 'tiny'
     stem = ('patch_embed', 'cls_token', 'pos_embed', 'temporal_embedding')
-    stages_name = 'blocks'
-    is_flat = True
-    norms_last = True
-
-    def __init__(self, arch: str | Mapping[str, Any] | None = None,
-                 out_indices: Sequence[int] | None = None, out_type: str = 'featmap', **kwargs):
-        if out_type not in ('featmap', 'cls_token'):
-            raise ValueError(f"out_type={out_type!r} does not exist; choose 'featmap' or "
-                             "'cls_token'")
-        super().__init__(arch, out_indices, **kwargs)
-        self.out_type = out_type
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        if self.out_type == 'cls_token':
-            return (self.forward_cls_token(x),)
-        return super().forward(x)
-
-    @staticmethod
-    def stage_sizes(arch: Mapping[str, Any]) -> tuple[Sequence[int], list[int]]:
-        return (1,) * arch['depth'], [arch['embed_dims']] * arch['depth']
 
     @staticmethod
     def clip_length(arch: Mapping[str, Any]) -> int:
@@ -107,9 +87,6 @@ class ViViM(Backbone):
                                     for rate in drop_path_rates)
         self.norm = RMSNorm(dims)
         init_vim(self.patch_embed, (self.cls_token, self.pos_embed), self.blocks)
-
-    def output_norm(self, i: int) -> nn.Module | None:
-        return self.norm if i == len(self.depths) - 1 else None
 
     # --- loading ----------------------------------------------------------------------------
 
@@ -202,6 +179,9 @@ class ViViM(Backbone):
         tokens, size = self._embed(x)
         return [self._map((residual + hidden).to(tokens.dtype), size)
                 for _, (hidden, residual) in run_blocks_to(indices, self.blocks, tokens)]
+
+    def forward_tokens(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (self.forward_cls_token(x),)
 
     def forward_cls_token(self, x: Tensor) -> Tensor:
         """(B, in_channels, T, H, W) to the clip's feature, (B, C)."""

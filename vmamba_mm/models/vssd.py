@@ -17,9 +17,11 @@ from vmamba_mm.layers.plain import is_depthwise_3x3, is_plain
 from vmamba_mm.layers.ssm_init import init_dt_bias, state_matrix
 from vmamba_mm.models.base import Backbone, init_linear
 from vmamba_mm.ops import add_norm, channels_last, dwconv_silu, nc_ssd
+from vmamba_mm.ops.core.backends import compute_dtype, runs_kernels
 from vmamba_mm.registry import MODELS
 
 # What torch.fx records as it is, since it looks at shapes.
+torch.fx.wrap('_evaluate_batch_norm')
 torch.fx.wrap('_pad_to_patches')
 torch.fx.wrap('add_norm')
 torch.fx.wrap('channels_last')
@@ -53,11 +55,30 @@ class ConvUnit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = _convolve(self.conv, x)
         if self.norm is not None:
-            # The channels are last in memory whatever the convolution has done: of a map that is
-            # not, the gradient by the norm of a single image is wrong on a CPU where the gradient
-            # that comes to it has the channels last and a batch stride of its own (torch 2.14).
-            y = self.norm(y.contiguous().permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            y = _batch_norm(self.norm, y)
         return y if self.act is None else self.act(y)
+
+
+def _batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """The batch norm of (B, H, W, C)."""
+    if not norm.training and is_plain(norm, nn.BatchNorm2d) and norm.affine \
+            and norm.track_running_stats:
+        return _evaluate_batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias,
+                                    norm.eps)
+    # The channels are last in memory whatever the convolution has done: of a map that is not, the
+    # gradient by the norm of a single image is wrong on a CPU where the gradient that comes to it
+    # has the channels last and a batch stride of its own (torch 2.14).
+    return norm(x.contiguous().permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def _evaluate_batch_norm(x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor,
+                         eps: float) -> Tensor:
+    if x.is_cpu and x.dtype == weight.dtype == compute_dtype(x.dtype):
+        # torch's own backward adds up all positions in fp32 one after the other where the channels
+        # are last in memory; autograd's sums of these steps do it in a tree.
+        return torch.addcmul(bias, x - mean, weight * torch.rsqrt(variance + eps))
+    y = F.batch_norm(x.contiguous().permute(0, 3, 1, 2), mean, variance, weight, bias, eps=eps)
+    return y.permute(0, 2, 3, 1)
 
 
 class ResidualStem(nn.Module):
@@ -168,8 +189,7 @@ class NonCausalSSD(nn.Module):
         self.out_proj = nn.Linear(inner, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        z, xBC, dt = self.in_proj(x).split(
-            (self.sizes[0], sum(self.sizes), self.num_heads), dim=-1)
+        z, xBC, dt = self._project(x)[:3]
         if is_depthwise_3x3(self.conv2d):
             xBC = dwconv_silu(xBC, self.conv2d.weight, self.conv2d.bias)
         else:
@@ -180,6 +200,18 @@ class NonCausalSSD(nn.Module):
                    state_matrix(self.A_log), B, C, self.D, dt_bias=self.dt_bias, dt_softplus=True,
                    positive=self.positive)
         return self.out_proj(self.norm(y.view(z.shape)) * z)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """z, what the convolution takes, dt, and on a GPU zeros that nobody reads.
+
+        The rows of a published stage have 386 numbers, or 515. Tensor cores, and the kernel of the
+        convolution, want rows that begin at multiples of 16 bytes.
+        """
+        linear, sizes = self.in_proj, [self.sizes[0], sum(self.sizes), self.num_heads]
+        gap = -sum(sizes) % 8
+        if gap and runs_kernels(x) and is_plain(linear, nn.Linear) and linear.bias is None:
+            return F.linear(x, F.pad(linear.weight, (0, 0, 0, gap))).split((*sizes, gap), dim=-1)
+        return linear(x).split(sizes, dim=-1)
 
 
 class _MapAttention(SelfAttention):

@@ -60,7 +60,8 @@ def spec(softplus=True, limit=(0.0, float('inf')), packed=False, final=False, re
         arguments=lambda inputs, out_dtype: (
             *map(inputs.get, NAMES), index(inputs), softplus, *limit, final, reverse),
         maps=('x', 'dt', 'B', 'C') + (('z', 'initial_state') if final else ()),
-        takes_out_dtype=False, capability=80,
+        # A GPU multiplies in half precision: x with its weight, and scores.
+        roundings=2, takes_out_dtype=False, capability=80,
         **dict(backends=('reference', 'chunked', 'cuda'), flops=flops) | kwargs)
 
 

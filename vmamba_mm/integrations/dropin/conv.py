@@ -1,9 +1,12 @@
 """``causal_conv1d_fn`` and ``_update`` of causal_conv1d, on :func:`vmamba_mm.ops.causal_conv`."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from vmamba_mm.layers.mamba2 import own_windows
 from vmamba_mm.ops import causal_conv
+from vmamba_mm.ops.core.backends import compute_dtype
 
 
 def causal_conv1d_fn(x: Tensor, weight: Tensor, bias: Tensor | None = None,
@@ -15,8 +18,9 @@ def causal_conv1d_fn(x: Tensor, weight: Tensor, bias: Tensor | None = None,
     Args:
         x: (B, D, L), in any memory layout.
         weight: (D, W). bias: (D), or None.
-        seq_idx: not covered, None only. A string is the activation, which was the fourth argument
-            in causal_conv1d 1.0.
+        seq_idx: (B, L), the number of each position's sequence, where a sample holds several: none
+            reads another. It excludes states. A string is the activation, which was the fourth
+            argument in causal_conv1d 1.0.
         initial_states: the W-1 positions before x, (B, D, W-1), or None for zeros.
         return_final_states: also return the last W-1 positions, (B, D, W-1).
         final_states_out: a tensor for them to be written to.
@@ -26,7 +30,8 @@ def causal_conv1d_fn(x: Tensor, weight: Tensor, bias: Tensor | None = None,
         (B, D, L) in the dtype of ``x``, or this and the final states.
 
     Raises:
-        NotImplementedError: on ``seq_idx``, or another activation.
+        ValueError: on ``seq_idx`` with states.
+        NotImplementedError: on another activation.
     """
     return _convolve(x, weight, bias, seq_idx, initial_states, return_final_states,
                      final_states_out, activation, None)
@@ -101,7 +106,12 @@ def _convolve(x, weight, bias, seq_idx, initial_states, return_final_states, fin
               activation, backend):
     if isinstance(seq_idx, str):
         seq_idx, activation = None, seq_idx
-    refuse_seq_idx(seq_idx)
+    if seq_idx is not None:
+        if initial_states is not None or return_final_states:
+            raise ValueError('causal_conv1d takes seq_idx without initial_states and '
+                             'return_final_states')
+        return convolve_sequences(x.transpose(1, 2), weight, bias, seq_idx,
+                                  activation).transpose(1, 2)
     if initial_states is not None:
         initial_states = initial_states.transpose(1, 2)
     result = causal_conv(x.transpose(1, 2), weight, bias, silu=uses_silu(activation),
@@ -113,11 +123,24 @@ def _convolve(x, weight, bias, seq_idx, initial_states, return_final_states, fin
     return y, final if final_states_out is None else final_states_out.copy_(final)
 
 
+def convolve_sequences(x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None,
+                       activation: str | None) -> Tensor:
+    """:func:`causal_conv1d_fn` of (B, L, D)."""
+    silu = uses_silu(activation)
+    if seq_idx is None:
+        return causal_conv(x, weight, bias, silu=silu)
+    dtype = compute_dtype(x.dtype)
+    windows = own_windows(x, seq_idx, weight.shape[1]).to(dtype)
+    y = (windows * weight.to(dtype)).sum(-1)
+    y = y if bias is None else y + bias.to(dtype)
+    return (F.silu(y) if silu else y).to(x.dtype).view_as(x)
+
+
 def refuse_seq_idx(seq_idx: Tensor | None) -> None:
     """Raise NotImplementedError if there is one."""
     if seq_idx is not None:
-        raise NotImplementedError('causal_conv1d of vmamba_mm.dropin has no seq_idx: give it one '
-                                  'sequence a sample')
+        raise NotImplementedError('causal_conv1d_cuda of vmamba_mm.dropin has no seq_idx, '
+                                  'causal_conv1d_fn of causal_conv1d has')
 
 
 def uses_silu(activation: str | None) -> bool:

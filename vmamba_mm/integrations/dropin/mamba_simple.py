@@ -246,16 +246,9 @@ class Mamba(nn.Module):
 
     def _get_states_from_cache(self, inference_params, batch_size: int,
                                initialize_states: bool = False) -> tuple[Tensor, Tensor]:
-        if self.layer_idx is None:
-            raise ValueError('a Mamba that decodes needs a layer_idx, the key of its state')
-        memory = inference_params.key_value_memory_dict
-        if self.layer_idx not in memory:
-            memory[self.layer_idx] = self.allocate_inference_cache(batch_size, 0)
-        elif initialize_states:
-            for state in memory[self.layer_idx]:
-                state.zero_()
+        states = states_from_cache(self, inference_params, batch_size, initialize_states)
         self._refuse_directions()
-        return memory[self.layer_idx]
+        return states
 
     def _refuse_directions(self) -> None:
         if self.bimamba_type != 'none':
@@ -266,3 +259,18 @@ class Mamba(nn.Module):
 def _wide(x: Tensor) -> Tensor:
     """In fp32, or fp64 in a model of that dtype."""
     return x.to(compute_dtype(x.dtype))
+
+
+def states_from_cache(block: nn.Module, inference_params, batch_size: int, initialize_states: bool
+                      ) -> tuple[Tensor, Tensor]:
+    """The states of a block that decodes, from the cache of mamba_ssm: new ones the first time."""
+    if block.layer_idx is None:
+        raise ValueError(f'a {type(block).__name__} that decodes needs a layer_idx, the key of its '
+                         'state')
+    memory = inference_params.key_value_memory_dict
+    if block.layer_idx not in memory:
+        memory[block.layer_idx] = block.allocate_inference_cache(batch_size, 0)
+    elif initialize_states:
+        for state in memory[block.layer_idx]:
+            state.zero_()
+    return memory[block.layer_idx]

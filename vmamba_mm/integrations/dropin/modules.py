@@ -8,7 +8,7 @@ _CONV = 'conv: causal_conv1d_fn causal_conv1d_update'
 #: the name a to what is called b there. A module with modules below it is a package.
 MODULES: dict[str, tuple[str, ...]] = {
     'mamba_ssm': ('versions: __version__=MAMBA_SSM', 'scan: selective_scan_fn',
-                  f'inner: {_INNER}', 'mamba_simple: Mamba'),
+                  f'inner: {_INNER}', 'mamba_simple: Mamba', 'mamba2: Mamba2'),
     'mamba_ssm.ops': (),
     'mamba_ssm.ops.selective_scan_interface': (
         'scan: selective_scan_fn selective_scan_ref',
@@ -20,8 +20,12 @@ MODULES: dict[str, tuple[str, ...]] = {
         'norms_gated: RMSNorm LayerNorm rmsnorm_fn layernorm_fn',),
     'mamba_ssm.ops.triton.selective_state_update': (
         'state_update: selective_state_update',),
+    'mamba_ssm.ops.triton.ssd_combined': (
+        'ssd: mamba_chunk_scan_combined mamba_split_conv1d_scan_combined',),
     'mamba_ssm.modules': (),
     'mamba_ssm.modules.mamba_simple': ('mamba_simple: Mamba', 'blocks: Block'),
+    'mamba_ssm.modules.mamba2': ('mamba2: Mamba2',),
+    'mamba_ssm.modules.mamba2_simple': ('mamba2: Mamba2Simple',),
     'mamba_ssm.modules.mamba_simple_scan_norm': ('mamba_forks: Mamba=NormedMamba',),
     'mamba_ssm.modules.mamba_new': ('mamba_forks: Mamba=DecomposedMamba',),
     'mamba_ssm.modules.block': ('blocks: Block=BlockWithMLP',),

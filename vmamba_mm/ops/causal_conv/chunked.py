@@ -34,6 +34,14 @@ def _by_tap(weight: Tensor) -> tuple[Tensor, ...]:
     return weight.T.contiguous().unbind(0)
 
 
+def laid_out_like(x: Tensor, t: Tensor) -> Tensor:
+    """(B, L, D) without gaps: with adjacent positions where only those of ``x`` are adjacent, as of
+    a channel-first tensor, else with adjacent channels. So lies the gradient by x."""
+    if x.stride(2) != 1 and x.stride(1) == 1:
+        return t.transpose(1, 2).contiguous().transpose(1, 2)
+    return t.contiguous()
+
+
 def convolve(x, weight, bias, initial_state, reverse) -> Tensor:
     """The convolution alone, in the compute dtype."""
     dtype = compute_dtype(x.dtype)
@@ -116,9 +124,10 @@ def backward(grad_y, grad_state, x, weight, bias, initial_state, silu, reverse, 
             last += _in_memory(grad_state[:, before - new:], reverse)
         if grad_initial is not None and new < before:
             grad_initial[:, new:] += grad_state[:, :before - new]
-    inputs, grads = (x, weight, bias, initial_state), (grad_x, grad_weight, grad_bias, grad_initial)
-    return tuple(None if t is None else grad.to(t.dtype).contiguous()
-                 for grad, t in zip(grads, inputs, strict=True))
+    grad_x = laid_out_like(x, grad_x.to(x.dtype))
+    inputs, grads = (weight, bias, initial_state), (grad_weight, grad_bias, grad_initial)
+    return grad_x, *(None if t is None else grad.to(t.dtype).contiguous()
+                     for grad, t in zip(grads, inputs, strict=True))
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vmamba_mm.ops.causal_conv.chunked import laid_out_like
 from vmamba_mm.ops.core.launch import (
     CODES,
     TYPES,
@@ -198,8 +199,7 @@ def backward(grad_y, grad_state, x, weight, bias, initial_state, silu, reverse,
     before = None if initial_state is None else initial_state.to(dtype).contiguous()
     if grad_y is None:
         grad_y = torch.zeros(shape, dtype=dtype, device=x.device)
-    dy = grad_y.to(dtype)
-    dy = dy.contiguous() if last else dy.transpose(1, 2).contiguous().transpose(1, 2)
+    dy = laid_out_like(x, grad_y.to(dtype))
     dlast = grad_state.to(dtype).contiguous() if return_final_state and grad_state is not None \
         else None
     dx = torch.empty_like(dy)

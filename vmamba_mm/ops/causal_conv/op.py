@@ -16,6 +16,13 @@ def _fake(x, weight, bias, initial_state, silu, reverse, return_final_state, bac
     return torch.empty_like(x), x.new_empty(state)
 
 
+def _bwd_fake(grad_y, grad_state, x, *others):
+    weight, bias, initial_state = others[:3]
+    return chunked.laid_out_like(x, x.new_empty(x.shape)), *(
+        x.new_empty(0) if t is None else t.new_empty(t.shape)
+        for t in (weight, bias, initial_state))
+
+
 _causal_conv = define_op(
     'causal_conv_fwd',
     '(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, bool silu, bool reverse, '
@@ -27,6 +34,7 @@ _causal_conv = define_op(
         'cuda': Implementation(cuda.forward, cuda.backward, cuda.why_not),
         'chunked': Implementation(chunked.forward, chunked.backward)},
     saves='x weight bias initial_state silu reverse return_final_state',
+    backward_fake=_bwd_fake,
     flops=lambda x, weight, **_: 2 * prod(x) * weight[1])
 
 
@@ -55,7 +63,8 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, silu: 
         (B, L, D) in the dtype and, where ``x`` has no gaps, with the strides of ``x``, whatever
         autocast says. It is calculated in fp32 (fp64 for fp64). With ``return_final_state`` a
         tuple of it and the final state (B, W - 1, D) in the dtype of ``x``, oldest first; those
-        inputs that came before the first step are in it where L < W - 1.
+        inputs that came before the first step are in it where L < W - 1. The gradient by ``x`` has
+        no gaps; positions are adjacent in it where they are in ``x``, else channels.
 
     Raises:
         ValueError: on shapes that do not fit one another, or an unknown backend.

@@ -10,15 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmamba_mm.ops.core.backends import compute_dtype
+from vmamba_mm.ops.core.backends import compute_dtype, without_autocast
+from vmamba_mm.ops.selective_scan.activations import softplus
 
 
-def _find_weights(dt, A, dt_bias, dt_softplus, positive) -> tuple[Tensor, Tensor, Tensor]:
-    """(w, step, raw), each (B, L, H) in the compute dtype: w = -step A, and step of ``raw``."""
+def _find_weights(dt, A, dt_bias, dt_softplus) -> tuple[Tensor, Tensor, Tensor]:
+    """(step A, step, raw), each (B, L, H) in the compute dtype, where step is that of ``raw``."""
     dtype = compute_dtype(dt.dtype)
     raw = dt.to(dtype) if dt_bias is None else dt + dt_bias.to(dtype)
-    step = F.softplus(raw) if dt_softplus else raw
-    return step * (-A.to(dtype) if positive else A.to(dtype)), step, raw
+    step = softplus(raw) if dt_softplus else raw
+    return step * A.to(dtype), step, raw
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
@@ -55,10 +56,10 @@ def _scale_of(x: Tensor) -> float:
 
 def forward(x, dt, A, B, C, D, dt_bias, dt_softplus, positive) -> Tensor:
     """Shapes as in :func:`vmamba_mm.ops.nc_ssd`."""
-    groups, scale = B.shape[2], _scale_of(x)
-    weights, _, _ = _find_weights(dt, A, dt_bias, dt_softplus, positive)
+    groups, scale, sign = B.shape[2], _scale_of(x), -1 if positive else 1
+    weights, _, _ = _find_weights(dt, A, dt_bias, dt_softplus)
     values = _by_group(_scaled(x, weights[..., None]), groups)
-    state = _product(_by_group(B, groups).mT, values, scale)  # (B G, N, H/G P)
+    state = _product(_by_group(B, groups).mT, values, sign * scale)  # (B G, N, H/G P)
     queries = _by_group(C, groups)
     if D is None:
         y = _product(queries, state, 1 / scale)
@@ -69,11 +70,14 @@ def forward(x, dt, A, B, C, D, dt_bias, dt_softplus, positive) -> Tensor:
 
 def backward(grad, x, dt, A, B, C, D, dt_bias, dt_softplus, positive):
     """Gradients by x, dt, A, B, C, D and dt_bias (None where there is none)."""
-    dtype, groups, scale = compute_dtype(x.dtype), B.shape[2], _scale_of(x)
-    weights, step, raw = _find_weights(dt, A, dt_bias, dt_softplus, positive)
+    groups, scale, sign = B.shape[2], _scale_of(x), -1 if positive else 1
+    dtype = compute_dtype(x.dtype)
+    weights, step, raw = _find_weights(dt, A, dt_bias, dt_softplus)
     values = _by_group(_scaled(x, weights[..., None]), groups)
     keys, queries, grads = (_by_group(t, groups) for t in (B, C, grad))
-    state, grad_state = (_product(a.mT, b, scale) for a, b in ((keys, values), (queries, grads)))
+    # Both with the sign of the weights, which are without it here.
+    state, grad_state = (_product(a.mT, b, sign * scale)
+                         for a, b in ((keys, values), (queries, grads)))
     grad_C = _product(grads, state.mT, 1 / scale)
     grad_B = _product(values, grad_state.mT, 1 / scale)
     grad_values = _by_head(_product(keys, grad_state, 1 / scale), x.shape, groups).to(dtype)
@@ -83,11 +87,27 @@ def backward(grad, x, dt, A, B, C, D, dt_bias, dt_softplus, positive):
     if D is not None:
         grad_x.addcmul_(grad.to(dtype), D.to(dtype)[:, None])
         grad_D = (grad.to(dtype) * x).sum((0, 1, 3)).to(D.dtype)
-    sign = -1 if positive else 1
-    grad_A = (grad_weights * step).sum((0, 1)).mul_(sign).to(A.dtype)
-    grad_dt = grad_weights.mul_(A.to(dtype) * sign)
+    grad_A = (grad_weights * step).sum((0, 1)).to(A.dtype)
+    grad_dt = grad_weights.mul_(A.to(dtype))
     if dt_softplus:
         grad_dt = torch.ops.aten.softplus_backward(grad_dt, raw, 1, 20)
     grad_bias = None if dt_bias is None else grad_dt.sum((0, 1)).to(dt_bias.dtype)
     return (grad_x.to(x.dtype), grad_dt.to(dt.dtype), grad_A, _by_head(grad_B, B.shape, groups),
             _by_head(grad_C, C.shape, groups), grad_D, grad_bias)
+
+
+def compose(x, dt, A, B, C, D, dt_bias, dt_softplus, positive) -> Tensor:
+    """The same for compilers, which fuse all that is around the products, forward and backward."""
+    dtype, groups = compute_dtype(x.dtype), B.shape[2]
+    # Not a power of two, for the number of tokens may be a symbol; it is rounded in fp32 alone.
+    scale = 1 / torch.sym_sqrt(x.shape[1]) if x.dtype == torch.float16 else 1.0
+    with without_autocast(x):
+        raw = dt.to(dtype) if dt_bias is None else dt + dt_bias.to(dtype)
+        step = F.softplus(raw) if dt_softplus else raw
+        weights = step * A.to(dtype) * (-scale if positive else scale)
+        values = _by_group((x * weights[..., None]).to(x.dtype), groups)
+        y = _by_group(C, groups) @ (_by_group(B, groups).mT @ values)
+        y = _by_head(y, x.shape, groups).to(dtype) / scale
+        if D is not None:
+            y = y + x * D.to(dtype)[:, None]
+    return y.to(x.dtype)

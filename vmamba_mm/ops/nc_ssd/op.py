@@ -1,5 +1,6 @@
 """The op ``nc_ssd``: its definition, checks, and the public function."""
 
+import torch
 from torch import Tensor
 
 from vmamba_mm.ops.core.backends import Backend
@@ -39,7 +40,8 @@ def nc_ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | N
         B, C: (B, L, G, N). Head h is of group h mod G, unlike in Mamba-2.
         D: (H), or None.
         positive: whether the weight is ``-dt A``, as of every published model; else ``dt A``.
-        backend: 'reference', or 'chunked' for matrix products, which None takes.
+        backend: 'reference', or 'chunked' for matrix products, which None takes; under
+            ``torch.compile`` and ``torch.export`` None takes the same products as ops of torch.
 
     Returns:
         (B, L, H, P) without gaps, in the dtype of ``x``, whatever autocast says. Weights are in
@@ -54,6 +56,8 @@ def nc_ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | N
         tensor([1.5000, 1.5000])
     """
     _check(x, dt, A, B, C, D, dt_bias)
+    if backend is None and torch.compiler.is_compiling():
+        return chunked.compose(x, dt, A, B, C, D, dt_bias, dt_softplus, positive)
     return _nc_ssd(x, dt, A, B, C, D, dt_bias, dt_softplus, positive, backend=backend)
 
 

@@ -15,16 +15,18 @@ the like. What stays in a chunk is one for each head, since their masks differ.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from math import e, log2
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Numbers of one temporary tensor of a block: those of a CPU stay in its caches.
-_CPU_BLOCK, _GPU_BLOCK = 1 << 20, 1 << 26
-#: Tokens of a chunk, at most.
-_CPU_CHUNK, _GPU_CHUNK = 64, 64
+from vmamba_mm.ops.core.backends import compute_dtype
+
+#: Numbers of one temporary tensor of a block, of which there are about ten at a time. On a CPU
+#: they stay in its caches.
+_CPU_BLOCK, _GPU_BLOCK = 1 << 19, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,8 @@ def make_blocks(x: Tensor, state: int, reverse: bool, chunk_len: int | None = No
     """
     batch, length, heads, dim = x.shape
     is_cpu = x.device.type == 'cpu'
-    if chunk_len is None:  # even chunks, so that little is padding
-        chunk_len = -(-length // -(-length // (_CPU_CHUNK if is_cpu else _GPU_CHUNK)))
+    if chunk_len is None:
+        chunk_len = _choose_chunk_len(length, state, is_cpu)
     chunks = -(-length // chunk_len)
     size = heads * max(chunk_len * chunk_len, chunk_len * dim, chunk_len * state, dim * state)
     fits = max(1, (_CPU_BLOCK if is_cpu else _GPU_BLOCK) // size)
@@ -107,6 +109,13 @@ def make_blocks(x: Tensor, state: int, reverse: bool, chunk_len: int | None = No
     return parts
 
 
+def _choose_chunk_len(length: int, state: int, is_cpu: bool) -> int:
+    """Up to 64 tokens; fewer pay with few states. Even chunks, so that little is padding."""
+    chunk_len = -(-length // -(-length // (32 if state <= 16 else 64)))
+    # GPUs multiply matrices of half precision by rows of 16 bytes.
+    return chunk_len if is_cpu else -(-chunk_len // 8) * 8
+
+
 # --- decays -------------------------------------------------------------------------------------
 
 class _Decays:
@@ -116,45 +125,57 @@ class _Decays:
     difference, which does not lose what strong decays before both of them add to it.
 
     Attributes:
-        mask: (M, c, H, Q, Q), to a token from a token (last): 0 for what is not seen.
         into: (M, c, H, Q), from the state before the chunk to a token.
         out: (M, c, H, Q), from a token to the end of the chunk.
         through: (M, c, H), of the state, through the chunk.
     """
 
     def __init__(self, block: Block, log_decay: Tensor, segments: Tensor | None):
-        dtype, last = log_decay.dtype, 0 if block.reverse else -1
+        self._block, self._dtype = block, log_decay.dtype
         # A factor below the smallest number is 0: this keeps sums small.
-        least = log2(torch.finfo(dtype).tiny) * 1.25
+        least = log2(torch.finfo(self._dtype).tiny) * 1.25
         terms = block.cut_heads(log_decay[block.place], _sum_dtype(log_decay))
-        sums = _cumsum((terms * log2(e)).clamp_min_(least), block.reverse)
-        total = sums[..., last]
+        self._sums = _cumsum((terms * log2(e)).clamp_min_(least), block.reverse)
+        last = 0 if block.reverse else -1
+        total = self._sums[..., last]
         # Powers of 2, which a CPU calculates four times as fast as those of e.
-        self.mask = (sums[..., :, None] - sums[..., None, :]).to(dtype)
-        self.mask.add_(_unseen(block, self.mask)).exp2_()
-        self.into = sums.to(dtype).exp2()
-        self.out = (total[..., None] - sums).to(dtype).exp2_()
-        self.through = total.to(dtype).exp2()
+        self.into = self._sums.to(self._dtype).exp2()
+        self.out = (total[..., None] - self._sums).to(self._dtype).exp2_()
+        self.through = total.to(self._dtype).exp2()
+        self._segments = None
         if segments is not None:
-            self._restart(block, segments, last)
+            self._segments, before = _segments_of(block, segments, last)
+            ends = self._segments[..., last]
+            self.into.masked_fill_((self._segments != before[..., None])[:, :, None], 0)
+            self.out.masked_fill_((self._segments != ends[..., None])[:, :, None], 0)
+            self.through.masked_fill_((ends != before)[:, :, None], 0)
 
-    def _restart(self, block, segments, last):
-        """Set to 0 what is between segments."""
-        tokens = segments[block.place]
-        padding = block.chunks * block.chunk_len - tokens.shape[1]
-        if padding:  # It goes on with the last segment.
-            tokens = torch.cat([tokens, tokens[:, -1:].expand(-1, padding)], dim=1)
-        tokens = tokens.unflatten(1, (block.chunks, block.chunk_len))
-        ends = tokens[..., last]
-        edge = block.tokens.stop if block.reverse else block.tokens.start - 1
-        is_first = edge in (-1, segments.shape[1])
-        before = torch.zeros_like(ends[:, 0]) if is_first else segments[block.samples, edge]
-        before = torch.cat([ends[:, 1:], before[:, None]] if block.reverse else
-                           [before[:, None], ends[:, :-1]], dim=1)
-        self.mask.mul_((tokens[..., :, None] == tokens[..., None, :])[:, :, None])
-        self.into.mul_((tokens == before[..., None])[:, :, None])
-        self.out.mul_((tokens == ends[..., None])[:, :, None])
-        self.through.mul_((ends == before)[:, :, None])
+    @cached_property
+    def mask(self) -> Tensor:
+        """(M, c, H, Q, Q), to a token from a token (last): 0 for what is not seen."""
+        sums = self._sums
+        mask = sums.new_empty(*sums.shape, sums.shape[-1], dtype=self._dtype)
+        torch.sub(sums[..., :, None], sums[..., None, :], out=mask)
+        mask.add_(_unseen(self._block, mask)).exp2_()
+        if self._segments is not None:
+            tokens = self._segments
+            mask.masked_fill_((tokens[..., :, None] != tokens[..., None, :])[:, :, None], 0)
+        return mask
+
+
+def _segments_of(block: Block, segments: Tensor, last: int) -> tuple[Tensor, Tensor]:
+    """The segments of a block's tokens, (M, c, Q), and those before its chunks, (M, c)."""
+    tokens = segments[block.place]
+    padding = block.chunks * block.chunk_len - tokens.shape[1]
+    if padding:  # It goes on with the last segment.
+        tokens = torch.cat([tokens, tokens[:, -1:].expand(-1, padding)], dim=1)
+    tokens = tokens.unflatten(1, (block.chunks, block.chunk_len))
+    ends = tokens[..., last]
+    edge = block.tokens.stop if block.reverse else block.tokens.start - 1
+    is_first = edge in (-1, segments.shape[1])
+    before = torch.zeros_like(ends[:, 0]) if is_first else segments[block.samples, edge]
+    return tokens, torch.cat([ends[:, 1:], before[:, None]] if block.reverse else
+                             [before[:, None], ends[:, :-1]], dim=1)
 
 
 def _sum_dtype(t: Tensor) -> torch.dtype:
@@ -183,6 +204,29 @@ def _crossing(pairs: Tensor, reverse: bool) -> Tensor:
     return F.pad(pairs.cumsum(-1).tril_(-1).sum(-2)[..., :-1], (1, 0))
 
 
+# --- products -----------------------------------------------------------------------------------
+
+def operand_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype of what is multiplied: half precision if all are, on GPUs that sum it in fp32."""
+    dtype = tensors[0].dtype
+    if (dtype in (torch.float16, torch.bfloat16) and all(t.dtype == dtype for t in tensors)
+            and tensors[0].is_cuda and torch.version.hip is None
+            and hasattr(torch.ops.aten.bmm, 'dtype')  # from torch 2.8 on
+            and torch.cuda.get_device_capability(tensors[0].device) >= (8, 0)):
+        return dtype
+    return compute_dtype(dtype)
+
+
+def _multiply(a: Tensor, b: Tensor) -> Tensor:
+    """Products (M, c, ., ., .), summed and returned in fp32 where they are of half precision."""
+    if a.dtype == compute_dtype(a.dtype):
+        return a @ b
+    if not a.is_cuda:  # as a test of half precision does
+        return a.float() @ b.float()
+    product = torch.bmm(a.flatten(0, 2), b.flatten(0, 2), out_dtype=torch.float32)
+    return product.unflatten(0, a.shape[:3])
+
+
 # --- a block ------------------------------------------------------------------------------------
 
 def _for_tokens(t: Tensor) -> Tensor:
@@ -200,6 +244,37 @@ def _by_token(t: Tensor, dim: int) -> Tensor:
     return t.transpose(2, 3).unflatten(-1, (-1, dim)).flatten(3, 4)
 
 
+def _carry(order: range, added: Tensor, adding: slice, through: Tensor, first: Tensor | None,
+           stored: slice) -> tuple[Tensor, Tensor | None]:
+    """Carry states from chunk to chunk, or their gradients in the other direction.
+
+    Args:
+        order: of the chunks.
+        added: (M, c', H, P, N), what the chunks of ``adding`` add.
+        through: (M, c, H), by which a state is multiplied in a chunk.
+        first: (M, H, P, N), or None for zeros.
+        stored: the chunks that are not the first of ``order``, and that if ``first`` is given.
+
+    Returns:
+        The states with which the chunks of ``stored`` begin, and the one after the last, None if
+        that chunk is not in ``adding``.
+    """
+    chunks = range(len(order))
+    states = added.new_empty(len(added), len(chunks[stored]), *added.shape[2:])
+    places = dict(zip(chunks[stored], states.unbind(1), strict=True))
+    terms = dict(zip(chunks[adding], added.unbind(1), strict=True))
+    state = None if first is None else places[order[0]].copy_(first)
+    for i, following in zip(order, (*order[1:], None), strict=True):
+        if i not in terms:
+            return states, None
+        place = places.get(following)
+        if state is not None:
+            state = torch.addcmul(terms[i], through[:, i, :, None, None], state, out=place)
+        else:
+            state = terms[i] if place is None else place.copy_(terms[i])
+    return states, state
+
+
 class _Pass:
     """What forward and backward calculate of a block: its inputs, decays and states.
 
@@ -215,76 +290,51 @@ class _Pass:
                  C: Tensor, segments: Tensor | None, initial: Tensor | None, needs_last: bool):
         dtype, place = log_decay.dtype, block.place
         self.block, self.groups, self.shape = block, B.shape[2], (*x.shape[2:], B.shape[3])
+        self.operand = operand_dtype(x, B, C)
         self.x = block.cut(x[place], dtype)
-        self.B, self.C = (block.cut_heads(t[place], dtype).contiguous() for t in (B, C))
+        self.B, self.C = (block.cut_heads(t[place], self.operand).contiguous() for t in (B, C))
         self.weight = None if weight is None else block.cut_heads(weight[place], dtype)
         self.decays = _Decays(block, log_decay, segments)
         self.entered = block.all_but(0) if initial is None else block.all_but()
         self.left = block.all_but() if needs_last else block.all_but(-1)
-        #: weight x, for each head; and what is left of it at the end of the chunk.
-        heads, out = self.x.transpose(2, 3), self.decays.out
-        if weight is None:
-            self.driving = heads.contiguous()
-        else:
-            self.driving = torch.mul(heads, self.weight[..., None],
-                                     out=heads.new_empty(heads.shape))
-            out = out * self.weight
-        self.leaving = self.x[:, self.left] * _for_tokens(out[:, self.left])
-        self.before, self.last = self._carry(self._states(self.leaving, self.B[:, self.left]),
-                                             initial)
+        #: What is left of weight x at the end of the chunk, (M, c', Q, H, P).
+        out = self.decays.out if weight is None else self.decays.out * self.weight
+        leaving = self.x[:, self.left] * _for_tokens(out[:, self.left])
+        self.leaving = leaving.to(self.operand)
+        self.before, self.last = _carry(
+            block.time, self._states(self.leaving, self.B[:, self.left]), self.left,
+            self.decays.through, initial, self.entered)
+
+    @cached_property
+    def driving(self) -> Tensor:
+        """weight x, (M, c, H, Q, P)."""
+        heads = self.x.transpose(2, 3)
+        if self.weight is None:
+            return self._lay_out(heads)
+        return torch.mul(heads, self.weight[..., None],
+                         out=heads.new_empty(heads.shape, dtype=self.operand))
+
+    def _lay_out(self, t: Tensor) -> Tensor:
+        """A copy without gaps, to multiply with."""
+        return torch.empty(t.shape, dtype=self.operand, device=t.device).copy_(t)
 
     def _states(self, per_head: Tensor, per_group: Tensor) -> Tensor:
         """The sums over tokens of (M, c, Q, H, P) times (M, c, G, Q, N): (M, c, H, P, N)."""
-        sums = _by_group(per_head, self.groups).mT @ per_group
+        sums = _multiply(_by_group(per_head, self.groups).mT, per_group)
         return sums.view(*sums.shape[:2], *self.shape)
 
     def _read(self, states: Tensor, per_group: Tensor) -> Tensor:
         """The products over N of states (M, c, H, P, N) with (M, c, G, Q, N): (M, c, Q, H, P)."""
-        return _by_token(per_group @ self._grouped(states).mT, self.shape[1])
+        return _by_token(_multiply(per_group, self._grouped(states).mT), self.shape[1])
 
     def _grouped(self, states: Tensor) -> Tensor:
-        """(M, c, H, P, N) -> (M, c, G, H/G * P, N)."""
-        return states.unflatten(2, (self.groups, -1)).flatten(3, 4)
-
-    def _carry(self, ends: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The states before the chunks that are entered, (M, c', H, P, N), and the last one.
-
-        Args:
-            ends: what the tokens of the chunks that have left a state add to it.
-        """
-        chunks, state = range(self.block.chunks), initial
-        before = ends.new_empty(len(ends), len(chunks[self.entered]), *self.shape)
-        through = self.decays.through[..., None, None]
-        for i in self.block.time:
-            if state is not None:
-                state = before[:, i - self.entered.start].copy_(state)
-            if i in chunks[self.left]:
-                end = ends[:, i - self.left.start]
-                state = end if state is None else torch.addcmul(end, through[:, i], state)
-        return before, state
-
-    def _carry_back(self, reads: Tensor, grad_last: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Gradients by the states after the chunks that have left one, and by the first state.
-
-        Args:
-            reads: the gradients by ``before`` of what the tokens read.
-            grad_last: (M, H, P, N), by the state after the last chunk, if it is needed.
-        """
-        chunks, grad = range(self.block.chunks), grad_last
-        after = reads.new_empty(len(reads), len(chunks[self.left]), *self.shape)
-        through = self.decays.through[..., None, None]
-        for i in reversed(self.block.time):
-            if i in chunks[self.left]:
-                grad = after[:, i - self.left.start].copy_(grad)
-            if i in chunks[self.entered]:
-                read = reads[:, i - self.entered.start]
-                grad = read if grad is None else torch.addcmul(read, through[:, i], grad)
-        return after, grad
+        """(M, c, H, P, N) -> (M, c, G, H/G * P, N), to multiply with."""
+        return states.to(self.operand).unflatten(2, (self.groups, -1)).flatten(3, 4)
 
     def scores(self) -> Tensor:
         """The mask of decays times the products C B^T of each head's group, (M, c, H, Q, Q)."""
         mask = self.decays.mask.unflatten(2, (self.groups, -1))
-        return (mask * (self.C @ self.B.mT).unsqueeze(3)).flatten(2, 3)
+        return (mask * _multiply(self.C, self.B.mT).unsqueeze(3)).flatten(2, 3)
 
     def entering(self) -> Tensor:
         """S C of the states S before chunks, without decay: (M, c', Q, H, P)."""
@@ -292,7 +342,7 @@ class _Pass:
 
     def result(self, scores: Tensor, entering: Tensor) -> Tensor:
         """y, (M, c, Q, H, P)."""
-        y = (scores @ self.driving).transpose(2, 3)
+        y = _multiply(scores.to(self.operand), self.driving).transpose(2, 3)
         y[:, self.entered].addcmul_(_for_tokens(self.decays.into[:, self.entered]), entering)
         return y
 
@@ -305,25 +355,27 @@ class _Pass:
             (M, c, Q, H), and the state before the block.
         """
         decays, entered, left = self.decays, self.entered, self.left
-        heads = grad_y.transpose(2, 3).contiguous()
+        heads = self._lay_out(grad_y.transpose(2, 3))
 
         # y = (mask * C B^T) weight x inside of a chunk.
-        by_scores = heads @ self.driving.mT
+        by_scores = _multiply(heads, self.driving.mT)
         grad_decay = _crossing(by_scores * scores, self.block.reverse)
-        by_products = by_scores.mul_(decays.mask).unflatten(2, (self.groups, -1)).sum(3)
-        grad_C, grad_B = by_products @ self.B, by_products.mT @ self.C
-        grad_x = (scores.mT @ heads).transpose(2, 3)
+        by_products = by_scores.mul_(decays.mask).unflatten(2, (self.groups, -1)).sum(3).to(
+            self.operand)
+        grad_C, grad_B = _multiply(by_products, self.B), _multiply(by_products.mT, self.C)
+        grad_x = _multiply(scores.to(self.operand).mT, heads).transpose(2, 3)
 
         # A token reads into * S C of the state S before its chunk.
-        read = grad_y[:, entered] * _for_tokens(decays.into[:, entered])
+        read = (grad_y[:, entered] * _for_tokens(decays.into[:, entered])).to(self.operand)
         by_before = self._states(read, self.C[:, entered])
-        grad_C[:, entered] += _by_group(read, self.groups) @ self._grouped(self.before)
+        grad_C[:, entered] += _multiply(_by_group(read, self.groups), self._grouped(self.before))
         reads = (read * entering).sum(-1).transpose(2, 3)
         grad_decay[:, entered] += _cumsum(reads, not self.block.reverse)
 
         # It leaves out * weight * x B^T at the end of its chunk.
-        after, grad_initial = self._carry_back(by_before, grad_last)
-        grad_B[:, left] += _by_group(self.leaving, self.groups) @ self._grouped(after)
+        after, grad_initial = _carry(self.block.time[::-1], by_before, entered, decays.through,
+                                     grad_last, left)
+        grad_B[:, left] += _multiply(_by_group(self.leaving, self.groups), self._grouped(after))
         by_leaving = self._read(after, self.B[:, left])
         grad_x[:, left].addcmul_(_for_tokens(decays.out[:, left]), by_leaving)
         leaves = (self.leaving * by_leaving).sum(-1).transpose(2, 3)

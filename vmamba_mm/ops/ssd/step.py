@@ -43,12 +43,11 @@ def ssd_step(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tens
     u, dt, B, C = (t.to(dtype) for t in (x, dt, B, C))
     dt = finish_dt(dt, dt_bias, dt_softplus, *dt_limit)
     (batch, heads, dim), (_, groups, size) = x.shape, B.shape
-    decay = (dt * A.to(dtype)).exp()
-    state = decay[..., None, None] * state.to(dtype)
-    # Sums and products alone, which autocast leaves as they are.
     grouped = (batch, groups, heads // groups, dim)
-    driven = (dt[..., None] * u).view(*grouped, 1) * B[:, :, None, None]
-    state = state.view(*grouped, size) + driven
+    # Products and sums alone, which autocast leaves as they are.
+    decay = (dt * A.to(dtype)).exp()[..., None, None]
+    state = (decay * state.to(dtype)).view(*grouped, size)
+    state.addcmul_((dt[..., None] * u).view(*grouped, 1), B[:, :, None, None])
     y = (state * C[:, :, None, None]).sum(-1).view(x.shape)
     state = state.view(batch, heads, dim, size)
     if D is not None:

@@ -1,0 +1,111 @@
+"""VSSD's classifiers for benchmarks, and the same in plain PyTorch as the public code works.
+
+There (github.com/YuHengsss/VSSD) blocks take tokens (B, L, C), which become maps with the channels
+first for every convolution and tokens again after it, x, B and C of the mixer included; the state
+is a product for each head, whose B and C are broadcast; norms, sums and the gate are ops of their
+own.
+"""
+
+import timm
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import vmamba_mm.timm  # noqa: F401 (registers the classifiers)
+from vmamba_mm.models import VSSD
+from vmamba_mm.models.vssd import ConvUnit, NonCausalSSD, VSSDBlock
+
+#: model: the arch
+VSSDS = {f'vssd_{size}': size for size in ('micro', 'tiny', 'small', 'base')}
+#: the same by :class:`PublishedVSSD`
+PUBLISHED_VSSDS = {f'published_{name}': size for name, size in VSSDS.items()}
+
+
+def make_vssd(name: str, output: str) -> nn.Module:
+    """One of ``VSSDS`` or ``PUBLISHED_VSSDS``: a classifier, or, of the first, a backbone if
+    ``output`` is 'maps'.
+
+    Raises:
+        ValueError: if the other one is asked for maps.
+    """
+    if name in PUBLISHED_VSSDS:
+        if output == 'maps':
+            raise ValueError(f'{name} is a classifier alone')
+        return PublishedVSSD(timm.create_model(f'vssd_{PUBLISHED_VSSDS[name]}', drop_path_rate=0.0))
+    return VSSD(VSSDS[name]) if output == 'maps' else timm.create_model(name, drop_path_rate=0.0)
+
+
+class PublishedVSSD(nn.Module):
+    """A classifier of timm's, whose modules it has, run step by step.
+
+    Shape: (B, 3, H, W) -> (B, classes).
+    """
+
+    def __init__(self, classifier: nn.Module):
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, x: Tensor) -> Tensor:
+        backbone, stem = self.classifier.backbone, self.classifier.backbone.patch_embed
+        x = _unit(stem.conv1, x)
+        x = x + _units(stem.conv2, x)
+        x = _units(stem.conv3, x)
+        for stage in backbone.stages:
+            size, x = x.shape[2:], x.flatten(2).transpose(1, 2)
+            for block in stage.blocks:
+                x = _block(block, x, size)
+            x = _map(x, size)
+            if stage.downsample is not None:
+                x = _units(stage.downsample.conv, x)
+        x = _norm(backbone.norm3, x.flatten(2).transpose(1, 2))
+        return self.classifier.head.fc(x.transpose(1, 2).mean(2))
+
+
+def _map(tokens: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, L, C) to (B, C, H, W), contiguous."""
+    return tokens.transpose(1, 2).reshape(len(tokens), -1, *size)
+
+
+def _unit(unit: ConvUnit, x: Tensor) -> Tensor:
+    x = unit.conv(x)
+    x = x if unit.norm is None else unit.norm(x)
+    return x if unit.act is None else unit.act(x)
+
+
+def _units(units: nn.Sequential, x: Tensor) -> Tensor:
+    for unit in units:
+        x = _unit(unit, x)
+    return x
+
+
+def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def _block(block: VSSDBlock, x: Tensor, size: tuple[int, int]) -> Tensor:
+    x = x + block.cpe1(_map(x, size)).flatten(2).transpose(1, 2)
+    y = _norm(block.norm1, x)
+    x = x + (_mix(block.attn, y, size) if isinstance(block.attn, NonCausalSSD)
+             else _attend(block.attn, y))
+    x = x + block.cpe2(_map(x, size)).flatten(2).transpose(1, 2)
+    mlp = block.mlp
+    return x + mlp.fc2(F.gelu(mlp.fc1(_norm(block.norm2, x))))
+
+
+def _mix(mixer: NonCausalSSD, tokens: Tensor, size: tuple[int, int]) -> Tensor:
+    inner, state, _ = mixer.sizes
+    z, xBC, dt = mixer.in_proj(tokens).split((inner, inner + 2 * state, mixer.num_heads), dim=-1)
+    xBC = F.silu(mixer.conv2d(_map(xBC, size))).flatten(2).transpose(1, 2).contiguous()
+    x, B, C = xBC.split((inner, state, state), dim=-1)
+    weights = F.softplus(dt + mixer.dt_bias) * mixer.A_log.float().exp()
+    values = x.unflatten(2, (mixer.num_heads, -1)).transpose(1, 2)         # (B, heads, L, P)
+    weighted = (values * weights.transpose(1, 2).unsqueeze(-1)).to(x.dtype)  # as autocast does
+    y = C.unsqueeze(1) @ (B.unsqueeze(1).transpose(2, 3) @ weighted)
+    y = (y + values * mixer.D.view(-1, 1, 1)).transpose(1, 2).flatten(2)
+    return mixer.out_proj(_norm(mixer.norm, y) * z)
+
+
+def _attend(attention: nn.Module, tokens: Tensor) -> Tensor:
+    q, k, v = (t.unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
+               for t in attention.qkv(tokens).chunk(3, dim=-1))
+    scores = (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(-1)
+    return attention.proj((scores @ v).transpose(1, 2).flatten(2))
