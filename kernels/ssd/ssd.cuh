@@ -207,18 +207,18 @@ struct Rows {
     // The next `rows` rows of `columns` elements, with zeros around them; `chunk` chunks further on.
     __device__ __forceinline__ void copy(Element<T> *tile, int rows, int columns, int chunk = 1) {
         Element<T> *const to = tile + row * PITCH<T, COLUMNS> + column;
-        if (THREADS <= Q * ROW || row < Q) {
+        if (THREADS < ROW || THREADS == STEP * ROW || row < STEP) {
             if (rows == Q && columns == COLUMNS) {
 #pragma unroll
                 for (int i = 0; i < Q; i += STEP)
 #pragma unroll
-                    for (int k = 0; k < PARTS; ++k)
+                    for (int k = 0; k < PARTS && (Q % STEP == 0 || row + i < Q); ++k)
                         copy16(to + i * PITCH<T, COLUMNS> + k * THREADS * V,
                                from + (long long)i * step + k * THREADS * V, true);
             } else {
 #pragma unroll 1
                 for (int i = 0; i < Q; i += STEP)
-                    for (int k = 0; k < PARTS; ++k) {
+                    for (int k = 0; k < PARTS && (Q % STEP == 0 || row + i < Q); ++k) {
                         const bool valid = row + i < rows && column + k * THREADS * V < columns;
                         copy16(to + i * PITCH<T, COLUMNS> + k * THREADS * V,
                                valid ? from + (long long)i * step + k * THREADS * V : from, valid);
