@@ -45,8 +45,8 @@ __device__ __forceinline__ float2 load_pair(const Element<T> *p) {
 // A 16 x 16 block of a tile as four 8 x 8 ones: (rows 0-7, columns 0-7), (8-15, 0-7), (0-7, 8-15),
 // (8-15, 8-15); the middle ones the other way round if SWAPPED. Lane 4 g + t has elements 2 t,
 // 2 t + 1 of row g of each; of a transposed one, of column g. What a factor needs is then in
-// adjacent registers: of a first factor (rows x k) from a tile of its rows, or from a tile of k,
-// TRANSPOSED and SWAPPED, all four; of a second one (k x columns) the first two for columns 0-7, the
+// adjacent registers: all four of a first factor (rows x k) from a tile of its rows, or from a tile
+// of k, TRANSPOSED and SWAPPED; of a second one (k x columns) the first two for columns 0-7 and the
 // others for 8-15, from a tile of k, TRANSPOSED, or from a tile of its columns, SWAPPED.
 template <class T>
 struct Block16 {
@@ -71,7 +71,8 @@ struct Block16 {
             const int right = SWAPPED ? lane & 8 : (lane >> 4) * 8;
             const u32 row = shared_address(at + down * pitch + right);
             if (TRANSPOSED)
-                asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 "
+                             "{%0, %1, %2, %3}, [%4];"
                              : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(row));
             else
                 asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -138,9 +139,9 @@ __device__ __forceinline__ void multiply(float (&c)[4], Pair<T> a0, Pair<T> a1, 
     }
 }
 
-// Four adjacent columns of 16 from the two that a lane has of each half: of a row of a product, lane
-// t has columns 2 t, 2 t + 1 in `left`, and those 8 further in `right`. It receives the columns from
-// first_column(t) on.
+// Four adjacent columns of 16 from the two that a lane has of each half: of a row of a product,
+// lane t has columns 2 t, 2 t + 1 in `left`, and those 8 further in `right`. It receives the columns
+// from first_column(t) on.
 template <class T>
 struct Four {
     Pair<T> lo, hi;
@@ -193,7 +194,8 @@ __device__ __forceinline__ int warp_index() {
 // of all of its rows.
 template <class T, int COLUMNS, int THREADS>
 struct Rows {
-    static constexpr int V = VECTOR<T>, ROW = COLUMNS / V, PARTS = ROW > THREADS ? ROW / THREADS : 1;
+    static constexpr int V = VECTOR<T>, ROW = COLUMNS / V;
+    static constexpr int PARTS = ROW > THREADS ? ROW / THREADS : 1;
     static constexpr int STEP = THREADS / ROW > Q ? Q : THREADS / ROW > 0 ? THREADS / ROW : 1;
     const Element<T> *from;
     int step, row, column;
@@ -204,7 +206,7 @@ struct Rows {
         from = sequence + time(start + row) * stride + column;
     }
 
-    // The next `rows` rows of `columns` elements, with zeros around them; `chunk` chunks further on.
+    // The next `rows` rows of `columns` elements, with zeros around them, and on by `chunk` chunks.
     __device__ __forceinline__ void copy(Element<T> *tile, int rows, int columns, int chunk = 1) {
         Element<T> *const to = tile + row * PITCH<T, COLUMNS> + column;
         if (THREADS < ROW || THREADS == STEP * ROW || row < STEP) {
@@ -252,8 +254,8 @@ struct Decays {
     int packed, unused[2]; // whether the state may restart
 };
 
-// How dt is made from the raw values. The state restarts where `index` (batch, length) changes; it is
-// null for one sequence.
+// How dt is made from the raw values. The state restarts where `index` (batch, length) changes; it
+// is null for one sequence.
 struct Steps {
     const void *A, *bias;
     const int *index;
@@ -270,8 +272,9 @@ struct RawSteps {
 };
 
 // `index` is that of the sample, or null.
-__device__ __forceinline__ RawSteps load_steps(const void *from, long long base, int stride, int type,
-                                          const int *index, Time time, int start, int rows) {
+__device__ __forceinline__ RawSteps load_steps(const void *from, long long base, int stride,
+                                               int type, const int *index, Time time, int start,
+                                               int rows) {
     RawSteps raw = {};
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
@@ -363,9 +366,9 @@ __device__ __forceinline__ void make_decays(Decays &d, const RawSteps &raw, floa
 }
 
 // Multiplies by the decay from position j to position i, and WITH_STEP by dt of j, the eight
-// elements that a lane has of a block of rows r and columns b: (row g + 8 k, column 8 n + 2 t + e) is
-// v[n][2 k + e]. Below the diagonal the decay has three factors of at most 1, so that no exponential
-// is needed for each element. On the diagonal elements become 0 where j > i.
+// elements that a lane has of a block of rows r and columns b: (row g + 8 k, column 8 n + 2 t + e)
+// is v[n][2 k + e]. Below the diagonal the decay has three factors of at most 1, so that no
+// exponential is needed for each element. On the diagonal elements become 0 where j > i.
 template <bool WITH_STEP>
 __device__ __forceinline__ void decay_block(float (&v)[2][4], const Decays &d, int r, int b) {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;

@@ -1,6 +1,6 @@
 // State space duality, backward, from the states that enter the chunks and the gradients by those
-// that leave them. A thread block has one chunk of one group, and goes through the group's heads, or
-// through a part of them; so the gradients by B and C, sums over heads, stay in registers.
+// that leave them. A thread block has one chunk of one group, and goes through the group's heads,
+// or through a part of them; so the gradients by B and C, sums over heads, stay in registers.
 // vmamba_mm/ops/ssd/README.md has the equations.
 #include "ssd/ssd.cuh"
 
@@ -22,12 +22,13 @@ struct BackwardShared {
     Element<T> B[Q * PITCH<T, N>], C[Q * PITCH<T, N>];
     Element<T> x[Q * PITCH<T, P>], dy[Q * PITCH<T, P>];
     Element<T> state[P * PITCH<T, N>], grad_state[P * PITCH<T, N>];
-    // Blocks on and below the diagonal: the weights of x in y, and the gradients by C B^T. The latter
-    // are in the places of blocks above it, and beside it.
+    // Blocks on and below the diagonal: the weights of x in y, and the gradients by C B^T. The
+    // latter are in the places of blocks above it, and beside it.
     Element<T> pairs[Q * PITCH<T, Q>], diagonal[BLOCK * PITCH<T, Q>];
     Decays decays;
-    // What passes from position j to position i, summed over j in block b of [b][i], over i in block
-    // r of [r][j] (without dt), over both, and over the pairs of a block that a position is between.
+    // What passes from position j to position i, summed over j in block b of [b][i], over i in
+    // block r of [r][j] (without dt), over both, and over the pairs of a block that a position is
+    // between.
     float rows[BLOCKS][Q], columns[BLOCKS][Q], blocks[BLOCKS][BLOCKS], within[Q];
     float reads[SLICES][Q], leaves[SLICES][Q];  // what passes from and to the states
     float steps[Q];                             // raw dt with the bias
@@ -136,8 +137,8 @@ __device__ __forceinline__ void add_rows(float (&sums)[2][4], float *dots, const
     }
 }
 
-// Called by a warp, whose lanes have two positions each: the gradient by raw dt, and a chunk's share
-// of those by A and by the bias, which lane 0 receives.
+// Called by a warp, whose lanes have two positions each: the gradient by raw dt, and a chunk's
+// share of those by A and by the bias.
 template <class T, int P, int N>
 __device__ __forceinline__ float2 finish_steps(const BackwardShared<T, P, N> &shared, float2 &ddt,
                                                float A, const Steps &p, int count) {
@@ -224,7 +225,8 @@ __device__ __forceinline__ float2 finish_steps(const BackwardShared<T, P, N> &sh
 
 template <class T, bool FAST, int P, int N>
 __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS,
-                                  N <= 64 ? 3 : N <= 128 && !same<T, Float> ? 2 : 1) ssd_bwd(const Backward p) {
+                                  N <= 64 ? 3 : N <= 128 && !same<T, Float> ? 2 : 1)
+ssd_bwd(const Backward p) {
     typedef BackwardShared<T, P, N> Shared;
     typedef Element<T> E;
     constexpr int WARPS = Shared::WARPS, THREADS = 32 * WARPS, SLICES = Shared::SLICES;
@@ -267,7 +269,8 @@ __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS,
     auto prepare = [&](int head) {
         const RawSteps raw = load_steps(
             p.dt.data, batch * p.dt.b + (long long)head * p.dt.h, p.dt.l, p.step.dt_type,
-            p.step.index ? p.step.index + (long long)batch * p.length : nullptr, time, start, count);
+            p.step.index ? p.step.index + (long long)batch * p.length : nullptr, time, start,
+            count);
         const float A = load_parameter(p.step.A, head, p.step.A_type);
         const float bias = p.step.bias
             ? load_parameter(p.step.bias, head, p.step.bias_type) : 0.f;

@@ -40,14 +40,16 @@ __device__ __forceinline__ void gate(Four<T> &v, const Element<T> *from) {
 template <class T, bool FAST, int TILES, int SLICES, int N, int HEADS, int STAGES>
 __global__ void __launch_bounds__(32 * SLICES * HEADS,
                                   live_blocks(32 * SLICES * HEADS, TILES * (N < 64 ? 64 : N)
-                                              * sizeof(Element<T>) / 2)) ssd_fwd(const Forward p) {
+                                              * sizeof(Element<T>) / 2))
+ssd_fwd(const Forward p) {
     typedef ForwardShared<T, TILES, SLICES, N, HEADS, STAGES> Shared;
     typedef Element<T> E;
     constexpr int WIDTH = Shared::WIDTH, WARPS = SLICES * HEADS, THREADS = 32 * WARPS;
     constexpr int X = PITCH<T, WIDTH>, K = PITCH<T, N>, S = PITCH<T, Q>;
-    constexpr int TOGETHER = TILES * N > 128 || TILES > 1 ? 2 : BLOCKS;  // blocks of rows, for fewer registers
-    // Warps among which the blocks of C B^T are divided: those that do not make decays, if these are
-    // at least two. Of two warps, the one that makes decays has a third of the blocks.
+    // Blocks of rows; fewer where there are few registers beside the states.
+    constexpr int TOGETHER = TILES * N > 128 || TILES > 1 ? 2 : BLOCKS;
+    // Warps among which the blocks of C B^T are divided: those that do not make decays, if these
+    // are at least two. Of two warps, the one that makes decays has a third of the blocks.
     constexpr int WORKERS = SLICES > 1 && WARPS - HEADS > 1 ? WARPS - HEADS : WARPS > 2 ? WARPS : 1;
     extern __shared__ __align__(16) char memory[];
     Shared &shared = *(Shared *)memory;
@@ -103,7 +105,8 @@ __global__ void __launch_bounds__(32 * SLICES * HEADS,
         if (p.step.bias) bias = load_parameter(p.step.bias, head, p.step.bias_type);
         const int rows = min(Q, end - begin);
         make_decays<true>(shared.decays[0][own],
-                          load_steps(p.dt.data, dt_base, p.dt.l, p.step.dt_type, index, time, begin, rows),
+                          load_steps(p.dt.data, dt_base, p.dt.l, p.step.dt_type, index, time,
+                                     begin, rows),
                           bias, rate, p.step, rows);
         raw = load_steps(p.dt.data, dt_base, p.dt.l, p.step.dt_type, index, time, begin + Q,
                          min(Q, end - begin - Q));
@@ -203,39 +206,41 @@ __global__ void __launch_bounds__(32 * SLICES * HEADS,
         for (int first = 0; first < BLOCKS; first += TOGETHER) {
             float y[TOGETHER][TILES][2][4] = {};
             // What the state that enters gives.
+            if (start > begin || entry) {
 #pragma unroll
-            for (int n = 0; n < N / BLOCK; ++n) {
-                Pair<T> right[TILES][2][2];
-#pragma unroll
-                for (int i = 0; i < TILES; ++i)
-#pragma unroll
-                    for (int k = 0; k < 2; ++k)
-#pragma unroll
-                        for (int m = 0; m < 2; ++m)
-                            right[i][k][m] = pack<T>(state[i][2 * n + m][2 * k],
-                                                     state[i][2 * n + m][2 * k + 1]);
-#pragma unroll
-                for (int r = 0; r < TOGETHER; ++r) {
-                    Block16<T> left;
-                    left.template load<false>(stage.C + BLOCK * (first + r) * K + BLOCK * n, K);
+                for (int n = 0; n < N / BLOCK; ++n) {
+                    Pair<T> right[TILES][2][2];
 #pragma unroll
                     for (int i = 0; i < TILES; ++i)
 #pragma unroll
                         for (int k = 0; k < 2; ++k)
-                            multiply<T, FAST>(y[r][i][k], left.v[0], left.v[1], left.v[2],
-                                              left.v[3], right[i][k][0], right[i][k][1]);
+#pragma unroll
+                            for (int m = 0; m < 2; ++m)
+                                right[i][k][m] = pack<T>(state[i][2 * n + m][2 * k],
+                                                         state[i][2 * n + m][2 * k + 1]);
+#pragma unroll
+                    for (int r = 0; r < TOGETHER; ++r) {
+                        Block16<T> left;
+                        left.template load<false>(stage.C + BLOCK * (first + r) * K + BLOCK * n, K);
+#pragma unroll
+                        for (int i = 0; i < TILES; ++i)
+#pragma unroll
+                            for (int k = 0; k < 2; ++k)
+                                multiply<T, FAST>(y[r][i][k], left.v[0], left.v[1], left.v[2],
+                                                  left.v[3], right[i][k][0], right[i][k][1]);
+                    }
                 }
-            }
 #pragma unroll
-            for (int r = 0; r < TOGETHER; ++r) {
-                const int row = BLOCK * (first + r) + g;
-                const float upper = decays.enter[row], lower = decays.enter[row + 8];
+                for (int r = 0; r < TOGETHER; ++r) {
+                    const int row = BLOCK * (first + r) + g;
+                    const float upper = decays.enter[row], lower = decays.enter[row + 8];
 #pragma unroll
-                for (int i = 0; i < TILES; ++i)
+                    for (int i = 0; i < TILES; ++i)
 #pragma unroll
-                    for (int k = 0; k < 2; ++k)
+                        for (int k = 0; k < 2; ++k)
 #pragma unroll
-                        for (int e = 0; e < 4; ++e) y[r][i][k][e] *= e < 2 ? upper : lower;
+                            for (int e = 0; e < 4; ++e) y[r][i][k][e] *= e < 2 ? upper : lower;
+                }
             }
             // What the chunk itself gives.
 #pragma unroll

@@ -1,13 +1,13 @@
 // The states that enter each chunk or leave a span, and the same backwards: the gradients by the
-// states that leave each chunk. Both are S' = through S + sum_i by_i x_i b_i^T over the positions of
-// a chunk: of x and B with by = dt leave, and from the end of dy and C with by = enter.
+// states that leave each chunk. Both are S' = through S + sum_i by_i x_i b_i^T over the positions
+// of a chunk: of x and B with by = dt leave, and from the end of dy and C with by = enter.
 #include "ssd/ssd.cuh"
 
 struct States {
     Map x, dy, dt, B, C;
     Steps step;
-    // Of each span, (batch, heads, spans, dim, state): what enters, null for zeros; what leaves, and
-    // the logarithm of the decay (batch, heads, spans), null if not wanted.
+    // Of each span, (batch, heads, spans, dim, state): what enters, null for zeros; what leaves,
+    // and the logarithm of the decay (batch, heads, spans), null if not wanted.
     const float *entries, *grad_entries;
     float *ends, *grad_ends, *sums;
     void *states, *grad_states;  // (batch, heads, chunks, dim, state), null if not wanted
