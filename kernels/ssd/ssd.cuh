@@ -140,8 +140,8 @@ __device__ __forceinline__ void multiply(float (&c)[4], Pair<T> a0, Pair<T> a1, 
 }
 
 // Four adjacent columns of 16 from the two that a lane has of each half: of a row of a product,
-// lane t has columns 2 t, 2 t + 1 in `left`, and those 8 further in `right`. It receives the columns
-// from first_column(t) on.
+// lane t has columns 2 t, 2 t + 1 in `left`, and those 8 further in `right`. It receives the
+// columns from first_column(t) on.
 template <class T>
 struct Four {
     Pair<T> lo, hi;
