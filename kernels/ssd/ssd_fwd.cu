@@ -51,6 +51,8 @@ ssd_fwd(const Forward p) {
     // Warps among which the blocks of C B^T are divided: those that do not make decays, if these
     // are at least two. Of two warps, the one that makes decays has a third of the blocks.
     constexpr int WORKERS = SLICES > 1 && WARPS - HEADS > 1 ? WARPS - HEADS : WARPS > 2 ? WARPS : 1;
+    // Items at a time: more products that need not wait for one another.
+    constexpr int TOGETHER_ITEMS = WORKERS == 3 && TILES * N <= 128 ? 2 : 1;
     extern __shared__ __align__(16) char memory[];
     Shared &shared = *(Shared *)memory;
 
@@ -157,40 +159,46 @@ ssd_fwd(const Forward p) {
         }
 
         // C B^T on and below the diagonal, for all heads, and with the decays of each.
-        for (int i = first_item; i < Item::COUNT; i += WORKERS) {
+        for (int i = first_item; i < Item::COUNT; i += TOGETHER_ITEMS * WORKERS) {
             if (!(own_items >> i & 1)) continue;
-            const Item item(i);
-            float scores[2][2][4] = {};
+            const Item items[2] = {Item(i), Item(i + WORKERS)};
+            // Of two items the first one has two blocks, which the compiler does not know.
+            const int counts[2] = {TOGETHER_ITEMS > 1 ? 2 : items[0].count, items[1].count};
+            float scores[TOGETHER_ITEMS][2][2][4] = {};
 #pragma unroll
-            for (int n = 0; n < N / BLOCK; ++n) {
-                Block16<T> left, right;
-                left.template load<false>(stage.C + BLOCK * item.row * K + BLOCK * n, K);
+            for (int n = 0; n < N / BLOCK; ++n)
+#pragma unroll
+                for (int u = 0; u < TOGETHER_ITEMS; ++u) {
+                    Block16<T> left, right;
+                    left.template load<false>(stage.C + BLOCK * items[u].row * K + BLOCK * n, K);
+#pragma unroll
+                    for (int q = 0; q < 2; ++q) {
+                        if (q >= counts[u]) break;
+                        right.template load<false, true>(
+                            stage.B + BLOCK * (items[u].first + q) * K + BLOCK * n, K);
+#pragma unroll
+                        for (int m = 0; m < 2; ++m)
+                            multiply<T, FAST>(scores[u][q][m], left.v[0], left.v[1], left.v[2],
+                                              left.v[3], right.v[2 * m], right.v[2 * m + 1]);
+                    }
+                }
+#pragma unroll
+            for (int u = 0; u < TOGETHER_ITEMS; ++u)
 #pragma unroll
                 for (int q = 0; q < 2; ++q) {
-                    if (q >= item.count) break;
-                    right.template load<false, true>(
-                        stage.B + BLOCK * (item.first + q) * K + BLOCK * n, K);
-#pragma unroll
-                    for (int m = 0; m < 2; ++m)
-                        multiply<T, FAST>(scores[q][m], left.v[0], left.v[1], left.v[2], left.v[3],
-                                          right.v[2 * m], right.v[2 * m + 1]);
-                }
-            }
-#pragma unroll
-            for (int q = 0; q < 2; ++q) {
-                if (q >= item.count) break;
+                    if (q >= counts[u]) break;
+                    const int row = items[u].row, block = items[u].first + q;
 #pragma unroll 1
-                for (int k = 0; k < HEADS; ++k) {
-                    float v[2][4];
+                    for (int k = 0; k < HEADS; ++k) {
+                        float v[2][4];
 #pragma unroll
-                    for (int m = 0; m < 2; ++m)
+                        for (int m = 0; m < 2; ++m)
 #pragma unroll
-                        for (int e = 0; e < 4; ++e) v[m][e] = scores[q][m][e];
-                    decay_block<true>(v, shared.decays[parity][k], item.row, item.first + q);
-                    store_block<T>(shared.scores[k] + BLOCK * item.row * S
-                                   + BLOCK * (item.first + q), S, v);
+                            for (int e = 0; e < 4; ++e) v[m][e] = scores[u][q][m][e];
+                        decay_block<true>(v, shared.decays[parity][k], row, block);
+                        store_block<T>(shared.scores[k] + BLOCK * row * S + BLOCK * block, S, v);
+                    }
                 }
-            }
         }
         __syncthreads();
 
