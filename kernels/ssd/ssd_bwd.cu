@@ -225,7 +225,7 @@ __device__ __forceinline__ float2 finish_steps(const BackwardShared<T, P, N> &sh
 
 template <class T, bool FAST, int P, int N>
 __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS,
-                                  N <= 64 ? 3 : N <= 128 && !same<T, Float> ? 2 : 1)
+                                  N <= 16 ? 5 : N <= 64 ? 3 : N <= 128 && !same<T, Float> ? 2 : 1)
 ssd_bwd(const Backward p) {
     typedef BackwardShared<T, P, N> Shared;
     typedef Element<T> E;
@@ -317,13 +317,14 @@ ssd_bwd(const Backward p) {
             const int r = i < 1 ? 0 : i < 3 ? 1 : i < 6 ? 2 : 3, b = i - r * (r + 1) / 2;
             float products[2][4] = {}, grads[2][4] = {}, passed[2][4];
 #pragma unroll 2
-            for (int n = 0; n < N / BLOCK; ++n)
-                multiply_rows<T, FAST>(products, shared.C + BLOCK * r * K + BLOCK * n, K,
-                                       shared.B + BLOCK * b * K + BLOCK * n, K);
-#pragma unroll 2
-            for (int n = 0; n < P / BLOCK; ++n)
-                multiply_rows<T, FAST>(grads, shared.dy + BLOCK * r * X + BLOCK * n, X,
-                                       shared.x + BLOCK * b * X + BLOCK * n, X);
+            for (int n = 0; n < (N > P ? N : P) / BLOCK; ++n) {
+                if (n < N / BLOCK)
+                    multiply_rows<T, FAST>(products, shared.C + BLOCK * r * K + BLOCK * n, K,
+                                           shared.B + BLOCK * b * K + BLOCK * n, K);
+                if (n < P / BLOCK)
+                    multiply_rows<T, FAST>(grads, shared.dy + BLOCK * r * X + BLOCK * n, X,
+                                           shared.x + BLOCK * b * X + BLOCK * n, X);
+            }
             decay_block<false>(products, decays, r, b);
             float down[2] = {};
 #pragma unroll
@@ -370,29 +371,27 @@ ssd_bwd(const Backward p) {
             // leaves; and what comes from the rows before, and from those after.
             float by_C[2][4] = {}, by_B[2][4] = {};
 #pragma unroll 2
-            for (int n = 0; n < P / BLOCK; ++n)
+            for (int n = 0; n < P / BLOCK; ++n) {
                 multiply_right<T, FAST>(by_C, shared.dy + BLOCK * r * X + BLOCK * n, X,
                                         shared.state + BLOCK * n * K + BLOCK * slice, K);
+                multiply_right<T, FAST>(by_B, shared.x + BLOCK * r * X + BLOCK * n, X,
+                                        shared.grad_state + BLOCK * n * K + BLOCK * slice, K);
+            }
             add_rows<T>(dC[o], shared.reads[slice] + BLOCK * r, by_C,
                         shared.C + BLOCK * r * K + BLOCK * slice, K, decays.enter + BLOCK * r,
                         nullptr);
-#pragma unroll (N > 64 ? 1 : BLOCKS)
-            for (int b = 0; b < BLOCKS; ++b)
-                if (b <= r)
-                    multiply_right<T, FAST>(dC[o], shared.grads(r, b), S,
-                                            shared.B + BLOCK * b * K + BLOCK * slice, K);
-#pragma unroll 2
-            for (int n = 0; n < P / BLOCK; ++n)
-                multiply_right<T, FAST>(by_B, shared.x + BLOCK * r * X + BLOCK * n, X,
-                                        shared.grad_state + BLOCK * n * K + BLOCK * slice, K);
             add_rows<T>(dB[o], shared.leaves[slice] + BLOCK * r, by_B,
                         shared.B + BLOCK * r * K + BLOCK * slice, K, decays.leave + BLOCK * r,
                         decays.dt + BLOCK * r);
 #pragma unroll (N > 64 ? 1 : BLOCKS)
-            for (int b = 0; b < BLOCKS; ++b)
+            for (int b = 0; b < BLOCKS; ++b) {
+                if (b <= r)
+                    multiply_right<T, FAST>(dC[o], shared.grads(r, b), S,
+                                            shared.B + BLOCK * b * K + BLOCK * slice, K);
                 if (b >= r)
                     multiply_right<T, FAST, true>(dB[o], shared.grads(b, r), S,
                                                   shared.C + BLOCK * b * K + BLOCK * slice, K);
+            }
         }
 
         // The gradient by x.
