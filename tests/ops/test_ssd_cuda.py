@@ -12,11 +12,12 @@ import pytest
 import torch
 from emulated_cuda import emulated_gpu
 
+from vmamba_mm.layers import Mamba2Mixer
 from vmamba_mm.ops import ssd
-from vmamba_mm.ops.core import launch
+from vmamba_mm.ops.core import backends, launch
 from vmamba_mm.ops.ssd import cuda, cuda_backward, cuda_launch
 from vmamba_mm.ops.ssd.cuda_launch import Shape
-from vmamba_mm.testing import ssd_inputs
+from vmamba_mm.testing import assert_close, ssd_inputs
 
 HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 LIMITS = {SINGLE: 1e-5, HALF: 2e-3, BRAIN: 1.6e-2}
@@ -204,3 +205,29 @@ def test_spans_of_an_h200(monkeypatch, sequences, length, expected):
     monkeypatch.setattr(cuda_launch, 'device_limits', lambda index: (132, 228 * 1024, 227 * 1024))
     sizes = cuda_launch.Sizes(1, length, sequences, 64, 1, 64)
     assert cuda_launch.span_of(0, sizes, sequences) == expected
+
+
+def test_mixer_is_that_of_plain_pytorch(place, monkeypatch):
+    """x, B and C are parts of what the convolution gives, and dt of what the projection does."""
+    torch.manual_seed(0)
+    mixer = Mamba2Mixer(32, d_state=16, head_dim=16, n_groups=2, D_has_hdim=True, rmsnorm=False,
+                        learnable_init_states=True).to(place)
+    x = torch.randn(2, 70, 32, device=place)
+    launched, launch_of = [], cuda._forward_launch
+
+    def recorded(*args):
+        launched.append(args)
+        return launch_of(*args)
+
+    def run_mixer():
+        leaf = x.clone().requires_grad_()
+        y = mixer(leaf)
+        return y.detach(), *torch.autograd.grad(y.square().sum(), [leaf, *mixer.parameters()])
+
+    monkeypatch.setattr(cuda, '_forward_launch', recorded)
+    found = run_mixer()
+    assert len(launched) == 2  # the backward calculates the result before the gate again
+    monkeypatch.setattr(backends, 'KERNEL_DEVICES', ())
+    for one, right in zip(found, run_mixer(), strict=True):
+        assert_close(one, right, 2e-5)
+    assert len(launched) == 2
