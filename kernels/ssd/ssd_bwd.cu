@@ -7,7 +7,7 @@
 struct Backward {
     Map x, dy, dt, B, C, dx, ddt, dB, dC;
     Steps step;
-    const void *D, *states, *grad_states;
+    const void *D, *states, *grad_states;  // of states null if all are zeros, for N <= 64
     float *BC_parts;    // (2, splits, batch, length, groups, state) in place of dB and dC, or null
     float *head_parts;  // by A and by the bias (2, batch, chunks, heads)
     float *D_parts;     // (batch, chunks, BLOCKS, heads, dim), null without D
@@ -242,6 +242,7 @@ ssd_bwd(const Backward p) {
     const int chunk = blockIdx.y, batch = blockIdx.z;
     const int start = chunk * Q, count = min(Q, p.length - start);
     const Time time = {p.length, p.reverse};
+    const bool with_states = N > 64 || p.states;
 
     Rows<T, N, THREADS>((const E *)p.B.data + batch * p.B.b + (long long)group * p.B.h, p.B.l, time,
                         start).copy(shared.B, count, p.state);
@@ -257,7 +258,7 @@ ssd_bwd(const Backward p) {
             * p.dim * p.state;
         int first = thread;
         opaque(first);  // else addresses stay in registers from one head to the next
-        for (int i = first; i < P * N / VECTOR<T>; i += THREADS) {
+        for (int i = first; with_states && i < P * N / VECTOR<T>; i += THREADS) {
             const int c = i / (N / VECTOR<T>), s = i % (N / VECTOR<T>) * VECTOR<T>;
             const bool valid = c < p.dim && s < p.state;
             const long long from = valid ? of_chunk + (long long)c * p.state + s : 0;
@@ -371,7 +372,7 @@ ssd_bwd(const Backward p) {
             // leaves; and what comes from the rows before, and from those after.
             float by_C[2][4] = {}, by_B[2][4] = {};
 #pragma unroll 2
-            for (int n = 0; n < P / BLOCK; ++n) {
+            for (int n = 0; with_states && n < P / BLOCK; ++n) {
                 multiply_right<T, FAST>(by_C, shared.dy + BLOCK * r * X + BLOCK * n, X,
                                         shared.state + BLOCK * n * K + BLOCK * slice, K);
                 multiply_right<T, FAST>(by_B, shared.x + BLOCK * r * X + BLOCK * n, X,
@@ -400,7 +401,7 @@ ssd_bwd(const Backward p) {
             if (BLOCK * tile >= p.dim) continue;
             float dx[2][4] = {};
 #pragma unroll 2
-            for (int n = 0; n < N / BLOCK; ++n)
+            for (int n = 0; with_states && n < N / BLOCK; ++n)
                 multiply_rows<T, FAST>(dx, shared.B + BLOCK * r * K + BLOCK * n, K,
                                        shared.grad_state + BLOCK * tile * K + BLOCK * n, K);
             const int row = BLOCK * r + g;
@@ -444,7 +445,7 @@ ssd_bwd(const Backward p) {
             }
         }
         float dot = 0.f;
-        for (int i = thread; i < P * N / 2; i += THREADS) {
+        for (int i = thread; with_states && i < P * N / 2; i += THREADS) {
             const int at = i / (N / 2) * K + i % (N / 2) * 2;
             const float2 a = load_pair<T>(shared.state + at), b = load_pair<T>(
                 shared.grad_state + at);

@@ -66,7 +66,7 @@ class _Piece:
             self._combine = states.combine(2)
             self._spans_at = [slab.take(states.entries) for _ in range(4)]
             self._sums_at = slab.take(states.sums)
-        self.memory = slab.size
+        self.memory, self._alone = slab.size, sizes.chunks == 1 and sizes.states <= 64
         per_group, channels = sizes.heads // sizes.groups, cuda_launch.padded_channels(sizes.dim)
         self._run = kernel(index, cuda_launch.backward_instance, TYPES[dtype], fast, channels,
                            sizes.states).bind(
@@ -82,7 +82,9 @@ class _Piece:
     def run(self, memory: int, inputs: dict[str, int], results: dict[str, int], start: int,
             grad_last: int, grad_start: int) -> None:
         states, grad_states = (memory + at for at in self._states_at)
-        if self.spans == 1:
+        if self._alone and not start and not grad_last:
+            states = grad_states = 0  # nothing enters the only chunk or leaves it
+        elif self.spans == 1:
             self._find(entries=start, grad_entries=grad_last, states=states,
                        grad_states=grad_states, grad_ends=grad_start, **inputs)
         else:
