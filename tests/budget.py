@@ -3,10 +3,9 @@
 A test belongs to a family if it has a parameter ``family``, or one called ``spec`` that has a
 ``family``; likewise to an op. Their seconds of one core (those of the process and of its children
 that have ended, which leaves out waiting) are summed over all processes of pytest-xdist and shown
-at the end, with a note if a sum is above its limit. A core shared with
-other programs takes longer for the same work (VMamba's tests take 30 s alone and 124 s beside eight
-others), so only a sum of several times its limit fails the run. Tests on a GPU, where kernels are
-compiled, do not count.
+at the end, with a note if a sum is above its limit. A core shared with other programs takes longer
+for the same work (VMamba's tests take 30 s alone and 124 s beside eight others), so only a sum of
+several times its limit fails the run. Tests on a GPU, where kernels are compiled, do not count.
 """
 
 import os
