@@ -75,7 +75,7 @@ def run_cases(tool, only):
     """Each case forward and backward; names the kernels' files that were launched."""
     import torch
 
-    from vmamba_mm.layers import ConvStem, VSSBlock
+    from vmamba_mm.layers import BiMambaMixer, ConvStem, MambaBlock, RMSNorm, VSSBlock, run_blocks
     from vmamba_mm.ops import (
         causal_conv,
         mamba_inner,
@@ -138,6 +138,20 @@ def run_cases(tool, only):
         torch.cuda.synchronize()
         print(f'{time.monotonic() - began:.0f} s: block, {name}', flush=True)
 
+    def run_mamba_blocks(name, dtype):
+        """As one op each, and in inference as one op together."""
+        if only not in f'Mamba blocks, {name}':
+            return
+        torch.manual_seed(0)
+        blocks = [MambaBlock(BiMambaMixer(40, dt_rank=3), RMSNorm(40)).cuda() for _ in range(2)]
+        x = torch.randn(2, 37, 40, device='cuda', requires_grad=True)
+        with torch.autocast('cuda', dtype, enabled=dtype != torch.float32):
+            sum(run_blocks(blocks, x)).float().sum().backward()
+            with torch.no_grad():
+                run_blocks(blocks, x)
+        torch.cuda.synchronize()
+        print(f'{time.monotonic() - began:.0f} s: Mamba blocks, {name}', flush=True)
+
     def run_stem():
         if only not in 'stem':
             return
@@ -191,6 +205,7 @@ def run_cases(tool, only):
     launch.forget()
     for name, dtype in (('half', torch.float16), ('fp32', torch.float32)):
         run_block(name, dtype)
+        run_mamba_blocks(name, dtype)
     run_stem()
     print(f'{MARKS["launched"]}{" ".join(sorted(launched))}\n{MARKS["done"]}')
 
