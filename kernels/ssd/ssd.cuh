@@ -302,8 +302,8 @@ __device__ __forceinline__ float step_of(float raw, const Steps &p, bool valid) 
 
 constexpr float NOTHING = -1e30f;  // the logarithm of 0, also where others are added
 
-// Less is 0 as a decay. NaN stays NaN.
-__device__ __forceinline__ float log_decay(float a) { return a < -300.f ? -300.f : a; }
+// Less is 0 as a decay, and what is added to it need not be rounded so coarsely. NaN stays NaN.
+__device__ __forceinline__ float log_decay(float a) { return a < -150.f ? -150.f : a; }
 
 // Called by a warp, whose lanes have two positions each. `rate` is A log2(e).
 template <bool WITH_STEP>

@@ -148,7 +148,9 @@ def test_strong_decay(place, strength):
     inputs, grads = make(place, 1, 150, 2, 16, 1, 16)
     inputs['A'] = inputs['A'] * torch.tensor(strength, device=inputs['A'].device)
     del inputs['initial_state']  # what reaches it is below fp32's range
-    check(inputs, grads)
+    # The logarithm of a decay within 16 tokens is a difference of sums, which are up to 16 * 50
+    # here: half of the last bit of that is 3e-5.
+    check(inputs, grads, limit=3e-5)
 
 
 def test_large_steps_without_softplus(place):

@@ -207,10 +207,12 @@ def backward(grad_y, grad_state, x, dt, A, B, C, D, dt_bias, z, initial_state, s
                memory=memory.data_ptr(), D=pointer(D), D_parts=pointer(D_parts),
                bias=pointer(dt_bias), start=pointer(start), grad_last=pointer(grad_last),
                grad_start=pointer(grad_start), seq_idx=pointer(index))
+    # Each sum is a tensor of its own, not a view at an odd place of memory.
     if BC_parts is not None:
-        dB, dC = BC_parts.sum(1)
-    dA, dbias = head_parts.sum(1)
+        dB, dC = (part.sum(0) for part in BC_parts)
+    dA = head_parts[0].sum(0)
+    dbias = None if dt_bias is None else head_parts[1].sum(0)
     dD = None if D is None else D_parts.sum(0) if D.dim() == 2 else D_parts.sum((0, 2))
-    grads = (dx, ddt, dA, dB, dC, dD, None if dt_bias is None else dbias, grad_z, grad_start)
+    grads = dx, ddt, dA, dB, dC, dD, dbias, grad_z, grad_start
     return tuple(None if t is None else grad.to(t.dtype).contiguous()
                  for grad, t in zip(grads, given, strict=True))
