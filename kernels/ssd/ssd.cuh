@@ -29,10 +29,18 @@ __device__ __forceinline__ float2 unpack(Pair<T> v) {
     else return T::unpack(v);
 }
 
+// In bf16 one instruction multiplies both, by rounded factors. Those of fp16 may be below its range.
 template <class T>
 __device__ __forceinline__ Pair<T> scaled(Pair<T> v, float2 by) {
-    const float2 f = unpack<T>(v);
-    return pack<T>(f.x * by.x, f.y * by.y);
+    if constexpr (same<T, BFloat>) {
+        u32 product;
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;"
+            : "=r"(product) : "r"(v), "r"(pack<T>(by.x, by.y)), "r"(0x80008000u));  // -0
+        return product;
+    } else {
+        const float2 f = unpack<T>(v);
+        return pack<T>(f.x * by.x, f.y * by.y);
+    }
 }
 
 template <class T>
@@ -139,6 +147,20 @@ __device__ __forceinline__ void multiply(float (&c)[4], Pair<T> a0, Pair<T> a1, 
     }
 }
 
+// sums += a b^T of 16 x 16 blocks at `left` and `right`.
+template <class T, bool FAST>
+__device__ __forceinline__ void multiply_rows(float (&sums)[2][4], const Element<T> *left,
+                                              int left_pitch, const Element<T> *right,
+                                              int right_pitch) {
+    Block16<T> a, b;
+    a.template load<false>(left, left_pitch);
+    b.template load<false, true>(right, right_pitch);
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+        multiply<T, FAST>(sums[m], a.v[0], a.v[1], a.v[2], a.v[3], b.v[2 * m],
+                          b.v[2 * m + 1]);
+}
+
 // Four adjacent columns of 16 from the two that a lane has of each half: of a row of a product,
 // lane t has columns 2 t, 2 t + 1 in `left`, and those 8 further in `right`. It receives the
 // columns from first_column(t) on.
@@ -146,6 +168,7 @@ template <class T>
 struct Four {
     Pair<T> lo, hi;
 
+    Four() = default;
     __device__ __forceinline__ Four(Pair<T> left, Pair<T> right) {
         const bool odd = threadIdx.x & 1;
         const Pair<T> given = odd ? left : right;
@@ -231,16 +254,16 @@ struct Rows {
     }
 };
 
-// Blocks of so many threads that a multiprocessor is to have registers for.
-__device__ constexpr int live_blocks(int threads, int states) {
-    const int blocks = (states <= 64 ? 384 : 256) / threads;
-    return blocks > 0 ? blocks : 1;
+// Blocks of so many threads, of which `live` are to be on a multiprocessor.
+__device__ constexpr int live_blocks(int threads, int live) {
+    return live > threads ? live / threads : 1;
 }
 
 // --- decays -----------------------------------------------------------------------------------
 
 // What a head multiplies by in a chunk. Sums of logarithms are in base 2, and do not go beyond a
-// block, so that what is beyond it costs no digits. WITH_STEP says whether `column` has dt in it.
+// block, so that what is beyond it costs no digits. WITH_STEP says whether `column` and `leave` have
+// dt in them.
 struct Decays {
     float dt[Q];      // after bias, softplus and limits; 0 beyond the sequence
     float sum[Q];     // of the logarithms in the block up to this position and with it
@@ -361,7 +384,8 @@ __device__ __forceinline__ void make_decays(Decays &d, const RawSteps &raw, floa
     *(float2 *)(d.enter + i) = make_float2(ex2(ahead + up0), ex2(ahead + up1));
     *(float2 *)(d.column + i) = make_float2(ex2(rest0) * (WITH_STEP ? dt0 : 1.f),
                                             ex2(rest1) * (WITH_STEP ? dt1 : 1.f));
-    *(float2 *)(d.leave + i) = make_float2(ex2(rest0 + beyond), ex2(rest1 + beyond));
+    *(float2 *)(d.leave + i) = make_float2(ex2(rest0 + beyond) * (WITH_STEP ? dt0 : 1.f),
+                                           ex2(rest1 + beyond) * (WITH_STEP ? dt1 : 1.f));
     if (lane == 0) d.through = ex2(total), d.packed = p.index != nullptr;
 }
 
@@ -413,13 +437,13 @@ __device__ __forceinline__ void decay_block(float (&v)[2][4], const Decays &d, i
 
 // --- the blocks of a triangle -------------------------------------------------------------------
 
-// The ten blocks on and below the diagonal of Q x Q in six items of one or two adjacent blocks of a
-// row. Warps that take every second or every fourth of them have equally much to do.
-struct Item {
-    static constexpr int COUNT = 6;
-    int row, first, count;
-    __device__ __forceinline__ Item(int i)
-        : row(0x021233 >> 4 * i & 15), first(0x020020 >> 4 * i & 15), count(i < 4 ? 2 : 1) {}
+// The ten blocks on and below the diagonal of Q x Q, two bits for the row and the column of each, in
+// an order in which warps that take every third, fourth or seventh have about equally much to do:
+// blocks on the diagonal take longer.
+struct Triangle {
+    static constexpr int COUNT = 10;
+    static __device__ __forceinline__ int row(int i) { return 0x6bed3 >> 2 * i & 3; }
+    static __device__ __forceinline__ int column(int i) { return 0x13a50 >> 2 * i & 3; }
 };
 
 // Stores the elements that a lane has of a block, as for decay_block.

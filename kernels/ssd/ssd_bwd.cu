@@ -86,20 +86,6 @@ __device__ __forceinline__ void sum_within(float *to, const float (&v)[2][4]) {
         }
 }
 
-// sums += a b^T of 16 x 16 blocks at `left` and `right`.
-template <class T, bool FAST>
-__device__ __forceinline__ void multiply_rows(float (&sums)[2][4], const Element<T> *left,
-                                              int left_pitch, const Element<T> *right,
-                                              int right_pitch) {
-    Block16<T> a, b;
-    a.template load<false>(left, left_pitch);
-    b.template load<false, true>(right, right_pitch);
-#pragma unroll
-    for (int m = 0; m < 2; ++m)
-        multiply<T, FAST>(sums[m], a.v[0], a.v[1], a.v[2], a.v[3], b.v[2 * m],
-                          b.v[2 * m + 1]);
-}
-
 // sums += a b of 16 x 16 blocks at `left` and `right`; the first is TRANSPOSED or not.
 template <class T, bool FAST, bool TRANSPOSED = false>
 __device__ __forceinline__ void multiply_right(float (&sums)[2][4], const Element<T> *left,

@@ -114,12 +114,12 @@ def test_lengths(place, length):
 
 
 @pytest.mark.parametrize('shape', [
-    Shape(1, 1, 1, 2), Shape(2, 1, 1, 2), Shape(1, 2, 2, 2), Shape(2, 1, 2, 1), Shape(1, 1, 3, 2)],
-    ids=str)
+    Shape(1, 1, 1, 2), Shape(1, 2, 1, 2), Shape(1, 2, 2, 2), Shape(1, 1, 2, 1), Shape(1, 1, 3, 2),
+    Shape(2, 1, 1, 2), Shape(2, 2, 1, 1), Shape(2, 2, 2, 2), Shape(2, 1, 3, 2)], ids=str)
 def test_shapes_of_blocks(place, cut, shape):
     cut(cuda_launch, force=shape)
     heads = 6 if shape.heads == 3 else 4
-    check(*make(place, 2, 135, heads, 32, 2, 16, dtype=HALF), reverse=True)
+    check(*make(place, 2, 135, heads, 32, 2, 16 * shape.parts, dtype=HALF), reverse=True)
 
 
 @pytest.mark.parametrize('span', [1, 2])
