@@ -119,31 +119,36 @@ __device__ __forceinline__ u32 lower(float f) {
     return __float_as_uint(f - __uint_as_float(upper(f)));
 }
 
-// c += a b, where a is 16 x 16 and b is 16 x 8, in registers as in a Block16. fp32 numbers are
+// c += a b, where a is 16 x 8 and b is 8 x 8, in registers as in a Block16. fp32 numbers are
 // rounded to TF32 if FAST, else each is the sum of two, whose product lacks only the last bits.
+template <class T, bool FAST>
+__device__ __forceinline__ void multiply_half(float (&c)[4], Pair<T> top, Pair<T> bottom,
+                                              Pair<T> right) {
+    if constexpr (!same<T, Float>) {
+        T::mma(c, top, bottom, right);
+    // In which order k runs is the same for the product: a pair is k = t and k = t + 4.
+    } else if constexpr (FAST) {
+        multiply_tf32(c, rounded(top.x), rounded(bottom.x), rounded(top.y), rounded(bottom.y),
+                      rounded(right.x), rounded(right.y));
+    } else {
+        multiply_tf32(c, lower(top.x), lower(bottom.x), lower(top.y), lower(bottom.y),
+                      upper(right.x), upper(right.y));
+        multiply_tf32(c, upper(top.x), upper(bottom.x), upper(top.y), upper(bottom.y),
+                      lower(right.x), lower(right.y));
+        multiply_tf32(c, upper(top.x), upper(bottom.x), upper(top.y), upper(bottom.y),
+                      upper(right.x), upper(right.y));
+    }
+}
+
+// The same with 16 in place of 8 in the middle.
 template <class T, bool FAST>
 __device__ __forceinline__ void multiply(float (&c)[4], Pair<T> a0, Pair<T> a1, Pair<T> a2,
                                          Pair<T> a3, Pair<T> b0, Pair<T> b1) {
     if constexpr (!same<T, Float>) {
         multiply_halves(c, a0, a1, a2, a3, b0, b1, T{});
     } else {
-        // In which order k runs is the same for the product: a pair is k = t and k = t + 4.
-        const float2 a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const float2 top = a[2 * i], bottom = a[2 * i + 1], right = b[i];
-            if constexpr (FAST) {
-                multiply_tf32(c, rounded(top.x), rounded(bottom.x), rounded(top.y),
-                              rounded(bottom.y), rounded(right.x), rounded(right.y));
-            } else {
-                multiply_tf32(c, lower(top.x), lower(bottom.x), lower(top.y), lower(bottom.y),
-                              upper(right.x), upper(right.y));
-                multiply_tf32(c, upper(top.x), upper(bottom.x), upper(top.y), upper(bottom.y),
-                              lower(right.x), lower(right.y));
-                multiply_tf32(c, upper(top.x), upper(bottom.x), upper(top.y), upper(bottom.y),
-                              upper(right.x), upper(right.y));
-            }
-        }
+        multiply_half<T, FAST>(c, a0, a1, b0);
+        multiply_half<T, FAST>(c, a2, a3, b1);
     }
 }
 
@@ -272,9 +277,10 @@ struct Decays {
     float column[Q];  // the decay from this position to the end of its block
     float leave[Q];   // the decay from this position to the chunk's end
     float segment[Q];      // how often the state has restarted in the block
-    float totals[BLOCKS];  // of the logarithms of each block
-    float through;         // the decay of the chunk
-    int packed, unused[2]; // whether the state may restart
+    float totals[BLOCKS];           // of the logarithms of each block
+    float between[BLOCKS][BLOCKS];  // [r][b]: the decay through the blocks between b and r
+    float through;                  // the decay of the chunk
+    int packed, unused[2];          // whether the state may restart
 };
 
 // How dt is made from the raw values. The state restarts where `index` (batch, length) changes; it
@@ -369,13 +375,15 @@ __device__ __forceinline__ void make_decays(Decays &d, const RawSteps &raw, floa
         if (all > count0) rest0 = NOTHING;
         if (all > count1) rest1 = NOTHING;
     }
-    float ahead = 0.f, beyond = 0.f, total = 0.f;  // blocks before, after, all
+    // Blocks before, after, all; and between the row and the column that a lane has of `between`.
+    float ahead = 0.f, beyond = 0.f, total = 0.f, between = 0.f;
 #pragma unroll
     for (int b = 0; b < BLOCKS; ++b) {
         const float of_block = __shfl_sync(0xffffffffu, own, 8 * b + 7);
         if (b < lane >> 3) ahead += of_block;
         if (b > lane >> 3) beyond += of_block;
         if (lane == b) d.totals[b] = of_block;
+        if (b > (lane & 3) && b < (lane >> 2 & 3)) between += of_block;
         total += of_block;
     }
     *(float2 *)(d.dt + i) = make_float2(dt0, dt1);
@@ -386,6 +394,7 @@ __device__ __forceinline__ void make_decays(Decays &d, const RawSteps &raw, floa
                                             ex2(rest1) * (WITH_STEP ? dt1 : 1.f));
     *(float2 *)(d.leave + i) = make_float2(ex2(rest0 + beyond) * (WITH_STEP ? dt0 : 1.f),
                                            ex2(rest1 + beyond) * (WITH_STEP ? dt1 : 1.f));
+    if (lane < BLOCKS * BLOCKS) d.between[lane >> 2][lane & 3] = ex2(between);
     if (lane == 0) d.through = ex2(total), d.packed = p.index != nullptr;
 }
 
@@ -398,8 +407,7 @@ __device__ __forceinline__ void decay_block(float (&v)[2][4], const Decays &d, i
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     const int i = BLOCK * r + g, j = BLOCK * b + 2 * t;
     if (b < r) {
-        float between = 1.f;
-        if (r - b > 1) between = ex2(r - b > 2 ? d.totals[1] + d.totals[2] : d.totals[b + 1]);
+        const float between = d.between[r][b];
         const float upper = between * d.row[i], lower = between * d.row[i + 8];
 #pragma unroll
         for (int n = 0; n < 2; ++n) {

@@ -40,20 +40,6 @@ __device__ __forceinline__ void gate(Four<T> &v, const Element<T> *from) {
     }
 }
 
-// The blocks of rows of a part, so that parts have equally many blocks of the triangle: all, or 0
-// and 3, or 1 and 2.
-template <int PARTS>
-struct OwnRows {
-    static constexpr int COUNT = BLOCKS / PARTS;
-    static __device__ __forceinline__ int row(int part, int o) {
-        return PARTS == 1 ? o : o ? 3 - part : part;
-    }
-    // Whether a row has a block of column b: 1, 0, or -1 if that depends on the part.
-    static __device__ constexpr int has(int o, int b) {
-        return PARTS == 1 ? b <= o : b <= 2 * o ? 1 : b <= 2 * o + 1 ? -1 : 0;
-    }
-};
-
 template <class T, bool FAST, int PARTS, int SLICES, int N, int HEADS, int STAGES>
 __global__ void __launch_bounds__(32 * PARTS * SLICES * HEADS,
                                   live_blocks(
@@ -63,9 +49,8 @@ __global__ void __launch_bounds__(32 * PARTS * SLICES * HEADS,
 ssd_fwd(const Forward p) {
     typedef ForwardShared<T, SLICES, N, HEADS, STAGES> Shared;
     typedef Element<T> E;
-    typedef OwnRows<PARTS> Own;
     constexpr int WIDTH = Shared::WIDTH, OF_HEAD = PARTS * SLICES, WARPS = OF_HEAD * HEADS;
-    constexpr int THREADS = 32 * WARPS, ROWS = Own::COUNT, OWN_STATES = N / PARTS;
+    constexpr int THREADS = 32 * WARPS, ROWS = BLOCKS / PARTS, OWN_STATES = N / PARTS;
     constexpr int X = PITCH<T, WIDTH>, K = PITCH<T, N>, S = PITCH<T, Q>;
     // Warps among which the blocks of C B^T are divided: those that do not make decays, if these
     // are at least two. Of two warps, the one that makes decays has a third of the blocks.
@@ -101,11 +86,15 @@ ssd_fwd(const Forward p) {
                           time, begin);
     const long long dt_base = batch * p.dt.b + (long long)head * p.dt.h;
     const int *const index = p.step.index ? p.step.index + (long long)batch * p.length : nullptr;
-    const int first_state = part * OWN_STATES;
-    // Of a lane: position g of the chunk, and the first of four channels.
+    // Every PARTS-th block of rows is of this warp.
+    const int first_row = part * BLOCK, first_state = part * OWN_STATES;
+    constexpr int ROW_STEP = PARTS * BLOCK;
+    // Of a lane: position g of the first block, and the first of four channels.
     const int own_channel = first_channel + channel + first_column(t);
-    const int y_step = time.step(p.y.l);
-    E *y_at = (E *)p.y.data + batch * p.y.b + time(begin + g) * p.y.l + (long long)head * p.y.h
+    int y_step = time.step(p.y.l);
+    opaque(y_step);  // else it is calculated for each store
+    E *y_at = (E *)p.y.data + batch * p.y.b + time(begin + first_row + g) * p.y.l
+        + (long long)head * p.y.h
         + own_channel;
 
     auto copy = [&](typename Shared::Stage &stage, int start) {
@@ -136,19 +125,19 @@ ssd_fwd(const Forward p) {
                          min(Q, end - begin - Q));
     }
 
-    // A factor by which x gives what skips the states: D on the diagonal, as a sum of two numbers, of
-    // channels 0-7 and 8-15.
-    Pair<T> skip[2][2];
+    // A factor by which x gives what skips the states: D on the diagonal, of channels 0-7 and 8-15;
+    // in half precision as a sum of two numbers.
+    constexpr int SKIPS = same<T, Float> ? 1 : 2;
+    Pair<T> skip[2][SKIPS];
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
         const int c = first_channel + channel + 8 * m + g;
-        const float D = !p.D || c >= p.dim ? 0.f : load_parameter(
+        float D = !p.D || c >= p.dim ? 0.f : load_parameter(
             p.D, p.D_full ? (long long)head * p.dim + c : head, p.D_type);
-        const float hi = unpack<T>(pack<T>(D, 0.f)).x;
 #pragma unroll
-        for (int k = 0; k < 2; ++k) {
-            const float v = k ? D - hi : hi;
-            skip[m][k] = pack<T>(g == 2 * t ? v : 0.f, g == 2 * t + 1 ? v : 0.f);
+        for (int k = 0; k < SKIPS; ++k) {
+            skip[m][k] = pack<T>(g == 2 * t ? D : 0.f, g == 2 * t + 1 ? D : 0.f);
+            D -= unpack<T>(pack<T>(D, 0.f)).x;
         }
     }
     // The channels of a lane: rows g, g + 8 of the states; of y, columns 2 t, 2 t + 1 and 8 further.
@@ -200,7 +189,7 @@ ssd_fwd(const Forward p) {
                 for (int o = 0; o < ROWS; ++o) {
                     Block16<T> left;
                     left.template load<false>(
-                        stage.C + BLOCK * Own::row(part, o) * K + BLOCK * n, K);
+                        stage.C + (first_row + ROW_STEP * o) * K + BLOCK * n, K);
 #pragma unroll
                     for (int m = 0; m < 2; ++m)
                         multiply<T, FAST>(y[o][m], left.v[0], left.v[1], left.v[2], left.v[3],
@@ -209,7 +198,7 @@ ssd_fwd(const Forward p) {
             }
 #pragma unroll
             for (int o = 0; o < ROWS; ++o) {
-                const int row = BLOCK * Own::row(part, o) + g;
+                const int row = first_row + ROW_STEP * o + g;
                 const float upper = decays.enter[row], lower = decays.enter[row + 8];
 #pragma unroll
                 for (int m = 0; m < 2; ++m)
@@ -261,10 +250,11 @@ ssd_fwd(const Forward p) {
         for (int b = 0; b < BLOCKS; ++b)
 #pragma unroll
             for (int o = 0; o < ROWS; ++o) {
-                const int r = Own::row(part, o);
-                if (Own::has(o, b) == 0 || Own::has(o, b) < 0 && b > r) continue;
+                // Which of PARTS rows this warp has decides for blocks near the diagonal.
+                if (b >= PARTS * (o + 1) || b > PARTS * o && b > PARTS * o + part) continue;
                 Block16<T> left;
-                left.template load<false>(shared.scores[own] + BLOCK * r * S + BLOCK * b, S);
+                left.template load<false>(
+                    shared.scores[own] + (first_row + ROW_STEP * o) * S + BLOCK * b, S);
 #pragma unroll
                 for (int m = 0; m < 2; ++m)
                     multiply<T, FAST>(y[o][m], left.v[0], left.v[1], left.v[2], left.v[3],
@@ -274,11 +264,13 @@ ssd_fwd(const Forward p) {
 #pragma unroll
             for (int o = 0; o < ROWS; ++o) {
                 Block16<T> left;
-                left.template load<false>(own_x + BLOCK * Own::row(part, o) * X, X);
+                left.template load<false>(own_x + (first_row + ROW_STEP * o) * X, X);
 #pragma unroll
                 for (int m = 0; m < 2; ++m)
-                    multiply<T, FAST>(y[o][m], left.v[2 * m], left.v[2 * m + 1], left.v[2 * m],
-                                      left.v[2 * m + 1], skip[m][0], skip[m][1]);
+#pragma unroll
+                    for (int k = 0; k < SKIPS; ++k)
+                        multiply_half<T, FAST>(y[o][m], left.v[2 * m], left.v[2 * m + 1],
+                                               skip[m][k]);
             }
         }
         Four<T> out[ROWS][2];
@@ -293,7 +285,7 @@ ssd_fwd(const Forward p) {
             for (int o = 0; o < ROWS; ++o)
 #pragma unroll
                 for (int k = 0; k < 2; ++k) {
-                    const int row = BLOCK * Own::row(part, o) + 8 * k + g;
+                    const int row = first_row + ROW_STEP * o + 8 * k + g;
                     if (row < rows && own_channel < p.dim)
                         gate(out[o][k], (const E *)p.z.data + batch * p.z.b
                              + time(start + row) * p.z.l + (long long)head * p.z.h + own_channel);
@@ -303,9 +295,9 @@ ssd_fwd(const Forward p) {
         for (int o = 0; o < ROWS; ++o)
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
-                const int row = BLOCK * Own::row(part, o) + 8 * k;
-                if (row + g < rows && own_channel < p.dim)
-                    out[o][k].store(y_at + (long long)row * y_step);
+                const int row = ROW_STEP * o + 8 * k;
+                E *const to = y_at + (long long)row * y_step;
+                if (first_row + row + g < rows && own_channel < p.dim) out[o][k].store(to);
             }
         y_at += (long long)Q * y_step;
 

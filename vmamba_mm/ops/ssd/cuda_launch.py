@@ -54,7 +54,7 @@ class Shape(NamedTuple):
         return self.stages * stage + self.heads * of_head
 
 
-_DECAYS = 4 * (7 * CHUNK + 8)  # bytes of Decays
+_DECAYS = 4 * (7 * CHUNK + 24)  # bytes of Decays
 
 
 def _tile(columns: int, size: int) -> int:
