@@ -152,6 +152,15 @@ __device__ __forceinline__ void multiply(float (&c)[4], Pair<T> a0, Pair<T> a1, 
     }
 }
 
+// sums += a b of 16 x 16 blocks.
+template <class T, bool FAST>
+__device__ __forceinline__ void multiply_blocks(float (&sums)[2][4], const Block16<T> &a,
+                                                const Block16<T> &b) {
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+        multiply<T, FAST>(sums[m], a.v[0], a.v[1], a.v[2], a.v[3], b.v[2 * m], b.v[2 * m + 1]);
+}
+
 // sums += a b^T of 16 x 16 blocks at `left` and `right`.
 template <class T, bool FAST>
 __device__ __forceinline__ void multiply_rows(float (&sums)[2][4], const Element<T> *left,
@@ -160,10 +169,7 @@ __device__ __forceinline__ void multiply_rows(float (&sums)[2][4], const Element
     Block16<T> a, b;
     a.template load<false>(left, left_pitch);
     b.template load<false, true>(right, right_pitch);
-#pragma unroll
-    for (int m = 0; m < 2; ++m)
-        multiply<T, FAST>(sums[m], a.v[0], a.v[1], a.v[2], a.v[3], b.v[2 * m],
-                          b.v[2 * m + 1]);
+    multiply_blocks<T, FAST>(sums, a, b);
 }
 
 // Four adjacent columns of 16 from the two that a lane has of each half: of a row of a product,
@@ -218,19 +224,21 @@ __device__ __forceinline__ int warp_index() {
     return __shfl_sync(0xffffffffu, (int)threadIdx.x >> 5, 0);
 }
 
-// Copies the rows of one chunk after the other to tiles Q x COLUMNS. A thread has the same column
-// of all of its rows.
-template <class T, int COLUMNS, int THREADS>
+// Copies the rows of one chunk after the other to tiles COUNT x COLUMNS. A thread has the same
+// column of all of its rows.
+template <class T, int COLUMNS, int THREADS, int COUNT = Q>
 struct Rows {
     static constexpr int V = VECTOR<T>, ROW = COLUMNS / V;
     static constexpr int PARTS = ROW > THREADS ? ROW / THREADS : 1;
-    static constexpr int STEP = THREADS / ROW > Q ? Q : THREADS / ROW > 0 ? THREADS / ROW : 1;
+    static constexpr int STEP = THREADS / ROW > COUNT ? COUNT
+        : THREADS / ROW > 0 ? THREADS / ROW : 1;
     const Element<T> *from;
     int step, row, column;
 
     // From position `start` of a sequence at `sequence` on.
-    __device__ __forceinline__ Rows(const Element<T> *sequence, int stride, Time time, int start)
-        : step(time.step(stride)), row(threadIdx.x / ROW), column(threadIdx.x % ROW * V) {
+    __device__ __forceinline__ Rows(const Element<T> *sequence, int stride, Time time, int start,
+                                    int thread = threadIdx.x)
+        : step(time.step(stride)), row(thread / ROW), column(thread % ROW * V) {
         from = sequence + time(start + row) * stride + column;
     }
 
@@ -238,24 +246,24 @@ struct Rows {
     __device__ __forceinline__ void copy(Element<T> *tile, int rows, int columns, int chunk = 1) {
         Element<T> *const to = tile + row * PITCH<T, COLUMNS> + column;
         if (THREADS < ROW || THREADS == STEP * ROW || row < STEP) {
-            if (rows == Q && columns == COLUMNS) {
+            if (rows == COUNT && columns == COLUMNS) {
 #pragma unroll
-                for (int i = 0; i < Q; i += STEP)
+                for (int i = 0; i < COUNT; i += STEP)
 #pragma unroll
-                    for (int k = 0; k < PARTS && (Q % STEP == 0 || row + i < Q); ++k)
+                    for (int k = 0; k < PARTS && (COUNT % STEP == 0 || row + i < COUNT); ++k)
                         copy16(to + i * PITCH<T, COLUMNS> + k * THREADS * V,
                                from + (long long)i * step + k * THREADS * V, true);
             } else {
 #pragma unroll 1
-                for (int i = 0; i < Q; i += STEP)
-                    for (int k = 0; k < PARTS && (Q % STEP == 0 || row + i < Q); ++k) {
+                for (int i = 0; i < COUNT; i += STEP)
+                    for (int k = 0; k < PARTS && (COUNT % STEP == 0 || row + i < COUNT); ++k) {
                         const bool valid = row + i < rows && column + k * THREADS * V < columns;
                         copy16(to + i * PITCH<T, COLUMNS> + k * THREADS * V,
                                valid ? from + (long long)i * step + k * THREADS * V : from, valid);
                     }
             }
         }
-        from += (long long)chunk * Q * step;
+        from += (long long)chunk * COUNT * step;
     }
 };
 

@@ -114,7 +114,7 @@ def backward_launch(index: int, dtype: torch.dtype, fast: bool, sizes: Sizes, op
 
     It takes the addresses of x, dy, dt, A, B, C, dx, ddt, head_parts (2, B, chunks, H) and memory;
     of dB and dC or, with ``splits``, of BC_parts (2, splits, B, L, G, N); and, 0 for none, of D,
-    D_parts (B, chunks, BLOCKS, H, P), bias, start, grad_last, grad_start and seq_idx. Parts are
+    D_parts (B, chunks, H, P), bias, start, grad_last, grad_start and seq_idx. Parts are
     fp32.
     """
     maps, counts = _Maps(*strides), _pieces(sizes, dtype.itemsize)
@@ -126,7 +126,7 @@ def backward_launch(index: int, dtype: torch.dtype, fast: bool, sizes: Sizes, op
           for name, strides in maps._asdict().items()}
     of_state = 4 * sizes.heads * sizes.dim * sizes.state
     of_parts = dict(head_parts=4 * sizes.chunks * sizes.heads,
-                    D_parts=4 * sizes.chunks * cuda_launch.BLOCKS * sizes.heads * sizes.dim,
+                    D_parts=4 * sizes.chunks * sizes.heads * sizes.dim,
                     BC_parts=4 * sizes.length * sizes.groups * sizes.state)
 
     def launch_backward(x, dy, dt, A, B, C, dx, ddt, head_parts, memory, dB=0, dC=0, BC_parts=0,
