@@ -136,7 +136,7 @@ __device__ __forceinline__ void add_states(float (&sums)[OWN][2][4], float *dots
 #pragma unroll
     for (int first = 0; first < OWN; first += GROUP) {
         float products[GROUP][2][4] = {};
-#pragma unroll
+#pragma unroll (N > 64 ? 2 : P / BLOCK)
         for (int n = 0; with_states && n < P / BLOCK; ++n) {
             Block16<T> right;
             right.template load<true>(states + BLOCK * n * PITCH<T, N>, PITCH<T, N>);
