@@ -21,7 +21,6 @@ from vmamba_mm.ops.core.launch import (
 
 CHUNK = 64  # Q in ssd.cuh
 _BLOCK = 16
-BLOCKS = CHUNK // _BLOCK
 STATES = 16, 32, 64, 128, 256  # N of the kernels
 MOST_CHANNELS = 128
 
@@ -122,6 +121,14 @@ def backward_shared(size: int, channels: int, states: int) -> int:
     return tiles + _DECAYS + -(-sums // 16) * 16
 
 
+def backward_blocks(index: int, size: int, channels: int, states: int) -> int:
+    """Blocks of ssd_bwd that a multiprocessor has at a time: by registers, as its launch bounds say,
+    and by shared memory."""
+    registers = 5 if states <= 16 else 3 if states <= 64 else 2 if states <= 128 and size < 4 else 1
+    fit = device_limits(index)[1] // (backward_shared(size, channels, states) + 1024)
+    return max(min(registers, fit), 1)
+
+
 #: Type, channels, N: those that published models use, and one for each kind beside them; and the
 #: lowest compute capability. That of matrix instructions 16 elements deep is 8.0.
 _COMPILED = [('BFloat', 64, 64, 80), ('Half', 32, 16, 80), ('Float', 16, 32, 80),
@@ -133,7 +140,7 @@ def _compiled() -> Iterator[tuple[Instance, int]]:
     for type_, channels, states, low in _COMPILED:
         slices, parts = channels // _BLOCK, 2 if states >= 64 else 1
         yield forward_instance(type_, False, Shape(parts, slices, 1, 1), states), 80
-        yield states_instance(type_, False, StatesShape(slices, 2, min(states, 128))), 80
+        yield states_instance(type_, False, StatesShape(slices, 2, min(states, 64))), 80
         yield backward_instance(type_, False, channels, states), low
     yield forward_instance('Float', True, Shape(2, 4, 1, 1), 64), 80
     yield forward_instance('Half', False, Shape(1, 2, 2, 2), 16), 80
@@ -227,7 +234,7 @@ def padded_channels(dim: int) -> int:
 
 
 def states_shape(index: int, size: int, sizes: Sizes) -> StatesShape:
-    shape = StatesShape(padded_channels(sizes.dim) // _BLOCK, 2, min(sizes.states, 128))
+    shape = StatesShape(padded_channels(sizes.dim) // _BLOCK, 2, min(sizes.states, 64))
     if shape.shared(size) > device_limits(index)[2]:
         shape = shape._replace(stages=1)
     return shape
