@@ -29,7 +29,8 @@ __device__ __forceinline__ float2 unpack(Pair<T> v) {
     else return T::unpack(v);
 }
 
-// In bf16 one instruction multiplies both, by rounded factors. Those of fp16 may be below its range.
+// In bf16 one instruction multiplies both, by rounded factors. Those of fp16 may be below its
+// range.
 template <class T>
 __device__ __forceinline__ Pair<T> scaled(Pair<T> v, float2 by) {
     if constexpr (same<T, BFloat>) {
@@ -275,8 +276,8 @@ __device__ constexpr int live_blocks(int threads, int live) {
 // --- decays -----------------------------------------------------------------------------------
 
 // What a head multiplies by in a chunk. Sums of logarithms are in base 2, and do not go beyond a
-// block, so that what is beyond it costs no digits. WITH_STEP says whether `column` and `leave` have
-// dt in them.
+// block, so that what is beyond it costs no digits. WITH_STEP says whether `column` and `leave`
+// have dt in them.
 struct Decays {
     float dt[Q];      // after bias, softplus and limits; 0 beyond the sequence
     float sum[Q];     // of the logarithms in the block up to this position and with it
@@ -453,9 +454,9 @@ __device__ __forceinline__ void decay_block(float (&v)[2][4], const Decays &d, i
 
 // --- the blocks of a triangle -------------------------------------------------------------------
 
-// The ten blocks on and below the diagonal of Q x Q, two bits for the row and the column of each, in
-// an order in which warps that take every third, fourth or seventh have about equally much to do:
-// blocks on the diagonal take longer.
+// The ten blocks on and below the diagonal of Q x Q, two bits for the row and the column of each,
+// in an order in which warps that take every third, fourth or seventh have about equally much to
+// do: blocks on the diagonal take longer.
 struct Triangle {
     static constexpr int COUNT = 10;
     static __device__ __forceinline__ int row(int i) { return 0x6bed3 >> 2 * i & 3; }

@@ -132,7 +132,7 @@ __device__ __forceinline__ void add_states(float (&sums)[OWN][2][4], float *dots
                                            const Element<T> *rows, const Element<T> *states,
                                            const Element<T> *with, const float *decays,
                                            const float *steps, bool with_states) {
-    constexpr int GROUP = N > 64 && OWN > 2 ? 2 : OWN;  // more would need too many registers
+    constexpr int GROUP = OWN > 2 && N * sizeof(Element<T>) > 128 ? 2 : OWN;  // registers are few
 #pragma unroll
     for (int first = 0; first < OWN; first += GROUP) {
         float products[GROUP][2][4] = {};

@@ -140,7 +140,7 @@ ssd_fwd(const Forward p) {
             D -= unpack<T>(pack<T>(D, 0.f)).x;
         }
     }
-    // The channels of a lane: rows g, g + 8 of the states; of y, columns 2 t, 2 t + 1 and 8 further.
+    // The channels of a lane: rows g, g + 8 of the states; of y, columns 2 t, 2 t + 1, 8 + 2 t ...
     float state[OWN_STATES / BLOCK][2][4];
     E *const own_states = shared.states[own] + channel * K;
     const long long states_of_head = (long long)p.dim * p.state;

@@ -28,7 +28,8 @@ struct StatesShared {
 
 template <class T, bool FAST, int SLICES, int N, int STAGES>
 __global__ void __launch_bounds__(
-    32 * SLICES, live_blocks(32 * SLICES, N * sizeof(Element<T>) <= 128 ? 384 : 256)) ssd_states(const States p) {
+    32 * SLICES, live_blocks(32 * SLICES, N * sizeof(Element<T>) <= 128 ? 384 : 256))
+ssd_states(const States p) {
     typedef StatesShared<T, SLICES, N, STAGES> Shared;
     typedef Element<T> E;
     constexpr int WIDTH = Shared::WIDTH, THREADS = 32 * SLICES;

@@ -20,9 +20,9 @@ max_split: int | None = None
 
 
 def head_splits(index: int, size: int, sizes: Sizes, counts: list[int]) -> int:
-    """Among how many blocks the heads of a group are divided, for launches on so many samples each
-    and elements of ``size`` bytes: so that it takes the fewest turns, in which as many blocks as run
-    at a time have a head each. Sums of parts take time too."""
+    """Among how many blocks the heads of a group are divided, for launches on so many samples
+    each and elements of ``size`` bytes: so that it takes the fewest turns, in which as many blocks
+    as run at a time have a head each. Sums of parts take time too."""
     heads = sizes.heads // sizes.groups
     at_a_time = device_limits(index)[0] * cuda_launch.backward_blocks(
         index, size, cuda_launch.padded_channels(sizes.dim), sizes.states)

@@ -122,8 +122,8 @@ def backward_shared(size: int, channels: int, states: int) -> int:
 
 
 def backward_blocks(index: int, size: int, channels: int, states: int) -> int:
-    """Blocks of ssd_bwd that a multiprocessor has at a time: by registers, as its launch bounds say,
-    and by shared memory."""
+    """Blocks of ssd_bwd that a multiprocessor has at a time: by registers, as its launch bounds
+    say, and by shared memory."""
     registers = 5 if states <= 16 else 3 if states <= 64 else 2 if states <= 128 and size < 4 else 1
     fit = device_limits(index)[1] // (backward_shared(size, channels, states) + 1024)
     return max(min(registers, fit), 1)
