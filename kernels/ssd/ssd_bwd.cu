@@ -241,9 +241,19 @@ __device__ __forceinline__ float2 finish_steps(const BackwardShared<T, P, N> &sh
     return parts;
 }
 
+// Blocks that a multiprocessor is to have registers for, not more than its shared memory has room
+// for.
+template <class T, int P, int N>
+__device__ constexpr int backward_blocks() {
+    const int blocks = N <= 16 ? 5 : N <= 64 ? 3 : N <= 128 && !same<T, Float> ? 2 : 1;
+    const int fit = (__CUDA_ARCH__ >= 900 ? 227 : 163) * 1024
+        / (int)sizeof(BackwardShared<T, P, N>);
+    return fit < 1 ? 1 : fit < blocks ? fit : blocks;
+}
+
 template <class T, bool FAST, int P, int N>
 __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS,
-                                  N <= 16 ? 5 : N <= 64 ? 3 : N <= 128 && !same<T, Float> ? 2 : 1)
+                                  backward_blocks<T, P, N>())
 ssd_bwd(const Backward p) {
     typedef BackwardShared<T, P, N> Shared;
     typedef Element<T> E;

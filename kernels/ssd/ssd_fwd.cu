@@ -35,8 +35,8 @@ __device__ __forceinline__ void gate(Four<T> &v, const Element<T> *from) {
         const float2 z = load_pair<T>(from + 2 * i);
         Pair<T> &of = i ? v.hi : v.lo;
         const float2 y = unpack<T>(of);
-        of = pack<T>(y.x * z.x * rcp(1.f + ex2(-z.x * LOG2E)),
-                     y.y * z.y * rcp(1.f + ex2(-z.y * LOG2E)));
+        of = pack<T>(y.x * (z.x * rcp(1.f + ex2(-z.x * LOG2E))),
+                     y.y * (z.y * rcp(1.f + ex2(-z.y * LOG2E))));
     }
 }
 

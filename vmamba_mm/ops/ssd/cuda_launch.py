@@ -138,7 +138,7 @@ _COMPILED = [('BFloat', 64, 64, 80), ('Half', 32, 16, 80), ('Float', 16, 32, 80)
 
 def _compiled() -> Iterator[tuple[Instance, int]]:
     for type_, channels, states, low in _COMPILED:
-        slices, parts = channels // _BLOCK, 2 if states >= 64 else 1
+        slices, parts = channels // _BLOCK, 2 if states >= 32 else 1
         yield forward_instance(type_, False, Shape(parts, slices, 1, 1), states), 80
         yield states_instance(type_, False, StatesShape(slices, 2, min(states, 64))), 80
         yield backward_instance(type_, False, channels, states), low
@@ -222,7 +222,7 @@ def forward_shape(index: int, size: int, sizes: Sizes) -> Shape:
 def _alone(size: int, dim: int, state: int, most_shared: int) -> Shape:
     """For one head: as many of its channels as fit. Many states have two warps for 16 channels."""
     states = padded_states(state)
-    shape = Shape(2 if states >= 64 else 1, padded_channels(dim) // _BLOCK, 1, 1)
+    shape = Shape(2 if states >= 32 else 1, padded_channels(dim) // _BLOCK, 1, 1)
     while shape.slices > 1 and shape.shared(size, states) > most_shared:
         shape = shape._replace(slices=shape.slices // 2)
     return shape
