@@ -40,7 +40,7 @@ def under(prefix, state):
 
 def last_only(spec, arch, seed=0):
     """A random backbone of a classifier."""
-    return spec.random_model(arch, seed, out_indices=spec.stages(arch)[-1:])
+    return spec.random_model(arch, seed, **spec.of_classifiers(arch))
 
 
 # --- names --------------------------------------------------------------------------------------

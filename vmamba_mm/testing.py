@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vmamba_mm.ops.masa import decay_masks
+from vmamba_mm.ops.rotation import rotation_table
+
 #: where op tests run: a machine with a GPU tests both
 DEVICES = ['cpu', 'cuda'] if torch.cuda.is_available() else ['cpu']
 
@@ -104,17 +107,24 @@ class Classifier(nn.Module):
         num_classes: of the linear layer.
         pool: of tokens: 'mean' or the 'last' of them, 'max' for the largest of their logits or
             'all' for the logits of each. It says nothing of maps and class tokens.
+        aux_dims: channels of another map, the first of the tuple, half of whose largest logits, of
+            each class, are added (token labelling, arXiv 2104.10858); 0 for none.
     """
 
-    def __init__(self, backbone: nn.Module, num_classes: int, pool: str = ''):
+    def __init__(self, backbone: nn.Module, num_classes: int, pool: str = '', aux_dims: int = 0):
         super().__init__()
         self.backbone = backbone
         self.head = nn.ModuleDict(dict(fc=nn.Linear(backbone.num_features[-1], num_classes)))
+        if aux_dims:
+            self.head['aux'] = nn.Linear(aux_dims, num_classes)
         self.pool = pool
 
     def forward(self, x: Tensor) -> Tensor:
         """What the backbone takes, to (B, num_classes), or (B, L, num_classes) of 'all'."""
-        y = self.backbone(x)[-1]
+        first, *_, y = (None, *self.backbone(x))[-2:]
+        if 'aux' in self.head:
+            logits = self.head['aux'](first.flatten(2).transpose(1, 2)).amax(1)
+            return self.head['fc'](y.flatten(2).mean(2)) + 0.5 * logits
         if y.dim() == 3 and self.pool in ('max', 'all'):
             return _POOLS[self.pool](self.head['fc'](y))
         if y.dim() == 3 and self.pool:
@@ -196,6 +206,23 @@ def run_ssd(ssd: Callable, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
             arguments.pop('initial_state', None)  # of the first sequence
         results['varlen_states'] = torch.cat(states)
     return results
+
+
+def run_masa(layer: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A layer of RMT with its positions, ``vmamba_mm.models.rmt.PlacedAttention``.
+
+    Returns:
+        'output'; 'mask', what is added to scores, of columns and of rows where the two are apart;
+        'decay'; 'angle', by which each channel turns from pixel to pixel.
+    """
+    x, positions = inputs['input'], layer.positions
+    # The recorded cases are in fp64 but for the decay and the masks, which are in fp32.
+    decay = positions.decay.float()
+    masks = decay_masks(decay, *x.shape[1:3], positions.form)
+    output = layer.attn(x, decay, positions(x)._replace(masks=masks))
+    _, sin = rotation_table(torch.ones(1, device=x.device), positions.head_dim, x.dtype)
+    return dict(output=output, mask=masks[0] if len(masks) == 1 else list(masks[::-1]),
+                decay=decay, angle=sin[0].asin())
 
 
 def _window(before, state):

@@ -90,15 +90,15 @@ class TimmBackbone(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
-        depths, _ = self.model.stage_sizes(arch)
+        depths, channels = self.model.stage_sizes(arch)
         self.backbone = self.model(arch, out_indices=(len(depths) - 1,), in_channels=in_chans,
-                                   drop_path_rate=drop_path_rate)
+                                   drop_path_rate=drop_path_rate, **self.model.classifier_options)
         inner = '' if self.backbone.is_flat else '.blocks'
         self.feature_info = [
-            dict(num_chs=channels, reduction=stride,
+            dict(num_chs=num_chs, reduction=stride,
                  module=f'backbone.{self.backbone.stages_name}.{i}{inner}')
-            for i, (channels, stride) in enumerate(zip(
-                self.backbone.num_features, self.model.stage_strides(arch), strict=True))]
+            for i, (num_chs, stride) in enumerate(zip(
+                channels, self.model.stage_strides(arch), strict=True))]
         self.num_features = self.backbone.num_features[-1]
         head = TokenHead if self.has_cls_token else ClassifierHead
         self.head = head(self.num_features, num_classes, pool_type=global_pool,
@@ -222,6 +222,8 @@ class TimmBackbone(nn.Module):
         if norm is not None and (prune_norm or shorter):
             name = next(name for name, child in backbone.named_children() if child is norm)
             setattr(backbone, name, nn.Identity())
+            # A norm may have been a projection to other channels.
+            backbone.num_features = [info['num_chs'] for info in self.feature_info]
         if shorter:
             stages = getattr(backbone, backbone.stages_name)[:last + 1]
             setattr(backbone, backbone.stages_name, stages)
@@ -230,7 +232,7 @@ class TimmBackbone(nn.Module):
             backbone.depths = backbone.depths[:last + 1]
             backbone.num_features = backbone.num_features[:last + 1]
             backbone.out_indices = (last,)
-            self.num_features = self.head.in_features = backbone.num_features[last]
+        self.num_features = self.head.in_features = backbone.num_features[last]
         if prune_head or shorter:
             self.reset_classifier(0, '')
         return take

@@ -260,7 +260,8 @@ class StrictLoading:
         arch = self.arch if arch is None else resolve_arch(self.family, arch)
         fits = self.out_indices[-1] < len(plain.stage_sizes(arch)[0])
         with torch.device('meta'):
-            return plain(arch, self.out_indices if fits else None).state_dict()
+            return plain(arch, self.out_indices if fits else None,
+                         **(self.output_options if fits else {})).state_dict()
 
 
 # --- whose weights these are ------------------------------------------------------------------
