@@ -42,7 +42,7 @@ def test_nothing_is_left_of_the_stock_config(leaf, load):
     cfg, entry = load(leaf), entry_of(leaf)
     assert cfg.custom_imports == dict(imports=['vmamba_mm.mm'], allow_failed_imports=False)
     assert set(cfg.model.backbone) <= {'type', 'arch', 'drop_path_rate', 'out_indices', 'out_type',
-                                       'features', 'init_cfg'}
+                                       'features', 'init_cfg', 'projection', 'with_last_map'}
     assert not re.findall(r'https?:[^\s\'"]+', str(cfg.to_dict()))
     if entry.pretrained is None:
         assert 'init_cfg' not in cfg.model.backbone  # trained from scratch

@@ -72,8 +72,8 @@ def _published_keys():
 SPEC = Spec(
     family=FAMILY, model=RMT, archs=dict(published=PUBLISHED, scaled=SCALED), shapes=_shapes,
     published_keys=_published_keys,
-    changes=[dict(embed_dims=(16, 16, 16, 24)), dict(depths=(1, 2, 1, 1)),
-             dict(num_heads=(4, 2, 2, 3)), dict(mlp_ratios=(2.0, 4.0, 3.0, 3.0)),
+    changes=[dict(mlp_ratios=(2.0, 4.0, 3.0, 3.0)), dict(depths=(1, 2, 1, 1)),
+             dict(num_heads=(4, 2, 2, 3)), dict(embed_dims=(16, 16, 16, 24)),
              dict(layer_scales=(1e-6, 0.0, 0.0, 1e-6))],
     wrong=[(dict(embed_dims=(7, 16, 16, 24)), 'embed_dims.*the first of them even'),
            (dict(depths=(1, 1, 1)), '4 ints'),
