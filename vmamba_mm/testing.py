@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vmamba_mm.ops.masa import decay_masks
+from vmamba_mm.ops.retention import log_decays
 from vmamba_mm.ops.rotation import rotation_table
 
 #: where op tests run: a machine with a GPU tests both
@@ -206,6 +207,62 @@ def run_ssd(ssd: Callable, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
             arguments.pop('initial_state', None)  # of the first sequence
         results['varlen_states'] = torch.cat(states)
     return results
+
+
+def run_retention(retention: Callable, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The op ``retention`` on 'q', 'k' (B, H, L, N) and 'v' (B, H, L, P) with the decays 'gamma'.
+
+    Returns:
+        'y' (B, H, L, P) and 'final_state' (B, H, N, P).
+    """
+    tokens = (inputs[name].transpose(1, 2) for name in ('q', 'k', 'v'))
+    y, state = retention(*tokens, inputs['gamma'].log(), return_final_state=True)
+    return dict(y=y.transpose(1, 2), final_state=state.mT)
+
+
+def run_rotation(rotate: Callable, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """``rotate_pairs`` of 'x' (..., L, N) by the positions of the tokens, as 'y'."""
+    x = inputs['x']
+    table = rotation_table(torch.arange(x.shape[-2], device=x.device), x.shape[-1], x.dtype)
+    return dict(y=rotate(x, *table))
+
+
+def run_retention_layer(layer: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The layer of RetNet in its own form, chunk by chunk and token by token.
+
+    Returns:
+        'output', 'output_chunkwise' and 'output_recurrent' (B, L, C), and the tables: 'decay' (H),
+        logarithms, and 'angle' (N), by which each channel turns from token to token.
+    """
+    x = inputs['input']
+    head_dim = layer.q_proj.out_features // layer.num_heads
+    _, sin = rotation_table(torch.ones(1, device=x.device), head_dim, x.dtype)
+    with torch.no_grad():
+        tokens = x.detach()
+        chunkwise, _ = layer(tokens, layer.init_state(len(x)))
+        state, steps = layer.init_state(len(x)), []
+        for token in tokens.unbind(1):
+            y, state = layer.step(token, state)
+            steps.append(y)
+    return dict(output=layer(x), output_chunkwise=chunkwise, output_recurrent=torch.stack(steps, 1),
+                decay=log_decays(layer.num_heads, x), angle=sin[0].asin())
+
+
+def run_retnet(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A RetNet in its own form, chunk by chunk and token by token.
+
+    Returns:
+        'output', a list of the logits (B, L, V), and 'output_chunkwise' and 'output_recurrent'.
+    """
+    tokens, states = inputs['input'], model.init_state(len(inputs['input']))
+    with torch.no_grad():
+        chunkwise, _ = model(tokens, states)
+        steps = []
+        for token in tokens.split(1, dim=1):
+            logits, states = model(token, states)
+            steps.append(logits)
+    return dict(output=[model(tokens)], output_chunkwise=chunkwise,
+                output_recurrent=torch.cat(steps, 1))
 
 
 def run_masa(layer: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:

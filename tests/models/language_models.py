@@ -17,9 +17,16 @@ ATTENTION = dict(mixer='attention', vocab_size=29, embed_dims=16, depth=2, num_h
                  norm='layer', max_positions=64, drop_rate=0.1, attn_drop_rate=0.1)
 HYBRID = dict(MAMBA2, attn_layers=(0, 2), num_heads=4, num_kv_heads=2, attn_head_dim=6,
               attn_conv=4, rotary_dims=4, qkv_bias=False, out_bias=False)
+RETNET = dict(mixer='retnet', vocab_size=29, embed_dims=16, depth=2, retention_heads=2,
+              value_dims=24, ffn_dims=20)
+DEEPNORM = dict(RETNET, depth=3, retention_form='parallel', ffn_act='silu', deepnorm=True,
+                post_norm=True, scale_embedding=True, embed_norm=True, tie_embeddings=True)
 ARCHS = dict(tiny=TINY, other=OTHER, mamba2=MAMBA2, other2=OTHER2, attention=ATTENTION,
-             hybrid=HYBRID)
+             hybrid=HYBRID, retnet=RETNET, deepnorm=DEEPNORM)
 each_arch = pytest.mark.parametrize('arch', ARCHS.values(), ids=ARCHS)
+#: Those with the names of mamba_ssm, whose blocks have nothing beside the mixer.
+MAMBAS = {name: arch for name, arch in ARCHS.items() if arch['mixer'] != 'retnet'}
+each_mamba = pytest.mark.parametrize('arch', MAMBAS.values(), ids=MAMBAS)
 each_scan = pytest.mark.parametrize('arch', [TINY, OTHER, MAMBA2, OTHER2],
                                     ids=['tiny', 'other', 'mamba2', 'other2'])
 each_device = pytest.mark.parametrize('device', ['cpu', 'cuda'])

@@ -16,6 +16,7 @@ from language_models import (
     TINY,
     each_arch,
     each_device,
+    each_mamba,
     random_model,
     tokens_of,
     transformers_state,
@@ -100,7 +101,7 @@ def test_logits_are_those_of_the_paper(arch):
     torch.testing.assert_close(model.double()(input_ids), expected, atol=1e-7, rtol=1e-7)
 
 
-@each_arch
+@each_mamba
 def test_blocks_add_to_a_stream(arch):
     """What is around the mixers, which tests/layers compares with their equations."""
     model, input_ids = random_model(arch).double(), tokens_of(2, 9)
@@ -178,7 +179,7 @@ def test_training_reaches_every_parameter_and_with_cp_changes_nothing(arch):
     torch.testing.assert_close(grads[0], grads[1], atol=0, rtol=0)
 
 
-@each_arch
+@each_mamba
 @pytest.mark.parametrize('autocast', [False, True], ids=['bf16', 'autocast'])
 def test_half_precision_keeps_the_residual_stream_in_fp32(arch, autocast):
     model, input_ids = random_model(arch), tokens_of(2, 17)
@@ -258,7 +259,8 @@ def test_ways_to_name_an_architecture():
 
 @pytest.mark.parametrize('changes, message', [
     (dict(mixer='mamba9'),
-     "arch.'mixer'.='mamba9' is not allowed; it must be 'mamba', 'mamba2' or 'attention'"),
+     "arch.'mixer'.='mamba9' is not allowed; it must be 'mamba', 'mamba2', 'attention' or "
+     "'retnet'"),
     (dict(vocab_size=0), 'vocab_size.*an int of at least 1'),
     (dict(depth=True), 'depth.*an int of at least 1'),
     (dict(d_conv=1), 'd_conv.*an int of at least 2'),

@@ -13,7 +13,7 @@ from language_models import (
     OTHER,
     OTHER2,
     TINY,
-    each_arch,
+    each_mamba,
     mamba_ssm_state,
     random_model,
     tokens_of,
@@ -109,7 +109,7 @@ def test_heads_are_not_guessed(tmp_path, arch):
         CausalLM.from_pretrained(tmp_path / 'a.pth')
 
 
-@each_arch
+@each_mamba
 @pytest.mark.parametrize('names', [transformers_state, mamba_ssm_state, CausalLM.state_dict])
 def test_names_of_weights(arch, names, tmp_path):
     model = random_model(arch)

@@ -1,13 +1,13 @@
-"""Language models of Mamba (arXiv 2312.00752) and Mamba-2 (arXiv 2405.21060), and such of softmax
+"""Language models of Mamba (arXiv 2312.00752), Mamba-2 (arXiv 2405.21060), RetNet and softmax
 attention: the published sizes, and names of weights."""
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from vmamba_mm.families import mamba2
-from vmamba_mm.families.base import Family, Rule, is_int, is_number, one_of
+from vmamba_mm.families import mamba2, retnet
+from vmamba_mm.families.base import Family, Rows, Rule, is_int, is_number, one_of
 
 #: The tokens of the published models' vocabulary, that of GPT-NeoX with its added tokens.
 _TOKENS = 50277
@@ -21,7 +21,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
                    rmsnorm=True, norm_before_gate=False, D_has_hdim=False, dt_limit=(0.0, math.inf),
                    conv_bias=True, bias=False),
     'attention': dict(num_heads=1, num_kv_heads=None, attn_head_dim=None, attn_conv=0,
-                      rotary_dims=0, qkv_bias=True, out_bias=True, attn_drop_rate=0.0)}
+                      rotary_dims=0, qkv_bias=True, out_bias=True, attn_drop_rate=0.0),
+    **retnet.OPTIONS}
 _ARGUMENTS = dict(attn_head_dim='head_dim', attn_conv='d_conv', attn_drop_rate='drop_rate')
 
 
@@ -33,12 +34,16 @@ def with_defaults(arch: Mapping[str, Any]) -> dict[str, Any]:
 def mixer_of(arch: Mapping[str, Any], layer: int) -> tuple[str, dict[str, Any]]:
     """The kind of a layer's mixer, and its keyword arguments."""
     kind = 'attention' if layer in arch.get('attn_layers', ()) else arch['mixer']
+    if kind in retnet.OPTIONS:
+        return kind, retnet.mixer_options(arch)
     return kind, {_ARGUMENTS.get(key, key): arch.get(key, value)
                   for key, value in OPTIONS[kind].items()}
 
 
 def _defaults(arch):
     options = dict(_COMMON) | OPTIONS[arch['mixer']]
+    if arch['mixer'] in retnet.OPTIONS:
+        options |= retnet.DEFAULTS
     return options | OPTIONS['attention'] if arch.get('attn_layers') else options
 
 
@@ -109,6 +114,7 @@ RULES = {
     'drop_rate': _RATE,
     'tie_embeddings': _BOOL,
     'pad_vocab_size_multiple': _POSITIVE.or_absent(),
+    **retnet.RULES,
 }
 
 
@@ -119,6 +125,8 @@ def _is_range(value: Any) -> bool:
 
 def _check(arch: Mapping[str, Any]) -> None:
     mixer, options = arch['mixer'], _defaults(arch)
+    if mixer in retnet.OPTIONS:
+        retnet.check(arch)
     of_mixers = {key: kind for kind, keys in OPTIONS.items() for key in keys}
     for key in arch:
         if key in of_mixers and key not in options:
@@ -143,13 +151,14 @@ def _check(arch: Mapping[str, Any]) -> None:
 
 def padded_vocab_size(arch: Mapping[str, Any]) -> int:
     """The rows of the embedding, and the logits of a token."""
-    multiple = arch.get('pad_vocab_size_multiple', _COMMON['pad_vocab_size_multiple'])
+    defaults = retnet.DEFAULTS if arch.get('mixer') in retnet.OPTIONS else _COMMON
+    multiple = arch.get('pad_vocab_size_multiple', defaults['pad_vocab_size_multiple'])
     return -(-arch['vocab_size'] // multiple) * multiple
 
 
 # --- weights ------------------------------------------------------------------------------------
 
-KEYS = (
+_KEYS = (
     ('backbone.embedding', 'token_embed'),
     ('backbone.embeddings', 'token_embed'),  # of transformers
     ('backbone.position_embed', 'position_embed'),
@@ -157,6 +166,13 @@ KEYS = (
     ('backbone.norm_f', 'norm'),
     ('lm_head', 'lm_head'),
 )
+
+
+def keys(names: Collection[str]) -> Rows:
+    """The rows of a model with these names: of a RetNet, or of the other mixers; of none, all."""
+    if not names:
+        return _KEYS + retnet.KEYS
+    return retnet.KEYS if retnet.has_own(names) else _KEYS
 
 
 def _infer_arch(weights: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,8 +184,10 @@ def _infer_arch(weights: Mapping[str, Any]) -> dict[str, Any]:
     mixers = [{k.removeprefix(place): v for k, v in shapes.items() if k.startswith(place)}
               for place in (f'blocks.{i}.mixer.' for i in range(depth))]
     kinds = ['mamba' if 'x_proj.weight' in mixer else 'mamba2' if 'A_log' in mixer
-             else 'attention' for mixer in mixers]
+             else 'retnet' if 'g_proj.weight' in mixer else 'attention' for mixer in mixers]
     kind = next((k for k in kinds if k != 'attention'), 'attention')
+    if set(kinds) == {'retnet'}:
+        return _without_defaults(dict(mixer=kind, depth=depth, **retnet.infer(shapes)))
     arch = dict(mixer=kind, embed_dims=dims, depth=depth,
                 norm='layer' if 'norm.bias' in shapes else 'rms', **_vocabulary(rows))
     if 'position_embed.weight' in shapes:
@@ -340,8 +358,7 @@ def _require(key, found, *wanted):
 
 FAMILY = Family(
     name='mamba_lm', model='CausalLM', takes='tokens', weights_key='', archs=ARCHS,
-    rules=RULES, check=_check, keys=KEYS,
-    signature=('token_embed.weight', 'norm.weight', 'blocks.0.norm.weight',
-               'blocks.0.mixer.in_proj.weight', 'blocks.0.mixer.out_proj.weight'),
-    infer_arch=_infer_arch, parity_folders={'mamba2': mamba2.PARITY}, licence='Apache-2.0',
-    url='https://github.com/state-spaces/mamba')
+    rules=RULES, check=_check, keys=keys,
+    signature=('token_embed.weight', 'blocks.0.norm.weight', 'blocks.0.mixer.out_proj.weight'),
+    infer_arch=_infer_arch, parity_folders={'mamba2': mamba2.PARITY, 'retnet': retnet.PARITY},
+    licence='Apache-2.0', url='https://github.com/state-spaces/mamba')

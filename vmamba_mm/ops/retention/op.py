@@ -1,5 +1,6 @@
 """The op ``retention``: its definition, checks, and the public function."""
 
+import torch
 from torch import Tensor
 
 from vmamba_mm.ops.core.backends import Backend, compute_dtype
@@ -67,6 +68,13 @@ def retention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *,
     check_state('retention', q, v, log_decay, initial_state)
     y, state = _retention(q, k, v, log_decay, initial_state, return_final_state, backend=backend)
     return (y, state) if return_final_state else y
+
+
+def log_decays(num_heads: int, like: Tensor) -> Tensor:
+    """The decays of RetNet (section 2.2): (H), the logarithms of 1 - 2^(-5 - h), in fp32 at least,
+    on the device of ``like``."""
+    heads = torch.arange(num_heads, device=like.device, dtype=compute_dtype(like.dtype))
+    return torch.log1p(-2 ** (-5 - heads))
 
 
 def check_state(name: str, q: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None) -> None:

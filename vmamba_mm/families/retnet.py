@@ -1,0 +1,142 @@
+"""RetNet (arXiv 2307.08621), of whose language models the authors released no weights.
+
+What :mod:`vmamba_mm.families.mamba_lm` has to know of it: options, names of weights, official
+numbers.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from vmamba_mm.families.base import Rule, is_int, one_of
+from vmamba_mm.families.parity import Build, Call, Limit, Omission, Options, Parity, Subject
+
+#: What an arch of this mixer need not say: of its layers,
+OPTIONS: dict[str, dict[str, Any]] = {'retnet': dict(
+    retention_heads=1, value_dims=None, retention_form='chunkwise', ffn_dims=None, ffn_act='gelu',
+    deepnorm=False, post_norm=False, scale_embedding=False, embed_norm=False)}
+#: and of the whole model, where it differs from the others.
+DEFAULTS = dict(norm_eps=1e-6, tie_embeddings=False, pad_vocab_size_multiple=1)
+_OF_MIXER = dict(retention_heads='num_heads', value_dims='value_dims', retention_form='form')
+
+_BOOL = Rule(lambda v: isinstance(v, bool), 'True or False').or_absent()
+_POSITIVE_OR_NONE = Rule(lambda v: v is None or is_int(v, 1), 'None or an int of at least 1',
+                         optional=True)
+RULES = {
+    'retention_heads': Rule(lambda v: is_int(v, 1), 'an int of at least 1', optional=True),
+    'value_dims': _POSITIVE_OR_NONE,
+    'retention_form': one_of('chunkwise', 'parallel').or_absent(),
+    'ffn_dims': _POSITIVE_OR_NONE,
+    'ffn_act': one_of('gelu', 'silu').or_absent(),
+    'deepnorm': _BOOL, 'post_norm': _BOOL, 'scale_embedding': _BOOL, 'embed_norm': _BOOL}
+
+
+def mixer_options(arch: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of ``MultiScaleRetention``."""
+    options = {**OPTIONS['retnet'], **DEFAULTS, **arch}
+    return dict(norm_eps=options['norm_eps'], **{
+        argument: options[key] for key, argument in _OF_MIXER.items()})
+
+
+def value_dims(arch: Mapping[str, Any]) -> int:
+    """The channels of the values: by default 5/3 of the others, and a multiple of the heads."""
+    heads = arch.get('retention_heads', 1)
+    found = arch.get('value_dims')
+    return 5 * arch['embed_dims'] // 3 // heads * heads if found is None else found
+
+
+def check(arch: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the heads fit and the norm has no bias."""
+    heads, dims, values = arch.get('retention_heads', 1), arch['embed_dims'], value_dims(arch)
+    if dims % (2 * heads) or values % heads or values < 1:
+        raise ValueError(f"arch['retention_heads']={heads} must leave each head an even number of "
+                         f'the {dims} channels of embed_dims, and divide the {values} of '
+                         'value_dims')
+    if arch.get('norm', 'rms') != 'rms' or arch.get('attn_layers'):
+        raise ValueError("the mixer 'retnet' has norm='rms' and no attn_layers")
+
+
+# --- names of weights ---------------------------------------------------------------------------
+
+#: Of fairseq's files; the tables of positions and decays are computed.
+KEYS = (
+    ('decoder.embed_tokens', 'token_embed'), ('decoder.layernorm_embedding', 'embed_norm'),
+    ('decoder.retnet_rel_pos', None), ('decoder.layer_norm', 'norm'),
+    ('decoder.layers.#.retention_layer_norm', 'blocks.#.norm'),
+    ('decoder.layers.#.retention', 'blocks.#.mixer'), ('decoder.layers.#.ffn', 'blocks.#.ffn'),
+    ('decoder.layers.#.final_layer_norm', 'blocks.#.ffn_norm'),
+    ('decoder.output_projection', 'lm_head'))
+_OWN = re.compile(r'(?:retention\.|mixer\.)g_proj\.')
+
+
+def has_own(names: Collection[str]) -> bool:
+    """Whether names, official or ours, are those of a RetNet."""
+    return any(_OWN.search(name) for name in names)
+
+
+def infer(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Heads leave no trace, and are taken to have 256 channels as published, or to be one; nor do
+    the activation, DeepNorm and the scale of the embedding."""
+    rows, dims = shapes['token_embed.weight']
+    arch = dict(embed_dims=dims, vocab_size=rows, ffn_dims=shapes['blocks.0.ffn.fc1.weight'][0],
+                retention_heads=dims // 256 if dims % 256 == 0 else 1,
+                post_norm='norm.weight' not in shapes, embed_norm='embed_norm.weight' in shapes)
+    values, _ = shapes['blocks.0.mixer.v_proj.weight']
+    if values % arch['retention_heads']:
+        arch['retention_heads'] = 1
+    return arch | dict(value_dims=None if values == value_dims(arch) else values)
+
+
+# --- the official code's numbers ----------------------------------------------------------------
+
+def _model(file: str, options: Options) -> Subject:
+    kwargs = options['kwargs']
+    options.ignore('kind')
+    kwargs.ignore('recurrent_chunk_size', 'subln')  # which change nothing in a decoder
+    build = Build('vmamba_mm.models:CausalLM', dict(
+        mixer='retnet', vocab_size=kwargs['vocab_size'], embed_dims=kwargs['decoder_embed_dim'],
+        depth=kwargs['decoder_layers'], value_dims=kwargs['decoder_value_embed_dim'],
+        retention_heads=kwargs['decoder_retention_heads'],
+        ffn_dims=kwargs['decoder_ffn_embed_dim'], retention_form='parallel',
+        ffn_act={'gelu': 'gelu', 'swish': 'silu'}[kwargs.get('activation_fn', 'gelu')],
+        norm_eps=kwargs.get('layernorm_eps', 1e-6), deepnorm=kwargs.get('deepnorm', False),
+        post_norm=not kwargs.get('decoder_normalize_before', True),
+        scale_embedding=not kwargs.get('no_scale_embedding', True),
+        embed_norm=kwargs.get('layernorm_embedding', False),
+        tie_embeddings=kwargs.get('share_decoder_input_output_embed', False)))
+    return Subject(build, Call(run='vmamba_mm.testing:run_retnet'))
+
+
+_OF_RETENTION = ('q', 'k', 'v', 'gamma')
+
+
+def _retention(section: str, case: Options) -> Subject:
+    if case.require('op', 'retention', 'theta_shift') == 'retention':
+        return Subject(Build('vmamba_mm.ops:retention'), Call(
+            args=(), kwargs={name: name for name in _OF_RETENTION},
+            run='vmamba_mm.testing:run_retention'))
+    return Subject(Build('vmamba_mm.ops.rotation:rotate_pairs'), Call(
+        args=('x', 'angle'), run='vmamba_mm.testing:run_rotation'))
+
+
+def _layer(section: str, case: Options) -> Subject:
+    kwargs = case['kwargs']
+    case.require('kind', 'MultiScaleRetention')
+    kwargs.ignore('chunk_size')  # that of ours changes no number
+    return Subject(
+        Build('vmamba_mm.layers:MultiScaleRetention', dict(
+            embed_dims=kwargs['embed_dim'], value_dims=kwargs['value_dim'],
+            num_heads=kwargs['num_heads'], norm_eps=kwargs['layernorm_eps'], form='parallel')),
+        Call(run='vmamba_mm.testing:run_retention_layer'), state='state_dict',
+        convert=lambda weights: weights)
+
+
+_SCALED = ('the authors scale the three forms in three ways, of which the norm undoes all but its '
+           'epsilon; ours is scaled as their recurrent form')
+_NORM = 'the official norm of a head is computed in fp32, in a layer of fp64 too'
+PARITY = Parity(
+    subject=_model, ops={'op_retention.pt': _retention, 'msr.pt': _layer},
+    absences=(Omission('grads.gamma', 'there the decays are fixed', 'op_retention.pt'),),
+    limits=(Limit('output_chunkwise', 1e-4, _SCALED),
+            *(Limit(name, 1e-6, _NORM, 'msr.pt') for name in (
+                'output', 'output_recurrent', 'grad_input', 'grad_params.*'))))
