@@ -60,6 +60,15 @@ def test_norms_after():
     assert_close(model(input_ids), F.linear(x, model.token_embed.weight), 1e-10)
 
 
+def test_without_mlp():
+    model, input_ids = random_model(dict(RETNET, ffn_dims=0)).double(), tokens_of(2, 9)
+    x = model.token_embed(input_ids)
+    for block in model.blocks:
+        x = x + block.mixer(block.norm(x))
+    assert_close(model(input_ids), F.linear(model.norm(x), model.lm_head.weight), 1e-10)
+    assert infer_arch(model.state_dict())['ffn_dims'] == 0
+
+
 def test_state_does_not_grow():
     model = random_model(RETNET)
     with torch.no_grad():
@@ -148,6 +157,7 @@ def test_arch_of_weights():
     (dict(retention_heads=3), 'retention_heads.*even number of the 16 channels of embed_dims'),
     (dict(value_dims=25), 'divide the 25 of value_dims'),
     (dict(retention_form='recurrent'), "retention_form.*must be 'chunkwise' or 'parallel'"),
+    (dict(ffn_dims=0, deepnorm=True), 'ffn_dims.*no MLP, goes with neither'),
     (dict(ffn_act='relu'), "ffn_act.*must be 'gelu' or 'silu'"),
     (dict(norm='layer'), "'retnet' has norm='rms'"),
     (dict(attn_layers=(0,)), "'retnet' has norm='rms' and no attn_layers"),

@@ -21,6 +21,8 @@ MIXERS = {
     'attention': Mixer('softmax attention', dict(mixer='attention', attn_conv=4), 2, 1),
     'mamba': Mixer('Mamba', dict(mixer='mamba'), 1, 0),
     'mamba2': Mixer('Mamba-2', dict(mixer='mamba2'), 1, 0),
+    # Without the MLP that its block has.
+    'retnet': Mixer('RetNet', dict(mixer='retnet', ffn_dims=0), 1, 0),
 }
 
 

@@ -26,7 +26,8 @@ RULES = {
     'retention_heads': Rule(lambda v: is_int(v, 1), 'an int of at least 1', optional=True),
     'value_dims': _POSITIVE_OR_NONE,
     'retention_form': one_of('chunkwise', 'parallel').or_absent(),
-    'ffn_dims': _POSITIVE_OR_NONE,
+    'ffn_dims': Rule(lambda v: v is None or is_int(v, 0), 'None or an int of at least 0',
+                     optional=True),
     'ffn_act': one_of('gelu', 'silu').or_absent(),
     'deepnorm': _BOOL, 'post_norm': _BOOL, 'scale_embedding': _BOOL, 'embed_norm': _BOOL}
 
@@ -52,6 +53,8 @@ def check(arch: Mapping[str, Any]) -> None:
         raise ValueError(f"arch['retention_heads']={heads} must leave each head an even number of "
                          f'the {dims} channels of embed_dims, and divide the {values} of '
                          'value_dims')
+    if arch.get('ffn_dims') == 0 and (arch.get('deepnorm') or arch.get('post_norm')):
+        raise ValueError("arch['ffn_dims']=0, no MLP, goes with neither deepnorm nor post_norm")
     if arch.get('norm', 'rms') != 'rms' or arch.get('attn_layers'):
         raise ValueError("the mixer 'retnet' has norm='rms' and no attn_layers")
 
@@ -78,7 +81,8 @@ def infer(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """Heads leave no trace, and are taken to have 256 channels as published, or to be one; nor do
     the activation, DeepNorm and the scale of the embedding."""
     rows, dims = shapes['token_embed.weight']
-    arch = dict(embed_dims=dims, vocab_size=rows, ffn_dims=shapes['blocks.0.ffn.fc1.weight'][0],
+    arch = dict(embed_dims=dims, vocab_size=rows,
+                ffn_dims=shapes.get('blocks.0.ffn.fc1.weight', (0,))[0],
                 retention_heads=dims // 256 if dims % 256 == 0 else 1,
                 post_norm='norm.weight' not in shapes, embed_norm='embed_norm.weight' in shapes)
     values, _ = shapes['blocks.0.mixer.v_proj.weight']

@@ -89,9 +89,9 @@ class CausalLM(StrictLoading, BaseModule):
             - of 'retnet': ``retention_heads`` (1), ``value_dims`` (None) and ``retention_form``
               ('chunkwise'), which are ``num_heads``, ``value_dims`` and ``form`` of
               :class:`vmamba_mm.layers.MultiScaleRetention`; ``ffn_dims`` (None for those of the
-              values) and ``ffn_act`` ('gelu' or 'silu') of the MLP; ``deepnorm`` (False),
-              ``post_norm`` (False), ``scale_embedding`` (False) by sqrt(C), and ``embed_norm``
-              (False), a norm after the embedding;
+              values, 0 for no MLP) and ``ffn_act`` ('gelu' or 'silu') of the MLP; ``deepnorm``
+              (False), ``post_norm`` (False), ``scale_embedding`` (False) by sqrt(C), and
+              ``embed_norm`` (False), a norm after the embedding;
             - ``attn_layers`` (()): numbers of layers, from 0, with attention in place of the mixer;
             - of 'attention' and of those layers: ``num_heads`` (1), ``num_kv_heads`` (None),
               ``attn_head_dim`` (None), ``attn_conv`` (0), ``rotary_dims`` (0), ``qkv_bias`` (True),
@@ -311,8 +311,10 @@ def _make_block(arch: Mapping[str, Any], layer: int, make_norm: Callable[[], nn.
 
 
 def _make_retnet_block(arch: Mapping[str, Any], layer: int, make_norm: Callable[[], nn.Module],
-                       with_cp: bool) -> RetNetBlock:
+                       with_cp: bool) -> MambaBlock:
     options = with_defaults(arch)
+    if options['ffn_dims'] == 0:
+        return _make_block(arch, layer, make_norm, with_cp)
     mlp = GatedMlp(arch['embed_dims'], options['ffn_dims'] or retnet.value_dims(arch),
                    options['ffn_act'])
     alpha = (2 * arch['depth']) ** 0.25 if options['deepnorm'] else 1.0
