@@ -266,18 +266,21 @@ def run_retnet(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_masa(layer: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """A layer of RMT with its positions, ``vmamba_mm.models.rmt.PlacedAttention``.
+    """A layer of RMT with its decay, ``vmamba_mm.models.rmt.PlacedAttention``.
 
     Returns:
         'output'; 'mask', what is added to scores, of columns and of rows where the two are apart;
         'decay'; 'angle', by which each channel turns from pixel to pixel.
     """
-    x, positions = inputs['input'], layer.positions
+    x = inputs['input']
     # The recorded cases are in fp64 but for the decay and the masks, which are in fp32.
-    decay = positions.decay.float()
-    masks = decay_masks(decay, *x.shape[1:3], positions.form)
-    output = layer.attn(x, decay, positions(x)._replace(masks=masks))
-    _, sin = rotation_table(torch.ones(1, device=x.device), positions.head_dim, x.dtype)
+    decay = layer.decay.float()
+    masks = decay_masks(decay, *x.shape[1:3], layer.form)
+    height, width = x.shape[1:3]
+    numbers = torch.arange(height * width, device=x.device).view(height, width, 1)
+    cos, sin = rotation_table(numbers, layer.head_dim, x.dtype)
+    output = layer.attn(x, (decay, cos, sin, masks))
+    _, sin = rotation_table(torch.ones(1, device=x.device), layer.head_dim, x.dtype)
     return dict(output=output, mask=masks[0] if len(masks) == 1 else list(masks[::-1]),
                 decay=decay, angle=sin[0].asin())
 

@@ -17,7 +17,7 @@ SCALED = dict(PUBLISHED, depths=(1, 1, 1, 1), layer_scales=(0.0, 0.0, 1e-6, 1e-6
 _NAMES = (
     (r'^patch_embed\.conv(\d)\.conv', lambda m: f'patch_embed.proj.{3 * int(m[1]) - 3}'),
     (r'^patch_embed\.conv(\d)\.norm', lambda m: f'patch_embed.proj.{3 * int(m[1]) - 2}'),
-    (r'^stages\.', 'layers.'), (r'\.positions\.', '.Relpos.'), (r'\.pos\.', '.pos.conv.'),
+    (r'^stages\.', 'layers.'), (r'\.(\d)\.decay$', r'.\1.Relpos.decay'), (r'\.pos\.', '.pos.conv.'),
     (r'\.downsample\.conv', '.downsample.reduction'), (r'\.norm1\.', '.retention_layer_norm.'),
     (r'\.norm2\.', '.final_layer_norm.'), (r'\.attn\.', '.retention.'),
     (r'\.lepe\.', '.lepe.conv.'), (r'\.mlp\.dwconv', '.ffn.dwconv.conv'), (r'\.mlp\.', '.ffn.'))

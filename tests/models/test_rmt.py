@@ -9,7 +9,7 @@ from torch import nn
 from vmamba_mm.checkpoints.names import to_official
 from vmamba_mm.errors import UserError
 from vmamba_mm.models import RMT
-from vmamba_mm.models.rmt import ManhattanAttention, ManhattanPositions, MapProjection
+from vmamba_mm.models.rmt import ManhattanAttention, MapProjection, make_decay, place
 from vmamba_mm.ops.masa.reference import masa
 from vmamba_mm.testing import Classifier, assert_close
 
@@ -19,7 +19,7 @@ ARCH = dict(embed_dims=(8, 16, 16, 24), depths=(1, 1, 1, 1), num_heads=(2, 2, 4,
 
 # --- attention ------------------------------------------------------------------------------------
 
-def by_hand(attention, positions, x):
+def by_hand(attention, decay, x):
     """Section 3 of the paper, with queries and keys as complex numbers that turn."""
     heads, (height, width) = attention.num_heads, x.shape[1:3]
     q, k, v = (linear(x).unflatten(-1, (heads, -1)) for linear in (
@@ -29,7 +29,7 @@ def by_hand(attention, positions, x):
     turn = torch.polar(torch.ones_like(angles), angles).view(height, width, 1, -1)
     q, k = (torch.view_as_real(torch.view_as_complex(t.unflatten(-1, (-1, 2))) * turn).flatten(-2)
             for t in (q, k))
-    y = masa(q, k, v, positions.decay, attention.form).flatten(3)
+    y = masa(q, k, v, decay, attention.form).flatten(3)
     beside = attention.lepe(attention.v_proj(x).movedim(-1, 1)).movedim(1, -1)
     return attention.out_proj(y + beside)
 
@@ -38,15 +38,15 @@ def by_hand(attention, positions, x):
 def test_attention_is_that_of_the_paper(form):
     torch.manual_seed(0)
     attention = ManhattanAttention(8, 2, form).double()
-    positions = ManhattanPositions(2, 4, form).double()
+    decay = make_decay(2).double()
     x = torch.randn(2, 3, 5, 8, dtype=torch.float64)
-    found = attention(x, positions.decay, positions(x))
-    assert_close(found, by_hand(attention, positions, x), 1e-12)
+    found = attention(x, place(x, decay, 4, form))
+    assert_close(found, by_hand(attention, decay, x), 1e-12)
 
 
 def test_decays_are_spread_over_the_heads():
-    decay = ManhattanPositions(4, 8, 'whole', init_value=2, heads_range=4).decay
-    torch.testing.assert_close(decay.exp(), torch.tensor([3 / 4, 7 / 8, 15 / 16, 31 / 32]))
+    torch.testing.assert_close(make_decay(4, init_value=2, heads_range=4).exp(),
+                               torch.tensor([3 / 4, 7 / 8, 15 / 16, 31 / 32]))
 
 
 def test_heads_that_do_not_fit():
@@ -57,9 +57,9 @@ def test_heads_that_do_not_fit():
 
 def test_half_models_turn_by_exact_positions():
     """Of 24x24 pixels the last is the 575th, which bf16 cannot tell from the 576th."""
-    positions = ManhattanPositions(2, 8, 'decomposed')
-    x = torch.zeros(1, 24, 24, 16)
-    exact, half = positions(x), positions.bfloat16()(x.bfloat16())
+    decay, x = make_decay(2), torch.zeros(1, 24, 24, 16)
+    exact = place(x, decay, 8, 'decomposed')
+    half = place(x.bfloat16(), decay.bfloat16(), 8, 'decomposed')
     assert torch.equal(exact.cos, half.cos) and torch.equal(exact.sin, half.sin)
 
 
@@ -148,5 +148,5 @@ def test_a_classifier_without_its_projection_is_refused():
 def test_decays_of_a_file_are_kept():
     model, other = RMT(ARCH), RMT(dict(ARCH, init_values=(3, 3, 3, 3)))
     model.load_state_dict(other.state_dict())
-    torch.testing.assert_close(model.stages[0].positions.decay.exp(),
+    torch.testing.assert_close(model.stages[0].decay.exp(),
                                torch.tensor([7 / 8, 31 / 32]))

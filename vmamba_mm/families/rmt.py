@@ -79,7 +79,7 @@ _BLOCK = (('pos.conv', 'pos'), ('retention_layer_norm', 'norm1'),
 _KEYS = (
     *((f'patch_embed.proj.{n}', f'patch_embed.conv{i + 1}.{part}')
       for i in range(4) for n, part in ((3 * i, 'conv'), (3 * i + 1, 'norm'))),
-    ('layers.#.Relpos.decay', 'stages.#.positions.decay'), ('layers.#.Relpos.angle', None),
+    ('layers.#.Relpos.decay', 'stages.#.decay'), ('layers.#.Relpos.angle', None),
     *((f'layers.#.blocks.#.{theirs}', f'stages.#.blocks.#.{ours}') for theirs, ours in _BLOCK),
     ('layers.#.downsample.reduction', 'stages.#.downsample.conv'),
     ('layers.#.downsample.norm', 'stages.#.downsample.norm'), ('extra_norms.#', 'norm#'))
@@ -90,13 +90,19 @@ def _infer_arch(weights: Mapping[str, Any]) -> dict[str, Any]:
     in their values: they are taken to be those of the published arch of these shapes."""
     shapes = {k: tuple(v.shape) for k, v in weights.items()}
     blocks = {m.groups() for k in shapes if (m := re.match(r'stages\.(\d+)\.blocks\.(\d+)\.', k))}
-    dims, heads, hidden = (tuple(shapes[f'stages.{i}.{name}'][0] for i in range(4)) for name in (
-        'blocks.0.norm1.weight', 'positions.decay', 'blocks.0.mlp.fc1.weight'))
+
+    def first_sizes(name):
+        """Of each stage; 0 where a part of a file lacks it."""
+        return (shapes[f'stages.0.{name}'][0],
+                *(shapes.get(f'stages.{i}.{name}', (0,))[0] for i in range(1, 4)))
+
+    dims, heads, hidden = map(first_sizes, (
+        'blocks.0.norm1.weight', 'decay', 'blocks.0.mlp.fc1.weight'))
     scaled = tuple(f'stages.{i}.blocks.0.gamma_1' in shapes for i in range(4))
     told = dict(embed_dims=dims, depths=tuple(sum(stage == str(i) for stage, _ in blocks)
                                               for i in range(4)),
                 num_heads=heads,
-                mlp_ratios=tuple(h / dim for h, dim in zip(hidden, dims, strict=True)))
+                mlp_ratios=tuple(h / (dim or 1) for h, dim in zip(hidden, dims, strict=True)))
     for arch in ARCHS.values():
         scales = arch.get('layer_scales', DEFAULTS['layer_scales'])
         if told.items() <= arch.items() and scaled == tuple(map(bool, scales)):
@@ -161,6 +167,6 @@ FAMILY = Family(
     signature=('stages.0.blocks.0.attn.lepe.weight', *(f'stages.0.blocks.0.{name}' for name in (
         'pos.weight', 'attn.q_proj.bias', 'attn.k_proj.bias', 'attn.v_proj.bias',
         'attn.out_proj.bias', 'norm1.bias', 'norm2.bias', 'mlp.dwconv.weight', 'mlp.fc1.weight')),
-        'stages.0.positions.decay', 'patch_embed.conv1.conv.weight'),
+        'stages.0.decay', 'patch_embed.conv1.conv.weight'),
     first_convs=('patch_embed.conv1.conv.weight',), infer_arch=_infer_arch, parity=PARITY,
     licence='none stated', url='https://github.com/qhfan/RMT')

@@ -36,13 +36,14 @@ torch.fx.wrap('sum_and_norm')
 class Places(NamedTuple):
     """What attention has to know of the places of pixels; the blocks of a stage share it."""
 
+    decay: Tensor  #: (n), logarithms, of :func:`make_decay`
     cos: Tensor  #: (H, W, 1, P)
     sin: Tensor  #: (H, W, 1, P)
     masks: tuple[Tensor, ...]  #: of :func:`vmamba_mm.ops.masa.decay_masks`
 
 
 def place(x: Tensor, decay: Tensor, head_dim: int, form: str) -> Places:
-    """The places of the pixels of a map (B, H, W, C).
+    """The places of the pixels of a map (B, H, W, C), for a decay (n).
 
     Queries and keys turn by the number of the pixel in the order of rows, h W + w, so that it
     depends on the width.
@@ -50,33 +51,15 @@ def place(x: Tensor, decay: Tensor, head_dim: int, form: str) -> Places:
     height, width = x.shape[1:3]
     numbers = torch.arange(height * width, device=x.device).view(height, width, 1)
     cos, sin = rotation_table(numbers, head_dim, x.dtype)
-    decay = decay.to(compute_dtype(decay.dtype))
-    return Places(cos, sin, decay_masks(decay, height, width, form))
+    wide = decay.to(compute_dtype(decay.dtype))
+    return Places(decay, cos, sin, decay_masks(wide, height, width, form))
 
 
-class ManhattanPositions(nn.Module):
-    """Of a stage: how scores fall with the distance, and how queries and keys turn.
-
-    Args:
-        num_heads: n.
-        head_dim: P, channels of a head.
-        form: as of :func:`vmamba_mm.ops.masa`.
-        init_value, heads_range: head h keeps 1 - 2^(-init_value - heads_range h / n) of a weight
-            from pixel to pixel; ``decay`` (n), a buffer, is the logarithm.
-
-    Shape: of a map (B, H, W, C) the :class:`Places`.
-    """
-
-    def __init__(self, num_heads: int, head_dim: int, form: str, init_value: float = 2.0,
-                 heads_range: float = 4.0):
-        super().__init__()
-        self.head_dim, self.form = head_dim, form
-        heads = torch.arange(num_heads, dtype=torch.float64)
-        self.register_buffer('decay', torch.log1p(
-            -2 ** (-init_value - heads_range * heads / num_heads)).float())
-
-    def forward(self, x: Tensor) -> Places:
-        return place(x, self.decay, self.head_dim, self.form)
+def make_decay(num_heads: int, init_value: float = 2.0, heads_range: float = 4.0) -> Tensor:
+    """(n), the logarithms of what each head keeps of a weight from pixel to pixel, which is
+    1 - 2^(-init_value - heads_range h / n) for head h, in fp32."""
+    heads = torch.arange(num_heads, dtype=torch.float64)
+    return torch.log1p(-2 ** (-init_value - heads_range * heads / num_heads)).float()
 
 
 class ManhattanAttention(nn.Module):
@@ -101,12 +84,11 @@ class ManhattanAttention(nn.Module):
             nn.Linear(dim, dim) for _ in range(4))
         self.lepe = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
 
-    def forward(self, x: Tensor, decay: Tensor, places: Places) -> Tensor:
-        """``decay`` is that of the :class:`ManhattanPositions` which gave ``places``."""
+    def forward(self, x: Tensor, places: Places) -> Tensor:
         v = self.v_proj(x)
-        q, k = (rotate_pairs(self._heads(project(x)), places[0], places[1])
+        q, k = (rotate_pairs(self._heads(project(x)), places[1], places[2])
                 for project in (self.q_proj, self.k_proj))
-        y = masa(q, k, self._heads(v), decay, self.form, masks=places[2]).flatten(3)
+        y = masa(q, k, self._heads(v), places[0], self.form, masks=places[3]).flatten(3)
         return self.out_proj(y + convolve_map(self.lepe, v))
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -114,24 +96,23 @@ class ManhattanAttention(nn.Module):
 
 
 class PlacedAttention(nn.Module):
-    """:class:`ManhattanAttention` with positions of its own: (B, H, W, C) -> (B, H, W, C).
+    """:class:`ManhattanAttention` with a decay of its own: (B, H, W, C) -> (B, H, W, C).
 
     Args:
-        dim, num_heads, form, init_value, heads_range: as there and of
-            :class:`ManhattanPositions`.
+        dim, num_heads, form, init_value, heads_range: as there and of :func:`make_decay`.
     """
 
     def __init__(self, dim: int, num_heads: int, form: str = 'decomposed', init_value: float = 2.0,
                  heads_range: float = 4.0):
         super().__init__()
         self.attn = ManhattanAttention(dim, num_heads, form)
-        self.positions = ManhattanPositions(num_heads, dim // num_heads, form, init_value,
-                                            heads_range)
         # A layer alone has no decay among its weights; in the published models the stage has it.
-        self.positions.register_buffer('decay', self.positions.decay, persistent=False)
+        self.register_buffer('decay', make_decay(num_heads, init_value, heads_range),
+                             persistent=False)
+        self.head_dim, self.form = dim // num_heads, form
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.attn(x, self.positions.decay, self.positions(x))
+        return self.attn(x, place(x, self.decay, self.head_dim, self.form))
 
 
 # --- the block ------------------------------------------------------------------------------------
@@ -164,7 +145,7 @@ class RMTBlock(nn.Module):
         drop_path: probability to drop one of these two branches.
         with_cp: recompute the block in the backward pass to save memory.
 
-    Shape: (B, H, W, C), with the decay and the :class:`Places` of the stage -> (B, H, W, C).
+    Shape: (B, H, W, C), with the :class:`Places` of the stage -> (B, H, W, C).
     """
 
     def __init__(self, dim: int, num_heads: int, form: str, *, mlp_ratio: float, layer_scale: float,
@@ -181,19 +162,19 @@ class RMTBlock(nn.Module):
             nn.Parameter(torch.full((1, 1, 1, dim), layer_scale)) if layer_scale else None
             for _ in range(2))
 
-    def forward(self, x: Tensor, decay: Tensor, places: Places) -> Tensor:
+    def forward(self, x: Tensor, places: Places) -> Tensor:
         if self.with_cp and torch.is_grad_enabled():
-            return torch.utils.checkpoint.checkpoint(self._forward, x, decay, places,
+            return torch.utils.checkpoint.checkpoint(self._forward, x, places,
                                                      use_reentrant=False)
-        return self._forward(x, decay, places)
+        return self._forward(x, places)
 
-    def _forward(self, x: Tensor, decay: Tensor, places: Places) -> Tensor:
+    def _forward(self, x: Tensor, places: Places) -> Tensor:
         drop: Callable[[Tensor], Tensor] = self.drop_path
         scales: tuple[Tensor | None, ...] = (None, None)
         if is_plain(drop, DropPath):  # then the factors go into the sums
             scales, drop = drop.factors(x, 2), _identity
         x, normed = sum_and_norm(self.norm1, x, convolve_map(self.pos, x))
-        branch = drop(_scaled(self.attn(normed, decay, places), self.gamma_1))
+        branch = drop(_scaled(self.attn(normed, places), self.gamma_1))
         x, normed = sum_and_norm(self.norm2, x, branch, scales[0])
         branch = drop(_scaled(self.mlp(normed), self.gamma_2))
         return add_norm(x, branch, None, None, scale=scales[1])[0]
@@ -226,17 +207,20 @@ class RMTStem(nn.Module):
 
 
 class RMTStage(Stage):
-    """A :class:`vmamba_mm.layers.Stage` whose blocks share the places of the pixels."""
+    """A :class:`vmamba_mm.layers.Stage` whose blocks share the places of the pixels, and so a
+    decay, of :func:`make_decay`, and the channels and the form of their heads."""
 
-    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None,
-                 positions: nn.Module):
+    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None, decay: Tensor,
+                 head_dim: int, form: str):
         super().__init__(blocks, downsample)
-        self.positions = positions
+        self.blocks = nn.ModuleList(blocks)  # a sequence would not pass the places on
+        self.head_dim, self.form = head_dim, form
+        self.register_buffer('decay', decay)
 
     def _run_blocks(self, x: Tensor) -> Tensor:
-        places = self.positions(x)
+        places = place(x, self.decay, self.head_dim, self.form)
         for block in self.blocks:
-            x = block(x, self.positions.decay, places)
+            x = block(x, places)
         return x
 
 
@@ -265,7 +249,7 @@ class RMT(Backbone):
             each of the 4 stages), ``depths`` (their blocks), ``num_heads`` and ``mlp_ratios``, and
             as it likes ``forms`` (of attention, 'decomposed' or 'whole'; whole in the last stage),
             ``init_values`` (2) and ``heads_ranges`` (4, 4, 6, 6) of the decay, as of
-            :class:`ManhattanPositions`, and ``layer_scales`` (initial values, 0 for none). With
+            :func:`make_decay`, and ``layer_scales`` (initial values, 0 for none). With
             ``base``, the name of a published one, only the keys that differ from it, as
             ``dict(base='small', depths=(2, 2, 9, 2))``. The default is 'small'.
         out_indices: stages to return, each through a LayerNorm of its own, ``norm{i}``; all by
@@ -326,8 +310,8 @@ class RMT(Backbone):
                                with_cp=with_cp) for _ in range(depth)]
             downsample = None if i == len(dims) - 1 else ConvUnit(dim, dims[i + 1], 3, 2, 1,
                                                                   act=False)
-            self.stages.append(RMTStage(blocks, downsample, ManhattanPositions(
-                heads, dim // heads, form, arch['init_values'][i], arch['heads_ranges'][i])))
+            decay = make_decay(heads, arch['init_values'][i], arch['heads_ranges'][i])
+            self.stages.append(RMTStage(blocks, downsample, decay, dim // heads, form))
         for i in self.out_indices:
             self.add_module(f'norm{i}', LayerNorm2d(dims[i]))
         if self.output_options:
