@@ -8,6 +8,7 @@ from vmamba_mm.ops.fused.dwconv import dwconv_silu
 from vmamba_mm.ops.fused.mlp import mlp
 from vmamba_mm.ops.fused.stem import conv_norm_gelu
 from vmamba_mm.ops.mamba_inner import mamba_inner
+from vmamba_mm.ops.matrix_wkv import wkv5, wkv6, wkv6_step, wkv7, wkv7_step
 from vmamba_mm.ops.nc_ssd import nc_ssd
 from vmamba_mm.ops.orders import cross_merge, cross_scan
 from vmamba_mm.ops.selective_scan import selective_scan, selective_scan_step
@@ -19,4 +20,4 @@ __all__ = ['BACKENDS', 'add_norm', 'causal_conv', 'causal_conv_step', 'channels_
            'conv_norm_gelu', 'cross_merge', 'cross_scan', 'dwconv_silu', 'layer_norm',
            'mamba_inner', 'mlp', 'nc_ssd', 'register_scan', 'rms_norm', 'scan_norm',
            'scan_patterns', 'selective_scan', 'selective_scan_step', 'ss2d_attention', 'ss2d_scan',
-           'ss2d_scan_norm', 'ssd', 'ssd_step']
+           'ss2d_scan_norm', 'ssd', 'ssd_step', 'wkv5', 'wkv6', 'wkv6_step', 'wkv7', 'wkv7_step']

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-MODULES = ('selective_scan', 'ssd', 'nc_ssd', 'mamba', 'ss2d_scan', 'orders', 'norms',
+MODULES = ('selective_scan', 'ssd', 'nc_ssd', 'matrix_wkv', 'mamba', 'ss2d_scan', 'orders', 'norms',
            'convolutions', 'mlp', 'vss_block', 'mamba_blocks')
 Shape = tuple[int, ...]
 
