@@ -1,4 +1,4 @@
-"""``wkv6`` and ``wkv7`` by the kernels of flash-linear-attention (``fla-core``, the extra ``rwkv``).
+"""``wkv6`` and ``wkv7`` by the kernels of flash-linear-attention (`fla-core`, the extra `rwkv`).
 
 Its functions change from version to version, take what they do not know (``**kwargs``) and have
 conventions that numbers alone tell: the logarithm of decays in place of w, a scale, the layout of
