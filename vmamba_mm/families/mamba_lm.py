@@ -1,13 +1,13 @@
-"""Language models of Mamba (arXiv 2312.00752) and Mamba-2 (arXiv 2405.21060), and such of softmax
+"""Language models of Mamba (arXiv 2312.00752), Mamba-2 (arXiv 2405.21060), RWKV and softmax
 attention: the published sizes, and names of weights."""
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from vmamba_mm.families import mamba2
-from vmamba_mm.families.base import Family, Rule, is_int, is_number, one_of
+from vmamba_mm.families import mamba2, rwkv
+from vmamba_mm.families.base import Family, Rows, Rule, is_int, is_number, one_of
 
 #: The tokens of the published models' vocabulary, that of GPT-NeoX with its added tokens.
 _TOKENS = 50277
@@ -21,7 +21,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
                    rmsnorm=True, norm_before_gate=False, D_has_hdim=False, dt_limit=(0.0, math.inf),
                    conv_bias=True, bias=False),
     'attention': dict(num_heads=1, num_kv_heads=None, attn_head_dim=None, attn_conv=0,
-                      rotary_dims=0, qkv_bias=True, out_bias=True, attn_drop_rate=0.0)}
+                      rotary_dims=0, qkv_bias=True, out_bias=True, attn_drop_rate=0.0),
+    **rwkv.OPTIONS}
 _ARGUMENTS = dict(attn_head_dim='head_dim', attn_conv='d_conv', attn_drop_rate='drop_rate')
 
 
@@ -33,12 +34,16 @@ def with_defaults(arch: Mapping[str, Any]) -> dict[str, Any]:
 def mixer_of(arch: Mapping[str, Any], layer: int) -> tuple[str, dict[str, Any]]:
     """The kind of a layer's mixer, and its keyword arguments."""
     kind = 'attention' if layer in arch.get('attn_layers', ()) else arch['mixer']
+    if kind in rwkv.OPTIONS:
+        return kind, rwkv.mixer_options(arch, layer)
     return kind, {_ARGUMENTS.get(key, key): arch.get(key, value)
                   for key, value in OPTIONS[kind].items()}
 
 
 def _defaults(arch):
     options = dict(_COMMON) | OPTIONS[arch['mixer']]
+    if arch['mixer'] in rwkv.OPTIONS:
+        options |= rwkv.DEFAULTS
     return options | OPTIONS['attention'] if arch.get('attn_layers') else options
 
 
@@ -63,6 +68,7 @@ ARCHS = {
     'mamba2-2.7b': _arch(2560, 64, **_OF_MAMBA2),
     'mamba2attn-2.7b': _arch(2560, 64, **_OF_MAMBA2, attn_layers=(9, 18, 27, 36, 45, 56),
                              **_ATTENTION),
+    **rwkv.ARCHS,
 }
 
 _POSITIVE = Rule(lambda v: is_int(v, 1), 'an int of at least 1')
@@ -109,6 +115,7 @@ RULES = {
     'drop_rate': _RATE,
     'tie_embeddings': _BOOL,
     'pad_vocab_size_multiple': _POSITIVE.or_absent(),
+    **rwkv.RULES,
 }
 
 
@@ -119,6 +126,8 @@ def _is_range(value: Any) -> bool:
 
 def _check(arch: Mapping[str, Any]) -> None:
     mixer, options = arch['mixer'], _defaults(arch)
+    if mixer in rwkv.OPTIONS:
+        rwkv.check(arch)
     of_mixers = {key: kind for kind, keys in OPTIONS.items() for key in keys}
     for key in arch:
         if key in of_mixers and key not in options:
@@ -143,13 +152,14 @@ def _check(arch: Mapping[str, Any]) -> None:
 
 def padded_vocab_size(arch: Mapping[str, Any]) -> int:
     """The rows of the embedding, and the logits of a token."""
-    multiple = arch.get('pad_vocab_size_multiple', _COMMON['pad_vocab_size_multiple'])
+    defaults = rwkv.DEFAULTS if arch.get('mixer') in rwkv.OPTIONS else _COMMON
+    multiple = arch.get('pad_vocab_size_multiple', defaults['pad_vocab_size_multiple'])
     return -(-arch['vocab_size'] // multiple) * multiple
 
 
 # --- weights ------------------------------------------------------------------------------------
 
-KEYS = (
+_KEYS = (
     ('backbone.embedding', 'token_embed'),
     ('backbone.embeddings', 'token_embed'),  # of transformers
     ('backbone.position_embed', 'position_embed'),
@@ -157,6 +167,13 @@ KEYS = (
     ('backbone.norm_f', 'norm'),
     ('lm_head', 'lm_head'),
 )
+
+
+def keys(names: Collection[str]) -> Rows:
+    """The rows of a model with these names: of an RWKV, or of the other mixers; of none, all."""
+    if not names:
+        return _KEYS + rwkv.KEYS
+    return rwkv.KEYS if rwkv.has_own(names) else _KEYS
 
 
 def _infer_arch(weights: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,15 +185,23 @@ def _infer_arch(weights: Mapping[str, Any]) -> dict[str, Any]:
     mixers = [{k.removeprefix(place): v for k, v in shapes.items() if k.startswith(place)}
               for place in (f'blocks.{i}.mixer.' for i in range(depth))]
     kinds = ['mamba' if 'x_proj.weight' in mixer else 'mamba2' if 'A_log' in mixer
-             else 'attention' for mixer in mixers]
+             else rwkv.kind_of(mixer) or 'attention' for mixer in mixers]
     kind = next((k for k in kinds if k != 'attention'), 'attention')
     arch = dict(mixer=kind, embed_dims=dims, depth=depth,
-                norm='layer' if 'norm.bias' in shapes else 'rms', **_vocabulary(rows))
+                norm='layer' if 'norm.bias' in shapes else 'rms')
+    if kind in rwkv.OPTIONS:
+        place = 'blocks.0.channel_mixer.'
+        channel_mixer = {k.removeprefix(place): v for k, v in shapes.items() if k.startswith(place)}
+        arch |= dict(vocab_size=rows, **rwkv.infer(dims, mixers[0], channel_mixer, mixers[-1]))
+        if len(set(kinds)) > 1:
+            raise ValueError('the layers are of several kinds')
+    else:
+        arch |= _vocabulary(rows)
     if 'position_embed.weight' in shapes:
         arch['max_positions'] = shapes['position_embed.weight'][0]
     if kind != 'attention' and 'attention' in kinds:
         arch['attn_layers'] = tuple(i for i, k in enumerate(kinds) if k == 'attention')
-    for kind in sorted(set(kinds)):
+    for kind in sorted(set(kinds) & set(_INFER)):
         arch |= _INFER[kind](dims, mixers[kinds.index(kind)])
     return _without_defaults(arch)
 
@@ -340,8 +365,8 @@ def _require(key, found, *wanted):
 
 FAMILY = Family(
     name='mamba_lm', model='CausalLM', takes='tokens', weights_key='', archs=ARCHS,
-    rules=RULES, check=_check, keys=KEYS,
+    rules=RULES, check=_check, keys=keys,
     signature=('token_embed.weight', 'norm.weight', 'blocks.0.norm.weight',
-               'blocks.0.mixer.in_proj.weight', 'blocks.0.mixer.out_proj.weight'),
-    infer_arch=_infer_arch, parity_folders={'mamba2': mamba2.PARITY}, licence='Apache-2.0',
-    url='https://github.com/state-spaces/mamba')
+               'blocks.0.mixer.out_proj.weight'),
+    infer_arch=_infer_arch, parity_folders={'mamba2': mamba2.PARITY, 'rwkv': rwkv.PARITY},
+    licence='Apache-2.0', url='https://github.com/state-spaces/mamba')

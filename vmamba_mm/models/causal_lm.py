@@ -1,5 +1,5 @@
 """A causal language model over the mixers of this package: Mamba's (arXiv 2312.00752), Mamba-2's
-(arXiv 2405.21060), softmax attention, or several of them."""
+(arXiv 2405.21060), those of RWKV 4 to 7, softmax attention, or several of them."""
 
 import functools
 import json
@@ -18,7 +18,7 @@ from vmamba_mm.checkpoints.formats import FOLDER_FILES
 from vmamba_mm.checkpoints.names import infer_arch
 from vmamba_mm.checkpoints.prefixes import inside
 from vmamba_mm.errors import UserError
-from vmamba_mm.families import resolve_arch
+from vmamba_mm.families import resolve_arch, rwkv
 from vmamba_mm.families.base import name_of
 from vmamba_mm.families.mamba_lm import (
     FAMILY,
@@ -34,7 +34,14 @@ from vmamba_mm.layers import (
     MambaBlock,
     MambaMixer,
     RMSNorm,
+    RWKV4TimeMix,
+    RWKV5TimeMix,
+    RWKV6TimeMix,
+    RWKV7TimeMix,
+    RWKVBlock,
+    RWKVChannelMix,
     run_blocks,
+    run_rwkv_blocks,
 )
 from vmamba_mm.layers.norm import sum_and_norm
 from vmamba_mm.models.generation import generate
@@ -42,7 +49,8 @@ from vmamba_mm.models.pretrained import StrictLoading
 from vmamba_mm.registry import MODELS
 
 _MIXERS: dict[str, type[nn.Module]] = {
-    'mamba': MambaMixer, 'mamba2': Mamba2Mixer, 'attention': CausalAttention}
+    'mamba': MambaMixer, 'mamba2': Mamba2Mixer, 'attention': CausalAttention,
+    'rwkv4': RWKV4TimeMix, 'rwkv5': RWKV5TimeMix, 'rwkv6': RWKV6TimeMix, 'rwkv7': RWKV7TimeMix}
 _NORMS: dict[str, type[nn.Module]] = {'rms': RMSNorm, 'layer': LayerNorm}
 
 
@@ -52,7 +60,8 @@ class CausalLM(StrictLoading, BaseModule):
 
     An embedding, ``depth`` blocks of norm and mixer around a residual stream in fp32, a norm, and a
     head that gives a logit for each token of the vocabulary. There are no positions unless
-    ``max_positions`` asks for them.
+    ``max_positions`` asks for them. A block of RWKV has a channel mixing after the mixer, with a
+    norm of its own, and another norm follows the embedding.
 
     ``CausalLM('mamba2-130m')`` is a published architecture, ``CausalLM(mixer='mamba2',
     vocab_size=256, embed_dims=64, depth=2)`` another one; :meth:`from_pretrained` builds the one
@@ -65,12 +74,13 @@ class CausalLM(StrictLoading, BaseModule):
             the published initialisation.
         settings: keys of the arch, in place of ``arch``, or where they differ from it:
 
-            - ``mixer``: 'mamba', 'mamba2' or 'attention'; ``embed_dims``: channels C; ``depth``:
-              number of blocks;
+            - ``mixer``: 'mamba', 'mamba2', 'attention', 'rwkv4', 'rwkv5' (which is 5.2), 'rwkv6' or
+              'rwkv7'; ``embed_dims``: channels C; ``depth``: number of blocks;
             - ``vocab_size``: the number of tokens. Embedding and head have the next multiple of
-              ``pad_vocab_size_multiple`` (8) rows;
-            - ``tie_embeddings`` (True): the head's weight is that of the embedding;
-            - ``norm`` ('rms'): RMSNorm, or 'layer' for LayerNorm, with ``norm_eps`` (1e-5);
+              ``pad_vocab_size_multiple`` (8; of RWKV 1) rows;
+            - ``tie_embeddings`` (True; of RWKV False): the head's weight is that of the embedding;
+            - ``norm`` ('rms'; of RWKV 'layer'): RMSNorm, or 'layer' for LayerNorm, with
+              ``norm_eps`` (1e-5);
             - ``max_positions`` (0): learned absolute positions of so many tokens are added to the
               embedding, and no text may be longer; ``drop_rate`` (0.0): dropout after it;
             - of 'mamba': ``d_state`` (16), ``d_conv`` (4), ``expand`` (2), ``dt_rank`` ('auto'),
@@ -79,6 +89,12 @@ class CausalLM(StrictLoading, BaseModule):
               ``d_ssm`` (None), ``n_groups`` (1), ``rmsnorm`` (True), ``norm_before_gate`` (False),
               ``D_has_hdim`` (False), ``dt_limit`` ((0, inf)), ``conv_bias`` (True), ``bias``
               (False), see :class:`vmamba_mm.layers.Mamba2Mixer`;
+            - of 'rwkv4' to 'rwkv7': ``ffn_dims`` (None for 4 C, or 3.5 C of 5 and 6), channels of
+              the channel mixing; ``att_dims`` (None for C; not of 7), ``head_dim`` (64; not of 4),
+              ``head_divisor`` (8; of 5 and 6), ``mix_rank`` (32; of 6), ``decay_rank`` (64 of 6),
+              and of 7 ``decay_rank``, ``rate_rank``, ``value_rank`` and ``gate_rank`` (None for
+              what the official trainer takes for C), see :class:`vmamba_mm.layers.RWKV7TimeMix`
+              and those of the others;
             - ``attn_layers`` (()): numbers of layers, from 0, with attention in place of the mixer;
             - of 'attention' and of those layers: ``num_heads`` (1), ``num_kv_heads`` (None),
               ``attn_head_dim`` (None), ``attn_conv`` (0), ``rotary_dims`` (0), ``qkv_bias`` (True),
@@ -109,9 +125,11 @@ class CausalLM(StrictLoading, BaseModule):
             if options['max_positions'] else None
         self.embed_drop = nn.Dropout(options['drop_rate'])
         make_norm = functools.partial(_NORMS[options['norm']], dims, eps=options['norm_eps'])
+        self.is_rwkv = options['mixer'] in rwkv.OPTIONS
+        self.embed_norm = make_norm() if self.is_rwkv else None
+        make_block = _make_rwkv_block if self.is_rwkv else _make_block
         self.blocks = nn.ModuleList(
-            MambaBlock(_make_mixer(self.arch, i), make_norm(), with_cp=with_cp)
-            for i in range(depth))
+            make_block(self.arch, i, make_norm, with_cp) for i in range(depth))
         self.norm = make_norm()
         self.lm_head = nn.Linear(dims, rows, bias=False)
         self._init_parameters()
@@ -121,10 +139,16 @@ class CausalLM(StrictLoading, BaseModule):
         self.register_load_state_dict_post_hook(_tie)
 
     def _init_parameters(self) -> None:
-        """As published: what feeds the residual stream starts smaller, by sqrt(depth)."""
-        nn.init.normal_(self.token_embed.weight, std=0.02)
+        """As published: what feeds the residual stream starts smaller, by sqrt(depth), or of RWKV
+        with zeros."""
         if self.position_embed is not None:
             nn.init.normal_(self.position_embed.weight, std=0.02)
+        if self.is_rwkv:
+            rows, dims = self.lm_head.weight.shape
+            nn.init.orthogonal_(self.lm_head.weight, gain=0.5 * max(1, rows / dims) ** 0.5)
+            nn.init.uniform_(self.token_embed.weight, -1e-4, 1e-4)
+            return
+        nn.init.normal_(self.token_embed.weight, std=0.02)
         for block in self.blocks:
             for projection in (block.mixer.in_proj, block.mixer.out_proj):
                 if projection.bias is not None:
@@ -135,7 +159,7 @@ class CausalLM(StrictLoading, BaseModule):
     def init_state(self, batch: int) -> tuple[Any, ...]:
         """The state before the first token, of ``batch`` sequences: one item for each block, and,
         where there are positions, the number of tokens that each has (B)."""
-        states = tuple(block.mixer.init_state(batch) for block in self.blocks)
+        states = tuple(block.init_state(batch) for block in self.blocks)
         if self.position_embed is None:
             return states
         return *states, torch.zeros(batch, dtype=torch.long, device=self.token_embed.weight.device)
@@ -158,25 +182,33 @@ class CausalLM(StrictLoading, BaseModule):
         Raises:
             ValueError: if a text is longer than ``max_positions``.
         """
-        hidden, residual, states = self.token_embed(input_ids), None, []
+        hidden = self.token_embed(input_ids)
         if self.position_embed is not None:
             *state, seen = (None, None) if state is None else state
             hidden = hidden + self._positions(input_ids, seen)
             state = None if seen is None else state
-        hidden = self.embed_drop(hidden)
-        if state is None:
-            hidden, residual = run_blocks(self.blocks, hidden)
-        else:
-            for block, old in zip(self.blocks, state, strict=True):
-                hidden, residual, new = block(hidden, residual, state=old)
-                states.append(new)
-            if self.position_embed is not None:
-                states.append(seen + input_ids.shape[1])
+        if self.embed_norm is not None:
+            hidden = self.embed_norm(hidden)
+        hidden, residual, states = self._run_blocks(self.embed_drop(hidden), state)
+        if state is not None and self.position_embed is not None:
+            states = *states, seen + input_ids.shape[1]
         if logits_to_keep:
             hidden, residual = hidden[:, -logits_to_keep:], residual[:, -logits_to_keep:]
         normed = sum_and_norm(self.norm, residual, hidden, None)[1]
         logits = self.lm_head(normed.to(hidden.dtype))
         return logits if state is None else (logits, tuple(states))
+
+    def _run_blocks(self, hidden, state):
+        """The streams after all blocks, and the new states, if there are old ones."""
+        if self.is_rwkv:
+            return run_rwkv_blocks(self.blocks, hidden, state)
+        if state is None:
+            return *run_blocks(self.blocks, hidden), ()
+        residual, states = None, []
+        for block, old in zip(self.blocks, state, strict=True):
+            hidden, residual, new = block(hidden, residual, state=old)
+            states.append(new)
+        return hidden, residual, states
 
     def _positions(self, input_ids, seen):
         """(L, C), or (B, L, C) after the ``seen`` (B) tokens of each text."""
@@ -230,7 +262,8 @@ class CausalLM(StrictLoading, BaseModule):
             arch = infer_arch(state, cls.family)
             embedding, head = (state.get(f'backbone.{name}.weight')
                                for name in ('token_embed', 'lm_head'))
-            if not _is_same(embedding, head):
+            is_tied = with_defaults(resolve_arch(cls.family, arch))['tie_embeddings']
+            if is_tied and not _is_same(embedding, head):
                 kwargs = {'tie_embeddings': False, **kwargs}
             if 'num_heads' not in kwargs and _guesses_heads(arch):
                 raise UserError(f'{checkpoint}: the weights do not tell how many heads the '
@@ -266,6 +299,17 @@ class CausalLM(StrictLoading, BaseModule):
 def _make_mixer(arch: Mapping[str, Any], layer: int) -> nn.Module:
     kind, options = mixer_of(arch, layer)
     return _MIXERS[kind](arch['embed_dims'], **options)
+
+
+def _make_block(arch: Mapping[str, Any], layer: int, make_norm: Callable[[], nn.Module],
+                with_cp: bool) -> MambaBlock:
+    return MambaBlock(_make_mixer(arch, layer), make_norm(), with_cp=with_cp)
+
+
+def _make_rwkv_block(arch: Mapping[str, Any], layer: int, make_norm: Callable[[], nn.Module],
+                     with_cp: bool) -> RWKVBlock:
+    channel_mixer = RWKVChannelMix(arch['embed_dims'], **rwkv.channel_options(arch, layer))
+    return RWKVBlock(_make_mixer(arch, layer), channel_mixer, make_norm(), make_norm(), with_cp)
 
 
 def _guesses_heads(arch: str | Mapping[str, Any]) -> bool:

@@ -1,0 +1,209 @@
+"""RWKV 4 (arXiv 2305.13048), 5 and 6 (arXiv 2404.05892) and 7 (arXiv 2503.14456): mixers of the
+language models of :mod:`vmamba_mm.families.mamba_lm`."""
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from vmamba_mm.families.base import Rule, is_int, is_number
+from vmamba_mm.families.parity import Build, Call, Options, Parity, Subject
+
+#: What an arch with such a mixer need not say, where it is not as of the other mixers,
+DEFAULTS = dict(norm='layer', tie_embeddings=False, pad_vocab_size_multiple=1)
+#: and of each mixer. Without ranks, RWKV-7 has those that its trainer derives from the channels.
+OPTIONS: dict[str, dict[str, Any]] = {
+    'rwkv4': dict(att_dims=None, ffn_dims=None),
+    'rwkv5': dict(head_dim=64, att_dims=None, ffn_dims=None, head_divisor=8),
+    'rwkv6': dict(head_dim=64, att_dims=None, ffn_dims=None, head_divisor=8, mix_rank=32,
+                  decay_rank=64),
+    'rwkv7': dict(head_dim=64, ffn_dims=None, decay_rank=None, rate_rank=None, value_rank=None,
+                  gate_rank=None)}
+_OF_TOKENS = {'decay_rank': 2.5, 'rate_rank': 2.5, 'value_rank': 1.7, 'gate_rank': 5.0}
+
+_INT_OR_NONE = Rule(lambda v: v is None or is_int(v, 1), 'None or an int of at least 1',
+                    optional=True)
+RULES = dict(
+    att_dims=_INT_OR_NONE, ffn_dims=_INT_OR_NONE, mix_rank=_INT_OR_NONE, decay_rank=_INT_OR_NONE,
+    rate_rank=_INT_OR_NONE, value_rank=_INT_OR_NONE, gate_rank=_INT_OR_NONE,
+    head_divisor=Rule(lambda v: is_number(v) and v > 0, 'a number above 0', optional=True))
+
+
+def _arch(version: int, depth: int, embed_dims: int, **more: Any) -> dict[str, Any]:
+    return dict(mixer=f'rwkv{version}', vocab_size=50277 if version == 4 else 65536,
+                embed_dims=embed_dims, depth=depth, **more)
+
+
+def _ranks(decay: int, rate: int, value: int, gate: int) -> dict[str, int]:
+    return dict(decay_rank=decay, rate_rank=rate, value_rank=value, gate_rank=gate)
+
+
+ARCHS = {
+    'rwkv4-169m': _arch(4, 12, 768),
+    'rwkv4-430m': _arch(4, 24, 1024),
+    'rwkv4-1.5b': _arch(4, 24, 2048),
+    'rwkv4-3b': _arch(4, 32, 2560),
+    'rwkv4-7b': _arch(4, 32, 4096),
+    'rwkv5-0.4b': _arch(5, 24, 1024),
+    'rwkv6-1.6b': _arch(6, 24, 2048),
+    'rwkv7-0.1b': _arch(7, 12, 768),
+    'rwkv7-0.4b': _arch(7, 24, 1024, gate_rank=128),
+    'rwkv7-1.5b': _arch(7, 24, 2048, **_ranks(96, 96, 64, 256)),
+    'rwkv7-2.9b': _arch(7, 32, 2560, **_ranks(96, 96, 64, 320)),
+}
+
+
+def check(arch: Mapping[str, Any]) -> None:
+    """Raise ValueError on what no RWKV can be."""
+    options = OPTIONS[arch['mixer']]
+    if arch.get('attn_layers'):
+        raise ValueError(f"arch['attn_layers'] has no meaning for the mixer {arch['mixer']!r}, "
+                         'whose blocks hand on other states than attention')
+    dims = arch.get('att_dims') or arch['embed_dims']
+    head_dim = arch.get('head_dim', options.get('head_dim'))
+    if head_dim is not None and dims % head_dim:
+        raise ValueError(f"arch['head_dim']={head_dim!r} must divide the {dims} channels of "
+                         "att_dims, or else of embed_dims")
+
+
+def mixer_options(arch: Mapping[str, Any], layer: int) -> dict[str, Any]:
+    """The keyword arguments of a layer's time mixing."""
+    defaults = OPTIONS[arch['mixer']]
+    options = {key: arch.get(key, value) for key, value in defaults.items() if key != 'ffn_dims'}
+    options = {key: _default_rank(key, arch['embed_dims']) if value is None and key in _OF_TOKENS
+               else value for key, value in options.items()}
+    return options | dict(layer=layer, depth=arch['depth'])
+
+
+def channel_options(arch: Mapping[str, Any], layer: int) -> dict[str, Any]:
+    """The keyword arguments of a layer's channel mixing."""
+    version = int(arch['mixer'][-1])
+    return dict(hidden_dims=arch.get('ffn_dims') or _default_hidden(version, arch['embed_dims']),
+                version=version, layer=layer, depth=arch['depth'])
+
+
+def _default_rank(key: str, dims: int) -> int:
+    return max(32, round(_OF_TOKENS[key] * dims ** 0.5 / 32) * 32)
+
+
+def _default_hidden(version: int, dims: int) -> int:
+    return 4 * dims if version in (4, 7) else int(3.5 * dims) // 32 * 32 or 32
+
+
+# --- weights ------------------------------------------------------------------------------------
+
+KEYS = (
+    ('emb', 'token_embed'),
+    ('blocks.0.ln0', 'embed_norm'),
+    ('blocks.0.att.v0', None),  # official files may have them; nothing there reads them
+    ('blocks.0.att.v1', None),
+    ('blocks.0.att.v2', None),
+    ('blocks.#.ln1', 'blocks.#.norm'),
+    ('blocks.#.ln2', 'blocks.#.norm2'),
+    ('blocks.#.att.output', 'blocks.#.mixer.out_proj'),
+    ('blocks.#.att', 'blocks.#.mixer'),
+    ('blocks.#.ffn', 'blocks.#.channel_mixer'),
+    ('ln_out', 'norm'),
+    ('head', 'lm_head'),
+)
+#: Names that no other mixer's models have, official ones and ours.
+_OWN = re.compile(r'(?:emb|ln_out|head|embed_norm)\.|blocks\.\d+\.(?:ln[012]|att|ffn|norm2|'
+                  r'channel_mixer|mixer\.(?:receptance|key|value|gate|ln_x|time_|[xwavgkr]_?\w$))')
+
+
+def has_own(names: Collection[str]) -> bool:
+    """Whether some of the names are those of an RWKV, official or ours."""
+    return any(_OWN.match(name) for name in names)
+
+
+def kind_of(shapes: Mapping[str, Any]) -> str | None:
+    """The version that a layer's time mixing is of, by its names; None for none."""
+    if 'r_k' in shapes:
+        return 'rwkv7'
+    if 'time_maa_x' in shapes:
+        return 'rwkv6'
+    if 'time_faaaa' in shapes and 'gate.weight' in shapes:
+        return 'rwkv5'
+    return 'rwkv4' if 'time_first' in shapes and 'time_mix_k' in shapes else None
+
+
+def infer(dims: int, mixer: Mapping[str, tuple[int, ...]],
+          channel_mixer: Mapping[str, tuple[int, ...]], last: Mapping[str, tuple[int, ...]]
+          ) -> dict[str, Any]:
+    """The options that the shapes of the first layer and the last time mixing tell; the divisor of
+    heads leaves no trace.
+
+    Raises:
+        ValueError: on a version between the published ones, of other shapes.
+    """
+    kind = kind_of(mixer)
+    hidden, _ = channel_mixer['key.weight']
+    rows, _ = mixer['key.weight']
+    version = int(kind[-1])
+    arch = dict(ffn_dims=None if hidden == _default_hidden(version, dims) else hidden)
+    if version < 7:
+        arch['att_dims'] = None if rows == dims else rows
+    if version == 5 and len(mixer['time_decay']) != 2:
+        raise ValueError(f'time_decay is {mixer["time_decay"]}: only RWKV-5.2 is supported')
+    if version > 4:
+        _, arch['head_dim'] = mixer['r_k' if version == 7 else 'time_faaaa']
+    if version == 6:
+        arch |= dict(mix_rank=mixer['time_maa_w2'][1], decay_rank=mixer['time_decay_w1'][1])
+    if version == 7:
+        for key, name in (('decay_rank', 'w1'), ('rate_rank', 'a1'), ('value_rank', 'v1'),
+                          ('gate_rank', 'g1')):
+            # A model of one layer has no v1.
+            rank = last[name][1] if name in last else None
+            arch[key] = None if rank == _default_rank(key, dims) else rank
+    return arch
+
+
+# --- numbers of the official code ---------------------------------------------------------------
+
+def _subject(file: str, options: Options) -> Subject:
+    options.ignore('kind')
+    kwargs = options['kwargs']
+    kwargs.ignore('ctx_len', 'dropout', 'grad_cp', 'my_testing')
+    for key, value in (('head_qk', 0), ('pre_ffn', 0), ('my_pos_emb', 0), ('tiny_att_dim', -1),
+                       ('tiny_att_layer', -1)):
+        kwargs.require(key, value)
+    version = kwargs['version']
+    arch = dict(mixer=f'rwkv{version}', vocab_size=kwargs['vocab_size'],
+                embed_dims=kwargs['n_embd'], depth=kwargs['n_layer'])
+    if version == 4:
+        kwargs.ignore('head_size_a', 'head_size_divisor')
+    else:
+        arch['head_dim'] = kwargs['head_size_a']
+    if version in (5, 6):
+        arch['head_divisor'] = kwargs['head_size_divisor']
+    if version == 7:  # there the channel mixing has 4 C, whatever dim_ffn is
+        kwargs.ignore('dim_ffn', 'head_size_divisor')
+        kwargs.require('dim_att', kwargs['n_embd'])
+    else:
+        arch |= dict(att_dims=kwargs['dim_att'], ffn_dims=kwargs['dim_ffn'])
+    return Subject(Build('vmamba_mm.models:CausalLM', arch), Call(view=lambda logits: [logits]))
+
+
+def _op(name: str, tensors: str):
+    def subject(section: str, case: Options) -> Subject:
+        case.ignore('op', 'note')
+        heads = case['heads'] if name != 'wkv' else None
+        return Subject(
+            Build(f'vmamba_mm.ops:{name}'),
+            Call(args=(), kwargs={key: key for key in tensors.split()}, outputs=('y',),
+                 run=lambda op, inputs: dict(y=_by_heads(op, inputs, heads))))
+
+    return subject
+
+
+def _by_heads(op: Any, inputs: Mapping[str, Any], heads: int | None) -> Any:
+    """The result (B, T, C) of an op that takes (B, T, heads, C / heads)."""
+    if heads is None:
+        return op(**inputs)
+    return op(**{key: t.unflatten(-1, (heads, -1)) if t.dim() == 3 else t
+                 for key, t in inputs.items()}).flatten(2)
+
+
+PARITY = Parity(
+    subject=_subject,
+    ops={'op_wkv4.pt': _op('wkv', 'w u k v'), 'op_wkv5.pt': _op('wkv5', 'r k v w u'),
+         'op_wkv6.pt': _op('wkv6', 'r k v w u'), 'op_wkv7.pt': _op('wkv7', 'r w k v a b')})
