@@ -19,9 +19,21 @@ HYBRID = dict(MAMBA2, attn_layers=(0, 2), num_heads=4, num_kv_heads=2, attn_head
               attn_conv=4, rotary_dims=4, qkv_bias=False, out_bias=False)
 ARCHS = dict(tiny=TINY, other=OTHER, mamba2=MAMBA2, other2=OTHER2, attention=ATTENTION,
              hybrid=HYBRID)
+_RWKV = dict(vocab_size=29, embed_dims=16, depth=3)
+#: With every option at a value of its own.
+RWKVS = dict(
+    rwkv4=dict(_RWKV, mixer='rwkv4', att_dims=24, ffn_dims=40),
+    rwkv5=dict(_RWKV, mixer='rwkv5', head_dim=4, att_dims=24, ffn_dims=40, head_divisor=2),
+    rwkv6=dict(_RWKV, mixer='rwkv6', head_dim=4, att_dims=24, ffn_dims=40, head_divisor=2,
+               mix_rank=3, decay_rank=5),
+    rwkv7=dict(_RWKV, mixer='rwkv7', head_dim=4, ffn_dims=40, decay_rank=3, rate_rank=5,
+               value_rank=2, gate_rank=7))
+#: Of the libraries mamba_ssm and transformers, and all.
 each_arch = pytest.mark.parametrize('arch', ARCHS.values(), ids=ARCHS)
-each_scan = pytest.mark.parametrize('arch', [TINY, OTHER, MAMBA2, OTHER2],
-                                    ids=['tiny', 'other', 'mamba2', 'other2'])
+each_model = pytest.mark.parametrize('arch', (ARCHS | RWKVS).values(), ids=ARCHS | RWKVS)
+each_rwkv = pytest.mark.parametrize('arch', RWKVS.values(), ids=RWKVS)
+each_scan = pytest.mark.parametrize('arch', [TINY, OTHER, MAMBA2, OTHER2, *RWKVS.values()],
+                                    ids=['tiny', 'other', 'mamba2', 'other2', *RWKVS])
 each_device = pytest.mark.parametrize('device', ['cpu', 'cuda'])
 
 

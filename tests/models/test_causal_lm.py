@@ -16,6 +16,7 @@ from language_models import (
     TINY,
     each_arch,
     each_device,
+    each_model,
     random_model,
     tokens_of,
     transformers_state,
@@ -165,7 +166,7 @@ def test_initial_weights_are_as_published(arch):
             assert dt.min() > 0.9e-3 and dt.max() < 0.11
 
 
-@each_arch
+@each_model
 def test_training_reaches_every_parameter_and_with_cp_changes_nothing(arch):
     input_ids = tokens_of(2, 13)
     grads = []
@@ -178,7 +179,7 @@ def test_training_reaches_every_parameter_and_with_cp_changes_nothing(arch):
     torch.testing.assert_close(grads[0], grads[1], atol=0, rtol=0)
 
 
-@each_arch
+@each_model
 @pytest.mark.parametrize('autocast', [False, True], ids=['bf16', 'autocast'])
 def test_half_precision_keeps_the_residual_stream_in_fp32(arch, autocast):
     model, input_ids = random_model(arch), tokens_of(2, 17)
@@ -200,7 +201,7 @@ def test_half_precision_keeps_the_residual_stream_in_fp32(arch, autocast):
 
 # -- the state -----------------------------------------------------------------------------------
 
-@each_arch
+@each_model
 @each_device
 @pytest.mark.parametrize('parts', [[1] * 12, [5, 7], [9, 1, 1, 1], [2, 1, 9], [12]])
 def test_pieces_are_the_whole(arch, parts, device):
@@ -219,7 +220,7 @@ def test_pieces_are_the_whole(arch, parts, device):
         torch.testing.assert_close(model(input_ids, logits_to_keep=1), kept[:, -1:])
 
 
-@each_arch
+@each_model
 def test_gradients_go_through_the_state(arch):
     """Truncated backpropagation is the user's choice, who may detach the state."""
     model, input_ids = random_model(arch), tokens_of(1, 10)
@@ -232,7 +233,7 @@ def test_gradients_go_through_the_state(arch):
                                atol=2e-5, rtol=2e-4)
 
 
-@each_arch
+@each_model
 def test_hooks_see_every_module_in_decoding(arch):
     """So that adapters and quantised layers work there as well."""
     model, seen = random_model(arch), set()
@@ -258,7 +259,7 @@ def test_ways_to_name_an_architecture():
 
 @pytest.mark.parametrize('changes, message', [
     (dict(mixer='mamba9'),
-     "arch.'mixer'.='mamba9' is not allowed; it must be 'mamba', 'mamba2' or 'attention'"),
+     "arch.'mixer'.='mamba9' is not allowed; it must be 'mamba', 'mamba2', 'attention', 'rwkv4'"),
     (dict(vocab_size=0), 'vocab_size.*an int of at least 1'),
     (dict(depth=True), 'depth.*an int of at least 1'),
     (dict(d_conv=1), 'd_conv.*an int of at least 2'),
@@ -270,7 +271,7 @@ def test_ways_to_name_an_architecture():
     (dict(norm='batch'), "norm.*'rms' or 'layer'"),
     (dict(drop_rate=1), 'drop_rate.*below 1'),
     (dict(max_positions=-1), 'max_positions.*at least 0'),
-    (dict(head_dim=4), "'head_dim'. is an option of the mixer 'mamba2'; the mixer 'mamba' has"),
+    (dict(head_dim=4), "'head_dim'. is an option of the mixer 'mamba2' and .*the mixer 'mamba' has"),
     (dict(num_heads=4), "'num_heads'. is an option of the mixer 'attention' and attn_layers"),
     (dict(attn_layers=(1, 3)), r'attn_layers.*\(1, 3\) must be different numbers below the depth'),
     (dict(attn_layers=(1, 1)), 'attn_layers.*must be different numbers'),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from language_models import TINY, each_arch, each_device, each_scan, random_model, tokens_of
+from language_models import TINY, each_device, each_model, each_scan, random_model, tokens_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -19,7 +19,7 @@ def greedy(model, prompt, count):
     return text
 
 
-@each_arch
+@each_model
 @each_device
 @torch.no_grad()
 def test_generation_is_that_of_full_passes(arch, device):

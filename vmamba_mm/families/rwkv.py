@@ -18,23 +18,29 @@ OPTIONS: dict[str, dict[str, Any]] = {
                   decay_rank=64),
     'rwkv7': dict(head_dim=64, ffn_dims=None, decay_rank=None, rate_rank=None, value_rank=None,
                   gate_rank=None)}
-_OF_TOKENS = {'decay_rank': 2.5, 'rate_rank': 2.5, 'value_rank': 1.7, 'gate_rank': 5.0}
+#: The ranks over the root of the channels, to the nearest multiple of 32.
+_RANKS = {'decay_rank': 2.5, 'rate_rank': 2.5, 'value_rank': 1.7, 'gate_rank': 5.0}
 
 _INT_OR_NONE = Rule(lambda v: v is None or is_int(v, 1), 'None or an int of at least 1',
                     optional=True)
 RULES = dict(
-    att_dims=_INT_OR_NONE, ffn_dims=_INT_OR_NONE, mix_rank=_INT_OR_NONE, decay_rank=_INT_OR_NONE,
-    rate_rank=_INT_OR_NONE, value_rank=_INT_OR_NONE, gate_rank=_INT_OR_NONE,
+    att_dims=_INT_OR_NONE, ffn_dims=_INT_OR_NONE, decay_rank=_INT_OR_NONE, rate_rank=_INT_OR_NONE,
+    value_rank=_INT_OR_NONE, gate_rank=_INT_OR_NONE,
+    mix_rank=Rule(lambda v: is_int(v, 1), 'an int of at least 1', optional=True),
     head_divisor=Rule(lambda v: is_number(v) and v > 0, 'a number above 0', optional=True))
 
 
-def _arch(version: int, depth: int, embed_dims: int, **more: Any) -> dict[str, Any]:
+def _default_rank(key: str, dims: int) -> int:
+    return max(32, round(_RANKS[key] * dims ** 0.5 / 32) * 32)
+
+
+def _arch(version: int, depth: int, embed_dims: int, ranks: tuple[int, ...] = ()
+          ) -> dict[str, Any]:
+    """Published before the trainer had today's ranks, so that RWKV-7 has others."""
+    more = {key: rank for key, rank in zip(_RANKS, ranks, strict=bool(ranks))
+            if rank != _default_rank(key, embed_dims)}
     return dict(mixer=f'rwkv{version}', vocab_size=50277 if version == 4 else 65536,
                 embed_dims=embed_dims, depth=depth, **more)
-
-
-def _ranks(decay: int, rate: int, value: int, gate: int) -> dict[str, int]:
-    return dict(decay_rank=decay, rate_rank=rate, value_rank=value, gate_rank=gate)
 
 
 ARCHS = {
@@ -46,9 +52,9 @@ ARCHS = {
     'rwkv5-0.4b': _arch(5, 24, 1024),
     'rwkv6-1.6b': _arch(6, 24, 2048),
     'rwkv7-0.1b': _arch(7, 12, 768),
-    'rwkv7-0.4b': _arch(7, 24, 1024, gate_rank=128),
-    'rwkv7-1.5b': _arch(7, 24, 2048, **_ranks(96, 96, 64, 256)),
-    'rwkv7-2.9b': _arch(7, 32, 2560, **_ranks(96, 96, 64, 320)),
+    'rwkv7-0.4b': _arch(7, 24, 1024, (64, 64, 32, 128)),
+    'rwkv7-1.5b': _arch(7, 24, 2048, (96, 96, 64, 256)),
+    'rwkv7-2.9b': _arch(7, 32, 2560, (96, 96, 64, 320)),
 }
 
 
@@ -58,6 +64,8 @@ def check(arch: Mapping[str, Any]) -> None:
     if arch.get('attn_layers'):
         raise ValueError(f"arch['attn_layers'] has no meaning for the mixer {arch['mixer']!r}, "
                          'whose blocks hand on other states than attention')
+    if arch['mixer'] == 'rwkv6' and arch.get('decay_rank', 64) is None:
+        raise ValueError("arch['decay_rank'] of the mixer 'rwkv6' must be an int of at least 1")
     dims = arch.get('att_dims') or arch['embed_dims']
     head_dim = arch.get('head_dim', options.get('head_dim'))
     if head_dim is not None and dims % head_dim:
@@ -69,7 +77,7 @@ def mixer_options(arch: Mapping[str, Any], layer: int) -> dict[str, Any]:
     """The keyword arguments of a layer's time mixing."""
     defaults = OPTIONS[arch['mixer']]
     options = {key: arch.get(key, value) for key, value in defaults.items() if key != 'ffn_dims'}
-    options = {key: _default_rank(key, arch['embed_dims']) if value is None and key in _OF_TOKENS
+    options = {key: _default_rank(key, arch['embed_dims']) if value is None and key in _RANKS
                else value for key, value in options.items()}
     return options | dict(layer=layer, depth=arch['depth'])
 
@@ -79,10 +87,6 @@ def channel_options(arch: Mapping[str, Any], layer: int) -> dict[str, Any]:
     version = int(arch['mixer'][-1])
     return dict(hidden_dims=arch.get('ffn_dims') or _default_hidden(version, arch['embed_dims']),
                 version=version, layer=layer, depth=arch['depth'])
-
-
-def _default_rank(key: str, dims: int) -> int:
-    return max(32, round(_OF_TOKENS[key] * dims ** 0.5 / 32) * 32)
 
 
 def _default_hidden(version: int, dims: int) -> int:
