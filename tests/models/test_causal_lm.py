@@ -271,7 +271,7 @@ def test_ways_to_name_an_architecture():
     (dict(norm='batch'), "norm.*'rms' or 'layer'"),
     (dict(drop_rate=1), 'drop_rate.*below 1'),
     (dict(max_positions=-1), 'max_positions.*at least 0'),
-    (dict(head_dim=4), "'head_dim'. is an option of the mixer 'mamba2' and .*the mixer 'mamba' has"),
+    (dict(head_dim=4), "'head_dim'. is an option of the mixer 'mamba2' and .*mixer 'mamba' has"),
     (dict(num_heads=4), "'num_heads'. is an option of the mixer 'attention' and attn_layers"),
     (dict(attn_layers=(1, 3)), r'attn_layers.*\(1, 3\) must be different numbers below the depth'),
     (dict(attn_layers=(1, 1)), 'attn_layers.*must be different numbers'),
