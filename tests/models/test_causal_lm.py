@@ -13,6 +13,7 @@ from language_models import (
     HYBRID,
     MAMBA2,
     OTHER,
+    RWKVS,
     TINY,
     each_arch,
     each_device,
@@ -328,7 +329,8 @@ def test_a_name_that_does_not_exist():
 
 # -- compiling -----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('arch', [TINY, MAMBA2, HYBRID], ids=['mamba', 'mamba2', 'hybrid'])
+@pytest.mark.parametrize('arch', [TINY, MAMBA2, HYBRID, *RWKVS.values()],
+                         ids=['mamba', 'mamba2', 'hybrid', *RWKVS])
 def test_export(arch):
     model, ids = random_model(arch), tokens_of(2, 9)
     length = torch.export.Dim('length', min=2, max=1000)
@@ -338,7 +340,8 @@ def test_export(arch):
         torch.testing.assert_close(program(ids), model(ids))
 
 
-@pytest.mark.parametrize('arch', [TINY, MAMBA2, ATTENTION], ids=['mamba', 'mamba2', 'attention'])
+@pytest.mark.parametrize('arch', [TINY, MAMBA2, ATTENTION, *RWKVS.values()],
+                         ids=['mamba', 'mamba2', 'attention', *RWKVS])
 def test_one_graph_for_a_text_and_for_a_step(arch):
     torch._dynamo.reset()
     model = random_model(arch)
