@@ -100,6 +100,15 @@ def test_wrong_arguments(make, message):
 
 
 @each_mixer
+def test_weight_decay_is_for_linear_layers(make):
+    for module in (make(), RWKVChannelMix(16, 40), RWKVChannelMix(16, 40, 5)):
+        for name, parameter in module.named_parameters():
+            has_decay = name.endswith('.weight') and not name.startswith('ln_x')
+            assert has_decay or name.startswith('ln_x') or parameter._no_weight_decay
+            assert not (has_decay and hasattr(parameter, '_no_weight_decay'))
+
+
+@each_mixer
 def test_one_channel_and_one_layer(make):
     """What initial values are divided by is not zero then."""
     assert all(p.isfinite().all() for p in make(layer=0, depth=1).parameters())

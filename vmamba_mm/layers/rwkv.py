@@ -74,6 +74,7 @@ class _TimeMix(nn.Module):
         if self.gated:
             nn.init.orthogonal_(self.gate.weight, gain=0.1)
         nn.init.zeros_(self.out_proj.weight)
+        _exempt_from_decay(self)
 
     def _ramp(self, power: float, plus: float = 0.0) -> Tensor:
         """(1, 1, C), from 0 to 1 by a power that falls with the layer, and ``plus`` that grows."""
@@ -408,6 +409,7 @@ class RWKVChannelMix(nn.Module):
         nn.init.zeros_(self.value.weight)
         if version == 7:
             self.x_k = nn.Parameter(1 - ramp)
+            _exempt_from_decay(self)
             return
         self.receptance = nn.Linear(embed_dims, embed_dims, bias=False)
         nn.init.zeros_(self.receptance.weight)
@@ -416,6 +418,7 @@ class RWKVChannelMix(nn.Module):
                 self.register_parameter(f'time_maa_{name}', nn.Parameter(1 - ramp))
             else:
                 self.register_parameter(f'time_mix_{name}', nn.Parameter(ramp.clone()))
+        _exempt_from_decay(self)
 
     def forward(self, x: Tensor, last: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """The result, and the new last token if the one before ``x`` is given."""
@@ -435,6 +438,12 @@ class RWKVChannelMix(nn.Module):
             return _mix(x, before, getattr(self, f'time_mix_{name}'))
         share = getattr(self, f'time_maa_{name}' if self.version == 6 else f'x_{name}')
         return torch.addcmul(x, before - x, share.to(x.dtype))
+
+
+def _exempt_from_decay(module: nn.Module) -> None:
+    """As published, weight decay is for the weights of linear layers alone."""
+    for parameter in module.parameters(recurse=False):
+        parameter._no_weight_decay = True
 
 
 def _orthogonal(rows: int, columns: int, scale: float) -> Tensor:
