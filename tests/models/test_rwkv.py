@@ -1,5 +1,6 @@
 """CausalLM with the mixers of RWKV: numbers, official files, published sizes and initial values."""
 
+import json
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from language_models import RWKVS, each_rwkv, random_model, tokens_of
 from vmamba_mm.checkpoints.names import infer_arch, to_official
 from vmamba_mm.errors import UserError
 from vmamba_mm.families import family_of
-from vmamba_mm.families.mamba_lm import FAMILY
+from vmamba_mm.families.mamba_lm import FAMILY, arch_of_config
 from vmamba_mm.models import CausalLM
 
 # -- numbers, written out from the papers, a token at a time, with the official names -------------
@@ -191,6 +192,37 @@ def test_official_files(arch, tmp_path):
     torch.save(model.state_dict(), tmp_path / 'ours.pth')
     assert torch.equal(CausalLM.from_pretrained(tmp_path / 'ours.pth', **unseen)(input_ids),
                        model(input_ids))
+
+
+def transformers_name(name):
+    for official, theirs in (('emb.', 'rwkv.embeddings.'), ('blocks.0.ln0', 'rwkv.blocks.0.pre_ln'),
+                             ('ln_out', 'rwkv.ln_out'), ('blocks.', 'rwkv.blocks.')):
+        if name.startswith(official):
+            name = theirs + name.removeprefix(official)
+            break
+    for short, long in (('.att.', '.attention.'), ('.ffn.', '.feed_forward.'),
+                        ('time_mix_k', 'time_mix_key'), ('time_mix_v', 'time_mix_value'),
+                        ('time_mix_r', 'time_mix_receptance')):
+        name = name.replace(short, long)
+    return name
+
+
+def test_folders_of_transformers(tmp_path):
+    model, input_ids = random_model(RWKVS['rwkv4']), tokens_of(1, 9)
+    state = {transformers_name(k): v for k, v in to_official(model.state_dict()).items()}
+    assert 'rwkv.blocks.1.attention.time_mix_receptance' in state
+    assert family_of(state) is FAMILY and infer_arch(state) == RWKVS['rwkv4']
+    torch.save(state, tmp_path / 'pytorch_model.bin')
+    config = dict(architectures=['RwkvForCausalLM'], model_type='rwkv', hidden_size=16,
+                  num_hidden_layers=3, vocab_size=29, attention_hidden_size=24,
+                  intermediate_size=40, layer_norm_epsilon=1e-5, rescale_every=6,
+                  tie_word_embeddings=False, context_length=1024, use_cache=True)
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    found = CausalLM.from_pretrained(tmp_path)
+    assert found.arch == RWKVS['rwkv4'] and torch.equal(found(input_ids), model(input_ids))
+    published = dict(config, hidden_size=768, num_hidden_layers=12, vocab_size=50277,
+                     attention_hidden_size=768, intermediate_size=3072)
+    assert arch_of_config(published) == FAMILY.archs['rwkv4-169m']
 
 
 def test_the_first_layer_of_rwkv7_may_have_weights_that_nothing_reads(tmp_path):

@@ -298,13 +298,15 @@ def arch_of_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     # Published configs of transformers have keys of mamba_ssm as well.
     kind = config.get('model_type')
+    if kind == 'rwkv':
+        return _without_defaults(rwkv.arch_of_config(config))
     if kind in ('mamba', 'mamba2'):
         return _without_defaults((_arch_of_mamba if kind == 'mamba' else _arch_of_mamba2)(config))
     if kind is None and 'd_model' in config:
         return _without_defaults(_arch_of_mamba_ssm(config))
     raise ValueError(f"it describes a model of another kind ({kind or 'no model_type'}); what is "
-                     "read here has model_type 'mamba' or 'mamba2' (of transformers), or d_model "
-                     '(of mamba_ssm)')
+                     "read here has model_type 'mamba', 'mamba2' or 'rwkv' (of transformers), or "
+                     'd_model (of mamba_ssm)')
 
 
 def _arch_of_mamba_ssm(config):

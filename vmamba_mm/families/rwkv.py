@@ -108,9 +108,21 @@ KEYS = (
     ('blocks.#.ffn', 'blocks.#.channel_mixer'),
     ('ln_out', 'norm'),
     ('head', 'lm_head'),
+    # of transformers, which has RWKV-4
+    ('rwkv.embeddings', 'token_embed'),
+    ('rwkv.blocks.0.pre_ln', 'embed_norm'),
+    ('rwkv.blocks.#.ln1', 'blocks.#.norm'),
+    ('rwkv.blocks.#.ln2', 'blocks.#.norm2'),
+    ('rwkv.blocks.#.attention.output', 'blocks.#.mixer.out_proj'),
+    *((f'rwkv.blocks.#.{theirs}.time_mix_{name}', f'blocks.#.{ours}.time_mix_{name[0]}')
+      for theirs, ours in (('attention', 'mixer'), ('feed_forward', 'channel_mixer'))
+      for name in ('key', 'value', 'receptance')),
+    ('rwkv.blocks.#.attention', 'blocks.#.mixer'),
+    ('rwkv.blocks.#.feed_forward', 'blocks.#.channel_mixer'),
+    ('rwkv.ln_out', 'norm'),
 )
 #: Names that no other mixer's models have, official ones and ours.
-_OWN = re.compile(r'(?:emb|ln_out|head|embed_norm)\.|blocks\.\d+\.(?:ln[012]|att|ffn|norm2|'
+_OWN = re.compile(r'(?:emb|ln_out|head|embed_norm|rwkv)\.|blocks\.\d+\.(?:ln[012]|att|ffn|norm2|'
                   r'channel_mixer|mixer\.(?:receptance|key|value|gate|ln_x|time_|[xwavgkr]_?\w$))')
 
 
@@ -159,6 +171,22 @@ def infer(dims: int, mixer: Mapping[str, tuple[int, ...]],
             rank = last[name][1] if name in last else None
             arch[key] = None if rank == _default_rank(key, dims) else rank
     return arch
+
+
+def arch_of_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arch that a ``config.json`` of transformers' RWKV-4 describes.
+
+    Raises:
+        KeyError: if a size is missing.
+    """
+    dims = config['hidden_size']
+    return dict(
+        mixer='rwkv4', embed_dims=dims, depth=config['num_hidden_layers'],
+        vocab_size=config['vocab_size'], norm_eps=config.get('layer_norm_epsilon', 1e-5),
+        tie_embeddings=config.get('tie_word_embeddings', False),
+        **{ours: None if config.get(theirs) in (None, default) else config[theirs]
+           for ours, theirs, default in (('att_dims', 'attention_hidden_size', dims),
+                                         ('ffn_dims', 'intermediate_size', 4 * dims))})
 
 
 # --- numbers of the official code ---------------------------------------------------------------
