@@ -358,8 +358,7 @@ class RWKV7TimeMix(_TimeMix):
         rate = (self.a0 + xa @ self.a1 @ self.a2).sigmoid().to(k.dtype)
         g = (xg @ self.g1).sigmoid() @ self.g2
         removed, = self._heads(k * self.k_k.to(k.dtype))
-        removed = F.normalize(removed.float() if removed.dtype != torch.float64 else removed,
-                              dim=-1).to(k.dtype)
+        removed = F.normalize(removed.to(compute_dtype(k.dtype)), dim=-1).to(k.dtype)
         k = k * (1 + (rate - 1) * self.k_a.to(k.dtype))
         r, w, k, v, rate = self._heads(r, w, k, v, rate)
         y, new = self._run(wkv7, wkv7_step, state, dict(
