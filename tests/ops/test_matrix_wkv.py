@@ -115,7 +115,8 @@ def stand_in(monkeypatch, **changes):
         module.__version__ = '0.5.2'
         vars(module).update({k: f for k, f in functions.items() if f and k[-1] == name[-1]})
         monkeypatch.setitem(sys.modules, name, module)
-    return functions
+    # Nothing of it stays for other tests.
+    monkeypatch.setattr(fla, '_find', fla._find.__wrapped__)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=['fp32', 'bf16'])
@@ -128,6 +129,10 @@ def test_fla_gets_its_conventions(op, scan, step, make, dtype, monkeypatch):
     for one, right in zip(found, expected, strict=True):
         assert one.dtype == right.dtype
         assert_close(one, right, 1e-5 if dtype == torch.float32 else 2e-2)
+    fla._verify.cache_clear()
+    with torch.inference_mode():  # in which the comparison has its gradients all the same
+        y, _ = scan(**inputs, return_final_state=True, backend='fla')
+    assert torch.equal(y, found[0])
     empty = {name: t if name == 'u' else t[:0] for name, t in inputs.items()}
     assert scan(**empty, backend='fla').shape == (0, 20, 2, 4)
 
@@ -165,7 +170,6 @@ def without_gradient(r, k, v, w, u, scale=None, initial_state=None, output_final
 def test_another_fla_is_refused(function, message, monkeypatch):
     """A version that calculates something else, or takes other arguments; and none at all."""
     stand_in(monkeypatch, chunk_rwkv6=function)
-    monkeypatch.setattr(fla, '_find', fla._find.__wrapped__)
     inputs = {name: t.float() for name, t in make6(1, 9, 2, 4, 4).items()}
     with pytest.raises(UserError, match=message) as info:
         wkv6(**inputs, backend='fla')

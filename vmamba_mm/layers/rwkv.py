@@ -62,6 +62,8 @@ class _TimeMix(nn.Module):
         for name in names:
             self.add_module(name, nn.Linear(embed_dims, dims, bias=False))
         self.out_proj = nn.Linear(dims, embed_dims, bias=False)
+        # What initial values depend on: 0 to 1 from the first layer to the last, 1 to nearly 0,
+        # and nearly 0 to 1.
         self._start = layer / max(1, depth - 1), 1 - layer / depth, (layer + 1) / depth
 
     # --- initial values -------------------------------------------------------------------------
@@ -105,10 +107,10 @@ class _TimeMix(nn.Module):
 
     def init_state(self, batch: int) -> TimeMixState:
         """The state before the first token, of ``batch`` sequences."""
-        weight = self.key.weight
+        own = _own_parameter(self)
         shape = batch, self.num_heads, self.head_dim, self.head_dim
-        return TimeMixState(weight.new_zeros(batch, self.embed_dims),
-                            weight.new_zeros(shape, dtype=compute_dtype(weight.dtype)))
+        return TimeMixState(own.new_zeros(batch, self.embed_dims),
+                            own.new_zeros(shape, dtype=compute_dtype(own.dtype)))
 
     def step(self, x: Tensor, state: TimeMixState) -> tuple[Tensor, TimeMixState]:
         """One more token: (B, C) and the state of those before to (B, C) and the new state."""
@@ -131,7 +133,7 @@ class _TimeMix(nn.Module):
     def _norm_heads(self, y: Tensor) -> Tensor:
         """The norm of each head: (B, T, H, N) -> (B, T, D)."""
         batch, length = y.shape[:2]
-        return self.ln_x(y.reshape(-1, self.att_dims)).view(batch, length, -1)
+        return self.ln_x(y.reshape(-1, self.att_dims)).view(batch, length, self.att_dims)
 
     def _finish(self, y, g, x, state, new):
         y = self.out_proj((y * g).to(x.dtype))
@@ -184,10 +186,10 @@ class RWKV4TimeMix(_TimeMix):
         return self._finish(y, r.sigmoid(), x, state, new)
 
     def init_state(self, batch: int) -> TimeMixState:
-        weight = self.key.weight
-        sums = weight.new_zeros(batch, 3, self.att_dims, dtype=compute_dtype(weight.dtype))
+        own = _own_parameter(self)
+        sums = own.new_zeros(batch, 3, self.att_dims, dtype=compute_dtype(own.dtype))
         sums[:, 2] = -torch.inf
-        return TimeMixState(weight.new_zeros(batch, self.embed_dims), sums)
+        return TimeMixState(own.new_zeros(batch, self.embed_dims), sums)
 
 
 class RWKV5TimeMix(_TimeMix):
@@ -430,13 +432,18 @@ class RWKVChannelMix(nn.Module):
 
     def init_state(self, batch: int) -> Tensor:
         """The token before the first one, of ``batch`` sequences: zeros (B, C)."""
-        return self.key.weight.new_zeros(batch, self.embed_dims)
+        return _own_parameter(self).new_zeros(batch, self.embed_dims)
 
     def _mixed(self, name, x, before):
         if self.version < 6:
             return _mix(x, before, getattr(self, f'time_mix_{name}'))
         share = getattr(self, f'time_maa_{name}' if self.version == 6 else f'x_{name}')
         return torch.addcmul(x, before - x, share.to(x.dtype))
+
+
+def _own_parameter(module: nn.Module) -> Tensor:
+    """One that stays the module's own where adapters or quantisation replace linear layers."""
+    return next(module.parameters(recurse=False))
 
 
 def _exempt_from_decay(module: nn.Module) -> None:
