@@ -77,4 +77,4 @@ def test_half_precision_with_large_values():
     (dict(form='recurrent'), r"form='recurrent' does not exist; choose one of \('chunkwise', ")])
 def test_wrong_values(arguments, message):
     with pytest.raises(ValueError, match=message):
-        MultiScaleRetention(12, **arguments)
+        MultiScaleRetention(**dict(embed_dims=12, value_dims=12) | arguments)

@@ -21,14 +21,28 @@ RETNET = dict(mixer='retnet', vocab_size=29, embed_dims=16, depth=2, retention_h
               value_dims=24, ffn_dims=20)
 DEEPNORM = dict(RETNET, depth=3, retention_form='parallel', ffn_act='silu', deepnorm=True,
                 post_norm=True, scale_embedding=True, embed_norm=True, tie_embeddings=True)
-ARCHS = dict(tiny=TINY, other=OTHER, mamba2=MAMBA2, other2=OTHER2, attention=ATTENTION,
-             hybrid=HYBRID, retnet=RETNET, deepnorm=DEEPNORM)
-each_arch = pytest.mark.parametrize('arch', ARCHS.values(), ids=ARCHS)
+_RWKV = dict(vocab_size=29, embed_dims=16, depth=3)
+#: Every option at a value of its own.
+RWKVS = dict(
+    rwkv4=dict(_RWKV, mixer='rwkv4', att_dims=24, ffn_dims=40),
+    rwkv5=dict(_RWKV, mixer='rwkv5', head_dim=4, att_dims=24, ffn_dims=40, head_divisor=2),
+    rwkv6=dict(_RWKV, mixer='rwkv6', head_dim=4, att_dims=24, ffn_dims=40, head_divisor=2,
+               mix_rank=3, decay_rank=5),
+    rwkv7=dict(_RWKV, mixer='rwkv7', head_dim=4, ffn_dims=40, decay_rank=3, rate_rank=5,
+               value_rank=2, gate_rank=7))
 #: Those with the names of mamba_ssm, whose blocks have nothing beside the mixer.
-MAMBAS = {name: arch for name, arch in ARCHS.items() if arch['mixer'] != 'retnet'}
-each_mamba = pytest.mark.parametrize('arch', MAMBAS.values(), ids=MAMBAS)
-each_scan = pytest.mark.parametrize('arch', [TINY, OTHER, MAMBA2, OTHER2],
-                                    ids=['tiny', 'other', 'mamba2', 'other2'])
+MAMBAS = dict(tiny=TINY, other=OTHER, mamba2=MAMBA2, other2=OTHER2, attention=ATTENTION,
+              hybrid=HYBRID)
+ARCHS = MAMBAS | RWKVS | dict(retnet=RETNET, deepnorm=DEEPNORM)
+
+
+def each(archs):
+    return pytest.mark.parametrize('arch', archs.values(), ids=archs)
+
+
+each_arch, each_mamba, each_rwkv = each(ARCHS), each(MAMBAS), each(RWKVS)
+each_with_stream = each({name: arch for name, arch in ARCHS.items() if name != 'deepnorm'})
+each_scan = each(dict(tiny=TINY, other=OTHER, mamba2=MAMBA2, other2=OTHER2) | RWKVS)
 each_device = pytest.mark.parametrize('device', ['cpu', 'cuda'])
 
 

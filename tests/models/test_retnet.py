@@ -77,14 +77,14 @@ def test_state_does_not_grow():
     assert len(sizes) == 1
 
 
-@pytest.mark.parametrize('act, scale', [(torch.bfloat16, 0.03), (torch.float16, 0.01)])
-def test_half_precision(act, scale):
+@pytest.mark.parametrize('dtype, scale', [(torch.bfloat16, 0.03), (torch.float16, 0.01)])
+def test_half_precision(dtype, scale):
     for arch in (RETNET, DEEPNORM):
-        model, input_ids = random_model(arch), tokens_of(2, 17)
+        model, input_ids = random_model(arch).to(dtype).float(), tokens_of(2, 17)
         with torch.no_grad():
             exact = model(input_ids)
-            half = model.to(act)(input_ids)
-        assert half.dtype == act
+            half = model.to(dtype)(input_ids)
+        assert half.dtype == dtype
         assert (half - exact).square().mean().sqrt() < scale * exact.square().mean().sqrt()
 
 
@@ -159,8 +159,8 @@ def test_arch_of_weights():
     (dict(retention_form='recurrent'), "retention_form.*must be 'chunkwise' or 'parallel'"),
     (dict(ffn_dims=0, deepnorm=True), 'ffn_dims.*no MLP, goes with neither'),
     (dict(ffn_act='relu'), "ffn_act.*must be 'gelu' or 'silu'"),
-    (dict(norm='layer'), "'retnet' has norm='rms'"),
-    (dict(attn_layers=(0,)), "'retnet' has norm='rms' and no attn_layers"),
+    (dict(norm='layer'), "norm.*'retnet' must be 'rms'"),
+    (dict(attn_layers=(0,)), "attn_layers.*'mamba2', not with 'retnet'"),
     (dict(d_state=4), "'d_state'. is an option of the mixer 'mamba' and 'mamba2'; the mixer "
                       "'retnet' has")])
 def test_wrong_settings(changes, message):

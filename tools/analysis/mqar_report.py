@@ -249,7 +249,9 @@ def markdown(results, picture):
     setting = [
         f'Models: {s["depth"]} block{"s" if s["depth"] > 1 else ""} of norm and mixer, no MLP, '
         f'embedding and head tied; heads of Mamba-2 have {s["head_dim"]} channels. Attention has '
-        'one head and, in place of positions, the short convolution that the other mixers have.',
+        'one head and, in place of positions, the short convolution that the other mixers have.'
+        + (' RWKV has heads of as many channels as Mamba-2, a channel mixing in each block, and a '
+           'head that is not tied.' if any('rwkv' in r['run']['model'] for r in results) else ''),
         f'Data: {s["examples"]:,} training examples for each number of pairs ({pairs}), in this '
         f'order in every epoch; {"random tokens" if s["filler"] == "random" else "zeros"} between '
         f'the queries; power_a {s["power_a"]:g}.',

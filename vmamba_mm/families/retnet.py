@@ -5,90 +5,96 @@ numbers.
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from vmamba_mm.families.base import Rule, is_int, one_of
+from vmamba_mm.families.base import one_of
+from vmamba_mm.families.mixers import (
+    BOOL,
+    NOT_NEGATIVE_OR_NONE,
+    POSITIVE,
+    POSITIVE_OR_NONE,
+    Mixers,
+    Shapes,
+)
 from vmamba_mm.families.parity import Build, Call, Limit, Omission, Options, Parity, Subject
 
-#: What an arch of this mixer need not say: of its layers,
-OPTIONS: dict[str, dict[str, Any]] = {'retnet': dict(
-    retention_heads=1, value_dims=None, retention_form='chunkwise', ffn_dims=None, ffn_act='gelu',
-    deepnorm=False, post_norm=False, scale_embedding=False, embed_norm=False)}
-#: and of the whole model, where it differs from the others.
-DEFAULTS = dict(norm_eps=1e-6, tie_embeddings=False, pad_vocab_size_multiple=1)
-_OF_MIXER = dict(retention_heads='num_heads', value_dims='value_dims', retention_form='form')
-
-_BOOL = Rule(lambda v: isinstance(v, bool), 'True or False').or_absent()
-_POSITIVE_OR_NONE = Rule(lambda v: v is None or is_int(v, 1), 'None or an int of at least 1',
-                         optional=True)
-RULES = {
-    'retention_heads': Rule(lambda v: is_int(v, 1), 'an int of at least 1', optional=True),
-    'value_dims': _POSITIVE_OR_NONE,
+_OPTIONS = dict(retention_heads=1, value_dims=None, retention_form='chunkwise', ffn_dims=None,
+                ffn_act='gelu', deepnorm=False, post_norm=False, scale_embedding=False)
+_DEFAULTS = dict(norm_eps=1e-6, tie_embeddings=False, pad_vocab_size_multiple=1)
+_RULES = {
+    'retention_heads': POSITIVE,
+    'value_dims': POSITIVE_OR_NONE,
     'retention_form': one_of('chunkwise', 'parallel').or_absent(),
-    'ffn_dims': Rule(lambda v: v is None or is_int(v, 0), 'None or an int of at least 0',
-                     optional=True),
+    'ffn_dims': NOT_NEGATIVE_OR_NONE,
     'ffn_act': one_of('gelu', 'silu').or_absent(),
-    'deepnorm': _BOOL, 'post_norm': _BOOL, 'scale_embedding': _BOOL, 'embed_norm': _BOOL}
+    'deepnorm': BOOL, 'post_norm': BOOL, 'scale_embedding': BOOL}
 
 
-def mixer_options(arch: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of ``MultiScaleRetention``."""
-    options = {**OPTIONS['retnet'], **DEFAULTS, **arch}
-    return dict(norm_eps=options['norm_eps'], **{
-        argument: options[key] for key, argument in _OF_MIXER.items()})
+def _mixer_of(arch: Mapping[str, Any], layer: int) -> tuple[str, dict[str, Any]]:
+    options = {**_OPTIONS, **_DEFAULTS, **arch}
+    return 'retnet', dict(value_dims=_value_dims(arch), num_heads=options['retention_heads'],
+                          norm_eps=options['norm_eps'], form=options['retention_form'])
 
 
-def value_dims(arch: Mapping[str, Any]) -> int:
-    """The channels of the values: by default 5/3 of the others, and a multiple of the heads."""
-    heads = arch.get('retention_heads', 1)
+def _value_dims(arch: Mapping[str, Any]) -> int:
     found = arch.get('value_dims')
-    return 5 * arch['embed_dims'] // 3 // heads * heads if found is None else found
+    if found is not None:
+        return found
+    return _default_values(arch['embed_dims'], arch.get('retention_heads', 1))
 
 
-def check(arch: Mapping[str, Any]) -> None:
-    """Raise ValueError unless the heads fit and the norm has no bias."""
-    heads, dims, values = arch.get('retention_heads', 1), arch['embed_dims'], value_dims(arch)
+def _default_values(embed_dims: int, heads: int) -> int:
+    """5/3 of the channels, and a multiple of the heads."""
+    return 5 * embed_dims // 3 // heads * heads
+
+
+def _check(arch: Mapping[str, Any]) -> None:
+    heads, dims, values = arch.get('retention_heads', 1), arch['embed_dims'], _value_dims(arch)
     if dims % (2 * heads) or values % heads or values < 1:
         raise ValueError(f"arch['retention_heads']={heads} must leave each head an even number of "
                          f'the {dims} channels of embed_dims, and divide the {values} of '
                          'value_dims')
     if arch.get('ffn_dims') == 0 and (arch.get('deepnorm') or arch.get('post_norm')):
         raise ValueError("arch['ffn_dims']=0, no MLP, goes with neither deepnorm nor post_norm")
-    if arch.get('norm', 'rms') != 'rms' or arch.get('attn_layers'):
-        raise ValueError("the mixer 'retnet' has norm='rms' and no attn_layers")
+    if arch.get('norm', 'rms') != 'rms':
+        raise ValueError("arch['norm'] of the mixer 'retnet' must be 'rms'")
 
 
 # --- names of weights ---------------------------------------------------------------------------
 
 #: Of fairseq's files; the tables of positions and decays are computed.
-KEYS = (
+_KEYS = (
     ('decoder.embed_tokens', 'token_embed'), ('decoder.layernorm_embedding', 'embed_norm'),
     ('decoder.retnet_rel_pos', None), ('decoder.layer_norm', 'norm'),
     ('decoder.layers.#.retention_layer_norm', 'blocks.#.norm'),
     ('decoder.layers.#.retention', 'blocks.#.mixer'), ('decoder.layers.#.ffn', 'blocks.#.ffn'),
     ('decoder.layers.#.final_layer_norm', 'blocks.#.ffn_norm'),
     ('decoder.output_projection', 'lm_head'))
-_OWN = re.compile(r'(?:retention\.|mixer\.)g_proj\.')
+_OWN_NAMES = re.compile(r'(?:retention\.|mixer\.)g_proj\.')
 
 
-def has_own(names: Collection[str]) -> bool:
-    """Whether names, official or ours, are those of a RetNet."""
-    return any(_OWN.search(name) for name in names)
-
-
-def infer(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+def _infer(shapes: Shapes) -> dict[str, Any]:
     """Heads leave no trace, and are taken to have 256 channels as published, or to be one; nor do
     the activation, DeepNorm and the scale of the embedding."""
     rows, dims = shapes['token_embed.weight']
-    arch = dict(embed_dims=dims, vocab_size=rows,
-                ffn_dims=shapes.get('blocks.0.ffn.fc1.weight', (0,))[0],
-                retention_heads=dims // 256 if dims % 256 == 0 else 1,
-                post_norm='norm.weight' not in shapes, embed_norm='embed_norm.weight' in shapes)
     values, _ = shapes['blocks.0.mixer.v_proj.weight']
-    if values % arch['retention_heads']:
-        arch['retention_heads'] = 1
-    return arch | dict(value_dims=None if values == value_dims(arch) else values)
+    heads = dims // 256 if dims % 256 == 0 and values % (dims // 256) == 0 else 1
+    return dict(mixer='retnet', vocab_size=rows, retention_heads=heads,
+                value_dims=None if values == _default_values(dims, heads) else values,
+                ffn_dims=shapes.get('blocks.0.ffn.fc1.weight', (0,))[0],
+                post_norm='norm.weight' not in shapes)
+
+
+def _untold(arch: Mapping[str, Any]) -> tuple[str, str]:
+    return 'retention_heads', ('how many heads a RetNet has; give from_pretrained its '
+                               'retention_heads (and ffn_act, deepnorm and scale_embedding, where '
+                               'they are not the defaults)')
+
+
+MIXERS = Mixers(
+    options={'retnet': _OPTIONS}, rules=_RULES, mixer_of=_mixer_of, keys=_KEYS, infer=_infer,
+    own_names=_OWN_NAMES, defaults=_DEFAULTS, check=_check, untold=_untold)
 
 
 # --- the official code's numbers ----------------------------------------------------------------

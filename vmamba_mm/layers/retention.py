@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmamba_mm.layers.mamba_blocks import MambaBlock
+from vmamba_mm.layers.mamba_blocks import MambaBlock, add_and_norm
 from vmamba_mm.ops import retention, retention_step
 from vmamba_mm.ops.core.backends import compute_dtype
 from vmamba_mm.ops.retention import log_decays
@@ -34,8 +34,7 @@ class MultiScaleRetention(nn.Module):
 
     Args:
         embed_dims: C, channels of a token, and of all queries and keys.
-        value_dims: V, channels of all values; None for 5 C / 3, rounded down to a multiple of the
-            heads.
+        value_dims: V, channels of all values.
         num_heads: H, which leaves each head an even number of queries and divides V.
         norm_eps: of the norm.
         form: 'chunkwise', linear in the length, or 'parallel', which is quadratic and also divides
@@ -48,11 +47,9 @@ class MultiScaleRetention(nn.Module):
         ValueError: on a value that is not allowed.
     """
 
-    def __init__(self, embed_dims: int, value_dims: int | None = None, num_heads: int = 1,
-                 norm_eps: float = 1e-6, form: str = 'chunkwise'):
+    def __init__(self, embed_dims: int, value_dims: int, num_heads: int = 1, norm_eps: float = 1e-6,
+                 form: str = 'chunkwise'):
         super().__init__()
-        if value_dims is None:
-            value_dims = 5 * embed_dims // 3 // max(num_heads, 1) * num_heads
         if num_heads < 1 or embed_dims % (2 * num_heads) or value_dims % num_heads \
                 or value_dims < 1:
             raise ValueError(f'num_heads={num_heads!r} must leave each head an even number of the '
@@ -196,7 +193,7 @@ class RetNetBlock(MambaBlock):
         if self.post_norm:
             stream = x = hidden
         else:
-            stream, x = self._add_and_norm(hidden, residual)
+            stream, x = add_and_norm(self.norm, hidden, residual)
         y, *states = (self.mixer(x),) if state is None else self.mixer(x, state)
         return *self._add_mlp(stream, y), *((y,) if with_output else ()), *states
 
