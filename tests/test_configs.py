@@ -59,7 +59,7 @@ def test_necks_and_heads_take_what_the_backbone_gives(leaf, load, build_meta):
     found = {name: part.in_channels for name, part in cfg.items()
              if name in ('neck', 'head', 'decode_head', 'auxiliary_head') and part
              and 'in_channels' in part}
-    if 'decode_head' in cfg and cfg.get('neck'):  # between the backbone and the head
+    if 'neck' in found and 'decode_head' in found:  # which takes what the neck gives
         width = found.pop('decode_head')
         assert width == [cfg.neck.out_channels] * len(width)
     for name, width in found.items():
