@@ -124,24 +124,23 @@ class Classifier(nn.Module):
         num_classes: of the linear layer.
         pool: of tokens: 'mean' or the 'last' of them, 'max' for the largest of their logits or
             'all' for the logits of each. It says nothing of maps and class tokens.
-        aux_dims: channels of another map, the first of the tuple, half of whose largest logits, of
-            each class, are added (token labelling, arXiv 2104.10858); 0 for none.
+        head: of the tuple of all outputs, in place of the linear layer; it has an ``fc``.
     """
 
-    def __init__(self, backbone: nn.Module, num_classes: int, pool: str = '', aux_dims: int = 0):
+    def __init__(self, backbone: nn.Module, num_classes: int, pool: str = '',
+                 head: nn.Module | None = None):
         super().__init__()
         self.backbone = backbone
-        self.head = nn.ModuleDict(dict(fc=nn.Linear(backbone.num_features[-1], num_classes)))
-        if aux_dims:
-            self.head['aux'] = nn.Linear(aux_dims, num_classes)
+        self.head = head or nn.ModuleDict(
+            dict(fc=nn.Linear(backbone.num_features[-1], num_classes)))
         self.pool = pool
 
     def forward(self, x: Tensor) -> Tensor:
         """What the backbone takes, to (B, num_classes), or (B, L, num_classes) of 'all'."""
-        first, *_, y = (None, *self.backbone(x))[-2:]
-        if 'aux' in self.head:
-            logits = self.head['aux'](first.flatten(2).transpose(1, 2)).amax(1)
-            return self.head['fc'](y.flatten(2).mean(2)) + 0.5 * logits
+        outputs = self.backbone(x)
+        if not isinstance(self.head, nn.ModuleDict):
+            return self.head(outputs)
+        y = outputs[-1]
         if y.dim() == 3 and self.pool in ('max', 'all'):
             return _POOLS[self.pool](self.head['fc'](y))
         if y.dim() == 3 and self.pool:

@@ -8,6 +8,7 @@ from torch import nn
 
 from vmamba_mm.checkpoints.names import to_official
 from vmamba_mm.errors import UserError
+from vmamba_mm.heads import TokenLabelHead
 from vmamba_mm.models import RMT
 from vmamba_mm.models.rmt import ManhattanAttention, MapProjection, make_decay, place
 from vmamba_mm.ops.masa.reference import masa
@@ -128,7 +129,8 @@ def test_official_training_files(weights, tmp_path):
 def test_files_with_token_labels(dims, tmp_path):
     """Their second head is ignored by a backbone, whatever it reads (the released ones may read
     the projected map, which the authors' code cannot load)."""
-    classifier = Classifier(RMT(ARCH, (3,), projection=32, with_last_map=True), 5, aux_dims=dims)
+    classifier = Classifier(RMT(ARCH, (3,), projection=32, with_last_map=True), 5,
+                            head=TokenLabelHead(5, 32, dims))
     state = official(classifier)
     assert state['aux_head.weight'].shape == (5, dims)
     file = training_file(tmp_path / 'a.pth', state, state)

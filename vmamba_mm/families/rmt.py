@@ -137,11 +137,13 @@ def _parity_subject(file: str, options: Options) -> Subject:
     labels_tokens = kwargs.get('token_label', False)
     backbone |= dict(out_indices=(3,), projection=kwargs['projection'],
                      with_last_map=labels_tokens)
-    num_classes, dims = kwargs['num_classes'], kwargs['embed_dims'][3]
+    num_classes = kwargs['num_classes']
+    head = Build('vmamba_mm.heads:TokenLabelHead', dict(
+        num_classes=num_classes, in_channels=kwargs['projection'],
+        aux_channels=kwargs['embed_dims'][3])) if labels_tokens else None
     return Subject(Build('vmamba_mm.testing:Classifier', dict(
-        backbone=Build('vmamba_mm.models:RMT', backbone), num_classes=num_classes,
-        aux_dims=dims if labels_tokens else 0)), Call(view=lambda logits: [logits]),
-        load=dict(weights='model_ema'))
+        backbone=Build('vmamba_mm.models:RMT', backbone), num_classes=num_classes, head=head)),
+        Call(view=lambda logits: [logits]), load=dict(weights='model_ema'))
 
 
 def _parity_op(section: str, case: Options) -> Subject:
