@@ -41,8 +41,9 @@ def test_each_layer_has_a_loss(head, maps, mm):
     samples = [DataSample().set_gt_label(label) for label in (3, 1)]
     losses, labels = head.loss(maps, samples), torch.tensor([3, 1])
     assert_close(losses['loss'], F.cross_entropy(head.fc(maps[1].mean((2, 3))), labels), 1e-12)
-    of_positions = [F.cross_entropy(logits, labels) for logits in positions(head, maps[0]).unbind(1)]
-    assert_close(losses['aux_loss'], 0.25 * torch.stack(of_positions).mean(), 1e-12)
+    of_positions = torch.stack([F.cross_entropy(logits, labels)
+                                for logits in positions(head, maps[0]).unbind(1)])
+    assert_close(losses['aux_loss'], 0.25 * of_positions.mean(), 1e-12)
     mixed = [DataSample().set_gt_score(F.one_hot(label, 5).double()) for label in labels]
     for name, value in head.loss(maps, mixed).items():
         assert_close(value, losses[name], 1e-12)

@@ -1,20 +1,11 @@
-import sys
+import functools
 
 import pytest
 
 
 @pytest.fixture
-def run(load_tool, monkeypatch):
-    """Runs the tool on small shapes, with attributes of it replaced."""
-    tool = load_tool('bench/rwkv_ops.py')
-    monkeypatch.setattr(sys, 'argv', ['rwkv_ops.py', '--device', 'cpu', '--shrink', '16'])
-
-    def run(**attributes):
-        for name, value in attributes.items():
-            monkeypatch.setattr(tool, name, value)
-        tool.main()
-
-    return run
+def run(run_tool):
+    return functools.partial(run_tool, 'bench/rwkv_ops.py', '--device', 'cpu', '--shrink', '16')
 
 
 def test_all_ways_agree_and_are_timed(run, capsys):

@@ -7,6 +7,7 @@ from torch import Tensor
 from vmamba_mm.ops.core.backends import compute_dtype
 from vmamba_mm.ops.core.define_op import Implementation, define_op
 from vmamba_mm.ops.matrix_wkv import chunked, fla, reference
+from vmamba_mm.ops.matrix_wkv.checks import check
 
 Backend = Literal['reference', 'chunked', 'fla']
 
@@ -79,7 +80,7 @@ def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, *,
         >>> wkv6(k, k, k, k, torch.randn(4, 8)).shape
         torch.Size([2, 50, 4, 8])
     """
-    _check('wkv6', r, v, dict(k=k, w=w), u, initial_state)
+    check('wkv6', 'BTH', r, v, dict(k=k, w=w), u, initial_state=initial_state)
     return _run(fla.wkv6, _wkv6, (r, k, v, w, u, initial_state, return_final_state), backend)
 
 
@@ -102,7 +103,7 @@ def wkv5(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, *,
     if r.dim() == 4 and tuple(w.shape) != tuple(r.shape[2:]):
         raise ValueError(f'wkv5 expects w of shape {tuple(r.shape[2:])} beside r {tuple(r.shape)}, '
                          f'got {tuple(w.shape)}')
-    _check('wkv5', r, v, dict(k=k), u, initial_state)
+    check('wkv5', 'BTH', r, v, dict(k=k), u, initial_state=initial_state)
     return wkv6(r, k, v, w.expand(r.shape), u, initial_state=initial_state,
                 return_final_state=return_final_state, backend=backend)
 
@@ -136,7 +137,7 @@ def wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, *,
         >>> wkv7(k, k, k, k, -k, k / 2).shape
         torch.Size([2, 50, 4, 8])
     """
-    _check('wkv7', r, v, dict(w=w, k=k, a=a, b=b), None, initial_state)
+    check('wkv7', 'BTH', r, v, dict(w=w, k=k, a=a, b=b), initial_state=initial_state)
     return _run(fla.wkv7, _wkv7, (r, w, k, v, a, b, initial_state, return_final_state), backend)
 
 
@@ -146,22 +147,3 @@ def _run(with_fla, op, args, backend):
     else:
         y, state = op(*args, backend=backend)
     return (y, state) if args[-1] else y
-
-
-def _check(name, r, v, like_r, u, initial_state) -> None:
-    if r.dim() != 4 or v.dim() != 4 or r.shape[1] < 1:
-        raise ValueError(f'{name} expects r (B, T, H, N) and v (B, T, H, P), T of at least 1; got '
-                         f'r {tuple(r.shape)}, v {tuple(v.shape)}')
-    (batch, length, heads, size), dim = r.shape, v.shape[3]
-    expected = {key: (t, r.shape) for key, t in like_r.items()}
-    expected |= dict(v=(v, (batch, length, heads, dim)), u=(u, (heads, size)),
-                     initial_state=(initial_state, (batch, heads, size, dim)))
-    for key, (tensor, shape) in expected.items():
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != tuple(shape):
-            raise ValueError(f'{name} expects {key} of shape {tuple(shape)} beside r '
-                             f'{tuple(r.shape)}, got {tuple(tensor.shape)}')
-        if not (tensor.is_floating_point() and r.is_floating_point()):
-            raise ValueError(f'{name} expects real tensors, complex ones and integers are not '
-                             f'supported; got r {r.dtype}, {key} {tensor.dtype}')

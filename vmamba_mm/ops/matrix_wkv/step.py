@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from vmamba_mm.ops.core.backends import compute_dtype
+from vmamba_mm.ops.matrix_wkv.checks import check
 from vmamba_mm.ops.matrix_wkv.reference import step_wkv6, step_wkv7
 
 
@@ -28,7 +29,7 @@ def wkv6_step(state: Tensor, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tens
         >>> y.shape, state.shape
         (torch.Size([2, 4, 8]), torch.Size([2, 4, 8, 8]))
     """
-    check('wkv6_step', state, r, v, dict(k=k, w=w), u)
+    check('wkv6_step', 'BH', r, v, dict(k=k, w=w), u, state=state)
     return _run(step_wkv6, state, r, k, v, w, u)
 
 
@@ -53,7 +54,7 @@ def wkv7_step(state: Tensor, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tens
         >>> y.shape, state.shape
         (torch.Size([2, 4, 8]), torch.Size([2, 4, 8, 8]))
     """
-    check('wkv7_step', state, r, v, dict(w=w, k=k, a=a, b=b))
+    check('wkv7_step', 'BH', r, v, dict(w=w, k=k, a=a, b=b), state=state)
     return _run(step_wkv7, state, r, w, k, v, a, b)
 
 
@@ -62,18 +63,3 @@ def _run(step, state, *tensors):
     dtype = compute_dtype(tensors[0].dtype)
     y, state = step(state.to(dtype), *(t.to(dtype) for t in tensors))
     return y.to(tensors[0].dtype), state
-
-
-def check(name, state, r, v, like_r, u=None) -> None:
-    """Raise ValueError unless the shapes fit one another."""
-    if r.dim() != 3 or v.dim() != 3:
-        raise ValueError(f'{name} expects r (B, H, N) and v (B, H, P); got r {tuple(r.shape)}, '
-                         f'v {tuple(v.shape)}')
-    batch, heads, size = r.shape
-    expected = {key: (t, r.shape) for key, t in like_r.items()}
-    expected |= dict(v=(v, (batch, heads, v.shape[2])), u=(u, (heads, size)),
-                     state=(state, (batch, heads, size, v.shape[2])))
-    for key, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != tuple(shape):
-            raise ValueError(f'{name} expects {key} of shape {tuple(shape)} beside r '
-                             f'{tuple(r.shape)}, got {tuple(tensor.shape)}')
