@@ -22,8 +22,9 @@ MIXERS = {
     'attention': Mixer('softmax attention', dict(mixer='attention', attn_conv=4), 2, 1),
     'mamba': Mixer('Mamba', dict(mixer='mamba'), 1, 0),
     'mamba2': Mixer('Mamba-2', dict(mixer='mamba2'), 1, 0),
-    # Without the MLP that its block has.
-    'retnet': Mixer('RetNet', dict(mixer='retnet', ffn_dims=0), 1, 0),
+    # Without the MLP of its blocks. Of one head alone the decay would be that of 32 tokens.
+    'retnet': Mixer('RetNet', dict(mixer='retnet', retention_heads=4, ffn_dims=0,
+                                   tie_embeddings=True), 1, 0),
     'rwkv4': Mixer('RWKV-4', dict(mixer='rwkv4'), 1, 0),
     'rwkv6': Mixer('RWKV-6', dict(mixer='rwkv6', head_dim=32), 1, 0),
     'rwkv7': Mixer('RWKV-7', dict(mixer='rwkv7', head_dim=32), 1, 0),
