@@ -291,10 +291,7 @@ def run_masa(layer: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     # The recorded cases are in fp64 but for the decay and the masks, which are in fp32.
     decay = layer.decay.float()
     masks = decay_masks(decay, *x.shape[1:3], layer.form)
-    height, width = x.shape[1:3]
-    numbers = torch.arange(height * width, device=x.device).view(height, width, 1)
-    cos, sin = rotation_table(numbers, layer.head_dim, x.dtype)
-    output = layer.attn(x, (decay, cos, sin, masks))
+    output = layer.attn(x, layer.places(x)._replace(decay=decay, masks=masks))
     _, sin = rotation_table(torch.ones(1, device=x.device), layer.head_dim, x.dtype)
     return dict(output=output, mask=masks[0] if len(masks) == 1 else list(masks[::-1]),
                 decay=decay, angle=sin[0].asin())

@@ -86,9 +86,9 @@ class ManhattanAttention(nn.Module):
 
     def forward(self, x: Tensor, places: Places) -> Tensor:
         v = self.v_proj(x)
-        q, k = (rotate_pairs(self._heads(project(x)), places[1], places[2])
+        q, k = (rotate_pairs(self._heads(project(x)), places.cos, places.sin)
                 for project in (self.q_proj, self.k_proj))
-        y = masa(q, k, self._heads(v), places[0], self.form, masks=places[3]).flatten(3)
+        y = masa(q, k, self._heads(v), places.decay, self.form, masks=places.masks).flatten(3)
         return self.out_proj(y + convolve_map(self.lepe, v))
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -112,7 +112,11 @@ class PlacedAttention(nn.Module):
         self.head_dim, self.form = dim // num_heads, form
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.attn(x, place(x, self.decay, self.head_dim, self.form))
+        return self.attn(x, self.places(x))
+
+    def places(self, x: Tensor) -> Places:
+        """Those of a map (B, H, W, C)."""
+        return place(x, self.decay, self.head_dim, self.form)
 
 
 # --- the block ------------------------------------------------------------------------------------
