@@ -14,7 +14,7 @@ OTHER2 = dict(MAMBA2, d_conv=3, expand=1.5, head_dim=4, n_groups=2, d_ssm=16,
               norm_before_gate=True, D_has_hdim=True, dt_limit=(0.01, 0.5), conv_bias=False,
               bias=True, norm='layer', tie_embeddings=False, pad_vocab_size_multiple=1)
 ATTENTION = dict(mixer='attention', vocab_size=29, embed_dims=16, depth=2, num_heads=2,
-                 norm='layer', max_positions=64, drop_rate=0.1, attn_drop_rate=0.1)
+                 norm='layer', max_positions=64, embed_norm=True, drop_rate=0.1, attn_drop_rate=0.1)
 HYBRID = dict(MAMBA2, attn_layers=(0, 2), num_heads=4, num_kv_heads=2, attn_head_dim=6,
               attn_conv=4, rotary_dims=4, qkv_bias=False, out_bias=False)
 RETNET = dict(mixer='retnet', vocab_size=29, embed_dims=16, depth=2, retention_heads=2,
@@ -67,7 +67,7 @@ def transformers_state(model):
         if name.startswith('blocks.'):
             name = f'backbone.layers.{name.removeprefix("blocks.")}'
         for ours, theirs in (('token_embed', 'embeddings'), ('norm', 'norm_f'),
-                             ('position_embed', 'position_embed')):
+                             ('position_embed', 'position_embed'), ('embed_norm', 'embed_norm')):
             if name.startswith(f'{ours}.'):
                 name = f'backbone.{theirs}{name.removeprefix(ours)}'
                 break

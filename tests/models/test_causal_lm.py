@@ -110,6 +110,8 @@ def test_blocks_add_to_a_stream(arch):
     x = model.token_embed(input_ids)
     if model.position_embed is not None:
         x = x + model.position_embed.weight[:9]
+    if model.embed_norm is not None:
+        x = model.embed_norm(x)
     for block in model.blocks:
         x = x + block.mixer(block.norm(x))
     expected = F.linear(model.norm(x), model.lm_head.weight)

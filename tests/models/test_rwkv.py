@@ -237,9 +237,10 @@ def test_the_first_layer_of_rwkv7_may_have_weights_that_nothing_reads(tmp_path):
 @each_rwkv
 def test_what_does_not_fit_is_refused(arch, tmp_path):
     official = to_official(random_model(arch).state_dict())
-    for name in ('blocks.1.att.output.weight', 'blocks.2.ffn.key.weight', 'blocks.1.ln2.bias'):
+    for name in ('blocks.1.att.output.weight', 'blocks.2.ffn.key.weight', 'blocks.1.ln2.bias',
+                 'blocks.0.ln0.weight'):
         torch.save({k: v for k, v in official.items() if k != name}, tmp_path / 'a.pth')
-        with pytest.raises(UserError, match='is missing') as info:
+        with pytest.raises(UserError, match='is missing|but lack') as info:
             CausalLM.from_pretrained(tmp_path / 'a.pth')
         assert '\n' not in str(info.value)
     assert family_of(official | {'more.weight': torch.ones(1)}) is None
@@ -259,6 +260,8 @@ def test_rwkv_between_versions_is_refused(tmp_path):
     (dict(mixer='rwkv6', att_dims=10, head_dim=4), 'head_dim.*=4 must divide the 10 channels'),
     (dict(mixer='rwkv7', head_dim=4, att_dims=24), "'att_dims'. is an option of the mixer 'rwkv4'"),
     (dict(mixer='rwkv4', head_dim=4), "'head_dim'. is an option.*'rwkv4' has"),
+    (dict(mixer='rwkv4', ffn_dims=0), 'ffn_dims.*None or an int of at least 1'),
+    (dict(mixer='rwkv4', embed_norm=False), "embed_norm.*of the mixer 'rwkv4' must be True"),
     (dict(mixer='rwkv5', head_divisor=0), 'head_divisor.*a number above 0'),
     (dict(mixer='rwkv6', head_dim=4, attn_layers=(1,)), "attn_layers.*'mamba2', not with 'rwkv6'")])
 def test_wrong_settings(changes, message):

@@ -120,6 +120,7 @@ _KEYS = (
     ('backbone.embedding', 'token_embed'),
     ('backbone.embeddings', 'token_embed'),  # of transformers
     ('backbone.position_embed', 'position_embed'),
+    ('backbone.embed_norm', 'embed_norm'),
     ('backbone.layers.#', 'blocks.#'),
     ('backbone.norm_f', 'norm'),
     ('lm_head', 'lm_head'),

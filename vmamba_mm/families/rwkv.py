@@ -72,6 +72,8 @@ _ARCHS = {
 
 def _check(arch: Mapping[str, Any]) -> None:
     options = _OPTIONS[arch['mixer']] | arch
+    if not arch.get('embed_norm', True):
+        raise ValueError(f"arch['embed_norm'] of the mixer {arch['mixer']!r} must be True")
     if options['ffn_dims'] == 0:
         raise ValueError(f"arch['ffn_dims'] of the mixer {arch['mixer']!r} must be None or an int "
                          'of at least 1')
@@ -156,6 +158,8 @@ def _infer(shapes: Shapes) -> dict[str, Any]:
         raise ValueError('the layers are not all of RWKV 4, or 5.2, 6 or 7')
     version, mixer, last = int(kind[-1]), mixers[0], mixers[-1]
     tokens, dims = shapes['token_embed.weight']
+    if 'embed_norm.weight' not in shapes:
+        raise KeyError('embed_norm.weight')
     hidden, _ = shapes['blocks.0.ffn.key.weight']
     rows, _ = mixer['key.weight']
     arch = dict(mixer=kind, vocab_size=tokens,
