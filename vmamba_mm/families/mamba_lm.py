@@ -87,11 +87,14 @@ def _system_of(names: Collection[str]) -> Mixers:
     return next((system for system in _SYSTEMS if system.has_own(names)), _SYSTEMS[0])
 
 
+#: What every model may have, and official ones do not.
+_OURS_ALONE = (('position_embed', 'position_embed'), ('embed_norm', 'embed_norm'))
+
+
 def _keys(names: Collection[str]) -> Rows:
     """The rows of a model with these names; of none, all."""
-    if not names:
-        return tuple(row for system in _SYSTEMS for row in system.keys)
-    return _system_of(names).keys
+    systems = [_system_of(names)] if names else _SYSTEMS
+    return (*(row for system in systems for row in system.keys), *_OURS_ALONE)
 
 
 def _infer_arch(weights: Mapping[str, Any]) -> dict[str, Any]:
