@@ -23,19 +23,14 @@ def settings_of(model, cfg):
     """{name of a parameter: (factor of the rate, decay)} as the optimizer has them, and that."""
     from mmengine.optim import build_optim_wrapper
 
-    wrapper = build_optim_wrapper(model, _optim_cfg(cfg))
+    optim_cfg = copy.deepcopy(cfg.optim_wrapper)
+    optim_cfg.type = 'OptimWrapper'  # the Amp one refuses a machine without a GPU
+    for key in ('dtype', 'loss_scale'):
+        optim_cfg.pop(key, None)
+    wrapper = build_optim_wrapper(model, optim_cfg)
     of_id = {id(p): (group['lr'] / cfg.optim_wrapper.optimizer.lr, group['weight_decay'])
              for group in wrapper.optimizer.param_groups for p in group['params']}
     return {name: of_id[id(p)] for name, p in model.named_parameters()}, wrapper
-
-
-def _optim_cfg(cfg):
-    """Of the optimizer in fp32: the Amp one refuses a machine without a GPU."""
-    optim_cfg = copy.deepcopy(cfg.optim_wrapper)
-    optim_cfg.type = 'OptimWrapper'
-    for key in ('dtype', 'loss_scale'):
-        optim_cfg.pop(key, None)
-    return optim_cfg
 
 
 def learning_rates(cfg, epoch_length, total):
@@ -82,12 +77,11 @@ def take_a_step(cfg, narrowed):
     backbone, and predict."""
     import torch
     from mmengine.model import revert_sync_batchnorm
-    from mmengine.optim import build_optim_wrapper
     from mmengine.registry import MODELS
 
     torch.manual_seed(0)
     model = revert_sync_batchnorm(MODELS.build(narrowed(cfg))).train()
-    optim_wrapper = build_optim_wrapper(model, _optim_cfg(cfg))
+    _, optim_wrapper = settings_of(model, cfg)
     before = {name: p.detach().clone() for name, p in model.backbone.named_parameters()}
     log = model.train_step(batch_of(cfg.default_scope), optim_wrapper)
     assert all(value.isfinite().all() for value in log.values())
