@@ -1,0 +1,162 @@
+"""Vision-RWKV (arXiv 2403.02308): the published architectures and the names of its weights."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from vmamba_mm.families.base import Family, Rule, infer_image_size, is_int, is_number, one_of
+from vmamba_mm.families.parity import Build, Call, Limit, Omission, Options, Parity, Subject
+
+
+def _arch(embed_dims: int, depth: int = 12, image_size: int = 224, **more: Any) -> dict[str, Any]:
+    return dict(embed_dims=embed_dims, depth=depth, patch_size=16, image_size=image_size,
+                formula='official', **more)
+
+
+#: Table 1; the large one was made for 192 pixels, and is used for 384.
+ARCHS = {
+    'tiny': _arch(192),
+    'small': _arch(384, post_norm=True, layer_scale=1.0),
+    'base': _arch(768, post_norm=True, layer_scale=1e-5),
+    'large': _arch(1024, 24, 192, post_norm=True, layer_scale=1e-5, key_norm=True),
+}
+#: What the optional keys of an arch are where they are absent.
+DEFAULTS = dict(formula='paper', post_norm=False, layer_scale=None, key_norm=False, mlp_ratio=4,
+                shift_pixel=1)
+
+_COUNT = Rule(lambda v: is_int(v, 1), 'an int of at least 1')
+_BOOL = Rule(lambda v: isinstance(v, bool), 'True or False', optional=True)
+RULES = {
+    'embed_dims': _COUNT,
+    'depth': _COUNT,
+    'patch_size': _COUNT,
+    'image_size': Rule(lambda v: is_int(v, 1) or isinstance(v, tuple | list) and len(v) == 2
+                       and all(is_int(side, 1) for side in v),
+                       'an int of at least 1, or two: height and width'),
+    'formula': one_of('paper', 'official').or_absent(),
+    'post_norm': _BOOL,
+    'layer_scale': Rule(lambda v: v is None or is_number(v), 'a number or None', optional=True),
+    'key_norm': _BOOL,
+    'mlp_ratio': Rule(lambda v: is_number(v) and v > 0, 'a number above 0', optional=True),
+    'shift_pixel': Rule(lambda v: is_int(v, 0), 'an int of at least 0', optional=True),
+}
+
+
+def grid_of(arch: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and columns of patches in the image that the position embedding is for."""
+    size, patch = arch['image_size'], arch['patch_size']
+    rows, columns = (math.ceil(side / patch)
+                     for side in ((size, size) if isinstance(size, int) else size))
+    return rows, columns
+
+
+def _check(arch: Mapping[str, Any]) -> None:
+    if int(arch.get('mlp_ratio', 4) * arch['embed_dims']) < 1:
+        raise ValueError(f"arch['mlp_ratio']={arch['mlp_ratio']!r} leaves no hidden channel of the "
+                         f'{arch["embed_dims"]} of embed_dims')
+
+
+# --- names of weights -------------------------------------------------------------------------
+
+def _keys(names) -> tuple[tuple[str, str | None], ...]:
+    """The norm at the end is that of the last block's output."""
+    blocks = [int(m[1]) for k in names if (m := re.match(r'(?:layers|blocks)\.(\d+)\.', k))]
+    return (('layers.#', 'blocks.#'), ('patch_embed.projection', 'patch_embed.proj'),
+            ('pos_embed', 'pos_embed'), ('ln1', f'norm{max(blocks, default=0)}'))
+
+
+_FIRST = 'blocks.0.'
+
+
+def _infer_arch(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """The formula of the WKV, the place of norms and the initial value of layer_scale leave no
+    trace, nor does which side of an image is longer: they are as published, where weights have
+    layer_scale with norms behind the branches and 1e-5, or 1 with 384 channels."""
+    shapes = {k: tuple(v.shape) for k, v in weights.items()}
+    dims, _, _, patch = shapes['patch_embed.proj.weight']
+    hidden, _ = shapes[f'{_FIRST}ffn.key.weight']
+    depth = len({m[1] for k in shapes if (m := re.match(r'blocks\.(\d+)\.', k))})
+    arch = dict(embed_dims=dims, depth=depth, patch_size=patch,
+                image_size=infer_image_size(shapes['pos_embed'][1], patch), formula='official')
+    if f'{_FIRST}gamma1' in shapes:
+        arch |= dict(post_norm=True, layer_scale=1.0 if dims == 384 else 1e-5)
+    if f'{_FIRST}att.key_norm.weight' in shapes:
+        arch |= dict(key_norm=True)
+    if f'{_FIRST}att.spatial_mix_k' not in shapes:
+        arch |= dict(shift_pixel=0)
+    return arch if hidden == 4 * dims else arch | dict(mlp_ratio=hidden / dims)
+
+
+# --- the official code's numbers ----------------------------------------------------------------
+
+def _parity_arch(kwargs: Options, **more: Any) -> dict[str, Any]:
+    """Our ``arch`` for the arguments of the official ``VRWKV``, in the official mode."""
+    for key, value in dict(channel_gamma=0.25, shift_mode='q_shift', init_mode='fancy',
+                           final_norm=True, with_cp=False).items():
+        kwargs.require(key, value)
+    # What only training has.
+    kwargs.ignore('drop_path_rate', 'drop_after_pos', 'drop_rate', 'interpolate_mode')
+    size = kwargs.get('img_size', 224)
+    return dict(
+        embed_dims=kwargs.get('embed_dims', 256), depth=kwargs.get('depth', 12),
+        patch_size=kwargs.get('patch_size', 16),
+        image_size=size if isinstance(size, int) else tuple(size), formula='official',
+        post_norm=kwargs.get('post_norm', False), layer_scale=kwargs.get('init_values'),
+        key_norm=kwargs.get('k_norm' if 'k_norm' in kwargs else 'key_norm', False),
+        mlp_ratio=kwargs.get('hidden_rate', 4), shift_pixel=kwargs.get('shift_pixel', 1), **more)
+
+
+def _parity_subject(file: str, options: Options) -> Subject:
+    """A classifier with the maps of its backbone; of the large one the logits alone."""
+    kwargs = options['kwargs']
+    is_large = kwargs['type'] == 'VRWKV_Classification'
+    options.require('kind', 'classifier_L' if is_large else 'classifier')
+    kwargs.require('type', 'VRWKV', 'VRWKV_Classification')
+    arch = _parity_arch(kwargs)
+    depth = arch['depth']
+    arguments = dict(num_classes=kwargs.get('num_classes', 1000))
+    backbone = dict(in_channels=kwargs.get('in_channels', 3))
+    if is_large:
+        arguments |= dict(hidden_dims=kwargs.get('hidden_dims', 3072) if depth > 12 else None)
+    else:
+        backbone |= dict(out_indices=tuple(i % depth for i in kwargs.get('out_indices', [-1])))
+        arguments |= dict(with_maps=True)
+
+    def build(formula):
+        return Build('vmamba_mm.models:VisionRWKV', dict(
+            backbone, arch=dict(arch, formula=formula)))
+
+    return Subject(
+        Build('vmamba_mm.testing:Classifier', dict(arguments, backbone=build('official'))),
+        Call(view=(lambda logits: [logits]) if is_large else None), load=dict(weights='model'),
+        variants={'paper': dict(backbone=build('paper'))})
+
+
+def _parity_op(section: str, case: Options) -> Subject:
+    case.require('op', 'bi_wkv')
+    return Subject(
+        Build('vmamba_mm.ops:bi_wkv'), Call(args=('w', 'u', 'k', 'v'), outputs=('y',)),
+        variants={mode: dict(mode=mode) for mode in ('paper', 'official')})
+
+
+PARITY = Parity(
+    subject=_parity_subject, ops={'op_bi_wkv.pt': _parity_op},
+    omissions=(
+        Omission('grads_exact_of_forward', 'of no code: the official gradients by k and v are not '
+                 'those of its result', 'op_bi_wkv.pt'),),
+    limits=(
+        Limit('grads.[uk]', 1e-9, 'those of a single token are zero but for the 1e-6 beside its '
+              'denominator: rounding counts a million times', 'op_bi_wkv.pt', '* official'),))
+
+FAMILY = Family(
+    name='vision_rwkv', model='VisionRWKV', archs=ARCHS, rules=RULES, check=_check, keys=_keys,
+    # The head of the large model has a hidden layer.
+    head_keys=(('head.fc', 'head.fc'), ('head.0', 'head.layers.pre_logits'),
+               ('head.2', 'head.layers.head')),
+    place='backbone.',
+    signature=(f'{_FIRST}ffn.receptance.weight', *(f'{_FIRST}{name}' for name in (
+        'ffn.key.weight', 'ffn.value.weight', 'att.receptance.weight', 'att.output.weight',
+        'ln0.weight')), 'patch_embed.proj.weight', 'pos_embed'),
+    first_convs=('patch_embed.proj.weight',), infer_arch=_infer_arch, parity=PARITY,
+    licence='Apache-2.0', url='https://github.com/OpenGVLab/Vision-RWKV')
