@@ -153,6 +153,13 @@ class WithNeck(nn.Module):
         return tuple(self.neck(self.backbone(x)))
 
 
+def by_heads(*tensors: Tensor, function: Callable[..., Tensor], heads: int) -> Tensor:
+    """``function`` of sequences (B, T, C) by heads, (B, T, H, C / H), to (B, T, C); other tensors
+    come to it as they are."""
+    return function(*(t.unflatten(2, (heads, -1)) if t.dim() == 3 else t for t in tensors)
+                    ).flatten(2)
+
+
 def run_in_parts(mixer: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """A causal mixer on all tokens, and on the first ones together and the others one by one.
 

@@ -14,6 +14,8 @@ PRE_NORM = dict(embed_dims=8, depth=3, patch_size=4, image_size=16, formula='off
 POST_NORM = dict(PRE_NORM, embed_dims=14, image_size=(8, 12),
                  post_norm=True, layer_scale=1e-5, key_norm=True, mlp_ratio=2.5)
 PLAIN = dict(PRE_NORM, shift_pixel=0)
+V6 = dict(embed_dims=12, depth=3, patch_size=4, image_size=16, mixer='wkv6', head_dim=6,
+          post_norm=True, layer_scale=1e-5, key_norm=True)
 
 
 def _shapes(arch, height, width):
@@ -42,7 +44,8 @@ def _published_keys():
     if not path.is_file():
         return None
     listed, published = json.loads(path.read_text()), {}
-    names = dict(tiny='vrwkv_t', small='vrwkv_s', base='vrwkv_b', large='vrwkv_l_22kto1k_384')
+    names = dict(tiny='vrwkv_t', small='vrwkv_s', base='vrwkv_b', large='vrwkv_l_22kto1k_384',
+                 v6_tiny='vrwkv6_t', v6_small='vrwkv6_s', v6_base='vrwkv6_b')
     for arch, name in names.items():
         published[arch] = {}
         for key, shape in listed[name]['keys'].items():
@@ -55,7 +58,7 @@ def _published_keys():
 
 SPEC = Spec(
     family=FAMILY, model=VisionRWKV,
-    archs=dict(pre_norm=PRE_NORM, post_norm=POST_NORM, plain=PLAIN), shapes=_shapes,
+    archs=dict(pre_norm=PRE_NORM, post_norm=POST_NORM, plain=PLAIN, v6=V6), shapes=_shapes,
     published_keys=_published_keys,
     changes=[dict(embed_dims=12), dict(depth=1), dict(patch_size=2), dict(image_size=20),
              dict(image_size=(8, 12)), dict(post_norm=True, layer_scale=1e-5),
@@ -65,7 +68,11 @@ SPEC = Spec(
            (dict(formula='kernel'), "formula.*'paper' or 'official'"),
            (dict(post_norm=1), 'True or False'), (dict(layer_scale='1'), 'a number or None'),
            (dict(mlp_ratio=0.001), 'mlp_ratio.*no hidden channel'),
-           (dict(shift_pixel=-1), 'shift_pixel.*at least 0')],
+           (dict(shift_pixel=-1), 'shift_pixel.*at least 0'),
+           (dict(mixer='wkv7'), "mixer.*'wkv' or 'wkv6'"),
+           (dict(mixer='wkv6', head_dim=1), r"formula.*is of arch\['mixer'\]='wkv' alone"),
+           (dict(head_dim=4), r"head_dim.*is of arch\['mixer'\]='wkv6' alone"),
+           (dict(mixer='wkv6', head_dim=5), 'head_dim.*must divide')],
     official=_official, official_classifiers=_classifiers,
     layer_depths={'patch_embed.proj.weight': 0, 'pos_embed': 0,
                   'blocks.0.att.spatial_decay': 1, 'blocks.1.ffn.key.weight': 2,

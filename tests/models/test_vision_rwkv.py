@@ -78,7 +78,8 @@ def test_formula():
     own = {key: value for key, value in PRE_NORM.items() if key != 'formula'}
     assert torch.equal(VisionRWKV(own)(images)[0], results['paper'])
     assert not torch.equal(results['paper'], results['official'])
-    assert all(arch['formula'] == 'official' for arch in VisionRWKV.arch_settings.values())
+    assert all(arch['formula'] == 'official' for arch in VisionRWKV.arch_settings.values()
+               if 'mixer' not in arch)
 
 
 def test_initial_values():
@@ -94,6 +95,23 @@ def test_initial_values():
     assert_close(last.att.spatial_mix_r.flatten(), share.sqrt(), 1e-6)
     assert_close(first.ffn.spatial_mix_r.flatten(), torch.arange(8) / 8, 1e-6)
     assert first.gamma1.unique().tolist() == [0.25] and first.ln0 and last.ln0 is None
+
+
+def test_initial_values_of_v6():
+    first, _, last = VisionRWKV(SPECS['vision_rwkv'].archs['v6']).blocks
+    assert first.att.time_decay[..., 0] == -6 and last.att.time_decay[..., -1] == -1
+    share = 1 - (torch.arange(12) / 12) ** (1 / 3)
+    assert_close(last.att.time_maa_x.flatten(), share, 1e-6)
+    assert_close(last.att.time_maa_v.flatten(), share - 0.3, 1e-6)
+    assert_close(first.att.time_faaaa.flatten()[:3], torch.tensor([0, 0.1, -0.1]), 1e-6)
+    assert 0 < first.att.time_maa_w1.abs().max() <= 1e-4
+
+
+def test_shift_of_heads():
+    x = torch.randn(1, 3, 4, 12)
+    y = quad_shift(x.unflatten(-1, (2, 6)), 1).flatten(-2)
+    for part in (slice(0, 6), slice(6, 12)):
+        assert torch.equal(y[..., part], shift_by_hand(x[..., part]))
 
 
 def test_tokens_are_the_map():

@@ -10,20 +10,27 @@ from vmamba_mm.families.parity import Build, Call, Limit, Omission, Options, Par
 
 
 def _arch(embed_dims: int, depth: int = 12, image_size: int = 224, **more: Any) -> dict[str, Any]:
-    return dict(embed_dims=embed_dims, depth=depth, patch_size=16, image_size=image_size,
-                formula='official', **more)
+    return dict(embed_dims=embed_dims, depth=depth, patch_size=16, image_size=image_size, **more)
 
 
-#: Table 1; the large one was made for 192 pixels, and is used for 384.
+#: The first with ``bi_wkv``, whose formula says.
+_V4 = dict(formula='official')
+_V6 = dict(mixer='wkv6', head_dim=64)
+_POST_NORM = dict(post_norm=True, layer_scale=1e-5)
+#: Table 1, where the large one was made for 192 pixels and is used for 384; and those of the public
+#: code with RWKV-6.
 ARCHS = {
-    'tiny': _arch(192),
-    'small': _arch(384, post_norm=True, layer_scale=1.0),
-    'base': _arch(768, post_norm=True, layer_scale=1e-5),
-    'large': _arch(1024, 24, 192, post_norm=True, layer_scale=1e-5, key_norm=True),
+    'tiny': _arch(192, **_V4),
+    'small': _arch(384, **_V4, post_norm=True, layer_scale=1.0),
+    'base': _arch(768, **_V4, **_POST_NORM),
+    'large': _arch(1024, 24, 192, **_V4, **_POST_NORM, key_norm=True),
+    'v6_tiny': _arch(192, **_V6),
+    'v6_small': _arch(384, **_V6, **_POST_NORM),
+    'v6_base': _arch(768, **_V6, **_POST_NORM),
 }
 #: What the optional keys of an arch are where they are absent.
-DEFAULTS = dict(formula='paper', post_norm=False, layer_scale=None, key_norm=False, mlp_ratio=4,
-                shift_pixel=1)
+DEFAULTS = dict(mixer='wkv', formula='paper', head_dim=64, post_norm=False, layer_scale=None,
+                key_norm=False, mlp_ratio=4, shift_pixel=1)
 
 _COUNT = Rule(lambda v: is_int(v, 1), 'an int of at least 1')
 _BOOL = Rule(lambda v: isinstance(v, bool), 'True or False', optional=True)
@@ -34,6 +41,8 @@ RULES = {
     'image_size': Rule(lambda v: is_int(v, 1) or isinstance(v, tuple | list) and len(v) == 2
                        and all(is_int(side, 1) for side in v),
                        'an int of at least 1, or two: height and width'),
+    'mixer': one_of('wkv', 'wkv6').or_absent(),
+    'head_dim': _COUNT.or_absent(),
     'formula': one_of('paper', 'official').or_absent(),
     'post_norm': _BOOL,
     'layer_scale': Rule(lambda v: v is None or is_number(v), 'a number or None', optional=True),
@@ -55,6 +64,12 @@ def _check(arch: Mapping[str, Any]) -> None:
     if int(arch.get('mlp_ratio', 4) * arch['embed_dims']) < 1:
         raise ValueError(f"arch['mlp_ratio']={arch['mlp_ratio']!r} leaves no hidden channel of the "
                          f'{arch["embed_dims"]} of embed_dims')
+    if arch.get('mixer', 'wkv') == 'wkv6' and arch['embed_dims'] % arch.get('head_dim', 64):
+        raise ValueError(f"arch['head_dim']={arch.get('head_dim', 64)} must divide "
+                         f"arch['embed_dims']={arch['embed_dims']} with arch['mixer']='wkv6'")
+    for key, mixer in (('formula', 'wkv'), ('head_dim', 'wkv6')):
+        if key in arch and arch.get('mixer', 'wkv') != mixer:
+            raise ValueError(f"arch[{key!r}] is of arch['mixer']={mixer!r} alone")
 
 
 # --- names of weights -------------------------------------------------------------------------
@@ -72,18 +87,20 @@ _FIRST = 'blocks.0.'
 def _infer_arch(weights: Mapping[str, Any]) -> dict[str, Any]:
     """The formula of the WKV, the place of norms and the initial value of layer_scale leave no
     trace, nor does which side of an image is longer: they are as published, where weights have
-    layer_scale with norms behind the branches and 1e-5, or 1 with 384 channels."""
+    layer_scale with norms behind the branches and 1e-5, or 1 with 384 channels and no RWKV-6."""
     shapes = {k: tuple(v.shape) for k, v in weights.items()}
     dims, _, _, patch = shapes['patch_embed.proj.weight']
     hidden, _ = shapes[f'{_FIRST}ffn.key.weight']
     depth = len({m[1] for k in shapes if (m := re.match(r'blocks\.(\d+)\.', k))})
     arch = dict(embed_dims=dims, depth=depth, patch_size=patch,
-                image_size=infer_image_size(shapes['pos_embed'][1], patch), formula='official')
+                image_size=infer_image_size(shapes['pos_embed'][1], patch))
+    is_v6 = f'{_FIRST}att.time_faaaa' in shapes
+    arch |= dict(_V6, head_dim=shapes[f'{_FIRST}att.time_faaaa'][1]) if is_v6 else _V4
     if f'{_FIRST}gamma1' in shapes:
-        arch |= dict(post_norm=True, layer_scale=1.0 if dims == 384 else 1e-5)
+        arch |= dict(post_norm=True, layer_scale=1.0 if dims == 384 and not is_v6 else 1e-5)
     if f'{_FIRST}att.key_norm.weight' in shapes:
         arch |= dict(key_norm=True)
-    if f'{_FIRST}att.spatial_mix_k' not in shapes:
+    if f'{_FIRST}ffn.spatial_mix_k' not in shapes:
         arch |= dict(shift_pixel=0)
     return arch if hidden == 4 * dims else arch | dict(mlp_ratio=hidden / dims)
 
@@ -91,17 +108,25 @@ def _infer_arch(weights: Mapping[str, Any]) -> dict[str, Any]:
 # --- the official code's numbers ----------------------------------------------------------------
 
 def _parity_arch(kwargs: Options, **more: Any) -> dict[str, Any]:
-    """Our ``arch`` for the arguments of the official ``VRWKV``, in the official mode."""
-    for key, value in dict(channel_gamma=0.25, shift_mode='q_shift', init_mode='fancy',
-                           final_norm=True, with_cp=False).items():
+    """Our ``arch`` for the arguments of the official ``VRWKV`` or ``VRWKV6``, with the official
+    formula."""
+    for key, value in dict(channel_gamma=0.25, init_mode='fancy', final_norm=True, with_cp=False,
+                           with_cls_token=False, output_cls_token=False).items():
         kwargs.require(key, value)
+    is_v6 = kwargs['type'] == 'VRWKV6'
+    kwargs.require('shift_mode', 'q_shift_multihead' if is_v6 else 'q_shift')
+    dims = kwargs.get('embed_dims', 256)
+    mixer = _V4
+    if is_v6:
+        mixer = dict(_V6, head_dim=dims // kwargs['num_heads'])
+        kwargs.require('head_size', mixer['head_dim'])
     # What only training has.
     kwargs.ignore('drop_path_rate', 'drop_after_pos', 'drop_rate', 'interpolate_mode')
     size = kwargs.get('img_size', 224)
     return dict(
-        embed_dims=kwargs.get('embed_dims', 256), depth=kwargs.get('depth', 12),
+        mixer, embed_dims=dims, depth=kwargs.get('depth', 12),
         patch_size=kwargs.get('patch_size', 16),
-        image_size=size if isinstance(size, int) else tuple(size), formula='official',
+        image_size=size if isinstance(size, int) else tuple(size),
         post_norm=kwargs.get('post_norm', False), layer_scale=kwargs.get('init_values'),
         key_norm=kwargs.get('k_norm' if 'k_norm' in kwargs else 'key_norm', False),
         mlp_ratio=kwargs.get('hidden_rate', 4), shift_pixel=kwargs.get('shift_pixel', 1), **more)
@@ -112,7 +137,7 @@ def _parity_subject(file: str, options: Options) -> Subject:
     kwargs = options['kwargs']
     is_large = kwargs['type'] == 'VRWKV_Classification'
     options.require('kind', 'classifier_L' if is_large else 'classifier')
-    kwargs.require('type', 'VRWKV', 'VRWKV_Classification')
+    is_v6 = kwargs.require('type', 'VRWKV', 'VRWKV6', 'VRWKV_Classification') == 'VRWKV6'
     arch = _parity_arch(kwargs)
     depth = arch['depth']
     arguments = dict(num_classes=kwargs.get('num_classes', 1000))
@@ -123,14 +148,13 @@ def _parity_subject(file: str, options: Options) -> Subject:
         backbone |= dict(out_indices=tuple(i % depth for i in kwargs.get('out_indices', [-1])))
         arguments |= dict(with_maps=True)
 
-    def build(formula):
-        return Build('vmamba_mm.models:VisionRWKV', dict(
-            backbone, arch=dict(arch, formula=formula)))
+    def build(**formula):
+        return Build('vmamba_mm.models:VisionRWKV', dict(backbone, arch=dict(arch, **formula)))
 
     return Subject(
-        Build('vmamba_mm.testing:Classifier', dict(arguments, backbone=build('official'))),
+        Build('vmamba_mm.testing:Classifier', dict(arguments, backbone=build())),
         Call(view=(lambda logits: [logits]) if is_large else None), load=dict(weights='model'),
-        variants={'paper': dict(backbone=build('paper'))})
+        variants={} if is_v6 else {'paper': dict(backbone=build(formula='paper'))})
 
 
 def _parity_op(section: str, case: Options) -> Subject:
@@ -140,8 +164,17 @@ def _parity_op(section: str, case: Options) -> Subject:
         variants={mode: dict(mode=mode) for mode in ('paper', 'official')})
 
 
+def _parity_op_v6(section: str, case: Options) -> Subject:
+    case.require('op', 'bi_wkv6')
+    return Subject(
+        Build('vmamba_mm.testing:by_heads', dict(function=Build('vmamba_mm.ops:bi_wkv6'),
+                                                 heads=case['heads'])),
+        Call(args=('r', 'k', 'v', 'w', 'u'), outputs=('y',)))
+
+
 PARITY = Parity(
-    subject=_parity_subject, ops={'op_bi_wkv.pt': _parity_op},
+    subject=_parity_subject,
+    ops={'op_bi_wkv.pt': _parity_op, 'op_bi_wkv6.pt': _parity_op_v6},
     omissions=(
         Omission('grads_exact_of_forward', 'of no code: the official gradients by k and v are not '
                  'those of its result', 'op_bi_wkv.pt'),),

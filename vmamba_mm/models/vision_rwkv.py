@@ -1,5 +1,6 @@
 """The Vision-RWKV backbone (arXiv 2403.02308): WKV of both directions, and shifts of channels."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,14 +16,15 @@ from vmamba_mm.layers import DropPath, LayerNorm, PatchEmbed
 from vmamba_mm.layers.positions import pad_to_patches, resize_grid, resize_patches
 from vmamba_mm.models.base import init_linear
 from vmamba_mm.models.flat import FlatBackbone
-from vmamba_mm.ops import bi_wkv
+from vmamba_mm.ops import bi_wkv, bi_wkv6
 from vmamba_mm.registry import MODELS
 
 # What torch.fx records as it is, since it looks at shapes.
 torch.fx.wrap('_add_positions')
 torch.fx.wrap('_bi_wkv_of_map')
+torch.fx.wrap('_bi_wkv6_of_map')
+torch.fx.wrap('_shift')
 torch.fx.wrap('pad_to_patches')
-torch.fx.wrap('quad_shift')
 
 
 def quad_shift(x: Tensor, pixels: int = 1, share: float = 0.25) -> Tensor:
@@ -33,22 +35,29 @@ def quad_shift(x: Tensor, pixels: int = 1, share: float = 0.25) -> Tensor:
     channels of no group stay.
 
     Args:
-        x: (B, H, W, C).
+        x: (B, H, W, ..., C).
         pixels: how far the neighbours are.
         share: of the channels in a group, up to 1/4.
 
     Returns:
-        (B, H, W, C).
+        (B, H, W, ..., C).
     """
-    height, width, channels = x.shape[1:]
-    cuts = [int(channels * share * i) for i in range(5)]
+    height, width = x.shape[1:3]
+    cuts = [int(x.shape[-1] * share * i) for i in range(5)]
     left, right, above, below = (x[..., a:b] for a, b in zip(cuts, cuts[1:], strict=False))
-    across, down = min(pixels, width), min(pixels, height)
+    across, down, rest = min(pixels, width), min(pixels, height), (0, 0) * (x.dim() - 3)
     return torch.cat((
-        F.pad(left[:, :, :width - across], (0, 0, across, 0)),
-        F.pad(right[:, :, across:], (0, 0, 0, across)),
-        F.pad(above[:, :height - down], (0, 0, 0, 0, down, 0)),
-        F.pad(below[:, down:], (0, 0, 0, 0, 0, down)), x[..., cuts[-1]:]), dim=-1)
+        F.pad(left[:, :, :width - across], (*rest, across, 0)),
+        F.pad(right[:, :, across:], (*rest, 0, across)),
+        F.pad(above[:, :height - down], (*rest, 0, 0, down, 0)),
+        F.pad(below[:, down:], (*rest, 0, 0, 0, down)), x[..., cuts[-1]:]), dim=-1)
+
+
+def _shift(x: Tensor, pixels: int, head_dim: int | None) -> Tensor:
+    """``quad_shift`` of all channels, or of those of each head."""
+    if head_dim is None:
+        return quad_shift(x, pixels)
+    return quad_shift(x.unflatten(-1, (-1, head_dim)), pixels).flatten(-2)
 
 
 def _bi_wkv_of_map(w: Tensor, u: Tensor, k: Tensor, v: Tensor, mode: str) -> Tensor:
@@ -58,15 +67,21 @@ def _bi_wkv_of_map(w: Tensor, u: Tensor, k: Tensor, v: Tensor, mode: str) -> Ten
     return y.view(v.shape)
 
 
+def _bi_wkv6_of_map(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
+    """``bi_wkv6`` of the positions of a map (B, H, W, C), row by row, in the heads of u (H', N)."""
+    maps = (t.flatten(1, 2).unflatten(-1, tuple(u.shape)) for t in (r, k, v, w))
+    return bi_wkv6(*maps, u).view(v.shape)
+
+
 class _Mix(nn.Module):
     """What both halves of a block have: mixtures of a map with its shifted copy."""
 
     #: The names of the mixtures, each a parameter ``spatial_mix_{name}``.
     mixtures: tuple[str, ...]
 
-    def __init__(self, dim: int, shift_pixel: int):
+    def __init__(self, dim: int, shift_pixel: int, head_dim: int | None = None):
         super().__init__()
-        self.shift_pixel = shift_pixel
+        self.shift_pixel, self.head_dim = shift_pixel, head_dim
         for name in self.mixtures:
             self.register_parameter(f'spatial_mix_{name}', nn.Parameter(
                 torch.full((1, 1, dim), 0.5)) if shift_pixel else None)
@@ -75,7 +90,7 @@ class _Mix(nn.Module):
         """The mixtures of (B, H, W, C)."""
         if not self.shift_pixel:
             return [x] * len(self.mixtures)
-        shifted = quad_shift(x, self.shift_pixel)
+        shifted = _shift(x, self.shift_pixel, self.head_dim)
         difference = x - shifted
         return [torch.addcmul(shifted, difference,
                               getattr(self, f'spatial_mix_{name}').to(x.dtype)[:, None])
@@ -116,6 +131,69 @@ class SpatialMix(_Mix):
         return self.output(gate * y)
 
 
+class SpatialMix6(nn.Module):
+    """The mixer of the models with RWKV-6 (arXiv 2404.05892, section 4), in both directions.
+
+    The mixtures of the map with its shifted copy, and the decays, depend on the input: each is what
+    is learned for all inputs and a small MLP of the position.
+
+    Args:
+        dim: C.
+        head_dim: N, channels of a head, which are also shifted together.
+        key_norm: as of :class:`SpatialMix`.
+        shift_pixel: how far the shifted copy is.
+
+    Shape: (B, H, W, C) -> (B, H, W, C), any H and W.
+    """
+
+    #: In the order of the rows of ``time_maa_w2``.
+    mixtures = ('w', 'k', 'v', 'r', 'g')
+    mix_rank, decay_rank = 32, 64
+
+    def __init__(self, dim: int, head_dim: int = 64, *, key_norm: bool = False,
+                 shift_pixel: int = 1):
+        super().__init__()
+        self.head_dim, self.shift_pixel = head_dim, shift_pixel
+        for name in ('x', *self.mixtures):
+            self.register_parameter(f'time_maa_{name}', nn.Parameter(torch.full((1, 1, dim), 0.5)))
+        count = len(self.mixtures)
+        self.time_maa_w1 = nn.Parameter(torch.empty(dim, count * self.mix_rank))
+        self.time_maa_w2 = nn.Parameter(torch.empty(count, self.mix_rank, dim))
+        self.time_decay = nn.Parameter(torch.zeros(1, 1, dim))
+        self.time_decay_w1 = nn.Parameter(torch.empty(dim, self.decay_rank))
+        self.time_decay_w2 = nn.Parameter(torch.empty(self.decay_rank, dim))
+        self.time_faaaa = nn.Parameter(torch.zeros(dim // head_dim, head_dim))
+        for weight in (self.time_maa_w1, self.time_maa_w2, self.time_decay_w1, self.time_decay_w2):
+            nn.init.uniform_(weight, -1e-4, 1e-4)
+        self.receptance, self.key, self.value, self.gate, self.output = (
+            nn.Linear(dim, dim, bias=False) for _ in range(5))
+        self.key_norm = LayerNorm(dim) if key_norm else None
+        self.ln_x = nn.GroupNorm(dim // head_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for_w, for_k, for_v, for_r, for_g = self.mix(x)
+        decay = self.time_decay[:, None] + torch.tanh(
+            for_w @ self.time_decay_w1) @ self.time_decay_w2
+        y = _bi_wkv6_of_map(self.receptance(for_r), self.key(for_k), self.value(for_v), decay,
+                            self.time_faaaa)
+        if self.key_norm is not None:
+            y = self.key_norm(y)
+        y = self.ln_x(y.flatten(0, 2)).view(y.shape)
+        return self.output(y * F.silu(self.gate(for_g)))
+
+    def mix(self, x: Tensor) -> list[Tensor]:
+        """The mixtures of (B, H, W, C)."""
+        difference = _shift(x, self.shift_pixel, self.head_dim) - x
+        hidden = torch.tanh(self._mixed(x, difference, 'x') @ self.time_maa_w1)
+        parts = hidden.unflatten(-1, (len(self.mixtures), -1)).unbind(-2)
+        return [self._mixed(x, difference, name, part @ weight) for name, part, weight in zip(
+            self.mixtures, parts, self.time_maa_w2, strict=True)]
+
+    def _mixed(self, x, difference, name, more=None):
+        share = getattr(self, f'time_maa_{name}')[:, None]
+        return x + difference * (share if more is None else share + more).to(x.dtype)
+
+
 class ChannelMix(_Mix):
     """The MLP of RWKV (section 3.2): squares of ReLUs, times a gate.
 
@@ -124,14 +202,16 @@ class ChannelMix(_Mix):
         hidden_dim: width of the hidden layer.
         key_norm: whether the hidden layer has a LayerNorm after the square.
         shift_pixel: as of :class:`SpatialMix`.
+        head_dim: channels that are shifted together; None for all.
 
     Shape: (B, H, W, C) -> (B, H, W, C).
     """
 
     mixtures = ('k', 'r')
 
-    def __init__(self, dim: int, hidden_dim: int, *, key_norm: bool = False, shift_pixel: int = 1):
-        super().__init__(dim, shift_pixel)
+    def __init__(self, dim: int, hidden_dim: int, *, key_norm: bool = False, shift_pixel: int = 1,
+                 head_dim: int | None = None):
+        super().__init__(dim, shift_pixel, head_dim)
         self.key = nn.Linear(dim, hidden_dim, bias=False)
         self.key_norm = LayerNorm(hidden_dim, feeds_matmul=True) if key_norm else None
         self.receptance = nn.Linear(dim, dim, bias=False)
@@ -207,8 +287,9 @@ class VisionRWKV(FlatBackbone):
 
     Optional keys of ``arch``:
 
-    - ``formula``: 'paper', the default, or 'official', as all published models were trained; the
-      mode of :func:`vmamba_mm.ops.bi_wkv`.
+    - ``mixer``: 'wkv', or 'wkv6' for RWKV-6 with ``head_dim`` channels of a head, 64.
+    - ``formula``, with 'wkv': 'paper', the default, or 'official', as all published models were
+      trained; the mode of :func:`vmamba_mm.ops.bi_wkv`.
     - ``post_norm``: whether norms are behind the branches; ``layer_scale``: the initial value of
       factors of the branches, None for no such factors; ``key_norm``: whether WKVs and hidden
       layers have norms.
@@ -243,10 +324,16 @@ class VisionRWKV(FlatBackbone):
         self.patch_embed = PatchEmbed(in_channels, dims, arch['patch_size'])
         self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(self.grid), dims))
         common = {key: arch[key] for key in ('key_norm', 'shift_pixel')}
+        head_dim = None
+        mixer = functools.partial(SpatialMix, dims, formula=arch['formula'], **common)
+        if arch['mixer'] == 'wkv6':
+            head_dim = arch['head_dim']
+            mixer = functools.partial(SpatialMix6, dims, head_dim, **common)
+        hidden = int(arch['mlp_ratio'] * dims)
         self.blocks = nn.ModuleList(
             VisionRWKVBlock(
-                SpatialMix(dims, formula=arch['formula'], **common),
-                ChannelMix(dims, int(arch['mlp_ratio'] * dims), **common), dims, is_first=i == 0,
+                mixer(), ChannelMix(dims, hidden, head_dim=head_dim, **common), dims,
+                is_first=i == 0,
                 post_norm=arch['post_norm'], layer_scale=arch['layer_scale'], drop_path=rate,
                 with_cp=with_cp)
             for i, rate in enumerate(drop_path_rates))
@@ -300,15 +387,26 @@ def init_mixes(block: VisionRWKVBlock, index: int, depth: int) -> None:
     in the official code): slow decays first, and mixtures that rise with the channel."""
     rising, falling = index / max(1, depth - 1), 1 - index / depth
     att, ffn = block.att, block.ffn
-    dims = len(att.spatial_decay)
-    channel = torch.arange(dims, dtype=torch.float32, device=att.spatial_decay.device)
-    mixture = ((channel / dims) ** falling).view(1, 1, dims)
+    weight = ffn.receptance.weight
+    dims = len(weight)
+    channel = torch.arange(dims, dtype=torch.float32, device=weight.device)
+    relative, zigzag = channel / max(1, dims - 1), (channel + 1) % 3 - 1
+    mixture = (channel / dims) ** falling
+    mixtures = dict(k=mixture, v=mixture + 0.3 * rising, r=mixture.sqrt())
+    if isinstance(att, SpatialMix6):
+        values = dict(time_decay=-6 + 5 * relative ** (0.7 + 1.3 * rising),
+                      time_faaaa=rising * (1 - relative) + 0.1 * zigzag)
+        # There they are shares of the shifted copy.
+        for name, share in dict(mixtures, x=mixture, w=mixture, g=mixture.sqrt()).items():
+            values[f'time_maa_{name}'] = 1 - share
+    else:
+        values = dict(spatial_decay=-5 + 8 * relative ** (0.7 + 1.3 * rising),
+                      spatial_first=math.log(0.3) + 0.5 * zigzag)
+        values |= {f'spatial_mix_{name}': share for name, share in mixtures.items()}
+    of_ffn = dict(spatial_mix_k=mixture, spatial_mix_r=mixture)
     with torch.no_grad():
-        att.spatial_decay.copy_(-5 + 8 * (channel / max(1, dims - 1)) ** (0.7 + 1.3 * rising))
-        att.spatial_first.copy_(math.log(0.3) + 0.5 * ((channel + 1) % 3 - 1))
-        for module, name, value in (
-                (att, 'k', mixture), (att, 'v', mixture + 0.3 * rising),
-                (att, 'r', mixture.sqrt()), (ffn, 'k', mixture), (ffn, 'r', mixture)):
-            parameter = getattr(module, f'spatial_mix_{name}')
-            if parameter is not None:
-                parameter.copy_(value)
+        for module, named in ((att, values), (ffn, of_ffn)):
+            for name, value in named.items():
+                parameter = getattr(module, name)
+                if parameter is not None:
+                    parameter.copy_(value.view(parameter.shape))
