@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vmamba_mm.families.base import Family, Rule, infer_image_size, is_int, is_number, one_of
+from vmamba_mm.families.names import has_row, rename
 from vmamba_mm.families.parity import Build, Call, Limit, Omission, Options, Parity, Subject
 
 
@@ -133,8 +134,11 @@ def _parity_arch(kwargs: Options, **more: Any) -> dict[str, Any]:
 
 
 def _parity_subject(file: str, options: Options) -> Subject:
-    """A classifier with the maps of its backbone; of the large one the logits alone."""
+    """A classifier with the maps of its backbone (of the large one the logits alone), or an
+    adapter."""
     kwargs = options['kwargs']
+    if kwargs['type'] == 'VRWKV_Adapter':
+        return _parity_adapter(options)
     is_large = kwargs['type'] == 'VRWKV_Classification'
     options.require('kind', 'classifier_L' if is_large else 'classifier')
     is_v6 = kwargs.require('type', 'VRWKV', 'VRWKV6', 'VRWKV_Classification') == 'VRWKV6'
@@ -155,6 +159,28 @@ def _parity_subject(file: str, options: Options) -> Subject:
         Build('vmamba_mm.testing:Classifier', dict(arguments, backbone=build())),
         Call(view=(lambda logits: [logits]) if is_large else None), load=dict(weights='model'),
         variants={} if is_v6 else {'paper': dict(backbone=build(formula='paper'))})
+
+
+def _parity_adapter(options: Options) -> Subject:
+    options.require('kind', 'adapter')
+    kwargs = options['kwargs']
+    kwargs.require('use_extra_extractor', True)
+    names = ('conv_inplane', 'n_points', 'deform_num_heads', 'cffn_ratio', 'deform_ratio')
+    features = {'mmdet': 'last', 'mmseg': 'each'}
+    return Subject(
+        Build('vmamba_mm.models:VisionRWKVAdapter', dict(
+            {name: kwargs[name] for name in names if name in kwargs}, arch=_parity_arch(kwargs),
+            interactions=kwargs['interaction_indexes'], features=features[kwargs['code_base']])),
+        Call(view=list), convert=convert_adapter, within=('state_dict',))
+
+
+def convert_adapter(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights of an official adapter, the ``backbone.`` of a detector or segmentor or the names
+    below it, by the names of :class:`vmamba_mm.models.VisionRWKVAdapter`."""
+    plain = {key.removeprefix('backbone.'): value for key, value in state.items()}
+    rows = tuple(row for row in _keys(plain) if row[0] != 'ln1')
+    return {f'backbone.{rename(key, rows)}' if has_row(key, rows) else key: value
+            for key, value in plain.items()}
 
 
 def _parity_op(section: str, case: Options) -> Subject:
