@@ -371,10 +371,18 @@ class VisionRWKV(FlatBackbone):
         return _add_positions(patches, self.pos_embed, self.grid)
 
     def adapt_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The position embedding is resized. Factors of the branches that start as 1 are 1 where
+        the file has none, which is the same model: the published adapter of 'tiny' has them, and
+        its classifier has not."""
         embed = weights.get('pos_embed')
         if embed is None:
             return weights  # the comparison says what is missing
-        return weights | dict(pos_embed=resize_patches(embed, self.grid))
+        weights = weights | dict(pos_embed=resize_patches(embed, self.grid))
+        if self.arch.get('layer_scale') == 1 and not any(
+                key.endswith(('.gamma1', '.gamma2')) for key in weights):
+            weights |= {key: torch.ones_like(value) for key, value in self.state_dict().items()
+                        if key.endswith(('.gamma1', '.gamma2'))}
+        return weights
 
 
 def _add_positions(patches: Tensor, pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:

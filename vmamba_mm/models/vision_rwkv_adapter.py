@@ -11,6 +11,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from vmamba_mm.errors import UserError
+from vmamba_mm.families.vision_rwkv import convert_adapter
 from vmamba_mm.layers import DropPath, LayerNorm
 from vmamba_mm.models.base import init_linear
 from vmamba_mm.models.vision_rwkv import VisionRWKV
@@ -263,6 +264,9 @@ class VisionRWKVAdapter(BaseModule):
             checkpoint='vmamba_mm://vision_rwkv/tiny', prefix='backbone.')``.
         backbone: further arguments of :class:`vmamba_mm.models.VisionRWKV`.
 
+    Official files of detectors and segmentors have other names of weights, which loading a state
+    dict understands, also inside a model.
+
     Shape:
         (B, in_channels, H, W), H and W multiples of 32, to a tuple of four maps (B, C, h, w) of
         strides 4, 8, 16 and 32.
@@ -304,6 +308,7 @@ class VisionRWKVAdapter(BaseModule):
         for i in range(1, 5):
             self.add_module(f'norm{i}', nn.BatchNorm2d(dim))
         self._init_parameters()
+        self.register_load_state_dict_pre_hook(_take_official_names)
 
     def _init_parameters(self):
         for part in (self.spm, self.interactions, self.up):
@@ -342,6 +347,15 @@ class VisionRWKVAdapter(BaseModule):
         """Depth of a parameter for layer-wise learning-rate decay, as of :class:`Backbone`: that of
         the backbone's, and the last of all others."""
         return self.backbone.get_layer_depth(param_name, f'{prefix}backbone.')
+
+
+def _take_official_names(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
+    """Rename the weights of an official detector or segmentor, where that is what they are."""
+    if not {f'{prefix}layers.0.ln0.weight', f'{prefix}spm.fc1.weight'} <= set(state_dict):
+        return
+    names = [name for name in state_dict if name.startswith(prefix)]
+    found = {name[len(prefix):]: state_dict.pop(name) for name in names}
+    state_dict.update({prefix + name: t for name, t in convert_adapter(found).items()})
 
 
 def _resize(x: Tensor, scale: float) -> Tensor:

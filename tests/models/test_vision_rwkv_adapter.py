@@ -1,0 +1,154 @@
+"""Vision-RWKV with its adapter for dense tasks; test_check_parity.py has the official numbers."""
+
+import json
+import re
+
+import pytest
+import torch
+from mmengine.runner import load_checkpoint
+from official import SHARED
+from torch import nn
+
+from vmamba_mm.errors import UserError
+from vmamba_mm.families.vision_rwkv import convert_adapter
+from vmamba_mm.models import VisionRWKV, VisionRWKVAdapter
+from vmamba_mm.models.vision_rwkv_adapter import deformable_attention
+from vmamba_mm.testing import assert_close
+
+SMALL = dict(embed_dims=12, depth=4, patch_size=16, image_size=64, formula='official')
+FEW = dict(conv_inplane=4, deform_num_heads=3, n_points=2)
+#: What published detectors and segmentors have in place of the defaults, beside their arch.
+PUBLISHED = dict(t=dict(arch=dict(base='tiny', layer_scale=1.0)), s=dict(arch='small'),
+                 b=dict(arch='base', deform_num_heads=12, deform_ratio=0.5),
+                 l=dict(arch='large', deform_num_heads=16, deform_ratio=0.5))
+
+
+def make(seed=0, **kwargs):
+    torch.manual_seed(seed)
+    model = VisionRWKVAdapter(**{**dict(arch=SMALL), **FEW, **kwargs}).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return model
+
+
+def official(model, prefix=''):
+    """Its weights as official files have them."""
+    state = {}
+    for key, value in model.state_dict().items():
+        key = key.removeprefix('backbone.').replace('patch_embed.proj.', 'patch_embed.projection.')
+        state[prefix + re.sub(r'^blocks\.', 'layers.', key)] = value
+    return state
+
+
+@pytest.mark.parametrize('features', ['last', 'each'])
+def test_maps_and_gradients(features):
+    model = make(features=features, with_cp=features == 'each', drop_path_rate=0.1).train()
+    images = torch.randn(2, 3, 64, 96, requires_grad=True)
+    maps = model(images)
+    assert [tuple(m.shape) for m in maps] == [
+        (2, 12, 16, 24), (2, 12, 8, 12), (2, 12, 4, 6), (2, 12, 2, 3)]
+    assert all(m.is_contiguous() for m in maps)
+    sum(m.square().sum() for m in maps).backward()
+    lacking = [name for name, p in model.named_parameters()
+               if p.grad is None or not p.grad.isfinite().all()]
+    assert not lacking and images.grad.isfinite().all()
+
+
+def test_features_differ_but_for_the_last():
+    images = torch.randn(1, 3, 32, 64)
+    last, each = (make(features=features)(images) for features in ('last', 'each'))
+    assert torch.equal(last[3], each[3])
+    assert all((a - b).abs().max() > 1e-4 for a, b in zip(last[:3], each[:3], strict=True))
+
+
+def test_deformable_attention_by_hand():
+    """At the middle of a position it reads that position, and between two their mean."""
+    sizes = [(2, 3), (1, 2)]
+    value = torch.randn(1, 8, 2, 5, dtype=torch.float64)
+    places = torch.tensor([[[0.5, 0.75], [0.25, 0.5]], [[1 / 3, 0.25], [0.5, 0.5]]],
+                          dtype=torch.float64)
+    locations = places[None, :, None, :, None].expand(1, 2, 2, 2, 1, 2)
+    weights = torch.rand(1, 2, 2, 2, 1, dtype=torch.float64)
+    y = deformable_attention(value, sizes, locations, weights).view(2, 2, 5)
+    read = [[value[0, 4], value[0, 6]], [value[0, :2].mean(0), value[0, 6:].mean(0)]]
+    for q in range(2):
+        expected = sum(weights[0, q, :, i] * read[q][i] for i in range(2))
+        assert_close(y[q], expected, 1e-12)
+
+
+def test_official_files_load_inside_a_model(tmp_path):
+    source = make()
+    torch.save(dict(state_dict=official(source, 'backbone.'), meta={}), tmp_path / 'a.pth')
+    model = nn.ModuleDict(dict(backbone=make(seed=1)))
+    load_checkpoint(model, str(tmp_path / 'a.pth'), strict=True)
+    other = make(seed=2)
+    assert other.load_state_dict(official(source))
+    for found in (model['backbone'], other):
+        for name, value in source.state_dict().items():
+            assert torch.equal(found.state_dict()[name], value), name
+    lacking = official(source)
+    del lacking['spm.fc2.bias']
+    with pytest.raises(RuntimeError, match=r'Missing.*spm\.fc2\.bias'):
+        other.load_state_dict(lacking)
+
+
+def test_classifier_as_a_start(tmp_path):
+    """The norm at its end is of no use here, and factors that it has not are 1."""
+    torch.manual_seed(3)
+    source = VisionRWKV(SMALL)
+    torch.save(source.state_dict(), tmp_path / 'a.pth')
+    start = dict(type='Pretrained', checkpoint=str(tmp_path / 'a.pth'))
+    model = VisionRWKVAdapter(SMALL, init_cfg=start, **FEW)
+    model.init_weights()
+    for name, value in model.backbone.state_dict().items():
+        assert torch.equal(value, source.state_dict()[name]), name
+    scaled = dict(SMALL, layer_scale=1.0)
+    model = VisionRWKVAdapter(scaled, init_cfg=start, **FEW)
+    model.init_weights()
+    assert torch.equal(model.backbone.blocks[2].att.key.weight, source.blocks[2].att.key.weight)
+    assert model.backbone.blocks[2].gamma1.unique().tolist() == [1.0]
+    model = VisionRWKVAdapter(dict(scaled, layer_scale=0.5), init_cfg=start, **FEW)
+    with pytest.raises(UserError, match='gamma1 is missing'):
+        model.init_weights()
+
+
+def test_wrong_arguments_and_images():
+    for kwargs, message in (
+            (dict(features='all'), "features='all' does not exist.*'last', 'each'"),
+            (dict(arch=dict(SMALL, patch_size=8)), 'patches of 16 pixels'),
+            (dict(arch=dict(SMALL, depth=3)), 'at least 4 blocks'),
+            (dict(interactions=[(0, 1), (2, 3)]), 'interactions must be.*four parts'),
+            (dict(interactions=[(0, 0), (1, 1), (3, 3), (2, 2)]), 'in order'),
+            (dict(deform_num_heads=5), 'deform_num_heads=5 must divide the 12')):
+        with pytest.raises(ValueError, match=message):
+            make(**kwargs)
+    with pytest.raises(UserError, match='multiples of 32 pixels, got 33x64'):
+        make()(torch.randn(1, 3, 33, 64))
+
+
+def test_layer_depths():
+    model = make()
+    for name, depth in (('backbone.pos_embed', 0), ('backbone.blocks.2.gamma1', 3),
+                        ('spm.fc1.weight', 5), ('interactions.0.injector.gamma', 5)):
+        assert model.get_layer_depth(name) == (depth, 6)
+        assert model.get_layer_depth(f'backbone.{name}', 'backbone.') == (depth, 6)
+
+
+@pytest.mark.parametrize('size', PUBLISHED)
+def test_published_keys(size):
+    """Names, shapes and numbers of parameters, where a list of them is at hand."""
+    path = SHARED / 'facts/keys/vision_rwkv.json'
+    if not path.is_file():
+        pytest.skip('no list of the official keys beside the checkout')
+    listed = json.loads(path.read_text())[f'vrwkv_adapter_{size}']
+    keys = {}
+    for key, shape in listed['keys'].items():
+        found = re.search(r'\[(\d+)\.\.(\d+)\]', key)
+        numbers = range(int(found[1]), int(found[2]) + 1) if found else ('',)
+        keys |= {key.replace(found[0], str(i)) if found else key: tuple(shape) for i in numbers}
+    with torch.device('meta'):
+        model = VisionRWKVAdapter(**PUBLISHED[size])
+    assert {key: tuple(value.shape) for key, value in model.state_dict().items()} == {
+        key: value for key, value in convert_adapter(keys).items()}
+    assert sum(p.numel() for p in model.parameters()) == listed['params']
