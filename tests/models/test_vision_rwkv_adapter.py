@@ -17,10 +17,8 @@ from vmamba_mm.testing import assert_close
 
 SMALL = dict(embed_dims=12, depth=4, patch_size=16, image_size=64, formula='official')
 FEW = dict(conv_inplane=4, deform_num_heads=3, n_points=2)
-#: What published detectors and segmentors have in place of the defaults, beside their arch.
-PUBLISHED = dict(t=dict(arch=dict(base='tiny', layer_scale=1.0)), s=dict(arch='small'),
-                 b=dict(arch='base', deform_num_heads=12, deform_ratio=0.5),
-                 l=dict(arch='large', deform_num_heads=16, deform_ratio=0.5))
+#: The archs of published detectors and segmentors.
+PUBLISHED = dict(t=dict(base='tiny', layer_scale=1.0), s='small', b='base', l='large')
 
 
 def make(seed=0, **kwargs):
@@ -148,7 +146,7 @@ def test_published_keys(size):
         numbers = range(int(found[1]), int(found[2]) + 1) if found else ('',)
         keys |= {key.replace(found[0], str(i)) if found else key: tuple(shape) for i in numbers}
     with torch.device('meta'):
-        model = VisionRWKVAdapter(**PUBLISHED[size])
+        model = VisionRWKVAdapter(PUBLISHED[size])
     assert {key: tuple(value.shape) for key, value in model.state_dict().items()} == {
         key: value for key, value in convert_adapter(keys).items()}
     assert sum(p.numel() for p in model.parameters()) == listed['params']

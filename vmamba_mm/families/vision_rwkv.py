@@ -29,6 +29,13 @@ ARCHS = {
     'v6_small': _arch(384, **_V6, **_POST_NORM),
     'v6_base': _arch(768, **_V6, **_POST_NORM),
 }
+#: Heads of the published adapters' deformable attention, and channels of its values by C.
+ADAPTERS = {
+    'tiny': dict(deform_num_heads=6, deform_ratio=1.0),
+    'small': dict(deform_num_heads=6, deform_ratio=1.0),
+    'base': dict(deform_num_heads=12, deform_ratio=0.5),
+    'large': dict(deform_num_heads=16, deform_ratio=0.5),
+}
 #: What the optional keys of an arch are where they are absent.
 DEFAULTS = dict(mixer='wkv', formula='paper', head_dim=64, post_norm=False, layer_scale=None,
                 key_norm=False, mlp_ratio=4, shift_pixel=1)

@@ -11,7 +11,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from vmamba_mm.errors import UserError
-from vmamba_mm.families.vision_rwkv import convert_adapter
+from vmamba_mm.families.vision_rwkv import ADAPTERS, FAMILY, convert_adapter
 from vmamba_mm.layers import DropPath, LayerNorm
 from vmamba_mm.models.base import init_linear
 from vmamba_mm.models.vision_rwkv import VisionRWKV
@@ -255,8 +255,9 @@ class VisionRWKVAdapter(BaseModule):
             equal parts of all blocks.
         conv_inplane: channels of the first convolution.
         n_points: of deformable attention, a query in each map.
-        deform_num_heads: its heads.
-        deform_ratio: channels of its values by those of the backbone.
+        deform_num_heads: its heads; None for those of the published adapter of the arch, or of the
+            one that it has for a ``base``, else 6.
+        deform_ratio: channels of its values by those of the backbone; None likewise, else 1.
         cffn_ratio: hidden channels of the extractors' MLPs by those of the backbone.
         drop_path_rate: of the backbone's last block, as of :class:`Backbone`, and of all
             extractors.
@@ -276,11 +277,15 @@ class VisionRWKVAdapter(BaseModule):
         UserError: on an image of another size.
     """
 
+    #: That of the backbone inside.
+    family = FAMILY
+
     def __init__(self, arch: str | Mapping[str, Any] | None = None, features: str = 'last',
                  interactions: Sequence[Sequence[int]] | None = None, conv_inplane: int = 64,
-                 n_points: int = 4, deform_num_heads: int = 6, deform_ratio: float = 1.0,
-                 cffn_ratio: float = 0.25, drop_path_rate: float = 0.0,
-                 init_cfg: dict | list[dict] | None = None, **backbone):
+                 n_points: int = 4, deform_num_heads: int | None = None,
+                 deform_ratio: float | None = None, cffn_ratio: float = 0.25,
+                 drop_path_rate: float = 0.0, init_cfg: dict | list[dict] | None = None,
+                 **backbone):
         super().__init__()
         if features not in _FEATURES:
             raise ValueError(f'features={features!r} does not exist; choose one of {_FEATURES}')
@@ -288,7 +293,8 @@ class VisionRWKVAdapter(BaseModule):
         # Its maps come through the pyramid, without the norm at the end: no output is the last.
         self.backbone = VisionRWKV(arch, out_indices=(0,), drop_path_rate=drop_path_rate,
                                    init_cfg=init_cfg, **backbone)
-        arch = self.backbone.arch
+        given, self.arch = arch or VisionRWKV.default_arch, self.backbone.arch
+        arch, self.out_indices = self.arch, (0, 1, 2, 3)
         if arch['patch_size'] != 16 or arch['depth'] < 4:
             raise ValueError('the adapter needs an arch with patches of 16 pixels and at least 4 '
                              f"blocks, got arch['patch_size']={arch['patch_size']} and "
@@ -298,7 +304,10 @@ class VisionRWKVAdapter(BaseModule):
         self.num_features = [dim] * 4
         self.level_embed = nn.Parameter(torch.zeros(3, dim))
         self.spm = SpatialPrior(self.backbone.patch_embed.proj.in_channels, conv_inplane, dim)
-        attention = dim, deform_num_heads, n_points, deform_ratio
+        usual = _published_adapter(given)
+        attention = (
+            dim, usual['deform_num_heads'] if deform_num_heads is None else deform_num_heads,
+            n_points, usual['deform_ratio'] if deform_ratio is None else deform_ratio)
         self.interactions = nn.ModuleList(
             Interaction(Injector(*attention), *(
                 extractors[0], extractors[1:])) for extractors in (
@@ -362,6 +371,11 @@ def _resize(x: Tensor, scale: float) -> Tensor:
     if scale == 1:
         return x
     return F.interpolate(x, scale_factor=scale, mode='bilinear', align_corners=False)
+
+
+def _published_adapter(arch: str | Mapping[str, Any]) -> Mapping[str, Any]:
+    name = arch if isinstance(arch, str) else arch.get('base')
+    return ADAPTERS.get(name, dict(deform_num_heads=6, deform_ratio=1.0))
 
 
 def _check_interactions(given: Sequence[Sequence[int]] | None, depth: int) -> list[tuple[int, int]]:
