@@ -6,10 +6,14 @@ import pytest
 import torch
 from specs import SPECS
 
+from vmamba_mm.checkpoints.compare import differences
 from vmamba_mm.checkpoints.files import read_checkpoint
+from vmamba_mm.checkpoints.names import to_mm
 from vmamba_mm.errors import UserError
+from vmamba_mm.families.vision_rwkv import FAMILY
 from vmamba_mm.models import VisionRWKV
 from vmamba_mm.models.vision_rwkv import ChannelMix, SpatialMix, quad_shift
+from vmamba_mm.paths import CONFIGS
 from vmamba_mm.testing import Classifier, assert_close
 
 PRE_NORM, POST_NORM = (SPECS['vision_rwkv'].archs[name] for name in ('pre_norm', 'post_norm'))
@@ -150,3 +154,50 @@ def test_file_of_the_large_classifier(tmp_path):
     torch.save(dict(model=official, model_ema={}), tmp_path / 'a.pth')
     found = read_checkpoint(tmp_path / 'a.pth', weights='model')['state_dict']
     assert model.load_state_dict(found)
+
+
+def test_head_of_the_large_classifier_in_timm(tmp_path, monkeypatch):
+    """On a smaller one, as if it had such a head."""
+    timm = pytest.importorskip('timm')
+
+    import vmamba_mm.timm  # noqa: F401 (registers the models)
+
+    monkeypatch.setitem(FAMILY.head_dims, 'tiny', 6)
+    model = timm.create_model('vision_rwkv_tiny', num_classes=5).eval()
+    images = torch.randn(2, 3, 32, 48)
+    pooled = model.forward_head(model.forward_features(images), pre_logits=True)
+    hidden = torch.tanh(model.head.layers.pre_logits(pooled))
+    assert pooled.shape == (2, 192) and hidden.shape == (2, 6)
+    assert_close(model(images), model.get_classifier()(hidden), 1e-5)
+    torch.save(model.state_dict(), tmp_path / 'a.pth')
+    overlay = dict(file=str(tmp_path / 'a.pth'), num_classes=5)
+    for classes in (5, 3, 0):
+        loaded = timm.create_model('vision_rwkv_tiny', pretrained=True, num_classes=classes,
+                                   pretrained_cfg_overlay=overlay).eval()
+        assert_close(loaded.forward_features(images), model.forward_features(images), 1e-6)
+        assert loaded(images).shape == (2, classes or 192)
+    assert_close(loaded(images), pooled, 1e-5)
+    model.reset_classifier(0)
+    assert_close(model(images), pooled, 1e-5)
+
+
+def test_large_classifier_has_the_published_weights():
+    """In timm and in mmpretrain, by the names of the official file."""
+    timm = pytest.importorskip('timm')
+    mmengine = pytest.importorskip('mmengine')
+
+    import vmamba_mm.timm  # noqa: F401 (registers the models)
+
+    published = SPECS['vision_rwkv'].published_keys()
+    if published is None:
+        pytest.skip('no list of the official keys beside the checkout')
+    official = {k: torch.empty(shape, device='meta') for k, shape in published['large'].items()}
+    cfg = mmengine.Config.fromfile(
+        CONFIGS / 'vision_rwkv/vision-rwkv-large-22kto1k_8xb128_in1k-384.py')
+    mmengine.registry.init_default_scope(cfg.default_scope)
+    with torch.device('meta'):
+        models = [timm.create_model('vision_rwkv_large.in22k_ft_in1k_384'),
+                  mmengine.registry.MODELS.build(cfg.model)]
+    assert models[0].default_cfg['input_size'] == (3, 384, 384)
+    for model in models:
+        assert differences(model.state_dict(), to_mm(official)) == {}

@@ -58,6 +58,10 @@ class Family:
     classifier_keys: Rows = ()
     #: Like ``keys``, for weights that our models have beside the backbone, such as ``head.fc``.
     head_keys: Rows = ()
+    #: Width of the hidden layer, linear and with a tanh, in the heads of published classifiers, by
+    #: arch; those of others are a single layer. Its weights are ``head.layers.pre_logits`` and
+    #: those of the classifier behind it ``head.layers.head``.
+    head_dims: Mapping[str, int] = field(default_factory=dict)
     #: Where official classifiers have the backbone, with the head beside it, such as 'visual.';
     #: '' for at the top.
     place: str = ''

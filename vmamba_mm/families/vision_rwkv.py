@@ -220,7 +220,7 @@ PARITY = Parity(
 
 FAMILY = Family(
     name='vision_rwkv', model='VisionRWKV', archs=ARCHS, rules=RULES, check=_check, keys=_keys,
-    # The head of the large model has a hidden layer.
+    head_dims={'large': 3072},
     head_keys=(('head.fc', 'head.fc'), ('head.0', 'head.layers.pre_logits'),
                ('head.2', 'head.layers.head')),
     place='backbone.',
