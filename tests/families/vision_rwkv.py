@@ -69,6 +69,7 @@ SPEC = Spec(
            (dict(post_norm=1), 'True or False'), (dict(layer_scale='1'), 'a number or None'),
            (dict(mlp_ratio=0.001), 'mlp_ratio.*no hidden channel'),
            (dict(shift_pixel=-1), 'shift_pixel.*at least 0'),
+           (dict(shift_share=0.3), 'shift_share.*from 0 to 1/4'),
            (dict(mixer='wkv7'), "mixer.*'wkv' or 'wkv6'"),
            (dict(mixer='wkv6', head_dim=1), r"formula.*is of arch\['mixer'\]='wkv' alone"),
            (dict(head_dim=4), r"head_dim.*is of arch\['mixer'\]='wkv6' alone"),

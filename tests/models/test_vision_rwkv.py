@@ -118,6 +118,17 @@ def test_shift_of_heads():
         assert torch.equal(y[..., part], shift_by_hand(x[..., part]))
 
 
+def test_share_of_the_shifts():
+    images, results = torch.randn(1, 3, 16, 16), []
+    for share in (0.25, 0.03, 0):
+        torch.manual_seed(0)
+        model = VisionRWKV(dict(PRE_NORM, shift_share=share))
+        assert model.blocks[1].ffn.shift_share == model.blocks[1].att.shift_share == share
+        results.append(model(images)[0])
+    assert not torch.equal(results[0], results[1])
+    assert torch.equal(results[1], results[2])  # of 8 channels that is none
+
+
 def test_tokens_are_the_map():
     images, (tokens, maps) = torch.randn(2, 3, 10, 22), ((), ())
     for out_type in ('raw', 'featmap'):

@@ -38,7 +38,7 @@ ADAPTERS = {
 }
 #: What the optional keys of an arch are where they are absent.
 DEFAULTS = dict(mixer='wkv', formula='paper', head_dim=64, post_norm=False, layer_scale=None,
-                key_norm=False, mlp_ratio=4, shift_pixel=1)
+                key_norm=False, mlp_ratio=4, shift_pixel=1, shift_share=0.25)
 
 _COUNT = Rule(lambda v: is_int(v, 1), 'an int of at least 1')
 _BOOL = Rule(lambda v: isinstance(v, bool), 'True or False', optional=True)
@@ -56,6 +56,8 @@ RULES = {
     'layer_scale': Rule(lambda v: v is None or is_number(v), 'a number or None', optional=True),
     'key_norm': _BOOL,
     'mlp_ratio': Rule(lambda v: is_number(v) and v > 0, 'a number above 0', optional=True),
+    'shift_share': Rule(lambda v: is_number(v, 0) and v <= 0.25, 'a number from 0 to 1/4',
+                        optional=True),
     'shift_pixel': Rule(lambda v: is_int(v, 0), 'an int of at least 0', optional=True),
 }
 
@@ -93,9 +95,10 @@ _FIRST = 'blocks.0.'
 
 
 def _infer_arch(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """The formula of the WKV, the place of norms and the initial value of layer_scale leave no
-    trace, nor does which side of an image is longer: they are as published, where weights have
-    layer_scale with norms behind the branches and 1e-5, or 1 with 384 channels and no RWKV-6."""
+    """The formula of the WKV, the share of shifts, the place of norms and the initial value of
+    layer_scale leave no trace, nor does which side of an image is longer. They are taken to be as
+    published, where layer_scale is in models with norms behind the branches, and 1e-5, or 1 with
+    384 channels and no RWKV-6."""
     shapes = {k: tuple(v.shape) for k, v in weights.items()}
     dims, _, _, patch = shapes['patch_embed.proj.weight']
     hidden, _ = shapes[f'{_FIRST}ffn.key.weight']
@@ -118,8 +121,8 @@ def _infer_arch(weights: Mapping[str, Any]) -> dict[str, Any]:
 def _parity_arch(kwargs: Options, **more: Any) -> dict[str, Any]:
     """Our ``arch`` for the arguments of the official ``VRWKV`` or ``VRWKV6``, with the official
     formula."""
-    for key, value in dict(channel_gamma=0.25, init_mode='fancy', final_norm=True, with_cp=False,
-                           with_cls_token=False, output_cls_token=False).items():
+    for key, value in dict(final_norm=True, interpolate_mode='bicubic', with_cls_token=False,
+                           output_cls_token=False).items():
         kwargs.require(key, value)
     is_v6 = kwargs['type'] == 'VRWKV6'
     kwargs.require('shift_mode', 'q_shift_multihead' if is_v6 else 'q_shift')
@@ -128,8 +131,8 @@ def _parity_arch(kwargs: Options, **more: Any) -> dict[str, Any]:
     if is_v6:
         mixer = dict(_V6, head_dim=dims // kwargs['num_heads'])
         kwargs.require('head_size', mixer['head_dim'])
-    # What only training has.
-    kwargs.ignore('drop_path_rate', 'drop_after_pos', 'drop_rate', 'interpolate_mode')
+    # What only training has, and initial values.
+    kwargs.ignore('with_cp', 'init_mode', 'drop_path_rate', 'drop_after_pos', 'drop_rate')
     size = kwargs.get('img_size', 224)
     return dict(
         mixer, embed_dims=dims, depth=kwargs.get('depth', 12),
@@ -137,7 +140,8 @@ def _parity_arch(kwargs: Options, **more: Any) -> dict[str, Any]:
         image_size=size if isinstance(size, int) else tuple(size),
         post_norm=kwargs.get('post_norm', False), layer_scale=kwargs.get('init_values'),
         key_norm=kwargs.get('k_norm' if 'k_norm' in kwargs else 'key_norm', False),
-        mlp_ratio=kwargs.get('hidden_rate', 4), shift_pixel=kwargs.get('shift_pixel', 1), **more)
+        mlp_ratio=kwargs.get('hidden_rate', 4), shift_pixel=kwargs.get('shift_pixel', 1),
+        shift_share=kwargs.get('channel_gamma', 0.25), **more)
 
 
 def _parity_subject(file: str, options: Options) -> Subject:

@@ -53,11 +53,11 @@ def quad_shift(x: Tensor, pixels: int = 1, share: float = 0.25) -> Tensor:
         F.pad(below[:, down:], (*rest, 0, 0, 0, down)), x[..., cuts[-1]:]), dim=-1)
 
 
-def _shift(x: Tensor, pixels: int, head_dim: int | None) -> Tensor:
+def _shift(x: Tensor, pixels: int, share: float, head_dim: int | None) -> Tensor:
     """``quad_shift`` of all channels, or of those of each head."""
     if head_dim is None:
-        return quad_shift(x, pixels)
-    return quad_shift(x.unflatten(-1, (-1, head_dim)), pixels).flatten(-2)
+        return quad_shift(x, pixels, share)
+    return quad_shift(x.unflatten(-1, (-1, head_dim)), pixels, share).flatten(-2)
 
 
 def _bi_wkv_of_map(w: Tensor, u: Tensor, k: Tensor, v: Tensor, mode: str) -> Tensor:
@@ -79,9 +79,10 @@ class _Mix(nn.Module):
     #: The names of the mixtures, each a parameter ``spatial_mix_{name}``.
     mixtures: tuple[str, ...]
 
-    def __init__(self, dim: int, shift_pixel: int, head_dim: int | None = None):
+    def __init__(self, dim: int, shift_pixel: int, shift_share: float,
+                 head_dim: int | None = None):
         super().__init__()
-        self.shift_pixel, self.head_dim = shift_pixel, head_dim
+        self.shift_pixel, self.shift_share, self.head_dim = shift_pixel, shift_share, head_dim
         for name in self.mixtures:
             self.register_parameter(f'spatial_mix_{name}', nn.Parameter(
                 torch.full((1, 1, dim), 0.5)) if shift_pixel else None)
@@ -90,7 +91,7 @@ class _Mix(nn.Module):
         """The mixtures of (B, H, W, C)."""
         if not self.shift_pixel:
             return [x] * len(self.mixtures)
-        shifted = _shift(x, self.shift_pixel, self.head_dim)
+        shifted = _shift(x, self.shift_pixel, self.shift_share, self.head_dim)
         difference = x - shifted
         return [torch.addcmul(shifted, difference,
                               getattr(self, f'spatial_mix_{name}').to(x.dtype)[:, None])
@@ -105,6 +106,7 @@ class SpatialMix(_Mix):
         key_norm: whether the result of the WKV has a LayerNorm, ``key_norm``, in spite of its name.
         formula: 'paper' or 'official', the mode of :func:`vmamba_mm.ops.bi_wkv`.
         shift_pixel: how far the shifted copy is; 0 for no such copy.
+        shift_share: of the channels in each of the four groups that are shifted.
 
     Shape: (B, H, W, C) -> (B, H, W, C), any H and W.
     """
@@ -112,8 +114,8 @@ class SpatialMix(_Mix):
     mixtures = ('k', 'v', 'r')
 
     def __init__(self, dim: int, *, key_norm: bool = False, formula: str = 'paper',
-                 shift_pixel: int = 1):
-        super().__init__(dim, shift_pixel)
+                 shift_pixel: int = 1, shift_share: float = 0.25):
+        super().__init__(dim, shift_pixel, shift_share)
         self.formula = formula
         self.spatial_decay = nn.Parameter(torch.zeros(dim))
         self.spatial_first = nn.Parameter(torch.zeros(dim))
@@ -141,7 +143,7 @@ class SpatialMix6(nn.Module):
         dim: C.
         head_dim: N, channels of a head, which are also shifted together.
         key_norm: as of :class:`SpatialMix`.
-        shift_pixel: how far the shifted copy is.
+        shift_pixel, shift_share: how far the shifted copy is, and the share of its groups.
 
     Shape: (B, H, W, C) -> (B, H, W, C), any H and W.
     """
@@ -151,9 +153,9 @@ class SpatialMix6(nn.Module):
     mix_rank, decay_rank = 32, 64
 
     def __init__(self, dim: int, head_dim: int = 64, *, key_norm: bool = False,
-                 shift_pixel: int = 1):
+                 shift_pixel: int = 1, shift_share: float = 0.25):
         super().__init__()
-        self.head_dim, self.shift_pixel = head_dim, shift_pixel
+        self.head_dim, self.shift_pixel, self.shift_share = head_dim, shift_pixel, shift_share
         for name in ('x', *self.mixtures):
             self.register_parameter(f'time_maa_{name}', nn.Parameter(torch.full((1, 1, dim), 0.5)))
         count = len(self.mixtures)
@@ -183,7 +185,7 @@ class SpatialMix6(nn.Module):
 
     def mix(self, x: Tensor) -> list[Tensor]:
         """The mixtures of (B, H, W, C)."""
-        difference = _shift(x, self.shift_pixel, self.head_dim) - x
+        difference = _shift(x, self.shift_pixel, self.shift_share, self.head_dim) - x
         hidden = torch.tanh(self._mixed(x, difference, 'x') @ self.time_maa_w1)
         parts = hidden.unflatten(-1, (len(self.mixtures), -1)).unbind(-2)
         return [self._mixed(x, difference, name, part @ weight) for name, part, weight in zip(
@@ -201,7 +203,7 @@ class ChannelMix(_Mix):
         dim: C.
         hidden_dim: width of the hidden layer.
         key_norm: whether the hidden layer has a LayerNorm after the square.
-        shift_pixel: as of :class:`SpatialMix`.
+        shift_pixel, shift_share: as of :class:`SpatialMix`.
         head_dim: channels that are shifted together; None for all.
 
     Shape: (B, H, W, C) -> (B, H, W, C).
@@ -210,8 +212,8 @@ class ChannelMix(_Mix):
     mixtures = ('k', 'r')
 
     def __init__(self, dim: int, hidden_dim: int, *, key_norm: bool = False, shift_pixel: int = 1,
-                 head_dim: int | None = None):
-        super().__init__(dim, shift_pixel, head_dim)
+                 shift_share: float = 0.25, head_dim: int | None = None):
+        super().__init__(dim, shift_pixel, shift_share, head_dim)
         self.key = nn.Linear(dim, hidden_dim, bias=False)
         self.key_norm = LayerNorm(hidden_dim, feeds_matmul=True) if key_norm else None
         self.receptance = nn.Linear(dim, dim, bias=False)
@@ -294,7 +296,8 @@ class VisionRWKV(FlatBackbone):
       factors of the branches, None for no such factors; ``key_norm``: whether WKVs and hidden
       layers have norms.
     - ``mlp_ratio``: hidden channels by C, 4; ``shift_pixel``: how far the neighbours of the shifts
-      are, 1; 0 for no shift and no mixtures.
+      are, 1; 0 for no shift and no mixtures; ``shift_share``: of the channels that come from each
+      of them, 1/4.
 
     Shape:
         (B, in_channels, H, W), any H and W of at least 1, to a tuple: of maps (B, C, h, w) with h =
@@ -323,7 +326,7 @@ class VisionRWKV(FlatBackbone):
         self.grid = grid_of(arch)
         self.patch_embed = PatchEmbed(in_channels, dims, arch['patch_size'])
         self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(self.grid), dims))
-        common = {key: arch[key] for key in ('key_norm', 'shift_pixel')}
+        common = {key: arch[key] for key in ('key_norm', 'shift_pixel', 'shift_share')}
         head_dim = None
         mixer = functools.partial(SpatialMix, dims, formula=arch['formula'], **common)
         if arch['mixer'] == 'wkv6':
