@@ -340,13 +340,14 @@ def test_more_states_recall_more(call, tmp_path):
 
 def test_interruptions_change_nothing(start, call, tmp_path):
     """Ended by --minutes in a run, then killed, a study ends with the numbers of a whole one."""
-    argv = [*TINY, '--epochs', 10, '--evaluations', 20, '--lrs', 1e-2, 3e-3, '--out']
+    rates = 1e-2, 5e-3, 3e-3, 1e-3
+    argv = [*TINY, '--epochs', 5, '--evaluations', 10, '--lrs', *rates, '--out']
     code, _, err = call(TOOL, *argv, tmp_path / 'whole')
     assert code == 0, err[-3000:]
 
     code, out, err = call(TOOL, *argv, tmp_path / 'pieces', '--minutes', 1e-4)
     assert code == 0, err[-3000:]
-    assert '0 of 2 runs are finished, at most' in out and 'the same command goes on' in out
+    assert '0 of 4 runs are finished, at most' in out and 'the same command goes on' in out
     runs = tmp_path / 'pieces/runs'
     assert [path.suffix for path in runs.iterdir()] == ['.pt']
     assert not list((tmp_path / 'pieces').glob('*.csv'))
@@ -357,17 +358,21 @@ def test_interruptions_change_nothing(start, call, tmp_path):
     running.process.kill()
     running.process.join()
     assert running.process.exitcode == -signal.SIGKILL
-    written = first.stat().st_mtime_ns
+    written = {path: path.stat().st_mtime_ns for path in runs.glob('*.json')}
+    assert len(written) < 4  # or nothing was interrupted
 
     code, out, err = call(TOOL, *argv, tmp_path / 'pieces')
     assert code == 0, err[-3000:]
-    assert '1 of 2 runs are finished' in out and '[1 of 2 done]' in out and 'lr 0.01,' not in out
-    assert first.stat().st_mtime_ns == written and len(list(runs.iterdir())) == 2
+    done = len(written)
+    assert f'{done} of 4 runs are finished' in out and f'[{done} of 4 done]' in out
+    assert 'lr 0.01,' not in out
+    assert all(path.stat().st_mtime_ns == when for path, when in written.items())
+    assert len(list(runs.glob('*.json'))) == 4
     rows = []
     for folder in ('whole', 'pieces'):
         with open(tmp_path / folder / 'mqar.csv', newline='') as file:
             rows.append([{**row, 'seconds': ''} for row in csv.DictReader(file)])
-    assert rows[0] == rows[1] and len(rows[0]) == 2 * 20
+    assert rows[0] == rows[1] and len(rows[0]) == 4 * 10
 
 
 def test_plan(call, tmp_path):
