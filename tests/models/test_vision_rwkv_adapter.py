@@ -10,7 +10,6 @@ from official import SHARED
 from torch import nn
 
 from vmamba_mm.errors import UserError
-from vmamba_mm.families.vision_rwkv import convert_adapter
 from vmamba_mm.models import VisionRWKV, VisionRWKVAdapter
 from vmamba_mm.models.vision_rwkv_adapter import deformable_attention
 from vmamba_mm.testing import assert_close
@@ -34,7 +33,7 @@ def official(model, prefix=''):
     """Its weights as official files have them."""
     state = {}
     for key, value in model.state_dict().items():
-        key = key.removeprefix('backbone.').replace('patch_embed.proj.', 'patch_embed.projection.')
+        key = key.replace('patch_embed.proj.', 'patch_embed.projection.')
         state[prefix + re.sub(r'^blocks\.', 'layers.', key)] = value
     return state
 
@@ -87,7 +86,7 @@ def test_official_files_load_inside_a_model(tmp_path):
             assert torch.equal(found.state_dict()[name], value), name
     lacking = official(source)
     del lacking['spm.fc2.bias']
-    with pytest.raises(RuntimeError, match=r'Missing.*spm\.fc2\.bias'):
+    with pytest.raises(UserError, match=r'spm\.fc2\.bias is missing'):
         other.load_state_dict(lacking)
 
 
@@ -99,13 +98,13 @@ def test_classifier_as_a_start(tmp_path):
     start = dict(type='Pretrained', checkpoint=str(tmp_path / 'a.pth'))
     model = VisionRWKVAdapter(SMALL, init_cfg=start, **FEW)
     model.init_weights()
-    for name, value in model.backbone.state_dict().items():
-        assert torch.equal(value, source.state_dict()[name]), name
+    for name, value in source.state_dict().items():
+        assert name.startswith('norm') or torch.equal(model.state_dict()[name], value), name
     scaled = dict(SMALL, layer_scale=1.0)
     model = VisionRWKVAdapter(scaled, init_cfg=start, **FEW)
     model.init_weights()
-    assert torch.equal(model.backbone.blocks[2].att.key.weight, source.blocks[2].att.key.weight)
-    assert model.backbone.blocks[2].gamma1.unique().tolist() == [1.0]
+    assert torch.equal(model.blocks[2].att.key.weight, source.blocks[2].att.key.weight)
+    assert model.blocks[2].gamma1.unique().tolist() == [1.0]
     model = VisionRWKVAdapter(dict(scaled, layer_scale=0.5), init_cfg=start, **FEW)
     with pytest.raises(UserError, match='gamma1 is missing'):
         model.init_weights()
@@ -127,8 +126,8 @@ def test_wrong_arguments_and_images():
 
 def test_layer_depths():
     model = make()
-    for name, depth in (('backbone.pos_embed', 0), ('backbone.blocks.2.gamma1', 3),
-                        ('spm.fc1.weight', 5), ('interactions.0.injector.gamma', 5)):
+    for name, depth in (('pos_embed', 0), ('blocks.2.gamma1', 3), ('spm.fc1.weight', 5),
+                        ('norm3.weight', 5), ('interactions.0.injector.gamma', 5)):
         assert model.get_layer_depth(name) == (depth, 6)
         assert model.get_layer_depth(f'backbone.{name}', 'backbone.') == (depth, 6)
 
@@ -147,6 +146,5 @@ def test_published_keys(size):
         keys |= {key.replace(found[0], str(i)) if found else key: tuple(shape) for i in numbers}
     with torch.device('meta'):
         model = VisionRWKVAdapter(PUBLISHED[size])
-    assert {key: tuple(value.shape) for key, value in model.state_dict().items()} == {
-        key: value for key, value in convert_adapter(keys).items()}
+    assert {key: tuple(value.shape) for key, value in official(model).items()} == keys
     assert sum(p.numel() for p in model.parameters()) == listed['params']

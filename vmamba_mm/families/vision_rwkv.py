@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from vmamba_mm.families.base import Family, Rule, infer_image_size, is_int, is_number, one_of
-from vmamba_mm.families.names import has_row, rename
 from vmamba_mm.families.parity import Build, Call, Limit, Omission, Options, Parity, Subject
 
 
@@ -84,11 +83,17 @@ def _check(arch: Mapping[str, Any]) -> None:
 
 # --- names of weights -------------------------------------------------------------------------
 
+_OF_ADAPTERS = 'level_embed', 'spm', 'interactions', 'up', 'norm1', 'norm2', 'norm3', 'norm4'
+
+
 def _keys(names) -> tuple[tuple[str, str | None], ...]:
-    """The norm at the end is that of the last block's output."""
+    """The norm at the end is that of the last block's output; an adapter has others."""
+    backbone = (('layers.#', 'blocks.#'), ('patch_embed.projection', 'patch_embed.proj'),
+                ('pos_embed', 'pos_embed'))
+    if 'level_embed' in names:
+        return backbone + tuple((name, name) for name in _OF_ADAPTERS)
     blocks = [int(m[1]) for k in names if (m := re.match(r'(?:layers|blocks)\.(\d+)\.', k))]
-    return (('layers.#', 'blocks.#'), ('patch_embed.projection', 'patch_embed.proj'),
-            ('pos_embed', 'pos_embed'), ('ln1', f'norm{max(blocks, default=0)}'))
+    return (*backbone, ('ln1', f'norm{max(blocks, default=0)}'))
 
 
 _FIRST = 'blocks.0.'
@@ -182,16 +187,7 @@ def _parity_adapter(options: Options) -> Subject:
         Build('vmamba_mm.models:VisionRWKVAdapter', dict(
             {name: kwargs[name] for name in names if name in kwargs}, arch=_parity_arch(kwargs),
             interactions=kwargs['interaction_indexes'], features=features[kwargs['code_base']])),
-        Call(view=list), convert=convert_adapter, within=('state_dict',))
-
-
-def convert_adapter(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The weights of an official adapter, the ``backbone.`` of a detector or segmentor or the names
-    below it, by the names of :class:`vmamba_mm.models.VisionRWKVAdapter`."""
-    plain = {key.removeprefix('backbone.'): value for key, value in state.items()}
-    rows = tuple(row for row in _keys(plain) if row[0] != 'ln1')
-    return {f'backbone.{rename(key, rows)}' if has_row(key, rows) else key: value
-            for key, value in plain.items()}
+        Call(view=list))
 
 
 def _parity_op(section: str, case: Options) -> Subject:
