@@ -90,6 +90,52 @@ def test_official_files_load_inside_a_model(tmp_path):
         other.load_state_dict(lacking)
 
 
+def test_places_are_not_rounded_to_half_precision():
+    """Columns of 0 and 1 in turn tell where between two of them a map was read."""
+    columns = (torch.arange(256) % 2)[None, :, None, None].bfloat16()
+    place = torch.tensor([240.75 / 256, 0.5]).view(1, 1, 1, 1, 1, 2)
+    y = deformable_attention(columns, [(1, 256)], place, torch.ones(1, 1, 1, 1, 1).bfloat16())
+    assert y.dtype == torch.bfloat16 and y.item() == 0.25
+
+
+def test_detectors_convert_there_and_back(call, tmp_path):
+    """With arguments that are no published ones; half of an adapter is refused."""
+    ours = {f'backbone.{key}': value for key, value in make(deform_ratio=0.5).state_dict().items()}
+    ours |= {'roi_head.bbox_head.fc_cls.bias': torch.zeros(3)}
+    files = [tmp_path / f'{i}.pth' for i in range(3)]
+    torch.save(dict(state_dict=ours, meta={}), files[0])
+    for i, options in enumerate((('--to', 'official'), ())):
+        code, out, err = call('convert_checkpoint.py', files[i], files[i + 1], *options)
+        assert code == 0 and 'task det' in out, err
+    states = [torch.load(file, weights_only=True)['state_dict'] for file in files]
+    assert 'backbone.layers.0.ln0.weight' in states[1] and 'backbone.spm.fc1.weight' in states[1]
+    for state in (states[0], states[2]):
+        assert state.keys() == ours.keys()
+        assert all(torch.equal(state[key], value) for key, value in ours.items())
+    for name, message in (('up.bias', 'up.bias is missing'),
+                          ('spm.stem.0.weight', "but lack 'spm.stem.0.weight'")):
+        lacking = {key: value for key, value in ours.items() if key != f'backbone.{name}'}
+        torch.save(dict(state_dict=lacking, meta={}), files[0])
+        code, _, err = call('convert_checkpoint.py', files[0], tmp_path / 'half.pth')
+        assert code == 1 and message in err
+
+
+def test_arguments_of_a_backbone():
+    """They are of all of the model, and frozen stages of the backbone alone."""
+    compile = dict(backend='eager', fullgraph=True)
+    model = make(frozen_stages=4, norm_eval=True, compile=compile).train()
+    frozen = {name.partition('.')[0] for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {'patch_embed', 'pos_embed', 'blocks'}
+    assert not model.norm2.training and not model.spm.stem[1].training and model.spm.training
+    images = torch.randn(1, 3, 32, 32)
+    expected = make(norm_eval=True).train()(images)
+    for found, right in zip(model(images), expected, strict=True):
+        assert_close(found, right, 1e-5)
+    assert model._compiled_call_impl is not None
+    with pytest.raises(ValueError, match="out_type='raw' does not exist"):
+        make(out_type='raw')
+
+
 def test_classifier_as_a_start(tmp_path):
     """The norm at its end is of no use here, and factors that it has not are 1."""
     torch.manual_seed(3)

@@ -103,7 +103,7 @@ def _infer_arch(weights: Mapping[str, Any]) -> dict[str, Any]:
     """The formula of the WKV, the share of shifts, the place of norms and the initial value of
     layer_scale leave no trace, nor does which side of an image is longer. They are taken to be as
     published, where layer_scale is in models with norms behind the branches, and 1e-5, or 1 with
-    384 channels and no RWKV-6."""
+    384 channels and no RWKV-6; and 1 in the adapter of tiny, which has norms before them."""
     shapes = {k: tuple(v.shape) for k, v in weights.items()}
     dims, _, _, patch = shapes['patch_embed.proj.weight']
     hidden, _ = shapes[f'{_FIRST}ffn.key.weight']
@@ -113,7 +113,9 @@ def _infer_arch(weights: Mapping[str, Any]) -> dict[str, Any]:
     is_v6 = f'{_FIRST}att.time_faaaa' in shapes
     arch |= dict(_V6, head_dim=shapes[f'{_FIRST}att.time_faaaa'][1]) if is_v6 else _V4
     if f'{_FIRST}gamma1' in shapes:
-        arch |= dict(post_norm=True, layer_scale=1.0 if dims == 384 and not is_v6 else 1e-5)
+        is_tiny, is_small = dims == 192 and not is_v6, dims == 384 and not is_v6
+        arch |= dict(layer_scale=1.0 if is_tiny or is_small else 1e-5)
+        arch |= {} if is_tiny else dict(post_norm=True)
     if f'{_FIRST}att.key_norm.weight' in shapes:
         arch |= dict(key_norm=True)
     if f'{_FIRST}ffn.spatial_mix_k' not in shapes:
@@ -220,7 +222,7 @@ PARITY = Parity(
 
 FAMILY = Family(
     name='vision_rwkv', model='VisionRWKV', archs=ARCHS, rules=RULES, check=_check, keys=_keys,
-    head_dims={'large': 3072},
+    head_dims={'large': 3072}, dense_models={'level_embed': 'VisionRWKVAdapter'},
     head_keys=(('head.fc', 'head.fc'), ('head.0', 'head.layers.pre_logits'),
                ('head.2', 'head.layers.head')),
     place='backbone.',

@@ -31,23 +31,23 @@ def deformable_attention(value: Tensor, sizes: Sizes, locations: Tensor, weights
     Args:
         value: (B, N, H', D), the maps of all levels, one after the other, by heads.
         sizes: height and width of each level.
-        locations: (B, Q, H', levels, points, 2), x and y, from 0 to 1; outside values are 0.
+        locations: (B, Q, H', levels, points, 2), x and y, from 0 to 1; outside values are 0. The
+            sums are calculated in their dtype.
         weights: (B, Q, H', levels, points).
 
     Returns:
-        (B, Q, H' * D).
+        (B, Q, H' * D), in the dtype of ``value``.
     """
     batch, queries, heads = locations.shape[:3]
-    sampled = []
-    for i, ((height, width), level) in enumerate(zip(
-            sizes, _split_levels(value, sizes), strict=True)):
-        maps = level.permute(0, 2, 3, 1).reshape(batch * heads, -1, height, width)
-        grid = (2 * locations[:, :, :, i] - 1).transpose(1, 2).flatten(0, 1)
-        sampled.append(F.grid_sample(maps, grid.to(maps.dtype), align_corners=False))
-    values = torch.stack(sampled, dim=3).flatten(3)  # (B H', D, Q, levels * points)
-    weights = weights.transpose(1, 2).reshape(batch * heads, 1, queries, -1)
-    y = (values * weights.to(values.dtype)).sum(-1)
-    return y.view(batch, -1, queries).transpose(1, 2)
+    # (B H', levels, Q, points, ...)
+    grids, weights = (t.to(locations.dtype).movedim(1, 3).flatten(0, 1)
+                      for t in (2 * locations - 1, weights))
+    y = 0
+    for i, (size, level) in enumerate(zip(sizes, _split_levels(value, sizes), strict=True)):
+        maps = level.to(locations.dtype).permute(0, 2, 3, 1).flatten(0, 1).unflatten(2, size)
+        points = F.grid_sample(maps, grids[:, i], align_corners=False)  # (B H', D, Q, points)
+        y = y + (points * weights[:, None, i]).sum(-1)
+    return y.view(batch, -1, queries).mT.to(value.dtype)
 
 
 class DeformableAttention(nn.Module):
@@ -103,7 +103,7 @@ class DeformableAttention(nn.Module):
     def forward(self, query: Tensor, places: Tensor, tokens: Tensor, sizes: Sizes) -> Tensor:
         heads, levels, points = self.shape
         value = self.value_proj(tokens).unflatten(-1, (heads, -1))
-        # Places in fp32 at least: in a half they would be off by more than a pixel.
+        # In fp32 at least: in bf16 places on a map of 167 columns would be off by a third of one.
         offsets = self.sampling_offsets(query).unflatten(-1, (heads, levels, points, 2))
         by_size = offsets.new_tensor([(width, height) for height, width in sizes],
                                      dtype=compute_dtype(offsets.dtype))
@@ -136,7 +136,16 @@ def _as_map(tokens: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class Injector(nn.Module):
-    """What the pyramid tells the backbone: ``x + gamma * attention(x, pyramid)``."""
+    """What the pyramid tells the backbone: ``x + gamma * attention(x, pyramid)``.
+
+    Args:
+        dim, num_heads, num_points, value_ratio: as of :class:`DeformableAttention`.
+        init_values: of gamma.
+
+    Shape:
+        tokens of the backbone (B, H * W, C), of the pyramid (B, N, C), ``(H, W)`` and the sizes of
+        the pyramid's levels to (B, H * W, C).
+    """
 
     def __init__(self, dim: int, num_heads: int, num_points: int, value_ratio: float,
                  init_values: float = 0.0):
@@ -151,7 +160,8 @@ class Injector(nn.Module):
 
 
 class DepthwiseConv(nn.Module):
-    """A 3x3 depthwise convolution, one for the maps of all levels."""
+    """A 3x3 depthwise convolution, one for the maps of all levels: (B, N, C) and their sizes to
+    (B, N, C)."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -163,7 +173,8 @@ class DepthwiseConv(nn.Module):
 
 
 class ConvFFN(nn.Module):
-    """An MLP of the tokens of all levels, with a depthwise convolution before its GELU."""
+    """An MLP of the tokens of all levels, with a depthwise convolution before its GELU: (B, N, C)
+    and the sizes of the levels to (B, N, C)."""
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
@@ -177,7 +188,17 @@ class ConvFFN(nn.Module):
 
 
 class Extractor(nn.Module):
-    """What the backbone tells the pyramid: attention to its map, and a :class:`ConvFFN`."""
+    """What the backbone tells the pyramid: attention to its map, and a :class:`ConvFFN`.
+
+    Args:
+        dim, num_heads, num_points, value_ratio: as of :class:`DeformableAttention`.
+        cffn_ratio: hidden channels of the ConvFFN by C.
+        drop_path: probability to drop the ConvFFN.
+
+    Shape:
+        tokens of the pyramid (B, N, C), of the backbone (B, H * W, C), ``(H, W)`` and the sizes of
+        the pyramid's levels to (B, N, C).
+    """
 
     def __init__(self, dim: int, num_heads: int, num_points: int, value_ratio: float,
                  cffn_ratio: float, drop_path: float):
@@ -313,6 +334,18 @@ class VisionRWKVAdapter(VisionRWKV):
         for module in self.interactions.modules():
             if isinstance(module, DeformableAttention):
                 module.reset_parameters()
+
+    @classmethod
+    def arguments_of(cls, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The arguments beside ``arch`` that weights tell. Of the heads and points of deformable
+        attention that is their product alone."""
+        (dim,), part = weights['norm1.weight'].shape, 'interactions.0.extractor'
+        return dict(
+            in_channels=weights['spm.stem.0.weight'].shape[1],
+            conv_inplane=len(weights['spm.stem.0.weight']), deform_num_heads=1,
+            n_points=len(weights[f'{part}.attn.attention_weights.weight']),
+            deform_ratio=len(weights[f'{part}.attn.value_proj.weight']) / dim,
+            cffn_ratio=len(weights[f'{part}.ffn.fc1.weight']) / dim)
 
     def output_norm(self, i: int) -> None:
         """None: the adapter's norms are no part of the backbone, which stages freeze."""

@@ -30,8 +30,8 @@ class _Sums(NamedTuple):
         return (self.top + exponent).exp() * self.sums
 
 
-def _shared(*parts: _Sums) -> _Sums:
-    """The sum of sums."""
+def _add(*parts: _Sums) -> _Sums:
+    """The sum of sums, over the largest of their exponents."""
     top = parts[0].top
     for part in parts[1:]:
         top = torch.maximum(top, part.top)
@@ -47,7 +47,7 @@ class _Scan(NamedTuple):
 
     @property
     def all(self) -> _Sums:
-        return _shared(self.local, self.carry)
+        return _add(self.local, self.carry)
 
 
 def _scan(w: Tensor, keys: Tensor, values: Tensor, size: int | None = None,
@@ -99,7 +99,7 @@ def _scan(w: Tensor, keys: Tensor, values: Tensor, size: int | None = None,
     states = [initial]
     for i in range(count):
         steps = size if i + 1 < count else last
-        states.append(_shared(carried(states[-1], steps),
+        states.append(_add(carried(states[-1], steps),
                               _Sums(top[:, i, steps - 1], sums[:, :, i, steps - 1])))
     before = _Sums(torch.stack([state.top for state in states[:-1]], 1)[:, :, None],
                    torch.stack([state.sums for state in states[:-1]], 2)[:, :, :, None])
@@ -249,12 +249,13 @@ def _like(grads, tensors):
 
 # --- of both directions ---------------------------------------------------------------------------
 
-def _both(w, u, k, v, blocks, moments=False) -> _Terms:
-    scan = _official_scan if blocks else _paper_scan
-    return scan(w, u, k, v, blocks, moments)
+def _find_both(w, u, k, v, blocks, moments=False) -> _Terms:
+    if blocks:
+        return _find_official(w, u, k, v, blocks, moments)
+    return _find_paper(w, u, k, v, moments)
 
 
-def _paper_scan(w, u, k, v, blocks, moments) -> _Terms:
+def _find_paper(w, u, k, v, moments) -> _Terms:
     values, parts = _with_ones(v), []
     for scan in (_scan, _scan_back):
         found = scan(w, k, values, moments=moments).all
@@ -262,7 +263,7 @@ def _paper_scan(w, u, k, v, blocks, moments) -> _Terms:
     return _find_terms(parts, k, u, v)
 
 
-def _official_scan(w, u, k, v, blocks, moments) -> _Terms:
+def _find_official(w, u, k, v, blocks, moments) -> _Terms:
     """As the official kernel has it; :mod:`vmamba_mm.ops.wkv.reference` says what that is."""
     length, values = v.shape[1], _with_ones(v)
     size = -(-length // blocks)
@@ -274,7 +275,7 @@ def _official_scan(w, u, k, v, blocks, moments) -> _Terms:
     inside = torch.where(offset == 0, _LOW, k)
     grown = _scan(-w, inside, values * (offset > 0), size=size, moments=moments).local
     # Its sums end before a token: one step later they are over those up to the token.
-    again = _shared(grown._replace(top=grown.top + w), _Sums(inside, torch.cat(
+    again = _add(grown._replace(top=grown.top + w), _Sums(inside, torch.cat(
         (values * (offset > 0), torch.zeros_like(values))) if moments else values * (offset > 0)))
     if moments:  # The step is a distance more.
         near, far = grown.sums.split(2)
@@ -304,7 +305,7 @@ def bi_forward(w, u, k, v, blocks, eps) -> Tensor:
     if not v.numel():
         return v.new_empty(v.shape)
     dtype = v.dtype
-    terms = _both(*_prepare(w, u, k, v), blocks)
+    terms = _find_both(*_prepare(w, u, k, v), blocks)
     return (terms.numerator / (terms.denominator + eps)).to(dtype).contiguous()
 
 
@@ -314,7 +315,7 @@ def bi_backward(grad, w, u, k, v, blocks, eps):
     if not v.numel():
         return tuple(map(torch.zeros_like, like))
     w, u, k, v = _prepare(w, u, k, v)
-    terms = _both(w, u, k, v, blocks, moments=True)
+    terms = _find_both(w, u, k, v, blocks, moments=True)
     terms = terms._replace(denominator=terms.denominator + eps)
     drive = _drive(grad.to(v.dtype), terms)
     grad_w = (drive * terms.slope).sum((0, 1, 2))
