@@ -1,14 +1,14 @@
 """Vision-RWKV with its adapter for dense tasks; test_check_parity.py has the official numbers."""
 
-import json
 import re
 
 import pytest
 import torch
 from mmengine.runner import load_checkpoint
-from official import SHARED
+from official import listed_keys
 from torch import nn
 
+from vmamba_mm.checkpoints.names import infer_arch
 from vmamba_mm.errors import UserError
 from vmamba_mm.models import VisionRWKV, VisionRWKVAdapter
 from vmamba_mm.models.vision_rwkv_adapter import deformable_attention
@@ -180,17 +180,13 @@ def test_layer_depths():
 
 @pytest.mark.parametrize('size', PUBLISHED)
 def test_published_keys(size):
-    """Names, shapes and numbers of parameters, where a list of them is at hand."""
-    path = SHARED / 'facts/keys/vision_rwkv.json'
-    if not path.is_file():
+    """Names and shapes, where a list of them is at hand."""
+    keys = listed_keys('vision_rwkv', {size: f'vrwkv_adapter_{size}'})
+    if keys is None:
         pytest.skip('no list of the official keys beside the checkout')
-    listed = json.loads(path.read_text())[f'vrwkv_adapter_{size}']
-    keys = {}
-    for key, shape in listed['keys'].items():
-        found = re.search(r'\[(\d+)\.\.(\d+)\]', key)
-        numbers = range(int(found[1]), int(found[2]) + 1) if found else ('',)
-        keys |= {key.replace(found[0], str(i)) if found else key: tuple(shape) for i in numbers}
     with torch.device('meta'):
         model = VisionRWKVAdapter(PUBLISHED[size])
-    assert {key: tuple(value.shape) for key, value in official(model).items()} == keys
-    assert sum(p.numel() for p in model.parameters()) == listed['params']
+    assert {key: tuple(value.shape) for key, value in official(model).items()} == keys[size]
+    inferred = infer_arch(official(model, 'backbone.'))
+    arch = PUBLISHED[size]
+    assert inferred == (arch if isinstance(arch, str) else model.arch)
