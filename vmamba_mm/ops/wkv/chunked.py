@@ -42,6 +42,7 @@ class _Scan(NamedTuple):
     """Sums over the tokens before each one, and over all."""
 
     local: _Sums  #: (B, T, C): over those of its block
+    through: _Sums  #: (B, T, C): over those and the token itself, as for the token after it
     carry: _Sums  #: (B, T, C): over the blocks before, and what came before the first token
     end: _Sums  #: (B, C): over all, as for a token after the last
 
@@ -106,10 +107,10 @@ def _scan(w: Tensor, keys: Tensor, values: Tensor, size: int | None = None,
     carry = carried(before, torch.arange(size, device=w.device, dtype=w.dtype)[:, None])
     local = _Sums(torch.cat((torch.full_like(top[:, :, :1], _LOW), top[:, :, :-1]), 2),
                   torch.cat((torch.zeros_like(sums[:, :, :, :1]), sums[:, :, :, :-1]), 3))
-    carry, local = (_Sums(_in_order(part.top, length),
-                          _in_order(part.sums.expand(-1, -1, -1, size, -1), length))
-                    for part in (carry, local))
-    return _Scan(local, carry, states[-1])
+    local, through, carry = (_Sums(_in_order(part.top, length),
+                                   _in_order(part.sums.expand(-1, -1, -1, size, -1), length))
+                             for part in (local, _Sums(top, sums), carry))
+    return _Scan(local, through, carry, states[-1])
 
 
 def _in_blocks(x: Tensor, size: int, value: float) -> Tensor:
@@ -127,8 +128,8 @@ def _in_order(x: Tensor, length: int) -> Tensor:
 
 def _scan_back(w, keys, values, **options) -> _Scan:
     """The sums over the tokens after each one."""
-    local, carry, end = _scan(w, keys.flip(1), values.flip(2), **options)
-    return _Scan(*(_Sums(part.top.flip(1), part.sums.flip(2)) for part in (local, carry)), end)
+    *parts, end = _scan(w, keys.flip(1), values.flip(2), **options)
+    return _Scan(*(_Sums(part.top.flip(1), part.sums.flip(2)) for part in parts), end)
 
 
 def _with_ones(v: Tensor) -> Tensor:
@@ -272,15 +273,7 @@ def _find_official(w, u, k, v, blocks, moments) -> _Terms:
     index = torch.arange(length, device=k.device)
     offset = (index % size)[:, None]  # in the block
     # Tokens of a block but its first grow from one to the next.
-    inside = torch.where(offset == 0, _LOW, k)
-    grown = _scan(-w, inside, values * (offset > 0), size=size, moments=moments).local
-    # Its sums end before a token: one step later they are over those up to the token.
-    again = _add(grown._replace(top=grown.top + w), _Sums(inside, torch.cat(
-        (values * (offset > 0), torch.zeros_like(values))) if moments else values * (offset > 0)))
-    if moments:  # The step is a distance more.
-        near, far = grown.sums.split(2)
-        step = (grown.top + w - again.top).exp() * near
-        again = again._replace(sums=torch.cat((again.sums[:2], again.sums[2:] + step)))
+    again = _scan(-w, torch.where(offset == 0, _LOW, k), values, size=size, moments=moments).through
     first = k[:, index - offset[:, 0]] + offset * w
     tops = (u + k, before.local.top, before.carry.top - w, after.top - w, first,
             again.top, again.top + w)
