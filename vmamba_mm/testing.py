@@ -1,5 +1,6 @@
 """What tests, tools and benchmarks share: inputs for the ops, errors relative to scale."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
@@ -124,23 +125,42 @@ class Classifier(nn.Module):
         num_classes: of the linear layer.
         pool: of tokens: 'mean' or the 'last' of them, 'max' for the largest of their logits or
             'all' for the logits of each. It says nothing of maps and class tokens.
-        head: of the tuple of all outputs, in place of the linear layer; it has an ``fc``.
+        hidden_dims: in place of the linear layer two of them with a tanh between, of this width,
+            named ``head.layers.pre_logits`` and ``head.layers.head``, as in mmpretrain's
+            VisionTransformerClsHead.
+        with_maps: return a list of the logits and of what the backbone returns.
+        head: of all that the backbone returns, in place of the linear layer.
     """
 
     def __init__(self, backbone: nn.Module, num_classes: int, pool: str = '',
+                 hidden_dims: int | None = None, with_maps: bool = False,
                  head: nn.Module | None = None):
         super().__init__()
         self.backbone = backbone
-        self.head = head or nn.ModuleDict(
-            dict(fc=nn.Linear(backbone.num_features[-1], num_classes)))
+        dims = backbone.num_features[-1]
+        if head is not None:
+            self.head = head
+        elif hidden_dims is None:
+            self.head = nn.ModuleDict(dict(fc=nn.Linear(dims, num_classes)))
+        else:
+            self.head = nn.ModuleDict(dict(layers=nn.Sequential(OrderedDict(
+                pre_logits=nn.Linear(dims, hidden_dims), act=nn.Tanh(),
+                head=nn.Linear(hidden_dims, num_classes)))))
         self.pool = pool
+        self.with_maps = with_maps
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """What the backbone takes, to (B, num_classes), or (B, L, num_classes) of 'all'."""
-        outputs = self.backbone(x)
+        maps = self.backbone(x)
+        logits = self._classify(maps)
+        return [logits, *maps] if self.with_maps else logits
+
+    def _classify(self, maps: tuple[Tensor, ...]) -> Tensor:
         if not isinstance(self.head, nn.ModuleDict):
-            return self.head(outputs)
-        y = outputs[-1]
+            return self.head(maps)
+        y = maps[-1]
+        if 'layers' in self.head:
+            return self.head['layers'](y if y.dim() == 2 else y.flatten(2).mean(2))
         if y.dim() == 3 and self.pool in ('max', 'all'):
             return _POOLS[self.pool](self.head['fc'](y))
         if y.dim() == 3 and self.pool:
@@ -158,6 +178,13 @@ class WithNeck(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.neck(self.backbone(x)))
+
+
+def by_heads(*tensors: Tensor, function: Callable[..., Tensor], heads: int) -> Tensor:
+    """``function`` of sequences (B, T, C) by heads, (B, T, H, C / H), to (B, T, C); other tensors
+    come to it as they are."""
+    return function(*(t.unflatten(2, (heads, -1)) if t.dim() == 3 else t for t in tensors)
+                    ).flatten(2)
 
 
 def run_in_parts(mixer: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:

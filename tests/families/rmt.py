@@ -1,10 +1,9 @@
 """RMT under the generic tests."""
 
-import json
 import re
 
 import torch
-from official import SHARED
+from official import listed_keys
 from specs import Spec
 
 from vmamba_mm.families.rmt import FAMILY
@@ -51,22 +50,10 @@ def _classifiers(model, num_classes):
 
 
 def _published_keys():
-    """From a list that gives the first block of each stage for all, as ``blocks.0..2``."""
-    path = SHARED / 'facts/keys/rmt.json'
-    if not path.is_file():
-        return None
-    published = {}
-    for short, name in (('t', 'tiny'), ('s', 'small'), ('b', 'base'), ('l', 'large')):
-        keys = json.loads(path.read_text())[f'rmt_{short}']['keys']
-        published[name] = {}
-        for key, shape in keys.items():
-            if key.endswith('Relpos.angle'):
-                continue  # which our model computes
-            span = re.search(r'\[?0\.\.(\d+)\]?', key)
-            names = [key[:span.start()] + str(i) + key[span.end():]
-                     for i in range(int(span[1]) + 1)] if span else [key]
-            published[name] |= {one: tuple(shape) for one in names}
-    return published
+    """Without what our model computes."""
+    listed = listed_keys('rmt', dict(tiny='rmt_t', small='rmt_s', base='rmt_b', large='rmt_l'))
+    return listed and {arch: {key: shape for key, shape in keys.items()
+                              if not key.endswith('Relpos.angle')} for arch, keys in listed.items()}
 
 
 SPEC = Spec(

@@ -66,8 +66,10 @@ def test_predictions(head, maps, mm):
 
 def test_a_classifier_of_a_config(mm):
     """As the page of RMT has it."""
+    from mmengine.registry import init_default_scope
     from mmpretrain.structures import DataSample
 
+    init_default_scope('mmpretrain')
     model = MODELS.build(dict(
         type='mmpretrain.ImageClassifier',
         backbone=dict(type='vmamba_mm.RMT', arch=RMT_ARCH, out_indices=(3,), projection=32,

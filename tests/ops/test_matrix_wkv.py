@@ -8,7 +8,7 @@ import torch
 from op_specs.matrix_wkv import NAMES6, NAMES7, make6, make7
 
 from vmamba_mm.errors import UserError
-from vmamba_mm.ops import wkv5, wkv6, wkv6_step, wkv7, wkv7_step
+from vmamba_mm.ops import bi_wkv6, wkv5, wkv6, wkv6_step, wkv7, wkv7_step
 from vmamba_mm.ops.matrix_wkv import fla
 from vmamba_mm.testing import assert_close
 
@@ -198,3 +198,16 @@ def test_fla_is_the_default_for_half_precision_on_a_gpu(monkeypatch):
 def test_names_are_those_of_the_functions():
     assert tuple(make6(1, 1, 1, 1, 1)) == ('r', 'k', 'v', 'w', 'u') == NAMES6[:-1]
     assert sorted(make7(1, 1, 1, 1, 1)) == sorted(NAMES7[:-1])
+
+
+@pytest.mark.parametrize('length', [1, 2, 21])
+def test_both_directions(length):
+    """As the sum over all other tokens, with the decays of those between."""
+    inputs = make6(2, length, 3, 4, 5)
+    r, k, v, w, u = (inputs[name] for name in ('r', 'k', 'v', 'w', 'u'))
+    decays, expected = -w.exp(), torch.zeros(2, length, 3, 5, dtype=torch.float64)
+    for t in range(length):
+        for i in range(length):
+            between = decays[:, min(i, t) + 1:max(i, t)].sum(1).exp() if i != t else u
+            expected[:, t] += (r[:, t] * between * k[:, i]).sum(-1, keepdim=True) * v[:, i]
+    assert_close(bi_wkv6(r, k, v, w, u), expected, 1e-10)

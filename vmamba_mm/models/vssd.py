@@ -15,6 +15,7 @@ from vmamba_mm.layers import DropPath, LayerNorm, LayerNorm2d, Mlp, SelfAttentio
 from vmamba_mm.layers.maps import ConvUnit, convolve_map
 from vmamba_mm.layers.norm import sum_and_norm
 from vmamba_mm.layers.plain import is_depthwise_3x3, is_plain
+from vmamba_mm.layers.positions import pad_to_patches
 from vmamba_mm.layers.ssm_init import init_dt_bias, state_matrix
 from vmamba_mm.models.base import Backbone, init_linear
 from vmamba_mm.ops import add_norm, channels_last, dwconv_silu, nc_ssd
@@ -22,11 +23,11 @@ from vmamba_mm.ops.core.backends import runs_kernels
 from vmamba_mm.registry import MODELS
 
 # What torch.fx records as it is, since it looks at shapes.
-torch.fx.wrap('_pad_to_patches')
 torch.fx.wrap('add_norm')
 torch.fx.wrap('channels_last')
 torch.fx.wrap('dwconv_silu')
 torch.fx.wrap('nc_ssd')
+torch.fx.wrap('pad_to_patches')
 torch.fx.wrap('state_matrix')
 torch.fx.wrap('sum_and_norm')
 
@@ -61,13 +62,7 @@ class PatchStem(nn.Module):
         self.norm = LayerNorm(embed_dims)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv1(channels_last(_pad_to_patches(x))))
-
-
-def _pad_to_patches(x: Tensor, patch_size: int = 4) -> Tensor:
-    """(..., H, W) with zeros below and on the right up to multiples of ``patch_size``."""
-    height, width = x.shape[-2:]
-    return F.pad(x, (0, -width % patch_size, 0, -height % patch_size))
+        return self.norm(self.conv1(channels_last(pad_to_patches(x, 4))))
 
 
 class InvertedDownsample(nn.Module):
