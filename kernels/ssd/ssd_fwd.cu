@@ -295,11 +295,10 @@ ssd_fwd(const Forward p) {
         for (int o = 0; o < ROWS; ++o)
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
-                const int row = ROW_STEP * o + 8 * k;
-                E *const to = y_at + (long long)row * y_step;
-                if (first_row + row + g < rows && own_channel < p.dim) out[o][k].store(to);
+                const int row = first_row + ROW_STEP * o + 8 * k + g;
+                if (row < rows && own_channel < p.dim) out[o][k].store(y_at);
+                y_at += (long long)(k ? ROW_STEP - 8 : 8) * y_step;  // at last by Q
             }
-        y_at += (long long)Q * y_step;
 
         // The state that leaves.
         const bool more = start + Q < end;
