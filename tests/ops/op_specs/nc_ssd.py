@@ -44,7 +44,7 @@ def spec(make, softplus=True, positive=True, **kwargs):
             positive=positive, **options),
         arguments=lambda inputs, out_dtype: (
             *map(inputs.get, NAMES), inputs.get('dt_bias'), softplus, positive),
-        make=make, maps=('x', 'dt', 'B', 'C'), backends=('reference', 'chunked'), kernels=(),
+        make=make, maps=('x', 'dt', 'B', 'C'), backends=('reference', 'chunked', 'cuda'), capability=80,
         takes_out_dtype=False, naive=by_hand,
         flops=lambda shape: 4 * shape[0] * shape[1] * shape[2] * shape[3] * shape[5], **kwargs)
 
@@ -52,11 +52,18 @@ def spec(make, softplus=True, positive=True, **kwargs):
 SPECS = [
     spec(make, shapes=((2, 5, 2, 3, 1, 2), (1, 1, 1, 1, 1, 1), (1, 2, 4, 2, 2, 3),
                        (2, 50, 2, 16, 1, 8), (3, 17, 3, 5, 3, 4)),
+         kernel_shapes=((2, 21, 2, 8, 1, 16), (1, 1, 1, 16, 1, 8), (2, 150, 4, 40, 2, 48),
+                        (1, 330, 3, 24, 1, 64)),
+         half_shapes=((2, 70, 2, 64, 1, 64), (1, 200, 4, 16, 2, 24)),
+         gpu_shapes=((3, 3136, 2, 64, 1, 64), (2, 784, 4, 64, 1, 64), (5, 196, 8, 64, 1, 64),
+                     (2, 196, 8, 48, 1, 48), (1, 20000, 12, 64, 1, 64), (2, 300, 6, 64, 3, 128)),
          wrong=(('x', lambda x: x[0], r'nc_ssd expects x \(B, L, H, P\)'),
                 ('B', lambda B: B.repeat(1, 1, 3, 1), 'G a divisor of H'),
                 ('C', cut(3), 'expects C of shape'), ('dt', cut(1), 'expects dt of shape'),
                 ('A', cut(0), 'expects A of shape'), ('dt_bias', cut(0), 'dt_bias of shape'),
                 ('B', torch.Tensor.half, 'of one real dtype'))),
     replace(spec(make_bare, softplus=False, positive=False,
-                 shapes=((2, 6, 2, 2, 2, 3), (1, 9, 4, 4, 1, 5), (2, 9, 6, 4, 3, 5))),
+                 shapes=((2, 6, 2, 2, 2, 3), (1, 9, 4, 4, 1, 5), (2, 9, 6, 4, 3, 5)),
+                 kernel_shapes=((2, 70, 6, 8, 3, 128),), half_shapes=((2, 100, 2, 32, 1, 32),),
+                 gpu_shapes=((2, 300, 4, 64, 2, 64),)),
             id='nc_ssd of given weights')]

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from vmamba_mm.ops.core.backends import Backend
 from vmamba_mm.ops.core.define_op import Implementation, define_op
-from vmamba_mm.ops.nc_ssd import chunked, reference
+from vmamba_mm.ops.nc_ssd import chunked, cuda, reference
 
 
 def _count_flops(x, B, **_) -> int:
@@ -19,7 +19,9 @@ _nc_ssd = define_op(
     'bool dt_softplus, bool positive, str backend) -> Tensor',
     reference=reference.forward,
     fake=lambda x, *_: x.new_empty(x.shape),
-    implementations={'chunked': Implementation(chunked.forward, chunked.backward)},
+    implementations={
+        'cuda': Implementation(cuda.forward, cuda.backward, cuda.why_not),
+        'chunked': Implementation(chunked.forward, chunked.backward)},
     saves='x dt A B C D dt_bias dt_softplus positive',
     flops=_count_flops)
 
@@ -40,8 +42,10 @@ def nc_ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | N
         B, C: (B, L, G, N). Head h is of group h mod G, unlike in Mamba-2.
         D: (H), or None.
         positive: whether the weight is ``-dt A``, as of every published model; else ``dt A``.
-        backend: 'reference', or 'chunked' for matrix products, which None takes; under
-            ``torch.compile`` and ``torch.export`` None takes the same products as ops of torch.
+        backend: 'reference', 'chunked' for matrix products, or 'cuda'; None for 'cuda' where an
+            NVIDIA GPU takes the inputs (sm_80 or newer, P and N multiples of 8, N up to 128), else
+            'chunked'. Under ``torch.compile`` and ``torch.export`` None takes the same products as
+            ops of torch.
 
     Returns:
         (B, L, H, P) without gaps, in the dtype of ``x``, whatever autocast says. Weights are in

@@ -1,0 +1,338 @@
+"""``nc_ssd`` by the CUDA kernels in ``kernels/nc_ssd``: fp16, bf16 and fp32 on the tensor cores.
+
+One launch sums the states over tokens, backwards both of them, and one does the rest, token by
+token. Where there are few sequences, spans of them are summed first, and by one more launch the
+spans. The kernels need sm_80.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vmamba_mm.ops.core.backends import wants_grad
+from vmamba_mm.ops.core.launch import (
+    CODES,
+    TYPES,
+    Instance,
+    cached,
+    device_limits,
+    kernel,
+    pointer,
+)
+from vmamba_mm.ops.nc_ssd.chunked import scale_of
+from vmamba_mm.ops.scan_kernels import cuda as scan_kernels
+
+_CHUNK, _BLOCK, _WIDTH = 64, 16, 64  # Q and BLOCK in ssd.cuh; WIDTH in nc_ssd_bwd.cu
+_STATES = 16, 32, 48, 64, 128  # N of the kernels
+_MOST_SPANS, _MOST_SAMPLES = 32, 65535  # the latter are blocks of a launch in a second dimension
+
+#: Spans of a sequence in the sum of states, for tests.
+force_spans: int | None = None
+
+
+def why_not(x, dt, A, B, C, D, dt_bias, dt_softplus, positive) -> str | None:
+    """The reason why the kernels cannot take these inputs, or None."""
+    if (reason := scan_kernels.why_not(x, 0, 1)) is not None:
+        return reason
+    for t in (dt, A, B, C, D, dt_bias):
+        if t is not None and t.device != x.device:
+            return 'the inputs are on different devices'
+        if t is not None and t.dtype not in TYPES:
+            return 'an input is neither float32 nor float16 nor bfloat16'
+    (batch, _, heads, dim), (groups, state) = x.shape, B.shape[2:]
+    if dim % 8:
+        return f'P is {dim}; the kernels take multiples of 8'
+    if state % 8 or state > _STATES[-1]:
+        return f'N is {state}; the kernels take multiples of 8 up to {_STATES[-1]}'
+    if batch > _MOST_SAMPLES:
+        return f'the batch is of more than {_MOST_SAMPLES} samples'
+    training = wants_grad(x, dt, A, B, C, D, dt_bias)
+    return _why_not_here(x.device.index, x.dtype.itemsize, heads // groups, dim, state, training)
+
+
+@torch.compiler.assume_constant_result
+def _why_not_here(index: int, size: int, heads: int, dim: int, state: int, training: bool
+                  ) -> str | None:
+    """For so many heads of a group, and elements of ``size`` bytes."""
+    return _why_not_on(index, size, heads, dim, state, training)
+
+
+@cached
+def _why_not_on(index: int, size: int, heads: int, dim: int, state: int, training: bool
+                ) -> str | None:
+    capability = torch.cuda.get_device_capability(index)
+    if capability < (8, 0):
+        return f'a GPU of compute capability {capability} is too old for them'
+    states = _padded(state)
+    shared = max(_states_shared(size, states), _output_shared(size, states, heads * dim),
+                 _backward_shared(size, states, heads) if training else 0)
+    if shared > device_limits(index)[2]:
+        return (f'N={state} and {heads * dim} channels of a group need {shared} bytes of shared '
+                f'memory, and this GPU has {device_limits(index)[2]}')
+    return None
+
+
+def _padded(state: int) -> int:
+    """N of the kernels for so many states."""
+    return next(n for n in _STATES if n >= state)
+
+
+# --- shared memory, in bytes, for elements of ``size`` bytes -----------------------------------
+
+def _tile(columns: int, size: int, rows: int = _CHUNK) -> int:
+    return rows * (columns * size + 16)
+
+
+def _width(states: int) -> int:
+    """Columns of a block of nc_ssd_states."""
+    return 128 if states <= 64 else 64
+
+
+def _states_shared(size: int, states: int) -> int:
+    """As NcStatesShared."""
+    width = _width(states)
+    stages = 2 if size == 4 else 3
+    return stages * (_tile(width, size) + _tile(states, size)) + 2 * width // 8 * _CHUNK * 4
+
+
+def _pitch(size: int, columns: int) -> int:
+    """Elements from a row of the state to the next in nc_ssd_out."""
+    return -(-columns // 32) * 32 + 16 // size
+
+
+def _output_shared(size: int, states: int, columns: int) -> int:
+    """As NcOutputShared."""
+    return 2 * _tile(states, size) + states * _pitch(size, columns) * size
+
+
+def _backward_shared(size: int, states: int, heads: int) -> int:
+    """As NcBackwardShared, and the rows behind it."""
+    stage = 2 * _tile(_WIDTH, size) + 2 * _tile(_WIDTH, size, states)
+    stages = 1 if size == 4 and states > 64 else 2
+    return stages * stage + _tile(states, size) + 5 * heads * _CHUNK * 4
+
+
+# --- what is compiled -------------------------------------------------------------------------
+
+def _instance(name: str, type_: str, fast: bool, states: int) -> Instance:
+    return Instance(f'nc_ssd/{name}.cu', f'{name}<{type_}, {str(fast).lower()}, {states}>')
+
+
+def _sum_instance(type_: str) -> Instance:
+    return Instance('nc_ssd/nc_ssd_sum.cu', f'nc_ssd_sum<{type_}>')
+
+
+def _compiled() -> Iterator[tuple[Instance, int]]:
+    # Types and N: those of the published models, and the largest.
+    for type_, fast, states in (('Half', False, 64), ('Half', False, 48), ('BFloat', False, 64),
+                                ('Float', False, 64), ('Float', True, 64), ('BFloat', False, 128)):
+        for name in ('nc_ssd_states', 'nc_ssd_out', 'nc_ssd_bwd'):
+            yield _instance(name, type_, fast, states), 80
+        yield _sum_instance(type_), 80
+
+
+#: What is compiled to check it, and the lowest compute capability that it is for.
+INSTANCES: dict[Instance, int] = dict(_compiled())
+
+
+# --- launches ---------------------------------------------------------------------------------
+
+class _Strides(NamedTuple):
+    """Of a map (B, L, H, ...), in elements."""
+    b: int
+    l: int  # noqa: E741
+    h: int
+
+
+class _Call(NamedTuple):
+    """Sizes and dtypes of a call. Types are those of parameters, None for absent ones."""
+    index: int
+    dtype: torch.dtype
+    fast: bool
+    batch: int
+    length: int
+    heads: int
+    dim: int
+    groups: int
+    state: int
+    dt: torch.dtype
+    A: torch.dtype
+    bias: torch.dtype | None
+    softplus: bool
+    positive: bool
+
+    @property
+    def columns(self) -> int:
+        return self.heads // self.groups * self.dim
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.length // _CHUNK)
+
+    @property
+    def state_size(self) -> int:
+        """Numbers of the states of the batch."""
+        return self.batch * self.groups * self.state * self.columns
+
+    def fields(self, **strides: _Strides) -> dict[str, int]:
+        weigh = dict(weigh_A_type=CODES[self.A], weigh_bias_type=CODES.get(self.bias, 0),
+                     weigh_dt_type=CODES[self.dt], weigh_softplus=int(self.softplus),
+                     weigh_positive=int(self.positive))
+        return weigh | self.sizes(**strides)
+
+    def sizes(self, **strides: _Strides) -> dict[str, int]:
+        return dict(length=self.length, groups=self.groups, dim=self.dim, state=self.state,
+                    columns=self.columns, chunks=self.chunks,
+                    **{f'{name}_{side}': value for name, of in strides.items()
+                       for side, value in of._asdict().items()})
+
+    def kernel(self, name: str):
+        return kernel(self.index, _instance, name, TYPES[self.dtype], self.fast,
+                      _padded(self.state))
+
+
+class _States(NamedTuple):
+    """``run`` launches the sums; it needs ``parts`` numbers in fp32."""
+    run: Callable[..., None]
+    parts: int
+
+
+@cached
+def _states_launch(call: _Call, jobs: int, x: _Strides, dt: _Strides, B: _Strides,
+                   dy: _Strides = _Strides(0, 0, 0), C: _Strides = _Strides(0, 0, 0)) -> _States:
+    """The states, and with two jobs the gradients by them.
+
+    It takes the addresses of x, dt, B, A, bias, and of dy and C, of the result and of parts.
+    """
+    blocks = -(-call.columns // _width(_padded(call.state)))
+    sequences = call.batch * call.groups * blocks
+    # Two blocks for each multiprocessor, but not less than two chunks to a block.
+    spans = force_spans or max(1, min(2 * device_limits(call.index)[0] // (sequences * jobs),
+                                      call.chunks // 2, _MOST_SPANS))
+    span = -(-call.chunks // spans)
+    spans = -(-call.chunks // span)
+    scale = scale_of(call.length, call.dtype)
+    launch = call.kernel('nc_ssd_states').bind(
+        (sequences, spans, jobs), (128, 1, 1),
+        _states_shared(call.dtype.itemsize, _padded(call.state)), batch=call.batch, scale=scale,
+        blocks=blocks, span=span, spans=spans, **call.fields(x=x, dt=dt, B=B, dy=dy, C=C))
+    if spans == 1:
+        def launch_states(x, dt, B, A, bias, states, parts, dy=0, C=0):
+            launch(x_data=x, dt_data=dt, B_data=B, weigh_A=A, weigh_bias=bias, dy_data=dy,
+                   C_data=C, states=states)
+
+        return _States(launch_states, 0)
+
+    add = kernel(call.index, _sum_instance, TYPES[call.dtype]).bind(
+        (-(-call.state_size // 512), jobs, 1), (128, 1, 1), scale=scale, spans=spans,
+        size=call.state_size)
+
+    def launch_in_spans(x, dt, B, A, bias, states, parts, dy=0, C=0):
+        launch(x_data=x, dt_data=dt, B_data=B, weigh_A=A, weigh_bias=bias, dy_data=dy, C_data=C,
+               states=parts)
+        add(parts=parts, states=states)
+
+    return _States(launch_in_spans, jobs * spans * call.state_size)
+
+
+@cached
+def _output_launch(call: _Call, D: torch.dtype | None, x: _Strides, C: _Strides, y: _Strides):
+    """The result from the states. It takes the addresses of x, C, y, states and D."""
+    size, sequences = call.dtype.itemsize, call.batch * call.groups
+    # Three blocks for each multiprocessor, so that each reads the state for several chunks.
+    spans = max(1, min(3 * device_limits(call.index)[0] // sequences, call.chunks))
+    span = -(-call.chunks // spans)
+    return call.kernel('nc_ssd_out').bind(
+        (sequences, -(-call.chunks // span), 1), (256, 1, 1),
+        _output_shared(size, _padded(call.state), call.columns),
+        scale=1 / scale_of(call.length, call.dtype), pitch=_pitch(size, call.columns), span=span,
+        D_type=CODES.get(D, 0), **call.sizes(x=x, C=C, y=y))
+
+
+@cached
+def _backward_launch(call: _Call, D: torch.dtype | None, **strides: _Strides):
+    """The gradients from the states and those by them. It takes the addresses of x, dy, dt, B, A,
+    bias, D, states, dx, ddt, dB, dC and parts."""
+    heads = call.heads // call.groups
+    return call.kernel('nc_ssd_bwd').bind(
+        (call.chunks * call.groups, call.batch, 1), (256, 1, 1),
+        _backward_shared(call.dtype.itemsize, _padded(call.state), heads), batch=call.batch,
+        heads=heads, scale=1 / scale_of(call.length, call.dtype), D_type=CODES.get(D, 0),
+        **call.fields(**strides))
+
+
+# --- on tensors -------------------------------------------------------------------------------
+
+def _map(t: Tensor) -> Tensor:
+    """With rows that are without gaps and begin at multiples of 16 bytes."""
+    b, l, h, last = t.stride()  # noqa: E741
+    if last != 1 or (b | l | h) * t.itemsize % 16 or t.data_ptr() % 16 or max(l, h) >= 2**31:
+        t = t.contiguous()
+        if t.data_ptr() % 16:
+            t = t.clone()
+    return t
+
+
+def _strides(t: Tensor) -> _Strides:
+    return _Strides(*t.stride()[:3])
+
+
+def _dtype(t: Tensor | None) -> torch.dtype | None:
+    return None if t is None else t.dtype
+
+
+def _dense(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def _call(x, dt, A, B, dt_bias, dt_softplus, positive) -> _Call:
+    fast = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return _Call(x.get_device(), x.dtype, fast, *x.shape, *B.shape[2:], dt.dtype, A.dtype,
+                 _dtype(dt_bias), dt_softplus, positive)
+
+
+def _steps(dt: Tensor) -> Tensor:
+    return dt.contiguous() if max(dt.stride()) >= 2**31 else dt
+
+
+def forward(x, dt, A, B, C, D, dt_bias, dt_softplus, positive) -> Tensor:
+    """Shapes as in :func:`vmamba_mm.ops.nc_ssd`."""
+    x, B, C, dt = _map(x), _map(B), _map(C), _steps(dt)
+    A, D, dt_bias = _dense(A), _dense(D), _dense(dt_bias)
+    call = _call(x, dt, A, B, dt_bias, dt_softplus, positive)
+    y, states = x.new_empty(x.shape), x.new_empty(call.state_size)
+    find = _states_launch(call, 1, _strides(x), _strides(dt), _strides(B))
+    parts = x.new_empty(find.parts, dtype=torch.float32) if find.parts else None
+    find.run(x.data_ptr(), dt.data_ptr(), B.data_ptr(), A.data_ptr(), pointer(dt_bias),
+             states.data_ptr(), pointer(parts))
+    _output_launch(call, _dtype(D), _strides(x), _strides(C), _strides(y))(
+        x_data=x.data_ptr(), C_data=C.data_ptr(), y_data=y.data_ptr(), states=states.data_ptr(),
+        D=pointer(D))
+    return y
+
+
+def backward(grad, x, dt, A, B, C, D, dt_bias, dt_softplus, positive):
+    """Gradients by x, dt, A, B, C, D and dt_bias (None where there is none)."""
+    x, B, C, dy, dt = _map(x), _map(B), _map(C), _map(grad), _steps(dt)
+    A, D, dt_bias = _dense(A), _dense(D), _dense(dt_bias)
+    call = _call(x, dt, A, B, dt_bias, dt_softplus, positive)
+    states = x.new_empty(2 * call.state_size)
+    find = _states_launch(call, 2, *map(_strides, (x, dt, B, dy, C)))
+    parts = x.new_empty(find.parts, dtype=torch.float32) if find.parts else None
+    find.run(x.data_ptr(), dt.data_ptr(), B.data_ptr(), A.data_ptr(), pointer(dt_bias),
+             states.data_ptr(), pointer(parts), dy.data_ptr(), C.data_ptr())
+    dx, ddt, dB, dC = (t.new_empty(t.shape) for t in (x, dt, B, C))
+    by_chunk = x.new_empty((call.batch * call.chunks, 3, call.heads), dtype=torch.float32)
+    _backward_launch(call, _dtype(D), **{name: _strides(t) for name, t in (
+        ('x', x), ('dy', dy), ('dt', dt), ('B', B), ('dx', dx), ('ddt', ddt), ('dB', dB),
+        ('dC', dC))})(
+        x_data=x.data_ptr(), dy_data=dy.data_ptr(), dt_data=dt.data_ptr(), B_data=B.data_ptr(),
+        weigh_A=A.data_ptr(), weigh_bias=pointer(dt_bias), D=pointer(D), states=states.data_ptr(),
+        dx_data=dx.data_ptr(), ddt_data=ddt.data_ptr(), dB_data=dB.data_ptr(),
+        dC_data=dC.data_ptr(), parts=by_chunk.data_ptr())
+    # Each is a tensor of its own, not a view at an odd place of memory.
+    dA, dbias, dD = (None if t is None else part.to(t.dtype, copy=True)
+                     for part, t in zip(by_chunk.sum(0), (A, dt_bias, D), strict=True))
+    return dx, ddt, dA, dB, dC, dD, dbias
