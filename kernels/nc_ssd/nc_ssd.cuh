@@ -37,10 +37,10 @@ struct Columns {
     __device__ __forceinline__ int head(int column) const { return column / dim; }  // of the group
     __device__ __forceinline__ int number(int head) const { return head * groups + group; }
     // The offset of a column in a map whose heads are `stride` apart.
-    __device__ __forceinline__ long long operator()(int column, int stride) const {
+    __device__ __forceinline__ int operator()(int column, int stride) const {
         if (groups == 1 && stride == dim) return column;
         const int head = column / dim;
-        return (long long)(head * groups + group) * stride + (column - head * dim);
+        return (head * groups + group) * stride + (column - head * dim);
     }
 };
 

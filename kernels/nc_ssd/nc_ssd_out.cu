@@ -20,7 +20,8 @@ struct NcOutputShared {
 // A block has the state of a group, and a span of chunks of its tokens. Of a chunk, a warp has 16
 // tokens of every other piece.
 template <class T, bool FAST, int N>
-__global__ void __launch_bounds__(32 * WARPS, 2) nc_ssd_out(const NcOutput p) {
+__global__ void __launch_bounds__(32 * WARPS, same<T, Float> ? 1 : N > 64 ? 2 : 3)
+nc_ssd_out(const NcOutput p) {
     typedef NcOutputShared<T, N> Shared;
     typedef Element<T> E;
     constexpr int V = VECTOR<T>, K = PITCH<T, N>, THREADS = 32 * WARPS;
@@ -47,7 +48,6 @@ __global__ void __launch_bounds__(32 * WARPS, 2) nc_ssd_out(const NcOutput p) {
     }
     commit_copies();
 
-    const long long x_at = batch * p.x.b, y_at = batch * p.y.b;
     for (int chunk = begin; chunk < end; ++chunk) {
         const E *const from = shared.C[(chunk - begin) & 1];
         wait_copies<0>();
@@ -57,11 +57,8 @@ __global__ void __launch_bounds__(32 * WARPS, 2) nc_ssd_out(const NcOutput p) {
         commit_copies();
         const int token = chunk * Q + own * BLOCK + g;  // and 8 further on
         if (chunk * Q + own * BLOCK >= p.length) continue;
-        Block16<T> c[N / BLOCK];
-#pragma unroll
-        for (int n = 0; n < N / BLOCK; ++n)
-            c[n].template load<false>(from + own * BLOCK * K + n * BLOCK, K);
-
+        const E *const x_at = (const E *)p.x.data + batch * p.x.b + (long long)token * p.x.l;
+        E *const y_at = (E *)p.y.data + batch * p.y.b + (long long)token * p.y.l;
         typename Raw<T>::type ahead[2][2];
         auto load = [&](int first) {
 #pragma unroll
@@ -70,9 +67,7 @@ __global__ void __launch_bounds__(32 * WARPS, 2) nc_ssd_out(const NcOutput p) {
                 for (int k = 0; k < 2; ++k) {
                     const int at = first + i * BLOCK + first_column(t);
                     const bool valid = p.D && at < p.columns && token + 8 * k < p.length;
-                    ahead[i][k] = load4<T>(
-                        p.x.data, valid ? x_at + (long long)(token + 8 * k) * p.x.l
-                        + columns(at, p.x.h) : 0, valid);
+                    ahead[i][k] = load4<T>(x_at, 8 * k * p.x.l + columns(at, p.x.h), valid);
                 }
         };
         load(half * PIECE);
@@ -85,23 +80,25 @@ __global__ void __launch_bounds__(32 * WARPS, 2) nc_ssd_out(const NcOutput p) {
                 for (int k = 0; k < 2; ++k) x[i][k] = ahead[i][k];
             load(first + 2 * PIECE);
             float sums[2][2][4] = {};
-#pragma unroll
-            for (int n = 0; n < N / BLOCK; ++n)
+#pragma unroll 2
+            for (int n = 0; n < N / BLOCK; ++n) {  // all at once would spill
+                Block16<T> c;
+                c.template load<false>(from + own * BLOCK * K + n * BLOCK, K);
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     Block16<T> s;
                     s.template load<true>(state + n * BLOCK * p.pitch + first + i * BLOCK, p.pitch);
 #pragma unroll
                     for (int m = 0; m < 2; ++m)
-                        multiply<T, FAST>(sums[i][m], c[n].v[0], c[n].v[1], c[n].v[2], c[n].v[3],
-                                          s.v[2 * m], s.v[2 * m + 1]);
+                        multiply<T, FAST>(sums[i][m], c.v[0], c.v[1], c.v[2], c.v[3], s.v[2 * m],
+                                          s.v[2 * m + 1]);
                 }
+            }
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const int at = first + i * BLOCK + first_column(t);
                 const float skip = p.D && at < p.columns
                     ? load_parameter(p.D, columns.number(columns.head(at)), p.D_type) : 0.f;
-                const long long to = at < p.columns ? y_at + columns(at, p.y.h) : 0;
 #pragma unroll
                 for (int k = 0; k < 2; ++k) {
                     const Four<Float> four(
@@ -112,7 +109,7 @@ __global__ void __launch_bounds__(32 * WARPS, 2) nc_ssd_out(const NcOutput p) {
 #pragma unroll
                     for (int e = 0; e < 4; ++e) y[e] = y[e] * p.scale + skip * v[e];
                     if (at < p.columns && token + 8 * k < p.length)
-                        store4<T>(p.y.data, to + (long long)(token + 8 * k) * p.y.l, y);
+                        store4<T>(y_at, 8 * k * p.y.l + columns(at, p.y.h), y);
                 }
             }
         }
