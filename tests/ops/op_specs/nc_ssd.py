@@ -44,8 +44,8 @@ def spec(make, softplus=True, positive=True, **kwargs):
             positive=positive, **options),
         arguments=lambda inputs, out_dtype: (
             *map(inputs.get, NAMES), inputs.get('dt_bias'), softplus, positive),
-        make=make, maps=('x', 'dt', 'B', 'C'), backends=('reference', 'chunked', 'cuda'), capability=80,
-        takes_out_dtype=False, naive=by_hand,
+        make=make, maps=('x', 'dt', 'B', 'C'), backends=('reference', 'chunked', 'cuda'),
+        capability=80, takes_out_dtype=False, naive=by_hand,
         flops=lambda shape: 4 * shape[0] * shape[1] * shape[2] * shape[3] * shape[5], **kwargs)
 
 

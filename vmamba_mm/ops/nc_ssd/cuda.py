@@ -146,6 +146,9 @@ class _Strides(NamedTuple):
     h: int
 
 
+_ABSENT = _Strides(0, 0, 0)
+
+
 class _Call(NamedTuple):
     """Sizes and dtypes of a call. Types are those of parameters, None for absent ones."""
     index: int
@@ -201,7 +204,7 @@ class _States(NamedTuple):
 
 @cached
 def _states_launch(call: _Call, jobs: int, x: _Strides, dt: _Strides, B: _Strides,
-                   dy: _Strides = _Strides(0, 0, 0), C: _Strides = _Strides(0, 0, 0)) -> _States:
+                   dy: _Strides = _ABSENT, C: _Strides = _ABSENT) -> _States:
     """The states, and with two jobs the gradients by them.
 
     It takes the addresses of x, dt, B, A, bias, and of dy and C, of the result and of parts.

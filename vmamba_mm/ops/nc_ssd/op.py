@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vmamba_mm.ops.core.backends import Backend
+from vmamba_mm.ops.core.backends import Backend, runs_kernels
 from vmamba_mm.ops.core.define_op import Implementation, define_op
 from vmamba_mm.ops.nc_ssd import chunked, cuda, reference
 
@@ -44,8 +44,8 @@ def nc_ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | N
         positive: whether the weight is ``-dt A``, as of every published model; else ``dt A``.
         backend: 'reference', 'chunked' for matrix products, or 'cuda'; None for 'cuda' where an
             NVIDIA GPU takes the inputs (sm_80 or newer, P and N multiples of 8, N up to 128), else
-            'chunked'. Under ``torch.compile`` and ``torch.export`` None takes the same products as
-            ops of torch.
+            'chunked'. Under ``torch.compile`` without those kernels, and under ``torch.export``,
+            None takes the products of 'chunked' as ops of torch.
 
     Returns:
         (B, L, H, P) without gaps, in the dtype of ``x``, whatever autocast says. Weights are in
@@ -60,9 +60,11 @@ def nc_ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | N
         tensor([1.5000, 1.5000])
     """
     _check(x, dt, A, B, C, D, dt_bias)
-    if backend is None and torch.compiler.is_compiling():
-        return chunked.compose(x, dt, A, B, C, D, dt_bias, dt_softplus, positive)
-    return _nc_ssd(x, dt, A, B, C, D, dt_bias, dt_softplus, positive, backend=backend)
+    args = x, dt, A, B, C, D, dt_bias, dt_softplus, positive
+    if backend is None and torch.compiler.is_compiling() and (
+            torch.compiler.is_exporting() or not runs_kernels(x) or cuda.why_not(*args)):
+        return chunked.compose(*args)
+    return _nc_ssd(*args, backend=backend)
 
 
 def _check(x, dt, A, B, C, D, dt_bias) -> None:
