@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from vmamba_mm.families.vssd import DEFAULTS, FAMILY
 from vmamba_mm.layers import DropPath, LayerNorm, LayerNorm2d, Mlp, SelfAttention, Stage
-from vmamba_mm.layers.plain import is_depthwise_3x3, is_plain
+from vmamba_mm.layers.plain import is_depthwise_3x3, is_plain, is_pointwise
 from vmamba_mm.layers.ssm_init import init_dt_bias, state_matrix
 from vmamba_mm.models.base import Backbone, init_linear
-from vmamba_mm.ops import add_norm, channels_last, dwconv_add, dwconv_silu, nc_ssd
+from vmamba_mm.ops import add_norm, channels_last, dwconv_add, dwconv_silu, linear_relu, nc_ssd
 from vmamba_mm.ops.core.backends import compute_dtype, runs_kernels
 from vmamba_mm.registry import MODELS
 
@@ -34,6 +34,8 @@ torch.fx.wrap('state_matrix')
 
 def _convolve(conv: nn.Module, x: Tensor) -> Tensor:
     """A convolution of (B, H, W, C), whose result has the channels last in memory too."""
+    if runs_kernels(x) and is_pointwise(conv):  # which adds the bias in the product
+        return F.linear(x, conv.weight.flatten(1), conv.bias)
     return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
@@ -52,6 +54,9 @@ class ConvUnit(nn.Module):
         self.act = nn.ReLU() if act else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if runs_kernels(x) and self.norm is None and is_plain(self.act, nn.ReLU) \
+                and is_pointwise(self.conv) and self.conv.bias is not None:
+            return linear_relu(x, self.conv.weight.flatten(1), self.conv.bias)
         y = _convolve(self.conv, x)
         if self.norm is not None:
             y = _batch_norm(self.norm, y)

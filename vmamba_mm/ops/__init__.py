@@ -5,6 +5,7 @@ from vmamba_mm.ops.core.backends import BACKENDS
 from vmamba_mm.ops.fused.add_norm import add_norm, layer_norm, rms_norm
 from vmamba_mm.ops.fused.conv_norm import channels_last, conv_norm
 from vmamba_mm.ops.fused.dwconv import dwconv_add, dwconv_silu
+from vmamba_mm.ops.fused.linear_relu import linear_relu
 from vmamba_mm.ops.fused.mlp import mlp
 from vmamba_mm.ops.fused.stem import conv_norm_gelu
 from vmamba_mm.ops.mamba_inner import mamba_inner
@@ -16,7 +17,7 @@ from vmamba_mm.ops.ss2d_scan.patterns import register_scan, scan_norm, scan_patt
 from vmamba_mm.ops.ssd import ssd, ssd_step
 
 __all__ = ['BACKENDS', 'add_norm', 'causal_conv', 'causal_conv_step', 'channels_last', 'conv_norm',
-           'conv_norm_gelu', 'cross_merge', 'cross_scan', 'dwconv_add', 'dwconv_silu', 'layer_norm',
-           'mamba_inner', 'mlp', 'nc_ssd', 'register_scan', 'rms_norm', 'scan_norm',
-           'scan_patterns', 'selective_scan', 'selective_scan_step', 'ss2d_attention', 'ss2d_scan',
-           'ss2d_scan_norm', 'ssd', 'ssd_step']
+           'conv_norm_gelu', 'cross_merge', 'cross_scan', 'dwconv_add', 'dwconv_silu',
+           'layer_norm', 'linear_relu', 'mamba_inner', 'mlp', 'nc_ssd', 'register_scan',
+           'rms_norm', 'scan_norm', 'scan_patterns', 'selective_scan', 'selective_scan_step',
+           'ss2d_attention', 'ss2d_scan', 'ss2d_scan_norm', 'ssd', 'ssd_step']
