@@ -10,6 +10,7 @@ struct NcStates {
     void *states;
     float scale;
     int batch, length, groups, dim, state, columns, blocks, chunks, span, spans;
+    int backwards;  // of the first blocks in z: 0 for states, 1 for gradients
 };
 
 template <class T, int N>
@@ -39,7 +40,7 @@ __global__ void __launch_bounds__(128, 2) nc_ssd_states(const NcStates p) {
     const int block = blockIdx.x % p.blocks, rest = blockIdx.x / p.blocks;
     const Columns columns = {rest % p.groups, p.groups, p.dim};
     const int batch = rest / p.groups, span = blockIdx.y;
-    const bool back = blockIdx.z > 0;
+    const bool back = p.backwards + (int)blockIdx.z > 0;
     const int first = block * WIDTH, width = min(WIDTH, p.columns - first);
     const int begin = span * p.span * Q, chunks = min(p.span, p.chunks - span * p.span);
 

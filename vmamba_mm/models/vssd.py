@@ -15,7 +15,15 @@ from vmamba_mm.layers import DropPath, LayerNorm, LayerNorm2d, Mlp, SelfAttentio
 from vmamba_mm.layers.plain import is_depthwise_3x3, is_plain, is_pointwise
 from vmamba_mm.layers.ssm_init import init_dt_bias, state_matrix
 from vmamba_mm.models.base import Backbone, init_linear
-from vmamba_mm.ops import add_norm, channels_last, dwconv_add, dwconv_silu, linear_relu, nc_ssd
+from vmamba_mm.ops import (
+    add_norm,
+    channels_last,
+    dwconv_add,
+    dwconv_silu,
+    linear_relu,
+    nc_ssd,
+    nc_ssd_norm,
+)
 from vmamba_mm.ops.core.backends import compute_dtype, runs_kernels
 from vmamba_mm.registry import MODELS
 
@@ -26,7 +34,9 @@ torch.fx.wrap('add_norm')
 torch.fx.wrap('channels_last')
 torch.fx.wrap('dwconv_add')
 torch.fx.wrap('dwconv_silu')
+torch.fx.wrap('linear_relu')
 torch.fx.wrap('nc_ssd')
+torch.fx.wrap('nc_ssd_norm')
 torch.fx.wrap('state_matrix')
 
 
@@ -200,10 +210,16 @@ class NonCausalSSD(nn.Module):
             xBC = F.silu(_convolve(self.conv2d, xBC))
         x, B, C = xBC.flatten(1, 2).split(self.sizes, dim=-1)
         B, C = (t.unflatten(-1, (self.n_groups, -1)) for t in (B, C))
-        y = nc_ssd(x.unflatten(-1, (self.num_heads, -1)), dt.flatten(1, 2),
-                   state_matrix(self.A_log), B, C, self.D, dt_bias=self.dt_bias, dt_softplus=True,
-                   positive=self.positive)
-        return self.out_proj(self.norm(y.view(z.shape)) * z)
+        args = (x.unflatten(-1, (self.num_heads, -1)), dt.flatten(1, 2), state_matrix(self.A_log),
+                B, C, self.D)
+        options = dict(dt_bias=self.dt_bias, dt_softplus=True, positive=self.positive)
+        if is_plain(self.norm, LayerNorm):
+            norm = self.norm
+            y = nc_ssd_norm(*args, z=z.flatten(1, 2), norm_weight=norm.weight, norm_bias=norm.bias,
+                            eps=norm.eps, **options).view(z.shape)
+        else:
+            y = self.norm(nc_ssd(*args, **options).view(z.shape)) * z
+        return self.out_proj(y)
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         """z, what the convolution takes, dt, and on a GPU zeros that nobody reads.

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from op_specs import Spec, cut, randn
-from vmamba_mm.ops import nc_ssd
+from vmamba_mm.ops import nc_ssd, nc_ssd_norm
 
 NAMES = 'x', 'dt', 'A', 'B', 'C', 'D'
 
@@ -49,6 +49,34 @@ def spec(make, softplus=True, positive=True, **kwargs):
         flops=lambda shape: 4 * shape[0] * shape[1] * shape[2] * shape[3] * shape[5], **kwargs)
 
 
+def make_norm(*shape):
+    batch, length, heads, dim = shape[:4]
+    return make(*shape) | dict(z=randn(batch, length, heads * dim),
+                               norm_weight=randn(heads * dim, seed=1),
+                               norm_bias=randn(heads * dim, seed=2))
+
+
+def norm_by_hand(*args):
+    *args, z, weight, bias, softplus, positive, eps = args
+    y = by_hand(*args, softplus, positive).flatten(2)
+    return (F.layer_norm(y.float(), weight.shape, weight.float(), bias.float(), eps).to(y.dtype)
+            * z)
+
+
+def norm_spec(make, positive=True, **kwargs):
+    return Spec(
+        'nc_ssd_norm_fwd',
+        call=lambda inputs, backend=None: nc_ssd_norm(
+            *map(inputs.get, NAMES), **{k: t for k, t in inputs.items() if k not in NAMES},
+            eps=1e-3, dt_softplus=True, positive=positive),
+        arguments=lambda inputs, out_dtype: (
+            *map(inputs.get, NAMES), inputs.get('dt_bias'), inputs['z'], inputs['norm_weight'],
+            inputs['norm_bias'], True, positive, 1e-3),
+        make=make, maps=('x', 'dt', 'B', 'C', 'z'), capability=80, takes_out_dtype=False,
+        naive=norm_by_hand, roundings=4,
+        flops=lambda shape: 4 * shape[0] * shape[1] * shape[2] * shape[3] * shape[5], **kwargs)
+
+
 SPECS = [
     spec(make, shapes=((2, 5, 2, 3, 1, 2), (1, 1, 1, 1, 1, 1), (1, 2, 4, 2, 2, 3),
                        (2, 50, 2, 16, 1, 8), (3, 17, 3, 5, 3, 4)),
@@ -66,4 +94,17 @@ SPECS = [
                  shapes=((2, 6, 2, 2, 2, 3), (1, 9, 4, 4, 1, 5), (2, 9, 6, 4, 3, 5)),
                  kernel_shapes=((2, 70, 6, 8, 3, 128),), half_shapes=((2, 100, 2, 32, 1, 32),),
                  gpu_shapes=((2, 300, 4, 64, 2, 64),)),
-            id='nc_ssd of given weights')]
+            id='nc_ssd of given weights'),
+    norm_spec(make_norm, shapes=((2, 12, 2, 4, 1, 4), (1, 1, 2, 3, 1, 1), (2, 7, 4, 2, 2, 3)),
+              kernel_shapes=((2, 21, 2, 8, 1, 16), (1, 3, 2, 16, 1, 8), (2, 150, 4, 40, 1, 48)),
+              half_shapes=((2, 70, 2, 64, 1, 64), (1, 200, 4, 16, 1, 24)),
+              gpu_shapes=((3, 3136, 2, 64, 1, 64), (2, 784, 4, 64, 1, 64), (5, 196, 8, 64, 1, 64),
+                          (2, 196, 8, 48, 1, 48), (2, 300, 12, 64, 1, 64)),
+              wrong=(('z', cut(2), 'nc_ssd_norm expects z'),
+                     ('norm_bias', cut(0), 'nc_ssd_norm expects z'),
+                     ('C', cut(3), 'expects C of shape'))),
+    replace(norm_spec(lambda *shape: {k: t for k, t in make_norm(*shape).items()
+                                      if k not in ('D', 'dt_bias')}, positive=False,
+                      shapes=((2, 6, 2, 4, 1, 3),), kernel_shapes=((2, 70, 6, 8, 1, 128),),
+                      half_shapes=((2, 100, 2, 32, 1, 32),)),
+            id='nc_ssd_norm without D and bias')]

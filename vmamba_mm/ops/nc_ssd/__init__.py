@@ -1,3 +1,3 @@
-from vmamba_mm.ops.nc_ssd.op import nc_ssd
+from vmamba_mm.ops.nc_ssd.op import nc_ssd, nc_ssd_norm
 
-__all__ = ['nc_ssd']
+__all__ = ['nc_ssd', 'nc_ssd_norm']

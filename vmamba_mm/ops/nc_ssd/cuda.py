@@ -21,6 +21,8 @@ from vmamba_mm.ops.core.launch import (
     kernel,
     pointer,
 )
+from vmamba_mm.ops.fused.add_norm import cuda as norm
+from vmamba_mm.ops.fused.channels import as_template, why_not_channels
 from vmamba_mm.ops.nc_ssd.chunked import scale_of
 from vmamba_mm.ops.scan_kernels import cuda as scan_kernels
 
@@ -102,9 +104,10 @@ def _pitch(size: int, columns: int) -> int:
     return -(-columns // 32) * 32 + 16 // size
 
 
-def _output_shared(size: int, states: int, columns: int) -> int:
-    """As NcOutputShared."""
-    return 2 * _tile(states, size) + states * _pitch(size, columns) * size
+def _output_shared(size: int, states: int, columns: int, norm: bool = False) -> int:
+    """As NcOutputShared, and what is behind it."""
+    return (2 * _tile(states, size) + 4 * _CHUNK * 4 + 16 + states * _pitch(size, columns) * size
+            + (2 * columns * 4 if norm else 0))
 
 
 def _backward_shared(size: int, states: int, heads: int) -> int:
@@ -116,8 +119,10 @@ def _backward_shared(size: int, states: int, heads: int) -> int:
 
 # --- what is compiled -------------------------------------------------------------------------
 
-def _instance(name: str, type_: str, fast: bool, states: int) -> Instance:
-    return Instance(f'nc_ssd/{name}.cu', f'{name}<{type_}, {str(fast).lower()}, {states}>')
+def _instance(name: str, type_: str, fast: bool, states: int, norm: bool | None = None
+              ) -> Instance:
+    flags = '' if norm is None else f', {as_template(norm)}'
+    return Instance(f'nc_ssd/{name}.cu', f'{name}<{type_}, {as_template(fast)}, {states}{flags}>')
 
 
 def _sum_instance(type_: str) -> Instance:
@@ -128,8 +133,10 @@ def _compiled() -> Iterator[tuple[Instance, int]]:
     # Types and N: those of the published models, and the largest.
     for type_, fast, states in (('Half', False, 64), ('Half', False, 48), ('BFloat', False, 64),
                                 ('Float', False, 64), ('Float', True, 64), ('BFloat', False, 128)):
-        for name in ('nc_ssd_states', 'nc_ssd_out', 'nc_ssd_bwd'):
+        for name in ('nc_ssd_states', 'nc_ssd_bwd'):
             yield _instance(name, type_, fast, states), 80
+        for with_norm in (False, True):
+            yield _instance('nc_ssd_out', type_, fast, states, with_norm), 80
         yield _sum_instance(type_), 80
 
 
@@ -191,9 +198,9 @@ class _Call(NamedTuple):
                     **{f'{name}_{side}': value for name, of in strides.items()
                        for side, value in of._asdict().items()})
 
-    def kernel(self, name: str):
+    def kernel(self, name: str, *args):
         return kernel(self.index, _instance, name, TYPES[self.dtype], self.fast,
-                      _padded(self.state))
+                      _padded(self.state), *args)
 
 
 class _States(NamedTuple):
@@ -203,9 +210,9 @@ class _States(NamedTuple):
 
 
 @cached
-def _states_launch(call: _Call, jobs: int, x: _Strides, dt: _Strides, B: _Strides,
+def _states_launch(call: _Call, first: int, jobs: int, x: _Strides, dt: _Strides, B: _Strides,
                    dy: _Strides = _ABSENT, C: _Strides = _ABSENT) -> _States:
-    """The states, and with two jobs the gradients by them.
+    """The states, the gradients by them (``first`` is 1), or with two jobs both.
 
     It takes the addresses of x, dt, B, A, bias, and of dy and C, of the result and of parts.
     """
@@ -220,7 +227,8 @@ def _states_launch(call: _Call, jobs: int, x: _Strides, dt: _Strides, B: _Stride
     launch = call.kernel('nc_ssd_states').bind(
         (sequences, spans, jobs), (128, 1, 1),
         _states_shared(call.dtype.itemsize, _padded(call.state)), batch=call.batch, scale=scale,
-        blocks=blocks, span=span, spans=spans, **call.fields(x=x, dt=dt, B=B, dy=dy, C=C))
+        blocks=blocks, span=span, spans=spans, backwards=first,
+        **call.fields(x=x, dt=dt, B=B, dy=dy, C=C))
     if spans == 1:
         def launch_states(x, dt, B, A, bias, states, parts, dy=0, C=0):
             launch(x_data=x, dt_data=dt, B_data=B, weigh_A=A, weigh_bias=bias, dy_data=dy,
@@ -241,17 +249,24 @@ def _states_launch(call: _Call, jobs: int, x: _Strides, dt: _Strides, B: _Stride
 
 
 @cached
-def _output_launch(call: _Call, D: torch.dtype | None, x: _Strides, C: _Strides, y: _Strides):
-    """The result from the states. It takes the addresses of x, C, y, states and D."""
+def _output_launch(call: _Call, D: torch.dtype | None, x: _Strides, C: _Strides, y: _Strides,
+                   z: _Strides = _ABSENT, norm_dtype: torch.dtype | None = None):
+    """The result from the states; with a norm that has parameters of ``norm_dtype``, else None.
+
+    It takes the addresses of x, C, y, states and D, and ``eps``; with a norm those of z,
+    norm_weight, norm_bias, and moments if they are to be kept.
+    """
     size, sequences = call.dtype.itemsize, call.batch * call.groups
     # Three blocks for each multiprocessor, so that each reads the state for several chunks.
     spans = max(1, min(3 * device_limits(call.index)[0] // sequences, call.chunks))
     span = -(-call.chunks // spans)
-    return call.kernel('nc_ssd_out').bind(
+    return call.kernel('nc_ssd_out', norm_dtype is not None).bind(
         (sequences, -(-call.chunks // span), 1), (256, 1, 1),
-        _output_shared(size, _padded(call.state), call.columns),
+        _output_shared(size, _padded(call.state), call.columns, norm_dtype is not None),
+        ('eps',),
         scale=1 / scale_of(call.length, call.dtype), pitch=_pitch(size, call.columns), span=span,
-        D_type=CODES.get(D, 0), **call.sizes(x=x, C=C, y=y))
+        D_type=CODES.get(D, 0), norm_type=CODES.get(norm_dtype, 0),
+        **call.sizes(x=x, C=C, y=y, z=z))
 
 
 @cached
@@ -290,52 +305,147 @@ def _dense(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-def _call(x, dt, A, B, dt_bias, dt_softplus, positive) -> _Call:
-    fast = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return _Call(x.get_device(), x.dtype, fast, *x.shape, *B.shape[2:], dt.dtype, A.dtype,
-                 _dtype(dt_bias), dt_softplus, positive)
-
-
 def _steps(dt: Tensor) -> Tensor:
     return dt.contiguous() if max(dt.stride()) >= 2**31 else dt
 
 
+class _Inputs(NamedTuple):
+    """Of a call, as the kernels take them."""
+    call: _Call
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    dt_bias: Tensor | None
+
+    @classmethod
+    def of(cls, x, dt, A, B, C, D, dt_bias, dt_softplus, positive) -> '_Inputs':
+        x, B, C, dt = _map(x), _map(B), _map(C), _steps(dt)
+        A, D, dt_bias = _dense(A), _dense(D), _dense(dt_bias)
+        fast = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+        call = _Call(x.get_device(), x.dtype, fast, *x.shape, *B.shape[2:], dt.dtype, A.dtype,
+                     _dtype(dt_bias), dt_softplus, positive)
+        return cls(call, x, dt, A, B, C, D, dt_bias)
+
+    def find_states(self, states: Tensor, first: int = 0, jobs: int = 1,
+                    dy: Tensor | None = None) -> None:
+        """Write the states, and the gradients by them, to their place in ``states`` (2, ...)."""
+        call, x, dt, A, B, C, _, dt_bias = self
+        launch = _states_launch(call, first, jobs, _strides(x), _strides(dt), _strides(B),
+                                _ABSENT if dy is None else _strides(dy), _strides(C))
+        parts = x.new_empty(launch.parts, dtype=torch.float32) if launch.parts else None
+        launch.run(x.data_ptr(), dt.data_ptr(), B.data_ptr(), A.data_ptr(), pointer(dt_bias),
+                   states.data_ptr() + first * call.state_size * states.itemsize, pointer(parts),
+                   pointer(dy), C.data_ptr())
+
+    def multiply(self, states: Tensor, y: Tensor) -> None:
+        """Write the result to ``y``."""
+        call, x, _, _, _, C, D, _ = self
+        _output_launch(call, _dtype(D), _strides(x), _strides(C), _strides(y))(
+            x_data=x.data_ptr(), C_data=C.data_ptr(), y_data=y.data_ptr(),
+            states=states.data_ptr(), D=pointer(D), eps=0.0)
+
+    def backward(self, states: Tensor, dy: Tensor):
+        """Gradients by x, dt, A, B, C, D and dt_bias from the states and those by them."""
+        call, x, dt, A, B, C, D, dt_bias = self
+        dx, ddt, dB, dC = (t.new_empty(t.shape) for t in (x, dt, B, C))
+        by_chunk = x.new_empty((call.batch * call.chunks, 3, call.heads), dtype=torch.float32)
+        _backward_launch(call, _dtype(D), **{name: _strides(t) for name, t in (
+            ('x', x), ('dy', dy), ('dt', dt), ('B', B), ('dx', dx), ('ddt', ddt), ('dB', dB),
+            ('dC', dC))})(
+            x_data=x.data_ptr(), dy_data=dy.data_ptr(), dt_data=dt.data_ptr(),
+            B_data=B.data_ptr(), weigh_A=A.data_ptr(), weigh_bias=pointer(dt_bias), D=pointer(D),
+            states=states.data_ptr(), dx_data=dx.data_ptr(), ddt_data=ddt.data_ptr(),
+            dB_data=dB.data_ptr(), dC_data=dC.data_ptr(), parts=by_chunk.data_ptr())
+        # Each is a tensor of its own, not a view at an odd place of memory.
+        dA, dbias, dD = (None if t is None else part.to(t.dtype, copy=True)
+                         for part, t in zip(by_chunk.sum(0), (A, dt_bias, D), strict=True))
+        return dx, ddt, dA, dB, dC, dD, dbias
+
+
 def forward(x, dt, A, B, C, D, dt_bias, dt_softplus, positive) -> Tensor:
     """Shapes as in :func:`vmamba_mm.ops.nc_ssd`."""
-    x, B, C, dt = _map(x), _map(B), _map(C), _steps(dt)
-    A, D, dt_bias = _dense(A), _dense(D), _dense(dt_bias)
-    call = _call(x, dt, A, B, dt_bias, dt_softplus, positive)
-    y, states = x.new_empty(x.shape), x.new_empty(call.state_size)
-    find = _states_launch(call, 1, _strides(x), _strides(dt), _strides(B))
-    parts = x.new_empty(find.parts, dtype=torch.float32) if find.parts else None
-    find.run(x.data_ptr(), dt.data_ptr(), B.data_ptr(), A.data_ptr(), pointer(dt_bias),
-             states.data_ptr(), pointer(parts))
-    _output_launch(call, _dtype(D), _strides(x), _strides(C), _strides(y))(
-        x_data=x.data_ptr(), C_data=C.data_ptr(), y_data=y.data_ptr(), states=states.data_ptr(),
-        D=pointer(D))
+    inputs = _Inputs.of(x, dt, A, B, C, D, dt_bias, dt_softplus, positive)
+    y, states = x.new_empty(x.shape), x.new_empty(inputs.call.state_size)
+    inputs.find_states(states)
+    inputs.multiply(states, y)
     return y
 
 
 def backward(grad, x, dt, A, B, C, D, dt_bias, dt_softplus, positive):
     """Gradients by x, dt, A, B, C, D and dt_bias (None where there is none)."""
-    x, B, C, dy, dt = _map(x), _map(B), _map(C), _map(grad), _steps(dt)
-    A, D, dt_bias = _dense(A), _dense(D), _dense(dt_bias)
-    call = _call(x, dt, A, B, dt_bias, dt_softplus, positive)
-    states = x.new_empty(2 * call.state_size)
-    find = _states_launch(call, 2, *map(_strides, (x, dt, B, dy, C)))
-    parts = x.new_empty(find.parts, dtype=torch.float32) if find.parts else None
-    find.run(x.data_ptr(), dt.data_ptr(), B.data_ptr(), A.data_ptr(), pointer(dt_bias),
-             states.data_ptr(), pointer(parts), dy.data_ptr(), C.data_ptr())
-    dx, ddt, dB, dC = (t.new_empty(t.shape) for t in (x, dt, B, C))
-    by_chunk = x.new_empty((call.batch * call.chunks, 3, call.heads), dtype=torch.float32)
-    _backward_launch(call, _dtype(D), **{name: _strides(t) for name, t in (
-        ('x', x), ('dy', dy), ('dt', dt), ('B', B), ('dx', dx), ('ddt', ddt), ('dB', dB),
-        ('dC', dC))})(
-        x_data=x.data_ptr(), dy_data=dy.data_ptr(), dt_data=dt.data_ptr(), B_data=B.data_ptr(),
-        weigh_A=A.data_ptr(), weigh_bias=pointer(dt_bias), D=pointer(D), states=states.data_ptr(),
-        dx_data=dx.data_ptr(), ddt_data=ddt.data_ptr(), dB_data=dB.data_ptr(),
-        dC_data=dC.data_ptr(), parts=by_chunk.data_ptr())
-    # Each is a tensor of its own, not a view at an odd place of memory.
-    dA, dbias, dD = (None if t is None else part.to(t.dtype, copy=True)
-                     for part, t in zip(by_chunk.sum(0), (A, dt_bias, D), strict=True))
-    return dx, ddt, dA, dB, dC, dD, dbias
+    inputs, dy = _Inputs.of(x, dt, A, B, C, D, dt_bias, dt_softplus, positive), _map(grad)
+    states = x.new_empty(2 * inputs.call.state_size)
+    inputs.find_states(states, jobs=2, dy=dy)
+    return inputs.backward(states, dy)
+
+
+# --- with a norm and a gate -------------------------------------------------------------------
+
+def why_not_norm(x, dt, A, B, C, D, dt_bias, z, norm_weight, norm_bias, dt_softplus, positive, eps
+                 ) -> str | None:
+    """The reason why the kernels cannot take these inputs of ``nc_ssd_norm``, or None."""
+    (_, _, heads, dim), (groups, state) = x.shape, B.shape[2:]
+    if groups > 1:
+        return f'{groups} groups; the norm is over the channels of one'
+    if z.dtype != x.dtype:
+        return f'z is {z.dtype}, and x {x.dtype}'
+    if (reason := why_not_channels(x, heads * dim, (norm_weight, norm_bias))) is not None:
+        return reason
+    if (reason := why_not(x, dt, A, B, C, D, dt_bias, dt_softplus, positive)) is not None:
+        return reason
+    return _why_not_norm_here(x.device.index, x.dtype.itemsize, heads * dim, state)
+
+
+@torch.compiler.assume_constant_result
+def _why_not_norm_here(index: int, size: int, columns: int, state: int) -> str | None:
+    shared, most = _output_shared(size, _padded(state), columns, True), device_limits(index)[2]
+    if shared > most:
+        return f'{columns} channels need {shared} bytes of shared memory, and this GPU has {most}'
+    return None
+
+
+def _gate(z: Tensor) -> Tensor:
+    """With rows that are evenly spaced and begin at multiples of 16 bytes."""
+    b, l, last = z.stride()  # noqa: E741
+    if last != 1 or b != l * z.shape[1] and len(z) > 1 or l * z.itemsize % 16 \
+            or z.data_ptr() % 16 or l >= 2**31 or l < z.shape[2]:
+        return scan_kernels.dense(z)
+    return z
+
+
+def forward_norm(x, dt, A, B, C, D, dt_bias, z, norm_weight, norm_bias, dt_softplus, positive, eps,
+                 save) -> tuple[Tensor, Tensor, Tensor]:
+    """(result, states, moments), empty for the last two unless ``save``."""
+    inputs = _Inputs.of(x, dt, A, B, C, D, dt_bias, dt_softplus, positive)
+    call, z, norm_weight = inputs.call, _gate(z), norm_weight.contiguous()
+    norm_bias = norm_bias.to(norm_weight.dtype).contiguous()
+    y, states = x.new_empty(z.shape), x.new_empty(call.state_size)
+    moments = x.new_empty((call.batch * call.length if save else 0, 2), dtype=torch.float32)
+    inputs.find_states(states)
+    _output_launch(call, _dtype(D), _strides(inputs.x), _strides(inputs.C),
+                   _Strides(*y.stride()[:2], call.dim), _Strides(*z.stride()[:2], call.dim),
+                   norm_weight.dtype)(
+        x_data=inputs.x.data_ptr(), C_data=inputs.C.data_ptr(), y_data=y.data_ptr(),
+        states=states.data_ptr(), D=pointer(inputs.D), z_data=z.data_ptr(),
+        norm_weight=norm_weight.data_ptr(), norm_bias=norm_bias.data_ptr(),
+        moments=moments.data_ptr() if save else 0, eps=eps)
+    return y, states if save else x.new_empty(0), moments
+
+
+def backward_norm(grad, x, dt, A, B, C, D, dt_bias, z, norm_weight, norm_bias, states, moments,
+                  dt_softplus, positive, eps):
+    """Gradients by the ten tensors; the result before the norm is calculated again."""
+    inputs = _Inputs.of(x, dt, A, B, C, D, dt_bias, dt_softplus, positive)
+    y = x.new_empty(x.shape)
+    inputs.multiply(states, y)
+    dy, dweight, dbias, dz = norm.gated_backward(grad, y.flatten(2), moments, norm_weight,
+                                                 norm_bias, _gate(z))
+    del y
+    dy = dy.view(x.shape)
+    both = x.new_empty(2 * inputs.call.state_size)
+    both[:inputs.call.state_size].copy_(states)
+    inputs.find_states(both, first=1, dy=dy)
+    return *inputs.backward(both, dy), dz, dweight, dbias.to(norm_bias.dtype)
