@@ -20,20 +20,21 @@ from vmamba_mm.ops import (
     channels_last,
     dwconv_add,
     dwconv_silu,
+    evaluate_batch_norm,
     linear_relu,
     nc_ssd,
     nc_ssd_norm,
 )
-from vmamba_mm.ops.core.backends import compute_dtype, runs_kernels
+from vmamba_mm.ops.core.backends import runs_kernels
 from vmamba_mm.registry import MODELS
 
 # What torch.fx records as it is, since it looks at shapes.
-torch.fx.wrap('_evaluate_batch_norm')
 torch.fx.wrap('_pad_to_patches')
 torch.fx.wrap('add_norm')
 torch.fx.wrap('channels_last')
 torch.fx.wrap('dwconv_add')
 torch.fx.wrap('dwconv_silu')
+torch.fx.wrap('evaluate_batch_norm')
 torch.fx.wrap('linear_relu')
 torch.fx.wrap('nc_ssd')
 torch.fx.wrap('nc_ssd_norm')
@@ -52,7 +53,8 @@ def _convolve(conv: nn.Module, x: Tensor) -> Tensor:
 class ConvUnit(nn.Module):
     """A convolution, a batch norm unless ``norm`` is False, and a ReLU unless ``act`` is False.
 
-    Shape: (B, H, W, C) -> (B, H', W', C').
+    Shape: (B, H, W, C), and for the result a residual that is added before the ReLU, or none ->
+    (B, H', W', C').
     """
 
     def __init__(self, dim: int, out_dim: int, kernel_size: int = 1, stride: int = 1,
@@ -63,36 +65,31 @@ class ConvUnit(nn.Module):
         self.norm = nn.BatchNorm2d(out_dim) if norm else None
         self.act = nn.ReLU() if act else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        if runs_kernels(x) and self.norm is None and is_plain(self.act, nn.ReLU) \
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        norm, act = self.norm, self.act
+        relu = is_plain(act, nn.ReLU)
+        if relu and norm is None and residual is None and runs_kernels(x) \
                 and is_pointwise(self.conv) and self.conv.bias is not None:
             return linear_relu(x, self.conv.weight.flatten(1), self.conv.bias)
         y = _convolve(self.conv, x)
-        if self.norm is not None:
-            y = _batch_norm(self.norm, y)
-        return y if self.act is None else self.act(y)
+        if norm is not None and not norm.training and is_plain(norm, nn.BatchNorm2d) \
+                and norm.affine and norm.track_running_stats:
+            y = evaluate_batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias,
+                                    norm.eps, residual=residual, relu=relu)
+            return y if relu or act is None else act(y)
+        if norm is not None:
+            y = _batch_norm(norm, y)
+        if residual is not None:
+            y = residual + y
+        return y if act is None else act(y)
 
 
 def _batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
     """The batch norm of (B, H, W, C)."""
-    if not norm.training and is_plain(norm, nn.BatchNorm2d) and norm.affine \
-            and norm.track_running_stats:
-        return _evaluate_batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias,
-                                    norm.eps)
     # The channels are last in memory whatever the convolution has done: of a map that is not, the
     # gradient by the norm of a single image is wrong on a CPU where the gradient that comes to it
     # has the channels last and a batch stride of its own (torch 2.14).
     return norm(x.contiguous().permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
-def _evaluate_batch_norm(x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor,
-                         eps: float) -> Tensor:
-    if x.is_cpu and x.dtype == weight.dtype == compute_dtype(x.dtype):
-        # torch's own backward adds up all positions in fp32 one after the other where the channels
-        # are last in memory; autograd's sums of these steps do it in a tree.
-        return torch.addcmul(bias, x - mean, weight * torch.rsqrt(variance + eps))
-    y = F.batch_norm(x.contiguous().permute(0, 3, 1, 2), mean, variance, weight, bias, eps=eps)
-    return y.permute(0, 2, 3, 1)
 
 
 class ResidualStem(nn.Module):
@@ -110,7 +107,11 @@ class ResidualStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(channels_last(x))
-        return self.conv3(x + self.conv2(x))
+        if is_plain(self.conv2, nn.Sequential) and is_plain(self.conv2[1], ConvUnit):
+            x = self.conv2[1](self.conv2[0](x), x)
+        else:
+            x = x + self.conv2(x)
+        return self.conv3(x)
 
 
 class PatchStem(nn.Module):

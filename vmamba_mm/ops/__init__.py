@@ -3,6 +3,7 @@
 from vmamba_mm.ops.causal_conv import causal_conv, causal_conv_step
 from vmamba_mm.ops.core.backends import BACKENDS
 from vmamba_mm.ops.fused.add_norm import add_norm, layer_norm, rms_norm
+from vmamba_mm.ops.fused.batch_norm import evaluate_batch_norm
 from vmamba_mm.ops.fused.conv_norm import channels_last, conv_norm
 from vmamba_mm.ops.fused.dwconv import dwconv_add, dwconv_silu
 from vmamba_mm.ops.fused.linear_relu import linear_relu
@@ -18,7 +19,7 @@ from vmamba_mm.ops.ssd import ssd, ssd_step
 
 __all__ = ['BACKENDS', 'add_norm', 'causal_conv', 'causal_conv_step', 'channels_last', 'conv_norm',
            'conv_norm_gelu', 'cross_merge', 'cross_scan', 'dwconv_add', 'dwconv_silu',
-           'layer_norm', 'linear_relu', 'mamba_inner', 'mlp', 'nc_ssd', 'nc_ssd_norm',
-           'register_scan', 'rms_norm', 'scan_norm', 'scan_patterns', 'selective_scan',
-           'selective_scan_step', 'ss2d_attention', 'ss2d_scan', 'ss2d_scan_norm', 'ssd',
-           'ssd_step']
+           'evaluate_batch_norm', 'layer_norm', 'linear_relu', 'mamba_inner', 'mlp', 'nc_ssd',
+           'nc_ssd_norm', 'register_scan', 'rms_norm', 'scan_norm', 'scan_patterns',
+           'selective_scan', 'selective_scan_step', 'ss2d_attention', 'ss2d_scan',
+           'ss2d_scan_norm', 'ssd', 'ssd_step']
