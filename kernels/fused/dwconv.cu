@@ -6,7 +6,8 @@
 struct DwconvParams {
     Pixels x;
     const void *weight, *bias;  // (D, 9); (D), or null
-    void *y;                    // (B, H, W, D)
+    void *y;                    // (B, H, W, D), y_pixel elements from a pixel to the next
+    int y_pixel;
     int segments, columns, weight_type, bias_type;
     Branch branch;              // if it ADDS a BRANCH; backwards its scale alone, and ...
     void *dbranch;              // ... the gradient by it
@@ -80,7 +81,7 @@ __global__ void __launch_bounds__(256) dwconv(const DwconvParams p) {
                 }
                 const long long pixel = ((long long)strip.number * p.x.height + strip.row + r)
                                         * p.x.width + column - 1;
-                store4<T>(p.y, pixel * p.x.dim + channel, y);
+                store4<T>(p.y, pixel * p.y_pixel + channel, y);
                 if (!FORWARD && BRANCH) {
 #pragma unroll
                     for (int e = 0; e < 4; ++e) y[e] *= scale;

@@ -15,8 +15,8 @@ struct NormBwdParams {
     int positions, length, dim, parameter_type;
     const void *bias;             // (D), with a gate
     const void *gate;             // (M, D) of X, gate_stride elements from one row to the next
-    void *dgate;                  // (M, D) of X
-    int gate_stride;
+    void *dgate;                  // (M, D) of X, dgate_stride elements from one row to the next
+    int gate_stride, dgate_stride;
 };
 
 // TEAM warps per position, or where there are few channels half of one; LANES of a warp are of one
@@ -84,7 +84,7 @@ norm_bwd(const NormBwdParams p) {
                 sum += g[i][e];
                 product += g[i][e] * y[i][e];
             }
-            if (GATE && in) store4<X>(p.dgate, at + c, dz);
+            if (GATE && in) store4<X>(p.dgate, (long long)m * p.dgate_stride + c, dz);
         }
 #pragma unroll
         for (int d = LANES / 2; d; d >>= 1) {

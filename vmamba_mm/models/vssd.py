@@ -23,7 +23,7 @@ from vmamba_mm.ops import (
     evaluate_batch_norm,
     linear_relu,
     nc_ssd,
-    nc_ssd_norm,
+    nc_ssd_mixer,
 )
 from vmamba_mm.ops.core.backends import runs_kernels
 from vmamba_mm.registry import MODELS
@@ -37,7 +37,7 @@ torch.fx.wrap('dwconv_silu')
 torch.fx.wrap('evaluate_batch_norm')
 torch.fx.wrap('linear_relu')
 torch.fx.wrap('nc_ssd')
-torch.fx.wrap('nc_ssd_norm')
+torch.fx.wrap('nc_ssd_mixer')
 torch.fx.wrap('state_matrix')
 
 
@@ -204,35 +204,37 @@ class NonCausalSSD(nn.Module):
         self.out_proj = nn.Linear(inner, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        z, xBC, dt = self._project(x)[:3]
-        if is_depthwise_3x3(self.conv2d):
-            xBC = dwconv_silu(xBC, self.conv2d.weight, self.conv2d.bias)
+        projected, conv, norm = self._project(x), self.conv2d, self.norm
+        A = state_matrix(self.A_log)
+        if is_depthwise_3x3(conv) and is_plain(norm, LayerNorm):
+            y = nc_ssd_mixer(projected, conv.weight, conv.bias, A, self.D, self.dt_bias,
+                             norm.weight, norm.bias, groups=self.n_groups, positive=self.positive,
+                             eps=norm.eps)
+            return self.out_proj(y)
+        inner, channels = self.sizes[0], sum(self.sizes)
+        z, xBC, dt = projected[..., :inner + channels + self.num_heads].split(
+            (inner, channels, self.num_heads), dim=-1)
+        if is_depthwise_3x3(conv):
+            xBC = dwconv_silu(xBC, conv.weight, conv.bias)
         else:
-            xBC = F.silu(_convolve(self.conv2d, xBC))
+            xBC = F.silu(_convolve(conv, xBC))
         x, B, C = xBC.flatten(1, 2).split(self.sizes, dim=-1)
         B, C = (t.unflatten(-1, (self.n_groups, -1)) for t in (B, C))
-        args = (x.unflatten(-1, (self.num_heads, -1)), dt.flatten(1, 2), state_matrix(self.A_log),
-                B, C, self.D)
-        options = dict(dt_bias=self.dt_bias, dt_softplus=True, positive=self.positive)
-        if is_plain(self.norm, LayerNorm):
-            norm = self.norm
-            y = nc_ssd_norm(*args, z=z.flatten(1, 2), norm_weight=norm.weight, norm_bias=norm.bias,
-                            eps=norm.eps, **options).view(z.shape)
-        else:
-            y = self.norm(nc_ssd(*args, **options).view(z.shape)) * z
-        return self.out_proj(y)
+        y = nc_ssd(x.unflatten(-1, (self.num_heads, -1)), dt.flatten(1, 2), A, B, C, self.D,
+                   dt_bias=self.dt_bias, dt_softplus=True, positive=self.positive)
+        return self.out_proj(norm(y.view(z.shape)) * z)
 
-    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+    def _project(self, x: Tensor) -> Tensor:
         """z, what the convolution takes, dt, and on a GPU zeros that nobody reads.
 
-        The rows of a published stage have 386 numbers, or 515. Tensor cores, and the kernel of the
-        convolution, want rows that begin at multiples of 16 bytes.
+        The rows of a published stage have 386 numbers, or 515. Tensor cores, and the kernels that
+        follow, want rows that begin at multiples of 16 bytes.
         """
-        linear, sizes = self.in_proj, [self.sizes[0], sum(self.sizes), self.num_heads]
-        gap = -sum(sizes) % 8
+        linear = self.in_proj
+        gap = -(self.sizes[0] + sum(self.sizes) + self.num_heads) % 8
         if gap and runs_kernels(x) and is_plain(linear, nn.Linear) and linear.bias is None:
-            return F.linear(x, F.pad(linear.weight, (0, 0, 0, gap))).split((*sizes, gap), dim=-1)
-        return linear(x).split(sizes, dim=-1)
+            return F.linear(x, F.pad(linear.weight, (0, 0, 0, gap)))
+        return linear(x)
 
 
 class _MapAttention(SelfAttention):

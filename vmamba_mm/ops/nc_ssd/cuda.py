@@ -347,10 +347,11 @@ class _Inputs(NamedTuple):
             x_data=x.data_ptr(), C_data=C.data_ptr(), y_data=y.data_ptr(),
             states=states.data_ptr(), D=pointer(D), eps=0.0)
 
-    def backward(self, states: Tensor, dy: Tensor):
-        """Gradients by x, dt, A, B, C, D and dt_bias from the states and those by them."""
+    def backward(self, states: Tensor, dy: Tensor, grads: tuple[Tensor, ...] | None = None):
+        """Gradients by x, dt, A, B, C, D and dt_bias from the states and those by them; those by x,
+        dt, B and C are written to ``grads``, or to new tensors."""
         call, x, dt, A, B, C, D, dt_bias = self
-        dx, ddt, dB, dC = (t.new_empty(t.shape) for t in (x, dt, B, C))
+        dx, ddt, dB, dC = grads or (t.new_empty(t.shape) for t in (x, dt, B, C))
         by_chunk = x.new_empty((call.batch * call.chunks, 3, call.heads), dtype=torch.float32)
         _backward_launch(call, _dtype(D), **{name: _strides(t) for name, t in (
             ('x', x), ('dy', dy), ('dt', dt), ('B', B), ('dx', dx), ('ddt', ddt), ('dB', dB),
@@ -436,16 +437,17 @@ def forward_norm(x, dt, A, B, C, D, dt_bias, z, norm_weight, norm_bias, dt_softp
 
 
 def backward_norm(grad, x, dt, A, B, C, D, dt_bias, z, norm_weight, norm_bias, states, moments,
-                  dt_softplus, positive, eps):
-    """Gradients by the ten tensors; the result before the norm is calculated again."""
+                  dt_softplus, positive, eps, grads=None, dz=None):
+    """Gradients by the ten tensors, of which some may have a place, as in ``_Inputs.backward`` and
+    ``gated_backward``; the result before the norm is calculated again."""
     inputs = _Inputs.of(x, dt, A, B, C, D, dt_bias, dt_softplus, positive)
     y = x.new_empty(x.shape)
     inputs.multiply(states, y)
     dy, dweight, dbias, dz = norm.gated_backward(grad, y.flatten(2), moments, norm_weight,
-                                                 norm_bias, _gate(z))
+                                                 norm_bias, _gate(z), dz)
     del y
     dy = dy.view(x.shape)
     both = x.new_empty(2 * inputs.call.state_size)
     both[:inputs.call.state_size].copy_(states)
     inputs.find_states(both, first=1, dy=dy)
-    return *inputs.backward(both, dy), dz, dweight, dbias.to(norm_bias.dtype)
+    return *inputs.backward(both, dy, grads), dz, dweight, dbias.to(norm_bias.dtype)

@@ -92,22 +92,23 @@ def forward_launch(index, x, branch, out, weight, batch, length, dim, rms=False)
 
 
 @cached
-def backward_launch(index, grad, x, branch, weight, batch, length, dim, rms=False, gate_stride=0):
+def backward_launch(index, grad, x, branch, weight, batch, length, dim, rms=False,
+                    gate_strides=(0, 0)):
     """Blocks, each of which leaves a part (2, D) of the gradients by weight and bias, and the
     backward for these dtypes, None of ``branch`` without a sum.
 
     It takes the addresses ``grad``, ``input`` (of the norm), ``moments``, ``weight``,
     ``extra_grad`` (a gradient by that input to be added, or null), ``scale``, ``dinput``,
-    ``dbranch``, ``partials``. With a gate after the norm, whose rows are ``gate_stride`` elements
-    apart, also ``bias``, ``gate`` and ``dgate``.
+    ``dbranch``, ``partials``. With a gate after the norm also ``bias``, ``gate`` and ``dgate``, of
+    which the latter have rows that are ``gate_strides`` elements apart.
     """
     positions, lanes = batch * length, _lanes_of_position(dim)
     team = 1 << ((dim - 1) // 512).bit_length()  # 1, 2, 4 or 8 warps: 512 channels each
     blocks = min(-(-positions * team * lanes // 256), 4 * device_limits(index)[0])
     launch = kernel(index, backward_instance, TYPES[grad], TYPES[x], TYPES[branch or x],
-                    -(-dim // (128 * team)), team, lanes, rms, gate_stride > 0).bind(
+                    -(-dim // (128 * team)), team, lanes, rms, gate_strides[0] > 0).bind(
         (blocks, 1, 1), (256, 1, 1), 8 * dim, positions=positions, length=length, dim=dim,
-        parameter_type=CODES[weight], gate_stride=gate_stride)
+        parameter_type=CODES[weight], gate_stride=gate_strides[0], dgate_stride=gate_strides[1])
     return blocks, launch
 
 
@@ -164,14 +165,17 @@ def backward(grad, x, moments, weight, bias, extra_grad, scale, branch_dtype):
     return dx, dbranch, dweight, dbias
 
 
-def gated_backward(grad, x, moments, weight, bias, gate):
+def gated_backward(grad, x, moments, weight, bias, gate, dgate=None):
     """Gradients by x, weight, bias and the gate of ``norm(x) * gate``, for maps (B, L, D) of one
-    dtype. The rows of the gate are evenly spaced and begin at multiples of four elements."""
+    dtype; the last is written to ``dgate``, or to a new map. The rows of both are evenly spaced and
+    begin at multiples of four elements."""
     x, grad, dim = dense(x), dense(grad), x.shape[-1]
     weight, bias = weight.contiguous(), bias.to(weight.dtype).contiguous()
-    dx, dgate, dweight, dbias = (t.new_empty(t.shape) for t in (x, x, weight, bias))
+    dx, dweight, dbias = (t.new_empty(t.shape) for t in (x, weight, bias))
+    dgate = x.new_empty(x.shape) if dgate is None else dgate
     blocks, launch = backward_launch(x.get_device(), grad.dtype, x.dtype, None, weight.dtype,
-                                     len(x), x.shape[1], dim, gate_stride=gate.stride(1))
+                                     len(x), x.shape[1], dim,
+                                     gate_strides=(gate.stride(1), dgate.stride(1)))
     partials = x.new_empty((blocks, 2, dim), dtype=torch.float32)
     launch(grad=grad.data_ptr(), input=x.data_ptr(), moments=moments.data_ptr(),
            weight=weight.data_ptr(), dinput=dx.data_ptr(), partials=partials.data_ptr(),

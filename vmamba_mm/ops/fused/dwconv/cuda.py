@@ -88,17 +88,18 @@ def _constants(strides, shape, weight, bias, work: _Schedule) -> dict[str, int]:
 
 
 @cached
-def forward_launch(index, dtype, weight, bias, forward, strides, shape, kind=SILU):
+def forward_launch(index, dtype, weight, bias, forward, strides, shape, kind=SILU, y_pixel=None):
     """The forward for these dtypes (None of ``bias`` without one), or the gradient by the input.
 
-    ``strides`` of x from an image and a pixel to the next, ``shape`` (B, H, W, D). It takes the
-    addresses ``x_data``, ``weight``, ``bias``, ``y``; with a branch ``branch_data`` and
+    ``strides`` of x from an image and a pixel to the next, ``shape`` (B, H, W, D); pixels of the
+    result are ``y_pixel`` elements apart, None for D. It takes the addresses ``x_data``,
+    ``weight``, ``bias``, ``y``; with a branch ``branch_data`` and
     ``branch_scale``, backwards ``dbranch`` and ``branch_scale``.
     """
     work = _schedule(*shape, _ROWS, 256, index)
     return kernel(index, forward_instance, TYPES[dtype], forward, kind).bind(
         (work.strip_blocks, work.channel_blocks, 1), (work.side, work.above, 1), 144 * work.side,
-        **_constants(strides, shape, weight, bias, work))
+        y_pixel=y_pixel or shape[3], **_constants(strides, shape, weight, bias, work))
 
 
 @cached
@@ -130,14 +131,15 @@ def _as_pixels(x_BHWD: Tensor) -> Tensor:
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, forward: bool, kind: str = SILU,
-              branch: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+              branch: Tensor | None = None, scale: Tensor | None = None, y: Tensor | None = None
+              ) -> Tensor:
     """The forward, or the gradient by the input, which with a ``branch`` is written there, times
-    ``scale``."""
-    y = x.new_empty(x.shape)
+    ``scale``; to ``y``, whose pixels are evenly spaced, or a new map."""
+    y = x.new_empty(x.shape) if y is None else y
     of_branch = {} if branch is None else {
         'branch_scale': pointer(scale), 'branch_data' if forward else 'dbranch': branch.data_ptr()}
     forward_launch(x.get_device(), x.dtype, weight.dtype, bias.dtype if bias is not None else None,
-                   forward, (x.stride(0), x.stride(2)), x.shape, kind)(
+                   forward, (x.stride(0), x.stride(2)), x.shape, kind, y.stride(2))(
         x_data=x.data_ptr(), weight=weight.data_ptr(), bias=pointer(bias), y=y.data_ptr(),
         **of_branch)
     return y
@@ -168,12 +170,13 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _convolve(_as_pixels(x), weight.contiguous(), bias, True)
 
 
-def backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
+def backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, dx: Tensor | None = None
              ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by x, weight and bias (empty without one)."""
+    """Gradients by x, weight and bias (empty without one); the first is written to ``dx``, whose
+    pixels are evenly spaced and begin at multiples of four elements, or to a new map."""
     x, dz = _as_pixels(x), x.new_empty(x.shape)
     grads = _parameter_backward(dense(grad), x, weight, bias, dz)
-    return _convolve(dz, weight.contiguous(), None, False), *grads
+    return _convolve(dz, weight.contiguous(), None, False, y=dx), *grads
 
 
 def why_not_add(x, weight, bias, branch, scale) -> str | None:
