@@ -48,8 +48,8 @@ def why_not(x, dt, A, B, C, D, dt_bias, dt_softplus, positive) -> str | None:
         return f'P is {dim}; the kernels take multiples of 8'
     if state % 8 or state > _STATES[-1]:
         return f'N is {state}; the kernels take multiples of 8 up to {_STATES[-1]}'
-    if batch > _MOST_SAMPLES:
-        return f'the batch is of more than {_MOST_SAMPLES} samples'
+    if batch > _MOST_SAMPLES or batch * heads * dim * state >= 2**31:
+        return f'the batch is of more than {_MOST_SAMPLES} samples, or 2^31 numbers of states'
     training = wants_grad(x, dt, A, B, C, D, dt_bias)
     return _why_not_here(x.device.index, x.dtype.itemsize, heads // groups, dim, state, training)
 
@@ -257,8 +257,9 @@ def _output_launch(call: _Call, D: torch.dtype | None, x: _Strides, C: _Strides,
     norm_weight, norm_bias, and moments if they are to be kept.
     """
     size, sequences = call.dtype.itemsize, call.batch * call.groups
-    # Three blocks for each multiprocessor, so that each reads the state for several chunks.
-    spans = max(1, min(3 * device_limits(call.index)[0] // sequences, call.chunks))
+    # As many blocks as fit at once, so that each reads the state for several chunks.
+    blocks = (2 if norm_dtype is not None else 3) * device_limits(call.index)[0]
+    spans = max(1, min(blocks // sequences, call.chunks))
     span = -(-call.chunks // spans)
     return call.kernel('nc_ssd_out', norm_dtype is not None).bind(
         (sequences, -(-call.chunks // span), 1), (256, 1, 1),
