@@ -7,7 +7,8 @@ others hold cases of an op or a layer. The folder that such folders lie in is VM
 NAME.cls.pth and NAME.dense.pth.
 Errors are relative 2-norms; the worst come last. What is above its limit, missing, not compared or
 unknown is a failure, and the exit code is then 1. In half precision on a GPU an error may be twice
-that of plain PyTorch, the same model without our kernels, where that is more than the limit.
+that of plain PyTorch, the same model without our kernels on inputs rounded one way or the other,
+where that is more than the limit.
 """
 
 import json

@@ -115,9 +115,12 @@ class Report:
         return usual, ''
 
     def allow_twice(self, plain: list[Row], first: int) -> None:
-        """Allow the rows from number ``first`` on twice the errors of ``plain``, the same rows of
-        plain PyTorch in the same precision, where that is more than the limit."""
-        errors = {(row.case, row.tensor): row.error for row in plain if row.error is not None}
+        """Allow the rows from number ``first`` on twice the largest error of ``plain``, the same
+        rows of plain PyTorch in the same precision, where that is more than the limit."""
+        errors = {}
+        for row in plain:
+            if row.error is not None:
+                errors[row.case, row.tensor] = max(errors.get((row.case, row.tensor), 0), row.error)
         for i, row in enumerate(self.rows[first:], first):
             limit = 2 * errors.get((row.case, row.tensor), math.nan)
             if row.failed and not row.problem and row.limit < limit < math.inf:

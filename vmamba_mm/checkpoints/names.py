@@ -74,8 +74,9 @@ def to_mm(state_dict: StateDict, keep_places: bool = False,
 def to_official(state_dict: StateDict, family: Family | None = None) -> dict[str, torch.Tensor]:
     """The inverse of :func:`to_mm`, to the official names (the newest, where there are several).
 
-    A classifier's backbone and head lose their prefixes, as in official classification files;
-    a bare backbone loses it too; detectors and segmentors keep ``backbone.``.
+    A classifier's backbone comes to its family's own place (``Family.place``), mostly the top, and
+    its head to the top, as in official classification files; a bare backbone comes to the top too;
+    detectors and segmentors keep ``backbone.``.
     """
     state = to_mm(state_dict, family=family)
     task = infer_task(state)
@@ -86,7 +87,7 @@ def to_official(state_dict: StateDict, family: Family | None = None) -> dict[str
     if task == 'cls':
         rows = family.classifier_keys + rows
         beside = {_renamed(k, inverse(family.head_keys), family): v for k, v in beside.items()}
-    prefix = 'backbone.' if task in ('det', 'seg') else ''
+    prefix = family.place if task == 'cls' else 'backbone.' if task in ('det', 'seg') else ''
     return {prefix + _renamed(k, inverse(rows), family): _official_shape(k, v, family)
             for k, v in backbone.items()} | beside
 

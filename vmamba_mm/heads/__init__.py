@@ -2,6 +2,7 @@
 
 from vmamba_mm.heads.clip import ClipTower
 from vmamba_mm.heads.pyramid import SimpleFeaturePyramid
+from vmamba_mm.heads.token_label import TokenLabelHead
 from vmamba_mm.heads.video import ClipPreprocessor, VideoClassifier
 from vmamba_mm.heads.videomamba import (
     DistilledVideoMamba,
@@ -11,4 +12,5 @@ from vmamba_mm.heads.videomamba import (
 )
 
 __all__ = ['ClipPreprocessor', 'ClipTower', 'DistilledVideoMamba', 'MaskedVideoMamba',
-           'SelfDistillation', 'SimpleFeaturePyramid', 'VideoClassifier', 'VideoEncoder']
+           'SelfDistillation', 'SimpleFeaturePyramid', 'TokenLabelHead', 'VideoClassifier',
+           'VideoEncoder']

@@ -12,85 +12,27 @@ from torch import Tensor, nn
 
 from vmamba_mm.families.vssd import DEFAULTS, FAMILY
 from vmamba_mm.layers import DropPath, LayerNorm, LayerNorm2d, Mlp, SelfAttention, Stage
-from vmamba_mm.layers.plain import is_depthwise_3x3, is_plain, is_pointwise
+from vmamba_mm.layers.maps import ConvUnit, convolve_map
+from vmamba_mm.layers.plain import is_depthwise_3x3, is_plain
+from vmamba_mm.layers.positions import pad_to_patches
 from vmamba_mm.layers.ssm_init import init_dt_bias, state_matrix
 from vmamba_mm.models.base import Backbone, init_linear
-from vmamba_mm.ops import (
-    add_norm,
-    channels_last,
-    dwconv_add,
-    dwconv_silu,
-    evaluate_batch_norm,
-    linear_relu,
-    nc_ssd,
-    nc_ssd_mixer,
-)
+from vmamba_mm.ops import add_norm, channels_last, dwconv_add, dwconv_silu, nc_ssd, nc_ssd_mixer
 from vmamba_mm.ops.core.backends import runs_kernels
 from vmamba_mm.registry import MODELS
 
 # What torch.fx records as it is, since it looks at shapes.
-torch.fx.wrap('_pad_to_patches')
 torch.fx.wrap('add_norm')
 torch.fx.wrap('channels_last')
 torch.fx.wrap('dwconv_add')
 torch.fx.wrap('dwconv_silu')
-torch.fx.wrap('evaluate_batch_norm')
-torch.fx.wrap('linear_relu')
 torch.fx.wrap('nc_ssd')
 torch.fx.wrap('nc_ssd_mixer')
+torch.fx.wrap('pad_to_patches')
 torch.fx.wrap('state_matrix')
 
 
-# --- convolutions, on maps with the channels last -------------------------------------------------
-
-def _convolve(conv: nn.Module, x: Tensor) -> Tensor:
-    """A convolution of (B, H, W, C), whose result has the channels last in memory too."""
-    if runs_kernels(x) and is_pointwise(conv):  # which adds the bias in the product
-        return F.linear(x, conv.weight.flatten(1), conv.bias)
-    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
-class ConvUnit(nn.Module):
-    """A convolution, a batch norm unless ``norm`` is False, and a ReLU unless ``act`` is False.
-
-    Shape: (B, H, W, C), and for the result a residual that is added before the ReLU, or none ->
-    (B, H', W', C').
-    """
-
-    def __init__(self, dim: int, out_dim: int, kernel_size: int = 1, stride: int = 1,
-                 padding: int = 0, groups: int = 1, bias: bool = True, norm: bool = True,
-                 act: bool = True):
-        super().__init__()
-        self.conv = nn.Conv2d(dim, out_dim, kernel_size, stride, padding, groups=groups, bias=bias)
-        self.norm = nn.BatchNorm2d(out_dim) if norm else None
-        self.act = nn.ReLU() if act else None
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        norm, act = self.norm, self.act
-        relu = is_plain(act, nn.ReLU)
-        if relu and norm is None and residual is None and runs_kernels(x) \
-                and is_pointwise(self.conv) and self.conv.bias is not None:
-            return linear_relu(x, self.conv.weight.flatten(1), self.conv.bias)
-        y = _convolve(self.conv, x)
-        if norm is not None and not norm.training and is_plain(norm, nn.BatchNorm2d) \
-                and norm.affine and norm.track_running_stats:
-            y = evaluate_batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias,
-                                    norm.eps, residual=residual, relu=relu)
-            return y if relu or act is None else act(y)
-        if norm is not None:
-            y = _batch_norm(norm, y)
-        if residual is not None:
-            y = residual + y
-        return y if act is None else act(y)
-
-
-def _batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """The batch norm of (B, H, W, C)."""
-    # The channels are last in memory whatever the convolution has done: of a map that is not, the
-    # gradient by the norm of a single image is wrong on a CPU where the gradient that comes to it
-    # has the channels last and a batch stride of its own (torch 2.14).
-    return norm(x.contiguous().permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
+# --- stems and downsamplings ----------------------------------------------------------------------
 
 class ResidualStem(nn.Module):
     """Five convolutions, two of which stride and two of which are a residual branch:
@@ -124,13 +66,7 @@ class PatchStem(nn.Module):
         self.norm = LayerNorm(embed_dims)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv1(channels_last(_pad_to_patches(x))))
-
-
-def _pad_to_patches(x: Tensor, patch_size: int = 4) -> Tensor:
-    """(..., H, W) with zeros below and on the right up to multiples of ``patch_size``."""
-    height, width = x.shape[-2:]
-    return F.pad(x, (0, -width % patch_size, 0, -height % patch_size))
+        return self.norm(self.conv1(channels_last(pad_to_patches(x, 4))))
 
 
 class InvertedDownsample(nn.Module):
@@ -217,7 +153,7 @@ class NonCausalSSD(nn.Module):
         if is_depthwise_3x3(conv):
             xBC = dwconv_silu(xBC, conv.weight, conv.bias)
         else:
-            xBC = F.silu(_convolve(conv, xBC))
+            xBC = F.silu(convolve_map(conv, xBC))
         x, B, C = xBC.flatten(1, 2).split(self.sizes, dim=-1)
         B, C = (t.unflatten(-1, (self.n_groups, -1)) for t in (B, C))
         y = nc_ssd(x.unflatten(-1, (self.num_heads, -1)), dt.flatten(1, 2), A, B, C, self.D,
@@ -295,7 +231,7 @@ def _encode_positions(conv: nn.Module, x: Tensor, branch: Tensor | None = None,
         return dwconv_add(x, conv.weight, conv.bias, branch, scale=scale)
     if branch is not None:
         x, _ = add_norm(x, branch, None, None, scale=scale)
-    return add_norm(x, _convolve(conv, x), None, None)[0]
+    return add_norm(x, convolve_map(conv, x), None, None)[0]
 
 
 @MODELS.register_module()

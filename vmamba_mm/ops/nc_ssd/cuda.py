@@ -20,6 +20,7 @@ from vmamba_mm.ops.core.launch import (
     device_limits,
     kernel,
     pointer,
+    why_not_beside,
 )
 from vmamba_mm.ops.fused.add_norm import cuda as norm
 from vmamba_mm.ops.fused.channels import as_template, why_not_channels
@@ -36,13 +37,9 @@ force_spans: int | None = None
 
 def why_not(x, dt, A, B, C, D, dt_bias, dt_softplus, positive) -> str | None:
     """The reason why the kernels cannot take these inputs, or None."""
-    if (reason := scan_kernels.why_not(x, 0, 1)) is not None:
+    reason = scan_kernels.why_not(x, 0, 1) or why_not_beside(x, dt, A, B, C, D, dt_bias)
+    if reason is not None:
         return reason
-    for t in (dt, A, B, C, D, dt_bias):
-        if t is not None and t.device != x.device:
-            return 'the inputs are on different devices'
-        if t is not None and t.dtype not in TYPES:
-            return 'an input is neither float32 nor float16 nor bfloat16'
     (batch, _, heads, dim), (groups, state) = x.shape, B.shape[2:]
     if dim % 8:
         return f'P is {dim}; the kernels take multiples of 8'
