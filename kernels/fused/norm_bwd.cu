@@ -7,10 +7,10 @@ struct NormBwdParams {
     const void *input;            // (M, D) of X: the norm's input
     const float2 *moments;        // (M): mean and 1 / deviation; the mean is 0 in an RMSNorm
     const void *weight;           // (D)
-    const void *extra_grad;       // (M, D) of X: a gradient by that input to be added, or null
+    const void *extra_grad;       // (M, D) of X: a gradient by that input to be added, or null; ...
     const float *scale;           // (samples) of the branch, or null
     void *dinput;                 // (M, D) of X
-    void *dbranch;                // (M, D) of B, or null
+    void *dbranch;                // (M, D) of B, or null; ... with a gate both are null
     float *partials;              // (blocks, 2, D): of weight and bias
     int positions, length, dim, parameter_type;
     const void *bias;             // (D), with a gate
@@ -60,8 +60,10 @@ norm_bwd(const NormBwdParams p) {
             const bool in = valid && c < p.dim;
             grad[i] = load4_last<G>(p.grad, at + c, in);
             input[i] = load4_last<X>(p.input, at + c, in);
-            extra[i] = load4_last<X>(p.extra_grad, at + c, in && p.extra_grad);
-            if (GATE) gate[i] = load4_last<X>(p.gate, (long long)m * p.gate_stride + c, in);
+            if (GATE)
+                gate[i] = load4_last<X>(p.gate, (long long)m * p.gate_stride + c, in);
+            else
+                extra[i] = load4_last<X>(p.extra_grad, at + c, in && p.extra_grad);
         }
 #pragma unroll
         for (int i = 0; i < PARTS; ++i) {
@@ -109,13 +111,13 @@ norm_bwd(const NormBwdParams p) {
 #pragma unroll
         for (int i = 0; i < PARTS; ++i) {
             const int c = i * STEP + first;
-            float o[4];
-            unpack4(o, extra[i], X{});
+            float o[4] = {};
+            if (!GATE) unpack4(o, extra[i], X{});
 #pragma unroll
             for (int e = 0; e < 4; ++e)
                 o[e] += (g[i][e] - sum - y[i][e] * product) * moments.y;
             if (!valid || c >= p.dim) continue;
-            if (!p.dbranch) {
+            if (GATE || !p.dbranch) {
                 store4<X>(p.dinput, at + c, o);
                 continue;
             }
