@@ -52,24 +52,37 @@ __global__ void __launch_bounds__(256) dwconv(const DwconvParams p) {
         load_branch<T, ROWS>(branch, p.branch, p.x, strip.number, strip.row, strip.column - 1,
                              channel);
     for (int column = strip.column - 1; column <= strip.end; ++column) {
-        float x[ROWS + 2][4];
+        if (FORWARD && BRANCH) {  // row by row: two maps leave no registers for a whole column
+            const int next = column < strip.end ? column + 1 : -1;
 #pragma unroll
-        for (int r = 0; r < ROWS + 2; ++r) {
-            unpack4(x[r], ahead[r], T{});
-            if (FORWARD && BRANCH) add_branch<T>(x[r], branch[r], scale);
-        }
-        load_column<T, ROWS>(ahead, p.x, strip.image, strip.row,
-                             column < strip.end ? column + 1 : -1, channel);
-        if (FORWARD && BRANCH)
-            load_branch<T, ROWS>(branch, p.branch, p.x, strip.number, strip.row,
+            for (int h = 0; h < ROWS + 2; ++h) {
+                float x[4];
+                unpack4(x, ahead[h], T{});
+                add_branch<T>(x, branch[h], scale);
+#pragma unroll
+                for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+                    for (int k = 0; k < 9; ++k)
+#pragma unroll
+                        for (int e = 0; e < 4; ++e)
+                            if (r + k / 3 == h) sums[r][2 - k % 3][e] += w[k][e] * x[e];
+            }
+            load_column<T, ROWS>(ahead, p.x, strip.image, strip.row, next, channel);
+            load_branch<T, ROWS>(branch, p.branch, p.x, strip.number, strip.row, next, channel);
+        } else {
+            float x[ROWS + 2][4];
+#pragma unroll
+            for (int r = 0; r < ROWS + 2; ++r) unpack4(x[r], ahead[r], T{});
+            load_column<T, ROWS>(ahead, p.x, strip.image, strip.row,
                                  column < strip.end ? column + 1 : -1, channel);
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r)
+            for (int r = 0; r < ROWS; ++r)
 #pragma unroll
-            for (int k = 0; k < 9; ++k)
+                for (int k = 0; k < 9; ++k)
 #pragma unroll
-                for (int e = 0; e < 4; ++e)
-                    sums[r][2 - k % 3][e] += w[k][e] * x[r + k / 3][e];
+                    for (int e = 0; e < 4; ++e)
+                        sums[r][2 - k % 3][e] += w[k][e] * x[r + k / 3][e];
+        }
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
             if (column > strip.column && strip.row + r < p.x.height) {
