@@ -111,11 +111,11 @@ norm_bwd(const NormBwdParams p) {
 #pragma unroll
         for (int i = 0; i < PARTS; ++i) {
             const int c = i * STEP + first;
-            float o[4] = {};
+            float o[4];
             if (!GATE) unpack4(o, extra[i], X{});
 #pragma unroll
             for (int e = 0; e < 4; ++e)
-                o[e] += (g[i][e] - sum - y[i][e] * product) * moments.y;
+                o[e] = (GATE ? 0.f : o[e]) + (g[i][e] - sum - y[i][e] * product) * moments.y;
             if (!valid || c >= p.dim) continue;
             if (GATE || !p.dbranch) {
                 store4<X>(p.dinput, at + c, o);
