@@ -79,12 +79,14 @@ def run_cases(tool, only):
     from vmamba_mm.ops import (
         causal_conv,
         mamba_inner,
+        nc_ssd,
         selective_scan,
         ss2d_scan,
         ss2d_scan_norm,
         ssd,
     )
     from vmamba_mm.ops.core import gemm, launch
+    from vmamba_mm.ops.nc_ssd import cuda as nc_ssd_kernels
     from vmamba_mm.ops.selective_scan import cuda_scan
     from vmamba_mm.ops.ss2d_scan import schedule
     from vmamba_mm.ops.ssd import cuda_launch as ssd_launch
@@ -202,6 +204,14 @@ def run_cases(tool, only):
             run(f'{shape}, spans of {ssd_launch.max_span}', ssd, inputs, dt_softplus=True,
                 reverse=shape[1] == 150)
     ssd_launch.max_span = None
+    for shape, dtype in (((2, 150, 4, 40, 1, 48), torch.bfloat16),
+                         ((1, 300, 6, 24, 3, 64), torch.float16),
+                         ((1, 70, 2, 16, 1, 128), torch.float32)):
+        inputs = ssd_inputs(*shape, dtype=dtype)
+        for nc_ssd_kernels.force_spans in (None, 1, 2):
+            launch.forget()
+            run(f'{shape}, {nc_ssd_kernels.force_spans} spans', nc_ssd, inputs, dt_softplus=True)
+    nc_ssd_kernels.force_spans = None
     launch.forget()
     for name, dtype in (('half', torch.float16), ('fp32', torch.float32)):
         run_block(name, dtype)

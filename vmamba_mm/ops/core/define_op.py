@@ -280,7 +280,8 @@ def _define_backward(name: str, arguments: Sequence[tuple[str, str]], outputs: S
     absent = [(i, of_tensors.index(key)) for i, key in differentiable if key in optional]
 
     def setup(ctx, inputs, output):
-        ctx.save_for_backward(*[inputs[i] if is_input else output[i] for i, is_input in in_args])
+        found = output if len(outputs) > 1 else (output,)
+        ctx.save_for_backward(*[inputs[i] if is_input else found[i] for i, is_input in in_args])
         ctx.constants = tuple([inputs[i] for i in of_constants])
         ctx.size = len(inputs)
 

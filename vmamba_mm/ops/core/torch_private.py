@@ -52,6 +52,10 @@ destroy_library: Callable = _PRIVATE['destroy_library'] or (lambda library: None
 has_global_hook: Callable[[], bool] = _PRIVATE['has_global_hook'] or (lambda: True)
 
 
+#: (bias, left, right), relu of the product and bias, by one launch on a GPU. None if it is gone.
+addmm_activation: Callable | None = getattr(torch, '_addmm_activation', None)
+
+
 # --- on a GPU: builds for CPUs lack these names, and nothing calls them there -------------------
 
 #: Index of the current GPU.
