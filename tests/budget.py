@@ -2,9 +2,10 @@
 
 A test belongs to a family if it has a parameter ``family``, or one called ``spec`` that has a
 ``family``; likewise to an op. Their seconds of one core (those of the process and of its children
-that have ended, so that a busy machine makes no difference) are summed over all processes of
-pytest-xdist and shown at the end; a sum above its limit fails the run. Tests on a GPU, where
-kernels are compiled, do not count.
+that have ended, which leaves out waiting) are summed over all processes of pytest-xdist and shown
+at the end, with a note if a sum is above its limit. A core shared with other programs takes longer
+for the same work (VMamba's tests take 30 s alone and 124 s beside eight others), so only a sum of
+several times its limit fails the run. Tests on a GPU, where kernels are compiled, do not count.
 """
 
 import os
@@ -14,14 +15,16 @@ import pytest
 
 #: Name of the parameter -> seconds of one core.
 LIMITS = {'family': 60.0, 'op': 90.0}
+#: How many times a limit fails the run.
+SLACK = 3.0
 
 
 class Budget:
     """A plugin of pytest, for each process of a run; the first one sums and judges."""
 
-    def __init__(self, config, limits=LIMITS):
+    def __init__(self, config, limits=LIMITS, slack=SLACK):
         self.is_worker = hasattr(config, 'workerinput')
-        self.limits = limits
+        self.limits, self.slack = limits, slack
         self.spent = {}  # (parameter, its value) -> seconds
         self.began = clocks()
 
@@ -47,7 +50,8 @@ class Budget:
                 self.spent[owner] = self.spent.get(owner, 0.0) + seconds
 
     def exceeded(self):
-        return [owner for owner, seconds in self.spent.items() if seconds > self.limits[owner[0]]]
+        return [owner for owner, seconds in self.spent.items()
+                if seconds > self.slack * self.limits[owner[0]]]
 
     def pytest_sessionfinish(self, session):
         if not self.is_worker and session.exitstatus == 0 and self.exceeded():
@@ -56,10 +60,12 @@ class Budget:
     def pytest_terminal_summary(self, terminalreporter):
         if not self.spent:
             return
+        failed = self.exceeded()
         terminalreporter.section('seconds of one core, by family and op')
         for owner, seconds in sorted(self.spent.items(), key=lambda item: -item[1]):
             limit = self.limits[owner[0]]
-            note = '' if seconds <= limit else '  FAILED: over the budget'
+            note = ('' if seconds <= limit else '  over the budget' if owner not in failed else
+                    '  FAILED: over the budget')
             terminalreporter.line(f'{seconds:8.1f} of {limit:g}  {" ".join(owner)}{note}',
                                   red=bool(note))
 

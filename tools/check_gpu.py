@@ -75,21 +75,24 @@ def run_cases(tool, only):
     """Each case forward and backward; names the kernels' files that were launched."""
     import torch
 
-    from vmamba_mm.layers import ConvStem, VSSBlock
+    from vmamba_mm.layers import BiMambaMixer, ConvStem, MambaBlock, RMSNorm, VSSBlock, run_blocks
     from vmamba_mm.ops import (
         causal_conv,
         mamba_inner,
         selective_scan,
         ss2d_scan,
         ss2d_scan_norm,
+        ssd,
     )
     from vmamba_mm.ops.core import gemm, launch
     from vmamba_mm.ops.selective_scan import cuda_scan
     from vmamba_mm.ops.ss2d_scan import schedule
+    from vmamba_mm.ops.ssd import cuda_launch as ssd_launch
     from vmamba_mm.testing import (
         mamba_inner_inputs,
         selective_scan_inputs,
         ss2d_scan_inputs,
+        ssd_inputs,
         with_grads,
     )
 
@@ -135,6 +138,20 @@ def run_cases(tool, only):
         torch.cuda.synchronize()
         print(f'{time.monotonic() - began:.0f} s: block, {name}', flush=True)
 
+    def run_mamba_blocks(name, dtype):
+        """As one op each, and in inference as one op together."""
+        if only not in f'Mamba blocks, {name}':
+            return
+        torch.manual_seed(0)
+        blocks = [MambaBlock(BiMambaMixer(40, dt_rank=3), RMSNorm(40)).cuda() for _ in range(2)]
+        x = torch.randn(2, 37, 40, device='cuda', requires_grad=True)
+        with torch.autocast('cuda', dtype, enabled=dtype != torch.float32):
+            sum(run_blocks(blocks, x)).float().sum().backward()
+            with torch.no_grad():
+                run_blocks(blocks, x)
+        torch.cuda.synchronize()
+        print(f'{time.monotonic() - began:.0f} s: Mamba blocks, {name}', flush=True)
+
     def run_stem():
         if only not in 'stem':
             return
@@ -174,8 +191,21 @@ def run_cases(tool, only):
     for routes, dtype, dim in ((2, torch.float16, 72), (1, torch.float32, 6)):
         inputs = mamba_inner_inputs(2, routes, dim, 37, 16, 3)
         run(f'{routes} directions', mamba_inner, inputs | dict(xz=inputs['xz'].to(dtype)))
+    for shape, dtype in (((2, 150, 4, 40, 2, 24), torch.bfloat16),
+                         ((1, 300, 2, 64, 1, 128), torch.float16),
+                         ((1, 70, 2, 16, 1, 16), torch.float32)):
+        inputs = ssd_inputs(*shape, dtype=dtype)
+        inputs |= dict(z=inputs['x'].clone(), initial_state=torch.ones(*shape[:1], *shape[2:4],
+                                                                       shape[5]))
+        for ssd_launch.max_span in (None, 1):
+            launch.forget()
+            run(f'{shape}, spans of {ssd_launch.max_span}', ssd, inputs, dt_softplus=True,
+                reverse=shape[1] == 150)
+    ssd_launch.max_span = None
+    launch.forget()
     for name, dtype in (('half', torch.float16), ('fp32', torch.float32)):
         run_block(name, dtype)
+        run_mamba_blocks(name, dtype)
     run_stem()
     print(f'{MARKS["launched"]}{" ".join(sorted(launched))}\n{MARKS["done"]}')
 

@@ -45,6 +45,22 @@ def selective_scan_inputs(batch: int, groups: int, dim: int, length: int, state:
                 delta_bias=randn(channels) - 1)
 
 
+def ssd_inputs(batch: int, length: int, heads: int, dim: int, groups: int, state: int, *,
+               dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Inputs of ssd on the CPU, always the same; parameters are fp32 (fp64 for fp64)."""
+    rng = torch.Generator().manual_seed(0)
+    single = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng, dtype=single)
+
+    shared = batch, length, groups, state
+    return dict(x=randn(batch, length, heads, dim).to(dtype),
+                dt=randn(batch, length, heads).to(dtype), A=-randn(heads).exp(),
+                B=randn(*shared).to(dtype), C=randn(*shared).to(dtype), D=randn(heads),
+                dt_bias=randn(heads) - 1)
+
+
 def ss2d_scan_inputs(batch: int, dim: int, height: int, width: int, *, state: int = 1,
                      rank: int = 2, routes: int = 4, dtype: torch.dtype = torch.float32,
                      device: str = 'cpu', seed: int = 0) -> dict[str, Tensor]:

@@ -228,7 +228,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<NS, LANES>) scan1d_bwd(const S
                     for (int s = 0; s < SUMS; ++s)
                         BC_sums[(warp * S::STEPS + step) * WIDTH + j * 2 * NS
                                 + across / SAME * SUMS + s] = sums[s];
-                // These take the place of l and x, which all lanes of the pair have read.
+                // These take the place of l and x, which all lanes of the pair have read; shuffles
+                // order no memory.
+                if (LANES > 1) __syncwarp();
                 float *const row = rows + step * S::ROW;
                 if constexpr (LANES == 1) {
                     *(float4 *)row = make_float4(by_channel[0], by_channel[1], by_channel[2],

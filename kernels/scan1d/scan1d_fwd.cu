@@ -157,6 +157,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, LAST, VECTOR>) scan1d_fwd(
             if (MODE == RUN) {
                 // The sums take the place of l, which all lanes of the pair have read.
                 sum_over_lanes<LANES, 1, 2 * GROUP>(y, lane);
+                if (LANES > 1) __syncwarp();  // shuffles order no memory
                 constexpr int OWN = 2 * GROUP / LANES;
 #pragma unroll
                 for (int i = 0; i < OWN; ++i) {

@@ -78,7 +78,7 @@ struct Copy {
     int bytes, valid, group;
 };
 struct Copies {
-    static constexpr int MOST = 256;
+    static constexpr int MOST = 1024;
     Copy pending[MOST];
     int count, groups;
 };
@@ -410,11 +410,11 @@ static void red_global_add_noftz_v2_bf16x2(void *to, u32 v0, u32 v1) {
 
 // d = a b + c, 16 x 8, of which lane 4 g + t has elements (g, 2 t), (g, 2 t + 1), (g + 8, 2 t) and
 // (g + 8, 2 t + 1); a(row, k) and b(k, column) are elements of the factors.
-template <class A, class B>
+template <int DEPTH = 8, class A, class B>
 static inline void multiply(A a, B b, float &d0, float &d1, float &d2, float &d3, float c0,
                             float c1, float c2, float c3) {
     const int g = current->lane >> 2, column = 2 * (current->lane & 3);
-    for (int k = 0; k < 8; ++k) {
+    for (int k = 0; k < DEPTH; ++k) {
         const float upper = a(g, k), lower = a(g + 8, k), left = b(k, column);
         const float right = b(k, column + 1);
         c0 += upper * left, c1 += upper * right, c2 += lower * left, c3 += lower * right;
@@ -442,6 +442,29 @@ static void mma_sync_aligned_m16n8k8_row_col_f32_bf16_bf16_f32(
     float &d0, float &d1, float &d2, float &d3, u32 a0, u32 a1, u32 b, float c0, float c1, float c2,
     float c3) {
     multiply_pairs<from_bfloat>(a0, a1, b, d0, d1, d2, d3, c0, c1, c2, c3);
+}
+
+// The same 16 elements deep.
+template <float from(u16), class... D>
+static inline void multiply_deep(u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, D &&...d_and_c) {
+    const Given *const given = exchange(a0, a1, a2, a3, b0, b1);
+    multiply<16>([&](int row, int k) {
+        return from(given[row % 8 * 4 + k % 8 / 2].words[row / 8 + k / 8 * 2].u >> 16 * (k & 1));
+    }, [&](int k, int column) {
+        return from(given[column * 4 + k % 8 / 2].words[4 + k / 8].u >> 16 * (k & 1));
+    }, d_and_c...);
+}
+
+static void mma_sync_aligned_m16n8k16_row_col_f32_f16_f16_f32(
+    float &d0, float &d1, float &d2, float &d3, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1,
+    float c0, float c1, float c2, float c3) {
+    multiply_deep<from_half>(a0, a1, a2, a3, b0, b1, d0, d1, d2, d3, c0, c1, c2, c3);
+}
+
+static void mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(
+    float &d0, float &d1, float &d2, float &d3, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1,
+    float c0, float c1, float c2, float c3) {
+    multiply_deep<from_bfloat>(a0, a1, a2, a3, b0, b1, d0, d1, d2, d3, c0, c1, c2, c3);
 }
 
 // Factors of which the tensor cores see 10 bits after the point.
@@ -479,6 +502,27 @@ static void ldmatrix_sync_aligned_m8n8_x2_shared_b16(u32 &a, u32 &b, u32 row) {
 
 static void ldmatrix_sync_aligned_m8n8_x2_trans_shared_b16(u32 &a, u32 &b, u32 row) {
     load_two_tiles(a, b, row, true);
+}
+
+static void load_four_tiles(u32 *v, u32 row, bool transposed) {
+    const Given *const given = exchange((const void *)(dynamic_shared + row));
+    for (int i = 0; i < 4; ++i)
+        v[i] = take_pair([&](int row, int column) {
+            return ((const u16 *)given[8 * i + row].words[0].p)[column];
+        }, transposed);
+}
+
+static void ldmatrix_sync_aligned_m8n8_x4_shared_b16(u32 &a, u32 &b, u32 &c, u32 &d, u32 row) {
+    u32 v[4];
+    load_four_tiles(v, row, false);
+    a = v[0], b = v[1], c = v[2], d = v[3];
+}
+
+static void ldmatrix_sync_aligned_m8n8_x4_trans_shared_b16(u32 &a, u32 &b, u32 &c, u32 &d,
+                                                           u32 row) {
+    u32 v[4];
+    load_four_tiles(v, row, true);
+    a = v[0], b = v[1], c = v[2], d = v[3];
 }
 
 static void movmatrix_sync_aligned_m8n8_trans_b16(u32 &w, u32 v) {

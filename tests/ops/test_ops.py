@@ -38,7 +38,8 @@ def places(spec):
     found = [(backend, device, False) for backend in plain for device in ('cpu', 'cuda')]
     if 'cuda' in spec.kernels:
         backend = 'cuda' if 'cuda' in spec.backends else None
-        found += [(backend, device, True) for device in ('sm_90', 'sm_75', 'cuda')]
+        found += [(backend, device, True) for device in ('sm_90', 'sm_75', 'cuda')
+                  if device == 'cuda' or int(device[3:]) >= spec.capability]
     if 'triton' in spec.kernels:
         found.append(('triton', 'cuda', True))
     return found

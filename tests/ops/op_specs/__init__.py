@@ -36,6 +36,7 @@ class Spec:
     maps: tuple[str, ...] = ('x',)  #: the inputs in the dtype of the map; others are parameters
     backends: tuple[str, ...] = ()  #: what a caller can choose beside None
     kernels: tuple[str, ...] = ('cuda',)
+    capability: int = 75  #: the lowest that the CUDA kernels are for
     takes_out_dtype: bool = True
     #: the dtype of results under autocast by default, if not that of the map
     autocast_dtype: torch.dtype | None = None

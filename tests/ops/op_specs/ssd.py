@@ -61,29 +61,39 @@ def spec(softplus=True, limit=(0.0, float('inf')), packed=False, final=False, re
             *map(inputs.get, NAMES), index(inputs), softplus, *limit, final, reverse),
         maps=('x', 'dt', 'B', 'C') + (('z', 'initial_state') if final else ()),
         # A GPU multiplies in half precision: x with its weight, and scores.
-        roundings=2,
-        takes_out_dtype=False, **dict(backends=('reference', 'chunked'), kernels=(), flops=flops)
-        | kwargs)
+        roundings=2, takes_out_dtype=False, capability=80,
+        **dict(backends=('reference', 'chunked', 'cuda'), flops=flops) | kwargs)
 
 
 SPECS = [spec(
     make=make,
     shapes=((2, 5, 2, 3, 1, 2), (1, 1, 1, 1, 1, 1), (2, 2, 4, 3, 2, 5), (1, 17, 2, 8, 2, 16),
             (3, 50, 4, 4, 1, 8), (1, 150, 6, 5, 3, 7)),
+    kernel_shapes=((2, 21, 2, 8, 1, 16), (1, 1, 1, 16, 1, 8), (2, 70, 4, 24, 2, 16),
+                   (1, 150, 2, 40, 1, 32)),
+    half_shapes=((2, 21, 2, 8, 1, 16), (1, 70, 4, 32, 2, 64)),
+    gpu_shapes=((3, 196, 12, 64, 1, 64), (2, 49, 24, 64, 1, 64), (1, 5000, 6, 32, 3, 16),
+                (2, 300, 8, 64, 2, 128), (2, 130, 4, 16, 1, 256), (1, 65, 6, 128, 1, 32),
+                (1, 20000, 2, 64, 1, 64)),
     wrong=(('C', cut(3), 'expects C of shape'), ('D', cut(0), 'expects D of shape'),
            ('B', lambda B: B.repeat(1, 1, 3, 1), 'divisible by'), ('dt', cut(2), 'expects dt of'),
            ('x', lambda x: x[0], r'expects x \(B, L, H, P\)'),
            ('A', lambda A: A.to(torch.complex64), 'complex')))]
 SPECS.append(replace(spec(
-    softplus=False, make=make_bare, shapes=((2, 5, 2, 3, 2, 2), (1, 70, 2, 4, 1, 3))),
+    softplus=False, make=make_bare, shapes=((2, 5, 2, 3, 2, 2), (1, 70, 2, 4, 1, 3)),
+    kernel_shapes=((2, 70, 2, 16, 2, 8),), gpu_shapes=((2, 300, 4, 64, 1, 64),)),
     id='ssd without softplus and skip'))
 SPECS.append(replace(spec(
     limit=(0.2, 0.7), packed=True, final=True, reverse=True, make=make_stateful,
+    kernel_shapes=((2, 70, 4, 16, 2, 16),), half_shapes=((2, 70, 4, 16, 2, 16),),
+    gpu_shapes=((2, 300, 4, 64, 2, 64), (1, 9000, 2, 64, 1, 64)),
     shapes=((2, 5, 2, 3, 1, 2), (1, 1, 2, 3, 2, 4), (2, 20, 4, 3, 2, 2), (1, 130, 2, 4, 1, 5)),
     wrong=(('z', cut(3), 'expects z of shape'),
            ('initial_state', cut(3), 'expects initial_state of shape'),
            ('D', cut(1), 'expects D of shape'))),
     id='ssd with limits, gate, states and packed sequences, reversed'))
 SPECS.append(replace(spec(
-    final=True, make=make_stateful, shapes=((2, 5, 2, 3, 2, 2), (2, 21, 4, 3, 1, 2))),
+    final=True, make=make_stateful, shapes=((2, 5, 2, 3, 2, 2), (2, 21, 4, 3, 1, 2)),
+    kernel_shapes=((2, 21, 2, 8, 1, 16),), half_shapes=((2, 70, 2, 16, 1, 16),),
+    gpu_shapes=((2, 300, 4, 64, 1, 64),)),
     id='ssd with gate and states'))

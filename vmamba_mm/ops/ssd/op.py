@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vmamba_mm.ops.core.backends import Backend, compute_dtype
 from vmamba_mm.ops.core.define_op import Implementation, define_op
-from vmamba_mm.ops.ssd import chunked, reference
+from vmamba_mm.ops.ssd import chunked, cuda, reference
 
 
 def ssd_flops(batch: int, length: int, heads: int, dim: int, state: int) -> int:
@@ -34,7 +34,9 @@ _ssd = define_op(
     reference=reference.forward,
     fake=_fake,
     results=2,
-    implementations={'chunked': Implementation(chunked.forward, chunked.backward)},
+    implementations={
+        'cuda': Implementation(cuda.forward, cuda.backward, cuda.why_not),
+        'chunked': Implementation(chunked.forward, chunked.backward)},
     saves='x dt A B C D dt_bias z initial_state seq_idx dt_softplus dt_min dt_max '
           'return_final_state reverse',
     no_grad='seq_idx',
@@ -70,7 +72,8 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None
         return_final_state: return the state after the last token too.
         reverse: time runs from L-1 to 0: the scan of the flipped sequence, flipped back, without a
             copy. The last token is then that at 0.
-        backend: 'reference' or 'chunked'; None for 'chunked'.
+        backend: 'reference', 'chunked' or 'cuda'; None for 'cuda' where an NVIDIA GPU takes the
+            inputs (sm_80 or newer, P and N multiples of 8), else 'chunked'.
 
     Returns:
         (B, L, H, P) in the dtype of ``x``, whatever autocast says; with ``return_final_state`` a

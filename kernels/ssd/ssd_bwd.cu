@@ -1,0 +1,489 @@
+// State space duality, backward, from the states that enter the chunks and the gradients by those
+// that leave them. A thread block has one chunk of one group, and goes through the group's heads,
+// or through a part of them; so the gradients by B and C, sums over heads, stay in registers.
+// vmamba_mm/ops/ssd/README.md has the equations.
+#include "ssd/ssd.cuh"
+
+struct Backward {
+    Map x, dy, dt, B, C, dx, ddt, dB, dC;
+    Steps step;
+    const void *D, *states, *grad_states;  // of states null if all are zeros, for N <= 64
+    float *BC_parts;    // (2, splits, batch, length, groups, state) in place of dB and dC, or null
+    float *head_parts;  // by A and by the bias (2, batch, chunks, heads)
+    float *D_parts;     // (batch, chunks, BLOCKS, heads, dim), null without D
+    int D_type, D_full;
+    int batch, length, heads, per_group, groups, dim, state, chunks, splits, per_split, reverse;
+};
+
+template <class T, int P, int N>
+struct BackwardShared {
+    static constexpr int SLICES = N / BLOCK;  // of N; a warp has one, or a part of its positions
+    static constexpr int PARTS = SLICES < 4 ? 4 / SLICES : 1, WARPS = SLICES * PARTS;
+    Element<T> B[Q * PITCH<T, N>], C[Q * PITCH<T, N>];
+    Element<T> x[Q * PITCH<T, P>], dy[Q * PITCH<T, P>];
+    Element<T> state[P * PITCH<T, N>], grad_state[P * PITCH<T, N>];
+    // Blocks on and below the diagonal: the weights of x in y, and the gradients by C B^T. The
+    // latter are in the places of blocks above it, and beside it.
+    Element<T> pairs[Q * PITCH<T, Q>], diagonal[BLOCK * PITCH<T, Q>];
+    Decays decays;
+    // What passes from position j to position i, summed over j in block b of [b][i], over i in
+    // block r of [r][j] (without dt), over both, and over the pairs of a block that a position is
+    // between.
+    float rows[BLOCKS][Q], columns[BLOCKS][Q], blocks[BLOCKS][BLOCKS], within[Q];
+    float reads[SLICES][Q], leaves[SLICES][Q];  // what passes from and to the states
+    float steps[Q];                             // raw dt with the bias
+    float dots[WARPS];
+
+    __device__ __forceinline__ Element<T> *weights(int r, int b) {
+        return pairs + BLOCK * r * PITCH<T, Q> + BLOCK * b;
+    }
+    __device__ __forceinline__ Element<T> *grads(int r, int b) {
+        return r == b ? diagonal + BLOCK * b : weights(b, r);
+    }
+};
+
+__device__ __forceinline__ float sum_over_columns(float v) {  // of a row, which 4 lanes have
+    v += __shfl_xor_sync(0xffffffffu, v, 1);
+    return v + __shfl_xor_sync(0xffffffffu, v, 2);
+}
+
+__device__ __forceinline__ float sum_over_rows(float v) {  // lanes with the same columns
+    v += __shfl_xor_sync(0xffffffffu, v, 4);
+    v += __shfl_xor_sync(0xffffffffu, v, 8);
+    return v + __shfl_xor_sync(0xffffffffu, v, 16);
+}
+
+// For each column of a block on the diagonal, the sum over elements of rows at or below it and
+// columns before it: the pairs whose decay has that of the column's position in it.
+__device__ __forceinline__ void sum_within(float *to, const float (&v)[2][4]) {
+    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+    float sums[2][2] = {};
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+        float ahead = 0.f;
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+            float sum = v[n][2 * k] + v[n][2 * k + 1];
+#pragma unroll
+            for (int by = 1; by < 4; by <<= 1) {
+                const float before = __shfl_up_sync(0xffffffffu, sum, by);
+                if (t >= by) sum += before;
+            }
+            const float up = __shfl_up_sync(0xffffffffu, sum, 1);
+            const float before = ahead + (t > 0 ? up : 0.f);
+            const int row = g + 8 * k, column = 8 * n + 2 * t;
+            if (row >= column) sums[n][0] += before;
+            if (row > column) sums[n][1] += before + v[n][2 * k];
+            ahead = __shfl_sync(0xffffffffu, sum, lane | 3);
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            const float sum = sum_over_rows(sums[n][e]);
+            if (g == 0) to[8 * n + 2 * t + e] = sum;
+        }
+}
+
+// sums += a b^T of 16 x 16 blocks at `left` and `right`.
+template <class T, bool FAST>
+__device__ __forceinline__ void multiply_rows(float (&sums)[2][4], const Element<T> *left,
+                                              int left_pitch, const Element<T> *right,
+                                              int right_pitch) {
+    Block16<T> a, b;
+    a.template load<false>(left, left_pitch);
+    b.template load<false, true>(right, right_pitch);
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+        multiply<T, FAST>(sums[m], a.v[0], a.v[1], a.v[2], a.v[3], b.v[2 * m],
+                          b.v[2 * m + 1]);
+}
+
+// sums += a b of 16 x 16 blocks at `left` and `right`; the first is TRANSPOSED or not.
+template <class T, bool FAST, bool TRANSPOSED = false>
+__device__ __forceinline__ void multiply_right(float (&sums)[2][4], const Element<T> *left,
+                                               int left_pitch, const Element<T> *right,
+                                               int right_pitch) {
+    Block16<T> a, b;
+    a.template load<TRANSPOSED, TRANSPOSED>(left, left_pitch);
+    b.template load<true>(right, right_pitch);
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+        multiply<T, FAST>(sums[m], a.v[0], a.v[1], a.v[2], a.v[3], b.v[2 * m], b.v[2 * m + 1]);
+}
+
+// Adds a block of 16 rows, times the decays and the steps of rows, to `sums`; and stores for each
+// row its product with the row of `with`, times the decay.
+template <class T>
+__device__ __forceinline__ void add_rows(float (&sums)[2][4], float *dots, const float (&v)[2][4],
+                                         const Element<T> *with, int pitch, const float *decays,
+                                         const float *steps) {
+    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+        const int row = g + 8 * k;
+        const float decay = decays[row], weight = steps ? decay * steps[row] : decay;
+        float dot = 0.f;
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+            const float2 other = load_pair<T>(with + row * pitch + 8 * m + 2 * t);
+            dot += other.x * v[m][2 * k] + other.y * v[m][2 * k + 1];
+            sums[m][2 * k] += weight * v[m][2 * k];
+            sums[m][2 * k + 1] += weight * v[m][2 * k + 1];
+        }
+        dot = sum_over_columns(dot);
+        if (t == 0) dots[row] = decay * dot;
+    }
+}
+
+// Called by a warp, whose lanes have two positions each: the gradient by raw dt, and a chunk's
+// share of those by A and by the bias.
+template <class T, int P, int N>
+__device__ __forceinline__ float2 finish_steps(const BackwardShared<T, P, N> &shared, float2 &ddt,
+                                               float A, const Steps &p, int count) {
+    const int lane = threadIdx.x & 31, own = lane >> 3;
+    const Decays &decays = shared.decays;
+    float direct[2], down[2] = {}, across[2] = {}, reads[2] = {}, leaves[2] = {}, within[2] = {};
+    float between = 0.f, through = 0.f;
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+        const int i = 2 * lane + e;
+        direct[e] = 0.f;
+        for (int r = own; r < BLOCKS; ++r) {
+            const float v = shared.columns[r][i];
+            direct[e] += v;
+            if (r > own) across[e] += v * decays.dt[i];
+        }
+        for (int b = 0; b < own; ++b) down[e] += shared.rows[b][i];
+#pragma unroll 4
+        for (int s = 0; s < N / BLOCK; ++s) {
+            reads[e] += shared.reads[s][i];
+            leaves[e] += shared.leaves[s][i];
+        }
+        within[e] = shared.within[i];
+        direct[e] += leaves[e];
+        leaves[e] *= decays.dt[i];
+    }
+    for (int r = own + 1; r < BLOCKS; ++r)
+        for (int b = 0; b < own; ++b) between += shared.blocks[r][b];
+#pragma unroll 4
+    for (int w = 0; w < BackwardShared<T, P, N>::WARPS; ++w) through += shared.dots[w];
+    between += through * decays.through;
+
+    // Sums from a lane on, and before it: of its block, and of the chunk.
+    float down_from = down[0] + down[1], across_up = across[0] + across[1];
+    float reads_from = reads[0] + reads[1], leaves_up = leaves[0] + leaves[1];
+#pragma unroll
+    for (int by = 1; by < 32; by <<= 1) {
+        const float d = __shfl_down_sync(0xffffffffu, down_from, by);
+        const float a = __shfl_up_sync(0xffffffffu, across_up, by);
+        const float r = __shfl_down_sync(0xffffffffu, reads_from, by);
+        const float l = __shfl_up_sync(0xffffffffu, leaves_up, by);
+        if (by < 8 && (lane & 7) + by < 8) down_from += d;
+        if (by < 8 && (lane & 7) >= by) across_up += a;
+        if (lane + by < 32) reads_from += r;
+        if (lane >= by) leaves_up += l;
+    }
+    float across_before = __shfl_up_sync(0xffffffffu, across_up, 1);
+    float leaves_before = __shfl_up_sync(0xffffffffu, leaves_up, 1);
+    float down_after = __shfl_down_sync(0xffffffffu, down_from, 1);
+    float reads_after = __shfl_down_sync(0xffffffffu, reads_from, 1);
+    if ((lane & 7) == 0) across_before = 0.f;
+    if (lane == 0) leaves_before = 0.f;
+    if ((lane & 7) == 7) down_after = 0.f;
+    if (lane == 31) reads_after = 0.f;
+
+    float2 parts = make_float2(0.f, 0.f);
+    float grads[2];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+        const int i = 2 * lane + e;
+        const float given = shared.steps[i];
+        // The gradient by the logarithm of the decay.
+        const float by_decay = between + within[e]
+            + (e ? down[1] + down_after : down_from) + (e ? reads[1] + reads_after : reads_from)
+            + across_before + leaves_before + (e ? across[0] + leaves[0] : 0.f);
+        float grad = direct[e] + A * by_decay;
+        const float v = p.softplus ? precise_softplus2<Float>(given * LOG2E) * LN2 : given;
+        if (v < p.low || v > p.high) grad = 0.f;
+        if (p.softplus) grad *= rcp(1.f + ex2(-given * LOG2E));
+        grads[e] = grad;
+        if (i < count) {
+            parts.x += by_decay * decays.dt[i];
+            parts.y += grad;
+        }
+    }
+    ddt = make_float2(grads[0], grads[1]);
+#pragma unroll
+    for (int by = 16; by; by >>= 1) {
+        parts.x += __shfl_xor_sync(0xffffffffu, parts.x, by);
+        parts.y += __shfl_xor_sync(0xffffffffu, parts.y, by);
+    }
+    return parts;
+}
+
+template <class T, bool FAST, int P, int N>
+__global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS,
+                                  N <= 16 ? 5 : N <= 64 ? 3 : N <= 128 && !same<T, Float> ? 2 : 1)
+ssd_bwd(const Backward p) {
+    typedef BackwardShared<T, P, N> Shared;
+    typedef Element<T> E;
+    constexpr int WARPS = Shared::WARPS, THREADS = 32 * WARPS, SLICES = Shared::SLICES;
+    constexpr int OWN = BLOCKS / Shared::PARTS;  // blocks of positions of a warp
+    constexpr int X = PITCH<T, P>, K = PITCH<T, N>, S = PITCH<T, Q>;
+    extern __shared__ __align__(16) char memory[];
+    Shared &shared = *(Shared *)memory;
+
+    const int thread = threadIdx.x, lane = thread & 31, warp = warp_index();
+    const int g = lane >> 2, t = lane & 3, slice = warp % SLICES;
+    const int part = Shared::PARTS > 1 ? warp / SLICES : 0;
+    const int split = blockIdx.x % p.splits, group = blockIdx.x / p.splits % p.groups;
+    const int chunk = blockIdx.y, batch = blockIdx.z;
+    const int start = chunk * Q, count = min(Q, p.length - start);
+    const Time time = {p.length, p.reverse};
+    const bool with_states = N > 64 || p.states;
+
+    Rows<T, N, THREADS>((const E *)p.B.data + batch * p.B.b + (long long)group * p.B.h, p.B.l, time,
+                        start).copy(shared.B, count, p.state);
+    Rows<T, N, THREADS>((const E *)p.C.data + batch * p.C.b + (long long)group * p.C.h, p.C.l, time,
+                        start).copy(shared.C, count, p.state);
+
+    auto copy = [&](int head) {
+        Rows<T, P, THREADS>((const E *)p.x.data + batch * p.x.b + (long long)head * p.x.h, p.x.l,
+                            time, start).copy(shared.x, count, p.dim);
+        Rows<T, P, THREADS>((const E *)p.dy.data + batch * p.dy.b + (long long)head * p.dy.h,
+                            p.dy.l, time, start).copy(shared.dy, count, p.dim);
+        const long long of_chunk = (((long long)batch * p.heads + head) * p.chunks + chunk)
+            * p.dim * p.state;
+        int first = thread;
+        opaque(first);  // else addresses stay in registers from one head to the next
+        for (int i = first; with_states && i < P * N / VECTOR<T>; i += THREADS) {
+            const int c = i / (N / VECTOR<T>), s = i % (N / VECTOR<T>) * VECTOR<T>;
+            const bool valid = c < p.dim && s < p.state;
+            const long long from = valid ? of_chunk + (long long)c * p.state + s : 0;
+            copy16(shared.state + c * K + s, (const E *)p.states + from, valid);
+            copy16(shared.grad_state + c * K + s, (const E *)p.grad_states + from, valid);
+        }
+        commit_copies();
+    };
+    auto prepare = [&](int head) {
+        const RawSteps raw = load_steps(
+            p.dt.data, batch * p.dt.b + (long long)head * p.dt.h, p.dt.l, p.step.dt_type,
+            p.step.index ? p.step.index + (long long)batch * p.length : nullptr, time, start,
+            count);
+        const float A = load_parameter(p.step.A, head, p.step.A_type);
+        const float bias = p.step.bias
+            ? load_parameter(p.step.bias, head, p.step.bias_type) : 0.f;
+        make_decays<false>(shared.decays, raw, bias, A * LOG2E, p.step, count);
+        *(float2 *)(shared.steps + 2 * lane) = make_float2(
+            raw_step(raw.dt[0], p.step.dt_type) + bias,
+            raw_step(raw.dt[1], p.step.dt_type) + bias);
+    };
+    // The gradients by dt, and shares of those by A and by the bias, from what the warps have left.
+    auto finish = [&](int head) {
+        float2 ddt;
+        const float2 parts = finish_steps<T, P, N>(
+            shared, ddt, load_parameter(p.step.A, head, p.step.A_type), p.step, count);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            const int i = 2 * lane + e;
+            if (i < count)
+                store_parameter(p.ddt.data, batch * p.ddt.b + time(start + i) * p.ddt.l
+                                + (long long)head * p.ddt.h, p.step.dt_type, e ? ddt.y : ddt.x);
+        }
+        if (lane < 2)
+            p.head_parts[(((long long)lane * p.batch + batch) * p.chunks + chunk) * p.heads + head]
+                = lane ? parts.y : parts.x;
+        __syncwarp();  // before the decays are written anew
+    };
+
+    float dB[OWN][2][4] = {}, dC[OWN][2][4] = {};
+    const int first_head = group * p.per_group + split * p.per_split;
+    const int end_head = min(first_head + p.per_split, (group + 1) * p.per_group);
+    for (int head = first_head;; ++head) {
+        const bool more = head < end_head;
+        if (more) copy(head);
+        if (warp == 0) {  // while the copies are under way
+            if (head > first_head) finish(head - 1);
+            if (more) prepare(head);
+        }
+        if (!more) break;
+        wait_copies<0>();
+        __syncthreads();
+
+        // The weights of x in y, and the gradients by C B^T, on and below the diagonal.
+        const Decays &decays = shared.decays;
+        for (int i = warp; i < 10; i += WARPS) {
+            const int r = i < 1 ? 0 : i < 3 ? 1 : i < 6 ? 2 : 3, b = i - r * (r + 1) / 2;
+            float products[2][4] = {}, grads[2][4] = {}, passed[2][4];
+#pragma unroll 2
+            for (int n = 0; n < (N > P ? N : P) / BLOCK; ++n) {
+                if (n < N / BLOCK)
+                    multiply_rows<T, FAST>(products, shared.C + BLOCK * r * K + BLOCK * n, K,
+                                           shared.B + BLOCK * b * K + BLOCK * n, K);
+                if (n < P / BLOCK)
+                    multiply_rows<T, FAST>(grads, shared.dy + BLOCK * r * X + BLOCK * n, X,
+                                           shared.x + BLOCK * b * X + BLOCK * n, X);
+            }
+            decay_block<false>(products, decays, r, b);
+            float down[2] = {};
+#pragma unroll
+            for (int n = 0; n < 2; ++n)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) passed[n][e] = products[n][e] * grads[n][e];
+            decay_block<false>(grads, decays, r, b);
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+                const float2 dt = *(const float2 *)(decays.dt + BLOCK * b + 8 * n + 2 * t);
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    const float sum = sum_over_rows(passed[n][e] + passed[n][2 + e]);
+                    if (g == 0) shared.columns[r][BLOCK * b + 8 * n + 2 * t + e] = sum;
+                }
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    const float step = e & 1 ? dt.y : dt.x;
+                    products[n][e] *= step, grads[n][e] *= step, passed[n][e] *= step;
+                    down[e >> 1] += passed[n][e];
+                }
+            }
+            store_block<T>(shared.weights(r, b), S, products);
+            store_block<T>(shared.grads(r, b), S, grads);
+            if (b < r) {
+                down[0] = sum_over_columns(down[0]), down[1] = sum_over_columns(down[1]);
+                const float sum = sum_over_rows(down[0] + down[1]);
+                if (t == 0) {
+                    shared.rows[b][BLOCK * r + g] = down[0];
+                    shared.rows[b][BLOCK * r + 8 + g] = down[1];
+                }
+                if (lane == 0) shared.blocks[r][b] = sum;
+            } else {
+                sum_within(shared.within + BLOCK * r, passed);
+            }
+        }
+        __syncthreads();
+
+        // The gradients by C and B.
+#pragma unroll
+        for (int o = 0; o < OWN; ++o) {
+            const int r = part * OWN + o;
+            // Of a row: what C reads from the state that enters, and what B leaves in the one that
+            // leaves; and what comes from the rows before, and from those after.
+            float by_C[2][4] = {}, by_B[2][4] = {};
+#pragma unroll 2
+            for (int n = 0; with_states && n < P / BLOCK; ++n) {
+                multiply_right<T, FAST>(by_C, shared.dy + BLOCK * r * X + BLOCK * n, X,
+                                        shared.state + BLOCK * n * K + BLOCK * slice, K);
+                multiply_right<T, FAST>(by_B, shared.x + BLOCK * r * X + BLOCK * n, X,
+                                        shared.grad_state + BLOCK * n * K + BLOCK * slice, K);
+            }
+            add_rows<T>(dC[o], shared.reads[slice] + BLOCK * r, by_C,
+                        shared.C + BLOCK * r * K + BLOCK * slice, K, decays.enter + BLOCK * r,
+                        nullptr);
+            add_rows<T>(dB[o], shared.leaves[slice] + BLOCK * r, by_B,
+                        shared.B + BLOCK * r * K + BLOCK * slice, K, decays.leave + BLOCK * r,
+                        decays.dt + BLOCK * r);
+#pragma unroll (N > 64 ? 1 : BLOCKS)
+            for (int b = 0; b < BLOCKS; ++b) {
+                if (b <= r)
+                    multiply_right<T, FAST>(dC[o], shared.grads(r, b), S,
+                                            shared.B + BLOCK * b * K + BLOCK * slice, K);
+                if (b >= r)
+                    multiply_right<T, FAST, true>(dB[o], shared.grads(b, r), S,
+                                                  shared.C + BLOCK * b * K + BLOCK * slice, K);
+            }
+        }
+
+        // The gradient by x.
+        for (int i = warp; i < BLOCKS * (P / BLOCK); i += WARPS) {
+            const int r = i % BLOCKS, tile = i / BLOCKS;
+            if (BLOCK * tile >= p.dim) continue;
+            float dx[2][4] = {};
+#pragma unroll 2
+            for (int n = 0; with_states && n < N / BLOCK; ++n)
+                multiply_rows<T, FAST>(dx, shared.B + BLOCK * r * K + BLOCK * n, K,
+                                       shared.grad_state + BLOCK * tile * K + BLOCK * n, K);
+            const int row = BLOCK * r + g;
+            const float upper = decays.leave[row] * decays.dt[row];
+            const float lower = decays.leave[row + 8] * decays.dt[row + 8];
+#pragma unroll
+            for (int m = 0; m < 2; ++m)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) dx[m][e] *= e < 2 ? upper : lower;
+            for (int b = r; b < BLOCKS; ++b)
+                multiply_right<T, FAST, true>(dx, shared.weights(b, r), S,
+                                              shared.dy + BLOCK * b * X + BLOCK * tile, X);
+#pragma unroll
+            for (int m = 0; m < 2; ++m) {
+                const int c = BLOCK * tile + 8 * m + 2 * t;
+                if (!p.D || BLOCK * tile + 8 * m >= p.dim) continue;
+                const long long at = p.D_full ? (long long)head * p.dim + c : head;
+                const float skip0 = load_parameter(p.D, at, p.D_type);
+                const float skip1 = p.D_full ? load_parameter(p.D, at + 1, p.D_type) : skip0;
+                float2 sum = make_float2(0.f, 0.f);
+#pragma unroll
+                for (int k = 0; k < 2; ++k) {
+                    const float2 dy = load_pair<T>(shared.dy + (row + 8 * k) * X + c);
+                    const float2 x = load_pair<T>(shared.x + (row + 8 * k) * X + c);
+                    dx[m][2 * k] += skip0 * dy.x, dx[m][2 * k + 1] += skip1 * dy.y;
+                    sum.x += x.x * dy.x, sum.y += x.y * dy.y;
+                }
+                sum = make_float2(sum_over_rows(sum.x), sum_over_rows(sum.y));
+                if (g == 0)
+                    *(float2 *)(p.D_parts + ((((long long)batch * p.chunks + chunk) * BLOCKS + r)
+                                             * p.heads + head) * p.dim + c) = sum;
+            }
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                const Four<T> v(pack<T>(dx[0][2 * k], dx[0][2 * k + 1]),
+                                pack<T>(dx[1][2 * k], dx[1][2 * k + 1]));
+                const int c = BLOCK * tile + first_column(t);
+                if (row + 8 * k < count && c < p.dim)
+                    v.store((E *)p.dx.data + batch * p.dx.b + time(start + row + 8 * k) * p.dx.l
+                            + (long long)head * p.dx.h + c);
+            }
+        }
+        float dot = 0.f;
+        for (int i = thread; with_states && i < P * N / 2; i += THREADS) {
+            const int at = i / (N / 2) * K + i % (N / 2) * 2;
+            const float2 a = load_pair<T>(shared.state + at), b = load_pair<T>(
+                shared.grad_state + at);
+            dot += a.x * b.x + a.y * b.y;
+        }
+#pragma unroll
+        for (int by = 16; by; by >>= 1) dot += __shfl_xor_sync(0xffffffffu, dot, by);
+        if (lane == 0) shared.dots[warp] = dot;
+        __syncthreads();
+    }
+
+#pragma unroll
+    for (int o = 0; o < OWN; ++o)
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            const int row = BLOCK * (part * OWN + o) + 8 * k + g;
+            const int s = BLOCK * slice + first_column(t);
+            const long long at = time(start + row);
+            const float2 left_B = make_float2(dB[o][0][2 * k], dB[o][0][2 * k + 1]);
+            const float2 right_B = make_float2(dB[o][1][2 * k], dB[o][1][2 * k + 1]);
+            const float2 left_C = make_float2(dC[o][0][2 * k], dC[o][0][2 * k + 1]);
+            const float2 right_C = make_float2(dC[o][1][2 * k], dC[o][1][2 * k + 1]);
+            const bool valid = row < count && s < p.state;
+            if (p.BC_parts) {
+                const long long to = ((((long long)split * p.batch + batch) * p.length + at)
+                                      * p.groups + group) * p.state + s;
+                const long long half = (long long)p.splits * p.batch * p.length * p.groups
+                    * p.state;
+                const Four<Float> b(left_B, right_B), c(left_C, right_C);
+                if (valid) b.store(p.BC_parts + to), c.store(p.BC_parts + half + to);
+            } else {
+                const Four<T> b(pack<T>(left_B.x, left_B.y), pack<T>(right_B.x, right_B.y));
+                const Four<T> c(pack<T>(left_C.x, left_C.y), pack<T>(right_C.x, right_C.y));
+                if (!valid) continue;
+                b.store((E *)p.dB.data + batch * p.dB.b + at * p.dB.l + (long long)group * p.dB.h
+                        + s);
+                c.store((E *)p.dC.data + batch * p.dC.b + at * p.dC.l + (long long)group * p.dC.h
+                        + s);
+            }
+        }
+}

@@ -1,0 +1,345 @@
+"""Launches of the kernels in ``kernels/ssd``, on addresses.
+
+A chunk is :data:`CHUNK` tokens. Where sequences are few and long, they are divided into spans of
+chunks: one launch finds what each does to a state from zero, one what enters each, and the scan
+runs from there. ``kernels/README.md`` says how the kernels work. They need sm_80.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+
+from vmamba_mm.ops.core.launch import (
+    CODES,
+    TYPES,
+    Instance,
+    cached,
+    device_limits,
+    kernel,
+)
+
+CHUNK = 64  # Q in ssd.cuh
+_BLOCK = 16
+BLOCKS = CHUNK // _BLOCK
+STATES = 16, 32, 64, 128, 256  # N of the kernels
+MOST_CHANNELS = 128
+
+#: Chunks of a span at most, for tests.
+max_span: int | None = None
+#: How forwards are divided, for tests and measurements.
+force: 'Shape | None' = None
+
+
+class Shape(NamedTuple):
+    """How a block of the forward is made up: 16 * ``tiles`` channels to a warp, ``slices`` warps to
+    a head, ``heads`` heads; ``stages`` chunks in shared memory."""
+    tiles: int
+    slices: int
+    heads: int
+    stages: int
+
+    @property
+    def width(self) -> int:
+        return _BLOCK * self.tiles * self.slices
+
+    def shared(self, size: int, states: int) -> int:
+        """Bytes of shared memory, for elements of so many bytes; as ForwardShared."""
+        stage = self.heads * _tile(self.width, size) + 2 * _tile(states, size)
+        return self.stages * stage + self.heads * (_tile(CHUNK, size) + 2 * _DECAYS)
+
+
+_DECAYS = 4 * (7 * CHUNK + 8)  # bytes of Decays
+
+
+def _tile(columns: int, size: int) -> int:
+    """Bytes of a tile with a row for each token."""
+    return CHUNK * (columns * size + 16)
+
+
+def padded_states(state: int) -> int:
+    """N of the kernels for so many states."""
+    return next(n for n in STATES if n >= state)
+
+
+# --- what is compiled -------------------------------------------------------------------------
+
+def _flag(value: bool) -> str:
+    return str(value).lower()
+
+
+def forward_instance(type_: str, fast: bool, shape: Shape, states: int) -> Instance:
+    return Instance('ssd/ssd_fwd.cu',
+                    f'ssd_fwd<{type_}, {_flag(fast)}, {shape.tiles}, {shape.slices}, {states}, '
+                    f'{shape.heads}, {shape.stages}>')
+
+
+class StatesShape(NamedTuple):
+    """How a block of ssd_states is made up, as :class:`Shape`, with so many of the N states."""
+    slices: int
+    stages: int
+    states: int
+
+    @property
+    def width(self) -> int:
+        return _BLOCK * self.slices
+
+    def shared(self, size: int) -> int:
+        """Bytes of shared memory; as StatesShared."""
+        return self.stages * (_tile(self.width, size) + _tile(self.states, size)) + 2 * _DECAYS
+
+
+def states_instance(type_: str, fast: bool, shape: StatesShape) -> Instance:
+    return Instance('ssd/ssd_states.cu',
+                    f'ssd_states<{type_}, {_flag(fast)}, {shape.slices}, {shape.states}, '
+                    f'{shape.stages}>')
+
+
+def combine_instance() -> Instance:
+    return Instance('ssd/ssd_combine.cu', 'ssd_combine')
+
+
+def backward_instance(type_: str, fast: bool, channels: int, states: int) -> Instance:
+    return Instance('ssd/ssd_bwd.cu', f'ssd_bwd<{type_}, {_flag(fast)}, {channels}, {states}>')
+
+
+def backward_warps(states: int) -> int:
+    """WARPS of BackwardShared."""
+    return max(states // _BLOCK, 4)
+
+
+def backward_shared(size: int, channels: int, states: int) -> int:
+    """Bytes of shared memory; as BackwardShared."""
+    slices = states // _BLOCK
+    tiles = (2 * (_tile(states, size) + _tile(channels, size) + channels * (states * size + 16))
+             + _tile(CHUNK, size) * (CHUNK + _BLOCK) // CHUNK)
+    sums = 4 * (CHUNK * (2 * 4 + 2 + 2 * slices) + 16 + backward_warps(states))
+    return tiles + _DECAYS + -(-sums // 16) * 16
+
+
+#: Type, channels, N: those that published models use, and one for each kind beside them; and the
+#: lowest compute capability. That of matrix instructions 16 elements deep is 8.0.
+_COMPILED = [('BFloat', 64, 64, 80), ('Half', 32, 16, 80), ('Float', 16, 32, 80),
+             # The backward of these needs more shared memory than sm_86 and sm_89 have.
+             ('BFloat', 64, 128, 90), ('Half', 64, 256, 90)]
+
+
+def _compiled() -> Iterator[tuple[Instance, int]]:
+    for type_, channels, states, low in _COMPILED:
+        slices, stages = channels // _BLOCK, 1 if states > 128 else 2
+        yield forward_instance(type_, False, Shape(1, slices, 1, stages), states), 80
+        yield states_instance(type_, False, StatesShape(slices, 2, min(states, 128))), 80
+        yield backward_instance(type_, False, channels, states), low
+    yield forward_instance('Float', True, Shape(1, 4, 1, 2), 64), 80
+    yield forward_instance('Half', False, Shape(2, 1, 2, 2), 16), 80
+    yield combine_instance(), 80
+
+
+#: What is compiled to check it, and the lowest compute capability that it is for.
+INSTANCES: dict[Instance, int] = dict(_compiled())
+
+
+# --- sizes ------------------------------------------------------------------------------------
+
+class Sizes(NamedTuple):
+    batch: int
+    length: int
+    heads: int
+    dim: int
+    groups: int
+    state: int
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.length // CHUNK)
+
+    @property
+    def states(self) -> int:
+        """N of the kernels."""
+        return padded_states(self.state)
+
+
+class Strides(NamedTuple):
+    """Of a map (B, L, H, ...), in elements."""
+    b: int
+    l: int  # noqa: E741
+    h: int
+
+
+class Options(NamedTuple):
+    """What a call says beside its tensors. Types are those of parameters, None for absent ones."""
+    dt: torch.dtype
+    A: torch.dtype
+    D: torch.dtype | None
+    D_full: bool
+    bias: torch.dtype | None
+    softplus: bool
+    low: float
+    high: float
+    reverse: bool
+
+    def fields(self) -> dict[str, int | float]:
+        return dict(step_A_type=CODES[self.A], step_bias_type=CODES.get(self.bias, 0),
+                    step_dt_type=CODES[self.dt], step_softplus=int(self.softplus),
+                    step_low=self.low, step_high=self.high)
+
+
+def map_fields(**strides: Strides) -> dict[str, int]:
+    return {f'{name}_{side}': value for name, of in strides.items()
+            for side, value in of._asdict().items()}
+
+
+# --- plans ------------------------------------------------------------------------------------
+
+def forward_shape(index: int, size: int, sizes: Sizes) -> Shape:
+    """The least shared memory that has two stages, else one."""
+    if force is not None:
+        return force
+    slices = next(n for n in (1, 2, 4, 8) if _BLOCK * n >= sizes.dim)
+    shape = Shape(1, slices, 1, 2)
+    if shape.shared(size, sizes.states) > device_limits(index)[2]:
+        shape = shape._replace(stages=1)
+    return shape
+
+
+def padded_channels(dim: int) -> int:
+    """P of the backward's kernel for so many channels."""
+    return next(n for n in (16, 32, 64, 128) if n >= dim)
+
+
+def states_shape(index: int, size: int, sizes: Sizes) -> StatesShape:
+    shape = StatesShape(padded_channels(sizes.dim) // _BLOCK, 2, min(sizes.states, 128))
+    if shape.shared(size) > device_limits(index)[2]:
+        shape = shape._replace(stages=1)
+    return shape
+
+
+def least_shared(size: int, dim: int, state: int, training: bool) -> int:
+    """Bytes of shared memory that the kernels need, for elements of so many bytes."""
+    states = padded_states(state)
+    shape = Shape(1, padded_channels(dim) // _BLOCK, 1, 1)
+    return max(shape.shared(size, states),
+               backward_shared(size, padded_channels(dim), states) if training else 0)
+
+
+def span_of(index: int, sizes: Sizes, sequences: int) -> tuple[int, int]:
+    """(chunks of a span, spans) for so many ``sequences``, of which a block has one. They are
+    divided if they are fewer than multiprocessors, and into spans of at least 4 chunks."""
+    multiprocessors, chunks = device_limits(index)[0], sizes.chunks
+    if max_span:
+        span = max_span
+    elif sequences >= multiprocessors:
+        span = chunks
+    else:
+        span = max(-(-chunks // (3 * multiprocessors // sequences)), min(4, chunks))
+    return span, -(-chunks // span)
+
+
+# --- launches ---------------------------------------------------------------------------------
+
+class Launch(NamedTuple):
+    """``run`` launches; ``memory`` bytes that it needs."""
+    run: Callable[..., None]
+    memory: int
+
+
+class Slab:
+    """Parts of one piece of memory, each at a multiple of 256 bytes."""
+
+    def __init__(self):
+        self.size = 0
+
+    def take(self, count: int, size: int = 4) -> int:
+        """The offset of a part of ``count`` elements of ``size`` bytes."""
+        at = self.size
+        self.size += -(-count * size // 256) * 256
+        return at
+
+
+class States:
+    """Launches of ssd_states and ssd_combine: ``span`` chunks of a span, ``spans`` of them."""
+
+    def __init__(self, index: int, dtype: torch.dtype, fast: bool, sizes: Sizes, options: Options,
+                 maps: dict[str, Strides], span: int, spans: int):
+        self.sizes, self.spans = sizes, spans
+        self.shape = states_shape(index, dtype.itemsize, sizes)
+        self._index, self._dtype, self._fast = index, dtype, fast
+        zero = Strides(0, 0, 0)
+        self._fields = dict(
+            length=sizes.length, heads=sizes.heads, per_group=sizes.heads // sizes.groups,
+            dim=sizes.dim, state=sizes.state, columns=-(-sizes.dim // self.shape.width),
+            parts=-(-sizes.state // self.shape.states), chunks=sizes.chunks, span=span,
+            spans=spans, reverse=int(options.reverse),
+            **options.fields(), **map_fields(**dict.fromkeys(('x', 'dy', 'dt', 'B', 'C'), zero)
+                                              | maps))
+
+    @property
+    def entries(self) -> int:
+        """Numbers of the states of all spans."""
+        sizes = self.sizes
+        return sizes.batch * sizes.heads * self.spans * sizes.dim * sizes.state
+
+    @property
+    def sums(self) -> int:
+        return self.sizes.batch * self.sizes.heads * self.spans
+
+    def bind(self, jobs: int, backwards: int = 0) -> Callable[..., None]:
+        """The states, the gradients (``backwards``), or both."""
+        sizes, size = self.sizes, self._dtype.itemsize
+        blocks = sizes.batch * sizes.heads * self._fields['columns'] * self._fields['parts']
+        return kernel(self._index, states_instance, TYPES[self._dtype], self._fast,
+                      self.shape).bind(
+            (blocks, self.spans, jobs), (32 * self.shape.slices, 1, 1), self.shape.shared(size),
+            backwards=backwards, **self._fields)
+
+    def combine(self, jobs: int) -> Callable[..., None]:
+        sizes = self.sizes
+        count, size = sizes.batch * sizes.heads, sizes.dim * sizes.state
+        return kernel(self._index, combine_instance).bind(
+            (-(-count * size // 512), jobs, 1), (128, 1, 1), count=count, spans=self.spans,
+            size=size, backwards=0)
+
+
+@cached
+def forward_launch(index: int, dtype: torch.dtype, fast: bool, sizes: Sizes, options: Options,
+                   x: Strides, z: Strides, y: Strides, dt: Strides, B: Strides, C: Strides
+                   ) -> Launch:
+    """The forward.
+
+    It takes the addresses of x, dt, A, B, C, y and memory, and, 0 for none, of D, bias, z, start
+    and last (the initial and the final state, (B, H, P, N), fp32), and seq_idx (B, L), int32.
+    """
+    shape = forward_shape(index, dtype.itemsize, sizes)
+    columns = -(-sizes.dim // shape.width)
+    sequences = sizes.batch * sizes.heads // shape.heads * columns
+    span, spans = span_of(index, sizes, sequences)
+    run = kernel(index, forward_instance, TYPES[dtype], fast, shape, sizes.states).bind(
+        (sequences, spans, 1), (32 * shape.slices * shape.heads, 1, 1),
+        shape.shared(dtype.itemsize, sizes.states),
+        length=sizes.length, heads=sizes.heads, per_group=sizes.heads // sizes.groups,
+        dim=sizes.dim, state=sizes.state, columns=columns, span=span, spans=spans,
+        reverse=int(options.reverse), D_type=CODES.get(options.D, 0), D_full=int(options.D_full),
+        **options.fields(), **map_fields(x=x, z=z, y=y, dt=dt, B=B, C=C))
+    if spans == 1:
+        def launch_forward(x, dt, A, B, C, y, memory, D=0, bias=0, z=0, start=0, last=0, seq_idx=0):
+            run(x_data=x, dt_data=dt, step_A=A, B_data=B, C_data=C, y_data=y, D=D, step_bias=bias,
+                z_data=z, entries=start, last=last, step_index=seq_idx)
+
+        return Launch(launch_forward, 0)
+
+    states = States(index, dtype, fast, sizes, options, dict(x=x, dt=dt, B=B), span, spans)
+    slab = Slab()
+    ends_at, entries_at = slab.take(states.entries), slab.take(states.entries)
+    sums_at = slab.take(states.sums)
+    summarise, combine = states.bind(1), states.combine(1)
+
+    def launch_in_spans(x, dt, A, B, C, y, memory, D=0, bias=0, z=0, start=0, last=0,
+                           seq_idx=0):
+        ends, entries, sums = memory + ends_at, memory + entries_at, memory + sums_at
+        summarise(x_data=x, dt_data=dt, step_A=A, step_bias=bias, step_index=seq_idx, B_data=B,
+                  ends=ends, sums=sums)
+        combine(ends=ends, sums=sums, before=start, entries=entries)
+        run(x_data=x, dt_data=dt, step_A=A, B_data=B, C_data=C, y_data=y, D=D, step_bias=bias,
+            z_data=z, entries=entries, last=last, step_index=seq_idx)
+
+    return Launch(launch_in_spans, slab.size)
