@@ -127,7 +127,7 @@ def plan_of(index: int, name: str, sizes: Sizes) -> Plan:
         return Plan(span, -(-length // span), 1)
     warps = min(most(span), _HEIGHTS[0])
     while warps > 4 and samples * (length // (span * warps)) < 2 * multiprocessors:
-        warps //= 2
+        warps = max(4, warps // 2)
     return Plan(span, warps, -(-length // (span * warps)))
 
 
