@@ -35,7 +35,7 @@ __global__ void WKV_BOUNDS(WARPS) bi_wkv_bwd(const BiWkvBwdParams p) {
     const Board<4> drive_board = {shared + at.lane, at.warps};
     float *const memory = shared + 2 * at.warps * Board<2>::ROW;
     const Column<float2> kept((float2 *)memory, at.warp * R, at.lane);
-    BiSpan<T, R, Column<float>> span = {
+    BiSpan<T, R> span = {
         {}, Column<float>(memory + 2 * at.warps * R * LANES, at.warp * R, at.lane)};
     const Column<float> dy(memory + 3 * at.warps * R * LANES, at.warp * R, at.lane);
     at.load(dy, p.dy, p.length);

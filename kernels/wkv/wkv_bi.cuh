@@ -4,11 +4,10 @@
 #pragma once
 #include "wkv/wkv.cuh"
 
-// Values is what holds an element for each token.
-template <class T, int R, class Values>
+template <class T, int R>
 struct BiSpan {
     float e[R];  // where is_near: exp(k - most), 0 beyond the end
-    Values ev;   // that times the value
+    Column<float> ev;  // that times the value
     float w, u, decay, most;
     bool is_near;
     Sums<2> before, after;  // at first of its own tokens, then of all before and all after it

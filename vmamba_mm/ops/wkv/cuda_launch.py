@@ -1,8 +1,8 @@
 """Launches of the kernels in ``kernels/wkv``, on addresses.
 
 A block has 32 channels, and a section of the tokens of a sample: a span for each of its warps. Of
-up to 256 tokens all are one section, and an op is one launch. Longer sequences are several sections:
-one launch finds what each does to the sums, one what enters each, and the op runs from there.
+up to 256 tokens all are one section, and an op is one launch. Longer sequences are several: one
+launch finds what each section does to the sums, one what enters each, and the op runs from there.
 ``kernels/README.md`` says how the kernels work.
 """
 
@@ -103,7 +103,7 @@ class Plan(NamedTuple):
 
 def _shared(name: str, span: int) -> int:
     """Bytes of shared memory of a warp, as the kernels take it."""
-    of_sums, of_tokens = dict(wkv_fwd=(3, 0), wkv_bwd=(5, 4), bi_wkv_fwd=(6, 2),
+    of_sums, of_tokens = dict(wkv_fwd=(3, 0), wkv_bwd=(5, 4), bi_wkv_fwd=(6, 3),
                               bi_wkv_bwd=(6, 4))[name]
     return 4 * LANES * (of_sums + of_tokens * span)
 
