@@ -10,7 +10,7 @@ struct BiWkvBwdParams {
     void *dk, *dv;         // (B, T, C)
     float *parts;          // (B, sections, 2, C): by w and u
     float *ends;           // (2, B, sections, 5, C): the gradients that leave each
-    int batch, length, channels, columns, sections, w_type, u_type;
+    int batch, length, channels, sections, w_type, u_type;
 };
 
 // The sums of gradients r and r y, and of these times distances, a token further on, with one more.
@@ -29,7 +29,7 @@ __device__ __forceinline__ void step(Sums<4> &sums, float decay, float r, float 
 template <class T, int R, int WARPS, bool SUMS>
 __global__ void WKV_BOUNDS(WARPS) bi_wkv_bwd(const BiWkvBwdParams p) {
     extern __shared__ __align__(16) float shared[];
-    const Place<T, R> at(p.length, p.channels, p.columns);
+    const Place<T, R> at(p.length, p.channels);
     const Board<2> boards[2] = {{shared + at.lane, at.warps},
                                 {shared + at.warps * Board<2>::ROW + at.lane, at.warps}};
     const Board<4> drive_board = {shared + at.lane, at.warps};
@@ -157,10 +157,9 @@ __global__ void WKV_BOUNDS(WARPS) bi_wkv_bwd(const BiWkvBwdParams p) {
                 const float by_now = now * fmaf(-span.e[i], r_y.y, span.ev[i]);
                 const float by_r = before.x[0] + later[j].x, by_ry = before.x[1] + later[j].y;
                 by_u += by_now;
-                if (i < at.count) {
-                    at.store(dk, i, p.channels, fmaf(span.ev[i], by_r, fmaf(-span.e[i], by_ry, by_now)));
-                    at.store(dv, i, p.channels, span.e[i] * (by_r + now));
-                }
+                at.store(dk, i, p.channels,
+                         fmaf(span.ev[i], by_r, fmaf(-span.e[i], by_ry, by_now)));
+                at.store(dv, i, p.channels, span.e[i] * (by_r + now));
                 add_by_w(before, i);
                 pass(before, i);
             }

@@ -8,13 +8,13 @@ struct BiWkvFwdParams {
     const void *w, *u;     // (C)
     const float *entries;  // (2, B, sections, 3, C): what enters each from both sides; or null
     float *ends;           // (2, B, sections, 3, C): what leaves each, of its tokens alone
-    int batch, length, channels, columns, sections, w_type, u_type;
+    int batch, length, channels, sections, w_type, u_type;
 };
 
 template <class T, int R, int WARPS, bool SUMS>
 __global__ void WKV_BOUNDS(WARPS) bi_wkv_fwd(const BiWkvFwdParams p) {
     extern __shared__ __align__(16) float shared[];
-    const Place<T, R> at(p.length, p.channels, p.columns);
+    const Place<T, R> at(p.length, p.channels);
     const Board<2> boards[2] = {{shared + at.lane, at.warps},
                                 {shared + at.warps * Board<2>::ROW + at.lane, at.warps}};
     float *const memory = shared + 2 * at.warps * Board<2>::ROW;
@@ -59,7 +59,7 @@ __global__ void WKV_BOUNDS(WARPS) bi_wkv_fwd(const BiWkvFwdParams p) {
             const float2 after = later[i];
             const float numerator = fmaf(bonus, span.ev[i], span.before.x[0] + after.x);
             const float denominator = fmaf(bonus, span.e[i], span.before.x[1] + after.y);
-            if (i < at.count) at.store(y, i, p.channels, numerator * rcp(denominator));
+            at.store(y, i, p.channels, numerator * rcp(denominator));
             span.step(span.before, i, 1.f);
         }
     } else {

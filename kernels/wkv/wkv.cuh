@@ -118,17 +118,18 @@ struct Board {
 template <class T, int R>
 struct Place {
     int lane, warp, warps, sample, section, channel, first, count;
-    bool valid;  // there is such a channel; the others read the last one and write nothing
+    int written;  // tokens whose results it writes: `count`, or 0
+    bool valid;   // there is such a channel; the others read the last one and write nothing
 
-    __device__ __forceinline__ Place(int length, int channels, int columns) {
+    __device__ __forceinline__ Place(int length, int channels) {
         lane = threadIdx.x, warp = threadIdx.y, warps = blockDim.y;
-        sample = blockIdx.x / columns;
-        section = blockIdx.y;
-        channel = (blockIdx.x - sample * columns) * LANES + lane;
+        section = blockIdx.y, sample = blockIdx.z;
+        channel = blockIdx.x * LANES + lane;
         valid = channel < channels;
         channel = min(channel, channels - 1);
         first = (section * warps + warp) * R;
         count = max(0, min(R, length - first));
+        written = valid ? count : 0;
     }
     static constexpr int SIZE = same<T, Float> ? 4 : 2;
     // Beyond the end, the last token again: loads are never skipped, so all are under way at once.
@@ -137,6 +138,11 @@ struct Place {
         const int begin = min(first, length - 1), last = length - 1 - begin;
         const char *at = address(map, begin);
         const int step = map.t * SIZE;
+        if (last >= R - 1) {
+#pragma unroll
+            for (int i = 0; i < R; ++i) to[i] = value(at + (long long)step * i);
+            return;
+        }
 #pragma unroll
         for (int i = 0; i < R; ++i) {
             to[i] = value(at);
@@ -161,7 +167,7 @@ struct Place {
     }
     // That of token `first` + i, from the address of `first`.
     __device__ __forceinline__ void store(char *to, int i, int channels, float v) const {
-        if (valid) store_result(to + (long long)i * (channels * SIZE), 0, T::CODE, v);
+        if (i < written) store_result(to + (long long)(channels * SIZE) * i, 0, T::CODE, v);
     }
     // Sums of a section in memory (ways, B, sections, N + 1, C); null stays null.
     template <int N, class Pointer>

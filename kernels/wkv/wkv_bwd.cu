@@ -15,13 +15,13 @@ struct WkvBwdParams {
     float *dentry;         // (B, 3, C): by what enters the first, or null
     float *parts;          // (B, sections, 2, C): by w and u
     float *ends;           // (B, sections, 5, C): what leaves each section at its start
-    int batch, length, channels, columns, sections, w_type, u_type;
+    int batch, length, channels, sections, w_type, u_type;
 };
 
 template <class T, int R, int WARPS, bool SUMS>
 __global__ void WKV_BOUNDS(WARPS) wkv_bwd(const WkvBwdParams p) {
     extern __shared__ __align__(16) float shared[];
-    const Place<T, R> at(p.length, p.channels, p.columns);
+    const Place<T, R> at(p.length, p.channels);
     const Board<4> board = {shared + at.lane, at.warps};
     const Board<2> first_board = {shared + at.lane, at.warps};
     // Of each token the result and the exponent of its sums, the value, and dy or r.

@@ -8,16 +8,15 @@ struct WkvCombineParams {
     float *entries;       // as ends
     const void *w;        // (C)
     // way: that of the first; tokens: of a section
-    int batch, channels, columns, sections, way, tokens, causal, w_type;
+    int batch, channels, sections, way, tokens, causal, w_type;
 };
 
 template <int N>
 __global__ void __launch_bounds__(LANES * 16) wkv_combine(const WkvCombineParams p) {
     extern __shared__ __align__(16) float shared[];
     const int lane = threadIdx.x, warp = threadIdx.y, warps = blockDim.y;
-    const int sample = blockIdx.x / p.columns, column = blockIdx.x - sample * p.columns;
-    const int channel = min(column * LANES + lane, p.channels - 1);
-    const bool valid = column * LANES + lane < p.channels, back = p.way + blockIdx.y == 1;
+    const int sample = blockIdx.z, channel = min((int)blockIdx.x * LANES + lane, p.channels - 1);
+    const bool valid = (int)blockIdx.x * LANES + lane < p.channels, back = p.way + blockIdx.y == 1;
     const int share = (p.sections + warps - 1) / warps, first = warp * share;
     const int end = min(first + share, p.sections);
     const float w = load_decay(p.w, channel, p.w_type, p.causal), tokens = p.tokens;

@@ -8,13 +8,13 @@ struct WkvFwdParams {
     const float *entries;  // (B, sections, 3, C): what enters each; or null
     float *last;           // (B, 3, C): what leaves the last, or null
     float *ends;           // (B, sections, 3, C): what leaves each, of its tokens alone
-    int batch, length, channels, columns, sections, w_type, u_type;
+    int batch, length, channels, sections, w_type, u_type;
 };
 
 template <class T, int R, int WARPS, bool SUMS>
 __global__ void WKV_BOUNDS(WARPS) wkv_fwd(const WkvFwdParams p) {
     extern __shared__ __align__(16) float shared[];
-    const Place<T, R> at(p.length, p.channels, p.columns);
+    const Place<T, R> at(p.length, p.channels);
     const Board<2> board = {shared + at.lane, at.warps};
     const float w = load_decay(p.w, at.channel, p.w_type, true);
     float k[R], v[R];

@@ -22,7 +22,9 @@ def _why_not(w, u, k, v, state=None) -> str | None:
             return 'the inputs are on different devices'
         if t.dtype not in TYPES:
             return 'an input is neither float32 nor float16 nor bfloat16'
-    if v.shape[1] > launches.MOST_SECTIONS * launches.SPANS[0] * 4 or v.shape[2] >= _FARTHEST:
+    batch, length, channels = v.shape
+    if (max(batch, length // (4 * launches.SPANS[0])) > launches.MOST_BLOCKS
+            or channels >= _FARTHEST):
         return f'a map of {tuple(v.shape)} is too large'
     return None
 

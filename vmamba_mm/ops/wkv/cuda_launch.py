@@ -24,7 +24,7 @@ from vmamba_mm.ops.fused.channels import SumJob, sum_launch
 LANES = 32
 SPANS = 8, 14, 16  # R of the kernels: tokens of a span at most
 _HEIGHTS = 14, 16  # WARPS of the kernels: a taller block has a multiprocessor for itself
-MOST_SECTIONS = 65535  # blocks of a launch in its second dimension
+MOST_BLOCKS = 65535  # of a launch in its second or third dimension: sections, samples
 
 #: Warps of a block at most, for tests.
 max_warps: int | None = None
@@ -166,18 +166,18 @@ class _Op:
             fields |= strides.fields(key)
         return kernel(self.index, _instance, name, TYPES[self.types.map], plan.span, plan.height,
                       sums).bind(
-            (sizes.batch * sizes.columns, plan.sections, 1), (LANES, plan.warps, 1),
+            (sizes.columns, plan.sections, sizes.batch), (LANES, plan.warps, 1),
             plan.warps * _shared(name, plan.span), batch=sizes.batch, length=sizes.length,
-            channels=sizes.channels, columns=sizes.columns, sections=plan.sections,
+            channels=sizes.channels, sections=plan.sections,
             w_type=CODES[self.types.w], u_type=CODES[self.types.u], **fields)
 
     def combine(self, plan: Plan, values: int) -> Callable[..., None]:
         """Of the sums of the forward (2 values), or of the gradients (4), which go backwards."""
         sizes, warps = self.sizes, min(16, plan.sections)
         return kernel(self.index, combine_instance, values).bind(
-            (sizes.batch * sizes.columns, self.ways, 1), (LANES, warps, 1),
+            (sizes.columns, self.ways, sizes.batch), (LANES, warps, 1),
             4 * LANES * warps * (values + 1), batch=sizes.batch, channels=sizes.channels,
-            columns=sizes.columns, sections=plan.sections, tokens=plan.tokens,
+            sections=plan.sections, tokens=plan.tokens,
             way=int(self.causal and values == 4), causal=int(self.causal),
             w_type=CODES[self.types.w])
 
