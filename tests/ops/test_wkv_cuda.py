@@ -20,7 +20,13 @@ from vmamba_mm.testing import relative_error
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 LIMITS = {SINGLE: 1e-5, HALF: 2e-3, BRAIN: 1.6e-2}
-OPS = [wkv, bi_wkv]
+
+
+def official(w, u, k, v, *, backend):
+    return bi_wkv(w, u, k, v, mode='official', blocks=8, backend=backend)
+
+
+OPS = [wkv, bi_wkv, official]
 
 
 @pytest.fixture(scope='module')
@@ -122,7 +128,7 @@ def test_strong_decays_and_bonuses(place, op, sectioned, strength, request):
     if sectioned:
         request.getfixturevalue('in_sections')
     inputs, grads = make(op, place, 2, 61, 5, scale=5.0)
-    inputs['w'] += strength if op is bi_wkv else abs(strength) ** 0.5
+    inputs['w'] += abs(strength) ** 0.5 if op is wkv else strength
     inputs['u'] *= strength
     check(op, inputs, grads, limit=1e-4)  # exponents are up to 200
 
@@ -209,3 +215,29 @@ def test_views_and_parameters_in_half_precision(place, op):
 def test_plans_of_an_h200(monkeypatch, name, sizes, expected):
     monkeypatch.setattr(cuda_launch, 'device_limits', lambda index: (132, 228 << 10, 227 << 10))
     assert cuda_launch.plan_of(0, name, Sizes(*sizes)) == Plan(*expected)
+
+
+@pytest.mark.parametrize('sectioned', [False, True])
+@pytest.mark.parametrize('length, blocks', [(196, 32), (31, 32), (100, 3), (129, 4), (7, 1)])
+def test_blocks_of_the_official_mode(place, length, blocks, sectioned, request):
+    if sectioned:
+        request.getfixturevalue('in_sections')
+    inputs, grads = make(bi_wkv, place, 2, length, 3)
+    check(bi_wkv, inputs, grads, mode='official', blocks=blocks)
+    check(bi_wkv, inputs, grads, mode='official', blocks=blocks, eps=0.1)
+
+
+def test_long_blocks_of_the_official_mode_are_for_plain_pytorch(place):
+    inputs, _ = make(bi_wkv, place, 1, 300, 2)
+    with pytest.raises(ValueError, match='300 tokens in 1 blocks; on this GPU the kernels take'):
+        bi_wkv(**inputs, mode='official', blocks=1, backend='cuda')
+    assert bi_wkv(**inputs, mode='official', blocks=1).isfinite().all()
+
+
+@pytest.mark.parametrize('length, which, expected', [
+    (196, 'fwd', (7, 14, 1, 14, 14, 1)), (196, 'bwd', (7, 14, 1, 14, 14, 1)),
+    (256, 'fwd', (8, 16, 1, 16, 16, 1)), (4200, 'bwd', (132, 132, 9, 15, 1, 32)),
+    (20, 'fwd', (1, 16, 1, 16, 2, 1)), (1024, 'fwd', (32, 32, 2, 16, 8, 4))])
+def test_cuts_of_an_h200(monkeypatch, length, which, expected):
+    monkeypatch.setattr(cuda_launch, 'device_limits', lambda index: (132, 228 << 10, 227 << 10))
+    assert cuda_launch.cut_of(0, which, length, 32) == expected

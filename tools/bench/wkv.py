@@ -23,6 +23,7 @@ from ss2d_gpu import describe_gpu, graphed
 from vmamba_mm.mm.measuring import median_ms
 from vmamba_mm.ops import bi_wkv, wkv
 from vmamba_mm.ops.core.launch import Instance, load
+from vmamba_mm.ops.wkv import cuda_launch
 
 IN_A_ROW = 10
 DTYPES = {'fp16': torch.float16, 'bf16': torch.bfloat16, 'fp32': torch.float32}
@@ -346,6 +347,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--rows', default='', metavar='TEXT', help='rows whose name has this')
+    parser.add_argument('--span', type=int, choices=list(cuda_launch.HEIGHTS), metavar='N',
+                        help='tokens of a warp (default: as the op chooses)')
     parser.add_argument('--check-only', action='store_true', help='no times')
     args = parser.parse_args()
     rows = [row for row in ROWS if args.rows in str(row)]
@@ -353,6 +356,7 @@ def main():
         parser.error(f'no row has {args.rows!r} in its name: {", ".join(map(str, ROWS))}')
     if not torch.cuda.is_available():
         raise SystemExit('error: torch finds no GPU here')
+    cuda_launch.force_span = args.span
     gpu = describe_gpu()
     print(f'{gpu["name"]}, {gpu["multiprocessors"]} multiprocessors at {gpu["MHz"]:.0f} MHz at '
           f'most, copy {gpu["copy"] / 1e9:.2f} TB/s; torch {torch.__version__}')

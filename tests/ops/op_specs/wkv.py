@@ -47,8 +47,7 @@ def bi_spec(mode, **kwargs):
         arguments=lambda inputs, out_dtype: (
             *map(inputs.get, NAMES), *((4, 1e-6) if mode == 'official' else (0, 0.0))),
         maps=('v', 'k'), takes_out_dtype=False,
-        backends=('reference', 'chunked') + ('cuda',) * (mode == 'paper'),
-        kernels=('cuda',) * (mode == 'paper'),
+        backends=('reference', 'chunked', 'cuda'),
         flops=lambda shape: 24 * shape[0] * shape[1] * shape[2], **kwargs)
 
 
@@ -69,5 +68,5 @@ SPECS = [
     replace(bi_spec('paper', make=make_slow, shapes=((2, 5, 3), (1, 2, 1), (3, 17, 4), (1, 50, 4)),
                     wrong=WRONG, **KERNELS), id=''),
     replace(bi_spec('official', make=make_slow, has_exact_gradient=False,
-                    shapes=((2, 9, 3), (1, 2, 3), (2, 3, 4), (1, 50, 4))),
+                    shapes=((2, 9, 3), (1, 2, 3), (2, 3, 4), (1, 50, 4)), **KERNELS),
             id='bi_wkv as the official kernel')]

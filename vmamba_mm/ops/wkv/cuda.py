@@ -1,4 +1,4 @@
-"""``wkv`` and the formula of ``bi_wkv`` by the CUDA kernels in ``kernels/wkv``."""
+"""``wkv`` and ``bi_wkv`` by the CUDA kernels in ``kernels/wkv``."""
 
 import torch
 from torch import Tensor
@@ -23,8 +23,7 @@ def _why_not(w, u, k, v, state=None) -> str | None:
         if t.dtype not in TYPES:
             return 'an input is neither float32 nor float16 nor bfloat16'
     batch, length, channels = v.shape
-    if (max(batch, length // (4 * launches.SPANS[0])) > launches.MOST_BLOCKS
-            or channels >= _FARTHEST):
+    if max(batch, length // 32) > launches.MOST_BLOCKS or channels >= _FARTHEST:
         return f'a map of {tuple(v.shape)} is too large'
     return None
 
@@ -35,9 +34,16 @@ def why_not(w, u, k, v, state, return_state) -> str | None:
 
 
 def bi_why_not(w, u, k, v, blocks, eps) -> str | None:
-    if blocks:
-        return 'the official mode'
-    return _why_not(w, u, k, v)
+    reason = _why_not(w, u, k, v)
+    if reason is None and blocks and -(-v.shape[1] // blocks) > _longest_block(v.device.index):
+        return (f'{v.shape[1]} tokens in {blocks} blocks; on this GPU the kernels take blocks of '
+                f'up to {_longest_block(v.device.index)}')
+    return reason
+
+
+@torch.compiler.assume_constant_result
+def _longest_block(index: int) -> int:
+    return launches.longest_block(index)
 
 
 def _map(t: Tensor) -> tuple[Tensor, Strides]:
@@ -46,20 +52,21 @@ def _map(t: Tensor) -> tuple[Tensor, Strides]:
     return t, Strides(*t.stride())
 
 
-def _forward(causal, w, u, k, v, state=None, last=None) -> Tensor:
+def _forward(find_launch, options, w, u, k, v, state=None, last=None) -> Tensor:
+    """``find_launch`` takes what describes the maps, and ``options``."""
     (k, of_k), (v, of_v) = _map(k), _map(v)
     w, u = w.contiguous(), u.contiguous()
     y = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    launch = launches.forward_launch(v.get_device(), causal, Types(v.dtype, w.dtype, u.dtype),
-                                     Sizes(*v.shape), of_k, of_v)
+    launch = find_launch(v.get_device(), Types(v.dtype, w.dtype, u.dtype), Sizes(*v.shape), of_k,
+                         of_v, *options)
     memory = v.new_empty(launch.memory, dtype=torch.uint8) if launch.memory else None
     launch.run(k=k.data_ptr(), v=v.data_ptr(), w=w.data_ptr(), u=u.data_ptr(), y=y.data_ptr(),
                memory=pointer(memory), start=pointer(state), last=pointer(last))
     return y
 
 
-def _backward(causal, grad, w, u, k, v, state=None, grad_last=None):
-    """Gradients by w, u, k, v and the state, fp32."""
+def _backward(find_launch, options, grad, w, u, k, v, state=None, grad_last=None):
+    """Gradients by w, u, k, v and the state, fp32; ``find_launch`` as for :func:`_forward`."""
     dtype = v.dtype
     dy = torch.zeros(v.shape, dtype=dtype, device=v.device) if grad is None else grad.to(dtype)
     (k, of_k), (v, of_v), (dy, of_dy) = _map(k), _map(v), _map(dy)
@@ -67,8 +74,8 @@ def _backward(causal, grad, w, u, k, v, state=None, grad_last=None):
     dk, dv = (torch.empty(v.shape, dtype=dtype, device=v.device) for _ in range(2))
     dw, du = torch.empty_like(w), torch.empty_like(u)
     dstate = None if state is None else torch.empty_like(state)
-    launch = launches.backward_launch(v.get_device(), causal, Types(dtype, w.dtype, u.dtype),
-                                      Sizes(*v.shape), of_k, of_v, of_dy)
+    launch = find_launch(v.get_device(), Types(dtype, w.dtype, u.dtype), Sizes(*v.shape), of_k,
+                         of_v, of_dy, *options)
     memory = v.new_empty(launch.memory, dtype=torch.uint8)
     launch.run(k=k.data_ptr(), v=v.data_ptr(), dy=dy.data_ptr(), w=w.data_ptr(), u=u.data_ptr(),
                dk=dk.data_ptr(), dv=dv.data_ptr(), dw=dw.data_ptr(), du=du.data_ptr(),
@@ -87,22 +94,27 @@ def forward(w, u, k, v, state, return_state) -> tuple[Tensor, Tensor]:
     batch, _, channels = v.shape
     last = torch.empty((batch, 3, channels) if return_state else 0, dtype=torch.float32,
                        device=v.device)
-    y = _forward(True, w, u, k, v, _as_state(state), last if return_state else None)
+    y = _forward(launches.forward_launch, (True,), w, u, k, v, _as_state(state),
+                 last if return_state else None)
     return y, last
 
 
 def backward(grad, grad_final, w, u, k, v, state, return_state):
     """Gradients by w, u, k, v and the state (None where there is none)."""
-    *grads, dstate = _backward(True, grad, w, u, k, v, _as_state(state),
-                               _as_state(grad_final) if return_state else None)
+    *grads, dstate = _backward(launches.backward_launch, (True,), grad, w, u, k, v,
+                               _as_state(state), _as_state(grad_final) if return_state else None)
     return *grads, None if state is None else dstate.to(state.dtype)
 
 
 def bi_forward(w, u, k, v, blocks, eps) -> Tensor:
     """Shapes as in :func:`vmamba_mm.ops.bi_wkv`."""
-    return _forward(False, w, u, k, v)
+    if blocks:
+        return _forward(launches.official_forward_launch, (blocks, eps), w, u, k, v)
+    return _forward(launches.forward_launch, (False,), w, u, k, v)
 
 
 def bi_backward(grad, w, u, k, v, blocks, eps):
     """Gradients by w, u, k and v."""
-    return _backward(False, grad, w, u, k, v)[:4]
+    if blocks:
+        return _backward(launches.official_backward_launch, (blocks, eps), grad, w, u, k, v)[:4]
+    return _backward(launches.backward_launch, (False,), grad, w, u, k, v)[:4]

@@ -22,12 +22,15 @@ from vmamba_mm.ops.core.launch import (
 from vmamba_mm.ops.fused.channels import SumJob, sum_launch
 
 LANES = 32
-SPANS = 8, 14, 16  # R of the kernels: tokens of a span at most
-_HEIGHTS = 14, 16  # WARPS of the kernels: a taller block has a multiprocessor for itself
+#: R and WARPS of the kernels: tokens of a span, and spans of a block at most. One of 16 has a
+#: multiprocessor for itself; 28 is for measurements.
+HEIGHTS = {8: 14, 14: 14, 16: 16, 28: 7}
 MOST_BLOCKS = 65535  # of a launch in its second or third dimension: sections, samples
 
 #: Warps of a block at most, for tests.
 max_warps: int | None = None
+#: Tokens of a span, for measurements.
+force_span: int | None = None
 
 
 # --- what is compiled -------------------------------------------------------------------------
@@ -41,13 +44,28 @@ def combine_instance(values: int) -> Instance:
     return Instance('wkv/wkv_combine.cu', f'wkv_combine<{values}>')
 
 
+def _official_instance(which: str, type_: str, mode: int | str) -> Instance:
+    return Instance(f'wkv/bi_wkv_official_{which}.cu',
+                    f'bi_wkv_official_{which}<{type_}, {mode}>')
+
+
+def _compiled_official() -> Iterator[Instance]:
+    for type_ in ('Half', 'BFloat', 'Float'):
+        yield _official_instance('fwd', type_, 'false')
+        yield _official_instance('bwd', type_, 'RUN')
+    yield _official_instance('fwd', 'Float', 'true')
+    yield from (_official_instance('bwd', 'Float', mode) for mode in ('ENDS', 'DRIVES'))
+
+
 def _compiled() -> Iterator[Instance]:
     for name in ('wkv_fwd', 'wkv_bwd', 'bi_wkv_fwd', 'bi_wkv_bwd'):
         for type_, span, height, sums in (
                 ('Half', 14, 14, False), ('BFloat', 14, 14, False), ('Float', 14, 14, False),
-                ('Float', 14, 14, True), ('Half', 8, 14, False), ('Half', 16, 16, False)):
+                ('Float', 14, 14, True), ('Half', 8, 14, False), ('Half', 16, 16, False),
+                ('Half', 28, 7, False)):
             yield _instance(name, type_, span, height, sums)
     yield from map(combine_instance, (2, 4))
+    yield from _compiled_official()
 
 
 #: What is compiled to check it, and the lowest compute capability (75 for 7.5) that it is for.
@@ -98,7 +116,7 @@ class Plan(NamedTuple):
 
     @property
     def height(self) -> int:
-        return next(height for height in _HEIGHTS if self.warps <= height)
+        return HEIGHTS[self.span]
 
 
 def _shared(name: str, span: int) -> int:
@@ -118,14 +136,14 @@ def plan_of(index: int, name: str, sizes: Sizes) -> Plan:
     length, samples = sizes.length, sizes.batch * sizes.columns
 
     def most(span):
-        return min(_HEIGHTS[-1], max_warps or _HEIGHTS[-1], shared // _shared(name, span))
+        return min(HEIGHTS[span], max_warps or HEIGHTS[span], shared // _shared(name, span))
 
-    span = SPANS[0] if length <= SPANS[0] * _HEIGHTS[0] // 2 else SPANS[1]
-    if span * _HEIGHTS[0] < length <= SPANS[2] * most(SPANS[2]):
-        span = SPANS[2]
+    span = force_span or (8 if length <= 56 else 14)
+    if span * most(span) < length <= 16 * most(16):
+        span = 16
     if length <= span * most(span):
         return Plan(span, -(-length // span), 1)
-    warps = min(most(span), _HEIGHTS[0])
+    warps = most(span)
     while warps > 4 and samples * (length // (span * warps)) < 2 * multiprocessors:
         warps = max(4, warps // 2)
     return Plan(span, warps, -(-length // (span * warps)))
@@ -171,7 +189,7 @@ class _Op:
             channels=sizes.channels, sections=plan.sections,
             w_type=CODES[self.types.w], u_type=CODES[self.types.u], **fields)
 
-    def combine(self, plan: Plan, values: int) -> Callable[..., None]:
+    def combine(self, plan, values: int) -> Callable[..., None]:
         """Of the sums of the forward (2 values), or of the gradients (4), which go backwards."""
         sizes, warps = self.sizes, min(16, plan.sections)
         return kernel(self.index, combine_instance, values).bind(
@@ -181,13 +199,13 @@ class _Op:
             way=int(self.causal and values == 4), causal=int(self.causal),
             w_type=CODES[self.types.w])
 
-    def entries(self, plan: Plan, values: int) -> int:
+    def entries(self, plan, values: int) -> int:
         """Numbers of the sums of all sections."""
         return self.ways * self.sizes.batch * plan.sections * (values + 1) * self.sizes.channels
 
 
 @cached
-def forward_launch(index: int, causal: bool, types: Types, sizes: Sizes, k: Strides, v: Strides
+def forward_launch(index: int, types: Types, sizes: Sizes, k: Strides, v: Strides, causal: bool
                    ) -> Launch:
     """The forward of ``wkv`` (``causal``) or of the formula of ``bi_wkv``.
 
@@ -217,8 +235,8 @@ def forward_launch(index: int, causal: bool, types: Types, sizes: Sizes, k: Stri
 
 
 @cached
-def backward_launch(index: int, causal: bool, types: Types, sizes: Sizes, k: Strides, v: Strides,
-                    dy: Strides) -> Launch:
+def backward_launch(index: int, types: Types, sizes: Sizes, k: Strides, v: Strides, dy: Strides,
+                    causal: bool) -> Launch:
     """The backward.
 
     It takes the addresses of k, v, dy, w, u and, for gradients in the dtypes of these, dk and dv
@@ -254,6 +272,124 @@ def backward_launch(index: int, causal: bool, types: Types, sizes: Sizes, k: Str
             given.update(dentry=dstart)
         run(dy_data=dy, entries=entries, drives=drives, dk=dk, dv=dv, parts=memory + parts_at,
             **inputs, **given)
+        sums((memory + parts_at, dw, du))
+
+    return Launch(launch_backward, slab.size)
+
+
+# --- the official mode ------------------------------------------------------------------------
+
+OFFICIAL_SPAN, OFFICIAL_WARPS = 16, 16  # as in wkv_official.cuh
+
+
+class Cut(NamedTuple):
+    """How the tokens are divided: ``parts`` warps share ``group`` tokens, each up to ``span``; a
+    section has ``groups`` of these."""
+    block: int
+    group: int
+    parts: int
+    span: int
+    groups: int
+    sections: int
+
+    @property
+    def tokens(self) -> int:
+        """Of a section."""
+        return self.groups * self.group
+
+    @property
+    def warps(self) -> int:
+        return self.groups * self.parts
+
+
+def _official_shared(which: str, span: int) -> int:
+    """Bytes of shared memory of a warp, as the kernels take it."""
+    of_sums, of_tokens = (10, 5) if which == 'fwd' else (16, 7)
+    return 4 * LANES * (of_sums + of_tokens * span)
+
+
+@cached
+def longest_block(index: int) -> int:
+    """Tokens of a block of the official mode at most: a section has whole ones."""
+    warps = device_limits(index)[2] // _official_shared('bwd', OFFICIAL_SPAN)
+    return OFFICIAL_SPAN * min(warps, OFFICIAL_WARPS)
+
+
+def cut_of(index: int, which: str, length: int, blocks: int) -> Cut:
+    """A warp has whole blocks, or a block whole warps."""
+    block = -(-length // blocks)
+    if block <= OFFICIAL_SPAN:
+        group, parts = OFFICIAL_SPAN // block * block, 1
+    else:
+        group, parts = block, -(-block // OFFICIAL_SPAN)
+    span = -(-group // parts)
+    warps = min(max_warps or OFFICIAL_WARPS,
+                device_limits(index)[2] // _official_shared(which, span))
+    groups = min(max(1, warps // parts), -(-length // group))
+    return Cut(block, group, parts, span, groups, -(-length // (groups * group)))
+
+
+def _bind_official(op: _Op, which: str, mode: int | str, cut: Cut, eps: float, **maps: Strides
+                   ) -> Callable[..., None]:
+    sizes, fields = op.sizes, {}
+    for key, strides in maps.items():
+        fields |= strides.fields(key)
+    return kernel(op.index, _official_instance, which, TYPES[op.types.map], mode).bind(
+        (sizes.columns, cut.sections, sizes.batch), (LANES, cut.warps, 1),
+        cut.warps * _official_shared(which, cut.span), batch=sizes.batch, length=sizes.length,
+        channels=sizes.channels, sections=cut.sections, eps=eps,
+        cut_block=cut.block, cut_group=cut.group, cut_parts=cut.parts, cut_span=cut.span,
+        w_type=CODES[op.types.w], u_type=CODES[op.types.u], **fields)
+
+
+@cached
+def official_forward_launch(index: int, types: Types, sizes: Sizes, k: Strides, v: Strides,
+                            blocks: int, eps: float) -> Launch:
+    """As :func:`forward_launch`, of the official mode of ``bi_wkv``."""
+    op, slab = _Op(index, False, types, sizes), _Slab()
+    cut = cut_of(index, 'fwd', sizes.length, blocks)
+    run, summarise = (_bind_official(op, 'fwd', mode, cut, eps, k=k, v=v)
+                      for mode in ('false', 'true'))
+    combine = op.combine(cut, 2)
+    ends_at, entries_at = (slab.take(op.entries(cut, 2)) for _ in range(2))
+
+    def launch_forward(k, v, w, u, y, memory=0, **states):
+        entries = 0
+        if cut.sections > 1:
+            entries = memory + entries_at
+            summarise(k_data=k, v_data=v, w=w, u=u, ends=memory + ends_at)
+            combine(ends=memory + ends_at, entries=entries, w=w)
+        run(k_data=k, v_data=v, w=w, u=u, y=y, entries=entries)
+
+    return Launch(launch_forward, slab.size if cut.sections > 1 else 0)
+
+
+@cached
+def official_backward_launch(index: int, types: Types, sizes: Sizes, k: Strides, v: Strides,
+                             dy: Strides, blocks: int, eps: float) -> Launch:
+    """As :func:`backward_launch`, of the official mode of ``bi_wkv``."""
+    op, slab = _Op(index, False, types, sizes), _Slab()
+    cut = cut_of(index, 'bwd', sizes.length, blocks)
+    run, find_ends, find_drives = (
+        _bind_official(op, 'bwd', mode, cut, eps, k=k, v=v, dy=dy)
+        for mode in ('RUN', 'ENDS', 'DRIVES'))
+    combine = {n: op.combine(cut, n) for n in (2, 4)}
+    parts = sizes.batch * cut.sections
+    parts_at = slab.take(2 * parts * sizes.channels)
+    sums = sum_launch(index, SumJob(parts, 1, sizes.channels, types.w, types.u))
+    ends_at, entries_at, drive_ends_at, drives_at = (
+        slab.take(op.entries(cut, n)) for n in (4, 4, 2, 2))
+
+    def launch_backward(k, v, dy, w, u, dk, dv, dw, du, memory, **states):
+        inputs = dict(k_data=k, v_data=v, dy_data=dy, w=w, u=u)
+        entries = drives = 0
+        if cut.sections > 1:
+            entries, drives = memory + entries_at, memory + drives_at
+            find_ends(ends=memory + ends_at, **inputs)
+            combine[4](ends=memory + ends_at, entries=entries, w=w)
+            find_drives(ends=memory + drive_ends_at, entries=entries, **inputs)
+            combine[2](ends=memory + drive_ends_at, entries=drives, w=w)
+        run(entries=entries, drives=drives, dk=dk, dv=dv, parts=memory + parts_at, **inputs)
         sums((memory + parts_at, dw, du))
 
     return Launch(launch_backward, slab.size)
