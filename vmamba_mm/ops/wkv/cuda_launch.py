@@ -189,7 +189,7 @@ class _Op:
             channels=sizes.channels, sections=plan.sections,
             w_type=CODES[self.types.w], u_type=CODES[self.types.u], **fields)
 
-    def combine(self, plan, values: int) -> Callable[..., None]:
+    def combine(self, plan: 'Plan | Cut', values: int) -> Callable[..., None]:
         """Of the sums of the forward (2 values), or of the gradients (4), which go backwards."""
         sizes, warps = self.sizes, min(16, plan.sections)
         return kernel(self.index, combine_instance, values).bind(
@@ -199,7 +199,7 @@ class _Op:
             way=int(self.causal and values == 4), causal=int(self.causal),
             w_type=CODES[self.types.w])
 
-    def entries(self, plan, values: int) -> int:
+    def entries(self, plan: 'Plan | Cut', values: int) -> int:
         """Numbers of the sums of all sections."""
         return self.ways * self.sizes.batch * plan.sections * (values + 1) * self.sizes.channels
 
