@@ -305,11 +305,9 @@ def test_what_nobody_published_is_named(spec):
 
 
 #: {file or folder: system} of what is no model of its folder's system: VM-UNet starts from VMamba's
-#: weights, and a block, or its operator, alone is no model. Vision-RWKV's adapter knows its names
-#: by itself.
+#: weights, and a block, or its operator, alone is no model.
 SYSTEMS = {'vm_unet/vmamba_init.pth': 'vmamba', 'mamba2': None,
            'video_mamba_suite/action_mamba_block.pth': None,
-           **{f'vision_rwkv/adapter_{name}.pth': None for name in ('det', 'seg')},
            **{f'vmamba_m2/ss2d_{name}.pth': None for name in ('m0', 'm0_noz', 'm0_onnone_noz')}}
 
 

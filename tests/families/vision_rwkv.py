@@ -1,10 +1,7 @@
 """Vision-RWKV under the generic tests."""
 
-import json
-import re
-
 import torch
-from official import SHARED
+from official import listed_keys
 from specs import Spec
 
 from vmamba_mm.families.vision_rwkv import FAMILY
@@ -39,21 +36,9 @@ def _classifiers(model, num_classes):
 
 
 def _published_keys():
-    """From a list that gives the blocks after the first once, as ``layers.[1..11].``."""
-    path = SHARED / 'facts/keys/vision_rwkv.json'
-    if not path.is_file():
-        return None
-    listed, published = json.loads(path.read_text()), {}
-    names = dict(tiny='vrwkv_t', small='vrwkv_s', base='vrwkv_b', large='vrwkv_l_22kto1k_384',
-                 v6_tiny='vrwkv6_t', v6_small='vrwkv6_s', v6_base='vrwkv6_b')
-    for arch, name in names.items():
-        published[arch] = {}
-        for key, shape in listed[name]['keys'].items():
-            found = re.search(r'\[(\d+)\.\.(\d+)\]', key)
-            numbers = range(int(found[1]), int(found[2]) + 1) if found else ('',)
-            published[arch] |= {key.replace(found[0], str(i)) if found else key: tuple(shape)
-                                for i in numbers}
-    return published
+    return listed_keys('vision_rwkv', dict(
+        tiny='vrwkv_t', small='vrwkv_s', base='vrwkv_b', large='vrwkv_l_22kto1k_384',
+        v6_tiny='vrwkv6_t', v6_small='vrwkv6_s', v6_base='vrwkv6_b'))
 
 
 SPEC = Spec(

@@ -1,16 +1,15 @@
 """Vision-RWKV with its adapter for dense tasks; test_check_parity.py has the official numbers."""
 
-import json
 import re
 
 import pytest
 import torch
 from mmengine.runner import load_checkpoint
-from official import SHARED
+from official import listed_keys
 from torch import nn
 
+from vmamba_mm.checkpoints.names import infer_arch
 from vmamba_mm.errors import UserError
-from vmamba_mm.families.vision_rwkv import convert_adapter
 from vmamba_mm.models import VisionRWKV, VisionRWKVAdapter
 from vmamba_mm.models.vision_rwkv_adapter import deformable_attention
 from vmamba_mm.testing import assert_close
@@ -34,7 +33,7 @@ def official(model, prefix=''):
     """Its weights as official files have them."""
     state = {}
     for key, value in model.state_dict().items():
-        key = key.removeprefix('backbone.').replace('patch_embed.proj.', 'patch_embed.projection.')
+        key = key.replace('patch_embed.proj.', 'patch_embed.projection.')
         state[prefix + re.sub(r'^blocks\.', 'layers.', key)] = value
     return state
 
@@ -87,8 +86,54 @@ def test_official_files_load_inside_a_model(tmp_path):
             assert torch.equal(found.state_dict()[name], value), name
     lacking = official(source)
     del lacking['spm.fc2.bias']
-    with pytest.raises(RuntimeError, match=r'Missing.*spm\.fc2\.bias'):
+    with pytest.raises(UserError, match=r'spm\.fc2\.bias is missing'):
         other.load_state_dict(lacking)
+
+
+def test_places_are_not_rounded_to_half_precision():
+    """Columns of 0 and 1 in turn tell where between two of them a map was read."""
+    columns = (torch.arange(256) % 2)[None, :, None, None].bfloat16()
+    place = torch.tensor([240.75 / 256, 0.5]).view(1, 1, 1, 1, 1, 2)
+    y = deformable_attention(columns, [(1, 256)], place, torch.ones(1, 1, 1, 1, 1).bfloat16())
+    assert y.dtype == torch.bfloat16 and y.item() == 0.25
+
+
+def test_detectors_convert_there_and_back(call, tmp_path):
+    """With arguments that are no published ones; half of an adapter is refused."""
+    ours = {f'backbone.{key}': value for key, value in make(deform_ratio=0.5).state_dict().items()}
+    ours |= {'roi_head.bbox_head.fc_cls.bias': torch.zeros(3)}
+    files = [tmp_path / f'{i}.pth' for i in range(3)]
+    torch.save(dict(state_dict=ours, meta={}), files[0])
+    for i, options in enumerate((('--to', 'official'), ())):
+        code, out, err = call('convert_checkpoint.py', files[i], files[i + 1], *options)
+        assert code == 0 and 'task det' in out, err
+    states = [torch.load(file, weights_only=True)['state_dict'] for file in files]
+    assert 'backbone.layers.0.ln0.weight' in states[1] and 'backbone.spm.fc1.weight' in states[1]
+    for state in (states[0], states[2]):
+        assert state.keys() == ours.keys()
+        assert all(torch.equal(state[key], value) for key, value in ours.items())
+    for name, message in (('up.bias', 'up.bias is missing'),
+                          ('spm.stem.0.weight', "but lack 'spm.stem.0.weight'")):
+        lacking = {key: value for key, value in ours.items() if key != f'backbone.{name}'}
+        torch.save(dict(state_dict=lacking, meta={}), files[0])
+        code, _, err = call('convert_checkpoint.py', files[0], tmp_path / 'half.pth')
+        assert code == 1 and message in err
+
+
+def test_arguments_of_a_backbone():
+    """They are of all of the model, and frozen stages of the backbone alone."""
+    compile = dict(backend='eager', fullgraph=True)
+    model = make(frozen_stages=4, norm_eval=True, compile=compile).train()
+    frozen = {name.partition('.')[0] for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {'patch_embed', 'pos_embed', 'blocks'}
+    assert not model.norm2.training and not model.spm.stem[1].training and model.spm.training
+    images = torch.randn(1, 3, 32, 32)
+    expected = make(norm_eval=True).train()(images)
+    for found, right in zip(model(images), expected, strict=True):
+        assert_close(found, right, 1e-5)
+    assert model._compiled_call_impl is not None
+    with pytest.raises(ValueError, match="out_type='raw' does not exist"):
+        make(out_type='raw')
 
 
 def test_classifier_as_a_start(tmp_path):
@@ -99,13 +144,13 @@ def test_classifier_as_a_start(tmp_path):
     start = dict(type='Pretrained', checkpoint=str(tmp_path / 'a.pth'))
     model = VisionRWKVAdapter(SMALL, init_cfg=start, **FEW)
     model.init_weights()
-    for name, value in model.backbone.state_dict().items():
-        assert torch.equal(value, source.state_dict()[name]), name
+    for name, value in source.state_dict().items():
+        assert name.startswith('norm') or torch.equal(model.state_dict()[name], value), name
     scaled = dict(SMALL, layer_scale=1.0)
     model = VisionRWKVAdapter(scaled, init_cfg=start, **FEW)
     model.init_weights()
-    assert torch.equal(model.backbone.blocks[2].att.key.weight, source.blocks[2].att.key.weight)
-    assert model.backbone.blocks[2].gamma1.unique().tolist() == [1.0]
+    assert torch.equal(model.blocks[2].att.key.weight, source.blocks[2].att.key.weight)
+    assert model.blocks[2].gamma1.unique().tolist() == [1.0]
     model = VisionRWKVAdapter(dict(scaled, layer_scale=0.5), init_cfg=start, **FEW)
     with pytest.raises(UserError, match='gamma1 is missing'):
         model.init_weights()
@@ -127,26 +172,21 @@ def test_wrong_arguments_and_images():
 
 def test_layer_depths():
     model = make()
-    for name, depth in (('backbone.pos_embed', 0), ('backbone.blocks.2.gamma1', 3),
-                        ('spm.fc1.weight', 5), ('interactions.0.injector.gamma', 5)):
+    for name, depth in (('pos_embed', 0), ('blocks.2.gamma1', 3), ('spm.fc1.weight', 5),
+                        ('norm3.weight', 5), ('interactions.0.injector.gamma', 5)):
         assert model.get_layer_depth(name) == (depth, 6)
         assert model.get_layer_depth(f'backbone.{name}', 'backbone.') == (depth, 6)
 
 
 @pytest.mark.parametrize('size', PUBLISHED)
 def test_published_keys(size):
-    """Names, shapes and numbers of parameters, where a list of them is at hand."""
-    path = SHARED / 'facts/keys/vision_rwkv.json'
-    if not path.is_file():
+    """Names and shapes, where a list of them is at hand."""
+    keys = listed_keys('vision_rwkv', {size: f'vrwkv_adapter_{size}'})
+    if keys is None:
         pytest.skip('no list of the official keys beside the checkout')
-    listed = json.loads(path.read_text())[f'vrwkv_adapter_{size}']
-    keys = {}
-    for key, shape in listed['keys'].items():
-        found = re.search(r'\[(\d+)\.\.(\d+)\]', key)
-        numbers = range(int(found[1]), int(found[2]) + 1) if found else ('',)
-        keys |= {key.replace(found[0], str(i)) if found else key: tuple(shape) for i in numbers}
     with torch.device('meta'):
         model = VisionRWKVAdapter(PUBLISHED[size])
-    assert {key: tuple(value.shape) for key, value in model.state_dict().items()} == {
-        key: value for key, value in convert_adapter(keys).items()}
-    assert sum(p.numel() for p in model.parameters()) == listed['params']
+    assert {key: tuple(value.shape) for key, value in official(model).items()} == keys[size]
+    inferred = infer_arch(official(model, 'backbone.'))
+    arch = PUBLISHED[size]
+    assert inferred == (arch if isinstance(arch, str) else model.arch)

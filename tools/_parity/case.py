@@ -28,14 +28,16 @@ class CaseRun:
         call: how it is called.
         names: of a model's parameters; None for a function.
         device, dtype: of the inputs.
+        seed: changes the inputs within half of the last bit that ``dtype`` keeps; 0 does not.
     """
 
     def __init__(self, report: Report, label: str, case: Mapping[str, Any], target: Any, call: Call,
-                 names: OfficialNames | None, device: str, dtype: torch.dtype):
+                 names: OfficialNames | None, device: str, dtype: torch.dtype, seed: int = 0):
         self.report, self.label, self.case, self.call = report, label, case, call
         self.target, self.names = target, names
         keys = [k for k in (*call.args, *call.kwargs) if k in case]
-        self.inputs = {k: _prepare(case[k], device, None if k in call.uncast else dtype)
+        rng = torch.Generator().manual_seed(seed) if seed else None
+        self.inputs = {k: _prepare(case[k], device, None if k in call.uncast else dtype, rng)
                        for k in keys}
         self.gradients = {k for k in case if isinstance(k, str) and (k == 'grads' or call.owner(k))}
         self.handled = set(keys) | DESCRIPTIONS
@@ -204,16 +206,20 @@ def _watch(module: nn.Module, probe: Probe, values: list) -> Any:
     return module.register_forward_hook(lambda module, args, output: keep(output))
 
 
-def _prepare(value, device, dtype):
-    """Inputs on a device, in a dtype where they are floating-point, as leaves of the graph."""
+def _prepare(value, device, dtype, rng=None):
+    """Inputs on a device, in a dtype where they are floating-point, as leaves of the graph; by
+    ``rng`` rounded one way or the other."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
+            if rng is not None and dtype is not None:
+                by = torch.rand(value.shape, generator=rng) - 0.5
+                value = value * (1 + torch.finfo(dtype).eps * by)
             return value.detach().to(device, dtype or value.dtype, copy=True).requires_grad_()
         return value.to(device)
     if isinstance(value, list | tuple):
-        return type(value)(_prepare(v, device, dtype) for v in value)
+        return type(value)(_prepare(v, device, dtype, rng) for v in value)
     if isinstance(value, Mapping):
-        return {k: _prepare(v, device, dtype) for k, v in value.items()}
+        return {k: _prepare(v, device, dtype, rng) for k, v in value.items()}
     return value
 
 

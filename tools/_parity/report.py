@@ -24,6 +24,9 @@ LIMITS = {
     ('cpu', 'fp16'): (5e-3, 5e-2), ('cuda', 'fp16'): (5e-3, 5e-2),
     ('cpu', 'bf16'): (5e-2, 3e-1), ('cuda', 'bf16'): (5e-2, 3e-1)}
 
+#: The reason of a limit that is twice the error of plain PyTorch.
+TWICE = 'twice the error of plain PyTorch'
+
 
 class Row(NamedTuple):
     """One comparison; ``problem`` in place of an error where there was none to make.
@@ -110,6 +113,18 @@ class Report:
             if limit.holds(self.file, case, tensor):
                 return limit.error if self.is_exact else max(limit.error, usual), limit.reason
         return usual, ''
+
+    def allow_twice(self, plain: list[Row], first: int) -> None:
+        """Allow the rows from number ``first`` on twice the largest error of ``plain``, the same
+        rows of plain PyTorch in the same precision, where that is more than the limit."""
+        errors = {}
+        for row in plain:
+            if row.error is not None:
+                errors[row.case, row.tensor] = max(errors.get((row.case, row.tensor), 0), row.error)
+        for i, row in enumerate(self.rows[first:], first):
+            limit = 2 * errors.get((row.case, row.tensor), math.nan)
+            if row.failed and not row.problem and row.limit < limit < math.inf:
+                self.rows[i] = row._replace(limit=limit, reason=TWICE)
 
     def compare(self, case: str, tensor: str, ours: Any, expected: Any,
                 scale: float | None = None) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from vmamba_mm.families.base import Family, Rule, infer_image_size, is_int, is_number, one_of
-from vmamba_mm.families.names import has_row, rename
 from vmamba_mm.families.parity import Build, Call, Limit, Omission, Options, Parity, Subject
 
 
@@ -84,11 +83,17 @@ def _check(arch: Mapping[str, Any]) -> None:
 
 # --- names of weights -------------------------------------------------------------------------
 
+_OF_ADAPTERS = 'level_embed', 'spm', 'interactions', 'up', 'norm1', 'norm2', 'norm3', 'norm4'
+
+
 def _keys(names) -> tuple[tuple[str, str | None], ...]:
-    """The norm at the end is that of the last block's output."""
+    """The norm at the end is that of the last block's output; an adapter has others."""
+    backbone = (('layers.#', 'blocks.#'), ('patch_embed.projection', 'patch_embed.proj'),
+                ('pos_embed', 'pos_embed'))
+    if 'level_embed' in names:
+        return backbone + tuple((name, name) for name in _OF_ADAPTERS)
     blocks = [int(m[1]) for k in names if (m := re.match(r'(?:layers|blocks)\.(\d+)\.', k))]
-    return (('layers.#', 'blocks.#'), ('patch_embed.projection', 'patch_embed.proj'),
-            ('pos_embed', 'pos_embed'), ('ln1', f'norm{max(blocks, default=0)}'))
+    return (*backbone, ('ln1', f'norm{max(blocks, default=0)}'))
 
 
 _FIRST = 'blocks.0.'
@@ -98,7 +103,7 @@ def _infer_arch(weights: Mapping[str, Any]) -> dict[str, Any]:
     """The formula of the WKV, the share of shifts, the place of norms and the initial value of
     layer_scale leave no trace, nor does which side of an image is longer. They are taken to be as
     published, where layer_scale is in models with norms behind the branches, and 1e-5, or 1 with
-    384 channels and no RWKV-6."""
+    384 channels and no RWKV-6; and 1 in the adapter of tiny, which has norms before them."""
     shapes = {k: tuple(v.shape) for k, v in weights.items()}
     dims, _, _, patch = shapes['patch_embed.proj.weight']
     hidden, _ = shapes[f'{_FIRST}ffn.key.weight']
@@ -108,7 +113,9 @@ def _infer_arch(weights: Mapping[str, Any]) -> dict[str, Any]:
     is_v6 = f'{_FIRST}att.time_faaaa' in shapes
     arch |= dict(_V6, head_dim=shapes[f'{_FIRST}att.time_faaaa'][1]) if is_v6 else _V4
     if f'{_FIRST}gamma1' in shapes:
-        arch |= dict(post_norm=True, layer_scale=1.0 if dims == 384 and not is_v6 else 1e-5)
+        is_tiny, is_small = dims == 192 and not is_v6, dims == 384 and not is_v6
+        arch |= dict(layer_scale=1.0 if is_tiny or is_small else 1e-5)
+        arch |= {} if is_tiny else dict(post_norm=True)
     if f'{_FIRST}att.key_norm.weight' in shapes:
         arch |= dict(key_norm=True)
     if f'{_FIRST}ffn.spatial_mix_k' not in shapes:
@@ -182,16 +189,7 @@ def _parity_adapter(options: Options) -> Subject:
         Build('vmamba_mm.models:VisionRWKVAdapter', dict(
             {name: kwargs[name] for name in names if name in kwargs}, arch=_parity_arch(kwargs),
             interactions=kwargs['interaction_indexes'], features=features[kwargs['code_base']])),
-        Call(view=list), convert=convert_adapter, within=('state_dict',))
-
-
-def convert_adapter(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The weights of an official adapter, the ``backbone.`` of a detector or segmentor or the names
-    below it, by the names of :class:`vmamba_mm.models.VisionRWKVAdapter`."""
-    plain = {key.removeprefix('backbone.'): value for key, value in state.items()}
-    rows = tuple(row for row in _keys(plain) if row[0] != 'ln1')
-    return {f'backbone.{rename(key, rows)}' if has_row(key, rows) else key: value
-            for key, value in plain.items()}
+        Call(view=list))
 
 
 def _parity_op(section: str, case: Options) -> Subject:
@@ -224,7 +222,7 @@ PARITY = Parity(
 
 FAMILY = Family(
     name='vision_rwkv', model='VisionRWKV', archs=ARCHS, rules=RULES, check=_check, keys=_keys,
-    head_dims={'large': 3072},
+    head_dims={'large': 3072}, dense_models={'level_embed': 'VisionRWKVAdapter'},
     head_keys=(('head.fc', 'head.fc'), ('head.0', 'head.layers.pre_logits'),
                ('head.2', 'head.layers.head')),
     place='backbone.',

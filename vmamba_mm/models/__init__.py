@@ -10,5 +10,4 @@ from vmamba_mm.models.vmamba import VMamba
 from vmamba_mm.models.vssd import VSSD
 
 __all__ = ['VSSD', 'ActionMamba', 'CausalLM', 'MaskMambaBlock', 'TimeMamba', 'VMamba', 'ViViM',
-           'VideoMamba', 'Vim', 'VisionRWKV',
-           'VisionRWKVAdapter']
+           'VideoMamba', 'Vim', 'VisionRWKV', 'VisionRWKVAdapter']

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from vmamba_mm.errors import UserError
-from vmamba_mm.families.vision_rwkv import ADAPTERS, FAMILY, convert_adapter
+from vmamba_mm.families.vision_rwkv import ADAPTERS
 from vmamba_mm.layers import DropPath, LayerNorm
 from vmamba_mm.models.base import init_linear
 from vmamba_mm.models.vision_rwkv import VisionRWKV
@@ -32,23 +31,23 @@ def deformable_attention(value: Tensor, sizes: Sizes, locations: Tensor, weights
     Args:
         value: (B, N, H', D), the maps of all levels, one after the other, by heads.
         sizes: height and width of each level.
-        locations: (B, Q, H', levels, points, 2), x and y, from 0 to 1; outside values are 0.
+        locations: (B, Q, H', levels, points, 2), x and y, from 0 to 1; outside values are 0. The
+            sums are calculated in their dtype.
         weights: (B, Q, H', levels, points).
 
     Returns:
-        (B, Q, H' * D).
+        (B, Q, H' * D), in the dtype of ``value``.
     """
     batch, queries, heads = locations.shape[:3]
-    sampled = []
-    levels = value.split([height * width for height, width in sizes], dim=1)
-    for i, ((height, width), level) in enumerate(zip(sizes, levels, strict=True)):
-        maps = level.permute(0, 2, 3, 1).reshape(batch * heads, -1, height, width)
-        grid = (2 * locations[:, :, :, i] - 1).transpose(1, 2).flatten(0, 1)
-        sampled.append(F.grid_sample(maps, grid.to(maps.dtype), align_corners=False))
-    values = torch.stack(sampled, dim=3).flatten(3)  # (B H', D, Q, levels * points)
-    weights = weights.transpose(1, 2).reshape(batch * heads, 1, queries, -1)
-    y = (values * weights.to(values.dtype)).sum(-1)
-    return y.view(batch, -1, queries).transpose(1, 2)
+    # (B H', levels, Q, points, ...)
+    grids, weights = (t.to(locations.dtype).movedim(1, 3).flatten(0, 1)
+                      for t in (2 * locations - 1, weights))
+    y = 0
+    for i, (size, level) in enumerate(zip(sizes, _split_levels(value, sizes), strict=True)):
+        maps = level.to(locations.dtype).permute(0, 2, 3, 1).flatten(0, 1).unflatten(2, size)
+        points = F.grid_sample(maps, grids[:, i], align_corners=False)  # (B H', D, Q, points)
+        y = y + (points * weights[:, None, i]).sum(-1)
+    return y.view(batch, -1, queries).mT.to(value.dtype)
 
 
 class DeformableAttention(nn.Module):
@@ -104,7 +103,7 @@ class DeformableAttention(nn.Module):
     def forward(self, query: Tensor, places: Tensor, tokens: Tensor, sizes: Sizes) -> Tensor:
         heads, levels, points = self.shape
         value = self.value_proj(tokens).unflatten(-1, (heads, -1))
-        # Places in fp32 at least: in a half they would be off by more than a pixel.
+        # In fp32 at least: in bf16 places on a map of 167 columns would be off by a third of one.
         offsets = self.sampling_offsets(query).unflatten(-1, (heads, levels, points, 2))
         by_size = offsets.new_tensor([(width, height) for height, width in sizes],
                                      dtype=compute_dtype(offsets.dtype))
@@ -112,6 +111,11 @@ class DeformableAttention(nn.Module):
         weights = self.attention_weights(query).unflatten(-1, (heads, -1)).softmax(-1)
         return self.output_proj(deformable_attention(
             value, sizes, locations, weights.unflatten(-1, (levels, points))))
+
+
+def _split_levels(tokens: Tensor, sizes: Sizes) -> tuple[Tensor, ...]:
+    """(B, N, ...) of all levels to the (B, H * W, ...) of each."""
+    return tokens.split([height * width for height, width in sizes], dim=1)
 
 
 def _places(sizes: Sizes, like: Tensor) -> Tensor:
@@ -132,7 +136,16 @@ def _as_map(tokens: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class Injector(nn.Module):
-    """What the pyramid tells the backbone: ``x + gamma * attention(x, pyramid)``."""
+    """What the pyramid tells the backbone: ``x + gamma * attention(x, pyramid)``.
+
+    Args:
+        dim, num_heads, num_points, value_ratio: as of :class:`DeformableAttention`.
+        init_values: of gamma.
+
+    Shape:
+        tokens of the backbone (B, H * W, C), of the pyramid (B, N, C), ``(H, W)`` and the sizes of
+        the pyramid's levels to (B, H * W, C).
+    """
 
     def __init__(self, dim: int, num_heads: int, num_points: int, value_ratio: float,
                  init_values: float = 0.0):
@@ -147,20 +160,21 @@ class Injector(nn.Module):
 
 
 class DepthwiseConv(nn.Module):
-    """A 3x3 depthwise convolution, one for the maps of all levels."""
+    """A 3x3 depthwise convolution, one for the maps of all levels: (B, N, C) and their sizes to
+    (B, N, C)."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
 
     def forward(self, tokens: Tensor, sizes: Sizes) -> Tensor:
-        parts = tokens.split([height * width for height, width in sizes], dim=1)
-        return torch.cat([self.dwconv(_as_map(part, size)).flatten(2).mT
-                          for part, size in zip(parts, sizes, strict=True)], dim=1)
+        return torch.cat([self.dwconv(_as_map(part, size)).flatten(2).mT for part, size in zip(
+            _split_levels(tokens, sizes), sizes, strict=True)], dim=1)
 
 
 class ConvFFN(nn.Module):
-    """An MLP of the tokens of all levels, with a depthwise convolution before its GELU."""
+    """An MLP of the tokens of all levels, with a depthwise convolution before its GELU: (B, N, C)
+    and the sizes of the levels to (B, N, C)."""
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
@@ -174,7 +188,17 @@ class ConvFFN(nn.Module):
 
 
 class Extractor(nn.Module):
-    """What the backbone tells the pyramid: attention to its map, and a :class:`ConvFFN`."""
+    """What the backbone tells the pyramid: attention to its map, and a :class:`ConvFFN`.
+
+    Args:
+        dim, num_heads, num_points, value_ratio: as of :class:`DeformableAttention`.
+        cffn_ratio: hidden channels of the ConvFFN by C.
+        drop_path: probability to drop the ConvFFN.
+
+    Shape:
+        tokens of the pyramid (B, N, C), of the backbone (B, H * W, C), ``(H, W)`` and the sizes of
+        the pyramid's levels to (B, N, C).
+    """
 
     def __init__(self, dim: int, num_heads: int, num_points: int, value_ratio: float,
                  cffn_ratio: float, drop_path: float):
@@ -194,10 +218,10 @@ class Extractor(nn.Module):
 class Interaction(nn.Module):
     """An injector before some blocks of the backbone, and extractors after them."""
 
-    def __init__(self, injector: Injector, extractor: Extractor, extra: Sequence[Extractor]):
+    def __init__(self, injector: Injector, extractors: Sequence[Extractor]):
         super().__init__()
-        self.injector, self.extractor = injector, extractor
-        self.extra_extractors = nn.ModuleList(extra) if extra else None
+        self.injector, self.extractor = injector, extractors[0]
+        self.extra_extractors = nn.ModuleList(extractors[1:])
 
     def forward(self, x: Tensor, pyramid: Tensor, blocks: Sequence[nn.Module], sizes: Sizes
                 ) -> tuple[Tensor, Tensor]:
@@ -207,7 +231,7 @@ class Interaction(nn.Module):
         for block in blocks:
             x = block(x)
         tokens = x.flatten(1, 2)
-        for extractor in (self.extractor, *(self.extra_extractors or ())):
+        for extractor in (self.extractor, *self.extra_extractors):
             pyramid = extractor(pyramid, tokens, size, sizes)
         return x, pyramid
 
@@ -243,14 +267,14 @@ class SpatialPrior(nn.Module):
 # --- the adapter ----------------------------------------------------------------------------------
 
 @MODELS.register_module()
-class VisionRWKVAdapter(BaseModule):
+class VisionRWKVAdapter(VisionRWKV):
     """Vision-RWKV with the adapter of its published detectors and segmentors (arXiv 2403.02308,
     section 4.2): a pyramid of convolutions, which exchanges what it knows with the backbone.
 
     Args:
-        arch: of the backbone, as of :class:`vmamba_mm.models.VisionRWKV`; patches of 16 pixels.
-        features: 'last' adds the backbone's last map to all outputs, as the published detectors
-            do; 'each' adds its map after interaction i to output i, as the published segmentors do.
+        arch: as of :class:`vmamba_mm.models.VisionRWKV`; patches of 16 pixels, at least 4 blocks.
+        features: 'last' adds the last block's map to all outputs, as the published detectors do;
+            'each' adds the map after interaction i to output i, as the published segmentors do.
         interactions: the first and the last block of each of the four interactions; None for four
             equal parts of all blocks.
         conv_inplane: channels of the first convolution.
@@ -259,14 +283,10 @@ class VisionRWKVAdapter(BaseModule):
             one that it has for a ``base``, else 6.
         deform_ratio: channels of its values by those of the backbone; None likewise, else 1.
         cffn_ratio: hidden channels of the extractors' MLPs by those of the backbone.
-        drop_path_rate: of the backbone's last block, as of :class:`Backbone`, and of all
-            extractors.
-        init_cfg: of the backbone alone, such as a published classifier, ``dict(type='Pretrained',
-            checkpoint='vmamba_mm://vision_rwkv/tiny', prefix='backbone.')``.
-        backbone: further arguments of :class:`vmamba_mm.models.VisionRWKV`.
-
-    Official files of detectors and segmentors have other names of weights, which loading a state
-    dict understands, also inside a model.
+        drop_path_rate: of the last block, as of :class:`Backbone`, and of all extractors.
+        in_channels, frozen_stages, norm_eval, with_cp, compile, init_cfg: as of :class:`Backbone`.
+            Weights of ``init_cfg`` may be those of a classifier, without the adapter, which then
+            starts anew.
 
     Shape:
         (B, in_channels, H, W), H and W multiples of 32, to a tuple of four maps (B, C, h, w) of
@@ -277,57 +297,60 @@ class VisionRWKVAdapter(BaseModule):
         UserError: on an image of another size.
     """
 
-    #: That of the backbone inside.
-    family = FAMILY
+    out_types = ('featmap',)
 
     def __init__(self, arch: str | Mapping[str, Any] | None = None, features: str = 'last',
                  interactions: Sequence[Sequence[int]] | None = None, conv_inplane: int = 64,
                  n_points: int = 4, deform_num_heads: int | None = None,
                  deform_ratio: float | None = None, cffn_ratio: float = 0.25,
-                 drop_path_rate: float = 0.0, init_cfg: dict | list[dict] | None = None,
-                 **backbone):
-        super().__init__()
+                 drop_path_rate: float = 0.0, in_channels: int = 3, **backbone):
         if features not in _FEATURES:
             raise ValueError(f'features={features!r} does not exist; choose one of {_FEATURES}')
-        self.features = features
-        # Its maps come through the pyramid, without the norm at the end: no output is the last.
-        self.backbone = VisionRWKV(arch, out_indices=(0,), drop_path_rate=drop_path_rate,
-                                   init_cfg=init_cfg, **backbone)
-        given, self.arch = arch or VisionRWKV.default_arch, self.backbone.arch
-        arch, self.out_indices = self.arch, (0, 1, 2, 3)
-        if arch['patch_size'] != 16 or arch['depth'] < 4:
+        # Outputs come through the pyramid, without the norm that the last block's map has.
+        super().__init__(arch, (0,), drop_path_rate=drop_path_rate, in_channels=in_channels,
+                         **backbone)
+        dim, depth, patch_size = (self.arch[k] for k in ('embed_dims', 'depth', 'patch_size'))
+        if patch_size != 16 or depth < 4:
             raise ValueError('the adapter needs an arch with patches of 16 pixels and at least 4 '
-                             f"blocks, got arch['patch_size']={arch['patch_size']} and "
-                             f"arch['depth']={arch['depth']}")
-        self.interaction_blocks = _check_interactions(interactions, arch['depth'])
-        dim = arch['embed_dims']
-        self.num_features = [dim] * 4
-        self.level_embed = nn.Parameter(torch.zeros(3, dim))
-        self.spm = SpatialPrior(self.backbone.patch_embed.proj.in_channels, conv_inplane, dim)
-        usual = _published_adapter(given)
+                             f"blocks, got arch['patch_size']={patch_size} and "
+                             f"arch['depth']={depth}")
+        self.features, self.out_indices = features, (0, 1, 2, 3)
+        self.interaction_blocks = _check_interactions(interactions, depth)
+        usual = _published_adapter(arch or self.default_arch)
         attention = (
             dim, usual['deform_num_heads'] if deform_num_heads is None else deform_num_heads,
             n_points, usual['deform_ratio'] if deform_ratio is None else deform_ratio)
+        self.level_embed = nn.Parameter(torch.randn(3, dim))
+        self.spm = SpatialPrior(in_channels, conv_inplane, dim)
         self.interactions = nn.ModuleList(
-            Interaction(Injector(*attention), *(
-                extractors[0], extractors[1:])) for extractors in (
-                [Extractor(*attention, cffn_ratio, drop_path_rate) for _ in range(count)]
-                for count in (1, 1, 1, 3)))
+            Interaction(Injector(*attention), [
+                Extractor(*attention, cffn_ratio, drop_path_rate) for _ in range(count)])
+            for count in (1, 1, 1, 3))
         self.up = nn.ConvTranspose2d(dim, dim, 2, 2)
         for i in range(1, 5):
             self.add_module(f'norm{i}', nn.BatchNorm2d(dim))
-        self._init_parameters()
-        self.register_load_state_dict_pre_hook(_take_official_names)
-
-    def _init_parameters(self):
         for part in (self.spm, self.interactions, self.up):
             part.apply(_init_adapter)
         for module in self.interactions.modules():
             if isinstance(module, DeformableAttention):
                 module.reset_parameters()
-        nn.init.normal_(self.level_embed)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    @classmethod
+    def arguments_of(cls, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The arguments beside ``arch`` that weights tell. Of the heads and points of deformable
+        attention that is their product alone."""
+        (dim,), part = weights['norm1.weight'].shape, 'interactions.0.extractor'
+        return dict(
+            in_channels=weights['spm.stem.0.weight'].shape[1],
+            conv_inplane=len(weights['spm.stem.0.weight']), deform_num_heads=1,
+            n_points=len(weights[f'{part}.attn.attention_weights.weight']),
+            deform_ratio=len(weights[f'{part}.attn.value_proj.weight']) / dim,
+            cffn_ratio=len(weights[f'{part}.ffn.fc1.weight']) / dim)
+
+    def output_norm(self, i: int) -> None:
+        """None: the adapter's norms are no part of the backbone, which stages freeze."""
+
+    def forward_channels_last(self, x: Tensor) -> tuple[Tensor, ...]:
         height, width = x.shape[-2:]
         if height % 32 or width % 32:
             raise UserError(f'the adapter takes images whose sides are multiples of 32 pixels, got '
@@ -337,34 +360,19 @@ class VisionRWKVAdapter(BaseModule):
         sizes = [tuple(one.shape[2:]) for one in rest]
         pyramid = torch.cat([one.flatten(2).mT + embed for one, embed in zip(
             rest, self.level_embed, strict=True)], dim=1)
-        x, maps = self.backbone.embed(x), []
+        x, maps = self.embed(x), []
         for interaction, (begin, end) in zip(self.interactions, self.interaction_blocks,
                                              strict=True):
-            x, pyramid = interaction(x, pyramid, self.backbone.blocks[begin:end + 1], sizes)
+            x, pyramid = interaction(x, pyramid, self.blocks[begin:end + 1], sizes)
             maps.append(x.movedim(-1, 1))
         if self.features == 'last':
             maps = maps[-1:] * 4
-        parts = pyramid.split([h * w for h, w in sizes], dim=1)
-        outs = [_as_map(part, size) for part, size in zip(parts, sizes, strict=True)]
+        outs = [_as_map(part, size) for part, size in zip(
+            _split_levels(pyramid, sizes), sizes, strict=True)]
         outs.insert(0, self.up(outs[0]) + first)
-        sums = [out + _resize(one, scale) for out, one, scale in zip(
-            outs, maps, _SCALES, strict=True)]
         norms = self.norm1, self.norm2, self.norm3, self.norm4
-        return tuple(norm(y.contiguous()) for norm, y in zip(norms, sums, strict=True))
-
-    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
-        """Depth of a parameter for layer-wise learning-rate decay, as of :class:`Backbone`: that of
-        the backbone's, and the last of all others."""
-        return self.backbone.get_layer_depth(param_name, f'{prefix}backbone.')
-
-
-def _take_official_names(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
-    """Rename the weights of an official detector or segmentor, where that is what they are."""
-    if not {f'{prefix}layers.0.ln0.weight', f'{prefix}spm.fc1.weight'} <= set(state_dict):
-        return
-    names = [name for name in state_dict if name.startswith(prefix)]
-    found = {name[len(prefix):]: state_dict.pop(name) for name in names}
-    state_dict.update({prefix + name: t for name, t in convert_adapter(found).items()})
+        return tuple(norm(out + _resize(one, scale)) for norm, out, one, scale in zip(
+            norms, outs, maps, _SCALES, strict=True))
 
 
 def _resize(x: Tensor, scale: float) -> Tensor:

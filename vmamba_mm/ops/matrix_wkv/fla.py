@@ -55,14 +55,14 @@ def wkv7(r, w, k, v, a, b, initial_state, return_final_state) -> tuple[Tensor, T
 
 @torch.compiler.disable  # as its functions are: a compiled graph breaks here
 def _run(op, tensors, initial_state, return_final_state):
-    r = tensors[0]
+    r, v = tensors[0], tensors[_FUNCTIONS[op][2].index('v')]
     if r.dtype not in _LIMITS:
         raise ValueError(f"backend='fla' does not take these inputs: they are {r.dtype}, it takes "
                          "fp32, fp16 and bf16; choose None or 'chunked'")
     if not len(r):  # kernels are not started for no sample
         return _REFERENCES[op](*tensors, initial_state, return_final_state)
     function = _find(op)
-    _verify(op, function, r.device, r.dtype, r.shape[3], tensors[2 if op == 'wkv6' else 3].shape[3])
+    _verify(op, function, r.device, r.dtype, r.shape[3], v.shape[3])
     return _call(op, function, tensors, initial_state, return_final_state)
 
 

@@ -126,12 +126,13 @@ _COMPILED = [('BFloat', 64, 64, 80), ('Half', 32, 16, 80), ('Float', 16, 32, 80)
 
 def _compiled() -> Iterator[tuple[Instance, int]]:
     for type_, channels, states, low in _COMPILED:
-        slices, stages = channels // _BLOCK, 1 if states > 128 else 2
-        yield forward_instance(type_, False, Shape(1, slices, 1, stages), states), 80
+        slices = channels // _BLOCK
+        yield forward_instance(type_, False, Shape(1, slices, 1, 1), states), 80
         yield states_instance(type_, False, StatesShape(slices, 2, min(states, 128))), 80
         yield backward_instance(type_, False, channels, states), low
-    yield forward_instance('Float', True, Shape(1, 4, 1, 2), 64), 80
-    yield forward_instance('Half', False, Shape(2, 1, 2, 2), 16), 80
+    yield forward_instance('Float', True, Shape(1, 4, 1, 1), 64), 80
+    yield forward_instance('Half', False, Shape(1, 2, 2, 2), 16), 80
+    yield forward_instance('BFloat', False, Shape(1, 4, 2, 2), 128), 80
     yield combine_instance(), 80
 
 
@@ -192,14 +193,18 @@ def map_fields(**strides: Strides) -> dict[str, int]:
 # --- plans ------------------------------------------------------------------------------------
 
 def forward_shape(index: int, size: int, sizes: Sizes) -> Shape:
-    """The least shared memory that has two stages, else one."""
+    """What was fastest on an H200: one head and one stage, so that there are many blocks; or, where
+    a head is little beside the group's B and C, two heads that share them."""
     if force is not None:
         return force
-    slices = next(n for n in (1, 2, 4, 8) if _BLOCK * n >= sizes.dim)
-    shape = Shape(1, slices, 1, 2)
-    if shape.shared(size, sizes.states) > device_limits(index)[2]:
-        shape = shape._replace(stages=1)
-    return shape
+    slices = padded_channels(sizes.dim) // _BLOCK
+    multiprocessors, _, most_shared = device_limits(index)
+    pair = Shape(1, slices, 2, 2)
+    if (sizes.heads // sizes.groups % 2 == 0 and (slices <= 2 or sizes.states == 128)
+            and sizes.batch * sizes.heads >= 4 * multiprocessors
+            and pair.shared(size, sizes.states) <= most_shared):
+        return pair
+    return Shape(1, slices, 1, 1)
 
 
 def padded_channels(dim: int) -> int:

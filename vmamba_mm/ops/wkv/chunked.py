@@ -30,8 +30,8 @@ class _Sums(NamedTuple):
         return (self.top + exponent).exp() * self.sums
 
 
-def _shared(*parts: _Sums) -> _Sums:
-    """The sum of sums."""
+def _add(*parts: _Sums) -> _Sums:
+    """The sum of sums, over the largest of their exponents."""
     top = parts[0].top
     for part in parts[1:]:
         top = torch.maximum(top, part.top)
@@ -42,12 +42,13 @@ class _Scan(NamedTuple):
     """Sums over the tokens before each one, and over all."""
 
     local: _Sums  #: (B, T, C): over those of its block
+    through: _Sums  #: (B, T, C): over those and the token itself, as for the token after it
     carry: _Sums  #: (B, T, C): over the blocks before, and what came before the first token
     end: _Sums  #: (B, C): over all, as for a token after the last
 
     @property
     def all(self) -> _Sums:
-        return _shared(self.local, self.carry)
+        return _add(self.local, self.carry)
 
 
 def _scan(w: Tensor, keys: Tensor, values: Tensor, size: int | None = None,
@@ -99,17 +100,17 @@ def _scan(w: Tensor, keys: Tensor, values: Tensor, size: int | None = None,
     states = [initial]
     for i in range(count):
         steps = size if i + 1 < count else last
-        states.append(_shared(carried(states[-1], steps),
+        states.append(_add(carried(states[-1], steps),
                               _Sums(top[:, i, steps - 1], sums[:, :, i, steps - 1])))
     before = _Sums(torch.stack([state.top for state in states[:-1]], 1)[:, :, None],
                    torch.stack([state.sums for state in states[:-1]], 2)[:, :, :, None])
     carry = carried(before, torch.arange(size, device=w.device, dtype=w.dtype)[:, None])
     local = _Sums(torch.cat((torch.full_like(top[:, :, :1], _LOW), top[:, :, :-1]), 2),
                   torch.cat((torch.zeros_like(sums[:, :, :, :1]), sums[:, :, :, :-1]), 3))
-    carry, local = (_Sums(_in_order(part.top, length),
-                          _in_order(part.sums.expand(-1, -1, -1, size, -1), length))
-                    for part in (carry, local))
-    return _Scan(local, carry, states[-1])
+    local, through, carry = (_Sums(_in_order(part.top, length),
+                                   _in_order(part.sums.expand(-1, -1, -1, size, -1), length))
+                             for part in (local, _Sums(top, sums), carry))
+    return _Scan(local, through, carry, states[-1])
 
 
 def _in_blocks(x: Tensor, size: int, value: float) -> Tensor:
@@ -127,8 +128,8 @@ def _in_order(x: Tensor, length: int) -> Tensor:
 
 def _scan_back(w, keys, values, **options) -> _Scan:
     """The sums over the tokens after each one."""
-    local, carry, end = _scan(w, keys.flip(1), values.flip(2), **options)
-    return _Scan(*(_Sums(part.top.flip(1), part.sums.flip(2)) for part in (local, carry)), end)
+    *parts, end = _scan(w, keys.flip(1), values.flip(2), **options)
+    return _Scan(*(_Sums(part.top.flip(1), part.sums.flip(2)) for part in parts), end)
 
 
 def _with_ones(v: Tensor) -> Tensor:
@@ -249,12 +250,13 @@ def _like(grads, tensors):
 
 # --- of both directions ---------------------------------------------------------------------------
 
-def _both(w, u, k, v, blocks, moments=False) -> _Terms:
-    scan = _official_scan if blocks else _paper_scan
-    return scan(w, u, k, v, blocks, moments)
+def _find_both(w, u, k, v, blocks, moments=False) -> _Terms:
+    if blocks:
+        return _find_official(w, u, k, v, blocks, moments)
+    return _find_paper(w, u, k, v, moments)
 
 
-def _paper_scan(w, u, k, v, blocks, moments) -> _Terms:
+def _find_paper(w, u, k, v, moments) -> _Terms:
     values, parts = _with_ones(v), []
     for scan in (_scan, _scan_back):
         found = scan(w, k, values, moments=moments).all
@@ -262,7 +264,7 @@ def _paper_scan(w, u, k, v, blocks, moments) -> _Terms:
     return _find_terms(parts, k, u, v)
 
 
-def _official_scan(w, u, k, v, blocks, moments) -> _Terms:
+def _find_official(w, u, k, v, blocks, moments) -> _Terms:
     """As the official kernel has it; :mod:`vmamba_mm.ops.wkv.reference` says what that is."""
     length, values = v.shape[1], _with_ones(v)
     size = -(-length // blocks)
@@ -271,15 +273,7 @@ def _official_scan(w, u, k, v, blocks, moments) -> _Terms:
     index = torch.arange(length, device=k.device)
     offset = (index % size)[:, None]  # in the block
     # Tokens of a block but its first grow from one to the next.
-    inside = torch.where(offset == 0, _LOW, k)
-    grown = _scan(-w, inside, values * (offset > 0), size=size, moments=moments).local
-    # Its sums end before a token: one step later they are over those up to the token.
-    again = _shared(grown._replace(top=grown.top + w), _Sums(inside, torch.cat(
-        (values * (offset > 0), torch.zeros_like(values))) if moments else values * (offset > 0)))
-    if moments:  # The step is a distance more.
-        near, far = grown.sums.split(2)
-        step = (grown.top + w - again.top).exp() * near
-        again = again._replace(sums=torch.cat((again.sums[:2], again.sums[2:] + step)))
+    again = _scan(-w, torch.where(offset == 0, _LOW, k), values, size=size, moments=moments).through
     first = k[:, index - offset[:, 0]] + offset * w
     tops = (u + k, before.local.top, before.carry.top - w, after.top - w, first,
             again.top, again.top + w)
@@ -304,7 +298,7 @@ def bi_forward(w, u, k, v, blocks, eps) -> Tensor:
     if not v.numel():
         return v.new_empty(v.shape)
     dtype = v.dtype
-    terms = _both(*_prepare(w, u, k, v), blocks)
+    terms = _find_both(*_prepare(w, u, k, v), blocks)
     return (terms.numerator / (terms.denominator + eps)).to(dtype).contiguous()
 
 
@@ -314,7 +308,7 @@ def bi_backward(grad, w, u, k, v, blocks, eps):
     if not v.numel():
         return tuple(map(torch.zeros_like, like))
     w, u, k, v = _prepare(w, u, k, v)
-    terms = _both(w, u, k, v, blocks, moments=True)
+    terms = _find_both(w, u, k, v, blocks, moments=True)
     terms = terms._replace(denominator=terms.denominator + eps)
     drive = _drive(grad.to(v.dtype), terms)
     grad_w = (drive * terms.slope).sum((0, 1, 2))

@@ -52,18 +52,17 @@ def forward(w, u, k, v, state, return_state) -> tuple[Tensor, Tensor | None]:
     return torch.stack(outputs, 1).to(v.dtype), final
 
 
-def bidirectional(w, u, k, v, blocks, eps) -> Tensor:
+def bi_forward(w, u, k, v, blocks, eps) -> Tensor:
     """Of both directions. Shapes as in :func:`vmamba_mm.ops.bi_wkv`; ``blocks`` is 0 for the
     formula of the paper."""
-    dtype = compute_dtype(v.dtype)
-    w, u, k, v = (t.to(dtype) for t in (w, u, k, v))
-    length = v.shape[1]
+    out_dtype, length = v.dtype, v.shape[1]
+    w, u, k, v = (t.to(compute_dtype(out_dtype)) for t in (w, u, k, v))
     if blocks:
         size = -(-length // blocks)
         outputs = [_official(w, u, k, v, t, t // size * size, eps) for t in range(length)]
     else:
         outputs = [_paper(w, u, k, v, t) for t in range(length)]
-    return torch.stack(outputs, 1)
+    return torch.stack(outputs, 1).to(out_dtype)
 
 
 def _paper_exponents(w, u, k, t) -> Tensor:
@@ -108,7 +107,3 @@ def _official(w, u, k, v, t, start, eps) -> Tensor:
     weights = (exponents - top[:, None]).exp() / denominator.detach()[:, None]
     for_gradients = (weights * (v - y.detach()[:, None])).sum(1)
     return y + (for_gradients - for_gradients.detach())
-
-
-def bi_forward(w, u, k, v, blocks, eps) -> Tensor:
-    return bidirectional(w, u, k, v, blocks, eps).to(v.dtype)
