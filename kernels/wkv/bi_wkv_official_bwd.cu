@@ -23,8 +23,8 @@ __global__ void __launch_bounds__(LANES * OFFICIAL_WARPS, 1)
     bi_wkv_official_bwd(const OfficialBwdParams p) {
     extern __shared__ __align__(16) float shared[];
     const int warps = blockDim.y;
-    // Of each token: k, v, the sums of the tokens after it; then in their place the logarithm of the
-    // denominator, y, dy, and the gradients so far.
+    // Of each token: k, v, the sums of the tokens after it; then in their place the exponent of its
+    // sums, y, dy / denominator, and the gradients so far. A denominator may be negative.
     const OfficialPlace<T, 7> at(p.cut, shared + Official<4>::floats(warps), p.length, p.channels);
 #pragma unroll 4
     for (int i = 0; i < at.count; ++i) {
@@ -69,18 +69,17 @@ __global__ void __launch_bounds__(LANES * OFFICIAL_WARPS, 1)
         sums.reach(begins, k, v);
         const Sums<4> all = sums.at_token(begins, k, v, at.template kept<4>(i, 2));
         sums.leave(k, v);
-        const float inverse = rcp(all.x[1]), y = all.x[0] * inverse;
-        const float log = fmaf(LN2, lg2(all.x[1]), all.top);
-        by_w = fmaf(dy * inverse, fmaf(-y, all.x[3], all.x[2]), by_w);
-        const float now = exp_of(u + k - log) * dy, by_now = now * (v - y);
+        const float inverse = rcp(all.x[1]), y = all.x[0] * inverse, r = dy * inverse;
+        by_w = fmaf(r, fmaf(-y, all.x[3], all.x[2]), by_w);
+        const float now = exp_of(u + k - all.top) * r, by_now = now * (v - y);
         by_u += by_now;
-        at.word(i, 2) = log;
+        at.word(i, 2) = all.top;
         at.word(i, 3) = y;
-        at.word(i, 4) = dy;
+        at.word(i, 4) = r;
         at.word(i, 5) = by_now;
         at.word(i, 6) = now;
         drive_before.pass(1.f, w);
-        drive_before.add({-log, {dy, dy * y}});
+        drive_before.add({-all.top, {r, r * y}});
     }
     drive_before.pass(at.end(at.warp) - at.start(at.warp) - at.count, w);
 #pragma unroll 1
