@@ -77,6 +77,7 @@ def run_cases(tool, only):
 
     from vmamba_mm.layers import BiMambaMixer, ConvStem, MambaBlock, RMSNorm, VSSBlock, run_blocks
     from vmamba_mm.ops import (
+        bi_wkv,
         causal_conv,
         mamba_inner,
         nc_ssd,
@@ -84,12 +85,14 @@ def run_cases(tool, only):
         ss2d_scan,
         ss2d_scan_norm,
         ssd,
+        wkv,
     )
     from vmamba_mm.ops.core import gemm, launch
     from vmamba_mm.ops.nc_ssd import cuda as nc_ssd_kernels
     from vmamba_mm.ops.selective_scan import cuda_scan
     from vmamba_mm.ops.ss2d_scan import schedule
     from vmamba_mm.ops.ssd import cuda_launch as ssd_launch
+    from vmamba_mm.ops.wkv import cuda_launch as wkv_launch
     from vmamba_mm.testing import (
         mamba_inner_inputs,
         selective_scan_inputs,
@@ -212,6 +215,18 @@ def run_cases(tool, only):
             launch.forget()
             run(f'{shape}, {nc_ssd_kernels.force_spans} spans', nc_ssd, inputs, dt_softplus=True)
     nc_ssd_kernels.force_spans = None
+    launch.forget()
+    for length, dtype in ((61, torch.float16), (200, torch.float32)):
+        k, v = torch.randn(2, 2, length, 40).to(dtype)
+        inputs = dict(w=torch.randn(40), u=torch.randn(40), k=k, v=v)
+        for wkv_launch.max_warps in (None, 2):
+            launch.forget()
+            where = f'L = {length}, {wkv_launch.max_warps} warps'
+            run(where, wkv, inputs | dict(state=torch.ones(2, 3, 40)))
+            for mode in ('paper', 'official'):
+                run(f'{mode}, {where}', bi_wkv, inputs | dict(w=inputs['w'] / length), mode=mode)
+            run(f'strong decays, {where}', bi_wkv, inputs | dict(w=inputs['w'] + 9))
+    wkv_launch.max_warps = None
     launch.forget()
     for name, dtype in (('half', torch.float16), ('fp32', torch.float32)):
         run_block(name, dtype)

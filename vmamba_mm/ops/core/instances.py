@@ -19,10 +19,11 @@ from vmamba_mm.ops.selective_scan import cuda_scan
 from vmamba_mm.ops.ss2d_scan import cuda as ss2d_scan
 from vmamba_mm.ops.ss2d_scan import merge
 from vmamba_mm.ops.ssd import cuda_launch as ssd
+from vmamba_mm.ops.wkv import cuda_launch as wkv
 
 #: What is compiled, and the lowest compute capability (75 for 7.5) that it is for.
 INSTANCES: dict[Instance, int] = {
     instance: low
     for module in (scans, cuda_scan, causal_conv, mamba_inner, mamba_blocks, ss2d_scan, merge,
-                   add_norm, batch_norm, dwconv, mlp, stem, cast, channels, ssd, nc_ssd)
+                   add_norm, batch_norm, dwconv, mlp, stem, cast, channels, ssd, nc_ssd, wkv)
     for instance, low in module.INSTANCES.items()}
