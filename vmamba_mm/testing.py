@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vmamba_mm.ops import ordered_scan, scan_positions
+from vmamba_mm.ops.ss2d_scan.ordered import gather_routes, merge_routes
+
 #: where op tests run: a machine with a GPU tests both
 DEVICES = ['cpu', 'cuda'] if torch.cuda.is_available() else ['cpu']
 
@@ -90,6 +93,25 @@ def mamba_inner_inputs(batch: int, routes: int, dim: int, length: int, state: in
                 x_proj=randn(routes, rank + 2 * state, dim) / dim ** 0.5,
                 dt_proj=randn(routes, dim, rank) / rank ** 0.5, dt_bias=randn(routes, dim) - 1,
                 A=-randn(routes, dim, state).exp(), D=randn(routes, dim))
+
+
+def run_ordered_scan(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor,
+                     dt_projs_bias: Tensor, A_logs: Tensor, Ds: Tensor, *, scan: str) -> Tensor:
+    """``ordered_scan`` by the parameters of SS2D: (B, D, H, W) to (B, H, W, D)."""
+    y = ordered_scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, -A_logs.exp(), Ds, scan=scan)
+    return y.permute(0, 2, 3, 1)
+
+
+def gather_and_merge(x: Tensor, ys: Tensor, *, scan: str) -> tuple[Tensor, Tensor]:
+    """The routes of a map and the sum of routes in place, (B, K, D, L) and (B, D, L).
+
+    Args:
+        x: (B, D, H, W).
+        ys: (B, K, D, H, W), of each route its L steps in the order of the visit.
+        scan: a pattern of ``ordered_scan``.
+    """
+    positions = scan_positions(scan, *x.shape[2:])
+    return gather_routes(x, positions), merge_routes(ys.flatten(3), positions)
 
 
 def with_grads(op, inputs: dict[str, Tensor], grad_y: Tensor | None = None, **kwargs):

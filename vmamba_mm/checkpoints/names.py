@@ -74,8 +74,9 @@ def to_mm(state_dict: StateDict, keep_places: bool = False,
 def to_official(state_dict: StateDict, family: Family | None = None) -> dict[str, torch.Tensor]:
     """The inverse of :func:`to_mm`, to the official names (the newest, where there are several).
 
-    A classifier's backbone and head lose their prefixes, as in official classification files;
-    a bare backbone loses it too; detectors and segmentors keep ``backbone.``.
+    A classifier's backbone and head lose their prefixes, as in official classification files, and
+    so do those of a family that has a head of its own; a bare backbone loses it too; detectors and
+    segmentors of the frameworks keep ``backbone.``.
     """
     state = to_mm(state_dict, family=family)
     task = infer_task(state)
@@ -83,10 +84,14 @@ def to_official(state_dict: StateDict, family: Family | None = None) -> dict[str
     backbone = inside(state, 'backbone.')
     beside = {k: v for k, v in state.items() if not k.startswith('backbone.')}
     rows = family.rows(backbone)
+    head_rows = family.head_rows(beside)
+    # A head that is the family's own, and not that of a framework.
+    is_whole = bool(beside) and all(has_row(k, our_rows(head_rows)) for k in beside)
+    if task == 'cls' or is_whole:
+        beside = {_renamed(k, inverse(head_rows), family): v for k, v in beside.items()}
     if task == 'cls':
         rows = family.classifier_keys + rows
-        beside = {_renamed(k, inverse(family.head_keys), family): v for k, v in beside.items()}
-    prefix = 'backbone.' if task in ('det', 'seg') else ''
+    prefix = 'backbone.' if task in ('det', 'seg') and not is_whole else ''
     return {prefix + _renamed(k, inverse(rows), family): _official_shape(k, v, family)
             for k, v in backbone.items()} | beside
 
@@ -140,14 +145,14 @@ def _is_classifier_of(models, state):
             or models[0].prefix != (models[0].family.place or None):
         return False
     beside = [k for k in state if not k.startswith(models[0].prefix)]
-    return bool(beside) and all(has_row(k, models[0].family.head_keys) for k in beside)
+    return bool(beside) and all(has_row(k, models[0].family.head_rows(beside)) for k in beside)
 
 
 def _rename_backbone(state, model):
     """Rename the weights of a model; one at the top has all that there is."""
     family, prefix = model.family, model.prefix
     inner = inside(state, prefix)
-    heads = our_rows(family.head_keys)
+    heads = our_rows(family.head_rows(inner))
     if model.is_official:
         inner = rename_official(inner, family, inner)
     else:

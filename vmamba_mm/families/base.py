@@ -57,7 +57,7 @@ class Family:
     #: Like ``keys``, for names of the backbone's weights that only official classifiers have.
     classifier_keys: Rows = ()
     #: Like ``keys``, for weights that our models have beside the backbone, such as ``head.fc``.
-    head_keys: Rows = ()
+    head_keys: Rows | Callable[[Collection[str]], Rows] = ()
     #: Where official classifiers have the backbone, with the head beside it, such as 'visual.';
     #: '' for at the top.
     place: str = ''
@@ -92,9 +92,13 @@ class Family:
         """The rows of a backbone, of the variant that has these names (official or ours)."""
         return self.keys(names) if callable(self.keys) else self.keys
 
+    def head_rows(self, names: Collection[str]) -> Rows:
+        """The rows of what is beside a backbone, of the variant that has these names."""
+        return self.head_keys(names) if callable(self.head_keys) else self.head_keys
+
     def all_rows(self, names: Collection[str]) -> Rows:
         """The same, with those that official classifiers have besides."""
-        return self.classifier_keys + self.rows(names) + self.head_keys
+        return self.classifier_keys + self.rows(names) + self.head_rows(names)
 
 
 def resolve_arch(family: Family, arch: str | Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from vmamba_mm.heads.clip import ClipTower
 from vmamba_mm.heads.pyramid import SimpleFeaturePyramid
+from vmamba_mm.heads.rs_mamba import ChannelFusion, ConcatDecoder, RemoteSensingModel
 from vmamba_mm.heads.video import ClipPreprocessor, VideoClassifier
 from vmamba_mm.heads.videomamba import (
     DistilledVideoMamba,
@@ -10,5 +11,6 @@ from vmamba_mm.heads.videomamba import (
     VideoEncoder,
 )
 
-__all__ = ['ClipPreprocessor', 'ClipTower', 'DistilledVideoMamba', 'MaskedVideoMamba',
-           'SelfDistillation', 'SimpleFeaturePyramid', 'VideoClassifier', 'VideoEncoder']
+__all__ = ['ChannelFusion', 'ClipPreprocessor', 'ClipTower', 'ConcatDecoder',
+           'DistilledVideoMamba', 'MaskedVideoMamba', 'RemoteSensingModel', 'SelfDistillation',
+           'SimpleFeaturePyramid', 'VideoClassifier', 'VideoEncoder']

@@ -186,7 +186,7 @@ class StrictLoading:
                             f'with: {", ".join(tops[:8])}'
                             + (f'; it holds {describe_places(state, family)}' if prefixes else ''))
         # A classifier around a bare backbone has its head beside the stages.
-        heads = our_rows(family.head_keys)
+        heads = our_rows(family.head_rows(below))
         return {k: v for k, v in below.items() if not has_row(k, heads) or k in self.state_dict()}
 
     def _adapt_stem(self, weights, ours, checkpoint):

@@ -12,12 +12,12 @@ from vmamba_mm.ops.nc_ssd import nc_ssd
 from vmamba_mm.ops.orders import cross_merge, cross_scan
 from vmamba_mm.ops.selective_scan import selective_scan, selective_scan_step
 from vmamba_mm.ops.ss2d_scan import ss2d_attention, ss2d_scan, ss2d_scan_norm
-from vmamba_mm.ops.ss2d_scan.ordered import ordered_scan
+from vmamba_mm.ops.ss2d_scan.ordered import ordered_scan, scan_positions
 from vmamba_mm.ops.ss2d_scan.patterns import register_scan, scan_norm, scan_patterns
 from vmamba_mm.ops.ssd import ssd, ssd_step
 
 __all__ = ['BACKENDS', 'add_norm', 'causal_conv', 'causal_conv_step', 'channels_last', 'conv_norm',
            'conv_norm_gelu', 'cross_merge', 'cross_scan', 'dwconv_silu', 'layer_norm',
            'mamba_inner', 'mlp', 'nc_ssd', 'ordered_scan', 'register_scan', 'rms_norm', 'scan_norm',
-           'scan_patterns', 'selective_scan', 'selective_scan_step', 'ss2d_attention', 'ss2d_scan',
-           'ss2d_scan_norm', 'ssd', 'ssd_step']
+           'scan_patterns', 'scan_positions', 'selective_scan', 'selective_scan_step',
+           'ss2d_attention', 'ss2d_scan', 'ss2d_scan_norm', 'ssd', 'ssd_step']

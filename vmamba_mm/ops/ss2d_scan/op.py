@@ -177,7 +177,7 @@ def check(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, routes: int = 
                          f'A (K*D, N); got x {tuple(x.shape)}, dt_projs_weight '
                          f'{tuple(dt_projs_weight.shape)}, A {tuple(A.shape)}')
     dim, (num_routes, _, rank), state = x.shape[1], dt_projs_weight.shape, A.shape[1]
-    if routes and num_routes != routes:
+    if routes and not num_routes == len(x_proj_weight) == routes:
         raise ValueError(f'the scan expects the parameters of K = {routes} routes, got '
                          f'x_proj_weight {tuple(x_proj_weight.shape)} and dt_projs_weight '
                          f'{tuple(dt_projs_weight.shape)}')

@@ -101,6 +101,11 @@ PATTERNS: dict[str, tuple[Route, ...]] = {
     'omnidirectional-unwrapped': _CROSS + both_ways(by_diagonal, by_antidiagonal)}
 
 
+@torch.compiler.assume_constant_result
+def _constant_table(scan: str, height: int, width: int, device: str) -> Tensor:
+    return _table(PATTERNS[scan], height, width, torch.device(device), torch.int64)
+
+
 @functools.lru_cache(1024)
 def _table(routes: tuple[Route, ...], height: int, width: int, device: torch.device,
            dtype: torch.dtype) -> Tensor:
@@ -108,6 +113,35 @@ def _table(routes: tuple[Route, ...], height: int, width: int, device: torch.dev
     with torch.device('cpu'), torch.inference_mode(False):
         table = torch.stack([route.positions(height, width) for route in routes])
     return table.to(device, dtype)
+
+
+def scan_positions(scan: str, height: int, width: int) -> Tensor:
+    """What the routes of a pattern of :func:`ordered_scan` visit.
+
+    Returns:
+        (K, H * W) int64: h * W + w of each step of each route.
+
+    Raises:
+        ValueError: on a pattern that does not exist.
+    """
+    return _table(_routes(scan), height, width, torch.device('cpu'), torch.int64).clone()
+
+
+def _routes(scan: str) -> tuple[Route, ...]:
+    if scan not in PATTERNS:
+        raise ValueError(f'scan={scan!r} does not exist; choose one of {list(PATTERNS)}, or '
+                         'register it first (vmamba_mm.ops.register_scan)')
+    return PATTERNS[scan]
+
+
+def gather_routes(x_BDHW: Tensor, table_KL: Tensor) -> Tensor:
+    """(B, K, D, L): the map along every route."""
+    return x_BDHW.flatten(2)[:, :, table_KL].transpose(1, 2)
+
+
+def merge_routes(y_BKDL: Tensor, table_KL: Tensor) -> Tensor:
+    """(B, D, L): every route put back into place, and summed."""
+    return y_BKDL.gather(3, table_KL.argsort(1)[:, None].expand_as(y_BKDL)).sum(1)
 
 
 # --- the op's implementations -------------------------------------------------------------------
@@ -119,18 +153,17 @@ def reference(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, scan, out_
     x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D = (
         t.to(dtype) for t in (x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D))
     height, width = x.shape[2:]
-    table_KL = _table(PATTERNS[scan], height, width, x.device, torch.int64)
+    table_KL = _constant_table(scan, height, width, str(x.device))
     rank, state = dt_projs_weight.shape[2], A.shape[1]
     with without_autocast(x):
-        x_BKDL = x.flatten(2)[:, :, table_KL].transpose(1, 2)
+        x_BKDL = gather_routes(x, table_KL)
         projected = torch.einsum('bkdl,kcd->bkcl', x_BKDL, x_proj_weight)
         dt, B, C = projected.split((rank, state, state), dim=2)
         delta = torch.einsum('bkrl,kdr->bkdl', dt, dt_projs_weight)
     y, _ = s6.forward(x_BKDL.flatten(1, 2), delta.flatten(1, 2), A, B, C, D,
                       dt_projs_bias.flatten(), None, None, True, False, False, dtype)
-    back_KL = table_KL.argsort(1)
-    y_BKDL = y.view(x_BKDL.shape).gather(3, back_KL[:, None].expand_as(x_BKDL))
-    return result.copy_(y_BKDL.sum(1).unflatten(2, (height, width)))
+    y_BDL = merge_routes(y.view(x_BKDL.shape), table_KL)
+    return result.copy_(y_BDL.unflatten(2, (height, width)))
 
 
 class _Part(NamedTuple):
@@ -300,9 +333,6 @@ def ordered_scan(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_p
         ...              scan='omnidirectional').shape
         torch.Size([2, 8, 5, 7])
     """
-    if scan not in PATTERNS:
-        raise ValueError(f'scan={scan!r} does not exist; choose one of {list(PATTERNS)}, or '
-                         'register it first (vmamba_mm.ops.register_scan)')
-    check(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, len(PATTERNS[scan]))
+    check(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, len(_routes(scan)))
     return _ordered_scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, scan,
                          out_dtype or x.dtype, backend=backend)
