@@ -26,7 +26,8 @@ from vmamba_mm.mm.labels import (
 from vmamba_mm.mm.sources import IMAGE, VIDEO, source_of
 from vmamba_mm.registry import HOOKS
 
-FILE_KEYS = {IMAGE.path_key: IMAGE.name, 'seg_map_path': IMAGE.name, VIDEO.path_key: VIDEO.name}
+FILE_KEYS = {IMAGE.path_key: IMAGE.name, 'img_path2': IMAGE.name, 'seg_map_path': IMAGE.name,
+             VIDEO.path_key: VIDEO.name}
 # A step that loads raises these when it lacks a package or is wrong itself; the file is sound.
 _NOT_THE_FILE = (ImportError, AttributeError, NameError)
 
