@@ -49,6 +49,8 @@ class Spec:
         sizes: of images, the odd ones that a family takes.
         shares_names: (arch) -> whether another family's models have the same official names and
             shapes, so that only who asks for one of the families can tell.
+        whole_model: gives the published model of an entry of the zoo that is no classifier, whose
+            parameters are counted; None where there are classifiers.
         published_keys: gives {arch: {official name: shape}} of the published classifiers, or None
             where the list is not at hand; None if nothing was published.
     """
@@ -65,6 +67,7 @@ class Spec:
     a_weight: str
     sizes: Sequence[tuple[int, int]] = ((1, 1), (1, 50), (31, 33), (64, 32))
     shares_names: Callable[[Mapping], bool] = lambda arch: False
+    whole_model: Callable[[Any], torch.nn.Module] | None = None
     published_keys: Callable[[], Mapping[str, Mapping[str, tuple]] | None] | None = None
 
     @property

@@ -20,7 +20,12 @@ CLASSES = {'ImageNet-1k': 1000, 'Kinetics-400': 400, 'Something-Something v2': 1
 def test_published_architectures(spec):
     """They keep their own rules, and have as many parameters as the metafile says."""
     entries = [e for e in zoo.entries(spec.family.name) if e.task in ('cls', 'video')]
-    assert entries and spec.model.arch_settings is spec.family.archs
+    if spec.whole_model is not None:
+        for entry in zoo.entries(spec.family.name):
+            with torch.device('meta'):
+                model = spec.whole_model(entry)
+            assert sum(p.numel() for p in model.parameters()) == entry.parameters, entry.name
+    assert (entries or spec.whole_model) and spec.model.arch_settings is spec.family.archs
     for arch in spec.family.archs:
         assert resolve_arch(spec.family, dict(spec.family.archs[arch])) == spec.family.archs[arch]
         model = spec.published(arch, is_classifier=True)
@@ -226,7 +231,9 @@ def test_layer_depths(spec, arch):
     count = sum(model.depths) + 2
     depths = {name: model.get_layer_depth(f'backbone.{name}', 'backbone.')
               for name, _ in model.named_parameters()}
-    assert {depth for depth, _ in depths.values()} == set(range(count))
+    # The last depth is that of the outputs' norms, if there are any, and of all that is outside.
+    norms = model.output_norm(model.out_indices[-1]) is not None
+    assert {depth for depth, _ in depths.values()} == set(range(count if norms else count - 1))
     for name, (depth, total) in depths.items():
         assert total == count and (depth == 0) == (name.split('.')[0] in spec.model.stem), name
     for name, depth in spec.layer_depths.items() if arch is spec.first else ():

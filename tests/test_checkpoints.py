@@ -167,7 +167,8 @@ def test_mix_up_names_the_arch_and_the_config(spec):
     wrong = differences(expected, found)
     head = {'head.fc.weight': torch.zeros(1000, model.num_features[-1])}
     for more, advice in (({}, f'build it with arch={first!r}; backbone.'),
-                         (head, f'use configs/{spec.family.system or spec.family.name}/')):
+                         (head, f'use configs/{spec.family.system or spec.family.name}/'
+                          if spec.whole_model is None else 'build it with')):
         text = explain_differences(wrong, expected | more, found | more, 'f.pth')
         assert text.startswith(f'f.pth does not fit the model: it holds the arch {first!r}, and '
                                f'the model {is_another}: {advice}')

@@ -7,6 +7,7 @@ import specs  # noqa: F401 (registers the model of the made-up family)
 from leaves import ENTRIES, LEAVES, REPO, VARIANTS, entry_of
 
 from vmamba_mm import zoo
+from vmamba_mm.mm.cli import datasets_of
 from vmamba_mm.models.base import Backbone
 
 #: The scope lets the tests of one leaf follow one another, so that its model is built once.
@@ -42,7 +43,7 @@ def test_nothing_is_left_of_the_stock_config(leaf, load):
     cfg, entry = load(leaf), entry_of(leaf)
     assert cfg.custom_imports == dict(imports=['vmamba_mm.mm'], allow_failed_imports=False)
     assert set(cfg.model.backbone) <= {'type', 'arch', 'drop_path_rate', 'out_indices', 'out_type',
-                                       'features', 'init_cfg'}
+                                       'features', 'init_cfg', 'num_images'}
     assert not re.findall(r'https?:[^\s\'"]+', str(cfg.to_dict()))
     if entry.pretrained is None:
         assert 'init_cfg' not in cfg.model.backbone  # trained from scratch
@@ -77,8 +78,9 @@ def test_every_transform_and_evaluator_builds(leaf, load):
     from mmengine.registry import METRICS, MODELS, TRANSFORMS
     cfg, task = load(leaf), entry_of(leaf).task
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
-        for transform in loader.dataset.pipeline:
-            TRANSFORMS.build(transform)
+        for _, dataset in datasets_of(loader.dataset, ''):
+            for transform in dataset.pipeline:
+                TRANSFORMS.build(transform)
     for transform in cfg.get('tta_pipeline', []):
         TRANSFORMS.build(transform)
     if task != 'det':  # COCO's evaluator opens the annotations
@@ -86,9 +88,10 @@ def test_every_transform_and_evaluator_builds(leaf, load):
         METRICS.build(cfg.test_evaluator)
     preprocessor = cfg.get('data_preprocessor') or cfg.model.data_preprocessor
     built = MODELS.build({'type': PREPROCESSORS[task], **preprocessor})
-    # Of ImageNet, or of what starts from CLIP.
-    assert [round(x, 2) for x in built.mean.flatten().tolist()] in (
-        [123.68, 116.28, 103.53], [122.77, 116.75, 104.09])
+    # Of ImageNet, or of what starts from CLIP; of each image where there are several.
+    means = [round(x, 2) for x in built.mean.flatten().tolist()]
+    assert means[:3] in ([123.68, 116.28, 103.53], [122.77, 116.75, 104.09])
+    assert means == means[:3] * cfg.model.backbone.get('num_images', 1)
 
 
 @pytest.mark.parametrize('task', PREPROCESSORS)

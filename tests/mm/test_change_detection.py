@@ -183,3 +183,58 @@ def test_metric_counts_the_class():
     assert found == dict(Precision=33.333, Recall=50.0, F1=40.0, IoU=25.0)
     nothing = dict(Precision=0, Recall=0, F1=0, IoU=0)
     assert evaluate([[0, 0]], [[1, 0]]) == evaluate([[0, 0]], [[0, 0]]) == nothing
+
+
+# --- predict.py ---------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def project(data, tmp_path_factory):
+    """The config of a small model, and its official file with random weights."""
+    from vmamba_mm.checkpoints.names import to_official
+
+    folder = tmp_path_factory.mktemp('project')
+    load(CONFIGS[0], data).dump(folder / 'change.py')
+    torch.manual_seed(0)
+    model = RemoteSensingModel(SMALL, num_images=2)
+    official = to_official(model.state_dict())
+    assert 'conv_out_change.weight' in official and 'fuse_block4.fuse.1.running_var' in official
+    torch.save(dict(net=official, optimizer={}), folder / 'checkpoint_epoch5.pth')
+    return folder / 'change.py', folder / 'checkpoint_epoch5.pth'
+
+
+def test_predict_draws_changes(project, data, call, tmp_path):
+    before, after = data / 'test/A', data / 'test/B'
+    code, out, err = call('predict.py', *project, before, '--after', after, '--device', 'cpu')
+    assert code == 0, err
+    assert len(out.splitlines()) >= 3 and out.count('changed ') == 3
+    pictures = sorted((tmp_path / 'predictions').glob('*.png'))
+    assert [p.name for p in pictures] == ['0.png', '1.png', '2.png']
+    width, height = Image.open(pictures[0]).size
+    assert width > 2 * height  # before, after, and the change
+    code, out, err = call('predict.py', *project, before / '0.png', '--after', after / '2.png',
+                          '--device', 'cpu')
+    assert code == 0, err
+
+
+def one_line(result):
+    code, out, err = result
+    line, = (line for line in err.splitlines() if line.startswith('error: '))
+    assert code != 0 and 'Traceback' not in out + err
+    return line, err
+
+
+def test_predict_refuses_half_a_pair(project, data, call, tmp_path):
+    before, after = data / 'test/A', data / 'test/B'
+    line, _ = one_line(call('predict.py', *project, before))
+    assert 'finds changes between two images' in line and '--after' in line
+    line, _ = one_line(call('predict.py', *project, before, '--after', after / '0.png'))
+    assert '3 image(s) and 1 after --after' in line
+    alone = tmp_path / 'alone'
+    save(alone / '0.png', np.zeros((80, 96, 3), np.uint8))
+    line, _ = one_line(call('predict.py', *project, before, '--after', alone))
+    assert f'the folder {alone} has no 1.png, 2.png' in line
+    small = save(tmp_path / 'small.png', np.zeros((40, 96, 3), np.uint8))
+    line, err = one_line(call('predict.py', *project, before / '0.png', '--after', small,
+                              '--device', 'cpu'))
+    assert 'could not be predicted' in line
+    assert f'has 96x80 pixels and {small} 96x40' in err

@@ -49,6 +49,7 @@ def _head_keys(names: Collection[str]) -> Rows:
     """'deocder' is how the official files write it."""
     is_pair = any(name.startswith(('fuse_block', 'neck.')) for name in names)
     return (
+        ('head', 'head.fc'),  # of a classifier, which was not published
         *(row for i in range(3) for row in (
             (f'deocder_block{i + 1}.fuse.0', f'{_DECODER}blocks.{i}.conv'),
             (f'deocder_block{i + 1}.fuse.1', f'{_DECODER}blocks.{i}.norm'))),

@@ -190,7 +190,8 @@ _OUT_NORM_WEIGHTS = ('ln_dwconv', '2.weight'), ('dwconv', '1.weight')
 
 def _s6_sizes(shapes: Mapping[str, tuple[int, ...]], first: str) -> tuple[int, int, int]:
     """Inner channels, dt_rank and d_state of SS2D, which has these two weights in every stage."""
-    stages = {k.partition('.blocks.')[0] for k in shapes if '.blocks.' in k}
+    stages = {k.partition('.blocks.')[0] for k in shapes
+              if k.startswith('stages.') and '.blocks.' in k}
     for name in (f'{stage}.blocks.0.ssm.{name}' for stage in sorted(stages)
                  for name in ('dt_projs_weight', 'out_norm.weight')):
         if name not in shapes:
