@@ -42,8 +42,8 @@ class Spec:
         wrong: (keys of the first arch that change, message) of what is refused.
         official: (backbone) -> its weights as official files have them, for each generation of
             names, without a prefix.
-        official_classifiers: (backbone with the last output alone, classes) -> the same with the
-            head.
+        official_classifiers: (backbone of a classifier, with the last output alone, classes) -> the
+            same with the head.
         layer_depths: {name of a parameter of the first arch: its depth}.
         a_weight: name of a Linear's weight in a block of every arch.
         sizes: of images, the odd ones that a family takes.
@@ -84,12 +84,15 @@ class Spec:
 
         Args:
             arch: its name.
-            is_classifier: with its last output alone.
+            is_classifier: as classifiers have it, with its last output alone.
         """
-        indices = tuple(self.stages(arch))
         if is_classifier or self.model.is_flat:
-            indices = indices[-1:]
-        return _on_meta(self.model, arch, indices)
+            return _on_meta(self.model, arch, tuple(self.of_classifiers(arch).items()))
+        return _on_meta(self.model, arch, (('out_indices', tuple(self.stages(arch))),))
+
+    def of_classifiers(self, arch: str | Mapping[str, Any]) -> dict[str, Any]:
+        """The keywords of a classifier's backbone."""
+        return dict(self.model.classifier_options, out_indices=tuple(self.stages(arch)[-1:]))
 
     def told_archs(self) -> dict[str, str]:
         """{published arch: the one that its weights tell}: the first with these names and shapes.
@@ -137,9 +140,9 @@ class Spec:
 
 
 @functools.cache
-def _on_meta(model, arch, out_indices):
+def _on_meta(model, arch, options):
     with torch.device('meta'):
-        return model(arch, out_indices)
+        return model(arch, **dict(options))
 
 
 _TESTS = Path(__file__).parent

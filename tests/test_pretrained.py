@@ -39,7 +39,7 @@ def under(prefix, state):
 
 
 def last_only(spec, seed=0):
-    return spec.random_model(seed=seed, out_indices=spec.stages(spec.first)[-1:])
+    return spec.random_model(seed=seed, **spec.of_classifiers(spec.first))
 
 
 def every_output(spec, arch=None, **kwargs):
@@ -101,11 +101,10 @@ def test_init_cfg_from_a_classifier(spec, prefix, official_file):
 @each_spec
 def test_init_cfg_by_other_names_and_beside_others(spec, official_file):
     path, source = official_file
-    outputs = spec.stages(spec.first)[-1:]
     for kind in ('mmengine.Pretrained', 'mmengine.model.PretrainedInit',
                  'mmengine.model.weight_init.PretrainedInit', PretrainedInit):
         for more in ([], [dict(type='Constant', layer='Linear', val=7.)]):
-            model = spec.model(spec.first, outputs,
+            model = spec.model(spec.first, **spec.of_classifiers(spec.first),
                                init_cfg=[*more, dict(type=kind, checkpoint=path)])
             model.init_weights()
             assert_unchanged(model, source.state_dict())
@@ -240,7 +239,7 @@ def test_places(spec, official_file, tmp_path):
         spec.model(spec.first).load_pretrained(both)
     alone = saved(tmp_path / 'c.pth', under('net.', state) | {'fc.weight': torch.ones(2, 2)})
     for file, prefix in ((both, 'student'), (both, 'teacher.backbone.'), (alone, None)):
-        model = spec.model(spec.first, source.out_indices)
+        model = spec.model(spec.first, **spec.of_classifiers(spec.first))
         model.load_pretrained(file, prefix=prefix)
         assert_unchanged(model, state)
 

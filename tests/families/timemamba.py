@@ -41,6 +41,7 @@ def _published_keys():
     if path.is_file():
         keys = expand_keys(json.loads(path.read_text())['timemamba_base_f4'])
         del keys['image_projection']
+        keys = {f'visual.{k}': shape for k, shape in keys.items()}
         keys |= {'fc_cls.weight': (97, 768), 'fc_cls.bias': (97,)}
         return dict.fromkeys(FAMILY.archs, keys)
 

@@ -74,8 +74,9 @@ def to_mm(state_dict: StateDict, keep_places: bool = False,
 def to_official(state_dict: StateDict, family: Family | None = None) -> dict[str, torch.Tensor]:
     """The inverse of :func:`to_mm`, to the official names (the newest, where there are several).
 
-    A classifier's backbone and head lose their prefixes, as in official classification files, and
-    so do those of a family that has a head of its own; a bare backbone loses it too; detectors and
+    A classifier's backbone comes to its family's own place (``Family.place``), mostly the top, and
+    its head to the top, as in official classification files, and so do backbone and head of a
+    family that has a head of its own; a bare backbone comes to the top too; detectors and
     segmentors of the frameworks keep ``backbone.``.
     """
     state = to_mm(state_dict, family=family)
@@ -91,7 +92,11 @@ def to_official(state_dict: StateDict, family: Family | None = None) -> dict[str
         beside = {_renamed(k, inverse(head_rows), family): v for k, v in beside.items()}
     if task == 'cls':
         rows = family.classifier_keys + rows
-    prefix = 'backbone.' if task in ('det', 'seg') and not is_whole else ''
+    prefix = ''
+    if task == 'cls':
+        prefix = family.place
+    elif task in ('det', 'seg') and not is_whole:
+        prefix = 'backbone.'
     return {prefix + _renamed(k, inverse(rows), family): _official_shape(k, v, family)
             for k, v in backbone.items()} | beside
 

@@ -43,7 +43,18 @@ Rules that keep the rest generic:
 from collections.abc import Mapping
 
 from vmamba_mm.errors import UserError
-from vmamba_mm.families import mamba_lm, rs_mamba, timemamba, videomamba, vim, vivim, vmamba, vssd
+from vmamba_mm.families import (
+    mamba_lm,
+    rmt,
+    rs_mamba,
+    timemamba,
+    videomamba,
+    vim,
+    vision_rwkv,
+    vivim,
+    vmamba,
+    vssd,
+)
 from vmamba_mm.families.base import Family, Rule, name_of, resolve_arch
 from vmamba_mm.families.names import exact_prefixes, is_counter, outer_wrappers, plain_name
 from vmamba_mm.zoo import register_configs, unregister_configs
@@ -135,5 +146,6 @@ def family_of(state_dict: Mapping[str, object]) -> Family | None:
     return next(iter(families.values()), None)
 
 
-for _module in (vmamba, mamba_lm, vim, videomamba, vivim, timemamba, vssd, rs_mamba):
+for _module in (vmamba, mamba_lm, vim, videomamba, vivim, timemamba, vision_rwkv, vssd, rmt,
+                rs_mamba):
     register_family(_module.FAMILY)

@@ -4,6 +4,7 @@ from vmamba_mm.heads.clip import ClipTower
 from vmamba_mm.heads.losses import BatchDiceLoss
 from vmamba_mm.heads.pyramid import SimpleFeaturePyramid
 from vmamba_mm.heads.rs_mamba import ChannelFusion, ConcatDecoder, RemoteSensingModel
+from vmamba_mm.heads.token_label import TokenLabelHead
 from vmamba_mm.heads.video import ClipPreprocessor, VideoClassifier
 from vmamba_mm.heads.videomamba import (
     DistilledVideoMamba,
@@ -14,4 +15,4 @@ from vmamba_mm.heads.videomamba import (
 
 __all__ = ['BatchDiceLoss', 'ChannelFusion', 'ClipPreprocessor', 'ClipTower', 'ConcatDecoder',
            'DistilledVideoMamba', 'MaskedVideoMamba', 'RemoteSensingModel', 'SelfDistillation',
-           'SimpleFeaturePyramid', 'VideoClassifier', 'VideoEncoder']
+           'SimpleFeaturePyramid', 'TokenLabelHead', 'VideoClassifier', 'VideoEncoder']

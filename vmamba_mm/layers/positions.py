@@ -17,6 +17,12 @@ def pad_to_a_patch(x: Tensor, patch_size: int) -> Tensor:
     return F.pad(x, (0, max(0, patch_size - width), 0, max(0, patch_size - height)))
 
 
+def pad_to_patches(x: Tensor, patch_size: int) -> Tensor:
+    """(..., H, W) with zeros below and on the right up to multiples of ``patch_size``."""
+    height, width = x.shape[-2:]
+    return F.pad(x, (0, -width % patch_size, 0, -height % patch_size))
+
+
 def resize_grid(embed: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """(1, h * w, C) of the grid ``old``, bicubic, for the grid ``new``."""
     if old == new:
