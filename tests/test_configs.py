@@ -61,7 +61,8 @@ def test_necks_and_heads_take_what_the_backbone_gives(leaf, load, build_meta):
     found = {name: part.in_channels for name, part in cfg.items()
              if name in ('neck', 'head', 'decode_head', 'auxiliary_head') and part
              and 'in_channels' in part}
-    if 'neck' in found and 'decode_head' in found:  # which takes what the neck gives
+    # A decode head takes what the neck gives; one without out_channels keeps each map's.
+    if 'neck' in found and 'decode_head' in found and 'out_channels' in cfg.neck:
         width = found.pop('decode_head')
         assert width == [cfg.neck.out_channels] * len(width)
     for name, width in found.items():
