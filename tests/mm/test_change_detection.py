@@ -164,6 +164,14 @@ def test_bad_pairs(data, tmp_path):
             build('LoadImagePair')(dict(img_path=good, img_path2=second))
 
 
+def test_mask_of_another_size(data, tmp_path):
+    mask = str(save(tmp_path / 'mask.png', np.zeros((40, 96), np.uint8)))
+    image = str(data / 'train/A/0.png')
+    loaded = build('LoadImagePair')(dict(img_path=image, img_path2=image, seg_map_path=mask))
+    with pytest.raises(UserError, match=f'{mask} has 96x40 pixels and its image {image} 96x80'):
+        build('LoadBinaryAnnotations')(loaded)
+
+
 def test_metric_counts_the_class():
     """By hand, and 0 where nothing was found or labelled."""
     from mmengine.structures import PixelData

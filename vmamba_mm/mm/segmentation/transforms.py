@@ -69,12 +69,16 @@ class LoadBinaryAnnotations(BaseTransform):
     ``LoadAnnotations``.
 
     Raises:
-        UserError: on a file that cannot be read or is no image.
+        UserError: on a file that cannot be read or is no image, or has not the size of the image.
     """
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
         mask = _load(results['seg_map_path'], flag='unchanged', backend='pillow')
         mask = mask.any(-1) if mask.ndim == 3 else mask != 0
+        if 'img' in results and mask.shape != results['img'].shape[:2]:
+            sizes = [f'{a.shape[1]}x{a.shape[0]}' for a in (mask, results['img'])]
+            raise UserError(f'the mask {results["seg_map_path"]} has {sizes[0]} pixels and its image '
+                            f'{results["img_path"]} {sizes[1]}; they must have one size')
         fields = [*results.get('seg_fields', ()), 'gt_seg_map']
         return dict(results, gt_seg_map=mask.astype(np.uint8), seg_fields=fields)
 
