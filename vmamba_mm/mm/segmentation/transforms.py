@@ -77,8 +77,8 @@ class LoadBinaryAnnotations(BaseTransform):
         mask = mask.any(-1) if mask.ndim == 3 else mask != 0
         if 'img' in results and mask.shape != results['img'].shape[:2]:
             sizes = [f'{a.shape[1]}x{a.shape[0]}' for a in (mask, results['img'])]
-            raise UserError(f'the mask {results["seg_map_path"]} has {sizes[0]} pixels and its image '
-                            f'{results["img_path"]} {sizes[1]}; they must have one size')
+            raise UserError(f'the mask {results["seg_map_path"]} has {sizes[0]} pixels and its '
+                            f'image {results["img_path"]} {sizes[1]}; they must have one size')
         fields = [*results.get('seg_fields', ()), 'gt_seg_map']
         return dict(results, gt_seg_map=mask.astype(np.uint8), seg_fields=fields)
 
