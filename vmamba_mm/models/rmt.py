@@ -39,7 +39,7 @@ class Places(NamedTuple):
     decay: Tensor  #: (n), logarithms, of :func:`make_decay`
     cos: Tensor  #: (H, W, 1, P)
     sin: Tensor  #: (H, W, 1, P)
-    masks: tuple[Tensor, ...]  #: of :func:`vmamba_mm.ops.masa.decay_masks`
+    masks: tuple[Tensor, ...]  #: of :func:`vmamba_mm.ops.decay_masks`
 
 
 def place(x: Tensor, decay: Tensor, head_dim: int, form: str) -> Places:

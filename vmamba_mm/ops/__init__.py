@@ -8,7 +8,7 @@ from vmamba_mm.ops.fused.dwconv import dwconv_silu
 from vmamba_mm.ops.fused.mlp import mlp
 from vmamba_mm.ops.fused.stem import conv_norm_gelu
 from vmamba_mm.ops.mamba_inner import mamba_inner
-from vmamba_mm.ops.masa import masa
+from vmamba_mm.ops.masa import decay_masks, masa
 from vmamba_mm.ops.matrix_wkv import bi_wkv6, wkv5, wkv6, wkv6_step, wkv7, wkv7_step
 from vmamba_mm.ops.nc_ssd import nc_ssd
 from vmamba_mm.ops.orders import cross_merge, cross_scan
@@ -22,8 +22,8 @@ from vmamba_mm.ops.wkv import bi_wkv, wkv, wkv_step
 
 __all__ = ['BACKENDS', 'add_norm', 'bi_wkv', 'bi_wkv6', 'causal_conv', 'causal_conv_step',
            'channels_last', 'conv_norm', 'conv_norm_gelu', 'cross_merge', 'cross_scan',
-           'dwconv_silu', 'layer_norm', 'mamba_inner', 'masa', 'mlp', 'nc_ssd', 'ordered_scan',
-           'register_scan', 'retention', 'retention_step', 'rms_norm', 'scan_norm',
+           'decay_masks', 'dwconv_silu', 'layer_norm', 'mamba_inner', 'masa', 'mlp', 'nc_ssd',
+           'ordered_scan', 'register_scan', 'retention', 'retention_step', 'rms_norm', 'scan_norm',
            'scan_patterns', 'scan_positions', 'selective_scan', 'selective_scan_step',
            'ss2d_attention', 'ss2d_scan', 'ss2d_scan_norm', 'ssd', 'ssd_step', 'wkv', 'wkv5',
            'wkv6', 'wkv6_step', 'wkv7', 'wkv7_step', 'wkv_step']

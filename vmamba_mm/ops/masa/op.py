@@ -36,7 +36,7 @@ def masa(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, form: str = 'decomposed
     """Manhattan self-attention, of which the scores fall with the distance (arXiv 2309.11523,
     sections 3.2 and 3.3).
 
-    'whole': softmax(q k^T / sqrt(P) + decay * (|dh| + |dw|)) v over all pixels of a map.
+    'whole': ``softmax(q k^T / sqrt(P) + decay * (|dh| + |dw|)) v`` over all pixels of a map.
     'decomposed': the same along each row, and then, with the same q and k and what came out in
     place of v, along each column; the cost is that of HW (H + W) products, and no mask is larger
     than a side's square for each head. The paper multiplies the softmax by the decay; the authors'
