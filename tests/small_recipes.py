@@ -54,7 +54,7 @@ def learning_rates(cfg, epoch_length, total):
     return found
 
 
-def batch_of(scope):
+def batch_of(scope, num_classes=150):
     """Two images of SIZE pixels with what the task asks of them, for a model of that scope."""
     import torch
     images = torch.randint(0, 256, (2, 3, SIZE, SIZE), dtype=torch.uint8)
@@ -64,7 +64,7 @@ def batch_of(scope):
     if scope == 'mmseg':
         from mmengine.structures import PixelData
         from mmseg.structures import SegDataSample
-        labels = torch.randint(0, 150, (1, SIZE, SIZE))
+        labels = torch.randint(0, num_classes, (1, SIZE, SIZE))
         return dict(inputs=list(images), data_samples=[SegDataSample(
             gt_sem_seg=PixelData(data=labels), metainfo=dict(
                 img_shape=(SIZE, SIZE), ori_shape=(SIZE, SIZE))) for _ in images])
@@ -72,9 +72,9 @@ def batch_of(scope):
     return dict(inputs=images, data_samples=[DataSample().set_gt_label(i) for i in (3, 7)])
 
 
-def take_a_step(cfg, narrowed):
+def take_a_step(cfg, narrowed, num_classes=150):
     """Build the model that ``narrowed(cfg)`` gives, train a step that moves all weights of the
-    backbone, and predict."""
+    backbone, and predict; ``num_classes`` are those of a segmentor's labels."""
     import torch
     from mmengine.model import revert_sync_batchnorm
     from mmengine.optim import build_optim_wrapper
@@ -86,7 +86,7 @@ def take_a_step(cfg, narrowed):
     optim_cfg.type = 'OptimWrapper'  # the Amp one refuses a machine without a GPU
     optim_wrapper = build_optim_wrapper(model, optim_cfg)
     before = {name: p.detach().clone() for name, p in model.backbone.named_parameters()}
-    log = model.train_step(batch_of(cfg.default_scope), optim_wrapper)
+    log = model.train_step(batch_of(cfg.default_scope, num_classes), optim_wrapper)
     assert all(value.isfinite().all() for value in log.values())
     for name, p in model.backbone.named_parameters():
         assert p.isfinite().all() and not torch.equal(p, before[name]), name

@@ -8,7 +8,7 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,10 @@ class Spec:
         layer_depths: {name of a parameter of the first arch: its depth}.
         a_weight: name of a Linear's weight in a block of every arch.
         sizes: of images, the odd ones that a family takes.
+        repeatable: arguments of the model with which a step of training without dropped paths is
+            the same each time.
+        drop_path_rates: (arch, rate) -> that of each block, if not linear from 0 to the last.
+        called_often: a regular expression of the modules that run several times in a call.
         shares_names: (arch) -> whether another family's models have the same official names and
             shapes, so that only who asks for one of the families can tell.
         published_keys: gives {arch: {official name: shape}} of the published classifiers, or None
@@ -64,6 +68,9 @@ class Spec:
     layer_depths: Mapping[str, int]
     a_weight: str
     sizes: Sequence[tuple[int, int]] = ((1, 1), (1, 50), (31, 33), (64, 32))
+    repeatable: Mapping[str, Any] = field(default_factory=dict)
+    drop_path_rates: Callable[[Mapping, float], Sequence[float]] | None = None
+    called_often: str = '(?!)'
     shares_names: Callable[[Mapping], bool] = lambda arch: False
     published_keys: Callable[[], Mapping[str, Mapping[str, tuple]] | None] | None = None
 
@@ -83,10 +90,25 @@ class Spec:
             arch: its name.
             is_classifier: with its last output alone.
         """
+        if is_classifier:
+            return _on_meta(self.model, arch, **self.of_classifier(self.family.archs[arch]))
         indices = tuple(self.stages(arch))
-        if is_classifier or self.model.is_flat:
-            indices = indices[-1:]
-        return _on_meta(self.model, arch, indices)
+        return _on_meta(self.model, arch, indices[-1:] if self.model.is_flat else indices)
+
+    def of_classifier(self, arch: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of the backbone of a published classifier: its last output alone, and the norm
+        of the mean, where there is one."""
+        pooled = dict(out_type='avg_featmap') if self.model.has_pool_norm(arch) else {}
+        return dict(out_indices=tuple(self.stages(arch))[-1:], **pooled)
+
+    @property
+    def head(self) -> str:
+        """Our name of the last layer of a whole published model."""
+        return {'cls': 'head.fc', 'seg': 'decode_head.conv_seg'}[self.family.task]
+
+    def classifier(self, arch: Mapping[str, Any] | None = None, seed: int = 0) -> Backbone:
+        """A random backbone of a classifier, or of what else is published of the family."""
+        return self.random_model(arch, seed, **self.of_classifier(arch or self.first))
 
     def told_archs(self) -> dict[str, str]:
         """{published arch: the one that its weights tell}: the first with these names and shapes.
@@ -134,9 +156,9 @@ class Spec:
 
 
 @functools.cache
-def _on_meta(model, arch, out_indices):
+def _on_meta(model, arch, out_indices, **kwargs):
     with torch.device('meta'):
-        return model(arch, out_indices)
+        return model(arch, out_indices, **kwargs)
 
 
 _TESTS = Path(__file__).parent

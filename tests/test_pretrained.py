@@ -12,7 +12,7 @@ from torch import nn
 from vmamba_mm.checkpoints.names import to_mm
 from vmamba_mm.errors import UserError
 
-OUTPUT_NORM = re.compile(r'norm\d+\.')
+OUTPUT_NORM = re.compile(r'(?:norm\d+|pool_norm)\.')
 
 
 def snapshot(model):
@@ -38,10 +38,6 @@ def under(prefix, state):
     return {prefix + k: v for k, v in state.items()}
 
 
-def last_only(spec, seed=0):
-    return spec.random_model(seed=seed, out_indices=spec.stages(spec.first)[-1:])
-
-
 def every_output(spec, arch=None, **kwargs):
     arch = arch or spec.first
     return spec.model(arch, spec.stages(arch), **kwargs)
@@ -50,7 +46,7 @@ def every_output(spec, arch=None, **kwargs):
 @pytest.fixture
 def official_file(spec, tmp_path):
     """An official classification file and the backbone in it."""
-    source = last_only(spec)
+    source = spec.classifier()
     state = spec.official_classifiers(source, 10)[0]
     return str(save_training_file(tmp_path / 'official.pth', state)), source
 
@@ -148,7 +144,7 @@ def test_init_cfg_inside_a_detector(spec, mm, official_file):
 
 @each_spec
 def test_weights_of_init_cfg(spec, tmp_path):
-    first, second = (last_only(spec, seed) for seed in (0, 1))
+    first, second = (spec.classifier(seed=seed) for seed in (0, 1))
     path = str(save_training_file(tmp_path / 'a.pth', *(
         spec.official_classifiers(model, 10)[0] for model in (first, second))))
     for weights, source in (('auto', second), ('model', first), ('model_ema', second)):
@@ -174,7 +170,7 @@ def test_keys_of_init_cfg(spec, official_file):
 @each_spec
 def test_anything_else_than_all_of_it_is_refused(spec, tmp_path):
     name, last = spec.a_weight, spec.stages(spec.first)[-1]
-    source = last_only(spec)
+    source = spec.classifier()
     beside = name.removesuffix('weight') + 'extra'
     block = f'{spec.model.stages_name}.{last}.'
     cases = [
@@ -200,7 +196,7 @@ def test_anything_else_than_all_of_it_is_refused(spec, tmp_path):
 
 @each_spec
 def test_an_official_file_is_all_there_or_refused(spec, tmp_path):
-    for state in spec.official_classifiers(last_only(spec), 10):
+    for state in spec.official_classifiers(spec.classifier(), 10):
         names = {v.data_ptr(): k for k, v in state.items()}
         renamed = to_mm(state, family=spec.family)
         key = names[renamed[f'backbone.{spec.a_weight}'].data_ptr()]
@@ -208,7 +204,8 @@ def test_an_official_file_is_all_there_or_refused(spec, tmp_path):
                                                            if k != key}))
         with pytest.raises(UserError, match=rf'a\.pth does not fit.*{spec.a_weight} is missing'):
             spec.model(spec.first).load_pretrained(path)
-        path = str(save_training_file(tmp_path / 'b.pth', state | {'more.x': torch.ones(1)}))
+        path = str(save_training_file(tmp_path / 'b.pth', state | {
+                f'{spec.family.place}more.x': torch.ones(1)}))
         with pytest.raises(UserError, match='but more.x is of none that was published'):
             spec.model(spec.first).load_pretrained(path)
 
@@ -231,7 +228,8 @@ def test_another_architecture_is_refused_all_the_same(spec, tmp_path):
 @each_spec
 def test_places(spec, official_file, tmp_path):
     path, source = official_file
-    with pytest.raises(UserError, match="begin with 'model.', only with: backbone, head"):
+    with pytest.raises(UserError, match="begin with 'model.', only with: backbone, "
+                                        + spec.head.partition('.')[0]):
         spec.model(spec.first).load_pretrained(path, prefix='model.')
     state, name = source.state_dict(), spec.family.model
     both = saved(tmp_path / 'b.pth', under('student.', state) | under('teacher.backbone.', state))

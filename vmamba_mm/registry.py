@@ -19,6 +19,7 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry('optim wrapper constructor', parent=MMENGI
                                       scope='vmamba_mm', locations=['vmamba_mm.mm.optim'])
 # These and the data sets build on mmpretrain's, imported when a config names the first of them.
 TRANSFORMS = Registry('transform', parent=MMENGINE_TRANSFORMS, scope='vmamba_mm',
-                      locations=['vmamba_mm.mm.transforms', 'vmamba_mm.mm.video.transforms'])
+                      locations=['vmamba_mm.mm.masks', 'vmamba_mm.mm.transforms',
+                                 'vmamba_mm.mm.video.transforms'])
 DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope='vmamba_mm',
-                    locations=['vmamba_mm.mm.video.dataset'])
+                    locations=['vmamba_mm.mm.image_list', 'vmamba_mm.mm.video.dataset'])

@@ -33,7 +33,7 @@ def _dense(model):
 def _classifiers(model, num_classes):
     head = {'fc_cls.weight': torch.randn(num_classes, model.num_features[-1]),
             'fc_cls.bias': torch.randn(num_classes)}
-    return [state | head for state in _dense(model)]
+    return [{f'visual.{k}': v for k, v in state.items()} | head for state in _dense(model)]
 
 
 def _published_keys():
@@ -41,6 +41,7 @@ def _published_keys():
     if path.is_file():
         keys = expand_keys(json.loads(path.read_text())['timemamba_base_f4'])
         del keys['image_projection']
+        keys = {f'visual.{k}': shape for k, shape in keys.items()}
         keys |= {'fc_cls.weight': (97, 768), 'fc_cls.bias': (97,)}
         return dict.fromkeys(FAMILY.archs, keys)
 

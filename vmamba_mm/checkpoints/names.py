@@ -74,8 +74,9 @@ def to_mm(state_dict: StateDict, keep_places: bool = False,
 def to_official(state_dict: StateDict, family: Family | None = None) -> dict[str, torch.Tensor]:
     """The inverse of :func:`to_mm`, to the official names (the newest, where there are several).
 
-    A classifier's backbone and head lose their prefixes, as in official classification files;
-    a bare backbone loses it too; detectors and segmentors keep ``backbone.``.
+    The backbone of a classifier, or of what else the family's official files hold, comes to its
+    family's place; a bare backbone has no prefix; other detectors and segmentors keep
+    ``backbone.``.
     """
     state = to_mm(state_dict, family=family)
     task = infer_task(state)
@@ -83,10 +84,12 @@ def to_official(state_dict: StateDict, family: Family | None = None) -> dict[str
     backbone = inside(state, 'backbone.')
     beside = {k: v for k, v in state.items() if not k.startswith('backbone.')}
     rows = family.rows(backbone)
-    if task == 'cls':
-        rows = family.classifier_keys + rows
-        beside = {_renamed(k, inverse(family.head_keys), family): v for k, v in beside.items()}
     prefix = 'backbone.' if task in ('det', 'seg') else ''
+    heads = our_rows(family.head_keys)
+    if task == family.task and (task == 'cls' or all(has_row(k, heads) for k in beside)):
+        rows, prefix = family.classifier_keys + rows, family.place
+        beside = {(prefix if family.has_head_inside else '')
+                  + _renamed(k, inverse(family.head_keys), family): v for k, v in beside.items()}
     return {prefix + _renamed(k, inverse(rows), family): _official_shape(k, v, family)
             for k, v in backbone.items()} | beside
 
@@ -139,8 +142,11 @@ def _is_classifier_of(models, state):
     if len(models) != 1 or not models[0].is_official \
             or models[0].prefix != (models[0].family.place or None):
         return False
-    beside = [k for k in state if not k.startswith(models[0].prefix)]
-    return bool(beside) and all(has_row(k, models[0].family.head_keys) for k in beside)
+    family, prefix = models[0].family, models[0].prefix
+    beside = [k for k in state if not k.startswith(prefix)]
+    if family.has_head_inside:
+        return not beside and any(has_row(k, family.head_keys) for k in inside(state, prefix))
+    return bool(beside) and all(has_row(k, family.head_keys) for k in beside)
 
 
 def _rename_backbone(state, model):

@@ -29,8 +29,9 @@ Rules that keep the rest generic:
   is a key of the arch, and :attr:`Family.infer_arch` finds it in the weights or takes it to be as
   published.
 - Our names are ``stages.I.blocks.J`` in a backbone of stages and ``blocks.J`` in a flat one;
-  ``norm{I}`` is the norm of output I alone; a head beside the backbone is ``head.fc``. Everything
-  before the first block is named by ``Backbone.stem``.
+  ``norm{I}`` is the norm of output I alone, and ``pool_norm`` that of the mean of a map; a head
+  beside the backbone is ``head.fc``. Everything before the first block is named by
+  ``Backbone.stem``.
 - A row of names stands for a name and all below it. What official files have called by several
   names has a row for each, the newest first; what our model computes itself has None in place of
   our name.
@@ -43,7 +44,17 @@ Rules that keep the rest generic:
 from collections.abc import Mapping
 
 from vmamba_mm.errors import UserError
-from vmamba_mm.families import mamba_lm, timemamba, videomamba, vim, vivim, vmamba, vssd
+from vmamba_mm.families import (
+    mamba_lm,
+    rsmamba,
+    timemamba,
+    videomamba,
+    vim,
+    vivim,
+    vm_unet,
+    vmamba,
+    vssd,
+)
 from vmamba_mm.families.base import Family, Rule, name_of, resolve_arch
 from vmamba_mm.families.names import exact_prefixes, is_counter, outer_wrappers, plain_name
 from vmamba_mm.zoo import register_configs, unregister_configs
@@ -135,5 +146,6 @@ def family_of(state_dict: Mapping[str, object]) -> Family | None:
     return next(iter(families.values()), None)
 
 
-for _module in (vmamba, mamba_lm, vim, videomamba, vivim, timemamba, vssd):
+for _module in (vmamba, mamba_lm, vim, videomamba, vivim, timemamba, vssd, rsmamba,
+                vm_unet):
     register_family(_module.FAMILY)

@@ -56,11 +56,15 @@ class Family:
     infer_arch: Callable[[Mapping[str, Any]], dict[str, Any]]
     #: Like ``keys``, for names of the backbone's weights that only official classifiers have.
     classifier_keys: Rows = ()
-    #: Like ``keys``, for weights that our models have beside the backbone, such as ``head.fc``.
+    #: Like ``keys``, for weights that our models have beside the backbone, such as ``head.fc``, or
+    #: ``decode_head.conv_seg`` of segmentors.
     head_keys: Rows = ()
-    #: Where official classifiers have the backbone, with the head beside it, such as 'visual.';
-    #: '' for at the top.
+    #: The task of official files of whole models, which have the head: 'cls', or 'seg'.
+    task: str = 'cls'
+    #: Where these have the backbone, such as 'visual.'; '' for at the top.
     place: str = ''
+    #: Whether the head lies there too, and not beside.
+    has_head_inside: bool = False
     #: Our names of Linear weights that official files may hold as (out, in, 1, 1), as a regular
     #: expression.
     linear: str | None = None

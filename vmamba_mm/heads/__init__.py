@@ -1,6 +1,7 @@
 """Decoders and models of tasks that are no backbones, for mmengine's registry."""
 
 from vmamba_mm.heads.clip import ClipTower
+from vmamba_mm.heads.losses import DiceLoss
 from vmamba_mm.heads.pyramid import SimpleFeaturePyramid
 from vmamba_mm.heads.video import ClipPreprocessor, VideoClassifier
 from vmamba_mm.heads.videomamba import (
@@ -10,5 +11,5 @@ from vmamba_mm.heads.videomamba import (
     VideoEncoder,
 )
 
-__all__ = ['ClipPreprocessor', 'ClipTower', 'DistilledVideoMamba', 'MaskedVideoMamba',
+__all__ = ['ClipPreprocessor', 'ClipTower', 'DiceLoss', 'DistilledVideoMamba', 'MaskedVideoMamba',
            'SelfDistillation', 'SimpleFeaturePyramid', 'VideoClassifier', 'VideoEncoder']

@@ -5,6 +5,7 @@ from vmamba_mm.layers.embed import (
     ConvStem,
     MergeDownsample,
     PatchEmbed,
+    PatchExpand,
     PatchStem,
 )
 from vmamba_mm.layers.mamba import (
@@ -12,6 +13,7 @@ from vmamba_mm.layers.mamba import (
     DecomposedBiMambaMixer,
     MambaMixer,
     MambaState,
+    MultiPathMixer,
     SharedBiMambaMixer,
 )
 from vmamba_mm.layers.mamba2 import Mamba2Mixer, Mamba2State
@@ -26,6 +28,6 @@ from vmamba_mm.layers.vss_block import Mlp, VSSBlock, VSSStage
 __all__ = ['SS2D', 'SSD2D', 'AttentionState', 'BiMambaMixer', 'CausalAttention', 'ConvDownsample',
            'ConvStem', 'DecomposedBiMambaMixer', 'DropPath', 'LayerNorm', 'LayerNorm2d',
            'Mamba2Mixer', 'Mamba2State', 'MambaBlock', 'MambaMixer', 'MambaState',
-           'MergeDownsample', 'Mlp', 'PatchEmbed', 'PatchStem', 'RMSNorm', 'RMSNormGated',
-           'SelfAttention', 'SharedBiMambaMixer', 'Stage', 'VSSBlock', 'VSSStage', 'record_inputs',
-           'record_scan_inputs', 'run_blocks', 'run_blocks_to']
+           'MergeDownsample', 'Mlp', 'MultiPathMixer', 'PatchEmbed', 'PatchExpand', 'PatchStem',
+           'RMSNorm', 'RMSNormGated', 'SelfAttention', 'SharedBiMambaMixer', 'Stage', 'VSSBlock',
+           'VSSStage', 'record_inputs', 'record_scan_inputs', 'run_blocks', 'run_blocks_to']

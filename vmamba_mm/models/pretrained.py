@@ -41,7 +41,7 @@ from vmamba_mm.families.names import (
 
 _PRETRAINED = ('Pretrained', 'PretrainedInit')
 #: The norms of outputs, which belong to the task and not to the backbone.
-_OUTPUT_NORM = re.compile(r'norm\d+\.')
+_OUTPUT_NORM = re.compile(r'(?:norm\d+|pool_norm)\.')
 
 
 class StrictLoading:
