@@ -4,6 +4,7 @@ The names are written out here a second time, from the released files, so that t
 trust the table that they test.
 """
 
+import json
 import re
 import sys
 import types
@@ -20,6 +21,29 @@ VANILLA = dict(S2, d_state=16, conv_bias=True, gate=True, mlp_ratio=0.0, stem='p
                downsample='merge')
 
 SHARED = Path(__file__).resolve().parents[2] / 'shared'
+
+
+def listed_keys(system, names):
+    """{arch: {official name: shape}} of published models, or None where the list is not at hand.
+
+    Args:
+        system: of which the list is.
+        names: {arch: name of the model in the list}. Blocks after the first may be given once
+            there, as ``layers.[1..11].`` or ``layers.1..11.``.
+    """
+    path = SHARED / f'facts/keys/{system}.json'
+    if not path.is_file():
+        return None
+    listed, models = json.loads(path.read_text()), {}
+    for arch, name in names.items():
+        models[arch] = {}
+        for key, shape in listed[name]['keys'].items():
+            found = re.search(r'\[?(\d+)\.\.(\d+)\]?', key)
+            numbers = range(int(found[1]), int(found[2]) + 1) if found else ('',)
+            models[arch] |= {key.replace(found[0], str(i)) if found else key: tuple(shape)
+                             for i in numbers}
+    return models
+
 
 # Ours -> official, second generation (2024-02-18 and later) -> first (before).
 _STEM = {'patch_embed.conv1': 'patch_embed.0', 'patch_embed.norm1': 'patch_embed.2',

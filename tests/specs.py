@@ -42,8 +42,8 @@ class Spec:
         wrong: (keys of the first arch that change, message) of what is refused.
         official: (backbone) -> its weights as official files have them, for each generation of
             names, without a prefix.
-        official_classifiers: (backbone with the last output alone, classes) -> the same with the
-            head.
+        official_classifiers: (backbone of a classifier, with the last output alone, classes) -> the
+            same with the head.
         layer_depths: {name of a parameter of the first arch: its depth}.
         a_weight: name of a Linear's weight in a block of every arch.
         sizes: of images, the odd ones that a family takes.
@@ -88,27 +88,28 @@ class Spec:
 
         Args:
             arch: its name.
-            is_classifier: with its last output alone.
+            is_classifier: as classifiers have it, with its last output alone.
         """
-        if is_classifier:
-            return _on_meta(self.model, arch, **self.of_classifier(self.family.archs[arch]))
-        indices = tuple(self.stages(arch))
-        return _on_meta(self.model, arch, indices[-1:] if self.model.is_flat else indices)
-
-    def of_classifier(self, arch: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments of the backbone of a published classifier: its last output alone, and the norm
-        of the mean, where there is one."""
-        pooled = dict(out_type='avg_featmap') if self.model.has_pool_norm(arch) else {}
-        return dict(out_indices=tuple(self.stages(arch))[-1:], **pooled)
+        if is_classifier or self.model.is_flat:
+            return _on_meta(self.model, arch, tuple(self.of_classifiers(arch).items()))
+        return _on_meta(self.model, arch, (('out_indices', tuple(self.stages(arch))),))
 
     @property
     def head(self) -> str:
         """Our name of the last layer of a whole published model."""
         return {'cls': 'head.fc', 'seg': 'decode_head.conv_seg'}[self.family.task]
 
-    def classifier(self, arch: Mapping[str, Any] | None = None, seed: int = 0) -> Backbone:
-        """A random backbone of a classifier, or of what else is published of the family."""
-        return self.random_model(arch, seed, **self.of_classifier(arch or self.first))
+    def of_classifiers(self, arch: str | Mapping[str, Any]) -> dict[str, Any]:
+        """The keywords of a classifier's backbone, or of what else is published of the family."""
+        settings = self.family.archs[arch] if isinstance(arch, str) else arch
+        pooled = dict(out_type='avg_featmap') if self.model.has_pool_norm(settings) else {}
+        return dict(self.model.classifier_options, out_indices=tuple(self.stages(arch)[-1:]),
+                    **pooled)
+
+    def place_in(self, state: State) -> str:
+        """Where official weights have the backbone: its family's place, or at the top."""
+        place = self.family.place
+        return place if any(key.startswith(place) for key in state) else ''
 
     def told_archs(self) -> dict[str, str]:
         """{published arch: the one that its weights tell}: the first with these names and shapes.
@@ -156,9 +157,9 @@ class Spec:
 
 
 @functools.cache
-def _on_meta(model, arch, out_indices, **kwargs):
+def _on_meta(model, arch, options):
     with torch.device('meta'):
-        return model(arch, out_indices, **kwargs)
+        return model(arch, **dict(options))
 
 
 _TESTS = Path(__file__).parent

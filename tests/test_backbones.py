@@ -24,7 +24,10 @@ def test_published_architectures(spec):
         model = spec.published(arch, is_classifier=True)
         backbone = sum(p.numel() for p in model.parameters())
         for entry in (e for e in entries if e.arch == arch):
-            head = CLASSES[entry.dataset] * (model.num_features[-1] + 1)
+            width, head = model.num_features[-1], 0
+            if hidden := spec.family.head_dims.get(arch):
+                width, head = hidden, hidden * (width + 1)
+            head += CLASSES[entry.dataset] * (width + 1)
             assert backbone + head == entry.parameters, entry.name
 
 

@@ -47,7 +47,7 @@ def test_nothing_is_left_of_the_stock_config(leaf, load):
     cfg, entry = load(leaf), entry_of(leaf)
     assert cfg.custom_imports == dict(imports=['vmamba_mm.mm'], allow_failed_imports=False)
     assert set(cfg.model.backbone) <= {'type', 'arch', 'drop_path_rate', 'out_indices', 'out_type',
-                                       'features', 'init_cfg'}
+                                       'features', 'init_cfg', 'projection', 'with_last_map'}
     assert not re.findall(r'https?:[^\s\'"]+', str(cfg.to_dict()))
     if entry.pretrained is None:
         assert 'init_cfg' not in cfg.model.backbone  # trained from scratch
@@ -64,6 +64,9 @@ def test_necks_and_heads_take_what_the_backbone_gives(leaf, load, build_meta):
     found = {name: part.in_channels for name, part in cfg.items()
              if name in ('neck', 'head', 'decode_head', 'auxiliary_head') and part
              and 'in_channels' in part}
+    if 'neck' in found and 'decode_head' in found:  # which takes what the neck gives
+        width = found.pop('decode_head')
+        assert width == [cfg.neck.out_channels] * len(width)
     for name, width in found.items():
         one = channels[-2] if name == 'auxiliary_head' else channels[-1]
         assert width in (channels, one), name

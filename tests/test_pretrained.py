@@ -38,6 +38,10 @@ def under(prefix, state):
     return {prefix + k: v for k, v in state.items()}
 
 
+def last_only(spec, seed=0):
+    return spec.random_model(seed=seed, **spec.of_classifiers(spec.first))
+
+
 def every_output(spec, arch=None, **kwargs):
     arch = arch or spec.first
     return spec.model(arch, spec.stages(arch), **kwargs)
@@ -46,7 +50,7 @@ def every_output(spec, arch=None, **kwargs):
 @pytest.fixture
 def official_file(spec, tmp_path):
     """An official classification file and the backbone in it."""
-    source = spec.classifier()
+    source = last_only(spec)
     state = spec.official_classifiers(source, 10)[0]
     return str(save_training_file(tmp_path / 'official.pth', state)), source
 
@@ -97,11 +101,10 @@ def test_init_cfg_from_a_classifier(spec, prefix, official_file):
 @each_spec
 def test_init_cfg_by_other_names_and_beside_others(spec, official_file):
     path, source = official_file
-    outputs = spec.stages(spec.first)[-1:]
     for kind in ('mmengine.Pretrained', 'mmengine.model.PretrainedInit',
                  'mmengine.model.weight_init.PretrainedInit', PretrainedInit):
         for more in ([], [dict(type='Constant', layer='Linear', val=7.)]):
-            model = spec.model(spec.first, outputs,
+            model = spec.model(spec.first, **spec.of_classifiers(spec.first),
                                init_cfg=[*more, dict(type=kind, checkpoint=path)])
             model.init_weights()
             assert_unchanged(model, source.state_dict())
@@ -144,7 +147,7 @@ def test_init_cfg_inside_a_detector(spec, mm, official_file):
 
 @each_spec
 def test_weights_of_init_cfg(spec, tmp_path):
-    first, second = (spec.classifier(seed=seed) for seed in (0, 1))
+    first, second = (last_only(spec, seed) for seed in (0, 1))
     path = str(save_training_file(tmp_path / 'a.pth', *(
         spec.official_classifiers(model, 10)[0] for model in (first, second))))
     for weights, source in (('auto', second), ('model', first), ('model_ema', second)):
@@ -170,7 +173,7 @@ def test_keys_of_init_cfg(spec, official_file):
 @each_spec
 def test_anything_else_than_all_of_it_is_refused(spec, tmp_path):
     name, last = spec.a_weight, spec.stages(spec.first)[-1]
-    source = spec.classifier()
+    source = last_only(spec)
     beside = name.removesuffix('weight') + 'extra'
     block = f'{spec.model.stages_name}.{last}.'
     cases = [
@@ -196,7 +199,7 @@ def test_anything_else_than_all_of_it_is_refused(spec, tmp_path):
 
 @each_spec
 def test_an_official_file_is_all_there_or_refused(spec, tmp_path):
-    for state in spec.official_classifiers(spec.classifier(), 10):
+    for state in spec.official_classifiers(last_only(spec), 10):
         names = {v.data_ptr(): k for k, v in state.items()}
         renamed = to_mm(state, family=spec.family)
         key = names[renamed[f'backbone.{spec.a_weight}'].data_ptr()]
@@ -205,7 +208,7 @@ def test_an_official_file_is_all_there_or_refused(spec, tmp_path):
         with pytest.raises(UserError, match=rf'a\.pth does not fit.*{spec.a_weight} is missing'):
             spec.model(spec.first).load_pretrained(path)
         path = str(save_training_file(tmp_path / 'b.pth', state | {
-                f'{spec.family.place}more.x': torch.ones(1)}))
+                f'{spec.place_in(state)}more.x': torch.ones(1)}))
         with pytest.raises(UserError, match='but more.x is of none that was published'):
             spec.model(spec.first).load_pretrained(path)
 
@@ -238,7 +241,7 @@ def test_places(spec, official_file, tmp_path):
         spec.model(spec.first).load_pretrained(both)
     alone = saved(tmp_path / 'c.pth', under('net.', state) | {'fc.weight': torch.ones(2, 2)})
     for file, prefix in ((both, 'student'), (both, 'teacher.backbone.'), (alone, None)):
-        model = spec.model(spec.first, source.out_indices)
+        model = spec.model(spec.first, **spec.of_classifiers(spec.first))
         model.load_pretrained(file, prefix=prefix)
         assert_unchanged(model, state)
 

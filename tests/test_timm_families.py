@@ -46,7 +46,7 @@ def test_names_and_weights_are_those_of_the_zoo(spec):
     names = {f'{family.name}_{arch}' for arch in FAMILIES[family.name][1]}
     assert set(timm.list_models(f'{family.name}_*')) == names
     assert model.__name__ == f'Timm{family.model}' and model.model is spec.model
-    published = [e for e in zoo.entries(family.name, task='cls') if e.weights]
+    published = [entry for entry in zoo.entries(family.name, task='cls') if entry.weights]
     found = set(timm.list_models(f'{family.name}_*', pretrained=True))
     assert found == {f'{family.name}_{e.arch}.{e.tag}' for e in published}
     for entry in published:
@@ -65,8 +65,8 @@ def test_published_architecture(spec, arch):
         logits, features = model(x), model.forward_features(x)
     state, cfg = model.state_dict(), model.default_cfg
     for entry in zoo.entries(spec.family.name, arch, 'cls'):
-        head = CLASSES[entry.dataset] * (model.num_features + 1)
-        assert sum(p.numel() for p in model.backbone.parameters()) + head == entry.parameters
+        others = (1000 - CLASSES[entry.dataset]) * (model.head.fc.in_features + 1)
+        assert sum(p.numel() for p in model.parameters()) - others == entry.parameters
     assert infer_arch(state, spec.family) == arch
     assert logits.shape == (2, model.num_classes) == (2, 1000)
     if spec.model.has_cls_token(spec.family.archs[arch]):
@@ -120,7 +120,7 @@ def test_classifiers_read_what_the_published_ones_read(spec, arch):
     """The class token where there is one, else the mean of the map."""
     model, x = create(spec, arch).eval(), image(48, 32)
     kwargs = dict(out_type='cls_token') if model.has_cls_token else {}
-    backbone = spec.model(arch, **spec.of_classifier(arch), **kwargs).eval()
+    backbone = spec.model(arch, **spec.of_classifiers(arch), **kwargs).eval()
     backbone.load_state_dict(model.backbone.state_dict())
     y = backbone(x)[0]
     torch.testing.assert_close(model(x), model.head.fc(y if y.dim() == 2 else y.mean((2, 3))))
@@ -158,7 +158,7 @@ def test_training(spec, arch):
 @each_spec
 @pytest.mark.parametrize('channels', [3, 1])
 def test_official_files(spec, tmp_path, channels):
-    backbone = spec.classifier(first(spec))
+    backbone = spec.random_model(first(spec), **spec.of_classifiers(first(spec)))
     for state in spec.official_classifiers(backbone, 10):
         file = tmp_path / 'official.pth'
         torch.save({'model': state}, file)

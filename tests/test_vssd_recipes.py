@@ -2,7 +2,7 @@
 
 import pytest
 from leaves import LEAVES, entry_of
-from small_recipes import SIZE, learning_rates, settings_of, take_a_step
+from small_recipes import learning_rates, narrow_heads, settings_of, take_a_step
 
 ALL = [leaf for leaf in LEAVES if leaf.startswith('configs/vssd/')]
 IMAGENET, COCO, ADE20K = ([leaf for leaf in ALL if entry_of(leaf).task == task]
@@ -67,7 +67,6 @@ def test_dense(leaf, load, build_meta):
 # --- a step of training, and a prediction ---------------------------------------------------------
 
 ARCH = dict(embed_dims=8, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), d_state=4)
-CHANNELS = [8, 16, 32, 64]
 
 
 def narrowed(cfg):
@@ -76,22 +75,7 @@ def narrowed(cfg):
     model.backbone.arch = dict(ARCH)
     model.backbone.pop('init_cfg', None)
     model.backbone.drop_path_rate = 0.0  # it could leave a block out for both images
-    if cfg.default_scope == 'mmpretrain':
-        model.head.in_channels = CHANNELS[-1]
-        model.data_preprocessor = dict(type='ClsDataPreprocessor', **cfg.data_preprocessor)
-    elif cfg.default_scope == 'mmdet':
-        model.neck.update(in_channels=CHANNELS, out_channels=16)
-        model.rpn_head.update(in_channels=16, feat_channels=16)
-        heads = model.roi_head
-        for part in (heads.bbox_roi_extractor, heads.mask_roi_extractor):
-            part.out_channels = 16
-        heads.bbox_head.update(in_channels=16, fc_out_channels=32)
-        heads.mask_head.update(in_channels=16, conv_out_channels=16)
-        model.train_cfg.rpn_proposal.max_per_img = model.test_cfg.rpn.max_per_img = 20
-    else:
-        model.decode_head.update(in_channels=CHANNELS, channels=16)
-        model.auxiliary_head.update(in_channels=CHANNELS[2], channels=16)
-        model.data_preprocessor.size = (SIZE, SIZE)
+    narrow_heads(cfg, [8, 16, 32, 64])
     return model
 
 

@@ -75,7 +75,9 @@ def test_row(entry):
         assert entry.pretrained == f'{start.family}/{start.arch}.{start.tag}'
         assert not is_dense or start.task == 'cls' and (
             start.arch == entry.arch or start.family != entry.family)
-    assert entry.pretrained is not None or not is_dense
+    # What is no row here has its address.
+    outside = entry.metadata.get('Started From')
+    assert (entry.pretrained is not None) != bool(outside) or not is_dense and not outside
 
 
 def test_every_row_has_its_own_weights():

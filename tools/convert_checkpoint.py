@@ -40,26 +40,28 @@ def parse_args():
 
 def check_complete(state, arch, family, source):
     """The backbone must be all of its architecture: converting half a file would hide that."""
-    import re
-
     import torch
 
     from vmamba_mm.checkpoints.compare import differences, explain_differences
+    from vmamba_mm.checkpoints.prefixes import inside
+    from vmamba_mm.models.pretrained import OUTPUT_NORM
     from vmamba_mm.registry import MODELS
 
-    backbone = {k: v for k, v in state.items() if k.startswith('backbone.')}
-    norm = re.compile(r'backbone\.norm(\d+)\.')
-    outputs = sorted({int(m[1]) for k in backbone if (m := norm.match(k))})
-    firsts = [backbone[f'backbone.{k}'] for k in family.first_convs if f'backbone.{k}' in backbone]
-    kwargs = dict(out_indices=outputs) if outputs else {}
-    if firsts:
-        kwargs['in_channels'] = firsts[0].shape[1]
+    backbone = inside(state, 'backbone.')
+    name = family.model_of(backbone)
+    model, has_norms = MODELS.get(name), any(map(OUTPUT_NORM.match, backbone))
+    try:
+        arguments = model.arguments_of(backbone)
+    except KeyError as err:
+        raise UserError(f'{source}: the weights are named like those of a {name}, but lack '
+                        f'{err}') from err
     with torch.device('meta'):
-        model = MODELS.build(dict(type=family.model, arch=arch, **kwargs))
-    expected = {f'backbone.{k}': v for k, v in model.state_dict().items()}
-    expected = {k: v for k, v in expected.items() if outputs or not norm.match(k)}
+        expected = model(arch=arch, **arguments).state_dict()
+    expected = {k: v for k, v in expected.items() if has_norms or not OUTPUT_NORM.match(k)}
     wrong = differences(expected, backbone)
     if wrong:
+        wrong, expected, backbone = ({f'backbone.{k}': v for k, v in of.items()}
+                                     for of in (wrong, expected, backbone))
         raise UserError(explain_differences(wrong, expected, backbone, source))
 
 

@@ -39,7 +39,7 @@ def table_of_models(folder: Path) -> str:
             f'{SHORT.get(name, name)} {value}' for name, value in main_metrics(e).items())
             + f' (`{e.arch}`)' for e in best)
         cells = cells or ', '.join(f'`{arch}`' for arch in dict.fromkeys(e.arch for e in models))
-        rows.append([title(models[0]), cells,
+        rows.append([title(models), cells,
                      link(f'configs/{models[0].folder}', folder,
                           f'configs/{models[0].folder}/README.md')])
     return table(['Family', 'Best published results', 'Configs'], rows)
@@ -60,7 +60,7 @@ def table_of_architectures(folder: Path) -> str:
             rows.append([f'`{arch}`', *sizes(size), *(
                 ' / '.join(str(v) for v in main_metrics(e).values()) if e else ''
                 for e in of_arch)])
-        tables.append(f'{title(models[0])}, `configs/{models[0].folder}`:\n\n' + table(
+        tables.append(f'{title(models)}, `configs/{models[0].folder}`:\n\n' + table(
             *without_empty(['Architecture', 'Parameters', 'FLOPs', *heads], rows)))
     return '\n'.join(tables)
 
@@ -124,8 +124,12 @@ def schedule(models: Sequence[zoo.Entry]) -> str:
     return f', {epochs[0]} epochs' if len(set(epochs)) > 1 else ''
 
 
-def title(entry: zoo.Entry) -> str:
-    return f'[{entry.collection["Family"]}]({entry.collection["Paper"]["URL"]})'
+def title(models: Sequence[zoo.Entry]) -> str:
+    """What a family's collections call it, usually one name, with the first paper of each."""
+    links = {}
+    for entry in models:
+        links.setdefault(entry.collection['Family'], entry.collection['Paper']['URL'])
+    return ' and '.join(f'[{name}]({url})' for name, url in links.items())
 
 
 def sizes(entry: zoo.Entry) -> list[str]:

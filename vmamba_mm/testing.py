@@ -1,11 +1,16 @@
 """What tests, tools and benchmarks share: inputs for the ops, errors relative to scale."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from vmamba_mm.ops.masa import decay_masks
+from vmamba_mm.ops.retention import log_decays
+from vmamba_mm.ops.rotation import rotation_table
 
 #: where op tests run: a machine with a GPU tests both
 DEVICES = ['cpu', 'cuda'] if torch.cuda.is_available() else ['cpu']
@@ -120,17 +125,42 @@ class Classifier(nn.Module):
         num_classes: of the linear layer.
         pool: of tokens: 'mean' or the 'last' of them, 'max' for the largest of their logits or
             'all' for the logits of each. It says nothing of maps and class tokens.
+        hidden_dims: in place of the linear layer two of them with a tanh between, of this width,
+            named ``head.layers.pre_logits`` and ``head.layers.head``, as in mmpretrain's
+            VisionTransformerClsHead.
+        with_maps: return a list of the logits and of what the backbone returns.
+        head: of all that the backbone returns, in place of the linear layer.
     """
 
-    def __init__(self, backbone: nn.Module, num_classes: int, pool: str = ''):
+    def __init__(self, backbone: nn.Module, num_classes: int, pool: str = '',
+                 hidden_dims: int | None = None, with_maps: bool = False,
+                 head: nn.Module | None = None):
         super().__init__()
         self.backbone = backbone
-        self.head = nn.ModuleDict(dict(fc=nn.Linear(backbone.num_features[-1], num_classes)))
+        dims = backbone.num_features[-1]
+        if head is not None:
+            self.head = head
+        elif hidden_dims is None:
+            self.head = nn.ModuleDict(dict(fc=nn.Linear(dims, num_classes)))
+        else:
+            self.head = nn.ModuleDict(dict(layers=nn.Sequential(OrderedDict(
+                pre_logits=nn.Linear(dims, hidden_dims), act=nn.Tanh(),
+                head=nn.Linear(hidden_dims, num_classes)))))
         self.pool = pool
+        self.with_maps = with_maps
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """What the backbone takes, to (B, num_classes), or (B, L, num_classes) of 'all'."""
-        y = self.backbone(x)[-1]
+        maps = self.backbone(x)
+        logits = self._classify(maps)
+        return [logits, *maps] if self.with_maps else logits
+
+    def _classify(self, maps: tuple[Tensor, ...]) -> Tensor:
+        if not isinstance(self.head, nn.ModuleDict):
+            return self.head(maps)
+        y = maps[-1]
+        if 'layers' in self.head:
+            return self.head['layers'](y if y.dim() == 2 else y.flatten(2).mean(2))
         if y.dim() == 3 and self.pool in ('max', 'all'):
             return _POOLS[self.pool](self.head['fc'](y))
         if y.dim() == 3 and self.pool:
@@ -188,6 +218,13 @@ def run_with_permutations(model: Classifier, inputs: Mapping[str, Any]) -> dict[
     features = model.backbone(inputs['input'], inputs['perms'])
     logits = [model.head['fc'](features[-1])] if features[-1].dim() == 2 else []
     return dict(output=[*logits, *features])
+
+
+def by_heads(*tensors: Tensor, function: Callable[..., Tensor], heads: int) -> Tensor:
+    """``function`` of sequences (B, T, C) by heads, (B, T, H, C / H), to (B, T, C); other tensors
+    come to it as they are."""
+    return function(*(t.unflatten(2, (heads, -1)) if t.dim() == 3 else t for t in tensors)
+                    ).flatten(2)
 
 
 def run_in_parts(mixer: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -252,6 +289,79 @@ def run_ssd(ssd: Callable, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
             arguments.pop('initial_state', None)  # of the first sequence
         results['varlen_states'] = torch.cat(states)
     return results
+
+
+def run_retention(retention: Callable, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The op ``retention`` on 'q', 'k' (B, H, L, N) and 'v' (B, H, L, P) with the decays 'gamma'.
+
+    Returns:
+        'y' (B, H, L, P) and 'final_state' (B, H, N, P).
+    """
+    tokens = (inputs[name].transpose(1, 2) for name in ('q', 'k', 'v'))
+    y, state = retention(*tokens, inputs['gamma'].log(), return_final_state=True)
+    return dict(y=y.transpose(1, 2), final_state=state.mT)
+
+
+def run_rotation(rotate: Callable, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """``rotate_pairs`` of 'x' (..., L, N) by the positions of the tokens, as 'y'."""
+    x = inputs['x']
+    table = rotation_table(torch.arange(x.shape[-2], device=x.device), x.shape[-1], x.dtype)
+    return dict(y=rotate(x, *table))
+
+
+def run_retention_layer(layer: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The layer of RetNet in its own form, chunk by chunk and token by token.
+
+    Returns:
+        'output', 'output_chunkwise' and 'output_recurrent' (B, L, C), and the tables: 'decay' (H),
+        logarithms, and 'angle' (N), by which each channel turns from token to token.
+    """
+    x = inputs['input']
+    head_dim = layer.q_proj.out_features // layer.num_heads
+    _, sin = rotation_table(torch.ones(1, device=x.device), head_dim, x.dtype)
+    with torch.no_grad():
+        tokens = x.detach()
+        chunkwise, _ = layer(tokens, layer.init_state(len(x)))
+        state, steps = layer.init_state(len(x)), []
+        for token in tokens.unbind(1):
+            y, state = layer.step(token, state)
+            steps.append(y)
+    return dict(output=layer(x), output_chunkwise=chunkwise, output_recurrent=torch.stack(steps, 1),
+                decay=log_decays(layer.num_heads, x), angle=sin[0].asin())
+
+
+def run_retnet(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A RetNet in its own form, chunk by chunk and token by token.
+
+    Returns:
+        'output', a list of the logits (B, L, V), and 'output_chunkwise' and 'output_recurrent'.
+    """
+    tokens, states = inputs['input'], model.init_state(len(inputs['input']))
+    with torch.no_grad():
+        chunkwise, _ = model(tokens, states)
+        steps = []
+        for token in tokens.split(1, dim=1):
+            logits, states = model(token, states)
+            steps.append(logits)
+    return dict(output=[model(tokens)], output_chunkwise=chunkwise,
+                output_recurrent=torch.cat(steps, 1))
+
+
+def run_masa(layer: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A layer of RMT with its decay, ``vmamba_mm.models.rmt.PlacedAttention``.
+
+    Returns:
+        'output'; 'mask', what is added to scores, of columns and of rows where the two are apart;
+        'decay'; 'angle', by which each channel turns from pixel to pixel.
+    """
+    x = inputs['input']
+    # The recorded cases are in fp64 but for the decay and the masks, which are in fp32.
+    decay = layer.decay.float()
+    masks = decay_masks(decay, *x.shape[1:3], layer.form)
+    output = layer.attn(x, layer.places(x)._replace(decay=decay, masks=masks))
+    _, sin = rotation_table(torch.ones(1, device=x.device), layer.head_dim, x.dtype)
+    return dict(output=output, mask=masks[0] if len(masks) == 1 else list(masks[::-1]),
+                decay=decay, angle=sin[0].asin())
 
 
 def _window(before, state):

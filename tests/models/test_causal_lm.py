@@ -13,9 +13,12 @@ from language_models import (
     HYBRID,
     MAMBA2,
     OTHER,
+    RWKVS,
     TINY,
     each_arch,
     each_device,
+    each_mamba,
+    each_with_stream,
     random_model,
     tokens_of,
     transformers_state,
@@ -100,13 +103,15 @@ def test_logits_are_those_of_the_paper(arch):
     torch.testing.assert_close(model.double()(input_ids), expected, atol=1e-7, rtol=1e-7)
 
 
-@each_arch
+@each_mamba
 def test_blocks_add_to_a_stream(arch):
     """What is around the mixers, which tests/layers compares with their equations."""
     model, input_ids = random_model(arch).double(), tokens_of(2, 9)
     x = model.token_embed(input_ids)
     if model.position_embed is not None:
         x = x + model.position_embed.weight[:9]
+    if model.embed_norm is not None:
+        x = model.embed_norm(x)
     for block in model.blocks:
         x = x + block.mixer(block.norm(x))
     expected = F.linear(model.norm(x), model.lm_head.weight)
@@ -178,10 +183,10 @@ def test_training_reaches_every_parameter_and_with_cp_changes_nothing(arch):
     torch.testing.assert_close(grads[0], grads[1], atol=0, rtol=0)
 
 
-@each_arch
+@each_with_stream
 @pytest.mark.parametrize('autocast', [False, True], ids=['bf16', 'autocast'])
 def test_half_precision_keeps_the_residual_stream_in_fp32(arch, autocast):
-    model, input_ids = random_model(arch), tokens_of(2, 17)
+    model, input_ids = random_model(arch).bfloat16().float(), tokens_of(2, 17)
     expected, residuals = model(input_ids), []
     for block in model.blocks:
         block.register_forward_hook(lambda _, args, out: residuals.append(out[1].dtype))
@@ -258,7 +263,8 @@ def test_ways_to_name_an_architecture():
 
 @pytest.mark.parametrize('changes, message', [
     (dict(mixer='mamba9'),
-     "arch.'mixer'.='mamba9' is not allowed; it must be 'mamba', 'mamba2' or 'attention'"),
+     "arch.'mixer'.='mamba9' is not allowed; it must be 'mamba', 'mamba2', 'attention', 'rwkv4', "
+     "'rwkv5', 'rwkv6', 'rwkv7' or 'retnet'"),
     (dict(vocab_size=0), 'vocab_size.*an int of at least 1'),
     (dict(depth=True), 'depth.*an int of at least 1'),
     (dict(d_conv=1), 'd_conv.*an int of at least 2'),
@@ -270,7 +276,7 @@ def test_ways_to_name_an_architecture():
     (dict(norm='batch'), "norm.*'rms' or 'layer'"),
     (dict(drop_rate=1), 'drop_rate.*below 1'),
     (dict(max_positions=-1), 'max_positions.*at least 0'),
-    (dict(head_dim=4), "'head_dim'. is an option of the mixer 'mamba2'; the mixer 'mamba' has"),
+    (dict(head_dim=4), "'head_dim'. is an option of the mixer 'mamba2' and .*mixer 'mamba' has"),
     (dict(num_heads=4), "'num_heads'. is an option of the mixer 'attention' and attn_layers"),
     (dict(attn_layers=(1, 3)), r'attn_layers.*\(1, 3\) must be different numbers below the depth'),
     (dict(attn_layers=(1, 1)), 'attn_layers.*must be different numbers'),
@@ -327,7 +333,8 @@ def test_a_name_that_does_not_exist():
 
 # -- compiling -----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('arch', [TINY, MAMBA2, HYBRID], ids=['mamba', 'mamba2', 'hybrid'])
+@pytest.mark.parametrize('arch', [TINY, MAMBA2, HYBRID, *RWKVS.values()],
+                         ids=['mamba', 'mamba2', 'hybrid', *RWKVS])
 def test_export(arch):
     model, ids = random_model(arch), tokens_of(2, 9)
     length = torch.export.Dim('length', min=2, max=1000)
@@ -337,7 +344,8 @@ def test_export(arch):
         torch.testing.assert_close(program(ids), model(ids))
 
 
-@pytest.mark.parametrize('arch', [TINY, MAMBA2, ATTENTION], ids=['mamba', 'mamba2', 'attention'])
+@pytest.mark.parametrize('arch', [TINY, MAMBA2, ATTENTION, *RWKVS.values()],
+                         ids=['mamba', 'mamba2', 'attention', *RWKVS])
 def test_one_graph_for_a_text_and_for_a_step(arch):
     torch._dynamo.reset()
     model = random_model(arch)

@@ -14,6 +14,7 @@ from language_models import (
     OTHER2,
     TINY,
     each_arch,
+    each_mamba,
     mamba_ssm_state,
     random_model,
     tokens_of,
@@ -22,7 +23,7 @@ from language_models import (
 from safetensors.torch import save_file
 
 from vmamba_mm.checkpoints.files import read_checkpoint
-from vmamba_mm.checkpoints.names import to_official
+from vmamba_mm.checkpoints.names import infer_arch, to_official
 from vmamba_mm.errors import UserError
 from vmamba_mm.families import family_of
 from vmamba_mm.families.mamba_lm import FAMILY, arch_of_config
@@ -109,7 +110,7 @@ def test_heads_are_not_guessed(tmp_path, arch):
         CausalLM.from_pretrained(tmp_path / 'a.pth')
 
 
-@each_arch
+@each_mamba
 @pytest.mark.parametrize('names', [transformers_state, mamba_ssm_state, CausalLM.state_dict])
 def test_names_of_weights(arch, names, tmp_path):
     model = random_model(arch)
@@ -127,6 +128,17 @@ def test_names_of_weights(arch, names, tmp_path):
     if names is transformers_state and model.is_tied:
         del expected['lm_head.weight']
     assert set(back) == set(expected) and all(torch.equal(back[k], expected[k]) for k in back)
+
+
+@each_arch
+def test_what_every_mixer_may_have(arch):
+    model = random_model(dict(arch, max_positions=64, embed_norm=True))
+    state = to_official(model.state_dict())
+    assert family_of(state) is family_of(model.state_dict()) is FAMILY
+    assert infer_arch(state).items() >= dict(max_positions=64).items()
+    other = CausalLM(model.arch).eval()
+    other.load_state_dict(state)
+    assert torch.equal(other(tokens_of(1, 5)), model(tokens_of(1, 5)))
 
 
 @pytest.mark.parametrize('arch', [TINY, MAMBA2], ids=['mamba', 'mamba2'])

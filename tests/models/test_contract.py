@@ -245,7 +245,8 @@ class LoRA(nn.Module):
 @on_both
 @all_families
 def test_adapters(device, arch):
-    model, x = make(device, arch)
+    model, _ = make(device, arch)
+    x = make_input(arch, 2, 3, 36, 12, device)  # queries need a last map of two pixels
     expected = model(x)
     model.requires_grad_(False)
     linears = [name for name, m in model.named_modules() if type(m) is nn.Linear]
@@ -446,7 +447,8 @@ def test_jacobians(device, arch):
     assert relative_error(torch.func.jacrev(first)(x), expected) <= limit
     assert relative_error(torch.autograd.functional.jacobian(first, x, vectorize=True),
                           expected) <= limit
-    with pytest.raises(NotImplementedError, match='no forward-mode derivative.*reverse mode'):
+    with pytest.raises(NotImplementedError, match='no forward-mode derivative.*reverse mode|'
+                                                  'forward AD with .* does not support it'):
         torch.func.jvp(first, (x,), (x,))
 
 

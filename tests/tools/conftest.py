@@ -1,5 +1,20 @@
+import sys
+
 import pytest
 import tiny
+
+
+@pytest.fixture
+def run_tool(load_tool, monkeypatch):
+    """run_tool(path, *arguments, **attributes): run a tool with attributes of it replaced."""
+    def run(path, *arguments, **attributes):
+        tool = load_tool(path)
+        monkeypatch.setattr(sys, 'argv', [path, *arguments])
+        for name, value in attributes.items():
+            monkeypatch.setattr(tool, name, value)
+        tool.main()
+
+    return run
 
 
 @pytest.fixture

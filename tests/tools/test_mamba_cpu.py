@@ -1,3 +1,4 @@
+import functools
 import sys
 
 import pytest
@@ -5,20 +6,12 @@ import torch
 
 
 @pytest.fixture
-def run(load_tool, monkeypatch):
-    """Runs the tool with these arguments, and attributes of it replaced."""
+def run(load_tool, run_tool, monkeypatch):
+    """Runs the tool with further arguments, and attributes of it replaced."""
     monkeypatch.setattr(torch, 'set_num_threads', lambda threads: None)  # for other tests too
-    tool = load_tool('bench/mamba_cpu.py')
-    monkeypatch.setattr(tool, 'SHAPES', tool.SHAPES[-2:])
-
-    def run(*arguments, **attributes):
-        monkeypatch.setattr(sys, 'argv', ['mamba_cpu.py', '--rounds', '1', '--shrink', '64',
-                                          *arguments])
-        for name, value in attributes.items():
-            monkeypatch.setattr(tool, name, value)
-        tool.main()
-
-    return run
+    shapes = load_tool('bench/mamba_cpu.py').SHAPES[-2:]
+    return functools.partial(run_tool, 'bench/mamba_cpu.py', '--rounds', '1', '--shrink', '64',
+                             SHAPES=shapes)
 
 
 def test_all_ways_agree_and_are_timed(run, capsys):

@@ -1,23 +1,16 @@
-import sys
+import functools
 
 import pytest
 import torch
 
 
 @pytest.fixture
-def run(load_tool, monkeypatch):
+def run(load_tool, run_tool, monkeypatch):
     """Runs the tool on its first shape, with attributes of it replaced."""
     monkeypatch.setattr(torch, 'set_num_threads', lambda threads: None)  # for other tests too
-    tool = load_tool('bench/ssd_cpu.py')
-    monkeypatch.setattr(tool, 'SHAPES', tool.SHAPES[:1])
-    monkeypatch.setattr(sys, 'argv', ['ssd_cpu.py', '--rounds', '1', '--shrink', '4'])
-
-    def run(**attributes):
-        for name, value in attributes.items():
-            monkeypatch.setattr(tool, name, value)
-        tool.main()
-
-    return run
+    shapes = load_tool('bench/ssd_cpu.py').SHAPES[:1]
+    return functools.partial(run_tool, 'bench/ssd_cpu.py', '--rounds', '1', '--shrink', '4',
+                             SHAPES=shapes)
 
 
 def test_all_ways_agree_and_are_timed(run, capsys):

@@ -72,9 +72,8 @@ def test_tables_say_what_is_published():
             assert cells[0] == (f'[{entry.name}]({entry.config})' if entry.config else entry.name)
             assert [float(c) for name, c in zip(head, cells, strict=True)
                     if c and name not in others] == list(entry.metrics.values())
-            shown = dict(zip(head, cells, strict=True)).get('Weights', '')
-            assert shown == (f'[{entry.weights.rpartition("/")[2]}]({entry.weights})'
-                             if entry.weights else '')
+            link = f'[{entry.weights.rpartition("/")[2]}]({entry.weights})' if entry.weights else ''
+            assert dict(zip(head, cells, strict=True)).get('Weights', '') == link
     row, = (line for line in tables.table_of_models(tables.ROOT / 'docs').splitlines()
             if line.startswith('| [VMamba]'))
     assert '(../configs/' in row

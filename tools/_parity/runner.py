@@ -130,7 +130,10 @@ class Runner:
                 label = ' '.join(filter(None, (section, _label(number, case))))
                 with report.catch(label, 'model'):
                     self._check_op_case(report, label, section, case, function)
-            if not any(key in GRADIENTS for _, _, case in cases for key in _keys(case)):
+            # In a case, or in what it has for a variant.
+            parts = [part for _, _, case in cases for part in (case, *case.values())
+                     if isinstance(part, Mapping)]
+            if not any(key in GRADIENTS for part in parts for key in _keys(part)):
                 report.lack('', 'gradients', 'no case has any')
         return report.rows
 

@@ -130,7 +130,9 @@ def print_published(tables):
     print(f'{UNITS["mac"][1]}; "all" adds norms, resizing and pooling, which the authors\' '
           'counters (fvcore, mmengine) count;\npublished: by the authors, on their release page')
     for table in tables:
-        digits = digits_of(TABLES[table])
+        # Each family's authors print as they like.
+        digits_by = {family: digits_of([e for e in TABLES[table] if e.family == family])
+                     for family in {e.family for e in TABLES[table]}}
         height, width = task_named(TABLES[table][0].task).image
         names = [f'{entry.family}/{entry.arch}' for entry in TABLES[table]]
         wide = max(map(len, names)) + 1
@@ -139,7 +141,8 @@ def print_published(tables):
               f'{"":{wide}}{"counted":>13}{"published":>11}{"counted":>10}{"all":>10}'
               f'{"published":>11}')
         for name, entry in zip(names, TABLES[table], strict=True):
-            count = flops.count(cli.load_config(str(entry.path)))
+            side, digits = entry.metadata.get('Image Size'), digits_by[entry.family]
+            count = flops.count(cli.load_config(str(entry.path)), side and (side, side))
             verdict = compare(entry, count, digits)
             total = count.flops + sum(count.extras.values())
             print(f'{name:{wide}}{count.parameters:>13,}{f"{entry.parameters / 1e6:.0f} M":>11}'

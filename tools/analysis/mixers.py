@@ -1,6 +1,7 @@
 """The mixers that the analyses of sequence models compare: the one place where one is added.
 
-Each is a setting of :class:`vmamba_mm.models.CausalLM`, so all models differ in their mixer alone.
+Each is a setting of :class:`vmamba_mm.models.CausalLM`, so all models differ in their mixer alone,
+but for RWKV, whose blocks have a channel mixing too.
 What a mixer keeps of the tokens before is found by running it, so nothing else has to be said here.
 """
 
@@ -21,6 +22,12 @@ MIXERS = {
     'attention': Mixer('softmax attention', dict(mixer='attention', attn_conv=4), 2, 1),
     'mamba': Mixer('Mamba', dict(mixer='mamba'), 1, 0),
     'mamba2': Mixer('Mamba-2', dict(mixer='mamba2'), 1, 0),
+    # Without the MLP of its blocks. Of one head alone the decay would be that of 32 tokens.
+    'retnet': Mixer('RetNet', dict(mixer='retnet', retention_heads=4, ffn_dims=0,
+                                   tie_embeddings=True), 1, 0),
+    'rwkv4': Mixer('RWKV-4', dict(mixer='rwkv4'), 1, 0),
+    'rwkv6': Mixer('RWKV-6', dict(mixer='rwkv6', head_dim=32), 1, 0),
+    'rwkv7': Mixer('RWKV-7', dict(mixer='rwkv7', head_dim=32), 1, 0),
 }
 
 
@@ -28,7 +35,7 @@ def build(name, **settings):
     """A CausalLM with a mixer of MIXERS and the given settings, for any mixer alike."""
     from vmamba_mm.models import CausalLM
 
-    return CausalLM(**MIXERS[name].settings, **settings)
+    return CausalLM(**MIXERS[name].settings | settings)
 
 
 def tensors_of(state):

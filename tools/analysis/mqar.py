@@ -1,4 +1,4 @@
-"""Multi-query associative recall of softmax attention, Mamba and Mamba-2.
+"""Multi-query associative recall of softmax attention, Mamba, Mamba-2, RetNet and RWKV.
 
 An example shows key-value pairs and then asks for the values of the keys. How many pairs a model
 can look up, by its width and the size of its state, is the study of Zoology (arXiv 2312.04927) and

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 from mixers import build, count_flops, state_numbers
 
+from vmamba_mm.families.mamba_lm import OPTIONS
+
 DATA_SEED = 123  # of Zoology's configs; the seed of a training is added
 
 
@@ -19,7 +21,13 @@ MODELS = {
     'mamba2-n16': Model('Mamba-2, N = 16', 'mamba2', dict(d_state=16)),
     'mamba2-n64': Model('Mamba-2, N = 64', 'mamba2', dict(d_state=64)),
     'mamba2-n256': Model('Mamba-2, N = 256', 'mamba2', dict(d_state=256)),
+    'retnet': Model('RetNet', 'retnet', {}),
+    'rwkv4': Model('RWKV-4', 'rwkv4', {}),
+    'rwkv6': Model('RWKV-6', 'rwkv6', {}),
+    'rwkv7': Model('RWKV-7', 'rwkv7', {}),
 }
+#: Those of --setting gpu; the others are asked for with --models.
+_OF_STUDY = ['attention', 'mamba-n16', 'mamba2-n16', 'mamba2-n64', 'mamba2-n256']
 
 #: What decides the result of a run, and after it which runs there are. Widths, weight decay, the
 #: order of the data and the number of blocks are of Zoology and of Mamba-2's figure 8 (arXiv
@@ -34,7 +42,7 @@ SETTINGS = {
         vocab_size=8192, length=256, pairs=[1, 2, 4, 8, 16, 32, 64], examples=16384,
         test_examples=1000, power_a=0.01, filler='zeros', epochs=10, batch_size=256, depth=2,
         head_dim=16, weight_decay=0.1, stop_at=0.99, evaluations=32, dtype='tf32',
-        models=list(MODELS), widths=[32, 64, 128, 256], lrs=[3.2e-3, 1e-2], seeds=[0]),
+        models=_OF_STUDY, widths=[32, 64, 128, 256], lrs=[3.2e-3, 1e-2], seeds=[0]),
     'cpu': dict(
         vocab_size=128, length=32, pairs=[1, 2, 4, 8], examples=9600, test_examples=500,
         power_a=0.01, filler='zeros', epochs=2, batch_size=64, depth=1, head_dim=8,
@@ -49,7 +57,8 @@ GUESSES = {'cuda': (40e12, 4e-3), 'cpu': (10e9, 5e-3)}
 
 def settings_of(model, setting):
     """The keyword arguments of CausalLM for a model but for its width."""
-    head_dim = dict(head_dim=setting['head_dim']) if MODELS[model].mixer == 'mamba2' else {}
+    has_heads = 'head_dim' in OPTIONS[MODELS[model].mixer]
+    head_dim = dict(head_dim=setting['head_dim']) if has_heads else {}
     return dict(MODELS[model].settings, **head_dim, vocab_size=setting['vocab_size'],
                 depth=setting['depth'])
 

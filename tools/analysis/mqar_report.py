@@ -246,10 +246,14 @@ def markdown(results, picture):
              'queries whose value is the likeliest of all tokens, at the end of the training, for '
              'the best learning rate of each model. Numbers kept are those that all layers keep of '
              'a whole sequence.')
+    names = {r['run']['model'] for r in results}
     setting = [
         f'Models: {s["depth"]} block{"s" if s["depth"] > 1 else ""} of norm and mixer, no MLP, '
         f'embedding and head tied; heads of Mamba-2 have {s["head_dim"]} channels. Attention has '
-        'one head and, in place of positions, the short convolution that the other mixers have.',
+        'one head and, in place of positions, the short convolution that the other mixers have.'
+        + (' RetNet has 4 heads of retention.' if 'retnet' in names else '')
+        + (' RWKV has heads of as many channels as Mamba-2, a channel mixing in each block, and a '
+           'head that is not tied.' if any('rwkv' in name for name in names) else ''),
         f'Data: {s["examples"]:,} training examples for each number of pairs ({pairs}), in this '
         f'order in every epoch; {"random tokens" if s["filler"] == "random" else "zeros"} between '
         f'the queries; power_a {s["power_a"]:g}.',

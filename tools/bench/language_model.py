@@ -28,7 +28,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--arch', default='mamba-130m', choices=[
-        name for name, arch in CausalLM.arch_settings.items() if 'attn_layers' not in arch])
+        name for name, arch in CausalLM.arch_settings.items()
+        if arch['mixer'] in ('mamba', 'mamba2') and 'attn_layers' not in arch])
     parser.add_argument('--depth', type=int, help="blocks (default: the arch's)")
     parser.add_argument('--batch', type=int, default=1)
     parser.add_argument('--prompt', type=int, default=512, help='tokens of the prompt')

@@ -75,8 +75,8 @@ def to_official(state_dict: StateDict, family: Family | None = None) -> dict[str
     """The inverse of :func:`to_mm`, to the official names (the newest, where there are several).
 
     The backbone of a classifier, or of what else the family's official files hold, comes to its
-    family's place; a bare backbone has no prefix; other detectors and segmentors keep
-    ``backbone.``.
+    family's own place (``Family.place``), mostly the top, and its head to the top or there too; a
+    bare backbone comes to the top; other detectors and segmentors keep ``backbone.``.
     """
     state = to_mm(state_dict, family=family)
     task = infer_task(state)

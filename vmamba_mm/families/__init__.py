@@ -46,10 +46,12 @@ from collections.abc import Mapping
 from vmamba_mm.errors import UserError
 from vmamba_mm.families import (
     mamba_lm,
+    rmt,
     rsmamba,
     timemamba,
     videomamba,
     vim,
+    vision_rwkv,
     vivim,
     vm_unet,
     vmamba,
@@ -146,6 +148,6 @@ def family_of(state_dict: Mapping[str, object]) -> Family | None:
     return next(iter(families.values()), None)
 
 
-for _module in (vmamba, mamba_lm, vim, videomamba, vivim, timemamba, vssd, rsmamba,
-                vm_unet):
+for _module in (vmamba, mamba_lm, vim, videomamba, vivim, timemamba, vision_rwkv, vssd, rmt,
+                rsmamba, vm_unet):
     register_family(_module.FAMILY)

@@ -59,6 +59,13 @@ class Family:
     #: Like ``keys``, for weights that our models have beside the backbone, such as ``head.fc``, or
     #: ``decode_head.conv_seg`` of segmentors.
     head_keys: Rows = ()
+    #: Width of the hidden layer, linear and with a tanh, in the heads of published classifiers, by
+    #: arch; those of others are a single layer. Its weights are ``head.layers.pre_logits`` and
+    #: those of the classifier behind it ``head.layers.head``.
+    head_dims: Mapping[str, int] = field(default_factory=dict)
+    #: Other classes than ``model``, of published detectors and segmentors: by our name of a weight
+    #: that the class alone has. Their names are in ``keys``.
+    dense_models: Mapping[str, str] = field(default_factory=dict)
     #: The task of official files of whole models, which have the head: 'cls', or 'seg'.
     task: str = 'cls'
     #: Where these have the backbone, such as 'visual.'; '' for at the top.
@@ -95,6 +102,11 @@ class Family:
     def rows(self, names: Collection[str]) -> Rows:
         """The rows of a backbone, of the variant that has these names (official or ours)."""
         return self.keys(names) if callable(self.keys) else self.keys
+
+    def model_of(self, names: Collection[str]) -> str:
+        """The class in vmamba_mm.models whose weights have these names, which are ours."""
+        return next((model for name, model in self.dense_models.items() if name in names),
+                    self.model)
 
     def all_rows(self, names: Collection[str]) -> Rows:
         """The same, with those that official classifiers have besides."""

@@ -3,6 +3,7 @@
 from vmamba_mm.heads.clip import ClipTower
 from vmamba_mm.heads.losses import DiceLoss
 from vmamba_mm.heads.pyramid import SimpleFeaturePyramid
+from vmamba_mm.heads.token_label import TokenLabelHead
 from vmamba_mm.heads.video import ClipPreprocessor, VideoClassifier
 from vmamba_mm.heads.videomamba import (
     DistilledVideoMamba,
@@ -12,4 +13,5 @@ from vmamba_mm.heads.videomamba import (
 )
 
 __all__ = ['ClipPreprocessor', 'ClipTower', 'DiceLoss', 'DistilledVideoMamba', 'MaskedVideoMamba',
-           'SelfDistillation', 'SimpleFeaturePyramid', 'VideoClassifier', 'VideoEncoder']
+           'SelfDistillation', 'SimpleFeaturePyramid', 'TokenLabelHead', 'VideoClassifier',
+           'VideoEncoder']

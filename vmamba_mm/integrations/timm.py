@@ -12,11 +12,12 @@ model's Python code.
 """
 
 import functools
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead
+from timm.layers import ClassifierHead, SelectAdaptivePool2d
 from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
@@ -34,7 +35,7 @@ from vmamba_mm.checkpoints.compare import (
 )
 from vmamba_mm.checkpoints.files import read_checkpoint
 from vmamba_mm.errors import UserError
-from vmamba_mm.families import FAMILIES, Family, resolve_arch
+from vmamba_mm.families import FAMILIES, Family, name_of, resolve_arch
 from vmamba_mm.models import VMamba
 from vmamba_mm.models.base import Backbone, init_linear
 from vmamba_mm.registry import MODELS
@@ -91,18 +92,22 @@ class TimmBackbone(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
-        depths, _ = self.model.stage_sizes(arch)
+        depths, channels = self.model.stage_sizes(arch)
         pooled = dict(out_type='avg_featmap') if self.has_pool_norm else {}
         self.backbone = self.model(arch, out_indices=(len(depths) - 1,), in_channels=in_chans,
-                                   drop_path_rate=drop_path_rate, **pooled)
+                                   drop_path_rate=drop_path_rate, **self.model.classifier_options,
+                                   **pooled)
         inner = '' if self.backbone.is_flat else '.blocks'
         self.feature_info = [
-            dict(num_chs=channels, reduction=stride,
+            dict(num_chs=num_chs, reduction=stride,
                  module=f'backbone.{self.backbone.stages_name}.{i}{inner}')
-            for i, (channels, stride) in enumerate(zip(
-                self.backbone.num_features, self.model.stage_strides(arch), strict=True))]
+            for i, (num_chs, stride) in enumerate(zip(
+                channels, self.model.stage_strides(arch), strict=True))]
         self.num_features = self.backbone.num_features[-1]
         head = TokenHead if self.has_cls_token else ClassifierHead
+        hidden = self.model.family.head_dims.get(name_of(self.model.family, arch))
+        if hidden is not None:
+            head = functools.partial(HiddenHead, hidden_features=hidden)
         self.head = head(self.num_features, num_classes, pool_type=global_pool,
                          drop_rate=drop_rate)
         self.head.apply(init_linear)
@@ -230,6 +235,8 @@ class TimmBackbone(nn.Module):
         if norm is not None and (prune_norm or shorter):
             name = next(name for name, child in backbone.named_children() if child is norm)
             setattr(backbone, name, nn.Identity())
+            # A norm may have been a projection to other channels.
+            backbone.num_features = [info['num_chs'] for info in self.feature_info]
         if shorter:
             stages = getattr(backbone, backbone.stages_name)[:last + 1]
             setattr(backbone, backbone.stages_name, stages)
@@ -238,7 +245,7 @@ class TimmBackbone(nn.Module):
             backbone.depths = backbone.depths[:last + 1]
             backbone.num_features = backbone.num_features[:last + 1]
             backbone.out_indices = (last,)
-            self.num_features = self.head.in_features = backbone.num_features[last]
+        self.num_features = self.head.in_features = backbone.num_features[last]
         if prune_head or shorter:
             self.reset_classifier(0, '')
         return take
@@ -265,10 +272,12 @@ class TimmBackbone(nn.Module):
         inner = {k.removeprefix('backbone.'): v for k, v in weights.items()
                  if k.startswith('backbone.')}
         weights |= {f'backbone.{k}': v for k, v in self.backbone.adapt_weights(inner).items()}
-        held = len(weights['head.fc.bias']) if 'head.fc.bias' in weights else 0
+        place = HiddenHead.classifier if isinstance(self.head, HiddenHead) else 'head.fc'
+        held = len(weights[f'{place}.bias']) if f'{place}.bias' in weights else 0
         if held != self.num_classes:
-            weights = {k: v for k, v in weights.items() if not k.startswith('head.fc.')}
-            weights |= {k: v for k, v in expected.items() if k.startswith('head.fc.')}
+            fresh = f'{place}.' if self.num_classes else 'head.'
+            weights = {k: v for k, v in weights.items() if not k.startswith(fresh)}
+            weights |= {k: v for k, v in expected.items() if k.startswith(fresh)}
         wrong = differences(expected, weights)
         if wrong:
             raise UserError(explain_differences(wrong, expected, weights, str(checkpoint_path)))
@@ -323,6 +332,43 @@ class TokenPool(nn.Module):
         return x[:, 1:].mean(1) if self.pool_type == 'avg' else x
 
 
+class HiddenHead(nn.Module):
+    """timm's ``ClassifierHead`` with a hidden layer and a tanh before the classifier, named as in
+    mmpretrain's VisionTransformerClsHead.
+
+    Args:
+        in_features, num_classes, pool_type, drop_rate: as of ``ClassifierHead``.
+        hidden_features: width of the hidden layer.
+
+    Shape: (B, C, H, W) to (B, num_classes), or what the pooling gives.
+    """
+
+    #: The name of the last layer in a model.
+    classifier = 'head.layers.head'
+
+    def __init__(self, in_features: int, num_classes: int, pool_type: str = 'avg',
+                 drop_rate: float = 0.0, *, hidden_features: int):
+        super().__init__()
+        self.in_features, self.hidden_features = in_features, hidden_features
+        self.drop = nn.Dropout(drop_rate)
+        self.reset(num_classes, pool_type)
+
+    def reset(self, num_classes: int, pool_type: str) -> None:
+        self.global_pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
+        width = self.in_features * self.global_pool.feat_mult()
+        self.layers = nn.Sequential(OrderedDict(
+            pre_logits=nn.Linear(width, self.hidden_features), act=nn.Tanh(),
+            head=nn.Linear(self.hidden_features, num_classes))) if num_classes else nn.Identity()
+
+    @property
+    def fc(self) -> nn.Module:
+        return self.layers.head if isinstance(self.layers, nn.Sequential) else self.layers
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.drop(self.global_pool(x))
+        return x if pre_logits else self.layers(x)
+
+
 class TimmVMamba(TimmBackbone):
     """:class:`TimmBackbone` around :class:`vmamba_mm.models.VMamba`."""
 
@@ -366,11 +412,15 @@ def _cfg(backbone: type[Backbone], arch: str, entry: zoo.Entry | None = None) ->
     family = backbone.family
     settings = family.archs[arch]
     size = settings.get('image_size', 224)
+    if entry:
+        size = entry.metadata.get('Image Size', size)
     side = backbone.map_size(settings, size)
     config = dict(
         input_size=(3, size, size), pool_size=(side, side), fixed_input_size=False,
         num_classes=1000, crop_pct=0.875, interpolation='bicubic', mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225), classifier='head.fc', first_conv=_first_conv(backbone, arch),
+        std=(0.229, 0.224, 0.225),
+        classifier=HiddenHead.classifier if arch in family.head_dims else 'head.fc',
+        first_conv=_first_conv(backbone, arch),
         license=family.licence.lower(), origin_url=family.url, custom_load=True)
     if entry:
         paper = entry.collection['Paper']

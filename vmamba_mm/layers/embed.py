@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from vmamba_mm.layers.norm import LayerNorm
 from vmamba_mm.layers.plain import is_plain, is_plain_conv
-from vmamba_mm.layers.positions import pad_to_a_patch, pad_to_patches
+from vmamba_mm.layers.positions import pad_to_a_patch, pad_to_strides
 from vmamba_mm.ops import channels_last, conv_norm, conv_norm_gelu
 
 # What torch.fx records as it is, since it looks at shapes.
@@ -15,7 +15,7 @@ torch.fx.wrap('channels_last')
 torch.fx.wrap('conv_norm')
 torch.fx.wrap('conv_norm_gelu')
 torch.fx.wrap('pad_to_a_patch')
-torch.fx.wrap('pad_to_patches')
+torch.fx.wrap('pad_to_strides')
 
 
 def _conv_norm(conv: nn.Conv2d, norm: LayerNorm, x_BHWC: Tensor) -> Tensor:
@@ -159,6 +159,6 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         patch_size, stride = self.proj.kernel_size[0], self.proj.stride[0]
-        x = pad_to_patches(x, patch_size, stride) if self.ceil_mode \
+        x = pad_to_strides(x, patch_size, stride) if self.ceil_mode \
             else pad_to_a_patch(x, patch_size)
         return self.proj(x).permute(0, 2, 3, 1)

@@ -6,6 +6,7 @@ step by step. ``why_not_one_op`` of blocks or a block says what keeps them from 
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.fx
@@ -76,7 +77,7 @@ class MambaBlock(nn.Module):
             if not isinstance(weights, str):
                 residual, y = _run_op(self, weights, hidden, residual)
                 return (self.drop_path(y), residual, *((y,) if with_output else ()))
-        residual, x = self._add_and_norm(hidden, residual)
+        residual, x = add_and_norm(self.norm, hidden, residual)
         if state is None:
             y, states = self.mixer(x), ()
         else:
@@ -86,7 +87,7 @@ class MambaBlock(nn.Module):
     def step(self, hidden: Tensor, residual: Tensor | None, state: MambaState
              ) -> tuple[Tensor, Tensor, MambaState]:
         """One more token: (B, C) and the mixer's state to (hidden, residual, state)."""
-        residual, x = self._add_and_norm(hidden, residual)
+        residual, x = add_and_norm(self.norm, hidden, residual)
         y, state = self.mixer.step(x, state)
         return self.drop_path(y), residual, state
 
@@ -96,12 +97,18 @@ class MambaBlock(nn.Module):
         weights = _weights_for_op(self, hidden, residual)
         return weights if isinstance(weights, str) else None
 
-    def _add_and_norm(self, hidden, residual):
-        dtype = _dtype_of_products(hidden)
-        if residual is None:
-            residual = _stream(hidden)
-            return residual, self.norm(residual).to(dtype)
-        return sum_and_norm(self.norm, residual, hidden, out_dtype=dtype)
+    def init_state(self, batch: int) -> Any:
+        """The mixer's state before the first token, of ``batch`` sequences."""
+        return self.mixer.init_state(batch)
+
+
+def add_and_norm(norm: nn.Module, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The new residual stream, in fp32 at least, and its norm in the dtype of matrix products."""
+    dtype = _dtype_of_products(hidden)
+    if residual is None:
+        residual = _stream(hidden)
+        return residual, norm(residual).to(dtype)
+    return sum_and_norm(norm, residual, hidden, out_dtype=dtype)
 
 
 def _stream(hidden: Tensor) -> Tensor:

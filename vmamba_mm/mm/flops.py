@@ -196,7 +196,8 @@ def _build(cfg, device):
     settings = model_settings(cfg)
     sync_to_plain_batch_norm(settings)
     if isinstance(settings.get('train_cfg'), dict):
-        settings['train_cfg'].pop('augments', None)  # mixup, of which the preprocessor would speak
+        for key in ('augments', 'probs'):  # mixup, of which the preprocessor would speak
+            settings['train_cfg'].pop(key, None)
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope') or 'mmengine'), \
             warnings.catch_warnings(), torch.device(device):
         warnings.simplefilter('ignore')

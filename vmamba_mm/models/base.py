@@ -1,6 +1,7 @@
 """What every backbone of this package has, whatever its blocks are."""
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -61,6 +62,10 @@ class Backbone(StrictLoading, BaseModule):
     returns_last = False
     #: Whether the norms of outputs are of the last dimension, as of tokens, and no LayerNorm2d.
     norms_last = False
+    #: Keywords that the backbones of published classifiers have, beside the last output alone.
+    classifier_options: Mapping[str, Any] = MappingProxyType({})
+    #: Of a model, the keywords that say which norms its outputs have.
+    output_options: Mapping[str, Any] = MappingProxyType({})
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)

@@ -1,5 +1,5 @@
 """A causal language model over the mixers of this package: Mamba's (arXiv 2312.00752), Mamba-2's
-(arXiv 2405.21060), softmax attention, or several of them."""
+(arXiv 2405.21060), those of RWKV 4 to 7, RetNet's, softmax attention, or some with attention."""
 
 import functools
 import json
@@ -19,30 +19,20 @@ from vmamba_mm.checkpoints.names import infer_arch
 from vmamba_mm.checkpoints.prefixes import inside
 from vmamba_mm.errors import UserError
 from vmamba_mm.families import resolve_arch
-from vmamba_mm.families.base import name_of
 from vmamba_mm.families.mamba_lm import (
     FAMILY,
     arch_of_config,
-    mixer_of,
+    mixers_of,
     padded_vocab_size,
     with_defaults,
 )
-from vmamba_mm.layers import (
-    CausalAttention,
-    LayerNorm,
-    Mamba2Mixer,
-    MambaBlock,
-    MambaMixer,
-    RMSNorm,
-    run_blocks,
-)
+from vmamba_mm.layers import LayerNorm, MambaBlock, RMSNorm, run_blocks
 from vmamba_mm.layers.norm import sum_and_norm
+from vmamba_mm.models.causal_blocks import init_parameters, make_block
 from vmamba_mm.models.generation import generate
 from vmamba_mm.models.pretrained import StrictLoading
 from vmamba_mm.registry import MODELS
 
-_MIXERS: dict[str, type[nn.Module]] = {
-    'mamba': MambaMixer, 'mamba2': Mamba2Mixer, 'attention': CausalAttention}
 _NORMS: dict[str, type[nn.Module]] = {'rms': RMSNorm, 'layer': LayerNorm}
 
 
@@ -52,7 +42,8 @@ class CausalLM(StrictLoading, BaseModule):
 
     An embedding, ``depth`` blocks of norm and mixer around a residual stream in fp32, a norm, and a
     head that gives a logit for each token of the vocabulary. There are no positions unless
-    ``max_positions`` asks for them.
+    ``max_positions`` asks for them. After the mixer, blocks of RWKV have a channel mixing and those
+    of RetNet a gated MLP, with a norm of its own.
 
     ``CausalLM('mamba2-130m')`` is a published architecture, ``CausalLM(mixer='mamba2',
     vocab_size=256, embed_dims=64, depth=2)`` another one; :meth:`from_pretrained` builds the one
@@ -65,12 +56,15 @@ class CausalLM(StrictLoading, BaseModule):
             the published initialisation.
         settings: keys of the arch, in place of ``arch``, or where they differ from it:
 
-            - ``mixer``: 'mamba', 'mamba2' or 'attention'; ``embed_dims``: channels C; ``depth``:
-              number of blocks;
+            - ``mixer``: 'mamba', 'mamba2', 'attention', 'rwkv4', 'rwkv5' (which is 5.2), 'rwkv6',
+              'rwkv7' or 'retnet'; ``embed_dims``: channels C; ``depth``: number of blocks;
             - ``vocab_size``: the number of tokens. Embedding and head have the next multiple of
-              ``pad_vocab_size_multiple`` (8) rows;
-            - ``tie_embeddings`` (True): the head's weight is that of the embedding;
-            - ``norm`` ('rms'): RMSNorm, or 'layer' for LayerNorm, with ``norm_eps`` (1e-5);
+              ``pad_vocab_size_multiple`` (8; of RWKV and RetNet 1) rows;
+            - ``tie_embeddings`` (True; of RWKV and RetNet False): the head's weight is that of the
+              embedding;
+            - ``norm`` ('rms'; of RWKV 'layer'): RMSNorm, or 'layer' for LayerNorm, with
+              ``norm_eps`` (1e-5; of RetNet 1e-6); ``embed_norm`` (False; of RWKV True): another
+              norm follows the embedding;
             - ``max_positions`` (0): learned absolute positions of so many tokens are added to the
               embedding, and no text may be longer; ``drop_rate`` (0.0): dropout after it;
             - of 'mamba': ``d_state`` (16), ``d_conv`` (4), ``expand`` (2), ``dt_rank`` ('auto'),
@@ -79,7 +73,20 @@ class CausalLM(StrictLoading, BaseModule):
               ``d_ssm`` (None), ``n_groups`` (1), ``rmsnorm`` (True), ``norm_before_gate`` (False),
               ``D_has_hdim`` (False), ``dt_limit`` ((0, inf)), ``conv_bias`` (True), ``bias``
               (False), see :class:`vmamba_mm.layers.Mamba2Mixer`;
-            - ``attn_layers`` (()): numbers of layers, from 0, with attention in place of the mixer;
+            - of 'rwkv4' to 'rwkv7': ``ffn_dims`` (None for 4 C, or 3.5 C of 5 and 6), channels of
+              the channel mixing; ``att_dims`` (None for C; not of 7), ``head_dim`` (64; not of 4),
+              ``head_divisor`` (8; of 5 and 6), ``mix_rank`` (32; of 6), ``decay_rank`` (64 of 6),
+              and of 7 ``decay_rank``, ``rate_rank``, ``value_rank`` and ``gate_rank`` (None for
+              what the official trainer takes for C), see :class:`vmamba_mm.layers.RWKV7TimeMix`
+              and those of the others;
+            - of 'retnet': ``retention_heads`` (1), ``value_dims`` (None for 5 C / 3, rounded down
+              to a multiple of the heads) and ``retention_form`` ('chunkwise'), which are
+              ``num_heads``, ``value_dims`` and ``form`` of
+              :class:`vmamba_mm.layers.MultiScaleRetention`; ``ffn_dims`` (None for those of the
+              values, 0 for no MLP) and ``ffn_act`` ('gelu' or 'silu') of the MLP; ``deepnorm``
+              (False), ``post_norm`` (False) and ``scale_embedding`` (False) by sqrt(C);
+            - ``attn_layers`` (()): numbers of layers, from 0, of 'mamba' or 'mamba2' with attention
+              in place of the mixer;
             - of 'attention' and of those layers: ``num_heads`` (1), ``num_kv_heads`` (None),
               ``attn_head_dim`` (None), ``attn_conv`` (0), ``rotary_dims`` (0), ``qkv_bias`` (True),
               ``out_bias`` (True), ``attn_drop_rate`` (0.0), which are ``num_heads``,
@@ -109,33 +116,22 @@ class CausalLM(StrictLoading, BaseModule):
             if options['max_positions'] else None
         self.embed_drop = nn.Dropout(options['drop_rate'])
         make_norm = functools.partial(_NORMS[options['norm']], dims, eps=options['norm_eps'])
+        self.embed_norm = make_norm() if options['embed_norm'] else None
+        self.embed_scale = math.sqrt(dims) if options.get('scale_embedding') else None
         self.blocks = nn.ModuleList(
-            MambaBlock(_make_mixer(self.arch, i), make_norm(), with_cp=with_cp)
-            for i in range(depth))
-        self.norm = make_norm()
+            make_block(self.arch, i, make_norm, with_cp) for i in range(depth))
+        self.norm = None if options.get('post_norm') else make_norm()
         self.lm_head = nn.Linear(dims, rows, bias=False)
-        self._init_parameters()
+        init_parameters(self)
         self.is_tied = options['tie_embeddings']
         _tie(self)
         # load_state_dict(..., assign=True) makes new parameters.
         self.register_load_state_dict_post_hook(_tie)
 
-    def _init_parameters(self) -> None:
-        """As published: what feeds the residual stream starts smaller, by sqrt(depth)."""
-        nn.init.normal_(self.token_embed.weight, std=0.02)
-        if self.position_embed is not None:
-            nn.init.normal_(self.position_embed.weight, std=0.02)
-        for block in self.blocks:
-            for projection in (block.mixer.in_proj, block.mixer.out_proj):
-                if projection.bias is not None:
-                    nn.init.zeros_(projection.bias)
-            with torch.no_grad():
-                block.mixer.out_proj.weight.div_(math.sqrt(len(self.blocks)))
-
     def init_state(self, batch: int) -> tuple[Any, ...]:
         """The state before the first token, of ``batch`` sequences: one item for each block, and,
         where there are positions, the number of tokens that each has (B)."""
-        states = tuple(block.mixer.init_state(batch) for block in self.blocks)
+        states = tuple(block.init_state(batch) for block in self.blocks)
         if self.position_embed is None:
             return states
         return *states, torch.zeros(batch, dtype=torch.long, device=self.token_embed.weight.device)
@@ -158,25 +154,38 @@ class CausalLM(StrictLoading, BaseModule):
         Raises:
             ValueError: if a text is longer than ``max_positions``.
         """
-        hidden, residual, states = self.token_embed(input_ids), None, []
+        hidden = self.token_embed(input_ids)
+        if self.embed_scale is not None:
+            hidden = hidden * self.embed_scale
         if self.position_embed is not None:
             *state, seen = (None, None) if state is None else state
             hidden = hidden + self._positions(input_ids, seen)
             state = None if seen is None else state
-        hidden = self.embed_drop(hidden)
-        if state is None:
-            hidden, residual = run_blocks(self.blocks, hidden)
-        else:
-            for block, old in zip(self.blocks, state, strict=True):
-                hidden, residual, new = block(hidden, residual, state=old)
-                states.append(new)
-            if self.position_embed is not None:
-                states.append(seen + input_ids.shape[1])
+        if self.embed_norm is not None:
+            hidden = self.embed_norm(hidden).to(hidden.dtype)
+        hidden, residual, states = self._run_blocks(self.embed_drop(hidden), state)
+        if state is not None and self.position_embed is not None:
+            states = *states, seen + input_ids.shape[1]
         if logits_to_keep:
-            hidden, residual = hidden[:, -logits_to_keep:], residual[:, -logits_to_keep:]
-        normed = sum_and_norm(self.norm, residual, hidden, None)[1]
+            hidden = hidden[:, -logits_to_keep:]
+            residual = None if residual is None else residual[:, -logits_to_keep:]
+        normed = hidden if self.norm is None else sum_and_norm(self.norm, residual, hidden)[1]
         logits = self.lm_head(normed.to(hidden.dtype))
         return logits if state is None else (logits, tuple(states))
+
+    def _run_blocks(self, hidden, state):
+        """The first two streams after all blocks, and the new states, none without old ones."""
+        if state is None and all(type(block) is MambaBlock for block in self.blocks):
+            return *run_blocks(self.blocks, hidden), ()  # which may be one op
+        streams, states = (hidden,), []
+        for block, old in zip(self.blocks, [None] * len(self.blocks) if state is None else state,
+                              strict=True):
+            if old is None:
+                streams = block(*streams)
+            else:
+                *streams, new = block(*streams, state=old)
+                states.append(new)
+        return *streams[:2], tuple(states)
 
     def _positions(self, input_ids, seen):
         """(L, C), or (B, L, C) after the ``seen`` (B) tokens of each text."""
@@ -230,12 +239,14 @@ class CausalLM(StrictLoading, BaseModule):
             arch = infer_arch(state, cls.family)
             embedding, head = (state.get(f'backbone.{name}.weight')
                                for name in ('token_embed', 'lm_head'))
-            if not _is_same(embedding, head):
-                kwargs = {'tie_embeddings': False, **kwargs}
-            if 'num_heads' not in kwargs and _guesses_heads(arch):
-                raise UserError(f'{checkpoint}: the weights do not tell how many heads the '
-                                'attention has; give from_pretrained its num_heads (and '
-                                'rotary_dims, if there are any), or the folder with config.json')
+            is_tied = _is_same(embedding, head)
+            settings = resolve_arch(cls.family, arch)
+            if is_tied != with_defaults(settings)['tie_embeddings']:
+                kwargs = {'tie_embeddings': is_tied, **kwargs}
+            option, explanation = mixers_of(settings).untold(settings)
+            is_published = isinstance(arch, str)
+            if option and option not in kwargs and not is_published:
+                raise UserError(f'{checkpoint}: the weights do not tell {explanation}')
         try:
             with torch.device('meta'):  # initial values would take longer than the file
                 model = cls(arch, **kwargs)
@@ -261,17 +272,6 @@ class CausalLM(StrictLoading, BaseModule):
     def plain_state(self, arch: str | Mapping[str, Any] | None = None) -> dict[str, Tensor]:
         with torch.device('meta'):
             return CausalLM(self.arch if arch is None else arch).state_dict()
-
-
-def _make_mixer(arch: Mapping[str, Any], layer: int) -> nn.Module:
-    kind, options = mixer_of(arch, layer)
-    return _MIXERS[kind](arch['embed_dims'], **options)
-
-
-def _guesses_heads(arch: str | Mapping[str, Any]) -> bool:
-    """Whether an arch that was told from weights has attention, and is not a published one."""
-    return not isinstance(arch, str) and name_of(FAMILY, arch) is None \
-        and (arch['mixer'] == 'attention' or 'attn_layers' in arch)
 
 
 def _tie(model: CausalLM, _: Any = None) -> None:

@@ -41,7 +41,7 @@ from vmamba_mm.families.names import (
 
 _PRETRAINED = ('Pretrained', 'PretrainedInit')
 #: The norms of outputs, which belong to the task and not to the backbone.
-_OUTPUT_NORM = re.compile(r'(?:norm\d+|pool_norm)\.')
+OUTPUT_NORM = re.compile(r'(?:norm(\d+)|pool_norm)\.')
 
 
 class StrictLoading:
@@ -116,7 +116,7 @@ class StrictLoading:
         """
         state = self._find_backbone(checkpoint, prefix, weights, map_location)
         ours = self.state_dict()
-        norms = {k for k in ours if _OUTPUT_NORM.match(k)}
+        norms = {k for k in ours if OUTPUT_NORM.match(k)}
         parameters = self._complete(under_names_of(self.family, state, ours), checkpoint)
         logger = MMLogger.get_current_instance()
         if not norms <= set(parameters):
@@ -124,7 +124,7 @@ class StrictLoading:
                         'start anew')
             parameters.update({k: v for k, v in ours.items() if k in norms})
         parameters = {k: v for k, v in parameters.items()
-                      if k in norms or not _OUTPUT_NORM.match(k)}
+                      if k in norms or not OUTPUT_NORM.match(k)}
         if adapt_in_channels:
             self._adapt_stem(parameters, ours, checkpoint)
         parameters = adapt(parameters)
@@ -134,6 +134,20 @@ class StrictLoading:
                         f'{", ".join(left[:20])}'
                         + (f' and {len(left) - 20} more' if len(left) > 20 else ''))
         self.load_state_dict({k: v for k, v in parameters.items() if k not in left}, strict=False)
+
+    @classmethod
+    def arguments_of(cls, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The arguments beside ``arch`` that weights tell: outputs with norms, and the channels of
+        images.
+
+        Args:
+            weights: of a checkpoint, by this model's names.
+        """
+        found = [OUTPUT_NORM.match(name) for name in weights]
+        outputs = sorted({int(match[1]) for match in found if match and match[1]})
+        firsts = [weights[name] for name in cls.family.first_convs if name in weights]
+        return (dict(out_indices=outputs) if outputs else {}) | (
+            dict(in_channels=firsts[0].shape[1]) if firsts else {})
 
     def adapt_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Weights for :meth:`load_pretrained`, changed to fit this model; a subclass may need it.
@@ -230,7 +244,7 @@ class StrictLoading:
             return
         if not below and isinstance(caller.state_dict, Mapping):
             self._refuse_other_place(caller.state_dict, prefix)
-        below = {k: v for k, v in below.items() if k in ours or not _OUTPUT_NORM.match(k)}
+        below = {k: v for k, v in below.items() if k in ours or not OUTPUT_NORM.match(k)}
         check_fits(self, below, 'the state dict', caller.strict, is_whole=True)
 
     def _refuse_other_place(self, state_dict, prefix):
@@ -260,7 +274,8 @@ class StrictLoading:
         arch = self.arch if arch is None else resolve_arch(self.family, arch)
         fits = self.out_indices[-1] < len(plain.stage_sizes(arch)[0])
         with torch.device('meta'):
-            return plain(arch, self.out_indices if fits else None).state_dict()
+            return plain(arch, self.out_indices if fits else None,
+                         **(self.output_options if fits else {})).state_dict()
 
 
 # --- whose weights these are ------------------------------------------------------------------

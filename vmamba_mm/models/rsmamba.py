@@ -258,6 +258,11 @@ class RSMamba(FlatBackbone):
 
     # --- loading ------------------------------------------------------------------------------
 
+    @classmethod
+    def arguments_of(cls, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+        pooled = dict(out_type='avg_featmap') if 'pool_norm.weight' in weights else {}
+        return super().arguments_of(weights) | pooled
+
     def adapt_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         embed, kind = weights.get('pos_embed'), self.arch['cls_token']
         if embed is None or self.pos_embed is None or embed.dim() != 3 \

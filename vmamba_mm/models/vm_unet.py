@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 import torch.fx
-import torch.nn.functional as F
 from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
@@ -15,13 +14,14 @@ from vmamba_mm.errors import UserError
 from vmamba_mm.families.vm_unet import FAMILY, VANILLA
 from vmamba_mm.families.vmamba import FAMILY as VMAMBA
 from vmamba_mm.layers import MergeDownsample, PatchExpand, PatchStem, VSSBlock, VSSStage
+from vmamba_mm.layers.positions import pad_to_patches
 from vmamba_mm.models.base import Backbone, init_linear
 from vmamba_mm.registry import MODELS
 
 # What torch.fx records as it is, since it looks at shapes.
 torch.fx.wrap('_crop_like')
 torch.fx.wrap('_of_three_channels')
-torch.fx.wrap('_pad_to')
+torch.fx.wrap('pad_to_patches')
 
 
 class UpStage(VSSStage):
@@ -124,7 +124,7 @@ class VMUNet(Backbone):
             indices: increasing numbers of stages; none after the last one runs.
         """
         image = _of_three_channels(x, self.patch_embed.proj.in_channels)
-        x = self.patch_embed(_pad_to(image, 4 * 2 ** (self.half - 1)))
+        x = self.patch_embed(pad_to_patches(image, 4 * 2 ** (self.half - 1)))
         maps, inputs, last = [], [], len(self.depths) - 1
         for i, stage in enumerate(self.stages[:indices[-1] + 1]):
             if i < self.half:
@@ -199,12 +199,6 @@ class VMUNet(Backbone):
 def _of_three_channels(x: Tensor, in_channels: int) -> Tensor:
     """(B, 1, H, W) as three equal channels, where the model takes three."""
     return x.expand(-1, 3, -1, -1) if x.shape[1] == 1 and in_channels == 3 else x
-
-
-def _pad_to(x: Tensor, multiple: int) -> Tensor:
-    """(B, C, H, W) with zeros below and on the right, to sides that are multiples."""
-    down, right = (-side % multiple for side in x.shape[-2:])
-    return F.pad(x, (0, right, 0, down)) if down or right else x
 
 
 def _crop_like(x: Tensor, image: Tensor) -> Tensor:

@@ -12,74 +12,27 @@ from torch import Tensor, nn
 
 from vmamba_mm.families.vssd import DEFAULTS, FAMILY
 from vmamba_mm.layers import DropPath, LayerNorm, LayerNorm2d, Mlp, SelfAttention, Stage
+from vmamba_mm.layers.maps import ConvUnit, convolve_map
 from vmamba_mm.layers.norm import sum_and_norm
 from vmamba_mm.layers.plain import is_depthwise_3x3, is_plain
+from vmamba_mm.layers.positions import pad_to_patches
 from vmamba_mm.layers.ssm_init import init_dt_bias, state_matrix
 from vmamba_mm.models.base import Backbone, init_linear
 from vmamba_mm.ops import add_norm, channels_last, dwconv_silu, nc_ssd
-from vmamba_mm.ops.core.backends import compute_dtype, runs_kernels
+from vmamba_mm.ops.core.backends import runs_kernels
 from vmamba_mm.registry import MODELS
 
 # What torch.fx records as it is, since it looks at shapes.
-torch.fx.wrap('_evaluate_batch_norm')
-torch.fx.wrap('_pad_to_patches')
 torch.fx.wrap('add_norm')
 torch.fx.wrap('channels_last')
 torch.fx.wrap('dwconv_silu')
 torch.fx.wrap('nc_ssd')
+torch.fx.wrap('pad_to_patches')
 torch.fx.wrap('state_matrix')
 torch.fx.wrap('sum_and_norm')
 
 
-# --- convolutions, on maps with the channels last -------------------------------------------------
-
-def _convolve(conv: nn.Module, x: Tensor) -> Tensor:
-    """A convolution of (B, H, W, C), whose result has the channels last in memory too."""
-    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
-class ConvUnit(nn.Module):
-    """A convolution, a batch norm unless ``norm`` is False, and a ReLU unless ``act`` is False.
-
-    Shape: (B, H, W, C) -> (B, H', W', C').
-    """
-
-    def __init__(self, dim: int, out_dim: int, kernel_size: int = 1, stride: int = 1,
-                 padding: int = 0, groups: int = 1, bias: bool = True, norm: bool = True,
-                 act: bool = True):
-        super().__init__()
-        self.conv = nn.Conv2d(dim, out_dim, kernel_size, stride, padding, groups=groups, bias=bias)
-        self.norm = nn.BatchNorm2d(out_dim) if norm else None
-        self.act = nn.ReLU() if act else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = _convolve(self.conv, x)
-        if self.norm is not None:
-            y = _batch_norm(self.norm, y)
-        return y if self.act is None else self.act(y)
-
-
-def _batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """The batch norm of (B, H, W, C)."""
-    if not norm.training and is_plain(norm, nn.BatchNorm2d) and norm.affine \
-            and norm.track_running_stats:
-        return _evaluate_batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias,
-                                    norm.eps)
-    # The channels are last in memory whatever the convolution has done: of a map that is not, the
-    # gradient by the norm of a single image is wrong on a CPU where the gradient that comes to it
-    # has the channels last and a batch stride of its own (torch 2.14).
-    return norm(x.contiguous().permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
-def _evaluate_batch_norm(x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor,
-                         eps: float) -> Tensor:
-    if x.is_cpu and x.dtype == weight.dtype == compute_dtype(x.dtype):
-        # torch's own backward adds up all positions in fp32 one after the other where the channels
-        # are last in memory; autograd's sums of these steps do it in a tree.
-        return torch.addcmul(bias, x - mean, weight * torch.rsqrt(variance + eps))
-    y = F.batch_norm(x.contiguous().permute(0, 3, 1, 2), mean, variance, weight, bias, eps=eps)
-    return y.permute(0, 2, 3, 1)
-
+# --- stems and downsamplings ----------------------------------------------------------------------
 
 class ResidualStem(nn.Module):
     """Five convolutions, two of which stride and two of which are a residual branch:
@@ -109,13 +62,7 @@ class PatchStem(nn.Module):
         self.norm = LayerNorm(embed_dims)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv1(channels_last(_pad_to_patches(x))))
-
-
-def _pad_to_patches(x: Tensor, patch_size: int = 4) -> Tensor:
-    """(..., H, W) with zeros below and on the right up to multiples of ``patch_size``."""
-    height, width = x.shape[-2:]
-    return F.pad(x, (0, -width % patch_size, 0, -height % patch_size))
+        return self.norm(self.conv1(channels_last(pad_to_patches(x, 4))))
 
 
 class InvertedDownsample(nn.Module):
@@ -193,7 +140,7 @@ class NonCausalSSD(nn.Module):
         if is_depthwise_3x3(self.conv2d):
             xBC = dwconv_silu(xBC, self.conv2d.weight, self.conv2d.bias)
         else:
-            xBC = F.silu(_convolve(self.conv2d, xBC))
+            xBC = F.silu(convolve_map(self.conv2d, xBC))
         x, B, C = xBC.flatten(1, 2).split(self.sizes, dim=-1)
         B, C = (t.unflatten(-1, (self.n_groups, -1)) for t in (B, C))
         y = nc_ssd(x.unflatten(-1, (self.num_heads, -1)), dt.flatten(1, 2),
@@ -256,9 +203,9 @@ class VSSDBlock(nn.Module):
         scales: tuple[Tensor | None, ...] = (None, None)
         if is_plain(drop, DropPath):  # then the factors go into the sums
             scales, drop = drop.factors(x, 2), _identity
-        x, normed = sum_and_norm(self.norm1, x, _convolve(self.cpe1, x))
+        x, normed = sum_and_norm(self.norm1, x, convolve_map(self.cpe1, x))
         x, _ = add_norm(x, drop(self.attn(normed)), None, None, scale=scales[0])
-        x, normed = sum_and_norm(self.norm2, x, _convolve(self.cpe2, x))
+        x, normed = sum_and_norm(self.norm2, x, convolve_map(self.cpe2, x))
         return add_norm(x, drop(self.mlp(normed)), None, None, scale=scales[1])[0]
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-MODULES = ('selective_scan', 'ssd', 'nc_ssd', 'mamba', 'ss2d_scan', 'orders', 'norms',
-           'convolutions', 'mlp', 'vss_block', 'mamba_blocks')
+MODULES = ('selective_scan', 'ssd', 'nc_ssd', 'retention', 'wkv', 'matrix_wkv', 'mamba',
+           'ss2d_scan', 'orders', 'norms', 'convolutions', 'mlp', 'vss_block', 'mamba_blocks')
 Shape = tuple[int, ...]
 
 
@@ -48,6 +48,8 @@ class Spec:
     #: (name of an input, its replacement by what it was, part of the message)
     wrong: tuple[tuple[str, Callable, str], ...] = ()
     has_gradient: bool = True
+    #: whether that is the derivative of all results, and not what was published in its place
+    has_exact_gradient: bool = True
     roundings: int = 1  #: to half precision on the way to a result or a gradient, at least
     id: str = ''
 

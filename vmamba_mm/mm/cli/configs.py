@@ -123,7 +123,8 @@ def families_of(cfg):
             found.add(type_name(part))
         if isinstance(part, dict | list | tuple):
             parts += part.values() if isinstance(part, dict) else part
-    return [family for family in FAMILIES.values() if family.model in found]
+    return [family for family in FAMILIES.values()
+            if not found.isdisjoint((family.model, *family.dense_models.values()))]
 
 
 def set_work_dir(cfg, args):

@@ -15,6 +15,7 @@ from vmamba_mm.ops.core.launch import (
     device_limits,
     kernel,
     pointer,
+    why_not_beside,
 )
 from vmamba_mm.ops.fused.channels import SumJob, sum_launch
 from vmamba_mm.ops.scan_kernels import cuda as scan_kernels
@@ -133,16 +134,9 @@ def backward_launch(index: int, dtype: torch.dtype, sizes: Sizes, directions: in
 
 def why_not(x, weight, bias, initial_state, silu, reverse, return_final_state) -> str | None:
     """The reason why the kernels cannot take these inputs, or None."""
-    for t in (weight, bias, initial_state):
-        if t is None:
-            continue
-        if t.device != x.device:
-            return 'the inputs are on different devices'
-        if t.dtype not in TYPES:
-            return 'an input is neither float32 nor float16 nor bfloat16'
     if weight.shape[1] not in TAPS:
         return f'{weight.shape[1]} taps; the kernels take {TAPS[0]} to {TAPS[-1]}'
-    return scan_kernels.why_not(x, 0, 1)
+    return why_not_beside(x, weight, bias, initial_state) or scan_kernels.why_not(x, 0, 1)
 
 
 def _aligned(x: Tensor) -> tuple[Tensor, Strides]:

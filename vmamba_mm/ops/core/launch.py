@@ -34,8 +34,8 @@ from vmamba_mm.ops.core import driver
 from vmamba_mm.ops.core.compile import Binary, Instance, build, find_nvrtc, parameters, target
 from vmamba_mm.ops.core.parameters import bind_fields
 
-__all__ = ['CODES', 'TYPES', 'Instance', 'Kernel', 'cached', 'device_limits', 'forget', 'kernel',
-           'load', 'override_loader', 'pointer']
+__all__ = ['CODES', 'TYPES', 'Instance', 'Kernel', 'Slab', 'cached', 'device_limits', 'forget',
+           'kernel', 'load', 'override_loader', 'pointer', 'why_not_beside']
 
 #: dtype -> the type that a template of a kernel is for, and what a field such as ``x_type`` says
 TYPES = {torch.float32: 'Float', torch.float16: 'Half', torch.bfloat16: 'BFloat'}
@@ -49,6 +49,29 @@ _lock = threading.RLock()
 def pointer(tensor: Tensor | None) -> int:
     """The address of a tensor, null for None."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def why_not_beside(x: Tensor, *tensors: Tensor | None) -> str | None:
+    """The reason why kernels cannot take ``tensors`` beside ``x``, which they take, or None."""
+    for t in tensors:
+        if t is not None and t.device != x.device:
+            return 'the inputs are on different devices'
+        if t is not None and t.dtype not in TYPES:
+            return 'an input is neither float32 nor float16 nor bfloat16'
+    return None
+
+
+class Slab:
+    """Parts of one piece of memory, each at a multiple of 256 bytes."""
+
+    def __init__(self):
+        self.size = 0
+
+    def take(self, count: int, size: int = 4) -> int:
+        """The offset of a part of ``count`` elements of ``size`` bytes."""
+        at = self.size
+        self.size += -(-count * size // 256) * 256
+        return at
 
 
 class Kernel:

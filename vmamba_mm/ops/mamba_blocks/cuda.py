@@ -13,13 +13,12 @@ from torch import Tensor
 from vmamba_mm.ops.causal_conv.cuda import TAPS
 from vmamba_mm.ops.core import gemm
 from vmamba_mm.ops.core.graphs import replay
-from vmamba_mm.ops.core.launch import CODES, TYPES, Instance, cached, kernel
+from vmamba_mm.ops.core.launch import CODES, TYPES, Instance, Slab, cached, kernel
 from vmamba_mm.ops.fused.add_norm import cuda as norm
 from vmamba_mm.ops.fused.channels import WIDEST
 from vmamba_mm.ops.mamba_blocks.weights import Direction, Weights, flatten, split
 from vmamba_mm.ops.mamba_inner import cuda as inner
 from vmamba_mm.ops.scan_kernels import cuda as scans
-from vmamba_mm.ops.selective_scan.cuda_scan import Slab
 
 _COPY, _NEGATIVE_EXP, _FACTOR = range(3)  # kinds of parameters in gather.cu
 _MOST = 16  # MOST there

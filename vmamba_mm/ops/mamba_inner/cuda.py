@@ -13,11 +13,19 @@ from torch import Tensor
 
 from vmamba_mm.ops.causal_conv import cuda as conv
 from vmamba_mm.ops.core import gemm
-from vmamba_mm.ops.core.launch import TYPES, Instance, cached, kernel, pointer
+from vmamba_mm.ops.core.launch import (
+    TYPES,
+    Instance,
+    Slab,
+    cached,
+    kernel,
+    pointer,
+    why_not_beside,
+)
 from vmamba_mm.ops.fused.cast import cast
 from vmamba_mm.ops.scan_kernels import cuda as scan_kernels
 from vmamba_mm.ops.selective_scan import cuda_scan as scans
-from vmamba_mm.ops.selective_scan.cuda_scan import RowStrides, Slab, Strides, Types
+from vmamba_mm.ops.selective_scan.cuda_scan import RowStrides, Strides, Types
 
 
 def gate_instance(type_: str, vector: bool, backward: bool) -> Instance:
@@ -35,18 +43,11 @@ INSTANCES: dict[Instance, int] = {
 def why_not(xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, reverse, scale
             ) -> str | None:
     """The reason why the kernels cannot take these inputs, or None."""
-    for t in (conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D):
-        if t is None:
-            continue
-        if t.device != xz.device:
-            return 'the inputs are on different devices'
-        if t.dtype not in TYPES:
-            return 'a parameter is neither float32 nor float16 nor bfloat16'
     if conv_weight.shape[2] not in conv.TAPS:
         return (f'{conv_weight.shape[2]} taps; the kernels take {conv.TAPS[0]} to {conv.TAPS[-1]}')
-    if (reason := scan_kernels.why_not(xz, 0, 1)) is not None:
-        return reason
-    return why_not_here(xz.device.index, xz.dtype, A.shape[2]) or gemm.why_not()
+    return (why_not_beside(xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D)
+            or scan_kernels.why_not(xz, 0, 1)
+            or why_not_here(xz.device.index, xz.dtype, A.shape[2]) or gemm.why_not())
 
 
 @torch.compiler.assume_constant_result

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vmamba_mm.ops.core.launch import TYPES, cached, pointer
+from vmamba_mm.ops.core.launch import TYPES, cached, pointer, why_not_beside
 from vmamba_mm.ops.scan_kernels import cuda as scan_kernels
 from vmamba_mm.ops.selective_scan import cuda_scan as scans
 from vmamba_mm.ops.selective_scan.cuda_scan import RowStrides, Sizes, Strides, Types
@@ -12,13 +12,9 @@ from vmamba_mm.ops.selective_scan.cuda_scan import RowStrides, Sizes, Strides, T
 def why_not(u, delta, A, B, C, D, delta_bias, z, initial_state, delta_softplus, return_final_state,
             reverse, out_dtype) -> str | None:
     """The reason why the kernels cannot take these inputs, or None."""
-    for t in (delta, A, B, C, D, delta_bias, z, initial_state):
-        if t is None:
-            continue
-        if t.device != u.device:
-            return 'the inputs are on different devices'
-        if t.dtype not in TYPES:
-            return 'an input is neither float32 nor float16 nor bfloat16'
+    reason = why_not_beside(u, delta, A, B, C, D, delta_bias, z, initial_state)
+    if reason is not None:
+        return reason
     if out_dtype not in TYPES:
         return f'out_dtype is {out_dtype}; the kernels give float16, bfloat16 and float32'
     if B.numel() >= 2**31 * len(B):

@@ -14,6 +14,7 @@ from vmamba_mm.ops.core.launch import (
     CODES,
     TYPES,
     Instance,
+    Slab,
     cached,
     device_limits,
     kernel,
@@ -221,19 +222,6 @@ def backward_plan(index: int, sizes: Sizes) -> Plan:
     if max_span:
         spans = -(-sizes.length // max_span)
     return Plan.of(tile, sizes.length, spans)
-
-
-class Slab:
-    """Parts of one piece of memory, each at a multiple of 256 bytes."""
-
-    def __init__(self):
-        self.size = 0
-
-    def take(self, count: int, size: int = 4) -> int:
-        """The offset of a part of ``count`` elements of ``size`` bytes."""
-        at = self.size
-        self.size += -(-count * size // 256) * 256
-        return at
 
 
 class Types(NamedTuple):

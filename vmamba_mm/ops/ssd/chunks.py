@@ -89,13 +89,18 @@ def make_blocks(x: Tensor, state: int, reverse: bool, chunk_len: int | None = No
         state: N.
         chunk_len: tokens of a chunk; None for the best.
     """
-    batch, length, heads, dim = x.shape
-    is_cpu = x.device.type == 'cpu'
+    _, length, heads, dim = x.shape
     if chunk_len is None:
-        chunk_len = _choose_chunk_len(length, state, is_cpu)
-    chunks = -(-length // chunk_len)
+        chunk_len = _choose_chunk_len(length, state, x.device.type == 'cpu')
     size = heads * max(chunk_len * chunk_len, chunk_len * dim, chunk_len * state, dim * state)
-    fits = max(1, (_CPU_BLOCK if is_cpu else _GPU_BLOCK) // size)
+    return partition(x, chunk_len, size, reverse)
+
+
+def partition(x: Tensor, chunk_len: int, size: int, reverse: bool = False) -> list[list[Block]]:
+    """As :func:`make_blocks`, of chunks whose largest temporary tensor has ``size`` numbers."""
+    batch, length = x.shape[:2]
+    chunks = -(-length // chunk_len)
+    fits = max(1, (_CPU_BLOCK if x.device.type == 'cpu' else _GPU_BLOCK) // size)
     span, samples = min(chunks, fits), max(1, fits // chunks)
     parts = []
     for i in range(0, batch, samples):

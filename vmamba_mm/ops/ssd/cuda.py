@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vmamba_mm.ops.core.backends import wants_grad
-from vmamba_mm.ops.core.launch import TYPES, cached, device_limits, pointer
+from vmamba_mm.ops.core.launch import cached, device_limits, pointer, why_not_beside
 from vmamba_mm.ops.scan_kernels import cuda as scan_kernels
 from vmamba_mm.ops.selective_scan.activations import silu_backward
 from vmamba_mm.ops.ssd import cuda_launch as launches
@@ -20,18 +20,12 @@ _MOST_SAMPLES = 65535  # blocks of a launch in its third dimension
 def why_not(x, dt, A, B, C, D, dt_bias, z, initial_state, seq_idx, dt_softplus, dt_min, dt_max,
             return_final_state, reverse) -> str | None:
     """The reason why the kernels cannot take these inputs, or None."""
-    reason = scan_kernels.why_not(x, 0, 1)
+    reason = (scan_kernels.why_not(x, 0, 1)
+              or why_not_beside(x, dt, A, B, C, D, dt_bias, z, initial_state))
     if reason is not None:
         return reason
     if seq_idx is not None and seq_idx.device != x.device:
         return 'the inputs are on different devices'
-    for t in (dt, A, B, C, D, dt_bias, z, initial_state):
-        if t is None:
-            continue
-        if t.device != x.device:
-            return 'the inputs are on different devices'
-        if t.dtype not in TYPES:
-            return 'an input is neither float32 nor float16 nor bfloat16'
     dim, state = x.shape[3], B.shape[3]
     if dim % 8 or dim > launches.MOST_CHANNELS:
         return f'P is {dim}; the kernels take multiples of 8 up to {launches.MOST_CHANNELS}'

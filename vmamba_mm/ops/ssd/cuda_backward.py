@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import torch
 
-from vmamba_mm.ops.core.launch import CODES, TYPES, cached, device_limits, kernel
+from vmamba_mm.ops.core.launch import CODES, TYPES, Slab, cached, device_limits, kernel
 from vmamba_mm.ops.ssd import cuda_launch
-from vmamba_mm.ops.ssd.cuda_launch import Options, Sizes, Slab, States, Strides
+from vmamba_mm.ops.ssd.cuda_launch import Options, Sizes, States, Strides
 
 #: Bytes of states that exist at a time, but for those of one sample.
 MOST_STATES = 2**28

@@ -14,6 +14,7 @@ from vmamba_mm.ops.core.launch import (
     CODES,
     TYPES,
     Instance,
+    Slab,
     cached,
     device_limits,
     kernel,
@@ -246,19 +247,6 @@ class Launch(NamedTuple):
     """``run`` launches; ``memory`` bytes that it needs."""
     run: Callable[..., None]
     memory: int
-
-
-class Slab:
-    """Parts of one piece of memory, each at a multiple of 256 bytes."""
-
-    def __init__(self):
-        self.size = 0
-
-    def take(self, count: int, size: int = 4) -> int:
-        """The offset of a part of ``count`` elements of ``size`` bytes."""
-        at = self.size
-        self.size += -(-count * size // 256) * 256
-        return at
 
 
 class States:

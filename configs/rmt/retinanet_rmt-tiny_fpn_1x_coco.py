@@ -1,0 +1,8 @@
+_base_ = ['_base_/retinanet_fpn_1x_coco.py']
+
+model = dict(
+    backbone=dict(
+        arch='tiny',
+        drop_path_rate=0.1,
+        init_cfg=dict(
+            type='Pretrained', checkpoint='vmamba_mm://rmt/tiny', prefix='backbone.')))

@@ -1,0 +1,5 @@
+_base_ = ['_base_/imagenet_224.py']
+
+model = dict(
+    backbone=dict(arch='small', drop_path_rate=0.3),
+    head=dict(in_channels=384))

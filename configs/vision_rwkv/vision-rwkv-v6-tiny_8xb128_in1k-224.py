@@ -1,0 +1,4 @@
+_base_ = ['vision-rwkv-tiny_8xb128_in1k-224.py']
+
+model = dict(
+    backbone=dict(arch='v6_tiny'))
