@@ -38,6 +38,6 @@ class _Transforms(Registry):
 TRANSFORMS = _Transforms('transform', parent=MMENGINE_TRANSFORMS, scope='vmamba_mm',
                          locations=['vmamba_mm.mm.transforms', 'vmamba_mm.mm.video.transforms'])
 DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope='vmamba_mm',
-                    locations=['vmamba_mm.mm.video.dataset'])
+                    locations=['vmamba_mm.mm.image_list', 'vmamba_mm.mm.video.dataset'])
 METRICS = Registry('metric', parent=MMENGINE_METRICS, scope='vmamba_mm',
                    locations=['vmamba_mm.mm.segmentation.metrics'])

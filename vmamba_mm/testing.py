@@ -189,6 +189,25 @@ class Classifier(nn.Module):
         return self.head['fc'](y if y.dim() == 2 else y.flatten(2).mean(2))
 
 
+class Segmentor(nn.Module):
+    """A backbone and a 1x1 convolution on its last map, named as in mmseg's EncoderDecoder.
+
+    Args:
+        backbone: with ``num_features``, the channels of its stages.
+        num_classes: of the convolution.
+    """
+
+    def __init__(self, backbone: nn.Module, num_classes: int):
+        super().__init__()
+        self.backbone = backbone
+        self.decode_head = nn.ModuleDict(dict(
+            conv_seg=nn.Conv2d(backbone.num_features[-1], num_classes, 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images to logits (B, num_classes, H, W)."""
+        return self.decode_head['conv_seg'](self.backbone(x)[-1])
+
+
 class WithNeck(nn.Module):
     """A backbone and the neck on its maps, named as in mmdet and mmseg."""
 
@@ -199,6 +218,27 @@ class WithNeck(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.neck(self.backbone(x)))
+
+
+class BlockAndNorm(nn.Module):
+    """A block and the norm that it is given, where blocks share one."""
+
+    def __init__(self, block: nn.Module, norm: nn.Module):
+        super().__init__()
+        self.block = block
+        self.norm = norm
+
+    def forward(self, x: Tensor, permutation: Tensor | None = None) -> Tensor:
+        """(B, L, C) -> (B, L, C)."""
+        return self.block(x, self.norm, permutation)
+
+
+def run_with_permutations(model: Classifier, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the backbone of a classifier returns for 'input' with the permutations 'perms', after
+    the logits if it is a vector."""
+    features = model.backbone(inputs['input'], inputs['perms'])
+    logits = [model.head['fc'](features[-1])] if features[-1].dim() == 2 else []
+    return dict(output=[*logits, *features])
 
 
 def by_heads(*tensors: Tensor, function: Callable[..., Tensor], heads: int) -> Tensor:

@@ -1,6 +1,5 @@
 """RS-Mamba under the generic tests."""
 
-import torch
 from specs import Spec
 
 from vmamba_mm.families.rs_mamba import FAMILY
@@ -30,6 +29,15 @@ def _shapes(arch, height, width):
 def official_name(key):
     """Written out from the list of names."""
     levels = key.split('.')
+    if levels[0] == 'decode_head':
+        part, rest = levels[2], levels[3:]
+        if part == 'blocks':
+            return '.'.join([f'deocder_block{int(rest[0]) + 1}', 'fuse',
+                             {'conv': '0', 'norm': '1'}[rest[1]], *rest[2:]])
+        if part == 'conv_out':
+            return '.'.join(['conv_out_seg', *rest])
+        number = {'up1.conv': '0', 'up1.norm': '1', 'up2.conv': '4', 'up2.norm': '5'}
+        return '.'.join(['upsample_x4', number[f'{part}.{rest[0]}'], *rest[1:]])
     if levels[0] == 'patch_embed':
         levels[1] = {'conv1': '0', 'norm1': '2', 'conv2': '5', 'norm2': '7'}[levels[1]]
         return '.'.join(levels)
@@ -45,14 +53,15 @@ def _official(model):
     return [{official_name(k): v for k, v in model.state_dict().items()}]
 
 
-def _classifiers(model, num_classes):
-    head = {'head.weight': torch.randn(num_classes, model.num_features[-1]),
-            'head.bias': torch.randn(num_classes)}
+def _whole_model(arch, name, **kwargs):
+    return RemoteSensingModel(arch, num_images=2 if '-cd-' in name else 1, **kwargs)
+
+
+def _segmentors(model, num_classes):
+    whole = _whole_model(model.arch, '', out_channels=num_classes)
+    head = {official_name(k): v for k, v in whole.state_dict().items()
+            if not k.startswith('backbone.')}
     return [state | head for state in _official(model)]
-
-
-def _whole_model(entry):
-    return RemoteSensingModel(entry.arch, num_images=2 if '-cd-' in entry.name else 1)
 
 
 SPEC = Spec(
@@ -65,7 +74,7 @@ SPEC = Spec(
            (dict(d_state=0), 'd_state.*at least 1'), (dict(ssm_ratio=0), 'ssm_ratio.*above 0'),
            (dict(mlp_ratio=0.01), 'mlp_ratio.*no channel'),
            (dict(scan='cross'), "scan.*'omnidirectional' or 'omnidirectional-unwrapped'")],
-    official=_official, official_classifiers=_classifiers,
+    official=_official, official_classifiers=_segmentors,
     layer_depths={
         'patch_embed.conv1.weight': 0, 'stages.0.blocks.0.ssm.A_logs': 1,
         'stages.0.downsample.conv.weight': 1, 'stages.2.blocks.1.mlp.fc1.bias': 4,

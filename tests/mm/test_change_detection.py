@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from vmamba_mm.errors import UserError
-from vmamba_mm.heads import BatchDiceLoss, RemoteSensingModel
-from vmamba_mm.registry import TRANSFORMS
+from vmamba_mm.heads import DiceLoss, RemoteSensingModel
+from vmamba_mm.registry import MODELS, TRANSFORMS
 
 SMALL = dict(base='tiny', embed_dims=8, depths=(1, 1, 1, 1), d_state=2)
 DIMS = [8, 16, 32, 64]
@@ -98,17 +98,19 @@ def test_trains_and_evaluates(config, data, tmp_path):
 
 def test_published_loss():
     """Cross-entropy and one Dice number for the whole batch, as the public code has them."""
+    from vmamba_mm.mm import cli
+
     torch.manual_seed(0)
     logits, labels = torch.randn(3, 1, 5, 4, dtype=torch.float64), torch.randint(0, 2, (3, 5, 4))
     p, t = logits[:, 0].sigmoid(), labels.double()
     expected = 1 - (2 * (p * t).sum() + 1e-5) / (p.sum() + t.sum() + 1e-5)
-    torch.testing.assert_close(BatchDiceLoss()(logits, labels), expected.float())
+    cfg = cli.load_config(f'configs/rs_mamba/{CONFIGS[0]}.py', {})
+    loss = MODELS.build(cfg.model.decode_head.loss_decode[1])
+    assert isinstance(loss, DiceLoss)
+    torch.testing.assert_close(loss(logits, labels), expected.float())
     ignored = labels.clone()
     ignored[1] = 255
-    kept = BatchDiceLoss()(logits[[0, 2]], labels[[0, 2]])
-    torch.testing.assert_close(BatchDiceLoss()(logits, ignored), kept)
-    with pytest.raises(ValueError, match=r'logits \(B, 1, H, W\).*out_channels=1'):
-        BatchDiceLoss()(torch.randn(1, 2, 4, 4), labels[:1])
+    torch.testing.assert_close(loss(logits, ignored), loss(logits[[0, 2]], labels[[0, 2]]))
 
 
 def test_dates_go_through_one_encoder():
@@ -162,6 +164,27 @@ def test_bad_pairs(data, tmp_path):
             (None, f'two images, and there is only {good}: give the second')):
         with pytest.raises(UserError, match=message.replace('(', '.')):
             build('LoadImagePair')(dict(img_path=good, img_path2=second))
+
+
+@pytest.mark.parametrize('threshold, values, expected', [
+    (1, [0, 255, 254, 3], [0, 1, 1, 1]), (128, [0, 255, 254, 3], [0, 1, 1, 0]),
+    (1, [0, 1, 1, 0], [0, 1, 1, 0]), (128, [0, 1, 1, 0], [0, 1, 1, 0]), (128, [0] * 4, [0] * 4)])
+@pytest.mark.parametrize('channels', [0, 2, 3, 4])
+def test_values_of_masks(tmp_path, threshold, values, expected, channels):
+    """Grey and coloured, with an alpha channel or without; read after the image was resized."""
+    pixels = np.array([values], np.uint8)
+    if channels:
+        pixels = np.stack([pixels] * (channels - 1) + [
+            np.full_like(pixels, 255) if channels in (2, 4) else pixels], -1)
+    path = str(save(tmp_path / 'mask.png', pixels))
+    image = dict(img=np.zeros((8, 8, 3), np.uint8), ori_shape=(1, 4), img_path='a.png')
+    found = build('LoadBinaryAnnotations', threshold=threshold)(dict(image, seg_map_path=path))
+    assert found['gt_seg_map'].dtype == np.uint8 and found['gt_seg_map'].tolist() == [expected]
+
+
+def test_threshold_of_masks():
+    with pytest.raises(ValueError, match='threshold must be from 1 to 255, got 0'):
+        build('LoadBinaryAnnotations', threshold=0)
 
 
 def test_mask_of_another_size(data, tmp_path):

@@ -56,7 +56,8 @@ class Family:
     infer_arch: Callable[[Mapping[str, Any]], dict[str, Any]]
     #: Like ``keys``, for names of the backbone's weights that only official classifiers have.
     classifier_keys: Rows = ()
-    #: Like ``keys``, for weights that our models have beside the backbone, such as ``head.fc``.
+    #: Like ``keys``, for weights that our models have beside the backbone, such as ``head.fc``, or
+    #: ``decode_head.conv_seg`` of segmentors; a function is given the names that lie there.
     head_keys: Rows | Callable[[Collection[str]], Rows] = ()
     #: Width of the hidden layer, linear and with a tanh, in the heads of published classifiers, by
     #: arch; those of others are a single layer. Its weights are ``head.layers.pre_logits`` and
@@ -65,9 +66,12 @@ class Family:
     #: Other classes than ``model``, of published detectors and segmentors: by our name of a weight
     #: that the class alone has. Their names are in ``keys``.
     dense_models: Mapping[str, str] = field(default_factory=dict)
-    #: Where official classifiers have the backbone, with the head beside it, such as 'visual.';
-    #: '' for at the top.
+    #: The task of official files of whole models, which have the head: 'cls', or 'seg'.
+    task: str = 'cls'
+    #: Where these have the backbone, such as 'visual.'; '' for at the top.
     place: str = ''
+    #: Whether the head lies there too, and not beside.
+    has_head_inside: bool = False
     #: Our names of Linear weights that official files may hold as (out, in, 1, 1), as a regular
     #: expression.
     linear: str | None = None

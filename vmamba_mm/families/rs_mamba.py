@@ -49,7 +49,6 @@ def _head_keys(names: Collection[str]) -> Rows:
     """'deocder' is how the official files write it."""
     is_pair = any(name.startswith(('fuse_block', 'neck.')) for name in names)
     return (
-        ('head', 'head.fc'),  # of a classifier, which was not published
         *(row for i in range(3) for row in (
             (f'deocder_block{i + 1}.fuse.0', f'{_DECODER}blocks.{i}.conv'),
             (f'deocder_block{i + 1}.fuse.1', f'{_DECODER}blocks.{i}.norm'))),
@@ -110,7 +109,7 @@ PARITY = Parity(
 
 FAMILY = Family(
     name='rs_mamba', model='RemoteSensingMamba', archs=ARCHS, rules=RULES, check=_check,
-    keys=_KEYS, head_keys=_head_keys,
+    keys=_KEYS, head_keys=_head_keys, task='seg',
     signature=('stages.0.blocks.0.ssm.A_logs', 'stages.0.blocks.0.norm1.weight',
                *(f'stages.{i}.blocks.0.ssm.{name}' for i in range(4) for name in (
                    'in_proj.weight', 'x_proj_weight', 'dt_projs_bias', 'A_logs', 'Ds',

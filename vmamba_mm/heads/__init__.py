@@ -1,7 +1,7 @@
 """Decoders and models of tasks that are no backbones, for mmengine's registry."""
 
 from vmamba_mm.heads.clip import ClipTower
-from vmamba_mm.heads.losses import BatchDiceLoss
+from vmamba_mm.heads.losses import DiceLoss
 from vmamba_mm.heads.pyramid import SimpleFeaturePyramid
 from vmamba_mm.heads.rs_mamba import ChannelFusion, ConcatDecoder, RemoteSensingModel
 from vmamba_mm.heads.token_label import TokenLabelHead
@@ -13,6 +13,6 @@ from vmamba_mm.heads.videomamba import (
     VideoEncoder,
 )
 
-__all__ = ['BatchDiceLoss', 'ChannelFusion', 'ClipPreprocessor', 'ClipTower', 'ConcatDecoder',
+__all__ = ['ChannelFusion', 'ClipPreprocessor', 'ClipTower', 'ConcatDecoder', 'DiceLoss',
            'DistilledVideoMamba', 'MaskedVideoMamba', 'RemoteSensingModel', 'SelfDistillation',
            'SimpleFeaturePyramid', 'TokenLabelHead', 'VideoClassifier', 'VideoEncoder']

@@ -41,7 +41,7 @@ from vmamba_mm.families.names import (
 
 _PRETRAINED = ('Pretrained', 'PretrainedInit')
 #: The norms of outputs, which belong to the task and not to the backbone.
-OUTPUT_NORM = re.compile(r'norm(\d+)\.')
+OUTPUT_NORM = re.compile(r'(?:norm(\d+)|pool_norm)\.')
 
 
 class StrictLoading:
@@ -144,7 +144,7 @@ class StrictLoading:
             weights: of a checkpoint, by this model's names.
         """
         found = [OUTPUT_NORM.match(name) for name in weights]
-        outputs = sorted({int(match[1]) for match in found if match})
+        outputs = sorted({int(match[1]) for match in found if match and match[1]})
         firsts = [weights[name] for name in cls.family.first_convs if name in weights]
         return (dict(out_indices=outputs) if outputs else {}) | (
             dict(in_channels=firsts[0].shape[1]) if firsts else {})

@@ -15,7 +15,7 @@ model = dict(
         out_channels=1, threshold=0.5,
         loss_decode=[
             dict(type='mmseg.CrossEntropyLoss', use_sigmoid=True, avg_non_ignore=True),
-            dict(type='vmamba_mm.BatchDiceLoss', loss_weight=1.0)]),
+            dict(type='vmamba_mm.DiceLoss', per_image=False, smooth=1e-5)]),
     # Tiles without overlap, as published; the last ones of a row and a column are moved back into
     # the image.
     test_cfg=dict(mode='slide', crop_size=crop_size, stride=crop_size))

@@ -63,20 +63,36 @@ class LoadImagePair(BaseTransform):
 
 @TRANSFORMS.register_module()
 class LoadBinaryAnnotations(BaseTransform):
-    """Loads a mask of one class, of which all values but 0 are the class, 1.
+    """Loads a mask of one class, whose number becomes 1.
+
+    Black and white masks have it as 255, which is what mmseg leaves out of loss and metrics.
 
     Keys: ``seg_map_path``, to ``gt_seg_map``, (H, W) uint8 of 0 and 1, as mmseg's
-    ``LoadAnnotations``.
+    ``LoadAnnotations``; before or after a transform that resizes the image alone.
+
+    Args:
+        threshold: values from this on are the class, in any channel but alpha. 128 leaves out what
+            compression or resizing made of black. A mask without values above 1 has the numbers
+            already.
 
     Raises:
         UserError: on a file that cannot be read or is no image, or has not the size of the image.
     """
 
+    def __init__(self, threshold: int = 1):
+        if not 1 <= threshold <= 255:
+            raise ValueError(f'threshold must be from 1 to 255, got {threshold!r}')
+        self.threshold = threshold
+
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
         mask = _load(results['seg_map_path'], flag='unchanged', backend='pillow')
-        mask = mask.any(-1) if mask.ndim == 3 else mask != 0
-        if 'img' in results and mask.shape != results['img'].shape[:2]:
-            sizes = [f'{a.shape[1]}x{a.shape[0]}' for a in (mask, results['img'])]
+        if mask.ndim == 3:
+            alpha = mask.shape[2] in (2, 4)
+            mask = mask[..., :mask.shape[2] - alpha].max(-1)
+        mask = mask >= (self.threshold if mask.max(initial=0) > 1 else 1)
+        size = results.get('ori_shape', mask.shape)
+        if mask.shape != size:
+            sizes = [f'{width}x{height}' for height, width in (mask.shape, size)]
             raise UserError(f'the mask {results["seg_map_path"]} has {sizes[0]} pixels and its '
                             f'image {results["img_path"]} {sizes[1]}; they must have one size')
         fields = [*results.get('seg_fields', ()), 'gt_seg_map']
