@@ -236,9 +236,9 @@ def test_layer_depths(spec, arch):
     count = sum(model.depths) + 2
     depths = {name: model.get_layer_depth(f'backbone.{name}', 'backbone.')
               for name, _ in model.named_parameters()}
-    # The last depth is that of the outputs' norms, if there are any, and of all that is outside.
-    norms = model.output_norm(model.out_indices[-1]) is not None
-    assert {depth for depth, _ in depths.values()} == set(range(count if norms else count - 1))
+    # The last depth is that of what follows the blocks, as norms of outputs, and is outside.
+    follows = {name.split('.')[0] for name in depths} - {*spec.model.stem, 'blocks', 'stages'}
+    assert {depth for depth, _ in depths.values()} == set(range(count if follows else count - 1))
     for name, (depth, total) in depths.items():
         assert total == count and (depth == 0) == (name.split('.')[0] in spec.model.stem), name
     for name, depth in spec.layer_depths.items() if arch is spec.first else ():
