@@ -12,17 +12,17 @@ class DiceLoss(nn.Module):
     """1 - Dice, for a head of mmseg with one logit or one for each class.
 
     mmseg's own compares one logit with the mask of the background. Here one logit goes through a
-    sigmoid and is compared with class 1, several through a softmax, each with its class; Dice is
-    2 |pt| / (|p| + |t|), of each image and class or of each class in the batch, averaged. VM-UNet
-    (arXiv 2402.02491) has the first with two classes, its many classes and RS-Mamba (arXiv
-    2404.02668) the second.
+    sigmoid and is compared with class 1, several through a softmax, each with its class. Dice is
+    2 sum(p t) / (sum p + sum t), of each image and class or of each class in the batch, averaged.
+    VM-UNet (arXiv 2402.02491) has the first for two classes and the second for many, RS-Mamba
+    (arXiv 2404.02668) the second for two.
 
     Args:
         per_image: sums over the pixels of an image; False for those of the batch.
         squared: whether the sums in the denominator are of squares (V-Net, arXiv 1606.04797).
         smooth: added to numerator and denominator.
         loss_weight: a factor.
-        loss_name: in the log; to be added to the loss it must begin with 'loss_'.
+        loss_name: in the log; to be added to the loss it must begin with ``loss_``.
     """
 
     def __init__(self, per_image: bool = True, squared: bool = False, smooth: float = 1.0,

@@ -264,6 +264,7 @@ class RSMamba(FlatBackbone):
         return super().arguments_of(weights) | pooled
 
     def adapt_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The position embedding, resized where it is of another image size."""
         embed, kind = weights.get('pos_embed'), self.arch['cls_token']
         if embed is None or self.pos_embed is None or embed.dim() != 3 \
                 or embed.shape[1] == self.pos_embed.shape[1]:
