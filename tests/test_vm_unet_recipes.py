@@ -40,3 +40,24 @@ def test_a_step(leaf, load):
 
     cfg = load(leaf)
     take_a_step(cfg, narrowed, num_classes=cfg.model.decode_head.num_classes)
+
+
+def test_isic_pipelines_run(load, tmp_path):
+    """Black and white masks of the size of the photograph, which evaluation resizes alone."""
+    import numpy as np
+    from mmengine.dataset import Compose
+    from PIL import Image
+
+    mask = np.zeros((30, 40), np.uint8)
+    mask[5:20, 10:30] = 255
+    Image.fromarray(mask).save(tmp_path / 'mask.png')
+    Image.fromarray(np.stack([mask] * 3, -1)).save(tmp_path / 'image.png')
+    cfg = load(ALL[0])
+    for loader, shape in ((cfg.train_dataloader, (256, 256)), (cfg.val_dataloader, (30, 40))):
+        found = Compose(loader.dataset.pipeline)(dict(
+            img_path=str(tmp_path / 'image.png'), seg_map_path=str(tmp_path / 'mask.png'),
+            seg_fields=[], reduce_zero_label=False))
+        labels = found['data_samples'].gt_sem_seg.data[0]
+        assert found['inputs'].shape == (3, 256, 256) and labels.shape == shape
+        assert set(labels.unique().tolist()) == {0, 1}
+    assert np.array_equal(labels, mask > 0)
