@@ -3,6 +3,7 @@ as with a model of plain modules, with the same outputs and gradients."""
 
 import copy
 import functools
+import re
 
 import pytest
 import torch
@@ -112,8 +113,10 @@ def test_a_hook_on_every_module_fires(device, arch, grad):
             for handle in handles:
                 handle.remove()
             # Two branches of a block may share the module that drops them.
-            times = len(fired) // 2 if name.endswith('drop_path') else 1
-            assert fired == ['before', 'after'] * times and times in (1, 2), name
+            often = OTHERS[arch].called_often if arch in OTHERS else '(?!)'
+            several = name.endswith('drop_path') or re.search(often, name)
+            times = len(fired) // 2 if several else 1
+            assert fired == ['before', 'after'] * times and times, name
             for y, other in zip(outs, expected, strict=True):
                 assert relative_error(y, other) <= (5e-3 if device == 'cuda' else 1e-5), name
 
