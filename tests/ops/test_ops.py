@@ -206,7 +206,8 @@ class Closeness:
                                      self.inputs)
                 self.plain = dict(enumerate(results)) | grads
             limit = max(limit, 2 * relative_error(self.plain[what], right))
-        assert_close(one, right, limit, f'gradient by {what}' if isinstance(what, str) else 'result')
+        assert_close(one, right, limit,
+                     f'gradient by {what}' if isinstance(what, str) else 'result')
 
 
 @cases('case', halves)
