@@ -33,11 +33,11 @@ __global__ void WKV_BOUNDS(WARPS) bi_wkv_bwd(const BiWkvBwdParams p) {
     const Place<T, R> at(p.length, p.channels);
     const Board<2> boards[2] = {{shared + at.lane, at.warps},
                                 {shared + at.warps * Board<2>::ROW + at.lane, at.warps}};
-    float *const memory = shared + 2 * at.warps * Board<2>::ROW;
-    const Column<float2> kept((float2 *)memory, at.warp * R, at.lane);
-    BiSpan<T, R> span = {
-        {}, Column<float>(memory + 2 * at.warps * R * LANES, at.warp * R, at.lane)};
-    const Column<float> dy(memory + 3 * at.warps * R * LANES, at.warp * R, at.lane);
+    // Of each token r and r y, the value times the weight, and dy or what its own weight gives.
+    float *const own_memory = shared + 2 * at.warps * Board<2>::ROW + at.warp * 4 * R * LANES;
+    const Column<float2> kept((float2 *)own_memory, 0, at.lane);
+    BiSpan<T, R> span = {{}, Column<float>(own_memory, 2 * R, at.lane)};
+    const Column<float> dy(own_memory, 3 * R, at.lane);
     at.load(dy, p.dy, p.length);
     keep_in_memory();
     span.load(at, p.k, p.v, p.length);

@@ -17,9 +17,8 @@ __global__ void WKV_BOUNDS(WARPS) bi_wkv_fwd(const BiWkvFwdParams p) {
     const Place<T, R> at(p.length, p.channels);
     const Board<2> boards[2] = {{shared + at.lane, at.warps},
                                 {shared + at.warps * Board<2>::ROW + at.lane, at.warps}};
-    float *const memory = shared + 2 * at.warps * Board<2>::ROW;
-    BiSpan<T, R> span = {
-        {}, Column<float>(memory + 2 * at.warps * R * LANES, at.warp * R, at.lane)};
+    float *const own_memory = shared + 2 * at.warps * Board<2>::ROW + at.warp * 3 * R * LANES;
+    BiSpan<T, R> span = {{}, Column<float>(own_memory, 2 * R, at.lane)};
     span.load(at, p.k, p.v, p.length);
     span.w = load_parameter(p.w, at.channel, p.w_type);
     span.u = load_parameter(p.u, at.channel, p.u_type);
@@ -47,7 +46,7 @@ __global__ void WKV_BOUNDS(WARPS) bi_wkv_fwd(const BiWkvFwdParams p) {
         }
         const float bonus = exp_of(span.u);
         // The sums after each token go to shared memory, from which only this thread reads them.
-        const Column<float2> later((float2 *)memory, at.warp * R, at.lane);
+        const Column<float2> later((float2 *)own_memory, 0, at.lane);
 #pragma unroll
         for (int i = R - 1; i >= 0; --i) {
             later[i] = make_float2(span.after.x[0], span.after.x[1]);
