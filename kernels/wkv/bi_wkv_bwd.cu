@@ -100,6 +100,7 @@ __global__ void WKV_BOUNDS(WARPS) bi_wkv_bwd(const BiWkvBwdParams p) {
             kept[i] = later;
             step(to_start, span.decay, later);
             span.step(span.after, i, as_after);
+            if (i % 7 == 0) keep_in_memory();
         }
         keep_in_memory();
         const float own = exp_of(u) * factor;
@@ -127,6 +128,7 @@ __global__ void WKV_BOUNDS(WARPS) bi_wkv_bwd(const BiWkvBwdParams p) {
             after.x[0] = fmaf(passed, drive.x, after.x[0]);
             after.x[1] = fmaf(passed, drive.y, after.x[1]);
             passed *= span.decay;
+            if (i % 7 == 6) keep_in_memory();  // else too many tokens are under way for registers
         }
         by_w = -span.decay * fmaf(of_before, by_w_before, of_after * by_w_after);
         before.top = after.top = -top;
