@@ -114,7 +114,7 @@ def gather_and_merge(x: Tensor, ys: Tensor, *, scan: str) -> tuple[Tensor, Tenso
         ys: (B, K, D, H, W), of each route its L steps in the order of the visit.
         scan: a pattern of ``ordered_scan``.
     """
-    positions = scan_positions(scan, *x.shape[2:])
+    positions = scan_positions(scan, *x.shape[2:]).to(x.device)
     return gather_routes(x, positions), merge_routes(ys.flatten(3), positions)
 
 

@@ -360,7 +360,7 @@ def _register(name: str, schema: str, function: Callable, fake: Callable,
     transformable = _transformable(name, size, backward, setup_context, results, direct)
 
     def dispatch(*args):
-        return transformable.apply(*args) if _is_transformed() else op(*args)
+        return transformable.apply(*args) if is_transformed() else op(*args)
 
     return dispatch, differentiable(direct)
 
@@ -420,7 +420,7 @@ def is_watched(args: tuple) -> bool:
                                      for arg in args))
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether torch.func transforms are at work, such as grad and vmap, and no compiler is."""
     return not torch.compiler.is_compiling() and are_transforms_active()
 
