@@ -339,6 +339,7 @@ def run_case(case, args):
         UserError: if a process fails.
     """
     os.environ['VMAMBA_MM_GRAPHS'] = '0' if case.way == 'no replay' else '1'
+    os.environ.setdefault('OMP_NUM_THREADS', '1')  # as torchrun does
     with tempfile.TemporaryDirectory() as folder:
         try:
             torch.multiprocessing.spawn(work, (case, args, folder), nprocs=case.gpus)
