@@ -141,11 +141,10 @@ def _compiled() -> Iterator[tuple[Instance, int]]:
     for type_, channels, states, low in _COMPILED:
         slices, parts = channels // _BLOCK, 2 if states >= 32 else 1
         yield forward_instance(type_, False, Shape(parts, slices, 1, 1), states), 80
-        if states == 64:  # several heads need more shared memory too
-            for shape in (Shape(2, slices, 1, 2), Shape(1, slices, 1, 1), Shape(1, slices, 3, 2),
-                          Shape(1, slices, 4, 2)):
-                yield forward_instance(type_, False, shape, states), (
-                    80 if shape.heads == 1 else 90)
+        if states == 64:
+            yield forward_instance(type_, False, Shape(2, slices, 1, 2), states), 80
+            yield forward_instance(type_, False, Shape(1, slices, 1, 1), states), 80
+            yield forward_instance(type_, False, Shape(1, slices, 3, 2), states), 90
         yield states_instance(type_, False, StatesShape(slices, 2, min(states, 64))), 80
         yield backward_instance(type_, False, channels, states), low
     yield forward_instance('Float', True, Shape(2, 4, 1, 1), 64), 80
