@@ -10,7 +10,7 @@ from emulated_cuda import emulated_gpu
 from op_specs.nc_ssd import make, make_bare
 
 from vmamba_mm.models import VSSD
-from vmamba_mm.ops import nc_ssd
+from vmamba_mm.ops import nc_ssd, nc_ssd_norm
 from vmamba_mm.ops.core import launch
 from vmamba_mm.ops.nc_ssd import cuda
 from vmamba_mm.testing import assert_close
@@ -114,6 +114,32 @@ def test_kernels_of_inputs_side_by_side(tmp_path_factory, monkeypatch, spans, gr
         y, grads = run_it('cuda', inputs)
     assert_close(y, expected, 1e-5)
     for one, right in zip(grads, expected_grads, strict=True):
+        assert_close(one, right, 1e-5)
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize('groups, shared', [(1, 20_000), (2, 16_000)])
+def test_more_channels_than_fit_into_shared_memory(tmp_path_factory, monkeypatch, groups, shared):
+    """Blocks have some of them, or with a norm, which needs all, one chunk of C at a time."""
+    monkeypatch.setattr(cuda, 'force_shared', shared)
+    inputs = {k: t.float() for k, t in make(8, 150, 6, 24, groups, 16).items()}
+    norm = dict(z=torch.randn(8, 150, 144), norm_weight=torch.randn(144),
+                norm_bias=torch.randn(144)) if groups == 1 else None
+
+    def run_it(inputs, norm):
+        y = run(inputs)
+        if norm is None:
+            return y, y
+        return y, nc_ssd_norm(*map(inputs.get, NAMES), dt_bias=inputs['dt_bias'],
+                              dt_softplus=True, **norm)
+
+    expected = run_it({k: t.double() for k, t in inputs.items()},
+                      norm and {k: t.double() for k, t in norm.items()})
+    with emulated_gpu(tmp_path_factory.getbasetemp()), torch.no_grad():
+        launch.forget()
+        found = run_it(inputs, norm)
+        launch.forget()
+    for one, right in zip(found, expected, strict=True):
         assert_close(one, right, 1e-5)
 
 
