@@ -87,6 +87,10 @@ struct Board {
     __device__ __forceinline__ void post(int warp, const Sums<N> &sums) const {
         sums.store(data + warp * ROW, LANES);
     }
+    __device__ __forceinline__ void post_values(int warp, const Sums<N> &sums) const {
+#pragma unroll
+        for (int n = 0; n < N; ++n) data[warp * ROW + n * LANES] = sums.x[n];
+    }
     // What enters the span of warp `own` from those before (SIDE -1) or after it (1), and from
     // `entry` beyond them; spans are `gap` tokens. Of warp `warps`, or -1, it is what leaves all.
     template <int SIDE>
@@ -132,9 +136,11 @@ struct Place {
         written = valid ? count : 0;
     }
     static constexpr int SIZE = same<T, Float> ? 4 : 2;
-    // Beyond the end, the last token again: loads are never skipped, so all are under way at once.
+    // `beyond` the end, where the last token is read again: loads are never skipped, so all are under
+    // way at once.
     template <class Array>
-    __device__ __forceinline__ void load(Array &to, const WkvMap &map, int length) const {
+    __device__ __forceinline__ void load(Array &to, const WkvMap &map, int length,
+                                         float beyond = 0.f) const {
         const int begin = min(first, length - 1), last = length - 1 - begin;
         const char *at = address(map, begin);
         const int step = map.t * SIZE;
@@ -145,7 +151,8 @@ struct Place {
         }
 #pragma unroll
         for (int i = 0; i < R; ++i) {
-            to[i] = value(at);
+            const float found = value(at);
+            to[i] = i < count ? found : beyond;
             at += i < last ? step : 0;
         }
     }
@@ -167,7 +174,17 @@ struct Place {
     }
     // That of token `first` + i, from the address of `first`.
     __device__ __forceinline__ void store(char *to, int i, int channels, float v) const {
-        if (i < written) store_result(to + (long long)(channels * SIZE) * i, 0, T::CODE, v);
+        write(to + (long long)(channels * SIZE) * i, i, v);
+    }
+    // To the address of token `first` + i, which may be opaque.
+    __device__ __forceinline__ void write(char *to, int i, float v) const {
+        if constexpr (SIZE == 4) {
+            if (i < written) asm volatile("st.global.f32 [%0], %1;" :: "l"(to), "f"(v) : "memory");
+        } else {
+            const unsigned short bits = (unsigned short)T::pack(v, 0.f);
+            if (i < written)
+                asm volatile("st.global.u16 [%0], %1;" :: "l"(to), "h"(bits) : "memory");
+        }
     }
     // Sums of a section in memory (ways, B, sections, N + 1, C); null stays null.
     template <int N, class Pointer>

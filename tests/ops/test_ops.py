@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vmamba_mm.ops
 from vmamba_mm.ops.core.define_op import OPS
-from vmamba_mm.testing import assert_close
+from vmamba_mm.testing import assert_close, relative_error
 
 SPECS = all_specs()
 HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -191,16 +191,40 @@ def test_results_and_every_gradient(op, spec, backend, device, shape, place):
         inputs = make(spec, shape, place, dtype)
         expected, expected_grads = exact(spec, inputs if is_kernel else make(spec, shape, place),
                                          shape)
-        results, grads = run(spec, lambda leaves: call(spec, leaves, backend), inputs)  # noqa: B023
-        for one, right in zip(results, expected, strict=True):
-            assert one.dtype == dtype
-            assert_close(one, right, spec.limits[dtype])
-        for name, grad in grads.items():
-            assert grad.dtype == dtype
-            assert_close(grad, expected_grads[name], spec.limits[dtype], f'gradient by {name}')
+
+        def check(found, grads):
+            close_enough = Closeness(spec, inputs, shape, spec.limits[dtype])  # noqa: B023
+            for i, (one, right) in enumerate(zip(found, expected, strict=True)):  # noqa: B023
+                assert one.dtype == dtype  # noqa: B023
+                close_enough(one, right, i)
+            for name, grad in grads.items():
+                assert grad.dtype == dtype  # noqa: B023
+                close_enough(grad, expected_grads[name], name)  # noqa: B023
+
+        check(*run(spec, lambda leaves: call(spec, leaves, backend), inputs))  # noqa: B023
         with torch.no_grad():  # for which some have another kernel
-            for one, right in zip(results_of(call(spec, inputs, backend)), expected, strict=True):
-                assert_close(one, right, spec.limits[dtype])
+            check(results_of(call(spec, inputs, backend)), {})
+
+
+class Closeness:
+    """Asserts that results, by their places, and gradients, by their names, are within ``limit`` of
+    the right ones, or on large maps within twice the error of plain PyTorch in the same dtype."""
+
+    def __init__(self, spec, inputs, shape, limit):
+        self.spec, self.inputs, self.limit = spec, inputs, limit
+        self.has_plain = 'chunked' in spec.backends and shape in spec.gpu_shapes
+        self.plain = None
+
+    def __call__(self, one, right, what):
+        limit = self.limit
+        if self.has_plain and relative_error(one, right) > limit:
+            if self.plain is None:
+                results, grads = run(self.spec, lambda leaves: call(self.spec, leaves, 'chunked'),
+                                     self.inputs)
+                self.plain = dict(enumerate(results)) | grads
+            limit = max(limit, 2 * relative_error(self.plain[what], right))
+        assert_close(one, right, limit,
+                     f'gradient by {what}' if isinstance(what, str) else 'result')
 
 
 @cases('case', halves)
