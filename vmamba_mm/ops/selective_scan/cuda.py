@@ -17,7 +17,7 @@ def why_not(u, delta, A, B, C, D, delta_bias, z, initial_state, delta_softplus, 
         return reason
     if out_dtype not in TYPES:
         return f'out_dtype is {out_dtype}; the kernels give float16, bfloat16 and float32'
-    if B.numel() >= 2**31 * len(B):
+    if B.numel() >= 2**31 * B.shape[0]:
         return 'B of a sample has 2^31 elements or more'
     return scan_kernels.why_not(u, 0, 1) or _why_not_here(u.device.index, u.dtype, A.shape[1])
 

@@ -110,7 +110,8 @@ def _check(u, delta, A, B, C, D, delta_bias, z, initial_state) -> None:
     if length < 1 or state < 1 or channels % groups:
         raise ValueError(f'selective_scan expects L >= 1, N >= 1 and K*D={channels} divisible by '
                          f'K={groups}; got L={length}, N={state}')
-    if any(t.is_complex() for t in (u, delta, A, B, C)):
+    if (u.is_complex() or delta.is_complex() or A.is_complex() or B.is_complex()
+            or C.is_complex()):
         raise ValueError('selective_scan expects real tensors, complex ones are not supported; got '
                          f'u {u.dtype}, delta {delta.dtype}, A {A.dtype}, B {B.dtype}, C {C.dtype}')
     routed, states = (batch, groups, state, length), (batch, channels, state)
