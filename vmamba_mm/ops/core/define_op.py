@@ -45,7 +45,8 @@ class Implementation:
         forward: from the op's arguments (without ``backend`` and ``save``) to its results; with
             ``saves`` the argument ``save`` comes last, and all results of the schema are given,
             else only those that have a gradient. They share memory with nothing and have the
-            strides that the fake has.
+            strides that the fake has. None stands for a result that was not asked for: where a
+            tensor is needed, it is an empty one of the first argument's dtype.
         backward: from the gradients by the results and what the op saves (of an implementation
             that does not ``save``, only what are arguments) to the gradients by the op's tensors.
         why_not: from the op's arguments to what keeps it from taking them, or None. An
@@ -126,7 +127,6 @@ def define_op(name: str, schema: str, *, reference: Callable, fake: Callable,
         raise ValueError(f'{name}: an op needs a reference, got {reference!r}')
     if not implementations or len(implementations) > 1 and not named:
         raise ValueError(f'{name}: several implementations need an argument backend: {schema}')
-    extras = outputs[results:]
 
     def run(*args):
         chosen = implementations[args[size]]
@@ -134,15 +134,17 @@ def define_op(name: str, schema: str, *, reference: Callable, fake: Callable,
             return chosen.forward(*args[:size], *args[size + 1:])
         return chosen.forward(*args[:size])
 
+    if not named:
+        run = next(iter(implementations.values())).forward
+
     def forward(*args):
         values = run(*args)
-        if extras and not implementations[args[size]].saves:
-            values = values if results > 1 else (values,)
-            return *values, *[args[0].new_empty(0) for _ in extras]
-        return values
+        if len(outputs) == 1:
+            return values
+        values = (values,) if isinstance(values, Tensor) else values
+        return tuple([args[0].new_empty(0) if value is None else value
+                      for value in (*values, *[None] * (len(outputs) - len(values)))])
 
-    if not named:
-        run = forward = next(iter(implementations.values())).forward
     if saves:
         backward, setup_context = _define_backward(
             name, arguments[:size], outputs, results, saves.split(), no_grad.split(), named,
@@ -173,8 +175,9 @@ def define_op(name: str, schema: str, *, reference: Callable, fake: Callable,
         else:
             _check_backend(backend, implementations, args)
             chosen = backend, None, implementations[backend].saves
+        watched = is_watched(args)
         # torch.jit.trace records one graph for calls with and without gradients.
-        wants = torch.jit.is_tracing()
+        wants = watched and torch.jit.is_tracing()
         if not wants and torch.is_grad_enabled():
             for i in tensors:
                 if args[i] is not None and args[i].requires_grad:
@@ -185,7 +188,7 @@ def define_op(name: str, schema: str, *, reference: Callable, fake: Callable,
             args = (*args, chosen[0])
         if saving:
             args = (*args, save)
-        if not is_watched(args):
+        if not watched:
             return run_eagerly(wants, *args)
         values = dispatch(*args)
         if is_single:
@@ -290,8 +293,8 @@ def _define_backward(name: str, arguments: Sequence[tuple[str, str]], outputs: S
     come_first = [i for i, _ in differentiable] == [*range(len(differentiable))]
 
     def setup(ctx, inputs, output):
-        found = output if isinstance(output, tuple) else (output,)
         # Eagerly, what an implementation does not save is not there.
+        found = output if isinstance(output, tuple) else (output,)
         ctx.save_for_backward(*[inputs[i] if is_argument else found[i] if i < len(found) else None
                                 for i, is_argument in sources])
         ctx.constants = tuple([inputs[i] for i in of_constants])
@@ -299,16 +302,14 @@ def _define_backward(name: str, arguments: Sequence[tuple[str, str]], outputs: S
 
     def backward(ctx, *output_grads):
         saved = ctx.saved_tensors  # once: checkpointing unpacks a tensor a single time
-        unwanted, rest = (), ctx.constants
+        wants, rest = (), ctx.constants
         if of_wanted:
             wants = [ctx.needs_input_grad[i] for i in of_wanted]
-            unwanted = [i for i, want in zip(of_wanted, wants, strict=True) if not want]
             rest = (*rest[:-1], *wants, rest[-1]) if named else (*rest, *wants)
         args = (*output_grads, *saved, *rest)
         if torch.is_grad_enabled() or is_watched(args):
             input_grads = call_backward(*[saved[0].new_empty(0) if arg is None and i in of_results
                                           else arg for i, arg in enumerate(args)])
-            unwanted = (*unwanted, *[i for i, place in optional_at if saved[place] is None])
         else:
             with no_autocast():
                 input_grads = run(*args)
@@ -320,8 +321,12 @@ def _define_backward(name: str, arguments: Sequence[tuple[str, str]], outputs: S
             gradients = [None] * ctx.size
             for (i, _), gradient in zip(differentiable, input_grads, strict=True):
                 gradients[i] = gradient
-        for i in unwanted:
-            gradients[i] = None
+        for i, place in optional_at:
+            if saved[place] is None:
+                gradients[i] = None
+        for i, want in zip(of_wanted, wants, strict=True):
+            if not want:
+                gradients[i] = None
         return tuple(gradients)
 
     return backward, setup
