@@ -25,6 +25,7 @@ from vmamba_mm.families import (
     unregister_family,
 )
 from vmamba_mm.models.base import Backbone
+from vmamba_mm.testing import Classifier
 
 State = Mapping[str, Tensor]
 
@@ -49,6 +50,8 @@ class Spec:
         sizes: of images, the odd ones that a family takes.
         shares_names: (arch) -> whether another family's models have the same official names and
             shapes, so that only who asks for one of the families can tell.
+        head: (backbone of a classifier, classes, tag of its weights in the zoo) -> its head, where
+            published ones have no linear layer; without a tag that of ``official_classifiers``.
         published_keys: gives {arch: {official name: shape}} of the published classifiers, or None
             where the list is not at hand; None if nothing was published.
     """
@@ -65,6 +68,7 @@ class Spec:
     a_weight: str
     sizes: Sequence[tuple[int, int]] = ((1, 1), (1, 50), (31, 33), (64, 32))
     shares_names: Callable[[Mapping], bool] = lambda arch: False
+    head: Callable[[Backbone, int, str | None], torch.nn.Module] | None = None
     published_keys: Callable[[], Mapping[str, Mapping[str, tuple]] | None] | None = None
 
     @property
@@ -90,6 +94,13 @@ class Spec:
     def of_classifiers(self, arch: str | Mapping[str, Any]) -> dict[str, Any]:
         """The keywords of a classifier's backbone."""
         return dict(self.model.classifier_options, out_indices=tuple(self.stages(arch)[-1:]))
+
+    def classifier(self, backbone: Backbone, num_classes: int, arch: str | None = None,
+                   tag: str | None = None) -> Classifier:
+        """A classifier around a backbone, of a published architecture if it is named."""
+        head = None if self.head is None else self.head(backbone, num_classes, tag)
+        return Classifier(backbone, num_classes, hidden_dims=self.family.head_dims.get(arch),
+                          head=head)
 
     def told_archs(self) -> dict[str, str]:
         """{published arch: the one that its weights tell}: the first with these names and shapes.

@@ -24,13 +24,10 @@ def test_published_architectures(spec):
     for arch in spec.family.archs:
         assert resolve_arch(spec.family, dict(spec.family.archs[arch])) == spec.family.archs[arch]
         model = spec.published(arch, is_classifier=True)
-        backbone = sum(p.numel() for p in model.parameters())
         for entry in (e for e in entries if e.arch == arch):
-            width, head = model.num_features[-1], 0
-            if hidden := spec.family.head_dims.get(arch):
-                width, head = hidden, hidden * (width + 1)
-            head += CLASSES[entry.dataset] * (width + 1)
-            assert backbone + head == entry.parameters, entry.name
+            with torch.device('meta'):
+                classifier = spec.classifier(model, CLASSES[entry.dataset], arch, entry.tag)
+            assert sum(p.numel() for p in classifier.parameters()) == entry.parameters, entry.name
 
 
 @each_spec
@@ -229,7 +226,8 @@ def test_layer_depths(spec, arch):
     count = sum(model.depths) + 2
     depths = {name: model.get_layer_depth(f'backbone.{name}', 'backbone.')
               for name, _ in model.named_parameters()}
-    assert {depth for depth, _ in depths.values()} == set(range(count))
+    # The last one is of output norms, if there are any, and of the head.
+    assert {depth for depth, _ in depths.values()} | {count - 1} == set(range(count))
     for name, (depth, total) in depths.items():
         assert total == count and (depth == 0) == (name.split('.')[0] in spec.model.stem), name
     for name, depth in spec.layer_depths.items() if arch is spec.first else ():

@@ -44,6 +44,7 @@ from collections.abc import Mapping
 
 from vmamba_mm.errors import UserError
 from vmamba_mm.families import (
+    efficientvim,
     mamba_lm,
     rmt,
     timemamba,
@@ -145,5 +146,6 @@ def family_of(state_dict: Mapping[str, object]) -> Family | None:
     return next(iter(families.values()), None)
 
 
-for _module in (vmamba, mamba_lm, vim, videomamba, vivim, timemamba, vision_rwkv, vssd, rmt):
+for _module in (vmamba, mamba_lm, vim, videomamba, vivim, timemamba, vision_rwkv, vssd, rmt,
+                efficientvim):
     register_family(_module.FAMILY)

@@ -2,6 +2,8 @@
 
 from vmamba_mm.heads.clip import ClipTower
 from vmamba_mm.heads.pyramid import SimpleFeaturePyramid
+from vmamba_mm.heads.stage_fusion import StageFusionHead
+from vmamba_mm.heads.taught import HardDistillation, TimmTeacher
 from vmamba_mm.heads.token_label import TokenLabelHead
 from vmamba_mm.heads.video import ClipPreprocessor, VideoClassifier
 from vmamba_mm.heads.videomamba import (
@@ -11,6 +13,6 @@ from vmamba_mm.heads.videomamba import (
     VideoEncoder,
 )
 
-__all__ = ['ClipPreprocessor', 'ClipTower', 'DistilledVideoMamba', 'MaskedVideoMamba',
-           'SelfDistillation', 'SimpleFeaturePyramid', 'TokenLabelHead', 'VideoClassifier',
-           'VideoEncoder']
+__all__ = ['ClipPreprocessor', 'ClipTower', 'DistilledVideoMamba', 'HardDistillation',
+           'MaskedVideoMamba', 'SelfDistillation', 'SimpleFeaturePyramid', 'StageFusionHead',
+           'TimmTeacher', 'TokenLabelHead', 'VideoClassifier', 'VideoEncoder']

@@ -1,5 +1,6 @@
 from vmamba_mm.models.action_mamba import ActionMamba, MaskMambaBlock
 from vmamba_mm.models.causal_lm import CausalLM
+from vmamba_mm.models.efficientvim import EfficientViM
 from vmamba_mm.models.rmt import RMT
 from vmamba_mm.models.timemamba import TimeMamba
 from vmamba_mm.models.videomamba import VideoMamba
@@ -10,5 +11,5 @@ from vmamba_mm.models.vivim import ViViM
 from vmamba_mm.models.vmamba import VMamba
 from vmamba_mm.models.vssd import VSSD
 
-__all__ = ['RMT', 'VSSD', 'ActionMamba', 'CausalLM', 'MaskMambaBlock', 'TimeMamba', 'VMamba',
-           'ViViM', 'VideoMamba', 'Vim', 'VisionRWKV', 'VisionRWKVAdapter']
+__all__ = ['RMT', 'VSSD', 'ActionMamba', 'CausalLM', 'EfficientViM', 'MaskMambaBlock', 'TimeMamba',
+           'VMamba', 'ViViM', 'VideoMamba', 'Vim', 'VisionRWKV', 'VisionRWKVAdapter']
