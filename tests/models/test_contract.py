@@ -3,6 +3,7 @@ as with a model of plain modules, with the same outputs and gradients."""
 
 import copy
 import functools
+import re
 
 import pytest
 import torch
@@ -111,9 +112,9 @@ def test_a_hook_on_every_module_fires(device, arch, grad):
             outs = model(x)
             for handle in handles:
                 handle.remove()
-            # Two branches of a block may share the module that drops them.
+            # The branches of a block may share the module that drops them.
             times = len(fired) // 2 if name.endswith('drop_path') else 1
-            assert fired == ['before', 'after'] * times and times in (1, 2), name
+            assert fired == ['before', 'after'] * times and times in (1, 2, 4), name
             for y, other in zip(outs, expected, strict=True):
                 assert relative_error(y, other) <= (5e-3 if device == 'cuda' else 1e-5), name
 
@@ -444,9 +445,13 @@ def test_jacobians(device, arch):
     assert relative_error(torch.func.jacrev(first)(x), expected) <= limit
     assert relative_error(torch.autograd.functional.jacobian(first, x, vectorize=True),
                           expected) <= limit
-    with pytest.raises(NotImplementedError, match='no forward-mode derivative.*reverse mode|'
-                                                  'forward AD with .* does not support it'):
-        torch.func.jvp(first, (x,), (x,))
+    try:  # a model of PyTorch's own operations has it
+        _, found = torch.func.jvp(first, (x,), (x,))
+    except NotImplementedError as err:
+        assert re.search('no forward-mode derivative.*reverse mode|'
+                         'forward AD with .* does not support it', str(err))
+    else:
+        assert relative_error(found, (expected * x).flatten(1).sum(1)) <= limit
 
 
 @on_both

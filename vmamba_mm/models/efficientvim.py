@@ -15,12 +15,10 @@ from vmamba_mm.layers import DropPath, LayerNorm, LayerNorm2d, Stage
 from vmamba_mm.layers.maps import ConvUnit, convolve_map
 from vmamba_mm.models.base import Backbone
 from vmamba_mm.ops import channels_last
-from vmamba_mm.ops.core.backends import compute_dtype
 from vmamba_mm.registry import MODELS
 
-# What torch.fx records as it is, since it looks at shapes and dtypes.
+# What torch.fx records as it is, since it looks at shapes.
 torch.fx.wrap('channels_last')
-torch.fx.wrap('_weigh_tokens')
 
 
 # --- stem and downsampling ------------------------------------------------------------------------
@@ -104,7 +102,7 @@ class HiddenStateMixer(nn.Module):
         inner = int(expand * dim)
         self.BCdt_proj = nn.Linear(dim, 3 * d_state, bias=False)
         self.dw = nn.Conv2d(3 * d_state, 3 * d_state, 3, padding=1, groups=3 * d_state, bias=False)
-        # It is the same for all tokens, and the softmax over these cancels it.
+        # The same for all tokens, over which there is a softmax: it has no effect.
         self.A = nn.Parameter(torch.empty(d_state).uniform_(1, 16))
         self.hz_proj = nn.Linear(dim, 2 * inner, bias=False)
         self.D = nn.Parameter(torch.ones(1))
@@ -112,16 +110,13 @@ class HiddenStateMixer(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         B, C, dt = convolve_map(self.dw, self.BCdt_proj(x)).flatten(1, 2).chunk(3, dim=-1)
-        states = _weigh_tokens(dt, self.A, B).mT @ x.flatten(1, 2)
+        # A cancels. Times 0 it leaves dt its digits in half precision, and has a gradient of 0, not
+        # one of rounding errors, which an optimizer such as AdamW would take for steps.
+        weights = (dt + 0 * self.A).softmax(1) * B
+        states = weights.mT @ x.flatten(1, 2)
         h, z = self.hz_proj(states).chunk(2, dim=-1)
         states = self.out_proj(h * F.silu(z) + h * self.D)
         return (C @ states).view(x.shape), states
-
-
-def _weigh_tokens(dt: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """The weights of tokens in states, (B, L, N). A is up to 16: added to dt in half precision it
-    would leave little of that."""
-    return ((dt.to(compute_dtype(dt.dtype)) + A).softmax(1) * B).to(B.dtype)
 
 
 class ConvFeedForward(nn.Module):
