@@ -1,4 +1,4 @@
-"""EfficientViM (arXiv 2411.15241): the four published architectures and the names of its weights."""
+"""EfficientViM (arXiv 2411.15241): the four published architectures, the names of its weights."""
 
 import re
 from collections.abc import Mapping

@@ -14,7 +14,7 @@ from vmamba_mm.registry import MODELS
 class StageFusionHead(LogitsHead):
     """A linear layer for each of several features, whose logits are added with learned weights.
 
-    "Multi-stage hidden state fusion" (section 3.3): the features are the states of each stage and
+    "Multi-stage hidden state fusion" of the paper: the features are the states of each stage and
     the last map, as ``EfficientViM(with_states=True)`` gives them, and the softmax of ``weights``
     says how much each of them counts.
 

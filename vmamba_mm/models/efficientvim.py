@@ -83,7 +83,7 @@ def _depthwise(dim: int) -> ConvUnit:
 # --- the block ------------------------------------------------------------------------------------
 
 class HiddenStateMixer(nn.Module):
-    """HSM-SSD (section 3.2): non-causal state space duality that mixes channels on the states.
+    """HSM-SSD, the paper's mixer: non-causal state space duality that mixes channels on the states.
 
     The tokens are summed up in N states with weights A * B, where A is a softmax over all tokens;
     gate and products between channels work on these, and C reads them out for each token. Where

@@ -24,7 +24,7 @@ optim_wrapper = dict(
 auto_scale_lr = dict(base_batch_size=2048)
 train_cfg = dict(max_epochs=310)
 
-# The averages are of the statistics of batch norms too (timm's ModelEma). MESA begins with epoch 75.
+# The averages are of batch norms' statistics too (timm's ModelEma). MESA begins with epoch 75.
 custom_hooks = [
     dict(type='EMAHook', momentum=5e-4, update_buffers=True, priority='ABOVE_NORMAL'),
     dict(type='vmamba_mm.MESAHook', value=1.0, begin=74.5 / 310)]
