@@ -9,6 +9,7 @@ from specs import Spec
 from vmamba_mm.families.efficientvim import FAMILY
 from vmamba_mm.heads import StageFusionHead
 from vmamba_mm.models import EfficientViM
+from vmamba_mm.testing import Classifier
 
 PUBLISHED = dict(embed_dims=(8, 12, 16), depths=(1, 2, 1), d_state=(6, 4, 3))
 NARROW = dict(embed_dims=(16, 8, 12), depths=(1, 1, 1), d_state=(2, 3, 1), expand=0.5,
@@ -53,13 +54,15 @@ def _published_keys():
     return listed_keys('efficientvim', {f'm{i}': f'EfficientViM_M{i}' for i in range(1, 5)})
 
 
-def _head(model, num_classes, tag):
-    return StageFusionHead(num_classes, model.out_channels, distilled=tag == 'dist_in1k')
+def _whole_model(arch, name):
+    model = EfficientViM(arch, (2,), with_states=True)
+    head = StageFusionHead(1000, model.out_channels, distilled='-dist_' in name)
+    return Classifier(model, 1000, head=head)
 
 
 SPEC = Spec(
     family=FAMILY, model=EfficientViM, archs=dict(published=PUBLISHED, narrow=NARROW),
-    shapes=_shapes, head=_head, published_keys=_published_keys,
+    shapes=_shapes, whole_model=_whole_model, published_keys=_published_keys,
     changes=[dict(embed_dims=(16, 12, 16)), dict(depths=(1, 1, 2)), dict(d_state=(6, 4, 4)),
              dict(expand=2.0), dict(mlp_ratio=2.0)],
     wrong=[(dict(embed_dims=(12, 12, 16)), 'embed_dims.*the first of them a multiple of 8'),

@@ -69,8 +69,11 @@ def assert_same(found, expected, device, tolerance=1e-5):
     limit = 5e-3 if device == 'cuda' else tolerance
     for y, other in zip(found[0], expected[0], strict=True):
         assert relative_error(y, other) <= limit
+    # A gradient that is zero but for rounding, as those of the queries of a single token.
+    least = 1e-8 * max((grad.abs().max() for grad in expected[1].values()), default=0)
     for name, grad in expected[1].items():
-        assert relative_error(found[1][name], grad) <= 4 * limit, name
+        error = (found[1][name] - grad).abs().max() / max(grad.abs().max(), least)
+        assert error <= 4 * limit, name
 
 
 @pytest.fixture(autouse=True)
@@ -112,9 +115,11 @@ def test_a_hook_on_every_module_fires(device, arch, grad):
             outs = model(x)
             for handle in handles:
                 handle.remove()
-            # The branches of a block may share the module that drops them.
-            times = len(fired) // 2 if name.endswith('drop_path') else 1
-            assert fired == ['before', 'after'] * times and times in (1, 2, 4), name
+            # Two branches of a block may share the module that drops them.
+            often = OTHERS[arch].called_often if arch in OTHERS else '(?!)'
+            several = name.endswith('drop_path') or re.search(often, name)
+            times = len(fired) // 2 if several else 1
+            assert fired == ['before', 'after'] * times and times, name
             for y, other in zip(outs, expected, strict=True):
                 assert relative_error(y, other) <= (5e-3 if device == 'cuda' else 1e-5), name
 

@@ -386,6 +386,13 @@ static void cvt_rn_bf16x2_f32(u32 &v, float hi, float lo) {
     v = to_bfloat(lo) | (u32)to_bfloat(hi) << 16;
 }
 
+static void fma_rn_bf16x2(u32 &d, u32 a, u32 b, u32 c) {
+    // No product of two such numbers is inexact in fp32.
+    const float lo = from_bfloat(a) * from_bfloat(b) + from_bfloat(c);
+    const float hi = from_bfloat(a >> 16) * from_bfloat(b >> 16) + from_bfloat(c >> 16);
+    d = to_bfloat(lo) | (u32)to_bfloat(hi) << 16;
+}
+
 static void st_release_gpu_global_s32(int *to, int v) { *to = v; }
 static void ld_acquire_gpu_global_s32(int &v, const int *from) { v = *from; }
 

@@ -11,9 +11,14 @@ from op_specs.nc_ssd import make, make_bare
 
 from vmamba_mm.models import VSSD
 from vmamba_mm.ops import nc_ssd
+from vmamba_mm.ops.core import launch
+from vmamba_mm.ops.nc_ssd import cuda
 from vmamba_mm.testing import assert_close
 
 NAMES = 'x', 'dt', 'A', 'B', 'C', 'D'
+NEEDS_COMPILER = pytest.mark.skipif(
+    sys.platform != 'linux' or emulated_cuda.COMPILER is None and not os.environ.get('CI'),
+    reason='needs Linux and a C++ compiler')
 
 
 def run(inputs, **options):
@@ -87,14 +92,37 @@ def test_an_exported_model_needs_nothing_of_this_package():
     assert_close(exported.module()(*inputs), module(*inputs), 1e-12)
 
 
-@pytest.mark.skipif(
-    sys.platform != 'linux' or emulated_cuda.COMPILER is None and not os.environ.get('CI'),
-    reason='needs Linux and a C++ compiler')
+@NEEDS_COMPILER
+@pytest.mark.parametrize('groups, spans', [(1, 1), (3, 1), (1, 3)])
+def test_kernels_of_inputs_side_by_side(tmp_path_factory, monkeypatch, spans, groups):
+    """x, B and C in one tensor, as the layer has them, and sequences in spans."""
+    monkeypatch.setattr(cuda, 'force_spans', spans)
+    inputs = {k: t.float() for k, t in make(2, 300, 6, 24, groups, 40).items()}
+    sizes, grad = [inputs[k][0, 0].numel() for k in 'xBC'], inputs['x'].cos()
+
+    def run_it(backend, inputs):
+        inputs = {k: t.requires_grad_() for k, t in inputs.items()}
+        joined = torch.cat([inputs[k].flatten(2) for k in 'xBC'], dim=2).split(sizes, dim=2)
+        parts = {k: t.unflatten(2, inputs[k].shape[2:])
+                 for k, t in zip('xBC', joined, strict=True)}
+        y = run(inputs | parts, backend=backend)
+        return y, torch.autograd.grad(y, list(inputs.values()), grad.to(y.dtype))
+
+    expected, expected_grads = run_it('reference', {k: t.double() for k, t in inputs.items()})
+    with emulated_gpu(tmp_path_factory.getbasetemp()):
+        launch.forget()
+        y, grads = run_it('cuda', inputs)
+    assert_close(y, expected, 1e-5)
+    for one, right in zip(grads, expected_grads, strict=True):
+        assert_close(one, right, 1e-5)
+
+
+@NEEDS_COMPILER
 def test_a_model_on_the_kernels(tmp_path_factory):
-    """Those of norms, sums, MLPs and the convolution, with rows of the projection that have gaps:
-    the results and gradients are those of plain PyTorch."""
+    """Those of norms, sums, MLPs, the convolution and its state, with rows of the projection that
+    have gaps: the results and gradients are those of plain PyTorch."""
     torch.manual_seed(0)
-    model = VSSD(dict(embed_dims=8, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), d_state=4)).eval()
+    model = VSSD(dict(embed_dims=8, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), d_state=8)).eval()
     x = torch.randn(2, 3, 40, 36)
 
     def run_model(dtype=torch.float32):

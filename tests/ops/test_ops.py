@@ -336,8 +336,8 @@ def test_dtypes_are_obeyed(op, spec, backend, device, shape, place):
                 options = {} if out_dtype is None else dict(out_dtype=out_dtype)
                 with torch.autocast(place, autocast, enabled=casts), torch.no_grad():
                     *_, last = results_of(call(spec, inputs, backend, **options))
-                if spec.name in ('mlp', 'conv_norm_gelu', 'mamba_block_fwd', 'mamba_blocks') \
-                            and casts:
+                if casts and spec.name in ('mlp', 'linear_relu', 'conv_norm_gelu',
+                                           'mamba_block_fwd', 'mamba_blocks'):
                     default = autocast  # a matrix product's
                 assert last.dtype == (out_dtype or default) and last.isfinite().all()
 

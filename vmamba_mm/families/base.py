@@ -56,8 +56,9 @@ class Family:
     infer_arch: Callable[[Mapping[str, Any]], dict[str, Any]]
     #: Like ``keys``, for names of the backbone's weights that only official classifiers have.
     classifier_keys: Rows = ()
-    #: Like ``keys``, for weights that our models have beside the backbone, such as ``head.fc``.
-    head_keys: Rows = ()
+    #: Like ``keys``, for weights that our models have beside the backbone, such as ``head.fc``, or
+    #: ``decode_head.conv_seg`` of segmentors; a function is given the names that lie there.
+    head_keys: Rows | Callable[[Collection[str]], Rows] = ()
     #: Width of the hidden layer, linear and with a tanh, in the heads of published classifiers, by
     #: arch; those of others are a single layer. Its weights are ``head.layers.pre_logits`` and
     #: those of the classifier behind it ``head.layers.head``.
@@ -65,9 +66,12 @@ class Family:
     #: Other classes than ``model``, of published detectors and segmentors: by our name of a weight
     #: that the class alone has. Their names are in ``keys``.
     dense_models: Mapping[str, str] = field(default_factory=dict)
-    #: Where official classifiers have the backbone, with the head beside it, such as 'visual.';
-    #: '' for at the top.
+    #: The task of official files of whole models, which have the head: 'cls', or 'seg'.
+    task: str = 'cls'
+    #: Where these have the backbone, such as 'visual.'; '' for at the top.
     place: str = ''
+    #: Whether the head lies there too, and not beside.
+    has_head_inside: bool = False
     #: Our names of Linear weights that official files may hold as (out, in, 1, 1), as a regular
     #: expression.
     linear: str | None = None
@@ -105,6 +109,10 @@ class Family:
         """The rows of a backbone, of the variant that has these names (official or ours)."""
         return self.keys(names) if callable(self.keys) else self.keys
 
+    def head_rows(self, names: Collection[str]) -> Rows:
+        """The rows of what is beside a backbone, of the variant that has these names."""
+        return self.head_keys(names) if callable(self.head_keys) else self.head_keys
+
     def model_of(self, names: Collection[str]) -> str:
         """The class in vmamba_mm.models whose weights have these names, which are ours."""
         return next((model for name, model in self.dense_models.items() if name in names),
@@ -112,7 +120,7 @@ class Family:
 
     def all_rows(self, names: Collection[str]) -> Rows:
         """The same, with those that official classifiers have besides."""
-        return self.classifier_keys + self.rows(names) + self.head_keys
+        return self.classifier_keys + self.rows(names) + self.head_rows(names)
 
 
 def resolve_arch(family: Family, arch: str | Mapping[str, Any]) -> dict[str, Any]:

@@ -89,11 +89,16 @@ class HardDistillation(TaughtClassifier):
     models were trained. Under autocast the teacher runs in half precision too.
 
     Args:
-        backbone, teacher, train_cfg, data_preprocessor, init_cfg: as of :class:`TaughtClassifier`;
-            the teacher gives logits, as :class:`TimmTeacher`.
+        backbone: config of a backbone.
         head: config of a head with a set of logits for the teacher:
             :class:`vmamba_mm.heads.StageFusionHead` with ``distilled=True``.
+        teacher: config of a model that gives logits, as :class:`vmamba_mm.heads.TimmTeacher`. It is
+            not trained, and is in no state dict.
         neck: None: such a head takes what the backbone gives.
+        train_cfg: ``augments`` and ``probs`` of mmpretrain's RandomBatchAugment: Mixup, CutMix. The
+            teacher sees the same mixed images.
+        data_preprocessor: config of mmpretrain's ClsDataPreprocessor, its type by default.
+        init_cfg: mmengine's.
     """
 
     def __init__(self, backbone: dict, head: dict, teacher: dict, neck: None = None, **kwargs):

@@ -69,8 +69,10 @@ class SelfDistillation(TaughtClassifier):
             It is not trained, and is in no state dict.
         weight: of the loss of features.
         neck: None: a class token needs none.
-        train_cfg, data_preprocessor, init_cfg: as of
-            :class:`vmamba_mm.heads.taught.TaughtClassifier`.
+        train_cfg: ``augments`` and ``probs`` of mmpretrain's RandomBatchAugment: Mixup, CutMix. The
+            teacher sees the same mixed images.
+        data_preprocessor: config of mmpretrain's ClsDataPreprocessor, its type by default.
+        init_cfg: mmengine's.
     """
 
     def __init__(self, backbone: dict, head: dict, teacher: dict, weight: float = 1.0,

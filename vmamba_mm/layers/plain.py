@@ -55,3 +55,9 @@ def is_depthwise_3x3(module: nn.Module | None) -> bool:
             and module.groups == module.in_channels == module.out_channels
             and (module.kernel_size, module.stride, module.padding, module.dilation,
                  module.padding_mode) == ((3, 3), (1, 1), (1, 1), (1, 1), 'zeros'))
+
+
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether ``module`` is a plain 1x1 convolution, a product of each pixel with a matrix."""
+    return (is_plain(module, nn.Conv2d) and module.groups == 1
+            and (module.kernel_size, module.stride, module.padding) == ((1, 1), (1, 1), (0, 0)))

@@ -1,9 +1,13 @@
 from math import prod
 
 from op_specs import Spec, cut, randn
-from vmamba_mm.ops import mlp
+from vmamba_mm.ops import linear_relu, mlp
 
 HIDDEN, OUT = 24, 20
+
+
+def make_linear(*shape):
+    return dict(x=randn(*shape), weight=randn(OUT, shape[-1]) / shape[-1]**0.5, bias=randn(OUT))
 
 
 def make(*shape):
@@ -13,6 +17,16 @@ def make(*shape):
 
 
 SPECS = [Spec(
+    'linear_relu',
+    call=lambda inputs, backend=None: linear_relu(**inputs),
+    make=make_linear,
+    arguments=lambda inputs, out_dtype: tuple(inputs.values()),
+    shapes=((2, 3), (2, 3, 5, 7)),
+    kernel_shapes=((2, 4), (2, 3, 5, 24)), half_shapes=((2, 3, 5, 24), (40, 260)),
+    takes_out_dtype=False,
+    flops=lambda shape: 2 * OUT * prod(shape),
+    wrong=(('weight', cut(1), r'linear_relu expects x \(\.\.\., C\)'),
+           ('bias', cut(0), 'linear_relu expects'))), Spec(
     'mlp',
     call=lambda inputs, backend=None: mlp(**inputs),
     make=make,

@@ -34,8 +34,8 @@ def spec(final=False, **kwargs):
     return Spec(
         'wkv_fwd', call=call,
         arguments=lambda inputs, out_dtype: (*map(inputs.get, (*NAMES, 'state')), final),
-        maps=('v', 'k') + (('state',) if final else ()), backends=('reference', 'chunked'),
-        kernels=(), takes_out_dtype=False,
+        maps=('v', 'k') + (('state',) if final else ()), backends=('reference', 'chunked', 'cuda'),
+        takes_out_dtype=False,
         flops=lambda shape: 12 * shape[0] * shape[1] * shape[2], **kwargs)
 
 
@@ -46,21 +46,27 @@ def bi_spec(mode, **kwargs):
                                               **options),
         arguments=lambda inputs, out_dtype: (
             *map(inputs.get, NAMES), *((4, 1e-6) if mode == 'official' else (0, 0.0))),
-        maps=('v', 'k'), backends=('reference', 'chunked'), kernels=(), takes_out_dtype=False,
+        maps=('v', 'k'), takes_out_dtype=False,
+        backends=('reference', 'chunked', 'cuda'),
         flops=lambda shape: 24 * shape[0] * shape[1] * shape[2], **kwargs)
 
 
 WRONG = (('v', lambda v: v[0], r'wkv expects v \(B, T, C\)'), ('k', cut(1), 'expects k of shape'),
          ('w', cut(0), 'expects w of shape'), ('u', cut(0), 'expects u of shape'),
          ('k', lambda k: k.half(), 'of one real dtype'))
+KERNELS = dict(
+    kernel_shapes=((2, 21, 3), (1, 2, 1), (1, 70, 40), (2, 100, 5)),
+    half_shapes=((2, 21, 3), (1, 70, 40)),
+    gpu_shapes=((8, 196, 384), (3, 256, 40), (2, 197, 33), (1, 5000, 64), (1, 20000, 8)))
 SPECS = [
-    spec(make=make, shapes=((2, 5, 3), (1, 2, 1), (3, 17, 4), (1, 50, 2)), wrong=WRONG),
+    spec(make=make, shapes=((2, 5, 3), (1, 2, 1), (3, 17, 4), (1, 50, 2)), wrong=WRONG,
+         **KERNELS),
     # The p of a state is a constant for gradients.
     replace(spec(final=True, make=make_stateful, has_exact_gradient=False,
-                 shapes=((2, 5, 3), (1, 1, 2), (2, 20, 3)),
+                 shapes=((2, 5, 3), (1, 1, 2), (2, 20, 3)), **KERNELS,
                  wrong=(('state', cut(1), 'expects state of shape'),)), id='wkv with states'),
     replace(bi_spec('paper', make=make_slow, shapes=((2, 5, 3), (1, 2, 1), (3, 17, 4), (1, 50, 4)),
-                    wrong=WRONG), id=''),
+                    wrong=WRONG, **KERNELS), id=''),
     replace(bi_spec('official', make=make_slow, has_exact_gradient=False,
-                    shapes=((2, 9, 3), (1, 2, 3), (2, 3, 4), (1, 50, 4))),
+                    shapes=((2, 9, 3), (1, 2, 3), (2, 3, 4), (1, 50, 4)), **KERNELS),
             id='bi_wkv as the official kernel')]

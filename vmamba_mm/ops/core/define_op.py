@@ -280,7 +280,8 @@ def _define_backward(name: str, arguments: Sequence[tuple[str, str]], outputs: S
     absent = [(i, of_tensors.index(key)) for i, key in differentiable if key in optional]
 
     def setup(ctx, inputs, output):
-        ctx.save_for_backward(*[inputs[i] if is_input else output[i] for i, is_input in in_args])
+        found = output if len(outputs) > 1 else (output,)
+        ctx.save_for_backward(*[inputs[i] if is_input else found[i] for i, is_input in in_args])
         ctx.constants = tuple([inputs[i] for i in of_constants])
         ctx.size = len(inputs)
 
@@ -359,7 +360,7 @@ def _register(name: str, schema: str, function: Callable, fake: Callable,
     transformable = _transformable(name, size, backward, setup_context, results, direct)
 
     def dispatch(*args):
-        return transformable.apply(*args) if _is_transformed() else op(*args)
+        return transformable.apply(*args) if is_transformed() else op(*args)
 
     return dispatch, differentiable(direct)
 
@@ -419,7 +420,7 @@ def is_watched(args: tuple) -> bool:
                                      for arg in args))
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether torch.func transforms are at work, such as grad and vmap, and no compiler is."""
     return not torch.compiler.is_compiling() and are_transforms_active()
 

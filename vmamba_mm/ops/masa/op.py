@@ -1,10 +1,14 @@
 """Manhattan self-attention on PyTorch's scaled_dot_product_attention."""
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from vmamba_mm.ops.core.define_op import is_transformed
 
 FORMS = ('decomposed', 'whole')
 
@@ -79,8 +83,11 @@ def _attend_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Softmax attention of (B, L, n, P), (B, L, n, P) and (B, L, n, E): (B, L, n, E)."""
-    y = F.scaled_dot_product_attention(
-        *(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask[None].to(q.dtype))
+    # Under vmap PyTorch's memory-efficient attention on GPUs takes no mask that is not mapped too.
+    plain = q.is_cuda and is_transformed()
+    with sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():
+        y = F.scaled_dot_product_attention(
+            *(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask[None].to(q.dtype))
     return y.transpose(1, 2)
 
 
