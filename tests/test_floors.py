@@ -19,7 +19,7 @@ FLOORS = {
     'families': (),
     'checkpoints': ('torch', 'filelock', 'numpy', 'safetensors'),
     'models': ('torch', 'mmengine'),
-    'heads': ('torch', 'mmengine', 'mmpretrain'),
+    'heads': ('torch', 'mmengine', 'mmpretrain', 'timm'),
     'mm': ('torch', 'numpy', 'matplotlib', 'cv2', 'PIL', 'av', 'mmengine', 'mmcv', 'mmpretrain',
            'mmdet', 'mmseg'),
     'integrations': ('torch', 'yaml', 'timm', 'mmpretrain'),

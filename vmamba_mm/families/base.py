@@ -78,6 +78,9 @@ class Family:
     #: Our names of weights of shape (1,) that official files hold as scalars, which FSDP cannot
     #: share out, as a regular expression.
     scalars: str | None = None
+    #: Pairs of our names, as a regular expression, and the shape in which official files hold these
+    #: weights: None for a dimension that ours have too, 1 for one that they lack.
+    shapes: tuple[tuple[str, tuple[int | None, ...]], ...] = ()
     #: Our names of the first convolutions, which can be adapted to other channels of images.
     first_convs: tuple[str, ...] = ()
     #: Checks of a whole arch, after the rules: raises ValueError.
@@ -87,6 +90,9 @@ class Family:
     system: str = ''
     #: What its models take: 'images', of which timm has the models too, or 'tokens' of text.
     takes: str = 'images'
+    #: Whether timm has the models itself, under the names that it would get for ours; then it gets
+    #: none.
+    in_timm: bool = False
     #: Under which key official files hold the weights of a whole model; '' for at the top.
     weights_key: str = 'model'
     #: Of the official code and weights, and where they are.
