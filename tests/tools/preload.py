@@ -1,5 +1,6 @@
 """Imported once by the server that the tools are forked from."""
 import contextlib
+import gc
 
 from vmamba_mm.mm.compat import prepare_mm
 
@@ -8,3 +9,4 @@ for name in ('mmpretrain.datasets', 'mmpretrain.models', 'mmseg.datasets', 'mmse
              'mmdet.datasets', 'mmdet.models', 'tensorboard', 'matplotlib.figure'):
     with contextlib.suppress(ImportError):
         __import__(name)
+gc.freeze()  # a collection in a process forked from here need not look at all of that
