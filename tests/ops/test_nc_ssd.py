@@ -90,7 +90,7 @@ def test_an_exported_model_needs_nothing_of_this_package():
 @pytest.mark.skipif(
     sys.platform != 'linux' or emulated_cuda.COMPILER is None and not os.environ.get('CI'),
     reason='needs Linux and a C++ compiler')
-def test_a_model_on_the_kernels(tmp_path_factory):
+def test_a_model_on_the_kernels(compiled):
     """Those of norms, sums, MLPs and the convolution, with rows of the projection that have gaps:
     the results and gradients are those of plain PyTorch."""
     torch.manual_seed(0)
@@ -105,7 +105,7 @@ def test_a_model_on_the_kernels(tmp_path_factory):
         return maps, [p.grad.clone() for p in model.parameters()]
 
     expected, expected_grads = run_model()
-    with emulated_gpu(tmp_path_factory.getbasetemp()):
+    with emulated_gpu(compiled):
         found, grads = run_model()
         halves, _ = run_model(torch.bfloat16)
     for one, half, right in zip(found, halves, expected, strict=True):
