@@ -1,4 +1,5 @@
 """Shared by all tests. Nothing heavy happens before a test asks for it."""
+import gc
 import logging
 import os
 from pathlib import Path
@@ -80,6 +81,17 @@ def pytest_runtest_protocol(item):
     folder = item.config._tmp_path_factory.getbasetemp().parent  # shared by the processes
     with shared_or_alone(folder, bool(item.get_closest_marker('alone'))):
         return (yield)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def collect_what_is_new():
+    """The garbage collector looks only at objects that are younger than the file of the test.
+
+    A full collection takes 0.4 s once mm* and torch.compile are imported, mmengine asks for one for
+    each data set, and Python makes its own in between: together a quarter of all the time.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 # --- mm* ----------------------------------------------------------------------------------------

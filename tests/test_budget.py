@@ -1,19 +1,29 @@
 """tests/budget.py on a folder of its own, in one process and in two."""
 
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import budget
 import pytest
 
 pytest_plugins = ['pytester']
 TESTS = Path(__file__).parent
 CONFTEST = f"""
+import os
 import sys
+import time
 sys.path.insert(0, {str(TESTS)!r})
 from budget import Budget
 
+def work():
+    end = time.thread_time() + 0.002 * float(os.environ['SLOWDOWN'])
+    while time.thread_time() < end:
+        pass
+
 def pytest_configure(config):
     config.addinivalue_line('markers', 'gpu: needs a GPU')
-    config.pluginmanager.register(Budget(config, dict(family=0.25, op=0.45), slack=2))
+    config.pluginmanager.register(Budget(config, dict(family=0.5, op=0.45), work, usual=0.002))
 """
 FILE = """
 import time
@@ -54,7 +64,8 @@ def run(pytester, monkeypatch):
     monkeypatch.delenv('PYTEST_ADDOPTS', raising=False)
     pytester.makeconftest(CONFTEST)
 
-    def run(file, *options):
+    def run(file, *options, slowdown=1):
+        monkeypatch.setenv('SLOWDOWN', str(slowdown))
         pytester.makepyfile(file)
         return pytester.runpytest_subprocess('-p', 'no:cacheprovider', *options)
 
@@ -67,10 +78,46 @@ def test_over_the_budget(run, processes):
     found = run(FILE, '-n', processes)
     found.assert_outcomes(passed=4)
     assert found.ret == pytest.ExitCode.TESTS_FAILED
-    found.stdout.re_match_lines([r' +0\.[67]\d* of 0\.25  family large  FAILED: over the budget',
-                                 r' +0\.[23]\d* of 0\.(25|45)  (op scan|family small)',
-                                 r' +0\.[23]\d* of 0\.(25|45)  (op scan|family small)'])
+    found.stdout.re_match_lines([r' +0\.[67]\d* of 0\.5  family large  FAILED: over the budget',
+                                 r' +0\.[23]\d* of 0\.(5|45)  (op scan|family small)$',
+                                 r' +0\.[23]\d* of 0\.(5|45)  (op scan|family small)$'])
     assert 'family gpu' not in found.stdout.str()
+
+
+@pytest.mark.parametrize('processes', ['0', '2'])
+def test_on_a_slow_core(run, processes):
+    """The same tests where all takes twice as long as it should."""
+    found = run(FILE, '-n', processes, slowdown=2)
+    assert found.ret == 0
+    found.stdout.re_match_lines([r' +0\.3\d* of 0\.5  family large$',
+                                 r' +0\.1\d* of 0\.(5|45)  (op scan|family small)$',
+                                 r' +0\.1\d* of 0\.(5|45)  (op scan|family small)$'])
+
+
+def test_slowdown_is_that_of_most_of_the_latest_measurements(monkeypatch):
+    seconds, clock = iter([1, 1, 9, 1, 1, 3, 3, 9, 9, 9]), [0.0]
+
+    def work():
+        clock[0] += next(seconds)
+
+    plugin = budget.Budget(SimpleNamespace(), work=work, usual=2.0)
+    monkeypatch.setattr(time, 'thread_time', lambda: clock[0])
+    for _ in range(5):
+        plugin.time_work()
+    assert plugin.slowdown() == plugin.slowdown() == 0.5  # no second has passed
+    monkeypatch.setattr(budget, 'EVERY', 0.0)
+    assert [plugin.slowdown() for _ in range(5)] == [0.5, 1.5, 1.5, 1.5, 4.5]
+
+
+def test_work_is_short():
+    """A second of tests may cost no more than a few hundredths for the measurement."""
+    budget.work()
+    seconds = []
+    for _ in range(5):
+        start = time.thread_time()
+        budget.work()
+        seconds.append(time.thread_time() - start)
+    assert 1e-4 < min(seconds) < 0.05
 
 
 def test_within_the_budget(run):

@@ -103,20 +103,15 @@ def halves(spec, backend, device, is_kernel):
     return [(shape, dtype, pure) for shape in found for dtype in dtypes for pure in (False, True)]
 
 
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp('emulated_ops')
-
-
 @pytest.fixture
-def place(device, folder):
+def place(device, compiled):
     """The device of tensors, in a context where the kernels run on it."""
     with contextlib.ExitStack() as stack:
         if device.startswith('sm_'):
             if sys.platform != 'linux' or emulated_cuda.COMPILER is None \
                     and not os.environ.get('CI'):
                 pytest.skip('needs Linux and a C++ compiler')
-            stack.enter_context(emulated_gpu(folder, (int(device[3]), int(device[4]))))
+            stack.enter_context(emulated_gpu(compiled, (int(device[3]), int(device[4]))))
         stack.enter_context(torch.backends.cudnn.flags(enabled=True, allow_tf32=False))
         yield 'cuda' if device == 'cuda' else 'cpu'
 
