@@ -35,8 +35,8 @@ def spec(form, turned=True, **kwargs):
         'masa', id=f'masa {form}{"" if turned else " as it is"}', call=call, make=make,
         arguments=lambda inputs, out_dtype: (
             *inputs.values(), *places(inputs['q'], turned), form == 'whole'),
-        maps=('q', 'k', 'v'), shapes=(), capability=80, takes_out_dtype=False, roundings=3, flops=count,
-        **kwargs)
+        maps=('q', 'k', 'v'), shapes=(), capability=80, takes_out_dtype=False, roundings=3,
+        flops=count, **kwargs)
 
 
 SPECS = [
