@@ -45,21 +45,46 @@ __global__ void WKV_BOUNDS(WARPS) bi_wkv_bwd(const BiWkvBwdParams p) {
     const float u = span.u = load_parameter(p.u, at.channel, p.u_type);
     span.post(at, p.k, p.v, boards);
     __syncthreads();
-    span.enter(boards, at.warp,
-               at.template sums_of<2>(p.entries, 0, p.batch, p.sections, p.channels),
-               at.template sums_of<2>(p.entries, 1, p.batch, p.sections, p.channels), p.channels);
-    __syncthreads();
-
-    // What the span gives to the tokens after it (before) and before it (after): sums of the
-    // gradients by numerators, r, and by denominators but for the sign, r y.
-    Sums<2> before = Sums<2>::none(), after = Sums<2>::none();
-    // For the gradient by w: that of pairs within the span; and the sums over its tokens of the
-    // sums of weights before and after each, times the decay from there to the end and the start.
-    float by_w = 0.f, by_u = 0.f, to_end[2] = {}, to_start[2] = {};
-    float factor = 1.f, top = span.most;  // of sums; e counts times factor
-    // `plain` is a constant: all have one exponent. Where not, that of the sums of a side is at least
-    // `most`.
-    auto calculate = [&](const bool plain) __attribute__((always_inline)) {
+    auto enter = [&](const bool tame) __attribute__((always_inline)) {
+        span.enter(boards, tame, at.warp,
+                   at.template sums_of<2>(p.entries, 0, p.batch, p.sections, p.channels),
+                   at.template sums_of<2>(p.entries, 1, p.batch, p.sections, p.channels),
+                   p.channels);
+        __syncthreads();
+    };
+    // What the span gives to the tokens after it (before) and before it (after), sums of the
+    // gradients by numerators, r, and by denominators but for the sign, r y, becomes what others give
+    // to it.
+    auto exchange = [&](const bool tame, float top, Sums<2> &before, Sums<2> &after)
+                        __attribute__((always_inline)) {
+        span.post(at.warp, boards, tame, before, after);
+        __syncthreads();
+        if constexpr (SUMS) {
+            if (at.warp || !at.valid) return;
+            span.template collect<-1>(boards, tame, at.warps, -top, Sums<2>::none()).store(
+                at.template sums_of<2>(p.ends, 0, p.batch, p.sections, p.channels), p.channels);
+            span.template collect<1>(boards, tame, -1, -top, Sums<2>::none()).store(
+                at.template sums_of<2>(p.ends, 1, p.batch, p.sections, p.channels), p.channels);
+        } else {
+            before = span.template collect<-1>(
+                boards, tame, at.warp, -top, load_or_none<2>(
+                    at.template sums_of<2>(p.drives, 0, p.batch, p.sections, p.channels),
+                    p.channels));
+            after = span.template collect<1>(
+                boards, tame, at.warp, -top, load_or_none<2>(
+                    at.template sums_of<2>(p.drives, 1, p.batch, p.sections, p.channels),
+                    p.channels));
+        }
+    };
+    // Of a span with one exponent. `plain` is a constant: all have the same one. Where not, that of
+    // the sums of a side is at least `most`.
+    auto run_near = [&](const bool plain, const bool tame) __attribute__((always_inline)) {
+        enter(tame);
+        Sums<2> before = Sums<2>::none(), after = Sums<2>::none();
+        // For the gradient by w: that of pairs within the span; and the sums over its tokens of the
+        // sums of weights before and after each, times the decay from there to the end and the start.
+        float by_w = 0.f, by_u = 0.f, to_end[2] = {}, to_start[2] = {};
+        float factor = 1.f, top = span.most;  // of sums; e counts times factor
         float of_before = 1.f, of_after = 1.f, as_before = 1.f, as_after = 1.f;
         if (!plain) {
             as_before = span.raise(span.before);
@@ -106,47 +131,11 @@ __global__ void WKV_BOUNDS(WARPS) bi_wkv_bwd(const BiWkvBwdParams p) {
         by_w = -span.decay * fmaf(of_before, by_w_before, of_after * by_w_after);
         before.top = after.top = -top;
         keep_in_memory();
-    };
-    const bool is_plain = span.is_tame && !p.entries;
-    if (is_plain) {
-        calculate(true);
-    } else if (span.is_near) {
-        calculate(false);
-    } else {
-        // Here `kept` has the logarithm of the denominator in place of r.
-#pragma unroll 1
-        for (int i = 0; i < at.count; ++i) {
-            const Sums<2> all = span.at_token(at, p.k, p.v, i);
-            const float y = all.x[0] * rcp(all.x[1]), log = fmaf(LN2, lg2(all.x[1]), all.top);
-            const float by = at.one(p.dy, i);
-            kept[i] = make_float2(log, y);
-            before.add({-log - (R - 1 - i) * w, {by, by * y}});
-            after.add({-log - i * w, {by, by * y}});
-        }
-    }
-    span.post(at.warp, boards, before, after);
-    __syncthreads();
-    if constexpr (SUMS) {
-        if (at.warp || !at.valid) return;
-        span.template collect<-1>(boards, at.warps, -top, Sums<2>::none())
-            .store(at.template sums_of<2>(p.ends, 0, p.batch, p.sections, p.channels), p.channels);
-        span.template collect<1>(boards, -1, -top, Sums<2>::none())
-            .store(at.template sums_of<2>(p.ends, 1, p.batch, p.sections, p.channels), p.channels);
-        return;
-    }
-    before = span.template collect<-1>(
-        boards, at.warp, -top,
-        load_or_none<2>(at.template sums_of<2>(p.drives, 0, p.batch, p.sections, p.channels),
-                        p.channels));
-    after = span.template collect<1>(
-        boards, at.warp, -top,
-        load_or_none<2>(at.template sums_of<2>(p.drives, 1, p.batch, p.sections, p.channels),
-                        p.channels));
-    char *const dk = at.address(p.dk, p.length, p.channels);
-    char *const dv = at.address(p.dv, p.length, p.channels);
-    auto finish = [&](const bool plain) __attribute__((always_inline)) {
-        float by_w_before = fmaf(after.x[0], to_end[0], -after.x[1] * to_end[1]);
-        float by_w_after = fmaf(before.x[0], to_start[0], -before.x[1] * to_start[1]);
+        exchange(tame, top, before, after);
+        if constexpr (SUMS) return;
+
+        by_w_before = fmaf(after.x[0], to_end[0], -after.x[1] * to_end[1]);
+        by_w_after = fmaf(before.x[0], to_start[0], -before.x[1] * to_start[1]);
         if (!plain) {
             by_w_before *= exp_of(after.top + span.before.top);
             by_w_after *= exp_of(before.top + span.after.top);
@@ -162,7 +151,8 @@ __global__ void WKV_BOUNDS(WARPS) bi_wkv_bwd(const BiWkvBwdParams p) {
         // The sums of what comes after a token, for every fourth one; they are found again between
         // these, for registers have no room for all.
         float2 marks[(R + 3) / 4];
-        char *to = dk;  // where addresses are found again for each token, that is a tenth of all
+        // Where addresses are found again for each token, that is a tenth of all.
+        char *to = at.address(p.dk, p.length, p.channels);
         const long long apart = (char *)p.dv - (char *)p.dk;
         opaque(to);
 #pragma unroll
@@ -193,38 +183,52 @@ __global__ void WKV_BOUNDS(WARPS) bi_wkv_bwd(const BiWkvBwdParams p) {
                 step(before.x, span.decay, drives[j]);
             }
         }
+        add_parameters(shared, at, p.parts, p.sections, p.channels, by_w, by_u);
     };
-    if (is_plain) {
-        finish(true);
-    } else if (span.is_near) {
-        finish(false);
-    } else {
+    // Of one where every sum has an exponent of its own.
+    auto run_far = [&]() __attribute__((always_inline)) {
+        enter(false);
+        Sums<2> before = Sums<2>::none(), after = Sums<2>::none();
+        float by_w = 0.f, by_u = 0.f;
+        // Here `kept` has the logarithm of the denominator in place of r.
+#pragma unroll 1
+        for (int i = 0; i < at.count; ++i) {
+            const Sums<2> all = span.at_token(at, p.k, p.v, i);
+            const float y = all.x[0] * rcp(all.x[1]), log = fmaf(LN2, lg2(all.x[1]), all.top);
+            const float by = at.one(p.dy, i);
+            kept[i] = make_float2(log, y);
+            before.add({-log - (R - 1 - i) * w, {by, by * y}});
+            after.add({-log - i * w, {by, by * y}});
+        }
+        exchange(false, 0.f, before, after);
+        if constexpr (SUMS) return;
+
+        char *const dk = at.address(p.dk, p.length, p.channels);
+        char *const dv = at.address(p.dv, p.length, p.channels);
 #pragma unroll 1
         for (int i = 0; i < at.count; ++i) {
             const float k = at.one(p.k, i), v = at.one(p.v, i);
-            // Weights of what is before and after the token, and gradients of what is there.
-            Sums<2> weights[2] = {span.before, span.after}, drives[2] = {before, after};
-#pragma unroll
-            for (int side = 0; side < 2; ++side) {
-                const float far = side ? R - 1 - i : i;
-                weights[side].pass(far, w);
-                drives[side].pass(far, w);
-                const int end = side ? at.count : i;
-#pragma unroll 1
-                for (int j = side ? i + 1 : 0; j < end; ++j) {
-                    const float2 log_y = kept[j];
-                    const float key = at.one(p.k, j), by = at.one(p.dy, j);
-                    const float between = (abs(i - j) - 1) * w;
-                    weights[side].add({key - between, {at.one(p.v, j), 1.f}});
-                    drives[side].add({-log_y.x - between, {by, by * log_y.y}});
-                }
-            }
             const float now = exp_of(k + u - kept[i].x) * at.one(p.dy, i);
             float by_value = now, by_key = now * (v - kept[i].y);
             by_u += by_key;
-#pragma unroll
+            // The weights of what is on one side of the token, and the gradients from the other.
+#pragma unroll 1
             for (int side = 0; side < 2; ++side) {
-                const Sums<2> &drive = drives[side], &weight = weights[1 - side];
+                Sums<2> weight = side ? span.after : span.before, drive = side ? before : after;
+                weight.pass(side ? R - 1 - i : i, w);
+                drive.pass(side ? i : R - 1 - i, w);
+#pragma unroll 1
+                for (int j = 0; j < at.count; ++j) {
+                    if (j == i) continue;
+                    const float between = (abs(i - j) - 1) * w;
+                    if (j < i == !side) {
+                        weight.add({at.one(p.k, j) - between, {at.one(p.v, j), 1.f}});
+                    } else {
+                        const float2 log_y = kept[j];
+                        const float by = at.one(p.dy, j);
+                        drive.add({-log_y.x - between, {by, by * log_y.y}});
+                    }
+                }
                 const float e = exp_of(k + drive.top);
                 by_value = fmaf(e, drive.x[0], by_value);
                 by_key = fmaf(e, fmaf(v, drive.x[0], -drive.x[1]), by_key);
@@ -234,6 +238,10 @@ __global__ void WKV_BOUNDS(WARPS) bi_wkv_bwd(const BiWkvBwdParams p) {
             at.store(dk, i, p.channels, by_key);
             at.store(dv, i, p.channels, by_value);
         }
-    }
-    add_parameters(shared, at, p.parts, p.sections, p.channels, by_w, by_u);
+        add_parameters(shared, at, p.parts, p.sections, p.channels, by_w, by_u);
+    };
+    const bool tame = span.is_tame();
+    if (tame && !p.entries) run_near(true, true);
+    else if (tame || span.is_near()) run_near(false, tame);
+    else run_far();
 }

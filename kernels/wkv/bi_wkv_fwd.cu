@@ -24,21 +24,22 @@ __global__ void WKV_BOUNDS(WARPS) bi_wkv_fwd(const BiWkvFwdParams p) {
     span.u = load_parameter(p.u, at.channel, p.u_type);
     span.post(at, p.k, p.v, boards);
     __syncthreads();
+    const bool tame = span.is_tame();
     if constexpr (SUMS) {
         if (at.warp || !at.valid) return;
-        span.template collect<-1>(boards, at.warps, span.most, Sums<2>::none())
+        span.template collect<-1>(boards, tame, at.warps, span.most, Sums<2>::none())
             .store(at.template sums_of<2>(p.ends, 0, p.batch, p.sections, p.channels), p.channels);
-        span.template collect<1>(boards, -1, span.most, Sums<2>::none())
+        span.template collect<1>(boards, tame, -1, span.most, Sums<2>::none())
             .store(at.template sums_of<2>(p.ends, 1, p.batch, p.sections, p.channels), p.channels);
         return;
     }
 
-    span.enter(boards, at.warp,
+    span.enter(boards, tame, at.warp,
                at.template sums_of<2>(p.entries, 0, p.batch, p.sections, p.channels),
                at.template sums_of<2>(p.entries, 1, p.batch, p.sections, p.channels), p.channels);
     char *const y = at.address(p.y, p.length, p.channels);
-    if (span.is_near) {
-        if (p.entries || !span.is_tame) {  // else all have one exponent already
+    if (tame || span.is_near()) {
+        if (p.entries || !tame) {  // else all have one exponent already
             float factor;
             span.align(factor);
 #pragma unroll

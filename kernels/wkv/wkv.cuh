@@ -162,7 +162,7 @@ struct Place {
     }
     __device__ __forceinline__ const char *address(const WkvMap &map, int token) const {
         return (const char *)map.data
-               + (sample * map.b + (long long)token * map.t + (long long)channel * map.c) * SIZE;
+               + (sample * map.b + (long long)token * map.t + (long long)(unsigned)channel * map.c) * SIZE;
     }
     static __device__ __forceinline__ float value(const char *at) {
         if constexpr (SIZE == 4) return *(const float *)at;
@@ -170,7 +170,8 @@ struct Place {
     }
     // The address of token `first` in a result (B, T, C).
     __device__ __forceinline__ char *address(void *result, int length, int channels) const {
-        return (char *)result + (((long long)sample * length + first) * channels + channel) * SIZE;
+        return (char *)result
+               + (((long long)sample * length + first) * channels + (unsigned)channel) * SIZE;
     }
     // That of token `first` + i, from the address of `first`.
     __device__ __forceinline__ void store(char *to, int i, int channels, float v) const {
@@ -191,7 +192,7 @@ struct Place {
     __device__ __forceinline__ Pointer sums_of(Pointer data, int way, int batch, int sections,
                                                int channels) const {
         return data ? data + (((long long)way * batch + sample) * sections + section)
-                             * (N + 1) * channels + channel
+                             * (N + 1) * channels + (unsigned)channel
                     : nullptr;
     }
 };
@@ -243,7 +244,7 @@ __device__ __forceinline__ void add_parameters(float *shared, const Place &at, f
         by_u += sums[j * LANES].y;
     }
     float *const to = parts + ((long long)at.sample * sections + at.section) * 2 * channels
-                      + at.channel;
+                      + (unsigned)at.channel;
     to[0] = by_w;
     to[channels] = by_u;
 }

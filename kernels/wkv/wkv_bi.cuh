@@ -14,9 +14,17 @@ struct BiSpan {
     float e[R];  // where is_near: exp(k - most), 0 beyond the end
     Column<float> ev;  // that times the value
     float w, u, decay, most;
-    bool is_near, is_tame;
+    int warps;  // of the block
     Sums<2> before, after;  // at first of its own tokens, then of all before and all after it
 
+    // Found again wherever they are asked for, as registers are few. All warps of a block find the
+    // same, for they have the same channels. Where is_tame, is_near is not asked for.
+    __device__ __forceinline__ bool is_tame() const {
+        return __all_sync(~0u, warps * R * fabsf(w) + fabsf(u) <= BLOCK_RANGE);
+    }
+    __device__ __forceinline__ bool is_near() const {
+        return __all_sync(~0u, R * fabsf(w) + fabsf(u) <= RANGE);
+    }
     __device__ __forceinline__ void load(const Place<T, R> &at, const WkvMap &k_map,
                                          const WkvMap &v_map, int length) {
         at.load(e, k_map, length, LOW);
@@ -26,13 +34,13 @@ struct BiSpan {
     // The sums over its own tokens to the boards, once w and u are there.
     __device__ __forceinline__ void post(const Place<T, R> &at, const WkvMap &k_map,
                                          const WkvMap &v_map, const Board<2> (&boards)[2]) {
-        is_tame = __all_sync(~0u, at.warps * R * fabsf(w) + fabsf(u) <= BLOCK_RANGE);
-        is_near = is_tame || __all_sync(~0u, R * fabsf(w) + fabsf(u) <= RANGE);
+        warps = at.warps;
         decay = exp_of(-w);
         most = 0.5f * LOW;  // so that weights beyond the end are 0 where there is nothing else
 #pragma unroll
         for (int i = 0; i < R; ++i) most = fmaxf(most, e[i]);
-        if (is_tame) {  // as all warps find, which have the same channels
+        const bool tame = is_tame();
+        if (tame) {
             float *const tops = boards[0].data + 2 * LANES;
             tops[at.warp * Board<2>::ROW] = most;
             __syncthreads();
@@ -40,7 +48,7 @@ struct BiSpan {
             for (int j = 0; j < at.warps; ++j) most = fmaxf(most, tops[j * Board<2>::ROW]);
         }
         before = after = Sums<2>::none();
-        if (is_near) {
+        if (tame || is_near()) {
             before.top = after.top = most;
 #pragma unroll
             for (int i = 0; i < R; ++i) {
@@ -59,11 +67,11 @@ struct BiSpan {
                 after.add({key - i * w, {value, 1.f}});
             }
         }
-        post(at.warp, boards, before, after);
+        post(at.warp, boards, tame, before, after);
     }
-    __device__ __forceinline__ void post(int warp, const Board<2> (&boards)[2],
+    __device__ __forceinline__ void post(int warp, const Board<2> (&boards)[2], const bool tame,
                                          const Sums<2> &before, const Sums<2> &after) const {
-        if (is_tame) {  // others may still read the exponents there
+        if (tame) {  // others may still read the exponents there
             boards[0].post_values(warp, before);
             boards[1].post_values(warp, after);
         } else {
@@ -100,18 +108,18 @@ struct BiSpan {
     // What the span of warp `own` gets from the other spans of a section, which have posted relative
     // to exp(top) if the block is tame, and from what is beyond the section.
     template <int SIDE>
-    __device__ __forceinline__ Sums<2> collect(const Board<2> (&boards)[2], int own, float top,
-                                               const Sums<2> &entry) const {
+    __device__ __forceinline__ Sums<2> collect(const Board<2> (&boards)[2], const bool tame,
+                                               int own, float top, const Sums<2> &entry) const {
         const Board<2> &board = boards[SIDE < 0 ? 0 : 1];
-        return is_tame ? follow<SIDE>(board, own, top, entry)
-                       : board.template collect<SIDE>(entry, own, R, w);
+        return tame ? follow<SIDE>(board, own, top, entry)
+                    : board.template collect<SIDE>(entry, own, R, w);
     }
     // From the sums of the spans of a section, and of what is beyond it.
-    __device__ __forceinline__ void enter(const Board<2> (&boards)[2], int warp,
+    __device__ __forceinline__ void enter(const Board<2> (&boards)[2], const bool tame, int warp,
                                           const float *entry_before, const float *entry_after,
                                           long long stride) {
-        before = collect<-1>(boards, warp, most, load_or_none<2>(entry_before, stride));
-        after = collect<1>(boards, warp, most, load_or_none<2>(entry_after, stride));
+        before = collect<-1>(boards, tame, warp, most, load_or_none<2>(entry_before, stride));
+        after = collect<1>(boards, tame, warp, most, load_or_none<2>(entry_after, stride));
     }
     // Makes the exponent of the sums at least `most`; returns what e counts in them.
     __device__ __forceinline__ float raise(Sums<2> &sums) const {
