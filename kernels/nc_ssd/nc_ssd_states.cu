@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(128, 2) nc_ssd_states(const NcStates p) {
         copy(i + STAGES - 1);
         make_weights(i + 1);
         const typename Shared::Stage &stage = shared.stages[i % STAGES];
-#pragma unroll
+#pragma unroll (same<T, Float> ? 1 : BLOCKS)  // which would spill
         for (int k = 0; k < BLOCKS; ++k) {
             Block16<T> v[TILES];
 #pragma unroll
