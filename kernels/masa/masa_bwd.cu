@@ -5,23 +5,23 @@
 
 struct MasaBwdParams {
     Heads q, k, v, dy;
-    void *dq, *dk, *dv;  // (B, H, W, n, P), without gaps
+    void *dq, *dk, *dv;  // (B, H, W, n, P)
+    int keys_pixel, values_pixel;  // elements from a pixel of dq and dk to the next, and of dv
     Lines lines;
     int adds;            // whether the gradients by queries and keys are added to what is there
 };
 
 // Store the gradients by 16 queries or keys, turned back, or those by values.
 template <class T, int P, bool TURNS>
-__device__ __forceinline__ void store_rows(void *grad, float (&d)[P / 16][2][4], float scale,
-                                           bool adds, const Lines &p, const Place &place, int head,
-                                           int start) {
+__device__ __forceinline__ void store_rows(void *grad, int grad_pixel, float (&d)[P / 16][2][4],
+                                           float scale, bool adds, const Lines &p,
+                                           const Place &place, int head, int start) {
     const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         const int row = start + g + 8 * h, pixel = place.first + row * p.step;
         const bool valid = row < p.length;
-        Element<T> *const to = (Element<T> *)grad
-                               + ((place.image + pixel) * p.heads + head) * P;
+        Element<T> *const to = (Element<T> *)grad + (place.image + pixel) * grad_pixel + head * P;
 #pragma unroll
         for (int c = 0; c < P / 16; ++c) {
             Pair<T> pairs[2];
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(128) masa_bwd(const MasaBwdParams p) {
                     ds[j][m][e] = s[j][m][e] * factor[e >> 1] * (ds[j][m][e] - mean[e >> 1]);
             add_product<T, P>(dq, ds[j], k + 16 * j * PITCH<T, P>);
         }
-        store_rows<T, P, true>(p.dq, dq, root, p.adds, p.lines, place, head, start);
+        store_rows<T, P, true>(p.dq, p.keys_pixel, dq, root, p.adds, p.lines, place, head, start);
     }
     __syncthreads();
     if (!active || start >= p.lines.length) return;
@@ -132,6 +132,6 @@ __global__ void __launch_bounds__(128) masa_bwd(const MasaBwdParams p) {
         add_product<T, P>(dv, s, dy + 16 * j * PITCH<T, P>);
         add_product<T, P>(dk, ds, q + 16 * j * PITCH<T, P>);
     }
-    store_rows<T, P, true>(p.dk, dk, root, p.adds, p.lines, place, head, start);
-    store_rows<T, P, false>(p.dv, dv, 1.f, false, p.lines, place, head, start);
+    store_rows<T, P, true>(p.dk, p.keys_pixel, dk, root, p.adds, p.lines, place, head, start);
+    store_rows<T, P, false>(p.dv, p.values_pixel, dv, 1.f, false, p.lines, place, head, start);
 }

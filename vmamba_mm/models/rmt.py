@@ -14,9 +14,9 @@ from vmamba_mm.families.rmt import DEFAULTS, FAMILY, PROJECTION
 from vmamba_mm.layers import DropPath, LayerNorm, LayerNorm2d, Stage
 from vmamba_mm.layers.maps import ConvUnit, add_convolution, batch_norm_map, convolve_map
 from vmamba_mm.layers.norm import sum_and_norm
-from vmamba_mm.layers.plain import are_plain, is_plain
+from vmamba_mm.layers.plain import are_plain, is_depthwise, is_plain
 from vmamba_mm.models.base import Backbone, init_linear
-from vmamba_mm.ops import add_norm, channels_last, masa
+from vmamba_mm.ops import add_norm, channels_last, conv_mlp, masa, masa_mixer
 from vmamba_mm.ops.core.backends import compute_dtype, runs_kernels
 from vmamba_mm.ops.masa import decay_masks, needs_masks
 from vmamba_mm.ops.rotation import rotation_table
@@ -85,21 +85,20 @@ class ManhattanAttention(nn.Module):
         self.lepe = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
 
     def forward(self, x: Tensor, places: Places) -> Tensor:
+        linears = self.q_proj, self.k_proj, self.v_proj, self.out_proj
+        if runs_kernels(x) and are_plain(linears, (nn.Linear,) * 4) and is_depthwise(self.lepe, 5):
+            q, k, v, out, lepe = (_parameters(module) for module in (*linears, self.lepe))
+            return masa_mixer(x, q, k, v, lepe, out, places.decay, places.turns, self.form,
+                              masks=places.masks)
         v = self.v_proj(x)
         q, k, values = (t.unflatten(-1, (self.num_heads, -1))
-                        for t in (*self._queries_and_keys(x), v))
+                        for t in (self.q_proj(x), self.k_proj(x), v))
         y = masa(q, k, values, places.decay, self.form, masks=places.masks, turns=places.turns)
         return self.out_proj(y.flatten(3) + convolve_map(self.lepe, v))
 
-    def _queries_and_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Each (B, H, W, C); on a GPU side by side, by one product."""
-        linears = self.q_proj, self.k_proj
-        if runs_kernels(x) and are_plain(linears, (nn.Linear,) * 2):
-            weight, bias = (torch.cat([getattr(linear, name) for linear in linears])
-                            for name in ('weight', 'bias'))
-            q, k = F.linear(x, weight, bias).chunk(2, dim=-1)
-            return q, k
-        return self.q_proj(x), self.k_proj(x)
+
+def _parameters(module: nn.Module) -> tuple[Tensor, Tensor]:
+    return module.weight, module.bias
 
 
 class PlacedAttention(nn.Module):
@@ -141,8 +140,10 @@ class ConvMlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(self.fc1(x))
-        return self.fc2(add_convolution(self.dwconv, x))
+        fc1, conv, fc2 = self.fc1, self.dwconv, self.fc2
+        if runs_kernels(x) and are_plain((fc1, fc2), (nn.Linear,) * 2) and is_depthwise(conv, 3):
+            return conv_mlp(x, fc1.weight, fc1.bias, conv.weight, conv.bias, fc2.weight, fc2.bias)
+        return fc2(add_convolution(conv, F.gelu(fc1(x))))
 
 
 class RMTBlock(nn.Module):

@@ -1,7 +1,7 @@
 import torch
 
 from op_specs import Spec, randn
-from vmamba_mm.ops import masa
+from vmamba_mm.ops import masa, masa_mixer
 from vmamba_mm.ops.core.backends import compute_dtype
 from vmamba_mm.ops.rotation import rotation_table
 
@@ -46,3 +46,42 @@ SPECS = [
          half_shapes=((1, 28, 4, 2, 16),)),
     spec('whole', kernel_shapes=((2, 3, 7, 2, 32), (1, 8, 8, 1, 16)),
          half_shapes=((2, 7, 7, 3, 32),))]
+
+
+def make_mixer(*shape):
+    dim = shape[3] * shape[4]
+    inputs = dict(x=randn(*shape[:3], dim))
+    for i, name in enumerate(('q', 'k', 'v', 'lepe', 'out')):
+        size = (dim, 1, 5, 5) if name == 'lepe' else (dim, dim)
+        inputs[f'{name}_weight'] = randn(*size, seed=i) / (5 if name == 'lepe' else dim ** 0.5)
+        inputs[f'{name}_bias'] = randn(dim, seed=i + 1)
+    return inputs
+
+
+def mixer_spec(form, dim, **kwargs):
+    def places_of(x):
+        return places(x.unflatten(-1, (-1, dim)), True)
+
+    def call(inputs, backend=None):
+        pairs = {name: (inputs[f'{name}_weight'], inputs[f'{name}_bias'])
+                 for name in ('q', 'k', 'v', 'lepe', 'out')}
+        decay, turns = places_of(inputs['x'])
+        return masa_mixer(inputs['x'], **pairs, decay=decay, turns=turns, form=form)
+
+    def count(shape):
+        batch, height, width, heads, _ = shape
+        channels, pixels = heads * dim, batch * height * width
+        seen = height * width if form == 'whole' else height + width
+        return 2 * pixels * channels * (4 * channels + 25 + 2 * seen)
+
+    return Spec('masa_mixer', id=f'masa_mixer {form}', call=call, make=make_mixer,
+                arguments=lambda inputs, out_dtype: (
+                    *inputs.values(), *places_of(inputs['x']), form == 'whole'),
+                shapes=(), capability=80, takes_out_dtype=False, roundings=4, flops=count,
+                **kwargs)
+
+
+SPECS += [mixer_spec('decomposed', 16, kernel_shapes=((2, 3, 6, 2, 16), (1, 1, 17, 1, 16)),
+                     half_shapes=((2, 5, 4, 2, 16),)),
+          mixer_spec('whole', 32, kernel_shapes=((2, 4, 3, 1, 32),),
+                     half_shapes=((2, 7, 3, 2, 32),))]

@@ -15,6 +15,7 @@ from vmamba_mm.ops.fused.stem import cuda as stem
 from vmamba_mm.ops.mamba_blocks import cuda as mamba_blocks
 from vmamba_mm.ops.mamba_inner import cuda as mamba_inner
 from vmamba_mm.ops.masa import cuda as masa
+from vmamba_mm.ops.masa import lepe
 from vmamba_mm.ops.nc_ssd import cuda as nc_ssd
 from vmamba_mm.ops.scan_kernels import cuda as scans
 from vmamba_mm.ops.selective_scan import cuda_scan
@@ -29,5 +30,5 @@ INSTANCES: dict[Instance, int] = {
     instance: low
     for module in (scans, cuda_scan, causal_conv, mamba_inner, mamba_blocks, ss2d_scan, merge,
                    add_norm, batch_norm, dwconv, mlp, stem, cast, channels, ssd, nc_ssd, wkv, masa,
-                   gates, shift_mix)
+                   lepe, gates, shift_mix)
     for instance, low in module.INSTANCES.items()}

@@ -24,7 +24,7 @@ from vmamba_mm.ops.scan_kernels.cuda import dense
 
 LONGEST = 64  # pixels of a line
 _DIMS = 16, 32  # P of the kernels
-_WARPS = 4  # of a block
+_WARPS = 4  # of a block, and of the longest line
 ROWS, COLUMNS, WHOLE = range(3)  # kinds of lines
 
 
@@ -76,7 +76,8 @@ def instance(direction: str, type_: str, dim: int, tiles: int, plane: bool) -> I
 INSTANCES: dict[Instance, int] = {
     instance(direction, type_, dim, tiles, plane): 80
     for direction in ('fwd', 'bwd') for type_ in ('Half', 'BFloat', 'Float') for dim in _DIMS
-    for tiles, plane in ((1, False), (2, False), (4, False), (4, True))}
+    for tiles, plane in ((1, False), (2, False), (4, False), (4, True))
+    if tiles == _WARPS or type_ != 'Float'}
 
 
 # --- launches ---------------------------------------------------------------------------------
@@ -90,7 +91,7 @@ def _launch(index: int, direction: str, dtype: torch.dtype, shape: tuple[int, ..
         ROWS: (height, width, 1, width), COLUMNS: (width, height, width, 1),
         WHOLE: (1, height * width, 1, 0)}[kind]
     plane = kind == WHOLE
-    tiles = 4 if plane or length > 32 else -(-length // 16)
+    tiles = _WARPS if plane or length > 32 or dtype == torch.float32 else -(-length // 16)
     together = min(heads, _WARPS // tiles)
     groups = -(-heads // together)
     rows, maps = 16 * tiles, 3 if direction == 'fwd' else 4
@@ -124,16 +125,15 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, turns: Tensor | None
     return y
 
 
-def _attend_backward(q, k, v, dy, decay, turns, kind, grads, adds=False) -> Tensor:
-    """The gradient by v; those by q and k are written to ``grads``, or added there."""
-    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    dq, dk = grads
+def _attend_backward(q, k, v, dy, decay, turns, kind, grads, adds=False) -> None:
+    """Write the gradients by q, k and v to ``grads``, or add the first two there."""
+    dq, dk, dv = grads
     _launch(q.get_device(), 'bwd', q.dtype, q.shape, kind, q_pixel=q.stride(2),
-            k_pixel=k.stride(2), v_pixel=v.stride(2), dy_pixel=dy.stride(2), adds=int(adds))(
+            k_pixel=k.stride(2), v_pixel=v.stride(2), dy_pixel=dy.stride(2),
+            keys_pixel=dq.stride(2), values_pixel=dv.stride(2), adds=int(adds))(
         q_data=q.data_ptr(), k_data=k.data_ptr(), v_data=v.data_ptr(), dy_data=dy.data_ptr(),
         dq=dq.data_ptr(), dk=dk.data_ptr(), dv=dv.data_ptr(), lines_decay=decay.data_ptr(),
         lines_turns=pointer(turns))
-    return dv
 
 
 def _prepared(q, k, v, decay, turns):
@@ -151,14 +151,17 @@ def forward(q, k, v, decay, turns, whole, save) -> tuple[Tensor, Tensor]:
     return y, rows if save else v.new_empty(0)
 
 
-def backward(grad, q, k, v, decay, turns, rows, whole):
-    """Gradients by q, k and v, and None by what has none."""
+def backward(grad, q, k, v, decay, turns, rows, whole, grads=None):
+    """Gradients by q, k and v; written to ``grads``, whose pixels are evenly spaced and begin at
+    multiples of 16 bytes, those of the first two alike, or to new maps."""
     q, k, v, decay, turns = _prepared(q, k, v, decay, turns)
     grad = _as_pixels(grad)
-    grads = tuple(torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(2))
+    if grads is None:
+        grads = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     if whole:
-        dv = _attend_backward(q, k, v, grad, decay, turns, WHOLE, grads)
-    else:
-        drows = _attend_backward(q, k, rows, grad, decay, turns, COLUMNS, grads)
-        dv = _attend_backward(q, k, v, drows, decay, turns, ROWS, grads, adds=True)
-    return *grads, dv
+        _attend_backward(q, k, v, grad, decay, turns, WHOLE, grads)
+        return grads
+    drows = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+    _attend_backward(q, k, rows, grad, decay, turns, COLUMNS, (*grads[:2], drows))
+    _attend_backward(q, k, v, drows, decay, turns, ROWS, grads, adds=True)
+    return grads
