@@ -22,9 +22,12 @@ __device__ __forceinline__ void step(float (&sums)[2], float decay, float2 more)
     sums[1] = fmaf(decay, sums[1], more.y);
 }
 
-#if __CUDA_ARCH__ >= 1200  // has shared memory for one block
 #undef WKV_BOUNDS
+#if __CUDA_ARCH__ >= 1200  // has shared memory for one block
 #define WKV_BOUNDS(WARPS) __launch_bounds__(LANES *(WARPS))
+#else  // more registers than 96 for 16 warps, or 72, do no good: with them it spills
+#define WKV_BOUNDS(WARPS) \
+    __launch_bounds__(LANES *((WARPS) > 14 ? 20 : (WARPS)), (WARPS) < 14 ? 3 : (WARPS) > 14 ? 1 : 2)
 #endif
 
 template <class T, int R, int WARPS, bool SUMS>
@@ -100,6 +103,7 @@ __global__ void WKV_BOUNDS(WARPS) bi_wkv_bwd(const BiWkvBwdParams p) {
             kept[i] = later;
             step(to_start, span.decay, later);
             span.step(span.after, i, as_after);
+            if (i % 4 == 0) keep_in_memory();
         }
         keep_in_memory();
         const float own = exp_of(u) * factor;
@@ -127,6 +131,7 @@ __global__ void WKV_BOUNDS(WARPS) bi_wkv_bwd(const BiWkvBwdParams p) {
             after.x[0] = fmaf(passed, drive.x, after.x[0]);
             after.x[1] = fmaf(passed, drive.y, after.x[1]);
             passed *= span.decay;
+            if (i % 3 == 2) keep_in_memory();  // else too many tokens are under way for registers
         }
         by_w = -span.decay * fmaf(of_before, by_w_before, of_after * by_w_after);
         before.top = after.top = -top;
@@ -159,6 +164,7 @@ __global__ void WKV_BOUNDS(WARPS) bi_wkv_bwd(const BiWkvBwdParams p) {
         for (int i = R - 1; i >= 0; --i) {
             if (i % 4 == 3 || i == R - 1) marks[i / 4] = make_float2(after.x[0], after.x[1]);
             step(after.x, span.decay, kept_of(i));
+            if (i % 4 == 0) keep_in_memory();
         }
 #pragma unroll
         for (int part = 0; part < R; part += 4) {
@@ -195,7 +201,7 @@ __global__ void WKV_BOUNDS(WARPS) bi_wkv_bwd(const BiWkvBwdParams p) {
         for (int i = 0; i < at.count; ++i) {
             const Sums<2> all = span.at_token(at, p.k, p.v, i);
             const float y = all.x[0] * rcp(all.x[1]), log = fmaf(LN2, lg2(all.x[1]), all.top);
-            const float by = at.one(p.dy, i);
+            const float by = at.again(p.dy, i);
             kept[i] = make_float2(log, y);
             before.add({-log - (R - 1 - i) * w, {by, by * y}});
             after.add({-log - i * w, {by, by * y}});
@@ -207,8 +213,8 @@ __global__ void WKV_BOUNDS(WARPS) bi_wkv_bwd(const BiWkvBwdParams p) {
         char *const dv = at.address(p.dv, p.length, p.channels);
 #pragma unroll 1
         for (int i = 0; i < at.count; ++i) {
-            const float k = at.one(p.k, i), v = at.one(p.v, i);
-            const float now = exp_of(k + u - kept[i].x) * at.one(p.dy, i);
+            const float k = at.again(p.k, i), v = at.again(p.v, i);
+            const float now = exp_of(k + u - kept[i].x) * at.again(p.dy, i);
             float by_value = now, by_key = now * (v - kept[i].y);
             by_u += by_key;
             // The weights of what is on one side of the token, and the gradients from the other.
@@ -222,10 +228,10 @@ __global__ void WKV_BOUNDS(WARPS) bi_wkv_bwd(const BiWkvBwdParams p) {
                     if (j == i) continue;
                     const float between = (abs(i - j) - 1) * w;
                     if (j < i == !side) {
-                        weight.add({at.one(p.k, j) - between, {at.one(p.v, j), 1.f}});
+                        weight.add({at.again(p.k, j) - between, {at.again(p.v, j), 1.f}});
                     } else {
                         const float2 log_y = kept[j];
-                        const float by = at.one(p.dy, j);
+                        const float by = at.again(p.dy, j);
                         drive.add({-log_y.x - between, {by, by * log_y.y}});
                     }
                 }

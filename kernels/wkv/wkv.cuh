@@ -160,6 +160,14 @@ struct Place {
     __device__ __forceinline__ float one(const WkvMap &map, int i) const {
         return value(address(map, first + i));
     }
+    // The same in few registers: nothing of the address is kept for the next one.
+    __device__ __forceinline__ float again(const WkvMap &map, int i) const {
+        int token = first + i, from = channel;
+        opaque(token);
+        opaque(from);
+        return value((const char *)map.data
+                     + (sample * map.b + (long long)token * map.t + (long long)from * map.c) * SIZE);
+    }
     __device__ __forceinline__ const char *address(const WkvMap &map, int token) const {
         return (const char *)map.data
                + (sample * map.b + (long long)token * map.t + (long long)(unsigned)channel * map.c) * SIZE;

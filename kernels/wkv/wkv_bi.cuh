@@ -62,7 +62,7 @@ struct BiSpan {
         } else {
 #pragma unroll 1
             for (int i = 0; i < at.count; ++i) {
-                const float key = at.one(k_map, i), value = at.one(v_map, i);
+                const float key = at.again(k_map, i), value = at.again(v_map, i);
                 before.add({key - (R - 1 - i) * w, {value, 1.f}});
                 after.add({key - i * w, {value, 1.f}});
             }
@@ -139,7 +139,7 @@ struct BiSpan {
     // Numerator and denominator at token i over exp(top), where not is_near.
     __device__ __forceinline__ Sums<2> at_token(const Place<T, R> &at, const WkvMap &k_map,
                                                 const WkvMap &v_map, int i) const {
-        Sums<2> all = {u + at.one(k_map, i), {at.one(v_map, i), 1.f}};
+        Sums<2> all = {u + at.again(k_map, i), {at.again(v_map, i), 1.f}};
         Sums<2> others = before;
         others.pass(i, w);
         all.add(others);
@@ -149,7 +149,7 @@ struct BiSpan {
 #pragma unroll 1
         for (int j = 0; j < at.count; ++j)
             if (j != i)
-                all.add({at.one(k_map, j) - (abs(i - j) - 1) * w, {at.one(v_map, j), 1.f}});
+                all.add({at.again(k_map, j) - (abs(i - j) - 1) * w, {at.again(v_map, j), 1.f}});
         return all;
     }
 };
