@@ -5,7 +5,8 @@ builds no model.
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,25 @@ def infer_image_size(num_patches: int, patch_size: int) -> int | tuple[int, int]
     rows = next(n for n in range(math.isqrt(num_patches), 0, -1) if num_patches % n == 0)
     columns = num_patches // rows
     return rows * patch_size if rows == columns else (rows * patch_size, columns * patch_size)
+
+
+def count_blocks(names: Iterable[str], num_stages: int) -> tuple[int, ...]:
+    """How many blocks, ``stages.I.blocks.J``, each stage has, for ``infer_arch``."""
+    found = {match.groups() for name in names
+             if (match := re.match(r'stages\.(\d+)\.blocks\.(\d+)\.', name))}
+    return tuple(sum(stage == str(i) for stage, _ in found) for i in range(num_stages))
+
+
+def sizes_of_stages(shapes: Mapping[str, tuple[int, ...]], name: str, num_stages: int
+                    ) -> tuple[int, ...]:
+    """The first dimension of ``stages.I.NAME`` for each stage, for ``infer_arch``; 0 where a part
+    of a file lacks it.
+
+    Raises:
+        KeyError: if the first stage lacks it.
+    """
+    return (shapes[f'stages.0.{name}'][0],
+            *(shapes.get(f'stages.{i}.{name}', (0,))[0] for i in range(1, num_stages)))
 
 
 # --- tests of values, for rules ---------------------------------------------------------------

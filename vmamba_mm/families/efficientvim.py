@@ -1,10 +1,16 @@
 """EfficientViM (arXiv 2411.15241): the four published architectures, the names of its weights."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from vmamba_mm.families.base import Family, Rule, are_ints, is_number
+from vmamba_mm.families.base import (
+    Family,
+    Rule,
+    are_ints,
+    count_blocks,
+    is_number,
+    sizes_of_stages,
+)
 from vmamba_mm.families.parity import Build, Call, Omission, Options, Parity, Probe, Subject
 
 
@@ -59,18 +65,10 @@ _SHAPES = (
 
 def _infer_arch(weights: Mapping[str, Any]) -> dict[str, Any]:
     shapes = {k: tuple(v.shape) for k, v in weights.items()}
-    blocks = {m.groups() for k in shapes if (m := re.match(r'stages\.(\d+)\.blocks\.(\d+)\.', k))}
-
-    def first_sizes(name):
-        """Of each stage; 0 where a part of a file lacks it."""
-        return (shapes[f'stages.0.blocks.0.{name}'][0],
-                *(shapes.get(f'stages.{i}.blocks.0.{name}', (0,))[0] for i in (1, 2)))
-
-    dims = shapes['stages.0.blocks.0.mixer.out_proj.weight']
-    arch = dict(embed_dims=first_sizes('mixer.out_proj.weight'),
-                depths=tuple(sum(stage == str(i) for stage, _ in blocks) for i in range(3)),
-                d_state=first_sizes('mixer.A'))
-    found = dict(expand=dims[1] / dims[0],
+    dims, d_state = (sizes_of_stages(shapes, f'blocks.0.mixer.{name}', 3)
+                     for name in ('out_proj.weight', 'A'))
+    arch = dict(embed_dims=dims, depths=count_blocks(shapes, 3), d_state=d_state)
+    found = dict(expand=shapes['stages.0.blocks.0.mixer.out_proj.weight'][1] / dims[0],
                  mlp_ratio=shapes['stages.0.blocks.0.ffn.fc1.conv.weight'][0] / dims[0])
     return arch | {k: v for k, v in found.items() if v != DEFAULTS[k]}
 
