@@ -14,6 +14,7 @@ a test took is divided by it.
 
 import collections
 import copy
+import functools
 import gc
 import os
 import statistics
@@ -23,19 +24,27 @@ import pytest
 
 #: Name of the parameter -> seconds of one core.
 LIMITS = {'family': 60.0, 'op': 90.0}
-#: Seconds that ``work`` takes there: 2.6 GHz of an AMD EPYC of 2024, Python 3.11, torch 2.14.
-USUAL = 0.0048
+#: Seconds that ``work`` takes there in between tests (2.6 GHz of an AMD EPYC of 2024, Python 3.11,
+#: torch 2.14); in a loop, with all of it in the caches, it is half of that.
+USUAL = 0.0052
 #: Seconds between two measurements, and how many of the latest the slow-down is the median of.
 EVERY, LATEST = 1.0, 5
 
 
+@functools.cache
+def network():
+    import torch
+    from torch import nn
+    with torch.device('meta'):  # draws no random numbers, which tests may count on
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.LayerNorm([8, 14, 14]), nn.GELU(), nn.Flatten(),
+                             nn.Linear(8 * 14 * 14, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
 def work():
-    """Like the tests a bit of everything, in much more code than fits the caches of a core: other
-    programs do not slow down a loop of a few lines as they do tests."""
-    from torch import fx, nn
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.LayerNorm([8, 14, 14]), nn.GELU(), nn.Flatten(),
-                        nn.Linear(8 * 14 * 14, 16), nn.ReLU(), nn.Linear(16, 4))
-    copy.deepcopy(fx.symbolic_trace(net))
+    """Much code and little of each, as in tests. What fits the caches of a core, such as a loop of
+    a few lines or a large matrix product, is not slowed down by others as they are."""
+    from torch import fx
+    copy.deepcopy(fx.symbolic_trace(network()))
 
 
 class Budget:
@@ -50,19 +59,16 @@ class Budget:
     def __init__(self, config, limits=LIMITS, work=work, usual=USUAL):
         self.is_worker = hasattr(config, 'workerinput')
         self.limits, self.work, self.usual = limits, work, usual
-        self.spent = {}  # (parameter, its value) -> seconds
+        self.spent = {}  # (parameter, its value) -> [seconds, those that were measured]
         self.timings = collections.deque(maxlen=LATEST)
-        self.timed = self.began = clocks()
+        self.timed, self.began = -EVERY, clocks()
 
-    def pytest_collection_finish(self, session):
-        if not self.is_worker and session.config.getoption('numprocesses', None):
-            return  # others run the tests
-        self.work()  # what it imports
-        for _ in range(LATEST):
-            self.time_work()
+    def pytest_collection_finish(self):
         self.began = clocks()  # or the first test of a process would pay for all imports
 
     def time_work(self):
+        if not self.timings:
+            self.work()  # what it imports does not count
         collects = gc.isenabled()
         gc.disable()
         start = time.thread_time()
@@ -70,33 +76,38 @@ class Budget:
         self.timings.append(time.thread_time() - start)
         if collects:
             gc.enable()
-        self.timed = clocks()
+        self.timed = time.monotonic()
 
     def slowdown(self):
         """How many times longer than usual anything takes now."""
-        if clocks()[1] - self.timed[1] >= EVERY:
-            self.time_work()
         return statistics.median(self.timings) / self.usual
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(self, item):
-        """Attach to a report whose it is and what it took since the one before."""
+    def pytest_runtest_makereport(self, item, call):
+        """Attach to a test's last report whose it is and what it took since that of the one before.
+        """
         report = yield
-        cpu, wall = (end - begin for end, begin in zip(clocks(), self.began, strict=True))
-        # A child counts when it ends, which for a pool of processes, as torch.compile's, may be in
-        # another test, much later: a test pays for no more than its own duration.
-        report.budget = [*owners(item, self.limits)], min(cpu, wall) / self.slowdown()
-        self.began = clocks()
+        if call.when == 'teardown':
+            cpu, wall = (end - begin for end, begin in zip(clocks(), self.began, strict=True))
+            # A child counts when it ends, which for a pool of processes, as torch.compile's, may be
+            # in another test, much later: a test pays for no more than its own duration.
+            measured = min(cpu, wall)
+            if time.monotonic() - self.timed >= EVERY:
+                self.time_work()  # nothing that a test has patched is left now
+            report.budget = [*owners(item, self.limits)], (measured / self.slowdown(), measured)
+            self.began = clocks()
         return report
 
     def pytest_runtest_logreport(self, report):
         if not self.is_worker and hasattr(report, 'budget'):
             names, seconds = report.budget
             for owner in map(tuple, names):  # lists, if they come from another process
-                self.spent[owner] = self.spent.get(owner, 0.0) + seconds
+                self.spent[owner] = [*map(sum, zip(self.spent.get(owner, (0, 0)), seconds,
+                                                   strict=True))]
 
     def exceeded(self):
-        return [owner for owner, seconds in self.spent.items() if seconds > self.limits[owner[0]]]
+        return [owner for owner, (seconds, _) in self.spent.items()
+                if seconds > self.limits[owner[0]]]
 
     def pytest_sessionfinish(self, session):
         if not self.is_worker and session.exitstatus == 0 and self.exceeded():
@@ -107,10 +118,10 @@ class Budget:
             return
         failed = self.exceeded()
         terminalreporter.section('seconds of one core to itself, by family and op')
-        for owner, seconds in sorted(self.spent.items(), key=lambda item: -item[1]):
+        for owner, (seconds, measured) in sorted(self.spent.items(), key=lambda item: -item[1][0]):
             note = '  FAILED: over the budget' if owner in failed else ''
-            terminalreporter.line(f'{seconds:8.1f} of {self.limits[owner[0]]:g}  {" ".join(owner)}'
-                                  f'{note}', red=bool(note))
+            terminalreporter.line(f'{seconds:8.1f} of {self.limits[owner[0]]:g}  {" ".join(owner)} '
+                                  f'({measured:.1f} here){note}', red=bool(note))
 
 
 def owners(item, parameters):
