@@ -1,8 +1,12 @@
 """The published recipes of EfficientViM: decay, rates, averages, MESA, the teacher, and a step."""
 
+import copy
+from types import SimpleNamespace
+
 import pytest
+import torch
 from leaves import LEAVES, entry_of
-from small_recipes import learning_rates, settings_of, take_a_step
+from small_recipes import batch_of, learning_rates, settings_of, take_a_step
 
 ALL = [leaf for leaf in LEAVES if leaf.startswith('configs/efficientvim/')]
 KINDS = ('dist', '300', '450')
@@ -84,3 +88,24 @@ def narrowed(cfg):
 def test_one_step_and_a_prediction(kind, load):
     """A has no effect."""
     take_a_step(load(next(leaf for leaf in ALL if kind_of(leaf) == kind)), narrowed, r'mixer\.A$')
+
+
+def test_mesa_reads_the_logits(load):
+    """Of the head, in a step after a quarter of the training."""
+    from mmengine.registry import HOOKS, MODELS
+    cfg = load(next(leaf for leaf in ALL if kind_of(leaf) == '300'))
+    torch.manual_seed(0)
+    model = MODELS.build(narrowed(cfg)).train()
+    ema, mesa = (HOOKS.build(dict(hook)) for hook in cfg.custom_hooks)
+    ema.ema_model = SimpleNamespace(module=copy.deepcopy(model))
+    runner = SimpleNamespace(hooks=[ema, mesa], model=model, train_loop=None, iter=3, max_iters=10)
+    mesa.before_train(runner)
+    mesa.before_train_iter(runner, 0)
+    batch = model.data_preprocessor(batch_of('mmpretrain'), training=True)
+    losses = model(**batch, mode='loss')
+    wanted = ema.ema_model.module(batch['inputs']).softmax(1)
+    found = model(batch['inputs'])
+    torch.testing.assert_close(losses['loss_mesa'],
+                               torch.nn.functional.cross_entropy(found, wanted))
+    mesa.after_train(runner)
+    assert set(model(**batch, mode='loss')) == {'loss'}
