@@ -1,11 +1,14 @@
 """The head that adds the logits of all stages, and the classifier that learns from a teacher."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vmamba_mm.heads import HardDistillation, StageFusionHead
+from vmamba_mm.errors import UserError
+from vmamba_mm.heads import HardDistillation, StageFusionHead, TimmTeacher
 from vmamba_mm.registry import MODELS
 from vmamba_mm.testing import assert_close
 
@@ -137,3 +140,6 @@ def test_teacher_of_timm(monkeypatch):
     teacher.init_weights()
     assert loaded == [teacher.model] and loaded[0].pretrained_cfg['tag'] == 'c3_in1k'
     assert teacher.eval()(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
+    monkeypatch.setitem(sys.modules, 'timm', None)
+    with pytest.raises(UserError, match=r"resnet10t needs .*: pip install 'vmamba_mm\[timm\]'"):
+        TimmTeacher('resnet10t')

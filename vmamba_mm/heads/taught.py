@@ -6,6 +6,7 @@ import torch
 from mmengine.model import BaseModel, BaseModule
 from torch import Tensor, nn
 
+from vmamba_mm.errors import UserError
 from vmamba_mm.registry import MODELS
 
 
@@ -122,12 +123,18 @@ class TimmTeacher(BaseModule):
         kwargs: of ``timm.create_model``.
 
     Shape: (B, 3, H, W), normalised as the images of the student, to logits (B, classes).
+
+    Raises:
+        UserError: if timm is not installed.
     """
 
     def __init__(self, model_name: str, **kwargs):
         super().__init__()
-        import timm
-
+        try:
+            import timm
+        except ImportError as err:
+            raise UserError(f'the teacher {model_name} needs the package timm: '
+                            "pip install 'vmamba_mm[timm]'") from err
         self.model = timm.create_model(model_name, **kwargs)
 
     def init_weights(self) -> None:
