@@ -4,6 +4,7 @@ import copy
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 from leaves import LEAVES, entry_of
 from small_recipes import batch_of, learning_rates, settings_of, take_a_step
@@ -47,7 +48,8 @@ def test_recipe(leaf, load, build_meta):
     assert (ema.ema_cfg['momentum'], ema.ema_cfg['update_buffers']) == (5e-4, True)
     if kind_of(leaf) == 'dist':
         assert not mesa and model.head.distilled and model.head.alpha == 0.5
-        assert model.teacher.model.pretrained_cfg['tag'] == 'deit_in1k'
+        assert timm.is_model_pretrained(model.teacher.model_name)
+        assert model.teacher.model_name == 'regnety_160.deit_in1k'
     else:
         assert mesa[0].value == 1.0
         starts = [epoch >= mesa[0].begin * (epochs + 10) for epoch in range(epochs)]
@@ -78,8 +80,8 @@ def narrowed(cfg):
     model.backbone.arch = dict(ARCH)
     model.head.in_channels = [8, 12, 16, 16]
     if 'teacher' in model:
-        model.teacher.model_name = 'efficientvim_m1'
-        model.teacher.update(embed_dim=(8, 8, 8), state_dim=(2, 2, 2), depths=(1, 1, 1))
+        model.teacher.update(model_name='efficientvim_m1', pretrained=False, depths=(1, 1, 1),
+                             embed_dim=(8, 8, 8), state_dim=(2, 2, 2))
     model.data_preprocessor = dict(type='ClsDataPreprocessor', **cfg.data_preprocessor)
     return model
 

@@ -115,7 +115,10 @@ class HardDistillation(TaughtClassifier):
 
 @MODELS.register_module()
 class TimmTeacher(BaseModule):
-    """A classifier of timm with its published weights, which ``init_weights`` downloads.
+    """A classifier of timm with its published weights.
+
+    It is made, and its weights are downloaded, when weights are initialised, or with the first
+    images: who only evaluates the student does without.
 
     Args:
         model_name: in timm, with a tag of weights: ``'regnety_160.deit_in1k'``, the teacher of
@@ -130,17 +133,19 @@ class TimmTeacher(BaseModule):
 
     def __init__(self, model_name: str, **kwargs):
         super().__init__()
+        self.model_name, self.kwargs = model_name, dict(pretrained=True) | kwargs
+        self.model: nn.Module | None = None
+
+    def init_weights(self) -> None:
         try:
             import timm
         except ImportError as err:
-            raise UserError(f'the teacher {model_name} needs the package timm: '
+            raise UserError(f'the teacher {self.model_name} needs the package timm: '
                             "pip install 'vmamba_mm[timm]'") from err
-        self.model = timm.create_model(model_name, **kwargs)
-
-    def init_weights(self) -> None:
-        from timm.models import load_pretrained
-
-        load_pretrained(self.model)
+        self.model = timm.create_model(self.model_name, **self.kwargs).eval().requires_grad_(False)
 
     def forward(self, inputs: Tensor) -> Tensor:
+        if self.model is None:
+            self.init_weights()
+            self.model.to(inputs.device)
         return self.model(inputs)
