@@ -119,10 +119,10 @@ nc_ssd_bwd(const NcBackward p) {
                 grad.template load<false, true>(stage.grad + n * BLOCK * X + k * BLOCK, X);
 #pragma unroll
                 for (int m = 0; m < 2; ++m) {
-                    multiply<T, FAST>(dC[i][m], dy.v[0], dy.v[1], dy.v[2], dy.v[3], s.v[2 * m],
-                                      s.v[2 * m + 1]);
-                    multiply<T, FAST>(dB[i][m], x.v[0], x.v[1], x.v[2], x.v[3], grad.v[2 * m],
-                                      grad.v[2 * m + 1]);
+                    multiply_rounded<T, FAST>(dC[i][m], dy.v[0], dy.v[1], dy.v[2], dy.v[3],
+                                              s.v[2 * m], s.v[2 * m + 1]);
+                    multiply_rounded<T, FAST>(dB[i][m], x.v[0], x.v[1], x.v[2], x.v[3],
+                                              grad.v[2 * m], grad.v[2 * m + 1]);
                 }
             }
         }
@@ -139,8 +139,8 @@ nc_ssd_bwd(const NcBackward p) {
                 grad.template load<true>(stage.grad + n * BLOCK * X + (2 * half + i) * BLOCK, X);
 #pragma unroll
                 for (int m = 0; m < 2; ++m)
-                    multiply<T, FAST>(sums[i][m], b.v[0], b.v[1], b.v[2], b.v[3], grad.v[2 * m],
-                                      grad.v[2 * m + 1]);
+                    multiply_rounded<T, FAST>(sums[i][m], b.v[0], b.v[1], b.v[2], b.v[3],
+                                              grad.v[2 * m], grad.v[2 * m + 1]);
             }
         }
 #pragma unroll

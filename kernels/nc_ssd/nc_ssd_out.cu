@@ -7,7 +7,8 @@ struct NcOutput {
     const void *states;  // (batch, groups, state, columns), times 1 / scale
     const void *D;       // (H), or null
     float scale;
-    int length, groups, dim, state, columns, pitch, chunks, span, D_type;
+    // `width` columns of a block: all if there is a norm; `stages` tiles of C.
+    int length, groups, dim, state, columns, width, pitch, chunks, span, stages, D_type;
     Map z;               // with a norm, of one group; (batch, length, columns)
     const void *norm_weight, *norm_bias;  // (columns)
     float2 *moments;     // (batch, length): mean and 1 / deviation, or null
@@ -19,19 +20,20 @@ constexpr int WARPS = 8, PIECE = 32;  // columns that a warp has at a time
 
 template <class T, int N>
 struct NcOutputShared {
-    Element<T> C[2][Q * PITCH<T, N>];
     float sums[2][Q], squares[2][Q];  // of each token, by both warps that have it
-    // (N, pitch) of T: the state; (2, columns) floats: the norm's weight and bias.
+    // (stages, Q, PITCH) of T: C; (N, pitch): the state; (2, columns) floats: the norm's weight and
+    // bias.
     char rest[16];
 };
 
 // Calls `use(k, column, valid, y)` for four adjacent columns of token + 8 k, where `token` is that
-// of the lane, for each piece of the warp. `C` are its 16 rows of a tile, `x_at` is the token's x.
+// of the lane, for each piece of the warp in columns `begin` to `end`. `C` are its 16 rows of a
+// tile, `state` is that of column 0, `x_at` is the token's x.
 template <class T, bool FAST, int N, class Use>
 __device__ __forceinline__ void multiply_pieces(const NcOutput &p, const Columns &columns,
                                                 const Element<T> *C, const Element<T> *state,
                                                 const Element<T> *x_at, int token, int half,
-                                                Use use) {
+                                                int begin, int end, Use use) {
     const int t = threadIdx.x & 3;
     typename Raw<T>::type ahead[2][2];
     auto load = [&](int first) {
@@ -44,9 +46,9 @@ __device__ __forceinline__ void multiply_pieces(const NcOutput &p, const Columns
                 ahead[i][k] = load4<T>(x_at, 8 * k * p.x.l + columns(at, p.x.h), valid);
             }
     };
-    load(half * PIECE);
+    load(begin + half * PIECE);
 #pragma unroll 1
-    for (int first = half * PIECE; first < p.columns; first += 2 * PIECE) {
+    for (int first = begin + half * PIECE; first < end; first += 2 * PIECE) {
         typename Raw<T>::type x[2][2];
 #pragma unroll
         for (int i = 0; i < 2; ++i)
@@ -64,8 +66,8 @@ __device__ __forceinline__ void multiply_pieces(const NcOutput &p, const Columns
                 s.template load<true>(state + n * BLOCK * p.pitch + first + i * BLOCK, p.pitch);
 #pragma unroll
                 for (int m = 0; m < 2; ++m)
-                    multiply<T, FAST>(sums[i][m], c.v[0], c.v[1], c.v[2], c.v[3], s.v[2 * m],
-                                      s.v[2 * m + 1]);
+                    multiply_rounded<T, FAST>(sums[i][m], c.v[0], c.v[1], c.v[2], c.v[3],
+                                              s.v[2 * m], s.v[2 * m + 1]);
             }
         }
 #pragma unroll
@@ -88,8 +90,9 @@ __device__ __forceinline__ void multiply_pieces(const NcOutput &p, const Columns
     }
 }
 
-// A block has the state of a group, and a span of chunks of its tokens. Of a chunk, a warp has 16
-// tokens of every other piece. What a norm needs of all pieces takes the product once more.
+// A block has the state of a group, or some columns of it, and a span of chunks of its tokens. Of a
+// chunk, a warp has 16 tokens of every other piece. What a norm needs of all pieces takes the product
+// once more.
 template <class T, bool FAST, int N, bool NORM>
 __global__ void __launch_bounds__(32 * WARPS, same<T, Float> ? 1 : N > 64 || NORM ? 2 : 3)
 nc_ssd_out(const NcOutput p) {
@@ -98,8 +101,8 @@ nc_ssd_out(const NcOutput p) {
     constexpr int V = VECTOR<T>, K = PITCH<T, N>, THREADS = 32 * WARPS;
     extern __shared__ __align__(16) char memory[];
     Shared &shared = *(Shared *)memory;
-    E *const state = (E *)shared.rest;
-    float *const affine = (float *)(state + N * p.pitch);
+    E *const tiles = (E *)shared.rest, *const own_state = tiles + p.stages * Q * K;
+    float *const affine = (float *)(own_state + N * p.pitch);
 
     const int thread = threadIdx.x, lane = thread & 31, warp = warp_index();
     const int g = lane >> 2, t = lane & 3, own = warp % BLOCKS, half = warp / BLOCKS;
@@ -109,14 +112,17 @@ nc_ssd_out(const NcOutput p) {
 
     Rows<T, N, THREADS> C((const E *)p.C.data + batch * p.C.b + (long long)columns.group * p.C.h,
                           p.C.l, Time{p.length, 0}, begin * Q);
-    C.copy(shared.C[0], min(Q, p.length - begin * Q), p.state);
+    C.copy(tiles, min(Q, p.length - begin * Q), p.state);
+    const int left = NORM ? 0 : blockIdx.z * p.width;
+    const int right = NORM ? p.columns : min(p.columns, left + p.width);
+    const E *const state = own_state - left;  // that of column 0, if it were there
     const E *const states = (const E *)p.states + (long long)blockIdx.x * p.state * p.columns;
     const int row = (p.pitch - V) / V;  // vectors
     for (int i = thread; i < N * row; i += THREADS) {
-        const int n = i / row, c = i % row * V;
-        const bool valid = n < p.state && c < p.columns;
-        copy16(state + n * p.pitch + c, valid ? states + (long long)n * p.columns + c : states,
-               valid);
+        const int n = i / row, c = left + i % row * V;
+        const bool valid = n < p.state && c < right;
+        copy16(own_state + n * p.pitch + c - left,
+               valid ? states + (long long)n * p.columns + c : states, valid);
     }
     commit_copies();
     if (NORM)
@@ -126,11 +132,17 @@ nc_ssd_out(const NcOutput p) {
         }
 
     for (int chunk = begin; chunk < end; ++chunk) {
-        const E *const from = shared.C[(chunk - begin) & 1];
+        E *const from = tiles + (chunk - begin) % p.stages * Q * K;
+        if (p.stages == 1 && chunk > begin) {
+            __syncthreads();
+            C.copy(from, min(Q, p.length - chunk * Q), p.state);
+            commit_copies();
+        }
         wait_copies<0>();
         __syncthreads();
-        if (chunk + 1 < end)
-            C.copy(shared.C[(chunk - begin + 1) & 1], min(Q, p.length - (chunk + 1) * Q), p.state);
+        if (p.stages > 1 && chunk + 1 < end)
+            C.copy(tiles + (chunk - begin + 1) % p.stages * Q * K,
+                   min(Q, p.length - (chunk + 1) * Q), p.state);
         commit_copies();
         const int position = own * BLOCK + g, token = chunk * Q + position;  // and 8 further on
         if (!NORM && chunk * Q + own * BLOCK >= p.length) continue;
@@ -139,8 +151,8 @@ nc_ssd_out(const NcOutput p) {
         E *const y_at = (E *)p.y.data + batch * p.y.b + (long long)token * p.y.l;
 
         if constexpr (!NORM) {
-            multiply_pieces<T, FAST, N>(p, columns, C_at, state, x_at, token, half,
-                                        [&](int k, int at, bool valid, const float (&y)[4]) {
+            multiply_pieces<T, FAST, N>(p, columns, C_at, state, x_at, token, half, left,
+                                        right, [&](int k, int at, bool valid, const float (&y)[4]) {
                 if (valid) store4<T>(y_at, 8 * k * p.y.l + columns(at, p.y.h), y);
             });
         } else {
@@ -161,8 +173,8 @@ nc_ssd_out(const NcOutput p) {
             float mean[2] = {}, rate[2] = {};
             // In half precision squares are summed beside the values: their mean cancels no more
             // than what rounding takes. In fp32 it is a third product.
-            multiply_pieces<T, FAST, N>(p, columns, C_at, state, x_at, token, half,
-                                        [&](int k, int at, bool valid, const float (&y)[4]) {
+            multiply_pieces<T, FAST, N>(p, columns, C_at, state, x_at, token, half, left,
+                                        right, [&](int k, int at, bool valid, const float (&y)[4]) {
                 if (!valid) return;
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
@@ -175,8 +187,8 @@ nc_ssd_out(const NcOutput p) {
             __syncthreads();
             read_halves(mean, shared.sums);
             if constexpr (same<T, Float>) {
-                multiply_pieces<T, FAST, N>(p, columns, C_at, state, x_at, token, half,
-                                        [&](int k, int at, bool valid, const float (&y)[4]) {
+                multiply_pieces<T, FAST, N>(p, columns, C_at, state, x_at, token, half, left,
+                                        right, [&](int k, int at, bool valid, const float (&y)[4]) {
                     if (!valid) return;
 #pragma unroll
                     for (int e = 0; e < 4; ++e) rate[k] += (y[e] - mean[k]) * (y[e] - mean[k]);
@@ -197,8 +209,8 @@ nc_ssd_out(const NcOutput p) {
                         = make_float2(mean[k], rate[k]);
             }
             const E *const z_at = (const E *)p.z.data + batch * p.z.b + (long long)token * p.z.l;
-            multiply_pieces<T, FAST, N>(p, columns, C_at, state, x_at, token, half,
-                                        [&](int k, int at, bool valid, const float (&y)[4]) {
+            multiply_pieces<T, FAST, N>(p, columns, C_at, state, x_at, token, half, left,
+                                        right, [&](int k, int at, bool valid, const float (&y)[4]) {
                 if (!valid) return;
                 float z[4], w[4], b[4], v[4];
                 unpack4(z, load4<T>(z_at, 8 * k * p.z.l + at, true), T{});

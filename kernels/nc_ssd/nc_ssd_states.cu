@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(128, 2) nc_ssd_states(const NcStates p) {
         copy(i + STAGES - 1);
         make_weights(i + 1);
         const typename Shared::Stage &stage = shared.stages[i % STAGES];
-#pragma unroll
+#pragma unroll (same<T, Float> ? 1 : BLOCKS)  // which would spill
         for (int k = 0; k < BLOCKS; ++k) {
             Block16<T> v[TILES];
 #pragma unroll
@@ -122,8 +122,8 @@ __global__ void __launch_bounds__(128, 2) nc_ssd_states(const NcStates p) {
                 a.template load<true, true>(stage.b + k * BLOCK * K + m * BLOCK, K);
 #pragma unroll
                 for (int j = 0; j < 2 * TILES; ++j)
-                    multiply<T, FAST>(state[m][j], a.v[0], a.v[1], a.v[2], a.v[3],
-                                      v[j / 2].v[j % 2 * 2], v[j / 2].v[j % 2 * 2 + 1]);
+                    multiply_rounded<T, FAST>(state[m][j], a.v[0], a.v[1], a.v[2], a.v[3],
+                                              v[j / 2].v[j % 2 * 2], v[j / 2].v[j % 2 * 2 + 1]);
             }
         }
     }

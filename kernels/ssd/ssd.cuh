@@ -153,6 +153,21 @@ __device__ __forceinline__ void multiply(float (&c)[4], Pair<T> a0, Pair<T> a1, 
     }
 }
 
+// The same for sums over all tokens. The tensor cores cut their sums off and do not round them, so
+// that long ones drift towards zero by more than other fp32: these are added outside of them.
+template <class T, bool FAST>
+__device__ __forceinline__ void multiply_rounded(float (&c)[4], Pair<T> a0, Pair<T> a1, Pair<T> a2,
+                                                 Pair<T> a3, Pair<T> b0, Pair<T> b1) {
+    if constexpr (same<T, Float> && !FAST) {
+        float sum[4] = {};
+        multiply<T, FAST>(sum, a0, a1, a2, a3, b0, b1);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) c[e] += sum[e];
+    } else {
+        multiply<T, FAST>(c, a0, a1, a2, a3, b0, b1);
+    }
+}
+
 // sums += a b of 16 x 16 blocks.
 template <class T, bool FAST>
 __device__ __forceinline__ void multiply_blocks(float (&sums)[2][4], const Block16<T> &a,

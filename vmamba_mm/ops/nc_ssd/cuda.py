@@ -33,6 +33,8 @@ _MOST_SPANS, _MOST_SAMPLES = 32, 65535  # the latter are blocks of a launch in a
 
 #: Spans of a sequence in the sum of states, for tests.
 force_spans: int | None = None
+#: Bytes of shared memory of a block of nc_ssd_out, for tests.
+force_shared: int | None = None
 
 
 def why_not(x, dt, A, B, C, D, dt_bias, dt_softplus, positive) -> str | None:
@@ -48,28 +50,26 @@ def why_not(x, dt, A, B, C, D, dt_bias, dt_softplus, positive) -> str | None:
     if batch > _MOST_SAMPLES or batch * heads * dim * state >= 2**31:
         return f'the batch is of more than {_MOST_SAMPLES} samples, or 2^31 numbers of states'
     training = wants_grad(x, dt, A, B, C, D, dt_bias)
-    return _why_not_here(x.device.index, x.dtype.itemsize, heads // groups, dim, state, training)
+    return _why_not_here(x.device.index, x.dtype.itemsize, heads // groups, state, training)
 
 
 @torch.compiler.assume_constant_result
-def _why_not_here(index: int, size: int, heads: int, dim: int, state: int, training: bool
-                  ) -> str | None:
+def _why_not_here(index: int, size: int, heads: int, state: int, training: bool) -> str | None:
     """For so many heads of a group, and elements of ``size`` bytes."""
-    return _why_not_on(index, size, heads, dim, state, training)
+    return _why_not_on(index, size, heads, state, training)
 
 
 @cached
-def _why_not_on(index: int, size: int, heads: int, dim: int, state: int, training: bool
-                ) -> str | None:
+def _why_not_on(index: int, size: int, heads: int, state: int, training: bool) -> str | None:
     capability = torch.cuda.get_device_capability(index)
     if capability < (8, 0):
         return f'a GPU of compute capability {capability} is too old for them'
     states = _padded(state)
-    shared = max(_states_shared(size, states), _output_shared(size, states, heads * dim),
+    shared = max(_states_shared(size, states), _Output(_WIDTH, 2).shared(size, states, False),
                  _backward_shared(size, states, heads) if training else 0)
     if shared > device_limits(index)[2]:
-        return (f'N={state} and {heads * dim} channels of a group need {shared} bytes of shared '
-                f'memory, and this GPU has {device_limits(index)[2]}')
+        return (f'N={state} and {heads} heads of a group need {shared} bytes of shared memory, and '
+                f'this GPU has {device_limits(index)[2]}')
     return None
 
 
@@ -101,10 +101,33 @@ def _pitch(size: int, columns: int) -> int:
     return -(-columns // 32) * 32 + 16 // size
 
 
-def _output_shared(size: int, states: int, columns: int, norm: bool = False) -> int:
-    """As NcOutputShared, and what is behind it."""
-    return (2 * _tile(states, size) + 4 * _CHUNK * 4 + 16 + states * _pitch(size, columns) * size
-            + (2 * columns * 4 if norm else 0))
+class _Output(NamedTuple):
+    """How a block of nc_ssd_out is made up: so many ``columns`` and, of C, ``stages`` chunks."""
+    columns: int
+    stages: int
+
+    def shared(self, size: int, states: int, norm: bool) -> int:
+        """As NcOutputShared, and what is behind it."""
+        state = states * _pitch(size, self.columns) * size
+        return (4 * _CHUNK * 4 + 16 + self.stages * _tile(states, size) + state
+                + (2 * self.columns * 4 if norm else 0))
+
+
+def _output(size: int, states: int, columns: int, norm: bool, most_shared: int) -> _Output:
+    """All columns of a group, or as many as fit. A norm needs all: it has less of C in their place,
+    and the result may still not fit."""
+    def fits(columns, stages):
+        return _Output(columns, stages).shared(size, states, norm) <= most_shared
+
+    if fits(columns, 2) or norm:
+        return _Output(columns, 2 if fits(columns, 2) else 1)
+    parts = next(n for n in range(2, columns) if fits(_part(columns, n), 2))
+    return _Output(_part(columns, parts), 2)
+
+
+def _part(columns: int, parts: int) -> int:
+    """Columns of each of so many blocks: a multiple of what a block has at a time."""
+    return -(-columns // parts // _WIDTH) * _WIDTH
 
 
 def _backward_shared(size: int, states: int, heads: int) -> int:
@@ -253,16 +276,19 @@ def _output_launch(call: _Call, D: torch.dtype | None, x: _Strides, C: _Strides,
     It takes the addresses of x, C, y, states and D, and ``eps``; with a norm those of z,
     norm_weight, norm_bias, and moments if they are to be kept.
     """
-    size, sequences = call.dtype.itemsize, call.batch * call.groups
+    size, states, norm = call.dtype.itemsize, _padded(call.state), norm_dtype is not None
+    shape = _output(size, states, call.columns, norm,
+                    force_shared or device_limits(call.index)[2])
+    parts = -(-call.columns // shape.columns)
+    sequences = call.batch * call.groups
     # As many blocks as fit at once, so that each reads the state for several chunks.
-    blocks = (2 if norm_dtype is not None else 3) * device_limits(call.index)[0]
-    spans = max(1, min(blocks // sequences, call.chunks))
+    blocks = (2 if norm else 3) * device_limits(call.index)[0]
+    spans = max(1, min(blocks // (sequences * parts), call.chunks))
     span = -(-call.chunks // spans)
-    return call.kernel('nc_ssd_out', norm_dtype is not None).bind(
-        (sequences, -(-call.chunks // span), 1), (256, 1, 1),
-        _output_shared(size, _padded(call.state), call.columns, norm_dtype is not None),
-        ('eps',),
-        scale=1 / scale_of(call.length, call.dtype), pitch=_pitch(size, call.columns), span=span,
+    return call.kernel('nc_ssd_out', norm).bind(
+        (sequences, -(-call.chunks // span), parts), (256, 1, 1),
+        shape.shared(size, states, norm), ('eps',), scale=1 / scale_of(call.length, call.dtype),
+        width=shape.columns, pitch=_pitch(size, shape.columns), stages=shape.stages, span=span,
         D_type=CODES.get(D, 0), norm_type=CODES.get(norm_dtype, 0),
         **call.sizes(x=x, C=C, y=y, z=z))
 
@@ -400,7 +426,7 @@ def why_not_norm(x, dt, A, B, C, D, dt_bias, z, norm_weight, norm_bias, dt_softp
 
 @torch.compiler.assume_constant_result
 def _why_not_norm_here(index: int, size: int, columns: int, state: int) -> str | None:
-    shared, most = _output_shared(size, _padded(state), columns, True), device_limits(index)[2]
+    shared, most = _Output(columns, 1).shared(size, _padded(state), True), device_limits(index)[2]
     if shared > most:
         return f'{columns} channels need {shared} bytes of shared memory, and this GPU has {most}'
     return None
