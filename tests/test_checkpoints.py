@@ -48,7 +48,8 @@ def last_only(spec, arch, seed=0):
 @each_arch
 def test_classifier(spec, arch):
     model = last_only(spec, arch)
-    for state, wrapper in itertools.product(spec.official_classifiers(model, 10), WRAPPERS):
+    states = spec.official_classifiers(model, 10)
+    for state, wrapper in itertools.product(states, WRAPPERS):
         head = {k: v for k, v in state.items() if v.shape[:1] == (10,)}
         wrapped = under(wrapper, state)
         wrapped[f'{wrapper}total_ops'] = wrapped['layers.0.total_params'] = torch.zeros(1)
@@ -61,7 +62,7 @@ def test_classifier(spec, arch):
         assert infer_task(converted) == 'cls' and family_of(converted) is spec.family
         assert_same(to_mm(to_official(converted), **spec.told(arch, state)), converted)
         assert_same(to_mm(converted), converted)
-        if state is spec.official_classifiers(model, 10)[0]:
+        if state is states[0]:
             place = spec.family.place
             assert {k.removeprefix(place) for k in to_official(converted)} <= set(state)
 
