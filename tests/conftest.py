@@ -70,7 +70,7 @@ def pytest_xdist_auto_num_workers(config):
     if not torch.cuda.is_available():
         return 1
     # A core for each test's Python; the rest compiles kernels.
-    return max(1, min(cores * 3 // 4, torch.cuda.mem_get_info()[1] // (6 << 30), 12))
+    return max(1, min(cores * 3 // 4, torch.cuda.mem_get_info()[1] // (6 << 30), 20))
 
 
 @pytest.hookimpl(wrapper=True)

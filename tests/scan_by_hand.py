@@ -1,8 +1,8 @@
 """SS2D's scan patterns and the norm after them, position by position: what test_patterns.py and
 test_official_patterns.py hold the package to. It shares no code with it and is slow.
 
-Direction k = 0 to 3 has the parameters x_proj_weight[k] (R + 2N, D), dt_projs_weight[k] (D, R),
-dt_projs_bias[k] (D), and rows k*D to (k+1)*D of A (4*D, N) and D (4*D).
+Direction k from 0 has the parameters x_proj_weight[k] (R + 2N, D), dt_projs_weight[k] (D, R),
+dt_projs_bias[k] (D), and rows k*D to (k+1)*D of A (K*D, N) and D (K*D).
 """
 
 import torch
@@ -36,11 +36,23 @@ def by_antidiagonals(height, width):
     return found
 
 
+def by_wrapped_diagonals(height, width):
+    return [(i, (i + j) % width) for j in range(width) for i in range(height)]
+
+
+def by_wrapped_antidiagonals(height, width):
+    return [(i, (j - i) % width) for j in range(width) for i in range(height)]
+
+
 def paths(scan, height, width):
     """For each k, the positions in the order of the visit."""
     rows, columns = by_rows(height, width), by_columns(height, width)
     falling, rising = by_diagonals(height, width), by_antidiagonals(height, width)
-    return {'cross': [rows, columns, rows[::-1], columns[::-1]],
+    cross = [rows, columns, rows[::-1], columns[::-1]]
+    wrapped = by_wrapped_diagonals(height, width), by_wrapped_antidiagonals(height, width)
+    return {'cross': cross,
+            'omnidirectional': [*cross, *wrapped, *(path[::-1] for path in wrapped)],
+            'omnidirectional-unwrapped': [*cross, falling, rising, falling[::-1], rising[::-1]],
             'unidirectional': [rows, rows, rows, rows],
             'bidirectional': [rows, rows, rows[::-1], rows[::-1]],
             'diagonal': [falling, rising, falling[::-1], rising[::-1]]}[scan]

@@ -55,7 +55,7 @@ def learning_rates(cfg, epoch_length, total):
     return found
 
 
-def batch_of(scope):
+def batch_of(scope, num_classes=150):
     """Two images of SIZE pixels with what the task asks of them, for a model of that scope."""
     import torch
     images = torch.randint(0, 256, (2, 3, SIZE, SIZE), dtype=torch.uint8)
@@ -65,7 +65,7 @@ def batch_of(scope):
     if scope == 'mmseg':
         from mmengine.structures import PixelData
         from mmseg.structures import SegDataSample
-        labels = torch.randint(0, 150, (1, SIZE, SIZE))
+        labels = torch.randint(0, num_classes, (1, SIZE, SIZE))
         return dict(inputs=list(images), data_samples=[SegDataSample(
             gt_sem_seg=PixelData(data=labels), metainfo=dict(
                 img_shape=(SIZE, SIZE), ori_shape=(SIZE, SIZE))) for _ in images])
@@ -95,9 +95,10 @@ def narrow_heads(cfg, channels):
         model.data_preprocessor.size = (SIZE, SIZE)
 
 
-def take_a_step(cfg, narrowed, behind_zeros=None):
+def take_a_step(cfg, narrowed, behind_zeros=None, num_classes=150):
     """Build the model that ``narrowed(cfg)`` gives, train a step that moves all weights of the
-    backbone but for those ``behind_zeros``, a regular expression, and predict."""
+    backbone but for those ``behind_zeros``, a regular expression, and predict; ``num_classes`` are
+    those of a segmentor's labels."""
     import torch
     from mmengine.model import revert_sync_batchnorm
     from mmengine.registry import MODELS
@@ -106,7 +107,7 @@ def take_a_step(cfg, narrowed, behind_zeros=None):
     model = revert_sync_batchnorm(MODELS.build(narrowed(cfg))).train()
     _, optim_wrapper = settings_of(model, cfg)
     before = {name: p.detach().clone() for name, p in model.backbone.named_parameters()}
-    log = model.train_step(batch_of(cfg.default_scope), optim_wrapper)
+    log = model.train_step(batch_of(cfg.default_scope, num_classes), optim_wrapper)
     assert all(value.isfinite().all() for value in log.values())
     for name, p in model.backbone.named_parameters():
         is_still = behind_zeros is not None and re.search(behind_zeros, name)

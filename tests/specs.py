@@ -8,7 +8,7 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,18 @@ class Spec:
         official: (backbone) -> its weights as official files have them, for each generation of
             names, without a prefix.
         official_classifiers: (backbone of a classifier, with the last output alone, classes) -> the
-            same with the head.
+            same with the head; of segmentors where these were published.
         layer_depths: {name of a parameter of the first arch: its depth}.
         a_weight: name of a Linear's weight in a block of every arch.
         sizes: of images, the odd ones that a family takes.
+        repeatable: arguments of the model with which a step of training without dropped paths is
+            the same each time.
+        drop_path_rates: (arch, rate) -> that of each block, if not linear from 0 to the last.
+        called_often: a regular expression of the modules that run several times in a call.
         shares_names: (arch) -> whether another family's models have the same official names and
             shapes, so that only who asks for one of the families can tell.
+        whole_model: (arch, name in the zoo) -> a whole published model, where the head is more than
+            a layer; '' is the model that ``official_classifiers`` has the weights of.
         published_keys: gives {arch: {official name: shape}} of the published classifiers, or None
             where the list is not at hand; None if nothing was published.
     """
@@ -64,7 +70,11 @@ class Spec:
     layer_depths: Mapping[str, int]
     a_weight: str
     sizes: Sequence[tuple[int, int]] = ((1, 1), (1, 50), (31, 33), (64, 32))
+    repeatable: Mapping[str, Any] = field(default_factory=dict)
+    drop_path_rates: Callable[[Mapping, float], Sequence[float]] | None = None
+    called_often: str = '(?!)'
     shares_names: Callable[[Mapping], bool] = lambda arch: False
+    whole_model: Callable[[str | Mapping, str], torch.nn.Module] | None = None
     published_keys: Callable[[], Mapping[str, Mapping[str, tuple]] | None] | None = None
 
     @property
@@ -87,9 +97,30 @@ class Spec:
             return _on_meta(self.model, arch, tuple(self.of_classifiers(arch).items()))
         return _on_meta(self.model, arch, (('out_indices', tuple(self.stages(arch))),))
 
+    @property
+    def head(self) -> str:
+        """Our name of the last layer of a whole model of the family's task."""
+        return {'cls': 'head.fc', 'seg': 'decode_head.conv_seg'}[self.family.task]
+
+    def head_weights(self, arch: Mapping[str, Any]) -> set[str]:
+        """Our names of what whole published models have beside the backbone."""
+        if self.whole_model is None:
+            return {f'{self.head}.weight', f'{self.head}.bias'}
+        with torch.device('meta'):
+            names = self.whole_model(arch, '').state_dict()
+        return {name for name in names if not name.startswith('backbone.')}
+
     def of_classifiers(self, arch: str | Mapping[str, Any]) -> dict[str, Any]:
-        """The keywords of a classifier's backbone."""
-        return dict(self.model.classifier_options, out_indices=tuple(self.stages(arch)[-1:]))
+        """The keywords of a classifier's backbone, or of what else is published of the family."""
+        settings = self.family.archs[arch] if isinstance(arch, str) else arch
+        pooled = dict(out_type='avg_featmap') if self.model.has_pool_norm(settings) else {}
+        return dict(self.model.classifier_options, out_indices=tuple(self.stages(arch)[-1:]),
+                    **pooled)
+
+    def place_in(self, state: State) -> str:
+        """Where official weights have the backbone: its family's place, or at the top."""
+        place = self.family.place
+        return place if any(key.startswith(place) for key in state) else ''
 
     def told_archs(self) -> dict[str, str]:
         """{published arch: the one that its weights tell}: the first with these names and shapes.

@@ -50,21 +50,21 @@ def test_classifier(spec, arch):
     model = last_only(spec, arch)
     states = spec.official_classifiers(model, 10)
     for state, wrapper in itertools.product(states, WRAPPERS):
-        head = {k: v for k, v in state.items() if v.shape[:1] == (10,)}
         wrapped = under(wrapper, state)
         wrapped[f'{wrapper}total_ops'] = wrapped['layers.0.total_params'] = torch.zeros(1)
         converted = to_mm(wrapped, **spec.told(arch, wrapped))
         backbone = under('backbone.', model.state_dict())
-        assert set(converted) == set(backbone) | {'head.fc.weight', 'head.fc.bias'}
         assert_same({k: v for k, v in converted.items() if k in backbone}, backbone)
-        assert {id(v) for k, v in converted.items() if k not in backbone} == set(map(id,
-                                                                                     head.values()))
-        assert infer_task(converted) == 'cls' and family_of(converted) is spec.family
+        head = {k: v for k, v in converted.items() if k not in backbone}
+        assert set(head) == spec.head_weights(arch)
+        assert set(map(id, head.values())) <= set(map(id, state.values()))  # not copied
+        assert infer_task(converted) == spec.family.task and family_of(converted) is spec.family
         assert_same(to_mm(to_official(converted), **spec.told(arch, state)), converted)
         assert_same(to_mm(converted), converted)
         if state is states[0]:
-            place = spec.family.place
-            assert {k.removeprefix(place) for k in to_official(converted)} <= set(state)
+            names, found = ({k.removeprefix(spec.place_in(keys)) for k in keys}
+                            for keys in (state, to_official(converted)))
+            assert found <= names
 
 
 @each_arch
@@ -151,7 +151,7 @@ def test_published_keys(spec):
         converted = to_mm(official, **told)
         model = spec.published(name, is_classifier=True)
         wrong = differences(under('backbone.', model.state_dict()), converted)
-        assert wrong and all(key.startswith('head.') for key in wrong)
+        assert wrong and all(key.startswith(f'{spec.head.partition(".")[0]}.') for key in wrong)
         assert {k: tuple(v.shape) for k, v in to_official(converted).items()} == keys
 
 
@@ -167,7 +167,7 @@ def test_mix_up_names_the_arch_and_the_config(spec):
         is_another = 'has another'
     expected, found = (under('backbone.', m.state_dict()) for m in (model, held))
     wrong = differences(expected, found)
-    head = {'head.fc.weight': torch.zeros(1000, model.num_features[-1])}
+    head = {f'{spec.head}.weight': torch.zeros(1000, model.num_features[-1])}
     for more, advice in (({}, f'build it with arch={first!r}; backbone.'),
                          (head, f'use configs/{spec.family.system or spec.family.name}/')):
         text = explain_differences(wrong, expected | more, found | more, 'f.pth')
@@ -228,12 +228,15 @@ def test_any_name_more_or_less_is_no_longer_recognised(spec, tmp_path):
         names = official_names(spec, state)
         others = [{k: v for k, v in state.items() if k != names[name]}
                   for name in spec.family.signature]
-        others += [under(before, state | {more: torch.ones(1)})
+        place = spec.place_in(state)
+        others += [under(before, state | {place + more: torch.ones(1)})
                    for before in ('', 'net.', 'backbone.') for more in (
-                       'more.weight', 'layers_up.0.blocks.0.self_attention.A_logs')]
+                       'more.weight', 'layers_up.0.blocks.0.self_attention.A_logs')
+                   if place + more not in state]
         for other in others:  # what is left may be all of a smaller family's: ViViM's of Vim
             assert said(other) is not spec.family
-    for state in (classifiers[0] | {'layers_up.1.weight': torch.ones(1)},
+    more = f'{spec.place_in(classifiers[0])}layers_up.1.weight'
+    for state in (classifiers[0] | {more: torch.ones(1)},
                   under('net.', spec.official(model)[0]) | {'net.more': torch.ones(1)}):
         for content in (dict(state_dict=state, epoch=3), dict(model=state), state):
             torch.save(content, tmp_path / 'a.pth')
@@ -302,7 +305,7 @@ def test_what_nobody_published_is_named(spec):
     for state in spec.official_classifiers(last_only(spec, spec.first), 10):
         with pytest.raises(UserError, match=f'like those of a {spec.family.model}, but '
                                             'extra.weight is of none that was published'):
-            to_mm(state | {'extra.weight': torch.zeros(1)})
+            to_mm(state | {f'{spec.place_in(state)}extra.weight': torch.zeros(1)})
 
 
 #: {file or folder: system} of what is no model of its folder's system: VM-UNet starts from VMamba's

@@ -7,12 +7,18 @@ import specs  # noqa: F401 (registers the model of the made-up family)
 from leaves import ENTRIES, LEAVES, REPO, VARIANTS, entry_of
 
 from vmamba_mm import zoo
+from vmamba_mm.mm.cli import datasets_of
 from vmamba_mm.models.base import Backbone
 
 #: The scope lets the tests of one leaf follow one another, so that its model is built once.
 each_leaf = pytest.mark.parametrize('leaf', LEAVES, scope='module')
 PREPROCESSORS = dict(cls='ClsDataPreprocessor', video='vmamba_mm.ClipPreprocessor',
                      det='DetDataPreprocessor', seg='SegDataPreProcessor')
+
+#: Mean pixels where the authors have those of the data set.
+MEANS = {'UC Merced': [123.77, 125.41, 115.36], 'AID': [101.03, 104.0, 93.5],
+         'RESISC45': [93.85, 97.2, 87.67], 'ISIC 2017': [0.0] * 3, 'ISIC 2018': [0.0] * 3,
+         'Synapse': [0.0] * 3}
 
 
 def test_every_leaf_has_its_row_and_every_row_its_leaf():
@@ -42,7 +48,8 @@ def test_nothing_is_left_of_the_stock_config(leaf, load):
     cfg, entry = load(leaf), entry_of(leaf)
     assert cfg.custom_imports == dict(imports=['vmamba_mm.mm'], allow_failed_imports=False)
     assert set(cfg.model.backbone) <= {'type', 'arch', 'drop_path_rate', 'out_indices', 'out_type',
-                                       'features', 'init_cfg', 'projection', 'with_last_map'}
+                                       'features', 'init_cfg', 'num_images', 'projection',
+                                       'with_last_map', 'with_states'}
     assert not re.findall(r'https?:[^\s\'"]+', str(cfg.to_dict()))
     if entry.pretrained is None:
         assert 'init_cfg' not in cfg.model.backbone  # trained from scratch
@@ -55,11 +62,12 @@ def test_nothing_is_left_of_the_stock_config(leaf, load):
 @each_leaf
 def test_necks_and_heads_take_what_the_backbone_gives(leaf, load, build_meta):
     model, cfg = build_meta(leaf), load(leaf).model
-    channels = [model.backbone.num_features[i] for i in model.backbone.out_indices]
+    channels = model.backbone.out_channels
     found = {name: part.in_channels for name, part in cfg.items()
              if name in ('neck', 'head', 'decode_head', 'auxiliary_head') and part
              and 'in_channels' in part}
-    if 'neck' in found and 'decode_head' in found:  # which takes what the neck gives
+    # A decode head takes what the neck gives; one without out_channels keeps each map's.
+    if 'neck' in found and 'decode_head' in found and 'out_channels' in cfg.neck:
         width = found.pop('decode_head')
         assert width == [cfg.neck.out_channels] * len(width)
     for name, width in found.items():
@@ -80,8 +88,9 @@ def test_every_transform_and_evaluator_builds(leaf, load):
     from mmengine.registry import METRICS, MODELS, TRANSFORMS
     cfg, task = load(leaf), entry_of(leaf).task
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
-        for transform in loader.dataset.pipeline:
-            TRANSFORMS.build(transform)
+        for _, dataset in datasets_of(loader.dataset, ''):
+            for transform in dataset.pipeline:
+                TRANSFORMS.build(transform)
     for transform in cfg.get('tta_pipeline', []):
         TRANSFORMS.build(transform)
     if task != 'det':  # COCO's evaluator opens the annotations
@@ -89,9 +98,11 @@ def test_every_transform_and_evaluator_builds(leaf, load):
         METRICS.build(cfg.test_evaluator)
     preprocessor = cfg.get('data_preprocessor') or cfg.model.data_preprocessor
     built = MODELS.build({'type': PREPROCESSORS[task], **preprocessor})
-    # Of ImageNet, or of what starts from CLIP.
-    assert [round(x, 2) for x in built.mean.flatten().tolist()] in (
-        [123.68, 116.28, 103.53], [122.77, 116.75, 104.09])
+    own = MEANS.get(entry_of(leaf).dataset)
+    means = [round(x, 2) for x in built.mean.flatten().tolist()]
+    # Of the data set, of ImageNet, or of what starts from CLIP; of each image of several.
+    assert means[:3] in ([own] if own else [[123.68, 116.28, 103.53], [122.77, 116.75, 104.09]])
+    assert means == means[:3] * cfg.model.backbone.get('num_images', 1)
 
 
 @pytest.mark.parametrize('task', PREPROCESSORS)

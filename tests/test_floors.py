@@ -19,9 +19,9 @@ FLOORS = {
     'families': (),
     'checkpoints': ('torch', 'filelock', 'numpy', 'safetensors'),
     'models': ('torch', 'mmengine'),
-    'heads': ('torch', 'mmengine', 'mmpretrain'),
+    'heads': ('torch', 'mmengine', 'mmpretrain', 'timm'),
     'mm': ('torch', 'numpy', 'matplotlib', 'cv2', 'PIL', 'av', 'mmengine', 'mmcv', 'mmpretrain',
-           'mmdet'),
+           'mmdet', 'mmseg'),
     'integrations': ('torch', 'yaml', 'timm', 'mmpretrain'),
 }
 #: The ground floor: modules that any other may import, and what they import themselves.

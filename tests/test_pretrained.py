@@ -12,7 +12,7 @@ from torch import nn
 from vmamba_mm.checkpoints.names import to_mm
 from vmamba_mm.errors import UserError
 
-OUTPUT_NORM = re.compile(r'norm\d+\.')
+OUTPUT_NORM = re.compile(r'(?:norm\d+|pool_norm)\.')
 
 
 def snapshot(model):
@@ -207,7 +207,8 @@ def test_an_official_file_is_all_there_or_refused(spec, tmp_path):
                                                            if k != key}))
         with pytest.raises(UserError, match=rf'a\.pth does not fit.*{spec.a_weight} is missing'):
             spec.model(spec.first).load_pretrained(path)
-        path = str(save_training_file(tmp_path / 'b.pth', state | {'more.x': torch.ones(1)}))
+        path = str(save_training_file(tmp_path / 'b.pth', state | {
+                f'{spec.place_in(state)}more.x': torch.ones(1)}))
         with pytest.raises(UserError, match='but more.x is of none that was published'):
             spec.model(spec.first).load_pretrained(path)
 
@@ -230,7 +231,8 @@ def test_another_architecture_is_refused_all_the_same(spec, tmp_path):
 @each_spec
 def test_places(spec, official_file, tmp_path):
     path, source = official_file
-    with pytest.raises(UserError, match="begin with 'model.', only with: backbone, head"):
+    with pytest.raises(UserError, match="begin with 'model.', only with: backbone, "
+                                        + spec.head.partition('.')[0]):
         spec.model(spec.first).load_pretrained(path, prefix='model.')
     state, name = source.state_dict(), spec.family.model
     both = saved(tmp_path / 'b.pth', under('student.', state) | under('teacher.backbone.', state))

@@ -1,7 +1,8 @@
 """Predict on images and draw the result: classes, boxes and masks, or a segmentation.
 
-Of a model of videos, the files are videos, and the picture shows frames and classes. A file that
-cannot be predicted is reported and passed over; the exit code is then 1.
+Of a model of videos, the files are videos, and the picture shows frames and classes. Of a model
+that finds changes, --after names the later images, and the picture shows both and what changed. A
+file that cannot be predicted is reported and passed over; the exit code is then 1.
 """
 
 import functools
@@ -11,17 +12,19 @@ from pathlib import Path
 from vmamba_mm.errors import UserError
 from vmamba_mm.mm import cli
 from vmamba_mm.mm.cli import images as image_files
-from vmamba_mm.mm.inputs import build_steps, build_trained
-from vmamba_mm.mm.sources import IMAGE
+from vmamba_mm.mm.inputs import build_steps, build_trained, load_second, loads_pairs
+from vmamba_mm.mm.sources import IMAGE, SECOND_KEY
 from vmamba_mm.mm.tasks import task_named
 
 EXAMPLES = """\
   python tools/predict.py CONFIG CHECKPOINT photo.jpg
   python tools/predict.py CONFIG CHECKPOINT folder/ --out-dir drawn --score-thr 0.5
   python tools/predict.py CONFIG CHECKPOINT six_channels.tiff --channels 3 2 1
-  python tools/predict.py CONFIG CHECKPOINT clip.mp4   (a config of videos)"""
+  python tools/predict.py CONFIG CHECKPOINT clip.mp4   (a config of videos)
+  python tools/predict.py CONFIG CHECKPOINT A/ --after B/   (a config of changes)"""
 
 MAX_LEGEND = 20  # classes, largest area first
+CHANGED = (213, 94, 0)  # the colour of what changed
 
 
 def parse_args():
@@ -32,6 +35,9 @@ def parse_args():
                         help='a checkpoint file or web address, official or ours')
     parser.add_argument('images', metavar='IMAGE', nargs='+',
                         help='image files (of a config of videos, video files) or folders of them')
+    parser.add_argument('--after', metavar='IMAGE', nargs='+',
+                        help='of a config that finds changes: the later image of each, in the same '
+                        'order, or a folder with images of the same names')
     cli.add_weights_option(parser)
     parser.add_argument('--out-dir', default='predictions', metavar='FOLDER',
                         help='where the pictures are written (default: predictions); a number is '
@@ -66,19 +72,21 @@ def class_name(meta, label):
     return str(classes[label]) if label < len(classes) else f'class {label}'
 
 
-def predict(model, steps, path, number, source):
+def predict(model, steps, path, number, source, after=None):
     """Run the model on a file: its result, and the image as it was loaded; of a video its frames.
 
     Args:
         source: the kind of file, of :mod:`vmamba_mm.mm.sources`.
+        after: the later image of a pair.
     """
     import torch
     from mmengine.dataset import pseudo_collate
 
     from vmamba_mm.mm.hooks.data import apply_steps
 
+    pair = {} if after is None else {SECOND_KEY: str(after)}
     data, loaded = apply_steps(steps, {source.path_key: str(path), 'img_id': number,
-                                       'seg_fields': [], 'reduce_zero_label': False})
+                                       'seg_fields': [], 'reduce_zero_label': False, **pair})
     if loaded is None or data is None:
         raise UserError(f'the test pipeline makes nothing of {path}: it needs a step that '
                         f'loads the file, such as {source.loader}')
@@ -160,7 +168,7 @@ def draw_segmentation(image, sample, meta, out):
 
     from vmamba_mm.mm.text import drawable
 
-    labels = sample.pred_sem_seg.data[0].cpu().numpy()
+    labels = sample.pred_sem_seg.data[0].cpu().numpy().astype(int)  # of one logit they are floats
     values, counts = np.unique(labels, return_counts=True)
     order = np.argsort(-counts)
     palette = meta.get('palette')
@@ -179,6 +187,30 @@ def draw_segmentation(image, sample, meta, out):
     return ', '.join(f'{class_name(meta, v)} {100 * share:.0f} %' for v, share in shares[:5])
 
 
+def draw_change(before, after, sample, meta, out):
+    """The two images, and the later one with what changed in colour."""
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    changed = sample.pred_sem_seg.data[0].cpu().numpy().astype(bool)
+    marked = after.astype(np.float32)
+    marked[changed] = 0.35 * marked[changed] + 0.65 * np.float32(CHANGED)
+    share = f'{100 * changed.mean():.1f} %'
+    height, width = after.shape[:2]
+    side = min(max(4.0 * width / height, 2.5), 8)
+    figure = Figure(figsize=(3 * side, 4.4), layout='constrained')
+    FigureCanvasAgg(figure)
+    shown = (('before', before), ('after', after),
+             (f'{class_name(meta, 1)}: {share}', marked.astype(np.uint8)))
+    for axes, (title, image) in zip(figure.subplots(1, 3), shown, strict=True):
+        axes.imshow(image)
+        axes.set(title=title)
+        axes.set_axis_off()
+    figure.savefig(out, dpi=100)
+    return f'{class_name(meta, 1)} {share}'
+
+
 def draw(image, sample, meta, out, detections):
     if 'pred_sem_seg' in sample:
         return draw_segmentation(image, sample, meta, out)
@@ -187,6 +219,30 @@ def draw(image, sample, meta, out, detections):
     if 'pred_instances' in sample or 'pred_panoptic_seg' in sample:
         return detections.draw(image, sample, out)
     raise UserError(f'predict.py does not know how to draw {type(sample).__name__}')
+
+
+def find_later(images, names, takes_pairs):
+    """The later image of each one, of the names of --after; None for each without pairs."""
+    if not takes_pairs:
+        if names:
+            raise UserError('--after is for a config that finds changes between two images, and '
+                            'this one takes them one by one: leave it out')
+        return [None] * len(images)
+    if not names:
+        raise UserError('the config finds changes between two images: name the later ones after '
+                        '--after, as in predict.py CONFIG CHECKPOINT before.png --after after.png')
+    if len(names) == 1 and Path(names[0]).is_dir():
+        later = [Path(names[0]) / path.name for path in images]
+        absent = [path for path in later if not path.is_file()]
+        if absent:
+            missing = cli.shorten([path.name for path in absent])
+            raise UserError(f'the folder {names[0]} has no {missing}; the later images are called '
+                            'as the earlier ones')
+        return later
+    later = image_files.list_images(names)
+    if len(later) != len(images):
+        raise UserError(f'{len(images)} image(s) and {len(later)} after --after: give one for each')
+    return later
 
 
 def find_images(names, out_dir, source):
@@ -216,6 +272,7 @@ def main():
     task = cli.find_task(cfg)
     source = IMAGE if task is None else task.source
     images = find_images(args.images, out_dir, source)
+    later = find_later(images, args.after, loads_pairs(cfg))
     device = cli.choose_device(args.device)
     model = build_trained(cfg, checkpoint, args.checkpoint, device)
     from vmamba_mm.mm.pictures import Pictures, reads_bgr
@@ -229,10 +286,14 @@ def main():
                           reads_bgr(steps, getattr(model, 'data_preprocessor', None)))
     for number, path in enumerate(images):
         try:
-            sample, image = predict(model, steps, path, number, source)
+            sample, image = predict(model, steps, path, number, source, later[number])
             picture = to_picture(image)
             out = outputs.choose(path)
-            result = draw(picture, sample, meta, out, detections)
+            if later[number] is None:
+                result = draw(picture, sample, meta, out, detections)
+            else:
+                after = to_picture(load_second(steps, path, later[number]))
+                result = draw_change(picture, after, sample, meta, out)
             image_files.sign(out, path)
         except Exception as err:
             failures.add(path, err)

@@ -4,21 +4,40 @@ On meeting ``type='vmamba_mm.X'`` mmengine imports this module and then the loca
 config needs no ``custom_imports`` and this package needs no mmdet, mmseg or mmpretrain.
 """
 
+from importlib import import_module
+
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import METRICS as MMENGINE_METRICS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_CONSTRUCTORS
 from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry
 
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope='vmamba_mm',
-                  locations=['vmamba_mm.models', 'vmamba_mm.heads'])
+                  locations=['vmamba_mm.models', 'vmamba_mm.heads',
+                            'vmamba_mm.mm.segmentation.models'])
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='vmamba_mm',
                  locations=['vmamba_mm.mm.hooks'])
 OPTIM_WRAPPER_CONSTRUCTORS = Registry('optim wrapper constructor', parent=MMENGINE_CONSTRUCTORS,
                                       scope='vmamba_mm', locations=['vmamba_mm.mm.optim'])
-# These and the data sets build on mmpretrain's, imported when a config names the first of them.
-TRANSFORMS = Registry('transform', parent=MMENGINE_TRANSFORMS, scope='vmamba_mm',
-                      locations=['vmamba_mm.mm.transforms', 'vmamba_mm.mm.video.transforms'])
+
+
+class _Transforms(Registry):
+    """Some transforms build on mmpretrain's, which others do without."""
+
+    def get(self, key: str):
+        # In an installation without mmpretrain as well; its classes register on import.
+        import_module('vmamba_mm.mm.segmentation.transforms')
+        name = key.rpartition('.')[2]
+        return self._module_dict[name] if name in self._module_dict else super().get(key)
+
+
+# These, the data sets and the metrics build on the frameworks', which are imported when a config
+# names the first of them.
+TRANSFORMS = _Transforms('transform', parent=MMENGINE_TRANSFORMS, scope='vmamba_mm',
+                         locations=['vmamba_mm.mm.transforms', 'vmamba_mm.mm.video.transforms'])
 DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope='vmamba_mm',
-                    locations=['vmamba_mm.mm.video.dataset'])
+                    locations=['vmamba_mm.mm.image_list', 'vmamba_mm.mm.video.dataset'])
+METRICS = Registry('metric', parent=MMENGINE_METRICS, scope='vmamba_mm',
+                   locations=['vmamba_mm.mm.segmentation.metrics'])

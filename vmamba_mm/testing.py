@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vmamba_mm.ops import ordered_scan, scan_positions
 from vmamba_mm.ops.masa import decay_masks
 from vmamba_mm.ops.retention import log_decays
 from vmamba_mm.ops.rotation import rotation_table
+from vmamba_mm.ops.ss2d_scan.ordered import gather_routes, merge_routes
 
 #: where op tests run: a machine with a GPU tests both
 DEVICES = ['cpu', 'cuda'] if torch.cuda.is_available() else ['cpu']
@@ -97,6 +99,25 @@ def mamba_inner_inputs(batch: int, routes: int, dim: int, length: int, state: in
                 A=-randn(routes, dim, state).exp(), D=randn(routes, dim))
 
 
+def run_ordered_scan(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor,
+                     dt_projs_bias: Tensor, A_logs: Tensor, Ds: Tensor, *, scan: str) -> Tensor:
+    """``ordered_scan`` by the parameters of SS2D: (B, D, H, W) to (B, H, W, D)."""
+    y = ordered_scan(x, x_proj_weight, dt_projs_weight, dt_projs_bias, -A_logs.exp(), Ds, scan=scan)
+    return y.permute(0, 2, 3, 1)
+
+
+def gather_and_merge(x: Tensor, ys: Tensor, *, scan: str) -> tuple[Tensor, Tensor]:
+    """The routes of a map and the sum of routes in place, (B, K, D, L) and (B, D, L).
+
+    Args:
+        x: (B, D, H, W).
+        ys: (B, K, D, H, W), of each route its L steps in the order of the visit.
+        scan: a pattern of ``ordered_scan``.
+    """
+    positions = scan_positions(scan, *x.shape[2:]).to(x.device)
+    return gather_routes(x, positions), merge_routes(ys.flatten(3), positions)
+
+
 def with_grads(op, inputs: dict[str, Tensor], grad_y: Tensor | None = None, **kwargs):
     """(y, {name: gradient}) of ``op(*inputs)``; ``grad_y`` defaults to a fixed random one."""
     leaves = {name: t.detach().clone().requires_grad_() for name, t in inputs.items()}
@@ -168,6 +189,25 @@ class Classifier(nn.Module):
         return self.head['fc'](y if y.dim() == 2 else y.flatten(2).mean(2))
 
 
+class Segmentor(nn.Module):
+    """A backbone and a 1x1 convolution on its last map, named as in mmseg's EncoderDecoder.
+
+    Args:
+        backbone: with ``num_features``, the channels of its stages.
+        num_classes: of the convolution.
+    """
+
+    def __init__(self, backbone: nn.Module, num_classes: int):
+        super().__init__()
+        self.backbone = backbone
+        self.decode_head = nn.ModuleDict(dict(
+            conv_seg=nn.Conv2d(backbone.num_features[-1], num_classes, 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images to logits (B, num_classes, H, W)."""
+        return self.decode_head['conv_seg'](self.backbone(x)[-1])
+
+
 class WithNeck(nn.Module):
     """A backbone and the neck on its maps, named as in mmdet and mmseg."""
 
@@ -178,6 +218,27 @@ class WithNeck(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.neck(self.backbone(x)))
+
+
+class BlockAndNorm(nn.Module):
+    """A block and the norm that it is given, where blocks share one."""
+
+    def __init__(self, block: nn.Module, norm: nn.Module):
+        super().__init__()
+        self.block = block
+        self.norm = norm
+
+    def forward(self, x: Tensor, permutation: Tensor | None = None) -> Tensor:
+        """(B, L, C) -> (B, L, C)."""
+        return self.block(x, self.norm, permutation)
+
+
+def run_with_permutations(model: Classifier, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the backbone of a classifier returns for 'input' with the permutations 'perms', after
+    the logits if it is a vector."""
+    features = model.backbone(inputs['input'], inputs['perms'])
+    logits = [model.head['fc'](features[-1])] if features[-1].dim() == 2 else []
+    return dict(output=[*logits, *features])
 
 
 def by_heads(*tensors: Tensor, function: Callable[..., Tensor], heads: int) -> Tensor:
@@ -266,7 +327,7 @@ def run_rotation(rotate: Callable, inputs: Mapping[str, Any]) -> dict[str, Tenso
     """``rotate_pairs`` of 'x' (..., L, N) by the positions of the tokens, as 'y'."""
     x = inputs['x']
     table = rotation_table(torch.arange(x.shape[-2], device=x.device), x.shape[-1], x.dtype)
-    return dict(y=rotate(x, *table))
+    return dict(y=rotate(x, table))
 
 
 def run_retention_layer(layer: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -278,7 +339,7 @@ def run_retention_layer(layer: nn.Module, inputs: Mapping[str, Any]) -> dict[str
     """
     x = inputs['input']
     head_dim = layer.q_proj.out_features // layer.num_heads
-    _, sin = rotation_table(torch.ones(1, device=x.device), head_dim, x.dtype)
+    table = rotation_table(torch.ones(1, device=x.device), head_dim, x.dtype)
     with torch.no_grad():
         tokens = x.detach()
         chunkwise, _ = layer(tokens, layer.init_state(len(x)))
@@ -287,7 +348,7 @@ def run_retention_layer(layer: nn.Module, inputs: Mapping[str, Any]) -> dict[str
             y, state = layer.step(token, state)
             steps.append(y)
     return dict(output=layer(x), output_chunkwise=chunkwise, output_recurrent=torch.stack(steps, 1),
-                decay=log_decays(layer.num_heads, x), angle=sin[0].asin())
+                decay=log_decays(layer.num_heads, x), angle=_angles(table))
 
 
 def run_retnet(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -319,9 +380,14 @@ def run_masa(layer: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     decay = layer.decay.float()
     masks = decay_masks(decay, *x.shape[1:3], layer.form)
     output = layer.attn(x, layer.places(x)._replace(decay=decay, masks=masks))
-    _, sin = rotation_table(torch.ones(1, device=x.device), layer.head_dim, x.dtype)
+    table = rotation_table(torch.ones(1, device=x.device), layer.head_dim, x.dtype)
     return dict(output=output, mask=masks[0] if len(masks) == 1 else list(masks[::-1]),
-                decay=decay, angle=sin[0].asin())
+                decay=decay, angle=_angles(table))
+
+
+def _angles(table):
+    """By which each channel turns, of the table for a position of 1."""
+    return table[0, :, 1].asin().repeat_interleave(2)
 
 
 def _window(before, state):

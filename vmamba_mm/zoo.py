@@ -23,6 +23,7 @@ SCHEME = 'vmamba_mm://'
 #: Tasks as the model index calls them -> as ``tools/`` and the checkpoints do.
 TASKS = {'Image Classification': 'cls', 'Action Recognition': 'video', 'Object Detection': 'det',
          'Instance Segmentation': 'det', 'Semantic Segmentation': 'seg',
+         'Change Detection': 'seg',
          'Masked Pre-training': 'pretrain', 'Multi-Instance Retrieval': 'pretrain',
          'Text-to-Video Retrieval': 'pretrain', 'Language Modelling': 'lm'}
 

@@ -8,6 +8,11 @@
 #pragma once
 #include "common/common.cuh"
 
+// Whether routes are given as tables of positions, and are not the four of the cross scan.
+#ifndef ORDERED
+#define ORDERED 0
+#endif
+
 constexpr int SAVED = 24;  // positions between two saved states
 template <int POSITIONS> constexpr int pitch_for = POSITIONS + 4;  // 16-byte rows, few conflicts
 
@@ -28,7 +33,9 @@ struct ScanParams {
     void *grad_raw;        // (parts, B, L, K, R + 2 N); SEQ: grad_delta, like y
     void *grad_B, *grad_C;  // SEQ: (columns, B, K, N, L)
     float *sums;           // (B, spans, K, G, STATE + R + 2, D): by A, weights, bias and skip
-    long long x_b, x_d, x_h, x_w, grad_b, grad_d, grad_h, grad_w;  // strides in elements
+    const int *orders;     // (K, L), if ORDERED: the pixel that each step of a route visits
+    // Strides in elements; if ORDERED, x_w and grad_w are those of pixels, and x_h and grad_h 0.
+    long long x_b, x_d, x_h, x_w, grad_b, grad_d, grad_h, grad_w;
     int batch, dim, height, width, rank, state, routes, groups;  // state: N, groups: G of STATE
     int span, spans, chunks, columns;  // span: positions, a multiple of SAVED; columns: of blocks
     int softplus, y_type, part_type, vector;  // types as in load_parameter; vector: SEQ, aligned
@@ -50,13 +57,21 @@ __device__ __forceinline__ float load(const void *p, long long i) {
 }
 
 // From position i of a scan to the offset in elements. A route that runs against its axis has
-// negative strides.
+// negative strides. If ORDERED, a route is looked up: all threads of a warp read the same number.
 struct SequencePath {
     int inner_length, rows;
     u32 magic;  // 2^32 / inner_length, rounded up; 0 for 1
     bool column, back;
+    const int *order;
 
     __device__ __forceinline__ SequencePath(const ScanParams &p, int route, bool reversed) {
+        if (ORDERED) {
+            inner_length = p.height * p.width, rows = 1, magic = 0;
+            column = false, back = reversed;
+            order = p.orders + (long long)route * inner_length;
+            return;
+        }
+        order = nullptr;
         column = route & 1;
         back = (route >= 2) != reversed;
         inner_length = column ? p.height : p.width;
@@ -65,6 +80,9 @@ struct SequencePath {
     }
     __device__ __forceinline__ int row(int i) const {
         return magic ? (int)__umulhi((u32)i, magic) : i;
+    }
+    __device__ __forceinline__ int pixel(int i) const {  // if ORDERED
+        return __ldg(order + (back ? inner_length - 1 - i : i));
     }
 };
 
@@ -75,9 +93,10 @@ struct Steps {
         inner = path.column ? stride_h : stride_w;
         outer = path.column ? stride_w : stride_h;
         first = path.back ? (path.rows - 1) * outer + (path.inner_length - 1) * inner : 0;
-        if (path.back) inner = -inner, outer = -outer;
+        if (path.back && !ORDERED) inner = -inner, outer = -outer;
     }
     __device__ __forceinline__ int at(const SequencePath &path, int i) const {
+        if (ORDERED) return path.pixel(i) * inner;
         const int row = path.row(i);
         return first + row * outer + (i - row * path.inner_length) * inner;
     }
@@ -120,6 +139,16 @@ __device__ __forceinline__ void load_bits(
 #pragma unroll
         for (int i = 0; i < N; ++i)
             x[i] = WIDE ? words[i] : i & 1 ? words[i / 2] >> 16 : words[i / 2] & 0xffffu;
+        return;
+    }
+    if constexpr (ORDERED && !SEQ) {
+        int pixels[N];
+#pragma unroll
+        for (int i = 0; i < N; ++i) pixels[i] = i < count ? path.pixel(start + i) : 0;
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+            x[i] = i < count && valid
+                ? load((const char *)base + (long long)pixels[i] * steps.inner * SIZE) : 0u;
         return;
     }
     const int row = path.row(start);
@@ -176,6 +205,12 @@ __device__ __forceinline__ void store_steps(
                 ((uint2 *)to)[i / 4] = make_uint2(T::pack(y[i], y[i + 1]),
                                                   T::pack(y[i + 2], y[i + 3]));
         }
+        return;
+    }
+    if constexpr (ORDERED && !SEQ) {
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+            if (i < count) store_result(base, steps.at(path, start + i), type, y[i]);
         return;
     }
     const int row = path.row(start);

@@ -8,16 +8,17 @@
 template <int STATE> constexpr int pitch_of = STATE | 1;
 
 // Blocks of a multiprocessor: four where the compiler manages with 80 registers on this generation.
-template <int STATE, bool SEQ>
-constexpr int BLOCKS = STATE == 16 && (SEQ ? __CUDA_ARCH__ >= 860 && __CUDA_ARCH__ < 1000
-                                           : __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900) ? 4 : 3;
+template <class T, int STATE, bool SEQ>
+constexpr int BLOCKS = STATE == 16 && !(ORDERED && same<T, Float>)
+    && (SEQ ? __CUDA_ARCH__ >= 860 && __CUDA_ARCH__ < 1000
+            : __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900) ? 4 : 3;
 constexpr int STAGED_POSITIONS = 2 * SAVED;  // of a turn, between two barriers
 constexpr int STEP = 8;           // positions that a thread takes at a time
 constexpr int PITCH = pitch_for<STAGED_POSITIONS>;
 constexpr int RUN = 0, ENDS = 1, GRADIENTS = 2;
 
 template <class T, int STATE, bool SEQ, int MODE>
-__global__ void __launch_bounds__(192, BLOCKS<STATE, SEQ>) scan_fwd(const ScanParams p) {
+__global__ void __launch_bounds__(192, BLOCKS<T, STATE, SEQ>) scan_fwd(const ScanParams p) {
     const BlockIndex index(p);
     const int k = index.k, b = index.b, group = index.group;
     const int own = threadIdx.x, width = blockDim.x, channel = index.column * width + own;

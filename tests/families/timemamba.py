@@ -33,7 +33,7 @@ def _dense(model):
 def _classifiers(model, num_classes):
     head = {'fc_cls.weight': torch.randn(num_classes, model.num_features[-1]),
             'fc_cls.bias': torch.randn(num_classes)}
-    return [state | head for state in _dense(model)]
+    return [{f'visual.{k}': v for k, v in state.items()} | head for state in _dense(model)]
 
 
 def _published_keys():

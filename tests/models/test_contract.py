@@ -3,6 +3,7 @@ as with a model of plain modules, with the same outputs and gradients."""
 
 import copy
 import functools
+import re
 
 import pytest
 import torch
@@ -68,8 +69,11 @@ def assert_same(found, expected, device, tolerance=1e-5):
     limit = 5e-3 if device == 'cuda' else tolerance
     for y, other in zip(found[0], expected[0], strict=True):
         assert relative_error(y, other) <= limit
+    # A gradient that is zero but for rounding, as those of the queries of a single token.
+    least = 1e-8 * max((grad.abs().max() for grad in expected[1].values()), default=0)
     for name, grad in expected[1].items():
-        assert relative_error(found[1][name], grad) <= 4 * limit, name
+        error = (found[1][name] - grad).abs().max() / max(grad.abs().max(), least)
+        assert error <= 4 * limit, name
 
 
 @pytest.fixture(autouse=True)
@@ -112,8 +116,10 @@ def test_a_hook_on_every_module_fires(device, arch, grad):
             for handle in handles:
                 handle.remove()
             # Two branches of a block may share the module that drops them.
-            times = len(fired) // 2 if name.endswith('drop_path') else 1
-            assert fired == ['before', 'after'] * times and times in (1, 2), name
+            often = OTHERS[arch].called_often if arch in OTHERS else '(?!)'
+            several = name.endswith('drop_path') or re.search(often, name)
+            times = len(fired) // 2 if several else 1
+            assert fired == ['before', 'after'] * times and times, name
             for y, other in zip(outs, expected, strict=True):
                 assert relative_error(y, other) <= (5e-3 if device == 'cuda' else 1e-5), name
 
@@ -444,9 +450,13 @@ def test_jacobians(device, arch):
     assert relative_error(torch.func.jacrev(first)(x), expected) <= limit
     assert relative_error(torch.autograd.functional.jacobian(first, x, vectorize=True),
                           expected) <= limit
-    with pytest.raises(NotImplementedError, match='no forward-mode derivative.*reverse mode|'
-                                                  'forward AD with .* does not support it'):
-        torch.func.jvp(first, (x,), (x,))
+    try:  # a model of PyTorch's own operations has it
+        _, found = torch.func.jvp(first, (x,), (x,))
+    except NotImplementedError as err:
+        assert re.search('no forward-mode derivative.*reverse mode|'
+                         'forward AD with .* does not support it', str(err))
+    else:
+        assert relative_error(found, (expected * x).flatten(1).sum(1)) <= limit
 
 
 @on_both

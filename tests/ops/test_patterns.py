@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vmamba_mm.layers import SS2D, VSSBlock
 from vmamba_mm.ops import register_scan, scan_norm, scan_patterns, ss2d_scan_norm
-from vmamba_mm.ops.ss2d_scan import patterns
+from vmamba_mm.ops.ss2d_scan import ordered, patterns
 from vmamba_mm.testing import (
     DEVICES,
     assert_close,
@@ -25,7 +25,8 @@ from vmamba_mm.testing import (
 )
 
 PAPERS = ('cross', 'unidirectional', 'bidirectional', 'cascade')
-ALL = pytest.mark.parametrize('scan', [*PAPERS, 'diagonal'])
+EIGHT = ('omnidirectional', 'omnidirectional-unwrapped')
+ALL = pytest.mark.parametrize('scan', [*PAPERS, 'diagonal', *EIGHT])
 SIZES = [(1, 1), (1, 12), (11, 1), (5, 7)]
 EPS = 1e-3  # not the default, so that it must arrive
 
@@ -45,11 +46,13 @@ def registered(monkeypatch):
     """A pattern of our own, and whatever a test registers, for the test alone."""
     monkeypatch.setattr(patterns, '_PATTERNS', dict(patterns._PATTERNS))
     monkeypatch.setattr(patterns, '_ORDERS', dict(patterns._ORDERS))
+    monkeypatch.setattr(ordered, 'PATTERNS', dict(ordered.PATTERNS))
     register_scan('diagonal', (falling, rising, lambda h, w: falling(h, w).flip(0),
                                lambda h, w: rising(h, w).tolist()[::-1]))
 
 
-def make(batch, dim, height, width, dtype=torch.float64, **kwargs):
+def make(batch, dim, height, width, dtype=torch.float64, scan='cross', **kwargs):
+    kwargs = dict(routes=patterns.num_routes(scan)) | kwargs
     inputs = ss2d_scan_inputs(batch, dim, height, width, dtype=dtype, **kwargs)
     rng = torch.Generator(inputs['x'].device).manual_seed(3)
     norm = torch.rand(2, dim, generator=rng, dtype=dtype, device=inputs['x'].device) + 0.5
@@ -78,7 +81,7 @@ def check(found, expected, rtol):
 @pytest.mark.parametrize('size', SIZES, ids='{0[0]}x{0[1]}'.format)
 @pytest.mark.parametrize('device', DEVICES)
 def test_outputs_and_every_gradient(device, size, batch, state, scan):
-    inputs = make(batch, 6, *size, state=state, device=device)
+    inputs = make(batch, 6, *size, scan=scan, state=state, device=device)
     expected = by_hand(inputs, scan)
     for dtype, rtol in ((torch.float64, 1e-10), (torch.float32, 2e-4)):
         cast = {name: t.to(dtype) for name, t in inputs.items()}
@@ -89,7 +92,7 @@ def test_outputs_and_every_gradient(device, size, batch, state, scan):
 
 @ALL
 def test_reference_backend_and_channels_first(scan):
-    inputs = make(2, 5, 4, 3, state=2)
+    inputs = make(2, 5, 4, 3, scan=scan, state=2)
     inputs['x'] = inputs['x'].contiguous()
     expected = by_hand(inputs, scan)
     for backend in ('reference', 'chunked'):
@@ -159,7 +162,7 @@ def test_routes_take_the_parameters_of_their_k():
 
 @ALL
 def test_empty_batch(scan):
-    inputs = make(1, 4, 3, 5)
+    inputs = make(1, 4, 3, 5, scan=scan)
     y, grads = with_grads(scan_norm, dict(inputs, x=inputs['x'][:0]), scan=scan)
     assert y.shape == (0, 4, 3, 5) and grads['x'].shape == y.shape
     assert not any(grad.any() for grad in grads.values())
@@ -170,7 +173,7 @@ def test_empty_batch(scan):
 @pytest.mark.parametrize('device', DEVICES)
 def test_half_maps(device, dtype, scan):
     """As under autocast: half activations, fp32 parameters."""
-    inputs = make(2, 16, 6, 7, torch.float32, device=device)
+    inputs = make(2, 16, 6, 7, torch.float32, scan, device=device)
     inputs['x'] = inputs['x'].to(dtype)
     expected, expected_grads = by_hand(inputs, scan)
     limit = 0.01 if dtype == torch.float16 else 0.08
@@ -194,15 +197,18 @@ def test_reorder_op():
 
 @ALL
 def test_flops(scan):
-    """Of each pattern the same: four scans and their projections."""
-    inputs = make(2, 6, 4, 5, state=3)
+    """Of each pattern the same: a scan and its projections for each route."""
+    routes = patterns.num_routes(scan)
+    inputs = make(2, 6, 4, 5, scan=scan, state=3)
     with FlopCounterMode(display=False) as counter:
         scan_norm(**inputs, scan=scan)
-    projections = 2 * 4 * 20 * 6 * (2 + 2 * 3 + 2)
-    assert counter.get_total_flops() == 2 * (projections + 2 * 20 * 24 * (9 * 3 + 1))
+    projections = 2 * routes * 20 * 6 * (2 + 2 * 3 + 2)
+    assert counter.get_total_flops() == 2 * (
+        projections + 2 * 20 * 6 * routes * (9 * 3 + 1))
     with FlopCounterMode(display=False) as counter:
         scan_norm(**{name: t.to('meta') for name, t in inputs.items()}, scan=scan)
-    assert counter.get_total_flops() == 2 * (projections + 2 * 20 * 24 * (9 * 3 + 1))
+    assert counter.get_total_flops() == 2 * (
+        projections + 2 * 20 * 6 * routes * (9 * 3 + 1))
 
 
 # --- layers ------------------------------------------------------------------------------------
@@ -257,6 +263,8 @@ def test_patterns_differ():
     """On one set of weights, so that no two names can mean the same."""
     inputs = make(1, 6, 4, 5)
     found = [scan_norm(**inputs, scan=scan) for scan in (*PAPERS, 'diagonal')]
+    inputs = make(1, 6, 4, 5, scan='omnidirectional')
+    found += [scan_norm(**inputs, scan=scan) for scan in EIGHT]
     for i, one in enumerate(found):
         assert all(relative_error(one, other) > 0.05 for other in found[:i])
 
@@ -264,8 +272,8 @@ def test_patterns_differ():
 # --- errors ------------------------------------------------------------------------------------
 
 def test_names():
-    assert scan_patterns() == (*PAPERS, 'diagonal')
-    wrong = "scan='zigzag' does not exist; choose one of .*'cascade', 'diagonal'"
+    assert scan_patterns() == (*PAPERS, 'diagonal', *EIGHT)
+    wrong = "scan='zigzag' does not exist; choose one of .*'cascade', 'diagonal', 'omni"
     with pytest.raises(ValueError, match=wrong):
         scan_norm(**make(1, 4, 3, 3), scan='zigzag')
     with pytest.raises(ValueError, match=wrong):
@@ -274,20 +282,21 @@ def test_names():
 
 @pytest.mark.parametrize(('name', 'routes', 'message'), [
     ('cross', (ROW,) * 4, "scan 'cross' exists already; choose"),
+    ('omnidirectional', (ROW,) * 8, "scan 'omnidirectional' exists already; choose"),
     ('', (ROW,) * 4, 'a str that is not empty'),
-    ('new', (ROW,) * 3, 'sequence of 4 routes'),
-    ('new', falling, 'sequence of 4 routes'),
-    ('new', 'abcd', 'sequence of 4 routes'),
+    ('new', (ROW,) * 3, 'sequence of 4 or 8 routes'),
+    ('new', falling, 'sequence of 4 or 8 routes'),
+    ('new', 'abcd', 'sequence of 4 or 8 routes'),
     ('new', (ROW, ROW, ROW, 'spiral'), "route 3 .* is 'spiral'; .*'column-major'"),
     ('new', (ROW, ROW, ROW, 7), 'route 3 .* is 7'),
     ('new', (ROW, lambda h, w: [0] * (h * w), ROW, ROW), '0 to 14 once'),
     ('new', (ROW, lambda h, w: range(h * w - 1), ROW, ROW), '0 to 14 once'),
     ('new', (ROW, lambda h, w: torch.arange(h * w) / 2, ROW, ROW), '0 to 14 once')])
 def test_what_cannot_be_registered(name, routes, message):
-    before = patterns._PATTERNS.copy()
+    before = scan_patterns()
     with pytest.raises(ValueError, match=message):
         register_scan(name, routes)
-    assert before == patterns._PATTERNS
+    assert before == scan_patterns()
 
 
 def test_orders_found_in_inference_mode_serve_training():
@@ -298,10 +307,29 @@ def test_orders_found_in_inference_mode_serve_training():
     assert torch.equal(found, y)
 
 
+def test_eight_registered_routes():
+    """The diagonals of the package, written out; a route's parameters are those of its k."""
+    register_scan('eight', (ROW, COLUMN, ROW_BACK, COLUMN_BACK, falling, rising,
+                            lambda h, w: falling(h, w).flip(0),
+                            lambda h, w: rising(h, w).tolist()[::-1]))
+    inputs = make(2, 4, 3, 5, scan='eight')
+    check(with_grads(scan_norm, inputs, scan='eight'),
+          with_grads(scan_norm, inputs, scan='omnidirectional-unwrapped'), 1e-12)
+    order = [4, 6, 1, 0, 2, 3, 5, 7]
+    mixed = {name: t if name in ('x', 'norm_weight', 'norm_bias') else
+             torch.cat([t.chunk(8)[k] for k in order]) for name, t in inputs.items()}
+    named = ordered.PATTERNS['eight']
+    ordered.PATTERNS['mixed'] = tuple(named[k] for k in order)
+    assert_close(scan_norm(**mixed, scan='mixed'), scan_norm(**inputs, scan='eight'), 1e-12)
+
+
 def test_an_order_is_checked_at_every_size():
     register_scan('some sizes', (lambda h, w: range(15),) * 4)
     with pytest.raises(ValueError, match='0 to 5 once'):
         scan_norm(**make(1, 4, 2, 3), scan='some sizes')
+    register_scan('some sizes of eight', (lambda h, w: range(15),) * 8)
+    with pytest.raises(ValueError, match='0 to 5 once'):
+        scan_norm(**make(1, 4, 2, 3, routes=8), scan='some sizes of eight')
 
 
 @pytest.mark.parametrize('scan', ['unidirectional', 'diagonal'])
@@ -312,6 +340,8 @@ def test_wrong_shapes(scan):
     two = make(1, 4, 3, 3, routes=2)
     with pytest.raises(ValueError, match=r'K = 4 routes, got x_proj_weight \(2, 4, 4\)'):
         scan_norm(**two, scan=scan)
+    with pytest.raises(ValueError, match=r'K = 8 routes, got x_proj_weight \(4, 4, 4\)'):
+        scan_norm(**inputs, scan='omnidirectional')
 
 
 # --- kernels -----------------------------------------------------------------------------------
@@ -345,7 +375,7 @@ DTYPES = pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.b
                     or emulated_cuda.COMPILER is None and not os.environ.get('CI'),
                     reason='needs Linux and a C++ compiler')
 def test_emulated_cuda(compiled, shape, dtype, scan):
-    inputs = make(*shape, torch.float32, state=1 if dtype != torch.bfloat16 else 4)
+    inputs = make(*shape, torch.float32, scan, state=1 if dtype != torch.bfloat16 else 4)
     inputs['x'] = inputs['x'].to(dtype)
     with emulated_gpu(compiled):
         check_kernels(inputs, scan, 'cuda')
@@ -362,7 +392,7 @@ needs_gpu = pytest.mark.gpu
     ids='B{0[0]}-D{0[1]}-{0[2]}x{0[3]}'.format)
 @pytest.mark.gpu(nvidia=True)
 def test_cuda(shape, state, dtype, scan):
-    inputs = make(*shape, torch.float32, state=state, device='cuda')
+    inputs = make(*shape, torch.float32, scan, state=state, device='cuda')
     inputs['x'] = inputs['x'].to(dtype)
     check_kernels(inputs, scan, 'cuda')
 
@@ -372,7 +402,7 @@ def test_cuda(shape, state, dtype, scan):
 @needs_gpu
 @pytest.mark.skipif(importlib.util.find_spec('triton') is None, reason='needs triton')
 def test_triton(dtype, scan):
-    inputs = make(2, 18, 9, 11, torch.float32, device='cuda')
+    inputs = make(2, 18, 9, 11, torch.float32, scan, device='cuda')
     inputs['x'] = inputs['x'].to(dtype)
     check_kernels(inputs, scan, 'triton')
 

@@ -83,7 +83,8 @@ def test_floors_of_state_space_duality():
 
 
 @without_gpu
-@pytest.mark.parametrize('bench, row', [('ss2d_gpu', 'stage 9'), ('scan1d', 'b3'), ('ssd', 'b3')])
+@pytest.mark.parametrize('bench, row', [('ss2d_gpu', 'stage 9'), ('scan1d', 'b3'), ('ssd', 'b3'),
+                                         ('eight_routes', 'stage 9')])
 def test_bench_without_a_gpu(monkeypatch, bench, row):
     bench = importlib.import_module(bench)
     with pytest.raises(SystemExit, match='finds no GPU'):

@@ -116,7 +116,7 @@ def convert_names(family: Family, subject: Subject, state: Mapping[str, Any],
     """
     if subject.convert is not None:
         return dict(subject.convert(state))
-    plain = {k.removeprefix('backbone.'): v for k, v in state.items()}
+    plain = {k.removeprefix(family.place).removeprefix('backbone.'): v for k, v in state.items()}
     rows, renamed = family.all_rows(plain), {}
     for name, value in plain.items():
         ours = rename(name, rows) if has_row(name, rows) else name

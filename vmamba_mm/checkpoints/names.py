@@ -74,9 +74,9 @@ def to_mm(state_dict: StateDict, keep_places: bool = False,
 def to_official(state_dict: StateDict, family: Family | None = None) -> dict[str, torch.Tensor]:
     """The inverse of :func:`to_mm`, to the official names (the newest, where there are several).
 
-    A classifier's backbone comes to its family's own place (``Family.place``), mostly the top, and
-    its head to the top, as in official classification files; a bare backbone comes to the top too;
-    detectors and segmentors keep ``backbone.``.
+    The backbone of a classifier, or of what else the family's official files hold, comes to its
+    family's own place (``Family.place``), mostly the top, and its head to the top or there too; a
+    bare backbone comes to the top; other detectors and segmentors keep ``backbone.``.
     """
     state = to_mm(state_dict, family=family)
     task = infer_task(state)
@@ -84,10 +84,13 @@ def to_official(state_dict: StateDict, family: Family | None = None) -> dict[str
     backbone = inside(state, 'backbone.')
     beside = {k: v for k, v in state.items() if not k.startswith('backbone.')}
     rows = family.rows(backbone)
-    if task == 'cls':
-        rows = family.classifier_keys + rows
-        beside = {_renamed(k, inverse(family.head_keys), family): v for k, v in beside.items()}
-    prefix = family.place if task == 'cls' else 'backbone.' if task in ('det', 'seg') else ''
+    prefix = 'backbone.' if task in ('det', 'seg') else ''
+    head_rows = family.head_rows(beside)
+    if task == family.task and (
+            task == 'cls' or all(has_row(k, our_rows(head_rows)) for k in beside)):
+        rows, prefix = family.classifier_keys + rows, family.place
+        beside = {(prefix if family.has_head_inside else '')
+                  + _renamed(k, inverse(head_rows), family): v for k, v in beside.items()}
     return {prefix + _renamed(k, inverse(rows), family): _official_shape(k, v, family)
             for k, v in backbone.items()} | beside
 
@@ -140,15 +143,20 @@ def _is_classifier_of(models, state):
     if len(models) != 1 or not models[0].is_official \
             or models[0].prefix != (models[0].family.place or None):
         return False
-    beside = [k for k in state if not k.startswith(models[0].prefix)]
-    return bool(beside) and all(has_row(k, models[0].family.head_keys) for k in beside)
+    family, prefix = models[0].family, models[0].prefix
+    beside = [k for k in state if not k.startswith(prefix)]
+    heads = inside(state, prefix) if family.has_head_inside else beside
+    rows = family.head_rows(heads)
+    if family.has_head_inside:
+        return not beside and any(has_row(k, rows) for k in heads)
+    return bool(beside) and all(has_row(k, rows) for k in beside)
 
 
 def _rename_backbone(state, model):
     """Rename the weights of a model; one at the top has all that there is."""
     family, prefix = model.family, model.prefix
     inner = inside(state, prefix)
-    heads = our_rows(family.head_keys)
+    heads = our_rows(family.head_rows(inner))
     if model.is_official:
         inner = rename_official(inner, family, inner)
     else:
@@ -196,12 +204,27 @@ def our_shape(key: str, value: torch.Tensor, family: Family) -> torch.Tensor:
         return value.flatten(1)
     if family.scalars and re.search(family.scalars, key) and value.dim() == 0:
         return value.reshape(1)
+    shape = _held_shape(key, family)
+    if shape and value.dim() == len(shape) and all(
+            wanted in (None, size) for wanted, size in zip(shape, value.shape, strict=True)):
+        return value.reshape([size for wanted, size in zip(shape, value.shape, strict=True)
+                              if wanted is None])
     return value
 
 
 def _official_shape(key, value, family):
-    is_scalar = family.scalars and re.search(family.scalars, key) and value.numel() == 1
-    return value.reshape(()) if is_scalar else value
+    if family.scalars and re.search(family.scalars, key) and value.numel() == 1:
+        return value.reshape(())
+    shape = _held_shape(key, family)
+    if shape and value.dim() == shape.count(None):
+        sizes = iter(value.shape)
+        return value.reshape([next(sizes) if wanted is None else wanted for wanted in shape])
+    return value
+
+
+def _held_shape(key, family):
+    """The shape in which official files hold a weight of our name, if it differs from ours."""
+    return next((shape for pattern, shape in family.shapes if re.search(pattern, key)), None)
 
 
 # --- what a checkpoint holds ------------------------------------------------------------------

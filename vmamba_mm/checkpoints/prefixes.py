@@ -60,26 +60,33 @@ def find_models(state_dict: Mapping[str, Any], family: Family | None = None) -> 
 def guess_models(state_dict: Mapping[str, Any]) -> list[HeldModel]:
     """The models that names alone suggest, each of the family with most of them, for messages."""
     models: dict[str, HeldModel] = {}
-    names = [plain_name(k) for k in state_dict if isinstance(k, str)]
+    weights = {plain_name(k): v for k, v in state_dict.items() if isinstance(k, str)}
     for family in FAMILIES.values():
-        for prefix, is_official in find_prefixes(family, names).items():
+        for prefix, is_official in find_prefixes(family, weights).items():
             model = HeldModel(prefix, family, is_official)
             models[prefix] = max((m for m in (models.get(prefix), model) if m),
-                                 key=lambda m: _likeness(m, names))
+                                 key=lambda m: _likeness(m, weights))
     return [models[prefix] for prefix in sorted(models)]
 
 
-def _likeness(model, names):
-    """How many names are the family's, and what part of its signature is there."""
+def _likeness(model, weights):
+    """How many names are the family's, what part of its signature is there, and whether the shapes
+    are its own: there are families of the same names."""
     family = model.family
-    below = [k.removeprefix(model.prefix) for k in names if k.startswith(model.prefix)]
+    below = {k.removeprefix(model.prefix): v for k, v in weights.items()
+             if k.startswith(model.prefix)}
     rows = family.rows(below)
     if model.is_official:
-        ours = {rename(k, rows) for k in below if has_row(k, rows)}
+        ours = {rename(k, rows): v for k, v in below.items() if has_row(k, rows)}
     else:
-        rows, ours = our_rows(rows), set(below)
+        rows, ours = our_rows(rows), below
     known = sum(has_row(k, rows) for k in below)
-    return known, len(ours.intersection(family.signature)) / len(family.signature)
+    try:
+        family.infer_arch({k: v for k, v in ours.items() if k is not None and hasattr(v, 'shape')})
+        fits = True
+    except (KeyError, ValueError):
+        fits = False
+    return known, sum(name in ours for name in family.signature) / len(family.signature), fits
 
 
 def _extended_models(weights):

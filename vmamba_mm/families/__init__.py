@@ -29,8 +29,9 @@ Rules that keep the rest generic:
   is a key of the arch, and :attr:`Family.infer_arch` finds it in the weights or takes it to be as
   published.
 - Our names are ``stages.I.blocks.J`` in a backbone of stages and ``blocks.J`` in a flat one;
-  ``norm{I}`` is the norm of output I alone; a head beside the backbone is ``head.fc``. Everything
-  before the first block is named by ``Backbone.stem``.
+  ``norm{I}`` is the norm of output I alone, and ``pool_norm`` that of the mean of a map; a head
+  beside the backbone is ``head.fc``. Everything before the first block is named by
+  ``Backbone.stem``.
 - A row of names stands for a name and all below it. What official files have called by several
   names has a row for each, the newest first; what our model computes itself has None in place of
   our name.
@@ -44,13 +45,17 @@ from collections.abc import Mapping
 
 from vmamba_mm.errors import UserError
 from vmamba_mm.families import (
+    efficientvim,
     mamba_lm,
     rmt,
+    rs_mamba,
+    rsmamba,
     timemamba,
     videomamba,
     vim,
     vision_rwkv,
     vivim,
+    vm_unet,
     vmamba,
     vssd,
 )
@@ -145,5 +150,6 @@ def family_of(state_dict: Mapping[str, object]) -> Family | None:
     return next(iter(families.values()), None)
 
 
-for _module in (vmamba, mamba_lm, vim, videomamba, vivim, timemamba, vision_rwkv, vssd, rmt):
+for _module in (vmamba, mamba_lm, vim, videomamba, vivim, timemamba, vision_rwkv, vssd, rmt,
+                rs_mamba, rsmamba, vm_unet, efficientvim):
     register_family(_module.FAMILY)

@@ -5,7 +5,8 @@ builds no model.
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,9 @@ class Family:
     infer_arch: Callable[[Mapping[str, Any]], dict[str, Any]]
     #: Like ``keys``, for names of the backbone's weights that only official classifiers have.
     classifier_keys: Rows = ()
-    #: Like ``keys``, for weights that our models have beside the backbone, such as ``head.fc``.
-    head_keys: Rows = ()
+    #: Like ``keys``, for weights that our models have beside the backbone, such as ``head.fc``, or
+    #: ``decode_head.conv_seg`` of segmentors; a function is given the names that lie there.
+    head_keys: Rows | Callable[[Collection[str]], Rows] = ()
     #: Width of the hidden layer, linear and with a tanh, in the heads of published classifiers, by
     #: arch; those of others are a single layer. Its weights are ``head.layers.pre_logits`` and
     #: those of the classifier behind it ``head.layers.head``.
@@ -65,15 +67,21 @@ class Family:
     #: Other classes than ``model``, of published detectors and segmentors: by our name of a weight
     #: that the class alone has. Their names are in ``keys``.
     dense_models: Mapping[str, str] = field(default_factory=dict)
-    #: Where official classifiers have the backbone, with the head beside it, such as 'visual.';
-    #: '' for at the top.
+    #: The task of official files of whole models, which have the head: 'cls', or 'seg'.
+    task: str = 'cls'
+    #: Where these have the backbone, such as 'visual.'; '' for at the top.
     place: str = ''
+    #: Whether the head lies there too, and not beside.
+    has_head_inside: bool = False
     #: Our names of Linear weights that official files may hold as (out, in, 1, 1), as a regular
     #: expression.
     linear: str | None = None
     #: Our names of weights of shape (1,) that official files hold as scalars, which FSDP cannot
     #: share out, as a regular expression.
     scalars: str | None = None
+    #: Pairs of our names, as a regular expression, and the shape in which official files hold these
+    #: weights: None for a dimension that ours have too, 1 for one that they lack.
+    shapes: tuple[tuple[str, tuple[int | None, ...]], ...] = ()
     #: Our names of the first convolutions, which can be adapted to other channels of images.
     first_convs: tuple[str, ...] = ()
     #: Checks of a whole arch, after the rules: raises ValueError.
@@ -83,6 +91,9 @@ class Family:
     system: str = ''
     #: What its models take: 'images', of which timm has the models too, or 'tokens' of text.
     takes: str = 'images'
+    #: Whether timm has the models itself, under the names that it would get for ours; then it gets
+    #: none.
+    in_timm: bool = False
     #: Under which key official files hold the weights of a whole model; '' for at the top.
     weights_key: str = 'model'
     #: Of the official code and weights, and where they are.
@@ -99,6 +110,10 @@ class Family:
         """The rows of a backbone, of the variant that has these names (official or ours)."""
         return self.keys(names) if callable(self.keys) else self.keys
 
+    def head_rows(self, names: Collection[str]) -> Rows:
+        """The rows of what is beside a backbone, of the variant that has these names."""
+        return self.head_keys(names) if callable(self.head_keys) else self.head_keys
+
     def model_of(self, names: Collection[str]) -> str:
         """The class in vmamba_mm.models whose weights have these names, which are ours."""
         return next((model for name, model in self.dense_models.items() if name in names),
@@ -106,7 +121,7 @@ class Family:
 
     def all_rows(self, names: Collection[str]) -> Rows:
         """The same, with those that official classifiers have besides."""
-        return self.classifier_keys + self.rows(names) + self.head_keys
+        return self.classifier_keys + self.rows(names) + self.head_rows(names)
 
 
 def resolve_arch(family: Family, arch: str | Mapping[str, Any]) -> dict[str, Any]:
@@ -169,6 +184,25 @@ def infer_image_size(num_patches: int, patch_size: int) -> int | tuple[int, int]
     rows = next(n for n in range(math.isqrt(num_patches), 0, -1) if num_patches % n == 0)
     columns = num_patches // rows
     return rows * patch_size if rows == columns else (rows * patch_size, columns * patch_size)
+
+
+def count_blocks(names: Iterable[str], num_stages: int) -> tuple[int, ...]:
+    """How many blocks, ``stages.I.blocks.J``, each stage has, for ``infer_arch``."""
+    found = {match.groups() for name in names
+             if (match := re.match(r'stages\.(\d+)\.blocks\.(\d+)\.', name))}
+    return tuple(sum(stage == str(i) for stage, _ in found) for i in range(num_stages))
+
+
+def sizes_of_stages(shapes: Mapping[str, tuple[int, ...]], name: str, num_stages: int
+                    ) -> tuple[int, ...]:
+    """The first dimension of ``stages.I.NAME`` for each stage, for ``infer_arch``; 0 where a part
+    of a file lacks it.
+
+    Raises:
+        KeyError: if the first stage lacks it.
+    """
+    return (shapes[f'stages.0.{name}'][0],
+            *(shapes.get(f'stages.{i}.{name}', (0,))[0] for i in range(1, num_stages)))
 
 
 # --- tests of values, for rules ---------------------------------------------------------------

@@ -132,16 +132,19 @@ def _are_rather_official(family, names, prefix):
 @functools.cache
 def _anchor_patterns(rows, anchor):
     prefix = r'((?:.*?\.)??)'
-    ends = [official + anchor[len(ours):] for official, ours in rows
-            if ours is not None and (anchor == ours or anchor.startswith(f'{ours}.'))]
+    ends = [official + anchor[len(_without_numbers(ours)):] for official, ours in rows
+            if ours is not None and f'{anchor}.'.startswith(f'{_without_numbers(ours)}.')]
     any_end = '|'.join(_pattern(end).replace('(', '(?:') for end in ends) or '(?!)'
     return (re.compile(f'{prefix}(?:{any_end})$'),
             re.compile(f'{prefix}{_pattern(anchor).replace("(", "(?:")}$'))
 
 
 def _anchors(family):
-    anchor = re.sub(r'(?<![^.])\d+(?![^.])', '#', family.signature[0])
-    return _anchor_patterns(family.rows(()), anchor)
+    return _anchor_patterns(family.rows(()), _without_numbers(family.signature[0]))
+
+
+def _without_numbers(name):
+    return re.sub(r'(?<![^.])\d+(?![^.])', '#', name)
 
 
 def exact_prefixes(family: Family, weights: Mapping[str, object]) -> dict[str, bool]:

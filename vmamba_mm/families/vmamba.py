@@ -5,7 +5,16 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from vmamba_mm.families.base import Family, Rows, Rule, are_ints, is_int, is_number, one_of
+from vmamba_mm.families.base import (
+    Family,
+    Rows,
+    Rule,
+    are_ints,
+    count_blocks,
+    is_int,
+    is_number,
+    one_of,
+)
 from vmamba_mm.families.parity import Build, Call, Limit, Omission, Options, Parity, Subject
 
 
@@ -139,6 +148,15 @@ def _keys(names: Collection[str]) -> Rows:
 def _infer_arch(weights: Mapping[str, Any]) -> dict[str, Any]:
     """The scan order, activations and the initialisation leave no trace, nor do norms that have no
     weights."""
+    return infer_arch(weights, 4)
+
+
+def infer_arch(weights: Mapping[str, Any], num_routes: int) -> dict[str, Any]:
+    """The arch of VMamba's stages with so many routes; ``scan`` is 'cross' whatever they are.
+
+    Raises:
+        KeyError, ValueError: as ``Family.infer_arch``.
+    """
     shapes = {k: tuple(v.shape) for k, v in weights.items()}
     first = 'stages.0.blocks.0.'
     dim, *_ = shapes[f'{first}norm1.weight']
@@ -149,16 +167,16 @@ def _infer_arch(weights: Mapping[str, Any]) -> dict[str, Any]:
     # Half a file is told as well, so that a message can say what it holds.
     dims = tuple(shapes.get(f'stages.{i}.blocks.0.norm1.weight', (usual,))[0]
                  for i, usual in enumerate(stage_dims(dim)))
+    if not is_ssd and (found := shapes[f'{first}ssm.x_proj_weight'][0]) != num_routes:
+        raise ValueError(f'{found} routes in place of {num_routes}')
     projected, *_ = shapes[f'{first}ssm.in_proj.weight']
     hidden, *_ = shapes.get(f'{first}mlp.fc1.weight', (0,))
-    blocks = {m.groups() for k in shapes if (m := re.match(r'stages\.(\d+)\.blocks\.(\d+)\.', k))}
     inner, rank, d_state = (_ssd_sizes if is_ssd else _s6_sizes)(shapes, first)
     conv = f'{first}ssm.conv2d.1' if is_ssd else f'{first}ssm.conv2d'
     *_, kernel = shapes.get(f'{conv}.weight', (0,))
     arch = dict(
         embed_dims=dim if dims == stage_dims(dim) else dims,
-        depths=tuple(sum(stage == str(i) for stage, _ in blocks) for i in range(4)),
-        d_state=d_state, ssm_ratio=inner / dim,
+        depths=count_blocks(shapes, 4), d_state=d_state, ssm_ratio=inner / dim,
         dt_rank='auto' if rank == math.ceil(dim / 16) else rank,
         conv_bias=f'{conv}.bias' in shapes, gate=projected == 2 * inner,
         mlp_ratio=hidden / dim, stem='conv' if 'patch_embed.conv1.weight' in shapes else 'patch',
@@ -179,7 +197,8 @@ _OUT_NORM_WEIGHTS = ('ln_dwconv', '2.weight'), ('dwconv', '1.weight')
 
 def _s6_sizes(shapes: Mapping[str, tuple[int, ...]], first: str) -> tuple[int, int, int]:
     """Inner channels, dt_rank and d_state of SS2D, which has these two weights in every stage."""
-    stages = {k.partition('.blocks.')[0] for k in shapes if '.blocks.' in k}
+    stages = {k.partition('.blocks.')[0] for k in shapes
+              if k.startswith('stages.') and '.blocks.' in k}
     for name in (f'{stage}.blocks.0.ssm.{name}' for stage in sorted(stages)
                  for name in ('dt_projs_weight', 'out_norm.weight')):
         if name not in shapes:

@@ -84,6 +84,7 @@ class TimmBackbone(nn.Module):
         super().__init__()
         arch = resolve_arch(self.model.family, arch or self.model.default_arch)
         self.has_cls_token = self.model.has_cls_token(arch)
+        self.has_pool_norm = self.model.has_pool_norm(arch)
         self.output_fmt = 'NLC' if self.has_cls_token else 'NCHW'
         if global_pool is None:
             global_pool = 'token' if self.has_cls_token else 'avg'
@@ -92,8 +93,10 @@ class TimmBackbone(nn.Module):
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         depths, channels = self.model.stage_sizes(arch)
+        pooled = dict(out_type='avg_featmap') if self.has_pool_norm else {}
         self.backbone = self.model(arch, out_indices=(len(depths) - 1,), in_channels=in_chans,
-                                   drop_path_rate=drop_path_rate, **self.model.classifier_options)
+                                   drop_path_rate=drop_path_rate, **self.model.classifier_options,
+                                   **pooled)
         inner = '' if self.backbone.is_flat else '.blocks'
         self.feature_info = [
             dict(num_chs=num_chs, reduction=stride,
@@ -129,7 +132,11 @@ class TimmBackbone(nn.Module):
         return torch.cat(parts, dim=2).transpose(1, 2)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.head(x, pre_logits=pre_logits)
+        head = self.head
+        if not self.has_pool_norm or not head.global_pool.pool_type:
+            return head(x, pre_logits=pre_logits)
+        x = head.drop(self.backbone.pool_norm(head.global_pool(x)))
+        return x if pre_logits else head.fc(x)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
@@ -147,6 +154,8 @@ class TimmBackbone(nn.Module):
 
     def _check_head(self, num_classes, global_pool):
         pools = _TOKEN_POOLS if self.has_cls_token else _POOLS
+        if self.has_pool_norm:  # which is of one pooling
+            pools = tuple(pool for pool in pools if pool != 'catavgmax')
         if not isinstance(num_classes, int) or num_classes < 0:
             raise ValueError(f'num_classes must be an int of at least 0, got {num_classes!r}')
         if global_pool not in pools:
@@ -463,5 +472,5 @@ def _register(model: type[TimmBackbone], family: Family, arch: str) -> None:
 
 
 for _family in FAMILIES.values():
-    if _family.takes == 'images':
+    if _family.takes == 'images' and _family.task == 'cls' and not _family.in_timm:
         register_models(_family)

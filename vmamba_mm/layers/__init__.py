@@ -5,6 +5,7 @@ from vmamba_mm.layers.embed import (
     ConvStem,
     MergeDownsample,
     PatchEmbed,
+    PatchExpand,
     PatchStem,
 )
 from vmamba_mm.layers.mamba import (
@@ -12,6 +13,7 @@ from vmamba_mm.layers.mamba import (
     DecomposedBiMambaMixer,
     MambaMixer,
     MambaState,
+    MultiPathMixer,
     SharedBiMambaMixer,
 )
 from vmamba_mm.layers.mamba2 import Mamba2Mixer, Mamba2State
@@ -36,8 +38,9 @@ from vmamba_mm.layers.vss_block import Mlp, VSSBlock, VSSStage
 __all__ = ['SS2D', 'SSD2D', 'AttentionState', 'BiMambaMixer', 'CausalAttention', 'ConvDownsample',
            'ConvStem', 'DecomposedBiMambaMixer', 'DropPath', 'GatedMlp', 'LayerNorm', 'LayerNorm2d',
            'Mamba2Mixer', 'Mamba2State', 'MambaBlock', 'MambaMixer', 'MambaState',
-           'MergeDownsample', 'Mlp', 'MultiScaleRetention', 'PatchEmbed', 'PatchStem', 'RMSNorm',
-           'RMSNormGated', 'RWKV4TimeMix', 'RWKV5TimeMix', 'RWKV6TimeMix', 'RWKV7TimeMix',
-           'RWKVBlock', 'RWKVChannelMix', 'RWKVState', 'RetNetBlock', 'RetentionState',
-           'SelfAttention', 'SharedBiMambaMixer', 'Stage', 'TimeMixState', 'VSSBlock', 'VSSStage',
-           'record_inputs', 'record_scan_inputs', 'run_blocks', 'run_blocks_to']
+           'MergeDownsample', 'Mlp', 'MultiPathMixer', 'MultiScaleRetention', 'PatchEmbed',
+           'PatchExpand', 'PatchStem', 'RMSNorm', 'RMSNormGated', 'RWKV4TimeMix', 'RWKV5TimeMix',
+           'RWKV6TimeMix', 'RWKV7TimeMix', 'RWKVBlock', 'RWKVChannelMix', 'RWKVState',
+           'RetNetBlock', 'RetentionState', 'SelfAttention', 'SharedBiMambaMixer', 'Stage',
+           'TimeMixState', 'VSSBlock', 'VSSStage', 'record_inputs', 'record_scan_inputs',
+           'run_blocks', 'run_blocks_to']

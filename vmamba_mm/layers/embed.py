@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from vmamba_mm.layers.norm import LayerNorm
 from vmamba_mm.layers.plain import is_plain, is_plain_conv
-from vmamba_mm.layers.positions import pad_to_a_patch
+from vmamba_mm.layers.positions import pad_to_a_patch, pad_to_strides
 from vmamba_mm.ops import channels_last, conv_norm, conv_norm_gelu
 
 # What torch.fx records as it is, since it looks at shapes.
@@ -15,6 +15,7 @@ torch.fx.wrap('channels_last')
 torch.fx.wrap('conv_norm')
 torch.fx.wrap('conv_norm_gelu')
 torch.fx.wrap('pad_to_a_patch')
+torch.fx.wrap('pad_to_strides')
 
 
 def _conv_norm(conv: nn.Conv2d, norm: LayerNorm, x_BHWC: Tensor) -> Tensor:
@@ -71,18 +72,50 @@ class MergeDownsample(nn.Module):
     Args:
         dim: C.
         out_dim: another number of channels than 2C.
+        odd: of a side of odd length, 'pad' it with zeros, or 'crop' the last row or column.
+
+    Raises:
+        ValueError: on another ``odd``.
     """
 
-    def __init__(self, dim: int, out_dim: int | None = None):
+    def __init__(self, dim: int, out_dim: int | None = None, odd: str = 'pad'):
         super().__init__()
+        if odd not in ('pad', 'crop'):
+            raise ValueError(f"odd={odd!r} does not exist; choose 'pad' or 'crop'")
+        self.odd = odd
         self.norm = LayerNorm(4 * dim, feeds_matmul=True)
         self.reduction = nn.Linear(4 * dim, out_dim or 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
-        x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+        if self.odd == 'pad':
+            x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+        else:
+            x = x[:, :height // 2 * 2, :width // 2 * 2]
         corners = (x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2])
         return self.reduction(self.norm(torch.cat(corners, dim=-1)))
+
+
+class PatchExpand(nn.Module):
+    """Swin-Unet's patch expanding (arXiv 2105.05537, section 3.5): (B, H, W, C) ->
+    (B, f * H, f * W, C / f), the inverse of patch merging.
+
+    Args:
+        dim: C. C / f is rounded down, but at least 1.
+        factor: f.
+    """
+
+    def __init__(self, dim: int, factor: int = 2):
+        super().__init__()
+        out_dim = max(1, dim // factor)
+        self.factor = factor
+        self.expand = nn.Linear(dim, factor ** 2 * out_dim, bias=False)
+        self.norm = LayerNorm(out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        factor = self.factor
+        x = self.expand(x).unflatten(3, (factor, factor, -1))  # (B, H, W, f, f, C / f)
+        return self.norm(x.transpose(2, 3).flatten(3, 4).flatten(1, 2))
 
 
 class ConvDownsample(nn.Module):
@@ -114,12 +147,18 @@ class PatchEmbed(nn.Module):
         patch_size: pixels of a side.
         stride: pixels from one patch to the next; None for ``patch_size``.
         bias: of the projection.
+        ceil_mode: a patch begins at every ``stride`` pixels, h = ceil(H / stride), with zeros where
+            it reaches over the lower or the right border, so that nothing is ignored.
     """
 
     def __init__(self, in_channels: int, embed_dims: int, patch_size: int,
-                 stride: int | None = None, bias: bool = True):
+                 stride: int | None = None, bias: bool = True, ceil_mode: bool = False):
         super().__init__()
+        self.ceil_mode = ceil_mode
         self.proj = nn.Conv2d(in_channels, embed_dims, patch_size, stride or patch_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(pad_to_a_patch(x, self.proj.kernel_size[0])).permute(0, 2, 3, 1)
+        patch_size, stride = self.proj.kernel_size[0], self.proj.stride[0]
+        x = pad_to_strides(x, patch_size, stride) if self.ceil_mode \
+            else pad_to_a_patch(x, patch_size)
+        return self.proj(x).permute(0, 2, 3, 1)

@@ -2,8 +2,8 @@
 
 :class:`MambaMixer` is that of Mamba (arXiv 2312.00752, section 3.4); the others read the sequence
 in both directions, as Vim (arXiv 2401.09417), VideoMamba (arXiv 2403.06977) and Video Mamba Suite
-(arXiv 2403.09626) do. Parameters have the names of the official code, where ``_b`` marks those of
-the backward direction alone.
+(arXiv 2403.09626) do, or in a random order too, as RSMamba (arXiv 2403.19654). Parameters have the
+names of the official code, where ``_b`` marks those of the backward direction alone.
 
 Where nobody watches the submodules, all between ``in_proj`` and ``out_proj`` runs as the op
 ``mamba_inner``; else it runs step by step, and every submodule is called.
@@ -72,7 +72,8 @@ class _Mixer(nn.Module):
                  dt_rank: int | str = 'auto', conv_bias: bool = True, bias: bool = False,
                  layer_scale: float | None = None):
         super().__init__()
-        inner = int(expand * embed_dims)
+        # A quotient of integers may lie a little below the one whose product is meant.
+        inner = int(expand * embed_dims + 1e-9)
         if inner < 1:
             raise ValueError(f'expand must be at least 1/{embed_dims} for {embed_dims} channels, '
                              f'got {expand!r}')
@@ -344,6 +345,62 @@ class DecomposedBiMambaMixer(_Mixer):
         forward, backward = xz.chunk(2, dim=-1)
         run = self._inner if self._is_one_op() else self._direction
         return torch.cat([run(forward), run(backward, reverse=True)], dim=-1)
+
+
+class MultiPathMixer(_Mixer):
+    """One mixer for several orders of the same tokens (RSMamba, section II-C, arXiv 2403.19654).
+
+    The tokens go through convolution and scan as they come, from the last one to the first, and in
+    the order of a permutation, each time with the same parameters. The results, back in the order
+    of the tokens, are averaged, or weighted by a softmax of ``gate``, a Linear that reads the mean
+    over the tokens of each path's result. ``in_proj`` and ``out_proj`` know no order, so all paths
+    share one product.
+
+    Args:
+        embed_dims: C, channels of a token.
+        paths: 1 for the tokens as they come, 2 for the reverse as well, 3 for a permutation too.
+        gated: whether there is a gate, or the mean of the paths; one path alone has neither.
+        d_state, d_conv, expand, dt_rank, conv_bias, bias, layer_scale: as of :class:`MambaMixer`.
+
+    Shape: (B, L, C) -> (B, L, C).
+
+    Raises:
+        ValueError: on a value that is not allowed.
+    """
+
+    def __init__(self, embed_dims: int, *, paths: int = 3, gated: bool = True, **kwargs):
+        if paths not in (1, 2, 3):
+            raise ValueError(f'paths={paths!r} does not exist; choose 1, 2 or 3')
+        super().__init__(embed_dims, **kwargs)
+        self.paths = paths
+        has_gate = gated and paths > 1
+        self.gate = nn.Linear(paths * embed_dims, paths, bias=False) if has_gate else None
+
+    def forward(self, x: Tensor, permutation: Tensor | None = None) -> Tensor:
+        """The mixer's result.
+
+        Args:
+            x: (B, L, C).
+            permutation: (L) of integers, the order of the tokens in the third path.
+
+        Raises:
+            ValueError: if there is a permutation without a third path, or none with it.
+        """
+        if (permutation is None) == (self.paths == 3):
+            wants = 'needs a permutation' if self.paths == 3 else 'takes no permutation'
+            raise ValueError(f'a mixer of {self.paths} paths {wants}')
+        xz = self.in_proj(x)
+        run = self._inner if self._is_one_op() else self._direction
+        ys = [run(xz)]
+        if self.paths > 1:
+            ys.append(run(xz, reverse=True))
+        if permutation is not None:
+            ys.append(run(xz[:, permutation])[:, permutation.argsort()])
+        if self.gate is None:
+            return self._project_out(sum(ys) / self.paths)
+        means = self._project_out(torch.stack([y.mean(1) for y in ys], dim=1))  # (B, P, C)
+        weights = self.gate(means.flatten(1)).softmax(dim=-1).to(xz.dtype)
+        return self._project_out(sum(weights[:, i, None, None] * y for i, y in enumerate(ys)))
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:

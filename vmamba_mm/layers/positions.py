@@ -17,6 +17,14 @@ def pad_to_a_patch(x: Tensor, patch_size: int) -> Tensor:
     return F.pad(x, (0, max(0, patch_size - width), 0, max(0, patch_size - height)))
 
 
+def pad_to_strides(x: Tensor, patch_size: int, stride: int) -> Tensor:
+    """(..., H, W) with zeros below and on the right, so that the patches that begin at every
+    ``stride`` pixels are all there."""
+    down, right = (max(0, (-(-side // stride) - 1) * stride + patch_size - side)
+                   for side in x.shape[-2:])
+    return F.pad(x, (0, right, 0, down)) if down or right else x
+
+
 def pad_to_patches(x: Tensor, patch_size: int) -> Tensor:
     """(..., H, W) with zeros below and on the right up to multiples of ``patch_size``."""
     height, width = x.shape[-2:]

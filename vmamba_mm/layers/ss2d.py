@@ -9,14 +9,13 @@ from vmamba_mm.layers.norm import LayerNorm
 from vmamba_mm.layers.plain import is_depthwise_3x3, is_plain
 from vmamba_mm.layers.ssm_init import init_ssm, init_x_proj, state_matrix
 from vmamba_mm.ops import dwconv_silu, scan_norm
-from vmamba_mm.ops.ss2d_scan.patterns import check_scan
+from vmamba_mm.ops.ss2d_scan.patterns import num_routes
 
 # What torch.fx records as it is, since it looks at shapes.
 torch.fx.wrap('dwconv_silu')
 torch.fx.wrap('scan_norm')
 torch.fx.wrap('state_matrix')
 
-NUM_ROUTES = 4
 ACTS = {'silu': F.silu, 'gelu': F.gelu, 'relu': F.relu}
 
 
@@ -35,7 +34,8 @@ class SS2D(nn.Module):
         conv_kernel: odd size of the depthwise convolution; 0 for none (table 10).
         ssm_init: 'mamba', 'random' or 'zero' (table 11), see :func:`init_ssm`.
         scan: order of the routes over the map (table 10): 'cross', 'unidirectional',
-            'bidirectional', 'cascade' or a registered one, see :func:`vmamba_mm.ops.scan_norm`.
+            'bidirectional', 'cascade', of eight routes 'omnidirectional' or
+            'omnidirectional-unwrapped', or a registered one, see :func:`vmamba_mm.ops.scan_norm`.
 
     Shape: (B, H, W, C) -> (B, H, W, C), any H and W.
 
@@ -54,7 +54,7 @@ class SS2D(nn.Module):
         if conv_kernel != 0 and (conv_kernel < 3 or conv_kernel % 2 == 0):
             raise ValueError(f'conv_kernel must be 0 (no convolution) or an odd int of at least 3, '
                              f'got {conv_kernel}')
-        check_scan(scan)
+        routes = num_routes(scan)
         inner = int(ssm_ratio * dim)
         if inner < 1:
             raise ValueError(f'ssm_ratio must be at least 1/{dim} for {dim} channels: {ssm_ratio}')
@@ -65,12 +65,12 @@ class SS2D(nn.Module):
         self.in_proj = nn.Linear(dim, inner * (2 if gate else 1), bias=False)
         self.conv2d = nn.Conv2d(inner, inner, kernel_size=conv_kernel, padding=conv_kernel // 2,
                                 groups=inner, bias=conv_bias) if conv_kernel else None
-        self.x_proj_weight = nn.Parameter(init_x_proj(NUM_ROUTES, rank + 2 * d_state, inner))
-        dt_weight, dt_bias, A_logs = init_ssm(ssm_init, NUM_ROUTES, inner, d_state, rank)
+        self.x_proj_weight = nn.Parameter(init_x_proj(routes, rank + 2 * d_state, inner))
+        dt_weight, dt_bias, A_logs = init_ssm(ssm_init, routes, inner, d_state, rank)
         self.dt_projs_weight = nn.Parameter(dt_weight)
         self.dt_projs_bias = nn.Parameter(dt_bias)
         self.A_logs = nn.Parameter(A_logs)
-        self.Ds = nn.Parameter(torch.ones(NUM_ROUTES * inner))
+        self.Ds = nn.Parameter(torch.ones(routes * inner))
         self.out_norm = LayerNorm(inner)
         self.out_proj = nn.Linear(inner, dim, bias=False)
 

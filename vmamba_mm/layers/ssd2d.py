@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from vmamba_mm.layers.norm import LayerNorm
 from vmamba_mm.layers.plain import are_plain, is_depthwise_3x3, is_plain
-from vmamba_mm.layers.ss2d import ACTS, NUM_ROUTES
+from vmamba_mm.layers.ss2d import ACTS
 from vmamba_mm.layers.ssm_init import init_dt_bias, init_x_proj, state_matrix
 from vmamba_mm.ops import cross_merge, cross_scan, dwconv_silu, ssd
 from vmamba_mm.ops.core.backends import runs_kernels
+from vmamba_mm.ops.ss2d_scan.patterns import NUM_ROUTES
 
 # What torch.fx records as it is, since it looks at shapes.
 torch.fx.wrap('cross_merge')

@@ -9,6 +9,7 @@ from vmamba_mm.errors import UserError
 from vmamba_mm.mm.cli.command import add_weights_option
 from vmamba_mm.mm.cli.configs import datasets_of
 from vmamba_mm.mm.cli.runs import build_model
+from vmamba_mm.mm.sources import IMAGE, SECOND_KEY
 
 NONE = 'none'  # in place of a checkpoint
 
@@ -116,6 +117,21 @@ def build_steps(cfg):
         return 'Load' in name and 'Annotations' in name
 
     return Compose([step for step in dataset.pipeline if not loads_annotations(step)]).transforms
+
+
+def loads_pairs(cfg):
+    """Whether the test pipeline takes two images, between which changes are found."""
+    dataset = next(d for _, d in datasets_of(cfg.test_dataloader.dataset, ''))
+    return any(type_name(step) in ('LoadImagePair', 'LoadMultipleRSImageFromFile')
+               for step in dataset.pipeline)
+
+
+def load_second(steps, first, second):
+    """The later image of a pair as the loader of a pipeline reads it, (H, W, C)."""
+    from vmamba_mm.mm.hooks.data import apply_steps
+
+    # As the first of a pair, which is what a loader gives as the image.
+    return apply_steps(steps[:1], {IMAGE.path_key: str(second), SECOND_KEY: str(first)})[1]
 
 
 class Loader:

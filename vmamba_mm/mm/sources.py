@@ -57,6 +57,10 @@ VIDEO = Source(
     loader='vmamba_mm.LoadClips', picture=_clip_to_sheet)
 
 
+#: In the info of a pair of images, the later one.
+SECOND_KEY = 'img_path2'
+
+
 def source_of(info: dict) -> Source:
     """The kind of the file that a sample's info names."""
     return VIDEO if VIDEO.path_key in info else IMAGE

@@ -1,14 +1,19 @@
 from vmamba_mm.models.action_mamba import ActionMamba, MaskMambaBlock
 from vmamba_mm.models.causal_lm import CausalLM
+from vmamba_mm.models.efficientvim import EfficientViM
 from vmamba_mm.models.rmt import RMT
+from vmamba_mm.models.rs_mamba import RemoteSensingMamba
+from vmamba_mm.models.rsmamba import RSMamba
 from vmamba_mm.models.timemamba import TimeMamba
 from vmamba_mm.models.videomamba import VideoMamba
 from vmamba_mm.models.vim import Vim
 from vmamba_mm.models.vision_rwkv import VisionRWKV
 from vmamba_mm.models.vision_rwkv_adapter import VisionRWKVAdapter
 from vmamba_mm.models.vivim import ViViM
+from vmamba_mm.models.vm_unet import VMUNet
 from vmamba_mm.models.vmamba import VMamba
 from vmamba_mm.models.vssd import VSSD
 
-__all__ = ['RMT', 'VSSD', 'ActionMamba', 'CausalLM', 'MaskMambaBlock', 'TimeMamba', 'VMamba',
-           'ViViM', 'VideoMamba', 'Vim', 'VisionRWKV', 'VisionRWKVAdapter']
+__all__ = ['RMT', 'VSSD', 'ActionMamba', 'CausalLM', 'EfficientViM', 'MaskMambaBlock', 'RSMamba',
+           'RemoteSensingMamba', 'TimeMamba', 'VMUNet', 'VMamba', 'ViViM', 'VideoMamba', 'Vim',
+           'VisionRWKV', 'VisionRWKVAdapter']

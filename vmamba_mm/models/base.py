@@ -34,7 +34,8 @@ class Backbone(StrictLoading, BaseModule):
         arch: a key of ``arch_settings``, or a dict with the keys of the family's ``rules``; with
             ``base``, the name of a published one, only the keys that differ from it:
             ``dict(base='tiny_s1l8', depths=(2, 2, 4, 2))``. None for ``default_arch``.
-        out_indices: stages to return; None for all of them, or the last of a flat backbone.
+        out_indices: stages to return; None for all of them, or the last of a flat backbone or a
+            decoder.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
         frozen_stages: -1 freezes nothing, 0 the stem, i the stem and the first i stages with
             their norms and downsamplings.
@@ -57,6 +58,8 @@ class Backbone(StrictLoading, BaseModule):
     stem: tuple[str, ...] = ('patch_embed',)
     stages_name = 'stages'
     is_flat = False
+    #: Whether ``out_indices`` is the last stage alone by default.
+    returns_last = False
     #: Whether the norms of outputs are of the last dimension, as of tokens, and no LayerNorm2d.
     norms_last = False
     #: Keywords that the backbones of published classifiers have, beside the last output alone.
@@ -81,7 +84,7 @@ class Backbone(StrictLoading, BaseModule):
         self.depths, self.num_features = self.stage_sizes(self.arch)
         num_stages = len(self.depths)
         if out_indices is None:
-            out_indices = (num_stages - 1,) if self.is_flat else range(num_stages)
+            out_indices = (num_stages - 1,) if self.returns_last else range(num_stages)
         self.out_indices = _check_out_indices(out_indices, num_stages)
         if not isinstance(frozen_stages, int) or not -1 <= frozen_stages <= num_stages:
             raise ValueError(f'frozen_stages must be an int from -1 (nothing) to {num_stages} '
@@ -92,7 +95,7 @@ class Backbone(StrictLoading, BaseModule):
             raise ValueError(f'in_channels must be an int of at least 1, got {in_channels!r}')
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
-        rates = torch.linspace(0, drop_path_rate, sum(self.depths), device='cpu').tolist()
+        rates = self.drop_path_rates(self.arch, drop_path_rate)
         self.build(in_channels, rates, with_cp)
         self._freeze_stages()
         if compile or isinstance(compile, Mapping):  # an empty dict asks for it too
@@ -102,6 +105,12 @@ class Backbone(StrictLoading, BaseModule):
     def stage_sizes(arch: Mapping[str, Any]) -> tuple[Sequence[int], list[int]]:
         """The number of blocks of each stage (1 in a flat backbone), and the channels of each."""
         raise NotImplementedError
+
+    @classmethod
+    def drop_path_rates(cls, arch: Mapping[str, Any], rate: float) -> list[float]:
+        """The stochastic depth of each block: from 0 to that of the last one, ``rate``."""
+        depths, _ = cls.stage_sizes(arch)
+        return torch.linspace(0, rate, sum(depths), device='cpu').tolist()
 
     @classmethod
     def stage_strides(cls, arch: Mapping[str, Any]) -> list[int]:
@@ -126,10 +135,21 @@ class Backbone(StrictLoading, BaseModule):
         and not the mean of the last map; then there is :meth:`forward_with_cls`."""
         return False
 
+    @staticmethod
+    def has_pool_norm(arch: Mapping[str, Any]) -> bool:
+        """Whether published classifiers of the arch read the mean of the last map through a norm
+        more, ``pool_norm``, which a model has with ``out_type='avg_featmap'``."""
+        return False
+
     @classmethod
     def map_size(cls, arch: Mapping[str, Any], size: int) -> int:
         """The side of the last map, of a square image of ``size`` pixels."""
         return size // cls.stage_strides(arch)[-1]
+
+    @property
+    def out_channels(self) -> list[int]:
+        """The channels of each output."""
+        return [self.num_features[i] for i in self.out_indices]
 
     def build(self, in_channels: int, drop_path_rates: Sequence[float], with_cp: bool) -> None:
         """Make the modules, with their initial weights.

@@ -30,6 +30,7 @@ class FlatBackbone(Backbone):
     out_types: tuple[str, ...] = ('featmap', 'cls_token')
     stages_name = 'blocks'
     is_flat = True
+    returns_last = True
     norms_last = True
 
     def __init__(self, arch: str | Mapping[str, Any] | None = None,

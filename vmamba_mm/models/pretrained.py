@@ -41,7 +41,7 @@ from vmamba_mm.families.names import (
 
 _PRETRAINED = ('Pretrained', 'PretrainedInit')
 #: The norms of outputs, which belong to the task and not to the backbone.
-OUTPUT_NORM = re.compile(r'norm(\d+)\.')
+OUTPUT_NORM = re.compile(r'(?:norm(\d+)|pool_norm)\.')
 
 
 class StrictLoading:
@@ -144,7 +144,7 @@ class StrictLoading:
             weights: of a checkpoint, by this model's names.
         """
         found = [OUTPUT_NORM.match(name) for name in weights]
-        outputs = sorted({int(match[1]) for match in found if match})
+        outputs = sorted({int(match[1]) for match in found if match and match[1]})
         firsts = [weights[name] for name in cls.family.first_convs if name in weights]
         return (dict(out_indices=outputs) if outputs else {}) | (
             dict(in_channels=firsts[0].shape[1]) if firsts else {})
@@ -200,7 +200,7 @@ class StrictLoading:
                             f'with: {", ".join(tops[:8])}'
                             + (f'; it holds {describe_places(state, family)}' if prefixes else ''))
         # A classifier around a bare backbone has its head beside the stages.
-        heads = our_rows(family.head_keys)
+        heads = our_rows(family.head_rows(below))
         return {k: v for k, v in below.items() if not has_row(k, heads) or k in self.state_dict()}
 
     def _adapt_stem(self, weights, ours, checkpoint):

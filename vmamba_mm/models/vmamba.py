@@ -18,6 +18,7 @@ from vmamba_mm.layers import (
     VSSStage,
 )
 from vmamba_mm.models.base import Backbone, init_linear
+from vmamba_mm.ops.ss2d_scan.patterns import NUM_ROUTES, num_routes
 from vmamba_mm.registry import MODELS
 
 _STEMS = {'patch': PatchStem, 'conv': ConvStem}
@@ -73,6 +74,9 @@ class VMamba(Backbone):
         arch, rates = self.arch, iter(drop_path_rates)
         ssm_type, own_keys = _CORES[arch.get('core', 's6')]
         ssm_cfg = {key: arch[key] for key in (*_SSM_KEYS, *own_keys) if key in arch}
+        if ssm_type is SS2D and (routes := num_routes(arch['scan'])) != NUM_ROUTES:
+            raise ValueError(f"arch['scan']={arch['scan']!r} has {routes} routes and VMamba's "
+                             f'blocks have {NUM_ROUTES}; RemoteSensingMamba takes it')
         self.patch_embed = _STEMS[arch['stem']](in_channels, self.num_features[0])
         self.stages = nn.ModuleList()
         for i, (dim, depth) in enumerate(zip(self.num_features, self.depths, strict=True)):

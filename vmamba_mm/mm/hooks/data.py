@@ -23,10 +23,11 @@ from vmamba_mm.mm.labels import (
     check_num_classes,
     segmentation_classes,
 )
-from vmamba_mm.mm.sources import IMAGE, VIDEO, source_of
+from vmamba_mm.mm.sources import IMAGE, SECOND_KEY, VIDEO, source_of
 from vmamba_mm.registry import HOOKS
 
-FILE_KEYS = {IMAGE.path_key: IMAGE.name, 'seg_map_path': IMAGE.name, VIDEO.path_key: VIDEO.name}
+FILE_KEYS = {IMAGE.path_key: IMAGE.name, SECOND_KEY: IMAGE.name, 'seg_map_path': IMAGE.name,
+             VIDEO.path_key: VIDEO.name}
 # A step that loads raises these when it lacks a package or is wrong itself; the file is sound.
 _NOT_THE_FILE = (ImportError, AttributeError, NameError)
 

@@ -41,28 +41,38 @@ def finish_instance() -> Instance:
     return Instance('scan/scan_finish.cu', 'scan_finish')
 
 
-def forward_instance(type_: str, states: int, sequence: bool, mode: int) -> Instance:
-    """``states`` of a scan: 1, 4 or 16; ``mode`` is RUN, ENDS or GRADIENTS."""
+def _defines(ordered: bool) -> tuple[tuple[str, int], ...]:
+    return (('ORDERED', 1),) if ordered else ()
+
+
+def forward_instance(type_: str, states: int, sequence: bool, ordered: bool, mode: int
+                     ) -> Instance:
+    """``states`` of a scan: 1, 4 or 16; ``ordered``: along tables of positions; ``mode`` is RUN,
+    ENDS or GRADIENTS."""
     return Instance('scan/scan_fwd.cu', f'scan_fwd<{type_}, {states}, {str(sequence).lower()}, '
-                    f'{mode}>')
+                    f'{mode}>', defines=_defines(ordered))
 
 
-def backward_instance(type_: str, states: int, sequence: bool) -> Instance:
-    return Instance('scan/scan_bwd.cu', f'scan_bwd<{type_}, {states}, {str(sequence).lower()}>')
+def backward_instance(type_: str, states: int, sequence: bool, ordered: bool) -> Instance:
+    return Instance('scan/scan_bwd.cu', f'scan_bwd<{type_}, {states}, {str(sequence).lower()}>',
+                    defines=_defines(ordered))
 
 
-# Type, states of a scan, whether of selective_scan. The types that people use, and for each number
-# of states and each kind of sequence one that is compiled: half maps with N = 1 have kernels of
-# their own, in ss2d_scan.
-_COMPILED = [('Half', 16, False), ('BFloat', 16, False), ('Float', 1, False), ('Float', 16, False),
-             ('Half', 1, True), ('Float', 16, True)]
+# Type, states of a scan, whether of selective_scan, whether along tables of positions. The types
+# that people use, and for each number of states and each kind of sequence one that is compiled:
+# half maps with N = 1 have kernels of their own, in ss2d_scan, but for tables.
+_COMPILED = [('Half', 16, False, False), ('BFloat', 16, False, False), ('Float', 1, False, False),
+             ('Float', 16, False, False), ('Half', 1, True, False), ('Float', 16, True, False),
+             ('Half', 16, False, True), ('BFloat', 16, False, True), ('Float', 16, False, True),
+             ('Half', 1, False, True)]
 
 #: What is compiled to check it, and the lowest compute capability (75 for 7.5) that it is for.
 INSTANCES: dict[Instance, int] = {
-    **{instance: 80 if type_ == 'BFloat' else 75 for type_, states, sequence in _COMPILED
-       for instance in (forward_instance(type_, states, sequence, RUN),
-                        backward_instance(type_, states, sequence))},
-    **{forward_instance('Half', 16, False, mode): 75 for mode in (ENDS, GRADIENTS)},
+    **{instance: 80 if type_ == 'BFloat' else 75 for type_, states, *kind in _COMPILED
+       for instance in (forward_instance(type_, states, *kind, RUN),
+                        backward_instance(type_, states, *kind))},
+    **{forward_instance('Half', 16, False, ordered, mode): 75
+       for mode in (ENDS, GRADIENTS) for ordered in (False, True)},
     prepare_instance(): 75,
     finish_instance(): 75,
     combine_instance(): 75,
@@ -198,8 +208,9 @@ class Scans:
     max_span = None  # for tests, which then ``forget``: positions of a span at most
 
     def __init__(self, index: int, dtype: torch.dtype, sizes: tuple[int, ...], state: int,
-                 sequence: bool, softplus: bool):
+                 sequence: bool, softplus: bool, ordered: bool = False):
         self.index, self.sequence, self.softplus = index, sequence, softplus
+        self.ordered = ordered
         self.type, self.sizes, self.state = TYPES[dtype], sizes, state
         batch, self.dim, height, width, self.rank, self.routes = sizes
         self.length = height * width
@@ -261,7 +272,8 @@ class Scans:
         """
         batch, dim, height, width, rank, routes = self.sizes
         names = [f'{tensor}_{side}' for tensor in ('x', 'grad') for side in 'bdhw']
-        return kernel(self.index, instance, self.type, self.states, self.sequence, *args).bind(
+        return kernel(self.index, instance, self.type, self.states, self.sequence, self.ordered,
+                      *args).bind(
             (self.count * schedule.spans * schedule.columns, 1, 1), (32 * schedule.warps, 1, 1),
             shared, ('vector',), **dict(zip(names, strides, strict=True)), batch=batch, dim=dim,
             height=height, width=width, rank=rank, state=self.state, routes=routes,
@@ -286,11 +298,11 @@ class Scans:
             (-(-self.count * inner // 128), 1, 1), (128, 1, 1), scans=self.count,
             spans=schedule.spans, dim=inner, back=0)
 
-        def launch_entries(x, raw, prepared, B, C, memory, grad=0):
+        def launch_entries(x, raw, prepared, B, C, memory, grad=0, orders=0):
             ends, entries = memory + size, memory + 2 * size
             summarise(x=x, raw=raw, B=B, C=C, weights=prepared, bias=prepared + at.bias,
                       rates=prepared + at.rates, skip=prepared + at.skip, decays=memory, ends=ends,
-                      grad=grad, vector=int(vectors and (x | raw | grad) % 16 == 0))
+                      grad=grad, orders=orders, vector=int(vectors and (x | raw | grad) % 16 == 0))
             combine(decays=memory, ends=ends, entries=entries)
             return entries
 
@@ -338,7 +350,8 @@ class Launch(NamedTuple):
 @cached
 def forward_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...], state: int,
                    strides: tuple[int, ...] | None = None, *, sequence: bool = False,
-                   softplus: bool = True, written: torch.dtype | None = None) -> Launch:
+                   softplus: bool = True, written: torch.dtype | None = None,
+                   ordered: bool = False) -> Launch:
     """The forward, for x (B, D, H, W) of ``dtype``, and of ``strides`` unless it is channels-last
     without gaps.
 
@@ -348,9 +361,11 @@ def forward_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...], state
     ``dtype``.
 
     With ``sequence``: u, delta (B, K * D, L), prepared, y (G, B, K * D, L), states, memory, B and
-    C (B, K, N, L).
+    C (B, K, N, L). With ``ordered`` it takes the address of ``orders`` besides, (K, L) int32: the
+    pixel that each step of a route visits; the strides are then those of samples, channels, 0 and
+    pixels.
     """
-    scans = Scans(index, dtype, sizes, state, sequence, softplus)
+    scans = Scans(index, dtype, sizes, state, sequence, softplus, ordered)
     plain, schedule = plain_strides(sizes, sequence), scans.forward_schedule()
     strides, at, vectors = (*(strides or plain), *plain), scans.prepared, scans.vectors
     shared = _forward_shared(scans.rank, scans.states, schedule.warps, RUN)
@@ -358,11 +373,11 @@ def forward_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...], state
                       forward_instance, RUN)
     memory_size, launch_entries = scans.bind_entries(schedule, ENDS, strides, dtype)
 
-    def launch_forward(x, projected, prepared, maps, states, memory, B=0, C=0):
-        entries = launch_entries(x, projected, prepared, B, C, memory)
+    def launch_forward(x, projected, prepared, maps, states, memory, B=0, C=0, orders=0):
+        entries = launch_entries(x, projected, prepared, B, C, memory, orders=orders)
         scan(x=x, raw=projected, B=B, C=C, weights=prepared, bias=prepared + at.bias,
              rates=prepared + at.rates, skip=prepared + at.skip, entries=entries, states=states,
-             y=maps, vector=int(vectors and (x | projected | maps) % 16 == 0))
+             y=maps, orders=orders, vector=int(vectors and (x | projected | maps) % 16 == 0))
 
     return Launch(launch_forward, memory_size)
 
@@ -371,7 +386,7 @@ def forward_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...], state
 def backward_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...], state: int,
                     strides: tuple[int, ...] | None = None,
                     grad_strides: tuple[int, ...] | None = None, *, sequence: bool = False,
-                    softplus: bool = True) -> Launch:
+                    softplus: bool = True, ordered: bool = False) -> Launch:
     """The backward of :func:`forward_launch`.
 
     It takes the addresses of x, projected, prepared, states, grad (of ``dtype``, by the sum of the
@@ -380,9 +395,9 @@ def backward_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...], stat
     ``dtype`` where there is one column, else fp32; with G > 1 it is to be zero before.
 
     With ``sequence`` dprojected is by delta, like y, and after memory come B, C, and the gradients
-    by them (columns, B, K, N, L).
+    by them (columns, B, K, N, L). ``ordered``: as there.
     """
-    scans = Scans(index, dtype, sizes, state, sequence, softplus)
+    scans = Scans(index, dtype, sizes, state, sequence, softplus, ordered)
     plain = plain_strides(sizes, sequence)
     strides, at = (*(strides or plain), *(grad_strides or plain)), scans.prepared
     schedule, shared = scans.backward_schedule()
@@ -393,11 +408,12 @@ def backward_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...], stat
     vectors = scans.vectors
 
     def launch_backward(x, projected, prepared, states, grad, maps, dprojected, sums, memory, B=0,
-                        C=0, grad_B=0, grad_C=0):
-        entries = launch_entries(x, projected, prepared, B, C, memory, grad)
+                        C=0, grad_B=0, grad_C=0, orders=0):
+        entries = launch_entries(x, projected, prepared, B, C, memory, grad, orders)
         scan(x=x, raw=projected, B=B, C=C, weights=prepared, bias=prepared + at.bias,
              rates=prepared + at.rates, skip=prepared + at.skip, entries=entries, states=states,
              grad=grad, grad_x=maps, grad_raw=dprojected, grad_B=grad_B, grad_C=grad_C, sums=sums,
+             orders=orders,
              vector=int(vectors and (x | projected | grad | maps | dprojected) % 16 == 0))
 
     return Launch(launch_backward, memory_size, columns, sizes[0] * schedule.spans)

@@ -15,12 +15,14 @@ def merge_instance(type_: str, maps: int, extra: bool, parts: int, to_float: boo
 
 
 # Of half maps the sums of 4 and of 2 (two routes to a map), in the backward with an extra one, of
-# up to 128, 1536 and, for an fp32 result, 128 channels; of fp32 maps what the fp32 blocks launch.
+# up to 128, 1536 and, for an fp32 result, 128 channels, and of 8 (ordered_scan); of fp32 maps what
+# the fp32 blocks launch.
 #: What is compiled to check it, and the lowest compute capability that it is for.
 INSTANCES: dict[Instance, int] = {
     **{merge_instance(type_, *args): low for type_, low in (('Half', 75), ('BFloat', 80))
        for args in ((4, False, 1, False), (4, False, 1, True), (4, False, 12, False),
-                    (4, True, 12, False), (2, False, 12, False), (2, True, 12, False))},
+                    (4, True, 12, False), (2, False, 12, False), (2, True, 12, False),
+                    (8, False, 12, True), (8, True, 12, False))},
     **{merge_instance('Float', *args, False): 75 for args in (
         (1, True, 12), (2, True, 12), (4, False, 1), (4, False, 12), (4, True, 12))},
 }

@@ -169,14 +169,19 @@ def ss2d_scan_norm(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor,
     return _ss2d_scan_norm(x, *parameters, norm_weight, norm_bias, eps, otherwise=one_by_one)
 
 
-def check(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D) -> None:
-    """Raise ValueError unless the shapes fit one another."""
+def check(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, routes: int = 0) -> None:
+    """Raise ValueError unless the shapes fit one another, and so many ``routes``; 0 for those of
+    ss2d_scan."""
     if x.dim() != 4 or dt_projs_weight.dim() != 3 or A.dim() != 2:
         raise ValueError('ss2d_scan expects x (B, D, H, W), dt_projs_weight (K, D, R) and '
                          f'A (K*D, N); got x {tuple(x.shape)}, dt_projs_weight '
                          f'{tuple(dt_projs_weight.shape)}, A {tuple(A.shape)}')
     dim, (num_routes, _, rank), state = x.shape[1], dt_projs_weight.shape, A.shape[1]
-    if num_routes not in (1, 2, 4):
+    if routes and not num_routes == len(x_proj_weight) == routes:
+        raise ValueError(f'the scan expects the parameters of K = {routes} routes, got '
+                         f'x_proj_weight {tuple(x_proj_weight.shape)} and dt_projs_weight '
+                         f'{tuple(dt_projs_weight.shape)}')
+    if not routes and num_routes not in (1, 2, 4):
         raise ValueError(f'ss2d_scan expects K of 1, 2 or 4 routes (the first K of {ROUTES}), '
                          f'got {num_routes}')
     if x.numel() == 0 and x.shape[0] != 0:

@@ -1,5 +1,5 @@
-"""Scan patterns: the orders in which the four routes of SS2D run over a map (table 10, arXiv
-2401.10166), all on the op ``ss2d_scan``.
+"""Scan patterns: the orders in which the routes of SS2D run over a map. Those of four routes
+(table 10, arXiv 2401.10166) are on the op ``ss2d_scan``, those of eight on ``ordered_scan``.
 
 A sequence is a map of one row, (M, D, 1, T), on which row-major and column-major are the same
 order: K = 2 routes of the op run forward there, and K = 4 are two forward and two backward.
@@ -18,13 +18,12 @@ from vmamba_mm.ops.core.backends import Backend
 from vmamba_mm.ops.core.define_op import Implementation, define_op
 from vmamba_mm.ops.fused.add_norm import layer_norm
 from vmamba_mm.ops.orders.reference import ROUTES
-from vmamba_mm.ops.ss2d_scan import ss2d_scan, ss2d_scan_norm
+from vmamba_mm.ops.ss2d_scan import ordered, ss2d_scan, ss2d_scan_norm
 from vmamba_mm.ops.ss2d_scan.op import check
+from vmamba_mm.ops.ss2d_scan.ordered import Order, Route, by_column, ordered_scan
 
-#: (H, W) -> the L positions h * W + w in the order of the visit.
-Order = Callable[[int, int], Tensor | Sequence[int]]
-
-NUM_ROUTES = len(ROUTES)  # of a pattern
+NUM_ROUTES = len(ROUTES)  # of a pattern on ss2d_scan
+ORDERED_ROUTES = 2 * NUM_ROUTES  # of one on ordered_scan
 _ROW, _COLUMN, _ROW_BACK, _COLUMN_BACK = ROUTES
 
 
@@ -35,15 +34,11 @@ class _OrderedScan(NamedTuple):
     calls: tuple[tuple[int, ...], ...]
 
 
-def _by_column(height: int, width: int) -> Tensor:
-    return torch.arange(height * width).view(height, width).T.flatten()
-
-
 # By name; row-major, the order in memory, needs none.
 _ORDERS: dict[str, Order] = {
-    _COLUMN: _by_column,
+    _COLUMN: by_column,
     _ROW_BACK: lambda height, width: torch.arange(height * width).flip(0),
-    _COLUMN_BACK: lambda height, width: _by_column(height, width).flip(0)}
+    _COLUMN_BACK: lambda height, width: by_column(height, width).flip(0)}
 # What adds up to the result; None for what scan_norm does otherwise.
 _PATTERNS: dict[str, tuple[_OrderedScan, ...] | None] = {
     'cross': None,
@@ -53,15 +48,23 @@ _PATTERNS: dict[str, tuple[_OrderedScan, ...] | None] = {
 
 
 def scan_patterns() -> tuple[str, ...]:
-    """The names that :func:`scan_norm` takes: the paper's four, then those registered."""
-    return tuple(_PATTERNS)
+    """The names that :func:`scan_norm` takes, of four routes and then of eight: those of the
+    package first."""
+    return *_PATTERNS, *ordered.PATTERNS
 
 
-def check_scan(scan: str) -> None:
-    """Raise ValueError unless ``scan`` is one of :func:`scan_patterns`."""
+def num_routes(scan: str) -> int:
+    """K of a pattern: 4 or 8.
+
+    Raises:
+        ValueError: unless ``scan`` is one of :func:`scan_patterns`.
+    """
+    if scan in ordered.PATTERNS:
+        return ORDERED_ROUTES
     if scan not in _PATTERNS:
-        raise ValueError(f'scan={scan!r} does not exist; choose one of {list(_PATTERNS)}, or '
+        raise ValueError(f'scan={scan!r} does not exist; choose one of {list(scan_patterns())}, or '
                          'register it first (vmamba_mm.ops.register_scan)')
+    return NUM_ROUTES
 
 
 def register_scan(name: str, routes: Sequence[str | Order]) -> None:
@@ -69,36 +72,44 @@ def register_scan(name: str, routes: Sequence[str | Order]) -> None:
 
     Args:
         name: new; it must be registered before a model with it is built.
-        routes: of k = 0 to 3, the order in which parameters are stacked: 'row-major',
+        routes: four or eight, in the order in which parameters are stacked: 'row-major',
             'column-major', 'reversed row-major' or 'reversed column-major', or a function
             ``(H, W) -> order``, an int tensor (L) or sequence of the positions h * W + w in the
             order of the visit. It is called once for each size and device, and the latest 1024
             orders are kept.
 
-    The pattern is trained like the others: gradients are the op's. Of the map, each distinct order
-    but row-major makes one copy, kept for the backward, and one of its result; routes of the same
-    order (the same function) share them.
+    The pattern is trained like the others: gradients are the op's. Of four routes, each distinct
+    order but row-major makes one copy of the map, kept for the backward, and one of its result;
+    routes of the same order (the same function) share them. Eight run as :func:`ordered_scan` says.
 
     Raises:
-        ValueError: on a name that exists, other than four routes, or an order that is no
+        ValueError: on a name that exists, other than four or eight routes, or an order that is no
             permutation (found out on a map of 3x5, and again on each new size).
     """
     if not isinstance(name, str) or not name:
         raise ValueError(f'the name of a scan must be a str that is not empty, got {name!r}')
-    if name in _PATTERNS:
+    if name in scan_patterns():
         raise ValueError(f'scan {name!r} exists already; choose a name other than '
-                         f'{list(_PATTERNS)}')
-    if isinstance(routes, str) or not isinstance(routes, Sequence) or len(routes) != NUM_ROUTES:
-        raise ValueError(f'scan {name!r} needs a sequence of {NUM_ROUTES} routes, got {routes!r}')
+                         f'{list(scan_patterns())}')
+    if isinstance(routes, str) or not isinstance(routes, Sequence) \
+            or len(routes) not in (NUM_ROUTES, ORDERED_ROUTES):
+        raise ValueError(f'scan {name!r} needs a sequence of {NUM_ROUTES} or {ORDERED_ROUTES} '
+                         f'routes, got {routes!r}')
+    for k, route in enumerate(routes):
+        if callable(route):
+            Route(route).positions(3, 5)
+        elif route not in ROUTES:
+            raise ValueError(f'route {k} of scan {name!r} is {route!r}; it must be one of '
+                             f'{list(ROUTES)} or a function (H, W) -> order')
+    if len(routes) == ORDERED_ROUTES:
+        ordered.PATTERNS[name] = tuple(
+            Route(route) if callable(route) else ordered.NAMED[route] for route in routes)
+        return
     routes_by_order: dict[str, list[int]] = {}
     functions: dict[Order, str] = {}
     for k, route in enumerate(routes):
         if callable(route):
-            _find_indices(route, 3, 5, torch.device('cpu'))
             route = functions.setdefault(route, f'{name}, route {k}')
-        elif route not in ROUTES:
-            raise ValueError(f'route {k} of scan {name!r} is {route!r}; it must be one of '
-                             f'{list(ROUTES)} or a function (H, W) -> order')
         routes_by_order.setdefault(route, []).append(k)
     _ORDERS.update({order: function for function, order in functions.items()})
     forward, backward = (routes_by_order.get(order, ()) for order in (_ROW, _ROW_BACK))
@@ -125,6 +136,7 @@ def scan_norm(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_proj
       beginning (0) and from its end (1), summed; that norm again; every column likewise (2, 3).
       The public code adds the results from the end without turning them back into place; here
       they are turned back.
+    - 'omnidirectional', 'omnidirectional-unwrapped': eight, as :func:`ordered_scan` says.
     - a name of :func:`register_scan`.
 
     Copies of a map that is channels last, beside what the op itself makes: none by 'cross' and
@@ -137,7 +149,8 @@ def scan_norm(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_proj
         eps: of the last norm.
         scan: a name of :func:`scan_patterns`.
 
-    The other arguments are those of :func:`ss2d_scan`, for K = 4 (by 'cross' for any of its K).
+    The other arguments are those of :func:`ss2d_scan`, for K = 4, or 8 of a pattern of eight routes
+    (by 'cross' for any of its K).
 
     Returns:
         (B, D, H, W), channels last if ``x`` is; by 'cross' with its strides. In the dtype of
@@ -157,11 +170,15 @@ def scan_norm(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_proj
 
     if scan == 'cross':
         return scan_map(x, parameters)
-    check_scan(scan)
-    check(x, *parameters)
-    if len(x_proj_weight) != NUM_ROUTES:
-        raise ValueError(f'scan={scan!r} expects the parameters of K = {NUM_ROUTES} routes, got '
+    count = num_routes(scan)
+    if x_proj_weight.dim() and len(x_proj_weight) != count:
+        raise ValueError(f'scan={scan!r} expects the parameters of K = {count} routes, got '
                          f'x_proj_weight {tuple(x_proj_weight.shape)}')
+    if scan in ordered.PATTERNS:
+        y_BHWD = ordered_scan(x, *parameters, scan=scan, out_dtype=out_dtype, backend=backend
+                              ).permute(0, 2, 3, 1)
+        return _norm_last(y_BHWD, norm_weight, norm_bias, eps, x.dtype)
+    check(x, *parameters)
     height, width = x.shape[2:]
     x_BHWD, scans = x.permute(0, 2, 3, 1), _PATTERNS[scan]
     if scans is not None and len(scans) == len(scans[0].calls) == 1:  # on the map as it is
@@ -182,8 +199,14 @@ def scan_norm(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_proj
         y_BLD = _sum([_scan_in_order(ordered, x_BLD, scan_sequences, height, width)
                       for ordered in scans])
         y_BHWD = y_BLD.unflatten(1, (height, width))
-    if norm_weight is not None:
-        y_BHWD = layer_norm(y_BHWD.contiguous(), norm_weight, norm_bias, eps, out_dtype=x.dtype)
+    return _norm_last(y_BHWD, norm_weight, norm_bias, eps, x.dtype)
+
+
+def _norm_last(y_BHWD: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
+               dtype: torch.dtype) -> Tensor:
+    """(B, D, H, W), after the norm where there is one."""
+    if weight is not None:
+        y_BHWD = layer_norm(y_BHWD.contiguous(), weight, bias, eps, out_dtype=dtype)
     return y_BHWD.permute(0, 3, 1, 2)
 
 
@@ -265,11 +288,5 @@ def _find_indices(order: Order, height: int, width: int, device: torch.device
                   ) -> tuple[Tensor, Tensor]:
     """The positions in the order of the visit, and when each is visited; int32."""
     with torch.device('cpu'):
-        visited = torch.as_tensor(order(height, width)).cpu()
-        positions = torch.arange(height * width)
-        if visited.shape != positions.shape or visited.dtype.is_floating_point \
-                or not torch.equal(visited.sort()[0], positions):
-            name = getattr(order, '__name__', order)
-            raise ValueError(f'{name}({height}, {width}) must give each of the positions 0 to '
-                             f'{height * width - 1} once, got {visited}')
+        visited = Route(order).positions(height, width)
     return visited.int().to(device), visited.argsort().int().to(device)

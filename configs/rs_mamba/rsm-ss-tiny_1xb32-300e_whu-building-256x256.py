@@ -1,0 +1,7 @@
+_base_ = ['_base_/segmentation.py']
+
+data = dict(data_root='data/WHU-building', metainfo=dict(
+    classes=('background', 'building'), palette=[[0, 0, 0], [255, 255, 255]]))
+train_dataloader = dict(dataset=dict(dataset=data))
+val_dataloader = dict(dataset=data)
+test_dataloader = dict(dataset=data)

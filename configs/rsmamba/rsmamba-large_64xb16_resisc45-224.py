@@ -1,0 +1,5 @@
+_base_ = ['_base_/resisc45_224.py']
+
+model = dict(
+    backbone=dict(arch='large'),
+    head=dict(in_channels=256))
