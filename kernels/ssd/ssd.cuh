@@ -115,7 +115,9 @@ __device__ __forceinline__ void multiply_tf32(float (&c)[4], u32 a0, u32 a1, u32
 constexpr u32 SEEN = 0xffffe000u;  // of an fp32 number, by the tensor cores
 
 __device__ __forceinline__ u32 rounded(float f) { return __float_as_uint(f) + 0x1000u; }
-__device__ __forceinline__ u32 upper(float f) { return __float_as_uint(f) & SEEN; }
+// To the nearest: so what is left has either sign, and what products of it lack does not add up. A
+// NaN may lose its place here, which the lower part then has.
+__device__ __forceinline__ u32 upper(float f) { return rounded(f) & SEEN; }
 __device__ __forceinline__ u32 lower(float f) {
     return __float_as_uint(f - __uint_as_float(upper(f)));
 }
