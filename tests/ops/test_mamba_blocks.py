@@ -130,8 +130,8 @@ def test_what_a_block_with_gradients_cannot_take():
         assert block.why_not_one_op(streams[0]) is None
 
 
-@pytest.mark.parametrize('compiled', [False, True])
-def test_a_model_trains(compiled, monkeypatch):
+@pytest.mark.parametrize('in_one_graph', [False, True])
+def test_a_model_trains(in_one_graph, monkeypatch):
     """All blocks but the first as one op each, under torch.compile in one graph."""
     pytest.importorskip('mmengine')
     from vmamba_mm.models import Vim
@@ -139,7 +139,7 @@ def test_a_model_trains(compiled, monkeypatch):
     torch.manual_seed(0)
     model = Vim(dict(base='tiny', embed_dims=16, depth=3, image_size=32), drop_path_rate=0.1)
     x, grads = torch.randn(2, 3, 32, 32), []
-    called = torch.compile(model, backend='aot_eager', fullgraph=True) if compiled else model
+    called = torch.compile(model, backend='aot_eager', fullgraph=True) if in_one_graph else model
     seen, op = [], layers.mamba_block
     monkeypatch.setattr(layers, 'mamba_block', lambda *args: seen.append(1) or op(*args))
     for run in (called, model):

@@ -513,7 +513,8 @@ def test_every_op_has_a_spec():
     names = {name for name in OPS if not name.startswith('test_')}
     assert names == {spec.name for spec in SPECS}, f'a spec is missing in {MODULES}'
     for spec in SPECS:
-        assert spec.wrong or spec.name == 'reorder' or spec.id or not spec.shapes
+        takes_all = spec.name in ('reorder', 'squared_relu')
+        assert spec.wrong or takes_all or spec.id or not spec.shapes
 
 
 PUBLIC = {'layer_norm', 'rms_norm'} | {spec.name.removesuffix('_fwd') for spec in SPECS}
