@@ -13,7 +13,8 @@ struct LepeParams {
 // A thread has 2 adjacent channels of ROWS rows, and moves along them. Each column that it loads
 // adds to five columns of sums.
 template <class T, bool FORWARD, int ROWS>
-__global__ void __launch_bounds__(128) lepe(const LepeParams p) {
+__global__ void __launch_bounds__(128, __CUDA_ARCH__ >= 1200 ? 4 : 0)  // else it spills there
+lepe(const LepeParams p) {
     const int channel = (blockIdx.y * blockDim.x + threadIdx.x) * 2;
     const int strips = (p.height + ROWS - 1) / ROWS, i = blockIdx.x * blockDim.y + threadIdx.y;
     if (channel >= p.dim || i >= p.batch * strips) return;
