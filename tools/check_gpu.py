@@ -76,6 +76,7 @@ def run_cases(tool, only):
     import torch
 
     from vmamba_mm.layers import BiMambaMixer, ConvStem, MambaBlock, RMSNorm, VSSBlock, run_blocks
+    from vmamba_mm.models import RMT, VSSD, VisionRWKV
     from vmamba_mm.ops import (
         bi_wkv,
         causal_conv,
@@ -157,6 +158,20 @@ def run_cases(tool, only):
         torch.cuda.synchronize()
         print(f'{time.monotonic() - began:.0f} s: Mamba blocks, {name}', flush=True)
 
+    def run_model(name, model, *size):
+        """Training and inference, of which some parts are other kernels, in all dtypes."""
+        if only not in f'model, {name}':
+            return
+        model = model.cuda()
+        x = torch.randn(2, 3, *size, device='cuda')
+        for dtype in (torch.float16, torch.float32):
+            with torch.autocast('cuda', dtype, enabled=dtype != torch.float32):
+                sum(y.float().sum() for y in model.train()(x)).backward()
+                with torch.no_grad():
+                    model.eval()(x)
+        torch.cuda.synchronize()
+        print(f'{time.monotonic() - began:.0f} s: model, {name}', flush=True)
+
     def run_stem():
         if only not in 'stem':
             return
@@ -232,6 +247,14 @@ def run_cases(tool, only):
         run_block(name, dtype)
         run_mamba_blocks(name, dtype)
     run_stem()
+    run_model('RMT', RMT(dict(
+        embed_dims=(32, 32, 64, 32), depths=(1, 1, 1, 1), num_heads=(2, 1, 2, 2),
+        mlp_ratios=(2, 2, 2, 2), layer_scales=(0.5, 0, 0, 0))), 72, 56)
+    run_model('Vision-RWKV', VisionRWKV(dict(
+        embed_dims=48, depth=2, patch_size=4, image_size=16, formula='official', post_norm=True,
+        layer_scale=0.5)), 40, 20)
+    run_model('VSSD', VSSD(dict(embed_dims=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8),
+                                d_state=8)), 40, 36)
     print(f'{MARKS["launched"]}{" ".join(sorted(launched))}\n{MARKS["done"]}')
 
 
