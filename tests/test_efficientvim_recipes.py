@@ -1,8 +1,13 @@
 """The published recipes of EfficientViM: decay, rates, averages, MESA, the teacher, and a step."""
 
+import copy
+from types import SimpleNamespace
+
 import pytest
+import timm
+import torch
 from leaves import LEAVES, entry_of
-from small_recipes import learning_rates, settings_of, take_a_step
+from small_recipes import batch_of, learning_rates, settings_of, take_a_step
 
 ALL = [leaf for leaf in LEAVES if leaf.startswith('configs/efficientvim/')]
 KINDS = ('dist', '300', '450')
@@ -43,7 +48,8 @@ def test_recipe(leaf, load, build_meta):
     assert (ema.ema_cfg['momentum'], ema.ema_cfg['update_buffers']) == (5e-4, True)
     if kind_of(leaf) == 'dist':
         assert not mesa and model.head.distilled and model.head.alpha == 0.5
-        assert model.teacher.model.pretrained_cfg['tag'] == 'deit_in1k'
+        assert timm.is_model_pretrained(model.teacher.model_name)
+        assert model.teacher.model_name == 'regnety_160.deit_in1k'
     else:
         assert mesa[0].value == 1.0
         starts = [epoch >= mesa[0].begin * (epochs + 10) for epoch in range(epochs)]
@@ -74,8 +80,8 @@ def narrowed(cfg):
     model.backbone.arch = dict(ARCH)
     model.head.in_channels = [8, 12, 16, 16]
     if 'teacher' in model:
-        model.teacher.model_name = 'efficientvim_m1'
-        model.teacher.update(embed_dim=(8, 8, 8), state_dim=(2, 2, 2), depths=(1, 1, 1))
+        model.teacher.update(model_name='efficientvim_m1', pretrained=False, depths=(1, 1, 1),
+                             embed_dim=(8, 8, 8), state_dim=(2, 2, 2))
     model.data_preprocessor = dict(type='ClsDataPreprocessor', **cfg.data_preprocessor)
     return model
 
@@ -84,3 +90,24 @@ def narrowed(cfg):
 def test_one_step_and_a_prediction(kind, load):
     """A has no effect."""
     take_a_step(load(next(leaf for leaf in ALL if kind_of(leaf) == kind)), narrowed, r'mixer\.A$')
+
+
+def test_mesa_reads_the_logits(load):
+    """Of the head, in a step after a quarter of the training."""
+    from mmengine.registry import HOOKS, MODELS
+    cfg = load(next(leaf for leaf in ALL if kind_of(leaf) == '300'))
+    torch.manual_seed(0)
+    model = MODELS.build(narrowed(cfg)).train()
+    ema, mesa = (HOOKS.build(dict(hook)) for hook in cfg.custom_hooks)
+    ema.ema_model = SimpleNamespace(module=copy.deepcopy(model))
+    runner = SimpleNamespace(hooks=[ema, mesa], model=model, train_loop=None, iter=3, max_iters=10)
+    mesa.before_train(runner)
+    mesa.before_train_iter(runner, 0)
+    batch = model.data_preprocessor(batch_of('mmpretrain'), training=True)
+    losses = model(**batch, mode='loss')
+    wanted = ema.ema_model.module(batch['inputs']).softmax(1)
+    found = model(batch['inputs'])
+    torch.testing.assert_close(losses['loss_mesa'],
+                               torch.nn.functional.cross_entropy(found, wanted))
+    mesa.after_train(runner)
+    assert set(model(**batch, mode='loss')) == {'loss'}

@@ -25,9 +25,9 @@ __device__ __forceinline__ void step(float (&sums)[2], float decay, float2 more)
 #undef WKV_BOUNDS
 #if __CUDA_ARCH__ >= 1200  // has shared memory for one block
 #define WKV_BOUNDS(WARPS) __launch_bounds__(LANES *(WARPS))
-#else  // more registers than 96 for 16 warps, or 72, do no good: with them it spills
+#else  // 96 registers for 16 warps: the compiler spills where it has 128
 #define WKV_BOUNDS(WARPS) \
-    __launch_bounds__(LANES *((WARPS) > 14 ? 20 : (WARPS)), (WARPS) < 14 ? 3 : (WARPS) > 14 ? 1 : 2)
+    __launch_bounds__(LANES *((WARPS) > 14 ? 20 : (WARPS)), (WARPS) > 14 ? 1 : 2)
 #endif
 
 template <class T, int R, int WARPS, bool SUMS>

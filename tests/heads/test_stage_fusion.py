@@ -1,11 +1,14 @@
 """The head that adds the logits of all stages, and the classifier that learns from a teacher."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vmamba_mm.heads import HardDistillation, StageFusionHead
+from vmamba_mm.errors import UserError
+from vmamba_mm.heads import HardDistillation, StageFusionHead, TimmTeacher
 from vmamba_mm.registry import MODELS
 from vmamba_mm.testing import assert_close
 
@@ -128,12 +131,26 @@ def test_hard_distillation(settings, mm):
 
 
 def test_teacher_of_timm(monkeypatch):
-    import timm.models
+    import timm
 
-    loaded = []
-    monkeypatch.setattr(timm.models, 'load_pretrained', loaded.append)
-    teacher = MODELS.build(dict(type='vmamba_mm.TimmTeacher', model_name='resnet10t.c3_in1k'))
-    assert not loaded
-    teacher.init_weights()
-    assert loaded == [teacher.model] and loaded[0].pretrained_cfg['tag'] == 'c3_in1k'
-    assert teacher.eval()(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
+    asked = []
+
+    def create_model(name, pretrained=False, **kwargs):
+        asked.append((name, pretrained))
+        return create(name, **kwargs)
+
+    create = timm.create_model
+    monkeypatch.setattr(timm, 'create_model', create_model)
+    cfg = dict(type='vmamba_mm.TimmTeacher', model_name='resnet10t.c3_in1k', num_classes=5)
+    for loads in (TimmTeacher.init_weights, lambda teacher: None):
+        teacher = MODELS.build(cfg)
+        assert asked == [] and teacher.model is None
+        loads(teacher)
+        assert teacher(torch.randn(1, 3, 64, 64)).shape == (1, 5)
+        assert asked == [('resnet10t.c3_in1k', True)]
+        asked.clear()
+        assert not teacher.model.training
+        assert not any(p.requires_grad for p in teacher.parameters())
+    monkeypatch.setitem(sys.modules, 'timm', None)
+    with pytest.raises(UserError, match=r"resnet10t needs .*: pip install 'vmamba_mm\[timm\]'"):
+        TimmTeacher('resnet10t').init_weights()

@@ -159,6 +159,16 @@ def test_one_large_key_takes_all(place, op):
     assert relative_error(found, inputs['v'][0, 20].expand_as(found)) <= 1e-5
 
 
+@pytest.mark.parametrize('mode, eps', [('paper', 0.0), ('official', 1e-6)])
+def test_weights_of_a_single_token_have_no_gradient_but_by_eps(place, mode, eps):
+    inputs, grads = make(bi_wkv, place, 2, 1, 5)
+    found = run(bi_wkv, inputs, grads, 'cuda', mode=mode)
+    # eps is beside a weight over the larger of exp(k) and exp(u + k).
+    expected = eps * grads[0] * inputs['v'] * (-inputs['u']).clamp_min(0).exp()
+    for name, right in (('k', expected), ('u', expected.sum((0, 1))), ('w', inputs['w'] * 0)):
+        assert (found[name] - right).abs().max() <= 1e-4 * right.abs().max(), name
+
+
 def test_no_tokens_before(place):
     """Their state has an exponent of minus infinity."""
     inputs, grads = make(wkv, place, 2, 20, 3)

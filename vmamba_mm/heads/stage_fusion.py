@@ -70,12 +70,12 @@ class StageFusionHead(LogitsHead):
             raise ValueError('a StageFusionHead with distilled=True learns from a teacher, and no '
                              'other one does: it is the head of HardDistillation, in place of '
                              f'ImageClassifier; it has distilled={self.distilled}')
-        logits, *others = self._logits(feats)
-        loss = self.loss_module(logits, targets_of(data_samples), **kwargs)
-        if not others:
-            return dict(loss=loss)
-        loss_teacher = F.cross_entropy(others[0], teacher.argmax(1))
-        return dict(loss=(1 - self.alpha) * loss, loss_teacher=self.alpha * loss_teacher)
+        target = targets_of(data_samples)
+        if teacher is None:
+            return dict(loss=self.loss_module(self(feats), target, **kwargs))
+        logits, of_teacher = self._logits(feats)
+        return dict(loss=(1 - self.alpha) * self.loss_module(logits, target, **kwargs),
+                    loss_teacher=self.alpha * F.cross_entropy(of_teacher, teacher.argmax(1)))
 
     def _logits(self, feats):
         """(B, classes), of the labels' set and that of the teacher."""

@@ -6,6 +6,7 @@ import torch
 from mmengine.model import BaseModel, BaseModule
 from torch import Tensor, nn
 
+from vmamba_mm.errors import UserError
 from vmamba_mm.registry import MODELS
 
 
@@ -114,7 +115,10 @@ class HardDistillation(TaughtClassifier):
 
 @MODELS.register_module()
 class TimmTeacher(BaseModule):
-    """A classifier of timm with its published weights, which ``init_weights`` downloads.
+    """A classifier of timm with its published weights.
+
+    It is made, and its weights are downloaded, when weights are initialised, or with the first
+    images: who only evaluates the student does without.
 
     Args:
         model_name: in timm, with a tag of weights: ``'regnety_160.deit_in1k'``, the teacher of
@@ -122,18 +126,26 @@ class TimmTeacher(BaseModule):
         kwargs: of ``timm.create_model``.
 
     Shape: (B, 3, H, W), normalised as the images of the student, to logits (B, classes).
+
+    Raises:
+        UserError: if timm is not installed.
     """
 
     def __init__(self, model_name: str, **kwargs):
         super().__init__()
-        import timm
-
-        self.model = timm.create_model(model_name, **kwargs)
+        self.model_name, self.kwargs = model_name, dict(pretrained=True) | kwargs
+        self.model: nn.Module | None = None
 
     def init_weights(self) -> None:
-        from timm.models import load_pretrained
-
-        load_pretrained(self.model)
+        try:
+            import timm
+        except ImportError as err:
+            raise UserError(f'the teacher {self.model_name} needs the package timm: '
+                            "pip install 'vmamba_mm[timm]'") from err
+        self.model = timm.create_model(self.model_name, **self.kwargs).eval().requires_grad_(False)
 
     def forward(self, inputs: Tensor) -> Tensor:
+        if self.model is None:
+            self.init_weights()
+            self.model.to(inputs.device)
         return self.model(inputs)
