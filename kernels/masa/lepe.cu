@@ -13,9 +13,14 @@ struct LepeParams {
 // A thread has 2 adjacent channels of ROWS rows, and moves along them. Each column that it loads
 // adds to five columns of sums.
 template <class T, bool FORWARD, int ROWS>
-__global__ void __launch_bounds__(128, __CUDA_ARCH__ >= 1200 ? 4 : 0)  // else it spills there
-lepe(const LepeParams p) {
-    const int channel = (blockIdx.y * blockDim.x + threadIdx.x) * 2;
+__global__ void __launch_bounds__(128) lepe(const LepeParams p) {
+    extern __shared__ __align__(16) float shared[];  // (channels, 25), as they are in memory
+    const int channels = 2 * blockDim.x, start = blockIdx.y * channels;
+    for (int j = threadIdx.y * blockDim.x + threadIdx.x; j < 25 * min(channels, p.dim - start);
+         j += blockDim.x * blockDim.y)
+        shared[j] = load_parameter(p.weight, 25ll * start + j, p.weight_type);
+    __syncthreads();
+    const int channel = start + 2 * threadIdx.x;
     const int strips = (p.height + ROWS - 1) / ROWS, i = blockIdx.x * blockDim.y + threadIdx.y;
     if (channel >= p.dim || i >= p.batch * strips) return;
     const int image = i / strips, first = i % strips * ROWS;
@@ -24,8 +29,7 @@ lepe(const LepeParams p) {
     for (int k = 0; k < 25; ++k)
 #pragma unroll
         for (int e = 0; e < 2; ++e)
-            w[k][e] = load_parameter(p.weight, (long long)(channel + e) * 25
-                                     + (FORWARD ? k : 24 - k), p.weight_type);
+            w[k][e] = shared[(2 * threadIdx.x + e) * 25 + (FORWARD ? k : 24 - k)];
     if (FORWARD && p.bias)
 #pragma unroll
         for (int e = 0; e < 2; ++e) bias[e] = load_parameter(p.bias, channel + e, p.bias_type);

@@ -383,7 +383,8 @@ def test_dtypes_are_obeyed(op, spec, backend, device, shape, place):
                 with torch.autocast(place, autocast, enabled=casts), torch.no_grad():
                     *_, last = results_of(call(spec, inputs, backend, **options))
                 if casts and spec.name in ('mlp', 'conv_mlp', 'linear_relu', 'conv_norm_gelu',
-                                           'masa', 'masa_mixer', 'mamba_block_fwd', 'mamba_blocks'):
+                                           'masa', 'masa_mixer', 'spatial_mixer', 'channel_mixer',
+                                           'mamba_block_fwd', 'mamba_blocks'):
                     default = autocast  # a matrix product's
                 assert last.dtype == (out_dtype or default) and last.isfinite().all()
 

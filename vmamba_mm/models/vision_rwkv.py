@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vmamba_mm.families.vision_rwkv import DEFAULTS, FAMILY, grid_of
 from vmamba_mm.layers import DropPath, LayerNorm, PatchEmbed
-from vmamba_mm.layers.plain import is_plain
+from vmamba_mm.layers.plain import are_plain, is_plain
 from vmamba_mm.layers.positions import pad_to_patches, resize_grid, resize_patches
 from vmamba_mm.models.base import init_linear
 from vmamba_mm.models.flat import FlatBackbone
@@ -21,9 +21,11 @@ from vmamba_mm.ops import (
     add_norm,
     bi_wkv,
     bi_wkv6,
+    channel_mixer,
     layer_norm,
     shift_mix,
     sigmoid_gate,
+    spatial_mixer,
     squared_relu,
 )
 from vmamba_mm.ops.core.backends import autocast_dtype, runs_kernels
@@ -75,10 +77,19 @@ class _Mix(nn.Module):
         """The mixtures of (B, H, W, C)."""
         if not self.shift_pixel:
             return [x] * len(self.mixtures)
-        shares = [getattr(self, f'spatial_mix_{name}').flatten() for name in self.mixtures]
         # Under autocast the products that take them would round them.
-        return shift_mix(x, shares, self.shift_pixel, self.shift_share, head_dim=self.head_dim,
-                         out_dtype=autocast_dtype(x))
+        return shift_mix(x, self.shares(), self.shift_pixel, self.shift_share,
+                         head_dim=self.head_dim, out_dtype=autocast_dtype(x))
+
+    def shares(self) -> tuple[Tensor, ...]:
+        """Of the map in each of the mixtures, (C)."""
+        return tuple(getattr(self, f'spatial_mix_{name}').flatten() for name in self.mixtures)
+
+
+def _are_one_op(x: Tensor, linears: Sequence[nn.Module]) -> bool:
+    """Whether kernels run, and the products are as published and nobody watches them."""
+    return (runs_kernels(x) and are_plain(linears, (nn.Linear,) * len(linears))
+            and all(linear.bias is None for linear in linears))
 
 
 class SpatialMix(_Mix):
@@ -107,6 +118,12 @@ class SpatialMix(_Mix):
         self.key_norm = LayerNorm(dim, feeds_matmul=True) if key_norm else None
 
     def forward(self, x: Tensor) -> Tensor:
+        linears = self.key, self.value, self.receptance, self.output
+        if self.shift_pixel and self.key_norm is None and _are_one_op(x, linears):
+            return spatial_mixer(
+                x, self.shares(), tuple(linear.weight for linear in linears), self.spatial_decay,
+                self.spatial_first, mode=self.formula, pixels=self.shift_pixel,
+                share=self.shift_share)
         for_k, for_v, for_r = self.mix(x)
         gate = self.receptance(for_r)
         y = _bi_wkv_of_map(self.spatial_decay, self.spatial_first, self.key(for_k),
@@ -203,6 +220,11 @@ class ChannelMix(_Mix):
         self.value = nn.Linear(hidden_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        linears = self.key, self.value, self.receptance
+        if self.shift_pixel and self.key_norm is None and _are_one_op(x, linears):
+            return channel_mixer(
+                x, self.shares(), tuple(linear.weight for linear in linears),
+                pixels=self.shift_pixel, share=self.shift_share, head_dim=self.head_dim)
         for_k, for_r = self.mix(x)
         hidden = squared_relu(self.key(for_k))
         if self.key_norm is not None:

@@ -1,5 +1,5 @@
 from op_specs import Spec, cut, randn
-from vmamba_mm.ops import shift_mix, sigmoid_gate, squared_relu
+from vmamba_mm.ops import channel_mixer, shift_mix, sigmoid_gate, spatial_mixer, squared_relu
 
 NAMES = 'first', 'second', 'third'
 
@@ -47,3 +47,42 @@ SPECS = [
          shapes=((2, 3), (2, 3, 5, 7)), kernel_shapes=((2, 4), (3, 5, 4100)),
          half_shapes=((2, 3, 5, 24),), maps=('x', 'other'), takes_out_dtype=False,
          wrong=(('other', cut(1), 'two maps of one shape'),))]
+
+WEIGHTS = ('key', 'value', 'receptance', 'output')
+
+
+def make_spatial(*shape):
+    dim = shape[3]
+    return dict(x=randn(*shape), **{name: randn(dim, seed=i) for i, name in enumerate(NAMES)},
+                **{name: randn(dim, dim, seed=i) / dim ** 0.5 for i, name in enumerate(WEIGHTS)},
+                w=randn(dim, seed=4), u=randn(dim, seed=5))
+
+
+def make_channel(*shape):
+    dim, hidden = shape[3], 2 * shape[3]
+    return dict(x=randn(*shape), first=randn(dim), second=randn(dim, seed=1),
+                key=randn(hidden, dim) / dim ** 0.5, value=randn(dim, hidden) / hidden ** 0.5,
+                receptance=randn(dim, dim, seed=2) / dim ** 0.5)
+
+
+SPECS += [
+    Spec('spatial_mixer',
+         call=lambda inputs, backend=None: spatial_mixer(
+             inputs['x'], tuple(map(inputs.get, NAMES)), tuple(map(inputs.get, WEIGHTS)),
+             inputs['w'], inputs['u']),
+         make=make_spatial,
+         arguments=lambda inputs, out_dtype: (*inputs.values(), False, 1, 0.25, out_dtype),
+         shapes=(), kernel_shapes=((2, 3, 2, 16),), half_shapes=((2, 3, 5, 32),),
+         takes_out_dtype=False, roundings=4,
+         flops=lambda shape: 2 * shape[0] * shape[1] * shape[2] * (4 * shape[3] ** 2
+                                                                  + 12 * shape[3])),
+    Spec('channel_mixer',
+         call=lambda inputs, backend=None: channel_mixer(
+             inputs['x'], (inputs['first'], inputs['second']),
+             tuple(map(inputs.get, WEIGHTS[:3]))),
+         make=make_channel,
+         arguments=lambda inputs, out_dtype: (*inputs.values(), 1, 0.25, inputs['x'].shape[-1],
+                                              out_dtype),
+         shapes=(), kernel_shapes=((2, 3, 2, 16),), half_shapes=((2, 3, 5, 32),),
+         takes_out_dtype=False, roundings=4,
+         flops=lambda shape: 2 * shape[0] * shape[1] * shape[2] * 5 * shape[3] ** 2)]

@@ -43,8 +43,8 @@ def _launch(index, dtype, forward, weight, bias, shape, x_pixel, more_pixel, y_p
     batch, height, width, dim = shape
     blocks, columns, side, above = _blocks(batch, height, dim)
     return kernel(index, forward_instance, TYPES[dtype], forward).bind(
-        (blocks, columns, 1), (side, above, 1), x_pixel=x_pixel, more_pixel=more_pixel,
-        y_pixel=y_pixel, batch=batch, height=height, width=width, dim=dim,
+        (blocks, columns, 1), (side, above, 1), 25 * 2 * side * 4, x_pixel=x_pixel,
+        more_pixel=more_pixel, y_pixel=y_pixel, batch=batch, height=height, width=width, dim=dim,
         weight_type=CODES[weight], bias_type=CODES[bias or weight])
 
 

@@ -1,0 +1,114 @@
+"""The ops ``spatial_mixer`` and ``channel_mixer``: the halves of a block of Vision-RWKV."""
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from vmamba_mm.ops.core.backends import autocast_dtype
+from vmamba_mm.ops.core.define_op import Implementation, define_op
+from vmamba_mm.ops.vision_rwkv import cuda, reference
+from vmamba_mm.ops.wkv.op import wkv_flops
+
+
+def _spatial_fake(x, for_k, for_v, for_r, key, value, receptance, output, w, u, official, pixels,
+                  share, dtype, save):
+    def empty(*shape):
+        return x.new_empty(shape if save else (0,), dtype=dtype)
+
+    return (x.new_empty((*x.shape[:-1], output.shape[0]), dtype=dtype),
+            *(empty(*x.shape) for _ in range(3)),
+            *(empty(prod(x.shape[:3]), key.shape[0]) for _ in range(4)))
+
+
+_spatial_mixer = define_op(
+    'spatial_mixer',
+    '(Tensor x, Tensor for_k, Tensor for_v, Tensor for_r, Tensor key, Tensor value, '
+    'Tensor receptance, Tensor output, Tensor w, Tensor u, bool official, int pixels, float share, '
+    'ScalarType dtype, bool save) -> (Tensor result, Tensor mixed_k, Tensor mixed_v, '
+    'Tensor mixed_r, Tensor k, Tensor v, Tensor r, Tensor y)',
+    reference=reference.spatial_mixer,
+    fake=_spatial_fake,
+    implementations={'cuda': Implementation(cuda.spatial_forward, cuda.spatial_backward,
+                                            cuda.spatial_why_not, saves=True)},
+    saves='x for_k for_v for_r key value receptance output w u mixed_k mixed_v mixed_r k v r y '
+          'official pixels share dtype',
+    flops=lambda x, key, value, receptance, output, **_: 2 * prod(x[:3]) * sum(
+        map(prod, (key, value, receptance, output)))
+    + wkv_flops(x[0], x[1] * x[2], key[0], directions=2))
+
+
+def _channel_fake(x, for_k, for_r, key, value, receptance, pixels, share, head_dim, dtype, save):
+    def empty(*shape):
+        return x.new_empty(shape if save else (0,), dtype=dtype)
+
+    size = prod(x.shape[:3])
+    return (x.new_empty((*x.shape[:-1], value.shape[0]), dtype=dtype), empty(*x.shape),
+            empty(*x.shape), *(empty(size, weight.shape[0]) for weight in (key, receptance, value)))
+
+
+_channel_mixer = define_op(
+    'channel_mixer',
+    '(Tensor x, Tensor for_k, Tensor for_r, Tensor key, Tensor value, Tensor receptance, '
+    'int pixels, float share, int head_dim, ScalarType dtype, bool save) -> '
+    '(Tensor result, Tensor mixed_k, Tensor mixed_r, Tensor k, Tensor r, Tensor values)',
+    reference=reference.channel_mixer,
+    fake=_channel_fake,
+    implementations={'cuda': Implementation(cuda.channel_forward, cuda.channel_backward,
+                                            cuda.channel_why_not, saves=True)},
+    saves='x for_k for_r key value receptance mixed_k mixed_r k r values pixels share head_dim '
+          'dtype',
+    flops=lambda x, key, value, receptance, **_: 2 * prod(x[:3]) * sum(
+        map(prod, (key, value, receptance))))
+
+
+def spatial_mixer(x: Tensor, shares: tuple[Tensor, Tensor, Tensor],
+                  weights: tuple[Tensor, Tensor, Tensor, Tensor], w: Tensor, u: Tensor, *,
+                  mode: str = 'paper', pixels: int = 1, share: float = 0.25) -> Tensor:
+    """The half of a block of Vision-RWKV that mixes positions (arXiv 2403.02308, section 3.2).
+
+    Args:
+        x: (B, H, W, C).
+        shares: three (C), of ``x`` in the mixtures for k, v and r; as of ``shift_mix``.
+        weights: four (C, C), of the products to k, v and r, and of the last one.
+        w, u: (C), decay and bonus, of a whole map.
+        mode: as of ``bi_wkv``.
+        pixels, share: as of ``shift_mix``.
+
+    Returns:
+        (B, H, W, C) in the dtype of ``x``, or autocast's.
+
+    Example:
+        >>> x, half, square = torch.randn(1, 3, 5, 8), torch.ones(8) / 2, torch.eye(8)
+        >>> spatial_mixer(x, (half,) * 3, (square,) * 4, half, half).shape
+        torch.Size([1, 3, 5, 8])
+    """
+    return _spatial_mixer(x, *shares, *weights, w, u, mode == 'official', pixels, share,
+                          _dtype_of_products(x))
+
+
+def channel_mixer(x: Tensor, shares: tuple[Tensor, Tensor], weights: tuple[Tensor, Tensor, Tensor],
+                  *, pixels: int = 1, share: float = 0.25, head_dim: int | None = None) -> Tensor:
+    """The half of a block of Vision-RWKV that mixes channels (arXiv 2403.02308, section 3.2).
+
+    Args:
+        x: (B, H, W, C).
+        shares: two (C), of ``x`` in the mixtures for k and r; as of ``shift_mix``.
+        weights: (D, C), (C, D) and (C, C), of the products to k, from its square, and to r.
+        pixels, share, head_dim: as of ``shift_mix``.
+
+    Returns:
+        (B, H, W, C) in the dtype of ``x``, or autocast's.
+
+    Example:
+        >>> x, half, square = torch.randn(1, 3, 5, 8), torch.ones(8) / 2, torch.eye(8)
+        >>> channel_mixer(x, (half, half), (square,) * 3).shape
+        torch.Size([1, 3, 5, 8])
+    """
+    return _channel_mixer(x, *shares, *weights, pixels, share,
+                          x.shape[-1] if head_dim is None else head_dim, _dtype_of_products(x))
+
+
+def _dtype_of_products(x: Tensor) -> torch.dtype:
+    autocast = None if x.dtype == torch.float64 else autocast_dtype(x)
+    return autocast or x.dtype
