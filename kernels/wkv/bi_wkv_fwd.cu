@@ -17,49 +17,51 @@ __global__ void WKV_BOUNDS(WARPS) bi_wkv_fwd(const BiWkvFwdParams p) {
     const Place<T, R> at(p.length, p.channels);
     const Board<2> boards[2] = {{shared + at.lane, at.warps},
                                 {shared + at.warps * Board<2>::ROW + at.lane, at.warps}};
-    float *const memory = shared + 2 * at.warps * Board<2>::ROW;
-    BiSpan<T, R> span = {
-        {}, Column<float>(memory + 2 * at.warps * R * LANES, at.warp * R, at.lane)};
+    float *const own_memory = shared + 2 * at.warps * Board<2>::ROW + at.warp * 3 * R * LANES;
+    BiSpan<T, R> span = {{}, Column<float>(own_memory, 2 * R, at.lane)};
     span.load(at, p.k, p.v, p.length);
     span.w = load_parameter(p.w, at.channel, p.w_type);
     span.u = load_parameter(p.u, at.channel, p.u_type);
-    span.sum(at, p.k, p.v);
-    boards[0].post(at.warp, span.before);
-    boards[1].post(at.warp, span.after);
+    span.post(at, p.k, p.v, boards);
     __syncthreads();
+    const bool tame = span.is_tame();
     if constexpr (SUMS) {
         if (at.warp || !at.valid) return;
-        boards[0].template collect<-1>(Sums<2>::none(), at.warps, R, span.w)
+        span.template collect<-1>(boards, tame, at.warps, span.most, Sums<2>::none())
             .store(at.template sums_of<2>(p.ends, 0, p.batch, p.sections, p.channels), p.channels);
-        boards[1].template collect<1>(Sums<2>::none(), -1, R, span.w)
+        span.template collect<1>(boards, tame, -1, span.most, Sums<2>::none())
             .store(at.template sums_of<2>(p.ends, 1, p.batch, p.sections, p.channels), p.channels);
         return;
     }
 
-    span.enter(boards, at.warp,
+    span.enter(boards, tame, at.warp,
                at.template sums_of<2>(p.entries, 0, p.batch, p.sections, p.channels),
                at.template sums_of<2>(p.entries, 1, p.batch, p.sections, p.channels), p.channels);
     char *const y = at.address(p.y, p.length, p.channels);
-    if (span.is_near) {
-        float factor;
-        span.align(factor);
+    if (tame || span.is_near()) {
+        if (p.entries || !tame) {  // else all have one exponent already
+            float factor;
+            span.align(factor);
 #pragma unroll
-        for (int i = 0; i < R; ++i) span.e[i] *= factor, span.ev[i] *= factor;
+            for (int i = 0; i < R; ++i) span.e[i] *= factor, span.ev[i] *= factor;
+        }
         const float bonus = exp_of(span.u);
         // The sums after each token go to shared memory, from which only this thread reads them.
-        const Column<float2> later((float2 *)memory, at.warp * R, at.lane);
+        const Column<float2> later((float2 *)own_memory, 0, at.lane);
 #pragma unroll
         for (int i = R - 1; i >= 0; --i) {
             later[i] = make_float2(span.after.x[0], span.after.x[1]);
             span.step(span.after, i, 1.f);
         }
         keep_in_memory();
+        char *to = y;
 #pragma unroll
         for (int i = 0; i < R; ++i) {
             const float2 after = later[i];
             const float numerator = fmaf(bonus, span.ev[i], span.before.x[0] + after.x);
             const float denominator = fmaf(bonus, span.e[i], span.before.x[1] + after.y);
-            at.store(y, i, p.channels, numerator * rcp(denominator));
+            at.write(to, i, numerator * rcp(denominator));
+            to += p.channels * at.SIZE;
             span.step(span.before, i, 1.f);
         }
     } else {

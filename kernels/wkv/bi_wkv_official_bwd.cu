@@ -67,19 +67,22 @@ __global__ void __launch_bounds__(LANES * OFFICIAL_WARPS, 1)
         const float k = at.word(i, 0), v = at.word(i, 1), dy = at.one(p.dy, i);
         const bool begins = at.begins(i);
         sums.reach(begins, k, v);
-        const Sums<4> all = sums.at_token(begins, k, v, at.template kept<4>(i, 2));
+        float weight;
+        const Sums<4> others = sums.at_token(begins, k, at.template kept<4>(i, 2), weight);
         sums.leave(k, v);
-        const float inverse = rcp(all.x[1]), y = all.x[0] * inverse, r = dy * inverse;
-        by_w = fmaf(r, fmaf(-y, all.x[3], all.x[2]), by_w);
-        const float now = exp_of(u + k - all.top) * r, by_now = now * (v - y);
+        const float inverse = rcp(weight + others.x[1]);
+        const float y = fmaf(weight, v, others.x[0]) * inverse, r = dy * inverse;
+        by_w = fmaf(r, fmaf(-y, others.x[3], others.x[2]), by_w);
+        // v - y by what the others have: of a single token, it is that of eps beside its weight.
+        const float now = weight * r, by_now = now * (fmaf(v, others.x[1], -others.x[0]) * inverse);
         by_u += by_now;
-        at.word(i, 2) = all.top;
+        at.word(i, 2) = others.top;
         at.word(i, 3) = y;
         at.word(i, 4) = r;
         at.word(i, 5) = by_now;
         at.word(i, 6) = now;
         drive_before.pass(1.f, w);
-        drive_before.add({-all.top, {r, r * y}});
+        drive_before.add({-others.top, {r, r * y}});
     }
     drive_before.pass(at.end(at.warp) - at.start(at.warp) - at.count, w);
 #pragma unroll 1

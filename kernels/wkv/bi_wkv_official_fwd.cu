@@ -59,8 +59,9 @@ __global__ void __launch_bounds__(LANES * OFFICIAL_WARPS, 1)
         const float k = at.word(i, 0), v = at.word(i, 1);
         const bool begins = at.begins(i);
         sums.reach(begins, k, v);
-        const Sums<2> all = sums.at_token(begins, k, v, at.template kept<2>(i, 2));
-        at.store(y, i, p.channels, all.x[0] * rcp(all.x[1]));
+        float now;
+        const Sums<2> others = sums.at_token(begins, k, at.template kept<2>(i, 2), now);
+        at.store(y, i, p.channels, fmaf(now, v, others.x[0]) * rcp(now + others.x[1]));
         sums.leave(k, v);
     }
 }

@@ -87,6 +87,10 @@ struct Board {
     __device__ __forceinline__ void post(int warp, const Sums<N> &sums) const {
         sums.store(data + warp * ROW, LANES);
     }
+    __device__ __forceinline__ void post_values(int warp, const Sums<N> &sums) const {
+#pragma unroll
+        for (int n = 0; n < N; ++n) data[warp * ROW + n * LANES] = sums.x[n];
+    }
     // What enters the span of warp `own` from those before (SIDE -1) or after it (1), and from
     // `entry` beyond them; spans are `gap` tokens. Of warp `warps`, or -1, it is what leaves all.
     template <int SIDE>
@@ -132,9 +136,11 @@ struct Place {
         written = valid ? count : 0;
     }
     static constexpr int SIZE = same<T, Float> ? 4 : 2;
-    // Beyond the end, the last token again: loads are never skipped, so all are under way at once.
+    // `beyond` the end, where the last token is read again: loads are never skipped, so all are under
+    // way at once.
     template <class Array>
-    __device__ __forceinline__ void load(Array &to, const WkvMap &map, int length) const {
+    __device__ __forceinline__ void load(Array &to, const WkvMap &map, int length,
+                                         float beyond = 0.f) const {
         const int begin = min(first, length - 1), last = length - 1 - begin;
         const char *at = address(map, begin);
         const int step = map.t * SIZE;
@@ -145,7 +151,8 @@ struct Place {
         }
 #pragma unroll
         for (int i = 0; i < R; ++i) {
-            to[i] = value(at);
+            const float found = value(at);
+            to[i] = i < count ? found : beyond;
             at += i < last ? step : 0;
         }
     }
@@ -153,9 +160,17 @@ struct Place {
     __device__ __forceinline__ float one(const WkvMap &map, int i) const {
         return value(address(map, first + i));
     }
+    // The same in few registers: nothing of the address is kept for the next one.
+    __device__ __forceinline__ float again(const WkvMap &map, int i) const {
+        int token = first + i, from = channel;
+        opaque(token);
+        opaque(from);
+        return value((const char *)map.data
+                     + (sample * map.b + (long long)token * map.t + (long long)from * map.c) * SIZE);
+    }
     __device__ __forceinline__ const char *address(const WkvMap &map, int token) const {
         return (const char *)map.data
-               + (sample * map.b + (long long)token * map.t + (long long)channel * map.c) * SIZE;
+               + (sample * map.b + (long long)token * map.t + (long long)(unsigned)channel * map.c) * SIZE;
     }
     static __device__ __forceinline__ float value(const char *at) {
         if constexpr (SIZE == 4) return *(const float *)at;
@@ -163,18 +178,29 @@ struct Place {
     }
     // The address of token `first` in a result (B, T, C).
     __device__ __forceinline__ char *address(void *result, int length, int channels) const {
-        return (char *)result + (((long long)sample * length + first) * channels + channel) * SIZE;
+        return (char *)result
+               + (((long long)sample * length + first) * channels + (unsigned)channel) * SIZE;
     }
     // That of token `first` + i, from the address of `first`.
     __device__ __forceinline__ void store(char *to, int i, int channels, float v) const {
-        if (i < written) store_result(to + (long long)(channels * SIZE) * i, 0, T::CODE, v);
+        write(to + (long long)(channels * SIZE) * i, i, v);
+    }
+    // To the address of token `first` + i, which may be opaque.
+    __device__ __forceinline__ void write(char *to, int i, float v) const {
+        if constexpr (SIZE == 4) {
+            if (i < written) asm volatile("st.global.f32 [%0], %1;" :: "l"(to), "f"(v) : "memory");
+        } else {
+            const unsigned short bits = (unsigned short)T::pack(v, 0.f);
+            if (i < written)
+                asm volatile("st.global.u16 [%0], %1;" :: "l"(to), "h"(bits) : "memory");
+        }
     }
     // Sums of a section in memory (ways, B, sections, N + 1, C); null stays null.
     template <int N, class Pointer>
     __device__ __forceinline__ Pointer sums_of(Pointer data, int way, int batch, int sections,
                                                int channels) const {
         return data ? data + (((long long)way * batch + sample) * sections + section)
-                             * (N + 1) * channels + channel
+                             * (N + 1) * channels + (unsigned)channel
                     : nullptr;
     }
 };
@@ -226,7 +252,7 @@ __device__ __forceinline__ void add_parameters(float *shared, const Place &at, f
         by_u += sums[j * LANES].y;
     }
     float *const to = parts + ((long long)at.sample * sections + at.section) * 2 * channels
-                      + at.channel;
+                      + (unsigned)at.channel;
     to[0] = by_w;
     to[channels] = by_u;
 }

@@ -165,19 +165,21 @@ struct Official {
                         : collect<1>(at, board(1), -1, 0, warps, w);
     }
     // Numerator, denominator with eps (and their derivatives by w) over exp(top), at a token that
-    // was reached.
-    __device__ __forceinline__ Sums<N> at_token(bool begins, float k, float v, Sums<N> after) const {
-        Sums<N> parts[4] = {sums_of_token<N>(u + k, v), far, near, after};
-        parts[1].pass(1.f, w);
-        parts[3].pass(1.f, w);
-        float top = growing;
+    // was reached, but for its own weight, exp(u + k), which goes to `now`.
+    __device__ __forceinline__ Sums<N> at_token(bool begins, float k, Sums<N> after, float &now
+                                                ) const {
+        Sums<N> parts[3] = {far, near, after};
+        parts[0].pass(1.f, w);
+        parts[2].pass(1.f, w);
+        float top = fmaxf(growing, u + k);
         if (!begins) top = fmaxf(top, again.top + w);
 #pragma unroll
-        for (int n = 0; n < 4; ++n) top = fmaxf(top, parts[n].top);
+        for (int n = 0; n < 3; ++n) top = fmaxf(top, parts[n].top);
+        now = exp_of(u + k - top);
         Sums<N> all = {top, {}};
         all.x[1] = eps;
 #pragma unroll
-        for (int n = 0; n < 4; ++n) {
+        for (int n = 0; n < 3; ++n) {
             const float e = exp_of(parts[n].top - top);
 #pragma unroll
             for (int j = 0; j < N; ++j)

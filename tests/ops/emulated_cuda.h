@@ -393,6 +393,8 @@ static void fma_rn_bf16x2(u32 &d, u32 a, u32 b, u32 c) {
     d = to_bfloat(lo) | (u32)to_bfloat(hi) << 16;
 }
 
+static void st_global_f32(void *to, float v) { *(float *)to = v; }
+static void st_global_u16(void *to, u16 v) { *(u16 *)to = v; }
 static void st_release_gpu_global_s32(int *to, int v) { *to = v; }
 static void ld_acquire_gpu_global_s32(int &v, const int *from) { v = *from; }
 

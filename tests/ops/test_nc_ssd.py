@@ -94,7 +94,7 @@ def test_an_exported_model_needs_nothing_of_this_package():
 
 @NEEDS_COMPILER
 @pytest.mark.parametrize('groups, spans', [(1, 1), (3, 1), (1, 3)])
-def test_kernels_of_inputs_side_by_side(tmp_path_factory, monkeypatch, spans, groups):
+def test_kernels_of_inputs_side_by_side(compiled, monkeypatch, spans, groups):
     """x, B and C in one tensor, as the layer has them, and sequences in spans."""
     monkeypatch.setattr(cuda, 'force_spans', spans)
     inputs = {k: t.float() for k, t in make(2, 300, 6, 24, groups, 40).items()}
@@ -109,7 +109,7 @@ def test_kernels_of_inputs_side_by_side(tmp_path_factory, monkeypatch, spans, gr
         return y, torch.autograd.grad(y, list(inputs.values()), grad.to(y.dtype))
 
     expected, expected_grads = run_it('reference', {k: t.double() for k, t in inputs.items()})
-    with emulated_gpu(tmp_path_factory.getbasetemp()):
+    with emulated_gpu(compiled):
         launch.forget()
         y, grads = run_it('cuda', inputs)
     assert_close(y, expected, 1e-5)
@@ -119,7 +119,7 @@ def test_kernels_of_inputs_side_by_side(tmp_path_factory, monkeypatch, spans, gr
 
 @NEEDS_COMPILER
 @pytest.mark.parametrize('groups, shared', [(1, 20_000), (2, 16_000)])
-def test_more_channels_than_fit_into_shared_memory(tmp_path_factory, monkeypatch, groups, shared):
+def test_more_channels_than_fit_into_shared_memory(compiled, monkeypatch, groups, shared):
     """Blocks have some of them, or with a norm, which needs all, one chunk of C at a time."""
     monkeypatch.setattr(cuda, 'force_shared', shared)
     inputs = {k: t.float() for k, t in make(8, 150, 6, 24, groups, 16).items()}
@@ -135,7 +135,7 @@ def test_more_channels_than_fit_into_shared_memory(tmp_path_factory, monkeypatch
 
     expected = run_it({k: t.double() for k, t in inputs.items()},
                       norm and {k: t.double() for k, t in norm.items()})
-    with emulated_gpu(tmp_path_factory.getbasetemp()), torch.no_grad():
+    with emulated_gpu(compiled), torch.no_grad():
         launch.forget()
         found = run_it(inputs, norm)
         launch.forget()
@@ -144,7 +144,7 @@ def test_more_channels_than_fit_into_shared_memory(tmp_path_factory, monkeypatch
 
 
 @NEEDS_COMPILER
-def test_a_model_on_the_kernels(tmp_path_factory):
+def test_a_model_on_the_kernels(compiled):
     """Those of norms, sums, MLPs, the convolution and its state, with rows of the projection that
     have gaps: the results and gradients are those of plain PyTorch."""
     torch.manual_seed(0)
@@ -159,7 +159,7 @@ def test_a_model_on_the_kernels(tmp_path_factory):
         return maps, [p.grad.clone() for p in model.parameters()]
 
     expected, expected_grads = run_model()
-    with emulated_gpu(tmp_path_factory.getbasetemp()):
+    with emulated_gpu(compiled):
         found, grads = run_model()
         halves, _ = run_model(torch.bfloat16)
     for one, half, right in zip(found, halves, expected, strict=True):

@@ -23,20 +23,15 @@ HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torc
 LIMITS = {SINGLE: 1e-5, HALF: 2e-3, BRAIN: 1.6e-2}
 
 
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp('emulated_ssd')
-
-
 @pytest.fixture(params=['sm_90', pytest.param('cuda', marks=pytest.mark.gpu(nvidia=True))])
-def place(request, folder):
+def place(request, compiled):
     """The device of tensors, in a context where the kernels run on it."""
     with contextlib.ExitStack() as stack:
         if request.param != 'cuda':
             if sys.platform != 'linux' or emulated_cuda.COMPILER is None \
                     and not os.environ.get('CI'):
                 pytest.skip('needs Linux and a C++ compiler')
-            stack.enter_context(emulated_gpu(folder))
+            stack.enter_context(emulated_gpu(compiled))
         yield 'cuda' if request.param == 'cuda' else 'cpu'
 
 

@@ -4,11 +4,13 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmamba_mm.layers.plain import is_plain, is_pointwise
-from vmamba_mm.ops import evaluate_batch_norm, linear_relu
+from vmamba_mm.layers.plain import is_depthwise_3x3, is_plain, is_pointwise
+from vmamba_mm.ops import add_norm, dwconv_add, evaluate_batch_norm, linear_relu
 from vmamba_mm.ops.core.backends import runs_kernels
 
 # What torch.fx records as it is, since it looks at shapes.
+torch.fx.wrap('add_norm')
+torch.fx.wrap('dwconv_add')
 torch.fx.wrap('evaluate_batch_norm')
 torch.fx.wrap('linear_relu')
 
@@ -18,6 +20,23 @@ def convolve_map(conv: nn.Module, x: Tensor) -> Tensor:
     if runs_kernels(x) and is_pointwise(conv):  # which adds the bias in the product
         return F.linear(x, conv.weight.flatten(1), conv.bias)
     return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def add_convolution(conv: nn.Module, x: Tensor, branch: Tensor | None = None,
+                    scale: Tensor | None = None) -> Tensor:
+    """``t + conv(t)`` of ``t = x + scale * branch``: (B, H, W, C) -> (B, H, W, C); of a depthwise
+    3x3 convolution one kernel on an NVIDIA GPU.
+
+    Args:
+        conv: a convolution that keeps the size of a map.
+        x, branch: (B, H, W, C); None for no branch.
+        scale: (B), or None for 1.
+    """
+    if is_depthwise_3x3(conv):
+        return dwconv_add(x, conv.weight, conv.bias, branch, scale=scale)
+    if branch is not None:
+        x, _ = add_norm(x, branch, None, None, scale=scale)
+    return add_norm(x, convolve_map(conv, x), None, None)[0]
 
 
 def batch_norm_map(norm: nn.Module, x: Tensor, residual: Tensor | None = None, relu: bool = False

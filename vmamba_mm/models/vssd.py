@@ -12,19 +12,18 @@ from torch import Tensor, nn
 
 from vmamba_mm.families.vssd import DEFAULTS, FAMILY
 from vmamba_mm.layers import DropPath, LayerNorm, LayerNorm2d, Mlp, SelfAttention, Stage
-from vmamba_mm.layers.maps import ConvUnit, convolve_map
+from vmamba_mm.layers.maps import ConvUnit, add_convolution, convolve_map
 from vmamba_mm.layers.plain import is_depthwise_3x3, is_plain
 from vmamba_mm.layers.positions import pad_to_patches
 from vmamba_mm.layers.ssm_init import init_dt_bias, state_matrix
 from vmamba_mm.models.base import Backbone, init_linear
-from vmamba_mm.ops import add_norm, channels_last, dwconv_add, dwconv_silu, nc_ssd, nc_ssd_mixer
+from vmamba_mm.ops import add_norm, channels_last, dwconv_silu, nc_ssd, nc_ssd_mixer
 from vmamba_mm.ops.core.backends import runs_kernels
 from vmamba_mm.registry import MODELS
 
 # What torch.fx records as it is, since it looks at shapes.
 torch.fx.wrap('add_norm')
 torch.fx.wrap('channels_last')
-torch.fx.wrap('dwconv_add')
 torch.fx.wrap('dwconv_silu')
 torch.fx.wrap('nc_ssd')
 torch.fx.wrap('nc_ssd_mixer')
@@ -215,23 +214,13 @@ class VSSDBlock(nn.Module):
         scales: tuple[Tensor | None, ...] = (None, None)
         if is_plain(drop, DropPath):  # then the factors go into the sums
             scales, drop = drop.factors(x, 2), _identity
-        x = _encode_positions(self.cpe1, x)
-        x = _encode_positions(self.cpe2, x, drop(self.attn(self.norm1(x))), scales[0])
+        x = add_convolution(self.cpe1, x)
+        x = add_convolution(self.cpe2, x, drop(self.attn(self.norm1(x))), scales[0])
         return add_norm(x, drop(self.mlp(self.norm2(x))), None, None, scale=scales[1])[0]
 
 
 def _identity(branch: Tensor) -> Tensor:
     return branch
-
-
-def _encode_positions(conv: nn.Module, x: Tensor, branch: Tensor | None = None,
-                      scale: Tensor | None = None) -> Tensor:
-    """``t + conv(t)`` of ``t = x + scale * branch``: (B, H, W, C) -> (B, H, W, C)."""
-    if is_depthwise_3x3(conv):
-        return dwconv_add(x, conv.weight, conv.bias, branch, scale=scale)
-    if branch is not None:
-        x, _ = add_norm(x, branch, None, None, scale=scale)
-    return add_norm(x, convolve_map(conv, x), None, None)[0]
 
 
 @MODELS.register_module()

@@ -40,7 +40,7 @@ def _instance(name: str, type_: str, span: int, height: int, sums: bool) -> Inst
 
 
 def combine_instance(values: int) -> Instance:
-    """``values``: 2 of the forward's sums, 4 of the backward's."""
+    """``values``: 2, or 4 with distances."""
     return Instance('wkv/wkv_combine.cu', f'wkv_combine<{values}>')
 
 
@@ -63,7 +63,8 @@ def _compiled() -> Iterator[Instance]:
                 ('Half', 14, 14, False), ('BFloat', 14, 14, False), ('Float', 14, 14, False),
                 ('Float', 14, 14, True), ('Half', 8, 14, False), ('Half', 16, 16, False),
                 ('Half', 28, 7, False)):
-            yield _instance(name, type_, span, height, sums)
+            if (name, span) != ('bi_wkv_bwd', 28):  # for measurements alone, and spills
+                yield _instance(name, type_, span, height, sums)
     yield from map(combine_instance, (2, 4))
     yield from _compiled_official()
 
@@ -189,14 +190,15 @@ class _Op:
             channels=sizes.channels, sections=plan.sections,
             w_type=CODES[self.types.w], u_type=CODES[self.types.u], **fields)
 
-    def combine(self, plan: 'Plan | Cut', values: int) -> Callable[..., None]:
-        """Of the sums of the forward (2 values), or of the gradients (4), which go backwards."""
+    def combine(self, plan: 'Plan | Cut', values: int, drives: bool = False
+                ) -> Callable[..., None]:
+        """Of sums of so many values; ``drives``: of gradients, which go backwards."""
         sizes, warps = self.sizes, min(16, plan.sections)
         return kernel(self.index, combine_instance, values).bind(
             (sizes.columns, self.ways, sizes.batch), (LANES, warps, 1),
             4 * LANES * warps * (values + 1), batch=sizes.batch, channels=sizes.channels,
             sections=plan.sections, tokens=plan.tokens,
-            way=int(self.causal and values == 4), causal=int(self.causal),
+            way=int(self.causal and drives), causal=int(self.causal),
             w_type=CODES[self.types.w])
 
     def entries(self, plan: 'Plan | Cut', values: int) -> int:
@@ -251,11 +253,12 @@ def backward_launch(index: int, types: Types, sizes: Sizes, k: Strides, v: Strid
     parts_at = slab.take(2 * parts * sizes.channels)
     sums = sum_launch(index, SumJob(parts, 1, sizes.channels, types.w, types.u))
     if plan.sections > 1:
-        of_values = {2: ('fwd', dict(k=k, v=v)), 4: ('bwd', maps)}
-        summarise = {n: op.bind(which, plan, True, **of) for n, (which, of) in of_values.items()}
-        combine = {n: op.combine(plan, n) for n in (2, 4)}
+        summarise, find_drives = (op.bind(which, plan, True, **of) for which, of in (
+            ('fwd', dict(k=k, v=v)), ('bwd', maps)))
+        values = 4 if causal else 2  # of the gradients that leave a section
+        combine, combine_drives = op.combine(plan, 2), op.combine(plan, values, drives=True)
         ends_at, entries_at, drive_ends_at, drives_at = (
-            slab.take(op.entries(plan, n)) for n in (2, 2, 4, 4))
+            slab.take(op.entries(plan, n)) for n in (2, 2, values, values))
 
     def launch_backward(k, v, dy, w, u, dk, dv, dw, du, memory, start=0, dstart=0, dlast=0):
         inputs = dict(k_data=k, v_data=v, w=w, u=u)
@@ -264,10 +267,10 @@ def backward_launch(index: int, types: Types, sizes: Sizes, k: Strides, v: Strid
         if plan.sections > 1:
             entries, drives = memory + entries_at, memory + drives_at
             ends, drive_ends = memory + ends_at, memory + drive_ends_at
-            summarise[2](ends=ends, **inputs)
-            combine[2](ends=ends, before=start, entries=entries, w=w)
-            summarise[4](ends=drive_ends, entries=entries, dy_data=dy, **inputs, **given)
-            combine[4](ends=drive_ends, entries=drives, w=w)
+            summarise(ends=ends, **inputs)
+            combine(ends=ends, before=start, entries=entries, w=w)
+            find_drives(ends=drive_ends, entries=entries, dy_data=dy, **inputs, **given)
+            combine_drives(ends=drive_ends, entries=drives, w=w)
         if causal:
             given.update(dentry=dstart)
         run(dy_data=dy, entries=entries, drives=drives, dk=dk, dv=dv, parts=memory + parts_at,
