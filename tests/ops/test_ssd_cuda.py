@@ -16,7 +16,7 @@ from vmamba_mm.layers import Mamba2Mixer
 from vmamba_mm.ops import ssd
 from vmamba_mm.ops.core import backends, launch
 from vmamba_mm.ops.ssd import cuda, cuda_backward, cuda_launch
-from vmamba_mm.ops.ssd.cuda_launch import Shape
+from vmamba_mm.ops.ssd.cuda_launch import Shape, Sizes
 from vmamba_mm.testing import assert_close, ssd_inputs
 
 HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -110,11 +110,25 @@ def test_lengths(place, length):
 
 @pytest.mark.parametrize('shape', [
     Shape(1, 1, 1, 2), Shape(1, 2, 1, 2), Shape(1, 2, 2, 2), Shape(1, 1, 2, 1), Shape(1, 1, 3, 2),
-    Shape(2, 1, 1, 2), Shape(2, 2, 1, 1), Shape(2, 2, 2, 2), Shape(2, 1, 3, 2)], ids=str)
+    Shape(2, 1, 1, 2), Shape(2, 2, 1, 1), Shape(2, 2, 2, 2), Shape(2, 1, 3, 2), Shape(1, 4, 1, 1),
+    Shape(1, 4, 3, 2), Shape(1, 4, 4, 1), Shape(2, 4, 2, 1)], ids=str)
 def test_shapes_of_blocks(place, cut, shape):
     cut(cuda_launch, force=shape)
-    heads = 6 if shape.heads == 3 else 4
-    check(*make(place, 2, 135, heads, 32, 2, 16 * shape.parts, dtype=HALF), reverse=True)
+    heads, dim = 6 if shape.heads == 3 else 2 * shape.heads, max(32, shape.width)
+    check(*make(place, 1, 135, heads, dim, 2, 16 * shape.parts, dtype=HALF), reverse=True)
+
+
+@pytest.mark.parametrize('sizes, shape', [
+    (Sizes(64, 3136, 3, 64, 1, 64), Shape(2, 4, 1, 2)),
+    (Sizes(64, 196, 12, 64, 1, 64), Shape(1, 4, 3, 2)),
+    (Sizes(64, 49, 24, 64, 1, 64), Shape(1, 4, 4, 2)),
+    (Sizes(128, 3136, 6, 32, 1, 16), Shape(1, 2, 2, 2)),
+    (Sizes(1, 65536, 6, 64, 1, 64), Shape(1, 4, 1, 1)),
+    (Sizes(8, 2048, 80, 64, 1, 128), Shape(2, 4, 1, 1)),
+    (Sizes(1, 196, 12, 64, 1, 64), Shape(2, 4, 1, 2))], ids=str)
+def test_what_was_fastest_on_an_h200(monkeypatch, sizes, shape):
+    monkeypatch.setattr(cuda_launch, 'device_limits', lambda index: (132, 233472, 232448))
+    assert cuda_launch.forward_shape(0, 2, sizes) == shape
 
 
 @pytest.mark.parametrize('span', [1, 2])
