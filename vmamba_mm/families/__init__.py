@@ -50,6 +50,7 @@ from vmamba_mm.families import (
     rs_mamba,
     rsmamba,
     timemamba,
+    u_mamba,
     videomamba,
     vim,
     vision_rwkv,
@@ -150,5 +151,5 @@ def family_of(state_dict: Mapping[str, object]) -> Family | None:
 
 
 for _module in (vmamba, mamba_lm, vim, videomamba, vivim, timemamba, vision_rwkv, vssd, rmt,
-                rs_mamba, rsmamba, vm_unet):
+                rs_mamba, rsmamba, vm_unet, u_mamba):
     register_family(_module.FAMILY)

@@ -193,7 +193,9 @@ class Call:
 class Subject:
     """The model or function that one file, or one case of an op, is compared with."""
 
-    build: Build
+    #: Of a case of a layer also a function from the shapes of its weights, as ``convert`` names
+    #: them, to one, where the case does not say sizes otherwise.
+    build: Build | Callable[[Mapping[str, tuple[int, ...]]], Build]
     #: A ``Call``, or a function from the case's options to one.
     call: Call | Callable[[Options], Call] = Call()
     #: (weights by official names) -> by ours; None for the package's own conversion.
