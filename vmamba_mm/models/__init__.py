@@ -15,5 +15,5 @@ from vmamba_mm.models.vmamba import VMamba
 from vmamba_mm.models.vssd import VSSD
 
 __all__ = ['RMT', 'VSSD', 'ActionMamba', 'CausalLM', 'MaskMambaBlock', 'RSMamba',
-           'RemoteSensingMamba', 'TimeMamba', 'UMamba', 'VMUNet', 'VMamba', 'ViViM', 'VideoMamba', 'Vim',
-           'VisionRWKV', 'VisionRWKVAdapter']
+           'RemoteSensingMamba', 'TimeMamba', 'UMamba', 'VMUNet', 'VMamba', 'ViViM', 'VideoMamba',
+           'Vim', 'VisionRWKV', 'VisionRWKVAdapter']
