@@ -85,7 +85,8 @@ class Family:
     #: The folder of its configs, configs/SYSTEM, and of official numbers, where several families
     #: share one; '' for their own, of the family's name. One of the families has the ``parity``.
     system: str = ''
-    #: What its models take: 'images', of which timm has the models too, or 'tokens' of text.
+    #: What its models take: 'images', of which timm has the models too, 'tokens' of text, or images
+    #: and 'volumes' in a framework of medicine.
     takes: str = 'images'
     #: Under which key official files hold the weights of a whole model; '' for at the top.
     weights_key: str = 'model'
