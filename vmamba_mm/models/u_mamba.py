@@ -37,7 +37,7 @@ class MambaLayer(nn.Module):
         channel_token: the tokens are the channels of the map, whose positions must then be
             ``dim``; else they are its positions, row by row, whose channels are ``dim``.
 
-    Shape: (B, C, *sizes) -> (B, C, *sizes).
+    Shape: (B, C, ...) -> (B, C, ...), with 2 or 3 sizes.
     """
 
     def __init__(self, dim: int, channel_token: bool = False):
@@ -135,7 +135,7 @@ class _Encoder(nn.Module):
             for i in range(len(features)))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """(B, in_channels, *sizes) to the map of each stage."""
+        """(B, in_channels, ...) to the map of each stage."""
         x, maps = _run(self.stem, x, self.with_cp), []
         for i, stage in enumerate(self.stages):
             x = _run(stage, x, self.with_cp)
@@ -211,7 +211,7 @@ class UMamba(StrictLoading, BaseModule):
         init_cfg: mmengine's, for example ``dict(type='Pretrained', checkpoint=...)``.
 
     Shape:
-        (B, in_channels, *sizes) to (B, num_classes, *sizes), or with deep supervision to a list of
+        (B, in_channels, ...) to (B, num_classes, ...), or with deep supervision to a list of
         these at the resolution of each stage of the decoder, the highest first. Sides must be
         multiples of the product of the strides.
 
