@@ -274,6 +274,26 @@ def test_initial_weights():
     assert 0.0009 < dt.min() and dt.max() < 0.11
 
 
+@pytest.mark.gpu
+@each_small
+def test_on_a_gpu(arch, size):
+    """In fp32 as on a CPU, and under autocast near it; gradients too."""
+    model, x = random_model(arch, deep_supervision=True).train(), volume(size)
+    grads = {}
+    for name, dtype in (('cpu', None), ('cuda', None), ('half', torch.float16)):
+        twin = copy.deepcopy(model).to('cpu' if name == 'cpu' else 'cuda')
+        twin = twin if dtype else twin.double()
+        given = x.to(next(twin.parameters()))
+        with torch.autocast('cuda', dtype or torch.float16, enabled=dtype is not None):
+            maps = twin(given)
+        sum(y.double().square().mean() for y in maps).backward()
+        grads[name] = torch.cat([y.double().flatten().cpu() for y in maps]
+                                + [p.grad.double().flatten().cpu() for p in twin.parameters()])
+    scale = grads['cpu'].norm()
+    assert (grads['cuda'] - grads['cpu']).norm() < 1e-9 * scale
+    assert (grads['half'] - grads['cpu']).norm() < 0.25 * scale
+
+
 # --- wrong values -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('change, match', [

@@ -30,7 +30,7 @@ _SLOPE = 0.01
 class MambaLayer(nn.Module):
     """LayerNorm and Mamba on the tokens of a map, in one direction and without a residual.
 
-    It runs in the dtype of its weights, which is fp32 under autocast, as published.
+    Mamba runs in the dtype of its weights, which is fp32 under autocast, as published.
 
     Args:
         dim: channels of a token.
@@ -47,14 +47,15 @@ class MambaLayer(nn.Module):
         self.channel_token = channel_token
 
     def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2)
+        if not self.channel_token:
+            tokens = tokens.transpose(1, 2)
+        tokens = self.norm(tokens)  # in fp32 under autocast, of a map in half precision too
         with torch.autocast(x.device.type, enabled=False):
-            tokens = x.to(self.norm.weight.dtype).flatten(2)
-            if not self.channel_token:
-                tokens = tokens.transpose(1, 2)
-            y = self.mamba(self.norm(tokens))
-            if not self.channel_token:
-                y = y.transpose(1, 2)
-            return y.unflatten(2, x.shape[2:])
+            y = self.mamba(tokens.to(self.norm.weight.dtype))
+        if not self.channel_token:
+            y = y.transpose(1, 2)
+        return y.unflatten(2, x.shape[2:])
 
 
 class _ResBlock(nn.Module):
