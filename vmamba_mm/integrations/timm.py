@@ -5,7 +5,7 @@
 
 A name is that of the family and of a published architecture; the published weights of the zoo have
 their tags behind it, such as ``vmamba_vanilla_base.dp05_in1k``. :func:`register_models` adds a
-family of your own.
+family of your own. Those that timm has itself under these names, as EfficientViM, stay timm's.
 
 torch.compile, torch.export and torch.fx work; torch.jit.script does not, as it cannot follow the
 model's Python code.
@@ -472,5 +472,5 @@ def _register(model: type[TimmBackbone], family: Family, arch: str) -> None:
 
 
 for _family in FAMILIES.values():
-    if _family.takes == 'images' and _family.task == 'cls':
+    if _family.takes == 'images' and _family.task == 'cls' and not _family.in_timm:
         register_models(_family)
