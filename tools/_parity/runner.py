@@ -4,7 +4,6 @@ import copy
 import functools
 import pickle
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -143,12 +142,9 @@ class Runner:
         subject = function(section, options)
         state = case[subject.state] if subject.state else {}
         convert = subject.convert or dict
-        if not isinstance(subject.build, Build):
-            shapes = {k: tuple(v.shape) for k, v in convert(state).items()}
-            subject = replace(subject, build=subject.build(shapes))
         models, names = {}, {}
         for variant, spec in _variants(subject):
-            model, names[variant] = build(spec), None
+            model, names[variant] = build(spec, case), None
             if isinstance(model, nn.Module):
                 model = model.to(self.device, DTYPES[self.dtype_of_ops]).eval()
                 if subject.state:

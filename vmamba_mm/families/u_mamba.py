@@ -13,7 +13,7 @@ from operator import mul
 from typing import Any
 
 from vmamba_mm.families.base import Family, Rule, is_int, one_of
-from vmamba_mm.families.parity import Build, Limit, Options, Parity, Subject
+from vmamba_mm.families.parity import Build, Limit, Options, Parity, Size, Subject
 
 Sizes = tuple[tuple[int, ...], ...]
 
@@ -266,10 +266,9 @@ def _parity_subject(file: str, options: Options) -> Subject:
 def _parity_layer(section: str, case: Options) -> Subject:
     for key, value in (('d_state', 16), ('d_conv', 4), ('expand', 2)):
         case.require(key, value)
-    is_channels = case.require('kind', 'patch', 'channel') == 'channel'
-    return Subject(
-        lambda shapes: Build('vmamba_mm.models.u_mamba:MambaLayer', dict(
-            dim=shapes['norm.weight'][0], channel_token=is_channels)),
+    kind = case.require('kind', 'patch', 'channel')
+    return Subject(Build('vmamba_mm.models.u_mamba:MambaLayer', dict(
+        dim=Size('norm.weight', 0), channel_token=kind == 'channel')),
         convert=dict, state='state_dict')
 
 
