@@ -8,7 +8,7 @@ ENV := $(if $(OWN),env)
 SETUP := $(if $(OWN),setup)
 
 .DEFAULT_GOAL := help
-.PHONY: help env setup demo demo-det demo-seg demo-video test test-gpu lint tables kernels \
+.PHONY: help env setup setup-nnunet demo demo-det demo-seg demo-video test test-gpu lint tables kernels \
         check-gpu bench docs clean
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo 'make bench     speed and memory on this CPU beside Swin-T, correctness first'
 	@echo 'make env       only the environment: .venv in this folder (3 min the first time)'
 	@echo "make setup     the same and mmcv's operators, which detection needs (5 min more)"
+	@echo 'make setup-nnunet  .venv-nnunet beside it, with nnU-Net for its trainers (1 min)'
 	@echo 'make clean     remove demo sets, work_dirs and caches; .venv stays'
 	@echo 'PY=python3     another Python that has the packages, in place of .venv'
 
@@ -34,6 +35,17 @@ env:
 
 setup:
 	@tools/setup_env.sh ops
+
+# nnU-Net needs an older timm than the tests: a second environment that sees the first's packages.
+setup-nnunet: $(ENV) .venv-nnunet/stamp
+
+.venv-nnunet/stamp: pyproject.toml
+	@$(PY) -m venv --clear .venv-nnunet
+	@$(PY) -c 'import sysconfig; print("import site; site.addsitedir(%r)" % \
+	    sysconfig.get_path("purelib"))' >"$$(.venv-nnunet/bin/python -c \
+	    'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth"
+	@.venv-nnunet/bin/python -m pip install -qq -e '.[nnunet]'
+	@touch $@
 
 demo: $(ENV)
 	@$(PY) tools/demo/run.py cls

@@ -30,6 +30,7 @@ METRICS = {
     'Multi-Instance Retrieval': {'mAP', 'nDCG'},
     'Text-to-Video Retrieval': {'R@1', 'R@5', 'R@10'},
     'Language Modelling': set(),
+    'Medical Segmentation': set(),
 }
 
 
@@ -39,8 +40,8 @@ NO_RESULTS = 'none; no weights were released'
 # -- the metafiles -------------------------------------------------------------------------------
 
 def has_no_results(entry):
-    """Whether the paper's numbers are not taken over, of RS-Mamba alone."""
-    return entry.family == 'rs_mamba'
+    """Whether the paper's numbers are not taken over."""
+    return entry.family in ('rs_mamba', 'u_mamba')
 
 
 def test_the_index_as_openmmlab_reads_it():
@@ -65,9 +66,9 @@ def test_the_index_as_openmmlab_reads_it():
 
 @pytest.mark.parametrize('entry', zoo.entries(), ids=lambda entry: entry.name)
 def test_row(entry):
-    # There is no recipe of language models, and of some pre-trainings.
+    # There is no recipe of language models, of some pre-trainings, and of what nnU-Net trains.
     assert (entry.config is None) == (entry.path is None)
-    assert entry.config or entry.task in ('lm', 'pretrain')
+    assert entry.config or entry.task in ('lm', 'pretrain', 'medical')
     if entry.config:
         assert entry.path.samefile(REPO / entry.config)
         # The name is that of the config, but for a second file of one config, and a pre-training.
@@ -78,7 +79,7 @@ def test_row(entry):
     for result in entry.results:
         assert set(result.metrics) <= METRICS[result.task]
         assert all(0 < value < 100 for value in result.metrics.values())
-    is_dense = entry.task in ('det', 'seg')
+    is_dense = entry.task in ('det', 'seg', 'medical')
     assert (entry.tag is None) == is_dense
     assert bool(entry.metrics) != has_no_results(entry) or entry.task in ('pretrain', 'lm')
     if entry.pretrained is not None:
@@ -88,7 +89,7 @@ def test_row(entry):
             start.arch == entry.arch or start.family != entry.family)
     # What is no row here has its address.
     outside = entry.metadata.get('Started From')
-    is_from_random = not is_dense or entry.family == 'rs_mamba'
+    is_from_random = not is_dense or has_no_results(entry)
     assert (entry.pretrained is not None) != bool(outside) or is_from_random and not outside
 
 

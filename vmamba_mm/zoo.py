@@ -25,7 +25,8 @@ TASKS = {'Image Classification': 'cls', 'Action Recognition': 'video', 'Object D
          'Instance Segmentation': 'det', 'Semantic Segmentation': 'seg',
          'Change Detection': 'seg',
          'Masked Pre-training': 'pretrain', 'Multi-Instance Retrieval': 'pretrain',
-         'Text-to-Video Retrieval': 'pretrain', 'Language Modelling': 'lm'}
+         'Text-to-Video Retrieval': 'pretrain', 'Language Modelling': 'lm',
+         'Medical Segmentation': 'medical'}
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class Entry:
         name: unique in the zoo: that of its config, unless two files share one.
         family: that of the model.
         arch: a published architecture of the family.
-        task: 'cls', 'video', 'det', 'seg', 'lm', or 'pretrain' of a file that a fine-tuning starts
-            from: a value of :data:`TASKS`.
+        task: 'cls', 'video', 'det', 'seg', 'lm', 'medical' of networks that nnU-Net trains, or
+            'pretrain' of a file that a fine-tuning starts from: a value of :data:`TASKS`.
         folder: in ``configs/``, of the family's name, unless several families share it.
         config: ``configs/<folder>/NAME.py``, relative to the repository; see ``path``. None where
             there is no recipe.

@@ -82,9 +82,35 @@ def test_floors_of_state_space_duality():
     assert floors[:6] == pytest.approx([0.050, 0.010, 0.005, 0.081, 0.029, 0.084], abs=2e-3)
 
 
+def test_published_mixer_of_u_mamba(capsys, monkeypatch):
+    """What stands beside the network, and a check that finds what is wrong."""
+    import u_mamba
+
+    arch = dict(variant='enc', features_per_stage=(4, 5, 14), kernel_sizes=((3, 3),) * 3,
+                strides=((1, 1), (2, 1), (1, 2)), n_conv_per_stage=(1,) * 3,
+                n_conv_per_stage_decoder=(1, 1), input_size=(4, 6))
+    row = u_mamba.Row('', arch, 3, 2, 2, (4, 6))
+    model = u_mamba.make(row, 'cpu').double()
+    x = torch.randn(2, 2, 4, 6, dtype=torch.float64)
+    expected = model(x)
+    shapes = u_mamba.map_shapes(model, 2, row.size)
+    assert shapes == [(2, 4, 4, 6), (2, 14, 2, 3)]
+    for layer, shape in zip(u_mamba.mamba_layers(model), shapes, strict=True):
+        assert u_mamba.is_right(layer.float(), shape)
+    with monkeypatch.context() as patch:
+        published = u_mamba.published_direction
+        patch.setattr(u_mamba, 'published_direction', lambda *args: 1.01 * published(*args))
+        is_right = u_mamba.is_right(layer, shape)
+    assert not is_right and 'WRONG at (2, 14, 2, 3): y' in capsys.readouterr().out
+    for ours, theirs in zip(expected, u_mamba.publish(model).double()(x), strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-6)
+    u_mamba.step_of(model.float(), row, 'cpu')()
+    u_mamba.layers_step(model, row, 'cpu')()
+
+
 @without_gpu
 @pytest.mark.parametrize('bench, row', [('ss2d_gpu', 'stage 9'), ('scan1d', 'b3'), ('ssd', 'b3'),
-                                         ('eight_routes', 'stage 9')])
+                                         ('eight_routes', 'stage 9'), ('u_mamba', 'PET')])
 def test_bench_without_a_gpu(monkeypatch, bench, row):
     bench = importlib.import_module(bench)
     with pytest.raises(SystemExit, match='finds no GPU'):

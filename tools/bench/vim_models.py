@@ -67,22 +67,28 @@ class PublishedMixer(BiMambaMixer):
     def forward(self, x: Tensor) -> Tensor:
         batch, length, _ = x.shape
         xz = (self.in_proj.weight @ x.flatten(0, 1).T).view(-1, batch, length).transpose(0, 1)
-        y = self._one_direction(xz, '') + self._one_direction(xz.flip(-1), '_b').flip(-1)
+        y = published_direction(self, xz) + published_direction(self, xz.flip(-1), '_b').flip(-1)
         return self.out_proj((y / 2 if self.reduce == 'mean' else y).transpose(1, 2))
 
-    def _one_direction(self, xz: Tensor, suffix: str) -> Tensor:
-        """(B, 2D, L), x before z, to (B, D, L)."""
-        batch, _, length = xz.shape
-        conv, x_proj, dt_proj = self._modules_of(suffix)
-        x, z = xz.chunk(2, dim=1)
-        u = causal_conv(x.transpose(1, 2), conv.weight.squeeze(1), conv.bias).transpose(1, 2)
-        projected = F.linear(u.transpose(1, 2).flatten(0, 1), x_proj.weight)
-        dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=1)
-        delta = (dt_proj.weight @ dt.T).view(-1, batch, length).transpose(0, 1)
-        B, C = (t.view(batch, 1, length, self.d_state).transpose(2, 3).contiguous() for t in (B, C))
-        A, D = -getattr(self, f'A{suffix}_log').float().exp(), getattr(self, f'D{suffix}').float()
-        return self.scan(u, delta, A, B, C, D, z=z, delta_bias=dt_proj.bias.float(),
-                         delta_softplus=True)
+
+def published_direction(mixer: nn.Module, xz: Tensor, suffix: str = '') -> Tensor:
+    """A direction of a mixer that has a ``scan``: (B, 2D, L), x before z, to (B, D, L).
+
+    Args:
+        suffix: of the names of the direction's parameters.
+    """
+    batch, _, length = xz.shape
+    conv, x_proj, dt_proj = (getattr(mixer, name + suffix)
+                             for name in ('conv1d', 'x_proj', 'dt_proj'))
+    x, z = xz.chunk(2, dim=1)
+    u = causal_conv(x.transpose(1, 2), conv.weight.squeeze(1), conv.bias).transpose(1, 2)
+    projected = F.linear(u.transpose(1, 2).flatten(0, 1), x_proj.weight)
+    dt, B, C = projected.split([mixer.dt_rank, mixer.d_state, mixer.d_state], dim=1)
+    delta = (dt_proj.weight @ dt.T).view(-1, batch, length).transpose(0, 1)
+    B, C = (t.view(batch, 1, length, mixer.d_state).transpose(2, 3).contiguous() for t in (B, C))
+    A, D = -getattr(mixer, f'A{suffix}_log').float().exp(), getattr(mixer, f'D{suffix}').float()
+    return mixer.scan(u, delta, A, B, C, D, z=z, delta_bias=dt_proj.bias.float(),
+                      delta_softplus=True)
 
 
 def publish(model: nn.Module, scan=selective_scan) -> nn.Module:

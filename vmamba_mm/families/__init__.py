@@ -51,6 +51,7 @@ from vmamba_mm.families import (
     rs_mamba,
     rsmamba,
     timemamba,
+    u_mamba,
     videomamba,
     vim,
     vision_rwkv,
@@ -151,5 +152,5 @@ def family_of(state_dict: Mapping[str, object]) -> Family | None:
 
 
 for _module in (vmamba, mamba_lm, vim, videomamba, vivim, timemamba, vision_rwkv, vssd, rmt,
-                rs_mamba, rsmamba, vm_unet, efficientvim):
+                rs_mamba, rsmamba, vm_unet, efficientvim, u_mamba):
     register_family(_module.FAMILY)

@@ -89,7 +89,8 @@ class Family:
     #: The folder of its configs, configs/SYSTEM, and of official numbers, where several families
     #: share one; '' for their own, of the family's name. One of the families has the ``parity``.
     system: str = ''
-    #: What its models take: 'images', of which timm has the models too, or 'tokens' of text.
+    #: What its models take: 'images', of which timm has the models too, 'tokens' of text, or images
+    #: and 'volumes' in a framework of medicine.
     takes: str = 'images'
     #: Whether timm has the models itself, under the names that it would get for ours; then it gets
     #: none.

@@ -61,7 +61,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any
 
-__all__ = ['Build', 'Call', 'Limit', 'Omission', 'Options', 'Parity', 'Probe', 'Subject']
+__all__ = ['Build', 'Call', 'Limit', 'Omission', 'Options', 'Parity', 'Probe', 'Size', 'Subject']
 
 
 class Options(Mapping):
@@ -142,11 +142,20 @@ class Build:
     """A class or function of ours, ``package.module:name``, and its keyword arguments.
 
     A class is called with them; a function keeps them for its calls. Arguments may be ``Build``
-    too.
+    too, or of a layer ``Size``.
     """
 
     target: str
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Size:
+    """An argument of a ``Build`` that a case of a layer says by the shape of a tensor alone, be it
+    an input or a weight."""
+
+    tensor: str
+    dim: int
 
 
 @dataclass(frozen=True)
@@ -271,3 +280,7 @@ class Parity:
     limits: tuple[Limit, ...] = ()
     #: What is appended to NAME for each checkpoint that belongs to one NAME.expected.pt.
     checkpoints: tuple[str, ...] = ('.pth',)
+    #: What models are compared in on a CPU. 'fp64' where rounding in fp32 would turn a ReLU on or
+    #: off, which changes gradients by more than a limit that finds errors; ``limits`` then say how
+    #: far the stored numbers, of fp32, are from those of fp64.
+    models_in: str = 'fp32'

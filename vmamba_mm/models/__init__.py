@@ -5,6 +5,7 @@ from vmamba_mm.models.rmt import RMT
 from vmamba_mm.models.rs_mamba import RemoteSensingMamba
 from vmamba_mm.models.rsmamba import RSMamba
 from vmamba_mm.models.timemamba import TimeMamba
+from vmamba_mm.models.u_mamba import UMamba
 from vmamba_mm.models.videomamba import VideoMamba
 from vmamba_mm.models.vim import Vim
 from vmamba_mm.models.vision_rwkv import VisionRWKV
@@ -15,5 +16,5 @@ from vmamba_mm.models.vmamba import VMamba
 from vmamba_mm.models.vssd import VSSD
 
 __all__ = ['RMT', 'VSSD', 'ActionMamba', 'CausalLM', 'EfficientViM', 'MaskMambaBlock', 'RSMamba',
-           'RemoteSensingMamba', 'TimeMamba', 'VMUNet', 'VMamba', 'ViViM', 'VideoMamba', 'Vim',
-           'VisionRWKV', 'VisionRWKVAdapter']
+           'RemoteSensingMamba', 'TimeMamba', 'UMamba', 'VMUNet', 'VMamba', 'ViViM', 'VideoMamba',
+           'Vim', 'VisionRWKV', 'VisionRWKVAdapter']

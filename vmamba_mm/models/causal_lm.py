@@ -30,7 +30,7 @@ from vmamba_mm.layers import LayerNorm, MambaBlock, RMSNorm, run_blocks
 from vmamba_mm.layers.norm import sum_and_norm
 from vmamba_mm.models.causal_blocks import init_parameters, make_block
 from vmamba_mm.models.generation import generate
-from vmamba_mm.models.pretrained import StrictLoading
+from vmamba_mm.models.pretrained import StrictLoading, is_same
 from vmamba_mm.registry import MODELS
 
 _NORMS: dict[str, type[nn.Module]] = {'rms': RMSNorm, 'layer': LayerNorm}
@@ -239,7 +239,7 @@ class CausalLM(StrictLoading, BaseModule):
             arch = infer_arch(state, cls.family)
             embedding, head = (state.get(f'backbone.{name}.weight')
                                for name in ('token_embed', 'lm_head'))
-            is_tied = _is_same(embedding, head)
+            is_tied = is_same(embedding, head)
             settings = resolve_arch(cls.family, arch)
             if is_tied != with_defaults(settings)['tie_embeddings']:
                 kwargs = {'tie_embeddings': is_tied, **kwargs}
@@ -264,7 +264,7 @@ class CausalLM(StrictLoading, BaseModule):
         embedding, head = weights.get('token_embed.weight'), weights.get('lm_head.weight')
         if not self.is_tied or embedding is None:
             return weights
-        if not _is_same(embedding, head):
+        if not is_same(embedding, head):
             raise UserError('lm_head.weight differs from the embedding: give the model '
                             'tie_embeddings=False, or build it with CausalLM.from_pretrained')
         return {**weights, 'lm_head.weight': embedding}
@@ -278,12 +278,6 @@ def _tie(model: CausalLM, _: Any = None) -> None:
     """Make the head's weight that of the embedding, where the model ties them."""
     if model.is_tied:
         model.lm_head.weight = model.token_embed.weight
-
-
-def _is_same(embedding: Tensor | None, head: Tensor | None) -> bool:
-    """Whether a head is absent or has the weights of the embedding, as far as can be told."""
-    return embedding is None or head is None or embedding.is_meta or head.is_meta \
-        or embedding.shape != head.shape or torch.equal(embedding, head.to(embedding))
 
 
 def _read_config(path: Path) -> dict[str, Any] | None:

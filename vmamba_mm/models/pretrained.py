@@ -280,6 +280,14 @@ class StrictLoading:
 
 # --- whose weights these are ------------------------------------------------------------------
 
+def is_same(first: Tensor | None, second: Tensor | None) -> bool:
+    """Whether two names of one weight have the same values, as far as can be told: one may be
+    absent, or without values, and shapes are compared elsewhere."""
+    if first is None or second is None or first is second or first.is_meta or second.is_meta:
+        return True
+    return first.shape != second.shape or torch.equal(first, second.to(first))
+
+
 class Caller(NamedTuple):
     """The ``load_state_dict`` at work."""
 
