@@ -144,7 +144,7 @@ class Runner:
         convert = subject.convert or dict
         models, names = {}, {}
         for variant, spec in _variants(subject):
-            model, names[variant] = build(spec), None
+            model, names[variant] = build(spec, case), None
             if isinstance(model, nn.Module):
                 model = model.to(self.device, DTYPES[self.dtype_of_ops]).eval()
                 if subject.state:

@@ -17,13 +17,20 @@ from vmamba_mm.checkpoints.formats import read_content
 from vmamba_mm.errors import UserError
 from vmamba_mm.families import Family
 from vmamba_mm.families.names import has_row, rename
-from vmamba_mm.families.parity import Build, Subject
+from vmamba_mm.families.parity import Build, Size, Subject
 
 
-def build(spec: Build) -> Any:
-    """A module, or a function with its keyword arguments."""
+def build(spec: Build, case: Mapping[str, Any] | None = None) -> Any:
+    """A module, or a function with its keyword arguments.
+
+    Args:
+        spec: of it.
+        case: of a layer, whose tensors have the sizes that ``spec`` asks for.
+    """
     target = pkgutil.resolve_name(spec.target)
-    kwargs = {k: build(v) if isinstance(v, Build) else v for k, v in spec.kwargs.items()}
+    kwargs = {k: build(v, case) if isinstance(v, Build) else
+              case[v.tensor].shape[v.dim] if isinstance(v, Size) else v
+              for k, v in spec.kwargs.items()}
     return target(**kwargs) if inspect.isclass(target) else functools.partial(target, **kwargs)
 
 

@@ -49,6 +49,7 @@ from vmamba_mm.families import (
     rmt,
     rs_mamba,
     rsmamba,
+    seg_mamba,
     timemamba,
     videomamba,
     vim,
@@ -150,5 +151,5 @@ def family_of(state_dict: Mapping[str, object]) -> Family | None:
 
 
 for _module in (vmamba, mamba_lm, vim, videomamba, vivim, timemamba, vision_rwkv, vssd, rmt,
-                rs_mamba, rsmamba, vm_unet):
+                rs_mamba, rsmamba, vm_unet, seg_mamba):
     register_family(_module.FAMILY)

@@ -61,7 +61,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any
 
-__all__ = ['Build', 'Call', 'Limit', 'Omission', 'Options', 'Parity', 'Probe', 'Subject']
+__all__ = ['Build', 'Call', 'Limit', 'Omission', 'Options', 'Parity', 'Probe', 'Size', 'Subject']
 
 
 class Options(Mapping):
@@ -142,11 +142,19 @@ class Build:
     """A class or function of ours, ``package.module:name``, and its keyword arguments.
 
     A class is called with them; a function keeps them for its calls. Arguments may be ``Build``
-    too.
+    too, or of a layer ``Size``.
     """
 
     target: str
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Size:
+    """An argument of a ``Build`` that a case of a layer says by the shape of a tensor alone."""
+
+    tensor: str
+    dim: int
 
 
 @dataclass(frozen=True)

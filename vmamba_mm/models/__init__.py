@@ -3,6 +3,7 @@ from vmamba_mm.models.causal_lm import CausalLM
 from vmamba_mm.models.rmt import RMT
 from vmamba_mm.models.rs_mamba import RemoteSensingMamba
 from vmamba_mm.models.rsmamba import RSMamba
+from vmamba_mm.models.seg_mamba import SegMambaEncoder
 from vmamba_mm.models.timemamba import TimeMamba
 from vmamba_mm.models.videomamba import VideoMamba
 from vmamba_mm.models.vim import Vim
@@ -14,5 +15,5 @@ from vmamba_mm.models.vmamba import VMamba
 from vmamba_mm.models.vssd import VSSD
 
 __all__ = ['RMT', 'VSSD', 'ActionMamba', 'CausalLM', 'MaskMambaBlock', 'RSMamba',
-           'RemoteSensingMamba', 'TimeMamba', 'VMUNet', 'VMamba', 'ViViM', 'VideoMamba', 'Vim',
-           'VisionRWKV', 'VisionRWKVAdapter']
+           'RemoteSensingMamba', 'SegMambaEncoder', 'TimeMamba', 'VMUNet', 'VMamba', 'ViViM',
+           'VideoMamba', 'Vim', 'VisionRWKV', 'VisionRWKVAdapter']
