@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vmamba_mm.layers.mamba import across_slices
-from vmamba_mm.ops import ordered_scan, scan_positions
+from vmamba_mm.ops import across_slices, ordered_scan, scan_positions
 from vmamba_mm.ops.masa import decay_masks
 from vmamba_mm.ops.retention import log_decays
 from vmamba_mm.ops.rotation import rotation_table

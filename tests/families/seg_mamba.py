@@ -1,8 +1,7 @@
-"""SegMamba under the generic tests, which give its encoder volumes as deep as the arch is for."""
+"""SegMamba under the generic tests."""
 
 import json
 
-import torch
 from official import SHARED
 from specs import Spec
 
@@ -10,14 +9,14 @@ from vmamba_mm.families.seg_mamba import FAMILY
 from vmamba_mm.heads import SegMamba
 from vmamba_mm.models import SegMambaEncoder
 
-SMALL = dict(embed_dims=(4, 6, 8, 10), depths=(1, 2, 1, 1), d_state=2, num_slices=(16, 8, 4, 2))
-#: As many as do not come out of a map's tokens, or no more than one.
-UNEVEN = dict(embed_dims=(5, 4, 6, 4), depths=(1, 1, 1, 1), d_state=3, num_slices=(16, 7, 3, 1))
+SMALL = dict(embed_dims=(4, 6, 8, 10), depths=(1, 2, 1, 1), d_state=2, num_slices=(64, 32, 16, 8))
+WIDER = dict(SMALL, embed_dims=(5, 4, 6, 4), depths=(1, 1, 1, 1), d_state=3)
+SLICES = 32
 HIDDEN = 12
 
 
 def _shapes(arch, height, width):
-    sides = [-(-side // 16) * 16 for side in (SegMambaEncoder.clip_length(arch), height, width)]
+    sides = [-(-side // 16) * 16 for side in (SLICES, height, width)]
     return [(dim, *(side // 2 ** (i + 1) for side in sides))
             for i, dim in enumerate(arch['embed_dims'])]
 
@@ -68,11 +67,16 @@ def _published_keys():
     path = SHARED / 'facts/keys/seg_mamba.json'
     if path.is_file():
         keys = json.loads(path.read_text())['BraTS']['keys']
-        return dict(base={k: tuple(shape) for k, shape in keys.items()})
+        base = {k: tuple(shape) for k, shape in keys.items()}
+        stem = 'vit.downsample_layers.0.0.weight'
+        width, channels, *sides = base[stem]
+        assert channels == 4
+        return dict(base=base | {stem: (width, 3, *sides)})  # the generic tests have 3 channels
 
 
 SPEC = Spec(
-    family=FAMILY, model=SegMambaEncoder, archs=dict(small=SMALL, uneven=UNEVEN), shapes=_shapes,
+    family=FAMILY, model=SegMambaEncoder, archs=dict(small=SMALL, wider=WIDER), shapes=_shapes,
+    slices=SLICES,
     whole_model=_whole_model, official=_official, official_classifiers=_networks,
     published_keys=_published_keys,
     changes=[dict(embed_dims=(4, 6, 8, 12)), dict(depths=(1, 1, 1, 2)), dict(d_state=3)],

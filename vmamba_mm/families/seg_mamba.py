@@ -49,14 +49,16 @@ _HEAD_KEYS = (
 
 
 def _infer_arch(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of slices leave no trace."""
+    """The numbers of slices leave no trace. Half a file is told as well, so that a message can say
+    what it holds."""
     shapes = {k: tuple(v.shape) for k, v in weights.items()}
     blocks = {tuple(map(int, m.groups())) for k in shapes
               if (m := re.match(r'stages\.(\d+)\.blocks\.(\d+)\.', k))}
-    depths = tuple(sum(stage == i for stage, _ in blocks) for i in range(STAGES))
-    if sum(depths) < len(blocks):
+    count = 1 + max(stage for stage, _ in blocks)
+    if count > STAGES:
         raise ValueError(f'more than {STAGES} stages')
-    dims = tuple(shapes[f'stages.{i}.gsc.proj.weight'][0] for i in range(STAGES))
+    depths = tuple(sum(stage == i for stage, _ in blocks) for i in range(count))
+    dims = tuple(shapes[f'stages.{i}.gsc.proj.weight'][0] for i in range(count))
     _, d_state = shapes['stages.0.blocks.0.mixer.A_log']
     return dict(embed_dims=dims, depths=depths, d_state=d_state,
                 num_slices=ARCHS['base']['num_slices'])
@@ -101,8 +103,8 @@ def _convert_block(state: Mapping[str, Any]) -> dict[str, Any]:
 
 PARITY = Parity(
     subject=_parity_subject, ops={'op_tom_gsc.pt': _parity_layer},
-    omissions=(Omission('grad_params.proj*.bias', 'is zero but for rounding, as instance norm takes '
-                        'the mean away', 'op_tom_gsc.pt', '* gsc'),),
+    omissions=(Omission('grad_params.proj*.bias', 'is zero but for rounding, as instance norm '
+                        'takes the mean away', 'op_tom_gsc.pt', '* gsc'),),
     limits=(Limit('output', 5e-5, 'ReLU after instance norms of few positions: fp32 is up to '
                   '2.2e-5 off fp64 in the public code as well', '*.pth'),
             Limit('grad_*', 1e-3, 'ReLU after instance norms of few positions: the stored '

@@ -22,6 +22,8 @@ from vmamba_mm.layers.norm import RMSNorm
 from vmamba_mm.layers.plain import are_plain, is_plain
 from vmamba_mm.layers.ssm_init import init_A_logs, init_dt_bias, init_dt_proj, state_matrix
 from vmamba_mm.ops import (
+    across_slices,
+    along_slices,
     causal_conv,
     causal_conv_step,
     mamba_inner,
@@ -418,9 +420,8 @@ class TriMambaMixer(_Mixer):
     one starts with Mamba's values for ``dt_proj``, the others as ``nn.Linear`` does, which is what
     the published code does.
 
-    Forward and backward are one op on the tokens as they lie. The third order has two strides, one
-    from slice to slice and one at the end of each round, so that it takes a copy there and one
-    back.
+    Forward and backward are one op on the tokens as they lie. No stride leads through the third
+    order, as each of its rounds begins anew: it takes a copy there and one back.
 
     Args:
         embed_dims: C, channels of a token.
@@ -444,8 +445,8 @@ class TriMambaMixer(_Mixer):
 
         Args:
             x: (B, L, C).
-            num_slices: into how many slices of ceil(L / num_slices) tokens the sequence is cut for
-                the third order. The last ones are shorter, or empty, where it does not come out.
+            num_slices: into how many the sequence is cut for the third order, as of
+                :func:`vmamba_mm.ops.across_slices`.
         """
         xz = self.in_proj(x)
         across = across_slices(xz, num_slices)
@@ -455,26 +456,6 @@ class TriMambaMixer(_Mixer):
             y = self._direction(xz) + self._direction(xz, '_b', reverse=True)
             y_s = self._direction(across, '_s')
         return self._project_out(y + along_slices(y_s, num_slices))
-
-
-def across_slices(x: Tensor, num_slices: int) -> Tensor:
-    """(B, L, C), slice by slice, to (B, L, C), the first token of every slice first."""
-    if x.shape[1] % num_slices:
-        return x[:, _order_across(x.shape[1], num_slices, x.device)]
-    return x.unflatten(1, (num_slices, -1)).transpose(1, 2).flatten(1, 2)
-
-
-def along_slices(x: Tensor, num_slices: int) -> Tensor:
-    """The inverse of :func:`across_slices`."""
-    if x.shape[1] % num_slices:
-        return x[:, _order_across(x.shape[1], num_slices, x.device).argsort()]
-    return x.unflatten(1, (-1, num_slices)).transpose(1, 2).flatten(1, 2)
-
-
-def _order_across(length: int, num_slices: int, device: torch.device) -> Tensor:
-    size = -(-length // num_slices)
-    order = torch.arange(size * num_slices, device=device).view(num_slices, size).t().flatten()
-    return order[order < length]
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:

@@ -1,6 +1,7 @@
 """SegMamba's encoder of volumes (arXiv 2401.13560, section 2)."""
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -170,6 +171,7 @@ class SegMambaEncoder(Backbone):
 
     family = FAMILY
     default_arch = 'base'
+    classifier_options = MappingProxyType(dict(out_indices=(0, 1, 2, 3)))
 
     @staticmethod
     def stage_sizes(arch: Mapping[str, Any]) -> tuple[Sequence[int], list[int]]:
@@ -178,11 +180,6 @@ class SegMambaEncoder(Backbone):
     @classmethod
     def stage_strides(cls, arch: Mapping[str, Any]) -> list[int]:
         return [2, 4, 8, STRIDE]
-
-    @staticmethod
-    def clip_length(arch: Mapping[str, Any]) -> int:
-        """The slices of the volume that the arch is made for."""
-        return 128 if arch['num_slices'] == 'depth' else 2 * arch['num_slices'][0]
 
     def build(self, in_channels: int, drop_path_rates: Sequence[float], with_cp: bool) -> None:
         arch, rates, dims = self.arch, iter(drop_path_rates), self.num_features
