@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from mmengine.structures import BaseDataElement
 from small_recipes import learning_rates, settings_of
 from specs import SPECS
 
@@ -40,13 +41,14 @@ def test_a_step_and_a_test(load):
     _, wrapper = settings_of(model, cfg)
     before = {k: p.detach().clone() for k, p in model.named_parameters()}
     batch = dict(inputs=[torch.randn(4, 32, 16, 16) for _ in range(2)], data_samples=[
-        dict(case='a', label=torch.randint(4, (1, 32, 16, 16))) for _ in range(2)])
+        BaseDataElement(label=torch.randint(4, (1, 32, 16, 16))) for _ in range(2)])
     assert all(value.isfinite() for value in model.train_step(batch, wrapper).values())
     # Before an instance norm, the bias of a convolution has no effect.
     still = {k for k, p in model.named_parameters() if torch.equal(p, before[k])}
     assert all('gsc.proj' in k and k.endswith('bias') for k in still)
     volume = torch.randn(4, 40, 20, 12)  # more than the window, and less
     with torch.no_grad():
-        sample, = model.eval().test_step(dict(inputs=[volume], data_samples=[dict(case='b')]))
-    assert sample['case'] == 'b' and sample['pred'].shape == volume.shape[1:]
-    assert set(sample['pred'].unique().tolist()) <= {0, 1, 2, 3}
+        sample, = model.eval().test_step(dict(inputs=[volume], data_samples=[
+            BaseDataElement(metainfo=dict(case='b'))]))
+    assert sample.case == 'b' and sample.pred.shape == volume.shape[1:]
+    assert set(sample.pred.unique().tolist()) <= {0, 1, 2, 3}

@@ -73,14 +73,16 @@ def check_folder(folder: Path, device: str = 'cpu', dtype: str | None = None,
     Args:
         folder: of a family, or VMamba's.
         device: of torch.
-        dtype: 'fp32', 'fp16' or 'bf16'; None for fp32, and on a CPU fp64 of ops.
+        dtype: 'fp32', 'fp16' or 'bf16'; None for fp32, and on a CPU fp64 of ops and of models whose
+            family asks for it.
         only: names of files without their ends; none for all.
     """
     from _parity.report import Row
     from _parity.runner import Runner
 
     family, parity = find_parity(folder)
-    runner = Runner(family, parity, device, dtype or 'fp32',
+    runner = Runner(family, parity, device,
+                    dtype or (parity.models_in if device == 'cpu' else 'fp32'),
                     dtype or ('fp64' if device == 'cpu' else 'fp32'))
     ends = (*parity.checkpoints, EXPECTED, '.json')
     names = {p.name.removesuffix(end) for end in ends for p in folder.glob(f'*{end}')}

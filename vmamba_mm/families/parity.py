@@ -279,3 +279,7 @@ class Parity:
     limits: tuple[Limit, ...] = ()
     #: What is appended to NAME for each checkpoint that belongs to one NAME.expected.pt.
     checkpoints: tuple[str, ...] = ('.pth',)
+    #: What models are compared in on a CPU. 'fp64' where rounding in fp32 would turn a ReLU on or
+    #: off, which changes gradients by more than a limit that finds errors; ``limits`` then say how
+    #: far the stored numbers, of fp32, are from those of fp64.
+    models_in: str = 'fp32'

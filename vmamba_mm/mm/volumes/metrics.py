@@ -24,7 +24,7 @@ class VolumeDice(BaseMetric):
             alone.
         both_empty: where it is in both.
 
-    Each sample is a dict with ``case``, ``pred``, (D, H, W), and ``label``, (1, D, H, W).
+    A sample has ``pred``, (D, H, W), and ``label``, (1, D, H, W).
     Results: ``dice``, the mean of the regions, ``dice_NAME`` of each, from 0 to 1, and ``hd95`` and
     ``hd95_NAME``.
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from mmengine.model import BaseDataPreprocessor, BaseModel
+from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
 from vmamba_mm.errors import UserError
@@ -82,19 +83,20 @@ class VolumeSegmentor(BaseModel):
         self.loss_name = loss
         self.test_cfg = _check_test_cfg(test_cfg or {})
 
-    def forward(self, inputs: Tensor, data_samples: list[dict] | None = None,
+    def forward(self, inputs: Tensor, data_samples: list | None = None,
                 mode: str = 'tensor'):
         """
         Args:
             inputs: (B, C, D, H, W).
-            data_samples: dicts with ``label``, (1, D, H, W), and ``case``.
+            data_samples: of :class:`vmamba_mm.mm.volumes.transforms.PackVolume`, with ``label``,
+                (1, D, H, W).
             mode: 'tensor' for logits, 'loss' for a dict of losses, 'predict' for the samples with
                 ``pred``, (D, H, W).
         """
         if mode == 'tensor':
             return self.decode_head(inputs, self.backbone(inputs))
         if mode == 'loss':
-            labels = torch.stack([sample['label'] for sample in data_samples])
+            labels = torch.stack([sample.label for sample in data_samples])
             return dict(loss=self._loss(self(inputs), labels))
         if mode == 'predict':
             return self.predict(inputs, data_samples)
@@ -109,10 +111,11 @@ class VolumeSegmentor(BaseModel):
 
         return DiceCELoss(include_background=False, to_onehot_y=True, softmax=True)(logits, labels)
 
-    def predict(self, inputs: Tensor, data_samples: list[dict] | None = None) -> list[dict]:
-        samples = data_samples or [{} for _ in inputs]
-        return [dict(sample, pred=logits.argmax(0))
-                for sample, logits in zip(samples, self.slide(inputs), strict=True)]
+    def predict(self, inputs: Tensor, data_samples: list | None = None) -> list:
+        samples = data_samples or [BaseDataElement() for _ in inputs]
+        for sample, logits in zip(samples, self.slide(inputs), strict=True):
+            sample.pred = logits.argmax(0)
+        return samples
 
     def slide(self, inputs: Tensor) -> Tensor:
         """Logits of whole volumes, (B, C, D, H, W) to (B, num_classes, D, H, W)."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from mmengine.structures import BaseDataElement
 from torch import Tensor
 
 from vmamba_mm.errors import UserError
@@ -57,7 +58,9 @@ class LoadVolume:
                 raise UserError(f'{path} lies elsewhere than {first}: their affine matrices '
                                 'differ; register the volumes of a case and resample them to one '
                                 'grid')
-        results['image'] = volumes[0] if len(volumes) == 1 else torch.cat(volumes)
+        # torch.cat would make a batch of MetaTensors.
+        whole = torch.cat([volume.as_tensor() for volume in volumes])
+        results['image'] = type(volumes[0])(whole, meta=volumes[0].meta)
         return results
 
     def _read(self, path):
@@ -119,8 +122,8 @@ class PackVolume:
     Args:
         num_classes: numbers of classes in the mask go from 0 to one below this.
 
-    Gives ``inputs``, (C, D, H, W) in fp32, and ``data_samples``, a dict with ``case`` and, where
-    there is a mask, ``label``, (1, D, H, W) in int64.
+    Gives ``inputs``, (C, D, H, W) in fp32, and ``data_samples``, a BaseDataElement with ``case``
+    and, where there is a mask, ``label``, (1, D, H, W) in int64.
 
     Raises:
         UserError: if a mask has other numbers, if it is not of the volume's size, or if the volume
@@ -134,7 +137,7 @@ class PackVolume:
         image, case = _plain(results['image']).float(), results.get('case', '')
         if not image.isfinite().all():
             raise UserError(f'the volume of {case} has values that are NaN or infinite')
-        sample = dict(case=case)
+        sample = BaseDataElement(metainfo=dict(case=case))
         if 'label' in results:
             label = _plain(results['label'])
             if label.shape[1:] != image.shape[1:]:
@@ -147,7 +150,7 @@ class PackVolume:
                 raise UserError(f'the mask of {case} has the label {wrong[0].item():g}; expected '
                                 f'are 0 to {self.num_classes - 1}: number the classes anew (MONAI '
                                 'has MapLabelValued), or change num_classes')
-            sample['label'] = label.long()
+            sample.label = label.long()
         return dict(inputs=image, data_samples=sample)
 
 
