@@ -58,7 +58,7 @@ def test_cases_and_parts(tmp_path):
     (tmp_path / 'some.txt').write_text('p3\n\np1\n')
     listed = dataset(tmp_path, ann_file='some.txt').load_data_list()
     assert [info['case'] for info in listed] == ['p3', 'p1']
-    assert listed[0]['image_paths'][1] == str(tmp_path / 'p3/p3_1.nii.gz')
+    assert listed[0]['files'][1] == str(tmp_path / 'p3/p3_1.nii.gz')
 
 
 @pytest.mark.parametrize('change, message', [

@@ -79,4 +79,4 @@ class VolumeDataset(BaseDataset):
                 raise UserError(f'the case {case} has no file {path}: put it there, or change '
                                 'images= and mask= of the data set')
         count = len(self.images)
-        return dict(case=case, image_paths=paths[:count], mask_path=(paths[count:] or [None])[0])
+        return dict(case=case, files=paths[:count], mask_file=(paths[count:] or [None])[0])

@@ -41,14 +41,14 @@ class LoadVolume:
         self.read = LoadImage(image_only=True, ensure_channel_first=True)
 
     def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
-        first, *_ = paths = results['image_paths']
+        first, *_ = paths = results['files']
         volumes = [self._read(path) for path in paths]
         parts = dict(zip(paths, volumes, strict=True))
         if self.with_mask:
-            if results.get('mask_path') is None:
+            if results.get('mask_file') is None:
                 raise UserError(f'the case {results["case"]} has no mask: name its file by mask= '
                                 'of the data set')
-            results['label'] = parts[results['mask_path']] = self._read(results['mask_path'])
+            results['label'] = parts[results['mask_file']] = self._read(results['mask_file'])
         for path, volume in parts.items():
             if volume.shape != volumes[0].shape:
                 raise UserError(f'{path} has {_size(volume)} voxels and {first} '
