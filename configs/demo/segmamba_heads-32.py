@@ -40,7 +40,7 @@ val_evaluator = dict(regions=dict(_delete_=True, ventricles=[1], tumour=[2]))
 test_evaluator = dict(_delete_=True, type='vmamba_mm.VolumeDice',
                       regions=dict(ventricles=[1], tumour=[2]))
 
-max_iters = 400
+max_iters = 300
 train_cfg = dict(max_iters=max_iters, val_interval=max_iters // 2)
 # fp32 on every machine, so that CPU and GPU give the same numbers
 optim_wrapper = dict(
