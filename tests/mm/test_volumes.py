@@ -151,6 +151,26 @@ def test_steps_that_change_the_volume_alone(tmp_path):
         dataset(tmp_path, pipeline(step))[0]
 
 
+@pytest.mark.parametrize('build', [
+    lambda: pipeline_step(type='vmamba_mm.LoadVolume'),
+    lambda: pipeline_step(type='vmamba_mm.MonaiTransforms', transforms=[]),
+    lambda: segmentor().slide(torch.zeros(1, 2, 32, 16, 16))])
+def test_without_monai(build, monkeypatch):
+    import importlib.util
+
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec',
+                        lambda name, *args: None if name == 'monai' else find_spec(name, *args))
+    with pytest.raises(UserError, match="monai is not .*pip install 'vmamba_mm.monai.'"):
+        build()
+
+
+def pipeline_step(**settings):
+    from vmamba_mm.registry import TRANSFORMS
+
+    return TRANSFORMS.build(settings)
+
+
 def test_wrong_transforms():
     from vmamba_mm.registry import TRANSFORMS
 
