@@ -49,7 +49,7 @@ def test_nothing_is_left_of_the_stock_config(leaf, load):
     assert cfg.custom_imports == dict(imports=['vmamba_mm.mm'], allow_failed_imports=False)
     assert set(cfg.model.backbone) <= {'type', 'arch', 'drop_path_rate', 'out_indices', 'out_type',
                                        'features', 'in_channels', 'init_cfg', 'num_images',
-                                       'projection', 'with_last_map'}
+                                       'projection', 'with_last_map', 'with_states'}
     assert not re.findall(r'https?:[^\s\'"]+', str(cfg.to_dict()))
     if entry.pretrained is None:
         assert 'init_cfg' not in cfg.model.backbone  # trained from scratch
@@ -62,7 +62,7 @@ def test_nothing_is_left_of_the_stock_config(leaf, load):
 @each_leaf
 def test_necks_and_heads_take_what_the_backbone_gives(leaf, load, build_meta):
     model, cfg = build_meta(leaf), load(leaf).model
-    channels = [model.backbone.num_features[i] for i in model.backbone.out_indices]
+    channels = model.backbone.out_channels
     found = {name: part.in_channels for name, part in cfg.items()
              if name in ('neck', 'head', 'decode_head', 'auxiliary_head') and part
              and 'in_channels' in part}

@@ -19,7 +19,7 @@ FLOORS = {
     'families': (),
     'checkpoints': ('torch', 'filelock', 'numpy', 'safetensors'),
     'models': ('torch', 'mmengine'),
-    'heads': ('torch', 'mmengine', 'mmpretrain'),
+    'heads': ('torch', 'mmengine', 'mmpretrain', 'timm'),
     'mm': ('torch', 'numpy', 'matplotlib', 'cv2', 'PIL', 'av', 'mmengine', 'mmcv', 'mmpretrain',
            'mmdet', 'mmseg', 'monai'),
     'integrations': ('torch', 'yaml', 'timm', 'mmpretrain'),
@@ -83,15 +83,20 @@ def test_every_module_is_on_a_floor():
         check_imports(PACKAGE / module, GROUND[module])
 
 
-def loaded_by(statement: str) -> tuple[set[str], str]:
-    code = f'import sys\n{statement}\nprint("MODULES", *{{m.split(".")[0] for m in sys.modules}})'
+def loaded_by(*statements: str) -> list[tuple[set[str], str]]:
+    """What is loaded after each of them in a process of their own, and what that has printed."""
+    code = '\n'.join(f'{statement}\nprint("MODULES", *{{m.split(".")[0] for m in sys.modules}})'
+                     for statement in ('import sys', *statements))
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
-    printed, _, modules = (done.stdout + done.stderr).partition('MODULES')
-    return set(modules.split()), printed
+    # What is on stderr may be of any of them.
+    parts = [part.partition('\n') for part in done.stdout.split('MODULES')[1:]]
+    printed = [after + done.stderr for _, _, after in parts]
+    return [(set(modules.split()), before)
+            for (modules, _, _), before in zip(parts[1:], printed[:-1], strict=True)]
 
 
 def test_importing_the_package_is_quiet_and_loads_nothing():
-    modules, printed = loaded_by('import vmamba_mm')
+    [(modules, printed)] = loaded_by('import vmamba_mm')
     assert not printed and not modules & {'torch', *MM}
 
 
@@ -100,18 +105,16 @@ def test_models_by_the_names_of_configs():
     for name in vmamba_mm.models.__all__:
         assert getattr(vmamba_mm, name) is getattr(vmamba_mm.models, name)
     assert not hasattr(vmamba_mm, 'NoModel') and not hasattr(vmamba_mm, 'no_module')
-    modules, _ = loaded_by("import vmamba_mm; assert not hasattr(vmamba_mm, 'torch')")
+    [(modules, _)] = loaded_by("import vmamba_mm; assert not hasattr(vmamba_mm, 'torch')")
     assert not modules & {'torch', *MM}
 
 
-def test_importing_ops_and_layers_loads_no_mm_package():
-    modules, printed = loaded_by('import vmamba_mm.ops, vmamba_mm.layers')
-    assert not printed and 'torch' in modules and not modules & set(MM)
-
-
-def test_importing_models_and_heads_loads_mmengine_alone():
-    modules, printed = loaded_by('import vmamba_mm.models, vmamba_mm.heads')
-    assert not printed and modules & set(MM) == {'mmengine'}
+def test_importing_loads_no_more_than_a_floor_needs():
+    """Ops and layers nothing of mm*, models and heads mmengine alone."""
+    (low, printed), (high, printed_by_models) = loaded_by(
+        'import vmamba_mm.ops, vmamba_mm.layers', 'import vmamba_mm.models, vmamba_mm.heads')
+    assert not printed and 'torch' in low and not low & set(MM)
+    assert not printed_by_models and high & set(MM) == {'mmengine'}
 
 
 def test_registry_needs_no_custom_imports():

@@ -18,7 +18,8 @@ from vmamba_mm.integrations.timm import register_models
 #: {family: its spec, the names of its published archs of images}
 FAMILIES = {spec.family.name: (spec, [arch for arch in spec.family.archs
                                       if not spec.takes_clips(arch)])
-            for spec in SPECS.values() if spec.family.task == 'cls'}
+            for spec in SPECS.values()
+            if spec.family.task == 'cls' and not spec.family.in_timm}
 FAMILIES = {name: of_images for name, of_images in FAMILIES.items() if of_images[1]}
 each_spec = pytest.mark.parametrize('spec', [spec for spec, _ in FAMILIES.values()], ids=FAMILIES)
 each_arch = pytest.mark.parametrize('spec, arch', [
@@ -52,6 +53,14 @@ def test_names_and_weights_are_those_of_the_zoo(spec):
     for entry in published:
         cfg = timm.get_pretrained_cfg(f'{family.name}_{entry.arch}.{entry.tag}')
         assert cfg.url == entry.weights and cfg.license == family.licence.lower()
+
+
+@pytest.mark.parametrize('spec', [spec for spec in SPECS.values() if spec.family.in_timm],
+                         ids=lambda spec: spec.family.name)
+def test_models_of_timms_own_stay_so(spec):
+    for arch in spec.family.archs:
+        name = f'{spec.family.name}_{arch}'
+        assert timm.models.model_entrypoint(name).__module__.startswith('timm.')
 
 
 @pytest.mark.parametrize('spec, arch', [pytest.param(spec, arch, id=f'{name}-{arch}')

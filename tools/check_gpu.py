@@ -77,17 +77,22 @@ def run_cases(tool, only):
 
     from vmamba_mm.layers import BiMambaMixer, ConvStem, MambaBlock, RMSNorm, VSSBlock, run_blocks
     from vmamba_mm.ops import (
+        bi_wkv,
         causal_conv,
         mamba_inner,
+        nc_ssd,
         selective_scan,
         ss2d_scan,
         ss2d_scan_norm,
         ssd,
+        wkv,
     )
     from vmamba_mm.ops.core import gemm, launch
+    from vmamba_mm.ops.nc_ssd import cuda as nc_ssd_kernels
     from vmamba_mm.ops.selective_scan import cuda_scan
     from vmamba_mm.ops.ss2d_scan import schedule
     from vmamba_mm.ops.ssd import cuda_launch as ssd_launch
+    from vmamba_mm.ops.wkv import cuda_launch as wkv_launch
     from vmamba_mm.testing import (
         mamba_inner_inputs,
         selective_scan_inputs,
@@ -202,6 +207,26 @@ def run_cases(tool, only):
             run(f'{shape}, spans of {ssd_launch.max_span}', ssd, inputs, dt_softplus=True,
                 reverse=shape[1] == 150)
     ssd_launch.max_span = None
+    for shape, dtype in (((2, 150, 4, 40, 1, 48), torch.bfloat16),
+                         ((1, 300, 6, 24, 3, 64), torch.float16),
+                         ((1, 70, 2, 16, 1, 128), torch.float32)):
+        inputs = ssd_inputs(*shape, dtype=dtype)
+        for nc_ssd_kernels.force_spans in (None, 1, 2):
+            launch.forget()
+            run(f'{shape}, {nc_ssd_kernels.force_spans} spans', nc_ssd, inputs, dt_softplus=True)
+    nc_ssd_kernels.force_spans = None
+    launch.forget()
+    for length, dtype in ((61, torch.float16), (200, torch.float32)):
+        k, v = torch.randn(2, 2, length, 40).to(dtype)
+        inputs = dict(w=torch.randn(40), u=torch.randn(40), k=k, v=v)
+        for wkv_launch.max_warps in (None, 2):
+            launch.forget()
+            where = f'L = {length}, {wkv_launch.max_warps} warps'
+            run(where, wkv, inputs | dict(state=torch.ones(2, 3, 40)))
+            for mode in ('paper', 'official'):
+                run(f'{mode}, {where}', bi_wkv, inputs | dict(w=inputs['w'] / length), mode=mode)
+            run(f'strong decays, {where}', bi_wkv, inputs | dict(w=inputs['w'] + 9))
+    wkv_launch.max_warps = None
     launch.forget()
     for name, dtype in (('half', torch.float16), ('fp32', torch.float32)):
         run_block(name, dtype)

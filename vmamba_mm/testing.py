@@ -114,7 +114,7 @@ def gather_and_merge(x: Tensor, ys: Tensor, *, scan: str) -> tuple[Tensor, Tenso
         ys: (B, K, D, H, W), of each route its L steps in the order of the visit.
         scan: a pattern of ``ordered_scan``.
     """
-    positions = scan_positions(scan, *x.shape[2:])
+    positions = scan_positions(scan, *x.shape[2:]).to(x.device)
     return gather_routes(x, positions), merge_routes(ys.flatten(3), positions)
 
 
@@ -335,7 +335,7 @@ def run_rotation(rotate: Callable, inputs: Mapping[str, Any]) -> dict[str, Tenso
     """``rotate_pairs`` of 'x' (..., L, N) by the positions of the tokens, as 'y'."""
     x = inputs['x']
     table = rotation_table(torch.arange(x.shape[-2], device=x.device), x.shape[-1], x.dtype)
-    return dict(y=rotate(x, *table))
+    return dict(y=rotate(x, table))
 
 
 def run_retention_layer(layer: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -347,7 +347,7 @@ def run_retention_layer(layer: nn.Module, inputs: Mapping[str, Any]) -> dict[str
     """
     x = inputs['input']
     head_dim = layer.q_proj.out_features // layer.num_heads
-    _, sin = rotation_table(torch.ones(1, device=x.device), head_dim, x.dtype)
+    table = rotation_table(torch.ones(1, device=x.device), head_dim, x.dtype)
     with torch.no_grad():
         tokens = x.detach()
         chunkwise, _ = layer(tokens, layer.init_state(len(x)))
@@ -356,7 +356,7 @@ def run_retention_layer(layer: nn.Module, inputs: Mapping[str, Any]) -> dict[str
             y, state = layer.step(token, state)
             steps.append(y)
     return dict(output=layer(x), output_chunkwise=chunkwise, output_recurrent=torch.stack(steps, 1),
-                decay=log_decays(layer.num_heads, x), angle=sin[0].asin())
+                decay=log_decays(layer.num_heads, x), angle=_angles(table))
 
 
 def run_retnet(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -388,9 +388,14 @@ def run_masa(layer: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     decay = layer.decay.float()
     masks = decay_masks(decay, *x.shape[1:3], layer.form)
     output = layer.attn(x, layer.places(x)._replace(decay=decay, masks=masks))
-    _, sin = rotation_table(torch.ones(1, device=x.device), layer.head_dim, x.dtype)
+    table = rotation_table(torch.ones(1, device=x.device), layer.head_dim, x.dtype)
     return dict(output=output, mask=masks[0] if len(masks) == 1 else list(masks[::-1]),
-                decay=decay, angle=sin[0].asin())
+                decay=decay, angle=_angles(table))
+
+
+def _angles(table):
+    """By which each channel turns, of the table for a position of 1."""
+    return table[0, :, 1].asin().repeat_interleave(2)
 
 
 def _window(before, state):

@@ -105,6 +105,7 @@ struct Float {  // fp32
 __device__ __forceinline__ void opaque(int &x) { asm volatile("" : "+r"(x)); }
 __device__ __forceinline__ void opaque(u32 &x) { asm volatile("" : "+r"(x)); }
 __device__ __forceinline__ void opaque(float &x) { asm volatile("" : "+f"(x)); }
+__device__ __forceinline__ void opaque(char *&x) { asm volatile("" : "+l"(x)); }
 
 template <class A, class B> constexpr bool same = false;
 template <class A> constexpr bool same<A, A> = true;

@@ -46,6 +46,31 @@ __device__ __forceinline__ void load_column(typename Raw<T>::type (&to)[ROWS + 2
     }
 }
 
+// What is added to a map before the convolution: scale * branch.
+struct Branch {
+    const void *data;    // (B, H, W, D), without gaps
+    const float *scale;  // (B), or null for 1
+};
+
+// One column as load_column has it, of the branch.
+template <class T, int ROWS>
+__device__ __forceinline__ void load_branch(typename Raw<T>::type (&to)[ROWS + 2], const Branch &of,
+                                            const Pixels &x, int number, int row, int column,
+                                            int channel) {
+    const Pixels pixels = {of.data, 0, x.dim, 0, x.height, x.width, x.dim};
+    load_column<T, ROWS>(to, pixels, (long long)number * x.height * x.width * x.dim, row, column,
+                         channel);
+}
+
+template <class T>
+__device__ __forceinline__ void add_branch(float (&x)[4], typename Raw<T>::type branch,
+                                           float scale) {
+    float v[4];
+    unpack4(v, branch, T{});
+#pragma unroll
+    for (int e = 0; e < 4; ++e) x[e] += scale * v[e];
+}
+
 // The weights (D, 9) of the block's channels, to shared memory by (tap, channel).
 __device__ __forceinline__ void load_weights(float *to, const void *weight, int type, int dim) {
     const int channels = 4 * blockDim.x, first = blockIdx.y * channels;

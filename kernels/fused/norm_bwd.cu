@@ -1,4 +1,5 @@
-// Backward of a LayerNorm or RMSNorm, and of the sum that came before it.
+// Backward of a LayerNorm or RMSNorm, and of the sum that came before it, or of the product with a
+// gate that came after it.
 #include "common/common.cuh"
 
 struct NormBwdParams {
@@ -6,17 +7,22 @@ struct NormBwdParams {
     const void *input;            // (M, D) of X: the norm's input
     const float2 *moments;        // (M): mean and 1 / deviation; the mean is 0 in an RMSNorm
     const void *weight;           // (D)
-    const void *extra_grad;       // (M, D) of X: a gradient by that input to be added, or null
+    const void *extra_grad;       // (M, D) of X: a gradient by that input to be added, or null; ...
     const float *scale;           // (samples) of the branch, or null
     void *dinput;                 // (M, D) of X
-    void *dbranch;                // (M, D) of B, or null
+    void *dbranch;                // (M, D) of B, or null; ... with a gate both are null
     float *partials;              // (blocks, 2, D): of weight and bias
     int positions, length, dim, parameter_type;
+    const void *bias;             // (D), with a gate
+    const void *gate;             // (M, D) of X, gate_stride elements from one row to the next
+    void *dgate;                  // (M, D) of X, dgate_stride elements from one row to the next
+    int gate_stride, dgate_stride;
 };
 
 // TEAM warps per position, or where there are few channels half of one; LANES of a warp are of one
 // position, and a lane has 4 adjacent channels out of each 4 * LANES * TEAM.
-template <class G, class X, class B, int PARTS, int TEAM, int LANES, bool RMS = false>
+template <class G, class X, class B, int PARTS, int TEAM, int LANES, bool RMS = false,
+          bool GATE = false>
 __global__ void __launch_bounds__(256, same<X, Float> && PARTS > 3 ? 1 : 2)
 norm_bwd(const NormBwdParams p) {
     constexpr int TEAMS = 256 / LANES / TEAM, STEP = 4 * LANES * TEAM;
@@ -32,6 +38,12 @@ norm_bwd(const NormBwdParams p) {
             const int c = i * STEP + first + e;
             w[i][e] = c < p.dim ? load_parameter(p.weight, c, p.parameter_type) : 0.f;
         }
+    float *const bias = (float *)shared;  // until the sums take its place
+    if (GATE) {
+        for (int c = threadIdx.x; c < p.dim; c += blockDim.x)
+            bias[c] = load_parameter(p.bias, c, p.parameter_type);
+        __syncthreads();
+    }
     int turn = 0;
     const float per = 1.f / p.dim;
     for (int start = blockIdx.x * TEAMS; start < p.positions; start += gridDim.x * TEAMS) {
@@ -41,28 +53,40 @@ norm_bwd(const NormBwdParams p) {
         float g[PARTS][4], y[PARTS][4], sum = 0.f, product = 0.f;
         const float2 moments = valid ? p.moments[m] : make_float2(0.f, 0.f);
         typename Raw<G>::type grad[PARTS];
-        typename Raw<X>::type input[PARTS], extra[PARTS];
+        typename Raw<X>::type input[PARTS], extra[PARTS], gate[PARTS];
 #pragma unroll
         for (int i = 0; i < PARTS; ++i) {
             const int c = i * STEP + first;
             const bool in = valid && c < p.dim;
             grad[i] = load4_last<G>(p.grad, at + c, in);
             input[i] = load4_last<X>(p.input, at + c, in);
-            extra[i] = load4_last<X>(p.extra_grad, at + c, in && p.extra_grad);
+            if (GATE)
+                gate[i] = load4_last<X>(p.gate, (long long)m * p.gate_stride + c, in);
+            else
+                extra[i] = load4_last<X>(p.extra_grad, at + c, in && p.extra_grad);
         }
 #pragma unroll
         for (int i = 0; i < PARTS; ++i) {
             unpack4(g[i], grad[i], G{});
             unpack4(y[i], input[i], X{});
+            float z[4], dz[4];
+            if (GATE) unpack4(z, gate[i], X{});
+            const int c = i * STEP + first;
+            const bool in = valid && c < p.dim;
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 y[i][e] = (y[i][e] - moments.x) * moments.y;
+                if (GATE) {
+                    dz[e] = in ? g[i][e] * (y[i][e] * w[i][e] + bias[c + e]) : 0.f;
+                    g[i][e] *= z[e];
+                }
                 dw[i][e] += g[i][e] * y[i][e];
                 db[i][e] += g[i][e];
                 g[i][e] *= w[i][e];
                 sum += g[i][e];
                 product += g[i][e] * y[i][e];
             }
+            if (GATE && in) store4<X>(p.dgate, (long long)m * p.dgate_stride + c, dz);
         }
 #pragma unroll
         for (int d = LANES / 2; d; d >>= 1) {
@@ -88,12 +112,12 @@ norm_bwd(const NormBwdParams p) {
         for (int i = 0; i < PARTS; ++i) {
             const int c = i * STEP + first;
             float o[4];
-            unpack4(o, extra[i], X{});
+            if (!GATE) unpack4(o, extra[i], X{});
 #pragma unroll
             for (int e = 0; e < 4; ++e)
-                o[e] += (g[i][e] - sum - y[i][e] * product) * moments.y;
+                o[e] = (GATE ? 0.f : o[e]) + (g[i][e] - sum - y[i][e] * product) * moments.y;
             if (!valid || c >= p.dim) continue;
-            if (!p.dbranch) {
+            if (GATE || !p.dbranch) {
                 store4<X>(p.dinput, at + c, o);
                 continue;
             }

@@ -29,10 +29,19 @@ __device__ __forceinline__ float2 unpack(Pair<T> v) {
     else return T::unpack(v);
 }
 
+// In bf16 one instruction multiplies both, by rounded factors. Those of fp16 may be below its
+// range.
 template <class T>
 __device__ __forceinline__ Pair<T> scaled(Pair<T> v, float2 by) {
-    const float2 f = unpack<T>(v);
-    return pack<T>(f.x * by.x, f.y * by.y);
+    if constexpr (same<T, BFloat>) {
+        u32 product;
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;"
+            : "=r"(product) : "r"(v), "r"(pack<T>(by.x, by.y)), "r"(0x80008000u));  // -0
+        return product;
+    } else {
+        const float2 f = unpack<T>(v);
+        return pack<T>(f.x * by.x, f.y * by.y);
+    }
 }
 
 template <class T>
@@ -111,32 +120,72 @@ __device__ __forceinline__ u32 lower(float f) {
     return __float_as_uint(f - __uint_as_float(upper(f)));
 }
 
-// c += a b, where a is 16 x 16 and b is 16 x 8, in registers as in a Block16. fp32 numbers are
+// c += a b, where a is 16 x 8 and b is 8 x 8, in registers as in a Block16. fp32 numbers are
 // rounded to TF32 if FAST, else each is the sum of two, whose product lacks only the last bits.
+template <class T, bool FAST>
+__device__ __forceinline__ void multiply_half(float (&c)[4], Pair<T> top, Pair<T> bottom,
+                                              Pair<T> right) {
+    if constexpr (!same<T, Float>) {
+        T::mma(c, top, bottom, right);
+    // In which order k runs is the same for the product: a pair is k = t and k = t + 4.
+    } else if constexpr (FAST) {
+        multiply_tf32(c, rounded(top.x), rounded(bottom.x), rounded(top.y), rounded(bottom.y),
+                      rounded(right.x), rounded(right.y));
+    } else {
+        multiply_tf32(c, lower(top.x), lower(bottom.x), lower(top.y), lower(bottom.y),
+                      upper(right.x), upper(right.y));
+        multiply_tf32(c, upper(top.x), upper(bottom.x), upper(top.y), upper(bottom.y),
+                      lower(right.x), lower(right.y));
+        multiply_tf32(c, upper(top.x), upper(bottom.x), upper(top.y), upper(bottom.y),
+                      upper(right.x), upper(right.y));
+    }
+}
+
+// The same with 16 in place of 8 in the middle.
 template <class T, bool FAST>
 __device__ __forceinline__ void multiply(float (&c)[4], Pair<T> a0, Pair<T> a1, Pair<T> a2,
                                          Pair<T> a3, Pair<T> b0, Pair<T> b1) {
     if constexpr (!same<T, Float>) {
         multiply_halves(c, a0, a1, a2, a3, b0, b1, T{});
     } else {
-        // In which order k runs is the same for the product: a pair is k = t and k = t + 4.
-        const float2 a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const float2 top = a[2 * i], bottom = a[2 * i + 1], right = b[i];
-            if constexpr (FAST) {
-                multiply_tf32(c, rounded(top.x), rounded(bottom.x), rounded(top.y),
-                              rounded(bottom.y), rounded(right.x), rounded(right.y));
-            } else {
-                multiply_tf32(c, lower(top.x), lower(bottom.x), lower(top.y), lower(bottom.y),
-                              upper(right.x), upper(right.y));
-                multiply_tf32(c, upper(top.x), upper(bottom.x), upper(top.y), upper(bottom.y),
-                              lower(right.x), lower(right.y));
-                multiply_tf32(c, upper(top.x), upper(bottom.x), upper(top.y), upper(bottom.y),
-                              upper(right.x), upper(right.y));
-            }
-        }
+        multiply_half<T, FAST>(c, a0, a1, b0);
+        multiply_half<T, FAST>(c, a2, a3, b1);
     }
+}
+
+// The same for sums over all tokens. The tensor cores cut their sums off and do not round them, so
+// that long ones drift towards zero by more than other fp32: these are added outside of them.
+template <class T, bool FAST>
+__device__ __forceinline__ void multiply_rounded(float (&c)[4], Pair<T> a0, Pair<T> a1, Pair<T> a2,
+                                                 Pair<T> a3, Pair<T> b0, Pair<T> b1) {
+    if constexpr (same<T, Float> && !FAST) {
+        float sum[4] = {};
+        multiply<T, FAST>(sum, a0, a1, a2, a3, b0, b1);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) c[e] += sum[e];
+    } else {
+        multiply<T, FAST>(c, a0, a1, a2, a3, b0, b1);
+    }
+}
+
+// sums += a b of 16 x 16 blocks.
+template <class T, bool FAST>
+__device__ __forceinline__ void multiply_blocks(float (&sums)[2][4], const Block16<T> &a,
+                                                const Block16<T> &b) {
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+        multiply<T, FAST>(sums[m], a.v[0], a.v[1], a.v[2], a.v[3], b.v[2 * m], b.v[2 * m + 1]);
+}
+
+// sums += a b^T of 16 x 16 blocks at `left` and `right`.
+template <class T, bool FAST>
+__device__ __forceinline__ void multiply_rows(float (&sums)[2][4], const Element<T> *left,
+                                              int left_pitch, const Element<T> *right,
+                                              int right_pitch) {
+    Block16<T> a, b;
+    a.template load<false>(left, left_pitch);
+    b.template load<false, true>(right, right_pitch);
+    multiply_blocks<T, FAST>(sums, a, b);
 }
 
 // Four adjacent columns of 16 from the two that a lane has of each half: of a row of a product,
@@ -146,6 +195,7 @@ template <class T>
 struct Four {
     Pair<T> lo, hi;
 
+    Four() = default;
     __device__ __forceinline__ Four(Pair<T> left, Pair<T> right) {
         const bool odd = threadIdx.x & 1;
         const Pair<T> given = odd ? left : right;
@@ -190,19 +240,21 @@ __device__ __forceinline__ int warp_index() {
     return __shfl_sync(0xffffffffu, (int)threadIdx.x >> 5, 0);
 }
 
-// Copies the rows of one chunk after the other to tiles Q x COLUMNS. A thread has the same column
-// of all of its rows.
-template <class T, int COLUMNS, int THREADS>
+// Copies the rows of one chunk after the other to tiles COUNT x COLUMNS. A thread has the same
+// column of all of its rows.
+template <class T, int COLUMNS, int THREADS, int COUNT = Q>
 struct Rows {
     static constexpr int V = VECTOR<T>, ROW = COLUMNS / V;
     static constexpr int PARTS = ROW > THREADS ? ROW / THREADS : 1;
-    static constexpr int STEP = THREADS / ROW > Q ? Q : THREADS / ROW > 0 ? THREADS / ROW : 1;
+    static constexpr int STEP = THREADS / ROW > COUNT ? COUNT
+        : THREADS / ROW > 0 ? THREADS / ROW : 1;
     const Element<T> *from;
     int step, row, column;
 
     // From position `start` of a sequence at `sequence` on.
-    __device__ __forceinline__ Rows(const Element<T> *sequence, int stride, Time time, int start)
-        : step(time.step(stride)), row(threadIdx.x / ROW), column(threadIdx.x % ROW * V) {
+    __device__ __forceinline__ Rows(const Element<T> *sequence, int stride, Time time, int start,
+                                    int thread = threadIdx.x)
+        : step(time.step(stride)), row(thread / ROW), column(thread % ROW * V) {
         from = sequence + time(start + row) * stride + column;
     }
 
@@ -210,37 +262,37 @@ struct Rows {
     __device__ __forceinline__ void copy(Element<T> *tile, int rows, int columns, int chunk = 1) {
         Element<T> *const to = tile + row * PITCH<T, COLUMNS> + column;
         if (THREADS < ROW || THREADS == STEP * ROW || row < STEP) {
-            if (rows == Q && columns == COLUMNS) {
+            if (rows == COUNT && columns == COLUMNS) {
 #pragma unroll
-                for (int i = 0; i < Q; i += STEP)
+                for (int i = 0; i < COUNT; i += STEP)
 #pragma unroll
-                    for (int k = 0; k < PARTS && (Q % STEP == 0 || row + i < Q); ++k)
+                    for (int k = 0; k < PARTS && (COUNT % STEP == 0 || row + i < COUNT); ++k)
                         copy16(to + i * PITCH<T, COLUMNS> + k * THREADS * V,
                                from + (long long)i * step + k * THREADS * V, true);
             } else {
 #pragma unroll 1
-                for (int i = 0; i < Q; i += STEP)
-                    for (int k = 0; k < PARTS && (Q % STEP == 0 || row + i < Q); ++k) {
+                for (int i = 0; i < COUNT; i += STEP)
+                    for (int k = 0; k < PARTS && (COUNT % STEP == 0 || row + i < COUNT); ++k) {
                         const bool valid = row + i < rows && column + k * THREADS * V < columns;
                         copy16(to + i * PITCH<T, COLUMNS> + k * THREADS * V,
                                valid ? from + (long long)i * step + k * THREADS * V : from, valid);
                     }
             }
         }
-        from += (long long)chunk * Q * step;
+        from += (long long)chunk * COUNT * step;
     }
 };
 
-// Blocks of so many threads that a multiprocessor is to have registers for.
-__device__ constexpr int live_blocks(int threads, int states) {
-    const int blocks = (states <= 64 ? 384 : 256) / threads;
-    return blocks > 0 ? blocks : 1;
+// Blocks of so many threads, of which `live` are to be on a multiprocessor.
+__device__ constexpr int live_blocks(int threads, int live) {
+    return live > threads ? live / threads : 1;
 }
 
 // --- decays -----------------------------------------------------------------------------------
 
 // What a head multiplies by in a chunk. Sums of logarithms are in base 2, and do not go beyond a
-// block, so that what is beyond it costs no digits. WITH_STEP says whether `column` has dt in it.
+// block, so that what is beyond it costs no digits. WITH_STEP says whether `column` and `leave`
+// have dt in them.
 struct Decays {
     float dt[Q];      // after bias, softplus and limits; 0 beyond the sequence
     float sum[Q];     // of the logarithms in the block up to this position and with it
@@ -249,9 +301,10 @@ struct Decays {
     float column[Q];  // the decay from this position to the end of its block
     float leave[Q];   // the decay from this position to the chunk's end
     float segment[Q];      // how often the state has restarted in the block
-    float totals[BLOCKS];  // of the logarithms of each block
-    float through;         // the decay of the chunk
-    int packed, unused[2]; // whether the state may restart
+    float totals[BLOCKS];           // of the logarithms of each block
+    float between[BLOCKS][BLOCKS];  // [r][b]: the decay through the blocks between b and r
+    float through;                  // the decay of the chunk
+    int packed, unused[2];          // whether the state may restart
 };
 
 // How dt is made from the raw values. The state restarts where `index` (batch, length) changes; it
@@ -346,13 +399,15 @@ __device__ __forceinline__ void make_decays(Decays &d, const RawSteps &raw, floa
         if (all > count0) rest0 = NOTHING;
         if (all > count1) rest1 = NOTHING;
     }
-    float ahead = 0.f, beyond = 0.f, total = 0.f;  // blocks before, after, all
+    // Blocks before, after, all; and between the row and the column that a lane has of `between`.
+    float ahead = 0.f, beyond = 0.f, total = 0.f, between = 0.f;
 #pragma unroll
     for (int b = 0; b < BLOCKS; ++b) {
         const float of_block = __shfl_sync(0xffffffffu, own, 8 * b + 7);
         if (b < lane >> 3) ahead += of_block;
         if (b > lane >> 3) beyond += of_block;
         if (lane == b) d.totals[b] = of_block;
+        if (b > (lane & 3) && b < (lane >> 2 & 3)) between += of_block;
         total += of_block;
     }
     *(float2 *)(d.dt + i) = make_float2(dt0, dt1);
@@ -361,7 +416,9 @@ __device__ __forceinline__ void make_decays(Decays &d, const RawSteps &raw, floa
     *(float2 *)(d.enter + i) = make_float2(ex2(ahead + up0), ex2(ahead + up1));
     *(float2 *)(d.column + i) = make_float2(ex2(rest0) * (WITH_STEP ? dt0 : 1.f),
                                             ex2(rest1) * (WITH_STEP ? dt1 : 1.f));
-    *(float2 *)(d.leave + i) = make_float2(ex2(rest0 + beyond), ex2(rest1 + beyond));
+    *(float2 *)(d.leave + i) = make_float2(ex2(rest0 + beyond) * (WITH_STEP ? dt0 : 1.f),
+                                           ex2(rest1 + beyond) * (WITH_STEP ? dt1 : 1.f));
+    if (lane < BLOCKS * BLOCKS) d.between[lane >> 2][lane & 3] = ex2(between);
     if (lane == 0) d.through = ex2(total), d.packed = p.index != nullptr;
 }
 
@@ -374,8 +431,7 @@ __device__ __forceinline__ void decay_block(float (&v)[2][4], const Decays &d, i
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     const int i = BLOCK * r + g, j = BLOCK * b + 2 * t;
     if (b < r) {
-        float between = 1.f;
-        if (r - b > 1) between = ex2(r - b > 2 ? d.totals[1] + d.totals[2] : d.totals[b + 1]);
+        const float between = d.between[r][b];
         const float upper = between * d.row[i], lower = between * d.row[i + 8];
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
@@ -413,13 +469,13 @@ __device__ __forceinline__ void decay_block(float (&v)[2][4], const Decays &d, i
 
 // --- the blocks of a triangle -------------------------------------------------------------------
 
-// The ten blocks on and below the diagonal of Q x Q in six items of one or two adjacent blocks of a
-// row. Warps that take every second or every fourth of them have equally much to do.
-struct Item {
-    static constexpr int COUNT = 6;
-    int row, first, count;
-    __device__ __forceinline__ Item(int i)
-        : row(0x021233 >> 4 * i & 15), first(0x020020 >> 4 * i & 15), count(i < 4 ? 2 : 1) {}
+// The ten blocks on and below the diagonal of Q x Q, two bits for the row and the column of each,
+// in an order in which warps that take every third, fourth or seventh have about equally much to
+// do: blocks on the diagonal take longer.
+struct Triangle {
+    static constexpr int COUNT = 10;
+    static __device__ __forceinline__ int row(int i) { return 0x6bed3 >> 2 * i & 3; }
+    static __device__ __forceinline__ int column(int i) { return 0x13a50 >> 2 * i & 3; }
 };
 
 // Stores the elements that a lane has of a block, as for decay_block.

@@ -10,7 +10,7 @@ struct Backward {
     const void *D, *states, *grad_states;  // of states null if all are zeros, for N <= 64
     float *BC_parts;    // (2, splits, batch, length, groups, state) in place of dB and dC, or null
     float *head_parts;  // by A and by the bias (2, batch, chunks, heads)
-    float *D_parts;     // (batch, chunks, BLOCKS, heads, dim), null without D
+    float *D_parts;     // (batch, chunks, heads, dim), null without D
     int D_type, D_full;
     int batch, length, heads, per_group, groups, dim, state, chunks, splits, per_split, reverse;
 };
@@ -86,31 +86,20 @@ __device__ __forceinline__ void sum_within(float *to, const float (&v)[2][4]) {
         }
 }
 
-// sums += a b^T of 16 x 16 blocks at `left` and `right`.
-template <class T, bool FAST>
-__device__ __forceinline__ void multiply_rows(float (&sums)[2][4], const Element<T> *left,
-                                              int left_pitch, const Element<T> *right,
-                                              int right_pitch) {
-    Block16<T> a, b;
-    a.template load<false>(left, left_pitch);
-    b.template load<false, true>(right, right_pitch);
-#pragma unroll
-    for (int m = 0; m < 2; ++m)
-        multiply<T, FAST>(sums[m], a.v[0], a.v[1], a.v[2], a.v[3], b.v[2 * m],
-                          b.v[2 * m + 1]);
+// sums += a b of 16 x 16 blocks, of which the first one is at `left`, TRANSPOSED or not.
+template <class T, bool FAST, bool TRANSPOSED>
+__device__ __forceinline__ void multiply_by(float (&sums)[2][4], const Element<T> *left,
+                                            int left_pitch, const Block16<T> &b) {
+    Block16<T> a;
+    a.template load<TRANSPOSED, TRANSPOSED>(left, left_pitch);
+    multiply_blocks<T, FAST>(sums, a, b);
 }
 
-// sums += a b of 16 x 16 blocks at `left` and `right`; the first is TRANSPOSED or not.
-template <class T, bool FAST, bool TRANSPOSED = false>
-__device__ __forceinline__ void multiply_right(float (&sums)[2][4], const Element<T> *left,
-                                               int left_pitch, const Element<T> *right,
-                                               int right_pitch) {
-    Block16<T> a, b;
-    a.template load<TRANSPOSED, TRANSPOSED>(left, left_pitch);
-    b.template load<true>(right, right_pitch);
-#pragma unroll
-    for (int m = 0; m < 2; ++m)
-        multiply<T, FAST>(sums[m], a.v[0], a.v[1], a.v[2], a.v[3], b.v[2 * m], b.v[2 * m + 1]);
+// Of a product of 16 x 16, the elements (g, g) and (g + 8, g + 8), in lanes with t = g / 2; else 0.
+__device__ __forceinline__ float2 on_diagonal(const float (&v)[2][4]) {
+    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+    if (t != g >> 1) return make_float2(0.f, 0.f);
+    return g & 1 ? make_float2(v[0][1], v[1][3]) : make_float2(v[0][0], v[1][2]);
 }
 
 // Adds a block of 16 rows, times the decays and the steps of rows, to `sums`; and stores for each
@@ -134,6 +123,35 @@ __device__ __forceinline__ void add_rows(float (&sums)[2][4], float *dots, const
         }
         dot = sum_over_columns(dot);
         if (t == 0) dots[row] = decay * dot;
+    }
+}
+
+// Adds to `sums` the rows times the states, by blocks of 16 x 16 and as in add_rows.
+template <class T, bool FAST, int P, int N, int OWN>
+__device__ __forceinline__ void add_states(float (&sums)[OWN][2][4], float *dots,
+                                           const Element<T> *rows, const Element<T> *states,
+                                           const Element<T> *with, const float *decays,
+                                           const float *steps, bool with_states) {
+    constexpr int GROUP = OWN > 2 && N * sizeof(Element<T>) > 128 ? 2 : OWN;  // registers are few
+#pragma unroll
+    for (int first = 0; first < OWN; first += GROUP) {
+        float products[GROUP][2][4] = {};
+#pragma unroll (N > 64 ? 2 : P / BLOCK)
+        for (int n = 0; with_states && n < P / BLOCK; ++n) {
+            Block16<T> right;
+            right.template load<true>(states + BLOCK * n * PITCH<T, N>, PITCH<T, N>);
+#pragma unroll
+            for (int o = 0; o < GROUP; ++o)
+                multiply_by<T, FAST, false>(
+                    products[o], rows + BLOCK * (first + o) * PITCH<T, P> + BLOCK * n, PITCH<T, P>,
+                    right);
+        }
+#pragma unroll
+        for (int o = 0; o < GROUP; ++o) {
+            const int at = BLOCK * (first + o);
+            add_rows<T>(sums[first + o], dots + at, products[o], with + at * PITCH<T, N>,
+                        PITCH<T, N>, decays + at, steps ? steps + at : nullptr);
+        }
     }
 }
 
@@ -223,9 +241,19 @@ __device__ __forceinline__ float2 finish_steps(const BackwardShared<T, P, N> &sh
     return parts;
 }
 
+// Blocks that a multiprocessor is to have registers for, not more than its shared memory has room
+// for.
+template <class T, int P, int N>
+__device__ constexpr int backward_blocks() {
+    const int blocks = N <= 16 ? 5 : N <= 64 ? 3 : N <= 128 && !same<T, Float> ? 2 : 1;
+    const int fit = (__CUDA_ARCH__ >= 900 ? 227 : 163) * 1024
+        / (int)sizeof(BackwardShared<T, P, N>);
+    return fit < 1 ? 1 : fit < blocks ? fit : blocks;
+}
+
 template <class T, bool FAST, int P, int N>
 __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS,
-                                  N <= 16 ? 5 : N <= 64 ? 3 : N <= 128 && !same<T, Float> ? 2 : 1)
+                                  backward_blocks<T, P, N>())
 ssd_bwd(const Backward p) {
     typedef BackwardShared<T, P, N> Shared;
     typedef Element<T> E;
@@ -250,20 +278,19 @@ ssd_bwd(const Backward p) {
                         start).copy(shared.C, count, p.state);
 
     auto copy = [&](int head) {
+        int own = thread;
+        opaque(own);  // else addresses stay in registers from one head to the next
         Rows<T, P, THREADS>((const E *)p.x.data + batch * p.x.b + (long long)head * p.x.h, p.x.l,
-                            time, start).copy(shared.x, count, p.dim);
+                            time, start, own).copy(shared.x, count, p.dim);
         Rows<T, P, THREADS>((const E *)p.dy.data + batch * p.dy.b + (long long)head * p.dy.h,
-                            p.dy.l, time, start).copy(shared.dy, count, p.dim);
-        const long long of_chunk = (((long long)batch * p.heads + head) * p.chunks + chunk)
-            * p.dim * p.state;
-        int first = thread;
-        opaque(first);  // else addresses stay in registers from one head to the next
-        for (int i = first; with_states && i < P * N / VECTOR<T>; i += THREADS) {
-            const int c = i / (N / VECTOR<T>), s = i % (N / VECTOR<T>) * VECTOR<T>;
-            const bool valid = c < p.dim && s < p.state;
-            const long long from = valid ? of_chunk + (long long)c * p.state + s : 0;
-            copy16(shared.state + c * K + s, (const E *)p.states + from, valid);
-            copy16(shared.grad_state + c * K + s, (const E *)p.grad_states + from, valid);
+                            p.dy.l, time, start, own).copy(shared.dy, count, p.dim);
+        if (with_states) {
+            const long long of_chunk = (((long long)batch * p.heads + head) * p.chunks + chunk)
+                * p.dim * p.state;
+            Rows<T, N, THREADS, P>((const E *)p.states + of_chunk, p.state, Time{0, 0}, 0, own)
+                .copy(shared.state, p.dim, p.state);
+            Rows<T, N, THREADS, P>((const E *)p.grad_states + of_chunk, p.state, Time{0, 0}, 0, own)
+                .copy(shared.grad_state, p.dim, p.state);
         }
         commit_copies();
     };
@@ -317,15 +344,14 @@ ssd_bwd(const Backward p) {
         for (int i = warp; i < 10; i += WARPS) {
             const int r = i < 1 ? 0 : i < 3 ? 1 : i < 6 ? 2 : 3, b = i - r * (r + 1) / 2;
             float products[2][4] = {}, grads[2][4] = {}, passed[2][4];
-#pragma unroll 2
-            for (int n = 0; n < (N > P ? N : P) / BLOCK; ++n) {
-                if (n < N / BLOCK)
-                    multiply_rows<T, FAST>(products, shared.C + BLOCK * r * K + BLOCK * n, K,
-                                           shared.B + BLOCK * b * K + BLOCK * n, K);
-                if (n < P / BLOCK)
-                    multiply_rows<T, FAST>(grads, shared.dy + BLOCK * r * X + BLOCK * n, X,
-                                           shared.x + BLOCK * b * X + BLOCK * n, X);
-            }
+#pragma unroll
+            for (int n = 0; n < N / BLOCK; ++n)
+                multiply_rows<T, FAST>(products, shared.C + BLOCK * r * K + BLOCK * n, K,
+                                       shared.B + BLOCK * b * K + BLOCK * n, K);
+#pragma unroll
+            for (int n = 0; n < P / BLOCK; ++n)
+                multiply_rows<T, FAST>(grads, shared.dy + BLOCK * r * X + BLOCK * n, X,
+                                       shared.x + BLOCK * b * X + BLOCK * n, X);
             decay_block<false>(products, decays, r, b);
             float down[2] = {};
 #pragma unroll
@@ -364,93 +390,121 @@ ssd_bwd(const Backward p) {
         }
         __syncthreads();
 
-        // The gradients by C and B.
-#pragma unroll
-        for (int o = 0; o < OWN; ++o) {
-            const int r = part * OWN + o;
-            // Of a row: what C reads from the state that enters, and what B leaves in the one that
-            // leaves; and what comes from the rows before, and from those after.
-            float by_C[2][4] = {}, by_B[2][4] = {};
-#pragma unroll 2
-            for (int n = 0; with_states && n < P / BLOCK; ++n) {
-                multiply_right<T, FAST>(by_C, shared.dy + BLOCK * r * X + BLOCK * n, X,
-                                        shared.state + BLOCK * n * K + BLOCK * slice, K);
-                multiply_right<T, FAST>(by_B, shared.x + BLOCK * r * X + BLOCK * n, X,
-                                        shared.grad_state + BLOCK * n * K + BLOCK * slice, K);
-            }
-            add_rows<T>(dC[o], shared.reads[slice] + BLOCK * r, by_C,
-                        shared.C + BLOCK * r * K + BLOCK * slice, K, decays.enter + BLOCK * r,
-                        nullptr);
-            add_rows<T>(dB[o], shared.leaves[slice] + BLOCK * r, by_B,
-                        shared.B + BLOCK * r * K + BLOCK * slice, K, decays.leave + BLOCK * r,
-                        decays.dt + BLOCK * r);
+        // The gradients by C and B: of a row, what C reads from the state that enters, and what B
+        // leaves in the one that leaves; and what comes from the rows before, and from those after.
+        const int first_row = BLOCK * OWN * part, first_state = BLOCK * slice;
+        add_states<T, FAST, P, N>(dC, shared.reads[slice] + first_row,
+                                  shared.dy + first_row * X, shared.state + first_state,
+                                  shared.C + first_row * K + first_state,
+                                  decays.enter + first_row, nullptr, with_states);
+        add_states<T, FAST, P, N>(dB, shared.leaves[slice] + first_row,
+                                  shared.x + first_row * X, shared.grad_state + first_state,
+                                  shared.B + first_row * K + first_state,
+                                  decays.leave + first_row, decays.dt + first_row, with_states);
 #pragma unroll (N > 64 ? 1 : BLOCKS)
-            for (int b = 0; b < BLOCKS; ++b) {
-                if (b <= r)
-                    multiply_right<T, FAST>(dC[o], shared.grads(r, b), S,
-                                            shared.B + BLOCK * b * K + BLOCK * slice, K);
-                if (b >= r)
-                    multiply_right<T, FAST, true>(dB[o], shared.grads(b, r), S,
-                                                  shared.C + BLOCK * b * K + BLOCK * slice, K);
+        for (int b = 0; b < BLOCKS; ++b) {
+            Block16<T> of_B, of_C;
+            of_B.template load<true>(shared.B + BLOCK * b * K + first_state, K);
+            of_C.template load<true>(shared.C + BLOCK * b * K + first_state, K);
+#pragma unroll
+            for (int o = 0; o < OWN; ++o) {
+                const int r = part * OWN + o;
+                if (b <= r) multiply_by<T, FAST, false>(dC[o], shared.grads(r, b), S, of_B);
+                if (b >= r) multiply_by<T, FAST, true>(dB[o], shared.grads(b, r), S, of_C);
             }
         }
 
-        // The gradient by x.
-        for (int i = warp; i < BLOCKS * (P / BLOCK); i += WARPS) {
-            const int r = i % BLOCKS, tile = i / BLOCKS;
-            if (BLOCK * tile >= p.dim) continue;
-            float dx[2][4] = {};
-#pragma unroll 2
-            for (int n = 0; with_states && n < N / BLOCK; ++n)
-                multiply_rows<T, FAST>(dx, shared.B + BLOCK * r * K + BLOCK * n, K,
-                                       shared.grad_state + BLOCK * tile * K + BLOCK * n, K);
-            const int row = BLOCK * r + g;
+        // The gradient by x. A warp has one block of rows, and two tiles of channels at a time.
+        constexpr int STEP = WARPS / BLOCKS, TILES = P / BLOCK > STEP ? 2 : 1;
+        const int r = warp % BLOCKS;
+        int row = BLOCK * r + g;
+        opaque(row);
+        for (int first = warp / BLOCKS; first < P / BLOCK; first += TILES * STEP) {
+            float dx[TILES][2][4] = {};
+            const E *const of_tile = shared.grad_state + BLOCK * first * K;
+#pragma unroll
+            for (int n = 0; with_states && n < N / BLOCK; ++n) {
+                Block16<T> left, right;
+                left.template load<false>(shared.B + BLOCK * r * K + BLOCK * n, K);
+#pragma unroll
+                for (int u = 0; u < TILES; ++u) {
+                    right.template load<false, true>(of_tile + BLOCK * u * STEP * K + BLOCK * n, K);
+                    multiply_blocks<T, FAST>(dx[u], left, right);
+                }
+            }
             const float upper = decays.leave[row] * decays.dt[row];
             const float lower = decays.leave[row + 8] * decays.dt[row + 8];
 #pragma unroll
-            for (int m = 0; m < 2; ++m)
+            for (int u = 0; u < TILES; ++u)
 #pragma unroll
-                for (int e = 0; e < 4; ++e) dx[m][e] *= e < 2 ? upper : lower;
-            for (int b = r; b < BLOCKS; ++b)
-                multiply_right<T, FAST, true>(dx, shared.weights(b, r), S,
-                                              shared.dy + BLOCK * b * X + BLOCK * tile, X);
+                for (int m = 0; m < 2; ++m)
 #pragma unroll
-            for (int m = 0; m < 2; ++m) {
-                const int c = BLOCK * tile + 8 * m + 2 * t;
-                if (!p.D || BLOCK * tile + 8 * m >= p.dim) continue;
-                const long long at = p.D_full ? (long long)head * p.dim + c : head;
-                const float skip0 = load_parameter(p.D, at, p.D_type);
-                const float skip1 = p.D_full ? load_parameter(p.D, at + 1, p.D_type) : skip0;
-                float2 sum = make_float2(0.f, 0.f);
+                    for (int e = 0; e < 4; ++e) dx[u][m][e] *= e < 2 ? upper : lower;
+#pragma unroll
+            for (int b = 0; b < BLOCKS; ++b) {
+                if (b < r) continue;
+                Block16<T> left, right;
+                left.template load<true, true>(shared.weights(b, r), S);
+#pragma unroll
+                for (int u = 0; u < TILES; ++u) {
+                    right.template load<true>(
+                        shared.dy + BLOCK * b * X + BLOCK * (first + u * STEP), X);
+                    multiply_blocks<T, FAST>(dx[u], left, right);
+                }
+            }
+#pragma unroll
+            for (int u = 0; u < TILES; ++u) {
+                const int channel = BLOCK * (first + u * STEP);
+#pragma unroll
+                for (int m = 0; m < 2; ++m) {
+                    const int c = channel + 8 * m + 2 * t;
+                    if (!p.D || channel + 8 * m >= p.dim) continue;
+                    const long long at = p.D_full ? (long long)head * p.dim + c : head;
+                    const float skip0 = load_parameter(p.D, at, p.D_type);
+                    const float skip1 = p.D_full ? load_parameter(p.D, at + 1, p.D_type) : skip0;
+#pragma unroll
+                    for (int k = 0; k < 2; ++k) {
+                        const float2 dy = load_pair<T>(shared.dy + (row + 8 * k) * X + c);
+                        dx[u][m][2 * k] += skip0 * dy.x, dx[u][m][2 * k + 1] += skip1 * dy.y;
+                    }
+                }
 #pragma unroll
                 for (int k = 0; k < 2; ++k) {
-                    const float2 dy = load_pair<T>(shared.dy + (row + 8 * k) * X + c);
-                    const float2 x = load_pair<T>(shared.x + (row + 8 * k) * X + c);
-                    dx[m][2 * k] += skip0 * dy.x, dx[m][2 * k + 1] += skip1 * dy.y;
-                    sum.x += x.x * dy.x, sum.y += x.y * dy.y;
+                    const Four<T> v(pack<T>(dx[u][0][2 * k], dx[u][0][2 * k + 1]),
+                                    pack<T>(dx[u][1][2 * k], dx[u][1][2 * k + 1]));
+                    const int c = channel + first_column(t);
+                    if (row + 8 * k < count && c < p.dim)
+                        v.store((E *)p.dx.data + batch * p.dx.b
+                                + time(start + row + 8 * k) * p.dx.l + (long long)head * p.dx.h
+                                + c);
                 }
-                sum = make_float2(sum_over_rows(sum.x), sum_over_rows(sum.y));
-                if (g == 0)
-                    *(float2 *)(p.D_parts + ((((long long)batch * p.chunks + chunk) * BLOCKS + r)
-                                             * p.heads + head) * p.dim + c) = sum;
             }
+        }
+        // Sums of products are on the diagonals of matrix products: of x and dy by channels, ...
+        for (int tile = warp; p.D && BLOCK * tile < p.dim; tile += WARPS) {
+            float products[2][4] = {};
 #pragma unroll
-            for (int k = 0; k < 2; ++k) {
-                const Four<T> v(pack<T>(dx[0][2 * k], dx[0][2 * k + 1]),
-                                pack<T>(dx[1][2 * k], dx[1][2 * k + 1]));
-                const int c = BLOCK * tile + first_column(t);
-                if (row + 8 * k < count && c < p.dim)
-                    v.store((E *)p.dx.data + batch * p.dx.b + time(start + row + 8 * k) * p.dx.l
-                            + (long long)head * p.dx.h + c);
+            for (int r = 0; r < BLOCKS; ++r) {
+                const int at = BLOCK * r * X + BLOCK * tile;
+                Block16<T> right;
+                right.template load<true>(shared.dy + at, X);
+                multiply_by<T, FAST, true>(products, shared.x + at, X, right);
             }
+            const float2 sums = on_diagonal(products);
+            const int c = BLOCK * tile + g;
+            float *const to = p.D_parts + (((long long)batch * p.chunks + chunk) * p.heads + head)
+                * p.dim + c;
+            if (t == g >> 1) *to = sums.x;
+            if (t == g >> 1 && c + 8 < p.dim) to[8] = sums.y;
         }
-        float dot = 0.f;
-        for (int i = thread; with_states && i < P * N / 2; i += THREADS) {
-            const int at = i / (N / 2) * K + i % (N / 2) * 2;
-            const float2 a = load_pair<T>(shared.state + at), b = load_pair<T>(
-                shared.grad_state + at);
-            dot += a.x * b.x + a.y * b.y;
+        // ... and of a state and its gradient.
+        float products[2][4] = {};
+        for (int i = warp; with_states && i < P / BLOCK * (N / BLOCK); i += WARPS) {
+            const int at = BLOCK * (i % (P / BLOCK)) * K + BLOCK * (i / (P / BLOCK));
+            multiply_rows<T, FAST>(products, shared.state + at, K, shared.grad_state + at, K);
         }
+        const float2 sums = on_diagonal(products);
+        float dot = sums.x + sums.y;
 #pragma unroll
         for (int by = 16; by; by >>= 1) dot += __shfl_xor_sync(0xffffffffu, dot, by);
         if (lane == 0) shared.dots[warp] = dot;

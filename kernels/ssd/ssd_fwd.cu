@@ -1,6 +1,7 @@
 // State space duality, forward. A thread block has HEADS heads of a group in one sequence, or in a
-// span of it, and of each head SLICES * TILES * 16 channels. It goes through time in chunks of Q
-// positions, with the states in registers.
+// span of it, and of each head SLICES * 16 channels. It goes through time in chunks of Q positions.
+// 16 channels have PARTS warps, each with a part of the rows of y and with a part of the states: in
+// registers, and rounded in shared memory for all of these warps.
 #include "ssd/ssd.cuh"
 
 struct Forward {
@@ -13,14 +14,15 @@ struct Forward {
     int length, heads, per_group, dim, state, columns, span, spans, reverse;
 };
 
-template <class T, int TILES, int SLICES, int N, int HEADS, int STAGES>
+template <class T, int SLICES, int N, int HEADS, int STAGES>
 struct ForwardShared {
-    static constexpr int WIDTH = SLICES * TILES * BLOCK;
+    static constexpr int WIDTH = SLICES * BLOCK;
     struct Stage {
         Element<T> x[HEADS][Q * PITCH<T, WIDTH>];
         Element<T> B[Q * PITCH<T, N>], C[Q * PITCH<T, N>];
     };
     Stage stages[STAGES];
+    Element<T> states[HEADS][WIDTH * PITCH<T, N>];  // that enter the chunk
     Element<T> scores[HEADS][Q * PITCH<T, Q>];
     Decays decays[2][HEADS];
 };
@@ -32,41 +34,45 @@ __device__ __forceinline__ void gate(Four<T> &v, const Element<T> *from) {
     for (int i = 0; i < 2; ++i) {
         const float2 z = load_pair<T>(from + 2 * i);
         Pair<T> &of = i ? v.hi : v.lo;
-        of = scaled<T>(of, make_float2(z.x * rcp(1.f + ex2(-z.x * LOG2E)),
-                                       z.y * rcp(1.f + ex2(-z.y * LOG2E))));
+        const float2 y = unpack<T>(of);
+        of = pack<T>(y.x * (z.x * rcp(1.f + ex2(-z.x * LOG2E))),
+                     y.y * (z.y * rcp(1.f + ex2(-z.y * LOG2E))));
     }
 }
 
-template <class T, bool FAST, int TILES, int SLICES, int N, int HEADS, int STAGES>
-__global__ void __launch_bounds__(32 * SLICES * HEADS,
-                                  live_blocks(32 * SLICES * HEADS, TILES * (N < 64 ? 64 : N)
-                                              * sizeof(Element<T>) / 2))
+template <class T, bool FAST, int PARTS, int SLICES, int N, int HEADS, int STAGES>
+__global__ void __launch_bounds__(32 * PARTS * SLICES * HEADS,
+                                  live_blocks(
+                                      32 * PARTS * SLICES * HEADS,
+                                      (N * sizeof(Element<T>) / PARTS <= 128 ? 384 : 256)
+                                      + 128 * (PARTS - 1)))
 ssd_fwd(const Forward p) {
-    typedef ForwardShared<T, TILES, SLICES, N, HEADS, STAGES> Shared;
+    typedef ForwardShared<T, SLICES, N, HEADS, STAGES> Shared;
     typedef Element<T> E;
-    constexpr int WIDTH = Shared::WIDTH, WARPS = SLICES * HEADS, THREADS = 32 * WARPS;
+    constexpr int WIDTH = Shared::WIDTH, OF_HEAD = PARTS * SLICES, WARPS = OF_HEAD * HEADS;
+    constexpr int THREADS = 32 * WARPS, ROWS = BLOCKS / PARTS, OWN_STATES = N / PARTS;
     constexpr int X = PITCH<T, WIDTH>, K = PITCH<T, N>, S = PITCH<T, Q>;
-    // Blocks of rows; fewer where there are few registers beside the states.
-    constexpr int TOGETHER = TILES * N > 128 || TILES > 1 ? 2 : BLOCKS;
     // Warps among which the blocks of C B^T are divided: those that do not make decays, if these
     // are at least two. Of two warps, the one that makes decays has a third of the blocks.
-    constexpr int WORKERS = SLICES > 1 && WARPS - HEADS > 1 ? WARPS - HEADS : WARPS > 2 ? WARPS : 1;
-    // Items at a time: more products that need not wait for one another.
-    constexpr int TOGETHER_ITEMS = WORKERS == 3 && TILES * N <= 128 ? 2 : 1;
+    constexpr int WORKERS = WARPS - HEADS > 1 ? WARPS - HEADS : WARPS > 2 ? WARPS : 1;
+    // Blocks at a time: more products that need not wait for one another.
+    constexpr int TOGETHER = WORKERS == 3 && N <= 128 ? 2 : 1;
+    static_assert(OWN_STATES % BLOCK == 0, "a warp has blocks of states");
     extern __shared__ __align__(16) char memory[];
     Shared &shared = *(Shared *)memory;
 
     const int lane = threadIdx.x & 31, warp = warp_index();
-    const int g = lane >> 2, t = lane & 3, own = warp / SLICES, slice = warp % SLICES;
-    const bool makes_decays = slice == SLICES - 1;
-    const int first_item = WORKERS == 1 ? 0 : WORKERS == WARPS ? warp
-        : makes_decays ? Item::COUNT : warp - own;
-    const int own_items = WARPS != 2 ? ~0 : SLICES == 1 ? (warp ? 0x2a : 0x15)
-        : makes_decays ? 0x28 : 0x17;
+    const int g = lane >> 2, t = lane & 3, own = warp / OF_HEAD, slice = warp % SLICES;
+    const int part = PARTS > 1 ? warp / SLICES % PARTS : 0;
+    const bool makes_decays = warp % OF_HEAD == OF_HEAD - 1;
+    const int first_block = WORKERS == 1 ? 0 : WORKERS == WARPS ? warp
+        : makes_decays ? Triangle::COUNT : warp - own;
+    const int own_blocks = WARPS != 2 ? ~0 : HEADS == 2 ? (warp ? 0x2aa : 0x155)
+        : makes_decays ? 0x124 : 0x2db;
     const int column = blockIdx.x % p.columns, rest = blockIdx.x / p.columns;
     const int first_head = rest % (p.heads / HEADS) * HEADS, batch = rest / (p.heads / HEADS);
     const int span = blockIdx.y, head = first_head + own;
-    const int first_channel = column * WIDTH, channel = slice * TILES * BLOCK;
+    const int first_channel = column * WIDTH, channel = slice * BLOCK;
     const int width = min(WIDTH, p.dim - first_channel);
     const int group = first_head / p.per_group;
     const Time time = {p.length, p.reverse};
@@ -80,10 +86,15 @@ ssd_fwd(const Forward p) {
                           time, begin);
     const long long dt_base = batch * p.dt.b + (long long)head * p.dt.h;
     const int *const index = p.step.index ? p.step.index + (long long)batch * p.length : nullptr;
-    // Of a lane: position g of the chunk, and the first of four channels.
+    // Every PARTS-th block of rows is of this warp.
+    const int first_row = part * BLOCK, first_state = part * OWN_STATES;
+    constexpr int ROW_STEP = PARTS * BLOCK;
+    // Of a lane: position g of the first block, and the first of four channels.
     const int own_channel = first_channel + channel + first_column(t);
-    const int y_step = time.step(p.y.l);
-    E *y_at = (E *)p.y.data + batch * p.y.b + time(begin + g) * p.y.l + (long long)head * p.y.h
+    int y_step = time.step(p.y.l);
+    opaque(y_step);  // else it is calculated for each store
+    E *y_at = (E *)p.y.data + batch * p.y.b + time(begin + first_row + g) * p.y.l
+        + (long long)head * p.y.h
         + own_channel;
 
     auto copy = [&](typename Shared::Stage &stage, int start) {
@@ -114,34 +125,42 @@ ssd_fwd(const Forward p) {
                          min(Q, end - begin - Q));
     }
 
-    // The channels of a lane: rows g, g + 8 of each tile of states; of y, columns 2 t, 2 t + 1.
-    float skip[TILES][2][2];
+    // A factor by which x gives what skips the states: D on the diagonal, of channels 0-7 and 8-15;
+    // in half precision as a sum of two numbers.
+    constexpr int SKIPS = same<T, Float> ? 1 : 2;
+    Pair<T> skip[2][SKIPS];
 #pragma unroll
-    for (int i = 0; i < TILES; ++i)
+    for (int m = 0; m < 2; ++m) {
+        const int c = first_channel + channel + 8 * m + g;
+        float D = !p.D || c >= p.dim ? 0.f : load_parameter(
+            p.D, p.D_full ? (long long)head * p.dim + c : head, p.D_type);
 #pragma unroll
-        for (int n = 0; n < 2; ++n)
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                const int c = first_channel + channel + BLOCK * i + 8 * n + 2 * t + e;
-                skip[i][n][e] = !p.D || c >= p.dim ? 0.f : load_parameter(
-                    p.D, p.D_full ? (long long)head * p.dim + c : head, p.D_type);
-            }
-    float state[TILES][N / 8][4];
+        for (int k = 0; k < SKIPS; ++k) {
+            skip[m][k] = pack<T>(g == 2 * t ? D : 0.f, g == 2 * t + 1 ? D : 0.f);
+            D -= unpack<T>(pack<T>(D, 0.f)).x;
+        }
+    }
+    // The channels of a lane: rows g, g + 8 of the states; of y, columns 2 t, 2 t + 1, 8 + 2 t ...
+    float state[OWN_STATES / BLOCK][2][4];
+    E *const own_states = shared.states[own] + channel * K;
     const long long states_of_head = (long long)p.dim * p.state;
     const float *const entry = p.entries ? p.entries + (
         ((long long)batch * p.heads + head) * p.spans + span) * states_of_head : nullptr;
 #pragma unroll
-    for (int i = 0; i < TILES; ++i)
+    for (int n = 0; n < OWN_STATES / BLOCK; ++n) {
 #pragma unroll
-        for (int n = 0; n < N / 8; ++n)
+        for (int m = 0; m < 2; ++m)
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
-                const int c = first_channel + channel + BLOCK * i + 8 * k + g, s = 8 * n + 2 * t;
+                const int c = first_channel + channel + 8 * k + g;
+                const int s = first_state + BLOCK * n + 8 * m + 2 * t;
                 float2 v = make_float2(0.f, 0.f);
                 if (entry && c < p.dim && s < p.state)
                     v = *(const float2 *)(entry + (long long)c * p.state + s);
-                state[i][n][2 * k] = v.x, state[i][n][2 * k + 1] = v.y;
+                state[n][m][2 * k] = v.x, state[n][m][2 * k + 1] = v.y;
             }
+        if (entry) store_block<T>(own_states + first_state + BLOCK * n, K, state[n]);
+    }
 
     int parity = 0;
     for (int start = begin; start < end; start += Q, parity ^= 1) {
@@ -158,180 +177,162 @@ ssd_fwd(const Forward p) {
                               min(Q, end - start - Q));
         }
 
+        // What the state that enters gives.
+        const Decays &decays = shared.decays[parity][own];
+        float y[ROWS][2][4] = {};
+        if (start > begin || entry) {
+#pragma unroll
+            for (int n = 0; n < N / BLOCK; ++n) {
+                Block16<T> right;
+                right.template load<false, true>(own_states + BLOCK * n, K);
+#pragma unroll
+                for (int o = 0; o < ROWS; ++o) {
+                    Block16<T> left;
+                    left.template load<false>(
+                        stage.C + (first_row + ROW_STEP * o) * K + BLOCK * n, K);
+#pragma unroll
+                    for (int m = 0; m < 2; ++m)
+                        multiply<T, FAST>(y[o][m], left.v[0], left.v[1], left.v[2], left.v[3],
+                                          right.v[2 * m], right.v[2 * m + 1]);
+                }
+            }
+#pragma unroll
+            for (int o = 0; o < ROWS; ++o) {
+                const int row = first_row + ROW_STEP * o + g;
+                const float upper = decays.enter[row], lower = decays.enter[row + 8];
+#pragma unroll
+                for (int m = 0; m < 2; ++m)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) y[o][m][e] *= e < 2 ? upper : lower;
+            }
+        }
+
         // C B^T on and below the diagonal, for all heads, and with the decays of each.
-        for (int i = first_item; i < Item::COUNT; i += TOGETHER_ITEMS * WORKERS) {
-            if (!(own_items >> i & 1)) continue;
-            const Item items[2] = {Item(i), Item(i + WORKERS)};
-            // Of two items the first one has two blocks, which the compiler does not know.
-            const int counts[2] = {TOGETHER_ITEMS > 1 ? 2 : items[0].count, items[1].count};
-            float scores[TOGETHER_ITEMS][2][2][4] = {};
+        for (int i = first_block; i < Triangle::COUNT; i += TOGETHER * WORKERS) {
+            if (!(own_blocks >> i & 1)) continue;
+            const bool more = i + WORKERS < Triangle::COUNT;
+            float scores[TOGETHER][2][4] = {};
 #pragma unroll
             for (int n = 0; n < N / BLOCK; ++n)
 #pragma unroll
-                for (int u = 0; u < TOGETHER_ITEMS; ++u) {
-                    Block16<T> left, right;
-                    left.template load<false>(stage.C + BLOCK * items[u].row * K + BLOCK * n, K);
-#pragma unroll
-                    for (int q = 0; q < 2; ++q) {
-                        if (q >= counts[u]) break;
-                        right.template load<false, true>(
-                            stage.B + BLOCK * (items[u].first + q) * K + BLOCK * n, K);
-#pragma unroll
-                        for (int m = 0; m < 2; ++m)
-                            multiply<T, FAST>(scores[u][q][m], left.v[0], left.v[1], left.v[2],
-                                              left.v[3], right.v[2 * m], right.v[2 * m + 1]);
-                    }
+                for (int u = 0; u < TOGETHER; ++u) {
+                    if (u > 0 && !more) break;
+                    multiply_rows<T, FAST>(
+                        scores[u],
+                        stage.C + BLOCK * Triangle::row(i + u * WORKERS) * K + BLOCK * n, K,
+                        stage.B + BLOCK * Triangle::column(i + u * WORKERS) * K + BLOCK * n, K);
                 }
 #pragma unroll
-            for (int u = 0; u < TOGETHER_ITEMS; ++u)
-#pragma unroll
-                for (int q = 0; q < 2; ++q) {
-                    if (q >= counts[u]) break;
-                    const int row = items[u].row, block = items[u].first + q;
+            for (int u = 0; u < TOGETHER; ++u) {
+                if (u > 0 && !more) break;
+                const int r = Triangle::row(i + u * WORKERS), b = Triangle::column(i + u * WORKERS);
 #pragma unroll 1
-                    for (int k = 0; k < HEADS; ++k) {
-                        float v[2][4];
+                for (int k = 0; k < HEADS; ++k) {
+                    float v[2][4];
 #pragma unroll
-                        for (int m = 0; m < 2; ++m)
+                    for (int m = 0; m < 2; ++m)
 #pragma unroll
-                            for (int e = 0; e < 4; ++e) v[m][e] = scores[u][q][m][e];
-                        decay_block<true>(v, shared.decays[parity][k], row, block);
-                        store_block<T>(shared.scores[k] + BLOCK * row * S + BLOCK * block, S, v);
-                    }
+                        for (int e = 0; e < 4; ++e) v[m][e] = scores[u][m][e];
+                    decay_block<true>(v, shared.decays[parity][k], r, b);
+                    store_block<T>(shared.scores[k] + BLOCK * r * S + BLOCK * b, S, v);
                 }
+            }
         }
         __syncthreads();
 
-        const Decays &decays = shared.decays[parity][own];
+        // What the chunk itself gives.
         const E *const own_x = stage.x[own] + channel;
-        Block16<T> inputs[BLOCKS][TILES];
+        Block16<T> inputs[BLOCKS];
+#pragma unroll
+        for (int b = 0; b < BLOCKS; ++b)
+            inputs[b].template load<true>(own_x + BLOCK * b * X, X);
 #pragma unroll
         for (int b = 0; b < BLOCKS; ++b)
 #pragma unroll
-            for (int i = 0; i < TILES; ++i)
-                inputs[b][i].template load<true>(own_x + BLOCK * b * X + BLOCK * i, X);
-#pragma unroll (TOGETHER < BLOCKS ? 1 : BLOCKS)
-        for (int first = 0; first < BLOCKS; first += TOGETHER) {
-            float y[TOGETHER][TILES][2][4] = {};
-            // What the state that enters gives.
-            if (start > begin || entry) {
+            for (int o = 0; o < ROWS; ++o) {
+                // Which of PARTS rows this warp has decides for blocks near the diagonal.
+                if (b >= PARTS * (o + 1) || b > PARTS * o && b > PARTS * o + part) continue;
+                Block16<T> left;
+                left.template load<false>(
+                    shared.scores[own] + (first_row + ROW_STEP * o) * S + BLOCK * b, S);
 #pragma unroll
-                for (int n = 0; n < N / BLOCK; ++n) {
-                    Pair<T> right[TILES][2][2];
-#pragma unroll
-                    for (int i = 0; i < TILES; ++i)
-#pragma unroll
-                        for (int k = 0; k < 2; ++k)
-#pragma unroll
-                            for (int m = 0; m < 2; ++m)
-                                right[i][k][m] = pack<T>(state[i][2 * n + m][2 * k],
-                                                         state[i][2 * n + m][2 * k + 1]);
-#pragma unroll
-                    for (int r = 0; r < TOGETHER; ++r) {
-                        Block16<T> left;
-                        left.template load<false>(stage.C + BLOCK * (first + r) * K + BLOCK * n, K);
-#pragma unroll
-                        for (int i = 0; i < TILES; ++i)
-#pragma unroll
-                            for (int k = 0; k < 2; ++k)
-                                multiply<T, FAST>(y[r][i][k], left.v[0], left.v[1], left.v[2],
-                                                  left.v[3], right[i][k][0], right[i][k][1]);
-                    }
-                }
-#pragma unroll
-                for (int r = 0; r < TOGETHER; ++r) {
-                    const int row = BLOCK * (first + r) + g;
-                    const float upper = decays.enter[row], lower = decays.enter[row + 8];
-#pragma unroll
-                    for (int i = 0; i < TILES; ++i)
-#pragma unroll
-                        for (int k = 0; k < 2; ++k)
-#pragma unroll
-                            for (int e = 0; e < 4; ++e) y[r][i][k][e] *= e < 2 ? upper : lower;
-                }
+                for (int m = 0; m < 2; ++m)
+                    multiply<T, FAST>(y[o][m], left.v[0], left.v[1], left.v[2], left.v[3],
+                                      inputs[b].v[2 * m], inputs[b].v[2 * m + 1]);
             }
-            // What the chunk itself gives.
+        if (p.D) {
 #pragma unroll
-            for (int b = 0; b < BLOCKS; ++b)
+            for (int o = 0; o < ROWS; ++o) {
+                Block16<T> left;
+                left.template load<false>(own_x + (first_row + ROW_STEP * o) * X, X);
 #pragma unroll
-                for (int r = 0; r < TOGETHER; ++r) {
-                    if (b > first + r) continue;
-                    Block16<T> left;
-                    left.template load<false>(
-                        shared.scores[own] + BLOCK * (first + r) * S + BLOCK * b, S);
+                for (int m = 0; m < 2; ++m)
 #pragma unroll
-                    for (int i = 0; i < TILES; ++i)
+                    for (int k = 0; k < SKIPS; ++k)
+                        multiply_half<T, FAST>(y[o][m], left.v[2 * m], left.v[2 * m + 1],
+                                               skip[m][k]);
+            }
+        }
+        Four<T> out[ROWS][2];
 #pragma unroll
-                        for (int k = 0; k < 2; ++k)
-                            multiply<T, FAST>(y[r][i][k], left.v[0], left.v[1], left.v[2],
-                                              left.v[3], inputs[b][i].v[2 * k],
-                                              inputs[b][i].v[2 * k + 1]);
-                }
+        for (int o = 0; o < ROWS; ++o)
 #pragma unroll
-            for (int r = 0; r < TOGETHER; ++r)
+            for (int k = 0; k < 2; ++k)
+                out[o][k] = Four<T>(pack<T>(y[o][0][2 * k], y[o][0][2 * k + 1]),
+                                    pack<T>(y[o][1][2 * k], y[o][1][2 * k + 1]));
+        if (p.z.data) {
+#pragma unroll
+            for (int o = 0; o < ROWS; ++o)
 #pragma unroll
                 for (int k = 0; k < 2; ++k) {
-                    const int row = BLOCK * (first + r) + 8 * k;
-                    const bool valid = row + g < rows;
-#pragma unroll
-                    for (int i = 0; i < TILES; ++i) {
-                        Pair<T> half[2];
-#pragma unroll
-                        for (int n = 0; n < 2; ++n) {
-                            const float2 given = load_pair<T>(
-                                own_x + (row + g) * X + BLOCK * i + 8 * n + 2 * t);
-                            half[n] = pack<T>(y[r][i][n][2 * k] + skip[i][n][0] * given.x,
-                                              y[r][i][n][2 * k + 1] + skip[i][n][1] * given.y);
-                        }
-                        Four<T> out(half[0], half[1]);
-                        if (!valid || own_channel + BLOCK * i >= p.dim) continue;
-                        if (p.z.data)
-                            gate(out, (const E *)p.z.data + batch * p.z.b
-                                 + time(start + row + g) * p.z.l + (long long)head * p.z.h
-                                 + own_channel + BLOCK * i);
-                        out.store(y_at + (long long)row * y_step + BLOCK * i);
-                    }
+                    const int row = first_row + ROW_STEP * o + 8 * k + g;
+                    if (row < rows && own_channel < p.dim)
+                        gate(out[o][k], (const E *)p.z.data + batch * p.z.b
+                             + time(start + row) * p.z.l + (long long)head * p.z.h + own_channel);
                 }
         }
-        y_at += (long long)Q * y_step;
+#pragma unroll
+        for (int o = 0; o < ROWS; ++o)
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                const int row = first_row + ROW_STEP * o + 8 * k + g;
+                if (row < rows && own_channel < p.dim) out[o][k].store(y_at);
+                y_at += (long long)(k ? ROW_STEP - 8 : 8) * y_step;  // at last by Q
+            }
 
         // The state that leaves.
-        if (start + Q < end || p.last) {
+        const bool more = start + Q < end;
+        if (more || p.last) {
             const float decay = decays.through;
 #pragma unroll
-            for (int i = 0; i < TILES; ++i)
+            for (int n = 0; n < OWN_STATES / BLOCK; ++n)
 #pragma unroll
-                for (int n = 0; n < N / 8; ++n)
+                for (int m = 0; m < 2; ++m)
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) state[i][n][e] *= decay;
+                    for (int e = 0; e < 4; ++e) state[n][m][e] *= decay;
 #pragma unroll
             for (int b = 0; b < BLOCKS; ++b) {
-                float2 by[2];
+                Pair<T> *const left = inputs[b].v;
 #pragma unroll
                 for (int k = 0; k < 2; ++k) {
-                    const int j = BLOCK * b + 8 * k + 2 * t;
-                    const float2 leave = *(const float2 *)(decays.leave + j);
-                    const float2 dt = *(const float2 *)(decays.dt + j);
-                    by[k] = make_float2(leave.x * dt.x, leave.y * dt.y);
+                    const float2 by = *(const float2 *)(decays.leave + BLOCK * b + 8 * k + 2 * t);
+                    left[k] = scaled<T>(left[k], by), left[2 + k] = scaled<T>(left[2 + k], by);
                 }
 #pragma unroll
-                for (int i = 0; i < TILES; ++i)
-#pragma unroll
-                    for (int k = 0; k < 4; ++k)
-                        inputs[b][i].v[k] = scaled<T>(inputs[b][i].v[k], by[k & 1]);
-#pragma unroll
-                for (int n = 0; n < N / BLOCK; ++n) {
+                for (int n = 0; n < OWN_STATES / BLOCK; ++n) {
                     Block16<T> right;
-                    right.template load<true>(stage.B + BLOCK * b * K + BLOCK * n, K);
+                    right.template load<true>(
+                        stage.B + BLOCK * b * K + first_state + BLOCK * n, K);
 #pragma unroll
-                    for (int i = 0; i < TILES; ++i)
-#pragma unroll
-                        for (int m = 0; m < 2; ++m)
-                            multiply<T, FAST>(state[i][2 * n + m], inputs[b][i].v[0],
-                                              inputs[b][i].v[2], inputs[b][i].v[1],
-                                              inputs[b][i].v[3], right.v[2 * m],
-                                              right.v[2 * m + 1]);
+                    for (int m = 0; m < 2; ++m)
+                        multiply<T, FAST>(state[n][m], left[0], left[2], left[1], left[3],
+                                          right.v[2 * m], right.v[2 * m + 1]);
                 }
+            }
+            if (more) {
+#pragma unroll
+                for (int n = 0; n < OWN_STATES / BLOCK; ++n)
+                    store_block<T>(own_states + first_state + BLOCK * n, K, state[n]);
             }
         }
         if (STAGES == 1) {
@@ -343,14 +344,15 @@ ssd_fwd(const Forward p) {
     if (!p.last || end < p.length) return;
     float *const last = p.last + ((long long)batch * p.heads + head) * states_of_head;
 #pragma unroll
-    for (int i = 0; i < TILES; ++i)
+    for (int n = 0; n < OWN_STATES / BLOCK; ++n)
 #pragma unroll
-        for (int n = 0; n < N / 8; ++n)
+        for (int m = 0; m < 2; ++m)
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
-                const int c = first_channel + channel + BLOCK * i + 8 * k + g, s = 8 * n + 2 * t;
+                const int c = first_channel + channel + 8 * k + g;
+                const int s = first_state + BLOCK * n + 8 * m + 2 * t;
                 if (c < p.dim && s < p.state)
                     *(float2 *)(last + (long long)c * p.state + s) = make_float2(
-                        state[i][n][2 * k], state[i][n][2 * k + 1]);
+                        state[n][m][2 * k], state[n][m][2 * k + 1]);
             }
 }

@@ -28,7 +28,8 @@ struct StatesShared {
 
 template <class T, bool FAST, int SLICES, int N, int STAGES>
 __global__ void __launch_bounds__(
-    32 * SLICES, live_blocks(32 * SLICES, N * sizeof(Element<T>) / 2)) ssd_states(const States p) {
+    32 * SLICES, live_blocks(32 * SLICES, N * sizeof(Element<T>) <= 128 ? 384 : 256))
+ssd_states(const States p) {
     typedef StatesShared<T, SLICES, N, STAGES> Shared;
     typedef Element<T> E;
     constexpr int WIDTH = Shared::WIDTH, THREADS = 32 * SLICES;
@@ -144,18 +145,13 @@ __global__ void __launch_bounds__(
         for (int r = 0; r < BLOCKS; ++r) {
             Block16<T> left;
             left.template load<true, true>(stage.x + BLOCK * r * X + slice * BLOCK, X);
-            float2 by[2];
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
-                const int j = BLOCK * r + 8 * k + 2 * t;
-                by[k] = *(const float2 *)((back ? decays.enter : decays.leave) + j);
-                if (!back) {
-                    const float2 dt = *(const float2 *)(decays.dt + j);
-                    by[k].x *= dt.x, by[k].y *= dt.y;
-                }
+                const float2 by = *(const float2 *)(
+                    (back ? decays.enter : decays.leave) + BLOCK * r + 8 * k + 2 * t);
+                left.v[2 * k] = scaled<T>(left.v[2 * k], by);
+                left.v[2 * k + 1] = scaled<T>(left.v[2 * k + 1], by);
             }
-#pragma unroll
-            for (int k = 0; k < 4; ++k) left.v[k] = scaled<T>(left.v[k], by[k >> 1]);
 #pragma unroll
             for (int n = 0; n < N / BLOCK; ++n) {
                 Block16<T> right;

@@ -24,7 +24,8 @@ def make_data():
 
 @pytest.fixture(scope='module')
 def settings(make_data):
-    return {**make_data.DEFAULTS, 'cls_per_class': (4, 2), 'scenes': (8, 3)}
+    return {**make_data.DEFAULTS, 'cls_per_class': (4, 2), 'scenes': (8, 3),
+            'clips_per_class': (4, 2)}
 
 
 @pytest.fixture(scope='module')

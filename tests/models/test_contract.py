@@ -69,8 +69,11 @@ def assert_same(found, expected, device, tolerance=1e-5):
     limit = 5e-3 if device == 'cuda' else tolerance
     for y, other in zip(found[0], expected[0], strict=True):
         assert relative_error(y, other) <= limit
+    # A gradient that is zero but for rounding, as those of the queries of a single token.
+    least = 1e-8 * max((grad.abs().max() for grad in expected[1].values()), default=0)
     for name, grad in expected[1].items():
-        assert relative_error(found[1][name], grad) <= 4 * limit, name
+        error = (found[1][name] - grad).abs().max() / max(grad.abs().max(), least)
+        assert error <= 4 * limit, name
 
 
 @pytest.fixture(autouse=True)
@@ -447,9 +450,13 @@ def test_jacobians(device, arch):
     assert relative_error(torch.func.jacrev(first)(x), expected) <= limit
     assert relative_error(torch.autograd.functional.jacobian(first, x, vectorize=True),
                           expected) <= limit
-    with pytest.raises(NotImplementedError, match='no forward-mode derivative.*reverse mode|'
-                                                  'forward AD with .* does not support it'):
-        torch.func.jvp(first, (x,), (x,))
+    try:  # a model of PyTorch's own operations has it
+        _, found = torch.func.jvp(first, (x,), (x,))
+    except NotImplementedError as err:
+        assert re.search('no forward-mode derivative.*reverse mode|'
+                         'forward AD with .* does not support it', str(err))
+    else:
+        assert relative_error(found, (expected * x).flatten(1).sum(1)) <= limit
 
 
 @on_both

@@ -12,7 +12,8 @@ from vmamba_mm.checkpoints.names import to_mm
 from vmamba_mm.errors import UserError
 from vmamba_mm.families.vision_rwkv import FAMILY
 from vmamba_mm.models import VisionRWKV
-from vmamba_mm.models.vision_rwkv import ChannelMix, SpatialMix, quad_shift
+from vmamba_mm.models.vision_rwkv import ChannelMix, SpatialMix
+from vmamba_mm.ops.shift_mix.reference import quad_shift
 from vmamba_mm.paths import CONFIGS
 from vmamba_mm.testing import Classifier, assert_close
 

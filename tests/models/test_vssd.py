@@ -9,7 +9,7 @@ from vmamba_mm.checkpoints import files
 from vmamba_mm.errors import UserError
 from vmamba_mm.models import VSSD, vssd
 from vmamba_mm.models.vssd import ConvUnit, NonCausalSSD
-from vmamba_mm.ops import dwconv_silu
+from vmamba_mm.ops import nc_ssd_mixer
 from vmamba_mm.testing import Classifier, assert_close
 
 TINY = dict(embed_dims=4, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), d_state=3)
@@ -55,8 +55,8 @@ def test_rows_of_multiples_of_16_bytes(monkeypatch):
     mixer = NonCausalSSD(4, 1, 1).double()
     x = torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True)
     results, strides = [], []
-    monkeypatch.setattr(vssd, 'dwconv_silu', lambda x, *args: (
-        strides.append(x.stride(2)), dwconv_silu(x, *args))[1])
+    monkeypatch.setattr(vssd, 'nc_ssd_mixer', lambda x, *args, **kwargs: (
+        strides.append(x.stride(2)), nc_ssd_mixer(x, *args, **kwargs))[1])
     for on_gpu in (False, True):
         monkeypatch.setattr(vssd, 'runs_kernels', lambda x, on_gpu=on_gpu: on_gpu)
         y = mixer(x)

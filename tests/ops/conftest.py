@@ -5,6 +5,16 @@ import torch
 from kernel_folder import compilations, kernels_folder  # noqa: F401 (fixtures)
 
 
+@pytest.fixture(scope='session')
+def compiled(tmp_path_factory):
+    """A folder for emulated kernels (emulated_cuda.py): one for all processes of a run."""
+    folder = tmp_path_factory.getbasetemp()
+    if 'PYTEST_XDIST_WORKER' in os.environ:
+        folder = folder.parent
+    (folder / 'emulated_kernels').mkdir(exist_ok=True)
+    return folder / 'emulated_kernels'
+
+
 @pytest.fixture(autouse=True)
 def poison_uninitialised_memory():
     """Fill every ``torch.empty`` with NaN, so that an element nobody writes is seen."""

@@ -386,6 +386,15 @@ static void cvt_rn_bf16x2_f32(u32 &v, float hi, float lo) {
     v = to_bfloat(lo) | (u32)to_bfloat(hi) << 16;
 }
 
+static void fma_rn_bf16x2(u32 &d, u32 a, u32 b, u32 c) {
+    // No product of two such numbers is inexact in fp32.
+    const float lo = from_bfloat(a) * from_bfloat(b) + from_bfloat(c);
+    const float hi = from_bfloat(a >> 16) * from_bfloat(b >> 16) + from_bfloat(c >> 16);
+    d = to_bfloat(lo) | (u32)to_bfloat(hi) << 16;
+}
+
+static void st_global_f32(void *to, float v) { *(float *)to = v; }
+static void st_global_u16(void *to, u16 v) { *(u16 *)to = v; }
 static void st_release_gpu_global_s32(int *to, int v) { *to = v; }
 static void ld_acquire_gpu_global_s32(int &v, const int *from) { v = *from; }
 
@@ -467,6 +476,26 @@ static void mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(
     multiply_deep<from_bfloat>(a0, a1, a2, a3, b0, b1, d0, d1, d2, d3, c0, c1, c2, c3);
 }
 
+// c + sum of a(k) b(k) as the tensor cores of a Hopper GPU have it: terms lose what is below two bits
+// under the last one of the largest, and the sum is cut off, not rounded.
+template <class A, class B>
+static inline float sum_cut_off(A a, B b, float c) {
+    double terms[9] = {c}, largest = fabs(c), sum = 0;
+    for (int k = 0; k < 8; ++k) {
+        terms[k + 1] = (double)a(k) * b(k);
+        if (fabs(terms[k + 1]) > largest) largest = fabs(terms[k + 1]);
+    }
+    if (!(largest > 0) || largest > 1e38) {
+        for (double term : terms) sum += term;
+        return sum;
+    }
+    int exponent;
+    frexp(largest, &exponent);
+    for (double term : terms) sum += ldexp(trunc(ldexp(term, 26 - exponent)), exponent - 26);
+    const float nearest = sum;
+    return fabs(nearest) > fabs(sum) ? nextafterf(nearest, 0.f) : nearest;
+}
+
 // Factors of which the tensor cores see 10 bits after the point.
 static void mma_sync_aligned_m16n8k8_row_col_f32_tf32_tf32_f32(
     float &d0, float &d1, float &d2, float &d3, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1,
@@ -474,10 +503,15 @@ static void mma_sync_aligned_m16n8k8_row_col_f32_tf32_tf32_f32(
     const u32 seen = 0xffffe000u;
     const Given *const given = exchange(a0 & seen, a1 & seen, a2 & seen, a3 & seen, b0 & seen,
                                         b1 & seen);
-    multiply([&](int row, int k) {
-        return given[row % 8 * 4 + k % 4].words[row / 8 + k / 4 * 2].f;
-    }, [&](int k, int column) { return given[column * 4 + k % 4].words[4 + k / 4].f; },
-             d0, d1, d2, d3, c0, c1, c2, c3);
+    const int g = current->lane >> 2, column = 2 * (current->lane & 3);
+    auto element = [&](int row, int right, float c) {
+        return sum_cut_off(
+            [&](int k) { return given[g * 4 + k % 4].words[row + k / 4 * 2].f; },
+            [&](int k) { return given[(column + right) * 4 + k % 4].words[4 + k / 4].f; }, c);
+    };
+    const float upper = element(0, 0, c0), right = element(0, 1, c1);
+    const float lower = element(1, 0, c2), last = element(1, 1, c3);
+    d0 = upper, d1 = right, d2 = lower, d3 = last;
 }
 
 // Elements (g, 2 t) and (g, 2 t + 1) of an 8 x 8 tile, for lane 4 g + t; or of its transpose.

@@ -13,6 +13,7 @@ that a race changes the result. Accesses of global memory are not checked.
 
 import contextlib
 import ctypes
+import os
 import re
 import shutil
 import subprocess
@@ -106,7 +107,8 @@ class Kernel:
 
 
 def build(instance: launch.Instance, arch: str, folder: Path) -> Path:
-    """In place of :func:`vmamba_mm.ops.core.compile.build`: a shared library in ``folder``."""
+    """In place of :func:`vmamba_mm.ops.core.compile.build`: a shared library in ``folder``, which
+    other processes may use too."""
     library = folder / (re.sub(r'\W+', '_', f'{instance} {arch}') + '.so')
     if library.exists():
         return library
@@ -126,11 +128,12 @@ def build(instance: launch.Instance, arch: str, folder: Path) -> Path:
         'cluster);',
         '}'))
     # C's own headers take half the time of those that C++ wraps around them.
+    own = library.with_suffix(f'.{os.getpid()}')
     run_compiler('-std=c++17', '-O1', '-nostdinc++', '-fno-strict-aliasing', '-shared', '-fPIC',
                  '-fvisibility=hidden', '-U_FORTIFY_SOURCE',
                  '-DEXPORT=extern "C" __attribute__((visibility("default")))',
-                 '-o', str(library), '-', text=source)
-    return library
+                 '-o', str(own), '-', text=source)
+    return own.replace(library)
 
 
 def run_compiler(*arguments: str, text: str | None = None) -> str:

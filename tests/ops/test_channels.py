@@ -29,19 +29,14 @@ TYPES = [(SINGLE, HALF, HALF), (HALF, HALF, HALF), (SINGLE, BRAIN, BRAIN), (SING
 LIMITS = {HALF: 1e-3, BRAIN: 8e-3, SINGLE: 1e-5}  # of a result rounded once, and sums over it
 
 
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp('emulated_channels')
-
-
 @contextlib.contextmanager
-def with_kernels(where, folder):
+def with_kernels(where, compiled):
     if where == 'cuda':
         yield 'cuda'
     else:
         if sys.platform != 'linux' or emulated_cuda.COMPILER is None and not os.environ.get('CI'):
             pytest.skip('needs Linux and a C++ compiler')
-        with emulated_gpu(folder, (7, 5) if where == 'sm_75' else (9, 0)):
+        with emulated_gpu(compiled, (7, 5) if where == 'sm_75' else (9, 0)):
             yield 'cpu'
 
 
@@ -49,19 +44,19 @@ CUDA = pytest.param('cuda', marks=pytest.mark.gpu(nvidia=True))
 
 
 @pytest.fixture(params=['emulated', CUDA, 'sm_75'])
-def kernels(request, folder):
+def kernels(request, compiled):
     """'cpu', where the kernels are emulated, or 'cuda'."""
-    with with_kernels(request.param, folder) as device:
+    with with_kernels(request.param, compiled) as device:
         yield device
 
 
 @pytest.fixture(params=['emulated', CUDA, 'sm_75', 'elsewhere'])
-def device(request, folder):
+def device(request, compiled):
     """The same, and 'cpu' without kernels."""
     if request.param == 'elsewhere':
         yield 'cpu'
     else:
-        with with_kernels(request.param, folder) as device:
+        with with_kernels(request.param, compiled) as device:
             yield device
 
 

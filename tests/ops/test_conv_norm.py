@@ -8,7 +8,6 @@ from test_channels import (
     HALF,
     SINGLE,
     device,
-    folder,
     has_kernels,
     kernels,
     randn,
@@ -21,7 +20,7 @@ from vmamba_mm.layers import ConvDownsample
 from vmamba_mm.ops import conv_norm
 from vmamba_mm.testing import relative_error
 
-__all__ = ['device', 'folder', 'kernels']  # fixtures
+__all__ = ['device', 'kernels']  # fixtures
 NAMES = 'y', 'x', 'weight', 'bias', 'norm weight', 'norm bias'
 
 

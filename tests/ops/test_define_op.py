@@ -1,3 +1,5 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.library import opcheck
@@ -208,6 +210,38 @@ def test_an_absent_tensor_has_no_gradient():
     assert torch.equal(*torch.autograd.grad((product(x * 1, None) * 1).sum(), x), torch.ones(2))
     _, empty = torch.ops.vmamba_mm.test_optional_bwd(torch.ones(2), x.detach(), None)
     assert empty.numel() == 0
+
+
+@pytest.mark.parametrize('watch_backward', [False, True])
+@pytest.mark.parametrize('watch_forward', [False, True])
+def test_a_mode_may_watch_a_part(inputs, watch_forward, watch_backward):
+    """The backward finds what it needs, whichever way the forward went."""
+    product = define('test_part', implementations={'torch': Implementation(
+        lambda x, w, label: x @ w * 2, lambda grad, x, w: (grad @ w.T * 2, x.T @ grad * 2))})
+    with FlopCounterMode(display=False) if watch_forward else nullcontext():
+        y = product(*inputs, '')
+    with FlopCounterMode(display=False) if watch_backward else nullcontext() as counter:
+        found = torch.autograd.grad(y, inputs, torch.ones_like(y))
+    if watch_backward:
+        assert counter.get_total_flops() == 2 * ROWS * INNER * 4
+    for grad, right in zip(found, torch.autograd.grad((inputs[0] @ inputs[1] * 2).sum(), inputs),
+                           strict=True):
+        torch.testing.assert_close(grad, right)
+
+
+def test_a_result_that_was_not_asked_for():
+    double = Implementation(lambda x, ask: (x * 2, x.sum(0) if ask else None),
+                            lambda grad, grad_total, x: grad * 2)
+    product = define_op(
+        'test_not_asked', '(Tensor x, bool ask) -> (Tensor y, Tensor total)', results=2, saves='x',
+        reference=double.forward, implementations={'torch': double},
+        fake=lambda x, ask: (torch.empty_like(x), x.new_empty(x.shape[1:] if ask else 0)))
+    x = torch.ones(3, 2, requires_grad=True)
+    y, total = product(x, False)
+    assert total is None and product(x, True)[1].shape == (2,)
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.full((3, 2), 2.))
+    assert torch.ops.vmamba_mm.test_not_asked(x, False)[1].numel() == 0
+    opcheck(torch.ops.vmamba_mm.test_not_asked.default, (x, False))
 
 
 @pytest.mark.parametrize(('schema', 'kwargs', 'message'), [

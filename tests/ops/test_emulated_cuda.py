@@ -36,15 +36,10 @@ GPUS = pytest.mark.parametrize('gpu', [(7, 5), (8, 0), (9, 0)], indirect=True,
                                ids='sm_{0[0]}{0[1]}'.format)
 
 
-@pytest.fixture(scope='session')
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp('emulated_cuda')
-
-
 @pytest.fixture(autouse=True)
-def gpu(request, folder):
+def gpu(request, compiled):
     capability = getattr(request, 'param', (9, 0))
-    with emulated_gpu(folder, capability):
+    with emulated_gpu(compiled, capability):
         yield capability
 
 

@@ -20,8 +20,8 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def gpu(tmp_path_factory):
-    with emulated_gpu(tmp_path_factory.getbasetemp()):
+def gpu(compiled):
+    with emulated_gpu(compiled):
         yield
 
 

@@ -10,10 +10,15 @@ from emulated_cuda import emulated_gpu
 from op_specs.nc_ssd import make, make_bare
 
 from vmamba_mm.models import VSSD
-from vmamba_mm.ops import nc_ssd
+from vmamba_mm.ops import nc_ssd, nc_ssd_norm
+from vmamba_mm.ops.core import launch
+from vmamba_mm.ops.nc_ssd import cuda
 from vmamba_mm.testing import assert_close
 
 NAMES = 'x', 'dt', 'A', 'B', 'C', 'D'
+NEEDS_COMPILER = pytest.mark.skipif(
+    sys.platform != 'linux' or emulated_cuda.COMPILER is None and not os.environ.get('CI'),
+    reason='needs Linux and a C++ compiler')
 
 
 def run(inputs, **options):
@@ -87,14 +92,63 @@ def test_an_exported_model_needs_nothing_of_this_package():
     assert_close(exported.module()(*inputs), module(*inputs), 1e-12)
 
 
-@pytest.mark.skipif(
-    sys.platform != 'linux' or emulated_cuda.COMPILER is None and not os.environ.get('CI'),
-    reason='needs Linux and a C++ compiler')
-def test_a_model_on_the_kernels(tmp_path_factory):
-    """Those of norms, sums, MLPs and the convolution, with rows of the projection that have gaps:
-    the results and gradients are those of plain PyTorch."""
+@NEEDS_COMPILER
+@pytest.mark.parametrize('groups, spans', [(1, 1), (3, 1), (1, 3)])
+def test_kernels_of_inputs_side_by_side(compiled, monkeypatch, spans, groups):
+    """x, B and C in one tensor, as the layer has them, and sequences in spans."""
+    monkeypatch.setattr(cuda, 'force_spans', spans)
+    inputs = {k: t.float() for k, t in make(2, 300, 6, 24, groups, 40).items()}
+    sizes, grad = [inputs[k][0, 0].numel() for k in 'xBC'], inputs['x'].cos()
+
+    def run_it(backend, inputs):
+        inputs = {k: t.requires_grad_() for k, t in inputs.items()}
+        joined = torch.cat([inputs[k].flatten(2) for k in 'xBC'], dim=2).split(sizes, dim=2)
+        parts = {k: t.unflatten(2, inputs[k].shape[2:])
+                 for k, t in zip('xBC', joined, strict=True)}
+        y = run(inputs | parts, backend=backend)
+        return y, torch.autograd.grad(y, list(inputs.values()), grad.to(y.dtype))
+
+    expected, expected_grads = run_it('reference', {k: t.double() for k, t in inputs.items()})
+    with emulated_gpu(compiled):
+        launch.forget()
+        y, grads = run_it('cuda', inputs)
+    assert_close(y, expected, 1e-5)
+    for one, right in zip(grads, expected_grads, strict=True):
+        assert_close(one, right, 1e-5)
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize('groups, shared', [(1, 20_000), (2, 16_000)])
+def test_more_channels_than_fit_into_shared_memory(compiled, monkeypatch, groups, shared):
+    """Blocks have some of them, or with a norm, which needs all, one chunk of C at a time."""
+    monkeypatch.setattr(cuda, 'force_shared', shared)
+    inputs = {k: t.float() for k, t in make(8, 150, 6, 24, groups, 16).items()}
+    norm = dict(z=torch.randn(8, 150, 144), norm_weight=torch.randn(144),
+                norm_bias=torch.randn(144)) if groups == 1 else None
+
+    def run_it(inputs, norm):
+        y = run(inputs)
+        if norm is None:
+            return y, y
+        return y, nc_ssd_norm(*map(inputs.get, NAMES), dt_bias=inputs['dt_bias'],
+                              dt_softplus=True, **norm)
+
+    expected = run_it({k: t.double() for k, t in inputs.items()},
+                      norm and {k: t.double() for k, t in norm.items()})
+    with emulated_gpu(compiled), torch.no_grad():
+        launch.forget()
+        found = run_it(inputs, norm)
+        launch.forget()
+    for one, right in zip(found, expected, strict=True):
+        assert_close(one, right, 1e-5)
+
+
+@NEEDS_COMPILER
+def test_a_model_on_the_kernels(compiled):
+    """Those of norms, sums, MLPs, the convolution and its state, with rows of the projection that
+    have gaps: the results and gradients are those of plain PyTorch."""
     torch.manual_seed(0)
-    model = VSSD(dict(embed_dims=8, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), d_state=4)).eval()
+    model = VSSD(dict(embed_dims=8, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), d_state=8)).eval()
     x = torch.randn(2, 3, 40, 36)
 
     def run_model(dtype=torch.float32):
@@ -105,7 +159,7 @@ def test_a_model_on_the_kernels(tmp_path_factory):
         return maps, [p.grad.clone() for p in model.parameters()]
 
     expected, expected_grads = run_model()
-    with emulated_gpu(tmp_path_factory.getbasetemp()):
+    with emulated_gpu(compiled):
         found, grads = run_model()
         halves, _ = run_model(torch.bfloat16)
     for one, half, right in zip(found, halves, expected, strict=True):

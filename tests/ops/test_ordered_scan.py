@@ -34,19 +34,14 @@ def test_positions_are_the_callers_own():
         scan_positions('cross', 3, 4)
 
 
-@pytest.fixture(scope='session')
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp('emulated_cuda_ordered')
-
-
-def on_gpu(folder):
+def on_gpu(compiled):
     """A real one, or none and the kernels on the CPU."""
     if not torch.cuda.is_available() and sys.platform != 'linux':
         pytest.skip('needs a GPU, or Linux and a C++ compiler')
     if not torch.cuda.is_available() and emulated_cuda.COMPILER is None \
             and not os.environ.get('CI'):
         pytest.skip('needs a GPU or a C++ compiler')
-    return emulated_gpu(folder)
+    return emulated_gpu(compiled)
 
 
 def check(inputs, scan=SCANS[0], limit=2e-5):
@@ -70,20 +65,20 @@ def divided(monkeypatch):
 
 @pytest.mark.parametrize('state', [1, 16, 20])
 @pytest.mark.parametrize('scan', SCANS)
-def test_spans(folder, divided, scan, state):
+def test_spans(compiled, divided, scan, state):
     """Of 48 positions, of one group of states and of two."""
-    with on_gpu(folder):
+    with on_gpu(compiled):
         check(ss2d_scan_inputs(2, 12, 13, 9, state=state, routes=8, rank=3), scan)
 
 
-def test_strides(folder):
+def test_strides(compiled):
     """Channels first, columns first, rows with gaps between them."""
     inputs = ss2d_scan_inputs(2, 8, 6, 5, state=4, routes=8)
     x = inputs['x']
     turned = x.transpose(2, 3).contiguous(memory_format=torch.channels_last).transpose(2, 3)
     gaps = torch.zeros(2, 8, 6, 9).contiguous(memory_format=torch.channels_last)
     gaps[..., :5] = x
-    with on_gpu(folder):
+    with on_gpu(compiled):
         y = ordered_scan(**inputs, scan=SCANS[0], backend='cuda')
         for other in (x.contiguous(), turned, gaps[..., :5]):
             check(dict(inputs, x=other))
@@ -91,11 +86,11 @@ def test_strides(folder):
             assert_close(found, y, 1e-6)
 
 
-def test_kernels_gather_nothing(folder, monkeypatch):
+def test_kernels_gather_nothing(compiled, monkeypatch):
     """By default they take the inputs, and without a map in another order."""
     inputs = ss2d_scan_inputs(1, 8, 4, 5, state=4, routes=8)
     monkeypatch.setattr(ordered, '_gather', None)
-    with on_gpu(folder):
+    with on_gpu(compiled):
         y, _ = with_grads(ordered_scan, inputs, scan=SCANS[0])
     monkeypatch.undo()
     assert_close(y, ordered_scan(**inputs, scan=SCANS[0], backend='chunked'), 1e-5)

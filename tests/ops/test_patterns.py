@@ -368,21 +368,16 @@ DTYPES = pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.b
                                  ids=['fp32', 'fp16', 'bf16'])
 
 
-@pytest.fixture(scope='session')
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp('emulated_cuda_patterns')
-
-
 @ALL
 @DTYPES
 @KERNEL_SHAPES
 @pytest.mark.skipif(sys.platform != 'linux'
                     or emulated_cuda.COMPILER is None and not os.environ.get('CI'),
                     reason='needs Linux and a C++ compiler')
-def test_emulated_cuda(folder, shape, dtype, scan):
+def test_emulated_cuda(compiled, shape, dtype, scan):
     inputs = make(*shape, torch.float32, scan, state=1 if dtype != torch.bfloat16 else 4)
     inputs['x'] = inputs['x'].to(dtype)
-    with emulated_gpu(folder):
+    with emulated_gpu(compiled):
         check_kernels(inputs, scan, 'cuda')
 
 

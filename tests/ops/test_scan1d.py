@@ -25,20 +25,15 @@ GPU_LIKE = pytest.mark.parametrize('device', [
     'sm_90', pytest.param('cuda', marks=pytest.mark.gpu(nvidia=True))])
 
 
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp('emulated_scan1d')
-
-
 @pytest.fixture
-def place(device, folder):
+def place(device, compiled):
     """The device of tensors, in a context where the kernels run on it."""
     with contextlib.ExitStack() as stack:
         if device != 'cuda':
             if sys.platform != 'linux' or emulated_cuda.COMPILER is None \
                     and not os.environ.get('CI'):
                 pytest.skip('needs Linux and a C++ compiler')
-            stack.enter_context(emulated_gpu(folder, (int(device[3]), int(device[4]))))
+            stack.enter_context(emulated_gpu(compiled, (int(device[3]), int(device[4]))))
         yield 'cuda' if device == 'cuda' else 'cpu'
 
 

@@ -23,20 +23,15 @@ HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torc
 LIMITS = {SINGLE: 1e-5, HALF: 2e-3, BRAIN: 1.6e-2}
 
 
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp('emulated_ssd')
-
-
 @pytest.fixture(params=['sm_90', pytest.param('cuda', marks=pytest.mark.gpu(nvidia=True))])
-def place(request, folder):
+def place(request, compiled):
     """The device of tensors, in a context where the kernels run on it."""
     with contextlib.ExitStack() as stack:
         if request.param != 'cuda':
             if sys.platform != 'linux' or emulated_cuda.COMPILER is None \
                     and not os.environ.get('CI'):
                 pytest.skip('needs Linux and a C++ compiler')
-            stack.enter_context(emulated_gpu(folder))
+            stack.enter_context(emulated_gpu(compiled))
         yield 'cuda' if request.param == 'cuda' else 'cpu'
 
 
@@ -114,12 +109,12 @@ def test_lengths(place, length):
 
 
 @pytest.mark.parametrize('shape', [
-    Shape(1, 1, 1, 2), Shape(2, 1, 1, 2), Shape(1, 2, 2, 2), Shape(2, 1, 2, 1), Shape(1, 1, 3, 2)],
-    ids=str)
+    Shape(1, 1, 1, 2), Shape(1, 2, 1, 2), Shape(1, 2, 2, 2), Shape(1, 1, 2, 1), Shape(1, 1, 3, 2),
+    Shape(2, 1, 1, 2), Shape(2, 2, 1, 1), Shape(2, 2, 2, 2), Shape(2, 1, 3, 2)], ids=str)
 def test_shapes_of_blocks(place, cut, shape):
     cut(cuda_launch, force=shape)
     heads = 6 if shape.heads == 3 else 4
-    check(*make(place, 2, 135, heads, 32, 2, 16, dtype=HALF), reverse=True)
+    check(*make(place, 2, 135, heads, 32, 2, 16 * shape.parts, dtype=HALF), reverse=True)
 
 
 @pytest.mark.parametrize('span', [1, 2])
@@ -141,6 +136,15 @@ def test_heads_of_a_group_divided_and_samples_in_pieces(place, cut):
     (128, 128, BRAIN), (64, 256, HALF), (40, 24, SINGLE), (8, 8, HALF)], ids=str)
 def test_sizes(place, dim, state, dtype):
     check(*make(place, 1, 70, 2, dim, 1, state, dtype=dtype))
+
+
+def test_fewer_channels_to_a_block_where_memory_is_short(place):
+    """In fp32 the states of 64 channels, with N = 256, have no room beside B and C."""
+    inputs, _ = make(place, 1, 70, 1, 64, 1, 256)
+    found = ssd(**inputs, dt_softplus=True, backend='cuda')
+    exact = ssd(**{name: t.double() for name, t in inputs.items()}, dt_softplus=True,
+                backend='chunked')
+    assert_close(found, exact.float(), LIMITS[SINGLE])
 
 
 @pytest.mark.parametrize('strength', [(1, 300), (50, 1e4)])
@@ -207,6 +211,16 @@ def test_spans_of_an_h200(monkeypatch, sequences, length, expected):
     monkeypatch.setattr(cuda_launch, 'device_limits', lambda index: (132, 228 * 1024, 227 * 1024))
     sizes = cuda_launch.Sizes(1, length, sequences, 64, 1, 64)
     assert cuda_launch.span_of(0, sizes, sequences) == expected
+
+
+@pytest.mark.parametrize('sizes, counts, expected', [
+    ((2048, 80, 64, 1, 128), [3, 3, 2], 8), ((196, 12, 64, 1, 64), [64], 3),
+    ((3136, 3, 64, 1, 64), [64], 1), ((196, 12, 64, 1, 64), [1], 12)])
+def test_turns_of_an_h200(monkeypatch, sizes, counts, expected):
+    """The heads of a group are divided so that blocks fill the GPU, at last too."""
+    for module in (cuda_launch, cuda_backward):
+        monkeypatch.setattr(module, 'device_limits', lambda index: (132, 228 * 1024, 227 * 1024))
+    assert cuda_backward.head_splits(0, 2, cuda_launch.Sizes(0, *sizes), counts) == expected
 
 
 def test_mixer_is_that_of_plain_pytorch(place, monkeypatch):

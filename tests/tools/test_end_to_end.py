@@ -24,8 +24,9 @@ def tool(monkeypatch, load_tool):
 
     def make_small(name, output, height, width):
         if name == 'tiny_s1l8':
-            return (end_to_end.VMamba(ARCH) if output == 'maps'
-                    else end_to_end.vmamba_mm.timm.TimmVMamba(ARCH, num_classes=10))
+            from vmamba_mm.models import VMamba
+            from vmamba_mm.timm import TimmVMamba
+            return VMamba(ARCH) if output == 'maps' else TimmVMamba(ARCH, num_classes=10)
         if name == 'convnext_t':
             return make_peer(output)
         if name == 'swin_t':
@@ -106,23 +107,27 @@ def test_vim_beside_deit(tool, monkeypatch, tmp_path, capsys):
     assert all(0 < float(line['error']) < 6e-2 for line in lines if line['model'] == 'vim_tiny')
 
 
-def test_vssd_beside_what_was_published(tool, tmp_path, capsys):
-    tool.call(*ON_CPU, '--sections', 'vssd', '--csv', tmp_path / 'a.csv', '--models',
-              'vssd_micro', 'published_vssd_micro')
+@pytest.mark.parametrize(('section', 'name', 'peer'), [
+    ('vssd', 'vssd_micro', 'ConvNeXt'), ('rmt', 'rmt_tiny', 'DeiT'),
+    ('vrwkv', 'vision_rwkv_tiny', 'DeiT')])
+def test_beside_what_was_published(tool, tmp_path, capsys, section, name, peer):
+    tool.call(*ON_CPU, '--sections', section, '--csv', tmp_path / 'a.csv', '--models', name,
+              f'published_{name}')
     out = capsys.readouterr().out
     head, ratio = out[out.index('Times as fast'):].splitlines()[1:3]
-    assert head.split() == ['as', 'published', 'ConvNeXt']
-    assert ratio.startswith('vssd_micro: forward+backward eager autocast')
+    assert head.split() == ['as', 'published', peer]
+    assert ratio.startswith(f'{name}: forward+backward eager autocast')
     lines = list(csv.DictReader((tmp_path / 'a.csv').open()))
     assert len(lines) == 8 and not any(line['problem'] for line in lines)
-    assert all(0 < float(line['error']) < 6e-2 for line in lines if line['model'] == 'vssd_micro')
+    assert all(0 < float(line['error']) < 6e-2 for line in lines if line['model'] == name)
 
 
-def test_published_vssd_is_ours(load_tool):
+@pytest.mark.parametrize('name', ['vssd_micro', 'rmt_tiny', 'vision_rwkv_small'])
+def test_what_was_published_is_ours(load_tool, name):
     pytest.importorskip('timm')
-    vssd_models = load_tool('bench/vssd_models.py')
+    models = load_tool('bench/end_to_end_models.py')
     torch.manual_seed(0)
-    published = vssd_models.make_vssd('published_vssd_micro', 'logits').double().eval()
+    published = models.make_model(f'published_{name}', 'logits', 64, 32).double().eval()
     ours, x = published.classifier, torch.randn(2, 3, 64, 32, dtype=torch.float64)
     expected = ours(x)
     grads = torch.autograd.grad(expected.sin().sum(), list(ours.parameters()))

@@ -36,8 +36,10 @@ def made_up(tool, **exponents):
 def test_run_on_a_cpu(tool, monkeypatch, tmp_path, capsys):
     from vim_models import VimClassifier
 
-    monkeypatch.setattr(tool.bench, 'make_vim', lambda name, output, *size: VimClassifier(
-        dict(base='tiny', depth=2, image_size=size)))
+    make = tool.bench.make_model
+    monkeypatch.setattr(tool.bench, 'make_model', lambda name, output, *size: VimClassifier(
+        dict(base='tiny', depth=2, image_size=size)) if name == 'vim_tiny' else make(
+            name, output, *size))
     path, picture = tmp_path / 'a.csv', tmp_path / 'a.png'
     call(tool, monkeypatch, '--device', 'cpu', '--shrink', 16, '--quick', '--dtype', 'bfloat16',
          '--models', 'vim_tiny', 'plain_deit_t', '--sides', 224, 1248, '--csv', path, '--png',

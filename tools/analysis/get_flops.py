@@ -103,7 +103,8 @@ def count_config(path, options, shape):
 
 def digits_of(entries):
     """The number of digits of a GFLOP that a table was published with."""
-    return int(any(entry.flops % 10**9 for entry in entries))
+    return next(digits for digits in range(10)
+                if not any(entry.flops % 10**(9 - digits) for entry in entries))
 
 
 def compare(entry, count, digits):

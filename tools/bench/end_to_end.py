@@ -26,6 +26,9 @@ Sections: GPU time is dear, so each is a run of its own, and --merge shows them 
   vssd                VSSD tiny, the same in plain PyTorch as published, and ConvNeXt-T, batch 128,
                       eager: forward+backward and inference, autocast and half-precision parameters
   vssd-compiled       the same by torch.compile
+  rmt, rmt-compiled   likewise RMT small, the same as published, and DeiT small
+  vrwkv, vrwkv-compiled
+                      likewise Vision-RWKV small, whose published form has our WKV
 """
 
 import copy
@@ -41,36 +44,22 @@ import timm
 import torch
 from bench_options import add_run_options, check_run_options
 from bench_report import NAN, describe_tf32, device_name
+from end_to_end_models import MODELS, layout_of, make_model
 from end_to_end_report import OURS, RESOLUTIONS, Case
 from ss2d_gpu import graphed
 from torch.nn.modules.batchnorm import _BatchNorm
-from vim_models import PUBLISHED, VIMS, make_vim, publish
-from vssd_models import PUBLISHED_VSSDS, VSSDS, make_vssd
+from vim_models import PUBLISHED, VIMS, publish
 
 import vmamba_mm
-import vmamba_mm.timm
 from vmamba_mm.errors import UserError
 from vmamba_mm.mm import cli, measuring
 from vmamba_mm.mm.measuring import WARM_UP
-from vmamba_mm.models import VMamba
 
 EXAMPLES = '''  python tools/bench/end_to_end.py --sections headline batch1 --csv a.csv
   python tools/bench/end_to_end.py --sections vim vim-published --csv vim.csv
   python tools/bench/end_to_end.py --sections compiled-training --models tiny_s1l8 --csv b.csv
   python tools/bench/end_to_end.py --merge a.csv b.csv --csv all.csv --png all.png
   python tools/bench/end_to_end.py --device cpu --shrink 16 --models tiny_s1l8 swin_t'''
-#: name: timm's name, the layout that suits it, whether it is built for one size of images
-PEERS = {'swin_t': ('swin_tiny_patch4_window7_224', torch.contiguous_format, True),
-         'swin_s': ('swin_small_patch4_window7_224', torch.contiguous_format, True),
-         'swin_b': ('swin_base_patch4_window7_224', torch.contiguous_format, True),
-         'convnext_t': ('convnext_tiny', torch.channels_last, False),
-         'convnext_s': ('convnext_small', torch.channels_last, False),
-         'convnext_b': ('convnext_base', torch.channels_last, False),
-         **{f'{name}_{size[0]}': (f'deit_{size}_patch16_224', torch.contiguous_format, True)
-            for name in ('deit', 'plain_deit') for size in ('tiny', 'small', 'base')},
-         'mambaout_t': ('mambaout_tiny', torch.channels_last, False),
-         'mambavision_t': ('mamba_vision_T', torch.contiguous_format, False)}
-MODELS = (*OURS, *PEERS, *PUBLISHED, *PUBLISHED_VSSDS)
 #: relative 2-norms of the output's error and of the gradient's; bf16 has an eighth of the digits
 MAX_ERRORS = {torch.float16: (2e-2, 5e-2), torch.bfloat16: (6e-2, 1.5e-1)}
 #: of an image whose gradient is checked too
@@ -134,6 +123,8 @@ def published(model):
 
 THREE = ('tiny_s1l8', 'swin_t', 'convnext_t')
 VSSD_PEERS = ('vssd_tiny', 'published_vssd_tiny', 'convnext_t')
+RMT_PEERS = ('rmt_small', 'published_rmt_small', 'deit_s')
+VRWKV_PEERS = ('vision_rwkv_small', 'published_vision_rwkv_small', 'deit_s')
 WIDTHS = ('vim_tiny', 'deit_t', 'vim_small', 'deit_s', 'vim_base', 'deit_b')
 SECTIONS = {'headline': (headline, report.TINY),
             'archs': (archs, (*report.VMAMBAS, 'swin_s', 'convnext_s', 'swin_b', 'convnext_b')),
@@ -147,35 +138,14 @@ SECTIONS = {'headline': (headline, report.TINY),
             'vim-compiled': (vim_compiled, WIDTHS),
             'vim-published': (published, tuple(PUBLISHED)),
             'vssd': (published, VSSD_PEERS),
-            'vssd-compiled': (vim_compiled, VSSD_PEERS)}
+            'vssd-compiled': (vim_compiled, VSSD_PEERS),
+            'rmt': (published, RMT_PEERS),
+            'rmt-compiled': (vim_compiled, RMT_PEERS),
+            'vrwkv': (published, VRWKV_PEERS),
+            'vrwkv-compiled': (vim_compiled, VRWKV_PEERS)}
 
 
 # --- models ---------------------------------------------------------------------------------
-
-def make_model(name, output, height, width):
-    """A model with random weights, on the default device."""
-    if name in VIMS or name in PUBLISHED:
-        return make_vim(name, output, height, width)
-    if name in VSSDS or name in PUBLISHED_VSSDS:
-        return make_vssd(name, output)
-    if name in OURS:
-        if output == 'maps':
-            return VMamba(name, out_indices=(0, 1, 2, 3))
-        return timm.create_model(f'vmamba_{name}', drop_path_rate=0.0)
-    timm_name, _, one_size = PEERS[name]
-    options = dict(img_size=(height, width)) if one_size else {}
-    if output == 'maps':
-        options['features_only'] = True
-    create = timm.create_model
-    if name == 'mambavision_t':
-        from mambavision import create_model as create
-    model = create(timm_name, drop_path_rate=0.0, **options)
-    if name.startswith('plain_deit'):
-        for module in model.modules():
-            if hasattr(module, 'fused_attn'):
-                module.fused_attn = False
-    return model
-
 
 def batch_norms(model):
     return [module for module in model.modules() if isinstance(module, _BatchNorm)]
@@ -194,9 +164,7 @@ class Subject:
         with torch.device(device):
             model = make_model(name, output, height, width)
             images = torch.randn(batch, 3, height, width)
-        layout = PEERS[name][1] if name in PEERS else torch.channels_last
-        if name in PUBLISHED_VSSDS:
-            layout = torch.contiguous_format
+        layout = layout_of(name)
         self.model = model.to(device, memory_format=layout)
         for module in batch_norms(model):
             module.momentum = 0.0  # steps that are timed change nothing of what is expected

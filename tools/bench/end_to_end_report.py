@@ -5,7 +5,9 @@ from typing import NamedTuple
 
 import matplotlib
 from bench_report import NAN, Sheet, number, print_problems, print_table, show, show_in
+from rmt_models import RMTS
 from vim_models import VIMS
+from vrwkv_models import VRWKVS
 from vssd_models import VSSDS
 
 from vmamba_mm import zoo
@@ -16,7 +18,7 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402 (after the choice of its backend)
 
 VMAMBAS = tuple(dict.fromkeys(e.arch for e in zoo.entries('vmamba', task='cls')))
-OURS = (*VMAMBAS, *VIMS, *VSSDS)
+OURS = (*VMAMBAS, *VIMS, *VSSDS, *RMTS, *VRWKVS)
 #: family: the peers of each size; DeiT-S has nearly the parameters of the tiny models
 FAMILIES = {'Swin': {'tiny': 'swin_t', 'small': 'swin_s', 'base': 'swin_b'},
             'ConvNeXt': {'tiny': 'convnext_t', 'small': 'convnext_s', 'base': 'convnext_b'},
@@ -31,6 +33,11 @@ VIM_FAMILIES = {family: {size: f'{name}_{size[0]}' for size in ('tiny', 'small',
 #: The same of VSSD: as published, in plain PyTorch (vssd_models.py).
 VSSD_FAMILIES = {'as published': {size: f'published_vssd_{size}' for size in VSSDS.values()},
                  'ConvNeXt': FAMILIES['ConvNeXt']}
+#: The same of RMT and of Vision-RWKV (rmt_models.py, vrwkv_models.py); DeiT-S has nearly the
+#: parameters of RMT-S, and the width of Vision-RWKV-S.
+RMT_FAMILIES, VRWKV_FAMILIES = (
+    {'as published': {size: f'published_{name}' for name, size in models.items()},
+     'DeiT': VIM_FAMILIES['DeiT']} for models in (RMTS, VRWKVS))
 TINY = ('tiny_s1l8', *(peers['tiny'] for peers in FAMILIES.values()))
 RESOLUTIONS = ((224, 64), (384, 32), (512, 16), (640, 16), (768, 8), (1024, 4))
 NUMBERS = ('ms', 'images_per_s', 'peak_gib', 'error', 'grad_error')
@@ -112,6 +119,8 @@ def print_ratios(rows):
     print_ratios_of(rows, VMAMBAS, FAMILIES)
     print_ratios_of(rows, VIMS, VIM_FAMILIES)
     print_ratios_of(rows, VSSDS, VSSD_FAMILIES)
+    print_ratios_of(rows, RMTS, RMT_FAMILIES)
+    print_ratios_of(rows, VRWKVS, VRWKV_FAMILIES)
 
 
 def print_ratios_of(rows, models, families):
@@ -119,7 +128,7 @@ def print_ratios_of(rows, models, families):
     for case, row in rows.items():
         if case.model not in models:
             continue
-        size = next(s for s in ('micro', 'tiny', 'small', 'base') if s in case.model)
+        size = next(s for s in ('micro', 'tiny', 'small', 'base', 'large') if s in case.model)
         cells = []
         for peers in families.values():
             peer = case._replace(model=peers.get(size, ''))
@@ -163,7 +172,9 @@ def print_rows(rows):
 def plot(rows, path, title):
     """Draw at most four panels, those that have rows."""
     rows = {case: row for case, row in rows.items() if not row['problem']}
-    peers = (p for f in {**FAMILIES, **VIM_FAMILIES, **VSSD_FAMILIES}.values() for p in f.values())
+    peers = (peer for families in (FAMILIES, VIM_FAMILIES, VSSD_FAMILIES, RMT_FAMILIES,
+                                   VRWKV_FAMILIES)
+             for of_sizes in families.values() for peer in of_sizes.values())
     models = [m for m in dict.fromkeys((*OURS, *peers))
               if any(case.model == m for case in rows)]
     tiny = [m for m in TINY if m in models] or models[:len(COLOURS)]

@@ -1,4 +1,4 @@
-"""How many Python calls a block makes, and how often they go from one file to another.
+"""How many Python calls a block or an op makes, and how often they go from one file to another.
 
 A small map waits for Python, and so does who reads the code for the first time. Counted are the
 calls of functions of the package, moves between its files, and the files, once everything is warm;
@@ -28,6 +28,7 @@ from vmamba_mm.layers import (
     RMSNorm,
     VSSBlock,
 )
+from vmamba_mm.ops import selective_scan
 
 PACKAGE = str(Path(vmamba_mm.__file__).parent)
 EMULATOR = 'emulated_cuda.py'
@@ -95,6 +96,17 @@ def cases():
     handle.remove()
     yield 'stem, inference', infer(ConvStem(3, 32), torch.randn(1, 3, 32, 32))
     yield 'downsampling, inference', infer(ConvDownsample(32), x)
+
+    u, A, B = torch.randn(1, 32, 17), -torch.rand(32, 16), torch.randn(1, 1, 16, 17)
+    sequences = [t.requires_grad_() for t in (u, u.clone().detach(), A, B, B.clone().detach())]
+
+    def scan():
+        return selective_scan(*sequences, delta_softplus=True)
+
+    y, grad = scan(), torch.ones_like(u)
+    yield 'selective_scan, training, forward', scan
+    yield 'selective_scan, training, backward', lambda: torch.autograd.grad(
+        y, sequences, grad, retain_graph=True)
 
     streams = torch.randn(1, 17, 32), torch.randn(1, 17, 32)
     for name, mixer in (('Mamba', MambaMixer), ('Vim', BiMambaMixer)):

@@ -3,8 +3,9 @@
 Three tasks: 'cls', VMamba-T (s1l8) at 224x224 with DDP, 128 images a GPU; 'mask-rcnn', our config
 at 800x1280 with mmengine's DDP, 2 images a GPU, in fp16 with its loss scale; 'fsdp', VMamba-B
 (s1l20) at 224x224 with FSDP2, each block a unit, 64 images a GPU. cls and fsdp run in bf16
-autocast, which needs no loss scale. 'compiled' is torch.compile around the wrapped classifier;
-'no replay' switches off the CUDA graphs that blocks are replayed from (VMAMBA_MM_GRAPHS=0).
+autocast, which needs no loss scale. 'compiled' is torch.compile of the whole classifier before DDP
+wraps it, or of each block before FSDP2 does; 'no replay' switches off the CUDA graphs that blocks
+are replayed from (VMAMBA_MM_GRAPHS=0).
 
 Efficiency is images/s by those of as many single GPUs of the same run, where the single GPU has no
 wrapper at all. A step is forward, loss, backward and AdamW, on random images that lie on the GPU;
@@ -99,20 +100,22 @@ class Classification:
         self.labels = torch.cat([torch.randint(1000, (batch,), generator=g) for g in made])
         self.images, self.labels = self.images.to(args.device), self.labels.to(args.device)
 
+    @property
+    def blocks(self):
+        return [block for stage in self.model.backbone.stages for block in stage.blocks]
+
+    def compile(self, case):
+        for module in self.blocks if case.task == 'fsdp' else [self.model]:
+            module.compile(dynamic=False)
+
     def wrap(self, case, device, rank):
         if case.task == 'fsdp':
             mesh = init_device_mesh(device, (case.gpus,))
-            block = type(self.model.backbone.stages[0].blocks[0])
-            for module in self.model.modules():
-                if isinstance(module, block):
-                    fully_shard(module, mesh=mesh)
-            fully_shard(self.model, mesh=mesh)
+            for module in (*self.blocks, self.model):
+                fully_shard(module, mesh=mesh)
         else:
             self.model = DistributedDataParallel(
                 self.model, device_ids=[rank] if device == 'cuda' else None, **cli.DDP_OPTIONS)
-
-    def compile(self):
-        self.model = torch.compile(self.model, dynamic=False)
 
     def loss(self):
         return nn.functional.cross_entropy(self.model(self.images).float(), self.labels)
@@ -212,9 +215,9 @@ def check_gradients(case, args, rank):
                                                                       batch_of(case, args))
     with exact_products():
         subject = make_subject(case, args, rank, batch)
-        subject.wrap(case, args.device, rank)
         if case.way == 'compiled':
-            subject.compile()
+            subject.compile(case)
+        subject.wrap(case, args.device, rank)
         for _ in range(4):  # from the third on blocks are replayed
             subject.model.zero_grad(set_to_none=True)
             subject.loss().backward()
@@ -307,10 +310,10 @@ def measure(rank, case, args):
             raise UserError(f"the gradient is {error:.1e} from one GPU's (relative 2-norm), "
                             f'allowed {MAX_ERRORS[case.task]:.0e}')
     subject = make_subject(case, args, rank)
+    if case.way == 'compiled':
+        subject.compile(case)
     if case.gpus > 1:
         subject.wrap(case, args.device, rank)
-    if case.way == 'compiled':
-        subject.compile()
     start = torch.cat([full(p.detach()).flatten() for p in subject.model.parameters()])
     step = subject.make_step(args.device)
     for _ in range(STEPS if args.device == 'cuda' else 3):
@@ -336,6 +339,7 @@ def run_case(case, args):
         UserError: if a process fails.
     """
     os.environ['VMAMBA_MM_GRAPHS'] = '0' if case.way == 'no replay' else '1'
+    os.environ.setdefault('OMP_NUM_THREADS', '1')  # as torchrun does
     with tempfile.TemporaryDirectory() as folder:
         try:
             torch.multiprocessing.spawn(work, (case, args, folder), nprocs=case.gpus)

@@ -204,12 +204,27 @@ def our_shape(key: str, value: torch.Tensor, family: Family) -> torch.Tensor:
         return value.flatten(1)
     if family.scalars and re.search(family.scalars, key) and value.dim() == 0:
         return value.reshape(1)
+    shape = _held_shape(key, family)
+    if shape and value.dim() == len(shape) and all(
+            wanted in (None, size) for wanted, size in zip(shape, value.shape, strict=True)):
+        return value.reshape([size for wanted, size in zip(shape, value.shape, strict=True)
+                              if wanted is None])
     return value
 
 
 def _official_shape(key, value, family):
-    is_scalar = family.scalars and re.search(family.scalars, key) and value.numel() == 1
-    return value.reshape(()) if is_scalar else value
+    if family.scalars and re.search(family.scalars, key) and value.numel() == 1:
+        return value.reshape(())
+    shape = _held_shape(key, family)
+    if shape and value.dim() == shape.count(None):
+        sizes = iter(value.shape)
+        return value.reshape([next(sizes) if wanted is None else wanted for wanted in shape])
+    return value
+
+
+def _held_shape(key, family):
+    """The shape in which official files hold a weight of our name, if it differs from ours."""
+    return next((shape for pattern, shape in family.shapes if re.search(pattern, key)), None)
 
 
 # --- what a checkpoint holds ------------------------------------------------------------------

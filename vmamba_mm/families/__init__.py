@@ -45,6 +45,7 @@ from collections.abc import Mapping
 
 from vmamba_mm.errors import UserError
 from vmamba_mm.families import (
+    efficientvim,
     mamba_lm,
     rmt,
     rs_mamba,
@@ -151,5 +152,5 @@ def family_of(state_dict: Mapping[str, object]) -> Family | None:
 
 
 for _module in (vmamba, mamba_lm, vim, videomamba, vivim, timemamba, vision_rwkv, vssd, rmt,
-                rs_mamba, rsmamba, vm_unet, seg_mamba):
+                rs_mamba, rsmamba, vm_unet, efficientvim, seg_mamba):
     register_family(_module.FAMILY)

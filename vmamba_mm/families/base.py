@@ -5,7 +5,8 @@ builds no model.
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,9 @@ class Family:
     #: Our names of weights of shape (1,) that official files hold as scalars, which FSDP cannot
     #: share out, as a regular expression.
     scalars: str | None = None
+    #: Pairs of our names, as a regular expression, and the shape in which official files hold these
+    #: weights: None for a dimension that ours have too, 1 for one that they lack.
+    shapes: tuple[tuple[str, tuple[int | None, ...]], ...] = ()
     #: Our names of the first convolutions, which can be adapted to other channels of images.
     first_convs: tuple[str, ...] = ()
     #: Checks of a whole arch, after the rules: raises ValueError.
@@ -87,6 +91,9 @@ class Family:
     system: str = ''
     #: What its models take: 'images', of which timm has the models too, or 'tokens' of text.
     takes: str = 'images'
+    #: Whether timm has the models itself, under the names that it would get for ours; then it gets
+    #: none.
+    in_timm: bool = False
     #: Under which key official files hold the weights of a whole model; '' for at the top.
     weights_key: str = 'model'
     #: Of the official code and weights, and where they are.
@@ -177,6 +184,25 @@ def infer_image_size(num_patches: int, patch_size: int) -> int | tuple[int, int]
     rows = next(n for n in range(math.isqrt(num_patches), 0, -1) if num_patches % n == 0)
     columns = num_patches // rows
     return rows * patch_size if rows == columns else (rows * patch_size, columns * patch_size)
+
+
+def count_blocks(names: Iterable[str], num_stages: int) -> tuple[int, ...]:
+    """How many blocks, ``stages.I.blocks.J``, each stage has, for ``infer_arch``."""
+    found = {match.groups() for name in names
+             if (match := re.match(r'stages\.(\d+)\.blocks\.(\d+)\.', name))}
+    return tuple(sum(stage == str(i) for stage, _ in found) for i in range(num_stages))
+
+
+def sizes_of_stages(shapes: Mapping[str, tuple[int, ...]], name: str, num_stages: int
+                    ) -> tuple[int, ...]:
+    """The first dimension of ``stages.I.NAME`` for each stage, for ``infer_arch``; 0 where a part
+    of a file lacks it.
+
+    Raises:
+        KeyError: if the first stage lacks it.
+    """
+    return (shapes[f'stages.0.{name}'][0],
+            *(shapes.get(f'stages.{i}.{name}', (0,))[0] for i in range(1, num_stages)))
 
 
 # --- tests of values, for rules ---------------------------------------------------------------

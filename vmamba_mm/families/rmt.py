@@ -1,10 +1,9 @@
 """RMT (arXiv 2309.11523): the four published architectures and the names of its weights."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from vmamba_mm.families.base import Family, Rule, are_ints, is_number
+from vmamba_mm.families.base import Family, Rule, are_ints, count_blocks, is_number, sizes_of_stages
 from vmamba_mm.families.parity import Build, Call, Options, Parity, Subject
 
 
@@ -89,19 +88,10 @@ def _infer_arch(weights: Mapping[str, Any]) -> dict[str, Any]:
     """Which form the attention of a stage has leaves no trace, nor do decays and layer scales but
     in their values: they are taken to be those of the published arch of these shapes."""
     shapes = {k: tuple(v.shape) for k, v in weights.items()}
-    blocks = {m.groups() for k in shapes if (m := re.match(r'stages\.(\d+)\.blocks\.(\d+)\.', k))}
-
-    def first_sizes(name):
-        """Of each stage; 0 where a part of a file lacks it."""
-        return (shapes[f'stages.0.{name}'][0],
-                *(shapes.get(f'stages.{i}.{name}', (0,))[0] for i in range(1, 4)))
-
-    dims, heads, hidden = map(first_sizes, (
+    dims, heads, hidden = (sizes_of_stages(shapes, name, 4) for name in (
         'blocks.0.norm1.weight', 'decay', 'blocks.0.mlp.fc1.weight'))
     scaled = tuple(f'stages.{i}.blocks.0.gamma_1' in shapes for i in range(4))
-    told = dict(embed_dims=dims, depths=tuple(sum(stage == str(i) for stage, _ in blocks)
-                                              for i in range(4)),
-                num_heads=heads,
+    told = dict(embed_dims=dims, depths=count_blocks(shapes, 4), num_heads=heads,
                 mlp_ratios=tuple(h / (dim or 1) for h, dim in zip(hidden, dims, strict=True)))
     for arch in ARCHS.values():
         scales = arch.get('layer_scales', DEFAULTS['layer_scales'])

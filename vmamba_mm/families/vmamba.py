@@ -5,7 +5,16 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from vmamba_mm.families.base import Family, Rows, Rule, are_ints, is_int, is_number, one_of
+from vmamba_mm.families.base import (
+    Family,
+    Rows,
+    Rule,
+    are_ints,
+    count_blocks,
+    is_int,
+    is_number,
+    one_of,
+)
 from vmamba_mm.families.parity import Build, Call, Limit, Omission, Options, Parity, Subject
 
 
@@ -162,14 +171,12 @@ def infer_arch(weights: Mapping[str, Any], num_routes: int) -> dict[str, Any]:
         raise ValueError(f'{found} routes in place of {num_routes}')
     projected, *_ = shapes[f'{first}ssm.in_proj.weight']
     hidden, *_ = shapes.get(f'{first}mlp.fc1.weight', (0,))
-    blocks = {m.groups() for k in shapes if (m := re.match(r'stages\.(\d+)\.blocks\.(\d+)\.', k))}
     inner, rank, d_state = (_ssd_sizes if is_ssd else _s6_sizes)(shapes, first)
     conv = f'{first}ssm.conv2d.1' if is_ssd else f'{first}ssm.conv2d'
     *_, kernel = shapes.get(f'{conv}.weight', (0,))
     arch = dict(
         embed_dims=dim if dims == stage_dims(dim) else dims,
-        depths=tuple(sum(stage == str(i) for stage, _ in blocks) for i in range(4)),
-        d_state=d_state, ssm_ratio=inner / dim,
+        depths=count_blocks(shapes, 4), d_state=d_state, ssm_ratio=inner / dim,
         dt_rank='auto' if rank == math.ceil(dim / 16) else rank,
         conv_bias=f'{conv}.bias' in shapes, gate=projected == 2 * inner,
         mlp_ratio=hidden / dim, stem='conv' if 'patch_embed.conv1.weight' in shapes else 'patch',

@@ -1,10 +1,9 @@
 """VSSD (arXiv 2407.18559): the four published architectures and the names of its weights."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from vmamba_mm.families.base import Family, Rule, are_ints, is_int, is_number, one_of
+from vmamba_mm.families.base import Family, Rule, are_ints, count_blocks, is_int, is_number, one_of
 from vmamba_mm.families.parity import Build, Call, Limit, Options, Parity, Subject
 
 
@@ -79,8 +78,6 @@ def _infer_arch(weights: Mapping[str, Any]) -> dict[str, Any]:
     inner, = shapes[f'{first}attn.norm.weight']
     hidden, _ = shapes[f'{first}mlp.fc1.weight']
     conv, *_ = shapes[f'{first}attn.conv2d.weight']
-    blocks = {m.groups() for k in shapes if (m := re.match(r'stages\.(\d+)\.blocks\.(\d+)\.', k))}
-    depths = tuple(sum(stage == str(i) for stage, _ in blocks) for i in range(4))
     heads, mixers = [], []
     for i in range(4):
         place = f'stages.{i}.blocks.0.attn.'
@@ -88,7 +85,8 @@ def _infer_arch(weights: Mapping[str, Any]) -> dict[str, Any]:
         heads.append(shapes[f'{place}A_log'][0] if mixers[-1] == 'ssd' else 2 * heads[-1])
     if (conv - inner) % 2:
         raise ValueError(f'{conv} channels of the convolution for {inner} of x')
-    arch = dict(embed_dims=dims, depths=depths, num_heads=tuple(heads), d_state=(conv - inner) // 2)
+    arch = dict(embed_dims=dims, depths=count_blocks(shapes, 4), num_heads=tuple(heads),
+                d_state=(conv - inner) // 2)
     found = dict(
         mixers=tuple(mixers), expand=inner / dims, mlp_ratio=hidden / dims,
         stem='residual' if 'patch_embed.conv2.0.conv.weight' in shapes else 'patch',

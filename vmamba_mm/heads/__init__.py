@@ -5,6 +5,8 @@ from vmamba_mm.heads.losses import DiceLoss
 from vmamba_mm.heads.pyramid import SimpleFeaturePyramid
 from vmamba_mm.heads.rs_mamba import ChannelFusion, ConcatDecoder, RemoteSensingModel
 from vmamba_mm.heads.seg_mamba import ResidualDecoder, SegMamba
+from vmamba_mm.heads.stage_fusion import StageFusionHead
+from vmamba_mm.heads.taught import HardDistillation, TimmTeacher
 from vmamba_mm.heads.token_label import TokenLabelHead
 from vmamba_mm.heads.video import ClipPreprocessor, VideoClassifier
 from vmamba_mm.heads.videomamba import (
@@ -15,6 +17,6 @@ from vmamba_mm.heads.videomamba import (
 )
 
 __all__ = ['ChannelFusion', 'ClipPreprocessor', 'ClipTower', 'ConcatDecoder', 'DiceLoss',
-           'DistilledVideoMamba', 'MaskedVideoMamba', 'RemoteSensingModel', 'ResidualDecoder',
-           'SegMamba', 'SelfDistillation', 'SimpleFeaturePyramid', 'TokenLabelHead',
-           'VideoClassifier', 'VideoEncoder']
+           'DistilledVideoMamba', 'HardDistillation', 'MaskedVideoMamba', 'RemoteSensingModel',
+           'ResidualDecoder', 'SegMamba', 'SelfDistillation', 'SimpleFeaturePyramid',
+           'StageFusionHead', 'TimmTeacher', 'TokenLabelHead', 'VideoClassifier', 'VideoEncoder']

@@ -2,15 +2,14 @@
 
 from collections.abc import Sequence
 
-import torch
-from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from vmamba_mm.heads.logits import LogitsHead, targets_of
 from vmamba_mm.registry import MODELS
 
 
 @MODELS.register_module()
-class TokenLabelHead(BaseModule):
+class TokenLabelHead(LogitsHead):
     """A head for mmpretrain's ``ImageClassifier`` with two linear layers: ``fc`` of the mean of the
     last map, and ``aux`` of each position of the first one.
 
@@ -34,14 +33,13 @@ class TokenLabelHead(BaseModule):
     def __init__(self, num_classes: int, in_channels: int, aux_channels: int,
                  aux_weight: float = 0.5, loss: dict | None = None,
                  init_cfg: dict | list[dict] | None = None):
-        super().__init__(init_cfg or dict(type='Normal', layer='Linear', std=0.01))
+        super().__init__(loss, init_cfg or dict(type='Normal', layer='Linear', std=0.01))
         if min(num_classes, in_channels, aux_channels) < 1:
             raise ValueError('num_classes, in_channels and aux_channels must be at least 1, got '
                              f'{num_classes!r}, {in_channels!r} and {aux_channels!r}')
         self.fc = nn.Linear(in_channels, num_classes)
         self.aux = nn.Linear(aux_channels, num_classes)
         self.aux_weight = aux_weight
-        self.loss_module = nn.CrossEntropyLoss() if loss is None else MODELS.build(loss)
 
     def forward(self, feats: Sequence[Tensor]) -> Tensor:
         """The first and the last map, (B, C_i, H_i, W_i) each, to logits (B, classes)."""
@@ -56,10 +54,7 @@ class TokenLabelHead(BaseModule):
             data_samples: mmpretrain's DataSamples with labels, or scores where images were mixed.
         """
         logits, of_positions = self._logits(feats)
-        if 'gt_score' in data_samples[0]:
-            target = torch.stack([sample.gt_score for sample in data_samples])
-        else:
-            target = torch.cat([sample.gt_label for sample in data_samples])
+        target = targets_of(data_samples)
         repeated = target.repeat_interleave(of_positions.shape[1], dim=0)
         aux_loss = self.loss_module(of_positions.flatten(0, 1), repeated, **kwargs)
         return dict(loss=self.loss_module(logits, target, **kwargs),
@@ -68,13 +63,3 @@ class TokenLabelHead(BaseModule):
     def _logits(self, feats):
         """(B, classes), and of the positions of the first map, (B, H W, classes)."""
         return self.fc(feats[-1].mean((2, 3))), self.aux(feats[0].flatten(2).transpose(1, 2))
-
-    def predict(self, feats: Sequence[Tensor], data_samples: list | None = None) -> list:
-        """DataSamples with ``pred_score`` (classes) and ``pred_label``; ``data_samples``, if there
-        are any."""
-        from mmpretrain.structures import DataSample
-
-        scores = self(feats).softmax(1)
-        samples = [DataSample() for _ in scores] if data_samples is None else data_samples
-        return [sample.set_pred_score(score).set_pred_label(score.argmax(keepdim=True).detach())
-                for sample, score in zip(samples, scores, strict=True)]

@@ -7,9 +7,9 @@ into them by :func:`vmamba_mm.checkpoints.files.read_checkpoint`.
 
 import torch
 import torch.nn.functional as F
-from mmengine.model import BaseModel
 from torch import Tensor, nn
 
+from vmamba_mm.heads.taught import TaughtClassifier
 from vmamba_mm.models.base import init_linear
 from vmamba_mm.registry import MODELS
 
@@ -55,7 +55,7 @@ def _distill_head(backbone, feature_dims):
 
 
 @MODELS.register_module()
-class SelfDistillation(BaseModel):
+class SelfDistillation(TaughtClassifier):
     """A classifier of mmpretrain's kind that learns from labels and from a smaller model.
 
     For training; its backbone and head are those of the plain classifier. The published recipe of
@@ -80,51 +80,24 @@ class SelfDistillation(BaseModel):
                  data_preprocessor: dict | None = None, init_cfg: dict | list[dict] | None = None):
         if neck is not None:
             raise ValueError(f'SelfDistillation has class tokens, which need no neck, got {neck!r}')
-        if not isinstance(data_preprocessor, nn.Module):
-            data_preprocessor = dict(type='mmpretrain.ClsDataPreprocessor') | (
-                data_preprocessor or {})
-            data_preprocessor.setdefault('batch_augments', train_cfg)
-            data_preprocessor = MODELS.build(data_preprocessor)
-        super().__init__(data_preprocessor=data_preprocessor, init_cfg=init_cfg)
-        self.backbone = MODELS.build(backbone)
-        self.head = MODELS.build(head)
-        teacher = MODELS.build(teacher).eval().requires_grad_(False)
-        for name, model in dict(backbone=self.backbone, teacher=teacher).items():
+        super().__init__(backbone, head, teacher, train_cfg, data_preprocessor, init_cfg)
+        for name, model in dict(backbone=self.backbone, teacher=self.teacher).items():
             if model.out_type != 'raw':
                 raise ValueError(f"the {name} of SelfDistillation needs out_type='raw', got "
                                  f'{model.out_type!r}')
-        self._teacher = [teacher]  # in a list, it is no submodule
-        self.distill_head = _distill_head(self.backbone, teacher.num_features[-1])
+        self.distill_head = _distill_head(self.backbone, self.teacher.num_features[-1])
         self.weight = weight
 
-    def init_weights(self) -> None:
-        super().init_weights()
-        self._teacher[0].init_weights()
+    def read(self, outs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The class tokens (B, C)."""
+        return outs[-1][:, 0],
 
-    def forward(self, inputs: Tensor, data_samples: list | None = None, mode: str = 'tensor'):
-        """
-        Args:
-            inputs: (B, 3, H, W).
-            data_samples: mmpretrain's DataSamples.
-            mode: 'tensor' for logits (B, classes), 'loss' for a dict of losses, 'predict' for
-                DataSamples.
-        """
-        tokens = self.backbone(inputs)[-1]
-        cls_tokens = tokens[:, 0],
-        if mode == 'tensor':
-            return self.head(cls_tokens)
-        if mode == 'predict':
-            return self.head.predict(cls_tokens, data_samples)
-        if mode == 'loss':
-            losses = self.head.loss(cls_tokens, data_samples)
-            return losses | dict(loss_features=self.weight * self._compare(inputs, tokens))
-        raise ValueError(f"mode must be 'tensor', 'loss' or 'predict', got {mode!r}")
-
-    def _compare(self, inputs, tokens):
-        """The mean of 2 - 2 cos between the student's tokens and the teacher's."""
-        with torch.no_grad():
-            wanted = self._teacher[0].to(inputs.device)(inputs)[-1]
-        return 2 - 2 * F.cosine_similarity(self.distill_head(tokens), wanted, dim=-1).mean()
+    def losses(self, outs: tuple[Tensor, ...], wanted: tuple[Tensor, ...], data_samples: list
+               ) -> dict[str, Tensor]:
+        """Those of the labels, and the mean of 2 - 2 cos between the tokens of both."""
+        likeness = F.cosine_similarity(self.distill_head(outs[-1]), wanted[-1], dim=-1).mean()
+        return self.head.loss(self.read(outs), data_samples) | dict(
+            loss_features=self.weight * (2 - 2 * likeness))
 
 
 class MaskedVideoMamba(nn.Module):

@@ -472,5 +472,5 @@ def _register(model: type[TimmBackbone], family: Family, arch: str) -> None:
 
 
 for _family in FAMILIES.values():
-    if _family.takes == 'images' and _family.task == 'cls':
+    if _family.takes == 'images' and _family.task == 'cls' and not _family.in_timm:
         register_models(_family)

@@ -49,9 +49,20 @@ def is_plain_conv(module: nn.Module) -> bool:
             and module.padding == module.padding[::-1])  # which no name, as 'same', is
 
 
-def is_depthwise_3x3(module: nn.Module | None) -> bool:
-    """Whether ``module`` is a plain depthwise 3x3 convolution that keeps the size of a map."""
+def is_depthwise(module: nn.Module | None, size: int) -> bool:
+    """Whether ``module`` is a plain depthwise convolution of an odd size that keeps that of a
+    map."""
     return (is_plain(module, nn.Conv2d)
             and module.groups == module.in_channels == module.out_channels
             and (module.kernel_size, module.stride, module.padding, module.dilation,
-                 module.padding_mode) == ((3, 3), (1, 1), (1, 1), (1, 1), 'zeros'))
+                 module.padding_mode) == ((size,) * 2, (1, 1), (size // 2,) * 2, (1, 1), 'zeros'))
+
+
+def is_depthwise_3x3(module: nn.Module | None) -> bool:
+    return is_depthwise(module, 3)
+
+
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether ``module`` is a plain 1x1 convolution, a product of each pixel with a matrix."""
+    return (is_plain(module, nn.Conv2d) and module.groups == 1
+            and (module.kernel_size, module.stride, module.padding) == ((1, 1), (1, 1), (0, 0)))

@@ -108,7 +108,7 @@ class MultiScaleRetention(nn.Module):
         q, k, v = (project(x).unflatten(-1, (self.num_heads, -1)) for project in (
             self.q_proj, self.k_proj, self.v_proj))
         table = rotation_table(positions.unsqueeze(-1), q.shape[-1], q.dtype)
-        return rotate_pairs(q, *table), rotate_pairs(k * k.shape[-1] ** -0.5, *table), v
+        return rotate_pairs(q, table), rotate_pairs(k * k.shape[-1] ** -0.5, table), v
 
     def _project_out(self, x, y):
         wide = y.to(compute_dtype(y.dtype))

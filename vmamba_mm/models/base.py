@@ -147,6 +147,11 @@ class Backbone(StrictLoading, BaseModule):
         """The side of the last map, of a square image of ``size`` pixels."""
         return size // cls.stage_strides(arch)[-1]
 
+    @property
+    def out_channels(self) -> list[int]:
+        """The channels of each output."""
+        return [self.num_features[i] for i in self.out_indices]
+
     def build(self, in_channels: int, drop_path_rates: Sequence[float], with_cp: bool) -> None:
         """Make the modules, with their initial weights.
 

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from vmamba_mm.families.rmt import DEFAULTS, FAMILY, PROJECTION
 from vmamba_mm.layers import DropPath, LayerNorm, LayerNorm2d, Stage
-from vmamba_mm.layers.maps import ConvUnit, batch_norm_map, convolve_map
+from vmamba_mm.layers.maps import ConvUnit, add_convolution, batch_norm_map, convolve_map
 from vmamba_mm.layers.norm import sum_and_norm
-from vmamba_mm.layers.plain import is_plain
+from vmamba_mm.layers.plain import are_plain, is_depthwise, is_plain
 from vmamba_mm.models.base import Backbone, init_linear
-from vmamba_mm.ops import add_norm, channels_last, masa
-from vmamba_mm.ops.core.backends import compute_dtype
-from vmamba_mm.ops.masa import decay_masks
-from vmamba_mm.ops.rotation import rotate_pairs, rotation_table
+from vmamba_mm.ops import add_norm, channels_last, conv_mlp, masa, masa_mixer
+from vmamba_mm.ops.core.backends import compute_dtype, runs_kernels
+from vmamba_mm.ops.masa import decay_masks, needs_masks
+from vmamba_mm.ops.rotation import rotation_table
 from vmamba_mm.registry import MODELS
 
 # What torch.fx records as it is, since it looks at shapes.
@@ -27,7 +27,6 @@ torch.fx.wrap('add_norm')
 torch.fx.wrap('channels_last')
 torch.fx.wrap('masa')
 torch.fx.wrap('place')
-torch.fx.wrap('rotate_pairs')
 torch.fx.wrap('sum_and_norm')
 
 
@@ -37,9 +36,9 @@ class Places(NamedTuple):
     """What attention has to know of the places of pixels; the blocks of a stage share it."""
 
     decay: Tensor  #: (n), logarithms, of :func:`make_decay`
-    cos: Tensor  #: (H, W, 1, P)
-    sin: Tensor  #: (H, W, 1, P)
-    masks: tuple[Tensor, ...]  #: of :func:`vmamba_mm.ops.decay_masks`
+    turns: Tensor  #: (H, W, P / 2, 2), of queries and keys: cosines and sines
+    #: Of :func:`vmamba_mm.ops.decay_masks`; None where a kernel needs none.
+    masks: tuple[Tensor, ...] | None
 
 
 def place(x: Tensor, decay: Tensor, head_dim: int, form: str) -> Places:
@@ -49,10 +48,11 @@ def place(x: Tensor, decay: Tensor, head_dim: int, form: str) -> Places:
     depends on the width.
     """
     height, width = x.shape[1:3]
-    numbers = torch.arange(height * width, device=x.device).view(height, width, 1)
-    cos, sin = rotation_table(numbers, head_dim, x.dtype)
+    numbers = torch.arange(height * width, device=x.device).view(height, width)
+    turns = rotation_table(numbers, head_dim, x.dtype)
     wide = decay.to(compute_dtype(decay.dtype))
-    return Places(decay, cos, sin, decay_masks(wide, height, width, form))
+    masks = decay_masks(wide, height, width, form) if needs_masks(x, len(decay), form) else None
+    return Places(wide, turns, masks)
 
 
 def make_decay(num_heads: int, init_value: float = 2.0, heads_range: float = 4.0) -> Tensor:
@@ -85,14 +85,20 @@ class ManhattanAttention(nn.Module):
         self.lepe = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
 
     def forward(self, x: Tensor, places: Places) -> Tensor:
+        linears = self.q_proj, self.k_proj, self.v_proj, self.out_proj
+        if runs_kernels(x) and are_plain(linears, (nn.Linear,) * 4) and is_depthwise(self.lepe, 5):
+            q, k, v, out, lepe = (_parameters(module) for module in (*linears, self.lepe))
+            return masa_mixer(x, q, k, v, lepe, out, places.decay, places.turns, self.form,
+                              masks=places.masks)
         v = self.v_proj(x)
-        q, k = (rotate_pairs(self._heads(project(x)), places.cos, places.sin)
-                for project in (self.q_proj, self.k_proj))
-        y = masa(q, k, self._heads(v), places.decay, self.form, masks=places.masks).flatten(3)
-        return self.out_proj(y + convolve_map(self.lepe, v))
+        q, k, values = (t.unflatten(-1, (self.num_heads, -1))
+                        for t in (self.q_proj(x), self.k_proj(x), v))
+        y = masa(q, k, values, places.decay, self.form, masks=places.masks, turns=places.turns)
+        return self.out_proj(y.flatten(3) + convolve_map(self.lepe, v))
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1))
+
+def _parameters(module: nn.Module) -> tuple[Tensor, Tensor]:
+    return module.weight, module.bias
 
 
 class PlacedAttention(nn.Module):
@@ -134,8 +140,10 @@ class ConvMlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(self.fc1(x))
-        return self.fc2(x + convolve_map(self.dwconv, x))
+        fc1, conv, fc2 = self.fc1, self.dwconv, self.fc2
+        if runs_kernels(x) and are_plain((fc1, fc2), (nn.Linear,) * 2) and is_depthwise(conv, 3):
+            return conv_mlp(x, fc1.weight, fc1.bias, conv.weight, conv.bias, fc2.weight, fc2.bias)
+        return fc2(add_convolution(conv, F.gelu(fc1(x))))
 
 
 class RMTBlock(nn.Module):
@@ -177,8 +185,8 @@ class RMTBlock(nn.Module):
         scales: tuple[Tensor | None, ...] = (None, None)
         if is_plain(drop, DropPath):  # then the factors go into the sums
             scales, drop = drop.factors(x, 2), _identity
-        x, normed = sum_and_norm(self.norm1, x, convolve_map(self.pos, x))
-        branch = drop(_scaled(self.attn(normed, places), self.gamma_1))
+        x = add_convolution(self.pos, x)
+        branch = drop(_scaled(self.attn(self.norm1(x), places), self.gamma_1))
         x, normed = sum_and_norm(self.norm2, x, branch, scales[0])
         branch = drop(_scaled(self.mlp(normed), self.gamma_2))
         return add_norm(x, branch, None, None, scale=scales[1])[0]

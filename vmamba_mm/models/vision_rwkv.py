@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,51 +13,35 @@ from torch import Tensor, nn
 
 from vmamba_mm.families.vision_rwkv import DEFAULTS, FAMILY, grid_of
 from vmamba_mm.layers import DropPath, LayerNorm, PatchEmbed
+from vmamba_mm.layers.plain import is_plain
 from vmamba_mm.layers.positions import pad_to_patches, resize_grid, resize_patches
 from vmamba_mm.models.base import init_linear
 from vmamba_mm.models.flat import FlatBackbone
-from vmamba_mm.ops import bi_wkv, bi_wkv6
+from vmamba_mm.ops import (
+    add_norm,
+    bi_wkv,
+    bi_wkv6,
+    layer_norm,
+    shift_mix,
+    sigmoid_gate,
+    squared_relu,
+)
+from vmamba_mm.ops.core.backends import autocast_dtype, runs_kernels
+from vmamba_mm.ops.shift_mix.reference import shift_heads
 from vmamba_mm.registry import MODELS
 
 # What torch.fx records as it is, since it looks at shapes.
 torch.fx.wrap('_add_positions')
 torch.fx.wrap('_bi_wkv_of_map')
 torch.fx.wrap('_bi_wkv6_of_map')
-torch.fx.wrap('_shift')
+torch.fx.wrap('add_norm')
+torch.fx.wrap('autocast_dtype')
+torch.fx.wrap('layer_norm')
 torch.fx.wrap('pad_to_patches')
-
-
-def quad_shift(x: Tensor, pixels: int = 1, share: float = 0.25) -> Tensor:
-    """Q-shift (section 3.2): four groups of channels come from the four neighbours.
-
-    Group i has the channels from ``int(C * share * i)`` to ``int(C * share * (i + 1))``, and the
-    groups come from the left, the right, above and below; zeros come from outside of the map, and
-    channels of no group stay.
-
-    Args:
-        x: (B, H, W, ..., C).
-        pixels: how far the neighbours are.
-        share: of the channels in a group, up to 1/4.
-
-    Returns:
-        (B, H, W, ..., C).
-    """
-    height, width = x.shape[1:3]
-    cuts = [int(x.shape[-1] * share * i) for i in range(5)]
-    left, right, above, below = (x[..., a:b] for a, b in zip(cuts, cuts[1:], strict=False))
-    across, down, rest = min(pixels, width), min(pixels, height), (0, 0) * (x.dim() - 3)
-    return torch.cat((
-        F.pad(left[:, :, :width - across], (*rest, across, 0)),
-        F.pad(right[:, :, across:], (*rest, 0, across)),
-        F.pad(above[:, :height - down], (*rest, 0, 0, down, 0)),
-        F.pad(below[:, down:], (*rest, 0, 0, 0, down)), x[..., cuts[-1]:]), dim=-1)
-
-
-def _shift(x: Tensor, pixels: int, share: float, head_dim: int | None) -> Tensor:
-    """``quad_shift`` of all channels, or of those of each head."""
-    if head_dim is None:
-        return quad_shift(x, pixels, share)
-    return quad_shift(x.unflatten(-1, (-1, head_dim)), pixels, share).flatten(-2)
+torch.fx.wrap('shift_heads')
+torch.fx.wrap('shift_mix')
+torch.fx.wrap('sigmoid_gate')
+torch.fx.wrap('squared_relu')
 
 
 def _bi_wkv_of_map(w: Tensor, u: Tensor, k: Tensor, v: Tensor, mode: str) -> Tensor:
@@ -87,15 +71,14 @@ class _Mix(nn.Module):
             self.register_parameter(f'spatial_mix_{name}', nn.Parameter(
                 torch.full((1, 1, dim), 0.5)) if shift_pixel else None)
 
-    def mix(self, x: Tensor) -> list[Tensor]:
+    def mix(self, x: Tensor) -> Sequence[Tensor]:
         """The mixtures of (B, H, W, C)."""
         if not self.shift_pixel:
             return [x] * len(self.mixtures)
-        shifted = _shift(x, self.shift_pixel, self.shift_share, self.head_dim)
-        difference = x - shifted
-        return [torch.addcmul(shifted, difference,
-                              getattr(self, f'spatial_mix_{name}').to(x.dtype)[:, None])
-                for name in self.mixtures]
+        shares = [getattr(self, f'spatial_mix_{name}').flatten() for name in self.mixtures]
+        # Under autocast the products that take them would round them.
+        return shift_mix(x, shares, self.shift_pixel, self.shift_share, head_dim=self.head_dim,
+                         out_dtype=autocast_dtype(x))
 
 
 class SpatialMix(_Mix):
@@ -125,12 +108,12 @@ class SpatialMix(_Mix):
 
     def forward(self, x: Tensor) -> Tensor:
         for_k, for_v, for_r = self.mix(x)
-        gate = torch.sigmoid(self.receptance(for_r))
+        gate = self.receptance(for_r)
         y = _bi_wkv_of_map(self.spatial_decay, self.spatial_first, self.key(for_k),
                            self.value(for_v), self.formula)
         if self.key_norm is not None:
             y = self.key_norm(y)
-        return self.output(gate * y)
+        return self.output(sigmoid_gate(gate, y))
 
 
 class SpatialMix6(nn.Module):
@@ -185,7 +168,7 @@ class SpatialMix6(nn.Module):
 
     def mix(self, x: Tensor) -> list[Tensor]:
         """The mixtures of (B, H, W, C)."""
-        difference = _shift(x, self.shift_pixel, self.shift_share, self.head_dim) - x
+        difference = shift_heads(x, self.shift_pixel, self.shift_share, self.head_dim) - x
         hidden = torch.tanh(self._mixed(x, difference, 'x') @ self.time_maa_w1)
         parts = hidden.unflatten(-1, (len(self.mixtures), -1)).unbind(-2)
         return [self._mixed(x, difference, name, part @ weight) for name, part, weight in zip(
@@ -221,10 +204,10 @@ class ChannelMix(_Mix):
 
     def forward(self, x: Tensor) -> Tensor:
         for_k, for_r = self.mix(x)
-        hidden = torch.square(torch.relu(self.key(for_k)))
+        hidden = squared_relu(self.key(for_k))
         if self.key_norm is not None:
             hidden = self.key_norm(hidden)
-        return torch.sigmoid(self.receptance(for_r)) * self.value(hidden)
+        return sigmoid_gate(self.receptance(for_r), self.value(hidden))
 
 
 class VisionRWKVBlock(nn.Module):
@@ -263,11 +246,33 @@ class VisionRWKVBlock(nn.Module):
     def _forward(self, x: Tensor) -> Tensor:
         if self.ln0 is not None:
             x = self.ln0(x)
-        for mixer, norm, gamma in ((self.att, self.ln1, self.gamma1),
-                                   (self.ffn, self.ln2, self.gamma2)):
-            branch = norm(mixer(x)) if self.post_norm else mixer(norm(x))
-            x = x + self.drop_path(branch if gamma is None else gamma * branch)
+        drop: Callable[[Tensor], Tensor] = self.drop_path
+        scales: tuple[Tensor | None, ...] = (None, None)
+        if is_plain(drop, DropPath):  # then the factors go into the sums
+            scales, drop = drop.factors(x, 2), _identity
+        for mixer, norm, gamma, scale in ((self.att, self.ln1, self.gamma1, scales[0]),
+                                          (self.ffn, self.ln2, self.gamma2, scales[1])):
+            if self.post_norm:
+                branch = _scaled_norm(norm, mixer(x), gamma)
+            else:
+                branch = mixer(norm(x))
+                branch = branch if gamma is None else gamma * branch
+            x = add_norm(x, drop(branch), None, None, scale=scale)[0]
         return x
+
+
+def _identity(branch: Tensor) -> Tensor:
+    return branch
+
+
+def _scaled_norm(norm: nn.Module, x: Tensor, gamma: Tensor | None) -> Tensor:
+    """``gamma * norm(x)``; on a GPU the factors (C) are part of the norm's parameters."""
+    if gamma is None:
+        return norm(x)
+    if runs_kernels(x) and is_plain(norm, LayerNorm):
+        return layer_norm(x, norm.weight * gamma, norm.bias * gamma, norm.eps,
+                          out_dtype=norm.out_dtype(x))
+    return gamma * norm(x)
 
 
 @MODELS.register_module()

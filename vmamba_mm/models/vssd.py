@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from vmamba_mm.families.vssd import DEFAULTS, FAMILY
 from vmamba_mm.layers import DropPath, LayerNorm, LayerNorm2d, Mlp, SelfAttention, Stage
-from vmamba_mm.layers.maps import ConvUnit, convolve_map
-from vmamba_mm.layers.norm import sum_and_norm
+from vmamba_mm.layers.maps import ConvUnit, add_convolution, convolve_map
 from vmamba_mm.layers.plain import is_depthwise_3x3, is_plain
 from vmamba_mm.layers.positions import pad_to_patches
 from vmamba_mm.layers.ssm_init import init_dt_bias, state_matrix
 from vmamba_mm.models.base import Backbone, init_linear
-from vmamba_mm.ops import add_norm, channels_last, dwconv_silu, nc_ssd
+from vmamba_mm.ops import add_norm, channels_last, dwconv_silu, nc_ssd, nc_ssd_mixer
 from vmamba_mm.ops.core.backends import runs_kernels
 from vmamba_mm.registry import MODELS
 
@@ -27,9 +26,9 @@ torch.fx.wrap('add_norm')
 torch.fx.wrap('channels_last')
 torch.fx.wrap('dwconv_silu')
 torch.fx.wrap('nc_ssd')
+torch.fx.wrap('nc_ssd_mixer')
 torch.fx.wrap('pad_to_patches')
 torch.fx.wrap('state_matrix')
-torch.fx.wrap('sum_and_norm')
 
 
 # --- stems and downsamplings ----------------------------------------------------------------------
@@ -49,7 +48,11 @@ class ResidualStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(channels_last(x))
-        return self.conv3(x + self.conv2(x))
+        if is_plain(self.conv2, nn.Sequential) and is_plain(self.conv2[1], ConvUnit):
+            x = self.conv2[1](self.conv2[0](x), x)
+        else:
+            x = x + self.conv2(x)
+        return self.conv3(x)
 
 
 class PatchStem(nn.Module):
@@ -136,29 +139,37 @@ class NonCausalSSD(nn.Module):
         self.out_proj = nn.Linear(inner, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        z, xBC, dt = self._project(x)[:3]
-        if is_depthwise_3x3(self.conv2d):
-            xBC = dwconv_silu(xBC, self.conv2d.weight, self.conv2d.bias)
+        projected, conv, norm = self._project(x), self.conv2d, self.norm
+        A = state_matrix(self.A_log)
+        if is_depthwise_3x3(conv) and is_plain(norm, LayerNorm):
+            y = nc_ssd_mixer(projected, conv.weight, conv.bias, A, self.D, self.dt_bias,
+                             norm.weight, norm.bias, groups=self.n_groups, positive=self.positive,
+                             eps=norm.eps)
+            return self.out_proj(y)
+        inner, channels = self.sizes[0], sum(self.sizes)
+        z, xBC, dt = projected[..., :inner + channels + self.num_heads].split(
+            (inner, channels, self.num_heads), dim=-1)
+        if is_depthwise_3x3(conv):
+            xBC = dwconv_silu(xBC, conv.weight, conv.bias)
         else:
-            xBC = F.silu(convolve_map(self.conv2d, xBC))
+            xBC = F.silu(convolve_map(conv, xBC))
         x, B, C = xBC.flatten(1, 2).split(self.sizes, dim=-1)
         B, C = (t.unflatten(-1, (self.n_groups, -1)) for t in (B, C))
-        y = nc_ssd(x.unflatten(-1, (self.num_heads, -1)), dt.flatten(1, 2),
-                   state_matrix(self.A_log), B, C, self.D, dt_bias=self.dt_bias, dt_softplus=True,
-                   positive=self.positive)
-        return self.out_proj(self.norm(y.view(z.shape)) * z)
+        y = nc_ssd(x.unflatten(-1, (self.num_heads, -1)), dt.flatten(1, 2), A, B, C, self.D,
+                   dt_bias=self.dt_bias, dt_softplus=True, positive=self.positive)
+        return self.out_proj(norm(y.view(z.shape)) * z)
 
-    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+    def _project(self, x: Tensor) -> Tensor:
         """z, what the convolution takes, dt, and on a GPU zeros that nobody reads.
 
-        The rows of a published stage have 386 numbers, or 515. Tensor cores, and the kernel of the
-        convolution, want rows that begin at multiples of 16 bytes.
+        The rows of a published stage have 386 numbers, or 515. Tensor cores, and the kernels that
+        follow, want rows that begin at multiples of 16 bytes.
         """
-        linear, sizes = self.in_proj, [self.sizes[0], sum(self.sizes), self.num_heads]
-        gap = -sum(sizes) % 8
+        linear = self.in_proj
+        gap = -(self.sizes[0] + sum(self.sizes) + self.num_heads) % 8
         if gap and runs_kernels(x) and is_plain(linear, nn.Linear) and linear.bias is None:
-            return F.linear(x, F.pad(linear.weight, (0, 0, 0, gap))).split((*sizes, gap), dim=-1)
-        return linear(x).split(sizes, dim=-1)
+            return F.linear(x, F.pad(linear.weight, (0, 0, 0, gap)))
+        return linear(x)
 
 
 class _MapAttention(SelfAttention):
@@ -203,10 +214,9 @@ class VSSDBlock(nn.Module):
         scales: tuple[Tensor | None, ...] = (None, None)
         if is_plain(drop, DropPath):  # then the factors go into the sums
             scales, drop = drop.factors(x, 2), _identity
-        x, normed = sum_and_norm(self.norm1, x, convolve_map(self.cpe1, x))
-        x, _ = add_norm(x, drop(self.attn(normed)), None, None, scale=scales[0])
-        x, normed = sum_and_norm(self.norm2, x, convolve_map(self.cpe2, x))
-        return add_norm(x, drop(self.mlp(normed)), None, None, scale=scales[1])[0]
+        x = add_convolution(self.cpe1, x)
+        x = add_convolution(self.cpe2, x, drop(self.attn(self.norm1(x))), scales[0])
+        return add_norm(x, drop(self.mlp(self.norm2(x))), None, None, scale=scales[1])[0]
 
 
 def _identity(branch: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor
 from vmamba_mm.ops.core.backends import compute_dtype
 
 
-def rotation_table(positions: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotation_table(positions: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     """Cosines and sines for :func:`rotate_pairs`.
 
     Pair j of P / 2 turns by position * 10000^(-j / (P/2 - 1)), end points included, where the usual
@@ -18,25 +18,26 @@ def rotation_table(positions: Tensor, dim: int, dtype: torch.dtype) -> tuple[Ten
         dtype: of the channels that will be turned; the table of halves is in fp32.
 
     Returns:
-        Twice (..., P), each number twice in a row.
+        (..., P / 2, 2): of each pair the cosine and the sine.
     """
     dtype = compute_dtype(dtype)
     rates = 1 / 10000 ** torch.linspace(0, 1, dim // 2, dtype=dtype, device=positions.device)
-    angles = positions[..., None].to(dtype) * rates.repeat_interleave(2)
-    return angles.cos(), angles.sin()
+    angles = positions[..., None].to(dtype) * rates
+    return torch.stack((angles.cos(), angles.sin()), dim=-1)
 
 
-def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate_pairs(x: Tensor, table: Tensor) -> Tensor:
     """Turn each pair of neighbouring channels (x0, x1) to (x0 cos - x1 sin, x1 cos + x0 sin).
 
     Args:
         x: (..., P).
-        cos, sin: of :func:`rotation_table`, to be broadcast to the shape of ``x``.
+        table: (..., P / 2, 2), of :func:`rotation_table`, to be broadcast to the pairs of ``x``.
 
     Returns:
         (..., P) in the dtype of ``x``, computed in fp32 at least.
     """
-    wide = x.to(cos.dtype)
-    first, second = wide.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((-second, first), dim=-1).flatten(-2)
-    return torch.addcmul(wide * cos, turned, sin).to(x.dtype)
+    first, second = x.to(table.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = table.unbind(-1)
+    turned = torch.stack((torch.addcmul(first * cos, second, sin, value=-1),
+                          torch.addcmul(second * cos, first, sin)), dim=-1)
+    return turned.flatten(-2).to(x.dtype)

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-MODULES = ('selective_scan', 'ssd', 'nc_ssd', 'retention', 'wkv', 'matrix_wkv', 'mamba',
-           'ss2d_scan', 'ordered_scan', 'orders', 'norms', 'convolutions', 'mlp', 'vss_block',
-           'mamba_blocks')
+MODULES = ('selective_scan', 'ssd', 'nc_ssd', 'retention', 'wkv', 'matrix_wkv', 'rwkv', 'masa',
+           'mamba', 'ss2d_scan', 'ordered_scan', 'orders', 'norms', 'convolutions', 'mlp',
+           'vss_block', 'mamba_blocks')
 Shape = tuple[int, ...]
 
 

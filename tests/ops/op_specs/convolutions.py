@@ -1,13 +1,18 @@
 import torch
 
 from op_specs import Spec, cut, randn
-from vmamba_mm.ops import conv_norm, conv_norm_gelu, dwconv_silu
+from vmamba_mm.ops import conv_norm, conv_norm_gelu, dwconv_add, dwconv_silu
 
 OTHER_CHANNELS = 'channels, but got .* channels instead'
 
 
 def make_dwconv(*shape):
     return dict(x_BHWD=randn(*shape), weight=randn(shape[3], 1, 3, 3), bias=randn(shape[3]))
+
+
+def scale_of(x):
+    """A factor of the branch for each sample, which has no gradient."""
+    return torch.linspace(0.5, 2, len(x), device=x.device)
 
 
 def make_conv(x, out, size):
@@ -55,6 +60,26 @@ SPECS = [
          call=lambda inputs, backend=None: dwconv_silu(**inputs),
          make=lambda *shape: {k: t for k, t in make_dwconv(*shape).items() if k != 'bias'},
          arguments=lambda inputs, out_dtype: (*inputs.values(), None),
+         shapes=((2, 3, 2, 2),), kernel_shapes=((2, 4, 3, 8),), half_shapes=((1, 14, 30, 8),),
+         maps=('x_BHWD',), takes_out_dtype=False,
+         flops=lambda shape: 2 * 9 * shape[0] * shape[1] * shape[2] * shape[3]),
+    Spec('dwconv_add',
+         call=lambda inputs, backend=None: dwconv_add(
+             **inputs, scale=scale_of(inputs['x_BHWD'])),
+         make=lambda *shape: make_dwconv(*shape) | dict(branch=randn(*shape, seed=1)),
+         arguments=lambda inputs, out_dtype: (*inputs.values(), scale_of(inputs['x_BHWD'])),
+         shapes=((2, 3, 2, 2), (1, 1, 1, 4), (2, 9, 1, 3)),
+         kernel_shapes=((2, 3, 5, 8), (1, 1, 1, 4), (2, 5, 13, 268)),
+         half_shapes=((3, 7, 7, 128), (2, 1, 9, 96)),
+         maps=('x_BHWD', 'branch'), takes_out_dtype=False,
+         flops=lambda shape: 2 * 9 * shape[0] * shape[1] * shape[2] * shape[3],
+         wrong=(('weight', cut(0), r'expects x \(B, H, W, D\)'),
+                ('branch', cut(1), r'expects branch \(B, H, W, D\)'),
+                ('x_BHWD', lambda x: x[0], r'expects x \(B, H, W, D\)'))),
+    Spec('dwconv_add', id='dwconv_add of a map alone',
+         call=lambda inputs, backend=None: dwconv_add(**inputs),
+         make=make_dwconv,
+         arguments=lambda inputs, out_dtype: (*inputs.values(), None, None),
          shapes=((2, 3, 2, 2),), kernel_shapes=((2, 4, 3, 8),), half_shapes=((1, 14, 30, 8),),
          maps=('x_BHWD',), takes_out_dtype=False,
          flops=lambda shape: 2 * 9 * shape[0] * shape[1] * shape[2] * shape[3]),

@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import torch
 
 from op_specs import Spec, cut, randn
-from vmamba_mm.ops import add_norm, layer_norm, rms_norm
+from vmamba_mm.ops import add_norm, evaluate_batch_norm, layer_norm, rms_norm
 
 SHAPES = (2, 3, 1, 8), (1, 1, 1, 4), (2, 3, 5, 6), (3, 5, 7, 96)
 KERNEL_SHAPES = (2, 3, 2, 8), (1, 1, 1, 4), (2, 3, 3, 100), (2, 3, 1, 768), (1, 1, 3, 4096)
@@ -29,7 +31,34 @@ def scale(x):
     return torch.linspace(0.5, 2, len(x), device=x.device)
 
 
+def make_batch_norm(*shape):
+    return make_sum(*shape) | {name: randn(shape[-1], seed=i) for i, name in enumerate(
+        ('mean', 'variance', 'weight', 'bias'))}
+
+
+def batch_norm_arguments(inputs, residual, relu):
+    return (inputs['x'], inputs['mean'], inputs['variance'].square(), inputs['weight'],
+            inputs['bias'], inputs['branch'] if residual else None, relu)
+
+
+def batch_norm_spec(residual, relu, **kwargs):
+    def call(inputs, backend=None):
+        *args, branch, _ = batch_norm_arguments(inputs, residual, relu)
+        return evaluate_batch_norm(*args, 1e-2, residual=branch, relu=relu)
+
+    return Spec(
+        'evaluate_batch_norm', call=call, make=make_batch_norm,
+        arguments=lambda inputs, out_dtype: (*batch_norm_arguments(inputs, residual, relu), 1e-2),
+        kernel_shapes=((2, 3, 2, 8), (1, 1, 1, 4), (2, 9, 9, 36), (1, 2, 3, 516)),
+        half_shapes=((3, 5, 7, 96),), maps=('x', 'branch'), takes_out_dtype=False,
+        has_gradient=False, shapes=((2, 3, 1, 8), (1, 1, 1, 3)), **kwargs)
+
+
 SPECS = [
+    batch_norm_spec(True, True, wrong=(
+        ('mean', cut(0), 'expects x .* and mean of shape'),
+        ('branch', cut(1), 'residual of shape'))),
+    replace(batch_norm_spec(False, False), id='evaluate_batch_norm alone'),
     Spec('add_norm', id='layer_norm',
          call=lambda inputs, backend=None, **options: layer_norm(**inputs, eps=1e-3, **options),
          make=make_norm,

@@ -9,6 +9,7 @@ what runs where torch lacks a name of :mod:`vmamba_mm.ops.core.torch_private`.
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from types import NoneType
 from typing import Any
 
@@ -33,7 +34,7 @@ from vmamba_mm.ops.core.torch_private import (
 NAMESPACE = 'vmamba_mm'
 #: The definitions by name, for tests and tables.
 OPS: dict[str, 'Op'] = {}
-_PLAIN = {Tensor, torch.nn.Parameter, NoneType, bool, int, float, str, list, torch.dtype}
+_PLAIN = {Tensor, torch.nn.Parameter, NoneType, bool, int, float, str, torch.dtype}
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Implementation:
         forward: from the op's arguments (without ``backend`` and ``save``) to its results; with
             ``saves`` the argument ``save`` comes last, and all results of the schema are given,
             else only those that have a gradient. They share memory with nothing and have the
-            strides that the fake has.
+            strides that the fake has. None stands for a result that was not asked for: where a
+            tensor is needed, it is an empty one of the first argument's dtype.
         backward: from the gradients by the results and what the op saves (of an implementation
             that does not ``save``, only what are arguments) to the gradients by the op's tensors.
         why_not: from the op's arguments to what keeps it from taking them, or None. An
@@ -125,26 +127,30 @@ def define_op(name: str, schema: str, *, reference: Callable, fake: Callable,
         raise ValueError(f'{name}: an op needs a reference, got {reference!r}')
     if not implementations or len(implementations) > 1 and not named:
         raise ValueError(f'{name}: several implementations need an argument backend: {schema}')
-    extras = outputs[results:]
 
-    def forward(*args):
+    def run(*args):
         chosen = implementations[args[size]]
         if chosen.saves:
             return chosen.forward(*args[:size], *args[size + 1:])
-        values = chosen.forward(*args[:size])
-        if extras:
-            values = values if results > 1 else (values,)
-            return *values, *[args[0].new_empty(0) for _ in extras]
-        return values
+        return chosen.forward(*args[:size])
 
     if not named:
-        forward = next(iter(implementations.values())).forward
+        run = next(iter(implementations.values())).forward
+
+    def forward(*args):
+        values = run(*args)
+        if len(outputs) == 1:
+            return values
+        values = (values,) if isinstance(values, Tensor) else values
+        return tuple([args[0].new_empty(0) if value is None else value
+                      for value in (*values, *[None] * (len(outputs) - len(values)))])
+
     if saves:
         backward, setup_context = _define_backward(
             name, arguments[:size], outputs, results, saves.split(), no_grad.split(), named,
             implementations, backward_fake, flops)
     dispatch, run_eagerly = _register(name, schema, forward, fake, backward, setup_context,
-                                      results)
+                                      results, run)
 
     def formula(*args, out_shape=None, **kwargs):
         return flops(**dict(zip(names[:size], args, strict=False))) if flops else 0
@@ -169,8 +175,9 @@ def define_op(name: str, schema: str, *, reference: Callable, fake: Callable,
         else:
             _check_backend(backend, implementations, args)
             chosen = backend, None, implementations[backend].saves
+        watched = is_watched(args)
         # torch.jit.trace records one graph for calls with and without gradients.
-        wants = torch.jit.is_tracing()
+        wants = watched and torch.jit.is_tracing()
         if not wants and torch.is_grad_enabled():
             for i in tensors:
                 if args[i] is not None and args[i].requires_grad:
@@ -181,7 +188,9 @@ def define_op(name: str, schema: str, *, reference: Callable, fake: Callable,
             args = (*args, chosen[0])
         if saving:
             args = (*args, save)
-        values = dispatch(*args) if is_watched(args) else run_eagerly(wants, *args)
+        if not watched:
+            return run_eagerly(wants, *args)
+        values = dispatch(*args)
         if is_single:
             return values
         return values[0] if results == 1 else values[:results]
@@ -235,20 +244,24 @@ def _define_backward(name: str, arguments: Sequence[tuple[str, str]], outputs: S
                         *['str backend'] * named])
     returned = ', '.join(['Tensor'] * len(differentiable))
     schema = f'({schema}) -> ' + (f'({returned})' if len(differentiable) > 1 else returned)
-    first_extra = sum(key in names for key in of_tensors)
+    # Where the forward finds what the backward gets: (index, whether among the arguments).
+    sources = [(names.index(key), True) if key in names else (outputs.index(key), False)
+               for key in of_tensors]
 
     def implement(implementation):
-        if implementation.saves or first_extra == len(of_tensors):
+        if implementation.saves or all(is_argument for _, is_argument in sources):
             return implementation.backward
-        indices = [i for i, key in enumerate(saves) if key not in of_tensors or key in names]
-        return lambda *args: implementation.backward(
-            *args[:results], *[args[results + i] for i in indices])
+        given = [True] * results + [key not in of_tensors or key in names for key in saves]
+        return lambda *args: implementation.backward(*compress(args, given))
 
     functions = {key: implement(implementation) for key, implementation in implementations.items()}
     single = next(iter(functions.values()))
 
+    def run(*args):
+        return functions[args[-1]](*args[:-1]) if named else single(*args)
+
     def function(*args):
-        input_grads = functions[args[-1]](*args[:-1]) if named else single(*args)
+        input_grads = run(*args)
         if optional:  # The schema has no optional results: an absent gradient is an empty tensor.
             empty = args[results].new_empty
             input_grads = tuple([empty(0) if g is None else g for g in input_grads])
@@ -271,32 +284,45 @@ def _define_backward(name: str, arguments: Sequence[tuple[str, str]], outputs: S
         return (1 + all(wants)) * flops(**shapes) if flops else 0
 
     _count_flops(bwd_name, formula)
-    in_args = [(names.index(key), True) if key in names else (outputs.index(key), False)
-               for key in of_tensors]
     of_constants = [names.index(key) for key in constants[:len(constants) - len(wanted)]]
     if named:
         of_constants.append(len(names))  # backend follows the arguments
     of_wanted = [names.index(key) for key in wanted]
-    absent = [(i, of_tensors.index(key)) for i, key in differentiable if key in optional]
+    of_results = {results + i for i, (_, is_argument) in enumerate(sources) if not is_argument}
+    optional_at = [(i, of_tensors.index(key)) for i, key in differentiable if key in optional]
+    come_first = [i for i, _ in differentiable] == [*range(len(differentiable))]
 
     def setup(ctx, inputs, output):
-        ctx.save_for_backward(*[inputs[i] if is_input else output[i] for i, is_input in in_args])
+        # Eagerly, what an implementation does not save is not there.
+        found = output if isinstance(output, tuple) else (output,)
+        ctx.save_for_backward(*[inputs[i] if is_argument else found[i] if i < len(found) else None
+                                for i, is_argument in sources])
         ctx.constants = tuple([inputs[i] for i in of_constants])
         ctx.size = len(inputs)
 
     def backward(ctx, *output_grads):
         saved = ctx.saved_tensors  # once: checkpointing unpacks a tensor a single time
-        wants, rest = [ctx.needs_input_grad[i] for i in of_wanted], ctx.constants
-        if wants:
+        wants, rest = (), ctx.constants
+        if of_wanted:
+            wants = [ctx.needs_input_grad[i] for i in of_wanted]
             rest = (*rest[:-1], *wants, rest[-1]) if named else (*rest, *wants)
-        input_grads = call_backward(*output_grads, *saved, *rest)
+        args = (*output_grads, *saved, *rest)
+        if torch.is_grad_enabled() or is_watched(args):
+            input_grads = call_backward(*[saved[0].new_empty(0) if arg is None and i in of_results
+                                          else arg for i, arg in enumerate(args)])
+        else:
+            with no_autocast():
+                input_grads = run(*args)
         if len(differentiable) == 1:
             input_grads = input_grads,
-        gradients = [None] * ctx.size
-        for (i, _), gradient in zip(differentiable, input_grads, strict=True):
-            gradients[i] = gradient
-        for i, position in absent:
-            if saved[position] is None:
+        if come_first:
+            gradients = [*input_grads, *[None] * (ctx.size - len(differentiable))]
+        else:
+            gradients = [None] * ctx.size
+            for (i, _), gradient in zip(differentiable, input_grads, strict=True):
+                gradients[i] = gradient
+        for i, place in optional_at:
+            if saved[place] is None:
                 gradients[i] = None
         for i, want in zip(of_wanted, wants, strict=True):
             if not want:
@@ -321,26 +347,33 @@ def register(name: str, schema: str, function: Callable, *, fake: Callable) -> C
 
 def _register(name: str, schema: str, function: Callable, fake: Callable,
               backward: Callable | None = None, setup_context: Callable | None = None,
-              results: int = 1) -> tuple[Callable, Callable]:
+              results: int = 1, run: Callable | None = None) -> tuple[Callable, Callable]:
     """Register ``function`` as ``torch.ops.vmamba_mm.<name>``, for any device.
 
     Args:
         schema, fake, results, backward, setup_context: as for :func:`define_op`. Without a
             ``backward`` a backward through the op raises.
+        run: ``function``, but for results without a gradient that it may leave out. It runs when
+            nothing watches.
 
     Returns:
         What calls the op with positional arguments when :func:`is_watched` says so, and what
         calls the function itself when it does not: ``(wants, *args)``, where ``wants`` is whether
-        a gradient is wanted, None to find out.
+        a gradient is wanted, None to find out. Of ``run`` it gives the first ``results``.
     """
     if torch_private.MISSING:
-        return _register_publicly(name, schema, function, fake, backward, setup_context, results)
+        return _register_publicly(name, schema, function, fake, backward, setup_context, results,
+                                  run is not None)
     library, size = _library(name), len(_parse(schema)[0])
     op, below = (_define(library, n, schema, fake) for n in (name, f'_{name}'))
 
     def direct(*args):
         with no_autocast():
             return function(*args)
+
+    def direct_run(*args):
+        with no_autocast():
+            return run(*args)
 
     def call_below_autograd(*args):
         with below_autograd():
@@ -359,14 +392,14 @@ def _register(name: str, schema: str, function: Callable, fake: Callable,
     transformable = _transformable(name, size, backward, setup_context, results, direct)
 
     def dispatch(*args):
-        return transformable.apply(*args) if _is_transformed() else op(*args)
+        return transformable.apply(*args) if is_transformed() else op(*args)
 
-    return dispatch, differentiable(direct)
+    return dispatch, differentiable(direct) if run is None else differentiable(direct_run, True)
 
 
 def _register_publicly(name: str, schema: str, function: Callable, fake: Callable,
-                       backward: Callable | None, setup_context: Callable | None, results: int
-                       ) -> tuple[Callable, Callable]:
+                       backward: Callable | None, setup_context: Callable | None, results: int,
+                       shorten: bool) -> tuple[Callable, Callable]:
     """:func:`_register` with public names alone."""
     def without_autocast(*args):
         with devices.without_autocast(args[0]):
@@ -380,7 +413,11 @@ def _register_publicly(name: str, schema: str, function: Callable, fake: Callabl
         _first_backward(name, len(_parse(schema)[0]), backward, results),
         setup_context=lambda ctx, inputs, output: _prepare(ctx, inputs, output, setup_context,
                                                            results))
-    return op, lambda wants, *args: op(*args)
+
+    def run_eagerly(wants, *args):
+        return _first(op(*args), results) if shorten else op(*args)
+
+    return op, run_eagerly
 
 
 def _count_flops(name: str, formula: Callable) -> None:
@@ -410,16 +447,17 @@ def is_watched(args: tuple) -> bool:
         return True
     if torch.compiler.is_compiling() or is_tracing() or are_transforms_active():
         return True
-    kinds = set(map(type, args))
+    if count_dispatch_modes() > 0 or is_profiling():
+        return True
     # On meta the fake is all there is to run; a batched backward's gradient is first.
     if isinstance(args[0], Tensor) and (args[0].is_meta or is_legacy_batched(args[0])):
         return True
-    return (count_dispatch_modes() > 0 or is_profiling() or not kinds <= _PLAIN
-            or list in kinds and any(type(arg) is list and not _PLAIN.issuperset(map(type, arg))
-                                     for arg in args))
+    return not _PLAIN.issuperset(map(type, args)) and not all(
+        _PLAIN.issuperset(map(type, arg)) if type(arg) is list else type(arg) in _PLAIN
+        for arg in args)
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether torch.func transforms are at work, such as grad and vmap, and no compiler is."""
     return not torch.compiler.is_compiling() and are_transforms_active()
 
@@ -494,9 +532,10 @@ def _first_backward(name: str, size: int, backward: Callable | None, results: in
         if backward is None:
             raise RuntimeError(f'{NAMESPACE}::{name} has no backward')
         grads = grads[:results]
-        if all(grad is None for grad in grads):
-            return (None,) * size
-        return backward(ctx, *grads)
+        for grad in grads:
+            if grad is not None:
+                return backward(ctx, *grads)
+        return (None,) * size
 
     return first_backward
 
@@ -509,13 +548,15 @@ def _make_node(name: str, size: int, backward: Callable | None, results: int,
 
 
 def _differentiable(name: str, size: int, backward: Callable | None,
-                    setup_context: Callable | None, results: int, function: Callable) -> Callable:
-    """``function`` with the op's backward, in the form that costs little: ``(wants, *args)``."""
+                    setup_context: Callable | None, results: int, function: Callable,
+                    shorten: bool = False) -> Callable:
+    """``function`` with the op's backward, in the form that costs little: ``(wants, *args)``. With
+    ``shorten`` it gives the first ``results`` alone: autograd need not know of the others."""
     def forward(ctx, *args):
         output = function(*args)
         if backward is not None:
             _prepare(ctx, args, output, setup_context, results)
-        return output
+        return _first(output, results) if shorten else output
 
     node = _make_node(name, size, backward, results, forward=forward)
 
@@ -524,6 +565,13 @@ def _differentiable(name: str, size: int, backward: Callable | None,
             wants = any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
         if wants and torch.is_grad_enabled():
             return node.apply(*args)
-        return function(*args)
+        output = function(*args)
+        return _first(output, results) if shorten else output
 
     return call
+
+
+def _first(output: Tensor | tuple, results: int) -> Tensor | tuple:
+    if not isinstance(output, tuple):
+        return output
+    return output[0] if results == 1 else output[:results]

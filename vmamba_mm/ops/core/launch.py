@@ -53,11 +53,13 @@ def pointer(tensor: Tensor | None) -> int:
 
 def why_not_beside(x: Tensor, *tensors: Tensor | None) -> str | None:
     """The reason why kernels cannot take ``tensors`` beside ``x``, which they take, or None."""
+    device = x.device
     for t in tensors:
-        if t is not None and t.device != x.device:
-            return 'the inputs are on different devices'
-        if t is not None and t.dtype not in TYPES:
-            return 'an input is neither float32 nor float16 nor bfloat16'
+        if t is not None:
+            if t.device != device:
+                return 'the inputs are on different devices'
+            if t.dtype not in TYPES:
+                return 'an input is neither float32 nor float16 nor bfloat16'
     return None
 
 

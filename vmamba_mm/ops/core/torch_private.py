@@ -43,13 +43,18 @@ below_autograd: Callable = _PRIVATE['below_autograd']
 is_tracing: Callable[[], bool] = _PRIVATE['is_tracing']
 count_dispatch_modes: Callable[[], int] = _PRIVATE['count_dispatch_modes']
 is_profiling: Callable[[], bool] = _PRIVATE['is_profiling']
-are_transforms_active: Callable[[], bool] = _PRIVATE['are_transforms_active']
+are_transforms_active: Callable[[], bool] = (_PRIVATE['are_transforms_active']
+                                             or (lambda: False))
 is_legacy_batched: Callable[[Any], bool] = _PRIVATE['is_legacy_batched']
 unwrap_if_dead: Callable = _PRIVATE['unwrap_if_dead']
 hide_from_dynamo: Callable = _PRIVATE['hide_from_dynamo']
 destroy_library: Callable = _PRIVATE['destroy_library'] or (lambda library: None)
 # A hook that nobody can rule out counts as one: then modules run one by one.
 has_global_hook: Callable[[], bool] = _PRIVATE['has_global_hook'] or (lambda: True)
+
+
+#: (bias, left, right), relu of the product and bias, by one launch on a GPU. None if it is gone.
+addmm_activation: Callable | None = getattr(torch, '_addmm_activation', None)
 
 
 # --- on a GPU: builds for CPUs lack these names, and nothing calls them there -------------------

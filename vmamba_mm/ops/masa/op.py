@@ -1,12 +1,54 @@
-"""Manhattan self-attention on PyTorch's scaled_dot_product_attention."""
+"""The op ``masa``, Manhattan self-attention: its definition, checks, and the public functions; and
+what runs where no kernel takes the inputs, on PyTorch's scaled_dot_product_attention."""
 
+import contextlib
+import functools
 from collections.abc import Sequence
+from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from vmamba_mm.ops.core.define_op import Implementation, define_op, is_transformed
+from vmamba_mm.ops.masa import cuda, reference
+from vmamba_mm.ops.rotation import rotate_pairs
 
 FORMS = ('decomposed', 'whole')
+
+
+def _by_pixels(q, k, v, decay, turns, whole):
+    q, k = _turned(q, k, turns)
+    return reference.masa(q, k, v, decay, FORMS[whole])
+
+
+def _count_flops(q, v, whole, **_) -> int:
+    """Those of the products of queries and keys, and of weights and values."""
+    height, width = q[1:3]
+    seen = height * width if whole else height + width
+    return 2 * seen * (prod(q) + prod(v))
+
+
+_masa = define_op(
+    'masa',
+    '(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor? turns, bool whole, bool save) -> '
+    '(Tensor y, Tensor rows)',
+    reference=_by_pixels,
+    fake=lambda q, k, v, decay, turns, whole, save: (
+        v.new_empty(v.shape), v.new_empty(v.shape if save and not whole else (0,))),
+    implementations={'cuda': Implementation(cuda.forward, cuda.backward, cuda.why_not,
+                                            saves=True)},
+    saves='q k v decay turns rows whole',
+    no_grad='decay turns',
+    flops=_count_flops)
+
+
+def needs_masks(x: Tensor, num_heads: int, form: str) -> bool:
+    """Whether :func:`masa` of maps with the sizes of ``x`` (B, H, W, C) adds masks to scores, so
+    that who calls it often should have made them before."""
+    heads = x.unflatten(-1, (num_heads, -1))
+    return cuda.why_not_map(heads, form == 'whole') is not None
 
 
 def decay_masks(decay: Tensor, height: int, width: int, form: str = 'decomposed'
@@ -32,7 +74,7 @@ def decay_masks(decay: Tensor, height: int, width: int, form: str = 'decomposed'
 
 
 def masa(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, form: str = 'decomposed', *,
-         masks: Sequence[Tensor] | None = None) -> Tensor:
+         masks: Sequence[Tensor] | None = None, turns: Tensor | None = None) -> Tensor:
     """Manhattan self-attention, of which the scores fall with the distance (arXiv 2309.11523,
     sections 3.2 and 3.3).
 
@@ -42,18 +84,30 @@ def masa(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, form: str = 'decomposed
     than a side's square for each head. The paper multiplies the softmax by the decay; the authors'
     code, on which the published weights rest, adds its logarithm before, as here.
 
+    On an NVIDIA GPU two kernels, or one, where P is 16 or 32 and no line (the rows and the columns,
+    or the whole map) has more than 64 pixels; else PyTorch's ``scaled_dot_product_attention``.
+
     Args:
-        q, k: (B, H, W, n, P), queries and keys of n heads, turned by their positions.
+        q, k: (B, H, W, n, P), queries and keys of n heads, turned by their positions unless
+            ``turns`` is given.
         v: (B, H, W, n, E).
         decay: (n), the logarithms of the heads' decay per pixel of distance: numbers below 0.
         form: 'decomposed' or 'whole'.
-        masks: :func:`decay_masks` of ``decay`` for this size and form, if they are at hand.
+        masks: :func:`decay_masks` of ``decay`` for this size and form, if they are at hand;
+            kernels have no use for them.
+        turns: (H, W, P / 2, 2), fp32, cosines and sines by which pairs of neighbouring channels of
+            q and k are turned first, as of RetNet; None if they are turned.
 
     Returns:
         (B, H, W, n, E), in the dtype of ``v``, or autocast's.
 
     Raises:
         ValueError: on shapes that do not fit, or another ``form``.
+
+    Example, where all scores are equal but for the distance, the decay a half for each pixel:
+        >>> q, v = torch.zeros(1, 1, 2, 1, 2), torch.tensor([0., 3.]).view(1, 1, 2, 1, 1)
+        >>> masa(q, q, v, torch.tensor([0.5]).log()).flatten()
+        tensor([1., 2.])
     """
     _check_form(form)
     if q.dim() != 5 or q.shape != k.shape or v.shape[:-1] != q.shape[:-1]:
@@ -62,10 +116,27 @@ def masa(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, form: str = 'decomposed
     if decay.shape != q.shape[3:4]:
         raise ValueError(f'decay must have one number for each of the {q.shape[3]} heads, got '
                          f'shape {tuple(decay.shape)}')
+    if turns is not None and turns.shape != (*q.shape[1:3], q.shape[4] // 2, 2):
+        raise ValueError(f'turns must be (H, W, P / 2, 2) beside q {tuple(q.shape)}, got '
+                         f'{tuple(turns.shape)}')
+    return _masa(q, k, v, decay, turns, form == 'whole',
+                 otherwise=functools.partial(_by_products, masks=masks))
+
+
+def _turned(q: Tensor, k: Tensor, turns: Tensor | None) -> tuple[Tensor, Tensor]:
+    if turns is None:
+        return q, k
+    table = turns.unsqueeze(2)  # the same for all heads
+    return rotate_pairs(q, table), rotate_pairs(k, table)
+
+
+def _by_products(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, turns: Tensor | None, whole: bool,
+                 masks: Sequence[Tensor] | None = None) -> Tensor:
     height, width = q.shape[1:3]
+    q, k = _turned(q, k, turns)
     if masks is None:
-        masks = decay_masks(decay, height, width, form)
-    if form == 'whole':
+        masks = decay_masks(decay, height, width, FORMS[whole])
+    if whole:
         flat = (t.flatten(1, 2) for t in (q, k, v))
         return _attend(*flat, masks[0]).unflatten(1, (height, width))
     v = _attend_rows(q, k, v, masks[0])
@@ -79,8 +150,11 @@ def _attend_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Softmax attention of (B, L, n, P), (B, L, n, P) and (B, L, n, E): (B, L, n, E)."""
-    y = F.scaled_dot_product_attention(
-        *(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask[None].to(q.dtype))
+    # Under vmap PyTorch's memory-efficient attention on GPUs takes no mask that is not mapped too.
+    plain = q.is_cuda and is_transformed()
+    with sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():
+        y = F.scaled_dot_product_attention(
+            *(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask[None].to(q.dtype))
     return y.transpose(1, 2)
 
 

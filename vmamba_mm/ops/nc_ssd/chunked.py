@@ -49,14 +49,14 @@ def _product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
     return y.baddbmm_(a, b, beta=0, alpha=scale)
 
 
-def _scale_of(x: Tensor) -> float:
+def scale_of(length: int, dtype: torch.dtype) -> float:
     """A power of two that keeps sums over so many tokens within the range of fp16."""
-    return 2.0 ** -(x.shape[1].bit_length() // 2) if x.dtype == torch.float16 else 1.0
+    return 2.0 ** -(length.bit_length() // 2) if dtype == torch.float16 else 1.0
 
 
 def forward(x, dt, A, B, C, D, dt_bias, dt_softplus, positive) -> Tensor:
     """Shapes as in :func:`vmamba_mm.ops.nc_ssd`."""
-    groups, scale, sign = B.shape[2], _scale_of(x), -1 if positive else 1
+    groups, scale, sign = B.shape[2], scale_of(x.shape[1], x.dtype), -1 if positive else 1
     weights, _, _ = _find_weights(dt, A, dt_bias, dt_softplus)
     values = _by_group(_scaled(x, weights[..., None]), groups)
     state = _product(_by_group(B, groups).mT, values, sign * scale)  # (B G, N, H/G P)
@@ -70,7 +70,7 @@ def forward(x, dt, A, B, C, D, dt_bias, dt_softplus, positive) -> Tensor:
 
 def backward(grad, x, dt, A, B, C, D, dt_bias, dt_softplus, positive):
     """Gradients by x, dt, A, B, C, D and dt_bias (None where there is none)."""
-    groups, scale, sign = B.shape[2], _scale_of(x), -1 if positive else 1
+    groups, scale, sign = B.shape[2], scale_of(x.shape[1], x.dtype), -1 if positive else 1
     dtype = compute_dtype(x.dtype)
     weights, step, raw = _find_weights(dt, A, dt_bias, dt_softplus)
     values = _by_group(_scaled(x, weights[..., None]), groups)

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vmamba_mm.ops.core.backends import compute_dtype
+from vmamba_mm.ops.fused.add_norm.reference import layer_norm
 
 
 def forward(x, dt, A, B, C, D, dt_bias, dt_softplus, positive) -> Tensor:
@@ -25,3 +26,10 @@ def forward(x, dt, A, B, C, D, dt_bias, dt_softplus, positive) -> Tensor:
     if D is not None:
         y = y + D.to(dtype)[:, None] * u
     return y.to(x.dtype).contiguous()
+
+
+def forward_norm(x, dt, A, B, C, D, dt_bias, z, norm_weight, norm_bias, dt_softplus, positive, eps
+                 ) -> Tensor:
+    """Shapes as in :func:`vmamba_mm.ops.nc_ssd_norm`."""
+    y = forward(x, dt, A, B, C, D, dt_bias, dt_softplus, positive).flatten(2)
+    return (layer_norm(y, norm_weight, norm_bias, eps) * z).to(x.dtype)

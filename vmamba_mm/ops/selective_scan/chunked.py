@@ -47,14 +47,15 @@ def _over_channels(x: Tensor) -> Tensor:
 
 
 def forward(u, delta, A, B, C, D, delta_bias, z, initial_state, delta_softplus,
-            return_final_state, reverse, out_dtype) -> tuple[Tensor, Tensor]:
+            return_final_state, reverse, out_dtype) -> tuple[Tensor, Tensor | None]:
     """Shapes as in :func:`vmamba_mm.ops.selective_scan`."""
     (batch, all_channels, length), state = u.shape, A.shape[1]
     dtype = compute_dtype(u.dtype)
     way = choose_way(batch, all_channels // B.shape[1], state)
     out = torch.empty(u.shape, dtype=out_dtype, device=u.device)
-    final_state = torch.empty((batch, all_channels, state) if return_final_state else 0,
-                              dtype=dtype, device=u.device)
+    final_state = None
+    if return_final_state:
+        final_state = torch.empty((batch, all_channels, state), dtype=dtype, device=u.device)
     groups = _groups(way, u, delta, A, B, C, delta_bias)
     for _, channels, A_k, u_k, delta_k, B_k, C_k in groups:
         if delta_softplus:
@@ -62,7 +63,7 @@ def forward(u, delta, A, B, C, D, delta_bias, z, initial_state, delta_softplus,
         y = _skip(u_k, D, channels)
         way.scan(u_k, way.still(delta_k, length), A_k, B_k, C_k, reverse, y,
                  None if initial_state is None else initial_state[:, channels].to(dtype),
-                 final_state[:, channels] if return_final_state else None)
+                 None if final_state is None else final_state[:, channels])
         if z is not None:
             y *= F.silu(way.arrange(z[:, channels], dtype))
         out[:, channels] = way.sequence(y, length)

@@ -18,7 +18,7 @@ class Composed:
         self._module = module
 
     def forward(self, u, delta, A, B, C, D, delta_bias, z, initial_state, delta_softplus,
-                return_final_state, reverse, out_dtype) -> tuple[Tensor, Tensor]:
+                return_final_state, reverse, out_dtype) -> tuple[Tensor, None]:
         dtype = compute_dtype(u.dtype)
         u, delta, B, C = _in_time(reverse, u, delta, B, C)
         y = self._module.forward(u, delta, A, B, C, D, delta_bias, delta_softplus,
@@ -26,7 +26,7 @@ class Composed:
         y, = _in_time(reverse, y)
         if z is not None:
             y = (y * F.silu(z.to(dtype))).to(out_dtype)
-        return y, u.new_empty(0, dtype=dtype)
+        return y, None
 
     def backward(self, grad_y, grad_state, u, delta, A, B, C, D, delta_bias, z, initial_state,
                  delta_softplus, return_final_state, reverse):

@@ -17,7 +17,7 @@ def why_not(u, delta, A, B, C, D, delta_bias, z, initial_state, delta_softplus, 
         return reason
     if out_dtype not in TYPES:
         return f'out_dtype is {out_dtype}; the kernels give float16, bfloat16 and float32'
-    if B.numel() >= 2**31 * len(B):
+    if B.numel() >= 2**31 * B.shape[0]:
         return 'B of a sample has 2^31 elements or more'
     return scan_kernels.why_not(u, 0, 1) or _why_not_here(u.device.index, u.dtype, A.shape[1])
 
@@ -30,9 +30,9 @@ def _why_not_here(index: int, dtype: torch.dtype, state: int) -> str | None:
 def _start(u, delta, B, C, z):
     """Maps in one dtype, without gaps."""
     dtype = u.dtype
-    if delta.dtype == B.dtype == C.dtype == dtype and (z is None or z.dtype == dtype):
-        return [None if t is None else t.contiguous() for t in (u, delta, B, C, z)]
-    return [None if t is None else t.float().contiguous() for t in (u, delta, B, C, z)]
+    if not (delta.dtype == B.dtype == C.dtype == dtype and (z is None or z.dtype == dtype)):
+        u, delta, B, C, z = [None if t is None else t.float() for t in (u, delta, B, C, z)]
+    return u.contiguous(), delta.contiguous(), B.contiguous(), C.contiguous(), _dense(z)
 
 
 def _dense(t: Tensor | None) -> Tensor | None:
@@ -80,23 +80,23 @@ def _backward_launch(index, dtype, shape, routes, state, A, D, bias, softplus, r
 # --- on tensors -------------------------------------------------------------------------------
 
 def forward(u, delta, A, B, C, D, delta_bias, z, initial_state, delta_softplus, return_final_state,
-            reverse, out_dtype) -> tuple[Tensor, Tensor]:
-    """Shapes as in :func:`vmamba_mm.ops.selective_scan`; inputs for which ``why_not`` is None.
-
-    The second result is empty without ``return_final_state``."""
+            reverse, out_dtype) -> tuple[Tensor, Tensor | None]:
+    """Shapes as in :func:`vmamba_mm.ops.selective_scan`; inputs for which ``why_not`` is None."""
     u, delta, B, C, z = _start(u, delta, B, C, z)
     A, D, delta_bias = _dense(A), _dense(D), _dense(delta_bias)
     start = _as_state(initial_state)
     shape, state = u.shape, A.shape[1]
     y = torch.empty_like(u, dtype=out_dtype)
-    end = u.new_empty((*shape[:2], state) if return_final_state else 0, dtype=torch.float32)
+    end = None
+    if return_final_state:
+        end = u.new_empty((*shape[:2], state), dtype=torch.float32)
     launch = _forward_launch(u.get_device(), u.dtype, shape, B.shape[1], state, A.dtype, _dtype(D),
                              _dtype(delta_bias), delta_softplus, reverse, out_dtype)
     memory = u.new_empty(launch.memory, dtype=torch.uint8) if launch.memory else None
     launch.run(u=u.data_ptr(), delta=delta.data_ptr(), A=A.data_ptr(), B=B.data_ptr(),
                C=C.data_ptr(), y=y.data_ptr(), memory=pointer(memory), D=pointer(D),
                bias=pointer(delta_bias), z=pointer(z), start=pointer(start),
-               end=end.data_ptr() if return_final_state else 0)
+               end=pointer(end))
     return y, end
 
 
@@ -112,7 +112,9 @@ def backward(grad_y, grad_state, u, delta, A, B, C, D, delta_bias, z, initial_st
         grad_y = torch.zeros_like(u)
     dtypes = u.dtype, delta.dtype, _dtype(z)
     u, delta, B, C, z = _start(u, delta, B, C, z)
-    grad_y = grad_y.to(u.dtype).contiguous()
+    if grad_y.dtype != u.dtype:
+        grad_y = grad_y.to(u.dtype)
+    grad_y = grad_y.contiguous()
     A, D, delta_bias = _dense(A), _dense(D), _dense(delta_bias)
     start = _as_state(initial_state)
     end_grad = _as_state(grad_state) if return_final_state else None

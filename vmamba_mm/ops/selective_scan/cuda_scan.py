@@ -231,6 +231,18 @@ class Types(NamedTuple):
     bias: torch.dtype | None
 
 
+class _Variants(dict):
+    """The launch of a kernel by whether it reads maps in vectors, bound when first asked for."""
+
+    def __init__(self, bind: Callable[[bool], Callable[..., None]]):
+        super().__init__()
+        self._bind = bind
+
+    def __missing__(self, vector: bool) -> Callable[..., None]:
+        self[vector] = launch = self._bind(vector)
+        return launch
+
+
 class _Scan:
     """What the launches for such sizes share."""
 
@@ -258,9 +270,9 @@ class _Scan:
         return self.sums_size(spans) * self.sizes.state
 
     def bind(self, mode: int | None, strides: dict[str, Strides], rows: dict[str, RowStrides],
-             y_dtype: torch.dtype, parts: bool = False) -> Callable[..., None]:
-        """A launch of the forward in ``mode``, or of the backward for None, which takes
-        ``(vector, **addresses)``; with ``parts`` of the parts of all spans but the last."""
+             y_dtype: torch.dtype, parts: bool = False) -> _Variants:
+        """Launches of the forward in ``mode``, or of the backward for None; with ``parts`` of the
+        parts of all spans but the last."""
         constants, blocks = dict(self.constants, y_type=CODES[y_dtype]), self.blocks
         if parts:
             spans = (self.spans - 1) * self.parts
@@ -274,19 +286,10 @@ class _Scan:
         instance, shared = forward_instance, self.tile.forward_shared
         if mode is None:
             instance, shared = backward_instance, self.tile.backward_shared
-        launches = {}
-
-        def launch(vector, **addresses):
-            bound = launches.get(vector)
-            if bound is None:
-                more = () if mode is None else (mode,)
-                bound = launches[vector] = kernel(
-                    self.index, instance, self.type, self.tile.states, self.tile.lanes, self.last,
-                    vector, *more).bind((blocks, 1, 1), (_THREADS, 1, 1), shared,
-                                        **constants)
-            bound(**addresses)
-
-        return launch
+        more = () if mode is None else (mode,)
+        return _Variants(lambda vector: kernel(
+            self.index, instance, self.type, self.tile.states, self.tile.lanes, self.last, vector,
+            *more).bind((blocks, 1, 1), (_THREADS, 1, 1), shared, **constants))
 
     def combine(self, parts: int, of_span: int, back: bool) -> Callable[..., None]:
         sizes = self.sizes
@@ -295,12 +298,6 @@ class _Scan:
             (-(-count // 128), 1, 1), (128, 1, 1), batch=sizes.batch, channels=sizes.channels,
             state=sizes.state, parts=parts, spans=self.spans, of_span=of_span, A_type=self.A_type,
             back=int(back))
-
-    def is_vector(self, *addresses: int) -> bool:
-        joined = 0
-        for address in addresses:
-            joined |= address
-        return self.vectors and joined % 16 == 0
 
 
 class Launch(NamedTuple):
@@ -321,13 +318,14 @@ def forward_launch(index: int, dtype: torch.dtype, sizes: Sizes, last: bool, typ
     """
     plan = forward_plan(index, sizes, _forward_blocks(index, dtype, sizes, last))
     scan = _Scan(index, dtype, sizes, last, types, softplus, plan)
-    strides, rows = dict(strides), dict(B=B, C=C)
+    strides, rows, vectors = dict(strides), dict(B=B, C=C), scan.vectors
     run = scan.bind(RUN, strides, rows, y_dtype)
     slab = Slab()
     if scan.spans == 1:
         def launch_forward(u, delta, A, B, C, y, memory, D=0, bias=0, z=0, start=0, end=0):
-            run(scan.is_vector(u, delta, z, y), u_data=u, delta_data=delta, A=A, B_data=B,
-                C_data=C, D=D, bias=bias, z_data=z, entries=start, last=end, y_data=y)
+            run[vectors and (u | delta | z | y) % 16 == 0](
+                u_data=u, delta_data=delta, A=A, B_data=B, C_data=C, D=D, bias=bias, z_data=z,
+                entries=start, last=end, y_data=y)
 
         return Launch(launch_forward, 0)
 
@@ -339,12 +337,12 @@ def forward_launch(index: int, dtype: torch.dtype, sizes: Sizes, last: bool, typ
 
     def launch_in_spans(u, delta, A, B, C, y, memory, D=0, bias=0, z=0, start=0, end=0):
         ends, sums, entries = memory + ends_at, memory + sums_at, memory + entries_at
-        vector = scan.is_vector(u, delta, z, y)
-        summarise(vector, u_data=u, delta_data=delta, A=A, B_data=B, C_data=C, bias=bias,
-                  ends=ends, sums=sums)
+        vector = vectors and (u | delta | z | y) % 16 == 0
+        summarise[vector](u_data=u, delta_data=delta, A=A, B_data=B, C_data=C, bias=bias,
+                          ends=ends, sums=sums)
         combine(ends=ends, sums=sums, before=start, A=A, entries=entries)
-        run(vector, u_data=u, delta_data=delta, A=A, B_data=B, C_data=C, D=D, bias=bias, z_data=z,
-            entries=entries, last=end, y_data=y)
+        run[vector](u_data=u, delta_data=delta, A=A, B_data=B, C_data=C, D=D, bias=bias, z_data=z,
+                    entries=entries, last=end, y_data=y)
 
     return Launch(launch_in_spans, slab.size)
 
@@ -364,7 +362,7 @@ def backward_launch(index: int, dtype: torch.dtype, sizes: Sizes, last: bool, ty
     """
     scan = _Scan(index, dtype, sizes, last, types, softplus, backward_plan(index, sizes))
     tile, strides, rows = scan.tile, dict(strides), dict(B=B, C=C)
-    channels, states, width = sizes.channels, sizes.state, tile.width
+    channels, states, width, vectors = sizes.channels, sizes.state, tile.width, scan.vectors
     slab, divided = Slab(), scan.spans > 1
     states_at = slab.take(sizes.batch * scan.tiles * channels * states)
     BC_at = slab.take(scan.columns * sizes.batch * sizes.routes * sizes.length * width)
@@ -395,24 +393,24 @@ def backward_launch(index: int, dtype: torch.dtype, sizes: Sizes, last: bool, ty
                         start=0, dD=0, dbias=0, dz=0, y=0, end_grad=0, start_grad=0):
         states = memory + states_at
         inputs = dict(u_data=u, delta_data=delta, A=A, B_data=B, C_data=C, bias=bias)
-        vector = scan.is_vector(u, delta, z, y, grad, du, ddelta, dz)
+        vector = vectors and (u | delta | z | y | grad | du | ddelta | dz) % 16 == 0
         cums, entries, grad_entries = 0, start, end_grad
         if divided:
             ends, sums, cums = memory + ends_at, memory + sums_at, memory + cums_at
             entries, grad_entries = memory + entries_at, memory + grad_entries_at
-            find_states(vector, states=states, cums=cums, ends=ends, sums=sums, **inputs)
+            find_states[vector](states=states, cums=cums, ends=ends, sums=sums, **inputs)
             combine(ends=ends, sums=sums, before=start, A=A, entries=entries)
-            find_gradients(vector, grad_data=grad, z_data=z, ends=ends, sums=sums, **inputs)
+            find_gradients[vector](grad_data=grad, z_data=z, ends=ends, sums=sums, **inputs)
             combine_back(ends=ends, sums=sums, before=end_grad, A=A, entries=grad_entries)
         if gated:
-            find_y(vector, entries=entries, D=D, y_data=y, states=0 if divided else states,
-                   **inputs)
+            find_y[vector](entries=entries, D=D, y_data=y, states=0 if divided else states,
+                           **inputs)
         elif not divided:
-            find_states(vector, entries=entries, states=states, **inputs)
-        run(vector, grad_data=grad, z_data=z, y_data=y, D=D, du_data=du, ddelta_data=ddelta,
-            dz_data=dz, states=states, cums=cums, entries=entries, grad_entries=grad_entries,
-            first_grad=start_grad, BC_parts=memory + BC_at, A_parts=memory + A_at,
-            D_parts=memory + D_at, **inputs)
+            find_states[vector](entries=entries, states=states, **inputs)
+        run[vector](grad_data=grad, z_data=z, y_data=y, D=D, du_data=du, ddelta_data=ddelta,
+                    dz_data=dz, states=states, cums=cums, entries=entries,
+                    grad_entries=grad_entries, first_grad=start_grad, BC_parts=memory + BC_at,
+                    A_parts=memory + A_at, D_parts=memory + D_at, **inputs)
         finish(A_parts=memory + A_at, D_parts=memory + D_at, BC_parts=memory + BC_at, A=dA, D=dD,
                bias=dbias, B=dB, C=dC)
 

@@ -23,15 +23,11 @@ def _plain(module, why_not) -> Implementation:
         why_not(*args[:7], args[12]) or composed.why_not(args[8], args[10])))
 
 
-def _no_state(u: Tensor) -> Tensor:
-    return u.new_empty(0, dtype=compute_dtype(u.dtype))
-
-
 def _fake(u, delta, A, B, C, D, delta_bias, z, initial_state, delta_softplus, return_final_state,
           reverse, out_dtype, backend, save):
-    state = _no_state(u)
+    state = u.new_empty(0)
     if return_final_state:
-        state = state.new_empty(*u.shape[:2], A.shape[1])
+        state = u.new_empty(*u.shape[:2], A.shape[1], dtype=compute_dtype(u.dtype))
     return u.new_empty(u.shape, dtype=out_dtype), state, u.new_empty(0)
 
 
@@ -110,7 +106,8 @@ def _check(u, delta, A, B, C, D, delta_bias, z, initial_state) -> None:
     if length < 1 or state < 1 or channels % groups:
         raise ValueError(f'selective_scan expects L >= 1, N >= 1 and K*D={channels} divisible by '
                          f'K={groups}; got L={length}, N={state}')
-    if any(t.is_complex() for t in (u, delta, A, B, C)):
+    if (u.is_complex() or delta.is_complex() or A.is_complex() or B.is_complex()
+            or C.is_complex()):
         raise ValueError('selective_scan expects real tensors, complex ones are not supported; got '
                          f'u {u.dtype}, delta {delta.dtype}, A {A.dtype}, B {B.dtype}, C {C.dtype}')
     routed, states = (batch, groups, state, length), (batch, channels, state)

@@ -192,7 +192,7 @@ def backward(grad_y, grad_state, x, dt, A, B, C, D, dt_bias, z, initial_state, s
         return torch.empty(shape, dtype=torch.float32, device=x.device)
 
     head_parts = parts(2, batch * chunks, heads)
-    D_parts = None if D is None else parts(batch * chunks * launches.BLOCKS, heads, dim)
+    D_parts = None if D is None else parts(batch * chunks, heads, dim)
     BC_parts = parts(2, launch.splits, *B.shape) if launch.splits > 1 else None
     memory = x.new_empty(launch.memory, dtype=torch.uint8)
     launch.run(x=x.data_ptr(), dy=dy.data_ptr(), dt=dt.data_ptr(), A=A.data_ptr(), B=B.data_ptr(),

@@ -19,14 +19,22 @@ MOST_STATES = 2**28
 max_split: int | None = None
 
 
-def head_splits(index: int, sizes: Sizes) -> int:
-    """Among how many blocks the heads of a group are divided, so that there are enough of them."""
+def head_splits(index: int, size: int, sizes: Sizes, counts: list[int]) -> int:
+    """Among how many blocks the heads of a group are divided, for launches on so many samples
+    each and elements of ``size`` bytes: so that it takes the fewest turns, in which as many blocks
+    as run at a time have a head each. Sums of parts take time too."""
     heads = sizes.heads // sizes.groups
-    if max_split:
-        splits = min(max_split, heads)
-    else:
-        blocks = sizes.batch * sizes.chunks * sizes.groups
-        splits = min(-(-2 * device_limits(index)[0] // blocks), heads)
+    at_a_time = device_limits(index)[0] * cuda_launch.backward_blocks(
+        index, size, cuda_launch.padded_channels(sizes.dim), sizes.states)
+    part = sum(counts) * sizes.length * sizes.groups * sizes.state / 3e6  # in turns
+
+    def turns(splits):
+        each = -(-heads // splits)
+        blocks = sizes.chunks * sizes.groups * -(-heads // each)
+        rounds = sum(-(-count * blocks // at_a_time) for count in counts)
+        return rounds * each + part * (splits if splits > 1 else 0)
+
+    splits = min(max_split, heads) if max_split else min(range(1, heads + 1), key=turns)
     return -(-heads // -(-heads // splits))
 
 
@@ -114,11 +122,11 @@ def backward_launch(index: int, dtype: torch.dtype, fast: bool, sizes: Sizes, op
 
     It takes the addresses of x, dy, dt, A, B, C, dx, ddt, head_parts (2, B, chunks, H) and memory;
     of dB and dC or, with ``splits``, of BC_parts (2, splits, B, L, G, N); and, 0 for none, of D,
-    D_parts (B, chunks, BLOCKS, H, P), bias, start, grad_last, grad_start and seq_idx. Parts are
+    D_parts (B, chunks, H, P), bias, start, grad_last, grad_start and seq_idx. Parts are
     fp32.
     """
     maps, counts = _Maps(*strides), _pieces(sizes, dtype.itemsize)
-    splits = head_splits(index, sizes._replace(batch=counts[-1]))
+    splits = head_splits(index, dtype.itemsize, sizes, counts)
     pieces = {count: _Piece(index, dtype, fast, sizes.batch, sizes._replace(batch=count), options,
                             maps, splits) for count in {*counts}}
     # Bytes from a sample to the next.
@@ -126,7 +134,7 @@ def backward_launch(index: int, dtype: torch.dtype, fast: bool, sizes: Sizes, op
           for name, strides in maps._asdict().items()}
     of_state = 4 * sizes.heads * sizes.dim * sizes.state
     of_parts = dict(head_parts=4 * sizes.chunks * sizes.heads,
-                    D_parts=4 * sizes.chunks * cuda_launch.BLOCKS * sizes.heads * sizes.dim,
+                    D_parts=4 * sizes.chunks * sizes.heads * sizes.dim,
                     BC_parts=4 * sizes.length * sizes.groups * sizes.state)
 
     def launch_backward(x, dy, dt, A, B, C, dx, ddt, head_parts, memory, dB=0, dC=0, BC_parts=0,

@@ -22,7 +22,6 @@ from vmamba_mm.ops.core.launch import (
 
 CHUNK = 64  # Q in ssd.cuh
 _BLOCK = 16
-BLOCKS = CHUNK // _BLOCK
 STATES = 16, 32, 64, 128, 256  # N of the kernels
 MOST_CHANNELS = 128
 
@@ -33,24 +32,29 @@ force: 'Shape | None' = None
 
 
 class Shape(NamedTuple):
-    """How a block of the forward is made up: 16 * ``tiles`` channels to a warp, ``slices`` warps to
-    a head, ``heads`` heads; ``stages`` chunks in shared memory."""
-    tiles: int
+    """How a block of the forward is made up: ``parts`` warps to 16 channels, ``slices`` times as
+    many to a head, ``heads`` heads; ``stages`` chunks in shared memory."""
+    parts: int
     slices: int
     heads: int
     stages: int
 
     @property
     def width(self) -> int:
-        return _BLOCK * self.tiles * self.slices
+        return _BLOCK * self.slices
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.parts * self.slices * self.heads
 
     def shared(self, size: int, states: int) -> int:
         """Bytes of shared memory, for elements of so many bytes; as ForwardShared."""
         stage = self.heads * _tile(self.width, size) + 2 * _tile(states, size)
-        return self.stages * stage + self.heads * (_tile(CHUNK, size) + 2 * _DECAYS)
+        of_head = self.width * (states * size + 16) + _tile(CHUNK, size) + 2 * _DECAYS
+        return self.stages * stage + self.heads * of_head
 
 
-_DECAYS = 4 * (7 * CHUNK + 8)  # bytes of Decays
+_DECAYS = 4 * (7 * CHUNK + 24)  # bytes of Decays
 
 
 def _tile(columns: int, size: int) -> int:
@@ -71,7 +75,7 @@ def _flag(value: bool) -> str:
 
 def forward_instance(type_: str, fast: bool, shape: Shape, states: int) -> Instance:
     return Instance('ssd/ssd_fwd.cu',
-                    f'ssd_fwd<{type_}, {_flag(fast)}, {shape.tiles}, {shape.slices}, {states}, '
+                    f'ssd_fwd<{type_}, {_flag(fast)}, {shape.parts}, {shape.slices}, {states}, '
                     f'{shape.heads}, {shape.stages}>')
 
 
@@ -118,6 +122,14 @@ def backward_shared(size: int, channels: int, states: int) -> int:
     return tiles + _DECAYS + -(-sums // 16) * 16
 
 
+def backward_blocks(index: int, size: int, channels: int, states: int) -> int:
+    """Blocks of ssd_bwd that a multiprocessor has at a time: by registers, as its launch bounds
+    say, and by shared memory."""
+    registers = 5 if states <= 16 else 3 if states <= 64 else 2 if states <= 128 and size < 4 else 1
+    fit = device_limits(index)[1] // (backward_shared(size, channels, states) + 1024)
+    return max(min(registers, fit), 1)
+
+
 #: Type, channels, N: those that published models use, and one for each kind beside them; and the
 #: lowest compute capability. That of matrix instructions 16 elements deep is 8.0.
 _COMPILED = [('BFloat', 64, 64, 80), ('Half', 32, 16, 80), ('Float', 16, 32, 80),
@@ -127,13 +139,16 @@ _COMPILED = [('BFloat', 64, 64, 80), ('Half', 32, 16, 80), ('Float', 16, 32, 80)
 
 def _compiled() -> Iterator[tuple[Instance, int]]:
     for type_, channels, states, low in _COMPILED:
-        slices = channels // _BLOCK
-        yield forward_instance(type_, False, Shape(1, slices, 1, 1), states), 80
-        yield states_instance(type_, False, StatesShape(slices, 2, min(states, 128))), 80
+        slices, parts = channels // _BLOCK, 2 if states >= 32 else 1
+        yield forward_instance(type_, False, Shape(parts, slices, 1, 1), states), 80
+        if states == 64:
+            yield forward_instance(type_, False, Shape(2, slices, 1, 2), states), 80
+            yield forward_instance(type_, False, Shape(1, slices, 1, 1), states), 80
+            yield forward_instance(type_, False, Shape(1, slices, 3, 2), states), 90
+        yield states_instance(type_, False, StatesShape(slices, 2, min(states, 64))), 80
         yield backward_instance(type_, False, channels, states), low
-    yield forward_instance('Float', True, Shape(1, 4, 1, 1), 64), 80
+    yield forward_instance('Float', True, Shape(2, 4, 1, 1), 64), 80
     yield forward_instance('Half', False, Shape(1, 2, 2, 2), 16), 80
-    yield forward_instance('BFloat', False, Shape(1, 4, 2, 2), 128), 80
     yield combine_instance(), 80
 
 
@@ -194,18 +209,44 @@ def map_fields(**strides: Strides) -> dict[str, int]:
 # --- plans ------------------------------------------------------------------------------------
 
 def forward_shape(index: int, size: int, sizes: Sizes) -> Shape:
-    """What was fastest on an H200: one head and one stage, so that there are many blocks; or, where
-    a head is little beside the group's B and C, two heads that share them."""
+    """How the forward is divided, by what was fastest of all ways on an H200 with maps like those
+    of vision models and of Mamba-2."""
     if force is not None:
         return force
-    slices = padded_channels(sizes.dim) // _BLOCK
     multiprocessors, _, most_shared = device_limits(index)
-    pair = Shape(1, slices, 2, 2)
-    if (sizes.heads // sizes.groups % 2 == 0 and (slices <= 2 or sizes.states == 128)
-            and sizes.batch * sizes.heads >= 4 * multiprocessors
-            and pair.shared(size, sizes.states) <= most_shared):
-        return pair
-    return Shape(1, slices, 1, 1)
+    shape = _alone(size, sizes.dim, sizes.state, most_shared)
+    if sizes.states > 64 or size == 4 and shape.slices > 2:  # more in shared memory: fewer blocks
+        return shape
+    sequences = sizes.batch * sizes.heads * -(-sizes.dim // shape.width)
+    if sequences >= 4 * multiprocessors and sizes.dim <= shape.width:
+        # Heads share B, C and their product. That of 16 states is cheap, and two heads do.
+        most = 4 if sizes.states > 16 and size < 4 else 2
+        shared = [together for heads in range(1, most + 1)
+                  if sizes.heads // sizes.groups % heads == 0
+                  and (together := shape._replace(parts=1, heads=heads, stages=2)).threads <= 512
+                  and together.shared(size, sizes.states) <= most_shared]
+        # How many a multiprocessor has one after the other, if it has one block at a time.
+        turns = {of: -(-sequences // of.heads // multiprocessors) * of.heads for of in shared}
+        best = min(shared, key=lambda of: (turns[of], -of.heads), default=shape)
+        if best.heads > 1:
+            return best
+    if size == 4:
+        return shape
+    # A block of few goes as fast as one chunk after the other does, so it has more warps and reads
+    # ahead; of many, small ones keep a multiprocessor busier.
+    if sequences * span_of(index, sizes, sequences)[1] > 2 * multiprocessors:
+        return shape._replace(parts=1)
+    ahead = shape._replace(stages=2)
+    return ahead if ahead.shared(size, sizes.states) <= most_shared else shape
+
+
+def _alone(size: int, dim: int, state: int, most_shared: int) -> Shape:
+    """For one head: as many of its channels as fit. Many states have two warps for 16 channels."""
+    states = padded_states(state)
+    shape = Shape(2 if states >= 32 else 1, padded_channels(dim) // _BLOCK, 1, 1)
+    while shape.slices > 1 and shape.shared(size, states) > most_shared:
+        shape = shape._replace(slices=shape.slices // 2)
+    return shape
 
 
 def padded_channels(dim: int) -> int:
@@ -214,7 +255,7 @@ def padded_channels(dim: int) -> int:
 
 
 def states_shape(index: int, size: int, sizes: Sizes) -> StatesShape:
-    shape = StatesShape(padded_channels(sizes.dim) // _BLOCK, 2, min(sizes.states, 128))
+    shape = StatesShape(padded_channels(sizes.dim) // _BLOCK, 2, min(sizes.states, 64))
     if shape.shared(size) > device_limits(index)[2]:
         shape = shape._replace(stages=1)
     return shape
@@ -223,8 +264,7 @@ def states_shape(index: int, size: int, sizes: Sizes) -> StatesShape:
 def least_shared(size: int, dim: int, state: int, training: bool) -> int:
     """Bytes of shared memory that the kernels need, for elements of so many bytes."""
     states = padded_states(state)
-    shape = Shape(1, padded_channels(dim) // _BLOCK, 1, 1)
-    return max(shape.shared(size, states),
+    return max(Shape(1, 1, 1, 1).shared(size, states),
                backward_shared(size, padded_channels(dim), states) if training else 0)
 
 
@@ -307,7 +347,7 @@ def forward_launch(index: int, dtype: torch.dtype, fast: bool, sizes: Sizes, opt
     sequences = sizes.batch * sizes.heads // shape.heads * columns
     span, spans = span_of(index, sizes, sequences)
     run = kernel(index, forward_instance, TYPES[dtype], fast, shape, sizes.states).bind(
-        (sequences, spans, 1), (32 * shape.slices * shape.heads, 1, 1),
+        (sequences, spans, 1), (shape.threads, 1, 1),
         shape.shared(dtype.itemsize, sizes.states),
         length=sizes.length, heads=sizes.heads, per_group=sizes.heads // sizes.groups,
         dim=sizes.dim, state=sizes.state, columns=columns, span=span, spans=spans,

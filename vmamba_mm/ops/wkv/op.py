@@ -6,7 +6,7 @@ from torch import Tensor
 
 from vmamba_mm.ops.core.backends import Backend, compute_dtype
 from vmamba_mm.ops.core.define_op import Implementation, define_op
-from vmamba_mm.ops.wkv import chunked, reference
+from vmamba_mm.ops.wkv import chunked, cuda, reference
 
 #: What ``mode`` of ``bi_wkv`` may be.
 MODES = 'paper', 'official'
@@ -34,7 +34,9 @@ _wkv = define_op(
     reference=reference.forward,
     fake=_fake,
     results=2,
-    implementations={'chunked': Implementation(chunked.forward, chunked.backward)},
+    implementations={
+        'cuda': Implementation(cuda.forward, cuda.backward, cuda.why_not),
+        'chunked': Implementation(chunked.forward, chunked.backward)},
     saves='w u k v state return_state',
     flops=lambda v, **_: wkv_flops(*v))
 
@@ -43,7 +45,9 @@ _bi_wkv = define_op(
     '(Tensor w, Tensor u, Tensor k, Tensor v, int blocks, float eps, str backend) -> Tensor',
     reference=reference.bi_forward,
     fake=lambda w, u, k, v, *_: v.new_empty(v.shape),
-    implementations={'chunked': Implementation(chunked.bi_forward, chunked.bi_backward)},
+    implementations={
+        'cuda': Implementation(cuda.bi_forward, cuda.bi_backward, cuda.bi_why_not),
+        'chunked': Implementation(chunked.bi_forward, chunked.bi_backward)},
     saves='w u k v blocks eps',
     flops=lambda v, **_: wkv_flops(*v, directions=2))
 
@@ -69,7 +73,8 @@ def wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, *, state: Tensor | None = No
         return_state: return the state after the last token too. Its p is a constant for gradients;
             what depends on p e.g. by ``state[:, 0] / state[:, 1]`` or by another call of the op has
             the right ones.
-        backend: 'reference' or 'chunked'; None for 'chunked'.
+        backend: 'reference', 'chunked' or 'cuda'; None for 'cuda' where an NVIDIA GPU takes the
+            inputs, else 'chunked'.
 
     Returns:
         (B, T, C) in the dtype of ``v``, whatever autocast says; with ``return_state`` a tuple of it
@@ -111,7 +116,8 @@ def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, *,
             those of the result.
         blocks, eps: of the official mode alone: the number of blocks that the kernel cuts the
             tokens into, and what it adds to denominators.
-        backend: 'reference' or 'chunked'; None for 'chunked'.
+        backend: 'reference', 'chunked' or 'cuda'; None for 'cuda' where an NVIDIA GPU takes the
+            inputs, else 'chunked'.
 
     Returns:
         (B, T, C) in the dtype of ``v``, whatever autocast says. Sums are fp32 (fp64 for fp64

@@ -30,12 +30,14 @@ def forward_instance(x_type: str, branch_type: str, out_type: str, adds: bool, p
 
 
 def backward_instance(grad_type: str, x_type: str, branch_type: str, parts: int, team: int,
-                      lanes: int = 32, rms: bool = False) -> Instance:
+                      lanes: int = 32, rms: bool = False, gate: bool = False) -> Instance:
     return Instance('fused/norm_bwd.cu', f'norm_bwd<{grad_type}, {x_type}, {branch_type}, {parts}, '
-                    f'{team}, {lanes}{_RMS[rms]}>')
+                    f'{team}, {lanes}{_GATE if gate else _RMS[rms]}>')
 
 
-_RMS = {False: '', True: ', true'}  # the last argument of the templates
+# The last arguments of the templates.
+_RMS = {False: '', True: ', true'}
+_GATE = ', false, true'
 
 
 # Types of x, branch and result: everything in a half, autocast, everything in fp32.
@@ -60,6 +62,10 @@ INSTANCES: dict[Instance, int] = {
         forward_instance('Float', 'Half', 'Half', True, parts, rms=True),
         backward_instance('Half', 'Float', 'Half', 3 if parts == 6 else parts, 1 + (parts == 6),
                           rms=True))},
+    # A LayerNorm and a gate, of the channels that VSSD has: 96 to 768.
+    **{backward_instance(type_, type_, type_, parts, team, gate=True): low
+       for type_, low in (('Half', 75), ('BFloat', 80), ('Float', 75))
+       for parts, team in ((1, 1), (2, 1), (3, 1), (4, 1), (3, 2))},
 }
 
 
@@ -86,21 +92,23 @@ def forward_launch(index, x, branch, out, weight, batch, length, dim, rms=False)
 
 
 @cached
-def backward_launch(index, grad, x, branch, weight, batch, length, dim, rms=False):
+def backward_launch(index, grad, x, branch, weight, batch, length, dim, rms=False,
+                    gate_strides=(0, 0)):
     """Blocks, each of which leaves a part (2, D) of the gradients by weight and bias, and the
     backward for these dtypes, None of ``branch`` without a sum.
 
     It takes the addresses ``grad``, ``input`` (of the norm), ``moments``, ``weight``,
     ``extra_grad`` (a gradient by that input to be added, or null), ``scale``, ``dinput``,
-    ``dbranch``, ``partials``.
+    ``dbranch``, ``partials``. With a gate after the norm also ``bias``, ``gate`` and ``dgate``, of
+    which the latter have rows that are ``gate_strides`` elements apart.
     """
     positions, lanes = batch * length, _lanes_of_position(dim)
     team = 1 << ((dim - 1) // 512).bit_length()  # 1, 2, 4 or 8 warps: 512 channels each
     blocks = min(-(-positions * team * lanes // 256), 4 * device_limits(index)[0])
     launch = kernel(index, backward_instance, TYPES[grad], TYPES[x], TYPES[branch or x],
-                    -(-dim // (128 * team)), team, lanes, rms).bind(
+                    -(-dim // (128 * team)), team, lanes, rms, gate_strides[0] > 0).bind(
         (blocks, 1, 1), (256, 1, 1), 8 * dim, positions=positions, length=length, dim=dim,
-        parameter_type=CODES[weight])
+        parameter_type=CODES[weight], gate_stride=gate_strides[0], dgate_stride=gate_strides[1])
     return blocks, launch
 
 
@@ -155,6 +163,26 @@ def backward(grad, x, moments, weight, bias, extra_grad, scale, branch_dtype):
            partials=partials.data_ptr())
     parameter_grads(partials, dweight, None if bias is None else dbias, 1)
     return dx, dbranch, dweight, dbias
+
+
+def gated_backward(grad, x, moments, weight, bias, gate, dgate=None):
+    """Gradients by x, weight, bias and the gate of ``norm(x) * gate``, for maps (B, L, D) of one
+    dtype; the last is written to ``dgate``, or to a new map. The rows of both are evenly spaced and
+    begin at multiples of four elements."""
+    x, grad, dim = dense(x), dense(grad), x.shape[-1]
+    weight, bias = weight.contiguous(), bias.to(weight.dtype).contiguous()
+    dx, dweight, dbias = (t.new_empty(t.shape) for t in (x, weight, bias))
+    dgate = x.new_empty(x.shape) if dgate is None else dgate
+    blocks, launch = backward_launch(x.get_device(), grad.dtype, x.dtype, None, weight.dtype,
+                                     len(x), x.shape[1], dim,
+                                     gate_strides=(gate.stride(1), dgate.stride(1)))
+    partials = x.new_empty((blocks, 2, dim), dtype=torch.float32)
+    launch(grad=grad.data_ptr(), input=x.data_ptr(), moments=moments.data_ptr(),
+           weight=weight.data_ptr(), dinput=dx.data_ptr(), partials=partials.data_ptr(),
+           bias=bias.data_ptr(), gate=gate.data_ptr(),
+           dgate=dgate.data_ptr())
+    parameter_grads(partials, dweight, dbias, 1)
+    return dx, dweight, dbias, dgate
 
 
 def scaled(grad, scale, dtype):
