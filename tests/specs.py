@@ -37,7 +37,7 @@ class Spec:
         family, model: the family and its class.
         archs: small architectures that together have all of the family's parts.
         shapes: (arch, height, width of the image) -> (C, H, W) of the map of each stage, or
-            (C, T, H, W) of a clip of ``clip_length`` frames.
+            (C, T, H, W) of a clip of ``clip_length`` frames or a volume of ``slices``.
         changes: keys of the first arch that change, each of which weights tell.
         wrong: (keys of the first arch that change, message) of what is refused.
         official: (backbone) -> its weights as official files have them, for each generation of
@@ -50,6 +50,7 @@ class Spec:
         repeatable: arguments of the model with which a step of training without dropped paths is
             the same each time.
         drop_path_rates: (arch, rate) -> that of each block, if not linear from 0 to the last.
+        slices: of volumes, (B, C, slices, H, W), where the family takes these.
         called_often: a regular expression of the modules that run several times in a call.
         shares_names: (arch) -> whether another family's models have the same official names and
             shapes, so that only who asks for one of the families can tell.
@@ -72,6 +73,7 @@ class Spec:
     sizes: Sequence[tuple[int, int]] = ((1, 1), (1, 50), (31, 33), (64, 32))
     repeatable: Mapping[str, Any] = field(default_factory=dict)
     drop_path_rates: Callable[[Mapping, float], Sequence[float]] | None = None
+    slices: int = 0
     called_often: str = '(?!)'
     shares_names: Callable[[Mapping], bool] = lambda arch: False
     whole_model: Callable[[str | Mapping, str], torch.nn.Module] | None = None
@@ -114,7 +116,7 @@ class Spec:
         """The keywords of a classifier's backbone, or of what else is published of the family."""
         settings = self.family.archs[arch] if isinstance(arch, str) else arch
         pooled = dict(out_type='avg_featmap') if self.model.has_pool_norm(settings) else {}
-        return dict(self.model.classifier_options, out_indices=tuple(self.stages(arch)[-1:]),
+        return dict({'out_indices': tuple(self.stages(arch)[-1:]), **self.model.classifier_options},
                     **pooled)
 
     def place_in(self, state: State) -> str:
@@ -148,12 +150,12 @@ class Spec:
 
     def takes_clips(self, arch: str | Mapping[str, Any]) -> bool:
         arch = self.family.archs[arch] if isinstance(arch, str) else arch
-        return self.model.clip_length(arch) > 0
+        return bool(self.slices) or self.model.clip_length(arch) > 0
 
     def input(self, arch: Mapping[str, Any], batch: int, channels: int, height: int, width: int,
               device: str = 'cpu') -> Tensor:
-        """Random images, (B, C, H, W), or clips of the arch's length, (B, C, T, H, W)."""
-        frames = [self.model.clip_length(arch)] if self.takes_clips(arch) else []
+        """Random images, (B, C, H, W), clips of the length of the arch, or volumes."""
+        frames = [self.slices or self.model.clip_length(arch)] if self.takes_clips(arch) else []
         return torch.randn(batch, channels, *frames, height, width, device=device)
 
     def random_model(self, arch: Mapping[str, Any] | None = None, seed: int = 0, **kwargs

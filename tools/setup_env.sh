@@ -178,7 +178,8 @@ install_package() {
 }
 
 final_check() {
-    "$PY" -c 'import av, cv2, mmcv, mmengine, mmpretrain, mmdet, mmseg, timm, vmamba_mm.registry' \
+    "$PY" -c 'import av, cv2, mmcv, mmengine, mmpretrain, mmdet, mmseg, timm, vmamba_mm.registry
+import monai, nibabel' \
         && "$PY" -m pip check
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vmamba_mm.ops import ordered_scan, scan_positions
+from vmamba_mm.ops import across_slices, ordered_scan, scan_positions
 from vmamba_mm.ops.masa import decay_masks
 from vmamba_mm.ops.retention import log_decays
 from vmamba_mm.ops.rotation import rotation_table
@@ -239,6 +239,14 @@ def run_with_permutations(model: Classifier, inputs: Mapping[str, Any]) -> dict[
     features = model.backbone(inputs['input'], inputs['perms'])
     logits = [model.head['fc'](features[-1])] if features[-1].dim() == 2 else []
     return dict(output=[*logits, *features])
+
+
+def run_with_order(block: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A block of SegMamba on 'input', (B, C, D, H, W), and the token that its order across slices
+    visits at each step, 'order_slices'."""
+    x = inputs['input']
+    tokens = torch.arange(x[0, 0].numel(), device=x.device).view(1, -1, 1)
+    return dict(output=block(x), order_slices=across_slices(tokens, block.num_slices).flatten())
 
 
 def by_heads(*tensors: Tensor, function: Callable[..., Tensor], heads: int) -> Tensor:

@@ -119,6 +119,24 @@ def test_bench_without_a_gpu(monkeypatch, bench, row):
         call(bench.main, monkeypatch, '--rows', row)
 
 
+@without_gpu
+def test_segmamba_without_a_gpu(monkeypatch):
+    with pytest.raises(SystemExit, match='finds none'):
+        call(importlib.import_module('segmamba').main, monkeypatch)
+
+
+def test_segmamba_is_compared_with_the_public_order():
+    """Order by order, as the public code has it, is the mixer; in fp32 on a CPU."""
+    import torch
+    from segmamba import order_by_order
+
+    from vmamba_mm.layers import TriMambaMixer
+
+    torch.manual_seed(0)
+    mixer, x = TriMambaMixer(6, d_state=3), torch.randn(2, 12, 6)
+    torch.testing.assert_close(order_by_order(mixer, x, 4), mixer(x, 4))
+
+
 def test_sanitizer_is_missing(monkeypatch, tmp_path):
     import check_gpu
 

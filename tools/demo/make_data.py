@@ -1,4 +1,4 @@
-"""Build the demo sets: MNIST digits pasted on photographs, in real layouts.
+"""Build the demo sets, in real layouts: MNIST digits pasted on photographs, and made-up heads.
 
     data/demo/imagenet   train/<class>/*.png, val/<class>/*.png             (ImageNet folders)
     data/demo/coco       annotations/instances_{train,val}2017.json,
@@ -6,6 +6,7 @@
     data/demo/ade20k     images/{training,validation}/*.png,
                          annotations/{training,validation}/*.png            (ADE20K)
     data/demo/clips      train/<class>/*.mp4, val/<class>/*.mp4             (class folders)
+    data/demo/heads      {train,val}/<case>/*.nii.gz, slices/               (NIfTI, and PNG)
 
 coco and ade20k show the same scenes, so that their labels can be checked against each other.
 Everything follows from --seed; a set that is already there with the same settings is kept.
@@ -20,6 +21,7 @@ from pathlib import Path
 import clips
 import numpy as np
 import scenes
+import volumes
 from PIL import Image
 
 PHOTO_LABEL = len(scenes.CLASSES) + 1  # ADE20K ids start at 1; 0 means 'not labelled'
@@ -29,10 +31,12 @@ DEFAULTS = dict(
     scene_size=128, scene_tile=(34, 64), scene_digits=(2, 5), scenes=(600, 100),
     clip_size=40, clip_tile=(20, 25), clip_way=(14, 17), clip_frames=12, clip_rate=8,
     clip_digits=(0, 1), clips_per_class=(300, 40),
+    head_shape=(64, 64, 32), heads=(40, 12),
 )
-PARTS = ('imagenet', 'coco', 'ade20k', 'clips')
+PARTS = ('imagenet', 'coco', 'ade20k', 'clips', 'heads')
 # The id of a set is a hash of these settings and of the code that draws it.
-CODE = (Path(__file__), Path(scenes.__file__), Path(clips.__file__))
+CODE = (Path(__file__), Path(scenes.__file__), Path(clips.__file__),
+        Path(volumes.__file__))
 
 
 def settings_id(settings):
@@ -175,7 +179,7 @@ def build(root, settings, parts=PARTS):
     scenes_parts = {'coco', 'ade20k'} if {'coco', 'ade20k'} & set(parts) else set()
     groups = [('imagenet',)] if 'imagenet' in parts else []
     groups += [('coco', 'ade20k')] if scenes_parts else []
-    groups += [('clips',)] if 'clips' in parts else []
+    groups += [(part,) for part in ('clips', 'heads') if part in parts]
     for group in groups:
         stamps = [root / part / 'made.json' for part in group]
         if all(s.is_file() and json.loads(s.read_text())['id'] == wanted for s in stamps):
@@ -190,6 +194,9 @@ def build(root, settings, parts=PARTS):
         elif group == ('clips',):
             clips.build(root / 'clips', settings)
             counts = clips.verify(root / 'clips', settings, check)
+        elif group == ('heads',):
+            volumes.build(root / 'heads', settings)
+            counts = volumes.verify(root / 'heads', settings, check)
         else:
             build_scenes(root / 'coco', root / 'ade20k', settings)
             counts = verify_scenes(root / 'coco', root / 'ade20k', settings)

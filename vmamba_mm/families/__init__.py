@@ -50,6 +50,7 @@ from vmamba_mm.families import (
     rmt,
     rs_mamba,
     rsmamba,
+    seg_mamba,
     timemamba,
     u_mamba,
     videomamba,
@@ -152,5 +153,5 @@ def family_of(state_dict: Mapping[str, object]) -> Family | None:
 
 
 for _module in (vmamba, mamba_lm, vim, videomamba, vivim, timemamba, vision_rwkv, vssd, rmt,
-                rs_mamba, rsmamba, vm_unet, efficientvim, u_mamba):
+                rs_mamba, rsmamba, vm_unet, efficientvim, u_mamba, seg_mamba):
     register_family(_module.FAMILY)

@@ -4,6 +4,7 @@ from vmamba_mm.heads.clip import ClipTower
 from vmamba_mm.heads.losses import DiceLoss
 from vmamba_mm.heads.pyramid import SimpleFeaturePyramid
 from vmamba_mm.heads.rs_mamba import ChannelFusion, ConcatDecoder, RemoteSensingModel
+from vmamba_mm.heads.seg_mamba import ResidualDecoder, SegMamba
 from vmamba_mm.heads.stage_fusion import StageFusionHead
 from vmamba_mm.heads.taught import HardDistillation, TimmTeacher
 from vmamba_mm.heads.token_label import TokenLabelHead
@@ -17,5 +18,5 @@ from vmamba_mm.heads.videomamba import (
 
 __all__ = ['ChannelFusion', 'ClipPreprocessor', 'ClipTower', 'ConcatDecoder', 'DiceLoss',
            'DistilledVideoMamba', 'HardDistillation', 'MaskedVideoMamba', 'RemoteSensingModel',
-           'SelfDistillation', 'SimpleFeaturePyramid', 'StageFusionHead', 'TimmTeacher',
-           'TokenLabelHead', 'VideoClassifier', 'VideoEncoder']
+           'ResidualDecoder', 'SegMamba', 'SelfDistillation', 'SimpleFeaturePyramid',
+           'StageFusionHead', 'TimmTeacher', 'TokenLabelHead', 'VideoClassifier', 'VideoEncoder']

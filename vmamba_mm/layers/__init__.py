@@ -15,6 +15,7 @@ from vmamba_mm.layers.mamba import (
     MambaState,
     MultiPathMixer,
     SharedBiMambaMixer,
+    TriMambaMixer,
 )
 from vmamba_mm.layers.mamba2 import Mamba2Mixer, Mamba2State
 from vmamba_mm.layers.mamba_blocks import MambaBlock, run_blocks, run_blocks_to
@@ -42,5 +43,5 @@ __all__ = ['SS2D', 'SSD2D', 'AttentionState', 'BiMambaMixer', 'CausalAttention',
            'PatchExpand', 'PatchStem', 'RMSNorm', 'RMSNormGated', 'RWKV4TimeMix', 'RWKV5TimeMix',
            'RWKV6TimeMix', 'RWKV7TimeMix', 'RWKVBlock', 'RWKVChannelMix', 'RWKVState',
            'RetNetBlock', 'RetentionState', 'SelfAttention', 'SharedBiMambaMixer', 'Stage',
-           'TimeMixState', 'VSSBlock', 'VSSStage', 'record_inputs', 'record_scan_inputs',
-           'run_blocks', 'run_blocks_to']
+           'TimeMixState', 'TriMambaMixer', 'VSSBlock', 'VSSStage', 'record_inputs',
+           'record_scan_inputs', 'run_blocks', 'run_blocks_to']

@@ -2,8 +2,9 @@
 
 :class:`MambaMixer` is that of Mamba (arXiv 2312.00752, section 3.4); the others read the sequence
 in both directions, as Vim (arXiv 2401.09417), VideoMamba (arXiv 2403.06977) and Video Mamba Suite
-(arXiv 2403.09626) do, or in a random order too, as RSMamba (arXiv 2403.19654). Parameters have the
-names of the official code, where ``_b`` marks those of the backward direction alone.
+(arXiv 2403.09626) do, in a random order too, as RSMamba (arXiv 2403.19654), or across the slices of
+a volume, as SegMamba (arXiv 2401.13560). Parameters have the names of the official code, where
+``_b`` marks those of the backward direction alone, and ``_s`` those of the order across slices.
 
 Where nobody watches the submodules, all between ``in_proj`` and ``out_proj`` runs as the op
 ``mamba_inner``; else it runs step by step, and every submodule is called.
@@ -21,6 +22,8 @@ from vmamba_mm.layers.norm import RMSNorm
 from vmamba_mm.layers.plain import are_plain, is_plain
 from vmamba_mm.layers.ssm_init import init_A_logs, init_dt_bias, init_dt_proj, state_matrix
 from vmamba_mm.ops import (
+    across_slices,
+    along_slices,
     causal_conv,
     causal_conv_step,
     mamba_inner,
@@ -30,6 +33,8 @@ from vmamba_mm.ops import (
 from vmamba_mm.ops.core.backends import compute_dtype
 
 # What torch.fx records as it is, since it looks at shapes and dtypes.
+torch.fx.wrap('across_slices')
+torch.fx.wrap('along_slices')
 torch.fx.wrap('causal_conv')
 torch.fx.wrap('mamba_inner')
 torch.fx.wrap('selective_scan')
@@ -124,17 +129,19 @@ class _Mixer(nn.Module):
             and x_proj.bias is None and dt_proj.bias is not None
             for conv, x_proj, dt_proj in map(self._modules_of, self.directions))
 
-    def _inner(self, xz: Tensor, reverse: bool = False, scale: float = 1.0) -> Tensor:
-        """(B, L, 2D), x before z, to (B, L, D)."""
-        convs, x_projs, dt_projs = zip(*map(self._modules_of, self.directions), strict=True)
-        A_logs = [getattr(self, f'A{suffix}_log') for suffix in self.directions]
+    def _inner(self, xz: Tensor, reverse: bool = False, scale: float = 1.0,
+               directions: Sequence[str] | None = None) -> Tensor:
+        """(B, L, 2D), x before z, to (B, L, D), by some of the directions or all."""
+        directions = self.directions if directions is None else directions
+        convs, x_projs, dt_projs = zip(*map(self._modules_of, directions), strict=True)
+        A_logs = [getattr(self, f'A{suffix}_log') for suffix in directions]
         return mamba_inner(
             xz, _stack([conv.weight for conv in convs]).squeeze(2),
             None if convs[0].bias is None else _stack([conv.bias for conv in convs]),
             _stack([x_proj.weight for x_proj in x_projs]),
             _stack([dt_proj.weight for dt_proj in dt_projs]),
             _stack([dt_proj.bias for dt_proj in dt_projs]), state_matrix(_stack(A_logs)),
-            _stack([getattr(self, f'D{suffix}') for suffix in self.directions]),
+            _stack([getattr(self, f'D{suffix}') for suffix in directions]),
             reverse=reverse, scale=scale)
 
     def _modules_of(self, suffix):
@@ -401,6 +408,54 @@ class MultiPathMixer(_Mixer):
         means = self._project_out(torch.stack([y.mean(1) for y in ys], dim=1))  # (B, P, C)
         weights = self.gate(means.flatten(1)).softmax(dim=-1).to(xz.dtype)
         return self._project_out(sum(weights[:, i, None, None] * y for i, y in enumerate(ys)))
+
+
+class TriMambaMixer(_Mixer):
+    """ToM: three orders of the tokens of a volume with parameters of their own, added (SegMamba,
+    section 2.2, arXiv 2401.13560).
+
+    The tokens run forward, slice by slice, from the last one back, and across the slices: the first
+    token of every slice, then the second of every slice, and so on. Each order has a convolution,
+    projections, A and D, and the gate; ``in_proj`` and ``out_proj`` are shared. Only the forward
+    one starts with Mamba's values for ``dt_proj``, the others as ``nn.Linear`` does, which is what
+    the published code does.
+
+    Forward and backward are one op on the tokens as they lie. No stride leads through the third
+    order, as each of its rounds begins anew: it takes a copy there and one back.
+
+    Args:
+        embed_dims: C, channels of a token.
+        d_state, d_conv, expand, dt_rank, conv_bias, bias, layer_scale: as of :class:`MambaMixer`.
+
+    Shape: (B, L, C) -> (B, L, C).
+
+    Raises:
+        ValueError: on a value that is not allowed.
+    """
+
+    directions = '', '_b', '_s'
+
+    def _add_direction(self, suffix, conv_bias):
+        super()._add_direction(suffix, conv_bias)
+        if suffix:
+            self.get_submodule(f'dt_proj{suffix}').reset_parameters()
+
+    def forward(self, x: Tensor, num_slices: int) -> Tensor:
+        """The mixer's result.
+
+        Args:
+            x: (B, L, C).
+            num_slices: into how many the sequence is cut for the third order, as of
+                :func:`vmamba_mm.ops.across_slices`.
+        """
+        xz = self.in_proj(x)
+        across = across_slices(xz, num_slices)
+        if self._is_one_op():
+            y, y_s = self._inner(xz, directions=('', '_b')), self._inner(across, directions=('_s',))
+        else:
+            y = self._direction(xz) + self._direction(xz, '_b', reverse=True)
+            y_s = self._direction(across, '_s')
+        return self._project_out(y + along_slices(y_s, num_slices))
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:

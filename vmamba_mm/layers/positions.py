@@ -31,6 +31,21 @@ def pad_to_patches(x: Tensor, patch_size: int) -> Tensor:
     return F.pad(x, (0, -width % patch_size, 0, -height % patch_size))
 
 
+def pad_volume(x: Tensor, stride: int) -> Tensor:
+    """(B, C, D, H, W) with zeros at the end of each axis up to multiples of ``stride``.
+
+    Raises:
+        ValueError: if the volume is none, or no larger than ``stride`` along every axis.
+    """
+    if x.dim() != 5:
+        raise ValueError(f'the model takes volumes (B, C, D, H, W), got {tuple(x.shape)}')
+    if max(x.shape[2:]) <= stride:
+        raise ValueError(f'a volume of {"x".join(map(str, x.shape[2:]))} voxels is too small: the '
+                         f'model needs more than {stride} along at least one axis; pad it')
+    pads = [n for side in reversed(x.shape[2:]) for n in (0, -side % stride)]
+    return F.pad(x, pads) if any(pads) else x
+
+
 def resize_grid(embed: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """(1, h * w, C) of the grid ``old``, bicubic, for the grid ``new``."""
     if old == new:

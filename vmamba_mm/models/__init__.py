@@ -4,6 +4,7 @@ from vmamba_mm.models.efficientvim import EfficientViM
 from vmamba_mm.models.rmt import RMT
 from vmamba_mm.models.rs_mamba import RemoteSensingMamba
 from vmamba_mm.models.rsmamba import RSMamba
+from vmamba_mm.models.seg_mamba import SegMambaEncoder
 from vmamba_mm.models.timemamba import TimeMamba
 from vmamba_mm.models.u_mamba import UMamba
 from vmamba_mm.models.videomamba import VideoMamba
@@ -16,5 +17,5 @@ from vmamba_mm.models.vmamba import VMamba
 from vmamba_mm.models.vssd import VSSD
 
 __all__ = ['RMT', 'VSSD', 'ActionMamba', 'CausalLM', 'EfficientViM', 'MaskMambaBlock', 'RSMamba',
-           'RemoteSensingMamba', 'TimeMamba', 'UMamba', 'VMUNet', 'VMamba', 'ViViM', 'VideoMamba',
-           'Vim', 'VisionRWKV', 'VisionRWKVAdapter']
+           'RemoteSensingMamba', 'SegMambaEncoder', 'TimeMamba', 'UMamba', 'VMUNet', 'VMamba',
+           'ViViM', 'VideoMamba', 'Vim', 'VisionRWKV', 'VisionRWKVAdapter']

@@ -62,7 +62,8 @@ class Backbone(StrictLoading, BaseModule):
     returns_last = False
     #: Whether the norms of outputs are of the last dimension, as of tokens, and no LayerNorm2d.
     norms_last = False
-    #: Keywords that the backbones of published classifiers have, beside the last output alone.
+    #: Keywords that the backbones of published classifiers have, beside the last output alone, or
+    #: those of what else was published, which may name other outputs.
     classifier_options: Mapping[str, Any] = MappingProxyType({})
     #: Of a model, the keywords that say which norms its outputs have.
     output_options: Mapping[str, Any] = MappingProxyType({})

@@ -15,7 +15,7 @@ from vmamba_mm.ops.mamba_inner import mamba_inner
 from vmamba_mm.ops.masa import decay_masks, masa, masa_mixer
 from vmamba_mm.ops.matrix_wkv import bi_wkv6, wkv5, wkv6, wkv6_step, wkv7, wkv7_step
 from vmamba_mm.ops.nc_ssd import nc_ssd, nc_ssd_mixer, nc_ssd_norm
-from vmamba_mm.ops.orders import cross_merge, cross_scan
+from vmamba_mm.ops.orders import across_slices, along_slices, cross_merge, cross_scan
 from vmamba_mm.ops.retention import retention, retention_step
 from vmamba_mm.ops.selective_scan import selective_scan, selective_scan_step
 from vmamba_mm.ops.shift_mix import shift_mix
@@ -26,12 +26,12 @@ from vmamba_mm.ops.ssd import ssd, ssd_step
 from vmamba_mm.ops.vision_rwkv import channel_mixer, spatial_mixer
 from vmamba_mm.ops.wkv import bi_wkv, wkv, wkv_step
 
-__all__ = ['BACKENDS', 'add_norm', 'bi_wkv', 'bi_wkv6', 'causal_conv', 'causal_conv_step',
-           'channel_mixer', 'channels_last', 'conv_mlp', 'conv_norm', 'conv_norm_gelu',
-           'cross_merge', 'cross_scan', 'decay_masks', 'dwconv_add', 'dwconv_silu',
-           'evaluate_batch_norm', 'layer_norm', 'linear_relu', 'mamba_inner', 'masa', 'masa_mixer',
-           'mlp', 'nc_ssd', 'nc_ssd_mixer', 'nc_ssd_norm', 'ordered_scan', 'register_scan',
-           'retention', 'retention_step', 'rms_norm', 'scan_norm', 'scan_patterns',
+__all__ = ['BACKENDS', 'across_slices', 'add_norm', 'along_slices', 'bi_wkv', 'bi_wkv6',
+           'causal_conv', 'causal_conv_step', 'channel_mixer', 'channels_last', 'conv_mlp',
+           'conv_norm', 'conv_norm_gelu', 'cross_merge', 'cross_scan', 'decay_masks', 'dwconv_add',
+           'dwconv_silu', 'evaluate_batch_norm', 'layer_norm', 'linear_relu', 'mamba_inner', 'masa',
+           'masa_mixer', 'mlp', 'nc_ssd', 'nc_ssd_mixer', 'nc_ssd_norm', 'ordered_scan',
+           'register_scan', 'retention', 'retention_step', 'rms_norm', 'scan_norm', 'scan_patterns',
            'scan_positions', 'selective_scan', 'selective_scan_step', 'shift_mix', 'sigmoid_gate',
            'spatial_mixer', 'squared_relu', 'ss2d_attention', 'ss2d_scan', 'ss2d_scan_norm', 'ssd',
            'ssd_step', 'wkv', 'wkv5', 'wkv6', 'wkv6_step', 'wkv7', 'wkv7_step', 'wkv_step']
