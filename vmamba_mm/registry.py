@@ -14,30 +14,40 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_CONSTRUCTOR
 from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry
 
-MODELS = Registry('model', parent=MMENGINE_MODELS, scope='vmamba_mm',
-                  locations=['vmamba_mm.models', 'vmamba_mm.heads',
-                            'vmamba_mm.mm.segmentation.models'])
-HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='vmamba_mm',
-                 locations=['vmamba_mm.mm.hooks'])
-OPTIM_WRAPPER_CONSTRUCTORS = Registry('optim wrapper constructor', parent=MMENGINE_CONSTRUCTORS,
-                                      scope='vmamba_mm', locations=['vmamba_mm.mm.optim'])
 
+class _Lean(Registry):
+    """A registry, some modules of which need less than others: these are looked through first.
 
-class _Transforms(Registry):
-    """Some transforms build on mmpretrain's, which others do without."""
+    Args:
+        lean: the modules that need less; their classes register on import.
+    """
+
+    def __init__(self, *args, lean: list[str], **kwargs):
+        super().__init__(*args, **kwargs)
+        self.lean = lean
 
     def get(self, key: str):
-        # In an installation without mmpretrain as well; its classes register on import.
-        import_module('vmamba_mm.mm.segmentation.transforms')
-        name = key.rpartition('.')[2]
-        return self._module_dict[name] if name in self._module_dict else super().get(key)
+        scope, _, name = key.rpartition('.')
+        for module in self.lean if scope in ('', self.scope) else ():
+            import_module(module)
+            if name in self._module_dict:
+                return self._module_dict[name]
+        return super().get(key)
 
 
-# These, the data sets and the metrics build on the frameworks', which are imported when a config
-# names the first of them.
-TRANSFORMS = _Transforms('transform', parent=MMENGINE_TRANSFORMS, scope='vmamba_mm',
-                         locations=['vmamba_mm.mm.transforms', 'vmamba_mm.mm.video.transforms'])
+# These and the transforms, data sets and metrics build on the frameworks', which are imported when
+# a config names the first of them.
+MODELS = _Lean('model', parent=MMENGINE_MODELS, scope='vmamba_mm',
+               lean=['vmamba_mm.models', 'vmamba_mm.heads'],
+               locations=['vmamba_mm.mm.segmentation.models'])
+TRANSFORMS = _Lean('transform', parent=MMENGINE_TRANSFORMS, scope='vmamba_mm',
+                   lean=['vmamba_mm.mm.segmentation.transforms'],
+                   locations=['vmamba_mm.mm.transforms', 'vmamba_mm.mm.video.transforms'])
 DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope='vmamba_mm',
                     locations=['vmamba_mm.mm.image_list', 'vmamba_mm.mm.video.dataset'])
 METRICS = Registry('metric', parent=MMENGINE_METRICS, scope='vmamba_mm',
                    locations=['vmamba_mm.mm.segmentation.metrics'])
+HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='vmamba_mm',
+                 locations=['vmamba_mm.mm.hooks'])
+OPTIM_WRAPPER_CONSTRUCTORS = Registry('optim wrapper constructor', parent=MMENGINE_CONSTRUCTORS,
+                                      scope='vmamba_mm', locations=['vmamba_mm.mm.optim'])
