@@ -65,7 +65,7 @@ demo-medical: $(ENV)
 
 # ARGS passes options on: make test ARGS='-m "not slow" -x'; with -n 0 all run in one process
 test: $(SETUP)
-	@$(PY) -m pytest -n auto --dist worksteal $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal $(ARGS)  # a core for each process
 
 test-gpu: $(ENV)
 	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("PyTorch finds no GPU here")'

@@ -49,7 +49,7 @@ class Running:
     def err(self):
         return Path(f'{self._out}.err').read_text()
 
-    def wait(self, timeout=240):
+    def wait(self, timeout=600):
         self.process.join(timeout)
         if self.process.exitcode is None:
             self.process.kill()

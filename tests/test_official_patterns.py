@@ -84,7 +84,7 @@ def test_documented_scan_of_ones_own(monkeypatch):
     example = re.search(r'```python\n(.*?)```', PAGE.read_text(), re.DOTALL)[1]
     names = {}
     exec(example, names)
-    assert scan_patterns()[-1] == 'diagonal'
+    assert 'diagonal' in scan_patterns()
     assert [tuple(m.shape) for m in names['maps']] == [
         (1, 96 * 2 ** i, 16 // 2 ** i, 24 // 2 ** i) for i in range(4)]
     model = VMamba(dict(S1, scan='diagonal'))

@@ -14,21 +14,13 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_CONSTRUCTOR
 from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry
 
-MODELS = Registry('model', parent=MMENGINE_MODELS, scope='vmamba_mm',
-                  locations=['vmamba_mm.models', 'vmamba_mm.heads',
-                            'vmamba_mm.mm.segmentation.models', 'vmamba_mm.mm.volumes.models'])
-HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='vmamba_mm',
-                 locations=['vmamba_mm.mm.hooks'])
-OPTIM_WRAPPER_CONSTRUCTORS = Registry('optim wrapper constructor', parent=MMENGINE_CONSTRUCTORS,
-                                      scope='vmamba_mm', locations=['vmamba_mm.mm.optim'])
-
 
 class _Lean(Registry):
     """A registry, some modules of which need less than others: these are looked through first.
 
     Args:
-        lean: the modules that do without mmpretrain and mmseg, those that need least first; their
-            classes register on import.
+        lean: the modules that need less, those that need least first; their classes register on
+            import.
     """
 
     def __init__(self, *args, lean: list[str], **kwargs):
@@ -36,23 +28,30 @@ class _Lean(Registry):
         self.lean = lean
 
     def get(self, key: str):
-        name = key.rpartition('.')[2]
-        for module in self.lean:
+        scope, _, name = key.rpartition('.')
+        for module in self.lean if scope in ('', self.scope) else ():
             import_module(module)
             if name in self._module_dict:
                 return self._module_dict[name]
         return super().get(key)
 
 
-# These, the data sets and the metrics build on the frameworks', which are imported when a config
-# names the first of them.
+# These and the transforms, data sets and metrics build on the frameworks', which are imported when
+# a config names the first of them.
+MODELS = _Lean('model', parent=MMENGINE_MODELS, scope='vmamba_mm',
+               lean=['vmamba_mm.models', 'vmamba_mm.heads', 'vmamba_mm.mm.volumes.models'],
+               locations=['vmamba_mm.mm.segmentation.models'])
 TRANSFORMS = _Lean('transform', parent=MMENGINE_TRANSFORMS, scope='vmamba_mm',
-                   locations=['vmamba_mm.mm.transforms', 'vmamba_mm.mm.video.transforms'],
                    lean=['vmamba_mm.mm.volumes.transforms',
-                         'vmamba_mm.mm.segmentation.transforms'])
+                         'vmamba_mm.mm.segmentation.transforms'],
+                   locations=['vmamba_mm.mm.transforms', 'vmamba_mm.mm.video.transforms'])
 DATASETS = _Lean('dataset', parent=MMENGINE_DATASETS, scope='vmamba_mm',
-                 locations=['vmamba_mm.mm.image_list', 'vmamba_mm.mm.video.dataset'],
-                 lean=['vmamba_mm.mm.volumes.dataset'])
+                 lean=['vmamba_mm.mm.volumes.dataset'],
+                 locations=['vmamba_mm.mm.image_list', 'vmamba_mm.mm.video.dataset'])
 METRICS = _Lean('metric', parent=MMENGINE_METRICS, scope='vmamba_mm',
-                locations=['vmamba_mm.mm.segmentation.metrics'],
-                lean=['vmamba_mm.mm.volumes.metrics'])
+                lean=['vmamba_mm.mm.volumes.metrics'],
+                locations=['vmamba_mm.mm.segmentation.metrics'])
+HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='vmamba_mm',
+                 locations=['vmamba_mm.mm.hooks'])
+OPTIM_WRAPPER_CONSTRUCTORS = Registry('optim wrapper constructor', parent=MMENGINE_CONSTRUCTORS,
+                                      scope='vmamba_mm', locations=['vmamba_mm.mm.optim'])

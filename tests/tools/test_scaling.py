@@ -13,7 +13,7 @@ SCALING = tiny.TOOLS / 'bench' / 'scaling.py'
 def scale(*argv):
     return subprocess.run(
         [sys.executable, SCALING, '--device', 'cpu', '--shrink', '16', '--quick', *map(str, argv)],
-        capture_output=True, text=True, timeout=240)
+        capture_output=True, text=True, timeout=600)
 
 
 def test_two_processes(tmp_path):
