@@ -52,6 +52,8 @@ class Spec:
         drop_path_rates: (arch, rate) -> that of each block, if not linear from 0 to the last.
         slices: of volumes, (B, C, slices, H, W), where the family takes these.
         called_often: a regular expression of the modules that run several times in a call.
+        zero_grads: one of the parameters whose gradients are zero but for rounding; no other
+            family has these names.
         shares_names: (arch) -> whether another family's models have the same official names and
             shapes, so that only who asks for one of the families can tell.
         whole_model: (arch, name in the zoo) -> a whole published model, where the head is more than
@@ -75,6 +77,7 @@ class Spec:
     drop_path_rates: Callable[[Mapping, float], Sequence[float]] | None = None
     slices: int = 0
     called_often: str = '(?!)'
+    zero_grads: str = '(?!)'
     shares_names: Callable[[Mapping], bool] = lambda arch: False
     whole_model: Callable[[str | Mapping, str], torch.nn.Module] | None = None
     published_keys: Callable[[], Mapping[str, Mapping[str, tuple]] | None] | None = None

@@ -86,4 +86,5 @@ SPEC = Spec(
     layer_depths={'patch_embed.proj.weight': 0, 'stages.0.blocks.0.mixer.A_b_log': 1,
                   'stages.0.downsample.conv.weight': 1, 'stages.1.blocks.1.norm.weight': 3,
                   'stages.1.gsc.proj.weight': 3, 'norm0.fc1.weight': 6},
-    a_weight='stages.1.blocks.0.mixer.out_proj.weight')
+    a_weight='stages.1.blocks.0.mixer.out_proj.weight',
+    zero_grads=r'stages\.\d\.gsc\.proj\d?\.bias')
