@@ -285,20 +285,9 @@ struct Rows {
     }
 };
 
-// Bytes of shared memory of a multiprocessor.
-#if __CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200
-constexpr int SHARED_MEMORY = 100 << 10;
-#elif __CUDA_ARCH__ < 900
-constexpr int SHARED_MEMORY = 164 << 10;
-#else
-constexpr int SHARED_MEMORY = 228 << 10;
-#endif
-
-// Blocks of so many threads, of which `live` are to be on a multiprocessor, if the `shared` bytes of
-// each leave room for them.
-__device__ constexpr int live_blocks(int threads, int live, int shared = 0) {
-    const int fit = SHARED_MEMORY / (shared + 1024), wanted = live > threads ? live / threads : 1;
-    return wanted < fit ? wanted : fit > 1 ? fit : 1;
+// Blocks of so many threads, of which `live` are to be on a multiprocessor.
+__device__ constexpr int live_blocks(int threads, int live) {
+    return live > threads ? live / threads : 1;
 }
 
 // --- decays -----------------------------------------------------------------------------------
@@ -479,6 +468,17 @@ __device__ __forceinline__ void decay_block(float (&v)[2][4], const Decays &d, i
         }
     }
 }
+
+// --- the blocks of a triangle -------------------------------------------------------------------
+
+// The ten blocks on and below the diagonal of Q x Q, two bits for the row and the column of each,
+// in an order in which warps that take every third, fourth or seventh have about equally much to
+// do: blocks on the diagonal take longer.
+struct Triangle {
+    static constexpr int COUNT = 10;
+    static __device__ __forceinline__ int row(int i) { return 0x6bed3 >> 2 * i & 3; }
+    static __device__ __forceinline__ int column(int i) { return 0x13a50 >> 2 * i & 3; }
+};
 
 // Stores the elements that a lane has of a block, as for decay_block.
 template <class T>

@@ -25,7 +25,6 @@ struct ForwardShared {
     Element<T> states[HEADS][WIDTH * PITCH<T, N>];  // that enter the chunk
     Element<T> scores[HEADS][Q * PITCH<T, Q>];
     Decays decays[2][HEADS];
-    float skip[HEADS][WIDTH];  // D
 };
 
 // Multiplies four channels by the SiLU of what is at `from`.
@@ -46,20 +45,18 @@ __global__ void __launch_bounds__(32 * PARTS * SLICES * HEADS,
                                   live_blocks(
                                       32 * PARTS * SLICES * HEADS,
                                       (N * sizeof(Element<T>) / PARTS <= 128 ? 384 : 256)
-                                      + 128 * (PARTS - 1),
-                                      sizeof(ForwardShared<T, SLICES, N, HEADS, STAGES>)))
+                                      + 128 * (PARTS - 1)))
 ssd_fwd(const Forward p) {
     typedef ForwardShared<T, SLICES, N, HEADS, STAGES> Shared;
     typedef Element<T> E;
     constexpr int WIDTH = Shared::WIDTH, OF_HEAD = PARTS * SLICES, WARPS = OF_HEAD * HEADS;
     constexpr int THREADS = 32 * WARPS, ROWS = BLOCKS / PARTS, OWN_STATES = N / PARTS;
     constexpr int X = PITCH<T, WIDTH>, K = PITCH<T, N>, S = PITCH<T, Q>;
-    // The blocks of C B^T are divided among the SHARE warps that have the same rows of C: each has
-    // COLUMNS columns of blocks, and where there are more warps than columns, every TEAMS-th row.
-    constexpr int SHARE = SLICES * HEADS;
-    constexpr int COLUMNS = SHARE >= BLOCKS ? 1 : (BLOCKS + SHARE - 1) / SHARE;
-    constexpr int TEAMS = SHARE / BLOCKS > ROWS ? ROWS : SHARE >= BLOCKS ? SHARE / BLOCKS : 1;
-    constexpr int OWN_BLOCKS = (ROWS + TEAMS - 1) / TEAMS;  // at most, of a column
+    // Warps among which the blocks of C B^T are divided: those that do not make decays, if these
+    // are at least two. Of two warps, the one that makes decays has a third of the blocks.
+    constexpr int WORKERS = WARPS - HEADS > 1 ? WARPS - HEADS : WARPS > 2 ? WARPS : 1;
+    // Blocks at a time: more products that need not wait for one another.
+    constexpr int TOGETHER = WORKERS == 3 && N <= 128 ? 2 : 1;
     static_assert(OWN_STATES % BLOCK == 0, "a warp has blocks of states");
     extern __shared__ __align__(16) char memory[];
     Shared &shared = *(Shared *)memory;
@@ -67,13 +64,11 @@ ssd_fwd(const Forward p) {
     const int lane = threadIdx.x & 31, warp = warp_index();
     const int g = lane >> 2, t = lane & 3, own = warp / OF_HEAD, slice = warp % SLICES;
     const int part = PARTS > 1 ? warp / SLICES % PARTS : 0;
-    const bool makes_decays = warp % OF_HEAD == SLICES - 1;  // which has the fewest blocks of C B^T
-    const int number = own * SLICES + slice, team = SHARE >= BLOCKS ? number / BLOCKS : 0;
-    const int first_block = SHARE >= BLOCKS ? number % BLOCKS : number;
-    // Whether this warp has the block of its o-th rows in column b.
-    auto has_block = [&](int o, int b) {
-        return b < BLOCKS && b <= PARTS * o + part && o % TEAMS == team;
-    };
+    const bool makes_decays = warp % OF_HEAD == OF_HEAD - 1;
+    const int first_block = WORKERS == 1 ? 0 : WORKERS == WARPS ? warp
+        : makes_decays ? Triangle::COUNT : warp - own;
+    const int own_blocks = WARPS != 2 ? ~0 : HEADS == 2 ? (warp ? 0x2aa : 0x155)
+        : makes_decays ? 0x124 : 0x2db;
     const int column = blockIdx.x % p.columns, rest = blockIdx.x / p.columns;
     const int first_head = rest % (p.heads / HEADS) * HEADS, batch = rest / (p.heads / HEADS);
     const int span = blockIdx.y, head = first_head + own;
@@ -89,23 +84,21 @@ ssd_fwd(const Forward p) {
                           time, begin);
     Rows<T, N, THREADS> C((const E *)p.C.data + batch * p.C.b + (long long)group * p.C.h, p.C.l,
                           time, begin);
-    auto load_raw = [&](int start) {
-        return load_steps(p.dt.data, batch * p.dt.b + (long long)head * p.dt.h, p.dt.l,
-                          p.step.dt_type,
-                          p.step.index ? p.step.index + (long long)batch * p.length : nullptr,
-                          time, start, min(Q, end - start));
-    };
+    const long long dt_base = batch * p.dt.b + (long long)head * p.dt.h;
+    const int *const index = p.step.index ? p.step.index + (long long)batch * p.length : nullptr;
     // Every PARTS-th block of rows is of this warp.
     const int first_row = part * BLOCK, first_state = part * OWN_STATES;
     constexpr int ROW_STEP = PARTS * BLOCK;
     // Of a lane: position g of the first block, and the first of four channels.
     const int own_channel = first_channel + channel + first_column(t);
+    int y_step = time.step(p.y.l);
+    opaque(y_step);  // else it is calculated for each store
     E *y_at = (E *)p.y.data + batch * p.y.b + time(begin + first_row + g) * p.y.l
-        + (long long)head * p.y.h + own_channel;
+        + (long long)head * p.y.h
+        + own_channel;
 
     auto copy = [&](typename Shared::Stage &stage, int start) {
         const int rows = min(Q, end - start);
-        opaque(x.step), opaque(B.step), opaque(C.step);  // else offsets stay in registers
 #pragma unroll
         for (int k = 0; k < HEADS; ++k) {
             x.copy(stage.x[k], rows, width, k + 1 == HEADS);
@@ -118,23 +111,35 @@ ssd_fwd(const Forward p) {
     copy(shared.stages[0], begin);
 
     // A warp of each head, which has fewer blocks to multiply, makes its decays, a chunk ahead.
+    float rate = 0.f, bias = 0.f;
     RawSteps raw = {};  // of the chunk after the one at hand
-    auto make = [&](Decays &decays, const RawSteps &raw, int rows) {
-        const float rate = load_parameter(p.step.A, head, p.step.A_type) * LOG2E;
-        const float bias = p.step.bias ? load_parameter(p.step.bias, head, p.step.bias_type) : 0.f;
-        make_decays<true>(decays, raw, bias, rate, p.step, rows);
-    };
     if (makes_decays) {
-        make(shared.decays[0][own], load_raw(begin), min(Q, end - begin));
-        raw = load_raw(begin + Q);
+        rate = load_parameter(p.step.A, head, p.step.A_type) * LOG2E;
+        if (p.step.bias) bias = load_parameter(p.step.bias, head, p.step.bias_type);
+        const int rows = min(Q, end - begin);
+        make_decays<true>(shared.decays[0][own],
+                          load_steps(p.dt.data, dt_base, p.dt.l, p.step.dt_type, index, time,
+                                     begin, rows),
+                          bias, rate, p.step, rows);
+        raw = load_steps(p.dt.data, dt_base, p.dt.l, p.step.dt_type, index, time, begin + Q,
+                         min(Q, end - begin - Q));
     }
 
-    if (p.D)  // of the block's channels
-        for (int i = threadIdx.x; i < HEADS * WIDTH; i += THREADS) {
-            const int c = first_channel + i % WIDTH, of = first_head + i / WIDTH;
-            shared.skip[i / WIDTH][i % WIDTH] = c >= p.dim ? 0.f : load_parameter(
-                p.D, p.D_full ? (long long)of * p.dim + c : of, p.D_type);
+    // A factor by which x gives what skips the states: D on the diagonal, of channels 0-7 and 8-15;
+    // in half precision as a sum of two numbers.
+    constexpr int SKIPS = same<T, Float> ? 1 : 2;
+    Pair<T> skip[2][SKIPS];
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+        const int c = first_channel + channel + 8 * m + g;
+        float D = !p.D || c >= p.dim ? 0.f : load_parameter(
+            p.D, p.D_full ? (long long)head * p.dim + c : head, p.D_type);
+#pragma unroll
+        for (int k = 0; k < SKIPS; ++k) {
+            skip[m][k] = pack<T>(g == 2 * t ? D : 0.f, g == 2 * t + 1 ? D : 0.f);
+            D -= unpack<T>(pack<T>(D, 0.f)).x;
         }
+    }
     // The channels of a lane: rows g, g + 8 of the states; of y, columns 2 t, 2 t + 1, 8 + 2 t ...
     float state[OWN_STATES / BLOCK][2][4];
     E *const own_states = shared.states[own] + channel * K;
@@ -166,95 +171,77 @@ ssd_fwd(const Forward p) {
         if (STAGES > 1 && start + Q < end) copy(shared.stages[parity ^ 1], start + Q);
         if (makes_decays && start + Q < end) {
             const RawSteps given = raw;
-            raw = load_raw(start + 2 * Q);
-            make(shared.decays[parity ^ 1][own], given, min(Q, end - start - Q));
+            raw = load_steps(p.dt.data, dt_base, p.dt.l, p.step.dt_type, index, time,
+                             start + 2 * Q, min(Q, end - start - 2 * Q));
+            make_decays<true>(shared.decays[parity ^ 1][own], given, bias, rate, p.step,
+                              min(Q, end - start - Q));
         }
 
-        // What the state that enters gives, and C B^T on and below the diagonal, for which each row
-        // of C is loaded once; then the latter with the decays of each head.
+        // What the state that enters gives.
         const Decays &decays = shared.decays[parity][own];
-        const bool enters = start > begin || p.entries;
         float y[ROWS][2][4] = {};
-        auto multiply_column = [&](int c, bool with_state) {
-            const int b = first_block + c * SHARE;
-            float scores[OWN_BLOCKS][2][4] = {};
-#pragma unroll 2  // all at once would spill
+        if (start > begin || entry) {
+#pragma unroll
             for (int n = 0; n < N / BLOCK; ++n) {
-                Block16<T> of_state, of_B;
-                if (with_state) of_state.template load<false, true>(own_states + BLOCK * n, K);
-                if (TEAMS > 1 ? team < TEAMS : has_block(ROWS - 1, b))
-                    of_B.template load<false, true>(stage.B + BLOCK * b * K + BLOCK * n, K);
+                Block16<T> right;
+                right.template load<false, true>(own_states + BLOCK * n, K);
 #pragma unroll
                 for (int o = 0; o < ROWS; ++o) {
-                    if (!with_state && !has_block(o, b)) continue;
                     Block16<T> left;
                     left.template load<false>(
                         stage.C + (first_row + ROW_STEP * o) * K + BLOCK * n, K);
-                    if (with_state) multiply_blocks<T, FAST>(y[o], left, of_state);
-                    if (has_block(o, b)) multiply_blocks<T, FAST>(scores[o / TEAMS], left, of_B);
-                }
-            }
-            if (with_state) {
-#pragma unroll
-                for (int o = 0; o < ROWS; ++o) {
-                    const int row = first_row + ROW_STEP * o + g;
-                    const float upper = decays.enter[row], lower = decays.enter[row + 8];
 #pragma unroll
                     for (int m = 0; m < 2; ++m)
-#pragma unroll
-                        for (int e = 0; e < 4; ++e) y[o][m][e] *= e < 2 ? upper : lower;
+                        multiply<T, FAST>(y[o][m], left.v[0], left.v[1], left.v[2], left.v[3],
+                                          right.v[2 * m], right.v[2 * m + 1]);
                 }
             }
 #pragma unroll
             for (int o = 0; o < ROWS; ++o) {
-                if (!has_block(o, b)) continue;
-                const int r = PARTS * o + part;
+                const int row = first_row + ROW_STEP * o + g;
+                const float upper = decays.enter[row], lower = decays.enter[row + 8];
+#pragma unroll
+                for (int m = 0; m < 2; ++m)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) y[o][m][e] *= e < 2 ? upper : lower;
+            }
+        }
+
+        // C B^T on and below the diagonal, for all heads, and with the decays of each.
+        for (int i = first_block; i < Triangle::COUNT; i += TOGETHER * WORKERS) {
+            if (!(own_blocks >> i & 1)) continue;
+            const bool more = i + WORKERS < Triangle::COUNT;
+            float scores[TOGETHER][2][4] = {};
+#pragma unroll
+            for (int n = 0; n < N / BLOCK; ++n)
+#pragma unroll
+                for (int u = 0; u < TOGETHER; ++u) {
+                    if (u > 0 && !more) break;
+                    multiply_rows<T, FAST>(
+                        scores[u],
+                        stage.C + BLOCK * Triangle::row(i + u * WORKERS) * K + BLOCK * n, K,
+                        stage.B + BLOCK * Triangle::column(i + u * WORKERS) * K + BLOCK * n, K);
+                }
+#pragma unroll
+            for (int u = 0; u < TOGETHER; ++u) {
+                if (u > 0 && !more) break;
+                const int r = Triangle::row(i + u * WORKERS), b = Triangle::column(i + u * WORKERS);
 #pragma unroll 1
                 for (int k = 0; k < HEADS; ++k) {
                     float v[2][4];
 #pragma unroll
                     for (int m = 0; m < 2; ++m)
 #pragma unroll
-                        for (int e = 0; e < 4; ++e) v[m][e] = scores[o / TEAMS][m][e];
+                        for (int e = 0; e < 4; ++e) v[m][e] = scores[u][m][e];
                     decay_block<true>(v, shared.decays[parity][k], r, b);
                     store_block<T>(shared.scores[k] + BLOCK * r * S + BLOCK * b, S, v);
                 }
             }
-        };
-        multiply_column(0, enters);
-#pragma unroll 1
-        for (int c = 1; c < COLUMNS && first_block + c * SHARE < BLOCKS; ++c)
-            multiply_column(c, false);
+        }
         __syncthreads();
 
         // What the chunk itself gives.
         const E *const own_x = stage.x[own] + channel;
-        if (p.D) {
-            // A factor by which x gives what skips the states: D on the diagonal, of channels 0-7
-            // and 8-15; in half precision as a sum of two numbers.
-            constexpr int SKIPS = same<T, Float> ? 1 : 2;
-            Pair<T> skip[2][SKIPS];
-#pragma unroll
-            for (int m = 0; m < 2; ++m) {
-                float D = shared.skip[own][channel + 8 * m + g];
-#pragma unroll
-                for (int k = 0; k < SKIPS; ++k) {
-                    skip[m][k] = pack<T>(g == 2 * t ? D : 0.f, g == 2 * t + 1 ? D : 0.f);
-                    D -= unpack<T>(pack<T>(D, 0.f)).x;
-                }
-            }
-#pragma unroll
-            for (int o = 0; o < ROWS; ++o) {
-                Block16<T> left;
-                left.template load<false>(own_x + (first_row + ROW_STEP * o) * X, X);
-#pragma unroll
-                for (int m = 0; m < 2; ++m)
-#pragma unroll
-                    for (int k = 0; k < SKIPS; ++k)
-                        multiply_half<T, FAST>(y[o][m], left.v[2 * m], left.v[2 * m + 1],
-                                               skip[m][k]);
-            }
-        }
         Block16<T> inputs[BLOCKS];
 #pragma unroll
         for (int b = 0; b < BLOCKS; ++b)
@@ -273,6 +260,19 @@ ssd_fwd(const Forward p) {
                     multiply<T, FAST>(y[o][m], left.v[0], left.v[1], left.v[2], left.v[3],
                                       inputs[b].v[2 * m], inputs[b].v[2 * m + 1]);
             }
+        if (p.D) {
+#pragma unroll
+            for (int o = 0; o < ROWS; ++o) {
+                Block16<T> left;
+                left.template load<false>(own_x + (first_row + ROW_STEP * o) * X, X);
+#pragma unroll
+                for (int m = 0; m < 2; ++m)
+#pragma unroll
+                    for (int k = 0; k < SKIPS; ++k)
+                        multiply_half<T, FAST>(y[o][m], left.v[2 * m], left.v[2 * m + 1],
+                                               skip[m][k]);
+            }
+        }
         Four<T> out[ROWS][2];
 #pragma unroll
         for (int o = 0; o < ROWS; ++o)
@@ -297,7 +297,7 @@ ssd_fwd(const Forward p) {
             for (int k = 0; k < 2; ++k) {
                 const int row = first_row + ROW_STEP * o + 8 * k + g;
                 if (row < rows && own_channel < p.dim) out[o][k].store(y_at);
-                y_at += (long long)(k ? ROW_STEP - 8 : 8) * time.step(p.y.l);  // at last by Q
+                y_at += (long long)(k ? ROW_STEP - 8 : 8) * y_step;  // at last by Q
             }
 
         // The state that leaves.

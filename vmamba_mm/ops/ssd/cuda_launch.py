@@ -50,7 +50,7 @@ class Shape(NamedTuple):
     def shared(self, size: int, states: int) -> int:
         """Bytes of shared memory, for elements of so many bytes; as ForwardShared."""
         stage = self.heads * _tile(self.width, size) + 2 * _tile(states, size)
-        of_head = self.width * (states * size + 16 + 4) + _tile(CHUNK, size) + 2 * _DECAYS
+        of_head = self.width * (states * size + 16) + _tile(CHUNK, size) + 2 * _DECAYS
         return self.stages * stage + self.heads * of_head
 
 
