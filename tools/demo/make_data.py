@@ -1,4 +1,5 @@
-"""Build the demo sets, in real layouts: MNIST digits pasted on photographs, and made-up heads.
+"""Build the demo sets, in real layouts: MNIST digits pasted on photographs, made-up heads, and
+pairs of photographs.
 
     data/demo/imagenet   train/<class>/*.png, val/<class>/*.png             (ImageNet folders)
     data/demo/coco       annotations/instances_{train,val}2017.json,
@@ -7,6 +8,7 @@
                          annotations/{training,validation}/*.png            (ADE20K)
     data/demo/clips      train/<class>/*.mp4, val/<class>/*.mp4             (class folders)
     data/demo/heads      {train,val}/<case>/*.nii.gz, slices/               (NIfTI, and PNG)
+    data/demo/pairs      {train,val}/{A,B,label}/*.png                      (LEVIR-CD)
 
 coco and ade20k show the same scenes, so that their labels can be checked against each other.
 Everything follows from --seed; a set that is already there with the same settings is kept.
@@ -20,6 +22,7 @@ from pathlib import Path
 
 import clips
 import numpy as np
+import pairs
 import scenes
 import volumes
 from PIL import Image
@@ -32,11 +35,12 @@ DEFAULTS = dict(
     clip_size=40, clip_tile=(20, 25), clip_way=(14, 17), clip_frames=12, clip_rate=8,
     clip_digits=(0, 1), clips_per_class=(300, 40),
     head_shape=(64, 64, 32), heads=(40, 12),
+    pair_size=96, pair_roof=(12, 32), pair_same=(1, 3), pair_changed=(0, 3), pairs=(1200, 60),
 )
-PARTS = ('imagenet', 'coco', 'ade20k', 'clips', 'heads')
+PARTS = ('imagenet', 'coco', 'ade20k', 'clips', 'heads', 'pairs')
 # The id of a set is a hash of these settings and of the code that draws it.
 CODE = (Path(__file__), Path(scenes.__file__), Path(clips.__file__),
-        Path(volumes.__file__))
+        Path(volumes.__file__), Path(pairs.__file__))
 
 
 def settings_id(settings):
@@ -179,7 +183,7 @@ def build(root, settings, parts=PARTS):
     scenes_parts = {'coco', 'ade20k'} if {'coco', 'ade20k'} & set(parts) else set()
     groups = [('imagenet',)] if 'imagenet' in parts else []
     groups += [('coco', 'ade20k')] if scenes_parts else []
-    groups += [(part,) for part in ('clips', 'heads') if part in parts]
+    groups += [(part,) for part in ('clips', 'heads', 'pairs') if part in parts]
     for group in groups:
         stamps = [root / part / 'made.json' for part in group]
         if all(s.is_file() and json.loads(s.read_text())['id'] == wanted for s in stamps):
@@ -197,6 +201,9 @@ def build(root, settings, parts=PARTS):
         elif group == ('heads',):
             volumes.build(root / 'heads', settings)
             counts = volumes.verify(root / 'heads', settings, check)
+        elif group == ('pairs',):
+            pairs.build(root / 'pairs', settings)
+            counts = pairs.verify(root / 'pairs', settings, check)
         else:
             build_scenes(root / 'coco', root / 'ade20k', settings)
             counts = verify_scenes(root / 'coco', root / 'ade20k', settings)

@@ -92,16 +92,20 @@ class Digit:
         return [x, y, int(xs.max()) - x + 1, int(ys.max()) - y + 1]
 
 
-def background(rng, split, size):
-    """A random square crop of a random photograph, between 1 and 3 times the size, dimmed."""
+def photo_crop(rng, split, size):
+    """A random square of a random photograph, from 1 to 3 times the size, in fp32 (size, size, 3)."""
     photos = load_photos(split)
     photo = photos[rng.integers(len(photos))]
     height, width = photo.shape[:2]
     side = int(rng.uniform(size, min(3 * size, height, width)))
     y, x = rng.integers(height - side + 1), rng.integers(width - side + 1)
     crop = Image.fromarray(photo[y:y + side, x:x + side]).resize((size, size), Image.BILINEAR)
-    crop = np.asarray(crop, np.float32)
-    crop *= rng.uniform(*DIM)
+    return np.asarray(crop, np.float32)
+
+
+def background(rng, split, size):
+    """The same, dimmed, and mirrored half of the time."""
+    crop = photo_crop(rng, split, size) * rng.uniform(*DIM)
     return crop[:, ::-1].copy() if rng.random() < 0.5 else crop
 
 
