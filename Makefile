@@ -8,8 +8,8 @@ ENV := $(if $(OWN),env)
 SETUP := $(if $(OWN),setup)
 
 .DEFAULT_GOAL := help
-.PHONY: help env setup setup-nnunet demo demo-det demo-seg demo-video demo-medical test test-gpu \
-        lint tables kernels check-gpu bench docs clean
+.PHONY: help env setup setup-nnunet demo demo-det demo-seg demo-video demo-medical demo-change test \
+        test-gpu lint tables kernels check-gpu bench docs clean
 
 help:
 	@echo 'make demo      train, evaluate and predict: classification on a small built-in set (3 min)'
@@ -17,6 +17,7 @@ help:
 	@echo 'make demo-seg  the same for UperNet: semantic segmentation (5 min)'
 	@echo 'make demo-video  the same for VideoMamba: digits that move, in video files (5 min)'
 	@echo 'make demo-medical  VM-UNet on slices and SegMamba on volumes of made-up heads (8 min)'
+	@echo 'make demo-change  RSM-CD: what changed between two photographs (5 min)'
 	@echo 'make test      all tests'
 	@echo 'make test-gpu  the tests that need a GPU, in several processes'
 	@echo 'make lint      ruff, and whether the tables are those of the metafiles'
@@ -62,6 +63,9 @@ demo-video: $(ENV)
 
 demo-medical: $(ENV)
 	@$(PY) tools/demo/medical.py
+
+demo-change: $(ENV)
+	@$(PY) tools/demo/change.py
 
 # ARGS passes options on: make test ARGS='-m "not slow" -x'; with -n 0 all run in one process
 test: $(SETUP)

@@ -1,5 +1,6 @@
 # `make demo-change`: a small RSM-CD on pairs of photographs of 96x96 pixels, in tiles of 64. The
-# model, the losses and the metric are those of LEVIR-CD; it starts from random weights, as published.
+# model, the losses and the metric are those of LEVIR-CD, and the weights are random ones at first,
+# as there.
 _base_ = ['../rs_mamba/rsm-cd-tiny_1xb32-300e_levir-cd-256x256.py']
 
 crop_size, dims = (64, 64), [16, 32, 64, 128]

@@ -12,7 +12,7 @@ for package in ('mlxtend', 'skimage', 'sklearn', 'pycocotools'):
         pytest.skip(f"{package} is not installed (extra 'demo')", allow_module_level=True)
 
 
-#: The set of volumes has a test of its own.
+#: The sets of volumes and of pairs have tests of their own.
 PARTS = 'imagenet', 'coco', 'ade20k', 'clips'
 
 

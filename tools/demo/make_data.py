@@ -35,12 +35,14 @@ DEFAULTS = dict(
     clip_size=40, clip_tile=(20, 25), clip_way=(14, 17), clip_frames=12, clip_rate=8,
     clip_digits=(0, 1), clips_per_class=(300, 40),
     head_shape=(64, 64, 32), heads=(40, 12),
-    pair_size=96, pair_roof=(12, 32), pair_same=(1, 3), pair_changed=(0, 3), pairs=(1200, 60),
+    pair_size=96, pair_roof=(12, 32), pair_same=(1, 3), pair_changed=(0, 3), pairs=(1200, 100),
 )
-PARTS = ('imagenet', 'coco', 'ade20k', 'clips', 'heads', 'pairs')
+#: The sets that are built and checked by a module of their own.
+DRAWN = dict(clips=clips, heads=volumes, pairs=pairs)
+PARTS = ('imagenet', 'coco', 'ade20k', *DRAWN)
 # The id of a set is a hash of these settings and of the code that draws it.
-CODE = (Path(__file__), Path(scenes.__file__), Path(clips.__file__),
-        Path(volumes.__file__), Path(pairs.__file__))
+CODE = tuple(Path(path) for path in (__file__, scenes.__file__,
+                                     *(module.__file__ for module in DRAWN.values())))
 
 
 def settings_id(settings):
@@ -183,7 +185,7 @@ def build(root, settings, parts=PARTS):
     scenes_parts = {'coco', 'ade20k'} if {'coco', 'ade20k'} & set(parts) else set()
     groups = [('imagenet',)] if 'imagenet' in parts else []
     groups += [('coco', 'ade20k')] if scenes_parts else []
-    groups += [(part,) for part in ('clips', 'heads', 'pairs') if part in parts]
+    groups += [(part,) for part in DRAWN if part in parts]
     for group in groups:
         stamps = [root / part / 'made.json' for part in group]
         if all(s.is_file() and json.loads(s.read_text())['id'] == wanted for s in stamps):
@@ -195,15 +197,9 @@ def build(root, settings, parts=PARTS):
         if group == ('imagenet',):
             build_imagenet(root / 'imagenet', settings)
             counts = verify_imagenet(root / 'imagenet', settings)
-        elif group == ('clips',):
-            clips.build(root / 'clips', settings)
-            counts = clips.verify(root / 'clips', settings, check)
-        elif group == ('heads',):
-            volumes.build(root / 'heads', settings)
-            counts = volumes.verify(root / 'heads', settings, check)
-        elif group == ('pairs',):
-            pairs.build(root / 'pairs', settings)
-            counts = pairs.verify(root / 'pairs', settings, check)
+        elif group[0] in DRAWN:
+            DRAWN[group[0]].build(root / group[0], settings)
+            counts = DRAWN[group[0]].verify(root / group[0], settings, check)
         else:
             build_scenes(root / 'coco', root / 'ade20k', settings)
             counts = verify_scenes(root / 'coco', root / 'ade20k', settings)

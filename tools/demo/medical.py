@@ -15,9 +15,10 @@ from pathlib import Path
 import make_data
 import numpy as np
 import report
+import thresholds
 import volumes
-from PIL import Image, ImageDraw, ImageFont
-from run import ROOT, cpu_seconds, run, say
+from PIL import Image
+from run import ROOT, cpu_seconds, run, say, set_threads
 
 TITLE = 'Medicine: ventricles and tumours in made-up heads, by slices and by volumes'
 CONFIGS = {'VM-UNet, slices': 'configs/demo/vm-unet_slices-64.py',
@@ -43,20 +44,13 @@ def best_thresholds(cases):
     """For each class the range of brightness that has the best Dice on all voxels of the cases."""
     heads = [volumes.read_head(case) for case in cases]
     values, masks = (np.concatenate([head[i].ravel() for head in heads]) for i in (0, 1))
-    total = np.cumsum(np.concatenate([[0], np.histogram(values, BINS)[0]]))
-    ranges = {}
-    for c in COLOURS:
-        own = np.cumsum(np.concatenate([[0], np.histogram(values[masks == c], BINS)[0]]))
-        hits, held = (np.triu(counts[None] - counts[:, None]) for counts in (own, total))
-        low, high = np.unravel_index(np.argmax(2 * hits / (held + own[-1])), hits.shape)
-        ranges[c] = BINS[low], BINS[high]
-    return ranges
+    return {c: thresholds.best_range(values, masks == c, BINS) for c in COLOURS}
 
 
 def threshold(volume, ranges):
     pred = np.zeros(volume.shape, np.uint8)
-    for c, (low, high) in ranges.items():
-        pred[(volume >= low) & (volume < high)] = c
+    for c, limits in ranges.items():
+        pred[thresholds.within(volume, limits)] = c
     return pred
 
 
@@ -105,29 +99,10 @@ def by_volume(cfg, model):
 
 # --- the page -------------------------------------------------------------------------------------
 
-def panel(volume, labels, z, title, scale=4):
+def panel(volume, labels, z, title):
     """An axial slice, classes in colour, with a title below."""
-    image = np.stack([volumes.slice_image(volume, z)] * 3, -1).astype(float)
-    for c, colour in COLOURS.items():
-        where = labels[:, :, z].T == c
-        image[where] = 0.4 * image[where] + 0.6 * np.array(colour)
-    height, width = (side * scale for side in image.shape[:2])
-    page = Image.new('RGB', (width, height + 26), 'white')
-    page.paste(Image.fromarray(image.astype(np.uint8)).resize((width, height), Image.NEAREST))
-    ImageDraw.Draw(page).text((4, height + 2), title, 'black', ImageFont.load_default(18))
-    return page
-
-
-def side_by_side(images, gap=8, vertical=False):
-    axis = 1 if vertical else 0
-    length = sum(image.size[axis] + gap for image in images) - gap
-    across = max(image.size[1 - axis] for image in images)
-    page = Image.new('RGB', (across, length) if vertical else (length, across), 'white')
-    place = 0
-    for image in images:
-        page.paste(image, (0, place) if vertical else (place, 0))
-        place += image.size[axis] + gap
-    return page
+    image = np.stack([volumes.slice_image(volume, z)] * 3, -1)
+    return report.panel(image, labels[:, :, z].T, COLOURS, title)
 
 
 def main():
@@ -137,8 +112,7 @@ def main():
                         help='made anew (default: %(default)s)')
     args = parser.parse_args()
     os.chdir(ROOT)
-    # One core is left to the data loader; see run.py.
-    os.environ.setdefault('OMP_NUM_THREADS', str(min(max((os.cpu_count() or 2) - 1, 1), 4)))
+    set_threads()
     start, work_dir, root = time.time(), args.work_dir, Path('data/demo/heads')
     say(f'{TITLE}; on 2 CPU cores some minutes, on a GPU less')
     make_data.build('data/demo', make_data.DEFAULTS, ['heads'])
@@ -150,7 +124,7 @@ def main():
                             '--work-dir', folder)
         models[name] = load_model(config, (folder / 'last_checkpoint').read_text().strip())
         curves.append(Image.open(folder / 'curves.png').convert('RGB'))
-    side_by_side(curves, vertical=True).save(work_dir / 'curves.png')
+    report.side_by_side(curves, vertical=True).save(work_dir / 'curves.png')
 
     train, val = (sorted(path for path in (root / split).iterdir()) for split in ('train', 'val'))
     slices, whole = CONFIGS
@@ -166,7 +140,7 @@ def main():
         z = int(np.argmax((mask == 2).sum((0, 1))))
         panels = [panel(volume, np.zeros_like(mask), z, case.name), panel(volume, mask, z, 'mask')]
         panels += [panel(volume, pred, z, name) for name, pred in found.items()]
-        side_by_side(panels).save(pictures / f'{case.name}.png')
+        report.side_by_side(panels).save(pictures / f'{case.name}.png')
 
     means = {name: {c: np.mean([score[c] for score in cases]) for c in cases[0]}
              for name, cases in scores.items()}

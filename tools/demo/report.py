@@ -1,6 +1,7 @@
 """One page of a demo run: the numbers, the curves and the predicted pictures."""
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 WIDTH, PAD = 1240, 20
@@ -22,10 +23,35 @@ def choose_columns(path):
         return 3 if image.width > 1.5 * image.height or image.width > 400 else 4
 
 
-def contact_sheet(path, title, lines, curves, folder):
-    """Write the page and return its path."""
+def panel(image, labels, colours, title, scale=4):
+    """An image (H, W, 3), enlarged, with classes in colour, and a title below."""
+    image = image.astype(float)
+    for label, colour in colours.items():
+        where = labels == label
+        image[where] = 0.4 * image[where] + 0.6 * np.array(colour)
+    height, width = (side * scale for side in image.shape[:2])
+    page = Image.new('RGB', (width, height + 26), 'white')
+    page.paste(Image.fromarray(image.astype(np.uint8)).resize((width, height), Image.NEAREST))
+    ImageDraw.Draw(page).text((4, height + 2), title, 'black', ImageFont.load_default(18))
+    return page
+
+
+def side_by_side(images, gap=8, vertical=False):
+    axis = 1 if vertical else 0
+    length = sum(image.size[axis] + gap for image in images) - gap
+    across = max(image.size[1 - axis] for image in images)
+    page = Image.new('RGB', (across, length) if vertical else (length, across), 'white')
+    place = 0
+    for image in images:
+        page.paste(image, (0, place) if vertical else (place, 0))
+        place += image.size[axis] + gap
+    return page
+
+
+def contact_sheet(path, title, lines, curves, folder, columns=None):
+    """Write the page, with pictures in so many columns, and return its path."""
     files = [p for p in sorted(Path(folder).rglob('*')) if p.suffix.lower() in ('.png', '.jpg')]
-    columns = choose_columns(files[0]) if files else 4
+    columns = columns or (choose_columns(files[0]) if files else 4)
     cell = (WIDTH - PAD * (columns + 1)) // columns
     pictures = [fitted(p, cell) for p in files]
     curve = [fitted(curves, WIDTH - 2 * PAD)] if Path(curves).is_file() else []

@@ -98,6 +98,15 @@ def say(text):
     print(f'[demo] {text}', flush=True)
 
 
+def set_threads():
+    """One core is left to the data loader.
+
+    On two cores beside other busy processes, two OpenMP threads were 2 to 10 times slower than one,
+    which alone takes 1.5 times as long as two.
+    """
+    os.environ.setdefault('OMP_NUM_THREADS', str(min(max((os.cpu_count() or 2) - 1, 1), 4)))
+
+
 def run(name, log, *command):
     """Run one of the tools; what matters of its output is shown. Returns the seconds it took."""
     command = [sys.executable, *map(str, command)]
@@ -189,9 +198,7 @@ def main():
     demo, name = DEMOS[args.task], args.task
     work_dir = args.work_dir or Path('work_dirs') / f'demo-{name}'
     os.chdir(ROOT)
-    # One core is left to the data loader. On two cores beside other busy processes, two OpenMP
-    # threads were 2 to 10 times slower than one, which alone takes 1.5 times as long as two.
-    os.environ.setdefault('OMP_NUM_THREADS', str(min(max((os.cpu_count() or 2) - 1, 1), 4)))
+    set_threads()
     start = time.time()
 
     say(f'{demo.title}; on 2 CPU cores a few minutes, on a GPU less')

@@ -93,7 +93,7 @@ class Digit:
 
 
 def photo_crop(rng, split, size):
-    """A random square of a random photograph, from 1 to 3 times the size, in fp32 (size, size, 3)."""
+    """A random square of a random photograph, of 1 to 3 times the size: (size, size, 3) in fp32."""
     photos = load_photos(split)
     photo = photos[rng.integers(len(photos))]
     height, width = photo.shape[:2]
