@@ -3,7 +3,7 @@
     <root>/{train,val}/{A,B,label}/<number>.png       before, after, and what changed (255)
 
 The roofs are pieces of other photographs, and most pairs have some that stay, so that a single date
-tells nothing. The later date has other light, clouds, noise, and a shift of up to a pixel and a
+tells little. The later date has other light, clouds, noise, and a shift of up to a pixel and a
 half: nearly all pixels differ, and the difference alone tells little.
 """
 import numpy as np
