@@ -17,7 +17,7 @@ help:
 	@echo 'make demo-seg  the same for UperNet: semantic segmentation (5 min)'
 	@echo 'make demo-video  the same for VideoMamba: digits that move, in video files (5 min)'
 	@echo 'make demo-medical  VM-UNet on slices and SegMamba on volumes of made-up heads (8 min)'
-	@echo 'make demo-change  RSM-CD: what changed between two photographs (5 min)'
+	@echo 'make demo-change  RSM-CD: what changed between two photographs (4 min)'
 	@echo 'make test      all tests'
 	@echo 'make test-gpu  the tests that need a GPU, in several processes'
 	@echo 'make lint      ruff, and whether the tables are those of the metafiles'

@@ -3,11 +3,11 @@
 # as there.
 _base_ = ['../rs_mamba/rsm-cd-tiny_1xb32-300e_levir-cd-256x256.py']
 
-crop_size, dims = (64, 64), [16, 32, 64, 128]
+crop_size, dims = (64, 64), [24, 48, 96, 192]
 model = dict(
     data_preprocessor=dict(size=crop_size),
     backbone=dict(
-        arch=dict(_delete_=True, base='tiny', embed_dims=16, depths=(1, 1, 1, 1), d_state=1,
+        arch=dict(_delete_=True, base='tiny', embed_dims=dims[0], depths=(1, 1, 1, 1), d_state=1,
                   ssm_ratio=1.0, mlp_ratio=2.0),
         drop_path_rate=0.0),
     neck=dict(in_channels=dims),
@@ -24,15 +24,15 @@ train_pipeline = [
     dict(type='vmamba_mm.RandomTranspose', prob=0.5),
     dict(type='PackSegInputs'),
 ]
-train_dataloader = dict(batch_size=16, num_workers=1, dataset=dict(
+train_dataloader = dict(batch_size=8, num_workers=1, dataset=dict(
     times=1, dataset=dict(data_root='data/demo/pairs', pipeline=train_pipeline)))
 val_dataloader = dict(num_workers=1, dataset=dict(data_root='data/demo/pairs'))
 test_dataloader = dict(num_workers=1, dataset=dict(
     data_root='data/demo/pairs',
     data_prefix=dict(img_path='val/A', img_path2='val/B', seg_map_path='val/label')))
 
-max_epochs = 20
-train_cfg = dict(max_epochs=max_epochs, val_begin=1, val_interval=max_epochs // 4)
+max_epochs = 12
+train_cfg = dict(max_epochs=max_epochs, val_begin=1, val_interval=max_epochs // 3)
 # fp32 on every machine, so that CPU and GPU give the same numbers
 optim_wrapper = dict(
     _delete_=True, type='OptimWrapper', optimizer=dict(type='AdamW', lr=3e-3, weight_decay=1e-3),
@@ -44,5 +44,5 @@ param_scheduler = [
          convert_to_iter_based=True),
 ]
 default_hooks = dict(
-    logger=dict(interval=20),
+    logger=dict(interval=50),
     checkpoint=dict(interval=max_epochs, max_keep_ckpts=1, save_best=None))

@@ -26,7 +26,7 @@ CONFIG = 'configs/demo/rsm-cd_pairs-96.py'
 #: F1 in percent that is checked, with room below what the demo reaches.
 FLOOR = 60.0
 #: The least by which it must be above the best threshold.
-MARGIN = 10.0
+MARGIN = 15.0
 COLOURS = {1: (213, 94, 0)}
 BINS = np.array([*range(200), np.inf])
 
@@ -92,7 +92,7 @@ def main():
     limits = thresholds.best_range(*differences(root, 'train'), BINS)
     apart, masks = differences(root, 'val')
     base = f1(thresholds.within(apart, limits), masks)
-    folder = draw(root, pairs.list_pairs(root, 'val')[::10], checkpoint, limits, work_dir)
+    folder = draw(root, pairs.list_pairs(root, 'val')[::20], checkpoint, limits, work_dir)
     others = ', '.join(f'{key} {metrics[key]:.1f}' for key in ('Precision', 'Recall', 'IoU'))
     lines = [f'F1 {metrics["F1"]:.1f} of what changed in {len(masks)} held-out pairs '
              f'(floor {FLOOR:g}); {others}',
