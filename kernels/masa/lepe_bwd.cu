@@ -10,7 +10,8 @@ struct LepeBwdParams {
 // A thread has 2 adjacent channels of strips of ROWS rows. Each column of x meets the gradients of
 // five columns.
 template <class T, int ROWS>
-__global__ void __launch_bounds__(128, 3) lepe_bwd(const LepeBwdParams p) {
+__global__ void __launch_bounds__(128, __CUDA_ARCH__ < 860 ? 3 : 0)  // else it spills there
+lepe_bwd(const LepeBwdParams p) {
     extern __shared__ __align__(16) float shared[];  // (26, channels)
     const int channels = 2 * blockDim.x, channel = (blockIdx.y * blockDim.x + threadIdx.x) * 2;
     const int strips = (p.height + ROWS - 1) / ROWS;

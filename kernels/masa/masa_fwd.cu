@@ -8,8 +8,7 @@ struct MasaParams {
 };
 
 template <class T, int P, int TILES, bool PLANE>
-__global__ void __launch_bounds__(128, same<T, Float> ? 4 : 0)  // else it spills
-masa_fwd(const MasaParams p) {
+__global__ void __launch_bounds__(128) masa_fwd(const MasaParams p) {
     extern __shared__ __align__(16) char shared[];
     constexpr int SIZE = Tile<T, P, TILES>::SIZE;
     Element<T> *const tiles = (Element<T> *)shared;

@@ -442,7 +442,9 @@ def test_vmap_and_gradients_of_each_sample(device, arch):
 @pytest.mark.filterwarnings('ignore')
 def test_jacobians(device, arch):
     model, _ = make(device, arch)
-    x = make_input(arch, 1, 3, 8, 8, device)
+    # Of two voxels instance norm leaves the sign, and of gradients the rounding.
+    side = 32 if arch in OTHERS and OTHERS[arch].slices else 8
+    x = make_input(arch, 1, 3, side, side, device)
 
     def first(x):
         return model(x)[-1].flatten()[:3]
