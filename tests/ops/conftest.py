@@ -1,5 +1,6 @@
 import os
 
+import emulated_cuda
 import pytest
 import torch
 from kernel_folder import compilations, kernels_folder  # noqa: F401 (fixtures)
@@ -13,6 +14,24 @@ def compiled(tmp_path_factory):
         folder = folder.parent
     (folder / 'emulated_kernels').mkdir(exist_ok=True)
     return folder / 'emulated_kernels'
+
+
+@pytest.fixture(params=['sm_90', pytest.param('cuda', marks=pytest.mark.gpu(nvidia=True))])
+def device(request):
+    """'cuda', or a GPU that is emulated on the CPU; a test may have others as its parameters."""
+    return request.param
+
+
+@pytest.fixture
+def place(device, compiled):
+    """The device of tensors, in a context where the kernels run on it."""
+    if device == 'cuda':
+        yield 'cuda'
+        return
+    if emulated_cuda.IS_MISSING:
+        pytest.skip('needs Linux and a C++ compiler')
+    with emulated_cuda.emulated_gpu(compiled, (int(device[3]), int(device[4]))):
+        yield 'cpu'
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,6 +31,9 @@ from vmamba_mm.ops.ss2d_scan import large_state
 
 HEADER = Path(__file__).with_name('emulated_cuda.h')
 COMPILER = shutil.which('c++') or shutil.which('g++')  # None: there is none
+#: Without one tests are skipped, but not in CI.
+IS_MISSING = sys.platform != 'linux' or COMPILER is None and not os.environ.get('CI')
+NEEDS_COMPILER = pytest.mark.skipif(IS_MISSING, reason='needs Linux and a C++ compiler')
 # Few multiprocessors, so that small inputs are cut as large ones are on a GPU.
 PROPERTIES = dict(multi_processor_count=4, shared_memory_per_multiprocessor=228 * 1024,
                   shared_memory_per_block_optin=227 * 1024, L2_cache_size=50 * 2**20)

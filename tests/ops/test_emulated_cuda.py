@@ -1,15 +1,13 @@
 """The CUDA kernels without a GPU (see emulated_cuda.py): what test_ss2d_cuda.py and
 test_scan_cuda.py ask of them, at small sizes, for every generation of GPUs."""
 
-import os
 import shutil
-import sys
 
 import emulated_cuda
 import pytest
 import test_scan_cuda as scans
 import torch
-from emulated_cuda import emulated_gpu
+from emulated_cuda import NEEDS_COMPILER, emulated_gpu
 from test_scan_cuda import divided  # noqa: F401 (a fixture)
 from test_ss2d_cuda import (
     check,
@@ -27,9 +25,7 @@ from vmamba_mm.ops.core import compile, launch
 from vmamba_mm.ops.ss2d_scan import schedule
 from vmamba_mm.testing import with_grads
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != 'linux' or emulated_cuda.COMPILER is None and not os.environ.get('CI'),
-    reason='needs Linux and a C++ compiler')
+pytestmark = NEEDS_COMPILER
 
 HALVES = [torch.float16, torch.bfloat16]
 GPUS = pytest.mark.parametrize('gpu', [(7, 5), (8, 0), (9, 0)], indirect=True,

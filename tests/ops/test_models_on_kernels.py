@@ -1,18 +1,12 @@
 """Models whose forward differs where kernels run: there they give what PyTorch gives elsewhere."""
 
-import os
-import sys
-
-import emulated_cuda
 import pytest
 import torch
-from emulated_cuda import emulated_gpu
+from emulated_cuda import NEEDS_COMPILER, emulated_gpu
 
 from vmamba_mm.testing import assert_close
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != 'linux' or emulated_cuda.COMPILER is None and not os.environ.get('CI'),
-    reason='needs Linux and a C++ compiler')
+pytestmark = NEEDS_COMPILER
 
 MODELS = {
     'RMT': dict(embed_dims=(32, 32, 64, 32), depths=(1, 1, 1, 1), num_heads=(2, 2, 2, 2),

@@ -1,12 +1,8 @@
 """What is special about the non-causal SSD of VSSD, and a VSSD on the kernels around it."""
 
-import os
-import sys
-
-import emulated_cuda
 import pytest
 import torch
-from emulated_cuda import emulated_gpu
+from emulated_cuda import NEEDS_COMPILER, emulated_gpu
 from op_specs.nc_ssd import make, make_bare
 
 from vmamba_mm.models import VSSD
@@ -16,9 +12,6 @@ from vmamba_mm.ops.nc_ssd import cuda
 from vmamba_mm.testing import assert_close
 
 NAMES = 'x', 'dt', 'A', 'B', 'C', 'D'
-NEEDS_COMPILER = pytest.mark.skipif(
-    sys.platform != 'linux' or emulated_cuda.COMPILER is None and not os.environ.get('CI'),
-    reason='needs Linux and a C++ compiler')
 
 
 def run(inputs, **options):

@@ -3,14 +3,9 @@
 A device is 'cuda', or 'sm_90', 'sm_80' and 'sm_75': such a GPU emulated on the CPU.
 """
 
-import contextlib
-import os
-import sys
-
 import emulated_cuda
 import pytest
 import torch
-from emulated_cuda import emulated_gpu
 
 from vmamba_mm.ops import mamba_inner, selective_scan
 from vmamba_mm.ops.core import launch
@@ -19,22 +14,6 @@ from vmamba_mm.ops.selective_scan.cuda_scan import Plan, Sizes, Tile
 from vmamba_mm.testing import relative_error
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
-DEVICES = pytest.mark.parametrize('device', [
-    'sm_90', 'sm_75', pytest.param('cuda', marks=pytest.mark.gpu(nvidia=True))])
-GPU_LIKE = pytest.mark.parametrize('device', [
-    'sm_90', pytest.param('cuda', marks=pytest.mark.gpu(nvidia=True))])
-
-
-@pytest.fixture
-def place(device, compiled):
-    """The device of tensors, in a context where the kernels run on it."""
-    with contextlib.ExitStack() as stack:
-        if device != 'cuda':
-            if sys.platform != 'linux' or emulated_cuda.COMPILER is None \
-                    and not os.environ.get('CI'):
-                pytest.skip('needs Linux and a C++ compiler')
-            stack.enter_context(emulated_gpu(compiled, (int(device[3]), int(device[4]))))
-        yield 'cuda' if device == 'cuda' else 'cpu'
 
 
 @pytest.fixture
@@ -85,40 +64,37 @@ def check(inputs, grads, **options):
         assert relative_error(value, expected[name]) <= limit, name
 
 
-@DEVICES
+@pytest.mark.parametrize('device', [
+    'sm_90', 'sm_75', pytest.param('cuda', marks=pytest.mark.gpu(nvidia=True))])
 @pytest.mark.parametrize('absent', [(), ('z', 'initial_state', 'D', 'delta_bias')],
                          ids=['all', 'bare'])
 @pytest.mark.parametrize('shape', [(2, 1, 70, 37, 16), (1, 2, 9, 36, 5), (1, 1, 300, 17, 1)],
                          ids=str)
-def test_shapes(device, place, shape, absent):
+def test_shapes(place, shape, absent):
     check(*make(place, *shape, absent=absent), reverse=bool(absent))
 
 
-@GPU_LIKE
 @pytest.mark.parametrize('state', [2, 3, 8, 24, 60, 100])
-def test_states(device, place, state):
+def test_states(place, state):
     check(*make(place, 1, 1, 6, 21, state), reverse=True)
 
 
-@GPU_LIKE
 @pytest.mark.parametrize('length', [64, 61])
 @pytest.mark.parametrize('dtype', [HALF, BRAIN], ids=['fp16', 'bf16'])
-def test_halves(device, place, dtype, length):
+def test_halves(place, dtype, length):
     check(*make(place, 2, 2, 40, length, 16, dtype))
 
 
-@GPU_LIKE
 @pytest.mark.usefixtures('divided')
 @pytest.mark.parametrize('reverse', [False, True])
 @pytest.mark.parametrize('shape', [(2, 1, 40, 101, 16), (1, 1, 7, 100, 4)], ids=str)
-def test_spans(device, place, shape, reverse):
+def test_spans(place, shape, reverse):
     check(*make(place, *shape), reverse=reverse)
     check(*make(place, *shape, absent=('z', 'initial_state')), reverse=reverse)
 
 
-@GPU_LIKE
 @pytest.mark.parametrize('more', [2, 4])
-def test_more_lanes(device, place, more, monkeypatch):
+def test_more_lanes(place, more, monkeypatch):
     """The states of a channel among more lanes than usual."""
     monkeypatch.setattr(cuda_scan, 'forward_plan', lambda index, sizes, most: Plan.of(
         Tile.of(sizes.state, more), sizes.length, 1))
@@ -127,8 +103,7 @@ def test_more_lanes(device, place, more, monkeypatch):
     launch.forget()
 
 
-@GPU_LIKE
-def test_dtypes_in_any_mixture(device, place):
+def test_dtypes_in_any_mixture(place):
     inputs, grads = make(place, 1, 1, 20, 40, 16, HALF)
     inputs['delta'] = inputs['delta'].float()
     inputs['A'], inputs['D'] = inputs['A'].to(BRAIN).float(), inputs['D'].half()
@@ -139,7 +114,7 @@ def test_dtypes_in_any_mixture(device, place):
 
 
 @pytest.mark.parametrize('device', ['sm_90'])
-def test_bit_equal_whichever_thread_is_first(device, place, monkeypatch):
+def test_bit_equal_whichever_thread_is_first(place, monkeypatch):
     inputs, grads = make(place, 2, 1, 70, 37, 16, HALF)
     first = run(inputs, grads, 'cuda')
     for seed in (1, 2):
@@ -148,8 +123,7 @@ def test_bit_equal_whichever_thread_is_first(device, place, monkeypatch):
         assert all(torch.equal(again[name], first[name]) for name in first)
 
 
-@GPU_LIKE
-def test_nan_stays_in_its_sample(device, place):
+def test_nan_stays_in_its_sample(place):
     inputs, grads = make(place, 3, 1, 20, 37, 16)
     clean = run(inputs, grads, 'cuda')
     inputs['u'][1, 0, 7] = torch.nan
@@ -159,9 +133,8 @@ def test_nan_stays_in_its_sample(device, place):
         assert found[name][1].isnan().any()
 
 
-@GPU_LIKE
 @pytest.mark.parametrize('value', [-1e4, -30., 20., 1e3])
-def test_extreme_delta(device, place, value):
+def test_extreme_delta(place, value):
     inputs, grads = make(place, 1, 1, 5, 40, 4)
     inputs['delta'].fill_(value)
     double = {name: t.double() for name, t in inputs.items()}
@@ -172,10 +145,9 @@ def test_extreme_delta(device, place, value):
             assert relative_error(found, expected[name]) <= 2e-5, name
 
 
-@GPU_LIKE
 @pytest.mark.parametrize('routes, dtype, dim', [(1, HALF, 64), (2, HALF, 64), (2, SINGLE, 6)],
                          ids=str)
-def test_mixer_with_vectors(device, place, routes, dtype, dim):
+def test_mixer_with_vectors(place, routes, dtype, dim):
     """At widths where maps are read in vectors of channels."""
     rng = torch.Generator().manual_seed(0)
 

@@ -3,14 +3,9 @@
 A device is 'cuda', or 'sm_90': such a GPU emulated on the CPU.
 """
 
-import contextlib
-import os
-import sys
-
 import emulated_cuda
 import pytest
 import torch
-from emulated_cuda import emulated_gpu
 
 from vmamba_mm.layers import Mamba2Mixer
 from vmamba_mm.ops import ssd
@@ -21,18 +16,6 @@ from vmamba_mm.testing import assert_close, ssd_inputs
 
 HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 LIMITS = {SINGLE: 1e-5, HALF: 2e-3, BRAIN: 1.6e-2}
-
-
-@pytest.fixture(params=['sm_90', pytest.param('cuda', marks=pytest.mark.gpu(nvidia=True))])
-def place(request, compiled):
-    """The device of tensors, in a context where the kernels run on it."""
-    with contextlib.ExitStack() as stack:
-        if request.param != 'cuda':
-            if sys.platform != 'linux' or emulated_cuda.COMPILER is None \
-                    and not os.environ.get('CI'):
-                pytest.skip('needs Linux and a C++ compiler')
-            stack.enter_context(emulated_gpu(compiled))
-        yield 'cuda' if request.param == 'cuda' else 'cpu'
 
 
 @pytest.fixture

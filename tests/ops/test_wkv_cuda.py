@@ -3,14 +3,9 @@
 A device is 'cuda', or 'sm_90': such a GPU emulated on the CPU.
 """
 
-import contextlib
-import os
-import sys
-
 import emulated_cuda
 import pytest
 import torch
-from emulated_cuda import emulated_gpu
 
 from vmamba_mm.ops import bi_wkv, wkv
 from vmamba_mm.ops.core import launch
@@ -27,18 +22,6 @@ def official(w, u, k, v, *, backend):
 
 
 OPS = [wkv, bi_wkv, official]
-
-
-@pytest.fixture(params=['sm_90', pytest.param('cuda', marks=pytest.mark.gpu(nvidia=True))])
-def place(request, compiled):
-    """The device of tensors, in a context where the kernels run on it."""
-    with contextlib.ExitStack() as stack:
-        if request.param != 'cuda':
-            if sys.platform != 'linux' or emulated_cuda.COMPILER is None \
-                    and not os.environ.get('CI'):
-                pytest.skip('needs Linux and a C++ compiler')
-            stack.enter_context(emulated_gpu(compiled))
-        yield 'cuda' if request.param == 'cuda' else 'cpu'
 
 
 @pytest.fixture

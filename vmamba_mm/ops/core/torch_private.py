@@ -2,7 +2,7 @@
 
 torch may move them in any release. Each is looked up here, once, and nothing breaks where one is
 gone: ``MISSING`` then holds its name, and what needs it takes the public way, which is slower
-(:mod:`vmamba_mm.ops.core.define_op` registers ops by ``torch.library.custom_op``).
+(:mod:`vmamba_mm.ops.core.calls` registers ops by ``torch.library.custom_op``).
 ``tests/ops/test_define_op.py`` fails with the version of torch as soon as one is missing.
 """
 

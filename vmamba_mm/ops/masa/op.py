@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vmamba_mm.ops.core.define_op import Implementation, define_op, is_transformed
+from vmamba_mm.ops.core.calls import is_transformed
+from vmamba_mm.ops.core.define_op import Implementation, define_op
 from vmamba_mm.ops.masa import cuda, reference
 from vmamba_mm.ops.rotation import rotate_pairs
 

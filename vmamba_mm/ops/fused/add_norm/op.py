@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from vmamba_mm.ops.core.backends import autocast_dtype
-from vmamba_mm.ops.core.define_op import Implementation, define_op, register
+from vmamba_mm.ops.core.calls import register
+from vmamba_mm.ops.core.define_op import Implementation, define_op
 from vmamba_mm.ops.fused.add_norm import cuda, reference
 
 
