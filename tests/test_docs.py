@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from vmamba_mm.families import FAMILIES
+
 REPO = Path(__file__).resolve().parents[1]
 PAGES = sorted(path for folder in ('.', 'docs', 'configs', 'kernels', 'vmamba_mm')
                for path in (REPO.glob('*.md') if folder == '.' else (REPO / folder).rglob('*.md')))
@@ -57,6 +59,16 @@ def test_every_picture_is_shown():
     assert PICTURES and not [name(p) for p in PICTURES if p not in shown]
 
 
+@pytest.mark.parametrize('family', FAMILIES.values(), ids=FAMILIES)
+def test_page_of_a_family_names_the_licence(family):
+    """Its README says under which licence its authors released code and weights, or that none is
+    stated, and where."""
+    text = (REPO / 'configs' / (family.system or family.name) / 'README.md').read_text()
+    licence = family.licence.partition(',')[0]
+    assert licence and ('has no licence' if licence == 'none stated' else licence) in text
+    assert family.url in text
+
+
 def test_readme_is_short():
     assert len((REPO / 'README.md').read_text().splitlines()) <= 170
 
@@ -102,6 +114,12 @@ def test_examples_of_the_api_pages_run(page):
     assert examples
     for example in examples:
         exec(example, {})
+
+
+def test_page_of_the_ops_has_them_all():
+    text = (REPO / 'docs' / 'ops.md').read_text()
+    included = re.findall(r'^```{include} \.\./(\S+)', text, re.MULTILINE)
+    assert sorted(included) == sorted(map(name, (REPO / 'vmamba_mm' / 'ops').rglob('README.md')))
 
 
 def test_kernels_are_described():

@@ -4,6 +4,7 @@ A Markdown file has a table's place between two comments, `<!-- table: NAME -->`
 
   models          one row for each family: the best that was published (README.md)
   architectures   one row for each architecture, a table for each family (docs/)
+  licences        one row for each family: the licence of the official code and weights (docs/)
   FAMILY/TASK     every published file, such as vmamba/det (configs/FAMILY/README.md)
 
 model-index.yml, which lists the metafiles, is written as a whole.
@@ -20,6 +21,7 @@ from pathlib import Path
 from vmamba_mm import zoo
 from vmamba_mm.atomic import write_atomic
 from vmamba_mm.errors import UserError
+from vmamba_mm.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
 PLACE = re.compile(r'(<!-- table: (.*?) -->\n)(.*?)(<!-- end -->)', re.DOTALL)
@@ -38,7 +40,7 @@ def table_of_models(folder: Path) -> str:
         cells = '; '.join(f'{e.dataset}{method(e)}: ' + ', '.join(
             f'{SHORT.get(name, name)} {value}' for name, value in main_metrics(e).items())
             + f' (`{e.arch}`)' for e in best)
-        cells = cells or ', '.join(f'`{arch}`' for arch in dict.fromkeys(e.arch for e in models))
+        cells = cells or f'none listed; {names_of_archs(models)}'
         rows.append([title(models), cells,
                      link(f'configs/{models[0].folder}', folder,
                           f'configs/{models[0].folder}/README.md')])
@@ -65,6 +67,16 @@ def table_of_architectures(folder: Path) -> str:
     return '\n'.join(tables)
 
 
+def table_of_licences() -> str:
+    """One row for each family: the licence of what its authors released, and where that is."""
+    rows = []
+    for name, models in by_family():
+        places = dict.fromkeys(e.collection['Code']['URL'] for e in models)
+        rows.append([title(models), FAMILIES[name].licence, ', '.join(
+            f'[{url.removeprefix("https://github.com/")}]({url})' for url in places)])
+    return table(['Family', 'Licence of the official code and weights', 'Repository'], rows)
+
+
 def table_of_files(models: Sequence[zoo.Entry], folder: Path) -> str:
     """Every published file of a family and a task."""
     metrics = list(dict.fromkeys(name for e in models for name in e.metrics))
@@ -74,6 +86,13 @@ def table_of_files(models: Sequence[zoo.Entry], folder: Path) -> str:
             for e in models]
     first = 'Config' if any(e.config for e in models) else 'Model'
     return table(*without_empty([first, *metrics, 'Parameters', 'FLOPs', 'Weights'], rows))
+
+
+def names_of_archs(models: Sequence[zoo.Entry]) -> str:
+    """All of them, or the first and the last of many."""
+    names = [f'`{arch}`' for arch in dict.fromkeys(e.arch for e in models)]
+    return ', '.join(names) if len(names) <= 8 else \
+        f'{len(names)} architectures from {names[0]} to {names[-1]}'
 
 
 def model_index() -> str:
@@ -174,10 +193,12 @@ def find_table(name: str, path: Path) -> str:
         return table_of_models(path.parent)
     if name == 'architectures':
         return table_of_architectures(path.parent)
+    if name == 'licences':
+        return table_of_licences()
     family, _, task = name.partition('/')
     models = zoo.entries(family, task=task)
     if not models:
-        names = ['models', 'architectures', *dict.fromkeys(
+        names = ['models', 'architectures', 'licences', *dict.fromkeys(
             f'{e.family}/{e.task}' for e in zoo.entries())]
         raise UserError(f'{path} has a place for the table {name!r}, which does not exist; choose '
                         f'one of {", ".join(names)}')

@@ -46,7 +46,7 @@ def test_changes_are_found_and_mended(root, capsys):
 @pytest.mark.parametrize('text, match', [
     ('<!-- table: models -->\n', r'README\.md: a <!-- table: NAME --> has no <!-- end -->'),
     ('<!-- table: vmamba/chess -->\n<!-- end -->\n', "'vmamba/chess', which does not exist; "
-     'choose one of models, architectures, .*vmamba/cls, vmamba/det, vmamba/seg'),
+     'choose one of models, architectures, licences, .*vmamba/cls, vmamba/det, vmamba/seg'),
 ])
 def test_mistakes_in_a_file(root, capsys, text, match):
     (root / 'README.md').write_text(text)
@@ -80,6 +80,13 @@ def test_tables_say_what_is_published():
     best = max(zoo.entries('vmamba', task='det'), key=lambda e: e.metrics['box AP'])
     ap = best.metrics
     assert f'box AP {ap["box AP"]}, mask AP {ap["mask AP"]} (`{best.arch}`)' in row
+    row, = (line for line in tables.table_of_models(tables.ROOT).splitlines()
+            if line.startswith('| [Mamba]'))
+    assert '| none listed; 22 architectures from `mamba-130m` to `rwkv7-2.9b` |' in row
+    rows = tables.table_of_licences().splitlines()
+    assert len(rows) == 2 + len({entry.family for entry in zoo.entries()})
+    row, = (row for row in rows if row.startswith('| [VMamba]'))
+    assert '| MIT | [MzeroMiko/VMamba](https://github.com/MzeroMiko/VMamba) |' in row
     rows = tables.table_of_architectures(tables.ROOT).splitlines()
     first = zoo.entries('vmamba', 'tiny_s1l8', 'det')[0].metrics
     line, = (row for row in rows if row.startswith('| `tiny_s1l8` |'))

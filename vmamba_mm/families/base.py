@@ -97,7 +97,7 @@ class Family:
     in_timm: bool = False
     #: Under which key official files hold the weights of a whole model; '' for at the top.
     weights_key: str = 'model'
-    #: Of the official code and weights, and where they are.
+    #: Of the official code and weights, such as 'MIT', or 'none stated'; and where they are.
     licence: str = ''
     url: str = ''
     #: The folder with metafile.yml and the configs, if it is not configs/NAME of this package.

@@ -123,5 +123,5 @@ FAMILY = Family(
                *(f'stages.{i}.gsc.proj4.weight' for i in range(STAGES)),
                *(f'stages.{i}.downsample.conv.weight' for i in range(STAGES - 1))),
     first_convs=('patch_embed.proj.weight',), infer_arch=_infer_arch, weights_key='',
-    parity=PARITY, licence='none: the repository has no licence file',
+    parity=PARITY, licence='none stated',
     url='https://github.com/ge-xing/SegMamba')
