@@ -63,7 +63,8 @@ def test_cases_and_parts(tmp_path):
 
 @pytest.mark.parametrize('change, message', [
     (dict(mask='{case}-seg.nii.gz'), 'p1 has no file .*p1-seg.nii.gz'),
-    (dict(data_root='nowhere'), 'the folder nowhere of the volumes does not exist'),
+    (dict(data_root='nowhere'), 'the folder nowhere of the volumes does not exist: put it there'),
+    (dict(ann_file='none.txt'), r'cases .*none.txt cannot be read .*change ann_file='),
     (dict(split='test'), "has no case for split='test'")])
 def test_what_is_missing_is_one_line(change, message, tmp_path):
     write_case(tmp_path)
@@ -73,7 +74,9 @@ def test_what_is_missing_is_one_line(change, message, tmp_path):
 
 @pytest.mark.parametrize('change, message', [
     (dict(split='all'), "split='all' does not exist; choose 'train', 'val', 'test' or None"),
-    (dict(fractions=(0.9, 0.2, 0.1)), 'together at most 1')])
+    (dict(fractions=(0.9, 0.2, 0.1)), 'together at most 1'),
+    (dict(mask='{patient}-seg.nii.gz'), "no other braces, got '{patient}-seg.nii.gz'"),
+    (dict(images=['{case.nii.gz']), "no other braces, got '{case.nii.gz'")])
 def test_wrong_arguments_of_a_data_set(change, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         dataset(tmp_path, **change)

@@ -119,6 +119,19 @@ def _shape(value):
     return tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
 
 
+def require_equal(expected: StateDict, found: StateDict, name: str) -> None:
+    """Raise one line unless all weights of a model are there, of its shapes, and nothing else is.
+
+    Args:
+        expected, found, name: as of :func:`explain_differences`.
+
+    Raises:
+        UserError: with the first differences, and what the file holds in place of the model.
+    """
+    if wrong := differences(expected, found):
+        raise UserError(explain_differences(wrong, expected, found, name))
+
+
 def explain_differences(wrong: Mapping[str, str], expected: StateDict, found: StateDict,
                         name: str) -> str:
     """One line: which file, what it really holds, what to use instead, the first differences.

@@ -6,7 +6,7 @@ import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from vmamba_mm.checkpoints.compare import differences, explain_differences
+from vmamba_mm.checkpoints.compare import require_equal
 from vmamba_mm.checkpoints.files import read_checkpoint
 from vmamba_mm.checkpoints.names import describe_places
 from vmamba_mm.checkpoints.prefixes import drop_wrappers, find_models, inside
@@ -76,7 +76,5 @@ class ClipTower(BaseModule):
                  if k.startswith('head.')}
         adapted = self.backbone.adapt_weights({k: v for k, v in below.items() if k not in heads})
         found = {f'backbone.{k}': v for k, v in adapted.items()} | heads
-        expected = self.state_dict()
-        if wrong := differences(expected, found):
-            raise UserError(explain_differences(wrong, expected, found, str(checkpoint)))
+        require_equal(self.state_dict(), found, str(checkpoint))
         self.load_state_dict(found)

@@ -8,11 +8,10 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmamba_mm.checkpoints.compare import differences, explain_differences
+from vmamba_mm.checkpoints.compare import require_equal
 from vmamba_mm.checkpoints.files import read_checkpoint
 from vmamba_mm.checkpoints.names import to_mm
 from vmamba_mm.checkpoints.prefixes import inside
-from vmamba_mm.errors import UserError
 from vmamba_mm.families.seg_mamba import FAMILY
 from vmamba_mm.layers.positions import pad_volume
 from vmamba_mm.models import SegMambaEncoder
@@ -159,9 +158,8 @@ class SegMamba(nn.Module):
                 shape. The model is then as it was.
         """
         content = read_checkpoint(checkpoint, weights, map_location, family=FAMILY)
-        found, expected = content.get('state_dict', content), self.state_dict()
-        if wrong := differences(expected, found):
-            raise UserError(explain_differences(wrong, expected, found, str(checkpoint)))
+        found = content.get('state_dict', content)
+        require_equal(self.state_dict(), found, str(checkpoint))
         self.load_state_dict(found)
 
 

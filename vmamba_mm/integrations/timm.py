@@ -27,12 +27,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from vmamba_mm import zoo
-from vmamba_mm.checkpoints.compare import (
-    adapt_in_channels,
-    differences,
-    explain_differences,
-    fit_names,
-)
+from vmamba_mm.checkpoints.compare import adapt_in_channels, fit_names, require_equal
 from vmamba_mm.checkpoints.files import read_checkpoint
 from vmamba_mm.errors import UserError
 from vmamba_mm.families import FAMILIES, Family, name_of, resolve_arch
@@ -278,9 +273,7 @@ class TimmBackbone(nn.Module):
             fresh = f'{place}.' if self.num_classes else 'head.'
             weights = {k: v for k, v in weights.items() if not k.startswith(fresh)}
             weights |= {k: v for k, v in expected.items() if k.startswith(fresh)}
-        wrong = differences(expected, weights)
-        if wrong:
-            raise UserError(explain_differences(wrong, expected, weights, str(checkpoint_path)))
+        require_equal(expected, weights, str(checkpoint_path))
         promised = getattr(self, 'pretrained_cfg', {}).get('num_classes', 1000)
         if held != self.num_classes == promised:
             raise UserError(f'{checkpoint_path} holds a classifier of {held} classes, the model '

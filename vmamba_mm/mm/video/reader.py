@@ -47,7 +47,8 @@ class Video:
         self.path, self.short_side, self.decoded = str(path), short_side, 0
         self._errors, self._end = av.error.FFmpegError, av.error.EOFError
         if not os.path.isfile(path):
-            raise UserError(f'the video {path} does not exist')
+            raise UserError(f'the video {path} does not exist; put it there, or change the list, '
+                            'data_root or data_prefix of the data set')
         if not os.path.getsize(path):
             raise UserError(f'the video {path} is empty (0 bytes); copy it again, or take it out '
                             'of the data')

@@ -29,6 +29,7 @@ class VolumeDataset(BaseDataset):
         **kwargs: of mmengine's BaseDataset: ``pipeline``, ``metainfo``, ``test_mode``, ...
 
     Raises:
+        ValueError: on a value that is not allowed.
         UserError: if there is no case, or a file of one is missing.
     """
 
@@ -42,6 +43,13 @@ class VolumeDataset(BaseDataset):
             raise ValueError('fractions must be three numbers of at least 0, together at most 1, '
                              f'got {fractions!r}')
         self.images, self.mask = tuple(images), mask
+        for name in (*self.images, *([mask] if mask else [])):
+            try:
+                name.format(case='')
+            except (KeyError, IndexError, ValueError) as err:
+                raise ValueError("images and mask are names of files, such as "
+                                 "'{case}-t1c.nii.gz', with {case} for the folder of a case and "
+                                 f'no other braces, got {name!r}') from err
         self.split, self.fractions, self.seed = split, tuple(fractions), seed
         super().__init__(data_root=data_root, ann_file=ann_file, **kwargs)
 
@@ -55,10 +63,16 @@ class VolumeDataset(BaseDataset):
 
     def _list_cases(self):
         if self.ann_file:
-            with open(self.ann_file, encoding='utf-8') as file:
-                return [line.strip() for line in file if line.strip()]
+            try:
+                with open(self.ann_file, encoding='utf-8') as file:
+                    return [line.strip() for line in file if line.strip()]
+            except OSError as err:
+                raise UserError(f'the list of cases {self.ann_file} cannot be read '
+                                f'({err.strerror}): put it there, or change ann_file= of the data '
+                                "set, which is '' for all folders") from err
         if not os.path.isdir(self.data_root):
-            raise UserError(f'the folder {self.data_root} of the volumes does not exist')
+            raise UserError(f'the folder {self.data_root} of the volumes does not exist: put it '
+                            'there, or change data_root= of the data set')
         return sorted(entry.name for entry in os.scandir(self.data_root) if entry.is_dir())
 
     def _part(self, cases):

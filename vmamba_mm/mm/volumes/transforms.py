@@ -100,13 +100,15 @@ class MonaiTransforms:
         built = []
         for settings in transforms:
             arguments = {k: v for k, v in settings.items() if k != 'type'}
-            kind = getattr(monai.transforms, settings['type'], None)
+            name = settings.get('type')
+            kind = getattr(monai.transforms, str(name), None)
             if kind is None:
-                raise ValueError(f'monai.transforms has no {settings["type"]!r}')
+                raise ValueError(f'monai.transforms has no {name!r}: the type of a step must be a '
+                                 "dictionary transform of MONAI, such as 'Spacingd'")
             try:
                 built.append(kind(**arguments))
             except TypeError as err:
-                raise TypeError(f'{settings["type"]}: {err}') from err
+                raise TypeError(f'{name}: {err}') from err
         self.transform = monai.transforms.Compose(built)
 
     def __call__(self, results: dict[str, Any]) -> dict[str, Any] | list[dict[str, Any]]:
@@ -136,7 +138,8 @@ class PackVolume:
     def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
         image, case = _plain(results['image']).float(), results.get('case', '')
         if not image.isfinite().all():
-            raise UserError(f'the volume of {case} has values that are NaN or infinite')
+            raise UserError(f'the volume of {case} has values that are NaN or infinite: repair the '
+                            'file, or let a step before PackVolume replace them')
         sample = BaseDataElement(metainfo=dict(case=case))
         if 'label' in results:
             label = _plain(results['label'])
