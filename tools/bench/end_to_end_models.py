@@ -3,11 +3,11 @@
 import timm
 import torch
 from end_to_end_report import OURS
-from rmt_models import PUBLISHED_RMTS, RMTS, make_rmt
+from rmt_models import RMTS
 from torch import nn
 from vim_models import PUBLISHED, VIMS, make_vim
-from vrwkv_models import PUBLISHED_VRWKVS, VRWKVS, make_vrwkv
-from vssd_models import PUBLISHED_VSSDS, VSSDS, make_vssd
+from vrwkv_models import VRWKVS
+from vssd_models import VSSDS
 
 import vmamba_mm.timm  # noqa: F401 (registers the classifiers)
 from vmamba_mm.models import VMamba
@@ -23,8 +23,9 @@ PEERS = {'swin_t': ('swin_tiny_patch4_window7_224', torch.contiguous_format, Tru
             for name in ('deit', 'plain_deit') for size in ('tiny', 'small', 'base')},
          'mambaout_t': ('mambaout_tiny', torch.channels_last, False),
          'mambavision_t': ('mamba_vision_T', torch.contiguous_format, False)}
+TWINS = (VSSDS, RMTS, VRWKVS)
 #: what runs as published, in plain PyTorch
-PLAIN = (*PUBLISHED_VSSDS, *PUBLISHED_RMTS, *PUBLISHED_VRWKVS)
+PLAIN = tuple(name for twins in TWINS for name in twins.theirs)
 MODELS = (*OURS, *PEERS, *PUBLISHED, *PLAIN)
 
 
@@ -32,12 +33,9 @@ def make_model(name: str, output: str, height: int, width: int) -> nn.Module:
     """A model with random weights, on the default device."""
     if name in VIMS or name in PUBLISHED:
         return make_vim(name, output, height, width)
-    if name in VSSDS or name in PUBLISHED_VSSDS:
-        return make_vssd(name, output)
-    if name in RMTS or name in PUBLISHED_RMTS:
-        return make_rmt(name, output)
-    if name in VRWKVS or name in PUBLISHED_VRWKVS:
-        return make_vrwkv(name, output, height, width)
+    for twins in TWINS:
+        if name in twins.ours or name in twins.theirs:
+            return twins.make(name, output, height, width)
     if name in OURS:
         if output == 'maps':
             return VMamba(name, out_indices=(0, 1, 2, 3))

@@ -18,7 +18,7 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402 (after the choice of its backend)
 
 VMAMBAS = tuple(dict.fromkeys(e.arch for e in zoo.entries('vmamba', task='cls')))
-OURS = (*VMAMBAS, *VIMS, *VSSDS, *RMTS, *VRWKVS)
+OURS = (*VMAMBAS, *VIMS, *VSSDS.ours, *RMTS.ours, *VRWKVS.ours)
 #: family: the peers of each size; DeiT-S has nearly the parameters of the tiny models
 FAMILIES = {'Swin': {'tiny': 'swin_t', 'small': 'swin_s', 'base': 'swin_b'},
             'ConvNeXt': {'tiny': 'convnext_t', 'small': 'convnext_s', 'base': 'convnext_b'},
@@ -30,14 +30,14 @@ VIM_FAMILIES = {family: {size: f'{name}_{size[0]}' for size in ('tiny', 'small',
                 for family, name in (('DeiT', 'deit'), ('DeiT, attention in memory', 'plain_deit'),
                                      ('as published, mamba-ssm', 'mamba_ssm_vim'),
                                      ('as published, our scan', 'published_vim'))}
-#: The same of VSSD: as published, in plain PyTorch (vssd_models.py).
-VSSD_FAMILIES = {'as published': {size: f'published_vssd_{size}' for size in VSSDS.values()},
-                 'ConvNeXt': FAMILIES['ConvNeXt']}
-#: The same of RMT and of Vision-RWKV (rmt_models.py, vrwkv_models.py); DeiT-S has nearly the
-#: parameters of RMT-S, and the width of Vision-RWKV-S.
-RMT_FAMILIES, VRWKV_FAMILIES = (
-    {'as published': {size: f'published_{name}' for name, size in models.items()},
-     'DeiT': VIM_FAMILIES['DeiT']} for models in (RMTS, VRWKVS))
+#: All models of ours with their peers. Those of VSSD, RMT and Vision-RWKV are also the published
+#: forms, in plain PyTorch; DeiT-S has nearly the parameters of RMT-S, and the width of
+#: Vision-RWKV-S.
+COMPARED = [(VMAMBAS, FAMILIES), (VIMS, VIM_FAMILIES), *(
+    (twins.ours, {'as published': {size: name for name, size in twins.theirs.items()}, **others})
+    for twins, others in ((VSSDS, {'ConvNeXt': FAMILIES['ConvNeXt']}),
+                          (RMTS, {'DeiT': VIM_FAMILIES['DeiT']}),
+                          (VRWKVS, {'DeiT': VIM_FAMILIES['DeiT']})))]
 TINY = ('tiny_s1l8', *(peers['tiny'] for peers in FAMILIES.values()))
 RESOLUTIONS = ((224, 64), (384, 32), (512, 16), (640, 16), (768, 8), (1024, 4))
 NUMBERS = ('ms', 'images_per_s', 'peak_gib', 'error', 'grad_error')
@@ -116,11 +116,8 @@ def time_per_pixel(rows, model):
 # --- tables ---------------------------------------------------------------------------------
 
 def print_ratios(rows):
-    print_ratios_of(rows, VMAMBAS, FAMILIES)
-    print_ratios_of(rows, VIMS, VIM_FAMILIES)
-    print_ratios_of(rows, VSSDS, VSSD_FAMILIES)
-    print_ratios_of(rows, RMTS, RMT_FAMILIES)
-    print_ratios_of(rows, VRWKVS, VRWKV_FAMILIES)
+    for models, families in COMPARED:
+        print_ratios_of(rows, models, families)
 
 
 def print_ratios_of(rows, models, families):
@@ -172,9 +169,8 @@ def print_rows(rows):
 def plot(rows, path, title):
     """Draw at most four panels, those that have rows."""
     rows = {case: row for case, row in rows.items() if not row['problem']}
-    peers = (peer for families in (FAMILIES, VIM_FAMILIES, VSSD_FAMILIES, RMT_FAMILIES,
-                                   VRWKV_FAMILIES)
-             for of_sizes in families.values() for peer in of_sizes.values())
+    peers = (peer for _, families in COMPARED for of_sizes in families.values()
+             for peer in of_sizes.values())
     models = [m for m in dict.fromkeys((*OURS, *peers))
               if any(case.model == m for case in rows)]
     tiny = [m for m in TINY if m in models] or models[:len(COLOURS)]

@@ -6,45 +6,18 @@ and the sum over the values are ops of their own. So are norms, sums and GELU. C
 maps with the channels first, which the public code gets by permuting those that have them last.
 """
 
-import timm
 import torch
 import torch.nn.functional as F
+from published import PublishedForm, Twins, layer_norm
 from torch import Tensor, nn
 
-import vmamba_mm.timm  # noqa: F401 (registers the classifiers)
 from vmamba_mm.layers.maps import ConvUnit
 from vmamba_mm.models import RMT
 from vmamba_mm.models.rmt import ManhattanAttention, RMTBlock, RMTStage
 
-#: model: the arch
-RMTS = {f'rmt_{size}': size for size in ('tiny', 'small', 'base', 'large')}
-#: the same by :class:`PublishedRMT`
-PUBLISHED_RMTS = {f'published_{name}': size for name, size in RMTS.items()}
 
-
-def make_rmt(name: str, output: str) -> nn.Module:
-    """One of ``RMTS`` or ``PUBLISHED_RMTS``: a classifier, or, of the first, a backbone if
-    ``output`` is 'maps'.
-
-    Raises:
-        ValueError: if the other one is asked for maps.
-    """
-    if name in PUBLISHED_RMTS:
-        if output == 'maps':
-            raise ValueError(f'{name} is a classifier alone')
-        return PublishedRMT(timm.create_model(f'rmt_{PUBLISHED_RMTS[name]}', drop_path_rate=0.0))
-    return RMT(RMTS[name]) if output == 'maps' else timm.create_model(name, drop_path_rate=0.0)
-
-
-class PublishedRMT(nn.Module):
-    """A classifier of timm's, whose modules it has, run step by step.
-
-    Shape: (B, 3, H, W) -> (B, classes).
-    """
-
-    def __init__(self, classifier: nn.Module):
-        super().__init__()
-        self.classifier = classifier
+class PublishedRMT(PublishedForm):
+    """RMT step by step."""
 
     def forward(self, x: Tensor) -> Tensor:
         backbone = self.classifier.backbone
@@ -87,9 +60,9 @@ def _places(stage: RMTStage, x: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, .
 
 def _block(block: RMTBlock, x: Tensor, places: tuple) -> Tensor:
     x = x + _convolve(block.pos, x)
-    x = x + _scaled(_attend(block.attn, _norm(block.norm1, x), *places), block.gamma_1)
+    x = x + _scaled(_attend(block.attn, layer_norm(block.norm1, x), *places), block.gamma_1)
     mlp = block.mlp
-    y = F.gelu(mlp.fc1(_norm(block.norm2, x)))
+    y = F.gelu(mlp.fc1(layer_norm(block.norm2, x)))
     return x + _scaled(mlp.fc2(_convolve(mlp.dwconv, y) + y), block.gamma_2)
 
 
@@ -99,10 +72,6 @@ def _scaled(branch: Tensor, gamma: Tensor | None) -> Tensor:
 
 def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
-def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
 def _attend(attn: ManhattanAttention, x: Tensor, sin: Tensor, cos: Tensor,
@@ -133,3 +102,8 @@ def _turn(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
 
 def _weigh(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return torch.softmax(q @ k.transpose(-1, -2) + mask, -1) @ v
+
+
+#: RMT's models.
+RMTS = Twins('rmt', ('tiny', 'small', 'base', 'large'), lambda arch, height, width: RMT(arch),
+             PublishedRMT)

@@ -6,49 +6,19 @@ Norms, factors, sums and gates are ops of their own. In the place of the public 
 newest of which does not build with torch 2.11, is this package's ``bi_wkv``, by the same formula.
 """
 
-import timm
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from published import PublishedForm, Twins, layer_norm
+from torch import Tensor
 
-import vmamba_mm.timm  # noqa: F401 (registers the classifiers)
 from vmamba_mm.models import VisionRWKV
 from vmamba_mm.models.vision_rwkv import ChannelMix, SpatialMix, VisionRWKVBlock
 from vmamba_mm.ops import bi_wkv
 from vmamba_mm.ops.core.backends import compute_dtype
 
-#: model: the arch
-VRWKVS = {f'vision_rwkv_{size}': size for size in ('tiny', 'small', 'base')}
-#: the same by :class:`PublishedVRWKV`
-PUBLISHED_VRWKVS = {f'published_{name}': size for name, size in VRWKVS.items()}
 
-
-def make_vrwkv(name: str, output: str, height: int, width: int) -> nn.Module:
-    """One of ``VRWKVS`` or ``PUBLISHED_VRWKVS`` for images of a size: a classifier, or, of the
-    first, a backbone if ``output`` is 'maps'.
-
-    Raises:
-        ValueError: if the other one is asked for maps.
-    """
-    if output == 'maps':
-        if name in PUBLISHED_VRWKVS:
-            raise ValueError(f'{name} is a classifier alone')
-        arch = dict(base=VRWKVS[name], image_size=(height, width))
-        return VisionRWKV(arch, out_indices=(2, 5, 8, 11))
-    size = VRWKVS.get(name) or PUBLISHED_VRWKVS[name]
-    model = timm.create_model(f'vision_rwkv_{size}', drop_path_rate=0.0)
-    return PublishedVRWKV(model) if name in PUBLISHED_VRWKVS else model
-
-
-class PublishedVRWKV(nn.Module):
-    """A classifier of timm's, whose modules it has, run step by step.
-
-    Shape: (B, 3, H, W) -> (B, classes), sides being multiples of 16.
-    """
-
-    def __init__(self, classifier: nn.Module):
-        super().__init__()
-        self.classifier = classifier
+class PublishedVRWKV(PublishedForm):
+    """Vision-RWKV step by step, of images whose sides are multiples of 16."""
 
     def forward(self, x: Tensor) -> Tensor:
         backbone = self.classifier.backbone
@@ -57,7 +27,7 @@ class PublishedVRWKV(nn.Module):
         x = x + _resized(backbone.pos_embed, backbone.grid, size)
         for block in backbone.blocks:
             x = _block(block, x, size)
-        x = _norm(backbone.norm11, x)
+        x = layer_norm(backbone.norm11, x)
         x = x.view(len(x), *size, -1).permute(0, 3, 1, 2)
         return self.classifier.head.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
@@ -69,17 +39,13 @@ def _resized(pos_embed: Tensor, grid: tuple[int, int], size: tuple[int, int]) ->
     return F.interpolate(there, tuple(size), mode='bicubic').flatten(2).transpose(1, 2)
 
 
-def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-
-
 def _block(block: VisionRWKVBlock, x: Tensor, size: tuple[int, int]) -> Tensor:
     if block.ln0 is not None:
-        x = _norm(block.ln0, x)
+        x = layer_norm(block.ln0, x)
     for mix, mixer, norm, gamma in ((_mix_tokens, block.att, block.ln1, block.gamma1),
                                     (_mix_channels, block.ffn, block.ln2, block.gamma2)):
-        branch = _norm(norm, mix(mixer, x, size)) if block.post_norm else mix(
-            mixer, _norm(norm, x), size)
+        branch = layer_norm(norm, mix(mixer, x, size)) if block.post_norm else mix(
+            mixer, layer_norm(norm, x), size)
         x = x + (branch if gamma is None else gamma * branch)
     return x
 
@@ -92,7 +58,7 @@ def _mix_tokens(mixer: SpatialMix, x: Tensor, size: tuple[int, int]) -> Tensor:
     wide = (t.to(compute_dtype(t.dtype)).contiguous() for t in (w, u, k, v))
     y = bi_wkv(*wide, mode=mixer.formula).to(w.dtype)
     if mixer.key_norm is not None:
-        y = _norm(mixer.key_norm, y)
+        y = layer_norm(mixer.key_norm, y)
     return mixer.output(gate * y)
 
 
@@ -100,7 +66,7 @@ def _mix_channels(mixer: ChannelMix, x: Tensor, size: tuple[int, int]) -> Tensor
     for_k, for_r = _mixtures(mixer, x, size)
     hidden = torch.square(torch.relu(mixer.key(for_k)))
     if mixer.key_norm is not None:
-        hidden = _norm(mixer.key_norm, hidden)
+        hidden = layer_norm(mixer.key_norm, hidden)
     values = mixer.value(hidden)
     return torch.sigmoid(mixer.receptance(for_r)) * values
 
@@ -120,3 +86,8 @@ def _shift(x: Tensor, size: tuple[int, int]) -> Tensor:
     shifted[:, 3 * group:4 * group, :-1] = maps[:, 3 * group:4 * group, 1:]
     shifted[:, 4 * group:] = maps[:, 4 * group:]
     return shifted.flatten(2).transpose(1, 2)
+
+
+#: Vision-RWKV's models.
+VRWKVS = Twins('vision_rwkv', ('tiny', 'small', 'base'), lambda arch, height, width: VisionRWKV(
+    dict(base=arch, image_size=(height, width)), out_indices=(2, 5, 8, 11)), PublishedVRWKV)

@@ -6,43 +6,16 @@ is a product for each head, whose B and C are broadcast; norms, sums and the gat
 own.
 """
 
-import timm
 import torch.nn.functional as F
+from published import PublishedForm, Twins, layer_norm
 from torch import Tensor, nn
 
-import vmamba_mm.timm  # noqa: F401 (registers the classifiers)
 from vmamba_mm.models import VSSD
 from vmamba_mm.models.vssd import ConvUnit, NonCausalSSD, VSSDBlock
 
-#: model: the arch
-VSSDS = {f'vssd_{size}': size for size in ('micro', 'tiny', 'small', 'base')}
-#: the same by :class:`PublishedVSSD`
-PUBLISHED_VSSDS = {f'published_{name}': size for name, size in VSSDS.items()}
 
-
-def make_vssd(name: str, output: str) -> nn.Module:
-    """One of ``VSSDS`` or ``PUBLISHED_VSSDS``: a classifier, or, of the first, a backbone if
-    ``output`` is 'maps'.
-
-    Raises:
-        ValueError: if the other one is asked for maps.
-    """
-    if name in PUBLISHED_VSSDS:
-        if output == 'maps':
-            raise ValueError(f'{name} is a classifier alone')
-        return PublishedVSSD(timm.create_model(f'vssd_{PUBLISHED_VSSDS[name]}', drop_path_rate=0.0))
-    return VSSD(VSSDS[name]) if output == 'maps' else timm.create_model(name, drop_path_rate=0.0)
-
-
-class PublishedVSSD(nn.Module):
-    """A classifier of timm's, whose modules it has, run step by step.
-
-    Shape: (B, 3, H, W) -> (B, classes).
-    """
-
-    def __init__(self, classifier: nn.Module):
-        super().__init__()
-        self.classifier = classifier
+class PublishedVSSD(PublishedForm):
+    """VSSD step by step."""
 
     def forward(self, x: Tensor) -> Tensor:
         backbone, stem = self.classifier.backbone, self.classifier.backbone.patch_embed
@@ -56,7 +29,7 @@ class PublishedVSSD(nn.Module):
             x = _map(x, size)
             if stage.downsample is not None:
                 x = _units(stage.downsample.conv, x)
-        x = _norm(backbone.norm3, x.flatten(2).transpose(1, 2))
+        x = layer_norm(backbone.norm3, x.flatten(2).transpose(1, 2))
         return self.classifier.head.fc(x.transpose(1, 2).mean(2))
 
 
@@ -77,18 +50,14 @@ def _units(units: nn.Sequential, x: Tensor) -> Tensor:
     return x
 
 
-def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-
-
 def _block(block: VSSDBlock, x: Tensor, size: tuple[int, int]) -> Tensor:
     x = x + block.cpe1(_map(x, size)).flatten(2).transpose(1, 2)
-    y = _norm(block.norm1, x)
+    y = layer_norm(block.norm1, x)
     x = x + (_mix(block.attn, y, size) if isinstance(block.attn, NonCausalSSD)
              else _attend(block.attn, y))
     x = x + block.cpe2(_map(x, size)).flatten(2).transpose(1, 2)
     mlp = block.mlp
-    return x + mlp.fc2(F.gelu(mlp.fc1(_norm(block.norm2, x))))
+    return x + mlp.fc2(F.gelu(mlp.fc1(layer_norm(block.norm2, x))))
 
 
 def _mix(mixer: NonCausalSSD, tokens: Tensor, size: tuple[int, int]) -> Tensor:
@@ -101,7 +70,7 @@ def _mix(mixer: NonCausalSSD, tokens: Tensor, size: tuple[int, int]) -> Tensor:
     weighted = (values * weights.transpose(1, 2).unsqueeze(-1)).to(x.dtype)  # as autocast does
     y = C.unsqueeze(1) @ (B.unsqueeze(1).transpose(2, 3) @ weighted)
     y = (y + values * mixer.D.view(-1, 1, 1)).transpose(1, 2).flatten(2)
-    return mixer.out_proj(_norm(mixer.norm, y) * z)
+    return mixer.out_proj(layer_norm(mixer.norm, y) * z)
 
 
 def _attend(attention: nn.Module, tokens: Tensor) -> Tensor:
@@ -109,3 +78,8 @@ def _attend(attention: nn.Module, tokens: Tensor) -> Tensor:
                for t in attention.qkv(tokens).chunk(3, dim=-1))
     scores = (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(-1)
     return attention.proj((scores @ v).transpose(1, 2).flatten(2))
+
+
+#: VSSD's models.
+VSSDS = Twins('vssd', ('micro', 'tiny', 'small', 'base'), lambda arch, height, width: VSSD(arch),
+              PublishedVSSD)
