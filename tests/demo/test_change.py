@@ -1,6 +1,8 @@
 """The demo of changes: exact masks, a difference that tells little, the same pairs each time."""
 
+import contextlib
 import importlib.util
+import sys
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ for package in ('mlxtend', 'skimage', 'sklearn'):
         pytest.skip(f"{package} is not installed (extra 'demo')", allow_module_level=True)
 
 CONFIG = CONFIGS / 'demo' / 'rsm-cd_pairs-96.py'
-TOOLS = 'make_data', 'pairs', 'change', 'thresholds', 'report', 'screen'
+TOOLS = 'make_data', 'pairs', 'change', 'thresholds', 'report', 'run', 'screen'
 
 
 @pytest.fixture(scope='module')
@@ -149,6 +151,45 @@ def test_a_tiny_run(root, call, tmp_path):
     code, out, err = call('predict.py', CONFIG, 'run/epoch_1.pth', names[0], '--after', names[1],
                           '--out-dir', 'drawn', *options)
     assert code == 0 and (tmp_path / 'drawn/0003.png').is_file(), err[-2000:]
+
+
+@pytest.mark.parametrize('score, ends', [(97.0, None), (40.0, 'F1 below 60')])
+def test_the_demo_from_end_to_end(tools, settings, score, ends, tmp_path, monkeypatch, capsys):
+    """With tools that are made up: what is run, said, drawn and refused."""
+    from PIL import Image
+
+    work_dir, done = tmp_path / 'work', []
+
+    def run(name, log, *command):
+        done.append(name)
+        if name == 'train':
+            work_dir.mkdir()
+            (work_dir / 'last_checkpoint').write_text(f'{work_dir}/epoch_9.pth\n')
+        elif name == 'evaluate':
+            (work_dir / 'metrics.json').write_text(
+                f'{{"F1": {score}, "Precision": 98, "Recall": 96, "IoU": 94}}')
+        else:
+            assert command[1:3] == (tools['change'].CONFIG, work_dir / 'epoch_9.pth')
+            (work_dir / 'drawn').mkdir()
+            for path in command[3:command.index('--after')]:
+                Image.open(path).save(work_dir / 'drawn' / path.name)
+        return 1.0
+
+    for module in (tools['run'], tools['change']):
+        monkeypatch.setattr(module, 'run', run)
+    monkeypatch.setattr(tools['run'], 'ROOT', tmp_path)
+    monkeypatch.setattr(tools['make_data'], 'DEFAULTS', settings)
+    monkeypatch.setattr(sys, 'argv', ['change.py', '--work-dir', str(work_dir)])
+    monkeypatch.chdir(tmp_path)  # main() goes to ROOT
+    with pytest.raises(SystemExit, match=ends) if ends else contextlib.nullcontext():
+        tools['change'].main()
+    assert done == ['train', 'evaluate', 'predict']
+    said = capsys.readouterr().out
+    assert f'F1 {score} of what changed in 60 held-out pairs (floor 60)' in said
+    assert f'everything on one page: {work_dir}/report.png' in said
+    assert len(list((work_dir / 'predictions').iterdir())) == 3
+    with Image.open(work_dir / 'report.png') as page:
+        assert page.height > 3 * 96
 
 
 def test_config_fits_the_set(tools):

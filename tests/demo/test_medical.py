@@ -1,6 +1,8 @@
 """The demo of medicine: heads in which brightness tells nothing, the same each time; its scores."""
 
+import contextlib
 import importlib.util
+import sys
 
 import numpy as np
 import pytest
@@ -18,7 +20,8 @@ for package in ('nibabel', 'mlxtend', 'skimage', 'sklearn'):
 @pytest.fixture(scope='module')
 def tools():
     with loading_tools() as load:
-        yield {name: load(f'demo/{name}.py') for name in ('make_data', 'volumes', 'medical')}
+        yield {name: load(f'demo/{name}.py')
+               for name in ('make_data', 'volumes', 'medical', 'run')}
 
 
 @pytest.fixture(scope='module')
@@ -74,6 +77,42 @@ def test_dice(tools):
     mask = np.array([0, 1, 1, 2])
     assert tools['medical'].dice(np.array([0, 1, 0, 2]), mask) == pytest.approx(
         dict(ventricles=2 / 3, tumour=1.0))
+
+
+@pytest.mark.parametrize('is_right', [True, False])
+def test_the_demo_from_end_to_end(tools, settings, is_right, tmp_path, monkeypatch, capsys):
+    """With models that are made up: what is said, drawn and refused."""
+    from PIL import Image
+
+    medical, volumes, work_dir = tools['medical'], tools['volumes'], tmp_path / 'work'
+    root = tmp_path / 'data/demo/heads/val'
+
+    def train(config, folder, name):
+        folder.mkdir(parents=True)
+        Image.new('RGB', (80, 30)).save(folder / 'curves.png')
+        return 1.0, folder / f'{name}.pth'
+
+    def of_volume(cfg, model):
+        return {case.name: volumes.read_head(case)[1] for case in root.iterdir()}
+
+    def of_slices(model, volume):
+        mask, = of_volume(None, model).values()
+        return mask if is_right else np.zeros_like(mask)
+
+    for name, function in dict(train=train, load_model=lambda *names: names, by_volume=of_volume,
+                               by_slices=of_slices).items():
+        monkeypatch.setattr(medical, name, function)
+    monkeypatch.setattr(tools['run'], 'ROOT', tmp_path)
+    monkeypatch.setattr(tools['make_data'], 'DEFAULTS', settings)
+    monkeypatch.setattr(sys, 'argv', ['medical.py', '--work-dir', str(work_dir)])
+    monkeypatch.chdir(tmp_path)  # main() goes to ROOT
+    with contextlib.nullcontext() if is_right else pytest.raises(SystemExit, match='VM-UNet, sl'):
+        medical.main()
+    said = capsys.readouterr().out
+    assert 'SegMamba, volumes: mean Dice 1.000 of 1 held-out heads (floor 0.75)' in said
+    assert f'VM-UNet, slices: mean Dice {float(is_right):.3f} of 1 held-out' in said
+    assert (work_dir / 'report.png').is_file()
+    assert [p.name for p in (work_dir / 'predictions').iterdir()] == ['head000.png']
 
 
 @pytest.mark.parametrize('name', ['segmamba_heads-32', 'vm-unet_slices-64'])

@@ -6,19 +6,15 @@ A small RSM-CD finds the roofs that came or went between two photographs of one 
 It is measured beside the best threshold on the difference of the two. It calls the project's own
 tools/train.py, test.py and predict.py, and stops with an error when the model is below its floor.
 """
-import argparse
-import os
-import shutil
 import time
 from pathlib import Path
 
-import make_data
 import numpy as np
 import pairs
 import report
 import thresholds
 from PIL import Image
-from run import ROOT, cpu_seconds, evaluate, run, say, set_threads
+from run import begin, cpu_seconds, evaluate, read_work_dir, run, say, show_page, train
 from scipy import ndimage
 
 TITLE = 'Change detection: RSM-CD, roofs that came or went between two photographs'
@@ -69,40 +65,25 @@ def draw(root, names, checkpoint, limits, work_dir):
                              report.panel(second, mask, COLOURS, 'truth'),
                              report.panel(second, found, COLOURS, 'best threshold')]
                             ).save(folder / name)
-    return folder
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/demo-change'),
-                        help='made anew (default: %(default)s)')
-    args = parser.parse_args()
-    os.chdir(ROOT)
-    set_threads()
-    start, work_dir, root = time.time(), args.work_dir, Path('data/demo/pairs')
-    say(f'{TITLE}; on 2 CPU cores some minutes, on a GPU less')
-    make_data.build('data/demo', make_data.DEFAULTS, ['pairs'])
-    shutil.rmtree(work_dir, ignore_errors=True)
-    seconds = run('train', work_dir / 'train.log', 'tools/train.py', CONFIG,
-                  '--work-dir', work_dir)
-    checkpoint = Path((work_dir / 'last_checkpoint').read_text().strip())
+    work_dir = read_work_dir(__doc__, 'work_dirs/demo-change')
+    start, root = time.time(), Path('data/demo/pairs')
+    begin(TITLE, 'pairs', work_dir)
+    seconds, checkpoint = train(CONFIG, work_dir)
     _, metrics = evaluate(CONFIG, checkpoint, work_dir)
 
     limits = thresholds.best_range(*differences(root, 'train'), BINS)
     apart, masks = differences(root, 'val')
     base = f1(thresholds.within(apart, limits), masks)
-    folder = draw(root, pairs.list_pairs(root, 'val')[::20], checkpoint, limits, work_dir)
+    draw(root, pairs.list_pairs(root, 'val')[::20], checkpoint, limits, work_dir)
     others = ', '.join(f'{key} {metrics[key]:.1f}' for key in ('Precision', 'Recall', 'IoU'))
     lines = [f'F1 {metrics["F1"]:.1f} of what changed in {len(masks)} held-out pairs '
              f'(floor {FLOOR:g}); {others}',
              f'{metrics["F1"] - base:.1f} points above {base:.1f}, of the best threshold on the '
              f'difference of the two dates in the same light (floor {MARGIN:g} points)']
-    sheet = report.contact_sheet(work_dir / 'report.png', TITLE, lines, work_dir / 'curves.png',
-                                 folder, columns=1)
-    for line in lines:
-        say(line)
-    say(f'everything on one page: {sheet}')
+    show_page(TITLE, lines, work_dir, columns=1)
     say(f'took {time.time() - start:.0f} s (training: {seconds:.0f} s; CPU time '
         f'{cpu_seconds():.0f} s)')
     if not metrics['F1'] >= max(FLOOR, base + MARGIN):

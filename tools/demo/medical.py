@@ -6,19 +6,15 @@ A VM-UNet segments axial slices in mmseg, a SegMamba whole volumes with MONAI. B
 the same held-out heads, voxel by voxel, beside what brightness alone tells. It calls the project's
 own tools/train.py, and stops with an error when a model is below its floor.
 """
-import argparse
-import os
-import shutil
 import time
 from pathlib import Path
 
-import make_data
 import numpy as np
 import report
 import thresholds
 import volumes
 from PIL import Image
-from run import ROOT, cpu_seconds, run, say, set_threads
+from run import begin, cpu_seconds, read_work_dir, say, show_page, train
 
 TITLE = 'Medicine: ventricles and tumours in made-up heads, by slices and by volumes'
 CONFIGS = {'VM-UNet, slices': 'configs/demo/vm-unet_slices-64.py',
@@ -106,32 +102,23 @@ def panel(volume, labels, z, title):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/demo-medical'),
-                        help='made anew (default: %(default)s)')
-    args = parser.parse_args()
-    os.chdir(ROOT)
-    set_threads()
-    start, work_dir, root = time.time(), args.work_dir, Path('data/demo/heads')
-    say(f'{TITLE}; on 2 CPU cores some minutes, on a GPU less')
-    make_data.build('data/demo', make_data.DEFAULTS, ['heads'])
-    shutil.rmtree(work_dir, ignore_errors=True)
+    work_dir = read_work_dir(__doc__, 'work_dirs/demo-medical')
+    start, root = time.time(), Path('data/demo/heads')
+    begin(TITLE, 'heads', work_dir)
     seconds, models, curves = {}, {}, []
     for name, config in CONFIGS.items():
         folder = work_dir / Path(config).stem
-        seconds[name] = run(f'train {name}', folder / 'train.log', 'tools/train.py', config,
-                            '--work-dir', folder)
-        models[name] = load_model(config, (folder / 'last_checkpoint').read_text().strip())
+        seconds[name], checkpoint = train(config, folder, f'train {name}')
+        models[name] = load_model(config, checkpoint)
         curves.append(Image.open(folder / 'curves.png').convert('RGB'))
     report.side_by_side(curves, vertical=True).save(work_dir / 'curves.png')
 
-    train, val = (sorted(path for path in (root / split).iterdir()) for split in ('train', 'val'))
+    heads, held_out = (sorted((root / split).iterdir()) for split in ('train', 'val'))
     slices, whole = CONFIGS
-    ranges, of_volumes = best_thresholds(train), by_volume(*models[whole])
+    ranges, of_volumes = best_thresholds(heads), by_volume(*models[whole])
     scores, pictures = {name: [] for name in ('thresholds', *CONFIGS)}, work_dir / 'predictions'
     pictures.mkdir()
-    for case in val:
+    for case in held_out:
         volume, mask = volumes.read_head(case)
         found = {'thresholds': threshold(volume, ranges),
                  slices: by_slices(models[slices][1], volume), whole: of_volumes[case.name]}
@@ -149,15 +136,11 @@ def main():
     for name, by_class in means.items():
         shown = ', '.join(f'{c} {value:.3f}' for c, value in by_class.items())
         floor = f' (floor {FLOORS[name]:g})' if name in FLOORS else ', the best on the train heads'
-        lines.append(f'{name}: mean Dice {dices[name]:.3f} of {len(val)} held-out heads'
+        lines.append(f'{name}: mean Dice {dices[name]:.3f} of {len(held_out)} held-out heads'
                      f'{floor}: {shown}')
     low = [name for name, floor in FLOORS.items()
            if not dices[name] >= max(floor, dices['thresholds'] + MARGIN)]
-    sheet = report.contact_sheet(work_dir / 'report.png', TITLE, lines, work_dir / 'curves.png',
-                                 pictures)
-    for line in lines:
-        say(line)
-    say(f'everything on one page: {sheet}')
+    show_page(TITLE, lines, work_dir)
     spent = ', '.join(f'{name} {value:.0f} s' for name, value in seconds.items())
     say(f'took {time.time() - start:.0f} s (training: {spent}; CPU time {cpu_seconds():.0f} s)')
     if low:

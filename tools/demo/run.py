@@ -118,6 +118,39 @@ def run(name, log, *command):
     return time.time() - start
 
 
+def read_work_dir(doc, default):
+    """The option of a demo that is a script of its own."""
+    parser = argparse.ArgumentParser(description=doc,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--work-dir', type=Path, default=Path(default),
+                        help='made anew (default: %(default)s)')
+    return parser.parse_args().work_dir
+
+
+def begin(title, part, work_dir):
+    """Say what comes, build the part of the demo set, and empty the work dir."""
+    os.chdir(ROOT)
+    set_threads()
+    say(f'{title}; on 2 CPU cores some minutes, on a GPU less')
+    make_data.build('data/demo', make_data.DEFAULTS, [part])
+    shutil.rmtree(work_dir, ignore_errors=True)
+
+
+def train(config, work_dir, name='train'):
+    """The seconds that it took, and the last checkpoint."""
+    seconds = run(name, work_dir / 'train.log', 'tools/train.py', config, '--work-dir', work_dir)
+    return seconds, Path((work_dir / 'last_checkpoint').read_text().strip())
+
+
+def show_page(title, lines, work_dir, columns=None):
+    """Say the results, and write them with the curves and the pictures of the work dir."""
+    for line in lines:
+        say(line)
+    sheet = report.contact_sheet(work_dir / 'report.png', title, lines, work_dir / 'curves.png',
+                                 work_dir / 'predictions', columns)
+    say(f'everything on one page: {sheet}')
+
+
 def hide_gpu_from_cpu_operators():
     """Run all on the CPU where mmcv was built without CUDA: its RoIAlign and NMS run there only."""
     probe = ('import sys, torch\n'
@@ -154,9 +187,8 @@ def ensure_classifier():
     say('no classifier to start from yet: training it first, as make demo does')
     make_data.build('data/demo', make_data.DEFAULTS, ['imagenet'])
     shutil.rmtree(work_dir, ignore_errors=True)
-    run('train the classifier', work_dir / 'train.log', 'tools/train.py', DEMOS['cls'].config,
-        '--work-dir', work_dir)
-    keep_classifier(Path((work_dir / 'last_checkpoint').read_text().strip()), work_dir)
+    _, checkpoint = train(DEMOS['cls'].config, work_dir, 'train the classifier')
+    keep_classifier(checkpoint, work_dir)
     return time.time() - start
 
 
@@ -182,9 +214,7 @@ def evaluate(config, checkpoint, work_dir):
 
 def train_baseline(config, work_dir):
     """The same for what the demo is compared with, its training included."""
-    seconds = run('train what it is compared with', work_dir / 'train.log', 'tools/train.py',
-                  config, '--work-dir', work_dir)
-    checkpoint = Path((work_dir / 'last_checkpoint').read_text().strip())
+    seconds, checkpoint = train(config, work_dir, 'train what it is compared with')
     spent, metrics = evaluate(config, checkpoint, work_dir)
     return seconds + spent, metrics
 
@@ -197,21 +227,14 @@ def main():
     args = parser.parse_args()
     demo, name = DEMOS[args.task], args.task
     work_dir = args.work_dir or Path('work_dirs') / f'demo-{name}'
-    os.chdir(ROOT)
-    set_threads()
     start = time.time()
-
-    say(f'{demo.title}; on 2 CPU cores a few minutes, on a GPU less')
-    make_data.build('data/demo', make_data.DEFAULTS, [demo.part])
-    shutil.rmtree(work_dir, ignore_errors=True)
+    begin(demo.title, demo.part, work_dir)
     seconds = dict(data=time.time() - start)
     if demo.needs_operators:
         hide_gpu_from_cpu_operators()
     if demo.from_classifier:
         seconds['classifier'] = ensure_classifier()
-    seconds['train'] = run('train', work_dir / 'train.log', 'tools/train.py', demo.config,
-                           '--work-dir', work_dir)
-    checkpoint = Path((work_dir / 'last_checkpoint').read_text().strip())
+    seconds['train'], checkpoint = train(demo.config, work_dir)
     if name == 'cls':
         keep_classifier(checkpoint, work_dir)
     seconds['evaluate'], metrics = evaluate(demo.config, checkpoint, work_dir)
@@ -236,13 +259,9 @@ def main():
         lines.append(f'{gain:.4g} points above {base_metrics[key]:.4g}, of the same model trained '
                      f'in the same way {demo.baseline[1]} (floor {demo.margin:g} points)')
         low += ['the gain'] if not gain >= demo.margin else []
-    sheet = report.contact_sheet(work_dir / 'report.png', demo.title, lines,
-                                 work_dir / 'curves.png', work_dir / 'predictions')
-    for line in lines:
-        say(line)
+    show_page(demo.title, lines, work_dir)
     say(f'curves: {work_dir / "curves.png"}; pictures: {work_dir / "predictions"}; '
         f'checkpoint: {checkpoint.name}')
-    say(f'everything on one page: {sheet}')
     spent = ', '.join(f'{key} {value:.0f} s' for key, value in seconds.items())
     say(f'took {time.time() - start:.0f} s ({spent}; CPU time {cpu_seconds():.0f} s)')
     if low:
