@@ -10,6 +10,7 @@ import sys
 import types
 from pathlib import Path
 
+import pytest
 import torch
 
 from vmamba_mm.models import VMamba
@@ -21,6 +22,15 @@ VANILLA = dict(S2, d_state=16, conv_bias=True, gate=True, mlp_ratio=0.0, stem='p
                downsample='merge')
 
 SHARED = Path(__file__).resolve().parents[2] / 'shared'
+
+
+def shared(name):
+    """The path of a file or folder beside the checkout, which a clone lacks: without it the test is
+    skipped."""
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f'no ../shared/{name} beside the checkout')
+    return path
 
 
 def listed_keys(system, names):

@@ -4,12 +4,9 @@ The models are small and start from random weights; what is tested is that confi
 optimizer, schedule and metric work together, not how good the model is.
 """
 import copy
-from pathlib import Path
 
 import pytest
-
-REPO = Path(__file__).resolve().parents[1]
-DATA = REPO.parent / 'shared/data'
+from official import shared
 
 ARCH = dict(embed_dims=32, depths=(1, 1, 2, 1), d_state=1, ssm_ratio=1.0, dt_rank='auto',
             conv_bias=False, gate=False, mlp_ratio=2.0, stem='conv', downsample='conv',
@@ -20,10 +17,7 @@ pytestmark = pytest.mark.slow
 
 
 def data_root(name):
-    root = DATA / name
-    if not root.is_dir():
-        pytest.skip(f'no real images at ../shared/data/{name} beside the checkout')
-    return f'{root}/'
+    return f'{shared(f"data/{name}")}/'
 
 
 def replace_sync_bn(node):

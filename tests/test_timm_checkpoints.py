@@ -2,11 +2,11 @@
 
 import argparse
 import json
-from pathlib import Path
 
 import pytest
 import timm
 import torch
+from official import shared
 from timm_models import SMALL, create, image, stage_maps
 from torch import nn
 
@@ -14,8 +14,6 @@ from vmamba_mm.checkpoints.names import to_official
 from vmamba_mm.errors import UserError
 from vmamba_mm.families.vmamba import ARCHS
 from vmamba_mm.testing import assert_close
-
-PARITY = Path(__file__).resolve().parents[2] / 'shared' / 'parity'
 
 
 @pytest.fixture
@@ -172,15 +170,15 @@ def test_same_as_mmpretrain(official, mm):
     assert_close(load(path)(image(97, 131)), classifier(image(97, 131)), 1e-6)
 
 
-@pytest.mark.skipif(not PARITY.exists(), reason='needs ../shared/parity, which a clone lacks')
 @pytest.mark.parametrize('name, kind', [('s1', 'tiny_s1l8'), ('s2', 'tiny_s2l5'),
                                         ('vanilla', 'vanilla_tiny')])
 @torch.no_grad()
 def test_parity(name, kind):
-    given = json.loads((PARITY / f'{name}.json').read_text())['arguments']
+    folder = shared('parity')
+    given = json.loads((folder / f'{name}.json').read_text())['arguments']
     arch = dict(ARCHS[kind], embed_dims=given['dims'], depths=tuple(given['depths']))
     model = timm.create_model(
         f'vmamba_{kind}', arch=arch, num_classes=10, pretrained=True,
-        pretrained_cfg_overlay=dict(file=str(PARITY / f'{name}.cls.pth'))).eval()
-    for case in torch.load(PARITY / f'{name}.expected.pt', weights_only=True)['cases']:
+        pretrained_cfg_overlay=dict(file=str(folder / f'{name}.cls.pth'))).eval()
+    for case in torch.load(folder / f'{name}.expected.pt', weights_only=True)['cases']:
         assert_close(model(case['input']), case['logits'], 1e-4)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from official import shared
 
 from vmamba_mm import zoo
 from vmamba_mm.checkpoints.files import fetch, read_checkpoint
@@ -310,14 +311,11 @@ def test_hub_builds_and_loads(tmp_path, mm):
 def test_hub_loads_an_official_file(mm):
     mmpretrain = pytest.importorskip('mmpretrain')
     import vmamba_mm.mmpretrain  # noqa: F401
-    parity = REPO.parent / 'shared/parity'
-    file = parity / 's1.cls.pth'
-    if not file.is_file():
-        pytest.skip('no ../shared/parity/s1.cls.pth beside the checkout')
+    file = shared('parity/s1.cls.pth')
     arch = read_checkpoint(file)['meta']['arch']
     model = mmpretrain.get_model(
         NAME, pretrained=str(file), backbone=dict(arch=dict(_delete_=True, **arch)),
         head=dict(num_classes=10, in_channels=8 * arch['embed_dims']))
-    case = torch.load(parity / 's1.expected.pt', weights_only=True)['cases'][0]
+    case = torch.load(file.with_name('s1.expected.pt'), weights_only=True)['cases'][0]
     with torch.no_grad():
         torch.testing.assert_close(model(case['input']), case['logits'], rtol=1e-4, atol=1e-4)

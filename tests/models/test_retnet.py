@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from language_models import DEEPNORM, RETNET, random_model, tokens_of
-from official import SHARED
+from official import shared
 
 from vmamba_mm.checkpoints.files import read_checkpoint
 from vmamba_mm.checkpoints.names import infer_arch, to_official
@@ -113,10 +113,7 @@ def test_sizes_of_the_official_code(dims, values, heads, depth, count):
 
 
 def test_published_keys():
-    path = SHARED / 'facts/keys/retnet.json'
-    if not path.is_file():
-        pytest.skip('no list of the official keys beside the checkout')
-    published, = json.loads(path.read_text()).values()
+    published, = json.loads(shared('facts/keys/retnet.json').read_text()).values()
     with torch.device('meta'):
         model = CausalLM(mixer='retnet', vocab_size=50257, embed_dims=768, depth=12,
                          value_dims=1280, retention_heads=4)

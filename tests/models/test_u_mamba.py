@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from official import SHARED, listed_keys
+from official import listed_keys, shared
 from safetensors.torch import save_model
 from torch import nn
 
@@ -129,9 +129,7 @@ def test_files_have_each_weight_once_or_by_all_its_names(arch, size, tmp_path):
 
 
 def test_a_file_of_the_public_code():
-    path = SHARED / 'parity/u_mamba/enc_2d.pth'
-    if not path.is_file():
-        pytest.skip('no ../shared/parity/u_mamba beside the checkout')
+    path = shared('parity/u_mamba/enc_2d.pth')
     kwargs = json.loads(path.with_suffix('.json').read_text())['kwargs']
     arch = arch_of_plan('enc', patch_size=kwargs['input_size'], **{k: kwargs[k] for k in (
         'features_per_stage', 'kernel_sizes', 'strides', 'n_conv_per_stage',

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from official import SHARED
+from official import shared
 from specs import SPECS
 from torch import nn
 
@@ -111,9 +111,7 @@ def test_both_halves_start_from_a_vmamba(vmamba, tmp_path):
 
 def test_the_public_codes_map():
     """Of each weight that it takes, where one is at hand."""
-    path = SHARED / 'parity/vm_unet/vmamba_init.json'
-    if not path.is_file():
-        pytest.skip('no ../shared/parity/vm_unet beside the checkout')
+    path = shared('parity/vm_unet/vmamba_init.json')
     content = json.loads(path.read_text())
     model = VMUNet(dict(embed_dims=2, depths=(2, 2, 2, 2), decoder_depths=(2, 2, 2, 1), d_state=3))
     was, = SPEC.official(copy.deepcopy(model))

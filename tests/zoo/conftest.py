@@ -6,8 +6,8 @@ device (test_rows.py) or narrow.
 """
 
 import pytest
-from official import classifier_state, random_backbone, save_training_file
-from zoo_helpers import Dense, shared_data
+from official import classifier_state, random_backbone, save_training_file, shared
+from zoo_helpers import Dense
 
 from vmamba_mm import zoo
 
@@ -90,7 +90,7 @@ def narrow(tmp_path_factory):
 @pytest.fixture(scope='session')
 def samples():
     """(folder, [(file name, class index)]): 25 photographs of as many classes."""
-    root = shared_data('imagenet_samples')
+    root = shared('data/imagenet_samples')
     rows = [line.split() for line in (root / 'val.txt').read_text().splitlines()]
     return root, [(name, int(index)) for name, index in rows[::5]]
 

@@ -6,7 +6,8 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from zoo_helpers import assert_detections, metric, shared_data
+from official import shared
+from zoo_helpers import assert_detections, metric
 
 
 def round_trip(one, run, folder):
@@ -32,7 +33,7 @@ def test_mask_rcnn_converts_and_evaluates(dense, run, big):
 
     The model's best box in each is added as an object, so that something is found.
     """
-    root = shared_data('fruits_nuts')
+    root = shared('data/fruits_nuts')
     one = dense('det')
     ours = round_trip(one, run, big)
 
@@ -84,7 +85,7 @@ def test_mask_rcnn_converts_and_evaluates(dense, run, big):
 def test_upernet_converts_and_evaluates(dense, run, big):
     from PIL import Image
 
-    root = shared_data('camvid')
+    root = shared('data/camvid')
     one = dense('seg')
     ours = round_trip(one, run, big)
 

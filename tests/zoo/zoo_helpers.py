@@ -3,16 +3,8 @@
 import pickle
 import re
 
-import pytest
 import torch
-from official import SHARED, dense_state
-
-
-def shared_data(name):
-    root = SHARED / 'data' / name
-    if not root.is_dir():
-        pytest.skip(f'no real images at ../shared/data/{name} beside the checkout')
-    return root
+from official import dense_state
 
 
 def metric(out, name):
