@@ -404,3 +404,4 @@ def test_gpu_launch_overhead(by_bindings, kernels_folder, capsys, monkeypatch):
     look_up = (time.perf_counter() - start) / 1000
     with capsys.disabled():
         print(f'\nlaunch {best * 1e6:.2f} us, look-up {look_up * 1e6:.2f} us')
+    assert max(best, look_up) < 1e-3  # some 5 us on an idle host

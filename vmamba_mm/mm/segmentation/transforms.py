@@ -99,51 +99,45 @@ class LoadBinaryAnnotations(BaseTransform):
         return dict(results, gt_seg_map=mask.astype(np.uint8), seg_fields=fields)
 
 
+class _Sometimes(BaseTransform):
+    """Changes a sample, or leaves it."""
+
+    def __init__(self, prob: float = 0.5):
+        if not 0 <= prob <= 1:
+            raise ValueError(f'prob must be from 0 to 1, got {prob!r}')
+        self.prob = prob
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        if self._draw() < self.prob:
+            self.change(results)
+        return results
+
+    @cache_randomness
+    def _draw(self):
+        return np.random.rand()
+
+
 @TRANSFORMS.register_module()
-class SwapImages(BaseTransform):
+class SwapImages(_Sometimes):
     """Exchanges ``img`` and ``img2``: a change is one in either direction of time.
 
     Args:
         prob: how often.
     """
 
-    def __init__(self, prob: float = 0.5):
-        self.prob = _check_prob(prob)
-
-    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        if self._draw() < self.prob:
-            results['img'], results['img2'] = results['img2'], results['img']
-        return results
-
-    @cache_randomness
-    def _draw(self):
-        return np.random.rand()
+    def change(self, results: dict[str, Any]) -> None:
+        results['img'], results['img2'] = results['img2'], results['img']
 
 
 @TRANSFORMS.register_module()
-class RandomTranspose(BaseTransform):
+class RandomTranspose(_Sometimes):
     """Exchanges rows and columns of the image and of its mask.
 
     Args:
         prob: how often.
     """
 
-    def __init__(self, prob: float = 0.5):
-        self.prob = _check_prob(prob)
-
-    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        if self._draw() < self.prob:
-            for key in ('img', *results.get('seg_fields', ())):
-                results[key] = np.ascontiguousarray(np.swapaxes(results[key], 0, 1))
-            results['img_shape'] = results['img'].shape[:2]
-        return results
-
-    @cache_randomness
-    def _draw(self):
-        return np.random.rand()
-
-
-def _check_prob(prob):
-    if not 0 <= prob <= 1:
-        raise ValueError(f'prob must be from 0 to 1, got {prob!r}')
-    return prob
+    def change(self, results: dict[str, Any]) -> None:
+        for key in ('img', *results.get('seg_fields', ())):
+            results[key] = np.ascontiguousarray(np.swapaxes(results[key], 0, 1))
+        results['img_shape'] = results['img'].shape[:2]
