@@ -21,6 +21,7 @@ from pathlib import Path
 
 import complexity_report as report
 from mixers import MIXERS, build, state_after, tensors_of
+from report_parts import check_options
 
 from vmamba_mm.errors import UserError
 from vmamba_mm.mm import cli, measuring
@@ -65,14 +66,8 @@ def parse_args():
                         help='write a report there too, and the picture beside it')
     cli.add_traceback_option(parser)
     args = parser.parse_args()
-    for name in ('lengths', 'embed_dims', 'depth', 'vocab_size', 'batch_size', 'repeats',
-                 'max_seconds'):
-        value = getattr(args, name)
-        for one in value if isinstance(value, list) else [value]:
-            if one is not None and not one > 0:
-                raise UserError(f'--{name.replace("_", "-")} must be above 0, not {one}')
-    if args.report and args.report.suffix != '.md':
-        raise UserError(f'--report takes the name of a Markdown file (.md), not {args.report}')
+    check_options(args, 'lengths', 'embed_dims', 'depth', 'vocab_size', 'batch_size', 'repeats',
+                  'max_seconds')
     args.mixers = list(dict.fromkeys(args.mixers))
     return args
 

@@ -3,7 +3,6 @@
 A row is one repeat of one length of one mixer; what was not measured is None.
 """
 
-import csv
 import json
 import statistics
 from typing import NamedTuple
@@ -18,17 +17,18 @@ from report_parts import (
     make_figure,
     markdown_table,
     number,
+    optional,
     plain_ticks,
     print_table,
+    read_results,
     style_of,
     wrapped,
     write_csv,
 )
 
-from vmamba_mm.errors import UserError
-
-KINDS = dict(mixer=str, length=int, repeat=int, train_ms=float, train_mib=float, token_ms=float,
-             state_bytes=int, token_mib=float, problem=str)
+KINDS = dict(mixer=str, length=int, repeat=optional(int),
+             **{name: optional(float) for name in ('train_ms', 'train_mib', 'token_ms')},
+             state_bytes=optional(int), token_mib=optional(float), problem=str)
 COLUMNS = tuple(KINDS)
 EMPTY = dict.fromkeys(COLUMNS) | dict(problem='')
 FEWEST = 2  # lengths that a slope needs
@@ -62,17 +62,7 @@ def read(folder):
     Raises:
         UserError: if they are not there, or not of this tool.
     """
-    try:
-        with open(folder / 'complexity.csv', newline='') as file:
-            rows = [{k: kind(row[k]) if row[k] or kind is str else None
-                     for k, kind in KINDS.items()} for row in csv.DictReader(file)]
-        return rows, json.loads((folder / 'complexity.json').read_text())['setting']
-    except FileNotFoundError as err:
-        raise UserError(f'{err.filename} does not exist: --results takes the --out of an earlier '
-                        'call') from err
-    except (KeyError, ValueError, TypeError) as err:
-        raise UserError(f'{folder} holds no results of this tool: {type(err).__name__} {err}') \
-            from err
+    return read_results(folder, 'complexity', KINDS)
 
 
 # --- numbers --------------------------------------------------------------------------------

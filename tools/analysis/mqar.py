@@ -23,7 +23,7 @@ import mqar_report as report
 from mqar_data import make_segments
 from mqar_models import CHOICES, DATA_SEED, MODELS, SETTINGS, Clock, cost_of, guess_seconds
 from mqar_training import Run, check_setting, count_steps, read_result, train
-from report_parts import number, print_table
+from report_parts import check_options, number, print_table
 
 from vmamba_mm.errors import UserError
 from vmamba_mm.mm import cli
@@ -74,13 +74,7 @@ def parse_args():
                         help='write a report there too, and the picture beside it')
     cli.add_traceback_option(parser)
     args = parser.parse_args()
-    for name in (*CHANGES, 'widths', 'lrs', 'minutes'):
-        value = getattr(args, name)
-        for number_ in value if isinstance(value, list) else [value]:
-            if number_ is not None and not number_ > 0:
-                raise UserError(f'--{name.replace("_", "-")} must be above 0, not {number_}')
-    if args.report and args.report.suffix != '.md':
-        raise UserError(f'--report takes the name of a Markdown file (.md), not {args.report}')
+    check_options(args, *CHANGES, 'widths', 'lrs', 'minutes')
     return args
 
 

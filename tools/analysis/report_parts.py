@@ -1,8 +1,12 @@
-"""What the reports of several analyses are made of: tables, Markdown, CSV files, figures."""
+"""What several analyses and their reports are made of: tables, Markdown, CSV files, options,
+figures."""
 
 import csv
+import json
 import math
 import textwrap
+
+from vmamba_mm.errors import UserError
 
 LINES = ('-', '--', ':')
 
@@ -58,6 +62,47 @@ def write_csv(rows, columns, path):
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
+
+
+def optional(kind):
+    """A kind of column that may be empty, for :func:`read_results`."""
+    return lambda text: kind(text) if text else None
+
+
+def read_results(folder, name, kinds):
+    """The rows of ``NAME.csv`` and the setting of ``NAME.json``.
+
+    Args:
+        kinds: {column: what makes a value of its text}.
+
+    Raises:
+        UserError: if they are not there, or not of this tool.
+    """
+    try:
+        with open(folder / f'{name}.csv', newline='') as file:
+            rows = [{key: kind(row[key]) for key, kind in kinds.items()}
+                    for row in csv.DictReader(file)]
+        return rows, json.loads((folder / f'{name}.json').read_text())['setting']
+    except FileNotFoundError as err:
+        raise UserError(f'{err.filename} does not exist: --results takes the --out of an earlier '
+                        'call') from err
+    except (KeyError, ValueError, TypeError) as err:
+        raise UserError(f'{folder} holds no results of this tool: {type(err).__name__} {err}') \
+            from err
+
+
+# --- options --------------------------------------------------------------------------------
+
+def check_options(args, *names):
+    """Raise one line unless these options, or all of their values, are above 0, and --report is a
+    Markdown file."""
+    for name in names:
+        value = getattr(args, name)
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None and not one > 0:
+                raise UserError(f'--{name.replace("_", "-")} must be above 0, not {one}')
+    if args.report and args.report.suffix != '.md':
+        raise UserError(f'--report takes the name of a Markdown file (.md), not {args.report}')
 
 
 # --- pictures -------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import small_data_report as report
+from report_parts import check_options
 from small_data_images import load
 from small_data_models import MODELS, describe_models, window_of
 from small_data_recipe import RECIPE
@@ -86,10 +87,7 @@ def parse_args():
                         help='write a report there too, and the picture beside it')
     cli.add_traceback_option(parser)
     args = parser.parse_args()
-    for name in ('epochs', 'size', 'batch_size', 'lr', 'embed_dims', 'd_state', 'minutes'):
-        value = getattr(args, name)
-        if value is not None and not value > 0:
-            raise UserError(f'--{name.replace("_", "-")} must be above 0, not {value}')
+    check_options(args, 'epochs', 'size', 'batch_size', 'lr', 'embed_dims', 'd_state', 'minutes')
     for name, step in (('size', 32), ('embed_dims', 12)):
         if getattr(args, name) % step:
             raise UserError(f'--{name.replace("_", "-")} must be a multiple of {step}, not '
@@ -97,8 +95,6 @@ def parse_args():
     if min(args.depths) < 1:
         raise UserError(f'--depths takes four numbers of at least 1, not {args.depths}')
     args.models, args.seeds = (list(dict.fromkeys(v)) for v in (args.models, args.seeds))
-    if args.report and args.report.suffix != '.md':
-        raise UserError(f'--report takes the name of a Markdown file (.md), not {args.report}')
     return args
 
 

@@ -3,7 +3,6 @@
 A row is one epoch of one model with one seed. What counts is the last epoch of each.
 """
 
-import csv
 import itertools
 import json
 import math
@@ -11,12 +10,19 @@ import statistics
 from pathlib import Path
 
 from curve_labels import spread
-from report_parts import bullets, command_block, markdown_table, print_table, wrapped, write_csv
-
-from vmamba_mm.errors import UserError
+from report_parts import (
+    bullets,
+    command_block,
+    markdown_table,
+    optional,
+    print_table,
+    read_results,
+    wrapped,
+    write_csv,
+)
 
 COLUMNS = dict(model=str, seed=int, epoch=int, loss=float, top1=float,
-               top1_no_scan=lambda text: float(text) if text else None, images_per_s=float)
+               top1_no_scan=optional(float), images_per_s=float)
 
 LIMITS = (
     'A tiny set, seen from scratch by small models: what helps here need not help on ImageNet, '
@@ -50,17 +56,7 @@ def read(folder):
     Raises:
         UserError: if they are not there, or not of this tool.
     """
-    try:
-        with open(folder / 'small_data.csv', newline='') as file:
-            rows = [{k: kind(row[k]) for k, kind in COLUMNS.items()} for row in
-                    csv.DictReader(file)]
-        return rows, json.loads((folder / 'small_data.json').read_text())['setting']
-    except FileNotFoundError as err:
-        raise UserError(f'{err.filename} does not exist: --results takes the --out of an earlier '
-                        'run') from err
-    except (KeyError, ValueError, TypeError) as err:
-        raise UserError(f'{folder} holds no results of this tool: {type(err).__name__} {err}') \
-            from err
+    return read_results(folder, 'small_data', COLUMNS)
 
 
 # --- numbers --------------------------------------------------------------------------------
