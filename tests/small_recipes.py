@@ -74,25 +74,42 @@ def batch_of(scope, num_classes=150):
 
 
 def narrow_heads(cfg, channels):
-    """Make a classifier, Mask R-CNN or UperNet narrow, for a backbone with maps of ``channels`` and
-    images of SIZE pixels."""
+    """Make a classifier, a detector or a segmentor narrow, for a backbone with maps of ``channels``
+    and images of SIZE pixels; of a pyramid with one map these are those of the pyramid."""
     model = cfg.model
     if cfg.default_scope == 'mmpretrain':
         model.head.in_channels = channels[-1]
         model.data_preprocessor = dict(type='ClsDataPreprocessor', **cfg.data_preprocessor)
     elif cfg.default_scope == 'mmdet':
-        model.neck.update(in_channels=channels, out_channels=16)
-        model.rpn_head.update(in_channels=16, feat_channels=16)
-        heads = model.roi_head
-        for part in (heads.bbox_roi_extractor, heads.mask_roi_extractor):
-            part.out_channels = 16
-        heads.bbox_head.update(in_channels=16, fc_out_channels=32)
-        heads.mask_head.update(in_channels=16, conv_out_channels=16)
-        model.train_cfg.rpn_proposal.max_per_img = model.test_cfg.rpn.max_per_img = 20
+        narrow_detector(model, channels)
     else:
-        model.decode_head.update(in_channels=channels, channels=16)
-        model.auxiliary_head.update(in_channels=channels[2], channels=16)
+        if model.decode_head.type == 'FPNHead':
+            model.neck.update(in_channels=channels, out_channels=16)
+            model.decode_head.update(in_channels=[16] * 4, channels=16)
+        else:
+            model.decode_head.update(in_channels=channels, channels=16)
+            model.auxiliary_head.update(in_channels=channels[2], channels=16)
         model.data_preprocessor.size = (SIZE, SIZE)
+
+
+def narrow_detector(model, channels):
+    """16 channels in neck and heads, Cascade's and RetinaNet's too."""
+    maps = model.neck.in_channels
+    model.neck.update(in_channels=channels[-1] if isinstance(maps, int) else channels[-len(maps):],
+                      out_channels=16)
+    if model.type == 'RetinaNet':
+        model.bbox_head.update(in_channels=16, feat_channels=16)
+        return
+    model.rpn_head.update(in_channels=16, feat_channels=16)
+    heads = model.roi_head
+    for part in (heads.bbox_roi_extractor, heads.mask_roi_extractor):
+        part.out_channels = 16
+    for head in heads.bbox_head if isinstance(heads.bbox_head, list) else [heads.bbox_head]:
+        head.update(in_channels=16, fc_out_channels=32)
+        if 'conv_out_channels' in head:
+            head.conv_out_channels = 16
+    heads.mask_head.update(in_channels=16, conv_out_channels=16)
+    model.train_cfg.rpn_proposal.max_per_img = model.test_cfg.rpn.max_per_img = 20
 
 
 def take_a_step(cfg, narrowed, behind_zeros=None, num_classes=150):

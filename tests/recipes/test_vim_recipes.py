@@ -2,7 +2,7 @@
 
 import pytest
 from leaves import LEAVES, entry_of
-from small_recipes import SIZE, learning_rates, settings_of, take_a_step
+from small_recipes import SIZE, learning_rates, narrow_heads, settings_of, take_a_step
 
 ALL = [leaf for leaf in LEAVES if leaf.startswith('configs/vim/')]
 IMAGENET, COCO, ADE20K = ([leaf for leaf in ALL if entry_of(leaf).task == task]
@@ -92,27 +92,14 @@ def narrowed(cfg):
     model.backbone.arch = dict(base='tiny', embed_dims=16, depth=4, image_size=SIZE, cls_token=kind)
     model.backbone.pop('init_cfg', None)
     model.backbone.drop_path_rate = 0.0  # it could leave a block out for both images
+    narrow_heads(cfg, [16] * 4)
     if cfg.default_scope == 'mmpretrain':
-        model.head.in_channels = 16
         model.head.pop('init_cfg', None)
-        model.data_preprocessor = dict(type='ClsDataPreprocessor', **cfg.data_preprocessor)
     elif cfg.default_scope == 'mmdet':
-        model.neck.update(in_channels=16, out_channels=16)
-        model.rpn_head.update(in_channels=16, feat_channels=16)
-        heads = model.roi_head
-        for part in (heads.bbox_roi_extractor, heads.mask_roi_extractor):
-            part.out_channels = 16
-        for head in heads.bbox_head:
-            head.update(in_channels=16, conv_out_channels=16, fc_out_channels=32)
-        heads.mask_head.update(in_channels=16, conv_out_channels=16)
-        model.train_cfg.rpn_proposal.max_per_img = model.test_cfg.rpn.max_per_img = 20
         model.data_preprocessor.batch_augments[0].size = (SIZE, SIZE)
     else:
         model.backbone.out_indices = (0, 1, 2, 3)
         model.neck.update(embed_dim=16, norm_cfg=dict(type='BN'))
-        model.decode_head.update(in_channels=[16] * 4, channels=16)
-        model.auxiliary_head.in_channels = 16
-        model.data_preprocessor.size = (SIZE, SIZE)
         model.test_cfg.update(crop_size=(SIZE, SIZE), stride=(43, 43))
     return model
 

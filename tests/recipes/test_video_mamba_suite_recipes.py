@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from leaves import LEAVES, load  # noqa: F401 (a fixture)
+from leaves import LEAVES
 from small_recipes import make_small, settings_of
 from specs import SPECS
 
@@ -15,7 +15,7 @@ ATTENTION = 'backbone.blocks.0.attn.qkv.weight'
 
 
 @pytest.mark.parametrize('leaf', RECIPES)
-def test_optimizer(leaf, load):  # noqa: F811
+def test_optimizer(leaf, load):
     cfg = make_small(load(leaf))
     found, wrapper = settings_of(build_model(cfg), cfg)
     decay = cfg.optim_wrapper.optimizer.weight_decay
@@ -37,7 +37,7 @@ def test_optimizer(leaf, load):  # noqa: F811
 
 
 @pytest.mark.parametrize('leaf', RECIPES)
-def test_a_step_and_an_evaluation(leaf, load):  # noqa: F811
+def test_a_step_and_an_evaluation(leaf, load):
     from mmpretrain.structures import DataSample
 
     torch.manual_seed(0)
@@ -60,7 +60,7 @@ def test_a_step_and_an_evaluation(leaf, load):  # noqa: F811
         assert torch.equal(sample.pred_score, same.pred_score)
 
 
-def test_schedules(load):  # noqa: F811
+def test_schedules(load):
     for leaf in RECIPES:
         cfg = load(leaf)
         warmup, cosine = cfg.param_scheduler

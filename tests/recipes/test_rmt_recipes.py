@@ -2,7 +2,7 @@
 
 import pytest
 from leaves import LEAVES, entry_of
-from small_recipes import SIZE, learning_rates, settings_of, take_a_step
+from small_recipes import learning_rates, narrow_heads, settings_of, take_a_step
 
 ALL = [leaf for leaf in LEAVES if leaf.startswith('configs/rmt/')]
 IMAGENET = [leaf for leaf in ALL if entry_of(leaf).task == 'cls']
@@ -83,34 +83,9 @@ def narrowed(cfg):
     model.backbone.arch = dict(ARCH)
     model.backbone.pop('init_cfg', None)
     model.backbone.drop_path_rate = 0.0  # it could leave a block out for both images
+    narrow_heads(cfg, CHANNELS)
     if cfg.default_scope == 'mmpretrain':
         model.backbone.projection = model.head.in_channels = 32
-        model.data_preprocessor = dict(type='ClsDataPreprocessor', **cfg.data_preprocessor)
-        return model
-    if 'neck' in model:
-        model.neck.update(in_channels=CHANNELS[-len(model.neck.in_channels):], out_channels=16)
-    if cfg.default_scope == 'mmseg':
-        if model.decode_head.type == 'FPNHead':
-            model.decode_head.update(in_channels=[16] * 4, channels=16)
-        else:
-            model.decode_head.update(in_channels=CHANNELS, channels=16)
-            model.auxiliary_head.update(in_channels=CHANNELS[2], channels=16)
-        model.data_preprocessor.size = (SIZE, SIZE)
-        return model
-    if model.type == 'RetinaNet':
-        model.bbox_head.update(in_channels=16, feat_channels=16)
-        return model
-    model.rpn_head.update(in_channels=16, feat_channels=16)
-    heads = model.roi_head
-    for part in (heads.bbox_roi_extractor, heads.mask_roi_extractor):
-        part.out_channels = 16
-    boxes = heads.bbox_head if isinstance(heads.bbox_head, list) else [heads.bbox_head]
-    for box in boxes:
-        box.update(in_channels=16, fc_out_channels=32)
-        if 'conv_out_channels' in box:
-            box.conv_out_channels = 16
-    heads.mask_head.update(in_channels=16, conv_out_channels=16)
-    model.train_cfg.rpn_proposal.max_per_img = model.test_cfg.rpn.max_per_img = 20
     return model
 
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from leaves import LEAVES, entry_of, load  # noqa: F401 (a fixture)
+from leaves import LEAVES, entry_of
 from small_recipes import make_small, settings_of
 from specs import SPECS
 
@@ -53,7 +53,7 @@ def parts_of(leaf):
 
 
 @pytest.mark.parametrize('leaf', CLIPS)
-def test_clips(leaf, load):  # noqa: F811
+def test_clips(leaf, load):
     cfg, entry = load(leaf), entry_of(leaf)
     size, mask, gpus, batch, data, side = parts_of(leaf)
     arch = SPEC.family.archs[entry.arch]
@@ -94,7 +94,7 @@ def test_clips(leaf, load):  # noqa: F811
 
 
 @pytest.mark.parametrize('leaf', IMAGES)
-def test_images(leaf, load):  # noqa: F811
+def test_images(leaf, load):
     cfg = load(leaf)
     size, _, gpus, batch, _, side = parts_of(leaf)
     rate, clip, decay, drop_path, epochs, warmup, last = IMAGENET[size, side]
@@ -120,7 +120,7 @@ def test_images(leaf, load):  # noqa: F811
 @pytest.mark.parametrize('leaf', [
     'configs/videomamba/videomamba-tiny-f8_8xb64_k400-224.py',
     'configs/videomamba/videomamba-middle-f16-mask_16xb16_ssv2-224.py'])
-def test_decay_and_rates(leaf, load):  # noqa: F811
+def test_decay_and_rates(leaf, load):
     """What is before the blocks hardly learns; A_log and A_b_log decay."""
     cfg = make_small(load(leaf))
     found, _ = settings_of(build_model(cfg), cfg)
@@ -160,7 +160,7 @@ def step_and_evaluate(model, cfg, data):
 @pytest.mark.parametrize('leaf', [
     'configs/videomamba/videomamba-tiny-f8_8xb64_k400-224.py',
     'configs/videomamba/videomamba-small-f16_16xb12_ssv2-288.py'])
-def test_a_step_and_an_evaluation_on_clips(leaf, load):  # noqa: F811
+def test_a_step_and_an_evaluation_on_clips(leaf, load):
     torch.manual_seed(0)
     cfg = make_small(load(leaf))
     cfg.model.head.init_cfg = None  # of the files that it continues from
@@ -170,7 +170,7 @@ def test_a_step_and_an_evaluation_on_clips(leaf, load):  # noqa: F811
 @pytest.mark.parametrize('leaf', [
     'configs/videomamba/videomamba-tiny_8xb512_in1k-224.py',
     'configs/videomamba/videomamba-middle-distill_16xb128_in1k-224.py'])
-def test_a_step_and_an_evaluation_on_images(leaf, load):  # noqa: F811
+def test_a_step_and_an_evaluation_on_images(leaf, load):
     torch.manual_seed(0)
     cfg, distills = make_small(load(leaf), SPEC.archs['image']), 'distill' in leaf
     if distills:
@@ -183,7 +183,7 @@ def test_a_step_and_an_evaluation_on_images(leaf, load):  # noqa: F811
         assert model.distill_head[1].out_features == 12
 
 
-def test_self_distillation_needs_tokens(load):  # noqa: F811
+def test_self_distillation_needs_tokens(load):
     cfg = make_small(load('configs/videomamba/videomamba-base-distill_16xb128_in1k-224.py'),
                      SPEC.archs['image'])
     cfg.model.teacher.update(arch=dict(SPEC.archs['image']), init_cfg=None, out_type='cls_token')
@@ -194,7 +194,7 @@ def test_self_distillation_needs_tokens(load):  # noqa: F811
         build_model(cfg)
 
 
-def test_auto_augment(load):  # noqa: F811
+def test_auto_augment(load):
     """timm's policies 'v0', with the numbers that it computes from the levels."""
     from timm.data.auto_augment import LEVEL_TO_ARG, auto_augment_policy_v0
 
@@ -220,7 +220,7 @@ def test_auto_augment(load):  # noqa: F811
     ('configs/videomamba/videomamba-tiny_8xb256_in1k-448.py', 'image'),
     ('configs/videomamba/videomamba-small-f16_16xb12_ssv2-288.py', 'clip'),
     ('configs/videomamba/videomamba-small-f8_8xb64_k400-224.py', 'image')])
-def test_starts(leaf, kind, load, tmp_path, monkeypatch):  # noqa: F811
+def test_starts(leaf, kind, load, tmp_path, monkeypatch):
     """From an official file of the smaller size, head included, or from one of images."""
     source = SPEC.random_model(SPEC.archs[kind])
     state, = SPEC.official_classifiers(source, 5)
