@@ -50,8 +50,8 @@ def test_a_wrong_result_ends_the_run(run, capsys, monkeypatch):
     assert 'WRONG' in out and ' ms' not in out
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason='for machines without a GPU')
-def test_without_a_gpu(run):
+def test_without_a_gpu(run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     with pytest.raises(SystemExit, match='finds no GPU'):
         run()
     with pytest.raises(SystemExit, match='at least 1, got 0'):
