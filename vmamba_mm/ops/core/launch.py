@@ -34,8 +34,8 @@ from vmamba_mm.ops.core import driver
 from vmamba_mm.ops.core.compile import Binary, Instance, build, find_nvrtc, parameters, target
 from vmamba_mm.ops.core.parameters import bind_fields
 
-__all__ = ['CODES', 'TYPES', 'Instance', 'Kernel', 'Slab', 'aligned', 'cached', 'device_limits', 'forget',
-           'kernel', 'load', 'override_loader', 'pointer', 'why_not_beside']
+__all__ = ['CODES', 'TYPES', 'Instance', 'Kernel', 'Slab', 'aligned', 'cached', 'device_limits',
+           'forget', 'kernel', 'load', 'override_loader', 'pointer', 'why_not_beside']
 
 #: dtype -> the type that a template of a kernel is for, and what a field such as ``x_type`` says
 TYPES = {torch.float32: 'Float', torch.float16: 'Half', torch.bfloat16: 'BFloat'}

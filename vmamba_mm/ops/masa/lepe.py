@@ -39,8 +39,9 @@ def _blocks(batch: int, height: int, dim: int) -> tuple[int, int, int, int]:
 
 @cached
 def launch(index, dtype, forward, weight, bias, shape, x_pixel, more_pixel, y_pixel):
-    """The forward or the gradient by the input, for maps of ``shape`` (B, H, W, D) whose pixels are so
-    many elements apart. It takes the addresses ``x_data``, ``more_data``, ``weight``, ``bias``, ``y``."""
+    """The forward or the gradient by the input, for maps of ``shape`` (B, H, W, D) whose pixels are
+    so many elements apart. It takes the addresses ``x_data``, ``more_data``, ``weight``, ``bias``,
+    ``y``."""
     batch, height, width, dim = shape
     blocks, columns, side, above = _blocks(batch, height, dim)
     return kernel(index, forward_instance, TYPES[dtype], forward).bind(
