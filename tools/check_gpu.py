@@ -247,9 +247,12 @@ def run_cases(tool, only):
         run_block(name, dtype)
         run_mamba_blocks(name, dtype)
     run_stem()
-    run_model('RMT', RMT(dict(
-        embed_dims=(32, 32, 64, 32), depths=(1, 1, 1, 1), num_heads=(2, 1, 2, 2),
-        mlp_ratios=(2, 2, 2, 2), layer_scales=(0.5, 0, 0, 0))), 72, 56)
+    for steps in (False, True):  # each block as one op, and step by step, which a hook chooses
+        rmt = RMT(dict(embed_dims=(32, 32, 64, 32), depths=(1, 1, 1, 1), num_heads=(2, 1, 2, 2),
+                       mlp_ratios=(2, 2, 2, 2), layer_scales=(0.5, 0, 0, 0)))
+        for stage in rmt.stages if steps else ():
+            stage.blocks[0].norm1.register_forward_hook(lambda *args: None)
+        run_model(f'RMT{", step by step" if steps else ""}', rmt, 72, 56)
     run_model('Vision-RWKV', VisionRWKV(dict(
         embed_dims=48, depth=2, patch_size=4, image_size=16, formula='official', post_norm=True,
         layer_scale=0.5)), 40, 20)

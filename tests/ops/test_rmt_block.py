@@ -14,6 +14,7 @@ from vmamba_mm.testing import assert_close, relative_error
 
 rmt = pytest.importorskip('vmamba_mm.models.rmt')
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
+LIMITS = {HALF: 2e-3, BRAIN: 1.6e-2, SINGLE: 2e-6}  # of what is rounded several times
 #: form, heads, their channels, and the map
 SHAPES = [('decomposed', 2, 16, (2, 5, 7)), ('whole', 1, 32, (3, 3, 4))]
 
@@ -99,7 +100,7 @@ def test_as_step_by_step(place, calls, form, heads, head_dim, size, options, dty
         calls.clear()
         for name, one, other, right in zip(names_of(model), one_op, steps, exact, strict=True):
             assert one.dtype == other.dtype and one.shape == other.shape, name
-            limit = max(2 * relative_error(other, right), 2e-6 if dtype == SINGLE else 2e-3)
+            limit = max(2 * relative_error(other, right), LIMITS[dtype])
             assert relative_error(one, right) <= limit, name
         assert_close(inferred_by_op, inferred_by_steps, 1e-5 if dtype == SINGLE else 0.02)
 
@@ -127,7 +128,7 @@ def test_compiled_as_one_op_in_one_graph_for_all_sizes(place):
                 assert_close(one, other, 1e-6)
     ops = [node.target.name() for graph in counter.graphs for node in graph.graph.nodes
            if 'vmamba_mm' in str(node.target)]
-    assert set(ops) == {'vmamba_mm::rmt_block'} and len(ops) == 2 * len(counter.graphs)
+    assert ops == ['vmamba_mm::rmt_block'] * 2
 
 
 def test_gradients_by_some_parameters_alone(place, calls):

@@ -87,7 +87,8 @@ class ManhattanAttention(nn.Module):
 
     def forward(self, x: Tensor, places: Places) -> Tensor:
         linears = self.q_proj, self.k_proj, self.v_proj, self.out_proj
-        if runs_kernels(x) and are_plain(linears, (nn.Linear,) * 4) and is_depthwise(self.lepe, 5):
+        if runs_kernels(x) and are_plain(linears, (nn.Linear,) * 4) \
+                and is_depthwise(self.lepe, 5) and _have_biases(*linears, self.lepe):
             q, k, v, out, lepe = (_parameters(module) for module in (*linears, self.lepe))
             return masa_mixer(x, q, k, v, lepe, out, places.decay, places.turns, self.form,
                               masks=places.masks)
@@ -100,6 +101,11 @@ class ManhattanAttention(nn.Module):
 
 def _parameters(module: nn.Module) -> tuple[Tensor, Tensor]:
     return module.weight, module.bias
+
+
+def _have_biases(*modules: nn.Module) -> bool:
+    """Not so if a user has put others in their place."""
+    return all([module.bias is not None for module in modules])
 
 
 class PlacedAttention(nn.Module):
@@ -142,7 +148,8 @@ class ConvMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         fc1, conv, fc2 = self.fc1, self.dwconv, self.fc2
-        if runs_kernels(x) and are_plain((fc1, fc2), (nn.Linear,) * 2) and is_depthwise(conv, 3):
+        if runs_kernels(x) and are_plain((fc1, fc2), (nn.Linear,) * 2) \
+                and is_depthwise(conv, 3) and _have_biases(fc1, conv, fc2):
             return conv_mlp(x, fc1.weight, fc1.bias, conv.weight, conv.bias, fc2.weight, fc2.bias)
         return fc2(add_convolution(conv, F.gelu(fc1(x))))
 

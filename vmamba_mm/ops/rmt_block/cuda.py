@@ -92,10 +92,10 @@ class Saved(NamedTuple):
     branch2: int     # as branch1
 
 
-@cached
 def _lay_out_saved(sizes: Sizes, whole: bool, x_itemsize: int, itemsize: int, scaled: bool
                    ) -> tuple[Saved, int]:
-    """The offsets in the slab for the backward, and its size."""
+    """The offsets in the slab for the backward, and its size; sizes are symbols where torch.compile
+    takes maps of any size."""
     slab, pixels = Slab(), sizes.batch * sizes.length
     narrow, wide = pixels * sizes.dim, pixels * sizes.hidden
     # In the order of the fields.
