@@ -41,18 +41,24 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, turns: Tensor | None
 def why_not_map(x: Tensor, whole: bool, dtype: torch.dtype | None = None) -> str | None:
     """The same of maps like ``x`` (B, H, W, n, P) in ``dtype``, None for that of ``x`` or of
     autocast."""
+    return why_not_shape(x, x.shape, whole, dtype)
+
+
+def why_not_shape(x: Tensor, shape: tuple[int, ...], whole: bool, dtype: torch.dtype | None = None
+                  ) -> str | None:
+    """The same of maps of this shape, on the device and in the dtype of ``x``."""
     reason = scan_kernels.why_not(x, 0, 1)
     if reason is not None:
         return reason
     autocast = autocast_dtype(x)
     if dtype is not None and autocast is not None and dtype != autocast:
         return 'autocast rounds its input first'
-    height, width, heads, dim = x.shape[1:]
+    batch, height, width, heads, dim = shape
     if dim not in _DIMS:
         return f'P is {dim}; the kernels take {" and ".join(map(str, _DIMS))}'
     if max(height, width) > LONGEST or whole and height * width > LONGEST:
         return f'a line has more than {LONGEST} pixels'
-    if x.shape[0] * max(height, width) * heads >= 2**31:
+    if batch * max(height, width) * heads >= 2**31:
         return 'there are 2^31 lines or more'
     return _why_not_here(x.device.index)
 

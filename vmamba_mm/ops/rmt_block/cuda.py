@@ -30,8 +30,11 @@ SINGLE = torch.float32
 def why_not(x: Tensor, weights: Weights, decay: Tensor, turns: Tensor, whole: bool,
             dtype: torch.dtype) -> str | None:
     """The reason why ``rmt_block`` cannot take these inputs, or None."""
-    heads = x.unflatten(-1, (len(decay), -1))
-    if (reason := masa.why_not_map(heads, whole)) is not None:
+    if not _fit(x, weights, decay, turns):
+        return 'the shapes of its inputs do not fit one another'
+    heads = decay.shape[0]
+    shape = (*x.shape[:3], heads, x.shape[3] // heads)
+    if (reason := masa.why_not_shape(x, shape, whole)) is not None:
         return reason
     if (reason := why_not_beside(x, *weights, decay, turns)) is not None:
         return reason
@@ -53,6 +56,17 @@ def why_not(x: Tensor, weights: Weights, decay: Tensor, turns: Tensor, whole: bo
             or weights.norm2.dtype != weights.norm2_bias.dtype:
         return 'weight and bias of a norm differ in dtype'
     return gemm.why_not()
+
+
+def _fit(x: Tensor, w: Weights, decay: Tensor, turns: Tensor) -> bool:
+    """Whether a map, weights and places are of one block; a user may have changed some."""
+    dim, hidden = x.shape[-1], w.fc1.shape[0]
+    height, width, pairs, _ = turns.shape
+    return (x.dim() == 4 and (height, width, 2 * pairs * decay.shape[0]) == (*x.shape[1:3], dim)
+            and w.q.shape == w.k.shape == w.v.shape == w.out.shape == (dim, dim)
+            and w.fc1.shape[1] == dim and w.fc2.shape == (dim, hidden)
+            and w.conv.shape[0] == hidden
+            and w.pos.shape[0] == w.lepe.shape[0] == w.norm1.shape[0] == w.norm2.shape[0] == dim)
 
 
 def _factors(w: Weights) -> tuple:
