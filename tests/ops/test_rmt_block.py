@@ -9,6 +9,7 @@ from test_graphs import needs_gpu, replays  # noqa: F401 (a fixture)
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from vmamba_mm.families.rmt import ARCHS, DEFAULTS
 from vmamba_mm.ops.core import graphs
 from vmamba_mm.testing import assert_close, relative_error
 
@@ -217,6 +218,21 @@ def test_inputs_that_go_step_by_step(place, calls, shape, heads, dtype, reason):
     x = torch.randn(shape, dtype=dtype, device=place)
     assert reason in model.why_not(x)
     assert model(x).shape == shape and not calls
+
+
+@pytest.mark.parametrize('arch', ['small', 'base', 'large'])
+def test_all_blocks_of_published_models_take_it_at_224(place, arch):
+    arch = {**DEFAULTS, **ARCHS[arch]}
+    for i, (dim, heads, form) in enumerate(zip(arch['embed_dims'], arch['num_heads'],
+                                               arch['forms'], strict=True)):
+        block = rmt.RMTBlock(dim, heads, form, mlp_ratio=arch['mlp_ratios'][i], drop_path=0.1,
+                             layer_scale=arch['layer_scales'][i], with_cp=False).to(place)
+        x = torch.zeros(1, 56 >> i, 56 >> i, dim, device=place)
+        places = rmt.place(x, rmt.make_decay(heads).to(place), dim // heads, form)
+        assert places.masks is None
+        with torch.autocast(place, HALF):
+            for map_ in (x, x.half()):
+                assert block.why_not_one_op(map_, places) is None
 
 
 def test_not_on_a_gpu():
