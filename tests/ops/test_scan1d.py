@@ -25,6 +25,15 @@ def divided(monkeypatch):
     launch.forget()
 
 
+@pytest.fixture
+def in_turns(monkeypatch):
+    """The warps of a forward take turns in time, wherever they can."""
+    monkeypatch.setattr(cuda_scan, 'relay', True)
+    launch.forget()
+    yield
+    launch.forget()
+
+
 def make(place, batch, groups, dim, length, state, dtype=SINGLE, absent=()):
     rng = torch.Generator().manual_seed(0)
 
@@ -91,6 +100,21 @@ def test_halves(place, dtype, length):
 def test_spans(place, shape, reverse):
     check(*make(place, *shape), reverse=reverse)
     check(*make(place, *shape, absent=('z', 'initial_state')), reverse=reverse)
+
+
+@pytest.mark.parametrize('dtype', [SINGLE, HALF, BRAIN], ids=['fp32', 'fp16', 'bf16'])
+@pytest.mark.parametrize('reverse', [False, True])
+@pytest.mark.parametrize('shape', [(2, 1, 40, 100, 16), (1, 2, 7, 37, 9), (1, 1, 16, 64, 16),
+                                   (2, 1, 3, 5, 12)], ids=str)
+def test_relay(place, shape, reverse, dtype, in_turns):
+    """Warps that take turns in time; lengths with and without a tail, in vectors and not."""
+    check(*make(place, *shape, dtype), reverse=reverse)
+    check(*make(place, *shape, dtype, absent=('z', 'initial_state', 'D', 'delta_bias')),
+          reverse=reverse)
+    if dtype == HALF:
+        inputs, grads = make(place, *shape, dtype)
+        single = run(inputs, grads, 'cuda', reverse, out_dtype=SINGLE)['y']
+        assert torch.equal(run(inputs, grads, 'cuda', reverse)['y'], single.half())
 
 
 @pytest.mark.parametrize('more', [2, 4])
