@@ -18,7 +18,7 @@ struct Scan1dRelayParams {
     const void *u, *delta, *z, *B, *C;
     void *y;
     const void *A, *D, *bias;  // (K * D, N); (K * D) or null
-    const float *start;        // (B, K * D, N): the state before the first step, or null for zeros
+    const float *first;        // (B, K * D, N): the state before the first step, or null for zeros
     float *last;               // (B, K * D, N): the state after the last step, or null
     long long b, k, s;         // strides of maps, in elements; s: from a channel to the next
     long long row_b, row_k, row_n;  // of B and C
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T>) scan1d_relay(const Scan1dR
         rates[n] = valid && j * NS + n < p.state
             ? load_parameter(p.A, channel * p.state + j * NS + n, p.A_type) : 0.f;
     const long long of_state = ((long long)b * p.routes * p.dim + channel) * p.state;
-    load_states(start, p.start + of_state, j * NS, p.state, p.start && valid);
+    load_states(start, p.first + of_state, j * NS, p.state, p.first && valid);
     // The state before the first step lies where the first warp takes over.
     if (warp == WARPS - 1) put(entries + warp * ENTRY, start);
     put(own_rates, rates);

@@ -108,13 +108,19 @@ def test_spans(place, shape, reverse):
                                    (2, 1, 3, 5, 12)], ids=str)
 def test_relay(place, shape, reverse, dtype, in_turns):
     """Warps that take turns in time; lengths with and without a tail, in vectors and not."""
-    check(*make(place, *shape, dtype), reverse=reverse)
-    check(*make(place, *shape, dtype, absent=('z', 'initial_state', 'D', 'delta_bias')),
-          reverse=reverse)
-    if dtype == HALF:
-        inputs, grads = make(place, *shape, dtype)
-        single = run(inputs, grads, 'cuda', reverse, out_dtype=SINGLE)['y']
-        assert torch.equal(run(inputs, grads, 'cuda', reverse)['y'], single.half())
+    def scan(inputs, backend, **options):
+        return selective_scan(**inputs, delta_softplus=True, reverse=reverse,
+                              return_final_state=True, backend=backend, **options)
+
+    for absent in ((), ('z', 'initial_state', 'D', 'delta_bias')):
+        inputs, _ = make(place, *shape, dtype, absent=absent)
+        expected = scan({name: t.double() for name, t in inputs.items()}, 'chunked')
+        found, single = scan(inputs, 'cuda'), scan(inputs, 'cuda', out_dtype=SINGLE)
+        for one, right in zip((*found, single[0]), (*expected, expected[0]), strict=True):
+            limit = 2e-5 if one.dtype == SINGLE else torch.finfo(dtype).eps
+            assert relative_error(one, right) <= limit
+        assert torch.equal(found[0], single[0].to(dtype))
+        assert torch.equal(found[1], single[1])
 
 
 @pytest.mark.parametrize('more', [2, 4])

@@ -395,7 +395,7 @@ def _relay_launch(index: int, dtype: torch.dtype, sizes: Sizes, types: Types, so
 
     def launch_relay(u, delta, A, B, C, y, memory, D=0, bias=0, z=0, start=0, end=0):
         run[vectors and (u | delta | B | C | y | z) % (size * together) == 0](
-            u=u, delta=delta, A=A, B=B, C=C, D=D, bias=bias, z=z, start=start, last=end, y=y)
+            u=u, delta=delta, A=A, B=B, C=C, D=D, bias=bias, z=z, first=start, last=end, y=y)
 
     return Launch(launch_relay, 0)
 
