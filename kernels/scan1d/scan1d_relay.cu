@@ -5,14 +5,15 @@
 // twice. Time is in the order of the scan; positions of a channel are adjacent in memory.
 #include "scan1d/scan1d.cuh"
 
-// A lane has NS states of a channel, and LANES adjacent lanes share one.
-constexpr int NS = 8, LANES = 2, N = NS * LANES, CHANNELS = 32 / LANES;
-constexpr int STEPS = 8, OWN = STEPS / LANES;  // of a tile; of a lane's part of a map
-constexpr int WARPS = THREADS / 32;
+// A lane has NS states of two channels, its own one and its neighbour's, which has the same two the
+// other way round; LANES adjacent lanes share them. Of maps, B and C a lane has OWN steps of a
+// tile's STEPS: of its own channel, and of the row with that number.
+constexpr int NS = 4, LANES = 4, N = NS * LANES, CHANNELS = 2 * 32 / LANES;
+constexpr int STEPS = 8, OWN = 4, WARPS = THREADS / 32;
 // In shared memory: l and x of two steps of a channel are adjacent, the channels of two steps a row;
 // B and C of a step are a row. With these gaps no two lanes write to one bank.
 constexpr int ROW = 4 * CHANNELS + 8, BC_ROW = 2 * N + 4;
-constexpr int TILE = STEPS / 2 * ROW, BC_TILE = STEPS * BC_ROW, ENTRY = 32 * NS;
+constexpr int TILE = STEPS / 2 * ROW, BC_TILE = STEPS * BC_ROW, ENTRY = 32 * 2 * NS;
 
 struct Scan1dRelayParams {
     const void *u, *delta, *z, *B, *C;
@@ -20,8 +21,8 @@ struct Scan1dRelayParams {
     const void *A, *D, *bias;  // (K * D, N); (K * D) or null
     const float *first;        // (B, K * D, N): the state before the first step, or null for zeros
     float *last;               // (B, K * D, N): the state after the last step, or null
-    long long b, k, s;         // strides of maps, in elements; s: from a channel to the next
-    long long row_b, row_k, row_n;  // of B and C
+    long long b, k, row_b, row_k;  // strides, in elements: of maps, and of B and C
+    int s, row_n;              // from a channel to the next; from a row of B or C
     int dim, length, state, routes, columns, tiles;
     int softplus, y_type, A_type, D_type, bias_type;  // types as in load_parameter
 };
@@ -60,79 +61,105 @@ __device__ __forceinline__ void in_time(float (&v)[OWN], const typename Raw<T>::
 }
 
 // A lane's numbers in shared memory: those of a warp are in different banks.
-__device__ __forceinline__ void put(float *to, const float (&v)[NS]) {
+__device__ __forceinline__ void put(float *to, const float (&v)[2][NS]) {
 #pragma unroll
-    for (int n = 0; n < NS; n += 4)
-        *(float4 *)(to + 32 * n) = make_float4(v[n], v[n + 1], v[n + 2], v[n + 3]);
+    for (int c = 0; c < 2; ++c) write_states(to + 128 * c, v[c]);
 }
-__device__ __forceinline__ void get(float (&v)[NS], const float *from) {
+__device__ __forceinline__ void get(float (&v)[2][NS], const float *from) {
 #pragma unroll
-    for (int n = 0; n < NS; n += 4) {
-        const float4 four = *(const float4 *)(from + 32 * n);
-        v[n] = four.x, v[n + 1] = four.y, v[n + 2] = four.z, v[n + 3] = four.w;
-    }
+    for (int c = 0; c < 2; ++c) read(v[c], from + 128 * c);
 }
 
-// Barriers of two warps. The one that hands on does not wait.
-__device__ __forceinline__ void hand_on(int barrier) {
-    asm volatile("bar.arrive %0, %1;" :: "r"(barrier), "r"(64) : "memory");
-}
-__device__ __forceinline__ void take_over(int barrier) {
-    asm volatile("bar.sync %0, %1;" :: "r"(barrier), "r"(64) : "memory");
+// Completes a phase of a barrier of one thread; it sees to what the warp has written before.
+__device__ __forceinline__ void hand_on(char *barrier, int lane) {
+    __syncwarp();
+    if (lane == 0)
+        asm volatile("mbarrier.arrive.shared.b64 _, [%0];" :: "r"(shared_address(barrier))
+                     : "memory");
 }
 
-template <class T>
-constexpr int BLOCKS = same<T, Float> ? 2 : 3;  // of a multiprocessor
+template <class T, bool VECTOR>
+constexpr int BLOCKS = same<T, Float> || !VECTOR ? 2 : 3;  // of a multiprocessor
 
 template <class T, bool VECTOR, bool BACK>
-__global__ void __launch_bounds__(THREADS, BLOCKS<T>) scan1d_relay(const Scan1dRelayParams p) {
+__global__ void __launch_bounds__(THREADS, BLOCKS<T, VECTOR>) scan1d_relay(
+    const Scan1dRelayParams p) {
     typedef typename Raw<T>::type R;
     constexpr int SIZE = sizeof(R) / OWN, ON = (BACK ? -STEPS : STEPS) * WARPS;  // to the next tile
 
     extern __shared__ __align__(16) float shared[];
-    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32, j = lane % LANES;
-    const int before = (warp + WARPS - 1) % WARPS;
+    // The compiler then knows that the lanes of a warp agree on this.
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+    const int lane = threadIdx.x % 32, j = lane % LANES, part = j / 2 * OWN;
+    const int place = lane / LANES * 2 + j % 2, other = place ^ 1;  // of the lane's channels
     float *const tile = shared + warp * (TILE + BC_TILE), *const staged = tile + TILE;
+    float *const own_tile = tile + part / 2 * ROW + place * 4;
+    float *const own_rows = staged + part * BC_ROW + place;
     float *const entries = shared + WARPS * (TILE + BC_TILE) + 4 * lane;
-    float *const own_rates = entries + (WARPS + warp) * ENTRY;
+    float *const handed = entries + warp * ENTRY, *const own_rates = handed + WARPS * ENTRY;
+    const float *const taken = entries + (warp + WARPS - 1) % WARPS * ENTRY;
+
+    char *const barriers = (char *)(shared + WARPS * (TILE + BC_TILE + 2 * ENTRY));
+    if (threadIdx.x < WARPS) make_barrier(barriers + threadIdx.x * BARRIER_BYTES, 1);
+    __syncthreads();
 
     const int sequence = blockIdx.x / p.columns, k = sequence % p.routes, b = sequence / p.routes;
-    const int own = blockIdx.x % p.columns * CHANNELS + lane / LANES;  // channel
-    const bool valid = own < p.dim;
+    const int first_channel = blockIdx.x % p.columns * CHANNELS, own = first_channel + place;
+    const bool valid = own < p.dim, valid_row = place < p.state;
     const long long channel = (long long)k * p.dim + own;
-    float rates[NS], start[NS];
+    // Where (B, K * D, N) has the states of a channel of the block.
+    auto of_states = [&](int place) {
+        return (((long long)b * p.routes + k) * p.dim + first_channel + place) * p.state;
+    };
+    {
+        float rates[2][NS];
 #pragma unroll
-    for (int n = 0; n < NS; ++n)
-        rates[n] = valid && j * NS + n < p.state
-            ? load_parameter(p.A, channel * p.state + j * NS + n, p.A_type) : 0.f;
-    const long long of_state = ((long long)b * p.routes * p.dim + channel) * p.state;
-    load_states(start, p.first + of_state, j * NS, p.state, p.first && valid);
-    // The state before the first step lies where the first warp takes over.
-    if (warp == WARPS - 1) put(entries + warp * ENTRY, start);
-    put(own_rates, rates);
+        for (int c = 0; c < 2; ++c) {
+            const int at = first_channel + (c ? other : place);
+#pragma unroll
+            for (int n = 0; n < NS; ++n)
+                rates[c][n] = at < p.dim && j * NS + n < p.state
+                    ? load_parameter(p.A, ((long long)k * p.dim + at) * p.state + j * NS + n,
+                                     p.A_type) : 0.f;
+        }
+        put(own_rates, rates);
+        // The state before the first step lies where the first warp looks for it.
+        if (warp == WARPS - 1) {
+            float start[2][NS];
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                const int at = c ? other : place;
+                load_states(start[c], p.first + of_states(at), j * NS, p.state,
+                            p.first && first_channel + at < p.dim);
+            }
+            put(handed, start);
+            hand_on(barriers + warp * BARRIER_BYTES, lane);
+        }
+    }
     const float bias = valid && p.bias ? LOG2E * load_parameter(p.bias, channel, p.bias_type) : 0.f;
     const float skip = valid && p.D ? load_parameter(p.D, channel, p.D_type) : 0.f;
-
-    // A lane's elements of a tile: steps from j * OWN on, of a channel and of a row of B and C.
-    const int first = BACK ? p.length - OWN - j * OWN - warp * STEPS : j * OWN + warp * STEPS;
-    long long at = b * p.b + k * p.k + own * p.s + first;
-    long long row_at = b * p.row_b + k * p.row_k + lane / LANES * p.row_n + first;
-    const bool valid_row = lane / LANES < p.state;
-
-    R u_raw, l_raw, B_raw, C_raw;
-    auto load = [&](long long at, long long row_at, int count) {
-        const int of_map = valid ? count : 0, of_row = valid_row ? count : 0;
-        u_raw = load_own<T, VECTOR, BACK>((const char *)p.u + SIZE * at, of_map);
-        l_raw = load_own<T, VECTOR, BACK>((const char *)p.delta + SIZE * at, of_map);
-        B_raw = load_own<T, VECTOR, BACK>((const char *)p.B + SIZE * row_at, of_row);
-        C_raw = load_own<T, VECTOR, BACK>((const char *)p.C + SIZE * row_at, of_row);
+    const int first = BACK ? p.length - OWN - part - warp * STEPS : part + warp * STEPS;
+    const long long sequence_at = b * p.b + k * p.k, rows_at = b * p.row_b + k * p.row_k;
+    auto of_map = [&](const void *map, int at) {
+        return (const char *)map + SIZE * sequence_at + (long long)at * SIZE;
     };
-    load(at, row_at, p.length - warp * STEPS - j * OWN);
-    __syncthreads();
+    auto of_rows = [&](const void *rows, int at) {
+        return (const char *)rows + SIZE * rows_at + (long long)at * SIZE;
+    };
+    int at = own * p.s + first, row_at = place * p.row_n + first;
+    R u_raw, l_raw, B_raw, C_raw;
+    auto load = [&](int at, int row_at, int count) {
+        const int of_channel = valid ? count : 0, of_row = valid_row ? count : 0;
+        u_raw = load_own<T, VECTOR, BACK>(of_map(p.u, at), of_channel);
+        l_raw = load_own<T, VECTOR, BACK>(of_map(p.delta, at), of_channel);
+        B_raw = load_own<T, VECTOR, BACK>(of_rows(p.B, row_at), of_row);
+        C_raw = load_own<T, VECTOR, BACK>(of_rows(p.C, row_at), of_row);
+    };
+    load(at, row_at, p.length - warp * STEPS - part);
 
 #pragma unroll 1
     for (int turn = warp; turn < p.tiles; turn += WARPS) {
-        const int count = valid ? p.length - turn * STEPS - j * OWN : 0;  // of the lane's elements
+        const int count = valid ? p.length - turn * STEPS - part : 0;  // of the lane's elements
         {
             float u[OWN], l[OWN], B[OWN], C[OWN];
             in_time<T, BACK>(u, u_raw);
@@ -140,74 +167,93 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T>) scan1d_relay(const Scan1dR
             in_time<T, BACK>(B, B_raw);
             in_time<T, BACK>(C, C_raw);
 #pragma unroll
+            for (int i = 0; i < OWN; ++i)
+                own_rows[i * BC_ROW] = B[i], own_rows[i * BC_ROW + N] = C[i];
+#pragma unroll
+            for (int i = 0; i < OWN; ++i) l[i] = fmaf(l[i], LOG2E, bias);
+            if (p.softplus)
+#pragma unroll
+                for (int i = 0; i < OWN; ++i) l[i] = precise_softplus2<T>(l[i]);
+#pragma unroll
             for (int i = 0; i < OWN; ++i) {
-                l[i] = find_l<T>(l[i], bias, p.softplus);
                 if ((VECTOR ? 0 : i) >= count) l[i] = 0.f;
                 u[i] *= LN2 * l[i];
-                staged[(j * OWN + i) * BC_ROW + lane / LANES] = B[i];
-                staged[(j * OWN + i) * BC_ROW + N + lane / LANES] = C[i];
             }
 #pragma unroll
             for (int i = 0; i < OWN; i += 2)
-                *(float4 *)(tile + (j * OWN + i) / 2 * ROW + lane / LANES * 4)
-                    = make_float4(l[i], u[i], l[i + 1], u[i + 1]);
+                *(float4 *)(own_tile + i / 2 * ROW) = make_float4(l[i], u[i], l[i + 1], u[i + 1]);
         }
         const R own_u = u_raw;
         __syncwarp();
         if (turn + WARPS < p.tiles)
-            load(at + ON, row_at + ON, p.length - (turn + WARPS) * STEPS - j * OWN);
+            load(at + ON, row_at + ON, p.length - (turn + WARPS) * STEPS - part);
 
-        float rates[NS], h[NS], end[NS], total = 0.f;
-        get(rates, own_rates);
-        float a[STEPS - 1][NS], driven[STEPS - 1][NS];
+        // From zero; the decay of the whole tile.
+        float a[STEPS - 1][2][NS], driven[STEPS - 1][2][NS], end[2][NS], decay[2][NS];
+        {
+            float rates[2][NS], total[2] = {};
+            get(rates, own_rates);
 #pragma unroll
-        for (int t = 0; t < STEPS; ++t) {
-            const float2 lx = *(const float2 *)(tile + t / 2 * ROW + lane / LANES * 4 + t % 2 * 2);
-            const float *const B_row = staged + t * BC_ROW + j * NS;
-            total += lx.x;
+            for (int t = 0; t < STEPS; t += 2) {
+                float4 lx[2];
+                lx[0] = *(const float4 *)(tile + t / 2 * ROW + place * 4);
+                lx[1] = *(const float4 *)(tile + t / 2 * ROW + other * 4);
 #pragma unroll
-            for (int n = 0; n < NS; n += 4) {
-                float B[4];
-                read(B, B_row + n);
+                for (int s = t; s < t + 2; ++s) {
+                    float B[NS];
+                    read(B, staged + s * BC_ROW + j * NS);
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const float by = ex2(rates[n + i] * lx.x), drive = lx.y * B[i];
-                    end[n + i] = t ? fmaf(by, end[n + i], drive) : drive;
-                    if (t < STEPS - 1) a[t % (STEPS - 1)][n + i] = by;
-                    if (t < STEPS - 1) driven[t % (STEPS - 1)][n + i] = drive;
+                    for (int c = 0; c < 2; ++c) {
+                        const float l = s > t ? lx[c].z : lx[c].x, x = s > t ? lx[c].w : lx[c].y;
+                        total[c] += l;
+#pragma unroll
+                        for (int n = 0; n < NS; ++n) {
+                            const float by = ex2(rates[c][n] * l), drive = x * B[n];
+                            end[c][n] = s ? fmaf(by, end[c][n], drive) : drive;
+                            if (s < STEPS - 1) {
+                                a[s % (STEPS - 1)][c][n] = by;
+                                driven[s % (STEPS - 1)][c][n] = drive;
+                            }
+                        }
+                    }
                 }
             }
+#pragma unroll
+            for (int c = 0; c < 2; ++c)
+#pragma unroll
+                for (int n = 0; n < NS; ++n) {
+                    decay[c][n] = ex2(rates[c][n] * total[c]);
+                    opaque(decay[c][n]), opaque(end[c][n]);  // before it waits
+                }
         }
+        float h[2][NS];
+        wait_for_copies(barriers + (warp + WARPS - 1) % WARPS * BARRIER_BYTES, turn / WARPS & 1);
+        get(h, taken);
 #pragma unroll
-        for (int n = 0; n < NS; ++n) h[n] = ex2(rates[n] * total);
-        if (turn > 0) take_over(1 + before);
-        float entry[NS];
-        get(entry, entries + before * ENTRY);
+        for (int c = 0; c < 2; ++c)
 #pragma unroll
-        for (int n = 0; n < NS; ++n) end[n] = fmaf(h[n], entry[n], end[n]), h[n] = entry[n];
-        put(entries + warp * ENTRY, end);
-        if (turn + 1 < p.tiles) hand_on(1 + warp);
+            for (int n = 0; n < NS; ++n) end[c][n] = fmaf(decay[c][n], h[c][n], end[c][n]);
+        put(handed, end);
+        hand_on(barriers + warp * BARRIER_BYTES, lane);
 
+        // From the state that entered. A lane ends up with the sums for its elements.
         float y[STEPS];
 #pragma unroll
         for (int t = 0; t < STEPS; ++t) {
-            const float *const C_row = staged + t * BC_ROW + N + j * NS;
-            if (t == STEPS - 1) get(h, entries + warp * ENTRY);
+            float C[NS], sum[2];
+            read(C, staged + t * BC_ROW + N + j * NS);
+            if (t == STEPS - 1) get(h, handed);
 #pragma unroll
-            for (int n = 0; n < NS; n += 4) {
-                float C[4];
-                read(C, C_row + n);
+            for (int c = 0; c < 2; ++c)
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
+                for (int n = 0; n < NS; ++n) {
                     const int s = t % (STEPS - 1);
-                    if (t < STEPS - 1) h[n + i] = fmaf(a[s][n + i], h[n + i], driven[s][n + i]);
-                    y[t] = n + i ? fmaf(C[i], h[n + i], y[t]) : C[i] * h[n + i];
+                    if (t < STEPS - 1) h[c][n] = fmaf(a[s][c][n], h[c][n], driven[s][c][n]);
+                    sum[c] = n ? fmaf(C[n], h[c][n], sum[c]) : C[n] * h[c][n];
                 }
-            }
+            y[t] = sum[0] + __shfl_xor_sync(~0u, sum[1], 1);
         }
-        if (p.last && turn + 1 == p.tiles)
-            store_states(p.last + of_state, h, j * NS, p.state, valid);
-        sum_over_lanes<LANES, 1, STEPS>(y, lane);  // of the lane's elements
+        sum_over_lanes<2, 2, STEPS>(y, lane);
         {
             float u[OWN], out[OWN];
             in_time<T, BACK>(u, own_u);
@@ -215,22 +261,30 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T>) scan1d_relay(const Scan1dR
             for (int i = 0; i < OWN; ++i) y[i] = fmaf(skip, u[i], y[i]);
             if (p.z) {
                 float z[OWN];
-                in_time<T, BACK>(z, load_own<T, VECTOR, BACK>((const char *)p.z + SIZE * at, count));
+                in_time<T, BACK>(z, load_own<T, VECTOR, BACK>(of_map(p.z, at), count));
 #pragma unroll
                 for (int i = 0; i < OWN; ++i) y[i] *= z[i] * sigmoid(z[i]);
             }
 #pragma unroll
             for (int i = 0; i < OWN; ++i) out[i] = y[BACK ? OWN - 1 - i : i];
             if (VECTOR && p.y_type == T::CODE) {
-                if (count > 0) store4<T>(p.y, at, out);
+                if (count > 0) store4<T>(p.y, sequence_at + at, out);
             } else {
 #pragma unroll
                 for (int i = 0; i < OWN; ++i)
                     if ((VECTOR ? 0 : BACK ? OWN - 1 - i : i) < count)
-                        store_result(p.y, at + i, p.y_type, out[i]);
+                        store_result(p.y, sequence_at + at + i, p.y_type, out[i]);
             }
         }
         at += ON, row_at += ON;
         __syncwarp();  // before the next tile comes
+    }
+    if (p.last && warp == (p.tiles - 1) % WARPS) {
+        float end[2][NS];
+        get(end, handed);
+#pragma unroll
+        for (int c = 0; c < 2; ++c)
+            store_states(p.last + of_states(c ? other : place), end[c], j * NS, p.state,
+                         first_channel + (c ? other : place) < p.dim);
     }
 }

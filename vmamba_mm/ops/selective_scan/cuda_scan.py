@@ -73,7 +73,7 @@ INSTANCES: dict[Instance, int] = {
        for instance in (*(forward_instance(type_, *lanes_of(state), *memory, mode)
                           for mode in range(3)),
                         backward_instance(type_, *lanes_of(state), *memory))},
-    **{relay_instance(*which): 80 if which[0] == 'BFloat' else 75 for which in (
+    **{relay_instance(*which): 80 for which in (
         ('Half', True, False), ('Half', False, True), ('BFloat', True, True),
         ('Float', True, False), ('Float', False, True))},
     combine_instance(): 75, finish_instance(): 75}
@@ -167,7 +167,7 @@ _INSTRUCTIONS = {1: 9, 2: 11.5, 4: 17}
 _OF_ENDS, _OF_LAUNCHES = 6.7, 6e4
 # As in scan1d_relay.cu: channels of a block, steps of a tile; instructions of a state and step.
 _RELAY_CHANNELS, _RELAY_STEPS, _OF_RELAY = 16, 8, 10
-_RELAY_SHARED = 4 * 4 * (4 * 72 + 8 * 36 + 2 * 256)  # bytes
+_RELAY_SHARED = 4 * (4 * (4 * 72 + 8 * 36 + 2 * 256) + 4 * 2)  # bytes
 # The time of a block where a multiprocessor has 1 to 5 of them, as measured on an H200.
 _OF_BLOCK = 1.82, 1.32, 1, 0.965, 0.94
 
@@ -223,19 +223,17 @@ def forward_plan(index: int, sizes: Sizes, most: int = 5) -> Plan:
     return min(plans, key=lambda plan: _cost(multiprocessors, most, sizes, *plan))[0]
 
 
-def _relay_pays(index: int, dtype: torch.dtype, sizes: Sizes, most: int, plan: Plan) -> bool:
+def _is_relayed(index: int, dtype: torch.dtype, sizes: Sizes, most: int, plan: Plan) -> bool:
     """Whether a forward by scan1d_relay.cu takes less time than by ``plan``."""
+    if relay is not None:
+        return relay
     multiprocessors = device_limits(index)[0]
     blocks = sizes.batch * sizes.routes * -(-sizes.dim // _RELAY_CHANNELS)
-    time = _time(multiprocessors, _relay_blocks(dtype), blocks,
-                 _RELAY_CHANNELS * sizes.length * _OF_RELAY)
+    # As in the launch bounds.
+    at_a_time = 2 if dtype == torch.float32 or sizes.length % 4 else 3
     more = plan.tile.lanes // lanes_of(sizes.state)[1]
-    return time < _cost(multiprocessors, most, sizes, plan, more)
-
-
-def _relay_blocks(dtype: torch.dtype) -> int:
-    """Blocks of a multiprocessor, as in the launch bounds of scan1d_relay.cu."""
-    return 2 if dtype == torch.float32 else 3
+    return (_time(multiprocessors, at_a_time, blocks, _RELAY_CHANNELS * sizes.length * _OF_RELAY)
+            < _cost(multiprocessors, most, sizes, plan, more))
 
 
 def backward_plan(index: int, sizes: Sizes) -> Plan:
@@ -346,8 +344,9 @@ def forward_launch(index: int, dtype: torch.dtype, sizes: Sizes, last: bool, typ
     plan = forward_plan(index, sizes, most)
     # Warps can take turns where all maps lie in memory alike, as B and C do, positions adjacent.
     if (8 < sizes.state <= 16 and not last and B == C and B.l == 1 and not max_span
-            and len({of for _, of in strides}) == 1
-            and (_relay_pays(index, dtype, sizes, most, plan) if relay is None else relay)):
+            and len({of for _, of in strides}) == 1 and sizes.dim * sizes.length < 2**30
+            and torch.cuda.get_device_capability(index) >= (8, 0)
+            and _is_relayed(index, dtype, sizes, most, plan)):
         return _relay_launch(index, dtype, sizes, types, softplus, strides[0][1], B, y_dtype)
     scan = _Scan(index, dtype, sizes, last, types, softplus, plan)
     strides, rows, vectors = dict(strides), dict(B=B, C=C), scan.vectors
