@@ -22,7 +22,7 @@ struct Scan1dRelayParams {
     const float *first;        // (B, K * D, N): the state before the first step, or null for zeros
     float *last;               // (B, K * D, N): the state after the last step, or null
     long long b, k, row_b, row_k;  // strides, in elements: of maps, and of B and C
-    int s, row_n;              // from a channel to the next; from a row of B or C
+    int s;                         // from a channel to the next, or from a row of B or C
     int dim, length, state, routes, columns, tiles;
     int softplus, y_type, A_type, D_type, bias_type;  // types as in load_parameter
 };
@@ -78,8 +78,9 @@ __device__ __forceinline__ void hand_on(char *barrier, int lane) {
                      : "memory");
 }
 
+// Blocks of a multiprocessor. Elsewhere the compiler finds no registers for three.
 template <class T, bool VECTOR>
-constexpr int BLOCKS = same<T, Float> || !VECTOR ? 2 : 3;  // of a multiprocessor
+constexpr int BLOCKS = VECTOR && !same<T, Float> && __CUDA_ARCH__ >= 900 ? 3 : 2;
 
 template <class T, bool VECTOR, bool BACK>
 __global__ void __launch_bounds__(THREADS, BLOCKS<T, VECTOR>) scan1d_relay(
@@ -99,7 +100,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, VECTOR>) scan1d_relay(
     float *const handed = entries + warp * ENTRY, *const own_rates = handed + WARPS * ENTRY;
     const float *const taken = entries + (warp + WARPS - 1) % WARPS * ENTRY;
 
-    char *const barriers = (char *)(shared + WARPS * (TILE + BC_TILE + 2 * ENTRY));
+    R *const own_u = (R *)(shared + WARPS * (TILE + BC_TILE + 2 * ENTRY)) + threadIdx.x;
+    char *const barriers = (char *)(shared + WARPS * (TILE + BC_TILE + 2 * ENTRY + 4 * 32));
     if (threadIdx.x < WARPS) make_barrier(barriers + threadIdx.x * BARRIER_BYTES, 1);
     __syncthreads();
 
@@ -139,23 +141,23 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, VECTOR>) scan1d_relay(
     const float bias = valid && p.bias ? LOG2E * load_parameter(p.bias, channel, p.bias_type) : 0.f;
     const float skip = valid && p.D ? load_parameter(p.D, channel, p.D_type) : 0.f;
     const int first = BACK ? p.length - OWN - part - warp * STEPS : part + warp * STEPS;
-    const long long sequence_at = b * p.b + k * p.k, rows_at = b * p.row_b + k * p.row_k;
-    auto of_map = [&](const void *map, int at) {
-        return (const char *)map + SIZE * sequence_at + (long long)at * SIZE;
+    // From a channel to the next it is as far as from a row of B or C to the next.
+    const long long sequence_at = b * p.b + k * p.k + (long long)first_channel * p.s;
+    const long long rows_at = b * p.row_b + k * p.row_k;
+    int at = place * p.s + first;
+    auto address = [&](const void *data, long long from) {
+        return (const char *)data + SIZE * from + (long long)at * SIZE;
     };
-    auto of_rows = [&](const void *rows, int at) {
-        return (const char *)rows + SIZE * rows_at + (long long)at * SIZE;
-    };
-    int at = own * p.s + first, row_at = place * p.row_n + first;
     R u_raw, l_raw, B_raw, C_raw;
-    auto load = [&](int at, int row_at, int count) {
+    auto load = [&](int count) {
         const int of_channel = valid ? count : 0, of_row = valid_row ? count : 0;
-        u_raw = load_own<T, VECTOR, BACK>(of_map(p.u, at), of_channel);
-        l_raw = load_own<T, VECTOR, BACK>(of_map(p.delta, at), of_channel);
-        B_raw = load_own<T, VECTOR, BACK>(of_rows(p.B, row_at), of_row);
-        C_raw = load_own<T, VECTOR, BACK>(of_rows(p.C, row_at), of_row);
+        u_raw = load_own<T, VECTOR, BACK>(address(p.u, sequence_at), of_channel);
+        l_raw = load_own<T, VECTOR, BACK>(address(p.delta, sequence_at), of_channel);
+        B_raw = load_own<T, VECTOR, BACK>(address(p.B, rows_at), of_row);
+        C_raw = load_own<T, VECTOR, BACK>(address(p.C, rows_at), of_row);
+        at += ON;
     };
-    load(at, row_at, p.length - warp * STEPS - part);
+    load(p.length - warp * STEPS - part);
 
 #pragma unroll 1
     for (int turn = warp; turn < p.tiles; turn += WARPS) {
@@ -183,10 +185,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, VECTOR>) scan1d_relay(
             for (int i = 0; i < OWN; i += 2)
                 *(float4 *)(own_tile + i / 2 * ROW) = make_float4(l[i], u[i], l[i + 1], u[i + 1]);
         }
-        const R own_u = u_raw;
+        *own_u = u_raw;
         __syncwarp();
-        if (turn + WARPS < p.tiles)
-            load(at + ON, row_at + ON, p.length - (turn + WARPS) * STEPS - part);
+        load(p.length - (turn + WARPS) * STEPS - part);
 
         // From zero; the decay of the whole tile.
         float a[STEPS - 1][2][NS], driven[STEPS - 1][2][NS], end[2][NS], decay[2][NS];
@@ -256,27 +257,26 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T, VECTOR>) scan1d_relay(
         sum_over_lanes<2, 2, STEPS>(y, lane);
         {
             float u[OWN], out[OWN];
-            in_time<T, BACK>(u, own_u);
+            in_time<T, BACK>(u, *own_u);
 #pragma unroll
             for (int i = 0; i < OWN; ++i) y[i] = fmaf(skip, u[i], y[i]);
             if (p.z) {
                 float z[OWN];
-                in_time<T, BACK>(z, load_own<T, VECTOR, BACK>(of_map(p.z, at), count));
+                in_time<T, BACK>(z, load_own<T, VECTOR, BACK>(address(p.z, sequence_at - 2 * ON), count));
 #pragma unroll
                 for (int i = 0; i < OWN; ++i) y[i] *= z[i] * sigmoid(z[i]);
             }
 #pragma unroll
             for (int i = 0; i < OWN; ++i) out[i] = y[BACK ? OWN - 1 - i : i];
             if (VECTOR && p.y_type == T::CODE) {
-                if (count > 0) store4<T>(p.y, sequence_at + at, out);
+                if (count > 0) store4<T>(p.y, sequence_at + at - 2 * ON, out);
             } else {
 #pragma unroll
                 for (int i = 0; i < OWN; ++i)
                     if ((VECTOR ? 0 : BACK ? OWN - 1 - i : i) < count)
-                        store_result(p.y, sequence_at + at + i, p.y_type, out[i]);
+                        store_result(p.y, sequence_at + at - 2 * ON + i, p.y_type, out[i]);
             }
         }
-        at += ON, row_at += ON;
         __syncwarp();  // before the next tile comes
     }
     if (p.last && warp == (p.tiles - 1) % WARPS) {

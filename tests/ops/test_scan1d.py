@@ -212,6 +212,23 @@ def test_plans(monkeypatch):
     assert cuda_scan.backward_plan(0, Sizes(64, 1, 768, 197, 16)).spans == 1
 
 
+def test_relay_is_chosen(monkeypatch):
+    """On an H200, where neither whole sequences nor spans fill the GPU as well, and only there."""
+    monkeypatch.setattr(cuda_scan, 'device_limits', lambda index: (132, 228 << 10, 227 << 10))
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda index=None: (9, 0))
+
+    def is_relayed(batch, dim, length):
+        sizes = Sizes(batch, 1, dim, length, 16)
+        most = cuda_scan._forward_blocks(0, HALF, sizes, False)
+        plan = cuda_scan.forward_plan(0, sizes, most)
+        return cuda_scan._is_relayed(0, HALF, sizes, most, plan)
+
+    assert is_relayed(8, 768, 4096)
+    for others in ((64, 384, 197), (64, 768, 197), (128, 384, 197), (1, 384, 65536),
+                   (8, 5120, 2048), (64, 384, 1568)):
+        assert not is_relayed(*others), others
+
+
 def test_reasons_against():
     inputs, _ = make('cpu', 1, 1, 2, 3, 1)
     order = 'u', 'delta', 'A', 'B', 'C', 'D', 'delta_bias', 'z', 'initial_state'

@@ -167,7 +167,7 @@ _INSTRUCTIONS = {1: 9, 2: 11.5, 4: 17}
 _OF_ENDS, _OF_LAUNCHES = 6.7, 6e4
 # As in scan1d_relay.cu: channels of a block, steps of a tile; instructions of a state and step.
 _RELAY_CHANNELS, _RELAY_STEPS, _OF_RELAY = 16, 8, 10
-_RELAY_SHARED = 4 * (4 * (4 * 72 + 8 * 36 + 2 * 256) + 4 * 2)  # bytes
+_RELAY_SHARED = 4 * (4 * (4 * 72 + 8 * 36 + 2 * 256 + 128) + 4 * 2)  # bytes
 # The time of a block where a multiprocessor has 1 to 5 of them, as measured on an H200.
 _OF_BLOCK = 1.82, 1.32, 1, 0.965, 0.94
 
@@ -230,7 +230,8 @@ def _is_relayed(index: int, dtype: torch.dtype, sizes: Sizes, most: int, plan: P
     multiprocessors = device_limits(index)[0]
     blocks = sizes.batch * sizes.routes * -(-sizes.dim // _RELAY_CHANNELS)
     # As in the launch bounds.
-    at_a_time = 2 if dtype == torch.float32 or sizes.length % 4 else 3
+    at_a_time = 3 if (dtype != torch.float32 and sizes.length % 4 == 0
+                      and torch.cuda.get_device_capability(index) >= (9, 0)) else 2
     more = plan.tile.lanes // lanes_of(sizes.state)[1]
     return (_time(multiprocessors, at_a_time, blocks, _RELAY_CHANNELS * sizes.length * _OF_RELAY)
             < _cost(multiprocessors, most, sizes, plan, more))
@@ -344,7 +345,8 @@ def forward_launch(index: int, dtype: torch.dtype, sizes: Sizes, last: bool, typ
     plan = forward_plan(index, sizes, most)
     # Warps can take turns where all maps lie in memory alike, as B and C do, positions adjacent.
     if (8 < sizes.state <= 16 and not last and B == C and B.l == 1 and not max_span
-            and len({of for _, of in strides}) == 1 and sizes.dim * sizes.length < 2**30
+            and len({of for _, of in strides}) == 1 and B.n == strides[0][1].s
+            and sizes.dim * sizes.length < 2**30
             and torch.cuda.get_device_capability(index) >= (8, 0)
             and _is_relayed(index, dtype, sizes, most, plan)):
         return _relay_launch(index, dtype, sizes, types, softplus, strides[0][1], B, y_dtype)
@@ -382,12 +384,12 @@ def _relay_launch(index: int, dtype: torch.dtype, sizes: Sizes, types: Types, so
                   of: Strides, row: RowStrides, y_dtype: torch.dtype) -> Launch:
     columns = -(-sizes.dim // _RELAY_CHANNELS)
     size, together = dtype.itemsize, 4  # elements that a lane reads at once
-    vectors = not any(n % together for n in (sizes.length, *of, row.b, row.k, row.n))
+    vectors = not any(n % together for n in (sizes.length, *of, row.b, row.k))
     run = _Variants(lambda vector: kernel(
         index, relay_instance, TYPES[dtype], vector, bool(sizes.reverse)).bind(
             (sizes.batch * sizes.routes * columns, 1, 1), (_THREADS, 1, 1), _RELAY_SHARED,
-            b=of.b, k=of.k, s=of.s, row_b=row.b, row_k=row.k, row_n=row.n, dim=sizes.dim,
-            length=sizes.length, state=sizes.state, routes=sizes.routes, columns=columns,
+            b=of.b, k=of.k, s=of.s, row_b=row.b, row_k=row.k, dim=sizes.dim, length=sizes.length,
+            state=sizes.state, routes=sizes.routes, columns=columns,
             tiles=-(-sizes.length // _RELAY_STEPS), softplus=int(softplus), y_type=CODES[y_dtype],
             A_type=CODES[types.A], D_type=CODES.get(types.D, 0),
             bias_type=CODES.get(types.bias, 0)))
