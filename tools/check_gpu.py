@@ -195,11 +195,12 @@ def run_cases(tool, only):
                                  (16, torch.float16, 152), (40, torch.float32, 40)):
         inputs = selective_scan_inputs(2, 2, 9, length, state, dtype=dtype)
         inputs |= dict(z=inputs['u'].clone(), initial_state=torch.ones(2, 18, state))
-        for cuda_scan.max_span in (None, 32):
+        for cuda_scan.max_span, cuda_scan.relay in ((None, False), (32, False), (None, True)):
             launch.forget()
-            run(f'N = {state}, L = {length}, spans of {cuda_scan.max_span}', selective_scan, inputs,
-                delta_softplus=True, reverse=length % 2 > 0)
-    cuda_scan.max_span = None
+            how = 'in turns' if cuda_scan.relay else f'spans of {cuda_scan.max_span}'
+            run(f'N = {state}, L = {length}, {how}', selective_scan, inputs, delta_softplus=True,
+                reverse=length % 2 > 0)
+    cuda_scan.max_span = cuda_scan.relay = None
     launch.forget()
     for taps, dtype, dim in ((4, torch.float16, 20), (3, torch.float32, 7)):
         x, weight = torch.randn(2, 37, dim).to(dtype), torch.randn(dim, taps)
