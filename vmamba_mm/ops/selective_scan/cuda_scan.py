@@ -446,25 +446,28 @@ def backward_launch(index: int, dtype: torch.dtype, sizes: Sizes, last: bool, ty
     def launch_backward(u, delta, A, B, C, grad, du, ddelta, dA, dB, dC, memory, D=0, bias=0, z=0,
                         start=0, dD=0, dbias=0, dz=0, y=0, end_grad=0, start_grad=0):
         states = memory + states_at
-        inputs = dict(u_data=u, delta_data=delta, A=A, B_data=B, C_data=C, bias=bias)
         vector = vectors and (u | delta | z | y | grad | du | ddelta | dz) % 16 == 0
         cums, entries, grad_entries = 0, start, end_grad
         if divided:
             ends, sums, cums = memory + ends_at, memory + sums_at, memory + cums_at
             entries, grad_entries = memory + entries_at, memory + grad_entries_at
-            find_states[vector](states=states, cums=cums, ends=ends, sums=sums, **inputs)
+            find_states[vector](u_data=u, delta_data=delta, A=A, B_data=B, C_data=C, bias=bias,
+                                states=states, cums=cums, ends=ends, sums=sums)
             combine(ends=ends, sums=sums, before=start, A=A, entries=entries)
-            find_gradients[vector](grad_data=grad, z_data=z, ends=ends, sums=sums, **inputs)
+            find_gradients[vector](u_data=u, delta_data=delta, A=A, B_data=B, C_data=C, bias=bias,
+                                   grad_data=grad, z_data=z, ends=ends, sums=sums)
             combine_back(ends=ends, sums=sums, before=end_grad, A=A, entries=grad_entries)
         if gated:
-            find_y[vector](entries=entries, D=D, y_data=y, states=0 if divided else states,
-                           **inputs)
+            find_y[vector](u_data=u, delta_data=delta, A=A, B_data=B, C_data=C, bias=bias,
+                           entries=entries, D=D, y_data=y, states=0 if divided else states)
         elif not divided:
-            find_states[vector](entries=entries, states=states, **inputs)
-        run[vector](grad_data=grad, z_data=z, y_data=y, D=D, du_data=du, ddelta_data=ddelta,
-                    dz_data=dz, states=states, cums=cums, entries=entries,
-                    grad_entries=grad_entries, first_grad=start_grad, BC_parts=memory + BC_at,
-                    A_parts=memory + A_at, D_parts=memory + D_at, **inputs)
+            find_states[vector](u_data=u, delta_data=delta, A=A, B_data=B, C_data=C, bias=bias,
+                                entries=entries, states=states)
+        run[vector](u_data=u, delta_data=delta, A=A, B_data=B, C_data=C, bias=bias, grad_data=grad,
+                    z_data=z, y_data=y, D=D, du_data=du, ddelta_data=ddelta, dz_data=dz,
+                    states=states, cums=cums, entries=entries, grad_entries=grad_entries,
+                    first_grad=start_grad, BC_parts=memory + BC_at, A_parts=memory + A_at,
+                    D_parts=memory + D_at)
         finish(A_parts=memory + A_at, D_parts=memory + D_at, BC_parts=memory + BC_at, A=dA, D=dD,
                bias=dbias, B=dB, C=dC)
 
