@@ -15,11 +15,35 @@ def why_not(u, delta, A, B, C, D, delta_bias, z, initial_state, delta_softplus, 
     reason = why_not_beside(u, delta, A, B, C, D, delta_bias, z, initial_state)
     if reason is not None:
         return reason
+    if torch.compiler.is_compiling() or type(u) not in _PLAIN:
+        return _why_not_such(u, B, out_dtype)
+    # What follows from sizes and dtypes is found once.
+    key, verdicts = (u.device, u.dtype, u.shape, B.shape, out_dtype), _verdicts()
+    try:
+        known = key in verdicts
+    except TypeError:  # of sizes that are symbols
+        return _why_not_such(u, B, out_dtype)
+    if not known:
+        if len(verdicts) >= _MOST_VERDICTS:
+            verdicts.clear()
+        verdicts[key] = _why_not_such(u, B, out_dtype)
+    return verdicts[key]
+
+
+_PLAIN, _MOST_VERDICTS = (Tensor, torch.nn.Parameter), 4096
+
+
+@cached
+def _verdicts() -> dict:
+    return {}
+
+
+def _why_not_such(u, B, out_dtype) -> str | None:
     if out_dtype not in TYPES:
         return f'out_dtype is {out_dtype}; the kernels give float16, bfloat16 and float32'
     if B.numel() >= 2**31 * B.shape[0]:
         return 'B of a sample has 2^31 elements or more'
-    return scan_kernels.why_not(u, 0, 1) or _why_not_here(u.device.index, u.dtype, A.shape[1])
+    return scan_kernels.why_not(u, 0, 1) or _why_not_here(u.device.index, u.dtype, B.shape[2])
 
 
 @torch.compiler.assume_constant_result
