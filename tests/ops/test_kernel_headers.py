@@ -1,4 +1,4 @@
-"""The headers of kernels/: each stands by itself, and a helper that several need is in one place."""
+"""The headers of kernels/: each stands by itself, and a helper that several need lives once."""
 
 import re
 import shutil

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from vmamba_mm.ops.core.backends import autocast_dtype
+from vmamba_mm.ops.core.checks import check_shapes
 from vmamba_mm.ops.core.define_op import Implementation, define_op
+from vmamba_mm.ops.shift_mix.op import check_shift
 from vmamba_mm.ops.vision_rwkv import cuda, reference
-from vmamba_mm.ops.wkv.op import wkv_flops
+from vmamba_mm.ops.wkv.op import check_mode, wkv_flops
 
 
 def _spatial_fake(x, for_k, for_v, for_r, key, value, receptance, output, w, u, official, pixels,
@@ -78,11 +80,24 @@ def spatial_mixer(x: Tensor, shares: tuple[Tensor, Tensor, Tensor],
     Returns:
         (B, H, W, C) in the dtype of ``x``, or autocast's.
 
+    Raises:
+        ValueError: if the shapes do not fit one another, or on another ``mode``.
+
     Example:
         >>> x, half, square = torch.randn(1, 3, 5, 8), torch.ones(8) / 2, torch.eye(8)
         >>> spatial_mixer(x, (half,) * 3, (square,) * 4, half, half).shape
         torch.Size([1, 3, 5, 8])
     """
+    check_mode(mode)
+    check_shift('spatial_mixer', x, shares, (3,), pixels, share)
+    dim = x.shape[3]
+    key, value, receptance, output = weights
+    vector, square = (dim,), (dim, dim)
+    if not (key.shape == value.shape == receptance.shape == output.shape == square
+            and w.shape == u.shape == vector):
+        check_shapes('spatial_mixer', {'x': x}, key=(key, square), value=(value, square),
+                     receptance=(receptance, square), output=(output, square), w=(w, vector),
+                     u=(u, vector))
     return _spatial_mixer(x, *shares, *weights, w, u, mode == 'official', pixels, share,
                           _dtype_of_products(x))
 
@@ -100,13 +115,23 @@ def channel_mixer(x: Tensor, shares: tuple[Tensor, Tensor], weights: tuple[Tenso
     Returns:
         (B, H, W, C) in the dtype of ``x``, or autocast's.
 
+    Raises:
+        ValueError: if the shapes do not fit one another.
+
     Example:
         >>> x, half, square = torch.randn(1, 3, 5, 8), torch.ones(8) / 2, torch.eye(8)
         >>> channel_mixer(x, (half, half), (square,) * 3).shape
         torch.Size([1, 3, 5, 8])
     """
-    return _channel_mixer(x, *shares, *weights, pixels, share,
-                          x.shape[-1] if head_dim is None else head_dim, _dtype_of_products(x))
+    head_dim = check_shift('channel_mixer', x, shares, (2,), pixels, share, head_dim)
+    dim = x.shape[3]
+    key, value, receptance = weights
+    hidden = key.shape[:1]
+    if not (key.shape == (*hidden, dim) and value.shape == (dim, *hidden)
+            and receptance.shape == (dim, dim)):
+        check_shapes('channel_mixer', {'x': x, 'key': key}, key=(key, (*hidden, dim)),
+                     value=(value, (dim, *hidden)), receptance=(receptance, (dim, dim)))
+    return _channel_mixer(x, *shares, *weights, pixels, share, head_dim, _dtype_of_products(x))
 
 
 def _dtype_of_products(x: Tensor) -> torch.dtype:
