@@ -48,6 +48,7 @@ _masa = define_op(
 def needs_masks(x: Tensor, num_heads: int, form: str) -> bool:
     """Whether :func:`masa` of maps with the sizes of ``x`` (B, H, W, C) adds masks to scores, so
     that who calls it often should have made them before."""
+    _check_form(form)
     heads = x.unflatten(-1, (num_heads, -1))
     return cuda.why_not_map(heads, form == 'whole') is not None
 
