@@ -127,13 +127,16 @@ def test_segmamba_without_a_gpu(monkeypatch):
 def test_segmamba_is_compared_with_the_public_order():
     """Order by order, as the public code has it, is the mixer; in fp32 on a CPU."""
     import torch
-    from segmamba import order_by_order
+    from segmamba import PublishedMixer, publish
 
     from vmamba_mm.layers import TriMambaMixer
 
     torch.manual_seed(0)
-    mixer, x = TriMambaMixer(6, d_state=3), torch.randn(2, 12, 6)
-    torch.testing.assert_close(order_by_order(mixer, x, 4), mixer(x, 4))
+    mixers, x = torch.nn.ModuleList([TriMambaMixer(6, d_state=3)]), torch.randn(2, 12, 6)
+    expected = mixers[0](x, 4)
+    found = publish(mixers)[0]
+    assert type(found) is PublishedMixer
+    torch.testing.assert_close(found(x, 4), expected)
 
 
 def test_loss_curve(monkeypatch, tmp_path, capsys):
