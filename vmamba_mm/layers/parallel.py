@@ -1,0 +1,159 @@
+"""Training on several GPUs: what makes torch's own wrappers cost less for models of many small
+parameters."""
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from vmamba_mm.ops.core.grad_places import Places
+
+
+# --- DistributedDataParallel ----------------------------------------------------------------------
+
+def share_buckets(ddp: DistributedDataParallel) -> None:
+    """Let the backward of this package's blocks write gradients into the buckets that the processes
+    exchange.
+
+    By itself ``DistributedDataParallel`` copies every gradient there, with a launch for each. The
+    exchange is the usual one, the mean of the processes in the gradients' own dtype. As always with
+    ``gradient_as_bucket_view``, the next backward writes over gradients that ``grad`` no longer
+    holds; and as always with ``DistributedDataParallel``, ``torch.autograd.grad`` is not for it.
+
+    Args:
+        ddp: with ``gradient_as_bucket_view=True`` and no communication hook of its own.
+
+    Raises:
+        ValueError: without ``gradient_as_bucket_view``.
+    """
+    if not ddp.gradient_as_bucket_view:
+        raise ValueError('share_buckets needs DistributedDataParallel(gradient_as_bucket_view=True)'
+                         ', got False')
+    group, places, known = ddp.process_group, Places(), {}
+    size = dist.get_world_size(group)
+
+    def exchange(_, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        buffer = bucket.buffer()
+        if known.get(bucket.index()) != buffer.data_ptr():  # DDP makes them anew after the first
+            known[bucket.index()] = buffer.data_ptr()
+            places.offer(bucket.parameters(), bucket.gradients())
+        # Divided before they are summed, so that gradients in half precision do not overflow.
+        work = dist.all_reduce(buffer.div_(size), group=group, async_op=True)
+        return work.get_future().then(_first)
+
+    ddp.register_comm_hook(None, exchange)
+    ddp.register_forward_pre_hook(lambda module, args: places.renew())
+
+
+def _first(future: torch.futures.Future[list[Tensor]]) -> Tensor:
+    return future.value()[0]
+
+
+# --- FSDP2 ----------------------------------------------------------------------------------------
+
+#: Parameters of a unit that fully_shard gathers at once: 64 MB of fp32.
+UNIT_SIZE = 2**24
+
+
+def shard(model: nn.Module, mesh=None, *, unit_size: int = UNIT_SIZE,
+          reshard_after_forward: bool = False, **options) -> nn.Module:
+    """``torch.distributed.fsdp.fully_shard`` of a model, several blocks to a unit.
+
+    Each unit costs Python a millisecond or two of a step, and a block may take less than that on a
+    GPU. So neighbouring blocks share a unit, up to ``unit_size`` parameters, and the next unit is
+    gathered while one runs.
+
+    Args:
+        model: with its blocks in lists of the name ``blocks``, in the order in which they run, as
+            all backbones have them.
+        mesh, options: of ``fully_shard``.
+        unit_size: parameters of a unit, if it has more than one block.
+        reshard_after_forward: True to give the gathered parameters back after the forward and to
+            gather them again in the backward: less memory, twice the gathering. False keeps them
+            from the forward to the backward; gradients and optimizer state are sharded either way.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: if it has no ``blocks``.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    units = list(_units_of(model, unit_size))
+    if not units:
+        raise ValueError('shard found no list of modules with the name blocks in '
+                         f'{type(model).__name__}: use fully_shard')
+    for unit in units:
+        fully_shard(unit, mesh=mesh, reshard_after_forward=reshard_after_forward, **options)
+    fully_shard(model, mesh=mesh, reshard_after_forward=reshard_after_forward, **options)
+    for unit, following in zip(units, units[1:], strict=False):
+        unit[0].set_modules_to_forward_prefetch([following[0]])
+    return model
+
+
+def _units_of(model: nn.Module, size: int) -> Iterator[list[nn.Module]]:
+    """Neighbouring blocks of at most so many parameters, or one of more."""
+    unit, total = [], 0
+    for name, module in model.named_modules():
+        if name.rpartition('.')[2] != 'blocks':
+            continue
+        for block in module:
+            count = sum(p.numel() for p in block.parameters())
+            if unit and total + count > size:
+                yield unit
+                unit, total = [], 0
+            unit.append(block)
+            total += count
+    if unit:
+        yield unit
+
+
+def on_shards(optimizer: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """A class of optimizers that see each process's shards of parameters as plain tensors.
+
+    torch works out for every tensor of every step how it is sharded, which for the 500 of VMamba-B
+    takes Python longer than the GPU takes for the forward. For what treats each element by itself,
+    as SGD and AdamW do, the shards are all there is to see. Not for optimizers or clipping that
+    look at a whole tensor. ``state_dict`` holds this process's shards: each process saves its own.
+
+    Args:
+        optimizer: its class, such as ``torch.optim.AdamW``.
+    """
+    class OnShards(optimizer):
+        def __init__(self, params: Iterable, *args, **kwargs):
+            groups = list(params)
+            if groups and not isinstance(groups[0], dict):
+                groups = [dict(params=groups)]
+            # A shard of a tensor with few rows can be empty.
+            pairs = [[(p, local) for p in group['params']
+                      if (local := nn.Parameter(_local(p.detach()), p.requires_grad)).numel()]
+                     for group in groups]
+            self._wholes = [p for group in groups for p in group['params']]
+            self._pairs = [pair for group in pairs for pair in group]
+            super().__init__([{**group, 'params': [local for _, local in pairs_of_group]}
+                              for group, pairs_of_group in zip(groups, pairs, strict=True)],
+                             *args, **kwargs)
+
+        def step(self, closure: Callable | None = None):
+            with torch.no_grad():
+                for whole, local in self._pairs:
+                    local.grad = None if whole.grad is None else _local(whole.grad)
+            return super().step(closure)
+
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            for whole in self._wholes:
+                if set_to_none:
+                    whole.grad = None
+                elif whole.grad is not None:
+                    whole.grad.zero_()
+            super().zero_grad(set_to_none)
+
+    OnShards.__name__ = OnShards.__qualname__ = f'{optimizer.__name__}OnShards'
+    return OnShards
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, 'to_local') else tensor
