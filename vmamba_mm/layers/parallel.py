@@ -10,7 +10,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vmamba_mm.ops.core.grad_places import Places
 
-
 # --- DistributedDataParallel ----------------------------------------------------------------------
 
 def share_buckets(ddp: DistributedDataParallel) -> None:
