@@ -248,6 +248,42 @@ def test_shard(process_group, size, units, reshard):
         torch.testing.assert_close(p.full_tensor(), expected, msg=name)
 
 
+def train_sharded(rank, path):
+    """The biases stay whole; one of three backwards exchanges nothing."""
+    dist.init_process_group('gloo', init_method=f'file://{path}/store', rank=rank, world_size=2)
+    torch.manual_seed(0)
+    net = Net()
+    plain = copy.deepcopy(net)
+    shard(net, init_device_mesh('cpu', (2,)), unit_size=144, whole_below=10)
+    assert [hasattr(p, 'full_tensor') for p in net.parameters()] == [True, False] * 6
+    optimizer = on_shards(torch.optim.AdamW)(net.parameters(), lr=1e-2, fused=True)
+    expected = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    for i in range(3):
+        generator = torch.Generator().manual_seed(i)
+        for syncs in (False, True, True):
+            x = torch.randn(2, 3, 8, generator=generator)
+            net.set_requires_gradient_sync(syncs)
+            net(x[rank]).square().mean().backward()
+            plain(x.flatten(0, 1)).square().mean().backward()
+        for p, whole in zip(net.parameters(), plain.parameters(), strict=True):
+            grad = p.grad.full_tensor() if hasattr(p, 'full_tensor') else p.grad
+            torch.testing.assert_close(grad, whole.grad)
+        for optim in (optimizer, expected):
+            optim.step()
+            optim.zero_grad()
+    found = [p.full_tensor() if hasattr(p, 'full_tensor') else p for p in net.parameters()]
+    torch.testing.assert_close(found, list(plain.parameters()), rtol=1e-4, atol=1e-5)
+    torch.save([p.detach() for p in found], f'{path}/{rank}.pt')
+    dist.destroy_process_group()
+
+
+def test_small_parameters_that_stay_whole(tmp_path):
+    torch.multiprocessing.spawn(train_sharded, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f'{rank}.pt') for rank in (0, 1))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_groups_of_an_optimizer_on_shards(process_group):
     net = shard(Net(), init_device_mesh('cpu', (1,)))
     weights = [p for p in net.parameters() if p.ndim == 2]
@@ -270,3 +306,5 @@ def test_groups_of_an_optimizer_on_shards(process_group):
 def test_a_model_without_blocks(process_group):
     with pytest.raises(ValueError, match='no list of modules with the name blocks'):
         shard(nn.Linear(4, 4))
+    with pytest.raises(ValueError, match='no parameter to shard'):
+        shard(Net(), init_device_mesh('cpu', (1,)), whole_below=1000)

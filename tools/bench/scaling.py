@@ -114,7 +114,7 @@ class Classification:
 
     def wrap(self, case, device, rank):
         if case.task == 'fsdp':
-            shard(self.model, init_device_mesh(device, (case.gpus,)))
+            shard(self.model, init_device_mesh(device, (case.gpus,)), whole_below=2**15)
             self.optimizer = on_shards(self.optimizer)
         else:
             self.model = DistributedDataParallel(

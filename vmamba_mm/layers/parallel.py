@@ -56,7 +56,7 @@ def _first(future: torch.futures.Future[list[Tensor]]) -> Tensor:
 UNIT_SIZE = 2**24
 
 
-def shard(model: nn.Module, mesh=None, *, unit_size: int = UNIT_SIZE,
+def shard(model: nn.Module, mesh=None, *, unit_size: int = UNIT_SIZE, whole_below: int = 0,
           reshard_after_forward: bool = False, **options) -> nn.Module:
     """``torch.distributed.fsdp.fully_shard`` of a model, several blocks to a unit.
 
@@ -67,7 +67,12 @@ def shard(model: nn.Module, mesh=None, *, unit_size: int = UNIT_SIZE,
     Args:
         model: with its blocks in lists of the name ``blocks``, in the order in which they run, as
             all backbones have them.
-        mesh, options: of ``fully_shard``.
+        mesh, options: of ``fully_shard``; a ``mesh`` of one dimension.
+        whole_below: parameters of fewer elements stay whole on each process, which must begin with
+            the same, and one exchange at the end of a backward averages their gradients. Python
+            handles each sharded parameter by itself several times a step, and two thirds of a VSS
+            block's are norms, biases and the like. torch's fused optimizers and clipping take no
+            mixture of sharded and whole tensors; :func:`on_shards` does.
         unit_size: parameters of a unit, if it has more than one block.
         reshard_after_forward: True to give the gathered parameters back after the forward and to
             gather them again in the backward: less memory, twice the gathering. False keeps them
@@ -77,7 +82,7 @@ def shard(model: nn.Module, mesh=None, *, unit_size: int = UNIT_SIZE,
         The model.
 
     Raises:
-        ValueError: if it has no ``blocks``.
+        ValueError: if it has no ``blocks``, or no parameter of ``whole_below`` elements.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -85,12 +90,52 @@ def shard(model: nn.Module, mesh=None, *, unit_size: int = UNIT_SIZE,
     if not units:
         raise ValueError('shard found no list of modules with the name blocks in '
                          f'{type(model).__name__}: use fully_shard')
+    whole = [p for p in model.parameters() if p.numel() < whole_below]
+    options['reshard_after_forward'] = reshard_after_forward
+    if whole:
+        options['ignored_params'] = {*whole, *options.get('ignored_params', ())}
     for unit in units:
-        fully_shard(unit, mesh=mesh, reshard_after_forward=reshard_after_forward, **options)
-    fully_shard(model, mesh=mesh, reshard_after_forward=reshard_after_forward, **options)
+        fully_shard(unit, mesh=mesh, **options)
+    fully_shard(model, mesh=mesh, **options)
+    trained = [p for p in whole if p.requires_grad]
+    if trained:
+        _average_gradients(model, trained, None if mesh is None else mesh.get_group())
     for unit, following in zip(units, units[1:], strict=False):
         unit[0].set_modules_to_forward_prefetch([following[0]])
     return model
+
+
+def _average_gradients(model: nn.Module, params: list[nn.Parameter],
+                       group: dist.ProcessGroup | None) -> None:
+    """Average the gradients of ``params`` over the processes at the end of each backward in which
+    FSDP2 exchanges those of ``model``."""
+    size, given = dist.get_world_size(group), set()
+    states = [m._get_fsdp_state() for m in model.modules() if hasattr(m, '_get_fsdp_state')]
+    sharded = next((state._fsdp_param_group for state in states if state._fsdp_param_group), None)
+    if sharded is None:
+        raise ValueError('whole_below leaves no parameter to shard')
+
+    def average():
+        found = [p.grad if p in given else None for p in params]
+        given.clear()
+        # What has no gradient here may have one elsewhere: all processes exchange the same.
+        flat = torch.cat([(torch.zeros_like(p) if grad is None else grad).flatten()
+                          for p, grad in zip(params, found, strict=True)])
+        dist.all_reduce(flat.div_(size), group=group)
+        pairs = [(grad, part.view_as(p)) for p, grad, part in zip(
+            params, found, flat.split([p.numel() for p in params]), strict=True)
+            if grad is not None]
+        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+
+    def note(param):
+        if not sharded.reduce_grads:  # set_requires_gradient_sync(False): more is to come
+            return
+        if not given:
+            torch.autograd.Variable._execution_engine.queue_callback(torch.no_grad()(average))
+        given.add(param)
+
+    for param in params:
+        param.register_post_accumulate_grad_hook(note)
 
 
 def _units_of(model: nn.Module, size: int) -> Iterator[list[nn.Module]]:
