@@ -8,10 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from vmamba_mm.layers import VSSBlock
 from vmamba_mm.layers.parallel import on_shards, shard, share_buckets
+from vmamba_mm.layers.stage import Stage
 from vmamba_mm.ops.core import grad_places
 from vmamba_mm.ops.core.grad_places import Places, new_grad
 
@@ -225,16 +227,29 @@ class Net(nn.Module):
         return x
 
 
-@pytest.mark.parametrize('size, units', [(1, 5), (144, 3), (10**6, 1)])
+class StagedNet(Net):
+    @staticmethod
+    def make_stage(depth):
+        return Stage([nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(depth)], None)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for stage in self.stages:
+            x = stage(x)
+        return x
+
+
+@pytest.mark.parametrize('kind, size, units', [
+    (Net, 1, 5), (Net, 144, 3), (Net, 10**6, 1), (StagedNet, 1, 2)])
 @pytest.mark.parametrize('reshard', [False, True])
-def test_shard(process_group, size, units, reshard):
+def test_shard(process_group, kind, size, units, reshard):
     torch.manual_seed(0)
-    net = Net()
+    net = kind()
     plain = copy.deepcopy(net)
     assert shard(net, init_device_mesh('cpu', (1,)), unit_size=size,
                  reshard_after_forward=reshard) is net
-    blocks = [block for stage in net.stages for block in stage.blocks]
-    assert len({id(block._get_fsdp_state()) for block in blocks}) == units
+    states = {id(m._get_fsdp_state()) for m in net.modules() if isinstance(m, FSDPModule)}
+    assert len(states) == units + 1  # and the rest
     train = [(model, cls(model.parameters(), lr=1e-2)) for model, cls in (
         (net, on_shards(torch.optim.AdamW)), (plain, torch.optim.AdamW))]
     for _ in range(4):

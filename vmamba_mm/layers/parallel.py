@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from vmamba_mm.layers.stage import Stage
 from vmamba_mm.ops.core.grad_places import Places
 
 # --- DistributedDataParallel ----------------------------------------------------------------------
@@ -60,20 +61,20 @@ def shard(model: nn.Module, mesh=None, *, unit_size: int = UNIT_SIZE, whole_belo
           reshard_after_forward: bool = False, **options) -> nn.Module:
     """``torch.distributed.fsdp.fully_shard`` of a model, several blocks to a unit.
 
-    Each unit costs Python a millisecond or two of a step, and a block may take less than that on a
-    GPU. So neighbouring blocks share a unit, up to ``unit_size`` parameters, and the next unit is
-    gathered while one runs.
+    Each unit, and each module that begins or ends one, costs Python a millisecond or two of a step,
+    and a block may take less than that on a GPU. So a stage is a unit, or in a backbone without
+    stages neighbouring blocks are, and the next unit is gathered while one runs.
 
     Args:
-        model: with its blocks in lists of the name ``blocks``, in the order in which they run, as
-            all backbones have them.
+        model: with stages (:class:`vmamba_mm.layers.stage.Stage`), or with its blocks in lists of
+            the name ``blocks``, in the order in which they run, as all backbones have them.
         mesh, options: of ``fully_shard``; a ``mesh`` of one dimension.
         whole_below: parameters of fewer elements stay whole on each process, which must begin with
             the same, and one exchange at the end of a backward averages their gradients. Python
             handles each sharded parameter by itself several times a step, and two thirds of a VSS
             block's are norms, biases and the like. torch's fused optimizers and clipping take no
             mixture of sharded and whole tensors; :func:`on_shards` does.
-        unit_size: parameters of a unit, if it has more than one block.
+        unit_size: most parameters of several blocks that are a unit.
         reshard_after_forward: True to give the gathered parameters back after the forward and to
             gather them again in the backward: less memory, twice the gathering. False keeps them
             from the forward to the backward; gradients and optimizer state are sharded either way.
@@ -139,7 +140,11 @@ def _average_gradients(model: nn.Module, params: list[nn.Parameter],
 
 
 def _units_of(model: nn.Module, size: int) -> Iterator[list[nn.Module]]:
-    """Neighbouring blocks of at most so many parameters, or one of more."""
+    """Each stage; else neighbouring blocks of at most so many parameters, or one of more."""
+    stages = [module for module in model.modules() if isinstance(module, Stage)]
+    if stages:
+        yield from ([stage] for stage in stages)
+        return
     unit, total = [], 0
     for name, module in model.named_modules():
         if name.rpartition('.')[2] != 'blocks':
