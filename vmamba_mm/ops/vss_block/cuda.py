@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vmamba_mm.ops.core import gemm
+from vmamba_mm.ops.core.grad_places import new_grad
 from vmamba_mm.ops.core.graphs import replay
 from vmamba_mm.ops.core.launch import CODES, cached
 from vmamba_mm.ops.fused.add_norm import cuda as norm
@@ -301,7 +302,7 @@ class _Backward(_Launches):
         """Gradients by x and the weights, an empty one by a bias that is None."""
         slab = x.new_empty(self.slab_size, dtype=self.dtype)
         dx = torch.empty_like(x)
-        grads = [x.new_empty(0) if t is None else torch.empty_like(t) for t in weights]
+        grads = [x.new_empty(0) if t is None else new_grad(t) for t in weights]
         dy, dbranch2 = grad.to(x.dtype), norm.scaled(grad, scales[1], self.dtype)
         arguments = (*_addresses(x, slab, saved, dy, dbranch2, dx, scales[0]), *addresses)
         to = _addresses(*grads)
