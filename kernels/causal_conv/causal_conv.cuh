@@ -2,7 +2,7 @@
 // adjacent positions of a sample at a time. DIRECTIONS: bit 0, position t reads itself and those
 // before it; bit 1, itself and those after it. With both, x is read once for two results.
 #pragma once
-#include "common/common.cuh"
+#include "common/silu.cuh"
 
 constexpr int CONV_THREADS = 128;
 
@@ -11,8 +11,6 @@ struct ConvMap {  // (K, B, L, D), K only of results
     long long k, b;  // strides, in elements
     int l, d;
 };
-
-__device__ __forceinline__ float sigmoid(float z) { return rcp(1.f + ex2(-LOG2E * z)); }
 
 // LAST: channels are adjacent in memory, and V may be 2. Else positions are.
 template <class T_, int W_, int DIRECTIONS_, bool LAST_, int V_>

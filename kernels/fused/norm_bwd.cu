@@ -1,6 +1,6 @@
 // Backward of a LayerNorm or RMSNorm, and of the sum that came before it, or of the product with a
-// gate that came after it.
-#include "common/common.cuh"
+// gate, or with SiLU of it, that came after it.
+#include "common/silu.cuh"
 
 struct NormBwdParams {
     const void *grad;             // (M, D) of G, by the norm's output
@@ -17,12 +17,13 @@ struct NormBwdParams {
     const void *gate;             // (M, D) of X, gate_stride elements from one row to the next
     void *dgate;                  // (M, D) of X, dgate_stride elements from one row to the next
     int gate_stride, dgate_stride;
+    void *result;                 // (M, D) of X, with SILU: the product, calculated again
 };
 
 // TEAM warps per position, or where there are few channels half of one; LANES of a warp are of one
 // position, and a lane has 4 adjacent channels out of each 4 * LANES * TEAM.
 template <class G, class X, class B, int PARTS, int TEAM, int LANES, bool RMS = false,
-          bool GATE = false>
+          bool GATE = false, bool SILU = false>
 __global__ void __launch_bounds__(256, same<X, Float> && PARTS > 3 ? 1 : 2)
 norm_bwd(const NormBwdParams p) {
     constexpr int TEAMS = 256 / LANES / TEAM, STEP = 4 * LANES * TEAM;
@@ -69,7 +70,7 @@ norm_bwd(const NormBwdParams p) {
         for (int i = 0; i < PARTS; ++i) {
             unpack4(g[i], grad[i], G{});
             unpack4(y[i], input[i], X{});
-            float z[4], dz[4];
+            float z[4], dz[4], result[4];
             if (GATE) unpack4(z, gate[i], X{});
             const int c = i * STEP + first;
             const bool in = valid && c < p.dim;
@@ -77,7 +78,14 @@ norm_bwd(const NormBwdParams p) {
             for (int e = 0; e < 4; ++e) {
                 y[i][e] = (y[i][e] - moments.x) * moments.y;
                 if (GATE) {
-                    dz[e] = in ? g[i][e] * (y[i][e] * w[i][e] + bias[c + e]) : 0.f;
+                    const float normed = in ? y[i][e] * w[i][e] + bias[c + e] : 0.f;
+                    dz[e] = in ? g[i][e] * normed : 0.f;
+                    if (SILU) {
+                        const float s = sigmoid(z[e]);
+                        dz[e] *= s * fmaf(z[e], 1.f - s, 1.f);
+                        z[e] *= s;
+                        result[e] = normed * z[e];
+                    }
                     g[i][e] *= z[e];
                 }
                 dw[i][e] += g[i][e] * y[i][e];
@@ -86,6 +94,7 @@ norm_bwd(const NormBwdParams p) {
                 sum += g[i][e];
                 product += g[i][e] * y[i][e];
             }
+            if (SILU && in) store4<X>(p.result, at + c, result);
             if (GATE && in) store4<X>(p.dgate, (long long)m * p.dgate_stride + c, dz);
         }
 #pragma unroll

@@ -30,14 +30,15 @@ def forward_instance(x_type: str, branch_type: str, out_type: str, adds: bool, p
 
 
 def backward_instance(grad_type: str, x_type: str, branch_type: str, parts: int, team: int,
-                      lanes: int = 32, rms: bool = False, gate: bool = False) -> Instance:
+                      lanes: int = 32, rms: bool = False, gate: bool = False, silu: bool = False
+                      ) -> Instance:
     return Instance('fused/norm_bwd.cu', f'norm_bwd<{grad_type}, {x_type}, {branch_type}, {parts}, '
-                    f'{team}, {lanes}{_GATE if gate else _RMS[rms]}>')
+                    f'{team}, {lanes}{_GATE[silu] if gate else _RMS[rms]}>')
 
 
 # The last arguments of the templates.
 _RMS = {False: '', True: ', true'}
-_GATE = ', false, true'
+_GATE = {False: ', false, true', True: ', false, true, true'}
 
 
 # Types of x, branch and result: everything in a half, autocast, everything in fp32.
@@ -66,6 +67,10 @@ INSTANCES: dict[Instance, int] = {
     **{backward_instance(type_, type_, type_, parts, team, gate=True): low
        for type_, low in (('Half', 75), ('BFloat', 80), ('Float', 75))
        for parts, team in ((1, 1), (2, 1), (3, 1), (4, 1), (3, 2))},
+    # And SiLU of the gate, of those that a vanilla VMamba has: 192 to 2,048.
+    **{backward_instance(type_, type_, type_, parts, team, gate=True, silu=True): low
+       for type_, low in (('Half', 75), ('BFloat', 80), ('Float', 75))
+       for parts, team in ((2, 1), (4, 1), (3, 4), (4, 4))},
 }
 
 
@@ -93,20 +98,21 @@ def forward_launch(index, x, branch, out, weight, batch, length, dim, rms=False)
 
 @cached
 def backward_launch(index, grad, x, branch, weight, batch, length, dim, rms=False,
-                    gate_strides=(0, 0)):
+                    gate_strides=(0, 0), silu=False):
     """Blocks, each of which leaves a part (2, D) of the gradients by weight and bias, and the
     backward for these dtypes, None of ``branch`` without a sum.
 
     It takes the addresses ``grad``, ``input`` (of the norm), ``moments``, ``weight``,
     ``extra_grad`` (a gradient by that input to be added, or null), ``scale``, ``dinput``,
     ``dbranch``, ``partials``. With a gate after the norm also ``bias``, ``gate`` and ``dgate``, of
-    which the latter have rows that are ``gate_strides`` elements apart.
+    which the latter have rows that are ``gate_strides`` elements apart; if it is ``silu`` of the
+    gate, also ``result``, to which the product is written.
     """
     positions, lanes = batch * length, _lanes_of_position(dim)
     team = 1 << ((dim - 1) // 512).bit_length()  # 1, 2, 4 or 8 warps: 512 channels each
     blocks = min(-(-positions * team * lanes // 256), 4 * device_limits(index)[0])
     launch = kernel(index, backward_instance, TYPES[grad], TYPES[x], TYPES[branch or x],
-                    -(-dim // (128 * team)), team, lanes, rms, gate_strides[0] > 0).bind(
+                    -(-dim // (128 * team)), team, lanes, rms, gate_strides[0] > 0, silu).bind(
         (blocks, 1, 1), (256, 1, 1), 8 * dim, positions=positions, length=length, dim=dim,
         parameter_type=CODES[weight], gate_stride=gate_strides[0], dgate_stride=gate_strides[1])
     return blocks, launch
