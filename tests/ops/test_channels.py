@@ -230,7 +230,8 @@ def autocast(device, dtype):
 
 def make_block(device, dim, ratio, feeds=False, drop_path=0.0, mlp_ratio=4.0, **ssm_cfg):
     torch.manual_seed(0)
-    block = VSSBlock(dim, mlp_ratio=mlp_ratio, drop_path=drop_path, with_cp=False, feeds_matmul=feeds,
+    block = VSSBlock(dim, mlp_ratio=mlp_ratio, drop_path=drop_path, with_cp=False,
+                     feeds_matmul=feeds,
                      ssm_cfg=dict(ssm_ratio=ratio, conv_bias=True, **ssm_cfg)).to(device)
     for name, parameter in block.named_parameters():
         if 'norm' in name or 'A_logs' in name:

@@ -13,7 +13,7 @@ MODELS = {
                 mlp_ratios=(2, 2, 2, 2), layer_scales=(0.5, 0, 0, 0)),
     'VisionRWKV': dict(embed_dims=48, depth=2, patch_size=4, image_size=16, formula='official',
                        post_norm=True, layer_scale=0.5),
-    'VMUNet': dict(embed_dims=16, depths=(1, 2), decoder_depths=(2, 1), d_state=16)}
+    'VMUNet': dict(embed_dims=48, depths=(1, 2), decoder_depths=(2, 1), d_state=16)}
 
 
 def run(model, images):

@@ -219,7 +219,7 @@ class _Scan:
         scan, summarise = self._bind(backward_instance, False), self._bind(backward_instance, True)
         combine = kernel(self.index, combine_instance).bind(
             (-(-work.maps * dim // 128), 1, 1), (128, 1, 1), scans=work.maps, spans=work.spans,
-            dim=dim, back=1)
+            dim=dim, back=1, sources=work.spans)
         fragments, bias, rates, skip = self.plan.offsets[1:5]
 
         def launch_chained_backward(projected, saved, maps, written, states, sums, memory):

@@ -254,7 +254,7 @@ class _Forward(_Launches):
         saved = Saved(*[start + n for n in self.saved])
         slab = ForwardSlab(*[slab + n for n in self.slab])
         gate = saved.in_projected + self.to_gate if self.gate_stride else 0
-        workspace = slab.workspace
+        workspace, branch, scale = slab.workspace, 0, None
         for i in range(0, len(addresses), NUM_WEIGHTS):
             w = Weights._make(addresses[i:i + NUM_WEIGHTS])
             factors, to_round = self.round_factors(w, slab.rounded)

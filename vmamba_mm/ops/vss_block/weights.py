@@ -11,8 +11,8 @@ class Weights(NamedTuple):
     """The parameters of a VSS block, in the order of the op's schema: layer, op and launches have
     them as this tuple. Launches also have the addresses, dtypes and gradients in this form.
 
-    C channels, D inner ones, E of them or with a gate twice as many, F hidden ones of the MLP, K = 4
-    routes, N state, R rank of dt. Those of the MLP and its norm are None where there is none.
+    C channels, D inner ones, E of them or with a gate twice as many, F hidden ones of the MLP,
+    K = 4 routes, N state, R rank of dt. Those of the MLP and its norm are None where there is none.
     """
     norm1: Tensor              # (C)
     norm1_bias: Tensor         # (C)

@@ -61,9 +61,9 @@ _GATE = {False: ', false, true', True: ', false, true, true'}
 # Types of x, branch and result: everything in a half, autocast, everything in fp32.
 _TYPES = [('Half', 'Half', 'Half'), ('BFloat', 'BFloat', 'BFloat'), ('Float', 'Half', 'Half'),
           ('Float', 'BFloat', 'BFloat'), ('Float', 'Float', 'Float')]
-# Parts of 128 channels, and the lanes of a position where they are not 32: the fewest, of a quarter,
-# half a warp and a warp, some, and the most that a VMamba has (1,536 channels). In the backward between
-# them the warps of a position, each of which has so many parts.
+# Parts of 128 channels, and the lanes of a position where they are not 32: the fewest, of a quarter
+# of a warp, half of one and one, some, and the most that a VMamba has (1,536 channels). In the
+# backward between them the warps of a position, each of which has so many parts.
 _FORWARD_PARTS = (1, 8), (1, 16), (1,), (6,), (12,)
 _BACKWARD_PARTS = (1, 1, 8), (1, 1, 16), (1, 1), (3, 2), (4, 4)
 #: What is compiled to check it, and the lowest compute capability (75 for 7.5) that it is for.

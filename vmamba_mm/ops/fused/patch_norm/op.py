@@ -68,8 +68,8 @@ def expand_norm(x: Tensor, weight: Tensor, bias: Tensor, factor: int, eps: float
         torch.Size([2, 6, 10, 4])
     """
     if x.dim() != 4 or weight.shape != bias.shape or x.shape[3] != factor**2 * weight.numel():
-        raise ValueError(f'expand_norm expects x (B, H, W, {factor**2} C), weight and bias (C), got '
-                         f'{tuple(x.shape)}, {tuple(weight.shape)} and {tuple(bias.shape)}')
+        raise ValueError(f'expand_norm expects x (B, H, W, {factor**2} C), weight and bias (C), '
+                         f'got {tuple(x.shape)}, {tuple(weight.shape)} and {tuple(bias.shape)}')
     return _expand_norm(x, weight, bias, factor, eps, out_dtype or _default_dtype(x))
 
 
