@@ -76,7 +76,7 @@ def run_cases(tool, only):
     import torch
 
     from vmamba_mm.layers import BiMambaMixer, ConvStem, MambaBlock, RMSNorm, VSSBlock, run_blocks
-    from vmamba_mm.models import RMT, VSSD, VisionRWKV
+    from vmamba_mm.models import RMT, VSSD, VisionRWKV, VMUNet
     from vmamba_mm.ops import (
         bi_wkv,
         causal_conv,
@@ -255,6 +255,8 @@ def run_cases(tool, only):
         layer_scale=0.5)), 40, 20)
     run_model('VSSD', VSSD(dict(embed_dims=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8),
                                 d_state=8)), 40, 36)
+    run_model('VM-UNet', VMUNet(dict(embed_dims=48, depths=(1, 2), decoder_depths=(2, 1),
+                                     d_state=16)), 40, 20)
     print(f'{MARKS["launched"]}{" ".join(sorted(launched))}\n{MARKS["done"]}')
 
 

@@ -16,7 +16,15 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
 import vmamba_mm.layers.vss_block as layers
-from vmamba_mm.layers import ConvDownsample, ConvStem, VSSBlock, VSSStage
+from vmamba_mm.layers import (
+    ConvDownsample,
+    ConvStem,
+    MergeDownsample,
+    PatchExpand,
+    PatchStem,
+    VSSBlock,
+    VSSStage,
+)
 from vmamba_mm.ops import add_norm, dwconv_silu, layer_norm, mlp
 from vmamba_mm.ops.fused import channels
 from vmamba_mm.ops.vss_block import Weights, reference
@@ -499,10 +507,21 @@ def test_block_of_another_scan_is_not_one_op(kernels, calls, scan):
     assert relative_error(y, block.double()(x.double())) <= 0.02
 
 
-def test_compiled_stem_block_and_downsampling(kernels):
+def make_small_model(device, vanilla):
+    """And the names of its ops. The vanilla one ends like VM-UNet, with an expanding."""
+    if vanilla:
+        return nn.Sequential(PatchStem(3, 16), make_block(device, 16, 2.0, **VANILLA),
+                             MergeDownsample(16, odd='crop'), PatchExpand(32)).to(device), (
+            'conv_norm', 'vss_block_fwd', 'merge_norm', 'expand_norm')
+    return nn.Sequential(ConvStem(3, 32), make_block(device, 32, 1.0, feeds=True),
+                         ConvDownsample(32)).to(device), (
+        'conv_norm', 'conv_norm', 'vss_block_fwd', 'conv_norm')
+
+
+@pytest.mark.parametrize('vanilla', [False, True], ids=['VMamba', 'vanilla'])
+def test_compiled_stem_block_and_downsampling(kernels, vanilla):
     """As an op each, in one graph for all sizes."""
-    model = nn.Sequential(ConvStem(3, 32), make_block(kernels, 32, 1.0, feeds=True),
-                          ConvDownsample(32)).to(kernels)
+    model, names = make_small_model(kernels, vanilla)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend('aot_eager')
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
@@ -516,8 +535,19 @@ def test_compiled_stem_block_and_downsampling(kernels):
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     ops = [node.target.name() for graph in counter.graphs for node in graph.graph.nodes
            if 'vmamba_mm' in str(node.target)]
-    assert ops == [f'vmamba_mm::{name}' for name in
-                   ('conv_norm', 'conv_norm', 'vss_block_fwd', 'conv_norm')]
+    assert ops == [f'vmamba_mm::{name}' for name in names]
+
+
+def test_traced_vanilla_stage(kernels):
+    """The recorded op of all blocks takes other sizes, with and without their gradients."""
+    stage = VSSStage([make_block(kernels, 16, 2.0, **VANILLA) for _ in range(2)],
+                     MergeDownsample(16)).eval()
+    maps = [randn(*shape, 16, device=kernels) for shape in ((1, 4, 5), (2, 6, 3))]
+    for wants_grad in (True, False):
+        traced = torch.jit.trace(stage.requires_grad_(wants_grad), maps[0])
+        for x in maps:
+            torch.testing.assert_close(traced(x), stage(x), rtol=1e-5, atol=1e-5)
+    assert 'vmamba_mm::vss_block(' in str(traced.inlined_graph)
 
 
 def test_reference_of_a_block(kernels, monkeypatch):

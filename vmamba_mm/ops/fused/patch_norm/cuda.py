@@ -9,22 +9,23 @@ from vmamba_mm.ops.fused.channels import parameter_grads, why_not_channels
 from vmamba_mm.ops.scan_kernels.cuda import dense
 
 
-def why_not_expand(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
+def why_not_expand(x: Tensor, weight: Tensor, bias: Tensor, factor: int) -> str | None:
     """The reason why the kernels cannot take these inputs, or None."""
-    return why_not_channels(x, len(weight), (weight, bias)) or _why_no_map(x)
+    return _why_not(x, x.shape[1] * x.shape[2] * factor**2, weight, bias)
 
 
 def why_not_merge(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
     """The reason why the kernels cannot take these inputs, or None."""
     if x.shape[3] % 4:
         return f'{x.shape[3]} channels; the kernels take multiples of 4'
-    return why_not_channels(x, len(weight), (weight, bias)) or _why_no_map(x)
+    return _why_not(x, x.shape[1] * x.shape[2], weight, bias)
 
 
-def _why_no_map(x: Tensor) -> str | None:
-    if x.numel() == 0 or len(x) * x.shape[1] * x.shape[2] >= 2**27:  # rows of 16 x 16 patches
-        return 'the map is empty or has 2^27 pixels or more'
-    return None
+def _why_not(x: Tensor, pixels: int, weight: Tensor, bias: Tensor) -> str | None:
+    """The same; ``pixels`` of the larger map."""
+    if x.shape[0] * pixels >= 2**31:
+        return 'the map has 2^31 pixels or more'
+    return why_not_channels(x, weight.shape[0], (weight, bias))
 
 
 def _patches_of_expand(x: Tensor, factor: int) -> Patches:

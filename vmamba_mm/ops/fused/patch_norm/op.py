@@ -26,7 +26,7 @@ _expand_norm = define_op(
         x, (x.shape[0], factor * x.shape[1], factor * x.shape[2], weight.shape[0]), out_dtype,
         save),
     implementations={'cuda': Implementation(
-        cuda.expand, cuda.expand_backward, lambda *args: cuda.why_not_expand(*args[:3]),
+        cuda.expand, cuda.expand_backward, lambda *args: cuda.why_not_expand(*args[:4]),
         saves=True)},
     saves='x weight bias moments factor',
     backward_fake=_bwd_fake)
