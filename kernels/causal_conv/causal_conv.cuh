@@ -2,7 +2,7 @@
 // adjacent positions of a sample at a time. DIRECTIONS: bit 0, position t reads itself and those
 // before it; bit 1, itself and those after it. With both, x is read once for two results.
 #pragma once
-#include "common/silu.cuh"
+#include "common/common.cuh"
 
 constexpr int CONV_THREADS = 128;
 

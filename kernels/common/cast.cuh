@@ -1,4 +1,5 @@
 // Rounds parameters to half precision and writes them one after the other into one buffer.
+#pragma once
 #include "common/common.cuh"
 
 constexpr int MOST = 7;

@@ -1,5 +1,6 @@
 // LayerNorm or RMSNorm of a position whose channels are in the registers of LANES lanes. Of each 4 LANES
 // channels a lane has 4 adjacent ones.
+#pragma once
 #include "common/common.cuh"
 
 // Loads weight and bias (D) into shared memory, of an RMSNorm the weight alone. Called by all

@@ -1,7 +1,8 @@
 // What the depthwise 3 x 3 convolution and its backward share. A thread has 4 adjacent channels of
 // ROWS rows and moves along a segment of their columns. blockDim.x threads are side by side in
 // channels.
-#include "common/silu.cuh"
+#pragma once
+#include "common/common.cuh"
 
 // A map (B, H, W, D), with gaps between the pixels or without.
 struct Pixels {

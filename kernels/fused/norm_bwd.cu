@@ -1,7 +1,6 @@
 // Backward of a LayerNorm or RMSNorm, and of the sum that came before it, or of the product with a
 // gate, or with SiLU of it, that came after it; of patches too.
 #include "common/patches.cuh"
-#include "common/silu.cuh"
 
 struct NormBwdParams {
     const void *grad;             // (M, D) of G, by the norm's output

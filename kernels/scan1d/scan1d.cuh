@@ -6,7 +6,7 @@
 // Time is in the order of the scan: step t of a tile is position STEPS - 1 - t of its memory if the
 // scan runs backwards. Logarithms are in base 2: l = delta / ln 2, and the decay is 2^(rate l).
 #pragma once
-#include "common/silu.cuh"
+#include "common/common.cuh"
 
 constexpr int THREADS = 128;
 constexpr int RUN = 0, STATES = 1, GRADIENTS = 2;  // modes of the forward kernel
@@ -84,12 +84,6 @@ struct BlockIndex {
 struct Place {
     int first, count;
 };
-
-__device__ __forceinline__ u32 load_u16(const void *p) {
-    u32 v;
-    asm("ld.global.nc.u16 %0, [%1];" : "=r"(v) : "l"(p));
-    return v;
-}
 
 // The elements of a tile that a thread loads and stores: vectors of V of them, which are adjacent
 // channels (LAST) or positions. The same thread has the same elements in every map. `full` says that

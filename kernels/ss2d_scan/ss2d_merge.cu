@@ -1,7 +1,6 @@
 // The sum of the maps of the routes and, on request, its LayerNorm over the channels, and the product
 // of that with SiLU of a gate.
 #include "common/norm.cuh"
-#include "common/silu.cuh"
 
 struct Ss2dMergeParams {
     const void *maps;             // (MAPS, M, D)

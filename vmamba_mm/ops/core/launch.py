@@ -34,8 +34,8 @@ from vmamba_mm.ops.core import driver
 from vmamba_mm.ops.core.compile import Binary, Instance, build, find_nvrtc, parameters, target
 from vmamba_mm.ops.core.parameters import bind_fields
 
-__all__ = ['CODES', 'TYPES', 'Instance', 'Kernel', 'Slab', 'cached', 'device_limits', 'forget',
-           'kernel', 'load', 'override_loader', 'pointer', 'why_not_beside']
+__all__ = ['CODES', 'TYPES', 'Instance', 'Kernel', 'Slab', 'aligned', 'cached', 'device_limits',
+           'forget', 'kernel', 'load', 'override_loader', 'pointer', 'why_not_beside']
 
 #: dtype -> the type that a template of a kernel is for, and what a field such as ``x_type`` says
 TYPES = {torch.float32: 'Float', torch.float16: 'Half', torch.bfloat16: 'BFloat'}
@@ -49,6 +49,17 @@ _lock = threading.RLock()
 def pointer(tensor: Tensor | None) -> int:
     """The address of a tensor, null for None."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def aligned(*tensors: Tensor) -> tuple[list[Tensor], list[int]]:
+    """Tensors without gaps at multiples of 16 bytes, and their addresses."""
+    tensors = list(tensors)
+    addresses = [t.data_ptr() for t in tensors]
+    for i, address in enumerate(addresses):
+        if address % 16 or not tensors[i].is_contiguous():
+            tensors[i] = tensors[i].clone(memory_format=torch.contiguous_format)
+            addresses[i] = tensors[i].data_ptr()
+    return tensors, addresses
 
 
 def why_not_beside(x: Tensor, *tensors: Tensor | None) -> str | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from vmamba_mm.ops.causal_conv.cuda import TAPS
 from vmamba_mm.ops.core import gemm
 from vmamba_mm.ops.core.graphs import replay
-from vmamba_mm.ops.core.launch import CODES, TYPES, Instance, Slab, cached, kernel
+from vmamba_mm.ops.core.launch import CODES, TYPES, Instance, Slab, aligned, cached, kernel
 from vmamba_mm.ops.fused.add_norm import cuda as norm
 from vmamba_mm.ops.fused.channels import WIDEST
 from vmamba_mm.ops.mamba_blocks.weights import Direction, Weights, flatten, split
@@ -195,17 +195,6 @@ class Gather:
 
 
 _blocks_of = cached(_Blocks)
-
-
-def aligned(*tensors: Tensor) -> tuple[list[Tensor], list[int]]:
-    """Tensors without gaps at multiples of 16 bytes, and their addresses."""
-    tensors = list(tensors)
-    addresses = [t.data_ptr() for t in tensors]
-    for i, address in enumerate(addresses):
-        if address % 16 or not tensors[i].is_contiguous():
-            tensors[i] = tensors[i].clone(memory_format=torch.contiguous_format)
-            addresses[i] = tensors[i].data_ptr()
-    return tensors, addresses
 
 
 def forward(hidden: Tensor, residual: Tensor | None, weights: list[Tensor], routes: int,

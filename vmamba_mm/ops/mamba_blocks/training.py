@@ -12,10 +12,10 @@ from torch import Tensor
 
 from vmamba_mm.ops.core import gemm
 from vmamba_mm.ops.core.graphs import replay
-from vmamba_mm.ops.core.launch import CODES, Slab, cached, kernel
+from vmamba_mm.ops.core.launch import CODES, Slab, aligned, cached, kernel
 from vmamba_mm.ops.fused.add_norm import cuda as norm
 from vmamba_mm.ops.fused.channels import SumJob, sum_launch
-from vmamba_mm.ops.mamba_blocks.cuda import Gather, Sizes, aligned, scatter_instance
+from vmamba_mm.ops.mamba_blocks.cuda import Gather, Sizes, scatter_instance
 from vmamba_mm.ops.mamba_blocks.weights import Direction, Weights, flatten, split
 from vmamba_mm.ops.mamba_inner import cuda as inner
 
