@@ -444,6 +444,8 @@ def _model_cases() -> Iterator[Case]:
                                 formula='official', post_norm=True, layer_scale=0.5), (40, 20),
              _files('fused', 'shift_mix', 'gates')),
             ('VSSD', dict(embed_dims=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), d_state=8),
-             (40, 36), _files('nc_ssd', 'nc_ssd_states', 'nc_ssd_out', 'nc_ssd_bwd'))):
+             (40, 36), _files('nc_ssd', 'nc_ssd_states', 'nc_ssd_out', 'nc_ssd_bwd')),
+            ('VMUNet', dict(embed_dims=48, depths=(1, 2), decoder_depths=(2, 1), d_state=16),
+             (40, 20), _files('scan', 'scan_fwd', 'scan_bwd') + NORM)):
         yield Case(f'model, {name}', launches,
                    lambda device, args=(name, arch, size): run(device, *args))

@@ -2,7 +2,7 @@
 #pragma once
 #include "common/common.cuh"
 
-constexpr int MOST = 6;
+constexpr int MOST = 7;
 
 struct Cast {
     const void *sources[MOST];
