@@ -14,11 +14,12 @@ from vmamba_mm.families.rmt import DEFAULTS, FAMILY, PROJECTION
 from vmamba_mm.layers import DropPath, LayerNorm, LayerNorm2d, Stage
 from vmamba_mm.layers.maps import ConvUnit, add_convolution, batch_norm_map, convolve_map
 from vmamba_mm.layers.norm import sum_and_norm
-from vmamba_mm.layers.plain import are_plain, is_depthwise, is_plain
+from vmamba_mm.layers.plain import Attributes, are_plain, is_depthwise, is_plain
 from vmamba_mm.models.base import Backbone, init_linear
 from vmamba_mm.ops import add_norm, channels_last, conv_mlp, masa, masa_mixer
-from vmamba_mm.ops.core.backends import compute_dtype, runs_kernels
+from vmamba_mm.ops.core.backends import autocast_dtype, compute_dtype, runs_kernels
 from vmamba_mm.ops.masa import decay_masks, needs_masks
+from vmamba_mm.ops.rmt_block import Weights, rmt_block, why_not
 from vmamba_mm.ops.rotation import rotation_table
 from vmamba_mm.registry import MODELS
 
@@ -86,7 +87,8 @@ class ManhattanAttention(nn.Module):
 
     def forward(self, x: Tensor, places: Places) -> Tensor:
         linears = self.q_proj, self.k_proj, self.v_proj, self.out_proj
-        if runs_kernels(x) and are_plain(linears, (nn.Linear,) * 4) and is_depthwise(self.lepe, 5):
+        if runs_kernels(x) and are_plain(linears, (nn.Linear,) * 4) \
+                and is_depthwise(self.lepe, 5) and _have_biases(*linears, self.lepe):
             q, k, v, out, lepe = (_parameters(module) for module in (*linears, self.lepe))
             return masa_mixer(x, q, k, v, lepe, out, places.decay, places.turns, self.form,
                               masks=places.masks)
@@ -99,6 +101,11 @@ class ManhattanAttention(nn.Module):
 
 def _parameters(module: nn.Module) -> tuple[Tensor, Tensor]:
     return module.weight, module.bias
+
+
+def _have_biases(*modules: nn.Module) -> bool:
+    """Not so if a user has put others in their place."""
+    return all([module.bias is not None for module in modules])
 
 
 class PlacedAttention(nn.Module):
@@ -141,13 +148,17 @@ class ConvMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         fc1, conv, fc2 = self.fc1, self.dwconv, self.fc2
-        if runs_kernels(x) and are_plain((fc1, fc2), (nn.Linear,) * 2) and is_depthwise(conv, 3):
+        if runs_kernels(x) and are_plain((fc1, fc2), (nn.Linear,) * 2) \
+                and is_depthwise(conv, 3) and _have_biases(fc1, conv, fc2):
             return conv_mlp(x, fc1.weight, fc1.bias, conv.weight, conv.bias, fc2.weight, fc2.bias)
         return fc2(add_convolution(conv, F.gelu(fc1(x))))
 
 
 class RMTBlock(nn.Module):
     """A depthwise convolution, attention and an MLP; all are residual branches.
+
+    On an NVIDIA GPU it is one op, ``rmt_block``, under torch.compile too, or goes step by step;
+    ``why_not_one_op`` says what keeps it from that.
 
     Args:
         dim: C, channels.
@@ -185,11 +196,65 @@ class RMTBlock(nn.Module):
         scales: tuple[Tensor | None, ...] = (None, None)
         if is_plain(drop, DropPath):  # then the factors go into the sums
             scales, drop = drop.factors(x, 2), _identity
+            weights = _weights_for_op(self, x, places)
+            if not isinstance(weights, str):
+                return rmt_block(x, weights, places.decay, places.turns, scales, self.attn.form,
+                                 self.norm1.eps, autocast_dtype(x) or x.dtype)
         x = add_convolution(self.pos, x)
         branch = drop(_scaled(self.attn(self.norm1(x), places), self.gamma_1))
         x, normed = sum_and_norm(self.norm2, x, branch, scales[0])
         branch = drop(_scaled(self.mlp(normed), self.gamma_2))
         return add_norm(x, branch, None, None, scale=scales[1])[0]
+
+    def why_not_one_op(self, x: Tensor, places: Places) -> str | None:
+        """The reason why the block does not run as one op on ``x``, but step by step, or None."""
+        if not is_plain(self.drop_path, DropPath):
+            return _NOT_PLAIN
+        weights = _weights_for_op(self, x, places)
+        return weights if isinstance(weights, str) else None
+
+
+_NOT_PLAIN = 'a module has a hook, is wrapped, or is of another class'
+# The modules of a block whose parameters the op takes, as in _weights_for_op.
+_CLASSES = (ManhattanAttention, ConvMlp, nn.Conv2d, LayerNorm, *[nn.Linear] * 3, nn.Conv2d,
+            nn.Linear, LayerNorm, nn.Linear, nn.Conv2d, nn.Linear)
+
+
+def _weights_for_op(block: RMTBlock, x: Tensor, places: Places) -> Weights | str:
+    """The parameters for the op ``rmt_block``, or what keeps the block from being that op.
+
+    The op does not drop paths; that is for who calls it to look at.
+    """
+    if not runs_kernels(x):
+        return 'the input is not on a GPU'  # or torch.fx records the steps
+    # Past nn.Module.__getattr__, which takes longer than the questions.
+    modules = block._modules
+    attention, mlp = modules['attn'], modules['mlp']
+    if not are_plain((attention, mlp), _CLASSES[:2]):
+        return _NOT_PLAIN
+    of_attention, of_mlp = attention._modules, mlp._modules
+    leaves = (modules['pos'], modules['norm1'], of_attention['q_proj'], of_attention['k_proj'],
+              of_attention['v_proj'], of_attention['lepe'], of_attention['out_proj'],
+              modules['norm2'], of_mlp['fc1'], of_mlp['dwconv'], of_mlp['fc2'])
+    if not are_plain(leaves, _CLASSES[2:]):
+        return _NOT_PLAIN
+    if not (is_depthwise(leaves[0], 3) and is_depthwise(leaves[5], 5)
+            and is_depthwise(leaves[9], 3)):
+        return 'a convolution is not a depthwise one of 3x3, or 5x5, that keeps the size'
+    if leaves[1].eps != leaves[7].eps:
+        return 'its norms differ in eps'
+    try:
+        parameters = [module._parameters[name] for module in leaves for name in _OF_MODULE]
+    except KeyError:
+        parameters = [Attributes(module)[name] for module in leaves for name in _OF_MODULE]
+    if any([parameter is None for parameter in parameters]):
+        return 'a module lacks weight or bias'
+    weights = Weights(*parameters, block.gamma_1, block.gamma_2)
+    return why_not(x, weights, places.decay, places.turns, attention.form == 'whole',
+                   autocast_dtype(x) or x.dtype) or weights
+
+
+_OF_MODULE = 'weight', 'bias'
 
 
 def _scaled(branch: Tensor, gamma: Tensor | None) -> Tensor:

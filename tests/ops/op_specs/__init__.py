@@ -12,7 +12,7 @@ from torch import Tensor
 
 MODULES = ('selective_scan', 'ssd', 'nc_ssd', 'retention', 'wkv', 'matrix_wkv', 'rwkv', 'masa',
            'mamba', 'ss2d_scan', 'ordered_scan', 'orders', 'norms', 'convolutions', 'mlp',
-           'vss_block', 'mamba_blocks')
+           'vss_block', 'rmt_block', 'mamba_blocks')
 Shape = tuple[int, ...]
 
 

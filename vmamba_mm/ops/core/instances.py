@@ -5,7 +5,7 @@ Each module with launches says in its ``INSTANCES`` what there is, and why.
 
 from vmamba_mm.ops.causal_conv import cuda as causal_conv
 from vmamba_mm.ops.core.launch import Instance
-from vmamba_mm.ops.fused import cast, channels
+from vmamba_mm.ops.fused import cast, channels, layer_scale
 from vmamba_mm.ops.fused.add_norm import cuda as add_norm
 from vmamba_mm.ops.fused.batch_norm import cuda as batch_norm
 from vmamba_mm.ops.fused.dwconv import cuda as dwconv
@@ -30,5 +30,5 @@ INSTANCES: dict[Instance, int] = {
     instance: low
     for module in (scans, cuda_scan, causal_conv, mamba_inner, mamba_blocks, ss2d_scan, merge,
                    add_norm, batch_norm, dwconv, mlp, stem, cast, channels, ssd, nc_ssd, wkv, masa,
-                   lepe, gates, shift_mix)
+                   lepe, gates, shift_mix, layer_scale)
     for instance, low in module.INSTANCES.items()}

@@ -51,12 +51,13 @@ def pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def aligned(*tensors: Tensor) -> tuple[list[Tensor], list[int]]:
-    """Tensors without gaps at multiples of 16 bytes, and their addresses."""
+def aligned(*tensors: Tensor | None) -> tuple[list[Tensor | None], list[int]]:
+    """Tensors, or None, as kernels and products take them, without gaps and at multiples of 16
+    bytes; and their addresses."""
     tensors = list(tensors)
-    addresses = [t.data_ptr() for t in tensors]
+    addresses = [0 if t is None else t.data_ptr() for t in tensors]
     for i, address in enumerate(addresses):
-        if address % 16 or not tensors[i].is_contiguous():
+        if address % 16 or address and not tensors[i].is_contiguous():
             tensors[i] = tensors[i].clone(memory_format=torch.contiguous_format)
             addresses[i] = tensors[i].data_ptr()
     return tensors, addresses

@@ -4,6 +4,7 @@ A small batch waits for Python. So what depends on sizes and dtypes is worked ou
 in addresses, and one slab of memory serves all blocks.
 """
 
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -20,9 +21,10 @@ from vmamba_mm.ops.mamba_blocks.weights import Direction, Weights, flatten, spli
 from vmamba_mm.ops.mamba_inner import cuda as inner
 from vmamba_mm.ops.scan_kernels import cuda as scans
 
-_COPY, _NEGATIVE_EXP, _FACTOR = range(3)  # kinds of parameters in gather.cu
+COPY, NEGATIVE_EXP, FACTOR = range(3)  # kinds of parameters in gather.cu
 _MOST = 16  # MOST there
-_KINDS = Direction(_COPY, _COPY, _FACTOR, _FACTOR, _COPY, _NEGATIVE_EXP, _COPY)
+_MOST_GRADIENTS = 14  # MOST in scatter.cu
+_KINDS = Direction(COPY, COPY, FACTOR, FACTOR, COPY, NEGATIVE_EXP, COPY)
 
 
 def gather_instance(type_: str) -> Instance:
@@ -155,6 +157,35 @@ class _Blocks:
             self.out_proj(y, slab + gather.out_proj, hidden, workspace)
 
 
+def gather_launch(index: int, dtype: torch.dtype, sizes: Sequence[int],
+                  dtypes: Sequence[torch.dtype], kinds: Sequence[int], offsets: Sequence[int]
+                  ) -> Callable[[Sequence[int], int], None]:
+    """What brings at most 16 parameters together, of so many elements, multiples of 4, in these
+    dtypes and of these kinds, each to its offset in bytes, a multiple of 16; factors in ``dtype``.
+    It takes their addresses and that of the memory for them."""
+    starts = [0, *accumulate(size // 4 for size in sizes)]
+    absent = (0,) * (_MOST - len(sizes))
+    launch = kernel(index, gather_instance, TYPES[dtype]).bind(
+        (min(1024, -(-starts[-1] // 256)), 1, 1), (256, 1, 1),
+        starts=(*starts, *[starts[-1]] * len(absent)), offsets=(*offsets, *absent),
+        types=(*[CODES[type_] for type_ in dtypes], *absent), kinds=(*kinds, *absent))
+    return lambda sources, to: launch(sources=(*sources, *absent), to=to)
+
+
+def scatter_launch(index: int, sizes: Sequence[int], dtypes: Sequence[torch.dtype],
+                   offsets: Sequence[int], factors: Sequence[int]
+                   ) -> Callable[[Sequence[int], int], None]:
+    """The reverse for at most 14 gradients, which lie in fp32; ``factors`` are the offsets of what
+    they are multiplied by, or -1. It takes the addresses of the gradients and of the memory."""
+    starts = [0, *accumulate(size // 4 for size in sizes)]
+    absent = (0,) * (_MOST_GRADIENTS - len(sizes))
+    launch = kernel(index, scatter_instance).bind(
+        (min(1024, -(-starts[-1] // 256)), 1, 1), (256, 1, 1),
+        starts=(*starts, *[starts[-1]] * len(absent)), offsets=(*offsets, *absent),
+        factors=(*factors, *absent), types=(*[CODES[type_] for type_ in dtypes], *absent))
+    return lambda targets, base: launch(targets=(*targets, *absent), base=base)
+
+
 class Gather:
     """A block's parameters in a slab, as the launches take them.
 
@@ -165,28 +196,22 @@ class Gather:
         factor_size, sizes = block.dim * block.inner, block.direction
         self.in_proj = slab.take(2 * factor_size, dtype.itemsize)
         self.out_proj = slab.take(factor_size, dtype.itemsize)
-        itemsizes = [dtype.itemsize if kind == _FACTOR else 4 for kind in _KINDS]
+        itemsizes = [dtype.itemsize if kind == FACTOR else 4 for kind in _KINDS]
         #: where those of all directions begin, side by side
         self.starts = Direction(*[slab.take(len(dtypes.directions) * size, itemsize)
                                   for size, itemsize in zip(sizes, itemsizes, strict=True)])
         # Size, dtype, kind and offset of each parameter after the norm.
-        jobs = [(2 * factor_size, dtypes.in_proj, _FACTOR, self.in_proj),
-                (factor_size, dtypes.out_proj, _FACTOR, self.out_proj)]
+        jobs = [(2 * factor_size, dtypes.in_proj, FACTOR, self.in_proj),
+                (factor_size, dtypes.out_proj, FACTOR, self.out_proj)]
         for k, direction in enumerate(dtypes.directions):
             offsets = [start + k * size * itemsize for start, size, itemsize
                        in zip(self.starts, sizes, itemsizes, strict=True)]
             jobs += zip(sizes, direction, _KINDS, offsets, strict=True)
-        sizes, types, kinds, offsets = zip(*jobs, strict=True)
-        starts = [0, *accumulate(size // 4 for size in sizes)]
-        self._absent = absent = (0,) * (_MOST - len(jobs))
-        self._launch = kernel(index, gather_instance, TYPES[dtype]).bind(
-            (min(1024, -(-starts[-1] // 256)), 1, 1), (256, 1, 1),
-            starts=(*starts, *[starts[-1]] * len(absent)), offsets=(*offsets, *absent),
-            types=(*[CODES[type_] for type_ in types], *absent), kinds=(*kinds, *absent))
+        self._launch = gather_launch(index, dtype, *zip(*jobs, strict=True))
 
     def __call__(self, weights: Weights, slab: int) -> None:
         """Gather what is at these addresses in the slab at that one."""
-        self._launch(sources=(*flatten(weights)[1:], *self._absent), to=slab)
+        self._launch(flatten(weights)[1:], slab)
 
     def of_directions(self, slab: int) -> dict[str, int]:
         """The addresses as ``mamba_inner`` takes them."""

@@ -4,7 +4,6 @@ It keeps the new residual stream, xz, the projections, and the sum of the direct
 gate. The norm's result and the gated one are calculated again, beside what ``mamba_inner`` does.
 """
 
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -12,14 +11,13 @@ from torch import Tensor
 
 from vmamba_mm.ops.core import gemm
 from vmamba_mm.ops.core.graphs import replay
-from vmamba_mm.ops.core.launch import CODES, Slab, aligned, cached, kernel
+from vmamba_mm.ops.core.launch import Slab, aligned, cached
 from vmamba_mm.ops.fused.add_norm import cuda as norm
 from vmamba_mm.ops.fused.channels import SumJob, sum_launch
-from vmamba_mm.ops.mamba_blocks.cuda import Gather, Sizes, scatter_instance
+from vmamba_mm.ops.mamba_blocks.cuda import Gather, Sizes, scatter_launch
 from vmamba_mm.ops.mamba_blocks.weights import Direction, Weights, flatten, split
 from vmamba_mm.ops.mamba_inner import cuda as inner
 
-_MOST = 14  # MOST in scatter.cu
 _SINGLE = torch.float32
 
 
@@ -131,14 +129,7 @@ class _Backward(_Launches):
                 # d A / d log(-A) is A, which is in fp32 too.
                 factor = self.gather.starts.A_log + at if name == 'A_log' else -1
                 jobs.append((size, type_, start + at, factor))
-        elements, types, offsets, factors = zip(*jobs, strict=True)
-        starts = [0, *accumulate(size // 4 for size in elements)]
-        absent = (0,) * (_MOST - len(jobs))
-        launch = kernel(self.index, scatter_instance).bind(
-            (min(1024, -(-starts[-1] // 256)), 1, 1), (256, 1, 1),
-            starts=(*starts, *[starts[-1]] * len(absent)), offsets=(*offsets, *absent),
-            factors=(*factors, *absent), types=(*[CODES[t] for t in types], *absent))
-        return lambda targets, slab: launch(targets=(*targets, *absent), base=slab)
+        return scatter_launch(self.index, *zip(*jobs, strict=True))
 
     def launch(self, eps, dhidden, dresidual, residual, saved, by_residual, by_hidden, slab, grads,
                *addresses):

@@ -83,8 +83,8 @@ INSTANCES: dict[Instance, int] = {
 # --- launches ---------------------------------------------------------------------------------
 
 @cached
-def _launch(index: int, direction: str, dtype: torch.dtype, shape: tuple[int, ...], kind: int,
-            **constants: int) -> Callable[..., None]:
+def launch(index: int, direction: str, dtype: torch.dtype, shape: tuple[int, ...], kind: int,
+           **constants: int) -> Callable[..., None]:
     """The kernel for lines of one kind of maps of ``shape`` (B, H, W, n, P); it takes addresses."""
     batch, height, width, heads, dim = shape
     count, length, step, next_ = {
@@ -118,7 +118,7 @@ def _as_pixels(x: Tensor) -> Tensor:
 def _attend(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, turns: Tensor | None, kind: int
             ) -> Tensor:
     y = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    _launch(q.get_device(), 'fwd', q.dtype, q.shape, kind, q_pixel=q.stride(2),
+    launch(q.get_device(), 'fwd', q.dtype, q.shape, kind, q_pixel=q.stride(2),
             k_pixel=k.stride(2), v_pixel=v.stride(2))(
         q_data=q.data_ptr(), k_data=k.data_ptr(), v_data=v.data_ptr(), y=y.data_ptr(),
         lines_decay=decay.data_ptr(), lines_turns=pointer(turns))
@@ -128,7 +128,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, turns: Tensor | None
 def _attend_backward(q, k, v, dy, decay, turns, kind, grads, adds=False) -> None:
     """Write the gradients by q, k and v to ``grads``, or add the first two there."""
     dq, dk, dv = grads
-    _launch(q.get_device(), 'bwd', q.dtype, q.shape, kind, q_pixel=q.stride(2),
+    launch(q.get_device(), 'bwd', q.dtype, q.shape, kind, q_pixel=q.stride(2),
             k_pixel=k.stride(2), v_pixel=v.stride(2), dy_pixel=dy.stride(2),
             keys_pixel=dq.stride(2), values_pixel=dv.stride(2), adds=int(adds))(
         q_data=q.data_ptr(), k_data=k.data_ptr(), v_data=v.data_ptr(), dy_data=dy.data_ptr(),

@@ -38,8 +38,10 @@ def _blocks(batch: int, height: int, dim: int) -> tuple[int, int, int, int]:
 
 
 @cached
-def _launch(index, dtype, forward, weight, bias, shape, x_pixel, more_pixel, y_pixel):
-    """It takes the addresses ``x_data``, ``more_data``, ``weight``, ``bias``, ``y``."""
+def launch(index, dtype, forward, weight, bias, shape, x_pixel, more_pixel, y_pixel):
+    """The forward or the gradient by the input, for maps of ``shape`` (B, H, W, D) whose pixels are
+    so many elements apart. It takes the addresses ``x_data``, ``more_data``, ``weight``, ``bias``,
+    ``y``."""
     batch, height, width, dim = shape
     blocks, columns, side, above = _blocks(batch, height, dim)
     return kernel(index, forward_instance, TYPES[dtype], forward).bind(
@@ -49,7 +51,7 @@ def _launch(index, dtype, forward, weight, bias, shape, x_pixel, more_pixel, y_p
 
 
 @cached
-def _backward_launch(index, dtype, shape, x_pixel, dy_pixel):
+def backward_launch(index, dtype, shape, x_pixel, dy_pixel):
     """Blocks, each of which leaves a part (26, D), and the kernel; it takes the addresses
     ``x_data``, ``dy_data``, ``partials``."""
     batch, height, width, dim = shape
@@ -65,7 +67,7 @@ def add(x: Tensor, weight: Tensor, bias: Tensor | None, to: Tensor, forward: boo
     ``to``, in place; of both the pixels are evenly spaced."""
     flat = weight.contiguous()
     flat_bias = None if bias is None or not forward else bias.contiguous()
-    _launch(x.get_device(), x.dtype, forward, weight.dtype,
+    launch(x.get_device(), x.dtype, forward, weight.dtype,
             None if flat_bias is None else flat_bias.dtype, x.shape, x.stride(2), to.stride(2),
             to.stride(2))(
         x_data=x.data_ptr(), more_data=to.data_ptr(), weight=flat.data_ptr(),
@@ -75,10 +77,10 @@ def add(x: Tensor, weight: Tensor, bias: Tensor | None, to: Tensor, forward: boo
 def parameter_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor
                        ) -> tuple[Tensor, Tensor]:
     """Gradients by weight and bias."""
-    blocks, launch = _backward_launch(x.get_device(), x.dtype, x.shape, x.stride(2),
-                                      grad.stride(2))
+    blocks, start = backward_launch(x.get_device(), x.dtype, x.shape, x.stride(2),
+                                    grad.stride(2))
     partials = x.new_empty((blocks, 26, x.shape[3]), dtype=torch.float32)
-    launch(x_data=x.data_ptr(), dy_data=grad.data_ptr(), partials=partials.data_ptr())
+    start(x_data=x.data_ptr(), dy_data=grad.data_ptr(), partials=partials.data_ptr())
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     dbias = torch.empty_like(bias)
     parameter_grads(partials, dweight, dbias, 25)

@@ -13,7 +13,7 @@ from torch import Tensor
 from vmamba_mm.ops.core import gemm
 from vmamba_mm.ops.core.grad_places import new_grad
 from vmamba_mm.ops.core.graphs import replay
-from vmamba_mm.ops.core.launch import CODES, cached
+from vmamba_mm.ops.core.launch import CODES, aligned, cached
 from vmamba_mm.ops.fused.add_norm import cuda as norm
 from vmamba_mm.ops.fused.cast import cast_launch, plan_cast
 from vmamba_mm.ops.fused.channels import WIDEST, SumJob, sum_launch
@@ -468,24 +468,13 @@ def _addresses(*tensors):
     return tuple([0 if t is None else t.data_ptr() for t in tensors])
 
 
-def _aligned(*tensors):
-    """Tensors, or None, as kernels and products take them, without gaps and at a multiple of 16
-    bytes; and their addresses."""
-    tensors, addresses = list(tensors), [0 if t is None else t.data_ptr() for t in tensors]
-    for i, address in enumerate(addresses):
-        if address % 16 or address and not tensors[i].is_contiguous():
-            tensors[i] = tensors[i].clone(memory_format=torch.contiguous_format)
-            addresses[i] = tensors[i].data_ptr()
-    return tensors, addresses
-
-
 def forward(x, weights, scales, eps, dtype, out_dtype, save):
     """The result, and if ``save`` the slab for the backward, else None; ``weights``: the fields of
     :class:`Weights` of one block after the other, all in the same dtypes, more than one without
     ``save`` and ``scales``."""
     first = weights if isinstance(weights, Weights) else Weights._make(weights[:NUM_WEIGHTS])
     key, dtypes = _key(x, first, dtype)
-    (x, *weights), (_, *addresses) = _aligned(x, *weights)
+    (x, *weights), (_, *addresses) = aligned(x, *weights)
     result = x.new_empty(x.shape, dtype=out_dtype)
     launches = _forward_of(*key, out_dtype, dtypes, save)
     saved = x.new_empty(launches.saved_size, dtype=dtype) if save else None
@@ -496,5 +485,5 @@ def forward(x, weights, scales, eps, dtype, out_dtype, save):
 def backward(grad, x, weights, scales, saved, eps):
     """Gradients by x and the weights, an empty one by a bias that is None."""
     key, dtypes = _key(x, weights, saved.dtype)
-    (grad, x, *weights), (_, _, *addresses) = _aligned(grad, x, *weights)
+    (grad, x, *weights), (_, _, *addresses) = aligned(grad, x, *weights)
     return _backward_of(*key, dtypes)(grad, x, weights, addresses, scales, saved, eps)

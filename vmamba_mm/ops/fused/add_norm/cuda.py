@@ -75,6 +75,8 @@ INSTANCES: dict[Instance, int] = {
     # The norm at the end of a network under autocast: fp32, of a half.
     forward_instance('Half', 'Half', 'Float', False, 1): 75,
     backward_instance('Float', 'Half', 'Half', 1, 1): 75,
+    # A branch that layer scale gives in fp32, of the channels that RMT-B has where it has that.
+    forward_instance('Half', 'Float', 'Half', True, 3): 75,
     # RMSNorm, of the channels that Vim has: 192, 384 and 768.
     **{instance: 75 for parts in (2, 3, 6) for instance in (
         forward_instance('Float', 'Half', 'Half', True, parts, rms=True),
