@@ -15,6 +15,7 @@ from vmamba_mm import ops
 from vmamba_mm.layers import BiMambaMixer, ConvStem, MambaBlock, RMSNorm, VSSBlock, run_blocks
 from vmamba_mm.ops.core import launch
 from vmamba_mm.ops.nc_ssd import cuda as nc_ssd_kernels
+from vmamba_mm.ops.rmt_block import Weights, rmt_block
 from vmamba_mm.ops.rotation import rotation_table
 from vmamba_mm.ops.selective_scan import cuda_scan
 from vmamba_mm.ops.ss2d_scan import schedule
@@ -285,6 +286,26 @@ def _masa_cases() -> Iterator[Case]:
             ('lepe, fp32', 'decomposed', (1, 3, 5, 1, 32), None, SINGLE, ())):
         yield Case(f'masa_mixer, {name}', MASA + lepe + SUMS + more,
                    lambda device, args=(form, shape, autocast, dtype): run_mixer(device, *args))
+
+    def run_block(device, form, shape, dtype):
+        """With layer scale, and a factor of each sample as of drop path."""
+        batch, height, width, heads, head_dim = shape
+        dim, hidden = heads * head_dim, 2 * heads * head_dim
+        sizes = Weights(*[(dim,)] * len(Weights._fields))._replace(
+            pos=(dim, 1, 3, 3), lepe=(dim, 1, 5, 5), conv=(hidden, 1, 3, 3),
+            q=(dim, dim), k=(dim, dim), v=(dim, dim), out=(dim, dim), fc1=(hidden, dim),
+            fc2=(dim, hidden), fc1_bias=(hidden,), conv_bias=(hidden,))
+        weights = [_leaf(*size, device=device, scale=0.2) for size in sizes]
+        decay, turns = places(heads, height, width, head_dim, True, device)
+        scales = torch.ones(batch, device=device), None
+        _step(lambda x, *weights: rmt_block(x, Weights(*weights), decay, turns, scales, form, 1e-6,
+                                            dtype),
+              _leaf(batch, height, width, dim, dtype=dtype, device=device), *weights)
+
+    for name, form, shape, dtype in (('half', 'decomposed', (2, 5, 7, 2, 16), HALF),
+                                     ('whole', 'whole', (2, 3, 5, 1, 32), SINGLE)):
+        yield Case(f'rmt_block, {name}', MASA + lepe + SUMS + _files('fused', 'layer_scale'),
+                   lambda device, args=(form, shape, dtype): run_block(device, *args))
 
 
 def _vision_rwkv_cases() -> Iterator[Case]:
