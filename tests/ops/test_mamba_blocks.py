@@ -154,6 +154,19 @@ def test_a_model_trains(in_one_graph, monkeypatch):
         assert_close(a, b, 1e-4)
 
 
+def test_compiled_for_streams_of_any_size():
+    block = make_blocks(count=1)[0]
+    compiled = torch.compile(block, backend='aot_eager', fullgraph=True, dynamic=True)
+    for size in ((2, 7), (3, 5)):
+        streams = [torch.randn(*size, 16, requires_grad=True) for _ in range(2)]
+        results = []
+        for call in (compiled, block):
+            y = sum(t.sin().sum() for t in call(*streams, with_output=True))
+            results.append([y, *torch.autograd.grad(y, [*streams, *block.parameters()])])
+        for a, b in zip(*results, strict=True):
+            assert_close(a, b, 1e-6)
+
+
 def hooked(blocks):
     blocks[1].mixer.x_proj_b.register_forward_hook(lambda *args: None)
 

@@ -29,9 +29,9 @@ class _Saved(NamedTuple):
     total: int      # (B, L, D)
 
 
-@cached
 def _lay_out_saved(sizes: Sizes, itemsize: int) -> tuple[_Saved, int]:
-    """The offsets, and the size of the slab."""
+    """The offsets, and the size of the slab; sizes are symbols where torch.compile takes streams of
+    any size."""
     slab, rows = Slab(), sizes.batch * sizes.length
     pitch = inner.projected_pitch(sizes.rank + 2 * sizes.state)
     return _Saved(slab.take(2 * rows), slab.take(rows * 2 * sizes.inner, itemsize),
