@@ -51,7 +51,7 @@ def make_patches(batch, height, width, dim, factor=0):
 
 
 def factor_of(inputs):
-    return round((inputs['x'].shape[3] // len(inputs['weight'])) ** 0.5)
+    return round((inputs['x'].shape[-1] // inputs['weight'].numel()) ** 0.5) or 1
 
 
 def batch_norm_arguments(inputs, residual, relu):
