@@ -1,9 +1,10 @@
 """Run every CUDA kernel, forward and backward, under NVIDIA's compute-sanitizer.
 
 memcheck finds accesses out of bounds, racecheck races in shared memory, initcheck reads of memory
-that nobody wrote. The logs are kept in work_dirs/check_gpu. Needs an NVIDIA GPU and
-compute-sanitizer, which comes with the CUDA toolkit. A kernel of kernels/ that no case
-launched fails the check.
+that nobody wrote, synccheck barriers that not all threads reach. The logs are kept in
+work_dirs/check_gpu. Needs an NVIDIA GPU and compute-sanitizer, which comes with the CUDA toolkit;
+the cases of whole models need mmengine too. A kernel that no case launched, of those that the cases
+are for, fails the check; together they are for all of kernels/.
 """
 
 import argparse
@@ -20,8 +21,9 @@ from vmamba_mm.mm import cli
 
 EXAMPLES = """\
   python tools/check_gpu.py
-  python tools/check_gpu.py --tools racecheck --jobs 1"""
-TOOLS = ('memcheck', 'racecheck', 'initcheck')
+  python tools/check_gpu.py --tools memcheck --only ssd wkv
+  python tools/check_gpu.py --tools racecheck --leave-out model --jobs 1"""
+TOOLS = ('memcheck', 'racecheck', 'initcheck', 'synccheck')
 LOGS = Path('work_dirs/check_gpu')
 ERRORS = 99  # exit code of compute-sanitizer that found something
 MARKS = {'launched': 'launched: ', 'absent': 'no kernel: ', 'done': 'all cases ran'}
@@ -29,14 +31,34 @@ MARKS = {'launched': 'launched: ', 'absent': 'no kernel: ', 'done': 'all cases r
 
 def parse_args():
     parser = cli.make_parser(__doc__, EXAMPLES)
-    parser.add_argument('--tools', nargs='+', choices=TOOLS, default=TOOLS)
-    parser.add_argument('--jobs', type=int, default=len(TOOLS), metavar='N',
-                        help='tools at once (default: all)')
-    parser.add_argument('--only', default='', metavar='TEXT',
-                        help='cases whose name has this; then kernels may be left out')
+    parser.add_argument('--tools', nargs='+', choices=TOOLS, default=TOOLS[:3],
+                        help='default: all but synccheck')
+    parser.add_argument('--jobs', type=int, default=max(1, min(8, (os.cpu_count() or 1) // 2)),
+                        metavar='N', help='processes at once, to which the cases of the tools are '
+                        'dealt out; kernels that are not on disk yet are compiled in them '
+                        '(default: one for two cores, at most 8)')
+    parser.add_argument('--only', nargs='+', default=[''], metavar='TEXT',
+                        help='cases whose name has one of these; --list shows them')
+    parser.add_argument('--leave-out', nargs='+', default=[], metavar='TEXT',
+                        help='no cases whose name has one of these')
+    parser.add_argument('--list', action='store_true', help='print the names of the cases')
     parser.add_argument('--run-cases', choices=TOOLS, help=argparse.SUPPRESS)
+    parser.add_argument('--part', nargs=2, type=int, default=(0, 1), help=argparse.SUPPRESS)
     cli.add_traceback_option(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.jobs < 1:
+        parser.error(f'--jobs must be at least 1, got {args.jobs}')
+    return args
+
+
+def choose(cases, only, leave_out):
+    """The cases by --only and --leave-out, in their order."""
+    chosen = [case for case in cases if any(text in case.name for text in only)
+              and not any(text in case.name for text in leave_out)]
+    if not chosen:
+        raise UserError(f'no case has one of {only} in its name and none of {leave_out}; --list '
+                        'shows the names')
+    return chosen
 
 
 def find_sanitizer():
@@ -53,211 +75,33 @@ def find_sanitizer():
 
 # --- the process that is checked ------------------------------------------------------------
 
-# name, arguments of ss2d_scan_inputs, dtype of x, whether with the norm
-def scan_cases():
+def run_cases(tool, cases):
+    """Run them one after the other, and print which files of kernels they launched."""
     import torch
 
-    half, brain, single = torch.float16, torch.bfloat16, torch.float32
-    return [
-        ('one scan', (2, 20, 5, 9), {}, half, True),
-        ('in spans', (1, 36, 20, 31), {'rank': 3}, half, True),
-        ('around a cluster', (1, 36, 20, 31), {'rank': 3}, half, True),
-        ('several images to a block', (530, 16, 7, 7), {}, half, True),
-        ('odd channels, two routes', (2, 19, 6, 7), {'routes': 2, 'rank': 9}, half, False),
-        ('one route', (2, 18, 3, 30), {'routes': 1}, brain, False),
-        ('N = 4', (2, 20, 9, 10), {'state': 4}, half, True),
-        ('N = 16', (1, 36, 18, 20), {'state': 16, 'rank': 6}, half, True),
-        ('fp32', (2, 20, 9, 10), {}, single, True),
-        ('fp32, N = 16', (1, 20, 20, 18), {'state': 16}, single, False)]
-
-
-def run_cases(tool, only):
-    """Each case forward and backward; names the kernels' files that were launched."""
-    import torch
-
-    from vmamba_mm.layers import BiMambaMixer, ConvStem, MambaBlock, RMSNorm, VSSBlock, run_blocks
-    from vmamba_mm.models import RMT, VSSD, VisionRWKV
-    from vmamba_mm.ops import (
-        bi_wkv,
-        causal_conv,
-        mamba_inner,
-        nc_ssd,
-        selective_scan,
-        ss2d_scan,
-        ss2d_scan_norm,
-        ssd,
-        wkv,
-    )
     from vmamba_mm.ops.core import gemm, launch
-    from vmamba_mm.ops.nc_ssd import cuda as nc_ssd_kernels
-    from vmamba_mm.ops.selective_scan import cuda_scan
-    from vmamba_mm.ops.ss2d_scan import schedule
-    from vmamba_mm.ops.ssd import cuda_launch as ssd_launch
-    from vmamba_mm.ops.wkv import cuda_launch as wkv_launch
-    from vmamba_mm.testing import (
-        mamba_inner_inputs,
-        selective_scan_inputs,
-        ss2d_scan_inputs,
-        ssd_inputs,
-        with_grads,
-    )
 
     if tool != 'memcheck':
         write_products_plainly(torch, gemm)
-    launched, bind = set(), launch.Kernel.bind
+    launched, bind, began = set(), launch.Kernel.bind, time.monotonic()
 
     def recorded(self, *args, **fields):
         launched.add(self.instance.source)
         return bind(self, *args, **fields)
 
     launch.Kernel.bind = recorded
-
-    def run(name, op, inputs, **kwargs):
-        if only not in f'{op.__name__}, {name}':
-            return
-        inputs = {key: tensor.cuda() for key, tensor in inputs.items()}
-        try:
-            with torch.no_grad():
-                y = op(**inputs, **kwargs, backend='cuda')
-        except ValueError as err:
-            print(f'{MARKS["absent"]}{op.__name__}, {name}: {err}', flush=True)
-            return
-        with_grads(op, inputs, torch.ones(y.shape).cuda(), **kwargs, backend='cuda')
-        torch.cuda.synchronize()
-        print(f'{time.monotonic() - began:.0f} s: {op.__name__}, {name}', flush=True)
-
-    def run_block(name, dtype):
-        """The step-by-step path, which a hook chooses, and the whole as one op."""
-        if only not in f'block, {name}':
-            return
-        torch.manual_seed(0)
-        block = VSSBlock(36, mlp_ratio=2.0, drop_path=0.5, with_cp=False,
-                         ssm_cfg={'ssm_ratio': 2.0, 'conv_bias': True}).cuda()
-        for hook in (None, lambda *args: None):
-            if hook is not None:
-                block.mlp.register_forward_hook(hook)
-            x = torch.randn(3, 5, 9, 36, device='cuda', requires_grad=True)
-            with torch.autocast('cuda', dtype, enabled=dtype != torch.float32):
-                block(x).float().sum().backward()
-                with torch.no_grad():
-                    block(x)
-        torch.cuda.synchronize()
-        print(f'{time.monotonic() - began:.0f} s: block, {name}', flush=True)
-
-    def run_mamba_blocks(name, dtype):
-        """As one op each, and in inference as one op together."""
-        if only not in f'Mamba blocks, {name}':
-            return
-        torch.manual_seed(0)
-        blocks = [MambaBlock(BiMambaMixer(40, dt_rank=3), RMSNorm(40)).cuda() for _ in range(2)]
-        x = torch.randn(2, 37, 40, device='cuda', requires_grad=True)
-        with torch.autocast('cuda', dtype, enabled=dtype != torch.float32):
-            sum(run_blocks(blocks, x)).float().sum().backward()
-            with torch.no_grad():
-                run_blocks(blocks, x)
-        torch.cuda.synchronize()
-        print(f'{time.monotonic() - began:.0f} s: Mamba blocks, {name}', flush=True)
-
-    def run_model(name, model, *size):
-        """Training and inference, of which some parts are other kernels, in all dtypes."""
-        if only not in f'model, {name}':
-            return
-        model = model.cuda()
-        x = torch.randn(2, 3, *size, device='cuda')
-        for dtype in (torch.float16, torch.float32):
-            with torch.autocast('cuda', dtype, enabled=dtype != torch.float32):
-                sum(y.float().sum() for y in model.train()(x)).backward()
-                with torch.no_grad():
-                    model.eval()(x)
-        torch.cuda.synchronize()
-        print(f'{time.monotonic() - began:.0f} s: model, {name}', flush=True)
-
-    def run_stem():
-        if only not in 'stem':
-            return
-        with torch.no_grad(), torch.autocast('cuda', torch.float16):
-            ConvStem(3, 96).cuda()(torch.randn(2, 3, 19, 37, device='cuda'))
-        torch.cuda.synchronize()
-        print(f'{time.monotonic() - began:.0f} s: stem', flush=True)
-
-    began, clusters = time.monotonic(), schedule.cluster_schedules
-    for name, shape, kwargs, dtype, norm in scan_cases():
-        # Spans would be gone around too, where the GPU has clusters.
-        schedule.cluster_schedules = (lambda *args: ()) if name == 'in spans' else clusters
+    for case in cases:
         launch.forget()
-        inputs = ss2d_scan_inputs(*shape, **kwargs)
-        inputs['x'] = inputs['x'].to(dtype)
-        run(name, ss2d_scan, inputs)
-        if norm:
-            weight = torch.ones(shape[1])
-            run(name, ss2d_scan_norm, dict(inputs, norm_weight=weight, norm_bias=weight))
-    for state, dtype, length in ((1, torch.float32, 150), (16, torch.float16, 151),
-                                 (16, torch.float16, 152), (40, torch.float32, 40)):
-        inputs = selective_scan_inputs(2, 2, 9, length, state, dtype=dtype)
-        inputs |= dict(z=inputs['u'].clone(), initial_state=torch.ones(2, 18, state))
-        for cuda_scan.max_span in (None, 32):
-            launch.forget()
-            run(f'N = {state}, L = {length}, spans of {cuda_scan.max_span}', selective_scan, inputs,
-                delta_softplus=True, reverse=length % 2 > 0)
-    cuda_scan.max_span = None
-    launch.forget()
-    for taps, dtype, dim in ((4, torch.float16, 20), (3, torch.float32, 7)):
-        x, weight = torch.randn(2, 37, dim).to(dtype), torch.randn(dim, taps)
-        inputs = dict(x=x, weight=weight, bias=weight[:, 0].clone(),
-                      initial_state=x[:, :taps - 1].clone())
-        run(f'{taps} taps', causal_conv, inputs)
-        run(f'{taps} taps, channels first', causal_conv, inputs | dict(
-            x=x.transpose(1, 2).contiguous().transpose(1, 2)), reverse=True)
-    for routes, dtype, dim in ((2, torch.float16, 72), (1, torch.float32, 6)):
-        inputs = mamba_inner_inputs(2, routes, dim, 37, 16, 3)
-        run(f'{routes} directions', mamba_inner, inputs | dict(xz=inputs['xz'].to(dtype)))
-    for shape, dtype in (((2, 150, 4, 40, 2, 24), torch.bfloat16),
-                         ((1, 300, 2, 64, 1, 128), torch.float16),
-                         ((1, 70, 2, 16, 1, 16), torch.float32)):
-        inputs = ssd_inputs(*shape, dtype=dtype)
-        inputs |= dict(z=inputs['x'].clone(), initial_state=torch.ones(*shape[:1], *shape[2:4],
-                                                                       shape[5]))
-        for ssd_launch.max_span in (None, 1):
-            launch.forget()
-            run(f'{shape}, spans of {ssd_launch.max_span}', ssd, inputs, dt_softplus=True,
-                reverse=shape[1] == 150)
-    ssd_launch.max_span = None
-    for shape, dtype in (((2, 150, 4, 40, 1, 48), torch.bfloat16),
-                         ((1, 300, 6, 24, 3, 64), torch.float16),
-                         ((1, 70, 2, 16, 1, 128), torch.float32)):
-        inputs = ssd_inputs(*shape, dtype=dtype)
-        for nc_ssd_kernels.force_spans in (None, 1, 2):
-            launch.forget()
-            run(f'{shape}, {nc_ssd_kernels.force_spans} spans', nc_ssd, inputs, dt_softplus=True)
-    nc_ssd_kernels.force_spans = None
-    launch.forget()
-    for length, dtype in ((61, torch.float16), (200, torch.float32)):
-        k, v = torch.randn(2, 2, length, 40).to(dtype)
-        inputs = dict(w=torch.randn(40), u=torch.randn(40), k=k, v=v)
-        for wkv_launch.max_warps in (None, 2):
-            launch.forget()
-            where = f'L = {length}, {wkv_launch.max_warps} warps'
-            run(where, wkv, inputs | dict(state=torch.ones(2, 3, 40)))
-            for mode in ('paper', 'official'):
-                run(f'{mode}, {where}', bi_wkv, inputs | dict(w=inputs['w'] / length), mode=mode)
-            run(f'strong decays, {where}', bi_wkv, inputs | dict(w=inputs['w'] + 9))
-    wkv_launch.max_warps = None
-    launch.forget()
-    for name, dtype in (('half', torch.float16), ('fp32', torch.float32)):
-        run_block(name, dtype)
-        run_mamba_blocks(name, dtype)
-    run_stem()
-    for steps in (False, True):  # each block as one op, and step by step, which a hook chooses
-        rmt = RMT(dict(embed_dims=(32, 32, 64, 32), depths=(1, 1, 1, 1), num_heads=(2, 1, 2, 2),
-                       mlp_ratios=(2, 2, 2, 2), layer_scales=(0.5, 0, 0, 0)))
-        for stage in rmt.stages if steps else ():
-            stage.blocks[0].norm1.register_forward_hook(lambda *args: None)
-        run_model(f'RMT{", step by step" if steps else ""}', rmt, 72, 56)
-    run_model('Vision-RWKV', VisionRWKV(dict(
-        embed_dims=48, depth=2, patch_size=4, image_size=16, formula='official', post_norm=True,
-        layer_scale=0.5)), 40, 20)
-    run_model('VSSD', VSSD(dict(embed_dims=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8),
-                                d_state=8)), 40, 36)
+        torch.manual_seed(0)
+        try:
+            case.run('cuda')
+            torch.cuda.synchronize()
+        except ValueError as err:
+            if 'does not take these inputs' not in str(err):
+                raise
+            print(f'{MARKS["absent"]}{case.name}: {err}', flush=True)
+            continue
+        print(f'{time.monotonic() - began:.0f} s: {case.name}', flush=True)
     print(f'{MARKS["launched"]}{" ".join(sorted(launched))}\n{MARKS["done"]}')
 
 
@@ -318,7 +162,7 @@ def write_products_plainly(torch, gemm):
 
 # --- the tools ------------------------------------------------------------------------------
 
-def start(sanitizer, tool, only):
+def start(sanitizer, tool, part, parts, args):
     command = [sanitizer, '--tool', tool, '--error-exitcode', str(ERRORS), '--print-limit', '20']
     if tool == 'memcheck':
         # cuda.bindings asks the driver for functions that it may lack, which counts as an error of
@@ -326,60 +170,91 @@ def start(sanitizer, tool, only):
         command += ['--report-api-errors', 'no']
     if tool == 'racecheck':  # torch's kernels are not checked; initcheck must see their writes
         command += ['--kernel-name-exclude', 'kns=at6native']
-    command += [sys.executable, __file__, '--run-cases', tool, '--only', only, '--traceback']
+    command += [sys.executable, __file__, '--run-cases', tool, '--part', str(part), str(parts),
+                '--only', *args.only]
+    if args.leave_out:
+        command += ['--leave-out', *args.leave_out]
     # Every tensor in an allocation of its own, so that its end and its first write are known.
-    env = dict(os.environ, PYTORCH_NO_CUDA_MEMORY_CACHING='1', PYTHONUNBUFFERED='1')
-    with open(LOGS / f'{tool}.log', 'w') as log:
+    env = dict(os.environ, PYTORCH_NO_CUDA_MEMORY_CACHING='1', PYTHONUNBUFFERED='1',
+               VMAMBA_TRACEBACK='1')
+    with open(log_of(tool, part), 'w') as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
 
 
-def find_problem(log, code, sources):
-    """Say what is wrong in a tool's log, or None."""
+def log_of(tool, part):
+    return LOGS / f'{tool}-{part}.log'
+
+
+def find_problem(log, code):
+    """Say what is wrong in a process's log, or None."""
     if code == ERRORS or code == 0 and MARKS['done'] not in log:
         said = re.findall(r'^=+ ((?:.*error|.*race|.* SUMMARY):? .*)', log, re.I | re.M)
         return '; '.join(dict.fromkeys(said[:1] + said[-1:])) or f'exit code {code}'
     if code:
         return f'the cases failed with exit code {code}: {log.strip().splitlines()[-1]}'
-    launched = re.search(f'{MARKS["launched"]}(.*)', log)[1].split()
-    missing = sorted(sources - set(launched))
-    return f'never launched: {", ".join(missing)}' if missing else None
+    return None
+
+
+def find_missing(cases, logs):
+    """The files that none of a tool's processes launched, but those of which no case has a kernel
+    on this GPU."""
+    said = '\n'.join(logs)
+    absent = {name for name, _ in absences(said)}
+    launched = {file for files in re.findall(f'^{MARKS["launched"]}(.*)', said, re.M)
+                for file in files.split()}
+    return sorted({file for case in cases if case.name not in absent
+                   for file in case.launches} - launched)
+
+
+def absences(log):
+    """(name, reason) of the cases that have no kernel on this GPU."""
+    return re.findall(f'^{MARKS["absent"]}(.*?): (backend=.*)', log, re.M)
 
 
 def main():
     args = parse_args()
+    import _gpu_cases
+
+    cases = choose(_gpu_cases.all_cases(), args.only, args.leave_out)
+    if args.list:
+        print('\n'.join(case.name for case in cases))
+        return
     if args.run_cases:
-        run_cases(args.run_cases, args.only)
+        part, parts = args.part
+        run_cases(args.run_cases, cases[part::parts])
         return
     sanitizer = find_sanitizer()
     import torch
 
-    from vmamba_mm.paths import KERNELS
-
     if torch.version.hip is not None or not torch.cuda.is_available():
         raise UserError('torch finds no NVIDIA GPU here')
     LOGS.mkdir(parents=True, exist_ok=True)
-    sources = set()
-    if not args.only:
-        sources = {path.relative_to(KERNELS).as_posix() for path in KERNELS.rglob('*.cu')}
-    failed, waiting, running, began = [], list(args.tools), {}, {}
+    parts = min(len(cases), max(1, args.jobs // len(args.tools)))
+    waiting = [(tool, part) for tool in args.tools for part in range(parts)]
+    failed, running, began = set(), {}, time.monotonic()
     while waiting or running:
-        while waiting and len(running) < max(1, args.jobs):
-            tool = waiting.pop(0)
-            running[tool], began[tool] = start(sanitizer, tool, args.only), time.monotonic()
+        while waiting and len(running) < args.jobs:
+            job = waiting.pop(0)
+            running[job] = start(sanitizer, *job, parts, args)
         time.sleep(0.2)
-        for tool in [tool for tool, process in running.items() if process.poll() is not None]:
-            log = (LOGS / f'{tool}.log').read_text()
-            problem = find_problem(log, running.pop(tool).returncode, sources)
-            print(f'{tool:10} {"FAILED: " + problem if problem else "passed"} '
-                  f'({time.monotonic() - began[tool]:.0f} s)', flush=True)
+        for job in [job for job, process in running.items() if process.poll() is not None]:
+            problem = find_problem(log_of(*job).read_text(), running.pop(job).returncode)
+            print(f'{job[0]:10} {job[1] + 1} of {parts}: '
+                  f'{"FAILED: " + problem if problem else "passed"} '
+                  f'({time.monotonic() - began:.0f} s)', flush=True)
             if problem:
-                failed.append(tool)
-    absent = [line for line in log.splitlines() if line.startswith(MARKS['absent'])]
-    print('\n'.join(absent))
+                failed.add(job[0])
+    for tool in args.tools:
+        logs = [log_of(tool, part).read_text() for part in range(parts)]
+        missing = [] if tool in failed else find_missing(cases, logs)
+        if missing:
+            print(f'{tool:10} FAILED: never launched: {", ".join(missing)}')
+            failed.add(tool)
+    for name, reason in absences('\n'.join(logs)):
+        print(f'{name} has no kernel here: {reason}')
     if failed:
-        raise UserError(f'{", ".join(failed)} found something: see {LOGS}/*.log')
-    what = f'cases with {args.only!r}' if args.only else f'{len(sources)} files of kernels'
-    print(f'{what} under {", ".join(args.tools)}: clean')
+        raise UserError(f'{", ".join(sorted(failed))} found something: see {LOGS}/*.log')
+    print(f'{len(cases)} cases under {", ".join(args.tools)}: clean')
 
 
 if __name__ == '__main__':

@@ -9,6 +9,7 @@ from importlib import import_module
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import METRICS as MMENGINE_METRICS
+from mmengine.registry import MODEL_WRAPPERS as MMENGINE_WRAPPERS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_CONSTRUCTORS
 from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
@@ -53,5 +54,7 @@ METRICS = _Lean('metric', parent=MMENGINE_METRICS, scope='vmamba_mm',
                 locations=['vmamba_mm.mm.segmentation.metrics'])
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='vmamba_mm',
                  locations=['vmamba_mm.mm.hooks'])
+MODEL_WRAPPERS = Registry('model_wrapper', parent=MMENGINE_WRAPPERS, scope='vmamba_mm',
+                          locations=['vmamba_mm.mm.wrappers'])
 OPTIM_WRAPPER_CONSTRUCTORS = Registry('optim wrapper constructor', parent=MMENGINE_CONSTRUCTORS,
                                       scope='vmamba_mm', locations=['vmamba_mm.mm.optim'])

@@ -12,8 +12,6 @@ struct ConvMap {  // (K, B, L, D), K only of results
     int l, d;
 };
 
-__device__ __forceinline__ float sigmoid(float z) { return rcp(1.f + ex2(-LOG2E * z)); }
-
 // LAST: channels are adjacent in memory, and V may be 2. Else positions are.
 template <class T_, int W_, int DIRECTIONS_, bool LAST_, int V_>
 struct Conv {

@@ -1,7 +1,8 @@
 // Rounds parameters to half precision and writes them one after the other into one buffer.
+#pragma once
 #include "common/common.cuh"
 
-constexpr int MOST = 6;
+constexpr int MOST = 7;
 
 struct Cast {
     const void *sources[MOST];

@@ -33,6 +33,14 @@ __device__ __forceinline__ float rcp(float x) {
     return y;
 }
 
+__device__ __forceinline__ float sigmoid(float z) { return rcp(1.f + ex2(-LOG2E * z)); }
+
+__device__ __forceinline__ u32 load_u16(const void *p) {
+    u32 v;
+    asm("ld.global.nc.u16 %0, [%1];" : "=r"(v) : "l"(p));
+    return v;
+}
+
 // What Half and BFloat have in common, by the name of the type in PTX: `add` adds to memory without
 // returning what was there; `mma` multiplies a (16 x 8) by b (8 x 8) and adds c in fp32. This is a
 // macro because the text of an asm statement cannot depend on a template's parameter.

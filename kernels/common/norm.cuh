@@ -1,5 +1,6 @@
 // LayerNorm or RMSNorm of a position whose channels are in the registers of LANES lanes. Of each 4 LANES
 // channels a lane has 4 adjacent ones.
+#pragma once
 #include "common/common.cuh"
 
 // Loads weight and bias (D) into shared memory, of an RMSNorm the weight alone. Called by all
@@ -14,12 +15,17 @@ __device__ __forceinline__ void load_affine(float *to, const void *weight, const
     __syncthreads();
 }
 
-// Stores the norm of `v`, which has zeros beyond the last channel, at `to`. Returns the mean
-// and 1 / standard deviation, or 0 and 1 / root mean square of an RMSNorm.
-template <class O, int LANES = 32, bool RMS = false, int PARTS>
+// What store_norm does with 4 channels of part i before it stores them: nothing.
+struct AsItIs {
+    __device__ __forceinline__ void operator()(int i, float (&v)[4]) const {}
+};
+
+// Stores the norm of `v`, which has zeros beyond the last channel, at `to`, after `change` has seen
+// it. Returns the mean and 1 / standard deviation, or 0 and 1 / root mean square of an RMSNorm.
+template <class O, int LANES = 32, bool RMS = false, int PARTS, class F = AsItIs>
 __device__ __forceinline__ float2 store_norm(void *out, long long to, float (&v)[PARTS][4],
                                              const float *affine, int dim, int lane, float eps,
-                                             bool valid = true) {
+                                             bool valid = true, F change = {}) {
     float sum = 0.f, squares = 0.f;
 #pragma unroll
     for (int i = 0; i < PARTS; ++i)
@@ -48,6 +54,7 @@ __device__ __forceinline__ float2 store_norm(void *out, long long to, float (&v)
         if (!RMS) unpack4(b, *(const float4 *)(affine + dim + c), Float{});
 #pragma unroll
         for (int e = 0; e < 4; ++e) v[i][e] = v[i][e] * rate * w[e] + (RMS ? 0.f : b[e]);
+        change(i, v[i]);
         store4<O>(out, to + c, v[i]);
     }
     return make_float2(mean, rate);

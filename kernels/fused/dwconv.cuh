@@ -1,9 +1,8 @@
 // What the depthwise 3 x 3 convolution and its backward share. A thread has 4 adjacent channels of
 // ROWS rows and moves along a segment of their columns. blockDim.x threads are side by side in
 // channels.
+#pragma once
 #include "common/common.cuh"
-
-__device__ __forceinline__ float sigmoid(float z) { return rcp(1.f + ex2(-LOG2E * z)); }
 
 // A map (B, H, W, D), with gaps between the pixels or without.
 struct Pixels {

@@ -12,8 +12,6 @@ struct GatesParams {
 constexpr int VECTORS = 4;   // of 4 elements, of a thread
 enum { SQUARED_RELU, SIGMOID_GATE };
 
-__device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + ex2(-LOG2E * x)); }
-
 template <class T, int KIND, bool BACKWARD>
 __global__ void __launch_bounds__(256) gates(const GatesParams p) {
     constexpr bool GATE = KIND == SIGMOID_GATE;

@@ -1,6 +1,6 @@
 // Backward of a LayerNorm or RMSNorm, and of the sum that came before it, or of the product with a
-// gate that came after it.
-#include "common/common.cuh"
+// gate, or with SiLU of it, that came after it; of patches too.
+#include "common/patches.cuh"
 
 struct NormBwdParams {
     const void *grad;             // (M, D) of G, by the norm's output
@@ -17,12 +17,14 @@ struct NormBwdParams {
     const void *gate;             // (M, D) of X, gate_stride elements from one row to the next
     void *dgate;                  // (M, D) of X, dgate_stride elements from one row to the next
     int gate_stride, dgate_stride;
+    void *result;                 // (M, D) of X, with SILU: the product, calculated again
+    Patches patches;              // if ORDER is not PLAIN; then neither sum nor gate
 };
 
 // TEAM warps per position, or where there are few channels half of one; LANES of a warp are of one
 // position, and a lane has 4 adjacent channels out of each 4 * LANES * TEAM.
 template <class G, class X, class B, int PARTS, int TEAM, int LANES, bool RMS = false,
-          bool GATE = false>
+          bool GATE = false, bool SILU = false, int ORDER = PLAIN>
 __global__ void __launch_bounds__(256, same<X, Float> && PARTS > 3 ? 1 : 2)
 norm_bwd(const NormBwdParams p) {
     constexpr int TEAMS = 256 / LANES / TEAM, STEP = 4 * LANES * TEAM;
@@ -50,6 +52,10 @@ norm_bwd(const NormBwdParams p) {
         const int m = start + team;
         const bool valid = m < p.positions;
         const long long at = (long long)m * p.dim;
+        const long long of_grad = ORDER == EXPAND
+            ? (long long)expanded_row(p.patches, m) * p.dim : at;
+        const long long of_input = ORDER == MERGE
+            ? (long long)merged_pixel(p.patches, m) * (p.dim / 4) : at;
         float g[PARTS][4], y[PARTS][4], sum = 0.f, product = 0.f;
         const float2 moments = valid ? p.moments[m] : make_float2(0.f, 0.f);
         typename Raw<G>::type grad[PARTS];
@@ -58,18 +64,19 @@ norm_bwd(const NormBwdParams p) {
         for (int i = 0; i < PARTS; ++i) {
             const int c = i * STEP + first;
             const bool in = valid && c < p.dim;
-            grad[i] = load4_last<G>(p.grad, at + c, in);
-            input[i] = load4_last<X>(p.input, at + c, in);
+            const int source = ORDER == MERGE ? merged_channel(p.patches, c, p.dim) : c;
+            grad[i] = load4_last<G>(p.grad, of_grad + c, in);
+            input[i] = load4_last<X>(p.input, of_input + source, in);
             if (GATE)
                 gate[i] = load4_last<X>(p.gate, (long long)m * p.gate_stride + c, in);
-            else
+            else if (ORDER == PLAIN)
                 extra[i] = load4_last<X>(p.extra_grad, at + c, in && p.extra_grad);
         }
 #pragma unroll
         for (int i = 0; i < PARTS; ++i) {
             unpack4(g[i], grad[i], G{});
             unpack4(y[i], input[i], X{});
-            float z[4], dz[4];
+            float z[4], dz[4], result[4];
             if (GATE) unpack4(z, gate[i], X{});
             const int c = i * STEP + first;
             const bool in = valid && c < p.dim;
@@ -77,7 +84,14 @@ norm_bwd(const NormBwdParams p) {
             for (int e = 0; e < 4; ++e) {
                 y[i][e] = (y[i][e] - moments.x) * moments.y;
                 if (GATE) {
-                    dz[e] = in ? g[i][e] * (y[i][e] * w[i][e] + bias[c + e]) : 0.f;
+                    const float normed = in ? y[i][e] * w[i][e] + bias[c + e] : 0.f;
+                    dz[e] = in ? g[i][e] * normed : 0.f;
+                    if (SILU) {
+                        const float s = sigmoid(z[e]);
+                        dz[e] *= s * fmaf(z[e], 1.f - s, 1.f);
+                        z[e] *= s;
+                        result[e] = normed * z[e];
+                    }
                     g[i][e] *= z[e];
                 }
                 dw[i][e] += g[i][e] * y[i][e];
@@ -86,6 +100,7 @@ norm_bwd(const NormBwdParams p) {
                 sum += g[i][e];
                 product += g[i][e] * y[i][e];
             }
+            if (SILU && in) store4<X>(p.result, at + c, result);
             if (GATE && in) store4<X>(p.dgate, (long long)m * p.dgate_stride + c, dz);
         }
 #pragma unroll
@@ -112,13 +127,14 @@ norm_bwd(const NormBwdParams p) {
         for (int i = 0; i < PARTS; ++i) {
             const int c = i * STEP + first;
             float o[4];
-            if (!GATE) unpack4(o, extra[i], X{});
+            if (!GATE && ORDER == PLAIN) unpack4(o, extra[i], X{});
 #pragma unroll
             for (int e = 0; e < 4; ++e)
-                o[e] = (GATE ? 0.f : o[e]) + (g[i][e] - sum - y[i][e] * product) * moments.y;
+                o[e] = (GATE || ORDER != PLAIN ? 0.f : o[e]) + (g[i][e] - sum - y[i][e] * product) * moments.y;
             if (!valid || c >= p.dim) continue;
-            if (GATE || !p.dbranch) {
-                store4<X>(p.dinput, at + c, o);
+            if (GATE || ORDER != PLAIN || !p.dbranch) {
+                const int source = ORDER == MERGE ? merged_channel(p.patches, c, p.dim) : c;
+                store4<X>(p.dinput, of_input + source, o);
                 continue;
             }
             store4_aside<X>(p.dinput, at + c, o);

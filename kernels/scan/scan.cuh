@@ -44,12 +44,6 @@ struct ScanParams {
 
 // Loads 16 bits straight into a 32-bit register. C++ would first make an int of the short, and that
 // instruction would wait for the load.
-__device__ __forceinline__ u32 load_u16(const void *p) {
-    u32 v;
-    asm("ld.global.nc.u16 %0, [%1];" : "=r"(v) : "l"(p));
-    return v;
-}
-
 template <class T>
 __device__ __forceinline__ float load(const void *p, long long i) {
     if constexpr (same<T, Float>) return __ldg((const float *)p + i);

@@ -39,7 +39,9 @@ __global__ void __launch_bounds__(192, BLOCKS<T, STATE, SEQ>) scan_fwd(const Sca
 
     using Stage = Staging<T, STATE, SEQ, MODE != GRADIENTS, MODE != ENDS, STAGED_POSITIONS, 2>;
     arranged[0] = Stage::arrange(p, width);
-    const int first = index.span * p.span, last = min(length, first + p.span);
+    // Of ENDS the last span, and of GRADIENTS the first one, is left out: nothing enters from there.
+    const int first = (index.span + (MODE == GRADIENTS)) * p.span;
+    const int last = min(length, first + p.span);
     const int begin = MODE == GRADIENTS ? length - last : first, end = begin + last - first;
     const int place_of_span = MODE == GRADIENTS ? p.spans - 1 - index.span : index.span;
     const long long at_span

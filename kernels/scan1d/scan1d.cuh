@@ -85,14 +85,6 @@ struct Place {
     int first, count;
 };
 
-__device__ __forceinline__ u32 load_u16(const void *p) {
-    u32 v;
-    asm("ld.global.nc.u16 %0, [%1];" : "=r"(v) : "l"(p));
-    return v;
-}
-
-__device__ __forceinline__ float sigmoid(float z) { return rcp(1.f + ex2(-LOG2E * z)); }
-
 // The elements of a tile that a thread loads and stores: vectors of V of them, which are adjacent
 // channels (LAST) or positions. The same thread has the same elements in every map. `full` says that
 // there are all steps and channels of the tile.

@@ -1,4 +1,5 @@
-// The sum of the maps of the routes and, on request, its LayerNorm over the channels.
+// The sum of the maps of the routes and, on request, its LayerNorm over the channels, and the product
+// of that with SiLU of a gate.
 #include "common/norm.cuh"
 
 struct Ss2dMergeParams {
@@ -10,12 +11,14 @@ struct Ss2dMergeParams {
     float2 *moments;              // (M): mean and 1 / deviation, or null
     float eps;
     int batch, length, images, dim, parameter_type;  // images: of a span of the scan
+    const void *gate;             // (M, D) of T, gate_stride elements from one row to the next
+    int gate_stride;
 };
 
 // A warp takes a position at a time; a lane has 4 adjacent channels out of each 128. In every span
 // the images that the scan wrote last come first, because they are in L2. These are the last ones
 // after a forward and the first ones after a backward, which is the case with an extra map.
-template <class T, int MAPS, bool EXTRA, int PARTS, bool FLOAT>
+template <class T, int MAPS, bool EXTRA, int PARTS, bool FLOAT, bool GATE = false>
 __global__ void __launch_bounds__(256) ss2d_merge(const Ss2dMergeParams p) {
     typedef typename Raw<T>::type R;
     typedef typename Raw<T>::element Element;
@@ -38,6 +41,7 @@ __global__ void __launch_bounds__(256) ss2d_merge(const Ss2dMergeParams p) {
         const Element *at = (const Element *)p.maps + (long long)m * p.dim;
         const long long to = (long long)m * p.dim;
         float v[PARTS][4];
+        R gates[PARTS];
 #pragma unroll
         for (int i = 0; i < PARTS; ++i) {
             const int c = i * 128 + lane * 4;
@@ -45,6 +49,7 @@ __global__ void __launch_bounds__(256) ss2d_merge(const Ss2dMergeParams p) {
 #pragma unroll
             for (int j = 0; j < MAPS; ++j)
                 in[j] = load4_last<T>(at + j * map, c, c < p.dim);
+            if (GATE) gates[i] = load4<T>(p.gate, (long long)m * p.gate_stride + c, c < p.dim);
             if (EXTRA)
                 in[MAPS] = c < p.dim ? *(const R *)((const Element *)p.extra + to + c) : R{};
 #pragma unroll
@@ -64,7 +69,15 @@ __global__ void __launch_bounds__(256) ss2d_merge(const Ss2dMergeParams p) {
                 else store4<T>(p.merged, to + c, v[i]);
             }
         if (!p.normed) continue;
-        const float2 moments = store_norm<T>(p.normed, to, v, shared, p.dim, lane, p.eps);
+        const auto apply_gate = [&](int i, float (&v)[4]) {
+            if (!GATE) return;
+            float z[4];
+            unpack4(z, gates[i], T{});
+#pragma unroll
+            for (int e = 0; e < 4; ++e) v[e] *= z[e] * sigmoid(z[e]);
+        };
+        const float2 moments = store_norm<T>(p.normed, to, v, shared, p.dim, lane, p.eps, true,
+                                             apply_gate);
         if (p.moments && lane == 0) p.moments[m] = moments;
         if (!discards) continue;
         __syncwarp();  // all have read

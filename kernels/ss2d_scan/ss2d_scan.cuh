@@ -2,6 +2,7 @@
 // layout. The images of the batch are one sequence, divided into slots of 7 positions, each within
 // one image. A warp has 16 channels and takes a chunk of 8 slots at a time: lane 4 g + t owns the
 // positions of slot g and the channels 4 t .. 4 t + 3.
+#pragma once
 #include "common/common.cuh"
 
 #define LIKELY(condition) __builtin_expect(condition, 1)  // moves the other branch out of line

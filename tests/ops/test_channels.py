@@ -16,7 +16,15 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
 import vmamba_mm.layers.vss_block as layers
-from vmamba_mm.layers import ConvDownsample, ConvStem, VSSBlock, VSSStage
+from vmamba_mm.layers import (
+    ConvDownsample,
+    ConvStem,
+    MergeDownsample,
+    PatchExpand,
+    PatchStem,
+    VSSBlock,
+    VSSStage,
+)
 from vmamba_mm.ops import add_norm, dwconv_silu, layer_norm, mlp
 from vmamba_mm.ops.fused import channels
 from vmamba_mm.ops.vss_block import Weights, reference
@@ -228,9 +236,10 @@ def autocast(device, dtype):
     return torch.autocast(device, HALF if dtype == SINGLE else dtype, enabled=dtype != SINGLE)
 
 
-def make_block(device, dim, ratio, feeds=False, drop_path=0.0, **ssm_cfg):
+def make_block(device, dim, ratio, feeds=False, drop_path=0.0, mlp_ratio=4.0, **ssm_cfg):
     torch.manual_seed(0)
-    block = VSSBlock(dim, mlp_ratio=4.0, drop_path=drop_path, with_cp=False, feeds_matmul=feeds,
+    block = VSSBlock(dim, mlp_ratio=mlp_ratio, drop_path=drop_path, with_cp=False,
+                     feeds_matmul=feeds,
                      ssm_cfg=dict(ssm_ratio=ratio, conv_bias=True, **ssm_cfg)).to(device)
     for name, parameter in block.named_parameters():
         if 'norm' in name or 'A_logs' in name:
@@ -395,6 +404,57 @@ def test_a_block_of_an_ablation(kernels, calls, monkeypatch, options):
     assert not calls
 
 
+VANILLA = dict(gate=True, d_state=16, mlp_ratio=0.0)
+
+
+@pytest.mark.parametrize('dtype', [HALF, BRAIN, SINGLE], ids=['fp16', 'bf16', 'fp32'])
+@pytest.mark.parametrize('shape', [(2, 7, 9, 36), (3, 1, 1, 32)], ids=str)
+def test_vanilla_block_in_one_op(request, kernels, calls, shape, dtype):
+    """As step by step, with a gate, 16 states and no MLP: result and every gradient."""
+    skip_types(request, dtype)
+    block = make_block(kernels, shape[3], 2.0, drop_path=0.3, **VANILLA).train()
+    x, grad = (randn(*shape, device=kernels, seed=i) for i in (0, 1))
+    x.requires_grad_()
+
+    def run(block, x, dtype=SINGLE):
+        torch.manual_seed(1)
+        with autocast(kernels, dtype):
+            y = block(x)
+        return y, *torch.autograd.grad(y, [x, *block.parameters()], grad.to(y.dtype))
+
+    exact = run(copy.deepcopy(block).double(), x.detach().double().requires_grad_())
+    found = run(block, x, dtype)
+    assert calls == [1] and block.why_not_one_op(x) is None
+    block.ssm.out_norm.register_forward_hook(lambda *args: None)
+    names = ['y', 'x', *(name for name, _ in block.named_parameters())]
+    for name, one, other, right in zip(names, found, run(block, x, dtype), exact, strict=True):
+        assert one.dtype == other.dtype and one.shape == other.shape, name
+        limit = max(2 * relative_error(other, right), LIMITS[dtype])
+        assert relative_error(one, right) <= limit, name
+    assert calls == [1]
+
+
+def test_vanilla_blocks_in_one_op(kernels, chains):
+    """To the bit what they are one by one."""
+    stage = VSSStage([make_block(kernels, 24, 2.0, **VANILLA) for _ in range(3)], None).eval()
+    for parameter in stage.parameters():
+        parameter.data += 0.1 * torch.rand_like(parameter)  # no block is another
+    x = randn(2, 5, 6, 24, device=kernels)
+    for dtype in (HALF, SINGLE):
+        with torch.no_grad(), autocast(kernels, dtype):
+            assert torch.equal(stage(x), stage.blocks(x))
+    assert chains == [3, 3]
+
+
+def test_a_block_of_more_states_is_not_one_op(kernels, calls):
+    block = make_block(kernels, 16, 1.0, gate=True, d_state=17)
+    x = randn(2, 5, 6, 16, device=kernels)
+    assert block.why_not_one_op(x) == 'a state of 17: it takes up to 16'
+    with torch.no_grad():
+        assert relative_error(block(x), copy.deepcopy(block).double()(x.double())) <= 1e-4
+    assert not calls
+
+
 @pytest.mark.parametrize('dtype', [HALF, SINGLE], ids=['fp16', 'fp32'])
 @BLOCKS
 def test_gradients_of_a_block_in_one_op(kernels, calls, shape, ratio, feeds, dtype):
@@ -433,7 +493,7 @@ def test_block_recomputed(kernels, calls, gate):
             y = block(x)
         results.append([y, *torch.autograd.grad(y.square().sum(), [x, *block.parameters()])])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    assert len(calls) == (0 if gate else 3)  # one of them again, in the backward
+    assert len(calls) == 3  # one of them again, in the backward
 
 
 @pytest.mark.parametrize('scan', ['unidirectional', 'bidirectional', 'cascade'])
@@ -447,10 +507,21 @@ def test_block_of_another_scan_is_not_one_op(kernels, calls, scan):
     assert relative_error(y, block.double()(x.double())) <= 0.02
 
 
-def test_compiled_stem_block_and_downsampling(kernels):
+def make_small_model(device, vanilla):
+    """And the names of its ops. The vanilla one ends like VM-UNet, with an expanding."""
+    if vanilla:
+        return nn.Sequential(PatchStem(3, 16), make_block(device, 16, 2.0, **VANILLA),
+                             MergeDownsample(16, odd='crop'), PatchExpand(32)).to(device), (
+            'conv_norm', 'vss_block_fwd', 'merge_norm', 'expand_norm')
+    return nn.Sequential(ConvStem(3, 32), make_block(device, 32, 1.0, feeds=True),
+                         ConvDownsample(32)).to(device), (
+        'conv_norm', 'conv_norm', 'vss_block_fwd', 'conv_norm')
+
+
+@pytest.mark.parametrize('vanilla', [False, True], ids=['VMamba', 'vanilla'])
+def test_compiled_stem_block_and_downsampling(kernels, vanilla):
     """As an op each, in one graph for all sizes."""
-    model = nn.Sequential(ConvStem(3, 32), make_block(kernels, 32, 1.0, feeds=True),
-                          ConvDownsample(32)).to(kernels)
+    model, names = make_small_model(kernels, vanilla)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend('aot_eager')
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
@@ -464,8 +535,19 @@ def test_compiled_stem_block_and_downsampling(kernels):
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     ops = [node.target.name() for graph in counter.graphs for node in graph.graph.nodes
            if 'vmamba_mm' in str(node.target)]
-    assert ops == [f'vmamba_mm::{name}' for name in
-                   ('conv_norm', 'conv_norm', 'vss_block_fwd', 'conv_norm')]
+    assert ops == [f'vmamba_mm::{name}' for name in names]
+
+
+def test_traced_vanilla_stage(kernels):
+    """The recorded op of all blocks takes other sizes, with and without their gradients."""
+    stage = VSSStage([make_block(kernels, 16, 2.0, **VANILLA) for _ in range(2)],
+                     MergeDownsample(16)).eval()
+    maps = [randn(*shape, 16, device=kernels) for shape in ((1, 4, 5), (2, 6, 3))]
+    for wants_grad in (True, False):
+        traced = torch.jit.trace(stage.requires_grad_(wants_grad), maps[0])
+        for x in maps:
+            torch.testing.assert_close(traced(x), stage(x), rtol=1e-5, atol=1e-5)
+    assert 'vmamba_mm::vss_block(' in str(traced.inlined_graph)
 
 
 def test_reference_of_a_block(kernels, monkeypatch):
@@ -500,7 +582,7 @@ def test_opcheck_of_a_block_without_bias_of_its_convolution(kernels, monkeypatch
              *settings),
             test_utils=('test_schema', 'test_autograd_registration', 'test_faketensor'))
     opcheck(torch.ops.vmamba_mm.vss_block.default,
-            (x.detach(), [t.detach() for t in weights[:-1]], False, *settings))
+            (x.detach(), [t.detach() for t in weights[:-1]], True, False, *settings))
 
 
 # Parts, rows of a weight, D, and dtypes of weight and bias.

@@ -99,10 +99,10 @@ def replays(monkeypatch):
     return done
 
 
-def make_block(dim, drop_path=0.0):
+def make_block(dim, drop_path=0.0, mlp_ratio=4.0, **ssm_cfg):
     torch.manual_seed(0)
-    return VSSBlock(dim, mlp_ratio=4.0, drop_path=drop_path, with_cp=False,
-                    ssm_cfg=dict(conv_bias=True)).to('cuda')
+    return VSSBlock(dim, mlp_ratio=mlp_ratio, drop_path=drop_path, with_cp=False,
+                    ssm_cfg=dict(conv_bias=True, **ssm_cfg)).to('cuda')
 
 
 def run(block, x, half, backward):
@@ -147,10 +147,24 @@ def assert_equal(found, expected):
 @pytest.mark.parametrize('backward', [False, True], ids=['inference', 'training'])
 @pytest.mark.parametrize('drop_path', [0.0, 0.4])
 def test_a_block_in_a_loop(monkeypatch, replays, shape, half, backward, drop_path):
+    check_loop(monkeypatch, replays, shape, half, backward, drop_path)
+
+
+@needs_gpu
+@pytest.mark.parametrize('half', [True, False], ids=['fp16', 'fp32'])
+@pytest.mark.parametrize('backward', [False, True], ids=['inference', 'training'])
+def test_a_vanilla_block_in_a_loop(monkeypatch, replays, half, backward):
+    """Of so many channels that torch adds up parts of a gradient within the graph."""
+    check_loop(monkeypatch, replays, (3, 7, 9, 128), half, backward, 0.4, mlp_ratio=0.0, gate=True,
+               ssm_ratio=2.0, d_state=16)
+
+
+def check_loop(monkeypatch, replays, shape, half, backward, drop_path, **options):
+    """Replays are equal to the bit to what is launched as it is."""
     results = []
     for worth_it in (graphs.WORTH_IT, 10**9):
         monkeypatch.setattr(graphs, 'WORTH_IT', worth_it)
-        block = make_block(shape[3], drop_path).train(backward)
+        block = make_block(shape[3], drop_path, **options).train(backward)
         x = torch.zeros(shape, device='cuda', requires_grad=backward)
         results.append(run_often(block, x, half, backward, range(8)))
         count = len(replays)

@@ -12,7 +12,8 @@ MODELS = {
     'RMT': dict(embed_dims=(32, 32, 64, 32), depths=(1, 1, 1, 1), num_heads=(2, 2, 2, 2),
                 mlp_ratios=(2, 2, 2, 2), layer_scales=(0.5, 0, 0, 0)),
     'VisionRWKV': dict(embed_dims=48, depth=2, patch_size=4, image_size=16, formula='official',
-                       post_norm=True, layer_scale=0.5)}
+                       post_norm=True, layer_scale=0.5),
+    'VMUNet': dict(embed_dims=48, depths=(1, 2), decoder_depths=(2, 1), d_state=16)}
 
 
 def run(model, images):

@@ -25,6 +25,15 @@ def divided(monkeypatch):
     launch.forget()
 
 
+@pytest.fixture
+def in_turns(monkeypatch):
+    """The warps of a forward take turns in time, wherever they can."""
+    monkeypatch.setattr(cuda_scan, 'relay', True)
+    launch.forget()
+    yield
+    launch.forget()
+
+
 def make(place, batch, groups, dim, length, state, dtype=SINGLE, absent=()):
     rng = torch.Generator().manual_seed(0)
 
@@ -91,6 +100,27 @@ def test_halves(place, dtype, length):
 def test_spans(place, shape, reverse):
     check(*make(place, *shape), reverse=reverse)
     check(*make(place, *shape, absent=('z', 'initial_state')), reverse=reverse)
+
+
+@pytest.mark.parametrize('dtype', [SINGLE, HALF, BRAIN], ids=['fp32', 'fp16', 'bf16'])
+@pytest.mark.parametrize('reverse', [False, True])
+@pytest.mark.parametrize('shape', [(2, 1, 40, 100, 16), (1, 2, 7, 37, 9), (1, 1, 16, 64, 16),
+                                   (2, 1, 3, 5, 12)], ids=str)
+def test_relay(place, shape, reverse, dtype, in_turns):
+    """Warps that take turns in time; lengths with and without a tail, in vectors and not."""
+    def scan(inputs, backend, **options):
+        return selective_scan(**inputs, delta_softplus=True, reverse=reverse,
+                              return_final_state=True, backend=backend, **options)
+
+    for absent in ((), ('z', 'initial_state', 'D', 'delta_bias')):
+        inputs, _ = make(place, *shape, dtype, absent=absent)
+        expected = scan({name: t.double() for name, t in inputs.items()}, 'chunked')
+        found, single = scan(inputs, 'cuda'), scan(inputs, 'cuda', out_dtype=SINGLE)
+        for one, right in zip((*found, single[0]), (*expected, expected[0]), strict=True):
+            limit = 2e-5 if one.dtype == SINGLE else torch.finfo(dtype).eps
+            assert relative_error(one, right) <= limit
+        assert torch.equal(found[0], single[0].to(dtype))
+        assert torch.equal(found[1], single[1])
 
 
 @pytest.mark.parametrize('more', [2, 4])
@@ -180,6 +210,23 @@ def test_plans(monkeypatch):
     assert many.tile.lanes == few.tile.lanes == 4 < short.tile.lanes
     assert few.span * few.spans >= 65536 and few.span % (few.parts * few.tile.steps) == 0
     assert cuda_scan.backward_plan(0, Sizes(64, 1, 768, 197, 16)).spans == 1
+
+
+def test_relay_is_chosen(monkeypatch):
+    """On an H200, where neither whole sequences nor spans fill the GPU as well, and only there."""
+    monkeypatch.setattr(cuda_scan, 'device_limits', lambda index: (132, 228 << 10, 227 << 10))
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda index=None: (9, 0))
+
+    def is_relayed(batch, dim, length):
+        sizes = Sizes(batch, 1, dim, length, 16)
+        most = cuda_scan._forward_blocks(0, HALF, sizes, False)
+        plan = cuda_scan.forward_plan(0, sizes, most)
+        return cuda_scan._is_relayed(0, HALF, sizes, most, plan)
+
+    assert is_relayed(8, 768, 4096)
+    for others in ((64, 384, 197), (64, 768, 197), (128, 384, 197), (1, 384, 65536),
+                   (8, 5120, 2048), (64, 384, 1568)):
+        assert not is_relayed(*others), others
 
 
 def test_reasons_against():

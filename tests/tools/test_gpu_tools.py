@@ -1,7 +1,6 @@
 """The tools for a GPU machine, as far as one without a GPU can tell."""
 
 import csv
-import ctypes
 import importlib
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from vmamba_mm.layers import LayerNorm
-from vmamba_mm.ops.core import gemm, launch
+from vmamba_mm.ops.core import launch
 
 TOOLS = Path(__file__).parents[2] / 'tools'
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason='for machines without a GPU')
@@ -128,79 +127,16 @@ def test_segmamba_without_a_gpu(monkeypatch):
 def test_segmamba_is_compared_with_the_public_order():
     """Order by order, as the public code has it, is the mixer; in fp32 on a CPU."""
     import torch
-    from segmamba import order_by_order
+    from segmamba import PublishedMixer, publish
 
     from vmamba_mm.layers import TriMambaMixer
 
     torch.manual_seed(0)
-    mixer, x = TriMambaMixer(6, d_state=3), torch.randn(2, 12, 6)
-    torch.testing.assert_close(order_by_order(mixer, x, 4), mixer(x, 4))
-
-
-def test_sanitizer_is_missing(monkeypatch, tmp_path):
-    import check_gpu
-
-    monkeypatch.setenv('PATH', str(tmp_path))
-    monkeypatch.setattr(check_gpu, 'Path', lambda *parts: tmp_path.joinpath('absent', *parts[1:]))
-    with pytest.raises(check_gpu.UserError, match='compute-sanitizer was not found'):
-        check_gpu.find_sanitizer()
-
-
-@pytest.mark.parametrize('code, log, problem', [
-    (0, 'launched: a.cu b.cu\nall cases ran', None),
-    (0, 'launched: a.cu\nall cases ran', 'never launched: b.cu'),
-    (99, '========= ERROR SUMMARY: 3 errors', 'ERROR SUMMARY: 3 errors'),
-    (0, '========= Target application returned', 'exit code 0'),
-    (99, '========= Error: Race reported between a and b\n========= RACECHECK SUMMARY: 2 hazards',
-     'Error: Race reported between a and b; RACECHECK SUMMARY: 2 hazards'),
-    (99, '1 s: a\n========= Internal Sanitizer Error: no\n========= \n====== RACECHECK SUMMARY: 1',
-     'Internal Sanitizer Error: no; RACECHECK SUMMARY: 1'),
-    (1, 'RuntimeError: no', 'the cases failed with exit code 1: RuntimeError: no')])
-def test_what_a_log_says(code, log, problem):
-    import check_gpu
-
-    assert check_gpu.find_problem(log, code, {'a.cu', 'b.cu'}) == problem
-
-
-def test_products_of_initcheck():
-    """They stand for cuBLAS; here by hand, as they are registered for CUDA only."""
-    import check_gpu
-
-    registered = {}
-
-    class Library:
-        def impl(self, name, function, key):
-            registered[name] = function
-
-    class Torch:
-        cat = torch.cat
-
-        class library:  # noqa: N801
-            Library = staticmethod(lambda *args: Library())
-
-        @staticmethod
-        def as_tensor(memory, device):
-            """A tensor of the CPU, which has no such interface."""
-            given = memory.__cuda_array_interface__
-            size = given['shape'][0]
-            words = {'<i2': ctypes.c_int16, '<i4': ctypes.c_int32}[given['typestr']] * size
-            return torch.frombuffer(words.from_address(given['data'][0]),
-                                    dtype=getattr(torch, f'int{8 * ctypes.sizeof(words) // size}'))
-
-    blas = SimpleNamespace(Product=gemm.Product)
-    check_gpu.write_products_plainly(Torch, blas)
-    a, b, bias = torch.randn(2, 7, 5), torch.randn(2, 5, 3), torch.randn(3)
-    out = torch.empty(7, 3)
-    torch.testing.assert_close(registered['bmm'](a, b), a @ b)
-    torch.testing.assert_close(registered['mm.out'](a[0], b[0], out=out), a[0] @ b[0])
-    torch.testing.assert_close(registered['addmm'](bias, a[0], b[0], beta=2),
-                               torch.addmm(bias, a[0], b[0], beta=2))
-
-    a, b, bias = (t.bfloat16() for t in (a[0].T.contiguous(), b[0].T.contiguous(), bias))
-    blas.product(0, torch.bfloat16, torch.float32, 7, 3, 5, left_t=True, right_t=True, bias=True
-                 ).run(a.data_ptr(), b.data_ptr(), out.data_ptr(), 0, bias.data_ptr())
-    expected = a.double().T @ b.double().T + bias
-    torch.testing.assert_close(out.double(), expected, rtol=0.02, atol=0.02)  # rounded before
+    mixers, x = torch.nn.ModuleList([TriMambaMixer(6, d_state=3)]), torch.randn(2, 12, 6)
+    expected = mixers[0](x, 4)
+    found = publish(mixers)[0]
+    assert type(found) is PublishedMixer
+    torch.testing.assert_close(found(x, 4), expected)
 
 
 def test_loss_curve(monkeypatch, tmp_path, capsys):

@@ -26,18 +26,19 @@ def test_two_processes(tmp_path):
     assert set(rows) == {'cls', 'mask-rcnn', 'fsdp'}
     for task, row in rows.items():
         assert 0 < float(row['grad_error']) < 1e-4, task
+        assert float(row['alone_ms']) > 0, task
         assert float(row['images_s']) == pytest.approx(4 / float(row['ms']) * 1e3), task
 
 
 def test_efficiency(load_tool, capsys):
     pytest.importorskip('mmdet')
     tool = load_tool('bench/scaling.py')
-    row = dict(ms=10.0, images_s=100.0, peak_gib=1.0, grad_error=1e-6, problem='')
+    row = dict(ms=10.0, alone_ms=10.5, images_s=100.0, peak_gib=1.0, grad_error=1e-6, problem='')
     tool.print_report({tool.Case('cls'): row,
                        tool.Case('cls', gpus=2): dict(row, ms=11.0, images_s=182.0)})
     single, double = capsys.readouterr().out.splitlines()[-2:]
     assert single.split()[:4] == ['eager', '1', '10.0', '100']
-    assert double.split()[:5] == ['eager', '2', '11.0', '182', '0.910']
+    assert double.split()[:6] == ['eager', '2', '11.0', '10.5', '182', '0.910']
 
 
 def test_more_gpus_than_there_are(load_tool, monkeypatch):

@@ -1,16 +1,18 @@
 """Training steps on several GPUs of one host: images a second, and whether they are right.
 
 Three tasks: 'cls', VMamba-T (s1l8) at 224x224 with DDP, 128 images a GPU; 'mask-rcnn', our config
-at 800x1280 with mmengine's DDP, 2 images a GPU, in fp16 with its loss scale; 'fsdp', VMamba-B
-(s1l20) at 224x224 with FSDP2, each block a unit, 64 images a GPU. cls and fsdp run in bf16
-autocast, which needs no loss scale. 'compiled' is torch.compile of the whole classifier before DDP
-wraps it, or of each block before FSDP2 does; 'no replay' switches off the CUDA graphs that blocks
-are replayed from (VMAMBA_MM_GRAPHS=0).
+at 800x1280 with DDP, 2 images a GPU, in fp16 with its loss scale; 'fsdp', VMamba-B (s1l20) at
+224x224 with FSDP2, 64 images a GPU. cls and fsdp run in bf16 autocast, which needs no loss scale.
+DDP has the options and the shared buckets that tools/dist_train.sh gives it; FSDP2 is
+vmamba_mm.layers.parallel's shard and on_shards. 'compiled' is torch.compile of the whole classifier
+before DDP wraps it, or of each block before FSDP2 does; 'no replay' switches off the CUDA graphs
+that blocks are replayed from (VMAMBA_MM_GRAPHS=0).
 
 Efficiency is images/s by those of as many single GPUs of the same run, where the single GPU has no
 wrapper at all. A step is forward, loss, backward and AdamW, on random images that lie on the GPU;
 drop path is 0. Its time is that of the slowest process: the median of groups of steps between
-barriers.
+barriers. 'alone' is the same for the same processes without a wrapper, each with its own data and
+no exchange: what it takes more than one GPU is the machine's, or the data's, and not the wrapper's.
 
 Before a case is timed:
   gradients   those of all processes together against one GPU's, by relative 2-norm, in fp32
@@ -41,11 +43,11 @@ from bench_report import NAN, Sheet, device_name, print_table, show_in
 from end_to_end import distance, flat_grad
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 from torch.nn.parallel import DistributedDataParallel
 
 from vmamba_mm.errors import UserError
+from vmamba_mm.layers.parallel import on_shards, shard, share_buckets
 from vmamba_mm.mm import cli
 
 EXAMPLES = '''  python tools/bench/scaling.py --gpus 1 2 4 --csv scaling.csv
@@ -59,7 +61,7 @@ MAX_ERRORS = {'cls': 1e-4, 'fsdp': 1e-4, 'mask-rcnn': 1e-3}
 #: images of a process for the gradients of cls and fsdp, in fp32
 CHECKED = 8
 SMALL = dict(embed_dims=16, depths=(1, 1, 1, 1))
-NUMBERS = ('ms', 'images_s', 'peak_gib', 'grad_error')
+NUMBERS = ('ms', 'alone_ms', 'images_s', 'peak_gib', 'grad_error')
 
 
 class Case(NamedTuple):
@@ -83,6 +85,8 @@ SHEET = Sheet(Case, NUMBERS, ('device', 'torch', 'shrink'))
 
 class Classification:
     """A classifier and its images. ``rank`` None: on one device, the images of all processes."""
+
+    optimizer = torch.optim.AdamW
 
     def __init__(self, case, args, rank, batch):
         import timm  # noqa: F401  (the integration needs it)
@@ -110,18 +114,18 @@ class Classification:
 
     def wrap(self, case, device, rank):
         if case.task == 'fsdp':
-            mesh = init_device_mesh(device, (case.gpus,))
-            for module in (*self.blocks, self.model):
-                fully_shard(module, mesh=mesh)
+            shard(self.model, init_device_mesh(device, (case.gpus,)), whole_below=2**15)
+            self.optimizer = on_shards(self.optimizer)
         else:
             self.model = DistributedDataParallel(
                 self.model, device_ids=[rank] if device == 'cuda' else None, **cli.DDP_OPTIONS)
+            share_buckets(self.model)
 
     def loss(self):
         return nn.functional.cross_entropy(self.model(self.images).float(), self.labels)
 
     def make_step(self, device):
-        optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=device == 'cuda')
+        optimizer = self.optimizer(self.model.parameters(), lr=1e-3, fused=device == 'cuda')
 
         def step():
             with torch.autocast(device, torch.bfloat16):
@@ -154,8 +158,8 @@ class Detection:
         self.ranks = range(case.gpus) if rank is None else [rank]
 
     def wrap(self, case, device, rank):
-        from mmengine.model import MMDistributedDataParallel
-        self.model = MMDistributedDataParallel(
+        from vmamba_mm.mm.wrappers import BucketSharingDDP
+        self.model = BucketSharingDDP(
             self.model, device_ids=[rank] if device == 'cuda' else None, **cli.DDP_OPTIONS)
 
     def data_of(self, rank):
@@ -273,6 +277,24 @@ def time_steps(step, args):
     return statistics.median(times)
 
 
+def time_alone(case, args, rank):
+    """ms of a step of the slowest process, where each trains a model of its own."""
+    subject = make_subject(case, args, rank)
+    if case.way == 'compiled':
+        subject.compile(case)
+    step = subject.make_step(args.device)
+    warm_up(step, args)
+    ms = time_steps(step, args)
+    del subject, step
+    release(args)
+    return ms
+
+
+def warm_up(step, args):
+    for _ in range(STEPS if args.device == 'cuda' else 3):
+        step()
+
+
 def synchronize(args):
     if args.device == 'cuda':
         torch.cuda.synchronize()
@@ -309,6 +331,7 @@ def measure(rank, case, args):
         if not error <= MAX_ERRORS[case.task]:
             raise UserError(f"the gradient is {error:.1e} from one GPU's (relative 2-norm), "
                             f'allowed {MAX_ERRORS[case.task]:.0e}')
+        numbers['alone_ms'] = time_alone(case, args, rank)
     subject = make_subject(case, args, rank)
     if case.way == 'compiled':
         subject.compile(case)
@@ -316,8 +339,7 @@ def measure(rank, case, args):
         subject.wrap(case, args.device, rank)
     start = torch.cat([full(p.detach()).flatten() for p in subject.model.parameters()])
     step = subject.make_step(args.device)
-    for _ in range(STEPS if args.device == 'cuda' else 3):
-        step()
+    warm_up(step, args)
     check_parameters(subject, start)
     del start
     release(args)
@@ -357,12 +379,13 @@ def print_report(rows):
             single = rows.get(case._replace(gpus=1))
             efficiency = row['images_s'] / single['images_s'] / case.gpus if single else NAN
             lines.append([case.way, str(case.gpus), show_in('.1f', row['ms']),
+                          show_in('.1f', row['alone_ms']) if case.gpus > 1 else '',
                           show_in(',.0f', row['images_s']),
                           show_in('.3f', efficiency) if case.gpus > 1 else '',
                           show_in('.2f', row['peak_gib']), show_in('.1e', row['grad_error'])])
         if lines:
             print_table(f'{task}: {arch}, {batch} images a GPU',
-                        ['', 'GPUs', 'ms', 'images/s', 'efficiency', 'peak GiB',
+                        ['', 'GPUs', 'ms', 'alone', 'images/s', 'efficiency', 'peak GiB',
                          'gradient error'], lines)
 
 

@@ -1,73 +1,112 @@
-"""SegMamba at its published patch on a GPU: correctness, its mixers' share of a training step.
+"""SegMamba at its published patch on a GPU: a step of training, and how much of it its mixers take.
 
-128x128x128 voxels, batch 2, fp16 autocast. Each stage's mixer is first compared, map and gradients,
-with the same weights run as the public code runs them: every order copied in memory, a convolution,
-two projections and a scan of its own, with this package's kernel for the scan. What is wrong is not
-timed, and ends with 1. Then both ways are timed, and a training step of the whole network.
+128x128x128 voxels, batch 2, fp16 autocast. Beside the network stands the same with the published
+mixer: every order copied in memory with the channels first, and run by itself with the steps that
+tools/bench/vim_models.py describes, by mamba-ssm's scan where it is installed, and by this
+package's. "mixers" are those of a step alone, forward and backward, on random maps of their sizes.
+
+Each stage's mixer is compared first, map and gradients, with the published one. What is wrong is
+not timed, and ends with 1.
 """
 
 import argparse
+import copy
+import gc
 import sys
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from vim_models import published_direction, scan_of_mamba_ssm
 
 from vmamba_mm.heads import SegMamba
+from vmamba_mm.layers import TriMambaMixer
 from vmamba_mm.mm.measuring import held_and_peak, median_ms
-from vmamba_mm.ops import across_slices, along_slices, selective_scan
+from vmamba_mm.ops import selective_scan
 from vmamba_mm.testing import relative_error
 
 SIDE, BATCH = 128, 2
 MAX_ERROR = 2e-2  # of fp16 beside fp16, over 262,144 steps
 
-ORDERS = {'': (lambda x, n: x, lambda x, n: x), '_b': (lambda x, n: x.flip(1),) * 2,
-          '_s': (across_slices, along_slices)}
+
+class PublishedMixer(TriMambaMixer):
+    """:class:`TriMambaMixer`, of which it has the parameters, order by order."""
+
+    scan = staticmethod(selective_scan)
+
+    def forward(self, x: Tensor, num_slices: int) -> Tensor:
+        batch, length, _ = x.shape
+        xz = (self.in_proj.weight @ x.flatten(0, 1).T).view(-1, batch, length).transpose(0, 1)
+        y = published_direction(self, xz) + published_direction(self, xz.flip(-1), '_b').flip(-1)
+        across = xz.unflatten(-1, (num_slices, -1)).transpose(-1, -2).flatten(-2)
+        across = published_direction(self, across, '_s').unflatten(-1, (-1, num_slices))
+        return self.out_proj((y + across.transpose(-1, -2).flatten(-2)).transpose(1, 2))
 
 
-def order_by_order(mixer, x, num_slices):
-    """The mixer as the public code runs it, (B, L, C) to (B, L, C)."""
-    xz, total = mixer.in_proj(x), 0
-    for suffix, (there, back) in ORDERS.items():
-        u, z = there(xz, num_slices).transpose(1, 2).contiguous().chunk(2, dim=1)
-        conv, x_proj, dt_proj = (getattr(mixer, f'{name}{suffix}')
-                                 for name in ('conv1d', 'x_proj', 'dt_proj'))
-        u = F.silu(conv(u)[..., :u.shape[2]])
-        dt, B, C = x_proj(u.transpose(1, 2)).split(
-            (mixer.dt_rank, mixer.d_state, mixer.d_state), dim=-1)
-        delta = F.linear(dt, dt_proj.weight).transpose(1, 2)
-        y = selective_scan(
-            u, delta, -getattr(mixer, f'A{suffix}_log').exp(), B.transpose(1, 2)[:, None],
-            C.transpose(1, 2)[:, None], getattr(mixer, f'D{suffix}'), z=z,
-            delta_bias=dt_proj.bias, delta_softplus=True)
-        total = total + back(y.transpose(1, 2), num_slices)
-    return mixer.out_proj(total)
+def publish(model: nn.Module, scan=selective_scan) -> nn.Module:
+    """The model with :class:`PublishedMixer` for each mixer, with the same parameters."""
+    for parent in list(model.modules()):
+        for name, mixer in list(parent.named_children()):
+            if type(mixer) is TriMambaMixer:
+                published = PublishedMixer(mixer.in_proj.in_features, d_state=mixer.d_state)
+                published.load_state_dict(mixer.state_dict())
+                published.scan = scan
+                setattr(parent, name, published.to(mixer.D))
+    return model
 
 
-def run(function, mixer, x, grad, num_slices):
+def make(scan=None) -> SegMamba:
+    """Ours, or the published form by a scan."""
+    torch.manual_seed(0)
+    net = SegMamba().cuda()
+    return net if scan is None else publish(net, scan)
+
+
+def sizes(net: SegMamba) -> list[tuple[nn.Module, int]]:
+    """Every block and the tokens that its mixer receives."""
+    backbone = net.backbone
+    return [(block, (SIDE // stride) ** 3) for stage, stride in
+            zip(backbone.stages, backbone.stage_strides(backbone.arch), strict=True)
+            for block in stage.blocks]
+
+
+def make_map(mixer: nn.Module, tokens: int) -> Tensor:
+    x = torch.randn(BATCH, tokens, mixer.in_proj.in_features, device='cuda')
+    return x.half().requires_grad_()
+
+
+def run(mixer: nn.Module, x: Tensor, grad: Tensor, num_slices: int) -> list[Tensor]:
     """The result and the gradients of a step under autocast."""
-    leaves = [x, *mixer.parameters()]
     with torch.autocast('cuda', torch.float16):
-        y = function(x, num_slices) if function is mixer else function(mixer, x, num_slices)
-    return y, torch.autograd.grad(y, leaves, grad.to(y.dtype))
+        y = mixer(x, num_slices)
+    return [y, *torch.autograd.grad(y, [x, *mixer.parameters()], grad.to(y.dtype))]
 
 
-def check_and_time(stage, tokens, blocks):
-    """(ms ours, ms order by order) of forward and backward of a stage's mixers; None if wrong."""
+def is_right(stage: nn.Module, tokens: int) -> bool:
     block = stage.blocks[0]
-    mixer, n = block.mixer, block.num_slices
-    x = torch.randn(BATCH, tokens, mixer.in_proj.in_features, device='cuda').half()
-    x, grad = x.requires_grad_(), torch.randn_like(x)
-    found, others = (run(f, mixer, x, grad, n) for f in (mixer, order_by_order))
-    errors = [relative_error(a, b) for a, b in zip((found[0], *found[1]), (others[0], *others[1]),
-                                                   strict=True)]
-    print(f'  {tokens} tokens of {x.shape[2]} channels: largest error {max(errors):.1e}')
-    if not max(errors) <= MAX_ERROR:
-        return None
-    return tuple(blocks * median_ms(lambda f=f: run(f, mixer, x, grad, n))
-                 for f in (mixer, order_by_order))
+    x = make_map(block.mixer, tokens)
+    grad = torch.randn_like(x)
+    published = publish(nn.ModuleList([copy.deepcopy(block.mixer)]))[0]
+    error = max(relative_error(a, b) for a, b in zip(
+        run(block.mixer, x, grad, block.num_slices), run(published, x, grad, block.num_slices),
+        strict=True))
+    print(f'  {tokens} tokens of {x.shape[2]} channels: largest error {error:.1e}', flush=True)
+    return error <= MAX_ERROR
 
 
-def time_whole(net):
+def time_mixers(net: SegMamba) -> float:
+    """ms of all mixers, forward and backward."""
+    maps = [(block, make_map(block.mixer, tokens)) for block, tokens in sizes(net)]
+    grads = [torch.randn_like(x) for _, x in maps]
+
+    def step():
+        for (block, x), grad in zip(maps, grads, strict=True):
+            run(block.mixer, x, grad, block.num_slices)
+
+    return median_ms(step)
+
+
+def time_whole(net: SegMamba) -> tuple[float, int]:
     """ms of a training step, its peak memory in bytes."""
     volume = torch.randn(BATCH, 4, SIDE, SIDE, SIDE, device='cuda')
     labels = torch.randint(4, (BATCH, SIDE, SIDE, SIDE), device='cuda')
@@ -84,26 +123,40 @@ def time_whole(net):
     return median_ms(step), peak
 
 
+def ways() -> dict[str, object]:
+    """{what: its scan}, None for ours, which comes first."""
+    found = {'this package': None}
+    try:
+        found["published, mamba-ssm's scan"] = scan_of_mamba_ssm()
+    except ModuleNotFoundError:
+        pass
+    return {**found, "published, this package's scan": selective_scan}
+
+
 def main():
     argparse.ArgumentParser(description=__doc__,
                             formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     if not torch.cuda.is_available():
         sys.exit('SegMamba is timed on a GPU, and torch finds none')
-    print(f'{torch.cuda.get_device_name()}, torch {torch.__version__}')
-    torch.manual_seed(0)
+    print(f'{torch.cuda.get_device_name()}, torch {torch.__version__}, fp16 autocast')
     torch.backends.cudnn.benchmark = True
-    net = SegMamba().cuda()
-    times = [check_and_time(stage, (SIDE // stride) ** 3, len(stage.blocks)) for stage, stride in
-             zip(net.backbone.stages, net.backbone.stage_strides(net.backbone.arch), strict=True)]
-    if None in times:
+    backbone = make().backbone
+    if not all([is_right(stage, (SIDE // stride) ** 3) for stage, stride in
+                zip(backbone.stages, backbone.stage_strides(backbone.arch), strict=True)]):
         sys.exit('wrong: not timed')
-    ours, theirs = (sum(column) for column in zip(*times, strict=True))
-    for i, (a, b) in enumerate(times):
-        print(f'  stage {i}: mixers {a:.2f} ms, order by order {b:.2f} ms ({a / b:.2f}x)')
-    step, peak = time_whole(net)
-    print(f'  mixers of a step: {ours:.1f} ms, order by order {theirs:.1f} ms '
-          f'({ours / theirs:.2f}x); the step: {step:.1f} ms, of which {ours / step:.0%} are '
-          f'mixers, peak memory {peak / 2 ** 30:.1f} GiB')
+    del backbone
+    ours = None
+    for name, scan in ways().items():
+        network = None
+        gc.collect()  # or what the way before had would count in the peak
+        torch.cuda.empty_cache()
+        network = make(scan)
+        mixers = time_mixers(network)
+        step, peak = time_whole(network)
+        ours = ours or mixers
+        print(f'  {name:32}step {step:8.2f} ms, peak {peak / 2**30:5.2f} GiB, mixers '
+              f'{mixers:7.2f} ms, {mixers / step:.1%}; those of ours take {ours / mixers:.2f} '
+              'times as long', flush=True)
 
 
 if __name__ == '__main__':

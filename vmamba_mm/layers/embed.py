@@ -8,12 +8,15 @@ from torch import Tensor, nn
 from vmamba_mm.layers.norm import LayerNorm
 from vmamba_mm.layers.plain import is_plain, is_plain_conv
 from vmamba_mm.layers.positions import pad_to_a_patch, pad_to_strides
-from vmamba_mm.ops import channels_last, conv_norm, conv_norm_gelu
+from vmamba_mm.ops import channels_last, conv_norm, conv_norm_gelu, expand_norm, merge_norm
+from vmamba_mm.ops.fused.patch_norm.reference import expand, merge
 
 # What torch.fx records as it is, since it looks at shapes.
 torch.fx.wrap('channels_last')
 torch.fx.wrap('conv_norm')
 torch.fx.wrap('conv_norm_gelu')
+torch.fx.wrap('expand_norm')
+torch.fx.wrap('merge_norm')
 torch.fx.wrap('pad_to_a_patch')
 torch.fx.wrap('pad_to_strides')
 
@@ -87,13 +90,15 @@ class MergeDownsample(nn.Module):
         self.reduction = nn.Linear(4 * dim, out_dim or 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[1:3]
         if self.odd == 'pad':
+            height, width = x.shape[1:3]
             x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+        norm = self.norm
+        if is_plain(norm, LayerNorm):
+            x = merge_norm(x, norm.weight, norm.bias, norm.eps, out_dtype=norm.out_dtype(x))
         else:
-            x = x[:, :height // 2 * 2, :width // 2 * 2]
-        corners = (x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2])
-        return self.reduction(self.norm(torch.cat(corners, dim=-1)))
+            x = norm(merge(x))
+        return self.reduction(x)
 
 
 class PatchExpand(nn.Module):
@@ -113,9 +118,11 @@ class PatchExpand(nn.Module):
         self.norm = LayerNorm(out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        factor = self.factor
-        x = self.expand(x).unflatten(3, (factor, factor, -1))  # (B, H, W, f, f, C / f)
-        return self.norm(x.transpose(2, 3).flatten(3, 4).flatten(1, 2))
+        norm, x = self.norm, self.expand(x)
+        if is_plain(norm, LayerNorm):
+            return expand_norm(x, norm.weight, norm.bias, self.factor, norm.eps,
+                               out_dtype=norm.out_dtype(x))
+        return norm(expand(x, self.factor))
 
 
 class ConvDownsample(nn.Module):

@@ -20,7 +20,7 @@ from vmamba_mm.layers.ss2d import SS2D
 from vmamba_mm.layers.stage import Stage
 from vmamba_mm.ops import add_norm, mlp
 from vmamba_mm.ops.core.backends import autocast_dtype, runs_kernels, wants_grad
-from vmamba_mm.ops.vss_block import Weights, vss_block, vss_blocks, why_not
+from vmamba_mm.ops.vss_block import OF_MLP, Weights, vss_block, vss_blocks, why_not
 
 # What torch.fx records as it is, since it looks at shapes.
 torch.fx.wrap('add_norm')
@@ -88,7 +88,7 @@ class VSSBlock(nn.Module):
         weights = _weights_for_op(self, x, autocast)
         if isinstance(weights, str):
             return self._step_by_step(x, _identity, scales, out_dtype)
-        return vss_block(x, weights, scales, self.norm1.eps, autocast or x.dtype,
+        return vss_block(x, weights, (*scales, None)[:2], self.norm1.eps, autocast or x.dtype,
                          out_dtype or x.dtype)
 
     def _step_by_step(self, x: Tensor, drop: Callable[[Tensor], Tensor],
@@ -115,9 +115,9 @@ def _identity(branch: Tensor) -> Tensor:
 
 _NOT_ON_GPU = 'the input is not on a GPU'  # or torch.fx records the steps
 _NOT_PLAIN = 'a module has a hook, is wrapped, or is of another class'
-# The modules of a block whose parameters the op takes, as in _weights_for_op.
-_CLASSES = (Mlp, SS2D, LayerNorm, nn.Linear, nn.Conv2d, LayerNorm, nn.Linear, LayerNorm, nn.Linear,
-            nn.Linear)
+# The modules of a block whose parameters the op takes, as in _weights_for_op, and those of its MLP.
+_CLASSES = SS2D, LayerNorm, nn.Linear, nn.Conv2d, LayerNorm, nn.Linear
+_CLASSES_WITH_MLP = *_CLASSES, LayerNorm, nn.Linear, nn.Linear, Mlp
 
 
 def _weights_for_op(block: VSSBlock, x: Tensor, autocast: torch.dtype | None) -> Weights | str:
@@ -130,43 +130,46 @@ def _weights_for_op(block: VSSBlock, x: Tensor, autocast: torch.dtype | None) ->
     # Past nn.Module.__getattr__, which would take a tenth of the block's time in Python.
     block_modules = block._modules
     ssm, mlp = block_modules['ssm'], block_modules.get('mlp')  # None is no module
-    if type(ssm) is not SS2D or type(mlp) is not Mlp:
-        return 'it has no MLP, or that or its SS2D is of another class'
-    if ssm.gate or ssm.act != 'silu' or ssm.scan != 'cross':
-        return 'its SS2D has a gate, another activation than SiLU or another scan than cross'
-    ssm_modules, mlp_modules = ssm._modules, mlp._modules
-    modules = (mlp, ssm, block_modules['norm1'], ssm_modules['in_proj'], ssm_modules.get('conv2d'),
-               ssm_modules['out_norm'], ssm_modules['out_proj'], block_modules['norm2'],
-               mlp_modules['fc1'], mlp_modules['fc2'])
-    if not are_plain(modules, _CLASSES):
+    if type(ssm) is not SS2D or mlp is not None and type(mlp) is not Mlp:
+        return 'its MLP or its SS2D is of another class'
+    if ssm.act != 'silu' or ssm.scan != 'cross':
+        return 'its SS2D has another activation than SiLU or another scan than cross'
+    ssm_modules = ssm._modules
+    modules = (ssm, block_modules['norm1'], ssm_modules['in_proj'], ssm_modules.get('conv2d'),
+               ssm_modules['out_norm'], ssm_modules['out_proj'])
+    if mlp is not None:
+        mlp_modules = mlp._modules
+        modules += block_modules['norm2'], mlp_modules['fc1'], mlp_modules['fc2'], mlp
+    if not are_plain(modules, _CLASSES if mlp is None else _CLASSES_WITH_MLP):
         return _NOT_PLAIN
     if not is_depthwise_3x3(ssm_modules['conv2d']):
         return 'its convolution is not a depthwise one of 3x3 that keeps the size'
-    if not block_modules['norm1'].eps == ssm_modules['out_norm'].eps == block_modules['norm2'].eps:
+    eps = block_modules['norm1'].eps
+    if eps != ssm_modules['out_norm'].eps or mlp is not None and eps != block_modules['norm2'].eps:
         return 'its norms differ in eps'
     try:
-        weights = _weights_of(*[module._parameters for module in modules[1:]])
+        weights = _weights_of(*[module._parameters for module in modules[:9]])
     except KeyError:
-        weights = _weights_of(*map(Attributes, modules[1:]))
+        weights = _weights_of(*map(Attributes, modules[:9]))
     if weights is None:
         return 'a Linear or a norm has a bias more or less than those of VMamba'
     return why_not(x, autocast or x.dtype, weights) or weights
 
 
-def _weights_of(ssm, norm1, in_proj, conv, out_norm, out_proj, norm2, fc1, fc2) -> Weights | None:
-    """The weights of a block by those of its modules; None if a user has put a norm or a Linear in
-    the place of ours that has a bias more or less."""
+def _weights_of(ssm, norm1, in_proj, conv, out_norm, out_proj, *of_mlp) -> Weights | None:
+    """The weights of a block by those of its modules, and of the MLP's norm and two Linear; None if
+    a user has put a norm or a Linear in the place of ours that has a bias more or less."""
     if in_proj['bias'] is not None or out_proj['bias'] is not None:
         return None
-    biases = norm1['bias'], out_norm['bias'], norm2['bias'], fc1['bias'], fc2['bias']
-    for bias in biases:
-        if bias is None:
+    pairs = [(module['weight'], module['bias']) for module in (norm1, out_norm, *of_mlp)]
+    for weight, bias in pairs:
+        if weight is None or bias is None:
             return None
-    return Weights(norm1['weight'], biases[0], in_proj['weight'], conv['weight'],
-                   ssm['x_proj_weight'], ssm['dt_projs_weight'], ssm['dt_projs_bias'],
-                   ssm['A_logs'], ssm['Ds'], out_norm['weight'], biases[1], out_proj['weight'],
-                   norm2['weight'], biases[2], fc1['weight'], biases[3], fc2['weight'], biases[4],
-                   conv['bias'])
+    first, last, *pairs = pairs
+    mlp = [t for pair in pairs for t in pair] if of_mlp else [None] * len(OF_MLP)
+    return Weights(*first, in_proj['weight'], conv['weight'], ssm['x_proj_weight'],
+                   ssm['dt_projs_weight'], ssm['dt_projs_bias'], ssm['A_logs'], ssm['Ds'], *last,
+                   out_proj['weight'], *mlp, conv['bias'])
 
 
 def _stage_weights_for_op(stage: 'VSSStage', x: Tensor, autocast: torch.dtype | None

@@ -3,7 +3,14 @@ from dataclasses import replace
 import torch
 
 from op_specs import Spec, cut, randn
-from vmamba_mm.ops import add_norm, evaluate_batch_norm, layer_norm, rms_norm
+from vmamba_mm.ops import (
+    add_norm,
+    evaluate_batch_norm,
+    expand_norm,
+    layer_norm,
+    merge_norm,
+    rms_norm,
+)
 
 SHAPES = (2, 3, 1, 8), (1, 1, 1, 4), (2, 3, 5, 6), (3, 5, 7, 96)
 KERNEL_SHAPES = (2, 3, 2, 8), (1, 1, 1, 4), (2, 3, 3, 100), (2, 3, 1, 768), (1, 1, 3, 4096)
@@ -34,6 +41,17 @@ def scale(x):
 def make_batch_norm(*shape):
     return make_sum(*shape) | {name: randn(shape[-1], seed=i) for i, name in enumerate(
         ('mean', 'variance', 'weight', 'bias'))}
+
+
+def make_patches(batch, height, width, dim, factor=0):
+    """Of dim channels of a pixel; to be merged, or to be expanded."""
+    of_norm, of_x = (dim, factor**2 * dim) if factor else (4 * dim, dim)
+    return dict(x=randn(batch, height, width, of_x) * 2 + 1, weight=randn(of_norm, seed=2),
+                bias=randn(of_norm, seed=3))
+
+
+def factor_of(inputs):
+    return round((inputs['x'].shape[-1] // inputs['weight'].numel()) ** 0.5) or 1
 
 
 def batch_norm_arguments(inputs, residual, relu):
@@ -95,6 +113,23 @@ SPECS = [
          maps=('x', 'branch'), autocast_dtype=torch.float32,
          wrong=(('branch', cut(1), 'expects branch of shape'),
                 ('weight', cut(0), 'expects weight of shape'))),
+    Spec('expand_norm',
+         call=lambda inputs, backend=None, **options: expand_norm(
+             **inputs, factor=factor_of(inputs), eps=1e-3, **options),
+         make=make_patches,
+         arguments=lambda inputs, out_dtype: (*inputs.values(), factor_of(inputs), 1e-3, out_dtype),
+         shapes=((2, 1, 3, 3, 2), (1, 1, 1, 4, 1), (2, 3, 2, 8, 4)),
+         kernel_shapes=((2, 3, 5, 24, 4), (3, 5, 2, 40, 2), (1, 2, 3, 384, 2), (2, 1, 1, 96, 3)),
+         half_shapes=((2, 5, 3, 24, 4), (2, 3, 3, 192, 2)), autocast_dtype=torch.float32,
+         wrong=(('weight', cut(0), 'expects x'), ('bias', cut(0), 'weight and bias'))),
+    Spec('merge_norm',
+         call=lambda inputs, backend=None, **options: merge_norm(**inputs, eps=1e-3, **options),
+         make=make_patches,
+         arguments=lambda inputs, out_dtype: (*inputs.values(), 1e-3, out_dtype),
+         shapes=((2, 2, 3, 2), (1, 5, 4, 3), (2, 2, 2, 4)),
+         kernel_shapes=((2, 4, 6, 8), (3, 5, 7, 20), (2, 3, 2, 384), (1, 2, 2, 96)),
+         half_shapes=((2, 6, 5, 96), (2, 4, 4, 12)), autocast_dtype=torch.float32,
+         wrong=(('weight', cut(0), 'expects x'), ('bias', cut(0), 'weight and bias'))),
     Spec('add_norm', id='sum',
          call=lambda inputs, backend=None, **options: add_norm(**inputs, weight=None, bias=None,
                                                                **options)[0],

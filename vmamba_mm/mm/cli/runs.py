@@ -63,7 +63,7 @@ def start_processes(cfg, launcher):
     rank, world, local = (int(os.environ[n]) for n in names)
     if not cfg.get('model_wrapper_cfg'):
         cfg.model_wrapper_cfg = dict(
-            DDP_OPTIONS, type='MMDistributedDataParallel',
+            DDP_OPTIONS, type='vmamba_mm.BucketSharingDDP',
             find_unused_parameters=cfg.get('find_unused_parameters', False))
     if has_gpu():
         count = torch.cuda.device_count()

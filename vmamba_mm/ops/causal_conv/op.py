@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vmamba_mm.ops.causal_conv import chunked, cuda, reference
 from vmamba_mm.ops.core.backends import Backend
+from vmamba_mm.ops.core.checks import check_shapes
 from vmamba_mm.ops.core.define_op import Implementation, define_op
 
 
@@ -90,9 +91,5 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor 
     batch, length, dim = x.shape
     if length < 1:
         raise ValueError(f'causal_conv expects L >= 1, got x {tuple(x.shape)}')
-    states = (batch, weight.shape[1] - 1, dim)
-    for name, tensor, shape in (('bias', bias, (dim,)), ('initial_state', initial_state, states)):
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f'causal_conv expects {name} of shape {shape} beside x '
-                             f'{tuple(x.shape)} and weight {tuple(weight.shape)}, got '
-                             f'{tuple(tensor.shape)}')
+    check_shapes('causal_conv', {'x': x, 'weight': weight}, bias=(bias, (dim,)),
+                 initial_state=(initial_state, (batch, weight.shape[1] - 1, dim)))

@@ -372,9 +372,17 @@ def _differentiable(name: str, size: int, backward: Callable | None,
     ``shorten`` it gives the first ``results`` alone: autograd need not know of the others."""
     def forward(ctx, *args):
         output = function(*args)
-        if backward is not None:
+        if backward is None:
+            return _first(output, results) if shorten else output
+        if not shorten:
             _prepare(ctx, args, output, setup_context, results)
-        return _first(output, results) if shorten else output
+            return output
+        ctx.set_materialize_grads(False)
+        if setup_context is not None:
+            setup_context(ctx, args, output)
+        if isinstance(output, tuple):
+            return output[0] if results == 1 else output[:results]
+        return output
 
     node = _make_node(name, size, backward, results, forward=forward)
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -151,7 +152,8 @@ def _define_backward(name: str, arguments: Sequence[tuple[str, str]], outputs: S
         if implementation.saves or all(is_argument for _, is_argument in sources):
             return implementation.backward
         given = [True] * results + [key not in of_tensors or key in names for key in saves]
-        return lambda *args: implementation.backward(*compress(args, given))
+        function = implementation.backward
+        return lambda *args: function(*compress(args, given))
 
     functions = {key: implement(implementation) for key, implementation in implementations.items()}
     single = next(iter(functions.values()))
@@ -191,12 +193,23 @@ def _define_backward(name: str, arguments: Sequence[tuple[str, str]], outputs: S
     optional_at = [(i, of_tensors.index(key)) for i, key in differentiable if key in optional]
     come_first = [i for i, _ in differentiable] == [*range(len(differentiable))]
 
+    # Where arguments come first, they are taken at once.
+    of_arguments = [i for i, is_argument in sources if is_argument]
+    in_order = all(is_argument for _, is_argument in sources[:len(of_arguments)])
+    take_arguments, take_constants = _take(of_arguments), _take(of_constants)
+    of_outputs = [i for i, is_argument in sources if not is_argument]
+
     def setup(ctx, inputs, output):
         # Eagerly, what an implementation does not save is not there.
         found = output if isinstance(output, tuple) else (output,)
-        ctx.save_for_backward(*[inputs[i] if is_argument else found[i] if i < len(found) else None
-                                for i, is_argument in sources])
-        ctx.constants = tuple([inputs[i] for i in of_constants])
+        if in_order:
+            ctx.save_for_backward(*take_arguments(inputs), *[
+                found[i] if i < len(found) else None for i in of_outputs])
+        else:
+            ctx.save_for_backward(*[
+                inputs[i] if is_argument else found[i] if i < len(found) else None
+                for i, is_argument in sources])
+        ctx.constants = take_constants(inputs)
         ctx.size = len(inputs)
 
     def backward(ctx, *output_grads):
@@ -211,7 +224,7 @@ def _define_backward(name: str, arguments: Sequence[tuple[str, str]], outputs: S
                                           else arg for i, arg in enumerate(args)])
         else:
             with no_autocast():
-                input_grads = run(*args)
+                input_grads = functions[args[-1]](*args[:-1]) if named else single(*args)
         if len(differentiable) == 1:
             input_grads = input_grads,
         if come_first:
@@ -229,3 +242,10 @@ def _define_backward(name: str, arguments: Sequence[tuple[str, str]], outputs: S
         return tuple(gradients)
 
     return backward, setup
+
+
+def _take(indices: Sequence[int]) -> Callable[[tuple], tuple]:
+    """What takes the items with these indices from a tuple."""
+    if len(indices) > 1:
+        return itemgetter(*indices)  # a call of C
+    return lambda values: tuple([values[i] for i in indices])

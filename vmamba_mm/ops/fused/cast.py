@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vmamba_mm.ops.core.launch import CODES, TYPES, Instance, cached, kernel
 
-_MOST = 6  # MOST in cast.cuh: parameters of a launch
+_MOST = 7  # MOST in cast.cuh: parameters of a launch
 
 
 def cast_instance(type_: str) -> Instance:
@@ -21,7 +21,7 @@ INSTANCES: dict[Instance, int] = {cast_instance('Half'): 75, cast_instance('BFlo
 
 
 class CastPlan(NamedTuple):
-    """The layout for rounding at most six tensors into one.
+    """The layout for rounding at most seven tensors into one.
 
     ``starts``: where each begins in the result, and where that ends, in elements. ``blocks`` of 256
     threads. ``fields``: numbers for the kernels' struct Cast. ``absent``: addresses for the tensors
@@ -58,7 +58,7 @@ def cast_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...],
 
 
 def cast(parameters: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Each parameter in ``dtype``, without gaps; at most six, rounded by one launch."""
+    """Each parameter in ``dtype``, without gaps; at most seven, rounded by one launch."""
     parameters = [p.contiguous() for p in parameters]
     if all(p.dtype == dtype for p in parameters):
         return parameters

@@ -5,6 +5,7 @@ from functools import partial
 from torch import Tensor
 
 from vmamba_mm.ops.core.backends import Backend
+from vmamba_mm.ops.core.checks import check_shapes
 from vmamba_mm.ops.core.define_op import Implementation, define_op
 from vmamba_mm.ops.mamba_inner import chunked, cuda, reference, triton_scan
 from vmamba_mm.ops.scan_kernels import triton_backend
@@ -115,13 +116,8 @@ def _check(xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, reverse) 
     if A.is_complex():
         raise ValueError(f'mamba_inner expects a real A, got {A.dtype}: complex is not supported')
     by_channel = (routes, dim)
-    expected = {'conv_bias': (conv_bias, by_channel),
-                'x_proj': (x_proj, (routes, rank + 2 * state, dim)),
-                'dt_proj': (dt_proj, (routes, dim, rank)), 'dt_bias': (dt_bias, by_channel),
-                'A': (A, (routes, dim, state)), 'D': (D, by_channel)}
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f'mamba_inner expects {name} of shape {shape} beside xz '
-                             f'{tuple(xz.shape)}, conv_weight {tuple(conv_weight.shape)}, dt_proj '
-                             f'{tuple(dt_proj.shape)} and A {tuple(A.shape)}; got '
-                             f'{tuple(tensor.shape)}')
+    check_shapes('mamba_inner', {'xz': xz, 'conv_weight': conv_weight, 'dt_proj': dt_proj, 'A': A},
+                 conv_bias=(conv_bias, by_channel),
+                 x_proj=(x_proj, (routes, rank + 2 * state, dim)),
+                 dt_proj=(dt_proj, (routes, dim, rank)), dt_bias=(dt_bias, by_channel),
+                 A=(A, (routes, dim, state)), D=(D, by_channel))

@@ -14,7 +14,7 @@ from vmamba_mm.ops.core.launch import why_not_beside
 from vmamba_mm.ops.fused.cast import cast
 from vmamba_mm.ops.fused.mlp.cuda import column_sums
 from vmamba_mm.ops.masa import cuda, lepe
-from vmamba_mm.ops.masa.op import masa
+from vmamba_mm.ops.masa.op import check_places, masa
 from vmamba_mm.ops.scan_kernels.cuda import dense
 
 
@@ -151,7 +151,7 @@ def masa_mixer(x: Tensor, q: tuple[Tensor, Tensor], k: tuple[Tensor, Tensor],
         (B, H, W, C), in the dtype of ``x``, or autocast's.
 
     Raises:
-        ValueError: if the shapes do not fit one another.
+        ValueError: if the shapes do not fit one another, or on another ``form``.
 
     Example, of two heads:
         >>> x, decay, square = torch.randn(1, 3, 5, 8), torch.tensor([-0.3, -0.1]), torch.eye(8)
@@ -160,9 +160,15 @@ def masa_mixer(x: Tensor, q: tuple[Tensor, Tensor], k: tuple[Tensor, Tensor],
         torch.Size([1, 3, 5, 8])
     """
     dim = x.shape[-1]
-    shapes = [tuple(t.shape) for pair in (q, k, v, out, lepe) for t in pair]
+    shapes = [t.shape for t in (*q, *k, *v, *out, *lepe)]
     if x.dim() != 4 or shapes != [(dim, dim), (dim,)] * 4 + [(dim, 1, 5, 5), (dim,)]:
         raise ValueError('masa_mixer expects x (B, H, W, C), weights (C, C) with biases (C), and '
-                         f'(C, 1, 5, 5) with (C) of lepe; got x {tuple(x.shape)}, and {shapes}')
+                         f'(C, 1, 5, 5) with (C) of lepe; got x {tuple(x.shape)}, and '
+                         f'{[*map(tuple, shapes)]}')
+    if decay.dim() != 1 or decay.shape[0] < 1 or dim % decay.shape[0]:
+        raise ValueError(f'masa_mixer expects decay (n), n a divisor of the {dim} channels, got '
+                         f'{tuple(decay.shape)}')
+    heads = decay.shape[0]
+    check_places((*x.shape[:3], heads, dim // heads), turns, form, masks)
     return _masa_mixer(x, *q, *k, *v, *lepe, *out, decay, turns, form == 'whole',
                        otherwise=functools.partial(by_steps, masks=masks))

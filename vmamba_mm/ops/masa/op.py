@@ -48,6 +48,7 @@ _masa = define_op(
 def needs_masks(x: Tensor, num_heads: int, form: str) -> bool:
     """Whether :func:`masa` of maps with the sizes of ``x`` (B, H, W, C) adds masks to scores, so
     that who calls it often should have made them before."""
+    _check_form(form)
     heads = x.unflatten(-1, (num_heads, -1))
     return cuda.why_not_map(heads, form == 'whole') is not None
 
@@ -67,6 +68,8 @@ def decay_masks(decay: Tensor, height: int, width: int, form: str = 'decomposed'
         'decomposed': of rows, (n, W, W), and of columns, (n, H, H). 'whole': (n, HW, HW).
     """
     _check_form(form)
+    if decay.dim() != 1:
+        raise ValueError(f'decay must be (n), a number for each head, got {tuple(decay.shape)}')
     rows, columns = (_distances(size, decay) for size in (height, width))
     if form == 'decomposed':
         return _times(decay, columns), _times(decay, rows)
@@ -110,18 +113,31 @@ def masa(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, form: str = 'decomposed
         >>> masa(q, q, v, torch.tensor([0.5]).log()).flatten()
         tensor([1., 2.])
     """
-    _check_form(form)
     if q.dim() != 5 or q.shape != k.shape or v.shape[:-1] != q.shape[:-1]:
         raise ValueError('q and k must be (B, H, W, n, P) and v (B, H, W, n, E), got '
                          f'{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}')
     if decay.shape != q.shape[3:4]:
         raise ValueError(f'decay must have one number for each of the {q.shape[3]} heads, got '
                          f'shape {tuple(decay.shape)}')
-    if turns is not None and turns.shape != (*q.shape[1:3], q.shape[4] // 2, 2):
-        raise ValueError(f'turns must be (H, W, P / 2, 2) beside q {tuple(q.shape)}, got '
-                         f'{tuple(turns.shape)}')
+    check_places(q.shape, turns, form, masks)
     return _masa(q, k, v, decay, turns, form == 'whole',
                  otherwise=functools.partial(_by_products, masks=masks))
+
+
+def check_places(shape: Sequence[int], turns: Tensor | None, form: str,
+                 masks: Sequence[Tensor] | None) -> None:
+    """Raise ValueError unless these fit heads of ``shape`` (B, H, W, n, P)."""
+    _check_form(form)
+    _, height, width, heads, dim = shape
+    if turns is not None and turns.shape != (height, width, dim // 2, 2):
+        raise ValueError(f'turns must be (H, W, P / 2, 2) for heads (B, H, W, n, P) of '
+                         f'{tuple(shape)}, got {tuple(turns.shape)}')
+    if masks is not None:
+        sizes = (height * width,) if form == 'whole' else (width, height)
+        found, expected = [tuple(mask.shape) for mask in masks], [(heads, n, n) for n in sizes]
+        if found != expected:
+            raise ValueError(f'masks must be the decay_masks of form={form!r} for this size, of '
+                             f'shapes {expected}, got {found}')
 
 
 def _turned(q: Tensor, k: Tensor, turns: Tensor | None) -> tuple[Tensor, Tensor]:

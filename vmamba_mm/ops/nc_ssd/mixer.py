@@ -4,6 +4,7 @@ gradient by the first one's result is written as one map."""
 import torch
 from torch import Tensor
 
+from vmamba_mm.ops.core.checks import check_shapes
 from vmamba_mm.ops.core.define_op import Implementation, define_op
 from vmamba_mm.ops.fused.dwconv import cuda as dwconv
 from vmamba_mm.ops.fused.dwconv import dwconv_silu
@@ -153,13 +154,27 @@ def nc_ssd_mixer(projected: Tensor, conv_weight: Tensor, conv_bias: Tensor | Non
         >>> nc_ssd_mixer(projected, weight, None, A, A, A, ones, ones).shape
         torch.Size([1, 5, 7, 8])
     """
-    inner, heads, channels = norm_weight.shape[0], A.shape[0], conv_weight.shape[0]
+    inner, heads, channels = norm_weight.numel(), A.numel(), conv_weight.shape[0]
+    if groups < 1 or heads < 1 or heads % groups or channels <= inner:
+        raise ValueError(f'nc_ssd_mixer expects groups of at least 1 that divide the {heads} heads '
+                         f'and a convolution of more than the {inner} channels of the norm, got '
+                         f'groups={groups} and conv_weight {tuple(conv_weight.shape)}')
     if projected.dim() != 4 or inner % heads or (channels - inner) % (2 * groups) \
             or projected.shape[3] < inner + channels + heads:
         raise ValueError(
             'nc_ssd_mixer expects projected (B, height, width, E), E of at least '
             f'{inner + channels + heads} for {inner} channels of {heads} heads and a convolution '
             f'of {channels}; got {tuple(projected.shape)}')
+    of_heads = (heads,)
+    if not (A.shape == D.shape == dt_bias.shape == of_heads
+            and norm_weight.shape == norm_bias.shape == (inner,)
+            and conv_weight.shape == (channels, 1, 3, 3)
+            and (conv_bias is None or conv_bias.shape == (channels,))):
+        check_shapes('nc_ssd_mixer', {'projected': projected, 'conv_weight': conv_weight},
+                     conv_weight=(conv_weight, (channels, 1, 3, 3)),
+                     conv_bias=(conv_bias, (channels,)), A=(A, of_heads), D=(D, of_heads),
+                     dt_bias=(dt_bias, of_heads), norm_weight=(norm_weight, (inner,)),
+                     norm_bias=(norm_bias, (inner,)))
     args = (projected, conv_weight, conv_bias, A, D, dt_bias, norm_weight, norm_bias, groups,
             positive, eps)
     if torch.compiler.is_compiling() and torch.compiler.is_exporting():

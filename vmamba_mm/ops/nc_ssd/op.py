@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from vmamba_mm.ops.core.backends import Backend, runs_kernels
+from vmamba_mm.ops.core.checks import check_shapes
 from vmamba_mm.ops.core.define_op import Implementation, define_op
 from vmamba_mm.ops.fused.add_norm import layer_norm
 from vmamba_mm.ops.nc_ssd import chunked, cuda, reference
@@ -143,13 +144,9 @@ def _check(x, dt, A, B, C, D, dt_bias) -> None:
         raise ValueError('nc_ssd expects x (B, L, H, P), L of at least 1, and B (B, L, G, N), G '
                          f'a divisor of H; got x {tuple(x.shape)}, B {tuple(B.shape)}')
     batch, length, heads, _ = x.shape
-    expected = dict(dt=(dt, (batch, length, heads)), A=(A, (heads,)),
-                    B=(B, (batch, length, *B.shape[2:])), C=(C, (batch, length, *B.shape[2:])),
-                    D=(D, (heads,)), dt_bias=(dt_bias, (heads,)))
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f'nc_ssd expects {name} of shape {shape} beside x {tuple(x.shape)}, '
-                             f'got {tuple(tensor.shape)}')
+    shared = batch, length, *B.shape[2:]
+    check_shapes('nc_ssd', {'x': x}, dt=(dt, (batch, length, heads)), A=(A, (heads,)),
+                 B=(B, shared), C=(C, shared), D=(D, (heads,)), dt_bias=(dt_bias, (heads,)))
     if not x.dtype == B.dtype == C.dtype or not x.dtype.is_floating_point:
         raise ValueError('nc_ssd expects x, B and C of one real dtype; got '
                          f'{x.dtype}, {B.dtype}, {C.dtype}')

@@ -17,10 +17,14 @@ def across_slices(x: Tensor, num_slices: int) -> Tensor:
     Returns:
         (B, L, C).
 
+    Raises:
+        ValueError: on another number of dimensions, or of slices below 1.
+
     Example:
         >>> across_slices(torch.arange(6).view(1, 6, 1), 2).flatten()
         tensor([0, 3, 1, 4, 2, 5])
     """
+    _check('across_slices', x, num_slices)
     if x.shape[1] % num_slices:
         return x[:, _order(x, num_slices)]
     return x.unflatten(1, (num_slices, -1)).transpose(1, 2).flatten(1, 2)
@@ -28,9 +32,16 @@ def across_slices(x: Tensor, num_slices: int) -> Tensor:
 
 def along_slices(x: Tensor, num_slices: int) -> Tensor:
     """The inverse of :func:`across_slices`, with the same arguments."""
+    _check('along_slices', x, num_slices)
     if x.shape[1] % num_slices:
         return x[:, _order(x, num_slices).argsort()]
     return x.unflatten(1, (-1, num_slices)).transpose(1, 2).flatten(1, 2)
+
+
+def _check(op: str, x: Tensor, num_slices: int) -> None:
+    if x.dim() != 3 or num_slices < 1:
+        raise ValueError(f'{op} expects x (B, L, C) and num_slices of at least 1, got x '
+                         f'{tuple(x.shape)} and {num_slices}')
 
 
 def _order(x: Tensor, num_slices: int) -> Tensor:

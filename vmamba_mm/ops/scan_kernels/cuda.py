@@ -284,19 +284,20 @@ class Scans:
     def bind_entries(self, schedule: Schedule, mode: int, strides: tuple[int, ...],
                      dtype: torch.dtype) -> tuple[int, Callable[..., int]]:
         """Bytes of memory, and what finds there what enters each span and gives its address:
-        ENDS of spans of the forward, or GRADIENTS of the backward, by ``grad``."""
+        ENDS of spans of the forward, or GRADIENTS of the backward, by ``grad``; of all but the
+        span from which nothing enters another."""
         if schedule.spans == 1:
             return 0, lambda *addresses, **named: 0
         warps, columns = self.forward_schedule()[:2]
         inner, at, vectors = self.states * self.dim, self.prepared, self.vectors
         size = 4 * self.count * schedule.spans * inner
         summarise = self.bind(
-            schedule._replace(warps=warps, columns=columns),
+            schedule._replace(warps=warps, columns=columns, spans=schedule.spans - 1),
             _forward_shared(self.rank, self.states, warps, mode), strides, dtype, dtype,
             forward_instance, mode)
         combine = kernel(self.index, combine_instance).bind(
             (-(-self.count * inner // 128), 1, 1), (128, 1, 1), scans=self.count,
-            spans=schedule.spans, dim=inner, back=0)
+            spans=schedule.spans, dim=inner, back=0, sources=schedule.spans - 1)
 
         def launch_entries(x, raw, prepared, B, C, memory, grad=0, orders=0):
             ends, entries = memory + size, memory + 2 * size

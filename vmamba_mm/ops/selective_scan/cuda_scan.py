@@ -45,6 +45,10 @@ def forward_instance(type_: str, states: int, lanes: int, last: bool, vector: bo
                     f'scan1d_fwd<{type_}, {states}, {lanes}, {_flags(last, vector)}, {mode}>')
 
 
+def relay_instance(type_: str, vector: bool, back: bool) -> Instance:
+    return Instance('scan1d/scan1d_relay.cu', f'scan1d_relay<{type_}, {_flags(vector, back)}>')
+
+
 def backward_instance(type_: str, states: int, lanes: int, last: bool, vector: bool) -> Instance:
     return Instance('scan1d/scan1d_bwd.cu',
                     f'scan1d_bwd<{type_}, {states}, {lanes}, {_flags(last, vector)}>')
@@ -69,6 +73,9 @@ INSTANCES: dict[Instance, int] = {
        for instance in (*(forward_instance(type_, *lanes_of(state), *memory, mode)
                           for mode in range(3)),
                         backward_instance(type_, *lanes_of(state), *memory))},
+    **{relay_instance(*which): 80 for which in (
+        ('Half', True, False), ('Half', False, True), ('BFloat', True, True),
+        ('Float', True, False), ('Float', False, True))},
     combine_instance(): 75, finish_instance(): 75}
 
 
@@ -152,11 +159,15 @@ class Plan(NamedTuple):
 
 
 max_span = None  # for tests, which then ``forget``: steps of a span at most
+relay: bool | None = None  # whether warps take turns (scan1d_relay.cu); None: where it is quicker
 _BACKWARD_BLOCKS = 3  # of a multiprocessor, as in the launch bounds
 # Instructions of a state and step in the forward, by how many times more lanes than usual share
 # the states of a channel; of what finds the states that enter spans; and of two more launches.
 _INSTRUCTIONS = {1: 9, 2: 11.5, 4: 17}
 _OF_ENDS, _OF_LAUNCHES = 6.7, 6e4
+# As in scan1d_relay.cu: channels of a block, steps of a tile; instructions of a state and step.
+_RELAY_CHANNELS, _RELAY_STEPS, _OF_RELAY = 16, 8, 10
+_RELAY_SHARED = 4 * (4 * (4 * 72 + 8 * 36 + 2 * 256 + 128) + 4 * 2)  # bytes
 # The time of a block where a multiprocessor has 1 to 5 of them, as measured on an H200.
 _OF_BLOCK = 1.82, 1.32, 1, 0.965, 0.94
 
@@ -210,6 +221,20 @@ def forward_plan(index: int, sizes: Sizes, most: int = 5) -> Plan:
     if 8 < sizes.state <= 16:
         plans += [(Plan.of(Tile.of(sizes.state, more), sizes.length, 1), more) for more in (2, 4)]
     return min(plans, key=lambda plan: _cost(multiprocessors, most, sizes, *plan))[0]
+
+
+def _is_relayed(index: int, dtype: torch.dtype, sizes: Sizes, most: int, plan: Plan) -> bool:
+    """Whether a forward by scan1d_relay.cu takes less time than by ``plan``."""
+    if relay is not None:
+        return relay
+    multiprocessors = device_limits(index)[0]
+    blocks = sizes.batch * sizes.routes * -(-sizes.dim // _RELAY_CHANNELS)
+    # As in the launch bounds.
+    at_a_time = 3 if (dtype != torch.float32 and sizes.length % 4 == 0
+                      and torch.cuda.get_device_capability(index) >= (9, 0)) else 2
+    more = plan.tile.lanes // lanes_of(sizes.state)[1]
+    return (_time(multiprocessors, at_a_time, blocks, _RELAY_CHANNELS * sizes.length * _OF_RELAY)
+            < _cost(multiprocessors, most, sizes, plan, more))
 
 
 def backward_plan(index: int, sizes: Sizes) -> Plan:
@@ -316,7 +341,15 @@ def forward_launch(index: int, dtype: torch.dtype, sizes: Sizes, last: bool, typ
     start (the initial state) and end (the final one; (B, K * D, N), fp32), and of states
     (:func:`states_size`), which are given only with a backward's division into spans.
     """
-    plan = forward_plan(index, sizes, _forward_blocks(index, dtype, sizes, last))
+    most = _forward_blocks(index, dtype, sizes, last)
+    plan = forward_plan(index, sizes, most)
+    # Warps can take turns where all maps lie in memory alike, as B and C do, positions adjacent.
+    if (8 < sizes.state <= 16 and not last and B == C and B.l == 1 and not max_span
+            and len({of for _, of in strides}) == 1 and B.n == strides[0][1].s
+            and sizes.dim * sizes.length < 2**30
+            and torch.cuda.get_device_capability(index) >= (8, 0)
+            and _is_relayed(index, dtype, sizes, most, plan)):
+        return _relay_launch(index, dtype, sizes, types, softplus, strides[0][1], B, y_dtype)
     scan = _Scan(index, dtype, sizes, last, types, softplus, plan)
     strides, rows, vectors = dict(strides), dict(B=B, C=C), scan.vectors
     run = scan.bind(RUN, strides, rows, y_dtype)
@@ -345,6 +378,27 @@ def forward_launch(index: int, dtype: torch.dtype, sizes: Sizes, last: bool, typ
                     entries=entries, last=end, y_data=y)
 
     return Launch(launch_in_spans, slab.size)
+
+
+def _relay_launch(index: int, dtype: torch.dtype, sizes: Sizes, types: Types, softplus: bool,
+                  of: Strides, row: RowStrides, y_dtype: torch.dtype) -> Launch:
+    columns = -(-sizes.dim // _RELAY_CHANNELS)
+    size, together = dtype.itemsize, 4  # elements that a lane reads at once
+    vectors = not any(n % together for n in (sizes.length, *of, row.b, row.k))
+    run = _Variants(lambda vector: kernel(
+        index, relay_instance, TYPES[dtype], vector, bool(sizes.reverse)).bind(
+            (sizes.batch * sizes.routes * columns, 1, 1), (_THREADS, 1, 1), _RELAY_SHARED,
+            b=of.b, k=of.k, s=of.s, row_b=row.b, row_k=row.k, dim=sizes.dim, length=sizes.length,
+            state=sizes.state, routes=sizes.routes, columns=columns,
+            tiles=-(-sizes.length // _RELAY_STEPS), softplus=int(softplus), y_type=CODES[y_dtype],
+            A_type=CODES[types.A], D_type=CODES.get(types.D, 0),
+            bias_type=CODES.get(types.bias, 0)))
+
+    def launch_relay(u, delta, A, B, C, y, memory, D=0, bias=0, z=0, start=0, end=0):
+        run[vectors and (u | delta | B | C | y | z) % (size * together) == 0](
+            u=u, delta=delta, A=A, B=B, C=C, D=D, bias=bias, z=z, first=start, last=end, y=y)
+
+    return Launch(launch_relay, 0)
 
 
 @cached
@@ -392,25 +446,28 @@ def backward_launch(index: int, dtype: torch.dtype, sizes: Sizes, last: bool, ty
     def launch_backward(u, delta, A, B, C, grad, du, ddelta, dA, dB, dC, memory, D=0, bias=0, z=0,
                         start=0, dD=0, dbias=0, dz=0, y=0, end_grad=0, start_grad=0):
         states = memory + states_at
-        inputs = dict(u_data=u, delta_data=delta, A=A, B_data=B, C_data=C, bias=bias)
         vector = vectors and (u | delta | z | y | grad | du | ddelta | dz) % 16 == 0
         cums, entries, grad_entries = 0, start, end_grad
         if divided:
             ends, sums, cums = memory + ends_at, memory + sums_at, memory + cums_at
             entries, grad_entries = memory + entries_at, memory + grad_entries_at
-            find_states[vector](states=states, cums=cums, ends=ends, sums=sums, **inputs)
+            find_states[vector](u_data=u, delta_data=delta, A=A, B_data=B, C_data=C, bias=bias,
+                                states=states, cums=cums, ends=ends, sums=sums)
             combine(ends=ends, sums=sums, before=start, A=A, entries=entries)
-            find_gradients[vector](grad_data=grad, z_data=z, ends=ends, sums=sums, **inputs)
+            find_gradients[vector](u_data=u, delta_data=delta, A=A, B_data=B, C_data=C, bias=bias,
+                                   grad_data=grad, z_data=z, ends=ends, sums=sums)
             combine_back(ends=ends, sums=sums, before=end_grad, A=A, entries=grad_entries)
         if gated:
-            find_y[vector](entries=entries, D=D, y_data=y, states=0 if divided else states,
-                           **inputs)
+            find_y[vector](u_data=u, delta_data=delta, A=A, B_data=B, C_data=C, bias=bias,
+                           entries=entries, D=D, y_data=y, states=0 if divided else states)
         elif not divided:
-            find_states[vector](entries=entries, states=states, **inputs)
-        run[vector](grad_data=grad, z_data=z, y_data=y, D=D, du_data=du, ddelta_data=ddelta,
-                    dz_data=dz, states=states, cums=cums, entries=entries,
-                    grad_entries=grad_entries, first_grad=start_grad, BC_parts=memory + BC_at,
-                    A_parts=memory + A_at, D_parts=memory + D_at, **inputs)
+            find_states[vector](u_data=u, delta_data=delta, A=A, B_data=B, C_data=C, bias=bias,
+                                entries=entries, states=states)
+        run[vector](u_data=u, delta_data=delta, A=A, B_data=B, C_data=C, bias=bias, grad_data=grad,
+                    z_data=z, y_data=y, D=D, du_data=du, ddelta_data=ddelta, dz_data=dz,
+                    states=states, cums=cums, entries=entries, grad_entries=grad_entries,
+                    first_grad=start_grad, BC_parts=memory + BC_at, A_parts=memory + A_at,
+                    D_parts=memory + D_at)
         finish(A_parts=memory + A_at, D_parts=memory + D_at, BC_parts=memory + BC_at, A=dA, D=dD,
                bias=dbias, B=dB, C=dC)
 

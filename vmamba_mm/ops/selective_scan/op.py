@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from vmamba_mm.ops.core.backends import Backend, compute_dtype
+from vmamba_mm.ops.core.checks import check_shapes
 from vmamba_mm.ops.core.define_op import Implementation, define_op
 from vmamba_mm.ops.selective_scan import chunked, composed, cuda, reference, triton_scan
 
@@ -103,7 +104,7 @@ def _check(u, delta, A, B, C, D, delta_bias, z, initial_state) -> None:
                          f'got u {tuple(u.shape)}, A {tuple(A.shape)}, B {tuple(B.shape)}')
     batch, channels, length = u.shape
     groups, state = B.shape[1], A.shape[1]
-    if length < 1 or state < 1 or channels % groups:
+    if length < 1 or state < 1 or groups < 1 or channels % groups:
         raise ValueError(f'selective_scan expects L >= 1, N >= 1 and K*D={channels} divisible by '
                          f'K={groups}; got L={length}, N={state}')
     if (u.is_complex() or delta.is_complex() or A.is_complex() or B.is_complex()
@@ -117,10 +118,7 @@ def _check(u, delta, A, B, C, D, delta_bias, z, initial_state) -> None:
             and (z is None or z.shape == u.shape)
             and (initial_state is None or initial_state.shape == states)):
         return
-    expected = {'delta': (delta, u.shape), 'A': (A, (channels, state)), 'B': (B, routed),
-                'C': (C, routed), 'D': (D, (channels,)), 'delta_bias': (delta_bias, (channels,)),
-                'z': (z, u.shape), 'initial_state': (initial_state, states)}
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != tuple(shape):
-            raise ValueError(f'selective_scan expects {name} of shape {tuple(shape)} beside '
-                             f'u {tuple(u.shape)}, got {tuple(tensor.shape)}')
+    check_shapes('selective_scan', {'u': u}, delta=(delta, u.shape), A=(A, (channels, state)),
+                 B=(B, routed), C=(C, routed), D=(D, (channels,)),
+                 delta_bias=(delta_bias, (channels,)), z=(z, u.shape),
+                 initial_state=(initial_state, states))

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vmamba_mm.ops.core.backends import compute_dtype, wants_grad
+from vmamba_mm.ops.core.checks import check_shapes
 from vmamba_mm.ops.selective_scan.activations import softplus
 
 
@@ -60,15 +61,12 @@ def selective_scan_step(state: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: T
 
 def check(state, u, delta, A, B, C, D, z, delta_bias) -> None:
     """Raise ValueError unless the shapes fit one another."""
-    if u.dim() != 2 or B.dim() != 3 or A.dim() != 2 or u.shape[1] % B.shape[1]:
+    if u.dim() != 2 or B.dim() != 3 or A.dim() != 2 or B.shape[1] < 1 \
+            or u.shape[1] % B.shape[1]:
         raise ValueError('selective_scan_step expects u (B, K*D), A (K*D, N) and B (B, K, N); '
                          f'got u {tuple(u.shape)}, A {tuple(A.shape)}, B {tuple(B.shape)}')
     (batch, channels), size, groups = u.shape, A.shape[1], B.shape[1]
-    expected = {'state': (state, (batch, channels, size)), 'delta': (delta, (batch, channels)),
-                'A': (A, (channels, size)), 'B': (B, (batch, groups, size)),
-                'C': (C, (batch, groups, size)), 'D': (D, (channels,)),
-                'z': (z, (batch, channels)), 'delta_bias': (delta_bias, (channels,))}
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f'selective_scan_step expects {name} of shape {shape} beside '
-                             f'u {tuple(u.shape)}, got {tuple(tensor.shape)}')
+    check_shapes('selective_scan_step', {'u': u}, state=(state, (batch, channels, size)),
+                 delta=(delta, (batch, channels)), A=(A, (channels, size)),
+                 B=(B, (batch, groups, size)), C=(C, (batch, groups, size)), D=(D, (channels,)),
+                 z=(z, (batch, channels)), delta_bias=(delta_bias, (channels,)))

@@ -16,7 +16,8 @@ from vmamba_mm.ops.fused.channels import parameter_grads, why_not_channels
 from vmamba_mm.ops.scan_kernels.cuda import dense
 from vmamba_mm.ops.shift_mix.reference import cuts_of
 
-_MOST = 3  # MOST in shift_mix.cu
+#: Mixtures of an op at most; MOST in shift_mix.cu.
+MOST = 3
 
 
 def why_not(x: Tensor, first: Tensor, second: Tensor, third: Tensor | None, pixels: int,
@@ -46,7 +47,7 @@ INSTANCES: dict[Instance, int] = {
 
 
 @cached
-def _launch(index: int, direction: str, dtype: torch.dtype, out_dtype: torch.dtype,
+def shift_launch(index: int, direction: str, dtype: torch.dtype, out_dtype: torch.dtype,
             shape: tuple[int, ...], pixels: int, share: float, head_dim: int,
             types: tuple[torch.dtype | None, ...]):
     """Blocks, each of which leaves a part (3, C) of the gradients by the shares, and the kernel; it
@@ -57,7 +58,7 @@ def _launch(index: int, direction: str, dtype: torch.dtype, out_dtype: torch.dty
     above, columns = 256 // side, -(-groups // side)
     blocks = min(-(-positions // above), max(1, 16 * device_limits(index)[0] // columns))
     launch = kernel(index, instance, direction, TYPES[dtype], TYPES[out_dtype]).bind(
-        (blocks, columns, 1), (side, above, 1), 4 * 4 * side * _MOST, positions=positions,
+        (blocks, columns, 1), (side, above, 1), 4 * 4 * side * MOST, positions=positions,
         height=height, width=width, dim=dim, head=head_dim, pixels=pixels,
         ends=tuple(cuts_of(head_dim, share)[1:]), share_types=tuple(CODES.get(t, 0) for t in types))
     return blocks, launch
@@ -72,8 +73,8 @@ def forward(x, first, second, third, pixels, share, head_dim, out_dtype) -> tupl
     x, shares = dense(x), [None if t is None else t.contiguous() for t in (first, second, third)]
     results = [None if t is None else torch.empty(x.shape, dtype=out_dtype, device=x.device)
                for t in shares]
-    _, launch = _launch(x.get_device(), 'fwd', x.dtype, out_dtype, x.shape, pixels, share, head_dim,
-                        _types(shares))
+    _, launch = shift_launch(x.get_device(), 'fwd', x.dtype, out_dtype, x.shape, pixels, share,
+                             head_dim, _types(shares))
     launch(x=x.data_ptr(), shares=tuple(map(pointer, shares)), y=tuple(map(pointer, results)))
     return tuple(x.new_empty(0, dtype=out_dtype) if t is None else t for t in results)
 
@@ -85,12 +86,12 @@ def backward(grad_first, grad_second, grad_third, x, first, second, third, pixel
     grads = [None if grad is None or t is None else dense(grad)
              for grad, t in zip((grad_first, grad_second, grad_third), shares, strict=True)]
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    blocks, launch = _launch(x.get_device(), 'bwd', x.dtype, out_dtype, x.shape, pixels, share,
-                             head_dim, _types(shares))
-    partials = x.new_empty((blocks, 1, _MOST * x.shape[-1]), dtype=torch.float32)
+    blocks, launch = shift_launch(x.get_device(), 'bwd', x.dtype, out_dtype, x.shape, pixels, share,
+                                  head_dim, _types(shares))
+    partials = x.new_empty((blocks, 1, MOST * x.shape[-1]), dtype=torch.float32)
     launch(x=x.data_ptr(), shares=tuple(map(pointer, shares)), y=tuple(map(pointer, grads)),
            dx=dx.data_ptr(), partials=partials.data_ptr())
     sums = torch.empty(partials.shape[2], dtype=torch.float32, device=x.device)
     parameter_grads(partials, None, sums, 0)
     return dx, *(None if t is None else part.to(t.dtype)
-                 for t, part in zip(shares, sums.view(_MOST, -1), strict=True))
+                 for t, part in zip(shares, sums.view(MOST, -1), strict=True))

@@ -47,21 +47,32 @@ def shift_mix(x: Tensor, shares: Sequence[Tensor], pixels: int = 1, share: float
         As many (B, H, W, C) as there are shares.
 
     Raises:
-        ValueError: if the shapes do not fit one another.
+        ValueError: if the shapes do not fit one another, or on a ``pixels`` or ``share`` that
+            cannot be.
 
     Example, with all channels from the left and half of each mixture from there:
         >>> x, half = torch.tensor([1., 2.]).view(1, 1, 2, 1).repeat(1, 1, 1, 4), torch.ones(4) / 2
         >>> shift_mix(x, (half, 0 * half))[1][0, 0, :, 0]
         tensor([0., 1.])
     """
-    dim = x.shape[-1]
-    head_dim = dim if head_dim is None else head_dim
-    if x.dim() != 4 or len(shares) not in (2, 3) or any(t.shape != (dim,) for t in shares) \
-            or dim % head_dim:
-        raise ValueError(
-            'shift_mix expects x (B, H, W, C), two or three shares (C), and a head_dim that '
-            f'divides C; got x {tuple(x.shape)}, shares {[tuple(t.shape) for t in shares]}, '
-            f'head_dim {head_dim}')
+    head_dim = check_shift('shift_mix', x, shares, (2, 3), pixels, share, head_dim)
     third = shares[2] if len(shares) == 3 else None
     mixtures = _shift_mix(x, *shares[:2], third, pixels, share, head_dim, out_dtype or x.dtype)
     return tuple(mixtures[:len(shares)])
+
+
+def check_shift(op: str, x: Tensor, shares: Sequence[Tensor], counts: tuple[int, ...],
+                pixels: int, share: float, head_dim: int | None = None) -> int:
+    """The ``head_dim`` of so many shares of ``op``; ValueError unless all fits together."""
+    dim = x.shape[-1]
+    head_dim = dim if head_dim is None else head_dim
+    if x.dim() != 4 or len(shares) not in counts or any(t.shape != (dim,) for t in shares) \
+            or head_dim < 1 or dim % head_dim:
+        raise ValueError(
+            f'{op} expects x (B, H, W, C), {" or ".join(map(str, counts))} shares (C), and a '
+            f'head_dim that divides C; got x {tuple(x.shape)}, shares '
+            f'{[tuple(t.shape) for t in shares]}, head_dim {head_dim}')
+    if pixels < 0 or not 0 <= share <= 0.25:
+        raise ValueError(f'{op} expects pixels of at least 0 and a share of 0 to 0.25, for there '
+                         f'are four groups of channels; got {pixels} and {share}')
+    return head_dim

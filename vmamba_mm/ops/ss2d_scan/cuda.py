@@ -219,7 +219,7 @@ class _Scan:
         scan, summarise = self._bind(backward_instance, False), self._bind(backward_instance, True)
         combine = kernel(self.index, combine_instance).bind(
             (-(-work.maps * dim // 128), 1, 1), (128, 1, 1), scans=work.maps, spans=work.spans,
-            dim=dim, back=1)
+            dim=dim, back=1, sources=work.spans)
         fragments, bias, rates, skip = self.plan.offsets[1:5]
 
         def launch_chained_backward(projected, saved, maps, written, states, sums, memory):
@@ -240,18 +240,19 @@ class _Scan:
 
 @cached
 def merge_launch(index: int, dtype: torch.dtype, sizes: tuple[int, ...], back: bool, extra: bool,
-                 weight: torch.dtype | None, to_float: bool = False) -> Callable[..., None]:
-    """:func:`merge.launch` for the maps that a scan, or its backward, wrote; for fp32 that of the
-    kernels for any N."""
+                 weight: torch.dtype | None, to_float: bool = False, gate_stride: int = 0,
+                 state: int = 1) -> Callable[..., None]:
+    """:func:`merge.launch` for the maps that a scan, or its backward, wrote: with a ``state``
+    of 1 in half precision those here, else those for any N."""
     batch, dim, height, width = sizes[:4]
-    if dtype in _HALVES:
+    if dtype in _HALVES and state == 1:
         plan = schedule.plan_of(*sizes, index)
         work = plan.backward if back else plan.forward
         count, images = work.maps, _images(sizes, plan, work)
     else:
         count, images = sizes[5], batch
     return merge.launch(index, dtype, count, images, (batch, dim, height * width), extra, weight,
-                        to_float)
+                        to_float, gate_stride)
 
 
 def _images(sizes: tuple[int, ...], plan: schedule.Plan, work: schedule.Schedule) -> int:

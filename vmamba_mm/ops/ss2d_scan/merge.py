@@ -9,9 +9,10 @@ from vmamba_mm.ops.core.launch import CODES, TYPES, Instance, cached, device_lim
 from vmamba_mm.ops.fused.channels import WIDEST
 
 
-def merge_instance(type_: str, maps: int, extra: bool, parts: int, to_float: bool) -> Instance:
+def merge_instance(type_: str, maps: int, extra: bool, parts: int, to_float: bool,
+                   gate: bool = False) -> Instance:
     return Instance('ss2d_scan/ss2d_merge.cu', f'ss2d_merge<{type_}, {maps}, {str(extra).lower()}, '
-                    f'{parts}, {str(to_float).lower()}>')
+                    f'{parts}, {str(to_float).lower()}{", true" * gate}>')
 
 
 # Of half maps the sums of 4 and of 2 (two routes to a map), in the backward with an extra one, of
@@ -25,6 +26,10 @@ INSTANCES: dict[Instance, int] = {
                     (8, False, 12, True), (8, True, 12, False))},
     **{merge_instance('Float', *args, False): 75 for args in (
         (1, True, 12), (2, True, 12), (4, False, 1), (4, False, 12), (4, True, 12))},
+    # With a gate, of the channels that a vanilla VMamba has: 192 to 2,048.
+    **{merge_instance(type_, 4, False, parts, False, True): low
+       for type_, low in (('Half', 75), ('BFloat', 80), ('Float', 75))
+       for parts in (2, 12, 16)},
 }
 
 
@@ -35,20 +40,21 @@ def fits(dim: int) -> bool:
 
 @cached
 def launch(index: int, dtype: torch.dtype, count: int, images: int, sizes: tuple[int, int, int],
-           extra: bool, weight: torch.dtype | None = None, to_float: bool = False
-           ) -> Callable[..., None]:
+           extra: bool, weight: torch.dtype | None = None, to_float: bool = False,
+           gate_stride: int = 0) -> Callable[..., None]:
     """The sum of ``count`` maps of ``sizes`` (batch, D, length), and of ``extra``, in ``dtype`` or
-    fp32; its LayerNorm for a ``weight`` of this dtype. ``images``: of a span of the scan.
+    fp32; its LayerNorm for a ``weight`` of this dtype, times SiLU of a gate whose rows are
+    ``gate_stride`` elements apart, 0 without one. ``images``: of a span of the scan.
 
     It takes the addresses ``maps``, ``extra``, ``merged``, ``normed``, ``weight``, ``bias``,
-    ``moments``, each written where it is not 0; and ``eps``.
+    ``moments``, each written where it is not 0, and ``gate``; and ``eps``.
     """
     batch, dim, length = sizes
     return kernel(index, merge_instance, TYPES[dtype], count, extra, -(-dim // 128),
-                  to_float and dtype != torch.float32).bind(
+                  to_float and dtype != torch.float32, gate_stride > 0).bind(
         (min(-(-batch * length // 8), 8 * device_limits(index)[0]), 1, 1), (256, 1, 1),
         8 * dim if weight else 0, ('eps',), batch=batch, length=length, images=images, dim=dim,
-        parameter_type=CODES.get(weight, 0))
+        parameter_type=CODES.get(weight, 0), gate_stride=gate_stride)
 
 
 def add(maps: Tensor, extra: Tensor, images: int) -> Tensor:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vmamba_mm.ops.core.backends import Backend
+from vmamba_mm.ops.core.checks import check_shapes
 from vmamba_mm.ops.core.define_op import Implementation, define_op
 from vmamba_mm.ops.orders.reference import ROUTES
 from vmamba_mm.ops.selective_scan.op import scan_flops
@@ -146,6 +147,9 @@ def ss2d_scan_norm(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor,
     Returns:
         (B, D, H, W) in the dtype and with the strides of ``x``.
 
+    Raises:
+        ValueError: as :func:`ss2d_scan`.
+
     Example, for D = 8 channels, K = 4 routes, R = 2 and N = 1:
         >>> x, weight, dt = torch.randn(2, 8, 5, 7), torch.randn(4, 4, 8), torch.randn(4, 8, 2)
         >>> ss2d_scan_norm(x, weight, dt, torch.zeros(4, 8), -torch.ones(32, 1), torch.ones(32),
@@ -154,6 +158,9 @@ def ss2d_scan_norm(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor,
     """
     parameters = (x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
     check(x, *parameters)
+    dim = x.shape[1:2]
+    check_shapes('ss2d_scan_norm', {'x': x}, norm_weight=(norm_weight, dim),
+                 norm_bias=(norm_bias, dim))
 
     def one_by_one(*args):
         # Under autocast the merged map stays fp32 up to the norm, as published.
@@ -191,11 +198,7 @@ def check(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A, D, routes: int = 
             and dt_projs_bias.shape == (num_routes, dim) and A.shape[0] == channels
             and D.shape == (channels,)):
         return
-    expected = {'x_proj_weight': (x_proj_weight, (num_routes, row, dim)),
-                'dt_projs_weight': (dt_projs_weight, (num_routes, dim, rank)),
-                'dt_projs_bias': (dt_projs_bias, (num_routes, dim)),
-                'A': (A, (channels, state)), 'D': (D, (channels,))}
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f'ss2d_scan expects {name} of shape {shape} beside x '
-                             f'{tuple(x.shape)}, got {tuple(tensor.shape)}')
+    check_shapes('ss2d_scan', {'x': x}, x_proj_weight=(x_proj_weight, (num_routes, row, dim)),
+                 dt_projs_weight=(dt_projs_weight, (num_routes, dim, rank)),
+                 dt_projs_bias=(dt_projs_bias, (num_routes, dim)), A=(A, (channels, state)),
+                 D=(D, (channels,)))

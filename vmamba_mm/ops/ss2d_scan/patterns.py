@@ -158,8 +158,11 @@ def scan_norm(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor, dt_proj
         fp32 up to the norm, as published.
 
     Raises:
-        ValueError: on a ``scan`` that does not exist, else as :func:`ss2d_scan`.
+        ValueError: on a ``scan`` that does not exist, one of both parameters of the norm alone,
+            else as :func:`ss2d_scan`.
     """
+    if (norm_weight is None) != (norm_bias is None):
+        raise ValueError('scan_norm expects norm_weight and norm_bias, or None for both')
     parameters = (x_proj_weight, dt_projs_weight, dt_projs_bias, A, D)
     out_dtype = torch.promote_types(x.dtype, (D if norm_weight is None else norm_weight).dtype)
 

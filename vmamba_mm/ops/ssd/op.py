@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vmamba_mm.ops.core.backends import Backend, compute_dtype
+from vmamba_mm.ops.core.checks import check_shapes
 from vmamba_mm.ops.core.define_op import Implementation, define_op
 from vmamba_mm.ops.ssd import chunked, cuda, reference
 
@@ -110,15 +111,11 @@ def _check(x, dt, A, B, C, D, dt_bias, z, initial_state, seq_idx, dt_limit) -> N
                          f'x {x.dtype}, dt {dt.dtype}, A {A.dtype}, B {B.dtype}, C {C.dtype}')
     shared = (batch, length, groups, state)
     of_D = (heads, dim) if D is not None and D.dim() == 2 else (heads,)
-    expected = {'dt': (dt, (batch, length, heads)), 'A': (A, (heads,)), 'B': (B, shared),
-                'C': (C, shared), 'D': (D, of_D), 'dt_bias': (dt_bias, (heads,)),
-                'z': (z, (batch, length, heads, dim)),
-                'initial_state': (initial_state, (batch, heads, dim, state)),
-                'seq_idx': (seq_idx, (batch, length))}
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f'ssd expects {name} of shape {shape} beside x {tuple(x.shape)} and '
-                             f'B {tuple(B.shape)}, got {tuple(tensor.shape)}')
+    check_shapes('ssd', {'x': x, 'B': B}, dt=(dt, (batch, length, heads)), A=(A, (heads,)),
+                 B=(B, shared), C=(C, shared), D=(D, of_D), dt_bias=(dt_bias, (heads,)),
+                 z=(z, (batch, length, heads, dim)),
+                 initial_state=(initial_state, (batch, heads, dim, state)),
+                 seq_idx=(seq_idx, (batch, length)))
     if seq_idx is not None and (seq_idx.is_floating_point() or seq_idx.dtype == torch.bool):
         raise ValueError(f'ssd expects seq_idx of integers, got {seq_idx.dtype}')
     if len(dt_limit) != 2 or not dt_limit[0] <= dt_limit[1]:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vmamba_mm.ops.core.backends import compute_dtype
+from vmamba_mm.ops.core.checks import check_shapes
 from vmamba_mm.ops.ssd.reference import finish_dt
 
 
@@ -60,16 +61,12 @@ def ssd_step(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tens
 
 def check(state, x, dt, A, B, C, D, z, dt_bias) -> None:
     """Raise ValueError unless the shapes fit one another."""
-    if x.dim() != 3 or B.dim() != 3 or x.shape[1] % B.shape[1]:
+    if x.dim() != 3 or B.dim() != 3 or B.shape[1] < 1 or x.shape[1] % B.shape[1]:
         raise ValueError('ssd_step expects x (B, H, P) and B (B, G, N) with H divisible by G; '
                          f'got x {tuple(x.shape)}, B {tuple(B.shape)}')
     (batch, heads, dim), (_, groups, size) = x.shape, B.shape
     of_D = (heads, dim) if D is not None and D.dim() == 2 else (heads,)
-    expected = {'state': (state, (batch, heads, dim, size)), 'dt': (dt, (batch, heads)),
-                'A': (A, (heads,)), 'B': (B, (batch, groups, size)),
-                'C': (C, (batch, groups, size)), 'D': (D, of_D), 'z': (z, (batch, heads, dim)),
-                'dt_bias': (dt_bias, (heads,))}
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f'ssd_step expects {name} of shape {shape} beside x '
-                             f'{tuple(x.shape)} and B {tuple(B.shape)}, got {tuple(tensor.shape)}')
+    check_shapes('ssd_step', {'x': x, 'B': B}, state=(state, (batch, heads, dim, size)),
+                 dt=(dt, (batch, heads)), A=(A, (heads,)), B=(B, (batch, groups, size)),
+                 C=(C, (batch, groups, size)), D=(D, of_D), z=(z, (batch, heads, dim)),
+                 dt_bias=(dt_bias, (heads,)))

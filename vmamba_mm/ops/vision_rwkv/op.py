@@ -6,58 +6,52 @@ import torch
 from torch import Tensor
 
 from vmamba_mm.ops.core.backends import autocast_dtype
+from vmamba_mm.ops.core.checks import check_shapes
 from vmamba_mm.ops.core.define_op import Implementation, define_op
+from vmamba_mm.ops.shift_mix.op import check_shift
 from vmamba_mm.ops.vision_rwkv import cuda, reference
-from vmamba_mm.ops.wkv.op import wkv_flops
+from vmamba_mm.ops.wkv.op import check_mode, wkv_flops
 
 
 def _spatial_fake(x, for_k, for_v, for_r, key, value, receptance, output, w, u, official, pixels,
                   share, dtype, save):
-    def empty(*shape):
-        return x.new_empty(shape if save else (0,), dtype=dtype)
+    return _fake(x, key, output, cuda.SPATIAL, dtype, save)
 
-    return (x.new_empty((*x.shape[:-1], output.shape[0]), dtype=dtype),
-            *(empty(*x.shape) for _ in range(3)),
-            *(empty(prod(x.shape[:3]), key.shape[0]) for _ in range(4)))
+
+def _channel_fake(x, for_k, for_r, key, value, receptance, pixels, share, head_dim, dtype, save):
+    return _fake(x, key, value, cuda.CHANNEL, dtype, save)
+
+
+def _fake(x, key, last, layout, dtype, save):
+    size = cuda.saved_size(layout, x, key.shape[0], last.shape[0], dtype) if save else 0
+    return (x.new_empty((*x.shape[:-1], last.shape[0]), dtype=dtype),
+            x.new_empty(size, dtype=torch.uint8))
 
 
 _spatial_mixer = define_op(
     'spatial_mixer',
     '(Tensor x, Tensor for_k, Tensor for_v, Tensor for_r, Tensor key, Tensor value, '
     'Tensor receptance, Tensor output, Tensor w, Tensor u, bool official, int pixels, float share, '
-    'ScalarType dtype, bool save) -> (Tensor result, Tensor mixed_k, Tensor mixed_v, '
-    'Tensor mixed_r, Tensor k, Tensor v, Tensor r, Tensor y)',
+    'ScalarType dtype, bool save) -> (Tensor result, Tensor saved)',
     reference=reference.spatial_mixer,
     fake=_spatial_fake,
     implementations={'cuda': Implementation(cuda.spatial_forward, cuda.spatial_backward,
                                             cuda.spatial_why_not, saves=True)},
-    saves='x for_k for_v for_r key value receptance output w u mixed_k mixed_v mixed_r k v r y '
-          'official pixels share dtype',
+    saves='x for_k for_v for_r key value receptance output w u saved official pixels share dtype',
     flops=lambda x, key, value, receptance, output, **_: 2 * prod(x[:3]) * sum(
         map(prod, (key, value, receptance, output)))
     + wkv_flops(x[0], x[1] * x[2], key[0], directions=2))
-
-
-def _channel_fake(x, for_k, for_r, key, value, receptance, pixels, share, head_dim, dtype, save):
-    def empty(*shape):
-        return x.new_empty(shape if save else (0,), dtype=dtype)
-
-    size = prod(x.shape[:3])
-    return (x.new_empty((*x.shape[:-1], value.shape[0]), dtype=dtype), empty(*x.shape),
-            empty(*x.shape), *(empty(size, weight.shape[0]) for weight in (key, receptance, value)))
-
 
 _channel_mixer = define_op(
     'channel_mixer',
     '(Tensor x, Tensor for_k, Tensor for_r, Tensor key, Tensor value, Tensor receptance, '
     'int pixels, float share, int head_dim, ScalarType dtype, bool save) -> '
-    '(Tensor result, Tensor mixed_k, Tensor mixed_r, Tensor k, Tensor r, Tensor values)',
+    '(Tensor result, Tensor saved)',
     reference=reference.channel_mixer,
     fake=_channel_fake,
     implementations={'cuda': Implementation(cuda.channel_forward, cuda.channel_backward,
                                             cuda.channel_why_not, saves=True)},
-    saves='x for_k for_r key value receptance mixed_k mixed_r k r values pixels share head_dim '
-          'dtype',
+    saves='x for_k for_r key value receptance saved pixels share head_dim dtype',
     flops=lambda x, key, value, receptance, **_: 2 * prod(x[:3]) * sum(
         map(prod, (key, value, receptance))))
 
@@ -78,11 +72,24 @@ def spatial_mixer(x: Tensor, shares: tuple[Tensor, Tensor, Tensor],
     Returns:
         (B, H, W, C) in the dtype of ``x``, or autocast's.
 
+    Raises:
+        ValueError: if the shapes do not fit one another, or on another ``mode``.
+
     Example:
         >>> x, half, square = torch.randn(1, 3, 5, 8), torch.ones(8) / 2, torch.eye(8)
         >>> spatial_mixer(x, (half,) * 3, (square,) * 4, half, half).shape
         torch.Size([1, 3, 5, 8])
     """
+    check_mode(mode)
+    check_shift('spatial_mixer', x, shares, (3,), pixels, share)
+    dim = x.shape[3]
+    key, value, receptance, output = weights
+    vector, square = (dim,), (dim, dim)
+    if not (key.shape == value.shape == receptance.shape == output.shape == square
+            and w.shape == u.shape == vector):
+        check_shapes('spatial_mixer', {'x': x}, key=(key, square), value=(value, square),
+                     receptance=(receptance, square), output=(output, square), w=(w, vector),
+                     u=(u, vector))
     return _spatial_mixer(x, *shares, *weights, w, u, mode == 'official', pixels, share,
                           _dtype_of_products(x))
 
@@ -100,13 +107,23 @@ def channel_mixer(x: Tensor, shares: tuple[Tensor, Tensor], weights: tuple[Tenso
     Returns:
         (B, H, W, C) in the dtype of ``x``, or autocast's.
 
+    Raises:
+        ValueError: if the shapes do not fit one another.
+
     Example:
         >>> x, half, square = torch.randn(1, 3, 5, 8), torch.ones(8) / 2, torch.eye(8)
         >>> channel_mixer(x, (half, half), (square,) * 3).shape
         torch.Size([1, 3, 5, 8])
     """
-    return _channel_mixer(x, *shares, *weights, pixels, share,
-                          x.shape[-1] if head_dim is None else head_dim, _dtype_of_products(x))
+    head_dim = check_shift('channel_mixer', x, shares, (2,), pixels, share, head_dim)
+    dim = x.shape[3]
+    key, value, receptance = weights
+    hidden = key.shape[:1]
+    if not (key.shape == (*hidden, dim) and value.shape == (dim, *hidden)
+            and receptance.shape == (dim, dim)):
+        check_shapes('channel_mixer', {'x': x, 'key': key}, key=(key, (*hidden, dim)),
+                     value=(value, (dim, *hidden)), receptance=(receptance, (dim, dim)))
+    return _channel_mixer(x, *shares, *weights, pixels, share, head_dim, _dtype_of_products(x))
 
 
 def _dtype_of_products(x: Tensor) -> torch.dtype:

@@ -16,9 +16,10 @@ _ALIGNED = 128  # elements: where parts of a slab begin
 
 class Saved(NamedTuple):
     """Maps that the backward needs beside the inputs. A forward without one has those that it
-    needs itself in its slab; the last four, which it does not write then, are 0."""
+    needs itself in its slab; the last four, which it does not write then, are 0. Without an MLP
+    there is no sum after the first branch and nothing that follows it."""
     normed1: int         # the first norm's result
-    conv_input: int      # the result of in_proj
+    in_projected: int    # the result of in_proj: what the convolution takes, and the gate
     scan_input: int      # that of the convolution and SiLU
     projected: int       # that of x_proj: dt, B and C of all routes
     scan_state: int      # the parameters as the scan takes them, and its states
@@ -63,7 +64,7 @@ class BackwardSlab(NamedTuple):
     dx_proj: int         # by x_proj_weight, as the matrix product gives it
     dscan_input: int
     dconv: int           # by the result of the convolution, before SiLU
-    dconv_input: int
+    din_projected: int   # by what the convolution took, and by the gate
     dnormed1: int
     fc1_parts: int
     fc2_parts: int

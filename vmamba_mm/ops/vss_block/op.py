@@ -11,47 +11,48 @@ from vmamba_mm.ops.core.backends import wants_grad
 from vmamba_mm.ops.core.define_op import Implementation, define_op
 from vmamba_mm.ops.ss2d_scan.op import count_flops
 from vmamba_mm.ops.vss_block import cuda, reference
-from vmamba_mm.ops.vss_block.weights import NUM_WEIGHTS, Weights, gather_weights
+from vmamba_mm.ops.vss_block.weights import OF_MLP, Weights, gather_weights
 
 _NAMES = ' '.join(Weights._fields)
 # autograd does not look for tensors in a list: each is an argument of its own.
-_ARGUMENTS = ', '.join(f'{"Tensor?" if name == "conv_bias" else "Tensor"} {name}'
+_OPTIONAL = *OF_MLP, 'conv_bias'
+_ARGUMENTS = ', '.join(f'{"Tensor?" if name in _OPTIONAL else "Tensor"} {name}'
                        for name in Weights._fields)
 
 
 def _count_flops(x, in_proj, x_proj, dt_projs, A_logs, fc1, **_) -> int:
     batch, height, width, dim = x
-    pixels, inner, hidden = batch * height * width, in_proj[0], fc1[0]
-    return (2 * pixels * (2 * inner * dim + 9 * inner + 2 * hidden * dim)
+    pixels, inner, hidden = batch * height * width, dt_projs[1], 0 if fc1 is None else fc1[0]
+    return (2 * pixels * ((in_proj[0] + inner) * dim + 9 * inner + 2 * hidden * dim)
             + count_flops((batch, inner, height, width), x_proj, dt_projs, A_logs))
 
 
-def _join(blocks: list[Weights]) -> tuple[list[Tensor], bool]:
-    """The weights of one block after the other, and whether they have biases of the convolution:
-    torch.jit.trace takes no None in a list."""
-    if blocks[0].conv_bias is None:
-        return [t for weights in blocks for t in weights[:-1]], False
-    return [t for weights in blocks for t in weights], True
+def _join(blocks: list[Weights]) -> tuple[list[Tensor], bool, bool]:
+    """The weights of one block after the other, and whether they have those of an MLP and biases of
+    the convolution: torch.jit.trace takes no None in a list."""
+    first = blocks[0]
+    has = first.fc1 is not None, first.conv_bias is not None
+    if all(has):
+        return [t for weights in blocks for t in weights], *has
+    return [t for weights in blocks for t in weights if t is not None], *has
 
 
-def _split(weights: list[Tensor], has_conv_bias: bool) -> list[Weights]:
+def _split(weights: list[Tensor], has_mlp: bool, has_conv_bias: bool) -> list[Weights]:
     """The reverse of :func:`_join`."""
-    if has_conv_bias:
-        return [Weights._make(weights[first:first + NUM_WEIGHTS])
-                for first in range(0, len(weights), NUM_WEIGHTS)]
-    size = NUM_WEIGHTS - 1
-    return [Weights(*weights[first:first + size], conv_bias=None)
-            for first in range(0, len(weights), size)]
+    absent = dict.fromkeys((() if has_mlp else OF_MLP) + (() if has_conv_bias else ('conv_bias',)))
+    names = [name for name in Weights._fields if name not in absent]
+    return [Weights(**dict(zip(names, weights[first:first + len(names)], strict=True)), **absent)
+            for first in range(0, len(weights), len(names))]
 
 
-def _forward_of_blocks(x, weights, has_conv_bias, *rest):
-    if not has_conv_bias:
-        weights = [t for block in _split(weights, False) for t in block]
+def _forward_of_blocks(x, weights, has_mlp, has_conv_bias, *rest):
+    if not (has_mlp and has_conv_bias):
+        weights = [t for block in _split(weights, has_mlp, has_conv_bias) for t in block]
     return cuda.forward(x, weights, (None, None), *rest, save=False)[0]
 
 
-def _reference_of_blocks(x, weights, has_conv_bias, eps, dtype, out_dtype):
-    blocks = _split(weights, has_conv_bias)
+def _reference_of_blocks(x, weights, has_mlp, has_conv_bias, eps, dtype, out_dtype):
+    blocks = _split(weights, has_mlp, has_conv_bias)
     for block in blocks:
         x = reference.vss_block(x, block, None, None, eps, dtype,
                                 out_dtype if block is blocks[-1] else x.dtype)
@@ -60,14 +61,14 @@ def _reference_of_blocks(x, weights, has_conv_bias, eps, dtype, out_dtype):
 
 _vss_blocks = define_op(
     'vss_block',
-    '(Tensor x, Tensor[] weights, bool has_conv_bias, float eps, ScalarType dtype, '
+    '(Tensor x, Tensor[] weights, bool has_mlp, bool has_conv_bias, float eps, ScalarType dtype, '
     'ScalarType out_dtype) -> Tensor',
     reference=_reference_of_blocks,
-    fake=lambda x, weights, has_conv_bias, eps, dtype, out_dtype: x.new_empty(
+    fake=lambda x, weights, has_mlp, has_conv_bias, eps, dtype, out_dtype: x.new_empty(
         x.shape, dtype=out_dtype),
     implementations={'cuda': Implementation(_forward_of_blocks)},
-    flops=lambda x, weights, has_conv_bias, **_: sum(
-        _count_flops(x, **block._asdict()) for block in _split(weights, has_conv_bias)))
+    flops=lambda x, weights, has_mlp, has_conv_bias, **_: sum(
+        _count_flops(x, **block._asdict()) for block in _split(weights, has_mlp, has_conv_bias)))
 
 
 @gather_weights
@@ -106,17 +107,20 @@ _vss_block_fwd = define_op(
 
 def vss_block(x: Tensor, weights: Weights, scales: tuple[Tensor | None, Tensor | None],
               eps: float, dtype: torch.dtype, out_dtype: torch.dtype) -> Tensor:
-    """``x + ss2d(norm(x))``, then ``x + mlp(norm(x))``, for inputs for which ``why_not`` is None.
+    """``x + ss2d(norm(x))``, then ``x + mlp(norm(x))`` if there is an MLP, for inputs for which
+    ``why_not`` is None.
 
     For its backward it keeps the input, both norms' results, the sum between, three maps within
-    SS2D with the projected input, and what GELU takes; it calculates GELU, SiLU's input, the scan
-    and the map that out_proj takes again.
+    SS2D, the gate and the projected input, for N > 1 a state for each 24 positions, and what GELU
+    takes; it calculates GELU, SiLU and its inputs, the scan and the map that out_proj takes again.
 
     Args:
         x: (B, H, W, C), the residual sum.
-        weights: the block's parameters.
+        weights: the block's parameters; in_proj of twice as many columns as there are inner
+            channels has those of a gate after them, and what out_proj takes is multiplied by SiLU
+            of it. N is 16 at most.
         scales: (B), fp32, factors of the two branches, or None for 1.
-        eps: of the three norms.
+        eps: of all norms.
         dtype: of the matrix products, fp16 or bf16, or fp32, which ``x`` has then too.
         out_dtype: of the result.
 

@@ -24,10 +24,18 @@ def vss_block(x: Tensor, w: Weights, scale1: Tensor | None, scale2: Tensor | Non
 
     _, normed = add_norm(x, None, None, w.norm1, w.norm1_bias, eps, dtype)
     y_BHWD = F.linear(normed, *cast(w.in_proj))
+    inner, z_BHWD = w.dt_projs.shape[1], None
+    if len(w.in_proj) > inner:
+        y_BHWD, z_BHWD = y_BHWD.split(inner, dim=3)
     y_BHWD = dwconv_silu(y_BHWD, *cast(w.conv, w.conv_bias))
     y_BDHW = scan_norm(y_BHWD.permute(0, 3, 1, 2), w.x_proj, w.dt_projs, w.dt_bias,
                        -w.A_logs.exp(), w.D, w.out_norm, w.out_norm_bias, eps)
-    branch = F.linear(y_BDHW.permute(0, 2, 3, 1), *cast(w.out_proj))
+    y_BHWD = y_BDHW.permute(0, 2, 3, 1)
+    if z_BHWD is not None:
+        y_BHWD = y_BHWD * F.silu(z_BHWD)
+    branch = F.linear(y_BHWD, *cast(w.out_proj))
+    if w.fc1 is None:
+        return add_norm(x, branch, scale1, None, None, eps, out_dtype)[0]
     x, normed = add_norm(x, branch, scale1, w.norm2, w.norm2_bias, eps, dtype)
     branch = mlp(normed, *cast(w.fc1, w.fc1_bias, w.fc2, w.fc2_bias))
     return add_norm(x, branch, scale2, None, None, eps, out_dtype)[0]

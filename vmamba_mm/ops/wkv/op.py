@@ -5,6 +5,7 @@ from typing import Literal
 from torch import Tensor
 
 from vmamba_mm.ops.core.backends import Backend, compute_dtype
+from vmamba_mm.ops.core.checks import check_shapes
 from vmamba_mm.ops.core.define_op import Implementation, define_op
 from vmamba_mm.ops.wkv import chunked, cuda, reference
 
@@ -90,9 +91,7 @@ def wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, *, state: Tensor | None = No
     """
     _check('wkv', w, u, k, v)
     batch, _, channels = v.shape
-    if state is not None and tuple(state.shape) != (batch, 3, channels):
-        raise ValueError(f'wkv expects state of shape {(batch, 3, channels)} beside v '
-                         f'{tuple(v.shape)}, got {tuple(state.shape)}')
+    check_shapes('wkv', {'v': v}, state=(state, (batch, 3, channels)))
     y, final = _wkv(w, u, k, v, state, return_state, backend=backend)
     return (y, final) if return_state else y
 
@@ -132,8 +131,7 @@ def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, *,
         tensor([3., 3., 3.])
     """
     _check('bi_wkv', w, u, k, v)
-    if mode not in MODES:
-        raise ValueError(f'mode={mode!r} does not exist; choose one of {MODES}')
+    check_mode(mode)
     if not isinstance(blocks, int) or blocks < 1 or eps < 0:
         raise ValueError('bi_wkv expects blocks of at least 1 and an eps of at least 0, got '
                          f'{blocks!r} and {eps!r}')
@@ -142,15 +140,16 @@ def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, *,
                    backend=backend)
 
 
+def check_mode(mode: str) -> None:
+    if mode not in MODES:
+        raise ValueError(f'mode={mode!r} does not exist; choose one of {MODES}')
+
+
 def _check(name: str, w, u, k, v) -> None:
     if v.dim() != 3 or v.shape[1] < 1 or v.shape[2] < 1:
         raise ValueError(f'{name} expects v (B, T, C) with T and C of at least 1, got '
                          f'{tuple(v.shape)}')
     channels = v.shape[2]
-    for key, tensor, shape in (('w', w, (channels,)), ('u', u, (channels,)),
-                               ('k', k, tuple(v.shape))):
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f'{name} expects {key} of shape {shape} beside v {tuple(v.shape)}, '
-                             f'got {tuple(tensor.shape)}')
+    check_shapes(name, {'v': v}, w=(w, (channels,)), u=(u, (channels,)), k=(k, v.shape))
     if k.dtype != v.dtype or not v.dtype.is_floating_point:
         raise ValueError(f'{name} expects k and v of one real dtype; got {k.dtype}, {v.dtype}')

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from vmamba_mm.ops.core.backends import compute_dtype
+from vmamba_mm.ops.core.checks import check_shapes
 from vmamba_mm.ops.wkv import reference
 
 
@@ -32,12 +33,8 @@ def wkv_step(state: Tensor, w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> tuple
     if v.dim() != 2:
         raise ValueError(f'wkv_step expects v (B, C), got {tuple(v.shape)}')
     batch, channels = v.shape
-    expected = dict(state=(state, (batch, 3, channels)), w=(w, (channels,)), u=(u, (channels,)),
-                    k=(k, (batch, channels)))
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f'wkv_step expects {name} of shape {shape} beside v '
-                             f'{tuple(v.shape)}, got {tuple(tensor.shape)}')
+    check_shapes('wkv_step', {'v': v}, state=(state, (batch, 3, channels)), w=(w, (channels,)),
+                 u=(u, (channels,)), k=(k, v.shape))
     dtype = compute_dtype(v.dtype)
     w, u, keys, values, state = (t.to(dtype) for t in (w, u, k, v, state))
     y, parts = reference.step(w.exp(), u, keys, values, state.unbind(1))

@@ -1,5 +1,7 @@
 """``add_norm`` by the CUDA kernels ``add_norm.cu`` and ``norm_bwd.cu``."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -23,31 +25,47 @@ def why_not(x: Tensor, *tensors: Tensor | None) -> str | None:
 
 # --- what is compiled -------------------------------------------------------------------------
 
+class Patches(NamedTuple):
+    """Which rows of its input a norm takes, or where those of its result lie: as in patches.cuh,
+    whose ``order`` is one of PLAIN, EXPAND and MERGE; sides of the input map, ``factor``."""
+    order: int
+    height: int = 0
+    width: int = 0
+    factor: int = 0
+
+
+PLAIN, EXPAND, MERGE = range(3)
+_PLAIN = Patches(PLAIN)
+
+
 def forward_instance(x_type: str, branch_type: str, out_type: str, adds: bool, parts: int,
-                     lanes: int = 32, rms: bool = False) -> Instance:
+                     lanes: int = 32, rms: bool = False, order: int = PLAIN) -> Instance:
+    last = f', false, {order}' if order else _RMS[rms]
     return Instance('fused/add_norm.cu', f'add_norm<{x_type}, {branch_type}, {out_type}, '
-                    f'{as_template(adds)}, {parts}, {lanes}{_RMS[rms]}>')
+                    f'{as_template(adds)}, {parts}, {lanes}{last}>')
 
 
 def backward_instance(grad_type: str, x_type: str, branch_type: str, parts: int, team: int,
-                      lanes: int = 32, rms: bool = False, gate: bool = False) -> Instance:
+                      lanes: int = 32, rms: bool = False, gate: bool = False, silu: bool = False,
+                      order: int = PLAIN) -> Instance:
+    last = f', false, false, false, {order}' if order else _GATE[silu] if gate else _RMS[rms]
     return Instance('fused/norm_bwd.cu', f'norm_bwd<{grad_type}, {x_type}, {branch_type}, {parts}, '
-                    f'{team}, {lanes}{_GATE if gate else _RMS[rms]}>')
+                    f'{team}, {lanes}{last}>')
 
 
 # The last arguments of the templates.
 _RMS = {False: '', True: ', true'}
-_GATE = ', false, true'
+_GATE = {False: ', false, true', True: ', false, true, true'}
 
 
 # Types of x, branch and result: everything in a half, autocast, everything in fp32.
 _TYPES = [('Half', 'Half', 'Half'), ('BFloat', 'BFloat', 'BFloat'), ('Float', 'Half', 'Half'),
           ('Float', 'BFloat', 'BFloat'), ('Float', 'Float', 'Float')]
-# Parts of 128 channels, and the lanes of a position where they are not 32: the fewest, of half a
-# warp and of a warp, some, and the most that a VMamba has (1,536 channels). In the backward between
-# them the warps of a position, each of which has so many parts.
-_FORWARD_PARTS = (1, 16), (1,), (6,), (12,)
-_BACKWARD_PARTS = (1, 1, 16), (1, 1), (3, 2), (4, 4)
+# Parts of 128 channels, and the lanes of a position where they are not 32: the fewest, of a quarter
+# of a warp, half of one and one, some, and the most that a VMamba has (1,536 channels). In the
+# backward between them the warps of a position, each of which has so many parts.
+_FORWARD_PARTS = (1, 8), (1, 16), (1,), (6,), (12,)
+_BACKWARD_PARTS = (1, 1, 8), (1, 1, 16), (1, 1), (3, 2), (4, 4)
 #: What is compiled to check it, and the lowest compute capability (75 for 7.5) that it is for.
 INSTANCES: dict[Instance, int] = {
     **{instance: 80 if 'BFloat' in types else 75 for types in _TYPES for instance in (
@@ -68,19 +86,34 @@ INSTANCES: dict[Instance, int] = {
     **{backward_instance(type_, type_, type_, parts, team, gate=True): low
        for type_, low in (('Half', 75), ('BFloat', 80), ('Float', 75))
        for parts, team in ((1, 1), (2, 1), (3, 1), (4, 1), (3, 2))},
+    # And SiLU of the gate, of those that a vanilla VMamba has: 192 to 2,048.
+    **{backward_instance(type_, type_, type_, parts, team, gate=True, silu=True): low
+       for type_, low in (('Half', 75), ('BFloat', 80), ('Float', 75))
+       for parts, team in ((2, 1), (4, 1), (3, 4), (4, 4))},
+    # Of patches, of the channels that a VM-UNet has: 24 to 384 expanded ones, of a half, and 384 to
+    # 1,536 merged ones, of the residual sum; under autocast, and everything in fp32.
+    **{instance: 80 if 'BFloat' in (x, out) else 75
+       for x, out, order, sizes in (
+           *((x, 'Float', EXPAND, ((1, 1, 1, 8), (1, 1, 1, 32), (3, 3, 1, 32)))
+             for x in ('Half', 'BFloat', 'Float')),
+           *(('Float', out, MERGE, ((3, 3, 1, 32), (12, 3, 4, 32)))
+             for out in ('Half', 'BFloat', 'Float')))
+       for parts, parts_back, team, lanes in sizes
+       for instance in (forward_instance(x, x, out, False, parts, lanes, order=order),
+                        backward_instance(out, x, x, parts_back, team, lanes, order=order))},
 }
 
 
 # --- launches ---------------------------------------------------------------------------------
 
 def _lanes_of_position(dim: int) -> int:
-    return 16 if dim <= 64 else 32
+    return 8 if dim <= 32 else 16 if dim <= 64 else 32
 
 
 @cached
-def forward_launch(index, x, branch, out, weight, batch, length, dim, rms=False):
+def forward_launch(index, x, branch, out, weight, batch, length, dim, rms=False, patches=_PLAIN):
     """The forward for these dtypes, None of ``branch`` without a sum, of ``weight`` without a norm;
-    ``rms`` for an RMSNorm.
+    ``rms`` for an RMSNorm. Of ``patches`` the rows of the norm are ``batch`` times ``length``.
 
     It takes the addresses ``x``, ``branch`` (without a sum, (D) in fp32 to be added before the
     norm, or null), ``scale``, ``weight``, ``bias``, ``sum``, ``normed``, ``moments``; and ``eps``.
@@ -88,29 +121,37 @@ def forward_launch(index, x, branch, out, weight, batch, length, dim, rms=False)
     positions, lanes = batch * length, _lanes_of_position(dim)
     blocks = min(-(-positions * lanes // 256), 8 * device_limits(index)[0])
     return kernel(index, forward_instance, TYPES[x], TYPES[branch or x], TYPES[out],
-                  branch is not None, -(-dim // 128), lanes, rms).bind(
+                  branch is not None, -(-dim // 128), lanes, rms, patches.order).bind(
         (blocks, 1, 1), (256, 1, 1), 8 * dim if weight else 0, ('eps',), positions=positions,
-        length=length, dim=dim, parameter_type=CODES.get(weight, 0))
+        length=length, dim=dim, parameter_type=CODES.get(weight, 0), **_fields(patches))
+
+
+def _fields(patches: Patches) -> dict[str, int]:
+    return {f'patches_{name}': value for name, value in patches._asdict().items()
+            if name != 'order'}
 
 
 @cached
 def backward_launch(index, grad, x, branch, weight, batch, length, dim, rms=False,
-                    gate_strides=(0, 0)):
+                    gate_strides=(0, 0), silu=False, patches=_PLAIN):
     """Blocks, each of which leaves a part (2, D) of the gradients by weight and bias, and the
     backward for these dtypes, None of ``branch`` without a sum.
 
     It takes the addresses ``grad``, ``input`` (of the norm), ``moments``, ``weight``,
     ``extra_grad`` (a gradient by that input to be added, or null), ``scale``, ``dinput``,
     ``dbranch``, ``partials``. With a gate after the norm also ``bias``, ``gate`` and ``dgate``, of
-    which the latter have rows that are ``gate_strides`` elements apart.
+    which the latter have rows that are ``gate_strides`` elements apart; if it is ``silu`` of the
+    gate, also ``result``, to which the product is written.
     """
     positions, lanes = batch * length, _lanes_of_position(dim)
     team = 1 << ((dim - 1) // 512).bit_length()  # 1, 2, 4 or 8 warps: 512 channels each
     blocks = min(-(-positions * team * lanes // 256), 4 * device_limits(index)[0])
     launch = kernel(index, backward_instance, TYPES[grad], TYPES[x], TYPES[branch or x],
-                    -(-dim // (128 * team)), team, lanes, rms, gate_strides[0] > 0).bind(
+                    -(-dim // (128 * team)), team, lanes, rms, gate_strides[0] > 0, silu,
+                    patches.order).bind(
         (blocks, 1, 1), (256, 1, 1), 8 * dim, positions=positions, length=length, dim=dim,
-        parameter_type=CODES[weight], gate_stride=gate_strides[0], dgate_stride=gate_strides[1])
+        parameter_type=CODES[weight], gate_stride=gate_strides[0], dgate_stride=gate_strides[1],
+        **_fields(patches))
     return blocks, launch
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from vmamba_mm.ops.core.backends import autocast_dtype
 from vmamba_mm.ops.core.calls import register
+from vmamba_mm.ops.core.checks import check_shapes
 from vmamba_mm.ops.core.define_op import Implementation, define_op
 from vmamba_mm.ops.fused.add_norm import cuda, reference
 
@@ -153,25 +154,23 @@ def add_norm(x: Tensor, branch: Tensor, weight: Tensor | None, bias: Tensor | No
         >>> add_norm(x, branch, torch.ones(2), torch.zeros(2))
         (tensor([[1., 3.]]), tensor([[-1.0000,  1.0000]]))
     """
-    _check(x, branch, weight, bias)
+    _check(x, branch, weight, bias, scale)
     out_dtype = out_dtype or (x.dtype if weight is None else _default_dtype(x))
     total, normed = _add_norm(x, branch, scale, weight, bias, eps, out_dtype)
     return total, None if weight is None else normed
 
 
-def _check(x, branch, weight, bias) -> None:
+def _check(x, branch, weight, bias, scale=None) -> None:
     dim = x.shape[-1:]
     if (branch is None or branch.shape == x.shape) and (
+            scale is None or scale.shape == x.shape[:1]) and (
             bias is None if weight is None
             else weight.shape == dim and (bias is None or bias.shape == dim)):
         return
-    expected = {'branch': (branch, x.shape), 'weight': (weight, dim), 'bias': (bias, dim)}
     if weight is None and bias is not None:
         raise ValueError('a norm needs a weight beside its bias, or neither for no norm')
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f'a norm expects {name} of shape {tuple(shape)} beside x '
-                             f'{tuple(x.shape)}, got {tuple(tensor.shape)}')
+    check_shapes('a norm', {'x': x}, branch=(branch, x.shape), weight=(weight, dim),
+                 bias=(bias, dim), scale=(scale, x.shape[:1]))
 
 
 def _default_dtype(x: Tensor) -> torch.dtype:

@@ -55,6 +55,8 @@ _conv_norm = define_op(
 
 def channels_last(x_BCHW: Tensor) -> Tensor:
     """Images as :func:`conv_norm` takes them, (B, H, W, C), by one copy at most."""
+    if x_BCHW.dim() != 4:
+        raise ValueError(f'images must be (B, C, H, W), got {tuple(x_BCHW.shape)}')
     dtype = autocast_dtype(x_BCHW) if x_BCHW.dtype == torch.float32 else None
     # On the permuted map, since vmap does not know memory_format=torch.channels_last.
     return x_BCHW.permute(0, 2, 3, 1).to(dtype or x_BCHW.dtype,
@@ -80,7 +82,8 @@ def conv_norm(x_BHWC: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor,
         (B, H', W', C').
 
     Raises:
-        ValueError: if the map has another number of channels than the weight takes.
+        ValueError: if the map has another number of channels than the weight takes or is smaller
+            than its kernel, or on a ``stride`` or ``padding`` that cannot be.
 
     Example, for maps of 3 channels:
         >>> x, weight, ones = torch.randn(2, 8, 8, 3), torch.randn(6, 3, 3, 3), torch.ones(6)
@@ -88,6 +91,13 @@ def conv_norm(x_BHWC: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor,
         torch.Size([2, 4, 4, 6])
     """
     check_input(x_BHWC.shape, weight, bias, norm_weight, norm_bias)
+    if stride < 1 or padding < 0:
+        raise ValueError('conv_norm expects a stride of at least 1 and a padding of at least 0, '
+                         f'got {stride} and {padding}')
+    (_, height, width, _), (rows, columns) = x_BHWC.shape, weight.shape[2:]
+    if height + 2 * padding < rows or width + 2 * padding < columns:
+        raise ValueError(f'a convolution of {rows}x{columns} expects maps of that size at least, '
+                         f'got {height}x{width} and a padding of {padding}')
     autocast = autocast_dtype(x_BHWC)
     if autocast is not None and x_BHWC.dtype != torch.float64:
         x_BHWC = x_BHWC.to(autocast)

@@ -35,7 +35,7 @@ INSTANCES: dict[Instance, int] = {
 
 
 @cached
-def _launch(index: int, dtype: torch.dtype, kind: int, backward: bool, size: int):
+def gates_launch(index: int, dtype: torch.dtype, kind: int, backward: bool, size: int):
     """It takes the addresses ``x`` and ``y``; with a gate ``other``; backwards ``grad``, and with a
     gate ``dother``."""
     return kernel(index, instance, TYPES[dtype], kind, backward).bind(
@@ -47,7 +47,7 @@ def _run(kind: int, x: Tensor, other: Tensor | None = None, grad: Tensor | None 
     x, other, grad = dense(x), dense(other), dense(grad)
     results = [torch.empty(x.shape, dtype=x.dtype, device=x.device)
                for _ in range(1 if grad is None or other is None else 2)]
-    _launch(x.get_device(), x.dtype, kind, grad is not None, x.numel())(
+    gates_launch(x.get_device(), x.dtype, kind, grad is not None, x.numel())(
         x=x.data_ptr(), other=pointer(other), grad=pointer(grad), y=results[0].data_ptr(),
         dother=pointer(results[1] if len(results) > 1 else None))
     return results

@@ -60,7 +60,8 @@ def conv_norm_gelu(x_BCHW: Tensor, weight: Tensor, bias: Tensor, norm_weight: Te
         (B, ceil(H/2), ceil(W/2), C'), in autocast's dtype or that of ``x_BCHW``.
 
     Raises:
-        ValueError: if the images have another number of channels than the weight takes.
+        ValueError: if the images have another number of channels than the weight takes, or it is
+            not of 3x3.
 
     Example:
         >>> x, weight, ones = torch.randn(2, 3, 9, 9), torch.randn(16, 3, 3, 3), torch.ones(16)
@@ -69,5 +70,8 @@ def conv_norm_gelu(x_BCHW: Tensor, weight: Tensor, bias: Tensor, norm_weight: Te
     """
     check_input((*x_BCHW.shape[:1], *x_BCHW.shape[2:], *x_BCHW.shape[1:2]), weight, bias,
                 norm_weight, norm_bias)
+    if weight.shape[2:] != (3, 3):
+        raise ValueError("conv_norm_gelu expects a weight (C', C, 3, 3), got "
+                         f'{tuple(weight.shape)}')
     return _conv_norm_gelu(x_BCHW, weight, bias, norm_weight, norm_bias, eps,
                            autocast_dtype(x_BCHW) or x_BCHW.dtype, otherwise=_step_by_step)
