@@ -4,7 +4,8 @@ A step is forward, a loss of all resolutions, backward, as nnU-Net trains: fp16 
 the Mamba layers stay in fp32, cudnn.benchmark, batches and patches of the paper. Beside the network
 stands the same with the published mixer (tools/bench/vim_models.py describes its steps), by
 mamba-ssm's scan where it is installed, and by this package's. "layers" are all Mamba layers alone,
-forward and backward, on random maps of their sizes.
+forward and backward, on random maps of their sizes, replayed as a CUDA graph: in a step the
+convolutions give Python the time to be ahead.
 
 Each Mamba layer is checked first, with one sample of at most 65536 positions: the result and every
 gradient in fp32 against plain PyTorch in fp64, with at most four times the error of plain PyTorch
@@ -16,11 +17,13 @@ in fp32. What is wrong is not timed, and ends with 1.
 
 import argparse
 import copy
+import gc
 import math
 import sys
 from typing import NamedTuple
 
 import torch
+from ss2d_gpu import graphed
 from torch import Tensor, nn
 from vim_models import published_direction, scan_of_mamba_ssm
 
@@ -160,7 +163,9 @@ def layers_step(model: UMamba, row: Row, device: str):
 
 def measure(model: UMamba, row: Row, compile: bool) -> tuple[float, float, float]:
     """ms of a step and of the layers alone, GiB that a step holds at most."""
-    layers = median_ms(layers_step(model, row, 'cuda'))
+    layers = median_ms(graphed(layers_step(model, row, 'cuda')))
+    gc.collect()  # or the graph's memory would count in the peak
+    torch.cuda.empty_cache()
     step = step_of(torch.compile(model) if compile else model, row, 'cuda')
     for _ in range(3):
         step()
