@@ -21,7 +21,10 @@ from vmamba_mm.ops.mamba_blocks.weights import Direction, Weights, flatten, spli
 from vmamba_mm.ops.mamba_inner import cuda as inner
 from vmamba_mm.ops.scan_kernels import cuda as scans
 
-COPY, NEGATIVE_EXP, FACTOR = range(3)  # kinds of parameters in gather.cu
+# Kinds of parameters in gather.cu.
+COPY = 0
+NEGATIVE_EXP = 1
+FACTOR = 2
 _MOST = 16  # MOST there
 _MOST_GRADIENTS = 14  # MOST in scatter.cu
 _KINDS = Direction(COPY, COPY, FACTOR, FACTOR, COPY, NEGATIVE_EXP, COPY)

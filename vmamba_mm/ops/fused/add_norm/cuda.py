@@ -34,7 +34,9 @@ class Patches(NamedTuple):
     factor: int = 0
 
 
-PLAIN, EXPAND, MERGE = range(3)
+PLAIN = 0
+EXPAND = 1
+MERGE = 2
 _PLAIN = Patches(PLAIN)
 
 
