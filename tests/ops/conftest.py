@@ -34,6 +34,13 @@ def place(device, compiled):
         yield 'cpu'
 
 
+@pytest.fixture(params=['emulated', emulated_cuda.CUDA, 'sm_75'])
+def kernels(request, compiled):
+    """'cpu', where the kernels are emulated, or 'cuda'."""
+    with emulated_cuda.with_kernels(request.param, compiled) as device:
+        yield device
+
+
 @pytest.fixture(autouse=True)
 def poison_uninitialised_memory():
     """Fill every ``torch.empty`` with NaN, so that an element nobody writes is seen."""

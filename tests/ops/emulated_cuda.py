@@ -197,6 +197,22 @@ def emulated_gpu(folder: Path, capability: tuple[int, int] = (9, 0)):
         torch.set_num_threads(threads)
 
 
+@contextlib.contextmanager
+def with_kernels(where, compiled):
+    """The device of tensors, in a context where kernels run on it: 'cuda'; or 'cpu', where they are
+    emulated as of an sm_75 or, else, an sm_90, with files in the folder ``compiled``."""
+    if where == 'cuda':
+        yield 'cuda'
+    else:
+        if sys.platform != 'linux' or COMPILER is None and not os.environ.get('CI'):
+            pytest.skip('needs Linux and a C++ compiler')
+        with emulated_gpu(compiled, (7, 5) if where == 'sm_75' else (9, 0)):
+            yield 'cpu'
+
+
+CUDA = pytest.param('cuda', marks=pytest.mark.gpu(nvidia=True))
+
+
 class OnGpu:
     """A tensor as a GPU's; a class that Dynamo can trace."""
     is_cuda, device = True, torch.device('cuda', 0)

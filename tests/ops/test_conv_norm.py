@@ -9,7 +9,6 @@ from test_channels import (
     SINGLE,
     device,
     has_kernels,
-    kernels,
     randn,
     skip_types,
 )
@@ -20,7 +19,7 @@ from vmamba_mm.layers import ConvDownsample
 from vmamba_mm.ops import conv_norm
 from vmamba_mm.testing import relative_error
 
-__all__ = ['device', 'kernels']  # fixtures
+__all__ = ['device']  # a fixture
 NAMES = 'y', 'x', 'weight', 'bias', 'norm weight', 'norm bias'
 
 

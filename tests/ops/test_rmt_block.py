@@ -200,6 +200,7 @@ def test_what_keeps_a_block_from_it(place, calls, change, reason):
     model(x)
     assert calls == [1]
     change(model)
+    model.to(place)
     assert reason in model.why_not(x)
     if change in (wider, half_factor):  # then the steps say what is wrong
         with pytest.raises((RuntimeError, ValueError)):
@@ -207,6 +208,13 @@ def test_what_keeps_a_block_from_it(place, calls, change, reason):
     else:
         model(x)
     assert calls == [1]
+
+
+def test_parameters_elsewhere(place):
+    """Kernels never get addresses of another device."""
+    model, x = make(place), torch.randn(2, 3, 5, 32, device=place)
+    model.block.mlp.dwconv.to('meta')
+    assert 'different devices' in model.why_not(x)
 
 
 @pytest.mark.parametrize(('shape', 'heads', 'dtype', 'reason'), [

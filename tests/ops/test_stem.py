@@ -7,7 +7,6 @@ from test_channels import (
     HALF,
     SINGLE,
     device,
-    kernels,
     randn,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,7 +15,7 @@ from vmamba_mm.layers.embed import ConvStem
 from vmamba_mm.ops import conv_norm_gelu
 from vmamba_mm.testing import relative_error
 
-__all__ = ['device', 'kernels']  # fixtures
+__all__ = ['device']  # a fixture
 
 
 def make(device, shape=(2, 3, 21, 38), out=48, dtype=SINGLE, parameters=SINGLE):

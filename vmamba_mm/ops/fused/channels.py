@@ -17,8 +17,11 @@ def why_not_channels(x: Tensor, dim: int, tensors: tuple[Tensor | None, ...]) ->
     """The reason why the kernels cannot take a map of ``dim`` channels and ``tensors``, or None."""
     if dim % 4 or dim > WIDEST:
         return f'{dim} channels; the kernels take multiples of 4 up to {WIDEST}'
-    if any(t is not None and t.dtype not in CODES for t in tensors):
-        return 'an input is neither float32 nor float16 nor bfloat16'
+    for t in tensors:
+        if t is not None and t.dtype not in CODES:
+            return 'an input is neither float32 nor float16 nor bfloat16'
+        if t is not None and t.device != x.device:
+            return 'the inputs are on different devices'
     return scans.why_not(x, 1, 1)
 
 

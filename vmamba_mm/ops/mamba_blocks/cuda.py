@@ -53,6 +53,8 @@ def why_not(hidden: Tensor, residual: Tensor | None, first: Weights, dtype: torc
     if dim % 8 or inner_dims % 8 or dim > WIDEST:
         return (f'{dim} channels and {inner_dims} inner ones: it takes multiples of 8, the former '
                 f'up to {WIDEST}')
+    if first.in_proj.device != hidden.device:
+        return 'its parameters are on another device than the input'
     if residual is not None and residual.dtype != torch.float32:
         return 'the residual stream is not float32'
     dtypes = [t.dtype for t in flatten(first)]

@@ -115,11 +115,11 @@ def _lay_out_saved(sizes: Sizes, whole: bool, x_itemsize: int, itemsize: int, sc
     # In the order of the fields.
     return Saved(
         slab.take(narrow, x_itemsize), slab.take(2 * pixels), slab.take(narrow, itemsize),
-        slab.take(3 * narrow, itemsize), slab.take(narrow * (not whole), itemsize),
-        slab.take(narrow, itemsize), slab.take(narrow * scaled, itemsize),
+        slab.take(3 * narrow, itemsize), slab.take(narrow * int(not whole), itemsize),
+        slab.take(narrow, itemsize), slab.take(narrow * int(scaled), itemsize),
         slab.take(narrow, x_itemsize), slab.take(2 * pixels), slab.take(narrow, itemsize),
         slab.take(wide, itemsize), slab.take(wide, itemsize),
-        slab.take(narrow * scaled, itemsize)), slab.size
+        slab.take(narrow * int(scaled), itemsize)), slab.size
 
 
 def sizes_of(x: Tensor, weights: Weights, decay: Tensor) -> Sizes:

@@ -72,6 +72,8 @@ def why_not(x: Tensor, dtype: torch.dtype, weights: Weights) -> str | None:
     dim, (inner, in_proj, hidden, rank, _, state) = x.shape[3], _Widths.of(weights)
     if (reason := scans.why_not(x, rank, state)) is not None:
         return reason
+    if weights.in_proj.device != x.device:
+        return 'its parameters are on another device than the input'
     if dtype not in CODES:
         return 'it takes matrix products in float32, float16 or bfloat16'
     if state > MOST_STATES:
@@ -122,7 +124,7 @@ def _lay_out_saved(shape, widths, x_dtype, dtype) -> tuple[list[int], int]:
     pixels = batch * height * width
     row, *scan_state = scan.saved_sizes(dtype, (batch, inner, height, width, rank, routes), state)
     moments = 8 // dtype.itemsize * pixels
-    has_mlp = bool(hidden)
+    has_mlp = int(hidden > 0)  # no bool, which torch 2.11 does not multiply by a symbol
     return lay_out(*Saved(
         normed1=pixels * dim, moments1=moments, in_projected=pixels * in_proj,
         scan_input=pixels * inner, projected=pixels * routes * row, scan_state=sum(scan_state),
