@@ -55,7 +55,10 @@ class MambaLayer(nn.Module):
             y = self.mamba(tokens.to(self.norm.weight.dtype))
         if not self.channel_token:
             y = y.transpose(1, 2)
-        return y.unflatten(2, x.shape[2:])
+        y = y.unflatten(2, x.shape[2:])
+        # On a CPU the backward of a 1x1 convolution with strides, such as comes next, writes past
+        # its memory for channels-last maps of few channels (oneDNN in torch 2.14.1).
+        return y.contiguous() if y.device.type == 'cpu' else y
 
 
 class _ResBlock(nn.Module):
