@@ -1,10 +1,10 @@
 """The parameters of an RMT block, and what takes them as one argument."""
 
-import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
+
+from vmamba_mm.ops.core.gathering import gather_into
 
 
 class Weights(NamedTuple):
@@ -40,13 +40,4 @@ class Weights(NamedTuple):
 
 
 NUM_WEIGHTS = len(Weights._fields)
-
-
-def gather_weights(function: Callable) -> Callable:
-    """Decorator: calls ``function(x, weights, ...)`` with the fields of ``weights`` given as
-    arguments of their own."""
-    @functools.wraps(function)
-    def gathered(x, *args):
-        return function(x, Weights._make(args[:NUM_WEIGHTS]), *args[NUM_WEIGHTS:])
-
-    return gathered
+gather_weights = gather_into(Weights)

@@ -1,10 +1,10 @@
 """The parameters of a VSS block, and functions that have an argument for each of them."""
 
-import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
+
+from vmamba_mm.ops.core.gathering import gather_into
 
 
 class Weights(NamedTuple):
@@ -38,13 +38,4 @@ class Weights(NamedTuple):
 NUM_WEIGHTS = len(Weights._fields)
 #: What a block without an MLP has not.
 OF_MLP = 'norm2', 'norm2_bias', 'fc1', 'fc1_bias', 'fc2', 'fc2_bias'
-
-
-def gather_weights(function: Callable) -> Callable:
-    """Decorator: calls ``function(x, weights, ...)`` with the fields of ``weights`` given as
-    arguments of their own."""
-    @functools.wraps(function)
-    def gathered(x, *args):
-        return function(x, Weights._make(args[:NUM_WEIGHTS]), *args[NUM_WEIGHTS:])
-
-    return gathered
+gather_weights = gather_into(Weights)
