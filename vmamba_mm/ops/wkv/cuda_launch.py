@@ -15,6 +15,7 @@ from vmamba_mm.ops.core.launch import (
     CODES,
     TYPES,
     Instance,
+    Slab,
     cached,
     device_limits,
     kernel,
@@ -158,19 +159,6 @@ class Launch(NamedTuple):
     memory: int
 
 
-class _Slab:
-    """Parts of one piece of memory, each at a multiple of 256 bytes."""
-
-    def __init__(self):
-        self.size = 0
-
-    def take(self, count: int) -> int:
-        """The offset of a part of ``count`` fp32 numbers."""
-        at = self.size
-        self.size += -(-4 * count // 256) * 256
-        return at
-
-
 class _Op:
     """What the launches of an op, forward and backward, have in common."""
 
@@ -224,7 +212,7 @@ def forward_launch(index: int, types: Types, sizes: Sizes, k: Strides, v: Stride
 
         return Launch(launch_forward, 0)
 
-    summarise, combine, slab = op.bind('fwd', plan, True, k=k, v=v), op.combine(plan, 2), _Slab()
+    summarise, combine, slab = op.bind('fwd', plan, True, k=k, v=v), op.combine(plan, 2), Slab()
     ends_at, entries_at = (slab.take(op.entries(plan, 2)) for _ in range(2))
 
     def launch_in_sections(k, v, w, u, y, memory, start=0, last=0):
@@ -245,7 +233,7 @@ def backward_launch(index: int, types: Types, sizes: Sizes, k: Strides, v: Strid
     (B, T, C), dw and du; and memory; of ``wkv`` also, 0 for none, the state start and the gradient
     by it, and the gradient by the last one, (B, 3, C), fp32.
     """
-    op, slab = _Op(index, causal, types, sizes), _Slab()
+    op, slab = _Op(index, causal, types, sizes), Slab()
     plan = plan_of(index, f'{"" if causal else "bi_"}wkv_bwd', sizes)
     maps = dict(k=k, v=v, dy=dy)
     run = op.bind('bwd', plan, False, **maps)
@@ -349,7 +337,7 @@ def _bind_official(op: _Op, which: str, mode: int | str, cut: Cut, eps: float, *
 def official_forward_launch(index: int, types: Types, sizes: Sizes, k: Strides, v: Strides,
                             blocks: int, eps: float) -> Launch:
     """As :func:`forward_launch`, of the official mode of ``bi_wkv``."""
-    op, slab = _Op(index, False, types, sizes), _Slab()
+    op, slab = _Op(index, False, types, sizes), Slab()
     cut = cut_of(index, 'fwd', sizes.length, blocks)
     run, summarise = (_bind_official(op, 'fwd', mode, cut, eps, k=k, v=v)
                       for mode in ('false', 'true'))
@@ -371,7 +359,7 @@ def official_forward_launch(index: int, types: Types, sizes: Sizes, k: Strides, 
 def official_backward_launch(index: int, types: Types, sizes: Sizes, k: Strides, v: Strides,
                              dy: Strides, blocks: int, eps: float) -> Launch:
     """As :func:`backward_launch`, of the official mode of ``bi_wkv``."""
-    op, slab = _Op(index, False, types, sizes), _Slab()
+    op, slab = _Op(index, False, types, sizes), Slab()
     cut = cut_of(index, 'bwd', sizes.length, blocks)
     run, find_ends, find_drives = (
         _bind_official(op, 'bwd', mode, cut, eps, k=k, v=v, dy=dy)
