@@ -1,7 +1,11 @@
 // State space duality, forward. A thread block has HEADS heads of a group in one sequence, or in a
 // span of it, and of each head SLICES * 16 channels. It goes through time in chunks of Q positions.
 // 16 channels have PARTS warps, each with a part of the rows of y and with a part of the states: in
-// registers, and rounded in shared memory for all of these warps.
+// registers and, if there are several, rounded in shared memory for all of these warps.
+//
+// Where the last blocks would leave most multiprocessors without work, as many sequences are in two
+// parts. The first parts begin before all else and leave their states in memory, where the second
+// ones, which begin after all else, find them.
 #include "ssd/ssd.cuh"
 
 struct Forward {
@@ -11,20 +15,45 @@ struct Forward {
     const float *entries;  // the states that enter spans (batch, heads, spans, dim, state), or null
     float *last;           // the final state (batch, heads, dim, state), or null
     int D_type, D_full;    // D_full: of each channel
+    // Blocks of HEADS heads in a sample and in a group. The last of a group has some heads of the
+    // one before too, if they do not come out even.
+    int teams, of_group;
     int length, heads, per_group, dim, state, columns, span, spans, reverse;
+    int sequences, cuts, first;  // so many of all are in two parts: `first` chunks, and the rest
+    float *halves;               // (cuts, HEADS, dim, state): what leaves the first parts
+    int *ready;                  // (cuts): 1 once a first part has left; zeros at the start
+    int *tickets;                // how many blocks have begun; zero at the start
 };
 
-template <class T, int SLICES, int N, int HEADS, int STAGES>
-struct ForwardShared {
+// Two warps to 16 channels have no registers to spare for sequences in two parts.
+template <int PARTS>
+__device__ __forceinline__ int cuts(const Forward &p) {
+    if constexpr (PARTS > 1) return 0;
+    else return p.cuts;
+}
+
+// The states that enter the chunk, for warps that have not all of them in registers.
+template <class T, int PARTS, int WIDTH, int N, int HEADS>
+struct SharedStates {
+    Element<T> states[HEADS][WIDTH * PITCH<T, N>];
+    __device__ __forceinline__ Element<T> *of(int head) { return states[head]; }
+};
+template <class T, int WIDTH, int N, int HEADS>
+struct SharedStates<T, 1, WIDTH, N, HEADS> {
+    __device__ __forceinline__ Element<T> *of(int) { return nullptr; }
+};
+
+template <class T, int PARTS, int SLICES, int N, int HEADS, int STAGES>
+struct ForwardShared : SharedStates<T, PARTS, SLICES * BLOCK, N, HEADS> {
     static constexpr int WIDTH = SLICES * BLOCK;
     struct Stage {
         Element<T> x[HEADS][Q * PITCH<T, WIDTH>];
         Element<T> B[Q * PITCH<T, N>], C[Q * PITCH<T, N>];
     };
     Stage stages[STAGES];
-    Element<T> states[HEADS][WIDTH * PITCH<T, N>];  // that enter the chunk
     Element<T> scores[HEADS][Q * PITCH<T, Q>];
     Decays decays[2][HEADS];
+    int block, unused[3];  // the number of this block in the order in which they begin
 };
 
 // Multiplies four channels by the SiLU of what is at `from`.
@@ -40,14 +69,18 @@ __device__ __forceinline__ void gate(Four<T> &v, const Element<T> *from) {
     }
 }
 
+// Threads of a multiprocessor, whose registers are enough for what a thread has of states and y.
+template <class T, int PARTS, int N>
+constexpr int LIVE = (N * sizeof(Element<T>) / PARTS
+                      <= (PARTS == 1 && !same<T, Float> ? 256 : 128) ? 384 : 256)
+    + 128 * (PARTS - 1)
+    - (__CUDA_ARCH__ >= 1200 && PARTS > 1 && same<T, Float> ? 128 : 0);  // else it spills there
+
 template <class T, bool FAST, int PARTS, int SLICES, int N, int HEADS, int STAGES>
 __global__ void __launch_bounds__(32 * PARTS * SLICES * HEADS,
-                                  live_blocks(
-                                      32 * PARTS * SLICES * HEADS,
-                                      (N * sizeof(Element<T>) / PARTS <= 128 ? 384 : 256)
-                                      + 128 * (PARTS - 1)))
+                                  live_blocks(32 * PARTS * SLICES * HEADS, LIVE<T, PARTS, N>))
 ssd_fwd(const Forward p) {
-    typedef ForwardShared<T, SLICES, N, HEADS, STAGES> Shared;
+    typedef ForwardShared<T, PARTS, SLICES, N, HEADS, STAGES> Shared;
     typedef Element<T> E;
     constexpr int WIDTH = Shared::WIDTH, OF_HEAD = PARTS * SLICES, WARPS = OF_HEAD * HEADS;
     constexpr int THREADS = 32 * WARPS, ROWS = BLOCKS / PARTS, OWN_STATES = N / PARTS;
@@ -56,7 +89,7 @@ ssd_fwd(const Forward p) {
     // are at least two. Of two warps, the one that makes decays has a third of the blocks.
     constexpr int WORKERS = WARPS - HEADS > 1 ? WARPS - HEADS : WARPS > 2 ? WARPS : 1;
     // Blocks at a time: more products that need not wait for one another.
-    constexpr int TOGETHER = WORKERS == 3 && N <= 128 ? 2 : 1;
+    constexpr int TOGETHER = WORKERS % 3 == 0 && WORKERS < Triangle::COUNT && N <= 128 ? 2 : 1;
     static_assert(OWN_STATES % BLOCK == 0, "a warp has blocks of states");
     extern __shared__ __align__(16) char memory[];
     Shared &shared = *(Shared *)memory;
@@ -69,14 +102,26 @@ ssd_fwd(const Forward p) {
         : makes_decays ? Triangle::COUNT : warp - own;
     const int own_blocks = WARPS != 2 ? ~0 : HEADS == 2 ? (warp ? 0x2aa : 0x155)
         : makes_decays ? 0x124 : 0x2db;
-    const int column = blockIdx.x % p.columns, rest = blockIdx.x / p.columns;
-    const int first_head = rest % (p.heads / HEADS) * HEADS, batch = rest / (p.heads / HEADS);
+    int block = blockIdx.x;
+    if (cuts<PARTS>(p)) {
+        // A second part waits for a first one, whose block must have begun.
+        if (threadIdx.x == 0) shared.block = atomicAdd(p.tickets, 1);
+        __syncthreads();
+        block = shared.block;
+    }
+    const bool is_first = PARTS == 1 && block < cuts<PARTS>(p);
+    const bool is_second = cuts<PARTS>(p) && block >= p.sequences;
+    const int sequence = block - cuts<PARTS>(p) + (is_first ? p.sequences : 0);
+    const int column = sequence % p.columns, rest = sequence / p.columns;
+    const int team = rest % p.teams, batch = rest / p.teams, group = team / p.of_group;
+    const int first_head = min(group * p.per_group + team % p.of_group * HEADS,
+                               (group + 1) * p.per_group - HEADS);
     const int span = blockIdx.y, head = first_head + own;
     const int first_channel = column * WIDTH, channel = slice * BLOCK;
     const int width = min(WIDTH, p.dim - first_channel);
-    const int group = first_head / p.per_group;
     const Time time = {p.length, p.reverse};
-    const int begin = span * p.span * Q, end = min(p.length, begin + p.span * Q);
+    const int begin = (is_second ? p.first : span * p.span) * Q;
+    const int end = is_first ? p.first * Q : min(p.length, begin + p.span * Q);
 
     Rows<T, WIDTH, THREADS> x((const E *)p.x.data + batch * p.x.b + (long long)first_head * p.x.h
                               + first_channel, p.x.l, time, begin);
@@ -142,10 +187,15 @@ ssd_fwd(const Forward p) {
     }
     // The channels of a lane: rows g, g + 8 of the states; of y, columns 2 t, 2 t + 1, 8 + 2 t ...
     float state[OWN_STATES / BLOCK][2][4];
-    E *const own_states = shared.states[own] + channel * K;
+    E *const own_states = shared.of(own) + channel * K;
     const long long states_of_head = (long long)p.dim * p.state;
-    const float *const entry = p.entries ? p.entries + (
+    const int cut = sequence + cuts<PARTS>(p) - p.sequences;
+    const float *entry = p.entries ? p.entries + (
         ((long long)batch * p.heads + head) * p.spans + span) * states_of_head : nullptr;
+    if (is_second) {
+        entry = p.halves + (cut * HEADS + own) * states_of_head;
+        while (!load_acquire(p.ready + cut)) {}
+    }
 #pragma unroll
     for (int n = 0; n < OWN_STATES / BLOCK; ++n) {
 #pragma unroll
@@ -159,7 +209,7 @@ ssd_fwd(const Forward p) {
                     v = *(const float2 *)(entry + (long long)c * p.state + s);
                 state[n][m][2 * k] = v.x, state[n][m][2 * k + 1] = v.y;
             }
-        if (entry) store_block<T>(own_states + first_state + BLOCK * n, K, state[n]);
+        if (PARTS > 1 && entry) store_block<T>(own_states + first_state + BLOCK * n, K, state[n]);
     }
 
     int parity = 0;
@@ -184,7 +234,13 @@ ssd_fwd(const Forward p) {
 #pragma unroll
             for (int n = 0; n < N / BLOCK; ++n) {
                 Block16<T> right;
-                right.template load<false, true>(own_states + BLOCK * n, K);
+                if constexpr (PARTS > 1) {
+                    right.template load<false, true>(own_states + BLOCK * n, K);
+                } else {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i)
+                        right.v[i] = pack<T>(state[n][i & 1][i & 2], state[n][i & 1][i & 2 | 1]);
+                }
 #pragma unroll
                 for (int o = 0; o < ROWS; ++o) {
                     Block16<T> left;
@@ -302,7 +358,7 @@ ssd_fwd(const Forward p) {
 
         // The state that leaves.
         const bool more = start + Q < end;
-        if (more || p.last) {
+        if (more || p.last || is_first) {
             const float decay = decays.through;
 #pragma unroll
             for (int n = 0; n < OWN_STATES / BLOCK; ++n)
@@ -329,7 +385,7 @@ ssd_fwd(const Forward p) {
                                           right.v[2 * m], right.v[2 * m + 1]);
                 }
             }
-            if (more) {
+            if (PARTS > 1 && more) {
 #pragma unroll
                 for (int n = 0; n < OWN_STATES / BLOCK; ++n)
                     store_block<T>(own_states + first_state + BLOCK * n, K, state[n]);
@@ -341,8 +397,9 @@ ssd_fwd(const Forward p) {
         }
     }
 
-    if (!p.last || end < p.length) return;
-    float *const last = p.last + ((long long)batch * p.heads + head) * states_of_head;
+    if (!is_first && (!p.last || end < p.length)) return;
+    float *const last = is_first ? p.halves + (cut * HEADS + own) * states_of_head
+        : p.last + ((long long)batch * p.heads + head) * states_of_head;
 #pragma unroll
     for (int n = 0; n < OWN_STATES / BLOCK; ++n)
 #pragma unroll
@@ -355,4 +412,9 @@ ssd_fwd(const Forward p) {
                     *(float2 *)(last + (long long)c * p.state + s) = make_float2(
                         state[n][m][2 * k], state[n][m][2 * k + 1]);
             }
+    if (is_first) {
+        __threadfence();
+        __syncthreads();
+        if (threadIdx.x == 0) store_release(p.ready + cut, 1);
+    }
 }

@@ -107,7 +107,7 @@ def test_shapes_of_blocks(place, cut, shape):
     (Sizes(64, 49, 24, 64, 1, 64), Shape(1, 4, 4, 2)),
     (Sizes(128, 3136, 6, 32, 1, 16), Shape(1, 2, 2, 2)),
     (Sizes(1, 65536, 6, 64, 1, 64), Shape(1, 4, 1, 1)),
-    (Sizes(8, 2048, 80, 64, 1, 128), Shape(2, 4, 1, 1)),
+    (Sizes(8, 2048, 80, 64, 1, 128), Shape(1, 4, 3, 2)),
     (Sizes(1, 196, 12, 64, 1, 64), Shape(2, 4, 1, 2))], ids=str)
 def test_what_was_fastest_on_an_h200(monkeypatch, sizes, shape):
     monkeypatch.setattr(cuda_launch, 'device_limits', lambda index: (132, 233472, 232448))
@@ -119,6 +119,26 @@ def test_what_was_fastest_on_an_h200(monkeypatch, sizes, shape):
 def test_spans(place, cut, span, reverse):
     cut(cuda_launch, max_span=span)
     check(*make(place, 2, 321, 2, 16, 1, 16, packed=reverse), reverse=reverse)
+
+
+@pytest.mark.parametrize('reverse', [False, True])
+def test_sequences_in_two_parts(place, cut, reverse):
+    """Six blocks on four multiprocessors: two sequences are divided, and the three heads of the
+    second block of a group of five are partly those of the first."""
+    inputs, _ = make(place, 3, 500, 5, 16, 1, 16, dtype=HALF, packed=reverse)
+    options = dict(dt_softplus=True, reverse=reverse, return_final_state=True, backend='cuda')
+    cut(cuda_launch, force=Shape(1, 1, 1, 1))
+    alone = ssd(**inputs, **options)
+    cut(cuda_launch, force=Shape(1, 1, 3, 2), device_limits=lambda index: (4, 0, 232448))
+    divided = ssd(**inputs, **options)
+    assert all(torch.equal(one, other) for one, other in zip(divided, alone, strict=True))
+
+
+@pytest.mark.parametrize('blocks, slots, chunks, expected', [
+    (216, 132, 32, (84, 22)), (320, 132, 32, (56, 16)), (264, 132, 32, (0, 0)),
+    (130, 132, 32, (0, 0)), (250, 132, 32, (0, 0)), (216, 132, 7, (0, 0))])
+def test_cuts(blocks, slots, chunks, expected):
+    assert cuda_launch.cut_of(blocks, slots, chunks) == expected
 
 
 def test_heads_of_a_group_divided_and_samples_in_pieces(place, cut):

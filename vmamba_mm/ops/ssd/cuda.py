@@ -150,6 +150,8 @@ def forward(x, dt, A, B, C, D, dt_bias, z, initial_state, seq_idx, dt_softplus, 
         dt_softplus, dt_min, dt_max, reverse, x.stride(), None if z is None else z.stride(),
         dt.stride(), B.stride(), C.stride())
     memory = x.new_empty(launch.memory, dtype=torch.uint8) if launch.memory else None
+    if launch.zeros:
+        memory[:launch.zeros].zero_()
     launch.run(x=x.data_ptr(), dt=dt.data_ptr(), A=A.data_ptr(), B=B.data_ptr(), C=C.data_ptr(),
                y=y.data_ptr(), memory=pointer(memory), D=pointer(D), bias=pointer(dt_bias),
                z=pointer(z), start=pointer(start),

@@ -2,7 +2,9 @@
 
 A chunk is :data:`CHUNK` tokens. Where sequences are few and long, they are divided into spans of
 chunks: one launch finds what each does to a state from zero, one what enters each, and the scan
-runs from there. ``kernels/README.md`` says how the kernels work. They need sm_80.
+runs from there. Where they are many and do not come out even over the multiprocessors, some are in
+two parts, one after the other (:func:`cut_of`). ``kernels/README.md`` says how the kernels work.
+They need sm_80.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,6 +26,8 @@ CHUNK = 64  # Q in ssd.cuh
 _BLOCK = 16
 STATES = 16, 32, 64, 128, 256  # N of the kernels
 MOST_CHANNELS = 128
+_LEAST_CUT = 8  # chunks of a sequence that may be in two parts
+_MOST_SECONDS = 3  # second parts, one after the other, that are worth it
 
 #: Chunks of a span at most, for tests.
 max_span: int | None = None
@@ -50,8 +54,10 @@ class Shape(NamedTuple):
     def shared(self, size: int, states: int) -> int:
         """Bytes of shared memory, for elements of so many bytes; as ForwardShared."""
         stage = self.heads * _tile(self.width, size) + 2 * _tile(states, size)
-        of_head = self.width * (states * size + 16) + _tile(CHUNK, size) + 2 * _DECAYS
-        return self.stages * stage + self.heads * of_head
+        of_head = _tile(CHUNK, size) + 2 * _DECAYS
+        if self.parts > 1:
+            of_head += self.width * (states * size + 16)
+        return self.stages * stage + self.heads * of_head + 16
 
 
 _DECAYS = 4 * (7 * CHUNK + 24)  # bytes of Decays
@@ -144,6 +150,7 @@ def _compiled() -> Iterator[tuple[Instance, int]]:
         if states == 64:
             yield forward_instance(type_, False, Shape(2, slices, 1, 2), states), 80
             yield forward_instance(type_, False, Shape(1, slices, 1, 1), states), 80
+        if 64 <= states <= 128:
             yield forward_instance(type_, False, Shape(1, slices, 3, 2), states), 90
         yield states_instance(type_, False, StatesShape(slices, 2, min(states, 64))), 80
         yield backward_instance(type_, False, channels, states), low
@@ -215,9 +222,14 @@ def forward_shape(index: int, size: int, sizes: Sizes) -> Shape:
         return force
     multiprocessors, _, most_shared = device_limits(index)
     shape = _alone(size, sizes.dim, sizes.state, most_shared)
+    sequences = sizes.batch * sizes.heads * -(-sizes.dim // shape.width)
+    if sizes.states == 128 and sequences >= 4 * multiprocessors:
+        three = shape._replace(parts=1, heads=3, stages=2)
+        if (sizes.heads // sizes.groups >= three.heads and three.threads <= 384 and size < 4
+                and sizes.dim <= three.width and three.shared(size, 128) <= most_shared):
+            return three
     if sizes.states > 64 or size == 4 and shape.slices > 2:  # more in shared memory: fewer blocks
         return shape
-    sequences = sizes.batch * sizes.heads * -(-sizes.dim // shape.width)
     if sequences >= 4 * multiprocessors and sizes.dim <= shape.width:
         # Heads share B, C and their product. That of 16 states is cheap, and two heads do.
         most = 4 if sizes.states > 16 and size < 4 else 2
@@ -281,12 +293,34 @@ def span_of(index: int, sizes: Sizes, sequences: int) -> tuple[int, int]:
     return span, -(-chunks // span)
 
 
+class Cut(NamedTuple):
+    """So many sequences are in two parts, of which the first one has ``first`` chunks."""
+    sequences: int
+    first: int
+
+
+def cut_of(blocks: int, slots: int, chunks: int) -> Cut:
+    """For ``blocks``, each with a sequence of so many chunks, on ``slots`` with a block at a time.
+
+    What remains after full turns is divided: slots have first parts and whole sequences, and those
+    that had no first part have second ones at the end.
+    """
+    left = blocks % slots
+    if blocks < slots or left == 0 or chunks < _LEAST_CUT:
+        return Cut(0, 0)
+    seconds = -(-left // (slots - left))  # of a slot
+    if seconds > _MOST_SECONDS:
+        return Cut(0, 0)
+    return Cut(left, -(-seconds * chunks // (seconds + 1)))
+
+
 # --- launches ---------------------------------------------------------------------------------
 
 class Launch(NamedTuple):
-    """``run`` launches; ``memory`` bytes that it needs."""
+    """``run`` launches; ``memory`` bytes that it needs, the first ``zeros`` of them zero."""
     run: Callable[..., None]
     memory: int
+    zeros: int = 0
 
 
 class States:
@@ -343,25 +377,34 @@ def forward_launch(index: int, dtype: torch.dtype, fast: bool, sizes: Sizes, opt
     and last (the initial and the final state, (B, H, P, N), fp32), and seq_idx (B, L), int32.
     """
     shape = forward_shape(index, dtype.itemsize, sizes)
-    columns = -(-sizes.dim // shape.width)
-    sequences = sizes.batch * sizes.heads // shape.heads * columns
+    multiprocessors, all_shared, _ = device_limits(index)
+    columns, shared = -(-sizes.dim // shape.width), shape.shared(dtype.itemsize, sizes.states)
+    of_group = -(-(sizes.heads // sizes.groups) // shape.heads)
+    sequences = sizes.batch * sizes.groups * of_group * columns
     span, spans = span_of(index, sizes, sequences)
+    alone = shape.parts == 1 and spans == 1 and 2 * (shared + 1024) > all_shared
+    cut = cut_of(sequences, multiprocessors, span) if alone else Cut(0, 0)
     run = kernel(index, forward_instance, TYPES[dtype], fast, shape, sizes.states).bind(
-        (sequences, spans, 1), (shape.threads, 1, 1),
-        shape.shared(dtype.itemsize, sizes.states),
+        (sequences + cut.sequences, spans, 1), (shape.threads, 1, 1), shared,
         length=sizes.length, heads=sizes.heads, per_group=sizes.heads // sizes.groups,
-        dim=sizes.dim, state=sizes.state, columns=columns, span=span, spans=spans,
-        reverse=int(options.reverse), D_type=CODES.get(options.D, 0), D_full=int(options.D_full),
-        **options.fields(), **map_fields(x=x, z=z, y=y, dt=dt, B=B, C=C))
+        teams=sizes.groups * of_group, of_group=of_group, dim=sizes.dim, state=sizes.state,
+        columns=columns, span=span, spans=spans, sequences=sequences, cuts=cut.sequences,
+        first=cut.first, reverse=int(options.reverse), D_type=CODES.get(options.D, 0),
+        D_full=int(options.D_full), **options.fields(),
+        **map_fields(x=x, z=z, y=y, dt=dt, B=B, C=C))
+    slab = Slab()
+    slab.take(cut.sequences and cut.sequences + 1)  # flags, and how many blocks have begun
+    zeros = slab.size
+    halves_at = slab.take(cut.sequences * shape.heads * sizes.dim * sizes.state)
     if spans == 1:
         def launch_forward(x, dt, A, B, C, y, memory, D=0, bias=0, z=0, start=0, last=0, seq_idx=0):
             run(x_data=x, dt_data=dt, step_A=A, B_data=B, C_data=C, y_data=y, D=D, step_bias=bias,
-                z_data=z, entries=start, last=last, step_index=seq_idx)
+                z_data=z, entries=start, last=last, step_index=seq_idx, ready=memory,
+                tickets=memory + 4 * cut.sequences, halves=memory + halves_at)
 
-        return Launch(launch_forward, 0)
+        return Launch(launch_forward, slab.size, zeros)
 
     states = States(index, dtype, fast, sizes, options, dict(x=x, dt=dt, B=B), span, spans)
-    slab = Slab()
     ends_at, entries_at = slab.take(states.entries), slab.take(states.entries)
     sums_at = slab.take(states.sums)
     summarise, combine = states.bind(1), states.combine(1)
@@ -373,6 +416,6 @@ def forward_launch(index: int, dtype: torch.dtype, fast: bool, sizes: Sizes, opt
                   ends=ends, sums=sums)
         combine(ends=ends, sums=sums, before=start, entries=entries)
         run(x_data=x, dt_data=dt, step_A=A, B_data=B, C_data=C, y_data=y, D=D, step_bias=bias,
-            z_data=z, entries=entries, last=last, step_index=seq_idx)
+            z_data=z, entries=entries, last=last, step_index=seq_idx, ready=0, tickets=0, halves=0)
 
     return Launch(launch_in_spans, slab.size)
