@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 __all__ = ['GaussianDiffusion', 'sample']
 
 
-class GaussianDiffusion(nn.Module):
+class GaussianDiffusion:
     """The noise that is added over time, and the loss of a model that predicts it.
 
     Noise is predicted, and where the model gives twice the channels, also where the variance lies
@@ -27,7 +27,6 @@ class GaussianDiffusion(nn.Module):
     """
 
     def __init__(self, num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02):
-        super().__init__()
         if not isinstance(num_steps, int) or num_steps < 2:
             raise ValueError(f'num_steps must be an int of at least 2, got {num_steps!r}')
         if not 0 < beta_start <= beta_end < 1:
@@ -36,24 +35,29 @@ class GaussianDiffusion(nn.Module):
         self.num_steps = num_steps
         betas = torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64, device='cpu')
         kept = (1 - betas).cumprod(0)
-        before = torch.cat((torch.ones(1, dtype=torch.float64), kept[:-1]))
+        before = torch.cat((torch.ones(1, dtype=torch.float64, device='cpu'), kept[:-1]))
         posterior = betas * (1 - before) / (1 - kept)
         # The first is 0, whose logarithm is taken to be the second's.
         posterior[0] = posterior[1]
+        self.betas, self.kept = betas, kept
+        # In fp64, whatever the model is, and copied to a device once.
         tables = dict(
             signal=kept.sqrt(), noise=(1 - kept).sqrt(),
             mean_of_start=betas * before.sqrt() / (1 - kept),
             mean_of_noisy=(1 - before) * (1 - betas).sqrt() / (1 - kept),
             low_log_var=posterior.log(), high_log_var=betas.log())
-        for name, table in tables.items():
-            self.register_buffer(name, table, persistent=False)
+        self._tables = {(name, betas.device): table for name, table in tables.items()}
 
-    def _at(self, table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-        return table.to(t.device)[t].to(like.dtype).view(-1, *[1] * (like.dim() - 1))
+    def _at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
+        """The numbers of a table at times t (B), in the shape and dtype to go with ``like``."""
+        key = name, t.device
+        if key not in self._tables:
+            self._tables[key] = self._tables[name, self.betas.device].to(t.device)
+        return self._tables[key][t].to(like.dtype).view(-1, *[1] * (like.dim() - 1))
 
     def add_noise(self, x_start: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """``x_start`` at times t (B), with ``noise`` of the same shape (B, C, H, W)."""
-        return self._at(self.signal, t, x_start) * x_start + self._at(self.noise, t, noise) * noise
+        return self._at('signal', t, x_start) * x_start + self._at('noise', t, noise) * noise
 
     def losses(self, model_output: Tensor, x_start: Tensor, noise: Tensor, t: Tensor,
                x_t: Tensor | None = None) -> dict[str, Tensor]:
@@ -82,11 +86,11 @@ class GaussianDiffusion(nn.Module):
 
     def _bound(self, eps, fraction, x_start, x_t, t):
         """A term of the bound, (B): KL divergence, or at t = 0 the likelihood of 8-bit values."""
-        guess = (x_t - self._at(self.noise, t, eps) * eps) / self._at(self.signal, t, eps)
-        low, high = (self._at(table, t, eps) for table in (self.low_log_var, self.high_log_var))
+        guess = (x_t - self._at('noise', t, eps) * eps) / self._at('signal', t, eps)
+        low, high = (self._at(name, t, eps) for name in ('low_log_var', 'high_log_var'))
         log_var = low + (fraction + 1) / 2 * (high - low)
-        true_mean, mean = (self._at(self.mean_of_start, t, x) * x
-                           + self._at(self.mean_of_noisy, t, x) * x_t for x in (x_start, guess))
+        true_mean, mean = (self._at('mean_of_start', t, x) * x
+                           + self._at('mean_of_noisy', t, x) * x_t for x in (x_start, guess))
         kl = 0.5 * (log_var - low - 1 + (low - log_var).exp()
                     + (true_mean - mean).square() * (-log_var).exp())
         nll = -_log_likelihood(x_start, mean, 0.5 * log_var)

@@ -11,7 +11,7 @@ from vmamba_mm.heads.diffusion import GaussianDiffusion, sample
 from vmamba_mm.integrations.diffusers.schedulers import RespacedDDIMScheduler, published_scheduler
 
 _DDIM = dict(beta_start=1e-4, beta_end=0.02, beta_schedule='linear', clip_sample=False)
-_KEPT = GaussianDiffusion().signal.square()
+_KEPT = GaussianDiffusion().kept
 
 
 def training_losses(x_start: Tensor, noise: Tensor, t: Tensor, model_output: Tensor
