@@ -132,6 +132,9 @@ def sample(predict: Callable[[Tensor, Tensor], Tensor], scheduler: Any, noise: T
 
     Returns:
         (B, C, H, W).
+
+    Raises:
+        ValueError: if the scheduler needs a variance, and none is predicted.
     """
     # from_config hands down settings of schedulers of other kinds, so that it does not tell.
     learns = _takes(type(scheduler), 'variance_type') \
@@ -141,6 +144,9 @@ def sample(predict: Callable[[Tensor, Tensor], Tensor], scheduler: Any, noise: T
     x = noise * scheduler.init_noise_sigma
     for t in progress(scheduler.timesteps):
         out = predict(scheduler.scale_model_input(x, t), t)
+        if learns and out.shape[1] == x.shape[1]:
+            raise ValueError(f'the scheduler has variance_type={scheduler.config.variance_type!r}, '
+                             "and the model predicts no variance: give it 'fixed_small'")
         if not learns:
             out = out[:, :x.shape[1]]
         x = scheduler.step(out, t, x, **options).prev_sample

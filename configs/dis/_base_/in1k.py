@@ -1,5 +1,5 @@
-# ImageNet-1k as latents of Stable Diffusion's autoencoder, an eighth of the image in each direction,
-# with classes. The leaf names the backbone and, for another size, ``size``.
+# ImageNet-1k with classes, as latents of Stable Diffusion's autoencoder: an eighth of the image in
+# each direction. The leaf names the backbone.
 _base_ = ['../../_base_/tasks/diffusion.py']
 
 size = 256
@@ -19,7 +19,7 @@ train_dataloader = dict(
     batch_size=16, num_workers=8, persistent_workers=True, drop_last=True,
     sampler=dict(type='DefaultSampler', shuffle=True),
     dataset=dict(split='train', pipeline=[*pipeline[:-1], flip, pipeline[-1]], **dataset))
-# 50,000 images, 50 of each class. Published FIDs compare with ADM's file of training images instead.
+# 50,000 images, 50 of each class. Published FIDs compare with ADM's file of training images.
 val_dataloader = dict(
     batch_size=32, num_workers=4, persistent_workers=True,
     sampler=dict(type='DefaultSampler', shuffle=False),

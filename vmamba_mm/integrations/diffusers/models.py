@@ -14,7 +14,7 @@ from vmamba_mm.checkpoints.files import read_checkpoint
 from vmamba_mm.checkpoints.names import infer_arch
 from vmamba_mm.errors import UserError
 from vmamba_mm.families import resolve_arch
-from vmamba_mm.families.dis import FAMILY
+from vmamba_mm.families.dis import DEFAULTS, FAMILY
 from vmamba_mm.models import DiS
 from vmamba_mm.models.dis import SkipBlock
 
@@ -54,11 +54,13 @@ class DiS2DModel(DiS, ModelMixin, ConfigMixin):
                  learn_sigma: bool = True, skip: bool = True, norm: str = 'rms', d_state: int = 16,
                  d_conv: int = 4, expand: float = 2, dt_rank: int | str = 'auto',
                  drop_path_rate: float = 0.0):
+        options = dict(learn_sigma=learn_sigma, skip=skip, norm=norm, d_state=d_state,
+                       d_conv=d_conv, expand=expand, dt_rank=dt_rank)
         DiS.__init__(self, dict(
             image_size=sample_size, patch_size=patch_size, in_channels=in_channels,
             embed_dims=hidden_size, depth=num_layers, num_classes=num_classes,
-            learn_sigma=learn_sigma, skip=skip, norm=norm, d_state=d_state, d_conv=d_conv,
-            expand=expand, dt_rank=dt_rank), drop_path_rate)
+            **{key: value for key, value in options.items() if value != DEFAULTS[key]}),
+            drop_path_rate)
 
     @classmethod
     def from_arch(cls, arch: str | Mapping[str, Any], drop_path_rate: float = 0.0) -> 'DiS2DModel':
