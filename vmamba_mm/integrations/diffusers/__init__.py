@@ -16,12 +16,8 @@ if find_spec('diffusers') is None:
     raise UserError('the package diffusers is not installed; install it with: '
                     "pip install 'vmamba_mm[diffusion]'")
 
-# DiffusionPipeline.from_pretrained asks the module of a class for these two, to know how it loads.
-from diffusers import ModelMixin, SchedulerMixin
-
 from vmamba_mm.integrations.diffusers.models import DiS2DModel
 from vmamba_mm.integrations.diffusers.pipelines import DiSPipeline
 from vmamba_mm.integrations.diffusers.schedulers import RespacedDDIMScheduler, published_scheduler
 
-__all__ = ['DiS2DModel', 'DiSPipeline', 'ModelMixin', 'RespacedDDIMScheduler', 'SchedulerMixin',
-           'published_scheduler']
+__all__ = ['DiS2DModel', 'DiSPipeline', 'RespacedDDIMScheduler', 'published_scheduler']
