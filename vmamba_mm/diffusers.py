@@ -1,7 +1,12 @@
 """Models, pipelines and schedulers of diffusers: see integrations/diffusers."""
 
 from vmamba_mm.integrations.diffusers import *  # noqa: F403
+from vmamba_mm.integrations.diffusers import schedulers as _schedulers
 
-# DiffusionPipeline.from_pretrained asks the module of a class for these, to know how it is loaded.
-from vmamba_mm.integrations.diffusers.models import ModelMixin  # noqa: F401
-from vmamba_mm.integrations.diffusers.schedulers import SchedulerMixin  # noqa: F401
+
+def __getattr__(name: str):
+    """diffusers' base classes, which its ``DiffusionPipeline.from_pretrained`` asks the module of a
+    class for, to know how it is loaded."""
+    if name in ('ModelMixin', 'SchedulerMixin'):
+        return getattr(_schedulers, name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -1,7 +1,9 @@
 """Schedulers of diffusers as the public code of DiS has them."""
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin  # noqa: F401
+
+# The two base classes are for vmamba_mm.diffusers.
+from diffusers import DDIMScheduler, DDPMScheduler, ModelMixin, SchedulerMixin  # noqa: F401
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
