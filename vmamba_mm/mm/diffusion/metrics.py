@@ -50,7 +50,7 @@ class FrechetDistance(BaseMetric):
         for part in images.split(self.batch_size):
             found = self.features(part)
             found = found[0] if isinstance(found, tuple | list) else found
-            rows += found.float().cpu().numpy()
+            rows.extend(found.float().cpu().numpy())
         return rows
 
     def compute_metrics(self, results: list) -> dict[str, float]:

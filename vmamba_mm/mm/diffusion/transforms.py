@@ -35,7 +35,7 @@ class HalvingCenterCrop:
         image = image.resize(tuple(round(side * scale) for side in image.size),
                              Image.Resampling.BICUBIC)
         left, top = ((side - self.size) // 2 for side in image.size)
-        cut = np.asarray(image)[top:top + self.size, left:left + self.size]
+        cut = np.array(image)[top:top + self.size, left:left + self.size]
         results['img'] = cut.reshape(self.size, self.size, -1)
         results['img_shape'] = cut.shape[:2]
         return results
