@@ -33,7 +33,7 @@ python_maximum_signature_line_length = 88
 nitpicky = True
 # Types that are documented elsewhere: looking them up would need the network.
 nitpick_ignore_regex = [
-    ('py:class', rf'({"|".join(sys.stdlib_module_names)}|torch|timm|numpy)\..*'),
+    ('py:class', rf'({"|".join(sys.stdlib_module_names)}|torch|timm|numpy|diffusers)\..*'),
     ('py:class', r'(vmamba_mm\..*\.)?(Backend|Order|StateDict)'),  # abbreviations of types
 ]
 

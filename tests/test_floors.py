@@ -21,8 +21,8 @@ FLOORS = {
     'models': ('torch', 'mmengine'),
     'heads': ('torch', 'mmengine', 'mmpretrain', 'timm'),
     'mm': ('torch', 'numpy', 'matplotlib', 'cv2', 'PIL', 'av', 'mmengine', 'mmcv', 'mmpretrain',
-           'mmdet', 'mmseg', 'monai'),
-    'integrations': ('torch', 'yaml', 'timm', 'mmpretrain', 'nnunetv2'),
+           'mmdet', 'mmseg', 'monai', 'diffusers', 'torch_fidelity'),
+    'integrations': ('torch', 'yaml', 'timm', 'mmpretrain', 'nnunetv2', 'diffusers'),
 }
 #: The ground floor: modules that any other may import, and what they import themselves.
 GROUND = {
@@ -33,6 +33,7 @@ GROUND = {
     # Names that users import; they only pass on what is in integrations.
     'timm.py': ('vmamba_mm.integrations',), 'mmpretrain.py': ('vmamba_mm.integrations',),
     'dropin.py': ('vmamba_mm.integrations',), 'nnunet.py': ('vmamba_mm.integrations',),
+    'diffusers.py': ('vmamba_mm.integrations',),
 }
 #: What is below a floor in the list and yet not below it in the house.
 NOT_BELOW = {'families': ('ops', 'layers'), 'checkpoints': ('ops', 'layers'),
@@ -110,11 +111,13 @@ def test_models_by_the_names_of_configs():
 
 
 def test_importing_loads_no_more_than_a_floor_needs():
-    """Ops and layers nothing of mm*, models and heads mmengine alone."""
+    """Ops and layers nothing of mm*, models and heads mmengine alone; nor do these load the
+    libraries of a field."""
     (low, printed), (high, printed_by_models) = loaded_by(
         'import vmamba_mm.ops, vmamba_mm.layers', 'import vmamba_mm.models, vmamba_mm.heads')
     assert not printed and 'torch' in low and not low & set(MM)
     assert not printed_by_models and high & set(MM) == {'mmengine'}
+    assert not high & {'diffusers', 'torch_fidelity', 'transformers', 'monai'}
 
 
 def test_registry_needs_no_custom_imports():

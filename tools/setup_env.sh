@@ -179,7 +179,7 @@ install_package() {
 
 final_check() {
     "$PY" -c 'import av, cv2, mmcv, mmengine, mmpretrain, mmdet, mmseg, timm, vmamba_mm.registry
-import monai, nibabel' \
+import monai, nibabel, diffusers, torch_fidelity' \
         && "$PY" -m pip check
 }
 

@@ -45,6 +45,7 @@ from collections.abc import Mapping
 
 from vmamba_mm.errors import UserError
 from vmamba_mm.families import (
+    dis,
     efficientvim,
     mamba_lm,
     rmt,
@@ -153,5 +154,5 @@ def family_of(state_dict: Mapping[str, object]) -> Family | None:
 
 
 for _module in (vmamba, mamba_lm, vim, videomamba, vivim, timemamba, vision_rwkv, vssd, rmt,
-                rs_mamba, rsmamba, vm_unet, efficientvim, u_mamba, seg_mamba):
+                rs_mamba, rsmamba, vm_unet, efficientvim, u_mamba, seg_mamba, dis):
     register_family(_module.FAMILY)

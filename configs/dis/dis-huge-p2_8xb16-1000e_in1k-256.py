@@ -1,0 +1,3 @@
+_base_ = ['./_base_/in1k.py']
+
+model = dict(backbone=dict(arch='huge_p2'))

@@ -1,0 +1,1 @@
+"""Training of models that make images of noise, with samplers of diffusers."""
