@@ -1,4 +1,4 @@
-"""Models of tasks on clouds of points, for mmengine's Runner: classification and parts of objects."""
+"""Models of tasks on clouds of points, for mmengine's Runner: classes and parts of objects."""
 
 from collections.abc import Sequence
 
@@ -36,8 +36,8 @@ class PointPreprocessor(BaseDataPreprocessor):
         if not isinstance(inputs, Tensor):
             if len({cloud.shape for cloud in inputs}) > 1:
                 sizes = ', '.join(str(cloud.shape[-2]) for cloud in inputs)
-                raise UserError(f'the clouds of a batch must have as many points each, got {sizes}: '
-                                'sample them in the pipeline')
+                raise UserError('the clouds of a batch must have as many points each, got '
+                                f'{sizes}: sample them in the pipeline')
             inputs = torch.stack(list(inputs))
         if not inputs.isfinite().all():
             raise UserError('a cloud has points that are NaN or infinite: remove them')
@@ -226,7 +226,8 @@ class PartSegHead(nn.Module):
         label = self.label_conv(categories.to(tokens.dtype).unsqueeze(2))
         whole = torch.cat([tokens.max(1).values.unsqueeze(2), tokens.mean(1).unsqueeze(2), label],
                           1)
-        local = self.propagation(_by_centre(tokens, encoded.orders), encoded.centres, points[..., :3])
+        local = self.propagation(_by_centre(tokens, encoded.orders), encoded.centres,
+                                 points[..., :3])
         # What is of the whole cloud is the same for all points: its part of the layer runs once.
         conv = self.convs[0]
         own, shared = conv.weight.split([local.shape[1], whole.shape[1]], 1)

@@ -67,7 +67,7 @@ class GroupEmbed(nn.Module):
         self.conv4 = nn.Conv1d(512, embed_dims, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, size = x.shape[0], x.shape[2]
+        batch = len(x)
         x = x.to(self.conv1.weight.dtype).flatten(0, 1)
         x = _pointwise(self.conv2, F.relu(self._norm(self.norm1, _pointwise(self.conv1, x))))
         # The group's maximum is the same for all of its points: its half of the layer runs once.

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 #: Levels of the curve of a fixed depth. Once every three levels the axes have the same roles: the
-#: order is that of every depth 1, 4, 7, ... that the cells fit into, and thus that of depth 7, which
-#: clouds in the unit sphere have in cells of 0.02.
+#: order is that of every depth 1, 4, 7, ... that the cells fit into, thus of depth 7, which clouds
+#: in the unit sphere have in cells of 0.02.
 FIXED_DEPTH = 19
 #: Name -> the axes of a point, in the order in which the curve takes them.
 CURVES = {'hilbert': (0, 1, 2), 'hilbert-trans': (1, 0, 2)}
