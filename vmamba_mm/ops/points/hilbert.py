@@ -33,6 +33,12 @@ def hilbert_code(cells: Tensor, depth: int) -> Tensor:
     Returns:
         (...), int64.
     """
+    return _hilbert_code(cells, depth)
+
+
+# One node of a graph, as of farthest_points.
+@torch.library.custom_op('vmamba_mm::hilbert_code', mutates_args=())
+def _hilbert_code(cells: Tensor, depth: int) -> Tensor:
     axes = list(cells.unbind(-1))
     for level in range(depth - 1, 0, -1):
         low = (1 << level) - 1
@@ -53,6 +59,11 @@ def hilbert_code(cells: Tensor, depth: int) -> Tensor:
         for axis in axes:
             code = code << 1 | (axis >> level) & 1
     return code
+
+
+@_hilbert_code.register_fake
+def _(cells, depth):
+    return cells.new_empty(cells.shape[:-1])
 
 
 def curve_order(points: Tensor, curve: str = 'hilbert', grid_size: float = 0.02,

@@ -30,7 +30,13 @@ def farthest_points(points: Tensor, num: int) -> Tensor:
         Their numbers, (B, G), int64, without a gradient.
     """
     points = points.detach()[..., :3]
-    points = points.to(compute_dtype(points.dtype))
+    return _farthest_points(points.to(compute_dtype(points.dtype)), num)
+
+
+# One node of a graph that is compiled or exported, which its loop would fill. It has no gradient
+# and one implementation, so that it is no op of define_op.
+@torch.library.custom_op('vmamba_mm::farthest_points', mutates_args=())
+def _farthest_points(points: Tensor, num: int) -> Tensor:
     batch, count = points.shape[:2]
     # In the order in which equal distances count, the first largest one is argmax's.
     threads = min(512, 1 << (count.bit_length() - 1))
@@ -44,6 +50,11 @@ def farthest_points(points: Tensor, num: int) -> Tensor:
         nearest = torch.minimum(nearest, (xyz - centre).square().sum(1))
         chosen.append(nearest.argmax(1, keepdim=True))
     return order[torch.cat(chosen, 1)]
+
+
+@_farthest_points.register_fake
+def _(points, num):
+    return points.new_empty((points.shape[0], num), dtype=torch.long)
 
 
 def nearest_points(points: Tensor, queries: Tensor, num: int) -> Tensor:
