@@ -195,6 +195,11 @@ each_arch = pytest.mark.parametrize('spec, arch', [
     pytest.param(spec, arch, id=f'{name}-{which}') for name, spec in SPECS.items()
     for which, arch in spec.archs.items()])
 
+#: Those whose channels are of images, or volumes, and no coordinates.
+each_image_arch = pytest.mark.parametrize('spec, arch', [
+    pytest.param(spec, arch, id=f'{name}-{which}') for name, spec in SPECS.items()
+    if not spec.is_of_points for which, arch in spec.archs.items()])
+
 
 def each(attribute):
     """A test for every item of an attribute of each spec: it takes ``spec`` and ``item``."""

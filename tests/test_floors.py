@@ -21,7 +21,7 @@ FLOORS = {
     'models': ('torch', 'mmengine'),
     'heads': ('torch', 'mmengine', 'mmpretrain', 'timm'),
     'mm': ('torch', 'numpy', 'matplotlib', 'cv2', 'PIL', 'av', 'mmengine', 'mmcv', 'mmpretrain',
-           'mmdet', 'mmseg', 'monai'),
+           'mmdet', 'mmseg', 'monai', 'h5py'),
     'integrations': ('torch', 'yaml', 'timm', 'mmpretrain', 'nnunetv2'),
 }
 #: The ground floor: modules that any other may import, and what they import themselves.

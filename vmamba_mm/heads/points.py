@@ -1,5 +1,6 @@
 """Models of tasks on clouds of points, for mmengine's Runner: classes and parts of objects."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,7 @@ from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
 from vmamba_mm.errors import UserError
-from vmamba_mm.ops.points import interpolate_points, take_points
+from vmamba_mm.ops.points import AUGMENTS, farthest_points, interpolate_points, take_points
 from vmamba_mm.registry import MODELS
 
 POOLS = 'avg', 'max', 'avg+max', 'cls+avg'
@@ -18,30 +19,91 @@ MODES = 'tensor', 'loss', 'predict'
 
 @MODELS.register_module()
 class PointPreprocessor(BaseDataPreprocessor):
-    """Puts clouds on the device. Those of a batch have as many points each."""
+    """Puts clouds on the device, samples their points there and changes them at random.
+
+    Args:
+        num_points: of a cloud, by farthest point sampling; in training so many random ones of
+            ``pool`` that are sampled so, the same of all clouds of a batch. None keeps all points,
+            of which those of a batch then have as many each.
+        pool: at most so many; None for ``num_points``.
+        augments: of a training, each ``dict(type='rotate', axis='y')``,
+            ``dict(type='scale_shift', scale=(0.8, 1.25), shift=0.1, per_axis=False)`` or
+            ``dict(type='jitter', std=0.01, clip=0.05)``, see :mod:`vmamba_mm.ops.points.augment`.
+        votes: in a test, so many views of a cloud, each sampled as in training and changed by
+            ``vote_augments``; 0 for the cloud itself.
+        vote_augments: as ``augments``.
+
+    Raises:
+        ValueError: on a value that is not allowed, with the choices.
+    """
+
+    def __init__(self, num_points: int | None = None, pool: int | None = None,
+                 augments: Sequence[dict] = (), votes: int = 0,
+                 vote_augments: Sequence[dict] = (dict(type='scale_shift'),)):
+        super().__init__()
+        if pool is not None and (num_points is None or pool < num_points):
+            raise ValueError(f'pool={pool!r} must be at least num_points={num_points!r}')
+        self.num_points, self.pool, self.votes = num_points, pool or num_points, votes
+        self.augments, self.vote_augments = map(_make_augments, (augments, vote_augments))
 
     def forward(self, data: dict, training: bool = False) -> dict:
         """
         Args:
-            data: ``inputs``, a list of (N, C) or (B, N, C), or with several views of a cloud
-                (V, N, C), and ``data_samples``.
+            data: ``inputs``, a list of (N, C) or (B, N, C), and ``data_samples``.
 
         Returns:
-            ``inputs`` (B, N, C) or (B, V, N, C), and ``data_samples``.
+            ``inputs`` (B, N, C), or with ``votes`` (B, V, N, C), and ``data_samples``.
 
         Raises:
-            UserError: on clouds of several sizes, and on points that are not finite.
+            UserError: on clouds of several sizes or of too few points, and on points that are not
+                finite.
         """
         inputs = data['inputs']
         if not isinstance(inputs, Tensor):
             if len({cloud.shape for cloud in inputs}) > 1:
-                sizes = ', '.join(str(cloud.shape[-2]) for cloud in inputs)
+                sizes = ', '.join(str(len(cloud)) for cloud in inputs)
                 raise UserError('the clouds of a batch must have as many points each, got '
                                 f'{sizes}: sample them in the pipeline')
             inputs = torch.stack(list(inputs))
         if not inputs.isfinite().all():
             raise UserError('a cloud has points that are NaN or infinite: remove them')
-        return self.cast_data(dict(inputs=inputs, data_samples=data.get('data_samples')))
+        if self.num_points is not None and inputs.shape[1] < self.num_points:
+            raise UserError(f'a cloud has {inputs.shape[1]} points, and {self.num_points} are to '
+                            'be sampled: take num_points that all clouds have')
+        data = self.cast_data(dict(inputs=inputs, data_samples=data.get('data_samples')))
+        if training:
+            data['inputs'] = self._draw(data['inputs'], self.augments)
+        elif self.votes:
+            data['inputs'] = torch.stack([self._draw(data['inputs'], self.vote_augments)
+                                          for _ in range(self.votes)], 1)
+        elif self.num_points is not None:
+            data['inputs'] = _sample(data['inputs'], self.num_points)
+        return data
+
+    def _draw(self, points: Tensor, augments: Sequence) -> Tensor:
+        if self.num_points is not None:
+            pool = min(self.pool, points.shape[1])
+            if pool < points.shape[1]:
+                points = _sample(points, pool)
+            points = points[:, torch.randperm(pool, device=points.device)[:self.num_points]]
+        for augment in augments:
+            points = augment(points)
+        return points
+
+
+def _sample(points: Tensor, num: int) -> Tensor:
+    return take_points(points, farthest_points(points, num))
+
+
+def _make_augments(augments: Sequence[dict]) -> list:
+    made = []
+    for settings in augments:
+        options = {k: v for k, v in settings.items() if k != 'type'}
+        if settings.get('type') not in AUGMENTS:
+            raise ValueError(f"an augment's type={settings.get('type')!r} does not exist; choose "
+                             f'one of {tuple(AUGMENTS)}')
+        made.append(functools.partial(AUGMENTS[settings['type']], **options))
+    return made
 
 
 class PointModel(BaseModel):

@@ -282,6 +282,13 @@ class PointMamba(FlatBackbone):
         groups = self.group(x)
         return self.run(self.embed(groups, self.orders(groups.centres)), indices)
 
+    def _adapt_stem(self, weights, ours, checkpoint):
+        # Channels after x, y and z are of another kind, and begin without an effect.
+        name = 'patch_embed.conv1.weight'
+        if name in weights and weights[name].shape[1:] != ours[name].shape[1:]:
+            held, wanted = weights[name], ours[name].shape[1]
+            weights[name] = F.pad(held[:, :wanted], (0, 0, 0, max(0, wanted - held.shape[1])))
+
     def output_norm(self, i: int) -> nn.Module | None:
         return self.norm_f if i == len(self.depths) - 1 else None
 
