@@ -48,7 +48,8 @@ class Entry:
         family: that of the model.
         arch: a published architecture of the family.
         task: 'cls', 'video', 'det', 'seg', 'lm', 'points' of clouds, 'medical' of networks that
-            nnU-Net trains, or 'pretrain' of a file that a fine-tuning starts from: a value of :data:`TASKS`.
+            nnU-Net trains, or 'pretrain' of a file that a fine-tuning starts from: a value of
+            :data:`TASKS`.
         folder: in ``configs/``, of the family's name, unless several families share it.
         config: ``configs/<folder>/NAME.py``, relative to the repository; see ``path``. None where
             there is no recipe.

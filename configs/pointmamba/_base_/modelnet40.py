@@ -3,8 +3,9 @@
 #     data/modelnet40_normal_resampled/modelnet40_shape_names.txt, modelnet40_train.txt,
 #     modelnet40_test.txt and airplane/airplane_0001.txt ...
 #
-# The public code trains on 8192 points of each, sampled beforehand (modelnet40_train_8192pts_fps.dat
-# and the same of the test): these are taken where they are there, and else all 10000.
+# The public code trains on 8192 points of each, sampled beforehand, in
+# modelnet40_train_8192pts_fps.dat and the same of the test: these are taken where they are there,
+# and else all 10000.
 _base_ = ['./runtime.py']
 
 # The leaf names the arch. Voting: --cfg-options model.data_preprocessor.votes=10
