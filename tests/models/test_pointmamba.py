@@ -66,12 +66,12 @@ def test_outputs_share_the_norm_and_dropout_is_of_training():
     first, last = model.eval()(clouds())
     torch.testing.assert_close(last.mean(2), torch.zeros_like(last[..., 0]), atol=1e-5, rtol=0)
     torch.testing.assert_close(first.mean(2), torch.zeros_like(first[..., 0]), atol=1e-5, rtol=0)
+    encoded = model.encode(clouds())
+    assert encoded.orders.shape == (3, 2, 12) and encoded.centres.shape == (3, 12, 3)
+    assert torch.equal(encoded.features[1], last)
     points = clouds()
     model.train()
     assert not torch.equal(model(points)[0], model(points)[0])
-    encoded = model.eval().encode(clouds())
-    assert encoded.orders.shape == (3, 2, 12) and encoded.centres.shape == (3, 12, 3)
-    assert torch.equal(encoded.features[1], last)
     for wrong in (-0.1, 1.0):
         with pytest.raises(ValueError, match='drop_rate must be in'):
             PointMamba(SMALL, drop_rate=wrong)
