@@ -210,7 +210,8 @@ def test_steps():
     mixed = step('SamplePoints')(dict(sample))
     assert sorted(mixed['gt_parts']) == list(range(10)) != mixed['gt_parts'].tolist()
     assert (mixed['points'][:, 0] == 3 * mixed['gt_parts']).all()
-    assert step('SamplePoints', num=4, first=True)(dict(sample))['gt_parts'].tolist() == [0, 1, 2, 3]
+    first = step('SamplePoints', num=4, first=True)(dict(sample))
+    assert first['gt_parts'].tolist() == [0, 1, 2, 3]
     assert len(step('SamplePoints', num=25, replace=True)(dict(sample))['points']) == 25
     with pytest.raises(UserError, match='has 10 points, and 25 are to be taken'):
         step('SamplePoints', num=25)(dict(sample))
