@@ -12,3 +12,7 @@ val_dataloader = dict(dataset=scan)
 test_dataloader = val_dataloader
 
 optim_wrapper = dict(optimizer=dict(lr=1e-4))
+param_scheduler = [
+    dict(type='LinearLR', start_factor=1e-6 / 1e-4, by_epoch=True, begin=0, end=11),
+    dict(type='CosineAnnealingLR', eta_min=1e-6, by_epoch=True, begin=11, end=300),
+]

@@ -35,3 +35,7 @@ val_evaluator = dict(type='vmamba_mm.PointAccuracy')
 test_evaluator = val_evaluator
 
 optim_wrapper = dict(optimizer=dict(lr=3e-4))
+param_scheduler = [
+    dict(type='LinearLR', start_factor=1e-6 / 3e-4, by_epoch=True, begin=0, end=11),
+    dict(type='CosineAnnealingLR', eta_min=1e-6, by_epoch=True, begin=11, end=300),
+]

@@ -5,7 +5,8 @@ _base_ = ['../../_base_/vmamba_mm.py']
 default_scope = 'mmengine'
 max_epochs = 300
 
-# The leaf names the rate. No decay of 1-D parameters, biases and tokens; A_log is decayed.
+# The leaf, or the base of the data, names the rate, which rises from 1e-6 in ten epochs. No decay
+# of 1-D parameters, biases and tokens; A_log is decayed.
 optim_wrapper = dict(
     type='OptimWrapper', constructor='vmamba_mm.GroupedOptimWrapperConstructor',
     optimizer=dict(type='AdamW', weight_decay=0.05),
@@ -14,7 +15,7 @@ optim_wrapper = dict(
         custom_keys={'cls_token': dict(decay_mult=0.), 'mask_token': dict(decay_mult=0.)}),
     clip_grad=dict(max_norm=10.0))
 param_scheduler = [
-    dict(type='LinearLR', start_factor=2e-3, by_epoch=True, begin=0, end=11),
+    dict(type='LinearLR', start_factor=1e-6 / 5e-4, by_epoch=True, begin=0, end=11),
     dict(type='CosineAnnealingLR', eta_min=1e-6, by_epoch=True, begin=11, end=max_epochs),
 ]
 train_cfg = dict(by_epoch=True, max_epochs=max_epochs, val_interval=1)

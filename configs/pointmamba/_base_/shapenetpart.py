@@ -33,6 +33,10 @@ val_evaluator = dict(type='vmamba_mm.PartIoU')
 test_evaluator = val_evaluator
 
 optim_wrapper = dict(optimizer=dict(lr=2e-4))
+param_scheduler = [
+    dict(type='LinearLR', start_factor=1e-6 / 2e-4, by_epoch=True, begin=0, end=11),
+    dict(type='CosineAnnealingLR', eta_min=1e-6, by_epoch=True, begin=11, end=300),
+]
 default_hooks = dict(checkpoint=dict(save_best='instance_miou'))
 randomness = dict(seed=42)
 auto_scale_lr = dict(base_batch_size=16)

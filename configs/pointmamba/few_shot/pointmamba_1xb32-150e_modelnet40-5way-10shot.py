@@ -22,7 +22,7 @@ test_dataloader = val_dataloader
 
 optim_wrapper = dict(optimizer=dict(lr=5e-4))
 param_scheduler = [
-    dict(type='LinearLR', start_factor=2e-3, by_epoch=True, begin=0, end=11),
+    dict(type='LinearLR', start_factor=1e-6 / 5e-4, by_epoch=True, begin=0, end=11),
     dict(type='CosineAnnealingLR', eta_min=1e-6, by_epoch=True, begin=11, end=150),
 ]
 train_cfg = dict(max_epochs=150)
