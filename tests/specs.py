@@ -50,6 +50,7 @@ class Spec:
         repeatable: arguments of the model with which a step of training without dropped paths is
             the same each time.
         drop_path_rates: (arch, rate) -> that of each block, if not linear from 0 to the last.
+        is_of_points: the family takes clouds, (B, N, C), of as many points as an image has pixels.
         slices: of volumes, (B, C, slices, H, W), where the family takes these.
         called_often: a regular expression of the modules that run several times in a call.
         zero_grads: one of the parameters whose gradients are zero but for rounding; no other
@@ -75,6 +76,7 @@ class Spec:
     sizes: Sequence[tuple[int, int]] = ((1, 1), (1, 50), (31, 33), (64, 32))
     repeatable: Mapping[str, Any] = field(default_factory=dict)
     drop_path_rates: Callable[[Mapping, float], Sequence[float]] | None = None
+    is_of_points: bool = False
     slices: int = 0
     called_often: str = '(?!)'
     zero_grads: str = '(?!)'
@@ -157,7 +159,11 @@ class Spec:
 
     def input(self, arch: Mapping[str, Any], batch: int, channels: int, height: int, width: int,
               device: str = 'cpu') -> Tensor:
-        """Random images, (B, C, H, W), clips of the length of the arch, or volumes."""
+        """Random images, (B, C, H, W), clips of the length of the arch, volumes, or clouds."""
+        if self.is_of_points:
+            # Halves have the same values, as which of two points is farther decides on the order.
+            points = torch.randn(batch, height * width, channels, device=device)
+            return points.bfloat16().float()
         frames = [self.slices or self.model.clip_length(arch)] if self.takes_clips(arch) else []
         return torch.randn(batch, channels, *frames, height, width, device=device)
 
@@ -188,6 +194,11 @@ each_spec = pytest.mark.parametrize('spec', SPECS.values(), ids=SPECS)
 each_arch = pytest.mark.parametrize('spec, arch', [
     pytest.param(spec, arch, id=f'{name}-{which}') for name, spec in SPECS.items()
     for which, arch in spec.archs.items()])
+
+#: Those whose channels are of images, or volumes, and no coordinates.
+each_image_arch = pytest.mark.parametrize('spec, arch', [
+    pytest.param(spec, arch, id=f'{name}-{which}') for name, spec in SPECS.items()
+    if not spec.is_of_points for which, arch in spec.archs.items()])
 
 
 def each(attribute):

@@ -16,7 +16,7 @@ from vmamba_mm.families import resolve_arch
 @each_spec
 def test_published_architectures(spec):
     """They keep their own rules, and have as many parameters as the metafile says."""
-    tasks = ('cls', 'video') if spec.family.task == 'cls' else (spec.family.task,)
+    tasks = ('cls', 'video', 'points') if spec.family.task == 'cls' else (spec.family.task,)
     entries = [e for e in zoo.entries(spec.family.name) if e.task in tasks]
     assert entries and spec.model.arch_settings is spec.family.archs
     for arch in spec.family.archs:

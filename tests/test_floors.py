@@ -21,7 +21,7 @@ FLOORS = {
     'models': ('torch', 'mmengine'),
     'heads': ('torch', 'mmengine', 'mmpretrain', 'timm'),
     'mm': ('torch', 'numpy', 'matplotlib', 'cv2', 'PIL', 'av', 'mmengine', 'mmcv', 'mmpretrain',
-           'mmdet', 'mmseg', 'monai', 'diffusers', 'torch_fidelity'),
+           'mmdet', 'mmseg', 'monai', 'diffusers', 'torch_fidelity', 'h5py'),
     'integrations': ('torch', 'yaml', 'timm', 'mmpretrain', 'nnunetv2', 'diffusers'),
 }
 #: The ground floor: modules that any other may import, and what they import themselves.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from mmengine.model import BaseModule, PretrainedInit
 from official import save_training_file
-from specs import each_arch, each_spec, registered  # noqa: F401 (a fixture)
+from specs import each_arch, each_image_arch, each_spec, registered  # noqa: F401 (a fixture)
 from torch import nn
 
 from vmamba_mm.checkpoints.names import to_mm
@@ -387,7 +387,7 @@ def test_allowed_differences(spec, tmp_path):
 
 # --- other channels -----------------------------------------------------------------------------
 
-@each_arch
+@each_image_arch
 def test_stem_of_other_channels(spec, arch, tmp_path):
     source = spec.random_model(arch)
     path = saved(tmp_path / 'a.pth', source.state_dict())

@@ -34,6 +34,8 @@ METRICS = {
     'Text-to-Video Retrieval': {'R@1', 'R@5', 'R@10'},
     'Language Modelling': set(),
     'Medical Segmentation': set(),
+    'Point Cloud Classification': {'Overall Accuracy'},
+    'Part Segmentation': {'Instance mIoU'},
 }
 
 

@@ -249,6 +249,24 @@ def run_with_order(block: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any
     return dict(output=block(x), order_slices=across_slices(tokens, block.num_slices).flatten())
 
 
+def run_unit_cells(code: Callable, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The places on a Hilbert curve of the cells next to the first one, along x, y and z, at the
+    depths 1 to 6."""
+    cells = torch.eye(3, dtype=torch.long)
+    return dict(depth_1_to_6=[code(cells, depth) for depth in range(1, 7)])
+
+
+@torch.enable_grad()
+def run_chamfer(distance: Callable, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Both kinds of the distance between clouds 'a' and 'b', and their gradients for 'a'."""
+    results = {}
+    for kind in ('cdl1', 'cdl2'):
+        first = inputs['a'].detach().requires_grad_()
+        results[kind] = distance(first, inputs['b'], kind)
+        results[f'{kind}_grad_a'], = torch.autograd.grad(results[kind], first)
+    return results
+
+
 def by_heads(*tensors: Tensor, function: Callable[..., Tensor], heads: int) -> Tensor:
     """``function`` of sequences (B, T, C) by heads, (B, T, H, C / H), to (B, T, C); other tensors
     come to it as they are."""

@@ -26,7 +26,8 @@ TASKS = {'Image Classification': 'cls', 'Action Recognition': 'video', 'Object D
          'Change Detection': 'seg',
          'Masked Pre-training': 'pretrain', 'Multi-Instance Retrieval': 'pretrain',
          'Text-to-Video Retrieval': 'pretrain', 'Language Modelling': 'lm',
-         'Medical Segmentation': 'medical', 'Image Generation': 'diffusion'}
+         'Medical Segmentation': 'medical', 'Image Generation': 'diffusion',
+         'Point Cloud Classification': 'points', 'Part Segmentation': 'points'}
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,9 @@ class Entry:
         name: unique in the zoo: that of its config, unless two files share one.
         family: that of the model.
         arch: a published architecture of the family.
-        task: 'cls', 'video', 'det', 'seg', 'lm', 'medical' of networks that nnU-Net trains,
-            'diffusion' of images made from noise, or 'pretrain' of a file that a fine-tuning
-            starts from: a value of :data:`TASKS`.
+        task: 'cls', 'video', 'det', 'seg', 'lm', 'points' of clouds, 'medical' of networks that
+            nnU-Net trains, 'diffusion' of images made from noise, or 'pretrain' of a file that a
+            fine-tuning starts from: a value of :data:`TASKS`.
         folder: in ``configs/``, of the family's name, unless several families share it.
         config: ``configs/<folder>/NAME.py``, relative to the repository; see ``path``. None where
             there is no recipe.

@@ -184,8 +184,8 @@ def _mix_up(expected, found):
     if isinstance(held_arch, dict):
         return f'it holds the arch {held_arch}, and the model has another; '
     model = f"is {wanted_arch!r}" if isinstance(wanted_arch, str) else 'has another'
-    # Names do not tell a classifier of clips from one of images; the architecture does.
-    tasks = ('cls', 'video') if task == 'cls' else (task,)
+    # Names do not tell a classifier of clips or clouds from one of images; the architecture does.
+    tasks = ('cls', 'video', 'points') if task == 'cls' else (task,)
     config = next(filter(None, (config_for(family.name, held_arch, t) for t in tasks)), None)
     how = f'use {config}' if config else f'build it with arch={held_arch!r}'
     return f'it holds the arch {held_arch!r}, and the model {model}: {how}; '

@@ -48,6 +48,7 @@ from vmamba_mm.families import (
     dis,
     efficientvim,
     mamba_lm,
+    pointmamba,
     rmt,
     rs_mamba,
     rsmamba,
@@ -154,5 +155,5 @@ def family_of(state_dict: Mapping[str, object]) -> Family | None:
 
 
 for _module in (vmamba, mamba_lm, vim, videomamba, vivim, timemamba, vision_rwkv, vssd, rmt,
-                rs_mamba, rsmamba, vm_unet, efficientvim, u_mamba, seg_mamba, dis):
+                rs_mamba, rsmamba, vm_unet, efficientvim, u_mamba, seg_mamba, dis, pointmamba):
     register_family(_module.FAMILY)

@@ -2,6 +2,14 @@
 
 from vmamba_mm.heads.clip import ClipTower
 from vmamba_mm.heads.losses import DiceLoss
+from vmamba_mm.heads.masked_points import MaskedPointMamba
+from vmamba_mm.heads.points import (
+    PartSegHead,
+    PointClassifier,
+    PointHead,
+    PointPreprocessor,
+    PointSegmentor,
+)
 from vmamba_mm.heads.pyramid import SimpleFeaturePyramid
 from vmamba_mm.heads.rs_mamba import ChannelFusion, ConcatDecoder, RemoteSensingModel
 from vmamba_mm.heads.seg_mamba import ResidualDecoder, SegMamba
@@ -17,6 +25,8 @@ from vmamba_mm.heads.videomamba import (
 )
 
 __all__ = ['ChannelFusion', 'ClipPreprocessor', 'ClipTower', 'ConcatDecoder', 'DiceLoss',
-           'DistilledVideoMamba', 'HardDistillation', 'MaskedVideoMamba', 'RemoteSensingModel',
-           'ResidualDecoder', 'SegMamba', 'SelfDistillation', 'SimpleFeaturePyramid',
-           'StageFusionHead', 'TimmTeacher', 'TokenLabelHead', 'VideoClassifier', 'VideoEncoder']
+           'DistilledVideoMamba', 'HardDistillation', 'MaskedPointMamba', 'MaskedVideoMamba',
+           'PartSegHead', 'PointClassifier', 'PointHead', 'PointPreprocessor', 'PointSegmentor',
+           'RemoteSensingModel', 'ResidualDecoder', 'SegMamba', 'SelfDistillation',
+           'SimpleFeaturePyramid', 'StageFusionHead', 'TimmTeacher', 'TokenLabelHead',
+           'VideoClassifier', 'VideoEncoder']

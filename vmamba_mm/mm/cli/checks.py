@@ -223,8 +223,9 @@ def _check_dataset_paths(name, dataset):
         prefixes = {'': prefixes}
     entries = [('data_root', root)]
     entries += [('ann_file', dataset.get('ann_file'))]
-    if dataset.get('split') and not prefixes and not dataset.get('ann_file'):
-        entries.append(('split', dataset.split))  # the folder of an ImageNet's split
+    if type_name(dataset) == 'ImageNet' and dataset.get('split') and not prefixes \
+            and not dataset.get('ann_file'):
+        entries.append(('split', dataset.split))  # a folder, as of no other data set
     entries += [(f'data_prefix.{k}'.rstrip('.'), v) for k, v in prefixes.items()]
     for key, value in entries:
         if not isinstance(value, str) or not value or '://' in value + root:

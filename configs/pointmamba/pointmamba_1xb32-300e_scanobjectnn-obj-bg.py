@@ -1,0 +1,12 @@
+# The released version on ScanObjectNN OBJ_BG, pre-trained on ShapeNet-55.
+_base_ = ['_base_/scanobjectnn.py']
+
+model = dict(
+    backbone=dict(arch='hilbert_g128', drop_path_rate=0.5,
+                  init_cfg=dict(type='Pretrained', prefix='backbone.',
+                                checkpoint='vmamba_mm://pointmamba/hilbert_g64.shapenet55')))
+
+scan = dict(variant='obj_bg')
+train_dataloader = dict(dataset=scan)
+val_dataloader = dict(dataset=scan)
+test_dataloader = val_dataloader
