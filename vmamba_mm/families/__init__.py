@@ -47,6 +47,9 @@ from vmamba_mm.errors import UserError
 from vmamba_mm.families import (
     efficientvim,
     mamba_lm,
+    mambair,
+    mambair_unet,
+    mambair_v2,
     rmt,
     rs_mamba,
     rsmamba,
@@ -153,5 +156,6 @@ def family_of(state_dict: Mapping[str, object]) -> Family | None:
 
 
 for _module in (vmamba, mamba_lm, vim, videomamba, vivim, timemamba, vision_rwkv, vssd, rmt,
-                rs_mamba, rsmamba, vm_unet, efficientvim, u_mamba, seg_mamba):
+                rs_mamba, rsmamba, vm_unet, efficientvim, u_mamba, seg_mamba, mambair,
+                mambair_v2, mambair_unet):
     register_family(_module.FAMILY)
