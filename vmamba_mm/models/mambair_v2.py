@@ -194,15 +194,17 @@ class TokenScan(nn.Module):
         inner_rank: rank of the matrix (T, N) of prompts.
         mlp_ratio: D / C of the scan.
         noise: of ``ROUTING_NOISE``.
+        stable_sort: whether tokens of a class keep their order; else they are in that of
+            ``torch.sort`` on a CPU, see :class:`MambaIRv2`.
 
     Shape: (B, H, W, C) -> (B, H, W, C).
     """
 
     def __init__(self, dim: int, d_state: int, num_tokens: int, inner_rank: int,
-                 mlp_ratio: float, noise: str = 'train'):
+                 mlp_ratio: float, noise: str = 'train', stable_sort: bool = True):
         super().__init__()
         inner = int(dim * mlp_ratio)
-        self.noise = noise
+        self.noise, self.stable_sort = noise, stable_sort
         self.selectiveScan = _ScanWeights(inner, d_state, -(-inner // 16))
         self.out_norm = LayerNorm(inner)
         self.out_proj = nn.Linear(inner, dim)
@@ -237,7 +239,10 @@ class TokenScan(nn.Module):
 
         y = on_channels_first(self.in_proj, x)
         y = y * torch.sigmoid(on_channels_first(self.CPE, y))
-        order = classes.argsort(dim=-1, stable=True)
+        if self.stable_sort:
+            order = classes.argsort(dim=-1, stable=True)
+        else:
+            order = classes.cpu().sort(dim=-1, stable=False)[1].to(x.device)
         y = self.selectiveScan(_take(y.flatten(1, 2), order), prompt)
         y = self.out_proj(self.out_norm(y))
         return _take(y, order.argsort(dim=-1)).unflatten(1, (height, width))
@@ -258,14 +263,14 @@ class AttentiveLayer(nn.Module):
         num_heads: of the attention.
         arch: of the network.
         shift: by which its windows are shifted, 0 for none.
-        noise: of ``ROUTING_NOISE``.
+        noise, stable_sort: of :class:`TokenScan`.
         with_cp: recompute the layer in the backward pass.
 
     Shape: (B, H, W, C) -> (B, H, W, C), H and W multiples of the window.
     """
 
     def __init__(self, dim: int, num_heads: int, arch: dict[str, Any], shift: int, noise: str,
-                 with_cp: bool):
+                 stable_sort: bool, with_cp: bool):
         super().__init__()
         self.with_cp, self.shift = with_cp, shift
         ratio, size = arch['mlp_ratio'], arch['window_size']
@@ -276,7 +281,7 @@ class AttentiveLayer(nn.Module):
         self.wqkv = nn.Linear(dim, 3 * dim)
         self.win_mhsa = WindowAttention(dim, size, num_heads)
         self.assm = TokenScan(dim, arch['d_state'], arch['num_tokens'], arch['inner_rank'], ratio,
-                              noise)
+                              noise, stable_sort)
         ffn = _FFNS[arch['ffn']]
         self.convffn1 = ffn(dim, int(dim * ratio), arch['conv_kernel'])
         self.convffn2 = ffn(dim, int(dim * ratio), arch['conv_kernel'])
@@ -323,6 +328,10 @@ class MambaIRv2(GroupRestorer):
         in_channels, img_range, with_cp, init_cfg: as of :class:`vmamba_mm.models.MambaIR`.
         routing_noise: when Gumbel noise is drawn: 'train', 'always' as in the public code, or
             'never'.
+        stable_sort: whether the tokens of a class are scanned in the order of the image. The public
+            code leaves their order to ``torch.sort`` without ``stable``; that of a CPU depends on
+            the instructions that it has. False for the order of this machine's CPU, on whatever
+            device, to compare with numbers that were made on such a CPU.
 
     Shape:
         (B, in_channels, H, W), any H and W, with values in [0, 1], to
@@ -339,12 +348,12 @@ class MambaIRv2(GroupRestorer):
     family = FAMILY
 
     def __init__(self, arch: str | dict[str, Any], in_channels: int = 3, img_range: float = 1.0,
-                 routing_noise: str = 'train', with_cp: bool = False,
+                 routing_noise: str = 'train', stable_sort: bool = True, with_cp: bool = False,
                  init_cfg: dict | list[dict] | None = None):
         if routing_noise not in ROUTING_NOISE:
             raise ValueError(f'routing_noise={routing_noise!r} does not exist; choose one of '
                              f'{ROUTING_NOISE}')
-        self.routing_noise = routing_noise
+        self.routing_noise, self.stable_sort = routing_noise, stable_sort
         super().__init__(arch, in_channels, img_range, 0.0, with_cp, init_cfg)
 
     def build(self, drop_path_rate: float) -> None:
@@ -358,7 +367,8 @@ class MambaIRv2(GroupRestorer):
         dim, arch = self.arch['embed_dims'], self.arch
         for group, heads in zip(rates, arch['num_heads'], strict=True):
             layers = [AttentiveLayer(dim, heads, arch, i % 2 * (arch['window_size'] // 2),
-                                     self.routing_noise, self.with_cp) for i in range(len(group))]
+                                     self.routing_noise, self.stable_sort, self.with_cp)
+                      for i in range(len(group))]
             yield ResidualGroup(layers, body_conv(dim, arch['resi_connection']), 'layers')
 
     def forward(self, x: Tensor, noise: Sequence[Tensor] | None = None) -> Tensor:
