@@ -26,12 +26,16 @@ TASKS = {'Image Classification': 'cls', 'Action Recognition': 'video', 'Object D
          'Change Detection': 'seg',
          'Masked Pre-training': 'pretrain', 'Multi-Instance Retrieval': 'pretrain',
          'Text-to-Video Retrieval': 'pretrain', 'Language Modelling': 'lm',
-         'Medical Segmentation': 'medical'}
+         'Medical Segmentation': 'medical', 'Super-Resolution': 'sr', 'Image Denoising': 'denoise',
+         'JPEG Artefact Removal': 'jpeg'}
+#: Those of whole networks from image to image.
+RESTORATION = ('sr', 'denoise', 'jpeg')
 
 
 @dataclass(frozen=True)
 class Result:
-    """A published result of a model on one task: ``metrics`` by their names, in percent."""
+    """A published result of a model on one task: ``metrics`` by their names, in percent; PSNR in
+    dB, and SSIM from 0 to 1."""
 
     task: str
     dataset: str
@@ -46,8 +50,9 @@ class Entry:
         name: unique in the zoo: that of its config, unless two files share one.
         family: that of the model.
         arch: a published architecture of the family.
-        task: 'cls', 'video', 'det', 'seg', 'lm', 'medical' of networks that nnU-Net trains, or
-            'pretrain' of a file that a fine-tuning starts from: a value of :data:`TASKS`.
+        task: 'cls', 'video', 'det', 'seg', 'lm', 'medical' of networks that nnU-Net trains,
+            'pretrain' of a file that a fine-tuning starts from, or one of :data:`RESTORATION`: a
+            value of :data:`TASKS`.
         folder: in ``configs/``, of the family's name, unless several families share it.
         config: ``configs/<folder>/NAME.py``, relative to the repository; see ``path``. None where
             there is no recipe.

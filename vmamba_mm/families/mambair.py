@@ -214,7 +214,8 @@ PARITY = Parity(
          'op_tiled_test.pt': _parity_tiles},
     absences=(Omission('gradients', 'the file holds no gradients'),
               Omission('grad_gumbel', 'noise needs no gradient')),
-    limits=(Limit('psnr', 2e-6, _LUMA, 'op_metrics.pt'), Limit('ssim', 2e-6, _LUMA, 'op_metrics.pt'),
+    limits=(Limit('psnr', 2e-6, _LUMA, 'op_metrics.pt'),
+            Limit('ssim', 2e-6, _LUMA, 'op_metrics.pt'),
             Limit('output', 1e-6, 'the stored numbers are fp32', 'op_tiled_test.pt')))
 
 FAMILY = Family(

@@ -1,7 +1,6 @@
 """MambaIR: state-space models for image restoration (arXiv 2402.15648), and its U-Net."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn

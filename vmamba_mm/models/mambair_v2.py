@@ -9,8 +9,13 @@ from torch import Tensor, nn
 
 from vmamba_mm.families.mambair_v2 import FAMILY
 from vmamba_mm.layers import LayerNorm
-from vmamba_mm.layers.ssm_init import init_A_logs, init_dt_bias, init_dt_proj, init_x_proj
-from vmamba_mm.layers.ssm_init import state_matrix
+from vmamba_mm.layers.ssm_init import (
+    init_A_logs,
+    init_dt_bias,
+    init_dt_proj,
+    init_x_proj,
+    state_matrix,
+)
 from vmamba_mm.models.base import init_linear
 from vmamba_mm.models.restorer import (
     GroupRestorer,
