@@ -248,8 +248,9 @@ class TokenScan(nn.Module):
             order = classes.argsort(dim=-1, stable=True)
         else:
             order = classes.cpu().sort(dim=-1, stable=False)[1].to(x.device)
-        y = self.selectiveScan(_take(y.flatten(1, 2), order), prompt)
-        y = self.out_proj(self.out_norm(y))
+        tokens = _take(y.flatten(1, 2), order)
+        y = self.out_norm(self.selectiveScan(tokens, prompt))
+        y = self.out_proj(y.to(tokens.dtype))
         return _take(y, order.argsort(dim=-1)).unflatten(1, (height, width))
 
 
