@@ -425,15 +425,15 @@ class TokenScanAlone(nn.Module):
         return self.scan(x.unflatten(1, self.size), self.token.weight, noise).flatten(1, 2)
 
 
-def restore_recording_tiles(x: Tensor, scale: int) -> tuple[Tensor, list[list[int]]]:
+def restore_recording_tiles(x: Tensor, scale: int, restore: Callable
+                            ) -> tuple[Tensor, list[list[int]]]:
     """The made-up function that official numbers of tiles are of, and the sizes it was given.
 
     Args:
         x: (B, C, H, W).
         scale: by which it repeats pixels.
+        restore: ``restore_in_tiles``.
     """
-    from vmamba_mm.mm.restoration.tiles import restore_in_tiles
-
     sizes = []
 
     def network(part):
@@ -444,4 +444,4 @@ def restore_recording_tiles(x: Tensor, scale: int) -> tuple[Tensor, list[list[in
         part = part + 0.1 * (down[:, None] + 2 * across) + part.mean()
         return F.interpolate(part, scale_factor=scale, mode='nearest')
 
-    return restore_in_tiles(network, x, scale), sizes
+    return restore(network, x, scale), sizes

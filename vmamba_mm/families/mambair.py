@@ -203,7 +203,8 @@ def _parity_metrics(section: str, case: Options) -> Subject:
 
 def _parity_tiles(section: str, case: Options) -> Subject:
     return Subject(
-        Build('vmamba_mm.testing:restore_recording_tiles', dict(scale=case['scale'])),
+        Build('vmamba_mm.testing:restore_recording_tiles', dict(
+            scale=case['scale'], restore=Build('vmamba_mm.mm.restoration.tiles:restore_in_tiles'))),
         Call(outputs=('output', 'tile_input_sizes')))
 
 
