@@ -40,17 +40,18 @@ class _Lean(Registry):
 # These and the transforms, data sets and metrics build on the frameworks', which are imported when
 # a config names the first of them.
 MODELS = _Lean('model', parent=MMENGINE_MODELS, scope='vmamba_mm',
-               lean=['vmamba_mm.models', 'vmamba_mm.heads', 'vmamba_mm.mm.volumes.models'],
+               lean=['vmamba_mm.models', 'vmamba_mm.heads', 'vmamba_mm.mm.volumes.models',
+                     'vmamba_mm.mm.restoration.models'],
                locations=['vmamba_mm.mm.segmentation.models'])
 TRANSFORMS = _Lean('transform', parent=MMENGINE_TRANSFORMS, scope='vmamba_mm',
-                   lean=['vmamba_mm.mm.volumes.transforms',
+                   lean=['vmamba_mm.mm.volumes.transforms', 'vmamba_mm.mm.restoration.transforms',
                          'vmamba_mm.mm.segmentation.transforms'],
                    locations=['vmamba_mm.mm.transforms', 'vmamba_mm.mm.video.transforms'])
 DATASETS = _Lean('dataset', parent=MMENGINE_DATASETS, scope='vmamba_mm',
-                 lean=['vmamba_mm.mm.volumes.dataset'],
+                 lean=['vmamba_mm.mm.volumes.dataset', 'vmamba_mm.mm.restoration.dataset'],
                  locations=['vmamba_mm.mm.image_list', 'vmamba_mm.mm.video.dataset'])
 METRICS = _Lean('metric', parent=MMENGINE_METRICS, scope='vmamba_mm',
-                lean=['vmamba_mm.mm.volumes.metrics'],
+                lean=['vmamba_mm.mm.volumes.metrics', 'vmamba_mm.mm.restoration.metrics'],
                 locations=['vmamba_mm.mm.segmentation.metrics'])
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='vmamba_mm',
                  locations=['vmamba_mm.mm.hooks'])

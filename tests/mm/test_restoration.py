@@ -72,7 +72,8 @@ def test_images_that_cannot_be_compared(change, message):
 
 # --- tiles and poses ------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('height, width, tile', [(7, 9, 0), (7, 9, 200), (23, 41, 10), (40, 10, 10)])
+@pytest.mark.parametrize('height, width, tile', [
+    (7, 9, 0), (7, 9, 200), (23, 41, 10), (40, 10, 10)])
 def test_tiles_join_without_seams(height, width, tile):
     x, calls = torch.rand(2, 3, height, width), []
     y = tiles.restore_in_tiles(doubled, x, 2, tile, lambda *done: calls.append(done))

@@ -17,6 +17,8 @@ from vmamba_mm.models.pretrained import StrictLoading
 RGB_MEAN = (0.4488, 0.4371, 0.4040)
 #: Channels between the body and the image, in all upsamplers but 'pixelshuffledirect'.
 TAIL_WIDTH = 64
+#: How the names of weights behind the body begin.
+TAIL = ('conv_before_upsample.', 'upsample.', 'conv_up', 'conv_hr.', 'conv_last.')
 
 
 class Restorer(StrictLoading, BaseModule):
@@ -149,6 +151,27 @@ class GroupRestorer(Restorer):
     def build_groups(self, rates: Sequence[Sequence[float]]) -> Iterable[nn.Module]:
         """The groups; ``rates`` has the stochastic depth of each block of each."""
         raise NotImplementedError
+
+    def load_pretrained(self, checkpoint: str, prefix: str | None = None, weights: str = 'auto',
+                        map_location: Any = 'cpu', adapt_in_channels: bool = False,
+                        strict: bool | None = None, allow: str | Sequence[str] = (),
+                        other_scale: bool = False) -> None:
+        """As of the other models; with ``other_scale``, start from weights for another scale.
+
+        Args:
+            checkpoint, prefix, weights, map_location, adapt_in_channels, strict, allow: as of
+                :class:`vmamba_mm.models.base.Backbone`.
+            other_scale: what lies behind the body is loaded where it has the same shape, and stays
+                as it is otherwise, as the published models for x3 and x4 started from that for x2.
+        """
+        def adapt(state):
+            ours = self.state_dict()
+            return {k: v for k, v in ours.items() if k.startswith(TAIL)} | {
+                k: v for k, v in state.items() if not k.startswith(TAIL)
+                or k in ours and ours[k].shape == v.shape}
+
+        self._load(adapt if other_scale else self.adapt_weights, checkpoint, prefix, weights,
+                   map_location, adapt_in_channels, strict, allow)
 
     def restore(self, x: Tensor, groups: Any) -> Tensor:
         """(B, in_channels, H, W) -> (B, in_channels, scale * H, scale * W).

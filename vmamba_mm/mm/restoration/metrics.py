@@ -7,10 +7,15 @@ to 0.015 in SSIM at the borders of small images, pyiqa by up to 0.0007 on the lu
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from mmengine.evaluator import BaseMetric
 from torch import Tensor
+
+from vmamba_mm.registry import METRICS
 
 #: Of R, G and B of [0, 255] in the luma, whose offset is 16.
 _LUMA = (65.481 / 255, 128.553 / 255, 24.966 / 255)
@@ -101,3 +106,32 @@ def compare_bgr(image: Tensor, target: Tensor, crop_border: int = 0, on_luma: bo
     """The same for images (H, W, C) in OpenCV's order of channels, as BasicSR has them."""
     image, target = (t.flip(-1).movedim(-1, 0) for t in (image, target))
     return compare(image, target, crop_border, on_luma)
+
+
+@METRICS.register_module()
+class RestorationMetric(BaseMetric):
+    """PSNR in dB and SSIM of restored images, the mean of all, as published tables have them.
+
+    A sample has ``pred`` and ``gt``, (C, H, W) of [0, 1]. Results: ``psnr`` and ``ssim``.
+
+    Args:
+        crop_border: pixels at each side that do not count, of super-resolution its scale.
+        on_luma: compare the luma of colour images.
+        collect_device, prefix: mmengine's.
+    """
+
+    def __init__(self, crop_border: int = 0, on_luma: bool = False, collect_device: str = 'cpu',
+                 prefix: str | None = None):
+        super().__init__(collect_device, prefix)
+        if not isinstance(crop_border, int) or crop_border < 0:
+            raise ValueError(f'crop_border must be an int of at least 0, got {crop_border!r}')
+        self.crop_border, self.on_luma = crop_border, on_luma
+
+    def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
+        for sample in data_samples:
+            images = (to_8_bit(sample[key].cpu()) for key in ('pred', 'gt'))
+            self.results.append(compare(*images, self.crop_border, self.on_luma))
+
+    def compute_metrics(self, results: list[tuple[float, float]]) -> dict[str, float]:
+        return {name: sum(result[i] for result in results) / len(results)
+                for i, name in enumerate(('psnr', 'ssim'))}
