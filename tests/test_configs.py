@@ -9,11 +9,13 @@ from leaves import ENTRIES, LEAVES, REPO, VARIANTS, entry_of
 from vmamba_mm import zoo
 from vmamba_mm.mm.cli import datasets_of
 from vmamba_mm.models.base import Backbone
+from vmamba_mm.models.restorer import Restorer
 
 #: The scope lets the tests of one leaf follow one another, so that its model is built once.
 each_leaf = pytest.mark.parametrize('leaf', LEAVES, scope='module')
 PREPROCESSORS = dict(cls='ClsDataPreprocessor', video='vmamba_mm.ClipPreprocessor',
-                     det='DetDataPreprocessor', seg='SegDataPreProcessor')
+                     det='DetDataPreprocessor', seg='SegDataPreProcessor',
+                     **dict.fromkeys(zoo.RESTORATION, 'vmamba_mm.PairPreprocessor'))
 
 #: Mean pixels where the authors have those of the data set.
 MEANS = {'UC Merced': [123.77, 125.41, 115.36], 'AID': [101.03, 104.0, 93.5],
@@ -36,7 +38,7 @@ def arch_name(cfg):
 def test_model_is_that_of_its_row(leaf, load, build_meta):
     """Parameters of classifiers exactly, of others as the authors print them."""
     cfg, entry, model = load(leaf), entry_of(leaf), build_meta(leaf)
-    assert isinstance(model.backbone, Backbone) and arch_name(cfg) == entry.arch
+    assert isinstance(model.backbone, (Backbone, Restorer)) and arch_name(cfg) == entry.arch
     assert model.backbone.family.name == entry.family
     beside = 'distill_head.'  # of training alone
     found = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(beside))
@@ -62,6 +64,8 @@ def test_nothing_is_left_of_the_stock_config(leaf, load):
 @each_leaf
 def test_necks_and_heads_take_what_the_backbone_gives(leaf, load, build_meta):
     model, cfg = build_meta(leaf), load(leaf).model
+    if isinstance(model.backbone, Restorer):  # a whole network
+        return
     channels = model.backbone.out_channels
     found = {name: part.in_channels for name, part in cfg.items()
              if name in ('neck', 'head', 'decode_head', 'auxiliary_head') and part
@@ -96,10 +100,10 @@ def test_every_transform_and_evaluator_builds(leaf, load):
     if task != 'det':  # COCO's evaluator opens the annotations
         METRICS.build(cfg.val_evaluator)
         METRICS.build(cfg.test_evaluator)
-    preprocessor = cfg.get('data_preprocessor') or cfg.model.data_preprocessor
+    preprocessor = cfg.get('data_preprocessor') or cfg.model.get('data_preprocessor', {})
     built = MODELS.build({'type': PREPROCESSORS[task], **preprocessor})
-    if not hasattr(built, 'mean'):  # volumes are normalised one by one
-        assert type(built).__name__ == 'VolumePreprocessor'
+    if not hasattr(built, 'mean'):  # volumes are normalised one by one, others in the network
+        assert type(built).__name__ in ('VolumePreprocessor', 'PairPreprocessor')
         return
     own = MEANS.get(entry_of(leaf).dataset)
     means = [round(x, 2) for x in built.mean.flatten().tolist()]

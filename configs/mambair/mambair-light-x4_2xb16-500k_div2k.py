@@ -1,4 +1,4 @@
-# Lightweight MambaIR, super-resolution x4, which started from the weights for x2: README.md.
+# Lightweight MambaIR, super-resolution x4, started from that for x2 (README.md).
 _base_ = ['_base_/div2k_x4.py', '_base_/schedule_500k.py']
 
 model = dict(backbone=dict(type='vmamba_mm.MambaIR', arch='light_x4', drop_path_rate=0.1))

@@ -1,4 +1,4 @@
-# MambaIR, colour noise of 50, which started from the weights for 15: README.md.
+# MambaIR, colour noise of 50, started from that for 15 (README.md).
 _base_ = ['_base_/noise50.py', '_base_/schedule_800k.py']
 
 model = dict(backbone=dict(type='vmamba_mm.MambaIR', arch='denoise', drop_path_rate=0.1))

@@ -1,5 +1,6 @@
-# MambaIR's U-Net, real noise of SIDD. The patches of 512x512 pixels that the data are usually cut into
-# lie in two folders under the same names. Patches grow from 128 to 384 pixels while batches shrink.
+# MambaIR's U-Net, real noise of SIDD. The patches of 512x512 pixels that the data are usually cut
+# into lie in two folders under the same names. In training, patches grow from 128 to 384 pixels
+# while batches shrink.
 _base_ = ['../_base_/tasks/restoration.py']
 
 max_iters = 300_000

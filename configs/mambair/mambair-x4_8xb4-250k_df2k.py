@@ -1,4 +1,4 @@
-# MambaIR, super-resolution x4, which started from the weights for x2: README.md.
+# MambaIR, super-resolution x4, started from that for x2 (README.md).
 _base_ = ['_base_/df2k_x4.py', '_base_/schedule_250k.py']
 
 model = dict(backbone=dict(type='vmamba_mm.MambaIR', arch='sr_x4', drop_path_rate=0.1))

@@ -1,4 +1,4 @@
-# MambaIRv2 (base), super-resolution x4, which started from the weights for x2: README.md.
+# MambaIRv2 (base), super-resolution x4, started from that for x2 (README.md).
 _base_ = ['_base_/df2k_x4.py', '_base_/schedule_250k.py']
 
 model = dict(backbone=dict(type='vmamba_mm.MambaIRv2', arch='base_x4'))

@@ -1,4 +1,4 @@
-# MambaIRv2 (large), super-resolution x3, which started from the weights for x2: README.md.
+# MambaIRv2 (large), super-resolution x3, started from that for x2 (README.md).
 _base_ = ['_base_/df2k_x3.py', '_base_/schedule_250k.py']
 
 model = dict(backbone=dict(type='vmamba_mm.MambaIRv2', arch='large_x3'))

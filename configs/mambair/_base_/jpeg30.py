@@ -1,5 +1,5 @@
-# Artefacts of JPEG of the quality 30 in grey images: patches of 126x126 pixels of DFWB; validation on
-# Classic5.
+# Artefacts of JPEG of the quality 30 in grey images: patches of 126x126 pixels of DFWB; validation
+# on Classic5.
 _base_ = ['../../_base_/tasks/restoration.py']
 
 quality = 30
