@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vmamba_mm.errors import UserError
+from vmamba_mm.mm.compat import missing_package
 
 #: What values of a file's dtype mean 1.
 _ONE = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
@@ -25,15 +26,22 @@ class Image(NamedTuple):
     dtype: np.dtype  #: of the file: uint8 or uint16
 
 
+def opencv():
+    """The module cv2, or one line that says how to get it."""
+    try:
+        import cv2
+    except ImportError as err:
+        raise missing_package('cv2') from err
+    return cv2
+
+
 def read_image(path: str | Path) -> Image:
     """Read an image file.
 
     Raises:
         UserError: if it is missing, empty, broken, or of another kind.
     """
-    import cv2
-
-    path = Path(path)
+    cv2, path = opencv(), Path(path)
     try:
         content = np.frombuffer(path.read_bytes(), np.uint8)
     except OSError as err:
@@ -68,8 +76,7 @@ def encode_png(image: Image, text: tuple[str, str] | None = None) -> bytes:
         image: whose values are clipped and rounded.
         text: a keyword and a text that are written into the file.
     """
-    import cv2
-
+    cv2 = opencv()
     values = image.values[..., ::-1]
     if image.alpha is not None:
         if values.shape[2] == 1:  # OpenCV writes no grey with alpha

@@ -8,7 +8,7 @@ import torch
 from mmengine.structures import BaseDataElement
 
 from vmamba_mm.errors import UserError
-from vmamba_mm.mm.restoration.images import read_image, resize
+from vmamba_mm.mm.restoration.images import opencv, read_image, resize
 from vmamba_mm.registry import TRANSFORMS
 
 COLOURS = ('rgb', 'grey')
@@ -116,8 +116,7 @@ class CompressJPEG:
         self.quality = quality
 
     def __call__(self, results: dict) -> dict:
-        import cv2
-
+        cv2 = opencv()
         stored = np.ascontiguousarray((_to_8_bit(results['gt']) * 255).round()[..., ::-1])
         _, content = cv2.imencode('.jpg', stored.astype(np.uint8),
                                   [cv2.IMWRITE_JPEG_QUALITY, self.quality])
