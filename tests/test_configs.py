@@ -9,13 +9,15 @@ from leaves import ENTRIES, LEAVES, REPO, VARIANTS, entry_of
 from vmamba_mm import zoo
 from vmamba_mm.mm.cli import datasets_of
 from vmamba_mm.models.pretrained import StrictLoading
+from vmamba_mm.models.restorer import Restorer
 
 #: The scope lets the tests of one leaf follow one another, so that its model is built once.
 each_leaf = pytest.mark.parametrize('leaf', LEAVES, scope='module')
 PREPROCESSORS = dict(cls='ClsDataPreprocessor', video='vmamba_mm.ClipPreprocessor',
                      det='DetDataPreprocessor', seg='SegDataPreProcessor',
                      diffusion='mmpretrain.ClsDataPreprocessor',
-                     points='vmamba_mm.PointPreprocessor')
+                     points='vmamba_mm.PointPreprocessor',
+                     **dict.fromkeys(zoo.RESTORATION, 'vmamba_mm.PairPreprocessor'))
 
 #: Mean pixels where the authors have those of the data set.
 MEANS = {'UC Merced': [123.77, 125.41, 115.36], 'AID': [101.03, 104.0, 93.5],
@@ -68,6 +70,8 @@ def test_necks_and_heads_take_what_the_backbone_gives(leaf, load, build_meta):
         assert not {'neck', 'head', 'decode_head'} & set(load(leaf).model)
         return
     model, cfg = build_meta(leaf), load(leaf).model
+    if isinstance(model.backbone, Restorer):  # a whole network
+        return
     channels = model.backbone.out_channels
     found = {name: part.in_channels for name, part in cfg.items()
              if name in ('neck', 'head', 'decode_head', 'auxiliary_head') and part
@@ -102,10 +106,11 @@ def test_every_transform_and_evaluator_builds(leaf, load):
     if task != 'det':  # COCO's evaluator opens the annotations
         METRICS.build(cfg.val_evaluator)
         METRICS.build(cfg.test_evaluator)
-    preprocessor = cfg.get('data_preprocessor') or cfg.model.data_preprocessor
+    preprocessor = cfg.get('data_preprocessor') or cfg.model.get('data_preprocessor', {})
     built = MODELS.build({'type': PREPROCESSORS.get(task), **preprocessor})
-    if not hasattr(built, 'mean'):  # volumes are normalised one by one, and so are clouds
-        assert type(built).__name__ in ('VolumePreprocessor', 'PointPreprocessor')
+    if not hasattr(built, 'mean'):  # volumes and clouds are normalised alone, pairs in the network
+        assert type(built).__name__ in ('VolumePreprocessor', 'PointPreprocessor',
+                                        'PairPreprocessor')
         return
     own = MEANS.get(entry_of(leaf).dataset)
     means = [round(x, 2) for x in built.mean.flatten().tolist()]

@@ -36,6 +36,9 @@ METRICS = {
     'Medical Segmentation': set(),
     'Point Cloud Classification': {'Overall Accuracy'},
     'Part Segmentation': {'Instance mIoU'},
+    'Super-Resolution': {'PSNR', 'SSIM', 'PSNR+'},
+    'Image Denoising': {'PSNR', 'SSIM'},
+    'JPEG Artefact Removal': {'PSNR', 'SSIM'},
 }
 
 
@@ -73,7 +76,7 @@ def test_the_index_as_openmmlab_reads_it():
 def test_row(entry):
     # There is no recipe of language models, of some pre-trainings, and of what nnU-Net trains.
     assert (entry.config is None) == (entry.path is None)
-    assert entry.config or entry.task in ('lm', 'pretrain', 'medical')
+    assert entry.config or entry.task in ('lm', 'pretrain', 'medical', *zoo.RESTORATION)
     if entry.config:
         assert entry.path.samefile(REPO / entry.config)
         # The name is that of the config, but for a second file of one config, and a pre-training.
@@ -84,7 +87,7 @@ def test_row(entry):
     for result in entry.results:
         assert set(result.metrics) <= METRICS[result.task]
         assert all(0 < value < 100 for value in result.metrics.values())
-    is_dense = entry.task in ('det', 'seg', 'medical')
+    is_dense = entry.task in ('det', 'seg', 'medical', *zoo.RESTORATION)
     assert (entry.tag is None) == is_dense
     assert bool(entry.metrics) != has_no_results(entry) or entry.task in ('pretrain', 'lm')
     if entry.pretrained is not None:
@@ -94,7 +97,8 @@ def test_row(entry):
             start.arch == entry.arch or start.family != entry.family)
     # What is no row here has its address.
     outside = entry.metadata.get('Started From')
-    is_from_random = not is_dense or has_no_results(entry) or entry.family == 'seg_mamba'
+    is_from_random = not is_dense or has_no_results(entry) or entry.family == 'seg_mamba' \
+        or entry.task in zoo.RESTORATION
     assert (entry.pretrained is not None) != bool(outside) or is_from_random and not outside
 
 
@@ -106,7 +110,7 @@ def test_every_row_has_its_own_weights():
 @pytest.mark.parametrize('less, more', [
     ('box AP', 'box AP50'), ('box AP', 'box AP75'), ('box AP75', 'box AP50'),
     ('mask AP', 'mask AP50'), ('mask AP75', 'mask AP50'), ('mask AP', 'box AP'),
-    ('mIoU', 'mIoU(ms+flip)')])
+    ('mIoU', 'mIoU(ms+flip)'), ('Set5 PSNR', 'Set5 PSNR+'), ('Set5 SSIM', 'Set5 PSNR')])
 def test_metrics_are_in_order(less, more):
     pairs = [(e.metrics[less], e.metrics[more]) for e in zoo.entries()
              if less in e.metrics and more in e.metrics]

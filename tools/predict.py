@@ -1,8 +1,9 @@
 """Predict on images and draw the result: classes, boxes and masks, or a segmentation.
 
 Of a model of videos, the files are videos, and the picture shows frames and classes. Of a model
-that finds changes, --after names the later images, and the picture shows both and what changed. A
-file that cannot be predicted is reported and passed over; the exit code is then 1.
+that finds changes, --after names the later images, and the picture shows both and what changed. Of
+a model that restores images, the restored image is written, with the bits and the alpha of the
+file. A file that cannot be predicted is reported and passed over; the exit code is then 1.
 """
 
 import functools
@@ -21,7 +22,8 @@ EXAMPLES = """\
   python tools/predict.py CONFIG CHECKPOINT folder/ --out-dir drawn --score-thr 0.5
   python tools/predict.py CONFIG CHECKPOINT six_channels.tiff --channels 3 2 1
   python tools/predict.py CONFIG CHECKPOINT clip.mp4   (a config of videos)
-  python tools/predict.py CONFIG CHECKPOINT A/ --after B/   (a config of changes)"""
+  python tools/predict.py CONFIG CHECKPOINT A/ --after B/   (a config of changes)
+  python tools/predict.py CONFIG CHECKPOINT small.png --cfg-options model.test_cfg.tile=400"""
 
 MAX_LEGEND = 20  # classes, largest area first
 CHANGED = (213, 94, 0)  # the colour of what changed
@@ -221,6 +223,24 @@ def draw(image, sample, meta, out, detections):
     raise UserError(f'predict.py does not know how to draw {type(sample).__name__}')
 
 
+def restore_all(model, images, out_dir, source):
+    """Write the restored image of each file."""
+    from vmamba_mm.mm.restoration.predict import restore_file
+
+    outputs = image_files.Outputs(out_dir)
+    failures = image_files.Failures(len(images), 'restored', source)
+    for number, path in enumerate(images):
+        place = f'[{number + 1}/{len(images)}] {path}:'
+        try:
+            out = outputs.choose(path)
+            result = restore_file(model, path, out, place)
+        except Exception as err:
+            failures.add(path, err)
+            continue
+        print(f'{place} {result} -> {out}', flush=True)
+    failures.finish()
+
+
 def find_later(images, names, takes_pairs):
     """The later image of each one, of the names of --after; None for each without pairs."""
     if not takes_pairs:
@@ -275,6 +295,9 @@ def main():
     later = find_later(images, args.after, loads_pairs(cfg))
     device = cli.choose_device(args.device)
     model = build_trained(cfg, checkpoint, args.checkpoint, device)
+    if hasattr(model, 'restore'):
+        restore_all(model, images, out_dir, source)
+        return
     from vmamba_mm.mm.pictures import Pictures, reads_bgr
 
     steps = build_steps(cfg)

@@ -123,9 +123,12 @@ class Metrics(dict):
 
 
 def main_metrics(entry: zoo.Entry) -> dict[str, float]:
-    """The first metric of each result: box AP and mask AP of a detector."""
-    return Metrics(next(iter(result.metrics.items())) for result in entry.results
-                   if result.metrics)
+    """The first metric of each result: box AP and mask AP of a detector. Of several data sets with
+    the same metric, the first one's."""
+    metrics = Metrics()
+    for name, value in (next(iter(r.metrics.items())) for r in entry.results if r.metrics):
+        metrics.setdefault(name, value)
+    return metrics
 
 
 def method(entry: zoo.Entry) -> str:

@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmamba_mm.ops import across_slices, ordered_scan, scan_positions
@@ -420,3 +421,45 @@ def _window(before, state):
     """A state with one more input of the convolution, from the state a token earlier."""
     conv = torch.cat([before.conv[:, :1].to(state.conv.dtype), state.conv], dim=1)
     return dict(conv=conv.transpose(1, 2), ssm=state.ssm)
+
+
+class TokenScanAlone(nn.Module):
+    """MambaIRv2's scan of sorted tokens, with the embedding that its layer has.
+
+    Args:
+        scan: :class:`vmamba_mm.models.mambair_v2.TokenScan`.
+        size: H and W of the map.
+        inner_rank, d_state: of the embedding.
+
+    Shape: (B, H*W, C) and noise (B, H*W, T) -> (B, H*W, C).
+    """
+
+    def __init__(self, scan: nn.Module, size: tuple[int, int], inner_rank: int, d_state: int):
+        super().__init__()
+        self.scan, self.size = scan, size
+        self.token = nn.Embedding(inner_rank, d_state)
+
+    def forward(self, x: Tensor, noise: Tensor) -> Tensor:
+        return self.scan(x.unflatten(1, self.size), self.token.weight, noise).flatten(1, 2)
+
+
+def restore_recording_tiles(x: Tensor, scale: int, restore: Callable
+                            ) -> tuple[Tensor, list[list[int]]]:
+    """The made-up function that official numbers of tiles are of, and the sizes it was given.
+
+    Args:
+        x: (B, C, H, W).
+        scale: by which it repeats pixels.
+        restore: ``restore_in_tiles``.
+    """
+    sizes = []
+
+    def network(part):
+        height, width = part.shape[2:]
+        sizes.append([height, width])
+        down, across = (torch.linspace(0, 1, n, dtype=torch.float32).to(part)
+                        for n in (height, width))
+        part = part + 0.1 * (down[:, None] + 2 * across) + part.mean()
+        return F.interpolate(part, scale_factor=scale, mode='nearest')
+
+    return restore(network, x, scale), sizes

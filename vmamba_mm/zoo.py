@@ -27,13 +27,16 @@ TASKS = {'Image Classification': 'cls', 'Action Recognition': 'video', 'Object D
          'Masked Pre-training': 'pretrain', 'Multi-Instance Retrieval': 'pretrain',
          'Text-to-Video Retrieval': 'pretrain', 'Language Modelling': 'lm',
          'Medical Segmentation': 'medical', 'Image Generation': 'diffusion',
-         'Point Cloud Classification': 'points', 'Part Segmentation': 'points'}
+         'Point Cloud Classification': 'points', 'Part Segmentation': 'points',
+         'Super-Resolution': 'sr', 'Image Denoising': 'denoise', 'JPEG Artefact Removal': 'jpeg'}
+#: Those of whole networks from image to image.
+RESTORATION = ('sr', 'denoise', 'jpeg')
 
 
 @dataclass(frozen=True)
 class Result:
     """A published result of a model on one task: ``metrics`` by their names, in percent where they
-    are shares."""
+    are shares; PSNR in dB, and SSIM from 0 to 1."""
 
     task: str
     dataset: str
@@ -49,8 +52,8 @@ class Entry:
         family: that of the model.
         arch: a published architecture of the family.
         task: 'cls', 'video', 'det', 'seg', 'lm', 'points' of clouds, 'medical' of networks that
-            nnU-Net trains, 'diffusion' of images made from noise, or 'pretrain' of a file that a
-            fine-tuning starts from: a value of :data:`TASKS`.
+            nnU-Net trains, 'diffusion' of images made from noise, one of :data:`RESTORATION`, or
+            'pretrain' of a file that a fine-tuning starts from: a value of :data:`TASKS`.
         folder: in ``configs/``, of the family's name, unless several families share it.
         config: ``configs/<folder>/NAME.py``, relative to the repository; see ``path``. None where
             there is no recipe.

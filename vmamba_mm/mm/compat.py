@@ -29,8 +29,8 @@ from vmamba_mm.paths import CONFIGS
 
 # Of several tasks of a package the first has its extra.
 EXTRAS = {task.scope: task.extra for task in reversed(TASKS.values())} | dict(
-    mmcv='all', mmengine='all', monai='monai', diffusers='diffusion', torch_fidelity='diffusion',
-    h5py='points')
+    mmcv='all', mmengine='all', monai='monai', cv2='restoration', diffusers='diffusion',
+    torch_fidelity='diffusion', h5py='points')
 # What to install beside an upstream mmengine. The extras name the onedl line, whose packages would
 # overwrite upstream's, because they share the module names.
 UPSTREAM = {'mmpretrain': 'mmpretrain==1.2.0', 'mmdet': 'mmdet==3.3.0',

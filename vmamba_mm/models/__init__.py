@@ -2,6 +2,8 @@ from vmamba_mm.models.action_mamba import ActionMamba, MaskMambaBlock
 from vmamba_mm.models.causal_lm import CausalLM
 from vmamba_mm.models.dis import DiS
 from vmamba_mm.models.efficientvim import EfficientViM
+from vmamba_mm.models.mambair import MambaIR, MambaIRUNet
+from vmamba_mm.models.mambair_v2 import MambaIRv2
 from vmamba_mm.models.pointmamba import PointMamba
 from vmamba_mm.models.rmt import RMT
 from vmamba_mm.models.rs_mamba import RemoteSensingMamba
@@ -18,7 +20,7 @@ from vmamba_mm.models.vm_unet import VMUNet
 from vmamba_mm.models.vmamba import VMamba
 from vmamba_mm.models.vssd import VSSD
 
-__all__ = ['RMT', 'VSSD', 'ActionMamba', 'CausalLM', 'DiS', 'EfficientViM', 'MaskMambaBlock',
-           'PointMamba',
-           'RSMamba', 'RemoteSensingMamba', 'SegMambaEncoder', 'TimeMamba', 'UMamba', 'VMUNet',
-           'VMamba', 'ViViM', 'VideoMamba', 'Vim', 'VisionRWKV', 'VisionRWKVAdapter']
+__all__ = ['RMT', 'VSSD', 'ActionMamba', 'CausalLM', 'DiS', 'EfficientViM', 'MambaIR',
+           'MambaIRUNet', 'MambaIRv2', 'MaskMambaBlock', 'PointMamba', 'RSMamba',
+           'RemoteSensingMamba', 'SegMambaEncoder', 'TimeMamba', 'UMamba', 'VMUNet', 'VMamba',
+           'ViViM', 'VideoMamba', 'Vim', 'VisionRWKV', 'VisionRWKVAdapter']

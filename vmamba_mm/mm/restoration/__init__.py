@@ -1,0 +1,1 @@
+"""Image restoration on mmengine: data, degradations, metrics, tiles, models."""
