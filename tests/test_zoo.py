@@ -34,6 +34,7 @@ METRICS = {
     'Text-to-Video Retrieval': {'R@1', 'R@5', 'R@10'},
     'Language Modelling': set(),
     'Medical Segmentation': set(),
+    'Image Generation': {'FID-50K'},
 }
 
 
@@ -82,9 +83,10 @@ def test_row(entry):
     for result in entry.results:
         assert set(result.metrics) <= METRICS[result.task]
         assert all(0 < value < 100 for value in result.metrics.values())
-    is_dense = entry.task in ('det', 'seg', 'medical')
+    is_dense = entry.task in ('det', 'seg', 'medical', 'diffusion')
     assert (entry.tag is None) == is_dense
-    assert bool(entry.metrics) != has_no_results(entry) or entry.task in ('pretrain', 'lm')
+    assert bool(entry.metrics) != has_no_results(entry) \
+        or entry.task in ('pretrain', 'lm', 'diffusion')
     if entry.pretrained is not None:
         start = zoo.find(entry.pretrained)
         assert entry.pretrained == f'{start.family}/{start.arch}.{start.tag}'
@@ -92,7 +94,8 @@ def test_row(entry):
             start.arch == entry.arch or start.family != entry.family)
     # What is no row here has its address.
     outside = entry.metadata.get('Started From')
-    is_from_random = not is_dense or has_no_results(entry) or entry.family == 'seg_mamba'
+    is_from_random = not is_dense or has_no_results(entry) \
+        or entry.family in ('seg_mamba', 'dis')
     assert (entry.pretrained is not None) != bool(outside) or is_from_random and not outside
 
 
