@@ -39,6 +39,7 @@ METRICS = {
     'Super-Resolution': {'PSNR', 'SSIM', 'PSNR+'},
     'Image Denoising': {'PSNR', 'SSIM'},
     'JPEG Artefact Removal': {'PSNR', 'SSIM'},
+    'Image Generation': {'FID-50K'},
 }
 
 
@@ -87,9 +88,10 @@ def test_row(entry):
     for result in entry.results:
         assert set(result.metrics) <= METRICS[result.task]
         assert all(0 < value < 100 for value in result.metrics.values())
-    is_dense = entry.task in ('det', 'seg', 'medical', *zoo.RESTORATION)
+    is_dense = entry.task in ('det', 'seg', 'medical', 'diffusion', *zoo.RESTORATION)
     assert (entry.tag is None) == is_dense
-    assert bool(entry.metrics) != has_no_results(entry) or entry.task in ('pretrain', 'lm')
+    assert bool(entry.metrics) != has_no_results(entry) \
+        or entry.task in ('pretrain', 'lm', 'diffusion')
     if entry.pretrained is not None:
         start = zoo.find(entry.pretrained)
         assert entry.pretrained == f'{start.family}/{start.arch}.{start.tag}'
@@ -97,8 +99,8 @@ def test_row(entry):
             start.arch == entry.arch or start.family != entry.family)
     # What is no row here has its address.
     outside = entry.metadata.get('Started From')
-    is_from_random = not is_dense or has_no_results(entry) or entry.family == 'seg_mamba' \
-        or entry.task in zoo.RESTORATION
+    is_from_random = not is_dense or has_no_results(entry) \
+        or entry.family in ('seg_mamba', 'dis') or entry.task in zoo.RESTORATION
     assert (entry.pretrained is not None) != bool(outside) or is_from_random and not outside
 
 
