@@ -9,7 +9,7 @@ SETUP := $(if $(OWN),setup)
 
 .DEFAULT_GOAL := help
 .PHONY: help env setup setup-nnunet demo demo-det demo-seg demo-video demo-medical demo-change \
-        demo-diffusion test test-gpu lint tables kernels check-gpu bench docs clean
+        demo-diffusion demo-points test test-gpu lint tables kernels check-gpu bench docs clean
 
 help:
 	@echo 'make demo      train, evaluate and predict: classification on a small built-in set (3 min)'
@@ -19,6 +19,7 @@ help:
 	@echo 'make demo-medical  VM-UNet on slices and SegMamba on volumes of made-up heads (8 min)'
 	@echo 'make demo-change  RSM-CD: what changed between two photographs (4 min)'
 	@echo 'make demo-diffusion  DiS: digits made of noise, of the class that is asked for (5 min)'
+	@echo 'make demo-points  PointMamba: solids as clouds of points (4 min)'
 	@echo 'make test      all tests'
 	@echo 'make test-gpu  the tests that need a GPU, in several processes'
 	@echo 'make lint      ruff, and whether the tables are those of the metafiles'
@@ -70,6 +71,9 @@ demo-change: $(ENV)
 
 demo-diffusion: $(ENV)
 	@$(PY) tools/demo/diffusion.py
+
+demo-points: $(ENV)
+	@$(PY) tools/demo/points.py
 
 # ARGS passes options on: make test ARGS='-m "not slow" -x'; with -n 0 all run in one process
 test: $(SETUP)

@@ -1,5 +1,5 @@
 """Build the demo sets, in real layouts: MNIST digits, alone and pasted on photographs, made-up
-heads, and pairs of photographs.
+heads, pairs of photographs, and clouds of points.
 
     data/demo/imagenet   train/<class>/*.png, val/<class>/*.png             (ImageNet folders)
     data/demo/coco       annotations/instances_{train,val}2017.json,
@@ -10,6 +10,7 @@ heads, and pairs of photographs.
     data/demo/digits     train/<class>/*.png, val/<class>/*.png             (class folders)
     data/demo/heads      {train,val}/<case>/*.nii.gz, slices/               (NIfTI, and PNG)
     data/demo/pairs      {train,val}/{A,B,label}/*.png                      (LEVIR-CD)
+    data/demo/shapes     <class>/*.txt, modelnet40_{train,test}.txt          (ModelNet40)
 
 coco and ade20k show the same scenes, so that their labels can be checked against each other.
 Everything follows from --seed; a set that is already there with the same settings is kept.
@@ -25,6 +26,7 @@ import clips
 import numpy as np
 import pairs
 import scenes
+import shapes
 import small_digits
 import volumes
 from PIL import Image
@@ -39,9 +41,10 @@ DEFAULTS = dict(
     digits_per_class=(400, 100),
     head_shape=(64, 64, 32), heads=(40, 12),
     pair_size=96, pair_roof=(12, 32), pair_same=(1, 3), pair_changed=(0, 3), pairs=(1200, 100),
+    shape_points=320, shapes_per_class=(200, 50),
 )
 #: The sets that are built and checked by a module of their own.
-DRAWN = dict(clips=clips, digits=small_digits, heads=volumes, pairs=pairs)
+DRAWN = dict(clips=clips, digits=small_digits, heads=volumes, shapes=shapes, pairs=pairs)
 PARTS = ('imagenet', 'coco', 'ade20k', *DRAWN)
 # The id of a set is a hash of these settings and of the code that draws it.
 CODE = tuple(Path(path) for path in (__file__, scenes.__file__,
