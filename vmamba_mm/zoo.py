@@ -51,7 +51,7 @@ class Entry:
         family: that of the model.
         arch: a published architecture of the family.
         task: 'cls', 'video', 'det', 'seg', 'lm', 'medical' of networks that nnU-Net trains,
-            'pretrain' of a file that a fine-tuning starts from, or one of :data:`RESTORATION`: a
+            'pretrain' of a file that a fine-tuning starts from, or one of ``RESTORATION``: a
             value of :data:`TASKS`.
         folder: in ``configs/``, of the family's name, unless several families share it.
         config: ``configs/<folder>/NAME.py``, relative to the repository; see ``path``. None where

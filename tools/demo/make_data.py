@@ -1,5 +1,5 @@
-"""Build the demo sets, in real layouts: MNIST digits pasted on photographs, made-up heads, and
-pairs of photographs.
+"""Build the demo sets, in real layouts: MNIST digits pasted on photographs, made-up heads, pairs
+of photographs, and photographs alone.
 
     data/demo/imagenet   train/<class>/*.png, val/<class>/*.png             (ImageNet folders)
     data/demo/coco       annotations/instances_{train,val}2017.json,
@@ -9,6 +9,7 @@ pairs of photographs.
     data/demo/clips      train/<class>/*.mp4, val/<class>/*.mp4             (class folders)
     data/demo/heads      {train,val}/<case>/*.nii.gz, slices/               (NIfTI, and PNG)
     data/demo/pairs      {train,val}/{A,B,label}/*.png                      (LEVIR-CD)
+    data/demo/photographs {train,val}/{HR,LR}/*.png                         (DIV2K)
 
 coco and ade20k show the same scenes, so that their labels can be checked against each other.
 Everything follows from --seed; a set that is already there with the same settings is kept.
@@ -23,6 +24,7 @@ from pathlib import Path
 import clips
 import numpy as np
 import pairs
+import photographs
 import scenes
 import volumes
 from PIL import Image
@@ -38,7 +40,7 @@ DEFAULTS = dict(
     pair_size=96, pair_roof=(12, 32), pair_same=(1, 3), pair_changed=(0, 3), pairs=(1200, 100),
 )
 #: The sets that are built and checked by a module of their own.
-DRAWN = dict(clips=clips, heads=volumes, pairs=pairs)
+DRAWN = dict(clips=clips, heads=volumes, pairs=pairs, photographs=photographs)
 PARTS = ('imagenet', 'coco', 'ade20k', *DRAWN)
 # The id of a set is a hash of these settings and of the code that draws it.
 CODE = tuple(Path(path) for path in (__file__, scenes.__file__,
