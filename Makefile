@@ -8,8 +8,8 @@ ENV := $(if $(OWN),env)
 SETUP := $(if $(OWN),setup)
 
 .DEFAULT_GOAL := help
-.PHONY: help env setup setup-nnunet demo demo-det demo-seg demo-video demo-medical demo-change demo-sr test \
-        test-gpu lint tables kernels check-gpu bench docs clean
+.PHONY: help env setup setup-nnunet demo demo-det demo-seg demo-video demo-medical demo-change \
+        demo-sr test test-gpu lint tables kernels check-gpu bench docs clean
 
 help:
 	@echo 'make demo      train, evaluate and predict: classification on a small built-in set (3 min)'

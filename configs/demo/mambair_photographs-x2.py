@@ -16,12 +16,12 @@ val_dataloader = dict(num_workers=1, dataset=dict(
     data_root='data/demo/photographs/val', gt='HR', lq='LR'))
 test_dataloader = val_dataloader
 
-max_iters = 1200
+max_iters = 900
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=max_iters // 3)
 optim_wrapper = dict(optimizer=dict(lr=3e-3))
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.04, by_epoch=False, begin=0, end=120),
-    dict(type='CosineAnnealingLR', by_epoch=False, begin=120, end=max_iters, eta_min=0.0),
+    dict(type='LinearLR', start_factor=0.04, by_epoch=False, begin=0, end=90),
+    dict(type='CosineAnnealingLR', by_epoch=False, begin=90, end=max_iters, eta_min=0.0),
 ]
 default_hooks = dict(
     logger=dict(interval=100),
