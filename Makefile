@@ -9,7 +9,8 @@ SETUP := $(if $(OWN),setup)
 
 .DEFAULT_GOAL := help
 .PHONY: help env setup setup-nnunet demo demo-det demo-seg demo-video demo-medical demo-change \
-        demo-diffusion demo-points test test-gpu lint tables kernels check-gpu bench docs clean
+        demo-diffusion demo-points demo-sr test test-gpu lint tables kernels check-gpu bench docs \
+        clean
 
 help:
 	@echo 'make demo      train, evaluate and predict: classification on a small built-in set (3 min)'
@@ -20,6 +21,7 @@ help:
 	@echo 'make demo-change  RSM-CD: what changed between two photographs (4 min)'
 	@echo 'make demo-diffusion  DiS: digits made of noise, of the class that is asked for (5 min)'
 	@echo 'make demo-points  PointMamba: solids as clouds of points (4 min)'
+	@echo 'make demo-sr   MambaIR: photographs twice as large, beside bicubic (4 min)'
 	@echo 'make test      all tests'
 	@echo 'make test-gpu  the tests that need a GPU, in several processes'
 	@echo 'make lint      ruff, and whether the tables are those of the metafiles'
@@ -74,6 +76,9 @@ demo-diffusion: $(ENV)
 
 demo-points: $(ENV)
 	@$(PY) tools/demo/points.py
+
+demo-sr: $(ENV)
+	@$(PY) tools/demo/super_resolution.py
 
 # ARGS passes options on: make test ARGS='-m "not slow" -x'; with -n 0 all run in one process
 test: $(SETUP)

@@ -22,7 +22,7 @@ FLOORS = {
     'heads': ('torch', 'mmengine', 'mmpretrain', 'timm'),
     'mm': ('torch', 'numpy', 'matplotlib', 'cv2', 'PIL', 'av', 'mmengine', 'mmcv', 'mmpretrain',
            'mmdet', 'mmseg', 'monai', 'diffusers', 'torch_fidelity', 'h5py'),
-    'integrations': ('torch', 'yaml', 'timm', 'mmpretrain', 'nnunetv2', 'diffusers'),
+    'integrations': ('torch', 'yaml', 'timm', 'mmpretrain', 'nnunetv2', 'diffusers', 'spandrel'),
 }
 #: The ground floor: modules that any other may import, and what they import themselves.
 GROUND = {
@@ -34,6 +34,7 @@ GROUND = {
     'timm.py': ('vmamba_mm.integrations',), 'mmpretrain.py': ('vmamba_mm.integrations',),
     'dropin.py': ('vmamba_mm.integrations',), 'nnunet.py': ('vmamba_mm.integrations',),
     'diffusers.py': ('vmamba_mm.integrations',),
+    'spandrel.py': ('vmamba_mm.integrations',),
 }
 #: What is below a floor in the list and yet not below it in the house.
 NOT_BELOW = {'families': ('ops', 'layers'), 'checkpoints': ('ops', 'layers'),

@@ -77,7 +77,7 @@ def test_the_index_as_openmmlab_reads_it():
 def test_row(entry):
     # There is no recipe of language models, of some pre-trainings, and of what nnU-Net trains.
     assert (entry.config is None) == (entry.path is None)
-    assert entry.config or entry.task in ('lm', 'pretrain', 'medical', *zoo.RESTORATION)
+    assert entry.config or entry.task in ('lm', 'pretrain', 'medical')
     if entry.config:
         assert entry.path.samefile(REPO / entry.config)
         # The name is that of the config, but for a second file of one config, and a pre-training.

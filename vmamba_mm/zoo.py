@@ -52,7 +52,7 @@ class Entry:
         family: that of the model.
         arch: a published architecture of the family.
         task: 'cls', 'video', 'det', 'seg', 'lm', 'points' of clouds, 'medical' of networks that
-            nnU-Net trains, 'diffusion' of images made from noise, one of :data:`RESTORATION`, or
+            nnU-Net trains, 'diffusion' of images made from noise, one of ``RESTORATION``, or
             'pretrain' of a file that a fine-tuning starts from: a value of :data:`TASKS`.
         folder: in ``configs/``, of the family's name, unless several families share it.
         config: ``configs/<folder>/NAME.py``, relative to the repository; see ``path``. None where

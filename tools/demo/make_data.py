@@ -1,5 +1,5 @@
 """Build the demo sets, in real layouts: MNIST digits, alone and pasted on photographs, made-up
-heads, pairs of photographs, and clouds of points.
+heads, pairs of photographs, photographs alone, and clouds of points.
 
     data/demo/imagenet   train/<class>/*.png, val/<class>/*.png             (ImageNet folders)
     data/demo/coco       annotations/instances_{train,val}2017.json,
@@ -11,6 +11,7 @@ heads, pairs of photographs, and clouds of points.
     data/demo/heads      {train,val}/<case>/*.nii.gz, slices/               (NIfTI, and PNG)
     data/demo/pairs      {train,val}/{A,B,label}/*.png                      (LEVIR-CD)
     data/demo/shapes     <class>/*.txt, modelnet40_{train,test}.txt          (ModelNet40)
+    data/demo/photographs {train,val}/{HR,LR}/*.png                         (DIV2K)
 
 coco and ade20k show the same scenes, so that their labels can be checked against each other.
 Everything follows from --seed; a set that is already there with the same settings is kept.
@@ -25,6 +26,7 @@ from pathlib import Path
 import clips
 import numpy as np
 import pairs
+import photographs
 import scenes
 import shapes
 import small_digits
@@ -44,7 +46,8 @@ DEFAULTS = dict(
     shape_points=320, shapes_per_class=(200, 50),
 )
 #: The sets that are built and checked by a module of their own.
-DRAWN = dict(clips=clips, digits=small_digits, heads=volumes, shapes=shapes, pairs=pairs)
+DRAWN = dict(clips=clips, digits=small_digits, heads=volumes, shapes=shapes, pairs=pairs,
+             photographs=photographs)
 PARTS = ('imagenet', 'coco', 'ade20k', *DRAWN)
 # The id of a set is a hash of these settings and of the code that draws it.
 CODE = tuple(Path(path) for path in (__file__, scenes.__file__,

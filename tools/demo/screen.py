@@ -9,8 +9,8 @@ RECORD = re.compile(r'\d\d/\d\d \d\d:\d\d:\d\d - mmengine - (\w+) - (.*)')
 # An evaluation is shown when it is over: then it has no time left.
 MATTERS = re.compile(r'(Epoch|Iter)\((train|(val|test)(?!.* eta: ))\) ')
 # Of lines that a tool prints itself.
-PRINTED = re.compile(r'\[\d+/\d+\] |(accuracy|coco|mIoU|aAcc|mAcc|Precision|Recall|F1|IoU)[\w/.]*'
-                     r' = |No GPU|Done\.|error')
+PRINTED = re.compile(r'\[\d+/\d+\] |(accuracy|coco|mIoU|aAcc|mAcc|Precision|Recall|F1|IoU|psnr'
+                     r'|ssim)[\w/.]* = |No GPU|Done\.|error')
 # Numbers of a step, besides the losses' sum and the time that is left.
 DETAILS = re.compile(r'(?<!\S)(?!loss:)(base_lr|lr|time|data_time|memory|grad_norm|[\w.]*loss[\w.]*'
                      r'|[\w.]*acc_\w+|acc): +\S+\s*')

@@ -107,7 +107,7 @@ class MambaIR(GroupRestorer):
     """MambaIR, of super-resolution, denoising and JPEG artefacts.
 
     Its weights have the official names; files of the public code, a dict with ``params`` or
-    ``params_ema``, load by :meth:`load_pretrained` as they are.
+    ``params_ema``, load by ``load_pretrained`` as they are.
 
     Args:
         arch: a key of ``MambaIR.arch_settings``, or a dict with the keys ``embed_dims`` (C, at
@@ -186,7 +186,7 @@ class MambaIRUNet(Restorer):
 
     Shape:
         (B, in_channels, H, W) -> (B, in_channels, H, W), H and W multiples of 8.
-        :func:`vmamba_mm.mm.restoration.tiles.restore_any` pads other images.
+        :func:`vmamba_mm.mm.restoration.tiles.restore_padded` takes other images.
 
     Raises:
         ValueError: on a value that is not allowed, with the choices; when called, on an image of

@@ -317,7 +317,7 @@ class MambaIRv2(GroupRestorer):
     """MambaIRv2, of super-resolution, denoising and JPEG artefacts.
 
     Its weights have the official names; files of the public code, a dict with ``params`` or
-    ``params_ema``, load by :meth:`load_pretrained` as they are.
+    ``params_ema``, load by ``load_pretrained`` as they are.
 
     **Routes of tokens.** The public code adds random Gumbel noise to the logits of the classes
     whenever it runs, in evaluation too, so that it gives another image each time. Here noise is
@@ -382,8 +382,8 @@ class MambaIRv2(GroupRestorer):
 
         Args:
             x: (B, in_channels, H, W).
-            noise: for each layer (B, H'*W', num_tokens), added to the logits of its classes, H' and
-                W' being the sides after padding; None for what ``routing_noise`` says.
+            noise: for each layer (B, L, num_tokens), added to the logits of its classes, of the
+                L pixels after padding; None for what ``routing_noise`` says.
         """
         self.check_image(x)
         count = sum(self.arch['depths'])

@@ -24,7 +24,7 @@ TAIL = ('conv_before_upsample.', 'upsample.', 'conv_up', 'conv_hr.', 'conv_last.
 class Restorer(StrictLoading, BaseModule):
     """A network from a degraded image to the restored one, ``scale`` times as large.
 
-    A subclass says ``family`` and :meth:`build`, and has :meth:`forward`.
+    A subclass says ``family`` and :meth:`build`, and has ``forward``.
 
     Args:
         arch: a key of ``arch_settings``, or a dict with the keys of the family's ``rules``; with

@@ -49,8 +49,8 @@ class ImageRestorer(BaseModel):
     """A network that restores images, with its loss and its way of testing.
 
     Args:
-        backbone: from (B, C, H, W) of [0, 1] to (B, C, s * H, s * W); :class:`vmamba_mm.models.
-            MambaIR`, for example.
+        backbone: from (B, C, H, W) of [0, 1] to (B, C, s * H, s * W), such as
+            :class:`vmamba_mm.models.MambaIR`.
         loss: 'l1', or 'charbonnier' (eps 1e-3).
         test_cfg: ``tile``, from which side on an image is restored in tiles (200, as published; 0
             for never), and ``self_ensemble``, whether the result is the mean of eight poses (no).

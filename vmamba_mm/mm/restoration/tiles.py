@@ -6,13 +6,13 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-Network = Callable[[Tensor], Tensor]
 #: Sides from which on the public code cuts an image into tiles, and their overlap by their side.
 TILE = 200
 OVERLAP = 10
 
 
-def restore_padded(network: Network, x: Tensor, scale: int = 1, multiple: int = 1) -> Tensor:
+def restore_padded(network: Callable[[Tensor], Tensor], x: Tensor, scale: int = 1,
+                   multiple: int = 1) -> Tensor:
     """The restored image, from one whose sides were brought to multiples by mirroring.
 
     Args:
@@ -52,8 +52,9 @@ def tile_bounds(length: int, count: int) -> list[tuple[int, int, int, int]]:
              min(length, (i + 1) * size + overlap)) for i in range(count)]
 
 
-def restore_in_tiles(network: Network, x: Tensor, scale: int = 1, tile: int = TILE,
-                     progress: Callable[[int, int], Any] | None = None) -> Tensor:
+def restore_in_tiles(network: Callable[[Tensor], Tensor], x: Tensor, scale: int = 1,
+                     tile: int = TILE, progress: Callable[[int, int], Any] | None = None
+                     ) -> Tensor:
     """The restored image, made in tiles as the public code of MambaIR tests.
 
     A side of n * ``tile`` pixels or more has n + 1 tiles of equal size, of an image that is
@@ -98,7 +99,7 @@ def restore_in_tiles(network: Network, x: Tensor, scale: int = 1, tile: int = TI
     return out[..., :scale * height, :scale * width]
 
 
-def restore_in_poses(network: Network, x: Tensor) -> Tensor:
+def restore_in_poses(network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """The mean of the restored images of eight poses, flipped and transposed, and turned back.
 
     It is the self-ensemble of published numbers with a plus.
