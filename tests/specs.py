@@ -53,6 +53,8 @@ class Spec:
         is_of_points: the family takes clouds, (B, N, C), of as many points as an image has pixels.
         slices: of volumes, (B, C, slices, H, W), where the family takes these.
         called_often: a regular expression of the modules that run several times in a call.
+        nudge: up to which the tests of the contract raise every parameter; less where wide layers
+            would add it up.
         zero_grads: one of the parameters whose gradients are zero but for rounding; no other
             family has these names.
         shares_names: (arch) -> whether another family's models have the same official names and
@@ -79,6 +81,7 @@ class Spec:
     is_of_points: bool = False
     slices: int = 0
     called_often: str = '(?!)'
+    nudge: float = 0.1
     zero_grads: str = '(?!)'
     shares_names: Callable[[Mapping], bool] = lambda arch: False
     whole_model: Callable[[str | Mapping, str], torch.nn.Module] | None = None

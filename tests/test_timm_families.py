@@ -19,7 +19,8 @@ from vmamba_mm.integrations.timm import register_models
 FAMILIES = {spec.family.name: (spec, [arch for arch in spec.family.archs
                                       if not spec.takes_clips(arch)])
             for spec in SPECS.values()
-            if spec.family.task == 'cls' and not spec.family.in_timm}
+            if (spec.family.task, spec.family.takes) == ('cls', 'images')
+            and not spec.family.in_timm}
 FAMILIES = {name: of_images for name, of_images in FAMILIES.items() if of_images[1]}
 each_spec = pytest.mark.parametrize('spec', [spec for spec, _ in FAMILIES.values()], ids=FAMILIES)
 each_arch = pytest.mark.parametrize('spec, arch', [

@@ -99,4 +99,5 @@ SPEC = Spec(
                   'order_scales.1.bias': 0, 'blocks.0.mixer.A_log': 1, 'blocks.2.norm.weight': 3,
                   'norm_f.weight': 4},
     a_weight='blocks.1.mixer.out_proj.weight',
+    nudge=0.01,
     zero_grads=r'patch_embed\.conv[13]\.bias')

@@ -97,12 +97,21 @@ def test_channels_after_the_coordinates_begin_without_an_effect(tmp_path):
 @pytest.mark.parametrize('points, message', [
     (torch.randn(2, 11, 3), r'a cloud of 11 points is too small: 12 groups of 6'),
     (torch.randn(2, 60, 2), r'takes clouds \(B, N, 3\), got \(2, 60, 2\)'),
-    (torch.randn(60, 3), r'takes clouds \(B, N, 3\), got \(60, 3\)'),
-    (torch.full((1, 60, 3), torch.nan), 'NaN or infinite')])
+    (torch.randn(60, 3), r'takes clouds \(B, N, 3\), got \(60, 3\)')])
 def test_bad_clouds_are_one_line(points, message):
     with pytest.raises(UserError, match=message) as error:
         PointMamba(SMALL)(points)
     assert '\n' not in str(error.value)
+
+
+@ORDERS
+def test_what_is_no_number_gives_none(arch):
+    """A model alone looks at no value; a preprocessor does."""
+    points = clouds(2)
+    expected, = PointMamba(arch).eval()(points)
+    points[0, 7, 1] = torch.nan
+    found, = PointMamba(arch).eval()(points)
+    assert found[0].isnan().any() and found[1].isfinite().all() and expected.isfinite().all()
 
 
 def test_duplicates_are_no_error():

@@ -17,6 +17,7 @@ from vmamba_mm.ops.points import (
     nearest_points,
     take_points,
 )
+from vmamba_mm.ops.points.hilbert import code_by_levels
 
 
 @pytest.fixture(params=['cpu', 'cuda'])
@@ -85,6 +86,12 @@ def test_a_hilbert_curve_goes_from_cell_to_neighbour(depth, device):
     # Once every three levels the axes have the same roles.
     assert torch.equal(hilbert_code(cells, depth + 3), code)
     assert not torch.equal(hilbert_code(cells, depth + 1), code)
+
+
+@pytest.mark.parametrize('depth', [1, 2, 3, 7, 19, 20, 21])
+def test_the_automaton_gives_the_codes_of_the_algorithm(depth, device):
+    cells = torch.randint(0, 1 << depth, (3, 50, 3), device=device)
+    assert torch.equal(hilbert_code(cells, depth), code_by_levels(cells, depth))
 
 
 def test_the_order_of_a_cloud_alone_and_in_a_batch(device):

@@ -139,6 +139,30 @@ def test_segmamba_is_compared_with_the_public_order():
     torch.testing.assert_close(found(x, 4), expected)
 
 
+@without_gpu
+def test_pointmamba_without_a_gpu(monkeypatch):
+    with pytest.raises(SystemExit, match='finds none'):
+        call(importlib.import_module('pointmamba').main, monkeypatch)
+
+
+def test_pointmamba_is_compared_with_the_published_form(capsys):
+    """In fp32 on a CPU, with drop path; another model is found."""
+    import pointmamba
+    import torch
+
+    arch = dict(embed_dims=12, depth=3, num_groups=10, group_size=6, order='hilbert', d_state=3)
+    model, points = pointmamba.make(arch, 0.3).train(), pointmamba.make_clouds(3, 40, 'cpu')
+    for ours, theirs in zip(pointmamba.results_of(model, points), pointmamba.results_of(
+            pointmamba.publish(model), points), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    assert pointmamba.is_right(model=model, points=points)
+    with pytest.MonkeyPatch.context() as patch:
+        direction = pointmamba.published_direction
+        patch.setattr(pointmamba, 'published_direction', lambda *args: 4 * direction(*args))
+        assert not pointmamba.is_right(model=model, points=points)
+    assert 'features and gradients: errors' in capsys.readouterr().out
+
+
 def test_loss_curve(monkeypatch, tmp_path, capsys):
     import loss_curve
 

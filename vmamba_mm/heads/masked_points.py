@@ -74,7 +74,7 @@ class PointDecoder(nn.Module):
         masked = mask_token.expand(len(visible), is_masked.shape[1], -1).to(visible.dtype)
         numbers = torch.cat([is_visible, is_masked], 1)
         x = torch.cat([visible, masked], 1)
-        x = x + self.pos_embed(take_points(centres, numbers).to(self.pos_embed[0].weight.dtype))
+        x = x + self.pos_embed(take_points(centres, numbers).to(mask_token.dtype))
         if self.order == 'hilbert':  # each at the place of its group
             x = take_points(x, numbers.argsort(1))
         hidden, residual = run_blocks(self.blocks, x)
@@ -178,7 +178,7 @@ class MaskedPointMamba(PointModel):
             tokens = tokens * weight + bias
         visible = take_points(tokens, is_visible)
         centres = take_points(groups.centres, is_visible)
-        visible = visible + backbone.embed_positions(centres).to(visible.dtype)
+        visible = visible + backbone.pos_embed(centres.to(groups.points.dtype))
         visible = backbone.normalize(backbone.run(visible, [len(backbone.blocks) - 1])[0])
         rebuilt = self.decoder(visible, self.mask_token, groups.centres, is_visible, is_masked)
         flat = groups.points[..., :3].flatten(2)

@@ -138,7 +138,7 @@ def sum_and_norm(norm: nn.Module, x: Tensor, branch: Tensor, scale: Tensor | Non
         return add_norm(x, branch, norm.weight, None, norm.eps, scale=scale, out_dtype=out_dtype)
     if is_plain(norm, LayerNorm):
         return add_norm(x, branch, norm.weight, norm.bias, norm.eps, scale=scale,
-                        out_dtype=out_dtype or norm.out_dtype(x))
+                        out_dtype=norm.out_dtype(x) if out_dtype is None else out_dtype)
     total = add_norm(x, branch, None, None, scale=scale)[0]
     normed = norm(total)
     return total, normed if out_dtype is None else normed.to(out_dtype)

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmamba_mm.errors import UserError
-from vmamba_mm.families.pointmamba import FAMILY
+from vmamba_mm.families.pointmamba import FAMILY, ORDERS
 from vmamba_mm.layers import LayerNorm, MambaBlock, MambaMixer, RMSNorm, run_blocks_to
+from vmamba_mm.layers.plain import are_plain
 from vmamba_mm.models.flat import FlatBackbone
 from vmamba_mm.ops.core.backends import compute_dtype
 from vmamba_mm.ops.points import CURVES, Curve, curve_order, group_points, take_points
@@ -22,9 +23,9 @@ from vmamba_mm.registry import MODELS
 GRID_SIZE = 0.02
 
 # What torch.fx records as it is, since it looks at shapes and values.
-torch.fx.wrap('group_points')
 torch.fx.wrap('curve_order')
-torch.fx.wrap('_check_points')
+torch.fx.wrap('make_groups')
+torch.fx.wrap('take_points')
 
 
 class Groups(NamedTuple):
@@ -67,19 +68,30 @@ class GroupEmbed(nn.Module):
         self.conv4 = nn.Conv1d(512, embed_dims, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch = len(x)
-        x = x.to(self.conv1.weight.dtype).flatten(0, 1)
-        x = _pointwise(self.conv2, F.relu(self._norm(self.norm1, _pointwise(self.conv1, x))))
+        batch, x = x.shape[0], x.flatten(0, 1)
+        convs = self.conv1, self.conv2, self.conv3, self.conv4
+        if not are_plain(convs, (nn.Conv1d,) * 4):
+            return self._by_modules(x).unflatten(0, (batch, -1))
+        x = F.relu(_each_point(self.norm1, _pointwise(self.conv1, x)))
+        x = _pointwise(self.conv2, x)
         # The group's maximum is the same for all of its points: its half of the layer runs once.
-        whole, own = self.conv3.weight.squeeze(2).split(x.shape[2], dim=1)
+        whole, own = self.conv3.weight.squeeze(2).chunk(2, dim=1)
         shared = F.linear(x.max(1).values, whole, self.conv3.bias)
         x = F.linear(x, own) + shared.unsqueeze(1)
-        x = _pointwise(self.conv4, F.relu(self._norm(self.norm2, x)))
+        x = _pointwise(self.conv4, F.relu(_each_point(self.norm2, x)))
         return x.max(1).values.unflatten(0, (batch, -1))
 
-    @staticmethod
-    def _norm(norm: nn.Module, x: Tensor) -> Tensor:
-        return norm(x.flatten(0, 1)).view_as(x)
+    def _by_modules(self, x: Tensor) -> Tensor:
+        """The same where somebody watches the convolutions, or has replaced one."""
+        x = self.conv2(F.relu(self.norm1(self.conv1(x.transpose(1, 2)))))
+        whole = x.max(2, keepdim=True).values.expand_as(x)
+        x = self.conv4(F.relu(self.norm2(self.conv3(torch.cat([whole, x], 1)))))
+        return x.max(2).values
+
+
+def _each_point(norm: nn.Module, x: Tensor) -> Tensor:
+    """A batch norm of points (M, S, C)."""
+    return norm(x.flatten(0, 1)).view_as(x)
 
 
 def _pointwise(conv: nn.Conv1d, x: Tensor) -> Tensor:
@@ -139,7 +151,7 @@ class PointMamba(FlatBackbone):
     Raises:
         ValueError: on a value that is not allowed, with the choices.
         TypeError: on a keyword of another backbone, left over in a merged config.
-        UserError: on a cloud of too few points, and on a CPU on points that are not finite.
+        UserError: on a cloud of too few points.
     """
 
     family = FAMILY
@@ -174,6 +186,7 @@ class PointMamba(FlatBackbone):
             raise ValueError('in_channels must be an int of at least 3, for x, y and z, got '
                              f'{in_channels!r}')
         arch, dims = self.arch, self.arch['embed_dims']
+        self.in_channels = in_channels
         self.patch_embed = GroupEmbed(in_channels, dims)
         self.pos_embed = make_pos_embed(dims)
         is_hilbert = arch['order'] == 'hilbert'
@@ -182,7 +195,7 @@ class PointMamba(FlatBackbone):
         for name in ('cls_token', 'cls_pos'):
             self.register_parameter(name, nn.Parameter(
                 torch.zeros(1, 1, dims)) if arch.get('cls_token') else None)
-        self.drop = nn.Dropout(self.drop_rate)
+        self.drop = nn.Dropout(self.drop_rate) if self.drop_rate else None
         make_norm = RMSNorm if arch.get('norm') == 'rms' else LayerNorm
         self.blocks = make_blocks(dims, drop_path_rates, with_cp, make_norm,
                                   arch.get('d_state', 16))
@@ -197,18 +210,8 @@ class PointMamba(FlatBackbone):
 
     def group(self, points: Tensor) -> Groups:
         """The groups of clouds (B, N, in_channels)."""
-        _check_points(points, self.arch['num_groups'], self.arch['group_size'],
-                      self.patch_embed.conv1.in_channels)
-        points = points.to(compute_dtype(points.dtype))
-        xyz = points[..., :3]
-        centre_indices, indices = group_points(xyz, self.arch['num_groups'],
-                                               self.arch['group_size'])
-        centres = take_points(xyz, centre_indices)
-        members = take_points(points, indices)
-        relative = members[..., :3] - centres.unsqueeze(2)
-        if points.shape[-1] > 3:
-            relative = torch.cat([relative, members[..., 3:]], -1)
-        return Groups(relative, centres, centre_indices, indices)
+        return make_groups(points, self.arch['num_groups'], self.arch['group_size'],
+                           self.in_channels)
 
     def curves(self, centres: Tensor) -> dict[str, Curve]:
         """Each Hilbert curve through centres (B, G, 3), by name."""
@@ -222,30 +225,26 @@ class PointMamba(FlatBackbone):
 
     # --- forward ------------------------------------------------------------------------------
 
-    def embed_positions(self, centres: Tensor) -> Tensor:
-        """(B, G, 3) to (B, G, C)."""
-        return self.pos_embed(centres.to(self.pos_embed[0].weight.dtype))
-
     def embed(self, groups: Groups, orders: Tensor) -> Tensor:
         """The tokens (B, T, C) of groups in their orders, with their positions."""
-        tokens, positions = self.patch_embed(groups.points), self.embed_positions(groups.centres)
+        tokens = self.patch_embed(groups.points)
+        positions = self.pos_embed(groups.centres.to(groups.points.dtype))
         parts = []
-        for i, order in enumerate(orders.unbind(1)):
-            part = take_points(tokens, order)
+        for i in range(ORDERS[self.arch['order']]):
+            part = take_points(tokens, orders[:, i])
             if self.order_scales is not None:
                 part = self.order_scales[i](part)
-            parts.append(part if self.order_scales is not None else self.drop(part))
-        tokens = torch.cat(parts, 1)
-        positions = torch.cat([take_points(positions, order) for order in orders.unbind(1)], 1)
-        tokens = tokens + positions.to(tokens.dtype)
-        if self.cls_token is None:
-            return tokens
-        last = (self.cls_token + self.cls_pos).expand(len(tokens), -1, -1)
-        return torch.cat([tokens, last.to(tokens.dtype)], 1)
+            elif self.drop is not None:
+                part = self.drop(part)
+            parts.append(part + take_points(positions, orders[:, i]))
+        if self.cls_token is not None:
+            last = (self.cls_token + self.cls_pos).expand(tokens.shape[0], -1, -1)
+            parts.append(last.to(tokens.dtype))
+        return torch.cat(parts, 1)
 
     def run(self, tokens: Tensor, indices: Sequence[int]) -> list[Tensor]:
         """The stream (B, T, C) after some blocks, before the norms."""
-        if not (self.training and self.drop_rate and self.arch['order'] == 'hilbert'):
+        if self.drop is None or self.arch['order'] == 'axes':
             return [residual + hidden for _, (hidden, residual) in
                     run_blocks_to(indices, self.blocks, tokens)]
         streams = []
@@ -260,7 +259,7 @@ class PointMamba(FlatBackbone):
         """The norms of an output, (B, T, C)."""
         x = self.norm_f(x)
         x = x if self.norm is None else self.norm(x)
-        return x.to(self.pos_embed[0].weight.dtype)
+        return x.to(self.norm_f.weight.dtype)
 
     def encode(self, points: Tensor) -> Encoded:
         """The outputs with the centres and orders that their tokens are of."""
@@ -319,7 +318,19 @@ def init_points(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def _check_points(points: Tensor, num_groups: int, group_size: int, channels: int) -> None:
+def make_groups(points: Tensor, num_groups: int, group_size: int, channels: int = 3) -> Groups:
+    """Groups of neighbours, in the dtype of the points; what is measured is so in fp32 at least.
+
+    Points that are NaN or infinite give tokens that are NaN.
+
+    Args:
+        points: (B, N, channels), x, y and z first.
+        num_groups, group_size: G and S.
+        channels: for the message.
+
+    Raises:
+        UserError: on another shape, and on fewer points than G or S.
+    """
     if points.dim() != 3 or points.shape[2] != channels:
         raise UserError(f'the model takes clouds (B, N, {channels}), got {tuple(points.shape)}')
     least = max(num_groups, group_size)
@@ -327,8 +338,10 @@ def _check_points(points: Tensor, num_groups: int, group_size: int, channels: in
         raise UserError(f'a cloud of {points.shape[1]} points is too small: {num_groups} groups of '
                         f'{group_size} neighbours need at least {least}; sample points repeatedly '
                         'or take an arch of fewer groups')
-    # On a GPU looking at the values would make the host wait; there data is checked before it
-    # comes there, by PointPreprocessor.
-    if points.device.type == 'cpu' and not torch.compiler.is_compiling() \
-            and not torch.jit.is_tracing() and not points.isfinite().all():
-        raise UserError('a cloud has points that are NaN or infinite: remove them')
+    xyz = points[..., :3].to(compute_dtype(points.dtype))
+    centre_indices, indices = group_points(xyz, num_groups, group_size)
+    centres = take_points(xyz, centre_indices)
+    relative = (take_points(xyz, indices) - centres.unsqueeze(2)).to(points.dtype)
+    if channels > 3:
+        relative = torch.cat([relative, take_points(points[..., 3:], indices)], -1)
+    return Groups(relative, centres, centre_indices, indices)

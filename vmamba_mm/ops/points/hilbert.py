@@ -1,5 +1,6 @@
 """The order of points along a Hilbert curve (J. Skilling, Programming the Hilbert curve, 2004)."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,8 @@ FIXED_DEPTH = 19
 #: Name -> the axes of a point, in the order in which the curve takes them.
 CURVES = {'hilbert': (0, 1, 2), 'hilbert-trans': (1, 0, 2)}
 DEPTHS = 'fixed', 'cloud', 'batch'
+#: That the automaton of the curve reads at a time.
+LEVELS = 3
 
 
 class Curve(NamedTuple):
@@ -39,6 +42,91 @@ def hilbert_code(cells: Tensor, depth: int) -> Tensor:
 # One node of a graph, as of farthest_points.
 @torch.library.custom_op('vmamba_mm::hilbert_code', mutates_args=())
 def _hilbert_code(cells: Tensor, depth: int) -> Tensor:
+    spread, digits, following, starts = _tables(cells.device)
+    padding = -depth % LEVELS
+    shifts = torch.arange(depth + padding - LEVELS, -1, -LEVELS, device=cells.device)
+    bits = spread[cells.unsqueeze(-1) >> shifts & 7]
+    octants = bits[..., 0, :] << 2 | bits[..., 1, :] << 1 | bits[..., 2, :]
+    code = torch.zeros_like(cells[..., 0])
+    state = code + starts[padding]
+    for step in range(len(shifts)):
+        key = state + octants[..., step]
+        code = code << 3 * LEVELS | digits[key]
+        state = following[key]
+    return code
+
+
+@functools.cache
+def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
+    """The curve as an automaton that reads ``LEVELS`` levels at a time.
+
+    A state is how the curve lies in a cube; the octant that a cell is in gives a digit of its code
+    and the state there.
+
+    Returns:
+        Three bits of an axis -> every third bit of the octants; (state, octants) -> digits of the
+        code, and the next state, of which each is a multiple of 8^LEVELS; the states to begin in,
+        by the levels that a depth lacks of a multiple of LEVELS: after as many of the octants 0 it
+        is the first state.
+    """
+    digits, following = _automaton()
+    many, size = len(digits), 8 ** LEVELS
+    octants = torch.arange(size)
+    state = torch.arange(many).unsqueeze(1).expand(many, size)
+    code = torch.zeros(many, size, dtype=torch.long)
+    for level in range(LEVELS - 1, -1, -1):
+        octant = (octants >> 3 * level & 7).expand(many, size)
+        code = code << 3 | digits[state, octant]
+        state = following[state, octant]
+    spread = torch.tensor([sum((i >> bit & 1) << 3 * bit for bit in range(3)) for i in range(8)])
+    starts = []
+    for padding in range(LEVELS):
+        reached = torch.arange(many)
+        for _ in range(padding):
+            reached = following[reached, 0]
+        starts.append(int((reached == 0).nonzero()[0]) * size)
+    return (spread.to(device), code.flatten().to(device), (state * size).flatten().to(device),
+            tuple(starts))
+
+
+@functools.cache
+def _automaton() -> tuple[Tensor, Tensor]:
+    """(state, octant) -> digit and next state, both (states, 8), read off Skilling's codes.
+
+    The first state is that of the whole cube. Where two parts of it have the same digits on two
+    levels, the curve lies in them alike.
+    """
+    depth = 21
+    two_levels = torch.arange(64)
+    axes = [two_levels >> 5 & 1, two_levels >> 4 & 1, two_levels >> 3 & 1,
+            two_levels >> 2 & 1, two_levels >> 1 & 1, two_levels & 1]
+    below = torch.stack([axes[i] << 1 | axes[i + 3] for i in range(3)], 1)
+
+    def look(path):
+        """The digits of the 64 cells two levels below a part, and of its octants."""
+        level = depth - len(path)
+        corner = torch.tensor([sum((octant >> 2 - axis & 1) << depth - 1 - i
+                                   for i, octant in enumerate(path)) for axis in range(3)])
+        code = code_by_levels(corner + (below << level - 2), depth)
+        found = tuple((code >> 3 * (level - 2) & 63).tolist())
+        return found, [digit >> 3 for digit in found[::8]]
+
+    first, row = look(())
+    states, paths, digits, following = {first: 0}, [()], [row], []
+    for path in paths:  # which grows
+        following.append([])
+        for octant in range(8):
+            found, row = look((*path, octant))
+            if found not in states:
+                states[found] = len(paths)
+                paths.append((*path, octant))
+                digits.append(row)
+            following[-1].append(states[found])
+    return torch.tensor(digits), torch.tensor(following)
+
+
+def code_by_levels(cells: Tensor, depth: int) -> Tensor:
+    """:func:`hilbert_code` level by level, with all axes at once, as Skilling has it."""
     axes = list(cells.unbind(-1))
     for level in range(depth - 1, 0, -1):
         low = (1 << level) - 1
