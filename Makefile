@@ -8,8 +8,8 @@ ENV := $(if $(OWN),env)
 SETUP := $(if $(OWN),setup)
 
 .DEFAULT_GOAL := help
-.PHONY: help env setup setup-nnunet demo demo-det demo-seg demo-video demo-medical demo-change test \
-        test-gpu lint tables kernels check-gpu bench docs clean
+.PHONY: help env setup setup-nnunet demo demo-det demo-seg demo-video demo-medical demo-change \
+        demo-diffusion test test-gpu lint tables kernels check-gpu bench docs clean
 
 help:
 	@echo 'make demo      train, evaluate and predict: classification on a small built-in set (3 min)'
@@ -18,6 +18,7 @@ help:
 	@echo 'make demo-video  the same for VideoMamba: digits that move, in video files (5 min)'
 	@echo 'make demo-medical  VM-UNet on slices and SegMamba on volumes of made-up heads (8 min)'
 	@echo 'make demo-change  RSM-CD: what changed between two photographs (4 min)'
+	@echo 'make demo-diffusion  DiS: digits made of noise, of the class that is asked for (5 min)'
 	@echo 'make test      all tests'
 	@echo 'make test-gpu  the tests that need a GPU, in several processes'
 	@echo 'make lint      ruff, and whether the tables are those of the metafiles'
@@ -66,6 +67,9 @@ demo-medical: $(ENV)
 
 demo-change: $(ENV)
 	@$(PY) tools/demo/change.py
+
+demo-diffusion: $(ENV)
+	@$(PY) tools/demo/diffusion.py
 
 # ARGS passes options on: make test ARGS='-m "not slow" -x'; with -n 0 all run in one process
 test: $(SETUP)

@@ -1,5 +1,5 @@
-"""Build the demo sets, in real layouts: MNIST digits pasted on photographs, made-up heads, and
-pairs of photographs.
+"""Build the demo sets, in real layouts: MNIST digits, alone and pasted on photographs, made-up
+heads, and pairs of photographs.
 
     data/demo/imagenet   train/<class>/*.png, val/<class>/*.png             (ImageNet folders)
     data/demo/coco       annotations/instances_{train,val}2017.json,
@@ -7,6 +7,7 @@ pairs of photographs.
     data/demo/ade20k     images/{training,validation}/*.png,
                          annotations/{training,validation}/*.png            (ADE20K)
     data/demo/clips      train/<class>/*.mp4, val/<class>/*.mp4             (class folders)
+    data/demo/digits     train/<class>/*.png, val/<class>/*.png             (class folders)
     data/demo/heads      {train,val}/<case>/*.nii.gz, slices/               (NIfTI, and PNG)
     data/demo/pairs      {train,val}/{A,B,label}/*.png                      (LEVIR-CD)
 
@@ -24,6 +25,7 @@ import clips
 import numpy as np
 import pairs
 import scenes
+import small_digits
 import volumes
 from PIL import Image
 
@@ -34,11 +36,12 @@ DEFAULTS = dict(
     scene_size=128, scene_tile=(34, 64), scene_digits=(2, 5), scenes=(600, 100),
     clip_size=40, clip_tile=(20, 25), clip_way=(14, 17), clip_frames=12, clip_rate=8,
     clip_digits=(0, 1), clips_per_class=(300, 40),
+    digits_per_class=(400, 100),
     head_shape=(64, 64, 32), heads=(40, 12),
     pair_size=96, pair_roof=(12, 32), pair_same=(1, 3), pair_changed=(0, 3), pairs=(1200, 100),
 )
 #: The sets that are built and checked by a module of their own.
-DRAWN = dict(clips=clips, heads=volumes, pairs=pairs)
+DRAWN = dict(clips=clips, digits=small_digits, heads=volumes, pairs=pairs)
 PARTS = ('imagenet', 'coco', 'ade20k', *DRAWN)
 # The id of a set is a hash of these settings and of the code that draws it.
 CODE = tuple(Path(path) for path in (__file__, scenes.__file__,
