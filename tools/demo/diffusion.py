@@ -75,9 +75,13 @@ def apart(images, labels):
 
 
 def grid(images, labels):
-    """A row of the page: (ROWS x H, 10 x W, 3), a column for each class."""
-    columns = [np.concatenate(images[labels == label][:ROWS]) for label in np.unique(labels)]
-    return np.repeat(np.concatenate(columns, 1)[..., None], 3, axis=2)
+    """A picture (ROWS x H, 10 x W, 3) with a column for each class."""
+    height, width = images.shape[1:]
+    page = np.zeros((ROWS, height, len(scenes.CLASSES), width, 3), np.uint8)
+    for label in range(len(scenes.CLASSES)):
+        column = images[labels == label][:ROWS]
+        page[:len(column), :, label] = column[..., None]
+    return page.reshape(ROWS * height, -1, 3)
 
 
 def draw(made, asked, real, labels, folder):
