@@ -33,7 +33,7 @@ def train_classifier(images, labels):
     """A small network on pixels, as scikit-learn has it."""
     from sklearn.neural_network import MLPClassifier
 
-    return MLPClassifier((256,), max_iter=60, tol=1e-3, random_state=0).fit(
+    return MLPClassifier((256,), max_iter=300, tol=1e-3, random_state=0).fit(
         flat(images), labels)
 
 
