@@ -197,7 +197,7 @@ def test_config_fits_the_set(tools):
     settings = cfg.train_dataloader.dataset.dataset, cfg.val_dataloader.dataset, \
         cfg.test_dataloader.dataset
     for dataset, split in zip(settings, ('train', 'val', 'val'), strict=True):
-        assert dataset.data_root == f'data/demo/{tools["make_data"].PARTS[-1]}'
+        assert dataset.data_root == 'data/demo/pairs'
         assert list(dataset.data_prefix.values()) == [
             f'{split}/{folder}' for folder in tools['pairs'].FOLDERS]
     assert cfg.model.test_cfg.crop_size[0] <= tools['make_data'].DEFAULTS['pair_size']

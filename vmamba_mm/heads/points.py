@@ -28,7 +28,7 @@ class PointPreprocessor(BaseDataPreprocessor):
         pool: at most so many; None for ``num_points``.
         augments: of a training, each ``dict(type='rotate', axis='y')``,
             ``dict(type='scale_shift', scale=(0.8, 1.25), shift=0.1, per_axis=False)`` or
-            ``dict(type='jitter', std=0.01, clip=0.05)``, see :mod:`vmamba_mm.ops.points.augment`.
+            ``dict(type='jitter', std=0.01, clip=0.05)``, see ``vmamba_mm.ops.points.augment``.
         votes: in a test, so many views of a cloud, each sampled as in training and changed by
             ``vote_augments``; 0 for the cloud itself.
         vote_augments: as ``augments``.
