@@ -72,3 +72,15 @@ def test_is_not_chosen_for_a_cpu():
     assert torch.equal(ss2d_scan(**inputs), ss2d_scan(**inputs, backend='chunked'))
     with pytest.raises(ValueError, match='the kernels take and give float32'):
         ss2d_scan(**{name: t.double() for name, t in inputs.items()}, backend='triton')
+
+
+def test_farthest_points():
+    """As the loop in PyTorch chooses them, with ties, points at the origin, and none left."""
+    from vmamba_mm.ops.points.sampling import NEAR_ORIGIN, _places_by_loop
+    from vmamba_mm.ops.points.triton_sampling import farthest_places
+
+    torch.manual_seed(0)
+    for count, num in ((1, 3), (5, 7), (16, 9), (70, 12)):
+        points = torch.randint(-2, 3, (3, 3, count)).float() / 2
+        found = farthest_places(points, num, NEAR_ORIGIN)
+        assert torch.equal(found, _places_by_loop(points, num)), count

@@ -7,7 +7,8 @@ convolutions of its group embedding, with the group's maximum repeated for each 
 this package's grouping and orders, whose time is shown too: the published extensions are not built
 here.
 
-Results and gradients are compared first. What is wrong is not timed, and ends with 1.
+Results and gradients are compared first: their errors beside the published form in fp32 may be
+twice those of that form under autocast. What is wrong is not timed, and ends with 1.
 """
 
 import argparse
@@ -29,7 +30,8 @@ from vmamba_mm.ops import selective_scan
 from vmamba_mm.testing import relative_error
 
 BATCH, POINTS = 32, 1024
-MAX_ERROR = 2e-2  # of fp16 beside fp16, after 12 blocks
+FLOOR = 2e-3  # an error of fp16 that is always allowed
+SCALE = 1024  # of the loss, or gradients are below the range of fp16
 TARGET = 1.5
 
 
@@ -100,13 +102,13 @@ def make_clouds(batch: int = BATCH, count: int = POINTS, device: str = 'cuda') -
     return points / points.norm(dim=2).amax(1).view(-1, 1, 1)
 
 
-def results_of(model: nn.Module, points: Tensor) -> list[Tensor]:
-    """The features and the gradients of the backbone's parameters, under autocast on a GPU."""
+def results_of(model: nn.Module, points: Tensor, half: bool) -> list[Tensor]:
+    """The features and the gradients of the backbone's parameters, under autocast or in fp32."""
     torch.manual_seed(1)
-    with torch.autocast(points.device.type, torch.float16, enabled=points.is_cuda):
+    with torch.autocast(points.device.type, torch.float16, enabled=half):
         tokens, = model.backbone(points)
     upstream = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(2))
-    (tokens.float() * upstream.to(points)).mean().backward()
+    (SCALE * tokens.float() * upstream.to(points)).mean().backward()
     gradients = [p.grad for p in model.backbone.parameters()]
     model.zero_grad(set_to_none=True)
     return [tokens, torch.cat([g.flatten().float() for g in gradients])]
@@ -116,10 +118,16 @@ def is_right(scan=selective_scan, model: PointClassifier | None = None,
              points: Tensor | None = None) -> bool:
     model = make().cuda() if model is None else model
     points = make_clouds(4) if points is None else points
-    pairs = zip(results_of(model, points), results_of(publish(model, scan), points), strict=True)
-    errors = [relative_error(a, b) for a, b in pairs]
-    print(f'  features and gradients: errors {errors[0]:.1e} and {errors[1]:.1e}', flush=True)
-    return max(errors) <= MAX_ERROR
+    published = publish(model, scan)
+    exact = results_of(published, points, half=False)
+    found, others = (results_of(of, points, points.is_cuda) for of in (model, published))
+    right = True
+    for name, *results in zip(('features', 'gradients'), found, others, exact, strict=True):
+        error, other = (relative_error(result, results[2]) for result in results[:2])
+        limit = max(FLOOR, 2 * other)
+        print(f'  {name}: error {error:.1e}, at most {limit:.1e}', flush=True)
+        right &= error <= limit
+    return right
 
 
 def time_step(model: nn.Module, points: Tensor) -> tuple[float, int]:

@@ -1,4 +1,5 @@
-"""Choosing points of clouds, and distances between clouds, in plain PyTorch on any device.
+"""Choosing points of clouds, and distances between clouds, in plain PyTorch on any device; on a
+GPU farthest point sampling is a kernel of Triton where that runs.
 
 Distances are sums of squared differences, in fp32 at least: the expanded square, as of
 ``torch.cdist``, cancels, and would choose other neighbours.
@@ -8,9 +9,12 @@ import torch
 from torch import Tensor
 
 from vmamba_mm.ops.core.backends import compute_dtype
+from vmamba_mm.ops.scan_kernels import triton_backend
 
 #: Squared distance from the origin up to which :func:`farthest_points` passes over a point.
 NEAR_ORIGIN = 1e-3
+#: Points of a cloud that the kernel of Triton takes.
+MOST_OF_KERNEL = 16384
 
 
 def farthest_points(points: Tensor, num: int) -> Tensor:
@@ -33,23 +37,32 @@ def farthest_points(points: Tensor, num: int) -> Tensor:
     return _farthest_points(points.to(compute_dtype(points.dtype)), num)
 
 
-# One node of a graph that is compiled or exported, which its loop would fill. It has no gradient
-# and one implementation, so that it is no op of define_op.
+# One node of a graph that is compiled or exported, which its loop would fill. Numbers have no
+# gradient, so that it needs nothing of define_op.
 @torch.library.custom_op('vmamba_mm::farthest_points', mutates_args=())
 def _farthest_points(points: Tensor, num: int) -> Tensor:
-    batch, count = points.shape[:2]
+    count = points.shape[1]
     # In the order in which equal distances count, the first largest one is argmax's.
     threads = min(512, 1 << (count.bit_length() - 1))
     numbers = torch.arange(count, device=points.device)
     order = (numbers % threads * -(-count // threads) + numbers // threads).argsort()
     xyz = points[:, order].transpose(1, 2).contiguous()
+    if count <= MOST_OF_KERNEL and triton_backend.why_not(xyz, xyz.dtype, True) is None:
+        from vmamba_mm.ops.points.triton_sampling import farthest_places  # triton takes a second
+
+        return order[farthest_places(xyz, num, NEAR_ORIGIN)]
+    return order[_places_by_loop(xyz, num)]
+
+
+def _places_by_loop(xyz: Tensor, num: int) -> Tensor:
+    """The places (B, num) of what is chosen of points (B, 3, N), of equal distances the first."""
     nearest = torch.where(xyz.square().sum(1) > NEAR_ORIGIN, 1e10, -1.0).to(xyz.dtype)
-    chosen = [torch.zeros(batch, 1, dtype=torch.long, device=points.device)]
+    chosen = [torch.zeros(len(xyz), 1, dtype=torch.long, device=xyz.device)]
     for _ in range(num - 1):
         centre = xyz.gather(2, chosen[-1].unsqueeze(1).expand(-1, 3, 1))
         nearest = torch.minimum(nearest, (xyz - centre).square().sum(1))
         chosen.append(nearest.argmax(1, keepdim=True))
-    return order[torch.cat(chosen, 1)]
+    return torch.cat(chosen, 1)
 
 
 @_farthest_points.register_fake

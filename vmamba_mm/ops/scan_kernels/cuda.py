@@ -24,6 +24,9 @@ from vmamba_mm.ops.core.launch import (
 SAVED = 24  # positions between saved states, as in scan.cuh
 # Warps of a block at most, as in the launch bounds, and of a multiprocessor, by registers
 _FORWARD_WARPS, _FORWARD_RESIDENT = 6, 24
+_LEAST_SPAN = 8  # chunks
+# What enters a span costs so much of a chunk of the forward, and of the backward, on an H200
+_ENTRIES_OF_FORWARD, _ENTRIES_OF_BACKWARD = 0.85, 1.15
 RUN, ENDS, GRADIENTS = range(3)  # modes of the forward kernel, as in scan_fwd.cu
 
 
@@ -172,6 +175,15 @@ class Schedule(NamedTuple):
     spans: int
 
 
+class _Divided(NamedTuple):
+    """How the channels of scans are divided: warps of a block, blocks side by side, all blocks of
+    undivided scans, and how many the GPU has at a time."""
+    warps: int
+    columns: int
+    blocks: int
+    slots: int
+
+
 class PreparedOffsets(NamedTuple):
     """Bytes: where each part of what :func:`prepare_launch` writes begins, and the size of all."""
     weights: int
@@ -221,10 +233,9 @@ class Scans:
         # Whether what a thread takes at a time may be one aligned vector.
         self.vectors = sequence and self.length % 8 == 0
 
-    def _schedule(self, width: int, warps_of_block: int, warps_at_once: int,
-                  shared: Callable[[int], int]) -> Schedule:
-        """One in which the GPU has enough to do: few scans are divided into spans.
-
+    def _divide(self, width: int, warps_of_block: int, warps_at_once: int,
+                shared: Callable[[int], int]) -> _Divided:
+        """
         Args:
             width: channels of a warp.
             warps_of_block, warps_at_once: of a block and of a multiprocessor at most.
@@ -240,16 +251,32 @@ class Scans:
         best = max(fitting, key=lambda n: (resident(n), n))
         columns = -(-needed // best)
         warps = -(-needed // columns)
-        slots = multiprocessors * max(1, resident(warps) // warps)
-        spans = max(1, min(slots // (self.count * columns), -(-self.chunks // 8)))
+        return _Divided(warps, columns, self.count * columns,
+                        multiprocessors * max(1, resident(warps) // warps))
+
+    def _schedule(self, divided: _Divided, entries: _Divided, weight: float) -> Schedule:
+        """One in which the GPU has enough to do: few scans are divided into spans, what enters them
+        is found by launches with ``entries``, and a chunk of these takes ``weight`` of one."""
+        def chunks_of_slot(spans: int) -> float:  # one after the other; a block has a start too
+            span, start = -(-self.chunks // spans), 1
+            found = weight * max(0.5, entries.blocks * (spans - 1) / entries.slots) * span
+            return -(-divided.blocks * spans // divided.slots) * (span + start) + (
+                found if spans > 1 else 0)
+
+        most = min(-(-self.chunks // _LEAST_SPAN), max(1, 16 * divided.slots // divided.blocks))
+        spans = min(range(1, most + 1), key=chunks_of_slot)
         if self.max_span:
             spans = max(spans, -(-self.length // self.max_span))
         span = -(-self.chunks // spans)
-        return Schedule(warps, columns, span * SAVED, -(-self.chunks // span))
+        return Schedule(divided.warps, divided.columns, span * SAVED, -(-self.chunks // span))
+
+    def _divide_forward(self) -> _Divided:
+        return self._divide(32, _FORWARD_WARPS, _FORWARD_RESIDENT,
+                            lambda n: _forward_shared(self.rank, self.states, n, RUN))
 
     def forward_schedule(self) -> Schedule:
-        return self._schedule(32, _FORWARD_WARPS, _FORWARD_RESIDENT,
-                              lambda n: _forward_shared(self.rank, self.states, n, RUN))
+        divided = self._divide_forward()
+        return self._schedule(divided, divided, _ENTRIES_OF_FORWARD)
 
     def backward_schedule(self) -> tuple[Schedule, int]:
         """The schedule, and bytes of shared memory of a block."""
@@ -260,7 +287,8 @@ class Scans:
 
         # As in the launch bounds; memory for 12 alone, which sm_110 has too, is not enough.
         warps = 12 if torch.cuda.get_device_capability(self.index)[0] in (9, 10) else 8
-        schedule = self._schedule(_backward_width(self.states), warps, warps, shared)
+        divided = self._divide(_backward_width(self.states), warps, warps, shared)
+        schedule = self._schedule(divided, self._divide_forward(), _ENTRIES_OF_BACKWARD)
         return schedule, shared(schedule.warps)
 
     def bind(self, schedule: Schedule, shared: int, strides: tuple[int, ...], y_dtype: torch.dtype,
