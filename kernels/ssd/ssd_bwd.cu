@@ -19,12 +19,19 @@ template <class T, int P, int N>
 struct BackwardShared {
     static constexpr int SLICES = N / BLOCK;  // of N; a warp has one, or a part of its positions
     static constexpr int PARTS = SLICES < 4 ? 4 / SLICES : 1, WARPS = SLICES * PARTS;
+    // Turns of the warps with blocks of pairs, and those whose sums are in registers.
+    static constexpr int TURNS = (Triangle::COUNT + WARPS - 1) / WARPS;
+    static constexpr int KEPT = N == 32 || N == 64 ? TURNS : 1;
+    static constexpr int OTHERS = Triangle::COUNT - KEPT * WARPS;
     Element<T> B[Q * PITCH<T, N>], C[Q * PITCH<T, N>];
     Element<T> x[Q * PITCH<T, P>], dy[Q * PITCH<T, P>];
     Element<T> state[P * PITCH<T, N>], grad_state[P * PITCH<T, N>];
-    // Blocks on and below the diagonal: the weights of x in y, and the gradients by C B^T. The
-    // latter are in the places of blocks above it, and beside it.
+    // Blocks on and below the diagonal: the weights of x in y, at the end the gradients by C B^T;
+    // and C B^T, in the places of blocks above it, and beside it, divided by `scales` of [r][b].
     Element<T> pairs[Q * PITCH<T, Q>], diagonal[BLOCK * PITCH<T, Q>];
+    float scales[BLOCKS][BLOCKS];
+    // Sums over heads of the gradients by C B^T, of the blocks for which there are no registers.
+    float4 sums[OTHERS > 0 ? OTHERS : 1][2][32];
     Decays decays;
     // What passes from position j to position i, summed over j in block b of [b][i], over i in
     // block r of [r][j] (without dt), over both, and over the pairs of a block that a position is
@@ -32,12 +39,12 @@ struct BackwardShared {
     float rows[BLOCKS][Q], columns[BLOCKS][Q], blocks[BLOCKS][BLOCKS], within[Q];
     float reads[SLICES][Q], leaves[SLICES][Q];  // what passes from and to the states
     float steps[Q];                             // raw dt with the bias
-    float dots[WARPS];
+    float dots[WARPS], largest[WARPS];
 
     __device__ __forceinline__ Element<T> *weights(int r, int b) {
         return pairs + BLOCK * r * PITCH<T, Q> + BLOCK * b;
     }
-    __device__ __forceinline__ Element<T> *grads(int r, int b) {
+    __device__ __forceinline__ Element<T> *products(int r, int b) {
         return r == b ? diagonal + BLOCK * b : weights(b, r);
     }
 };
@@ -83,6 +90,61 @@ __device__ __forceinline__ void sum_within(float *to, const float (&v)[2][4]) {
         for (int e = 0; e < 2; ++e) {
             const float sum = sum_over_rows(sums[n][e]);
             if (g == 0) to[8 * n + 2 * t + e] = sum;
+        }
+}
+
+// The largest magnitude that a warp has of a block, for all of its lanes; NaN counts as nothing.
+__device__ __forceinline__ float largest_of(const float (&v)[2][4]) {
+    float most = 0.f;
+#pragma unroll
+    for (int e = 0; e < 8; ++e) most = fmaxf(most, fabsf(v[e >> 2][e & 3]));
+#pragma unroll
+    for (int by = 16; by; by >>= 1) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, by));
+    return most;
+}
+
+// A power of two by which numbers up to `most` are divided to use the range of fp16; the other types
+// need none.
+template <class T>
+__device__ __forceinline__ float scale_for(float most) {
+    if constexpr (!same<T, Half>) return 1.f;
+    const u32 exponent = min(max(__float_as_uint(most) >> 23, 107u), 227u) - 13;
+    return __uint_as_float(exponent << 23);
+}
+
+__device__ __forceinline__ void multiply_all(float (&v)[2][4], float by) {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) v[e >> 2][e & 3] *= by;
+}
+
+// Sums of a block's numbers, 8 of a lane.
+__device__ __forceinline__ void add_block(float4 *sums, const float (&v)[2][4]) {
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+        const float4 sum = sums[32 * n];
+        sums[32 * n] = make_float4(sum.x + v[n][0], sum.y + v[n][1], sum.z + v[n][2],
+                                   sum.w + v[n][3]);
+    }
+}
+
+__device__ __forceinline__ void take_block(float (&v)[2][4], const float4 *sums) {
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+        const float4 sum = sums[32 * n];
+        v[n][0] = sum.x, v[n][1] = sum.y, v[n][2] = sum.z, v[n][3] = sum.w;
+    }
+}
+
+// What store_block stored.
+template <class T>
+__device__ __forceinline__ void load_block(float (&v)[2][4], const Element<T> *at, int pitch) {
+    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            const float2 pair = load_pair<T>(at + (g + 8 * k) * pitch + 8 * n + 2 * t);
+            v[n][2 * k] = pair.x, v[n][2 * k + 1] = pair.y;
         }
 }
 
@@ -325,7 +387,16 @@ ssd_bwd(const Backward p) {
         __syncwarp();  // before the decays are written anew
     };
 
-    float dB[OWN][2][4] = {}, dC[OWN][2][4] = {};
+    // The gradients by C B^T are the sums over heads of those by a head's.
+    constexpr int TURNS = Shared::TURNS, KEPT = Shared::KEPT;
+    float dB[OWN][2][4] = {}, dC[OWN][2][4] = {}, of_pairs[KEPT][2][4] = {};
+    auto sums_of = [&](int block) -> float4 * {
+        int own = lane;
+        opaque(own);
+        return shared.sums[block - KEPT * WARPS][0] + own;
+    };
+    for (int i = warp + KEPT * WARPS; i < Triangle::COUNT; i += WARPS)
+        sums_of(i)[0] = sums_of(i)[32] = make_float4(0.f, 0.f, 0.f, 0.f);
     const int first_head = group * p.per_group + split * p.per_split;
     const int end_head = min(first_head + p.per_split, (group + 1) * p.per_group);
     for (int head = first_head;; ++head) {
@@ -339,19 +410,37 @@ ssd_bwd(const Backward p) {
         wait_copies<0>();
         __syncthreads();
 
-        // The weights of x in y, and the gradients by C B^T, on and below the diagonal.
-        const Decays &decays = shared.decays;
-        for (int i = warp; i < 10; i += WARPS) {
-            const int r = i < 1 ? 0 : i < 3 ? 1 : i < 6 ? 2 : 3, b = i - r * (r + 1) / 2;
-            float products[2][4] = {}, grads[2][4] = {}, passed[2][4];
+        // C B^T on and below the diagonal, which all heads of the group share.
+#pragma unroll 1
+        for (int i = warp; head == first_head && i < Triangle::COUNT; i += WARPS) {
+            const int r = Triangle::row(i), b = Triangle::column(i);
+            float products[2][4] = {};
 #pragma unroll
             for (int n = 0; n < N / BLOCK; ++n)
                 multiply_rows<T, FAST>(products, shared.C + BLOCK * r * K + BLOCK * n, K,
                                        shared.B + BLOCK * b * K + BLOCK * n, K);
+            const float scale = scale_for<T>(same<T, Half> ? largest_of(products) : 1.f);
+            if (same<T, Half>) multiply_all(products, 1.f / scale);
+            store_block<T>(shared.products(r, b), S, products);
+            if (lane == 0) shared.scales[r][b] = scale;
+            __syncwarp();
+        }
+
+        // The weights of x in y, and the gradients by C B^T.
+        const Decays &decays = shared.decays;
+#pragma unroll (KEPT == TURNS ? TURNS : 1)
+        for (int turn = 0; turn < TURNS; ++turn) {
+            int i = warp + turn * WARPS;
+            if (i >= Triangle::COUNT) break;
+            opaque(i);  // else what follows from it stays in registers
+            const int r = Triangle::row(i), b = Triangle::column(i);
+            float products[2][4], grads[2][4] = {}, passed[2][4];
 #pragma unroll
             for (int n = 0; n < P / BLOCK; ++n)
                 multiply_rows<T, FAST>(grads, shared.dy + BLOCK * r * X + BLOCK * n, X,
                                        shared.x + BLOCK * b * X + BLOCK * n, X);
+            load_block<T>(products, shared.products(r, b), S);
+            if (same<T, Half>) multiply_all(products, shared.scales[r][b]);
             decay_block<false>(products, decays, r, b);
             float down[2] = {};
 #pragma unroll
@@ -375,7 +464,13 @@ ssd_bwd(const Backward p) {
                 }
             }
             store_block<T>(shared.weights(r, b), S, products);
-            store_block<T>(shared.grads(r, b), S, grads);
+            if (turn < KEPT) {
+#pragma unroll
+                for (int e = 0; e < 8; ++e)
+                    of_pairs[turn % KEPT][e >> 2][e & 3] += grads[e >> 2][e & 3];
+            } else {
+                add_block(sums_of(i), grads);
+            }
             if (b < r) {
                 down[0] = sum_over_columns(down[0]), down[1] = sum_over_columns(down[1]);
                 const float sum = sum_over_rows(down[0] + down[1]);
@@ -391,8 +486,9 @@ ssd_bwd(const Backward p) {
         __syncthreads();
 
         // The gradients by C and B: of a row, what C reads from the state that enters, and what B
-        // leaves in the one that leaves; and what comes from the rows before, and from those after.
-        const int first_row = BLOCK * OWN * part, first_state = BLOCK * slice;
+        // leaves in the one that leaves.
+        int first_row = BLOCK * OWN * part, first_state = BLOCK * slice;
+        opaque(first_state);
         add_states<T, FAST, P, N>(dC, shared.reads[slice] + first_row,
                                   shared.dy + first_row * X, shared.state + first_state,
                                   shared.C + first_row * K + first_state,
@@ -401,22 +497,10 @@ ssd_bwd(const Backward p) {
                                   shared.x + first_row * X, shared.grad_state + first_state,
                                   shared.B + first_row * K + first_state,
                                   decays.leave + first_row, decays.dt + first_row, with_states);
-#pragma unroll (N > 64 ? 1 : BLOCKS)
-        for (int b = 0; b < BLOCKS; ++b) {
-            Block16<T> of_B, of_C;
-            of_B.template load<true>(shared.B + BLOCK * b * K + first_state, K);
-            of_C.template load<true>(shared.C + BLOCK * b * K + first_state, K);
-#pragma unroll
-            for (int o = 0; o < OWN; ++o) {
-                const int r = part * OWN + o;
-                if (b <= r) multiply_by<T, FAST, false>(dC[o], shared.grads(r, b), S, of_B);
-                if (b >= r) multiply_by<T, FAST, true>(dB[o], shared.grads(b, r), S, of_C);
-            }
-        }
-
         // The gradient by x. A warp has one block of rows, and two tiles of channels at a time.
         constexpr int STEP = WARPS / BLOCKS, TILES = P / BLOCK > STEP ? 2 : 1;
-        const int r = warp % BLOCKS;
+        int r = warp % BLOCKS;
+        opaque(r);
         int row = BLOCK * r + g;
         opaque(row);
         for (int first = warp / BLOCKS; first < P / BLOCK; first += TILES * STEP) {
@@ -499,6 +583,7 @@ ssd_bwd(const Backward p) {
         }
         // ... and of a state and its gradient.
         float products[2][4] = {};
+#pragma unroll (N > 64 ? 1 : 4)
         for (int i = warp; with_states && i < P / BLOCK * (N / BLOCK); i += WARPS) {
             const int at = BLOCK * (i % (P / BLOCK)) * K + BLOCK * (i / (P / BLOCK));
             multiply_rows<T, FAST>(products, shared.state + at, K, shared.grad_state + at, K);
@@ -510,6 +595,58 @@ ssd_bwd(const Backward p) {
         if (lane == 0) shared.dots[warp] = dot;
         __syncthreads();
     }
+
+    // To the gradients by C and B comes what is from the rows before, and from those after.
+    auto take = [&](int turn, float (&v)[2][4]) {
+        if (turn < KEPT) {
+#pragma unroll
+            for (int e = 0; e < 8; ++e) v[e >> 2][e & 3] = of_pairs[turn % KEPT][e >> 2][e & 3];
+        } else if (warp + turn * WARPS < Triangle::COUNT) {
+            take_block(v, sums_of(warp + turn * WARPS));
+        }
+    };
+    float scale = 1.f;
+    if constexpr (same<T, Half>) {
+        float most = 0.f;
+#pragma unroll
+        for (int turn = 0; turn < TURNS; ++turn) {
+            float v[2][4] = {};
+            take(turn, v);
+            most = fmaxf(most, largest_of(v));
+        }
+        if (lane == 0) shared.largest[warp] = most;
+        __syncthreads();
+        for (int w = 0; w < WARPS; ++w) most = fmaxf(most, shared.largest[w]);
+        scale = scale_for<T>(most);
+    }
+#pragma unroll
+    for (int turn = 0; turn < TURNS; ++turn) {
+        const int i = warp + turn * WARPS;
+        if (i >= Triangle::COUNT) break;
+        float v[2][4];
+        take(turn, v);
+        if (same<T, Half>) multiply_all(v, 1.f / scale);
+        store_block<T>(shared.weights(Triangle::row(i), Triangle::column(i)), S, v);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int o = 0; o < OWN && same<T, Half>; ++o)
+        multiply_all(dB[o], 1.f / scale), multiply_all(dC[o], 1.f / scale);
+#pragma unroll (N > 64 ? 1 : BLOCKS)
+    for (int b = 0; b < BLOCKS; ++b) {
+        Block16<T> of_B, of_C;
+        of_B.template load<true>(shared.B + BLOCK * (b * K + slice), K);
+        of_C.template load<true>(shared.C + BLOCK * (b * K + slice), K);
+#pragma unroll
+        for (int o = 0; o < OWN; ++o) {
+            const int r = part * OWN + o;
+            if (b <= r) multiply_by<T, FAST, false>(dC[o], shared.weights(r, b), S, of_B);
+            if (b >= r) multiply_by<T, FAST, true>(dB[o], shared.weights(b, r), S, of_C);
+        }
+    }
+#pragma unroll
+    for (int o = 0; o < OWN && same<T, Half>; ++o)
+        multiply_all(dB[o], scale), multiply_all(dC[o], scale);
 
 #pragma unroll
     for (int o = 0; o < OWN; ++o)

@@ -113,16 +113,25 @@ ssd_states(const States p) {
         if (states) {
             const long long to = (((long long)batch * p.heads + head) * p.chunks + chunk)
                 * p.dim * p.state;
+            auto four = [&](int n, int k) {
+                return Four<T>(pack<T>(state[2 * n][2 * k], state[2 * n][2 * k + 1]),
+                               pack<T>(state[2 * n + 1][2 * k], state[2 * n + 1][2 * k + 1]));
+            };
+            constexpr int AT_ONCE = N > BLOCK && !same<T, Float> ? 2 : 1;  // blocks
 #pragma unroll
-            for (int n = 0; n < N / BLOCK; ++n)
+            for (int n = 0; n < N / BLOCK; n += AT_ONCE)
 #pragma unroll
                 for (int k = 0; k < 2; ++k) {
-                    const Four<T> v(
-                        pack<T>(state[2 * n][2 * k], state[2 * n][2 * k + 1]),
-                        pack<T>(state[2 * n + 1][2 * k], state[2 * n + 1][2 * k + 1]));
-                    const int c = channel + 8 * k, s = first_state + BLOCK * n + first_column(t);
-                    if (c < p.dim && s < p.state)
-                        v.store((E *)states + to + (long long)c * p.state + s);
+                    const int c = channel + 8 * k, s = first_state + BLOCK * n;
+                    E *const at = (E *)states + to + (long long)c * p.state + s;
+                    if constexpr (AT_ONCE == 2) {
+                        store_eight<T>(at, four(n, k), four(n + 1, k),
+                                       c < p.dim && s + t * 8 < p.state);
+                    } else {
+                        const Four<T> v = four(n, k);
+                        if (c < p.dim && s + first_column(t) < p.state)
+                            v.store(at + first_column(t));
+                    }
                 }
         }
         if (!more && !ends) break;

@@ -23,7 +23,7 @@ from vmamba_mm.ops.core.launch import (
 )
 
 CHUNK = 64  # Q in ssd.cuh
-_BLOCK = 16
+_BLOCK, _PAIRS = 16, 10  # BLOCK, Triangle::COUNT
 STATES = 16, 32, 64, 128, 256  # N of the kernels
 MOST_CHANNELS = 128
 _LEAST_CUT = 8  # chunks of a sequence that may be in two parts
@@ -121,11 +121,13 @@ def backward_warps(states: int) -> int:
 
 def backward_shared(size: int, channels: int, states: int) -> int:
     """Bytes of shared memory; as BackwardShared."""
-    slices = states // _BLOCK
+    slices, warps = states // _BLOCK, backward_warps(states)
     tiles = (2 * (_tile(states, size) + _tile(channels, size) + channels * (states * size + 16))
              + _tile(CHUNK, size) * (CHUNK + _BLOCK) // CHUNK)
-    sums = 4 * (CHUNK * (2 * 4 + 2 + 2 * slices) + 16 + backward_warps(states))
-    return tiles + _DECAYS + -(-sums // 16) * 16
+    kept = -(-_PAIRS // warps) if states in (32, 64) else 1  # KEPT
+    pairs = 1024 * max(_PAIRS - kept * warps, 1)
+    sums = 4 * (CHUNK * (2 * 4 + 2 + 2 * slices) + 2 * 16 + 2 * warps)
+    return tiles + pairs + _DECAYS + -(-sums // 16) * 16
 
 
 def backward_blocks(index: int, size: int, channels: int, states: int) -> int:
