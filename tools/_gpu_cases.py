@@ -12,7 +12,15 @@ from typing import NamedTuple
 import torch
 
 from vmamba_mm import ops
-from vmamba_mm.layers import BiMambaMixer, ConvStem, MambaBlock, RMSNorm, VSSBlock, run_blocks
+from vmamba_mm.layers import (
+    BiMambaMixer,
+    ConvStem,
+    LayerNorm,
+    MambaBlock,
+    RMSNorm,
+    VSSBlock,
+    run_blocks,
+)
 from vmamba_mm.ops.core import launch
 from vmamba_mm.ops.nc_ssd import cuda as nc_ssd_kernels
 from vmamba_mm.ops.rmt_block import Weights, rmt_block
@@ -427,9 +435,9 @@ def _block_cases() -> Iterator[Case]:
                 with torch.no_grad():
                     block(x)
 
-    def run_mamba_blocks(device, dtype):
+    def run_mamba_blocks(device, dtype, norm):
         """As one op each, and in inference as one op together."""
-        blocks = [MambaBlock(BiMambaMixer(40, dt_rank=3), RMSNorm(40)).to(device)
+        blocks = [MambaBlock(BiMambaMixer(40, dt_rank=3), norm(40)).to(device)
                   for _ in range(2)]
         x = torch.randn(2, 37, 40).to(device).requires_grad_()
         with torch.autocast(device, dtype, enabled=dtype != SINGLE):
@@ -438,11 +446,12 @@ def _block_cases() -> Iterator[Case]:
                 run_blocks(blocks, x)
 
     blocks = _files('mamba_blocks', 'gather', 'scatter') + _files('scan1d', 'scan1d_gate')
-    for name, dtype, launches in (('half', HALF, blocks), ('fp32', SINGLE, ())):
+    for name, dtype, launches, norm in (('half', HALF, blocks, RMSNorm),
+                                        ('fp32', SINGLE, (), LayerNorm)):
         yield Case(f'block, {name}', _files('fused', 'add_norm'),
                    lambda device, dtype=dtype: run_block(device, dtype))
         yield Case(f'Mamba blocks, {name}', SCAN1D + launches,
-                   lambda device, dtype=dtype: run_mamba_blocks(device, dtype))
+                   lambda device, dtype=dtype, norm=norm: run_mamba_blocks(device, dtype, norm))
 
 
 def _model_cases() -> Iterator[Case]:

@@ -14,6 +14,7 @@ from vmamba_mm.layers import (
     RMSNorm,
     SharedBiMambaMixer,
 )
+from vmamba_mm.layers.norm import sum_and_norm
 from vmamba_mm.testing import assert_close
 
 SMALL = dict(d_state=3, d_conv=3, expand=1.5)
@@ -243,6 +244,16 @@ def test_block_is_add_norm_mixer(norm):
     *whole, whole_state = block(hidden, residual, state=block.mixer.init_state(2))
     for one, other in zip((*found, *state), (*whole, *whole_state), strict=True):
         assert_close(one, other, 1e-12)
+
+
+def test_a_layer_norm_without_bias_is_no_rms_norm():
+    norm, x = LayerNorm(6), torch.randn(2, 2, 5, 6)
+    norm.bias = None
+    expected = F.layer_norm(x[0] + x[1], (6,))
+    assert_close(norm(x[0] + x[1]), expected, 1e-6)
+    total, normed = sum_and_norm(norm, *x)
+    assert_close(normed, expected, 1e-6)
+    assert torch.equal(total, x[0] + x[1])
 
 
 @pytest.mark.parametrize('cast', [False, True], ids=['half', 'autocast'])

@@ -19,6 +19,7 @@ from vmamba_mm.checkpoints.names import infer_arch, to_mm, to_official
 from vmamba_mm.errors import UserError
 from vmamba_mm.families import family_of
 from vmamba_mm.families.dis import ARCHS, FAMILY
+from vmamba_mm.layers import mamba_blocks
 from vmamba_mm.models import DiS
 from vmamba_mm.models.dis import sinusoids
 from vmamba_mm.registry import MODELS
@@ -228,11 +229,13 @@ def test_devices_and_half_precision(device, arch):
 
 
 @pytest.mark.gpu
-def test_a_step_under_autocast_on_a_gpu_is_that_of_the_cpu():
-    """The blocks run as ops there."""
-    model = make(dict(SMALL, embed_dims=32, d_state=16))
+@pytest.mark.parametrize('norm', ['rms', 'ln'])
+def test_a_step_under_autocast_on_a_gpu_is_that_of_the_cpu(norm, monkeypatch):
+    """All blocks but the first run as one op each there."""
+    model = make(dict(SMALL, embed_dims=32, d_state=16, norm=norm))
     x, t, labels = inputs_of(model)
-    grads = {}
+    grads, calls, op = {}, [], mamba_blocks.mamba_block
+    monkeypatch.setattr(mamba_blocks, 'mamba_block', lambda *args: calls.append(1) or op(*args))
     for device in ('cpu', 'cuda'):
         net = copy.deepcopy(model).to(device).train()
         moved = [v.to(device) for v in (x, t, labels)]
@@ -240,6 +243,7 @@ def test_a_step_under_autocast_on_a_gpu_is_that_of_the_cpu():
             loss = net(*moved).float().square().mean()
         loss.backward()
         grads[device] = {k: p.grad.cpu() for k, p in net.named_parameters()}
+    assert len(calls) == SMALL['depth']
     for name, grad in grads['cpu'].items():
         assert relative_error(grads['cuda'][name], grad) < 0.1, name
 

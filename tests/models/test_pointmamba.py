@@ -1,5 +1,7 @@
 """What is special about PointMamba: batches, versions, pre-training, parts, bad clouds."""
 
+import copy
+
 import pytest
 import torch
 from official import shared
@@ -14,7 +16,9 @@ from vmamba_mm.heads import (
     PointPreprocessor,
     PointSegmentor,
 )
+from vmamba_mm.layers import mamba_blocks
 from vmamba_mm.models import PointMamba
+from vmamba_mm.testing import relative_error
 
 HILBERT, AXES, CLASS = SPECS['pointmamba'].archs.values()
 SMALL = dict(HILBERT, num_groups=12, group_size=6)
@@ -75,6 +79,46 @@ def test_outputs_share_the_norm_and_dropout_is_of_training():
     for wrong in (-0.1, 1.0):
         with pytest.raises(ValueError, match='drop_rate must be in'):
             PointMamba(SMALL, drop_rate=wrong)
+
+
+@pytest.mark.gpu(nvidia=True)
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize('order', ['hilbert', 'axes'])
+def test_blocks_are_ops_on_a_gpu(order, dtype, monkeypatch):
+    """In training all but the first one each, in inference all together, with the numbers and the
+    gradients of the CPU."""
+    arch = dict(SMALL if order == 'hilbert' else dict(AXES, num_groups=12, group_size=6),
+                embed_dims=40, depth=3)
+    torch.manual_seed(0)
+    model = PointMamba(arch, out_type='raw').eval()
+    for block in model.blocks:  # whose mixers give next to nothing at first
+        for p in (block.mixer.in_proj.weight, block.mixer.out_proj.weight,
+                  block.mixer.x_proj.weight, *block.norm.parameters()):
+            torch.nn.init.uniform_(p, -0.3, 0.3)
+    points, calls, results = clouds(2), [], {}
+    train, infer = mamba_blocks.mamba_block, mamba_blocks.mamba_blocks
+    monkeypatch.setattr(mamba_blocks, 'mamba_block', lambda *args: calls.append(1) or train(*args))
+    monkeypatch.setattr(mamba_blocks, 'mamba_blocks',
+                        lambda *args: calls.append(len(args[2])) or infer(*args))
+    for device in ('cpu', 'cuda'):
+        net = copy.deepcopy(model).to(device)
+        with torch.autocast(device, dtype, enabled=device == 'cuda' and dtype != torch.float32):
+            groups = net.group(points.to(device))
+            tokens = net.embed(groups, net.orders(groups.centres))
+            with torch.no_grad():
+                if device == 'cuda':
+                    assert mamba_blocks.why_not_one_op(net.blocks, tokens) is None
+                inferred, = net.run(tokens, (2,))
+            y, = net.run(tokens, (2,))
+        # Scaled, as small gradients are 0 in fp16.
+        upstream = 4096 * torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+        (y.float() * upstream.to(device)).sum().backward()
+        results[device] = dict(inferred=inferred, trained=y) | {
+            name: p.grad for name, p in net.blocks.named_parameters()}
+    assert calls == [3, 1, 1]
+    limit = {torch.float16: 3e-2, torch.bfloat16: 0.1, torch.float32: 1e-3}[dtype]
+    for name, expected in results['cpu'].items():
+        assert relative_error(results['cuda'][name].cpu(), expected) < limit, name
 
 
 def test_channels_after_the_coordinates_begin_without_an_effect(tmp_path):

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from vmamba_mm.layers import VSSBlock
+from vmamba_mm.layers import BiMambaMixer, LayerNorm, MambaBlock, MambaMixer, RMSNorm, VSSBlock
 from vmamba_mm.ops.core import graphs
 
 needs_gpu = pytest.mark.gpu
@@ -159,12 +159,41 @@ def test_a_vanilla_block_in_a_loop(monkeypatch, replays, half, backward):
                ssm_ratio=2.0, d_state=16)
 
 
+class MambaStreams(torch.nn.Module):
+    """A block that is not the first: one tensor in, one out."""
+
+    def __init__(self, dim, mixer, norm):
+        super().__init__()
+        torch.manual_seed(0)
+        self.block = MambaBlock(mixer(dim), norm(dim)).to('cuda')
+
+    def forward(self, x):
+        hidden = x.half() if torch.is_autocast_enabled('cuda') else x
+        assert self.block.why_not_one_op(hidden, x) is None
+        return sum(self.block(hidden, x))
+
+
+@needs_gpu
+@pytest.mark.parametrize('shape', [(3, 129, 384), (2, 37, 40)], ids=str)
+@pytest.mark.parametrize(('norm', 'mixer'), [
+    (LayerNorm, MambaMixer), (LayerNorm, BiMambaMixer), (RMSNorm, BiMambaMixer)])
+@pytest.mark.parametrize('half', [True, False], ids=['fp16', 'fp32'])
+@pytest.mark.parametrize('backward', [False, True], ids=['inference', 'training'])
+def test_a_mamba_block_in_a_loop(monkeypatch, replays, shape, norm, mixer, half, backward):
+    check(monkeypatch, replays, lambda: MambaStreams(shape[2], mixer, norm), shape, half, backward)
+
+
 def check_loop(monkeypatch, replays, shape, half, backward, drop_path, **options):
+    check(monkeypatch, replays, lambda: make_block(shape[3], drop_path, **options), shape, half,
+          backward)
+
+
+def check(monkeypatch, replays, make, shape, half, backward):
     """Replays are equal to the bit to what is launched as it is."""
     results = []
     for worth_it in (graphs.WORTH_IT, 10**9):
         monkeypatch.setattr(graphs, 'WORTH_IT', worth_it)
-        block = make_block(shape[3], drop_path, **options).train(backward)
+        block = make().train(backward)
         x = torch.zeros(shape, device='cuda', requires_grad=backward)
         results.append(run_often(block, x, half, backward, range(8)))
         count = len(replays)

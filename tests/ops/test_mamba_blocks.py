@@ -3,6 +3,7 @@ it."""
 
 import os
 import sys
+from functools import partial
 
 import emulated_cuda
 import pytest
@@ -34,10 +35,14 @@ def calls(monkeypatch):
     return calls
 
 
-def make_blocks(mixer=BiMambaMixer, count=3, **kwargs):
+def make_blocks(mixer=BiMambaMixer, count=3, norm=RMSNorm, **kwargs):
     torch.manual_seed(0)
-    return nn.ModuleList(MambaBlock(mixer(16, d_state=16, **kwargs), RMSNorm(16), 0.1)
-                         for _ in range(count)).eval()
+    blocks = nn.ModuleList(MambaBlock(mixer(16, d_state=16, **kwargs), norm(16), 0.1)
+                           for _ in range(count)).eval()
+    for block in blocks:
+        for p in block.norm.parameters():  # which begin without an effect
+            nn.init.uniform_(p, 0.5, 1.5)
+    return blocks
 
 
 def step_by_step(blocks, *streams):
@@ -49,13 +54,17 @@ def step_by_step(blocks, *streams):
     return streams
 
 
+each_norm = pytest.mark.parametrize('norm', [RMSNorm, LayerNorm])
+
+
 @pytest.mark.parametrize('make', [
-    lambda: make_blocks(), lambda: make_blocks(reduce='mean'),
-    lambda: make_blocks(MambaMixer, dt_rank=8), lambda: make_blocks(count=1)],
+    partial(make_blocks), partial(make_blocks, reduce='mean'),
+    partial(make_blocks, MambaMixer, dt_rank=8), partial(make_blocks, count=1)],
     ids=['sum', 'mean', 'causal', 'one block'])
+@each_norm
 @pytest.mark.parametrize('begins', [True, False])
-def test_as_one_op(make, begins, calls):
-    blocks = make()
+def test_as_one_op(make, norm, begins, calls):
+    blocks = make(norm=norm)
     streams = torch.randn(2, 7, 16), None if begins else torch.randn(2, 7, 16)
     with torch.no_grad():
         for expected, found in zip(step_by_step(blocks, *streams), run_blocks(blocks, *streams),
@@ -64,9 +73,10 @@ def test_as_one_op(make, begins, calls):
     assert calls == [len(blocks)]
 
 
-def test_half_precision(calls):
+@each_norm
+def test_half_precision(norm, calls):
     """Under autocast, and with half-precision parameters."""
-    blocks, hidden = make_blocks(reduce='mean'), torch.randn(2, 7, 16)
+    blocks, hidden = make_blocks(reduce='mean', norm=norm), torch.randn(2, 7, 16)
     with torch.no_grad():
         expected = step_by_step(blocks, hidden, None)
         with torch.autocast('cpu', torch.float16):
@@ -94,11 +104,11 @@ def test_results_are_new_memory():
             assert len(pointers) == 3 + (given is not None)
 
 
-@pytest.mark.parametrize('make', [lambda: make_blocks(count=1), lambda: make_blocks(
-    MambaMixer, count=1)], ids=['both', 'causal'])
-def test_a_block_with_gradients(make, monkeypatch):
+@pytest.mark.parametrize('mixer', [BiMambaMixer, MambaMixer])
+@each_norm
+def test_a_block_with_gradients(mixer, norm, monkeypatch):
     """As one op, beside the steps, which a hook asks for."""
-    block, calls, op = make()[0], [], layers.mamba_block
+    block, calls, op = make_blocks(mixer, 1, norm)[0], [], layers.mamba_block
     monkeypatch.setattr(layers, 'mamba_block', lambda *args: calls.append(1) or op(*args))
     streams = [torch.randn(2, 7, 16, requires_grad=True) for _ in range(2)]
     leaves = [*streams, *block.parameters()]
@@ -131,24 +141,31 @@ def test_what_a_block_with_gradients_cannot_take():
 
 
 @pytest.mark.parametrize('in_one_graph', [False, True])
-def test_a_model_trains(in_one_graph, monkeypatch):
+@pytest.mark.parametrize('name', ['Vim', 'PointMamba', 'DiS'])
+def test_a_model_trains(name, in_one_graph, monkeypatch):
     """All blocks but the first as one op each, under torch.compile in one graph."""
     pytest.importorskip('mmengine')
-    from vmamba_mm.models import Vim
+    from vmamba_mm import models
 
+    arch, inputs = {
+        'Vim': (dict(base='tiny', depth=3, image_size=32), [torch.randn(2, 3, 32, 32)]),
+        'PointMamba': (dict(base='hilbert_g64', depth=3, num_groups=6, group_size=4),
+                       [torch.randn(2, 30, 3)]),
+        'DiS': (dict(base='small_p2', depth=2, image_size=8, num_classes=0, norm='ln'),
+                [torch.randn(2, 4, 8, 8), torch.tensor([3.5, 981])])}[name]
     torch.manual_seed(0)
-    model = Vim(dict(base='tiny', embed_dims=16, depth=3, image_size=32), drop_path_rate=0.1)
-    x, grads = torch.randn(2, 3, 32, 32), []
+    model, grads = getattr(models, name)(dict(arch, embed_dims=16), drop_path_rate=0.1), []
     called = torch.compile(model, backend='aot_eager', fullgraph=True) if in_one_graph else model
     seen, op = [], layers.mamba_block
     monkeypatch.setattr(layers, 'mamba_block', lambda *args: seen.append(1) or op(*args))
     for run in (called, model):
         torch.manual_seed(1)
-        run(x)[0].square().sum().backward()
+        run(*inputs)[0].square().sum().backward()
         grads.append([p.grad.clone() for p in model.parameters()])
         model.zero_grad()
-        for block in model.blocks:  # then step by step
-            block.norm.register_forward_hook(lambda *args: None)
+        for block in model.modules():  # then step by step
+            if isinstance(block, MambaBlock):
+                block.norm.register_forward_hook(lambda *args: None)
     assert len(seen) == 2
     for a, b in zip(*grads, strict=True):
         assert_close(a, b, 1e-4)
@@ -179,6 +196,16 @@ def with_layer_norm(blocks):
     blocks[0].norm = LayerNorm(16)
 
 
+def with_norm_of_torch(blocks):
+    blocks[0].norm = nn.LayerNorm(16)
+
+
+def without_norm_bias(blocks):
+    for block in blocks:
+        block.norm = LayerNorm(16)
+        block.norm.bias = None
+
+
 def dropping(blocks):
     blocks.train()
 
@@ -196,8 +223,9 @@ def normed(blocks):
 
 
 @pytest.mark.parametrize(('change', 'reason'), [
-    (hooked, 'hook'), (with_bias, 'bias more or less'), (with_layer_norm, 'of another class'),
-    (dropping, 'drops paths'), (other_eps, 'differ in eps'), (other_size, 'differ in eps'),
+    (hooked, 'hook'), (with_bias, 'bias more or less'), (with_layer_norm, 'differ in norms'),
+    (with_norm_of_torch, 'of another class'), (without_norm_bias, 'lacks its weight or bias'),
+    (dropping, 'drops paths'), (other_eps, 'differ in norms'), (other_size, 'shapes or dtypes'),
     (normed, 'a norm or a layer scale')], ids=lambda value: getattr(value, '__name__', ''))
 def test_what_keeps_them_from_it(change, reason, calls):
     blocks, hidden = make_blocks(), torch.randn(1, 3, 16)
@@ -224,7 +252,15 @@ def test_gradients_keep_them_from_it(calls):
     assert 'multiples of 8' in reason
 
 
-@pytest.mark.parametrize('name', ['Vim', 'VideoMamba', 'ViViM', 'CausalLM'])
+def test_a_norm_in_two_dtypes_keeps_them_from_it():
+    blocks, hidden = make_blocks(count=1, norm=LayerNorm), torch.randn(1, 3, 16)
+    blocks[0].norm.bias.data = blocks[0].norm.bias.data.half()
+    with torch.no_grad(), torch.autocast('cpu', torch.float16):
+        assert 'different dtypes' in layers.why_not_one_op(blocks, hidden)
+        assert run_blocks(blocks, hidden)[0].isfinite().all()
+
+
+@pytest.mark.parametrize('name', ['Vim', 'VideoMamba', 'ViViM', 'CausalLM', 'PointMamba'])
 def test_models_run_them(name, calls):
     """The same result as with a hook on a block, which keeps all from the op."""
     pytest.importorskip('mmengine')
@@ -237,11 +273,16 @@ def test_models_run_them(name, calls):
         arch, x = dict(arch, base='mamba-130m', vocab_size=32), torch.randint(32, (2, 9))
     elif name == 'Vim':
         arch, x = dict(arch, base='tiny', image_size=48), torch.randn(2, 3, 48, 48)
+    elif name == 'PointMamba':
+        arch = dict(arch, base='hilbert_g64', num_groups=6, group_size=4)
+        x = torch.randn(2, 30, 3)
     else:
         arch = dict(arch, **(dict(base='tiny_f8', order='half-spatial-half-temporal')
                              if name == 'VideoMamba' else dict(base='tiny')))
         x = torch.randn(2, 3, 8, 32, 32)
     options = {} if name == 'CausalLM' else dict(out_indices=(1, 3))
+    if name == 'PointMamba':  # dropout between the blocks is of training
+        options['drop_rate'] = 0.1
     model = model_class(arch, **options).eval()
     with torch.no_grad():
         found = model(x)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vmamba_mm.layers.drop_path import DropPath
 from vmamba_mm.layers.mamba import BiMambaMixer, MambaMixer, MambaState, is_depthwise_causal
-from vmamba_mm.layers.norm import RMSNorm, sum_and_norm
+from vmamba_mm.layers.norm import LayerNorm, RMSNorm, sum_and_norm
 from vmamba_mm.layers.plain import Attributes, are_plain
 from vmamba_mm.ops.core.backends import autocast_dtype, compute_dtype, runs_kernels, wants_grad
 from vmamba_mm.ops.mamba_blocks import (
@@ -126,7 +126,8 @@ def run_blocks(blocks: Sequence[nn.Module], hidden: Tensor, residual: Tensor | N
     """The streams after all of ``blocks``, each of which is a :class:`MambaBlock`.
 
     Without gradients all of them run as one op where their mixers are plain :class:`MambaMixer` or
-    :class:`BiMambaMixer` on an NVIDIA GPU, else one after the other; ``why_not_one_op`` of this
+    :class:`BiMambaMixer`, and their norms :class:`RMSNorm` or :class:`LayerNorm`, on an NVIDIA GPU,
+    else one after the other; ``why_not_one_op`` of this
     module says why.
 
     Args:
@@ -177,7 +178,7 @@ def why_not_one_op(blocks: Sequence[nn.Module], hidden: Tensor, residual: Tensor
 
 _NOT_ON_GPU = 'the input is not on a GPU'  # or torch.fx records the steps
 _NOT_PLAIN = 'a module has a hook, is wrapped, or is of another class'
-_CLASSES = (RMSNorm, nn.Linear, nn.Linear)
+_OF_PRODUCTS = (nn.Linear, nn.Linear)
 _OF_DIRECTION = (nn.Conv1d, nn.Linear, nn.Linear)
 
 
@@ -232,7 +233,7 @@ def _all_weights_for_op(blocks: Sequence[nn.Module], hidden: Tensor, residual: T
         kind = (block.norm.eps, _scale(block.mixer),
                 *[(t.dtype, t.shape) for t in flatten(weights)])
         if kind != (first_kind := first_kind or kind):
-            return 'blocks differ in eps, in the sum of directions, or in shapes or dtypes'
+            return 'blocks differ in norms, in the sum of directions, or in shapes or dtypes'
         all_weights.append(weights)
     return why_not(hidden, residual, all_weights[0], _dtype_of_products(hidden)) or all_weights
 
@@ -248,19 +249,21 @@ def _weights_of(block: MambaBlock) -> Weights | str:
         return 'a mixer has a norm or a layer scale'
     directions = [(inner[f'conv1d{suffix}'], inner[f'x_proj{suffix}'], inner[f'dt_proj{suffix}'])
                   for suffix in mixer.directions]
+    norm = LayerNorm if type(modules['norm']) is LayerNorm else RMSNorm
     parts = (modules['norm'], inner['in_proj'], inner['out_proj'],
              *[module for direction in directions for module in direction])
-    if not are_plain((mixer, *parts), (type(mixer), *_CLASSES, *_OF_DIRECTION * len(directions))):
+    if not are_plain((mixer, *parts), (type(mixer), norm, *_OF_PRODUCTS,
+                                       *_OF_DIRECTION * len(directions))):
         return _NOT_PLAIN
     if not all([is_depthwise_causal(conv) for conv, _, _ in directions]):
         return 'a convolution is not depthwise and causal'
     try:
-        return _gather(mixer.directions, mixer._parameters, *[m._parameters for m in parts])
+        return _gather(norm, mixer.directions, mixer._parameters, *[m._parameters for m in parts])
     except KeyError:
-        return _gather(mixer.directions, *map(Attributes, (mixer, *parts)))
+        return _gather(norm, mixer.directions, *map(Attributes, (mixer, *parts)))
 
 
-def _gather(suffixes, mixer, norm, in_proj, out_proj, *of_directions) -> Weights | str:
+def _gather(kind, suffixes, mixer, norm, in_proj, out_proj, *of_directions) -> Weights | str:
     """The weights by those of the modules; what keeps them from the op, if a user has put a module
     in the place of ours that has a bias more or less."""
     directions = []
@@ -273,4 +276,8 @@ def _gather(suffixes, mixer, norm, in_proj, out_proj, *of_directions) -> Weights
             mixer[f'A{suffix}_log'], mixer[f'D{suffix}']))
     if in_proj['bias'] is not None or out_proj['bias'] is not None:
         return 'a mixer has a bias more or less than those of Mamba'
-    return Weights(norm['weight'], in_proj['weight'], out_proj['weight'], tuple(directions))
+    norm_bias = norm['bias'] if kind is LayerNorm else None
+    if norm['weight'] is None or kind is LayerNorm and norm_bias is None:
+        return 'a norm lacks its weight or bias'
+    return Weights(norm['weight'], norm_bias, in_proj['weight'], out_proj['weight'],
+                   tuple(directions))

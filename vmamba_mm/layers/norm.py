@@ -34,7 +34,11 @@ class LayerNorm(nn.LayerNorm):
         self.feeds_matmul = feeds_matmul
 
     def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, self.eps, out_dtype=self.out_dtype(x))
+        dtype = self.out_dtype(x)
+        if self.bias is None:  # somebody has taken it away; to the op that would be an RMSNorm
+            y = super().forward(x)
+            return y if dtype is None else y.to(dtype)
+        return layer_norm(x, self.weight, self.bias, self.eps, out_dtype=dtype)
 
     def out_dtype(self, x: Tensor) -> torch.dtype | None:
         """The dtype of the result, for the ops; None for their default."""
@@ -136,7 +140,7 @@ def sum_and_norm(norm: nn.Module, x: Tensor, branch: Tensor, scale: Tensor | Non
     """
     if is_plain(norm, RMSNorm):
         return add_norm(x, branch, norm.weight, None, norm.eps, scale=scale, out_dtype=out_dtype)
-    if is_plain(norm, LayerNorm):
+    if is_plain(norm, LayerNorm) and norm.bias is not None:
         return add_norm(x, branch, norm.weight, norm.bias, norm.eps, scale=scale,
                         out_dtype=norm.out_dtype(x) if out_dtype is None else out_dtype)
     total = add_norm(x, branch, None, None, scale=scale)[0]

@@ -244,7 +244,7 @@ class PointMamba(FlatBackbone):
 
     def run(self, tokens: Tensor, indices: Sequence[int]) -> list[Tensor]:
         """The stream (B, T, C) after some blocks, before the norms."""
-        if self.drop is None or self.arch['order'] == 'axes':
+        if self.drop is None or not self.drop.training or self.arch['order'] == 'axes':
             return [residual + hidden for _, (hidden, residual) in
                     run_blocks_to(indices, self.blocks, tokens)]
         streams = []

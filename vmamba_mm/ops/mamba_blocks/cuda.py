@@ -17,7 +17,7 @@ from vmamba_mm.ops.core.graphs import replay
 from vmamba_mm.ops.core.launch import CODES, TYPES, Instance, Slab, aligned, cached, kernel
 from vmamba_mm.ops.fused.add_norm import cuda as norm
 from vmamba_mm.ops.fused.channels import WIDEST
-from vmamba_mm.ops.mamba_blocks.weights import Direction, Weights, flatten, split
+from vmamba_mm.ops.mamba_blocks.weights import Direction, Weights, after_norm, flatten, split
 from vmamba_mm.ops.mamba_inner import cuda as inner
 from vmamba_mm.ops.scan_kernels import cuda as scans
 
@@ -60,6 +60,8 @@ def why_not(hidden: Tensor, residual: Tensor | None, first: Weights, dtype: torc
     dtypes = [t.dtype for t in flatten(first)]
     if all([d == dtypes[0] for d in dtypes]):  # mostly, and a small batch waits for the questions
         dtypes = dtypes[:1]
+    elif first.norm_bias is not None and first.norm_bias.dtype != first.norm.dtype:
+        return 'weight and bias of a norm are in different dtypes'
     if dtype not in CODES or hidden.dtype not in CODES or any([d not in CODES for d in dtypes]):
         return 'an input is neither float32 nor float16 nor bfloat16'
     if dtype == torch.float32 and any([d != dtype for d in (hidden.dtype, *dtypes)]):
@@ -117,13 +119,13 @@ class _Blocks:
 
     def __init__(self, index: int, sizes: Sizes, hidden_dtype: torch.dtype, dtype: torch.dtype,
                  tf32: bool, dtypes: tuple[torch.dtype, ...], scale: float, begins: bool):
-        batch, length, dim, inner_dims, *_, routes = sizes
-        self.routes, self.begins, rows = routes, begins, batch * length
-        kinds = next(split(dtypes, routes))
+        batch, length, dim, inner_dims, *_ = sizes
+        self.begins, rows = begins, batch * length
+        kinds = next(split(dtypes, 1))
 
         def norm_launch(branch):
             return norm.forward_launch(index, torch.float32, branch, dtype, kinds.norm, batch,
-                                       length, dim, True)
+                                       length, dim, kinds.norm_bias is None)
 
         self.first_norm = norm_launch(None if begins else hidden_dtype)
         self.norm = norm_launch(dtype)
@@ -142,21 +144,22 @@ class _Blocks:
         self.memory_at = slab.take(self.mixer.memory, 1)
         self.slab_size = slab.size
 
-    def launch(self, eps: float, hidden_in: int, residual_in: int, hidden: int, residual: int,
-               slab: int, *addresses: int) -> None:
-        """All blocks, on addresses; ``addresses`` are those of the weights."""
+    def launch(self, count: int, eps: float, hidden_in: int, residual_in: int, hidden: int,
+               residual: int, slab: int, *addresses: int) -> None:
+        """``count`` blocks, on addresses; ``addresses`` are those of the weights."""
         normed, xz, y = slab + self.normed_at, slab + self.xz_at, slab + self.y_at
         workspace, gather = slab + self.workspace_at, self.gather
         of_directions = gather.of_directions(slab)
-        for i, weights in enumerate(split(addresses, self.routes)):
+        for i, weights in enumerate(split(addresses, count)):
             gather(weights, slab)
+            affine = dict(weight=weights.norm, bias=weights.norm_bias or 0)
             if i == 0:
                 self.first_norm(x=residual_in, branch=0 if self.begins else hidden_in,
-                                weight=weights.norm, sum=0 if self.begins else residual,
-                                normed=normed, eps=eps)
+                                sum=0 if self.begins else residual, normed=normed, eps=eps,
+                                **affine)
             else:
                 self.norm(x=residual_in if i == 1 and self.begins else residual, branch=hidden,
-                          weight=weights.norm, sum=residual, normed=normed, eps=eps)
+                          sum=residual, normed=normed, eps=eps, **affine)
             self.in_proj(normed, slab + gather.in_proj, xz, workspace)
             self.mixer.run(xz=xz, y=y, memory=slab + self.memory_at, **of_directions)
             self.out_proj(y, slab + gather.out_proj, hidden, workspace)
@@ -216,7 +219,7 @@ class Gather:
 
     def __call__(self, weights: Weights, slab: int) -> None:
         """Gather what is at these addresses in the slab at that one."""
-        self._launch(flatten(weights)[1:], slab)
+        self._launch(after_norm(weights), slab)
 
     def of_directions(self, slab: int) -> dict[str, int]:
         """The addresses as ``mamba_inner`` takes them."""
@@ -227,26 +230,26 @@ class Gather:
 _blocks_of = cached(_Blocks)
 
 
-def forward(hidden: Tensor, residual: Tensor | None, weights: list[Tensor], routes: int,
+def forward(hidden: Tensor, residual: Tensor | None, weights: list[Tensor], count: int,
             eps: float, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Shapes as in :func:`vmamba_mm.ops.mamba_blocks.mamba_blocks`, ``weights`` all tensors of its
-    blocks in a list."""
-    begins, is_single = residual is None, len(weights) == 3 + routes * len(Direction._fields)
+    ``count`` blocks in a list."""
+    begins = residual is None
     if begins:
         residual = hidden.float()
     (hidden_in, residual_in, *weights), addresses = aligned(hidden, residual, *weights)
-    first = next(split(weights, routes))
+    first = next(split(weights, count))
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     index = hidden.get_device()
     blocks = _blocks_of(index, Sizes.of(hidden, first), hidden.dtype, dtype, tf32,
                         tuple([t.dtype for t in flatten(first)]), scale, begins)
     hidden = hidden.new_empty(hidden.shape, dtype=dtype)
-    if begins and is_single:  # nothing is added to it
+    if begins and count == 1:  # nothing is added to it
         residual = residual_in.clone()
     else:
         residual = torch.empty_like(residual_in)
     slab = hidden.new_empty(blocks.slab_size, dtype=torch.uint8)
-    arguments = (eps, *addresses[:2], hidden.data_ptr(), residual.data_ptr(), slab.data_ptr(),
-                 *addresses[2:])
+    arguments = (count, eps, *addresses[:2], hidden.data_ptr(), residual.data_ptr(),
+                 slab.data_ptr(), *addresses[2:])
     replay(index, (blocks, arguments), lambda: blocks.launch(*arguments))
     return residual, hidden

@@ -8,19 +8,19 @@ from torch import Tensor
 
 from vmamba_mm.ops.core.define_op import Implementation, define_op
 from vmamba_mm.ops.mamba_blocks import cuda, reference, training
-from vmamba_mm.ops.mamba_blocks.weights import Direction, Weights, flatten, split
+from vmamba_mm.ops.mamba_blocks.weights import Direction, Weights, after_norm, flatten, split
 from vmamba_mm.ops.selective_scan.op import scan_flops
 
 
-def _fake(hidden, residual, weights, routes, eps, scale, dtype):
+def _fake(hidden, residual, weights, count, eps, scale, dtype):
     return (hidden.new_empty(hidden.shape, dtype=torch.float32),
             hidden.new_empty(hidden.shape, dtype=dtype))
 
 
-def _count_flops(hidden, weights, routes, **_) -> int:
+def _count_flops(hidden, weights, count, **_) -> int:
     batch, length, dim = hidden
     total = 0
-    for block in split(weights, routes):
+    for block in split(weights, count):
         total += 2 * batch * length * 3 * block.out_proj[1] * dim
         for conv, _, x_proj, dt_proj, _, A_log, _ in block.directions:
             inner, rank = dt_proj
@@ -31,7 +31,7 @@ def _count_flops(hidden, weights, routes, **_) -> int:
 
 _mamba_blocks = define_op(
     'mamba_blocks',
-    '(Tensor hidden, Tensor? residual, Tensor[] weights, int routes, float eps, float scale, '
+    '(Tensor hidden, Tensor? residual, Tensor[] weights, int count, float eps, float scale, '
     'ScalarType dtype) -> (Tensor residual, Tensor hidden)',
     reference=reference.mamba_blocks,
     fake=_fake,
@@ -41,24 +41,27 @@ _mamba_blocks = define_op(
 
 
 # autograd does not look for tensors in a list: each is an argument of its own. Those of a second
-# direction are None where there is one.
-_SHARED = Weights._fields[:3]
-_OF_DIRECTION = Direction._fields
-_NAMES = (*_SHARED, *_OF_DIRECTION, *(f'{name}_b' for name in _OF_DIRECTION))
-_FLAT = len(_SHARED) + len(_OF_DIRECTION)  # of one direction
-_ARGUMENTS = ', '.join(f'Tensor{"?" if i >= _FLAT else ""} {name}' for i, name in enumerate(_NAMES))
+# direction are None where there is one, and so is the bias of an RMSNorm.
+_SECOND = tuple(f'{name}_b' for name in Direction._fields)
+_NAMES = (*Weights._fields[:-1], *Direction._fields, *_SECOND)
+_ARGUMENTS = ', '.join(f'Tensor{"?" if name in ("norm_bias", *_SECOND) else ""} {name}'
+                       for name in _NAMES)
 
 
-def _gather(weights) -> Weights:
+def spread(weights: Weights) -> list:
+    """The arguments of the op."""
+    arguments = [*weights[:2], *after_norm(weights)]
+    return [*arguments, *[None] * (len(_NAMES) - len(arguments))]
+
+
+def _gather(arguments) -> Weights:
     """Of the arguments, or their shapes."""
-    routes = 1 if weights[_FLAT] is None else 2
-    return next(split(weights[:len(_SHARED) + routes * len(_OF_DIRECTION)], routes))
+    return next(split([t for t in arguments if t is not None], 1))
 
 
 def _reference_of_block(hidden, residual, *args):
     weights, (eps, scale, dtype) = _gather(args[:-3]), args[-3:]
-    return reference.mamba_blocks(hidden, residual, flatten(weights), len(weights.directions), eps,
-                                  scale, dtype)
+    return reference.mamba_blocks(hidden, residual, flatten(weights), 1, eps, scale, dtype)
 
 
 def _fake_of_block(hidden, residual, *args):
@@ -74,10 +77,10 @@ def _forward(hidden, residual, *args):
 
 def _backward(dresidual, dhidden, _, *args):
     *weights, residual, saved, eps, scale, dtype = args
-    weights = _gather(weights)
-    grads = training.backward(dresidual, dhidden, residual, weights, saved, eps, scale, dtype)
-    absent = len(_NAMES) - len(flatten(weights))
-    return *grads, *(residual.new_empty(0) for _ in range(absent))
+    by_hidden, by_residual, *grads = training.backward(
+        dresidual, dhidden, residual, _gather(weights), saved, eps, scale, dtype)
+    grads = iter(grads)
+    return by_hidden, by_residual, *[None if t is None else next(grads) for t in weights]
 
 
 def _fake_backward(dresidual, dhidden, residual, *args):
@@ -89,8 +92,7 @@ def _fake_backward(dresidual, dhidden, residual, *args):
 
 
 def _flops_of_block(residual, **shapes) -> int:
-    weights = _gather([shapes.get(name) for name in _NAMES])
-    return _count_flops(residual, flatten(weights), len(weights.directions))
+    return _count_flops(residual, flatten(_gather([shapes.get(name) for name in _NAMES])), 1)
 
 
 _mamba_block_fwd = define_op(
@@ -116,21 +118,20 @@ def mamba_block(hidden: Tensor, residual: Tensor, weights: Weights, eps: float, 
         residual, eps, scale, dtype: as there.
         weights: the block's parameters.
     """
-    flat = flatten(weights)
-    return _mamba_block_fwd(hidden, residual, *flat, *[None] * (len(_NAMES) - len(flat)), eps,
-                            float(scale), dtype)
+    return _mamba_block_fwd(hidden, residual, *spread(weights), eps, float(scale), dtype)
 
 
 def mamba_blocks(hidden: Tensor, residual: Tensor | None, blocks: list[Weights], eps: float,
                  scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Blocks of add, RMSNorm and S6 mixer one after the other, without gradients, for inputs for
+    """Blocks of add, norm and S6 mixer one after the other, without gradients, for inputs for
     which ``why_not`` is None.
 
     Args:
         hidden: (B, L, C), what the block before gave.
         residual: (B, L, C), fp32, the sum of all before; None if the first block is the model's.
         blocks: the parameters of each block, which all have the shapes and dtypes of the first.
-            With one direction a mixer is causal, with two it runs forward and backward.
+            With a bias a norm is a LayerNorm, without one an RMSNorm; with one direction a mixer is
+            causal, with two it runs forward and backward.
         eps: of the norms.
         scale: factor of the sum of the directions: 0.5 for their mean.
         dtype: of the matrix products and the new ``hidden``: fp16 or bf16, or fp32 if all is.
@@ -141,4 +142,4 @@ def mamba_blocks(hidden: Tensor, residual: Tensor | None, blocks: list[Weights],
     :func:`vmamba_mm.layers.run_blocks` calls it.
     """
     return _mamba_blocks(hidden, residual, [t for block in blocks for t in flatten(block)],
-                         len(blocks[0].directions), eps, float(scale), dtype)
+                         len(blocks), eps, float(scale), dtype)

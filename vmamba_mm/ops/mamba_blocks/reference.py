@@ -11,17 +11,17 @@ from vmamba_mm.ops.mamba_blocks.weights import split
 from vmamba_mm.ops.mamba_inner import reference as inner
 
 
-def mamba_blocks(hidden: Tensor, residual: Tensor | None, weights: list[Tensor], routes: int,
+def mamba_blocks(hidden: Tensor, residual: Tensor | None, weights: list[Tensor], count: int,
                  eps: float, scale: float, dtype: torch.dtype, mix=inner.forward
                  ) -> tuple[Tensor, Tensor]:
     """Shapes as in :func:`vmamba_mm.ops.mamba_blocks.mamba_blocks`, ``weights`` all tensors of its
-    blocks in a list; ``mix`` is what happens between the outer projections."""
-    for norm, in_proj, out_proj, directions in split(weights, routes):
+    ``count`` blocks in a list; ``mix`` is what happens between the outer projections."""
+    for norm, norm_bias, in_proj, out_proj, directions in split(weights, count):
         if residual is None:
             residual = hidden.to(compute_dtype(hidden.dtype), copy=True)
-            _, normed = add_norm(residual, None, None, norm, None, eps, dtype)
+            _, normed = add_norm(residual, None, None, norm, norm_bias, eps, dtype)
         else:
-            residual, normed = add_norm(residual, hidden, None, norm, None, eps, dtype)
+            residual, normed = add_norm(residual, hidden, None, norm, norm_bias, eps, dtype)
         conv, conv_bias, x_proj, dt_proj, dt_bias, A_log, D = map(torch.stack,
                                                                   zip(*directions, strict=True))
         xz = F.linear(normed, in_proj.to(dtype))

@@ -48,10 +48,10 @@ class _Launches:
     """What a forward and a backward share."""
 
     def __init__(self, index: int, sizes: Sizes, dtype: torch.dtype, tf32: bool, dtypes: Weights):
-        self.index, self.dtype, self.tf32, self.routes = index, dtype, tf32, sizes.routes
+        self.index, self.dtype, self.tf32 = index, dtype, tf32
         self.rows = sizes.batch * sizes.length
         self.saved, self.saved_size = _lay_out_saved(sizes, dtype.itemsize)
-        self.norm_sizes = sizes.batch, sizes.length, sizes.dim, True
+        self.norm_sizes = sizes.batch, sizes.length, sizes.dim, dtypes.norm_bias is None
         self.mixer_dtypes = inner.Dtypes(dtype, *[_SINGLE] * 5)
         self.slab, self.workspace_size = Slab(), 0
         self.gather = Gather(index, dtype, self.slab, sizes, dtypes)
@@ -81,12 +81,12 @@ class _Forward(_Launches):
         self.memory_at = self.slab.take(self.mixer.memory, 1)
 
     def launch(self, eps, hidden, residual, new_hidden, new_residual, slab, saved, *addresses):
-        weights, = split(addresses, self.routes)
+        weights, = split(addresses, 1)
         saved, gather = _Saved(*[saved + at for at in self.saved]), self.gather
         normed, y, workspace = slab + self.normed_at, slab + self.y_at, slab + self.workspace_at
         gather(weights, slab)
-        self.norm(x=residual, branch=hidden, weight=weights.norm, sum=new_residual, normed=normed,
-                  moments=saved.moments, eps=eps)
+        self.norm(x=residual, branch=hidden, weight=weights.norm, bias=weights.norm_bias or 0,
+                  sum=new_residual, normed=normed, moments=saved.moments, eps=eps)
         self.in_proj(normed, slab + gather.in_proj, saved.xz, workspace)
         self.mixer.run(xz=saved.xz, y=y, memory=slab + self.memory_at, projected=saved.projected,
                        total=saved.total, **gather.of_directions(slab))
@@ -100,7 +100,7 @@ class _Backward(_Launches):
         self.norm = norm.forward_launch(index, _SINGLE, None, dtype, dtypes.norm, *self.norm_sizes)
         parts, self.norm_backward = norm.backward_launch(index, dtype, _SINGLE, dtype, dtypes.norm,
                                                          *self.norm_sizes)
-        self.sum = sum_launch(index, SumJob(parts, 1, dim, dtypes.norm, None))
+        self.sum = sum_launch(index, SumJob(parts, 1, dim, dtypes.norm, dtypes.norm_bias))
         self.out_proj = self.product(rows, inner_dims, dim)
         self.dout_proj = self.product(dim, inner_dims, rows, left_t=True, out_dtype=dtypes.out_proj)
         self.in_proj = self.product(rows, dim, 2 * inner_dims)
@@ -133,8 +133,8 @@ class _Backward(_Launches):
 
     def launch(self, eps, dhidden, dresidual, residual, saved, by_residual, by_hidden, slab, grads,
                *addresses):
-        weights, = split(addresses, self.routes)
-        grads, = split(grads, self.routes)
+        weights, = split(addresses, 1)
+        grads, = split(grads, 1)
         saved, gather = _Saved(*[saved + at for at in self.saved]), self.gather
         normed, y, dy, dxz = (slab + at for at in (self.normed_at, self.y_at, self.dy_at,
                                                    self.dxz_at))
@@ -148,14 +148,15 @@ class _Backward(_Launches):
         self.mixer.run(grad=dy, xz=saved.xz, projected=saved.projected, total=saved.total, dxz=dxz,
                        memory=slab + self.memory_at, **gather.of_directions(slab), **stacked)
         self.scatter([address for direction in grads.directions for address in direction], slab)
-        self.norm(x=residual, weight=weights.norm, normed=normed, eps=eps)
+        self.norm(x=residual, weight=weights.norm, bias=weights.norm_bias or 0, normed=normed,
+                  eps=eps)
         self.din_proj(dxz, normed, grads.in_proj, workspace)
         # The norm's result is not needed any more.
         self.in_proj(dxz, slab + gather.in_proj, normed, workspace)
         self.norm_backward(grad=normed, input=residual, moments=saved.moments, weight=weights.norm,
                            extra_grad=dresidual, dinput=by_residual, dbranch=by_hidden,
                            partials=parts)
-        self.sum((parts, grads.norm, 0))
+        self.sum((parts, grads.norm, grads.norm_bias or 0))
 
 
 _forward_of, _backward_of = cached(_Forward), cached(_Backward)
@@ -163,7 +164,7 @@ _forward_of, _backward_of = cached(_Forward), cached(_Backward)
 
 def _key(residual: Tensor, weights: Weights, dtype: torch.dtype) -> tuple:
     tf32 = dtype == _SINGLE and torch.backends.cuda.matmul.allow_tf32
-    dtypes = next(split(tuple([t.dtype for t in flatten(weights)]), len(weights.directions)))
+    dtypes = next(split([t.dtype for t in flatten(weights)], 1))
     return residual.get_device(), Sizes.of(residual, weights), dtype, tf32, dtypes
 
 

@@ -22,21 +22,33 @@ class Direction(NamedTuple):
 
 class Weights(NamedTuple):
     """The parameters of a block, in the order of the op's list; C channels of a token."""
-    norm: Tensor      # (C), of an RMSNorm
-    in_proj: Tensor   # (2D, C)
-    out_proj: Tensor  # (C, D)
+    norm: Tensor              # (C)
+    norm_bias: Tensor | None  # (C), of a LayerNorm; None for an RMSNorm
+    in_proj: Tensor           # (2D, C)
+    out_proj: Tensor          # (C, D)
     directions: tuple[Direction, ...]  # forward; then backward, if there are two
 
 
 def flatten(weights: Weights) -> list:
-    """The tensors of a block, or what stands for each, one after the other."""
-    return [*weights[:3], *[t for direction in weights.directions for t in direction]]
+    """The tensors of a block that are there, or what stands for each, one after the other."""
+    norm = weights[:1] if weights.norm_bias is None else weights[:2]
+    return [*norm, *after_norm(weights)]
 
 
-def split(weights: Sequence, routes: int) -> Iterator[Weights]:
-    """The blocks of a list that has those of each by :func:`flatten`."""
-    size = len(Direction._fields)
-    for first in range(0, len(weights), 3 + routes * size):
-        start, end = first + 3, first + 3 + routes * size
-        directions = [Direction(*weights[i:i + size]) for i in range(start, end, size)]
-        yield Weights(*weights[first:start], tuple(directions))
+def after_norm(weights: Weights) -> list:
+    """The same without those of the norm."""
+    return [weights.in_proj, weights.out_proj,
+            *[t for direction in weights.directions for t in direction]]
+
+
+def split(weights: Sequence, count: int) -> Iterator[Weights]:
+    """The ``count`` blocks of a list that has those of each by :func:`flatten`, whose number says
+    whether there is a bias of the norm, and how many directions."""
+    size, of_direction = len(weights) // count, len(Direction._fields)
+    has_bias = (size - 3) % of_direction == 1
+    for first in range(0, len(weights), size):
+        norm, *rest = weights[first:first + size]
+        norm_bias = rest.pop(0) if has_bias else None
+        in_proj, out_proj, *rest = rest
+        yield Weights(norm, norm_bias, in_proj, out_proj, tuple(
+            [Direction(*rest[i:i + of_direction]) for i in range(0, len(rest), of_direction)]))

@@ -84,6 +84,9 @@ INSTANCES: dict[Instance, int] = {
         forward_instance('Float', 'Half', 'Half', True, parts, rms=True),
         backward_instance('Half', 'Float', 'Half', 3 if parts == 6 else parts, 1 + (parts == 6),
                           rms=True))},
+    # LayerNorm, of those that PointMamba has: 384.
+    forward_instance('Float', 'Half', 'Half', True, 3): 75,
+    backward_instance('Half', 'Float', 'Half', 3, 1): 75,
     # A LayerNorm and a gate, of the channels that VSSD has: 96 to 768.
     **{backward_instance(type_, type_, type_, parts, team, gate=True): low
        for type_, low in (('Half', 75), ('BFloat', 80), ('Float', 75))
