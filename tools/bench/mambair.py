@@ -1,14 +1,14 @@
 """MambaIR on a GPU: super-resolution and training, beside the public code's chain of ops.
 
-The lightweight model for x2 restores an image of 1280x720 from one of 640x360. And the classic model
-for x4 does a step of training on patches of 64x64, which become 256x256, on 32 of them, the batch
-of the recipe, and on 4, the part of each of its 8 GPUs: forward, L1, backward and a fused Adam, with
-a fixed loss scale and a learning rate of 0, so that every step does the same work. All in fp16
-autocast with cudnn.benchmark, and without drop path. Beside ours
-stands the same network, with the same weights, run step by step as the public code
-(github.com/csguoh/MambaIR) runs it: four copies of every map, two of them flipped, products for dt,
-B and C by einsum, a scan in fp32 by this package's kernel and, where it is installed, by
-mamba-ssm's, flips and transposes back, sums, norm and gate as ops of their own.
+The lightweight model for x2 restores an image of 1280x720 from one of 640x360. And the classic
+model for x4 does a step of training on patches of 64x64, which become 256x256, on 32 of them, the
+batch of the recipe, and on 4, the part of each of its 8 GPUs: forward, L1, backward and a fused
+Adam, with a fixed loss scale and a learning rate of 0, so that every step does the same work. All
+in fp16 autocast with cudnn.benchmark, and without drop path. Beside ours stands the same network,
+with the same weights, run step by step as the public code (github.com/csguoh/MambaIR) runs it: four
+copies of every map, two of them flipped, products for dt, B and C by einsum, a scan in fp32 by this
+package's kernel and, where it is installed, by mamba-ssm's, flips and transposes back, sums, norm
+and gate as ops of their own.
 
 First the result for a small image, and the gradient of every parameter, are compared with the
 public chain in fp64 and plain PyTorch: the error may be at most four times that of the public chain
