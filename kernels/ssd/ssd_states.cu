@@ -27,8 +27,8 @@ struct StatesShared {
 };
 
 template <class T, bool FAST, int SLICES, int N, int STAGES>
-__global__ void __launch_bounds__(
-    32 * SLICES, live_blocks(32 * SLICES, N * sizeof(Element<T>) <= 128 ? 384 : 256))
+__global__ void __launch_bounds__(32 * SLICES, live_blocks(
+    32 * SLICES, N * sizeof(Element<T>) > 128 ? 256 : same<T, BFloat> ? 512 : 384))
 ssd_states(const States p) {
     typedef StatesShared<T, SLICES, N, STAGES> Shared;
     typedef Element<T> E;
@@ -111,6 +111,8 @@ ssd_states(const States p) {
         __syncthreads();
         if (STAGES > 1 && more) copy(shared.stages[parity ^ 1], chunk_at(i + 1));
         if (states) {
+            int own = channel;
+            opaque(own);  // else its addresses stay in registers
             const long long to = (((long long)batch * p.heads + head) * p.chunks + chunk)
                 * p.dim * p.state;
             auto four = [&](int n, int k) {
@@ -122,7 +124,7 @@ ssd_states(const States p) {
             for (int n = 0; n < N / BLOCK; n += AT_ONCE)
 #pragma unroll
                 for (int k = 0; k < 2; ++k) {
-                    const int c = channel + 8 * k, s = first_state + BLOCK * n;
+                    const int c = own + 8 * k, s = first_state + BLOCK * n;
                     E *const at = (E *)states + to + (long long)c * p.state + s;
                     if constexpr (AT_ONCE == 2) {
                         store_eight<T>(at, four(n, k), four(n + 1, k),
@@ -142,6 +144,8 @@ ssd_states(const States p) {
                               min(Q, p.length - chunk_at(i + 1) * Q));
         }
 
+        int own_lane = lane, own_slice = slice;
+        opaque(own_lane), opaque(own_slice);
         const Decays &decays = shared.decays[parity];
         const float through = decays.through;
         if (slice == 0)
@@ -153,11 +157,11 @@ ssd_states(const States p) {
 #pragma unroll
         for (int r = 0; r < BLOCKS; ++r) {
             Block16<T> left;
-            left.template load<true, true>(stage.x + BLOCK * r * X + slice * BLOCK, X);
+            left.template load<true, true>(stage.x + BLOCK * r * X + own_slice * BLOCK, X);
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
                 const float2 by = *(const float2 *)(
-                    (back ? decays.enter : decays.leave) + BLOCK * r + 8 * k + 2 * t);
+                    (back ? decays.enter : decays.leave) + BLOCK * r + 8 * k + 2 * (own_lane & 3));
                 left.v[2 * k] = scaled<T>(left.v[2 * k], by);
                 left.v[2 * k + 1] = scaled<T>(left.v[2 * k + 1], by);
             }
@@ -180,11 +184,13 @@ ssd_states(const States p) {
     if (p.sums && !back && threadIdx.x == 0 && column == 0 && part == 0)
         p.sums[((long long)batch * p.heads + head) * p.spans + span] = sum;
     if (!ends) return;
+    int last_channel = channel;
+    opaque(last_channel);
 #pragma unroll
     for (int n = 0; n < N / 8; ++n)
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-            const int c = channel + 8 * k, s = first_state + 8 * n + 2 * t;
+            const int c = last_channel + 8 * k, s = first_state + 8 * n + 2 * t;
             if (c < p.dim && s < p.state)
                 *(float2 *)(ends + of_span + (long long)c * p.state + s) = make_float2(
                     state[n][2 * k], state[n][2 * k + 1]);

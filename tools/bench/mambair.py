@@ -11,8 +11,9 @@ package's kernel and, where it is installed, by mamba-ssm's, flips and transpose
 and gate as ops of their own.
 
 First the result for a small image, and the gradient of every parameter, are compared with the
-public chain in fp64 and plain PyTorch: the error may be at most four times that of the public chain
-under autocast. What is wrong is not timed, and ends with 1.
+public chain in fp64 and plain PyTorch: the error may be at most four times the largest that the
+public chain under autocast has by this parameter of any block, as some are of six numbers. What is
+wrong is not timed, and ends with 1.
 
   python tools/bench/mambair.py
   python tools/bench/mambair.py --device cpu --shrink 16     to try the tool out, in bf16
@@ -22,6 +23,7 @@ import argparse
 import copy
 import functools
 import gc
+import re
 import sys
 from typing import NamedTuple
 
@@ -155,9 +157,12 @@ def is_right(setting: Setting, device: str) -> bool:
     with torch.autocast(device, HALF[device]):
         found = results(ours, *data)
         theirs = results(make(setting, device, selective_scan).eval(), *data)
-    floor, errors = FLOOR * torch.finfo(HALF[device]).eps, {}
-    for name, y, other, right in zip(names, found, theirs, exact, strict=True):
-        errors[name] = relative_error(y, right), 4 * max(floor, relative_error(other, right))
+    floor, limits, kinds = FLOOR * torch.finfo(HALF[device]).eps, {}, [
+        re.sub(r'\d+', '*', name) for name in names]
+    for kind, other, right in zip(kinds, theirs, exact, strict=True):
+        limits[kind] = max(limits.get(kind, 4 * floor), 4 * relative_error(other, right))
+    errors = {name: (relative_error(y, right), limits[kind])
+              for name, kind, y, right in zip(names, kinds, found, exact, strict=True)}
     wrong = [name for name, (error, limit) in errors.items() if not error <= limit]
     nearest = max(errors, key=lambda name: errors[name][0] / errors[name][1])
     shown = ', '.join(f'{name} {errors[name][0]:.1e} of {errors[name][1]:.1e}'
