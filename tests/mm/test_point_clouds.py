@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import torch
 from mmengine.structures import BaseDataElement
 
 from vmamba_mm.errors import UserError
+from vmamba_mm.heads import PointHead, PointPreprocessor
+from vmamba_mm.mm.labels import check_num_classes
 from vmamba_mm.mm.points.dataset import draw_task
 from vmamba_mm.registry import DATASETS
 
@@ -234,6 +237,27 @@ def test_names_of_classes(tmp_path):
              for name in ('ModelNet40', 'ScanObjectNN')}
     assert [len(set(classes)) for classes in kinds.values()] == [40, 15]
     assert list(kinds['ModelNet40']) == sorted(kinds['ModelNet40'])
+
+
+def test_a_head_of_too_few_classes_is_refused(tmp_path):
+    write_modelnet(tmp_path)
+    data = dataset('ModelNet40', tmp_path)
+    model = SimpleNamespace(head=PointHead(4, num_classes=2))
+    with pytest.raises(UserError, match='num_classes is 2, and train_dataloader has 3 classes'):
+        check_num_classes(model, data, 'train_dataloader', print)
+
+
+def test_clouds_of_a_batch_are_named():
+    prepare = PointPreprocessor(num_points=6)
+    samples = [BaseDataElement(metainfo=dict(path=f'{name}.txt')) for name in 'ab']
+    clouds = torch.randn(2, 8, 3)
+    clouds[1, 2] = torch.nan
+    with pytest.raises(UserError, match='b.txt has points that are NaN or infinite'):
+        prepare(dict(inputs=clouds, data_samples=samples))
+    with pytest.raises(UserError, match='a.txt has 5 points, and 6 are to be sampled: leave it'):
+        prepare(dict(inputs=clouds[:, 3:], data_samples=samples))
+    with pytest.raises(UserError, match='a cloud has 5 points'):
+        prepare(dict(inputs=clouds[:, 3:]))
 
 
 def test_few_shot_tasks_are_drawn(tmp_path):

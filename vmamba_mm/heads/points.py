@@ -174,7 +174,7 @@ class PointHead(nn.Module):
         super().__init__()
         if pool not in POOLS:
             raise ValueError(f'pool={pool!r} does not exist; choose one of {POOLS}')
-        self.pool = pool
+        self.pool, self.num_classes = pool, num_classes
         layers, dims = [], in_channels * len(pool.split('+'))
         for _ in range(2):
             layers += [nn.Linear(dims, hidden_dims), nn.BatchNorm1d(hidden_dims), nn.ReLU(),
