@@ -103,12 +103,23 @@ def test_parts(parts, call, tmp_path):
     assert code == 0 and again == out, err
     assert (tmp_path / 'predictions/a_1.ply').read_text().splitlines() == before
 
-    line = assert_one_line(call(*args[:-2]), '--category', 'Airplane, Bag')
-    assert 'needs the category' in line
-    assert_one_line(call(*args[:-1], 'Sofa'), "has no 'Sofa': the category", 'Skateboard, Table')
-    assert_one_line(call(*args, '--cfg-options', 'model.data_preprocessor.votes=3'), 'votes=0')
-    assert_one_line(call(*args, '--cfg-options', 'test_evaluator.parts.A=3'),
-                    '16 categories and 50 parts', 'PartIoU 1 and 3')
+
+def test_what_a_model_of_parts_needs(parts):
+    from vmamba_mm.errors import UserError
+    from vmamba_mm.mm.points.predict import PartSegmentor
+
+    cfg = cli.load_config(str(parts[0]))
+    model = cli.build_model(cfg)
+    for category, message in ((None, 'needs the category of the objects, one of Airplane, Bag'),
+                              ('Sofa', "has no 'Sofa': the category .*Skateboard, Table")):
+        with pytest.raises(UserError, match=f'^--category: a model of parts {message}'):
+            PartSegmentor(model, cfg, {}, category)
+    model.data_preprocessor.votes = 3
+    with pytest.raises(UserError, match='needs model.data_preprocessor.votes=0'):
+        PartSegmentor(model, cfg, {}, 'Chair')
+    cfg.test_evaluator.parts = dict(A=3)
+    with pytest.raises(UserError, match='16 categories and 50 parts, and the metric PartIoU 1 and'):
+        PartSegmentor(model, cfg, {}, 'A')
 
 
 def test_category_of_other_models(classes, call, tmp_path):
