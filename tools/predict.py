@@ -13,6 +13,7 @@ import importlib
 import sys
 from pathlib import Path
 
+from vmamba_mm.config import scopes_of, type_name
 from vmamba_mm.errors import UserError
 from vmamba_mm.mm import cli, figures
 from vmamba_mm.mm.cli import images as image_files
@@ -249,6 +250,9 @@ def main():
     out_dir = Path(args.out_dir)
     checkpoint = read_checkpoint(args.checkpoint, args.weights, likely=cli.families_of(cfg))
     task = cli.find_task(cfg)
+    if task is None and next(scopes_of(cfg.model.type), None) == 'vmamba_mm':
+        raise UserError(f'predict.py makes nothing of files by a {type_name(cfg.model)}: load it '
+                        'in Python, as its page in docs/ shows')
     source = IMAGE if task is None else task.source
     if args.category and not (task and task.takes_category):
         raise UserError('--category is for a config that finds parts of objects: leave it out')

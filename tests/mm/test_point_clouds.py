@@ -220,6 +220,8 @@ def test_steps():
         step('SamplePoints', num=25)(dict(sample))
     same = step('NormalizePoints')(dict(points=np.ones((5, 3), np.float32)))['points']
     assert (same == 0).all()
+    with pytest.raises(UserError, match='has neither points nor the path'):
+        step('LoadPoints')(dict(img_path='a.png'))
     with pytest.raises(UserError, match='the cloud has no points'):
         step('LoadPoints')(dict(points=np.zeros((0, 3))))
 

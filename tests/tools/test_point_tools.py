@@ -122,6 +122,14 @@ def test_what_a_model_of_parts_needs(parts):
         PartSegmentor(model, cfg, {}, 'A')
 
 
+def test_models_that_predict_no_files(classes, call, tmp_path):
+    config = tmp_path / 'masked.py'
+    base = str(CONFIGS / 'pointmamba/pointmamba_1xb128-300e_shapenet55.py')
+    config.write_text(f'_base_ = [{base!r}]\n')
+    assert_one_line(call('predict.py', config, classes[1], 'a.npy'),
+                    'makes nothing of files by a MaskedPointMamba: load it in Python')
+
+
 def test_category_of_other_models(classes, call, tmp_path):
     write_clouds(tmp_path / 'clouds')
     assert_one_line(call('predict.py', *classes, 'clouds', '--category', 'Chair'), 'leave it out')

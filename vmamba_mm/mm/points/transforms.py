@@ -33,6 +33,9 @@ class LoadPoints:
         self.columns, self.part_column = columns, part_column
 
     def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
+        if 'points' not in results and not results.get('path'):
+            raise UserError('a sample has neither points nor the path of a file: take a data set '
+                            'of clouds, such as vmamba_mm.ModelNet40')
         name = results.get('path', 'the cloud')
         table = results['points'] if 'points' in results else read_table(name)
         needed = max(self.columns, (self.part_column or 0) + 1)
