@@ -3,16 +3,21 @@
 Of a model of videos, the files are videos, and the picture shows frames and classes. Of a model
 that finds changes, --after names the later images, and the picture shows both and what changed. Of
 a model that restores images, the restored image is written, with the bits and the alpha of the
-file. A file that cannot be predicted is reported and passed over; the exit code is then 1.
+file. Of a model of clouds of points, the files are clouds; where it finds parts of objects,
+--category names the kind of object, and a PLY file with the part of each point is written beside
+the picture. A file that cannot be predicted is reported and passed over; the exit code is then 1.
 """
 
 import functools
+import importlib
 import sys
 from pathlib import Path
 
+from vmamba_mm.config import scopes_of, type_name
 from vmamba_mm.errors import UserError
-from vmamba_mm.mm import cli
+from vmamba_mm.mm import cli, figures
 from vmamba_mm.mm.cli import images as image_files
+from vmamba_mm.mm.figures import class_name
 from vmamba_mm.mm.inputs import build_steps, build_trained, load_second, loads_pairs
 from vmamba_mm.mm.sources import IMAGE, SECOND_KEY
 from vmamba_mm.mm.tasks import task_named
@@ -23,9 +28,9 @@ EXAMPLES = """\
   python tools/predict.py CONFIG CHECKPOINT six_channels.tiff --channels 3 2 1
   python tools/predict.py CONFIG CHECKPOINT clip.mp4   (a config of videos)
   python tools/predict.py CONFIG CHECKPOINT A/ --after B/   (a config of changes)
+  python tools/predict.py CONFIG CHECKPOINT chair.txt --category Chair   (of parts of objects)
   python tools/predict.py CONFIG CHECKPOINT small.png --cfg-options model.test_cfg.tile=400"""
 
-MAX_LEGEND = 20  # classes, largest area first
 CHANGED = (213, 94, 0)  # the colour of what changed
 
 
@@ -36,10 +41,13 @@ def parse_args():
     parser.add_argument('checkpoint', metavar='CHECKPOINT',
                         help='a checkpoint file or web address, official or ours')
     parser.add_argument('images', metavar='IMAGE', nargs='+',
-                        help='image files (of a config of videos, video files) or folders of them')
+                        help='image files (of a config of videos or clouds, their files) or '
+                        'folders of them')
     parser.add_argument('--after', metavar='IMAGE', nargs='+',
                         help='of a config that finds changes: the later image of each, in the same '
                         'order, or a folder with images of the same names')
+    parser.add_argument('--category', metavar='NAME',
+                        help='of a config that finds parts of objects: what the objects are')
     cli.add_weights_option(parser)
     parser.add_argument('--out-dir', default='predictions', metavar='FOLDER',
                         help='where the pictures are written (default: predictions); a number is '
@@ -69,11 +77,6 @@ def find_meta(cfg, checkpoint):
     return {key.lower(): value for key, value in meta.items()}
 
 
-def class_name(meta, label):
-    classes = meta.get('classes') or ()
-    return str(classes[label]) if label < len(classes) else f'class {label}'
-
-
 def predict(model, steps, path, number, source, after=None):
     """Run the model on a file: its result, and the image as it was loaded; of a video its frames.
 
@@ -97,46 +100,11 @@ def predict(model, steps, path, number, source, after=None):
             return model.test_step(pseudo_collate([data]))[0], source.picture(loaded)
     except Exception as err:
         message = cli.explain(err) or f'{type(err).__name__}: {err}'
-        raise UserError(f'the model fails on {path}, {source.size(loaded)} pixels: {message}'
+        raise UserError(f'the model fails on {path}, {source.size(loaded)}: {message}'
                         ) from err
 
 
 # --- drawing ----------------------------------------------------------------------------------
-
-def new_figure(image, extra):
-    """A figure with the image on the left and room of ``extra`` inches on the right."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    height = 5.0
-    width = min(max(height * image.shape[1] / image.shape[0], 2.5), 12)
-    figure = Figure(figsize=(width + extra, height), layout='constrained')
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, width_ratios=(width, extra))
-    left.imshow(image)
-    left.set_axis_off()
-    return figure, left, right
-
-
-def draw_classes(image, sample, meta, out):
-    """The image beside bars of the five likeliest classes."""
-    from vmamba_mm.mm.text import drawable
-
-    score, label = sample.pred_score.cpu().topk(min(5, sample.pred_score.numel()))
-    names = [class_name(meta, i) for i in label.tolist()]
-    names = [n if len(n) <= 40 else n[:39] + '…' for n in names]
-    shown = [drawable(name) for name in names]  # before a figure, which takes its fonts
-    figure, _, bars = new_figure(image, 5)
-    bars.barh(range(len(names)), score, color='#56B4E9')
-    for i, (name, value) in enumerate(zip(shown, score.tolist(), strict=True)):
-        bars.text(0.01, i, f'{name}  {100 * value:.1f} %', va='center')
-    bars.set(xlim=(0, 1), xlabel='probability', yticks=[])
-    bars.invert_yaxis()
-    for side in ('top', 'right', 'left'):
-        bars.spines[side].set_visible(False)
-    figure.savefig(out, dpi=100)
-    return ', '.join(f'{n} {100 * v:.1f} %' for n, v in zip(names, score.tolist(), strict=True))
-
 
 class Detections:
     """mmdet's own drawing of boxes, masks and names."""
@@ -166,27 +134,15 @@ class Detections:
 def draw_segmentation(image, sample, meta, out):
     """The classes' colours over the image, with a legend by area."""
     import numpy as np
-    from matplotlib.patches import Patch
-
-    from vmamba_mm.mm.text import drawable
 
     labels = sample.pred_sem_seg.data[0].cpu().numpy().astype(int)  # of one logit they are floats
-    values, counts = np.unique(labels, return_counts=True)
-    order = np.argsort(-counts)
     palette = meta.get('palette')
-    if not palette or len(palette) <= values.max():
-        palette = np.random.default_rng(0).integers(0, 255, (int(values.max()) + 1, 3))
+    if not palette or len(palette) <= labels.max():
+        palette = np.random.default_rng(0).integers(0, 255, (int(labels.max()) + 1, 3))
     colours = np.asarray(palette, np.float32)
-    shares = [(int(values[i]), counts[i] / labels.size) for i in order]
-    overlay = 0.45 * image + 0.55 * colours[labels]
-    shown = {v: drawable(class_name(meta, v)) for v, _ in shares[:MAX_LEGEND]}
-    figure, _, legend = new_figure(overlay.astype(np.uint8), 3)
-    legend.set_axis_off()
-    legend.legend(handles=[Patch(color=colours[v] / 255, label=f'{shown[v]} {100 * share:.1f} %')
-                           for v, share in shares[:MAX_LEGEND]],
-                  loc='center left', frameon=False, title='share of the image')
-    figure.savefig(out, dpi=100)
-    return ', '.join(f'{class_name(meta, v)} {100 * share:.0f} %' for v, share in shares[:5])
+    overlay = (0.45 * image + 0.55 * colours[labels]).astype(np.uint8)
+    return figures.draw_shares(overlay, labels, lambda label: class_name(meta, label), colours,
+                               'share of the image', out)
 
 
 def draw_change(before, after, sample, meta, out):
@@ -217,28 +173,32 @@ def draw(image, sample, meta, out, detections):
     if 'pred_sem_seg' in sample:
         return draw_segmentation(image, sample, meta, out)
     if 'pred_score' in sample:
-        return draw_classes(image, sample, meta, out)
+        return figures.draw_classes(image, sample.pred_score, meta, out)
     if 'pred_instances' in sample or 'pred_panoptic_seg' in sample:
         return detections.draw(image, sample, out)
     raise UserError(f'predict.py does not know how to draw {type(sample).__name__}')
 
 
-def restore_all(model, images, out_dir, source):
-    """Write the restored image of each file."""
-    from vmamba_mm.mm.restoration.predict import restore_file
-
-    outputs = image_files.Outputs(out_dir)
-    failures = image_files.Failures(len(images), 'restored', source)
+def write_all(predictor, images, out_dir, source):
+    """Let a task's own predictor write what it makes of each file."""
+    outputs = image_files.Outputs(out_dir, predictor.suffixes)
+    failures = image_files.Failures(len(images), predictor.done, source)
     for number, path in enumerate(images):
         place = f'[{number + 1}/{len(images)}] {path}:'
         try:
             out = outputs.choose(path)
-            result = restore_file(model, path, out, place)
+            result = predictor(path, out, place)
         except Exception as err:
             failures.add(path, err)
             continue
         print(f'{place} {result} -> {out}', flush=True)
     failures.finish()
+
+
+def make_predictor(task, model, cfg, meta, category):
+    module, _, name = task.predictor.partition(':')
+    more = dict(category=category) if task.takes_category else {}
+    return getattr(importlib.import_module(module), name)(model, cfg, meta, **more)
 
 
 def find_later(images, names, takes_pairs):
@@ -290,18 +250,23 @@ def main():
     out_dir = Path(args.out_dir)
     checkpoint = read_checkpoint(args.checkpoint, args.weights, likely=cli.families_of(cfg))
     task = cli.find_task(cfg)
+    if task is None and next(scopes_of(cfg.model.type), None) == 'vmamba_mm':
+        raise UserError(f'predict.py makes nothing of files by a {type_name(cfg.model)}: load it '
+                        'in Python, as its page in docs/ shows')
     source = IMAGE if task is None else task.source
+    if args.category and not (task and task.takes_category):
+        raise UserError('--category is for a config that finds parts of objects: leave it out')
     images = find_images(args.images, out_dir, source)
     later = find_later(images, args.after, loads_pairs(cfg))
     device = cli.choose_device(args.device)
     model = build_trained(cfg, checkpoint, args.checkpoint, device)
-    if hasattr(model, 'restore'):
-        restore_all(model, images, out_dir, source)
+    meta = find_meta(cfg, checkpoint)
+    if task is not None and task.predictor:
+        write_all(make_predictor(task, model, cfg, meta, args.category), images, out_dir, source)
         return
     from vmamba_mm.mm.pictures import Pictures, reads_bgr
 
     steps = build_steps(cfg)
-    meta = find_meta(cfg, checkpoint)
     outputs = image_files.Outputs(out_dir)
     failures = image_files.Failures(len(images), 'predicted', source)
     detections = Detections(meta, args.score_thr)

@@ -115,7 +115,8 @@ def main():
     cli.start_processes(cfg, args.launcher)
     cli.set_loader_defaults(cfg, task)
     cfg.load_from, cfg.resume = checkpoint, False
-    if task is None and (args.show_dir or args.out and not args.out.endswith('.json')):
+    if (task is None or task.visualizer is None) and (
+            args.show_dir or args.out and not args.out.endswith('.json')):
         raise UserError('--show-dir and --out (but for *.json) are for models of '
                         f'{list_scopes()}, not for model type={cfg.model.type!r}')
     if args.out:

@@ -105,7 +105,7 @@ def test_a_cloud_is_drawn_whole(tools, root):
     assert (page[:demo.SIDE] < 255).any(-1).mean() > 0.03
     order = demo.draw_order(cloud, cloud[:9], np.arange(9)[::-1], 'order')
     assert order.size == (demo.SIDE, demo.SIDE + 30)
-    assert demo.blend(0) == tuple(demo.COLOURS[0]) and demo.blend(1) == tuple(demo.COLOURS[-1])
+    assert demo.blend(0) == (68, 1, 84) and demo.blend(1) == (253, 231, 37)
 
 
 @pytest.mark.parametrize('score, ends', [(97.0, None), (60.0, 'accuracy below 85 %')])

@@ -70,7 +70,7 @@ def test_classes_are_dropped(monkeypatch):
 
 @pytest.mark.parametrize('labels, message', [
     ((1, None), 'has 4 classes, and a sample has none: .*with_label=True'),
-    ((1, 4), 'has the class 4, and the model 4 classes')])
+    ((1, 4), 'has classes from 1 to 4, and the model 4 classes, from 0 on')])
 def test_wrong_classes(labels, message):
     with pytest.raises(UserError, match=message):
         make()(torch.zeros(2, 3, 8, 8), samples(*labels), 'loss')
@@ -183,3 +183,6 @@ def test_fid_is_the_distance_of_two_normal_distributions():
     assert found == pytest.approx(expected.item(), rel=1e-4)
     metric.process(None, [dict(pred=a[:1], image=a[:1]) for a in made])  # grey
     assert metric.evaluate(10)['fid'] == pytest.approx(0, abs=1e-3)
+    metric.process(None, [dict(pred=made[0], image=own[0])])
+    with pytest.raises(UserError, match='at least 2 images, and the test has 1'):
+        metric.evaluate(1)

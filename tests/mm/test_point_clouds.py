@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,14 +11,16 @@ import torch
 from mmengine.structures import BaseDataElement
 
 from vmamba_mm.errors import UserError
+from vmamba_mm.heads import PointHead, PointPreprocessor
+from vmamba_mm.mm.labels import check_num_classes
+from vmamba_mm.mm.points.dataset import draw_task
+from vmamba_mm.registry import DATASETS
 
 CLASSES = 'airplane', 'night_stand', 'table'
 RNG = np.random.default_rng(0)
 
 
 def dataset(kind, root, pipeline=(), **kwargs):
-    from vmamba_mm.registry import DATASETS
-
     return DATASETS.build(dict(type=f'vmamba_mm.{kind}', data_root=str(root),
                                pipeline=list(pipeline), **kwargs))
 
@@ -217,8 +220,80 @@ def test_steps():
         step('SamplePoints', num=25)(dict(sample))
     same = step('NormalizePoints')(dict(points=np.ones((5, 3), np.float32)))['points']
     assert (same == 0).all()
+    with pytest.raises(UserError, match='has neither points nor the path'):
+        step('LoadPoints')(dict(img_path='a.png'))
     with pytest.raises(UserError, match='the cloud has no points'):
         step('LoadPoints')(dict(points=np.zeros((0, 3))))
+
+
+def test_names_of_classes(tmp_path):
+    write_modelnet(tmp_path / 'net')
+    write_few_shot(tmp_path / 'few')
+    load = [dict(type='vmamba_mm.LoadPoints')]
+    assert dataset('ModelNet40', tmp_path / 'net', load).metainfo['classes'] == CLASSES
+    own = dataset('ModelNet40', tmp_path / 'net', load, metainfo=dict(classes=('a', 'b', 'c')))
+    assert own.metainfo['classes'] == ('a', 'b', 'c')
+    few = dataset('ModelNetFewShot', tmp_path / 'few', load, way=5, shot=10, fold=0)
+    assert few.metainfo['classes'] == ('airplane', 'car', 'dresser', 'mantel', 'range_hood')
+    kinds = {name: DATASETS.get(f'vmamba_mm.{name}').METAINFO['classes']
+             for name in ('ModelNet40', 'ScanObjectNN')}
+    assert [len(set(classes)) for classes in kinds.values()] == [40, 15]
+    assert list(kinds['ModelNet40']) == sorted(kinds['ModelNet40'])
+
+
+def test_a_head_of_too_few_classes_is_refused(tmp_path):
+    write_modelnet(tmp_path)
+    data = dataset('ModelNet40', tmp_path)
+    model = SimpleNamespace(head=PointHead(4, num_classes=2))
+    with pytest.raises(UserError, match='num_classes is 2, and train_dataloader has 3 classes'):
+        check_num_classes(model, data, 'train_dataloader', print)
+
+
+def test_clouds_of_a_batch_are_named():
+    prepare = PointPreprocessor(num_points=6)
+    samples = [BaseDataElement(metainfo=dict(path=f'{name}.txt')) for name in 'ab']
+    clouds = torch.randn(2, 8, 3)
+    clouds[1, 2] = torch.nan
+    with pytest.raises(UserError, match='b.txt has points that are NaN or infinite'):
+        prepare(dict(inputs=clouds, data_samples=samples))
+    with pytest.raises(UserError, match='a.txt has 5 points, and 6 are to be sampled: leave it'):
+        prepare(dict(inputs=clouds[:, 3:], data_samples=samples))
+    with pytest.raises(UserError, match='a cloud has 5 points'):
+        prepare(dict(inputs=clouds[:, 3:]))
+
+
+def test_few_shot_tasks_are_drawn(tmp_path):
+    rng = np.random.default_rng(0)
+    labels = {split: rng.integers(0, 12, 600).tolist() for split in ('train', 'test')}
+    tasks = [draw_task(labels, 5, 10, fold) for fold in range(10)]
+    assert len({tuple(classes) for classes, _ in tasks}) == 10
+    classes, numbers = tasks[3]
+    assert tasks[3] == draw_task(labels, 5, 10, 3)
+    for split, count in (('train', 10), ('test', 20)):
+        chosen = numbers[split]
+        assert len(set(chosen)) == len(chosen) == 5 * count
+        assert sorted(labels[split][i] for i in chosen) == sorted(classes * count)
+    # The numbers of this version, which no other may change.
+    few = {split: [i % 3 for i in range(90)] for split in ('train', 'test')}
+    assert draw_task(few, 2, 3, 0, count=1) == (
+        [2, 0], dict(train=[77, 23, 72, 18, 47, 69], test=[48, 71]))
+    for way, shot, message in ((13, 5, '12 classes, and way=13'), (5, 99, '99 are to be drawn')):
+        with pytest.raises(ValueError, match=message):
+            draw_task(labels, way, shot, 0)
+
+    write_modelnet(tmp_path, clouds=21, count=12)
+    load = [dict(type='vmamba_mm.LoadPoints')]
+    task = dict(way=2, shot=5, fold=1, draw=True)
+    train, test = (dataset('ModelNetFewShot', tmp_path, load, split=split, **task)
+                   for split in ('train', 'test'))
+    assert (len(train), len(test)) == (10, 40) and len(train.metainfo['classes']) == 2
+    assert train.metainfo['classes'] == test.metainfo['classes']
+    for data in (train, test):
+        for i in range(len(data)):
+            info = data.get_data_info(i)
+            assert data.metainfo['classes'][info['gt_label']] in info['path']
+    with pytest.raises(UserError, match='class . has 21 clouds in .train., and 22 are to be'):
+        dataset('ModelNetFewShot', tmp_path, load, **dict(task, shot=22))
 
 
 # --- metrics --------------------------------------------------------------------------------------

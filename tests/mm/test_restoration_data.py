@@ -9,7 +9,7 @@ from mmengine.structures import BaseDataElement
 
 from vmamba_mm.errors import UserError
 from vmamba_mm.mm.restoration import images
-from vmamba_mm.mm.restoration.metrics import compare
+from vmamba_mm.mm.restoration.metrics import RestorationMetric, compare
 from vmamba_mm.mm.restoration.models import ImageRestorer
 from vmamba_mm.mm.restoration.predict import restore_file
 
@@ -280,7 +280,7 @@ def test_losses_by_hand():
         model = restorer(loss=loss)
         x = torch.stack(batch['inputs'])
         error = model(x) - torch.stack([s.gt for s in batch['data_samples']])
-        expected = error.abs() if loss == 'l1' else (error ** 2 + 1e-6).sqrt()
+        expected = error.abs() if loss == 'l1' else (error ** 2 + 1e-3).sqrt()
         found = model(x, batch['data_samples'], mode='loss')['loss']
         torch.testing.assert_close(found, expected.mean())
 
@@ -338,6 +338,15 @@ def test_start_from_the_weights_for_another_scale(tmp_path):
     wider = restorer(dict(two.arch, embed_dims=32, upscale=3)).backbone
     with pytest.raises(UserError, match='conv_first'):
         wider.load_pretrained(str(tmp_path / 'x2.pth'), other_scale=True)
+
+
+def test_images_that_cannot_be_measured_are_named():
+    metric = RestorationMetric(crop_border=2)
+    images = torch.rand(3, 14, 20), torch.rand(3, 14, 21)
+    for other, message in ((images[0], 'at least 11x11 pixels'), (images[1], 'cannot be compared')):
+        sample = dict(pred=images[0], gt=other, gt_path='HR/a.png')
+        with pytest.raises(UserError, match=f'HR/a.png cannot be measured: .*{message}.*leave it'):
+            metric.process(None, [sample])
 
 
 # --- files in, files out --------------------------------------------------------------------------

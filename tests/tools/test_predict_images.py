@@ -283,6 +283,7 @@ def test_task_of_a_model(mm):
     from mmengine.model import BaseModel
 
     from vmamba_mm.heads import VideoClassifier
+    from vmamba_mm.mm.restoration.models import ImageRestorer
 
     class Mine(mmdet.models.MaskRCNN):
         pass
@@ -298,6 +299,9 @@ def test_task_of_a_model(mm):
     assert task(mmpretrain.models.ImageClassifier) == 'cls'
     assert task('vmamba_mm.VideoClassifier', 'mmpretrain') == task(VideoClassifier) == 'video'
     assert task('VideoClassifier', 'vmamba_mm') == 'video'
+    assert task('vmamba_mm.ImageRestorer') == task(ImageRestorer, 'mmengine') == 'restoration'
+    assert task('vmamba_mm.PointClassifier', 'mmengine') == 'points'
+    assert task('vmamba_mm.PointSegmentor', 'mmengine') == 'parts'
     assert task('EncoderDecoder', 'mmengine', _scope_='mmseg') == 'seg'
     # Nobody's: what works without a task goes on.
     assert task('vmamba_mm.VMamba', 'mmengine') is task(BaseModel) is None

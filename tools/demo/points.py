@@ -15,15 +15,14 @@ import shapes
 from PIL import Image, ImageDraw, ImageFont
 from run import begin, cpu_seconds, evaluate, read_work_dir, say, show_page, train
 
+from vmamba_mm.mm.points.draw import SIDE, blend, draw_points, seen
+
 TITLE = 'Clouds of points: PointMamba, eight solids with noise, turned about the vertical axis'
 CONFIG = 'configs/demo/pointmamba_shapes-256.py'
 #: Accuracy in percent that is checked, with room below what the demo reaches.
 FLOOR = 85.0
 #: The least by which it must be above the nearest neighbours of outlines.
 MARGIN = 10.0
-SIDE = 300
-#: From the first to the last, as of viridis.
-COLOURS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)])
 
 
 # --- what the outline tells -----------------------------------------------------------------------
@@ -57,24 +56,6 @@ def accuracy_of_outlines(root):
 
 # --- the page -------------------------------------------------------------------------------------
 
-def seen(points, turn=0.6, tilt=0.45):
-    """Where points (N, 3) are in a picture, (N, 2) in pixels, and how near they are, (N)."""
-    cos, sin = np.cos(turn), np.sin(turn)
-    x, z = cos * points[:, 0] + sin * points[:, 2], cos * points[:, 2] - sin * points[:, 0]
-    y, near = (np.cos(tilt) * points[:, 1] - np.sin(tilt) * z,
-               np.sin(tilt) * points[:, 1] + np.cos(tilt) * z)
-    place = np.stack([x, -y], 1) * SIDE * 0.42 + SIDE / 2
-    return place, near
-
-
-def blend(share):
-    """A colour for a number from 0 to 1."""
-    place = np.clip(share, 0, 1) * (len(COLOURS) - 1)
-    low = min(int(place), len(COLOURS) - 2)
-    mixed = COLOURS[low] + (place - low) * (COLOURS[low + 1] - COLOURS[low])
-    return tuple(int(x) for x in mixed)
-
-
 def picture(title, colour='black'):
     page = Image.new('RGB', (SIDE, SIDE + 30), 'white')
     draw = ImageDraw.Draw(page)
@@ -85,11 +66,7 @@ def picture(title, colour='black'):
 def draw_cloud(cloud, title, colour):
     """The points, coloured by their height, the far ones first and smaller."""
     page, draw = picture(title, colour)
-    place, near = seen(cloud)
-    height = (cloud[:, 1] - cloud[:, 1].min()) / max(np.ptp(cloud[:, 1]), 1e-6)
-    for i in np.argsort(near):
-        radius = 2.5 + near[i]
-        draw.ellipse([*(place[i] - radius), *(place[i] + radius)], blend(height[i]))
+    draw_points(draw, cloud)
     return page
 
 

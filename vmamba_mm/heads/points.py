@@ -65,11 +65,14 @@ class PointPreprocessor(BaseDataPreprocessor):
                 raise UserError('the clouds of a batch must have as many points each, got '
                                 f'{sizes}: sample them in the pipeline')
             inputs = torch.stack(list(inputs))
-        if not inputs.isfinite().all():
-            raise UserError('a cloud has points that are NaN or infinite: remove them')
+        finite = inputs.isfinite().flatten(1).all(1)
+        if not finite.all():
+            name = _name_of(data.get('data_samples'), int(finite.long().argmin()))
+            raise UserError(f'{name} has points that are NaN or infinite: remove them')
         if self.num_points is not None and inputs.shape[1] < self.num_points:
-            raise UserError(f'a cloud has {inputs.shape[1]} points, and {self.num_points} are to '
-                            'be sampled: take num_points that all clouds have')
+            name = _name_of(data.get('data_samples'), 0)
+            raise UserError(f'{name} has {inputs.shape[1]} points, and {self.num_points} are to be '
+                            'sampled: leave it out, or take fewer num_points')
         data = self.cast_data(dict(inputs=inputs, data_samples=data.get('data_samples')))
         if training:
             data['inputs'] = self._draw(data['inputs'], self.augments)
@@ -89,6 +92,12 @@ class PointPreprocessor(BaseDataPreprocessor):
         for augment in augments:
             points = augment(points)
         return points
+
+
+def _name_of(samples: Sequence | None, number: int) -> str:
+    """The file of a cloud, if its sample says it."""
+    path = samples[number].get('path') if samples else None
+    return path or 'a cloud'
 
 
 def _sample(points: Tensor, num: int) -> Tensor:
@@ -165,7 +174,7 @@ class PointHead(nn.Module):
         super().__init__()
         if pool not in POOLS:
             raise ValueError(f'pool={pool!r} does not exist; choose one of {POOLS}')
-        self.pool = pool
+        self.pool, self.num_classes = pool, num_classes
         layers, dims = [], in_channels * len(pool.split('+'))
         for _ in range(2):
             layers += [nn.Linear(dims, hidden_dims), nn.BatchNorm1d(hidden_dims), nn.ReLU(),

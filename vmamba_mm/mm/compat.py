@@ -28,7 +28,7 @@ from vmamba_mm.mm.tasks import TASKS
 from vmamba_mm.paths import CONFIGS
 
 # Of several tasks of a package the first has its extra.
-EXTRAS = {task.scope: task.extra for task in reversed(TASKS.values())} | dict(
+EXTRAS = {task.scope: task.extra for task in reversed(TASKS.values()) if task.scope} | dict(
     mmcv='all', mmengine='all', monai='monai', cv2='restoration', diffusers='diffusion',
     torch_fidelity='diffusion', h5py='points')
 # What to install beside an upstream mmengine. The extras name the onedl line, whose packages would

@@ -83,8 +83,8 @@ def count(cfg, shape=None, device=None):
         UserError: if the model does not run on such an image, or is of no task and has no shape.
     """
     task = find_task(cfg)
-    if shape is None and task is None:
-        raise UserError(f'{cfg.filename} is of no known task: give the size of its image by '
+    if shape is None and (task is None or task.image is None):
+        raise UserError(f'{cfg.filename} is of no task whose images have a usual size: give it by '
                         '--shape')
     shape = tuple(shape or task.name in ('cls', 'video') and find_image_size(cfg) or task.image)
     forward = _FORWARDS.get(task and task.name, _forward_tensor)

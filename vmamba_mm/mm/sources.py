@@ -1,4 +1,4 @@
-"""The files that samples are made from: images, and videos."""
+"""The files that samples are made from: images, videos, and clouds of points."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +18,12 @@ def _clip_to_sheet(clips):
         y, x = i // columns * (height + line), i % columns * (width + line)
         sheet[y:y + height, x:x + width] = frame
     return sheet
+
+
+def _cloud_to_picture(points):
+    from vmamba_mm.mm.points.draw import picture_of
+
+    return picture_of(points)
 
 
 @dataclass(frozen=True)
@@ -41,9 +47,11 @@ class Source:
     picture: Callable[[np.ndarray], np.ndarray]
 
     def size(self, loaded: np.ndarray) -> str:
-        """Width and height of what was loaded, '640x480'."""
+        """The size of what was loaded in words, '640x480 pixels'."""
+        if self is CLOUD:
+            return f'{len(loaded)} points'
         height, width = loaded.shape[:2] if self is IMAGE else loaded.shape[2:4]
-        return f'{width}x{height}'
+        return f'{width}x{height} pixels'
 
 
 IMAGE = Source(
@@ -56,6 +64,10 @@ VIDEO = Source(
               '.ts', '.webm', '.wmv'),
     loader='vmamba_mm.LoadClips', picture=_clip_to_sheet)
 
+CLOUD = Source(
+    name='cloud', path_key='path', data_key='points', suffixes=('.csv', '.npy', '.txt', '.xyz'),
+    loader='vmamba_mm.LoadPoints', picture=_cloud_to_picture)
+
 
 #: In the info of a pair of images, the later one.
 SECOND_KEY = 'img_path2'
@@ -63,4 +75,4 @@ SECOND_KEY = 'img_path2'
 
 def source_of(info: dict) -> Source:
     """The kind of the file that a sample's info names."""
-    return VIDEO if VIDEO.path_key in info else IMAGE
+    return next((source for source in (VIDEO, CLOUD) if source.path_key in info), IMAGE)

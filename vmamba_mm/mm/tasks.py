@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vmamba_mm.errors import UserError
-from vmamba_mm.mm.sources import IMAGE, VIDEO, Source
+from vmamba_mm.mm.sources import CLOUD, IMAGE, VIDEO, Source
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,11 @@ class Task:
     Args:
         name: as hooks and checkpoints call it.
         extra: of this package, which installs what the task needs.
-        scope: the mm* package whose registries its configs use.
-        image: height and width that published FLOPs are of.
-        visualizer: the type that draws a sample; ``ascii_text`` if it has no other letters.
+        scope: the mm* package whose registries its configs use; None for mmengine alone.
+        image: height and width that published FLOPs are of; None if there is no usual size.
+        visualizer: the type that draws a sample in a test; ``ascii_text`` if it has no other
+            letters. None where a test draws nothing and writes metrics alone; ``draw`` to ``dump``
+            are then None too.
         draw: draw(visualizer, picture, sample, path, settings) writes one picture.
         show: show(stock hook) gives the arguments of :class:`vmamba_mm.mm.hooks.DrawHook` that
             take over the settings of the package's own hook, ``stock_hook``.
@@ -36,24 +38,30 @@ class Task:
         modules: what it needs besides ``scope``.
         source: the kind of files that samples are made from.
         has_score_threshold: whether ``score_thr`` decides what is drawn.
+        predictor: 'module:Class' of what tools/predict.py writes files by: made of (model, config,
+            meta information of the data set), and called with (file, picture, place in the run)
+            it returns what it found, in words. None for what predict.py draws itself.
+        takes_category: whether the predictor also takes ``category``, of the objects.
     """
 
     name: str
     extra: str
-    scope: str
-    image: tuple[int, int]
-    visualizer: str
-    draw: Callable[..., None]
-    stock_hook: str
-    show: Callable[[dict], dict]
-    enable: Callable[[str], dict]
-    dump: str | None
-    flip_tta: Callable[[dict], tuple[dict, dict]] | None
+    scope: str | None = None
+    image: tuple[int, int] | None = None
+    visualizer: str | None = None
+    draw: Callable[..., None] | None = None
+    stock_hook: str | None = None
+    show: Callable[[dict], dict] | None = None
+    enable: Callable[[str], dict] | None = None
+    dump: str | None = None
+    flip_tta: Callable[[dict], tuple[dict, dict]] | None = None
     ascii_text: bool = False
     has_score_threshold: bool = False
     loader: dict[str, Any] = field(default_factory=dict)
     modules: tuple[str, ...] = ()
     source: Source = IMAGE
+    predictor: str | None = None
+    takes_category: bool = False
 
 
 def task_named(name):
@@ -71,7 +79,7 @@ def task_named(name):
 
 def scopes():
     """The packages of the tasks, each once."""
-    return list(dict.fromkeys(task.scope for task in TASKS.values()))
+    return list(dict.fromkeys(task.scope for task in TASKS.values() if task.scope))
 
 
 def list_scopes():
@@ -150,5 +158,14 @@ TASKS = {
         name='seg', extra='seg', scope='mmseg', image=(512, 2048),
         visualizer='mmseg.SegLocalVisualizer', draw=_draw_sample,
         stock_hook='SegVisualizationHook', show=_show_samples,
-        enable=lambda folder: dict(draw=True), dump=None, flip_tta=None, ascii_text=True),
+        enable=lambda folder: dict(draw=True), ascii_text=True),
+    'vmamba_mm.ImageRestorer': Task(
+        name='restoration', extra='restoration', modules=('cv2',),
+        predictor='vmamba_mm.mm.restoration.predict:Restorer'),
+    'vmamba_mm.PointClassifier': Task(
+        name='points', extra='points', source=CLOUD,
+        predictor='vmamba_mm.mm.points.predict:Classifier'),
+    'vmamba_mm.PointSegmentor': Task(
+        name='parts', extra='points', source=CLOUD, takes_category=True,
+        predictor='vmamba_mm.mm.points.predict:PartSegmentor'),
 }

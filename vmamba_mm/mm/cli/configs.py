@@ -79,11 +79,12 @@ def find_task(cfg):
             "'mmengine', the model's type begins with one of them, as 'mmdet.MaskRCNN' does")
     if task is None:
         return None
-    require_working(task.scope)
+    if task.scope:
+        require_working(task.scope)
     for module in task.modules:
         require(module)
     if not default:
-        cfg.default_scope = task.scope
+        cfg.default_scope = task.scope or 'mmengine'
     return task
 
 

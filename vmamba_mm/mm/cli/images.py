@@ -1,6 +1,7 @@
 """The images that a tool is given, and where it writes the picture that it makes of each."""
 
 import hashlib
+import itertools
 import os
 import sys
 import traceback
@@ -57,30 +58,32 @@ def list_images(names, source=IMAGE):
 class Outputs:
     """Names for the pictures of images, in one folder.
 
+    With several ``suffixes`` there is another file of the same name beside each picture.
+
     A picture is called as its image, or with a number where that name is taken: by another
     picture of this run, by a file that is no picture of the same image from an earlier one, or,
     on a file system that knows no capitals, by one that differs in them alone. So the same
     command again gives the same names.
     """
 
-    def __init__(self, folder):
-        self.folder, self.taken = Path(folder), set()
+    def __init__(self, folder, suffixes=('.png',)):
+        self.folder, self.taken, self.suffixes = Path(folder), set(), suffixes
         os.makedirs(self.folder, exist_ok=True)
         self.present = {p.name.casefold(): p for p in self.folder.iterdir()}
 
     def choose(self, image):
         """The picture's path."""
-        number, name = 0, f'{image.stem}.png'
-        while not self._is_free(name, image):
+        number, stem = 0, image.stem
+        while not self._is_free(stem, image):
             number += 1
-            name = f'{image.stem}_{number}.png'
-        self.taken.add(name.casefold())
-        return self.folder / name
+            stem = f'{image.stem}_{number}'
+        self.taken.add(stem.casefold())
+        return self.folder / f'{stem}.png'
 
-    def _is_free(self, name, image):
-        there = self.present.get(name.casefold())
-        return name.casefold() not in self.taken and (
-            there is None or made_from(there) == signature(image))
+    def _is_free(self, stem, image):
+        there = [self.present.get(f'{stem}{suffix}'.casefold()) for suffix in self.suffixes]
+        return stem.casefold() not in self.taken and all(
+            path is None or made_from(path) == signature(image) for path in there)
 
 
 def signature(image):
@@ -100,9 +103,14 @@ def sign(picture, image):
 
 
 def made_from(picture):
-    """The text that :func:`sign` wrote into a picture, or None for any other file."""
+    """The text that :func:`sign` wrote into a picture, or that a comment of a PLY file has, or None
+    for any other file."""
     from PIL import Image
 
+    if picture.suffix == '.ply':
+        with open(picture, encoding='utf-8', errors='replace') as file:
+            comments = [line for line in itertools.islice(file, 4) if line.startswith('comment ')]
+        return next((line.rstrip('\n').removeprefix(f'comment {KEY}: ') for line in comments), None)
     try:
         with Image.open(picture) as opened:
             return opened.info.get(KEY)

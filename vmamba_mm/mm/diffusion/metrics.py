@@ -8,6 +8,7 @@ import torch
 from mmengine.evaluator import BaseMetric
 from torch import Tensor, nn
 
+from vmamba_mm.errors import UserError
 from vmamba_mm.mm.compat import require
 from vmamba_mm.registry import METRICS, MODELS
 
@@ -25,6 +26,9 @@ class FrechetDistance(BaseMetric):
 
     A sample has ``pred`` and ``image``, (3, H, W) in uint8.
     Results: ``fid``. Only numbers of as many images, mostly 50,000, can be compared.
+
+    Raises:
+        UserError: on fewer than two images, which have no covariance.
     """
 
     def __init__(self, features: nn.Module | dict | None = None, batch_size: int = 64,
@@ -56,6 +60,8 @@ class FrechetDistance(BaseMetric):
     def compute_metrics(self, results: list) -> dict[str, float]:
         from torch_fidelity.metric_fid import fid_statistics_to_metric
 
+        if len(results) < 2:
+            raise UserError(f'FID needs at least 2 images, and the test has {len(results)}')
         statistics = []
         for rows in zip(*results, strict=True):
             rows = np.stack(rows).astype(np.float64)

@@ -89,8 +89,9 @@ class DiffusionModel(BaseModel):
                             'num_classes=0')
         labels = torch.stack([torch.as_tensor(s.gt_label).reshape(()) for s in data_samples])
         if not 0 <= labels.min() <= labels.max() < count:
-            raise UserError(f'the data set has the class {labels.max().item()}, and the model '
-                            f'{count} classes, from 0 on: set num_classes of the backbone')
+            raise UserError(f'the data set has classes from {labels.min().item()} to '
+                            f'{labels.max().item()}, and the model {count} classes, from 0 on: '
+                            'set num_classes of the backbone')
         return labels.to(inputs.device)
 
     def _loss(self, x, labels):

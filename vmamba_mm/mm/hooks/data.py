@@ -137,7 +137,7 @@ def apply_steps(steps, info):
                 raise UserError(_unreadable(path, step, err)) from err
             if labels and not is_image(labels):
                 raise UserError(_unreadable(labels, step, err)) from err
-            size = f', {source.size(loaded)} pixels' if loaded is not None else ''
+            size = f', {source.size(loaded)}' if loaded is not None else ''
             raise UserError(f'the step {type(step).__name__} of the pipeline fails on the '
                             f'{source.name} {path}{size}: {type(err).__name__}: {err}') from err
         if data is None:

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from mmengine.dataset import BaseDataset
@@ -10,12 +11,24 @@ from mmengine.dataset import BaseDataset
 from vmamba_mm.checkpoints.formats import safe_numpy_types
 from vmamba_mm.errors import UserError
 from vmamba_mm.mm.compat import require
+from vmamba_mm.mm.sources import CLOUD
 from vmamba_mm.registry import DATASETS
 
 SPLITS = 'train', 'test'
 #: Variants of ScanObjectNN: the folder, and the end of the files' names.
 SCANS = dict(obj_bg=('main_split', ''), obj_only=('main_split_nobg', ''),
              pb_t50_rs=('main_split', '_augmentedrot_scale75'))
+
+#: The file with the classes of ModelNet40, and what it has.
+NAMES = 'modelnet40_shape_names.txt'
+MODELNET40 = (
+    'airplane', 'bathtub', 'bed', 'bench', 'bookshelf', 'bottle', 'bowl', 'car', 'chair', 'cone',
+    'cup', 'curtain', 'desk', 'door', 'dresser', 'flower_pot', 'glass_box', 'guitar', 'keyboard',
+    'lamp', 'laptop', 'mantel', 'monitor', 'night_stand', 'person', 'piano', 'plant', 'radio',
+    'range_hood', 'sink', 'sofa', 'stairs', 'stool', 'table', 'tent', 'toilet', 'tv_stand', 'vase',
+    'wardrobe', 'xbox')
+#: Clouds of each class in the test of a few-shot task.
+FEW_SHOT_TEST = 20
 
 
 class _PointDataset(BaseDataset):
@@ -32,11 +45,13 @@ class _PointDataset(BaseDataset):
     """
 
     splits = SPLITS
+    source = CLOUD
 
     def __init__(self, data_root: str, split: str = 'train', **kwargs):
         if split not in self.splits:
             raise ValueError(f'split={split!r} does not exist; choose one of {self.splits}')
         self.split = split
+        self._has_names = 'classes' in (kwargs.get('metainfo') or {})
         super().__init__(data_root=data_root, **kwargs)
 
     def load_data_list(self) -> list[dict]:
@@ -48,6 +63,11 @@ class _PointDataset(BaseDataset):
     def list_clouds(self) -> list[dict]:
         """A dict for each cloud, with ``path`` or ``points``, and its labels."""
         raise NotImplementedError
+
+    def name_classes(self, classes: Sequence[str]) -> None:
+        """Set the names of the classes, unless ``metainfo`` gave them."""
+        if not self._has_names:
+            self._metainfo['classes'] = tuple(classes)
 
     def path(self, *names: str) -> str:
         return os.path.join(self.data_root, *names)
@@ -75,50 +95,119 @@ class ModelNet40(_PointDataset):
     are read from it, with 8192 points each.
     """
 
+    METAINFO = dict(classes=MODELNET40)
+
     def list_clouds(self) -> list[dict]:
+        if os.path.isfile(self.path(NAMES)):
+            self.name_classes(self.read_lines(NAMES))
         packed = self.path(f'modelnet40_{self.split}_8192pts_fps.dat')
         if os.path.isfile(packed):
             clouds, labels = _unpickle(packed, list, 2)
             return [dict(points=np.asarray(points)[:, :3], gt_label=int(np.ravel(label)[0]),
                          path=f'{packed}, number {i}')
                     for i, (points, label) in enumerate(zip(clouds, labels, strict=True))]
-        classes = self.read_lines('modelnet40_shape_names.txt')
-        numbers = {name: i for i, name in enumerate(classes)}
+        numbers = {name: i for i, name in enumerate(self.read_lines(NAMES))}
         infos = []
         for name in self.read_lines(f'modelnet40_{self.split}.txt'):
             kind = name.rpartition('_')[0]
             if kind not in numbers:
-                raise UserError(f'{name} in modelnet40_{self.split}.txt is of no class in '
-                                'modelnet40_shape_names.txt')
+                raise UserError(f'{name} in modelnet40_{self.split}.txt is of no class in {NAMES}')
             infos.append(dict(path=self.path(kind, f'{name}.txt'), gt_label=numbers[kind]))
         return infos
 
 
 @DATASETS.register_module()
 class ModelNetFewShot(_PointDataset):
-    """A few-shot task of ModelNet40: ``5way_10shot/0.pkl`` with lists 'train' and 'test' of
-    (points, number of the class in the task, class), as the public code draws them.
+    """A few-shot task of ModelNet40, 5 or 10 classes of which 10 or 20 clouds are trained on, and
+    20 of the test set measured, in ten folds.
+
+    The public lists are files such as ``5way_10shot/0.pkl``, with lists 'train' and 'test' of
+    (points, number of the class in the task, class). With ``draw`` tasks are drawn by
+    :func:`draw_task` from ModelNet40 itself: others than the public ones, the same each time.
 
     Args:
-        way: classes of the task, 5 or 10.
-        shot: clouds of each to train on, 10 or 20; there are 20 of each in the test.
+        data_root: the folder of the public lists, or with ``draw`` that of :class:`ModelNet40`.
+        way: classes of the task.
+        shot: clouds of each to train on.
         fold: of the task, from 0 to 9.
-        data_root, split, kwargs: as of the others.
+        draw: draw the task in place of reading it.
+        split, kwargs: as of the others.
+
+    Raises:
+        UserError: if a file is missing or broken, or a class has too few clouds.
     """
 
     def __init__(self, data_root: str, way: int, shot: int, fold: int, split: str = 'train',
-                 **kwargs):
-        self.file = os.path.join(f'{way}way_{shot}shot', f'{fold}.pkl')
+                 draw: bool = False, **kwargs):
+        self.way, self.shot, self.fold, self.draw = way, shot, fold, draw
         super().__init__(data_root, split, **kwargs)
 
     def list_clouds(self) -> list[dict]:
-        path = self.path(self.file)
+        return self._draw() if self.draw else self._read()
+
+    def _draw(self):
+        sets = {split: ModelNet40(self.data_root, split) for split in SPLITS}
+        labels = {split: [int(data.get_data_info(i)['gt_label']) for i in range(len(data))]
+                  for split, data in sets.items()}
+        try:
+            classes, numbers = draw_task(labels, self.way, self.shot, self.fold)
+        except ValueError as err:
+            raise UserError(f'{self.data_root}: {err}') from err
+        data = sets[self.split]
+        names = data.metainfo['classes']
+        self.name_classes([names[c] for c in classes])
+        infos = [data.get_data_info(i) for i in numbers[self.split]]
+        return [dict(info, gt_label=classes.index(int(info['gt_label']))) for info in infos]
+
+    def _read(self):
+        path = self.path(f'{self.way}way_{self.shot}shot', f'{self.fold}.pkl')
         task = _unpickle(path, dict, None)
         if self.split not in task:
             raise UserError(f'{path} has no list {self.split!r}')
+        numbers = {int(label): int(kind) for _, label, kind in task[self.split]}
+        if max(numbers.values(), default=-1) < len(MODELNET40):
+            self.name_classes([MODELNET40[kind] for _, kind in sorted(numbers.items())])
         return [dict(points=np.asarray(points)[:, :3], gt_label=int(label),
                      path=f'{path}, {self.split} {i}')
                 for i, (points, label, _) in enumerate(task[self.split])]
+
+
+def draw_task(labels: Mapping[str, Sequence[int]], way: int, shot: int, fold: int,
+              count: int = FEW_SHOT_TEST) -> tuple[list[int], dict[str, list[int]]]:
+    """Draw a few-shot task: classes, and of each some clouds to train on and some to measure, as
+    Point-BERT (arXiv 2111.14819) does.
+
+    What is drawn depends on the arguments alone, and not on the machine.
+
+    Args:
+        labels: of the clouds of 'train' and 'test'.
+        way, shot, fold: as of :class:`ModelNetFewShot`.
+        count: clouds of each class in the test.
+
+    Returns:
+        The classes, and of each split the numbers of its clouds in an order drawn.
+
+    Raises:
+        ValueError: if there are too few classes, or a class has too few clouds.
+    """
+    # This generator, unlike NumPy's newer ones, gives the same numbers in all versions.
+    rng = np.random.RandomState([way, shot, fold])
+    present = sorted(set(labels['train']))
+    if not 1 <= way <= len(present):
+        raise ValueError(f'there are {len(present)} classes, and way={way} are to be drawn')
+    classes = rng.permutation(present)[:way].tolist()
+    numbers: dict[str, list[int]] = {}
+    for split, wanted in (('train', shot), ('test', count)):
+        own = np.asarray(labels[split])
+        chosen = []
+        for kind in classes:
+            there = np.flatnonzero(own == kind)
+            if not 1 <= wanted <= len(there):
+                raise ValueError(f'class {kind} has {len(there)} clouds in {split!r}, and {wanted} '
+                                 'are to be drawn')
+            chosen += rng.permutation(there)[:wanted].tolist()
+        numbers[split] = rng.permutation(chosen).tolist()
+    return classes, numbers
 
 
 @DATASETS.register_module()
@@ -131,6 +220,10 @@ class ScanObjectNN(_PointDataset):
             scaled, ``main_split/training_objectdataset_augmentedrot_scale75.h5``.
         data_root, split, kwargs: as of the others.
     """
+
+    METAINFO = dict(classes=(
+        'bag', 'bin', 'box', 'cabinet', 'chair', 'desk', 'display', 'door', 'shelf', 'table', 'bed',
+        'pillow', 'sink', 'sofa', 'toilet'))
 
     def __init__(self, data_root: str, variant: str, split: str = 'train', **kwargs):
         if variant not in SCANS:

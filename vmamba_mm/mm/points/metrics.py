@@ -1,6 +1,6 @@
 """Accuracy of classes, IoU of parts and the distance of rebuilt clouds."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,12 @@ from vmamba_mm.registry import METRICS
 SHAPENET_PARTS = dict(
     Airplane=4, Bag=2, Cap=2, Car=4, Chair=4, Earphone=3, Guitar=3, Knife=2, Lamp=4, Laptop=2,
     Motorbike=6, Mug=2, Pistol=3, Rocket=3, Skateboard=3, Table=3)
+
+
+def part_ranges(parts: Mapping[str, int]) -> dict[str, range]:
+    """The numbers of the parts of each category, of how many there are."""
+    ends = np.cumsum(list(parts.values())).tolist()
+    return {name: range(end - parts[name], end) for name, end in zip(parts, ends, strict=True)}
 
 
 @METRICS.register_module()
@@ -49,8 +55,7 @@ class PartIoU(BaseMetric):
                  prefix: str | None = None):
         super().__init__(collect_device, prefix)
         self.parts = dict(parts or SHAPENET_PARTS)
-        starts = np.cumsum([0, *self.parts.values()])
-        self.ranges = [range(a, b) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        self.ranges = list(part_ranges(self.parts).values())
 
     def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
         for sample in data_samples:

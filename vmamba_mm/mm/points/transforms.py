@@ -33,10 +33,13 @@ class LoadPoints:
         self.columns, self.part_column = columns, part_column
 
     def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
+        if 'points' not in results and not results.get('path'):
+            raise UserError('a sample has neither points nor the path of a file: take a data set '
+                            'of clouds, such as vmamba_mm.ModelNet40')
         name = results.get('path', 'the cloud')
         table = results['points'] if 'points' in results else read_table(name)
         needed = max(self.columns, (self.part_column or 0) + 1)
-        if len(table) == 0:
+        if table.size == 0:
             raise UserError(f'{name} has no points')
         if table.ndim != 2 or table.shape[1] < needed:
             raise UserError(f'{name} has the shape {table.shape}, and a point in each row with '
@@ -47,7 +50,11 @@ class LoadPoints:
             raise UserError(f'{name} has a point that is NaN or infinite, number {row}: remove it')
         results['points'] = points
         if self.part_column is not None:
-            results['gt_parts'] = table[:, self.part_column].astype(np.int64)
+            parts = table[:, self.part_column]
+            if not np.isfinite(parts).all() or (parts < 0).any():
+                raise UserError(f'{name} has a part that is no number from 0 on, in column '
+                                f'{self.part_column}')
+            results['gt_parts'] = parts.astype(np.int64)
         return results
 
 
@@ -59,17 +66,21 @@ def read_table(path: str) -> np.ndarray:
     """
     try:
         if path.endswith('.npy'):
-            return np.load(path, allow_pickle=False)
+            return np.load(path, allow_pickle=False).astype(np.float32)
         with open(path, encoding='utf-8') as file:
             text = file.read().replace(',', ' ')
         lines = text.strip().splitlines()
         if not lines:
             raise UserError(f'{path} is empty')
-        columns = len(lines[0].split())
-        return np.array(text.split(), np.float32).reshape(len(lines), columns)
+        counts = [len(line.split()) for line in lines]
+        other = next((i for i, count in enumerate(counts) if count != counts[0]), None)
+        if other is not None:
+            raise ValueError(f'line 1 has {counts[0]} numbers, and line {other + 1} has '
+                             f'{counts[other]}')
+        return np.array(text.split(), np.float32).reshape(len(lines), counts[0])
     except OSError as err:
         raise UserError(f'{path} cannot be read ({err.strerror or err})') from err
-    except ValueError as err:
+    except (ValueError, TypeError, EOFError) as err:
         raise UserError(f'{path} is no table of numbers, with a point in each line: {err}') from err
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from mmengine.evaluator import BaseMetric
 from torch import Tensor
 
+from vmamba_mm.errors import UserError
 from vmamba_mm.registry import METRICS
 
 #: Of R, G and B of [0, 255] in the luma, whose offset is 16.
@@ -118,6 +119,9 @@ class RestorationMetric(BaseMetric):
         crop_border: pixels at each side that do not count, of super-resolution its scale.
         on_luma: compare the luma of colour images.
         collect_device, prefix: mmengine's.
+
+    Raises:
+        UserError: on an image that is too small, or not of the size of the good one.
     """
 
     def __init__(self, crop_border: int = 0, on_luma: bool = False, collect_device: str = 'cpu',
@@ -130,7 +134,11 @@ class RestorationMetric(BaseMetric):
     def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
         for sample in data_samples:
             images = (to_8_bit(sample[key].cpu()) for key in ('pred', 'gt'))
-            self.results.append(compare(*images, self.crop_border, self.on_luma))
+            try:
+                self.results.append(compare(*images, self.crop_border, self.on_luma))
+            except ValueError as err:
+                raise UserError(f'{sample.get("gt_path", "an image")} cannot be measured: {err}; '
+                                'leave it out of the test') from err
 
     def compute_metrics(self, results: list[tuple[float, float]]) -> dict[str, float]:
         return {name: sum(result[i] for result in results) / len(results)

@@ -14,7 +14,7 @@ from vmamba_mm.mm.restoration.tiles import TILE, restore_in_poses, restore_in_ti
 from vmamba_mm.registry import MODELS
 
 LOSSES = ('l1', 'charbonnier')
-#: Of Charbonnier's loss, sqrt(d^2 + eps), as published.
+#: Of Charbonnier's loss, sqrt(d^2 + eps): in BasicSR, and so as published, eps is not squared.
 _EPS = 1e-3
 
 
@@ -51,7 +51,7 @@ class ImageRestorer(BaseModel):
     Args:
         backbone: from (B, C, H, W) of [0, 1] to (B, C, s * H, s * W), such as
             :class:`vmamba_mm.models.MambaIR`.
-        loss: 'l1', or 'charbonnier' (eps 1e-3).
+        loss: 'l1', or 'charbonnier', the mean of sqrt(d^2 + 1e-3).
         test_cfg: ``tile``, from which side on an image is restored in tiles (200, as published; 0
             for never), and ``self_ensemble``, whether the result is the mean of eight poses (no).
         data_preprocessor: config of a :class:`PairPreprocessor`, its type by default.
@@ -97,7 +97,7 @@ class ImageRestorer(BaseModel):
     def _loss(self, y, targets):
         if self.loss_name == 'l1':
             return F.l1_loss(y, targets)
-        return ((y - targets).square() + _EPS ** 2).sqrt().mean()
+        return ((y - targets).square() + _EPS).sqrt().mean()
 
     @torch.no_grad()
     def restore(self, inputs: Tensor, progress: Callable[[int, int], Any] | None = None) -> Tensor:

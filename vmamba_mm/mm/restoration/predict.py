@@ -1,7 +1,9 @@
 """Restored images as files, for tools/predict.py."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,6 +54,24 @@ def restore_file(model: nn.Module, path: Path, out: Path, name: str = '') -> str
     return f'{values.shape[1]}x{values.shape[0]} to {width}x{height}, ' \
         f'{8 * image.dtype.itemsize} bits' + (', grey' if is_grey else '') \
         + (', with alpha' if alpha is not None else '')
+
+
+class Restorer:
+    """Restored images of a model, by :func:`restore_file`.
+
+    Args:
+        model: :class:`vmamba_mm.mm.restoration.models.ImageRestorer`.
+        cfg, meta: are not needed.
+    """
+
+    done = 'restored'
+    suffixes = ('.png',)
+
+    def __init__(self, model: nn.Module, cfg: Any, meta: Mapping[str, Any]):
+        self.model = model
+
+    def __call__(self, path: Path, out: Path, place: str) -> str:
+        return restore_file(self.model, path, out, place)
 
 
 class _Progress:
