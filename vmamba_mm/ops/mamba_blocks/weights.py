@@ -45,10 +45,9 @@ def split(weights: Sequence, count: int) -> Iterator[Weights]:
     """The ``count`` blocks of a list that has those of each by :func:`flatten`, whose number says
     whether there is a bias of the norm, and how many directions."""
     size, of_direction = len(weights) // count, len(Direction._fields)
-    has_bias = (size - 3) % of_direction == 1
+    of_norm = 2 if (size - 3) % of_direction == 1 else 1
     for first in range(0, len(weights), size):
-        norm, *rest = weights[first:first + size]
-        norm_bias = rest.pop(0) if has_bias else None
-        in_proj, out_proj, *rest = rest
-        yield Weights(norm, norm_bias, in_proj, out_proj, tuple(
+        block = weights[first:first + size]
+        in_proj, out_proj, *rest = block[of_norm:]
+        yield Weights(block[0], block[1] if of_norm == 2 else None, in_proj, out_proj, tuple(
             [Direction(*rest[i:i + of_direction]) for i in range(0, len(rest), of_direction)]))
