@@ -132,7 +132,7 @@ class SamplePoints:
 
 @TRANSFORMS.register_module()
 class PackPoints:
-    """What the models of :mod:`vmamba_mm.heads.points` take.
+    """What the models of clouds take, as :class:`vmamba_mm.heads.PointClassifier`.
 
     Gives ``inputs``, (N, C) in fp32, and ``data_samples``, a BaseDataElement with ``gt_label`` (1),
     ``category`` (1) and ``gt_parts`` (N) where the sample has them, and ``path``.
