@@ -15,8 +15,8 @@ train_dataloader = dict(batch_size=16, num_workers=1, dataset=dict(data_root=roo
 val_dataloader = dict(batch_size=50, num_workers=1, dataset=dict(data_root=root))
 test_dataloader = val_dataloader
 
-max_epochs = 10
-train_cfg = dict(max_epochs=max_epochs, val_interval=2)
+max_epochs = 9
+train_cfg = dict(max_epochs=max_epochs, val_interval=3)
 optim_wrapper = dict(optimizer=dict(lr=2e-3))
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-2, by_epoch=True, begin=0, end=1,

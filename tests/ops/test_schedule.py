@@ -1,11 +1,12 @@
-"""Schedules of the N = 1 kernels, for GPUs that are not there, as they were when their costs were
-fitted: whoever changes a cost sees here what it changes."""
+"""Schedules of the scans, for GPUs that are not there, as they were when their costs were fitted:
+whoever changes a cost sees here what it changes."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from vmamba_mm.ops.scan_kernels import cuda as scans
 from vmamba_mm.ops.ss2d_scan import schedule
 
 # Compute capability, multiprocessors, KiB of shared memory of each, MiB of L2
@@ -106,3 +107,22 @@ def test_a_rank_that_does_not_fit(plan_on):
     with pytest.raises(ValueError, match=r'^dt_rank=600 needs more shared memory than the 64512 '
                                          'bytes of this GPU$'):
         plan_on('T4', 1, 16, 7, 7, 600, 4)
+
+
+# --- scans with more than one state ---------------------------------------------------------------
+
+@pytest.mark.parametrize(('batch', 'side', 'forward', 'backward'), [
+    (4, 64, 16, 11),  # MambaIR's training on each of 8 GPUs: 48 blocks for each span of a backward
+    (32, 64, 2, 1),
+    (1, 7, 1, 1),
+])
+def test_spans_fill_the_gpu(monkeypatch, batch, side, forward, backward):
+    """On an H200, and together they have all chunks."""
+    monkeypatch.setattr(scans, 'device_limits', lambda index: (132, 233472, 232448))
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda index: (9, 0))
+    sizes = (batch, 360, side, side, 12, 4)
+    of = scans.Scans(0, torch.float16, sizes, 16, sequence=False, softplus=True)
+    found = of.forward_schedule(), of.backward_schedule()[0]
+    assert [each.spans for each in found] == [forward, backward]
+    for each in found:
+        assert each.span * (each.spans - 1) < side * side <= each.span * each.spans

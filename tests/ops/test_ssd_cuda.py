@@ -180,6 +180,14 @@ def test_large_steps_without_softplus(place):
     check(inputs, grads, dt_softplus=False)
 
 
+def test_products_beyond_fp16(place):
+    """C B^T is kept in half precision for the backward, divided by a power of two."""
+    inputs, grads = make(place, 1, 70, 2, 16, 1, 16, dtype=HALF)
+    inputs.update(B=inputs['B'] * 300, C=inputs['C'] * 300, dt=inputs['dt'] - 8)
+    assert (inputs['C'].float() @ inputs['B'].float().mT).abs().max() > 7e4
+    check(inputs, grads, limit=4e-3)
+
+
 def test_mixed_dtypes(place):
     """Maps of different dtypes are read as fp32; the result has that of x."""
     inputs, grads = make(place, 1, 70, 2, 16, 1, 16, dtype=BRAIN)
