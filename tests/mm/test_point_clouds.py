@@ -206,6 +206,17 @@ def test_bad_files_name_themselves(tmp_path, text, message):
         step('LoadPoints')(dict(path=str(tmp_path / 'x.npy')))
 
 
+@pytest.mark.parametrize('name', ['a.npy', 'B.NPY', 'c.csv', 'd.XYZ'])
+def test_kinds_of_files(name, tmp_path):
+    points, path = np.arange(12, dtype=np.float32).reshape(3, 4), tmp_path / name
+    with open(path, 'wb') as file:
+        if 'np' in name.lower():
+            np.save(file, points)
+        else:
+            np.savetxt(file, points, delimiter=',' if 'csv' in name else ' ')
+    assert (step('LoadPoints')(dict(path=str(path)))['points'] == points[:, :3]).all()
+
+
 def test_steps():
     points = np.arange(30, dtype=np.float32).reshape(10, 3)
     sample = dict(points=points, gt_parts=np.arange(10))
