@@ -132,16 +132,24 @@ def test_modelnet(tmp_path):
     assert packed[1]['points'].tolist() == [[1.0] * 3] * 9
 
 
+def test_scans(tmp_path):
+    write_scans(tmp_path)
+    for variant in ('obj_bg', 'obj_only', 'pb_t50_rs'):
+        scans = dataset('ScanObjectNN', tmp_path, [dict(type='vmamba_mm.LoadPoints')],
+                        variant=variant)
+        assert len(scans) == 8 and [scans[i]['gt_label'] for i in range(4)] == [0, 1, 2, 0]
+        assert scans[0]['points'].shape == (90, 3)
+        folder, end = {'obj_bg': ('main_split', ''), 'obj_only': ('main_split_nobg', ''),
+                       'pb_t50_rs': ('main_split', '_augmentedrot_scale75')}[variant]
+        assert scans[0]['path'] == str(
+            tmp_path / folder / f'training_objectdataset{end}.h5') + ', number 0'
+
+
 def test_other_data_sets(tmp_path):
-    write_scans(tmp_path / 'scans')
     write_parts(tmp_path / 'parts')
     write_shapenet(tmp_path / 'shapenet')
     write_few_shot(tmp_path / 'few')
     load = [dict(type='vmamba_mm.LoadPoints')]
-    for variant in ('obj_bg', 'obj_only', 'pb_t50_rs'):
-        scans = dataset('ScanObjectNN', tmp_path / 'scans', load, variant=variant)
-        assert len(scans) == 8 and [scans[i]['gt_label'] for i in range(4)] == [0, 1, 2, 0]
-        assert scans[0]['points'].shape == (90, 3)
     few = dataset('ModelNetFewShot', tmp_path / 'few', load, way=5, shot=10, fold=0)
     assert [few[i]['gt_label'] for i in range(10)] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     assert few[0]['points'].shape == (80, 3)
@@ -166,24 +174,32 @@ def test_what_is_missing_or_broken_is_one_line(tmp_path):
     (tmp_path / 'few/5way_10shot/1.pkl').write_bytes(pickle.dumps(print))
     (tmp_path / 'few/5way_10shot/2.pkl').write_bytes(b'')
     (tmp_path / 'few/5way_10shot/3.pkl').write_bytes(pickle.dumps([1]))
+    (tmp_path / 'few/5way_10shot/4.pkl').write_bytes(pickle.dumps(dict(train=[1, 2])))
+    write_modelnet(tmp_path / 'packed', clouds=1)
+    (tmp_path / 'packed/modelnet40_train_8192pts_fps.dat').write_bytes(
+        pickle.dumps([[np.zeros((9, 6))], []]))
     write_modelnet(tmp_path / 'net')
     (tmp_path / 'net/modelnet40_train.txt').write_text('sofa_0001')
     (tmp_path / 'net/modelnet40_test.txt').write_text('')
     (tmp_path / 'parts/train_test_split/shuffled_test_file_list.json').write_text('["a/1/b"]')
     (tmp_path / 'parts/train_test_split/shuffled_val_file_list.json').write_text('[')
+    (tmp_path / 'parts/train_test_split/shuffled_train_file_list.json').write_text('["b"]')
     task = dict(way=5, shot=10)
     cases = [
         ('ModelNet40', 'nowhere', {}, 'modelnet40_shape_names.txt cannot be read .*data_root='),
         ('ModelNet40', 'net', {}, 'sofa_0001 in modelnet40_train.txt is of no class'),
         ('ModelNet40', 'net', dict(split='test'), 'modelnet40_test.txt is empty'),
+        ('ModelNet40', 'packed', {}, 'fps.dat has 1 clouds and 0 labels: fetch the file anew'),
         ('ScanObjectNN', 'nowhere', dict(variant='obj_bg'), 'training_objectdataset.h5 does not'),
         ('ShapeNetPart', 'parts', dict(split='test'), 'a/1/b in .* is of no category'),
+        ('ShapeNetPart', 'parts', dict(split='train'), 'b in .* is of no category'),
         ('ShapeNetPart', 'parts', dict(split='val'), 'cannot be read as a list of files'),
         ('ModelNetFewShot', 'few', dict(task, fold=9), '9.pkl cannot be read .*data_root='),
         ('ModelNetFewShot', 'few', dict(task, fold=1), '1.pkl is not safe to load: it holds '
                                                        'builtins.print, which could run code'),
         ('ModelNetFewShot', 'few', dict(task, fold=2), '2.pkl is no pickled file of clouds'),
-        ('ModelNetFewShot', 'few', dict(task, fold=3), '3.pkl holds a list, not clouds')]
+        ('ModelNetFewShot', 'few', dict(task, fold=3), '3.pkl holds a list, not clouds'),
+        ('ModelNetFewShot', 'few', dict(task, fold=4), "4.pkl has a list 'train' that is not of")]
     for kind, root, kwargs, message in cases:
         with pytest.raises(UserError, match=message) as error:
             dataset(kind, tmp_path / root, **kwargs)
@@ -204,6 +220,17 @@ def test_bad_files_name_themselves(tmp_path, text, message):
     with pytest.raises(UserError, match='x.npy is no table'):
         (tmp_path / 'x.npy').write_text('no')
         step('LoadPoints')(dict(path=str(tmp_path / 'x.npy')))
+
+
+@pytest.mark.parametrize('name', ['a.npy', 'B.NPY', 'c.csv', 'd.XYZ'])
+def test_kinds_of_files(name, tmp_path):
+    points, path = np.arange(12, dtype=np.float32).reshape(3, 4), tmp_path / name
+    with open(path, 'wb') as file:
+        if 'np' in name.lower():
+            np.save(file, points)
+        else:
+            np.savetxt(file, points, delimiter=',' if 'csv' in name else ' ')
+    assert (step('LoadPoints')(dict(path=str(path)))['points'] == points[:, :3]).all()
 
 
 def test_steps():

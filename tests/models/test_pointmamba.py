@@ -199,6 +199,13 @@ def test_parts_do_not_depend_on_the_order_of_points():
         model(points)
 
 
+def test_points_and_their_parts_are_sampled_together():
+    """By the pipeline: a preprocessor has the points alone."""
+    with pytest.raises(ValueError, match=r'num_points=20 would .* by SamplePoints\(num=20\)'):
+        PointSegmentor(PointMamba(SMALL, (0, 2), 'raw'), PartSegHead([8, 8], 9, 4),
+                       dict(num_points=20))
+
+
 def test_views_are_averaged():
     model = PointClassifier(PointMamba(SMALL, out_type='raw'), PointHead(8, 5)).eval()
     views = torch.stack([clouds(2), clouds(2) * 1.3], 1)

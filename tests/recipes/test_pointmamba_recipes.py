@@ -42,10 +42,42 @@ def test_recipe(leaf, load, build_meta):
     assert [a.type for a in augments] == ['rotate' if turns else 'scale_shift']
 
 
-def test_points():
+@pytest.mark.parametrize('leaf', MINE)
+def test_points(leaf, load):
     """Of each data set, as many as its groups are made for."""
-    from vmamba_mm import zoo
+    cfg = load(leaf)
+    many = 'modelnet40' not in leaf and 'shapenet55' not in leaf
+    assert cfg.model.backbone.arch.endswith('g128' if many else 'g64')
+    wanted = 2048 if many else 1024
+    preprocessor = cfg.model.data_preprocessor
+    is_class = cfg.model.type == 'vmamba_mm.PointClassifier'
+    if is_class:
+        assert (preprocessor.num_points, preprocessor.pool) == (wanted, wanted * 1200 // 1024)
+    for loader in (cfg.train_dataloader, cfg.test_dataloader):
+        steps = {s.type.partition('.')[2]: s for s in loader.dataset.pipeline}
+        # ScanObjectNN is as it is stored; what is classified is only shuffled, and in training.
+        assert ('NormalizePoints' in steps) == ('scanobjectnn' not in leaf)
+        sample = steps.get('SamplePoints')
+        if is_class:
+            assert (sample is not None) == (loader is cfg.train_dataloader)
+            assert sample is None or 'num' not in sample
+        else:
+            assert (sample.num, sample.get('replace', False)) == (wanted, 'part' in leaf)
 
-    for entry in zoo.entries('pointmamba'):
-        many = 'modelnet40' not in entry.name and 'shapenet55' not in entry.name
-        assert entry.arch.endswith('g128' if many else 'g64')
+
+@pytest.mark.parametrize('drawn', [False, True])
+def test_few_shot(drawn, load):
+    end = '-drawn' if drawn else ''
+    cfg = load('configs/pointmamba/few_shot/pointmamba_1xb32-150e_modelnet40-5way-10shot'
+               f'{end}.py')
+    rates = learning_rates(cfg, 2, 300)
+    assert cfg.train_cfg.max_epochs == 150 and cfg.train_dataloader.batch_size == 32
+    assert rates[0] == pytest.approx(1e-6) and rates[20] == pytest.approx(5e-4)
+    assert rates[-1] == pytest.approx(1e-6, rel=0.5)
+    assert cfg.model.backbone.arch == 'hilbert_g64' and cfg.model.backbone.drop_path_rate == 0.5
+    assert [a.type for a in cfg.model.data_preprocessor.augments] == ['scale_shift']
+    for loader, split in ((cfg.train_dataloader, 'train'), (cfg.test_dataloader, 'test')):
+        task = loader.dataset
+        assert (task.type, task.split) == ('vmamba_mm.ModelNetFewShot', split)
+        assert (task.way, task.shot, task.fold) == (cfg.model.head.num_classes, 10, 0)
+        assert task.get('draw', False) == drawn

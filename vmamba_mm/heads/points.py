@@ -325,16 +325,25 @@ class PointSegmentor(PointModel):
     Args:
         backbone: such as :class:`vmamba_mm.models.PointMamba`.
         decode_head: :class:`PartSegHead`.
-        data_preprocessor: config of a :class:`PointPreprocessor`, its type by default.
+        data_preprocessor: config of a :class:`PointPreprocessor`, its type by default, that samples
+            no points: each keeps its place, as the parts have theirs.
         init_cfg: mmengine's.
 
     Shape: (B, N, C), with the categories of the objects, to (B, N, parts). In a test the logits of
     all views of a cloud, which are of the same points in the same order, are averaged.
+
+    Raises:
+        ValueError: on a preprocessor with ``num_points``.
     """
 
     def __init__(self, backbone: dict | nn.Module, decode_head: dict | nn.Module,
                  data_preprocessor: dict | None = None, init_cfg: dict | list[dict] | None = None):
         super().__init__(data_preprocessor, init_cfg)
+        num = getattr(self.data_preprocessor, 'num_points', None)
+        if num is not None:
+            raise ValueError(f'data_preprocessor.num_points={num} would take points apart from '
+                             'their parts: leave it out, and sample both in the pipeline, by '
+                             f'SamplePoints(num={num})')
         self.backbone, self.decode_head = _build(backbone), _build(decode_head)
 
     def tensor(self, inputs: Tensor, data_samples: Sequence | Tensor | None = None) -> Tensor:

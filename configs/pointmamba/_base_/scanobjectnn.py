@@ -6,7 +6,6 @@
 #     main_split/training_objectdataset_augmentedrot_scale75.h5 ... (PB_T50_RS)
 _base_ = ['./runtime.py']
 
-# Voting: --cfg-options model.data_preprocessor.votes=10
 model = dict(
     type='vmamba_mm.PointClassifier',
     data_preprocessor=dict(

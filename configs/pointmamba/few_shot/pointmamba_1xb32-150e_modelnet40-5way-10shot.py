@@ -4,7 +4,8 @@
 #     --cfg-options train_dataloader.dataset.fold=3 val_dataloader.dataset.fold=3 \
 #         test_dataloader.dataset.fold=3
 #
-# and likewise way (with model.head.num_classes) and shot. The lists are those of the public code,
+# and likewise way (with model.head.num_classes; the public code keeps the 40 outputs of ModelNet40)
+# and shot. The lists are those of the public code,
 # data/ModelNetFewshot/5way_10shot/0.pkl ..., which have the points of each task; the config with
 # 'drawn' in its name does without them.
 _base_ = ['../_base_/modelnet40.py']

@@ -102,10 +102,7 @@ class ModelNet40(_PointDataset):
             self.name_classes(self.read_lines(NAMES))
         packed = self.path(f'modelnet40_{self.split}_8192pts_fps.dat')
         if os.path.isfile(packed):
-            clouds, labels = _unpickle(packed, list, 2)
-            return [dict(points=np.asarray(points)[:, :3], gt_label=int(np.ravel(label)[0]),
-                         path=f'{packed}, number {i}')
-                    for i, (points, label) in enumerate(zip(clouds, labels, strict=True))]
+            return _infos(packed, *_unpickle(packed, list, 2))
         numbers = {name: i for i, name in enumerate(self.read_lines(NAMES))}
         infos = []
         for name in self.read_lines(f'modelnet40_{self.split}.txt'):
@@ -164,12 +161,15 @@ class ModelNetFewShot(_PointDataset):
         task = _unpickle(path, dict, None)
         if self.split not in task:
             raise UserError(f'{path} has no list {self.split!r}')
-        numbers = {int(label): int(kind) for _, label, kind in task[self.split]}
-        if max(numbers.values(), default=-1) < len(MODELNET40):
+        try:
+            clouds, labels, kinds = zip(*task[self.split], strict=True)
+            numbers = {int(label): int(kind) for label, kind in zip(labels, kinds, strict=True)}
+        except (TypeError, ValueError) as err:
+            raise UserError(f'{path} has a list {self.split!r} that is not of (points, number of '
+                            'the class in the task, class): fetch the file anew') from err
+        if max(numbers.values()) < len(MODELNET40):
             self.name_classes([MODELNET40[kind] for _, kind in sorted(numbers.items())])
-        return [dict(points=np.asarray(points)[:, :3], gt_label=int(label),
-                     path=f'{path}, {self.split} {i}')
-                for i, (points, label, _) in enumerate(task[self.split])]
+        return _infos(f'{path}, {self.split}', clouds, labels)
 
 
 def draw_task(labels: Mapping[str, Sequence[int]], way: int, shot: int, fold: int,
@@ -247,9 +247,7 @@ class ScanObjectNN(_PointDataset):
         except (OSError, KeyError) as err:
             raise UserError(f'{path} cannot be read as a file of ScanObjectNN: '
                             f'{str(err).splitlines()[0]}') from err
-        return [dict(points=points.astype(np.float32), gt_label=int(label),
-                     path=f'{path}, number {i}')
-                for i, (points, label) in enumerate(zip(clouds, labels, strict=True))]
+        return _infos(path, clouds, labels)
 
 
 @DATASETS.register_module()
@@ -287,12 +285,27 @@ class ShapeNetPart(_PointDataset):
             except (OSError, ValueError) as err:
                 raise UserError(f'{path} cannot be read as a list of files: {err}') from err
             for name in names:  # shape_data/03624134/d8f9...
-                *_, folder, file = name.split('/')
+                folder, file = os.path.split(name)
+                folder = os.path.basename(folder)
                 if folder not in folders:
                     raise UserError(f'{name} in {path} is of no category in '
                                     'synsetoffset2category.txt')
                 infos.append(dict(path=self.path(folder, f'{file}.txt'), category=folders[folder]))
         return sorted(infos, key=lambda info: (info['category'], info['path']))
+
+
+def _infos(path: str, clouds: Sequence, labels: Sequence) -> list[dict]:
+    """A dict for each cloud of a file that holds a whole data set.
+
+    Raises:
+        UserError: if there are not as many labels as clouds.
+    """
+    if len(clouds) != len(labels):
+        raise UserError(f'{path} has {len(clouds)} clouds and {len(labels)} labels: fetch the file '
+                        'anew')
+    return [dict(points=np.asarray(points, np.float32)[..., :3], gt_label=int(np.ravel(label)[0]),
+                 path=f'{path}, number {i}')
+            for i, (points, label) in enumerate(zip(clouds, labels, strict=True))]
 
 
 class _ArrayUnpickler(pickle.Unpickler):

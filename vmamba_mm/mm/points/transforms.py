@@ -65,7 +65,7 @@ def read_table(path: str) -> np.ndarray:
         UserError: if it is missing or no table of numbers.
     """
     try:
-        if path.endswith('.npy'):
+        if path.lower().endswith('.npy'):
             return np.load(path, allow_pickle=False).astype(np.float32)
         with open(path, encoding='utf-8') as file:
             text = file.read().replace(',', ' ')
