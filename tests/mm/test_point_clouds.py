@@ -161,6 +161,9 @@ def test_other_data_sets(tmp_path):
     items = list(dataset('ShapeNetPart', tmp_path / 'parts', load, split='test'))
     assert [item['category'] for item in items] == [0, 0, 1, 1]
     assert set(items[0]['gt_parts']) == {0, 1} and set(items[3]['gt_parts']) == {4, 5}
+    few_parts = [dict(type='vmamba_mm.LoadPoints', part_column=6, num_parts=5)]
+    with pytest.raises(UserError, match='has the part 5 in column 6, and parts are .* from 0 to 4'):
+        list(dataset('ShapeNetPart', tmp_path / 'parts', few_parts, split='test'))
     for kind, kwargs, message in (
             ('ShapeNet55', dict(split='val'), "split='val'.*'train', 'test'"),
             ('ScanObjectNN', dict(variant='easy'), "variant='easy'.*'obj_bg'")):

@@ -14,7 +14,7 @@ model = dict(
     decode_head=dict(type='vmamba_mm.PartSegHead', in_channels=[384] * 3, num_classes=50,
                      num_categories=16))
 
-pipeline = [dict(type='vmamba_mm.LoadPoints', columns=3, part_column=6),
+pipeline = [dict(type='vmamba_mm.LoadPoints', columns=3, part_column=6, num_parts=50),
             dict(type='vmamba_mm.NormalizePoints'),
             dict(type='vmamba_mm.SamplePoints', num=2048, replace=True),
             dict(type='vmamba_mm.PackPoints')]

@@ -23,14 +23,16 @@ class LoadPoints:
     Args:
         columns: how many of the file's become the ``points``: x, y and z, or normals as well.
         part_column: number of the column that has the part of each point, ``gt_parts``.
+        num_parts: parts are numbers below it; None for any.
 
     Raises:
         UserError: if a file is missing, empty or no table of numbers with these columns, or has
-            points that are NaN or infinite.
+            points that are NaN or infinite, or parts that do not exist.
     """
 
-    def __init__(self, columns: int = 3, part_column: int | None = None):
-        self.columns, self.part_column = columns, part_column
+    def __init__(self, columns: int = 3, part_column: int | None = None,
+                 num_parts: int | None = None):
+        self.columns, self.part_column, self.num_parts = columns, part_column, num_parts
 
     def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
         if 'points' not in results and not results.get('path'):
@@ -54,6 +56,10 @@ class LoadPoints:
             if not np.isfinite(parts).all() or (parts < 0).any():
                 raise UserError(f'{name} has a part that is no number from 0 on, in column '
                                 f'{self.part_column}')
+            if self.num_parts is not None and parts.max() >= self.num_parts:
+                raise UserError(f'{name} has the part {parts.max():g} in column '
+                                f'{self.part_column}, and parts are numbers from 0 to '
+                                f'{self.num_parts - 1}')
             results['gt_parts'] = parts.astype(np.int64)
         return results
 
