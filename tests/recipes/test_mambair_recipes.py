@@ -83,6 +83,10 @@ def test_recipe(name, load):
     else:
         quality = int(name.partition('jpeg')[2].partition('_')[0])
         assert step_of(cfg, 'CompressJPEG', 'test').quality == quality
+        # On whole images, as the files of the authors: its blocks begin anywhere in a patch.
+        steps = cfg.train_dataloader.dataset.pipeline
+        assert [s.type.removeprefix('vmamba_mm.') for s in steps] == [
+            'LoadPair', 'CompressJPEG', 'PatchOfPair', 'TurnPair', 'PackPair']
         assert step_of(cfg, 'CompressJPEG').quality == quality
         assert cfg.model.backbone.in_channels == 1
         assert step_of(cfg, 'LoadPair').colour == 'grey'
