@@ -68,7 +68,13 @@ def test_grey_with_alpha_and_photographs_that_lie_on_their_side(tmp_path):
     pixels[..., 0], pixels[..., 1] = 100, 50
     Image.fromarray(pixels, 'LA').save(tmp_path / 'a.png')
     read = images.read_image(tmp_path / 'a.png')
-    assert read.alpha is not None and set(np.unique((read.alpha * 255).round())) == {50}
+    assert read.values.shape == (4, 6, 1) and set(np.unique((read.values * 255).round())) == {100}
+    assert read.alpha.shape == (4, 6, 1) and set(np.unique((read.alpha * 255).round())) == {50}
+    model = restorer(DENOISE, backbone=dict(in_channels=1))  # takes it, as it is grey
+    assert restore_file(model, tmp_path / 'a.png', tmp_path / 'b.png').endswith(
+        'grey, with alpha')
+    found = cv2.imread(str(tmp_path / 'b.png'), cv2.IMREAD_UNCHANGED)
+    assert np.array_equal(found[..., 0], found[..., 2]) and (found[..., 3] == 50).all()
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new('RGB', (8, 4)).save(tmp_path / 'a.jpg', exif=exif)
