@@ -114,6 +114,20 @@ def test_samplers_find_the_only_image(scheduler):
     assert (found - image).abs().max() < 0.1
 
 
+@pytest.mark.parametrize('options', [
+    dict(), dict(clip_sample=False), dict(set_alpha_to_one=False, clip_sample_range=0.5),
+    dict(thresholding=True, sample_max_value=1.5)])
+def test_ddim_is_that_of_diffusers_where_its_times_are(options):
+    """The noise goes by the clipped image, as in the public code."""
+    ours, theirs = (cls(**options) for cls in (RespacedDDIMScheduler, DDIMScheduler))
+    x, out = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(4)
+    for t in (750, 250, 0):
+        expected = theirs.step(out, t, x, use_clipped_model_output=True)
+        torch.testing.assert_close(ours.step(out, t, x).prev_sample, expected.prev_sample)
+
+
 def test_ddim_goes_by_its_own_list():
     """Noise is added with eta alone, and from the generator."""
     scheduler = RespacedDDIMScheduler(timestep_spacing='linspace', clip_sample=True)
@@ -134,6 +148,9 @@ def test_ddim_goes_by_its_own_list():
     noisy = [scheduler.step(out, 666, x, eta=1.0, generator=torch.manual_seed(s)).prev_sample
              for s in (0, 0, 1)]
     assert torch.equal(noisy[0], noisy[1]) and not torch.equal(noisy[0], noisy[2])
+    kept_at_0 = RespacedDDIMScheduler(set_alpha_to_one=False, clip_sample=False)
+    kept_at_0.set_timesteps(1000)
+    torch.testing.assert_close(kept_at_0.step(out, 0, x).prev_sample, x)  # stays at time 0
     other = RespacedDDIMScheduler(prediction_type='v_prediction')
     other.set_timesteps(4)
     with pytest.raises(ValueError, match="must be 'epsilon'"):

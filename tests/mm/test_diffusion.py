@@ -86,6 +86,10 @@ def test_wrong_arguments():
     model = make(test_cfg=dict(num_steps=2, scheduler=dict(type='DDPM')))
     with pytest.raises(ValueError, match="no scheduler 'DDPM'.*'DDPMScheduler'"):
         model.sample(1, torch.tensor([0]))
+    model = make(test_cfg=dict(num_steps=2, scheduler=dict(
+        type='DDIMScheduler', variance_type='learned_range', clip_sample=False)))
+    with pytest.raises(ValueError, match=r"DDIMScheduler takes no \['variance_type'\]: leave"):
+        model.sample(1, torch.tensor([0]))
 
 
 # --- samples ------------------------------------------------------------------------------------
@@ -142,11 +146,12 @@ def test_latents(tmp_path):
 
 # --- data and FID -------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('shape', [(30, 20, 3), (8, 100, 3), (5, 4, 3), (33, 64, 1)])
+@pytest.mark.parametrize('shape', [(30, 20, 3), (8, 100, 3), (5, 4, 3), (33, 64, 1), (33, 64),
+                                   (1, 9, 3)])
 def test_the_crop_is_a_square_from_the_middle(shape):
     crop = TRANSFORMS.build(dict(type='vmamba_mm.HalvingCenterCrop', size=8))
     found = crop(dict(img=np.full(shape, 77, np.uint8)))
-    assert found['img'].shape == (8, 8, shape[2]) and (found['img'] == 77).all()
+    assert found['img'].shape == (8, 8, *(shape[2:] or (1,))) and (found['img'] == 77).all()
     assert found['img_shape'] == (8, 8)
 
 

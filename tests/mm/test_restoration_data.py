@@ -68,7 +68,13 @@ def test_grey_with_alpha_and_photographs_that_lie_on_their_side(tmp_path):
     pixels[..., 0], pixels[..., 1] = 100, 50
     Image.fromarray(pixels, 'LA').save(tmp_path / 'a.png')
     read = images.read_image(tmp_path / 'a.png')
-    assert read.alpha is not None and set(np.unique((read.alpha * 255).round())) == {50}
+    assert read.values.shape == (4, 6, 1) and set(np.unique((read.values * 255).round())) == {100}
+    assert read.alpha.shape == (4, 6, 1) and set(np.unique((read.alpha * 255).round())) == {50}
+    model = restorer(DENOISE, backbone=dict(in_channels=1))  # takes it, as it is grey
+    assert restore_file(model, tmp_path / 'a.png', tmp_path / 'b.png').endswith(
+        'grey, with alpha')
+    found = cv2.imread(str(tmp_path / 'b.png'), cv2.IMREAD_UNCHANGED)
+    assert np.array_equal(found[..., 0], found[..., 2]) and (found[..., 3] == 50).all()
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new('RGB', (8, 4)).save(tmp_path / 'a.jpg', exif=exif)
@@ -204,7 +210,7 @@ def test_loading_brings_images_together(tmp_path):
     packed = build('PackPair')(pair)
     assert packed['inputs'].shape == (3, 4, 5) and packed['data_samples'].gt.shape == (3, 8, 10)
     assert packed['data_samples'].gt_path == info['gt_path']
-    with pytest.raises(UserError, match='lq.png has 5x4 pixels.*gt.png 9x9|which is not 3 times'):
+    with pytest.raises(UserError, match='lq.png has 5x4 pixels.*gt.png 9x9, which is not 3 times'):
         build('LoadPair', scale=3)(info)
     with pytest.raises(UserError, match='11x9 pixels, and is smaller than the scale, 16'):
         build('LoadPair', scale=16)(info)
@@ -264,6 +270,20 @@ def test_mixed_pairs_are_mixed_alike():
     assert not torch.equal(batch['inputs'][0], before['inputs'][0])
     with pytest.raises(ValueError, match='beta must be above 0'):
         MixPairs(0)
+
+
+def test_some_batches_are_not_mixed():
+    from vmamba_mm.mm.hooks import MixPairs
+
+    np.random.seed(0)
+    hook, before, kept = MixPairs(1.2, prob=0.3), pairs(4, 3), 0
+    for _ in range(100):
+        batch = pairs(4, 3)
+        hook.before_train_iter(_At(0), 0, batch)
+        kept += all(map(torch.equal, batch['inputs'], before['inputs']))
+    assert 55 < kept < 90  # a permutation may change nothing either
+    with pytest.raises(ValueError, match=r'prob must be in \[0, 1\], got 2'):
+        MixPairs(1.2, 2)
 
 
 # --- the model ------------------------------------------------------------------------------------

@@ -83,6 +83,10 @@ def test_recipe(name, load):
     else:
         quality = int(name.partition('jpeg')[2].partition('_')[0])
         assert step_of(cfg, 'CompressJPEG', 'test').quality == quality
+        # On whole images, as the files of the authors: its blocks begin anywhere in a patch.
+        steps = cfg.train_dataloader.dataset.pipeline
+        assert [s.type.removeprefix('vmamba_mm.') for s in steps] == [
+            'LoadPair', 'CompressJPEG', 'PatchOfPair', 'TurnPair', 'PackPair']
         assert step_of(cfg, 'CompressJPEG').quality == quality
         assert cfg.model.backbone.in_channels == 1
         assert step_of(cfg, 'LoadPair').colour == 'grey'
@@ -94,7 +98,10 @@ def test_recipe_of_real_noise(load):
     assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ('AdamW', 3e-4, 1e-4)
     assert tuple(optimizer.betas) == (0.9, 0.999) and cfg.optim_wrapper.clip_grad.max_norm == 0.01
     progressive, mixed = cfg.custom_hooks
-    assert sum(progressive.iters) == cfg.train_cfg.max_iters == 300_000 and mixed.beta == 1.2
+    assert sum(progressive.iters) == cfg.train_cfg.max_iters == 300_000
+    assert (mixed.beta, mixed.prob) == (1.2, 0.5)
+    assert cfg.model.test_cfg.tile == 0 and cfg.randomness.seed == 100
+    assert cfg.train_cfg.val_interval == cfg.default_hooks.checkpoint.interval == 4000
     assert progressive.batch_sizes[0] == cfg.train_dataloader.batch_size
     assert progressive.patch_sizes[-1] == step_of(cfg, 'PatchOfPair').size == 384
     cfg.param_scheduler[0].update(begin=92, end=300)

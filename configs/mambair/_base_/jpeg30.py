@@ -6,9 +6,10 @@ quality = 30
 load = dict(type='vmamba_mm.LoadPair', colour='grey')
 train_pipeline = [
     load,
+    # Before the patch is cut and turned, so that JPEG's squares of 8x8 pixels begin anywhere in it.
+    dict(type='vmamba_mm.CompressJPEG', quality=quality),
     dict(type='vmamba_mm.PatchOfPair', size=126),
     dict(type='vmamba_mm.TurnPair'),
-    dict(type='vmamba_mm.CompressJPEG', quality=quality),
     dict(type='vmamba_mm.PackPair'),
 ]
 test_pipeline = [

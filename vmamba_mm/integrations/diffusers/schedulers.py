@@ -51,12 +51,13 @@ class RespacedDDIMScheduler(DDIMScheduler):
         index = times.index(int(timestep))
         kept = self.alphas_cumprod[times[index]]
         before = self.alphas_cumprod[times[index + 1]] if index + 1 < len(times) \
-            else torch.ones(())
+            else self.final_alpha_cumprod
         eps = model_output[:, :sample.shape[1]]
         start = (sample - (1 - kept).sqrt() * eps) / kept.sqrt()
-        if self.config.clip_sample:
+        if self.config.thresholding or self.config.clip_sample:
             limit = self.config.clip_sample_range
-            start = start.clamp(-limit, limit)
+            start = self._threshold_sample(start) if self.config.thresholding \
+                else start.clamp(-limit, limit)
             eps = (sample - kept.sqrt() * start) / (1 - kept).sqrt()
         sigma = eta * ((1 - before) / (1 - kept) * (1 - kept / before)).clamp(min=0).sqrt()
         previous = before.sqrt() * start + (1 - before - sigma ** 2).clamp(min=0).sqrt() * eps

@@ -1,5 +1,6 @@
 """The training of a denoising model, and its samples, for mmengine's Runner."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -145,14 +146,20 @@ class DiffusionModel(BaseModel):
         require('diffusers')
         import diffusers
 
-        given = {k: v for k, v in self.test_cfg['scheduler'].items() if k != 'type'}
+        betas = self.diffusion.betas
+        options = dict(trained_betas=betas.tolist(), num_train_timesteps=len(betas), **{
+            k: v for k, v in self.test_cfg['scheduler'].items() if k != 'type'})
         name = self.test_cfg['scheduler'].get('type')
         kind = getattr(diffusers, str(name), None)
         if not hasattr(kind, 'set_timesteps'):
             raise ValueError(f'diffusers has no scheduler {name!r}: type= of test_cfg.scheduler is '
                              "one of its classes, such as 'DDPMScheduler'")
-        betas = self.diffusion.betas
-        return kind(trained_betas=betas.tolist(), num_train_timesteps=len(betas), **given)
+        unknown = sorted(set(options) - set(inspect.signature(kind).parameters))
+        if unknown:
+            raise ValueError(f"diffusers' {name} takes no {unknown}: leave them out of "
+                             'test_cfg.scheduler (where a base config has them, by '
+                             '_delete_=True), or take another scheduler')
+        return kind(**options)
 
     def _encode(self, inputs):
         return inputs if self.vae is None else self.vae.encode(inputs)

@@ -28,7 +28,8 @@ class HalvingCenterCrop:
         self.size = size
 
     def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
-        image = Image.fromarray(np.squeeze(results['img']))
+        image = results['img']
+        image = Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
         while min(image.size) >= 2 * self.size:
             image = image.resize(tuple(side // 2 for side in image.size), Image.Resampling.BOX)
         scale = self.size / min(image.size)

@@ -52,14 +52,22 @@ class MixPairs(Hook):
 
     Args:
         beta: both parameters of the distribution of the share.
+        prob: how often a batch is mixed; the others stay as they are.
+
+    Raises:
+        ValueError: on a value that is not allowed.
     """
 
-    def __init__(self, beta: float):
+    def __init__(self, beta: float, prob: float = 1.0):
         if not beta > 0:
             raise ValueError(f'beta must be above 0, got {beta!r}')
-        self.beta = beta
+        if not 0 <= prob <= 1:
+            raise ValueError(f'prob must be in [0, 1], got {prob!r}')
+        self.beta, self.prob = beta, prob
 
     def before_train_iter(self, runner, batch_idx: int, data_batch: dict | None = None) -> None:
+        if np.random.rand() >= self.prob:
+            return
         share = float(np.random.beta(self.beta, self.beta))
         samples, inputs = data_batch['data_samples'], list(data_batch['inputs'])
         targets, order = [sample.gt for sample in samples], np.random.permutation(len(inputs))

@@ -16,6 +16,8 @@ from vmamba_mm.mm.compat import missing_package
 _ONE = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
 #: Of files of these suffixes the orientation is applied; they have neither alpha nor 16 bits.
 _JPEG = ('.jpg', '.jpeg')
+#: How a PNG file begins, and the place and value of the byte that says it is grey with alpha.
+_PNG, _COLOUR_TYPE, _GREY_ALPHA = b'\x89PNG\r\n\x1a\n', 25, 4
 
 
 class Image(NamedTuple):
@@ -64,6 +66,8 @@ def read_image(path: str | Path) -> Image:
     alpha = None
     if values.shape[2] in (2, 4):
         values, alpha = values[..., :-1], values[..., -1:]
+    if content[:8].tobytes() == _PNG and content[_COLOUR_TYPE] == _GREY_ALPHA:
+        values = values[..., :1]  # OpenCV repeats it
     if values.shape[2] == 3:
         values = values[..., ::-1]
     return Image(np.ascontiguousarray(values), alpha, image.dtype)
