@@ -256,6 +256,9 @@ def main():
     source = IMAGE if task is None else task.source
     if args.category and not (task and task.takes_category):
         raise UserError('--category is for a config that finds parts of objects: leave it out')
+    if args.channels and task and task.predictor:
+        raise UserError('--channels chooses what pictures of images with more channels show, and '
+                        'this config draws others: leave it out')
     images = find_images(args.images, out_dir, source)
     later = find_later(images, args.after, loads_pairs(cfg))
     device = cli.choose_device(args.device)

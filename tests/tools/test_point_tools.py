@@ -130,9 +130,10 @@ def test_models_that_predict_no_files(classes, call, tmp_path):
                     'makes nothing of files by a MaskedPointMamba: load it in Python')
 
 
-def test_category_of_other_models(classes, call, tmp_path):
+def test_options_of_other_models(classes, call, tmp_path):
     write_clouds(tmp_path / 'clouds')
-    assert_one_line(call('predict.py', *classes, 'clouds', '--category', 'Chair'), 'leave it out')
+    for option in (('--category', 'Chair'), ('--channels', '0')):
+        assert_one_line(call('predict.py', *classes, 'clouds', *option), 'leave it out')
 
 
 def test_bad_clouds_among_good_ones(classes, call, tmp_path):
