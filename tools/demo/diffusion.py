@@ -93,9 +93,8 @@ def draw(made, asked, real, labels, folder):
     folder.mkdir(parents=True)
     held, held_labels = real['val'], labels['val']
     nearest = real['train'][distances(made, real['train']).argmin(1)]
-    names = ', '.join(sorted(scenes.CLASSES))
     for name, pairs in {
-            '1': ((made, asked, f'made of noise: {names}'), (held, held_labels, 'held-out digits')),
+            '1': ((made, asked, 'made of noise'), (held, held_labels, 'held-out digits')),
             '2': ((made, asked, 'made of noise, the same'),
                   (nearest, asked, 'nearest digit of the training set'))}.items():
         panels = [report.panel(grid(images, of), np.zeros(1), {}, title)
@@ -128,7 +127,8 @@ def main():
         f'{apart(real["val"], labels["val"]):.3f}; from the nearest digit of the',
         f'training set new ones are {distances(made, real["train"]).min(1).mean():.3f} away, '
         f'held-out ones {distances(real["val"], real["train"]).min(1).mean():.3f} (0 would be a '
-        'copy; root mean square of pixels)']
+        'copy; root mean square of pixels)',
+        f'Below, from the left: {", ".join(sorted(scenes.CLASSES))}.']
     show_page(TITLE, lines, work_dir, columns=1)
     say(f'a pipeline of diffusers, for DiSPipeline.from_pretrained: {work_dir / "pipeline"}')
     say(f'took {time.time() - start:.0f} s (training: {seconds:.0f} s; CPU time '
