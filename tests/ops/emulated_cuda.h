@@ -83,6 +83,21 @@ struct Copies {
     int count, groups;
 };
 
+// Products of groups of warps read their factors in shared memory as late as they may, too; of rows
+// g and g + 8 of a factor in registers, each lane has a copy.
+struct Product {
+    float *results[32];
+    float before[32], rows[2][16];
+    unsigned long long a, b;
+    bool add, follows, in_registers, a_transposed, b_transposed;
+    int group;
+};
+struct Products {
+    static constexpr int MOST = 64;
+    Product pending[MOST];
+    int count, groups;
+};
+
 struct Barrier {
     u32 arrived, phase;
 };
@@ -112,6 +127,7 @@ struct Fiber {
     jmp_buf place;
     ucontext_t start;
     Copies copies;
+    Products products;
 };
 
 static Fiber *fibers, *current;
@@ -233,6 +249,7 @@ static void run_cluster(int count, int shared) {
         fiber.started = fiber.done = false;
         fiber.awaited = nullptr;
         fiber.copies.count = fiber.copies.groups = 0;
+        fiber.products.count = fiber.products.groups = 0;
     }
     patience = 1 << random_number() % 13;
     current = fibers;
@@ -605,6 +622,93 @@ static void finish_copies(int before_group) {
 }
 
 static void cp_async_wait_group(int pending) { finish_copies(current->copies.groups - pending); }
+
+static void fence_proxy_async_shared() {}
+static void wgmma_fence_sync_aligned() {}
+static void wgmma_commit_group_sync_aligned() { ++current->products.groups; }
+
+// Element (row, k) of a factor in shared memory, 64 x 16, in rows of 128 bytes whose parts of 16
+// bytes are in an order that differs from row to row; `transposed`: rows are what is summed over.
+static inline float factor(unsigned long long of, bool transposed, int row, int k) {
+    if (of >> 62 != 1 || (of >> 32 & 0x3fff) != 64) abort();
+    u32 at = (of & 0x3fff) << 4;
+    at += transposed ? k * 128 + row * 2 : row * 128 + k * 2;
+    return from_bfloat(*(const u16 *)(dynamic_shared + (at ^ (at >> 7 & 7) << 4)));
+}
+
+static void finish_products(int before_group) {
+    emulated::Products &products = current->products;
+    const int lane = current->lane, g = lane >> 2, t = lane & 3;
+    const int first = current->thread.x / 32 % 4 * 16 + g;
+    int left = 0;
+    for (int i = 0; i < products.count; ++i) {
+        const emulated::Product p = products.pending[i];
+        if (p.group >= before_group) {
+            products.pending[left++] = p;
+            continue;
+        }
+        for (int j = 0; j < 32; ++j) {
+            const int down = j >> 1 & 1, column = j / 4 * 8 + 2 * t + (j & 1);
+            float sum = !p.add ? 0.f : p.follows ? *p.results[j] : p.before[j];
+            for (int k = 0; k < 16; ++k)
+                sum += factor(p.b, p.b_transposed, column, k)
+                    * (p.in_registers ? p.rows[down][k]
+                                      : factor(p.a, p.a_transposed, first + 8 * down, k));
+            *p.results[j] = sum;
+        }
+    }
+    products.count = left;
+}
+
+static void wgmma_wait_group_sync_aligned(int pending) {
+    finish_products(current->products.groups - pending);
+}
+
+// Until they are waited for, results are NaN.
+static void start_product(emulated::Product &p, float *const *results) {
+    emulated::Products &products = current->products;
+    if (products.count == products.MOST) emulated::stop("too many products under way");
+    p.follows = false;
+    for (int i = 0; i < products.count; ++i)
+        p.follows |= products.pending[i].results[0] == results[0];
+    for (int j = 0; j < 32; ++j) {
+        p.results[j] = results[j];
+        p.before[j] = *results[j];
+        *results[j] = NAN;
+    }
+    p.group = products.groups;
+    products.pending[products.count++] = p;
+}
+
+#define FOUR(i) float &d##i##0, float &d##i##1, float &d##i##2, float &d##i##3
+#define TO_FOUR(i) &d##i##0, &d##i##1, &d##i##2, &d##i##3
+#define RESULTS FOUR(0), FOUR(1), FOUR(2), FOUR(3), FOUR(4), FOUR(5), FOUR(6), FOUR(7)
+#define TO_RESULTS                                                                                 \
+    float *const to[32] = {TO_FOUR(0), TO_FOUR(1), TO_FOUR(2), TO_FOUR(3),                         \
+                           TO_FOUR(4), TO_FOUR(5), TO_FOUR(6), TO_FOUR(7)}
+
+static void setp_ne_b32__wgmma_mma_async_sync_aligned_m64n64k16_f32_bf16_bf16(
+    int add, int, RESULTS, unsigned long long a, unsigned long long b, int, int, int a_transposed,
+    int b_transposed) {
+    TO_RESULTS;
+    emulated::Product p = {};
+    p.a = a, p.b = b, p.add = add, p.a_transposed = a_transposed, p.b_transposed = b_transposed;
+    start_product(p, to);
+}
+
+static void setp_ne_b32__wgmma_mma_async_sync_aligned_m64n64k16_f32_bf16_bf16(
+    int add, int, RESULTS, u32 a0, u32 a1, u32 a2, u32 a3, unsigned long long b, int, int,
+    int b_transposed) {
+    TO_RESULTS;
+    const Given *const given = exchange(a0, a1, a2, a3);
+    emulated::Product p = {};
+    for (int down = 0; down < 2; ++down)
+        for (int k = 0; k < 16; ++k)
+            p.rows[down][k] = from_bfloat(given[(current->lane & ~3) + k % 8 / 2]
+                                          .words[k / 8 * 2 + down].u >> 16 * (k & 1));
+    p.b = b, p.add = add, p.in_registers = true, p.b_transposed = b_transposed;
+    start_product(p, to);
+}
 
 // In the 8 bytes of the barrier; `due`: bytes that are announced and have not come, or fewer than 0.
 struct MBarrier {

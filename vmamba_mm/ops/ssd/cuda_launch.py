@@ -61,6 +61,7 @@ class Shape(NamedTuple):
 
 
 _DECAYS = 4 * (7 * CHUNK + 24)  # bytes of Decays
+_GROUPS_SHARED = 17 * 8192 + 2 * (_DECAYS + 4 * (17 * CHUNK + 20))  # of GroupsShared
 
 
 def _tile(columns: int, size: int) -> int:
@@ -114,6 +115,10 @@ def backward_instance(type_: str, fast: bool, channels: int, states: int) -> Ins
     return Instance('ssd/ssd_bwd.cu', f'ssd_bwd<{type_}, {_flag(fast)}, {channels}, {states}>')
 
 
+def groups_instance() -> Instance:
+    return Instance('ssd/ssd_bwd_groups.cu', 'ssd_bwd_groups', only=90)
+
+
 def backward_warps(states: int) -> int:
     """WARPS of BackwardShared."""
     return max(states // _BLOCK, 4)
@@ -130,12 +135,29 @@ def backward_shared(size: int, channels: int, states: int) -> int:
     return tiles + pairs + _DECAYS + -(-sums // 16) * 16
 
 
-def backward_blocks(index: int, size: int, channels: int, states: int) -> int:
-    """Blocks of ssd_bwd that a multiprocessor has at a time: by registers, as its launch bounds
-    say, and by shared memory."""
+class BackwardShape(NamedTuple):
+    """A block of the backward's kernel: ``threads``, bytes of ``shared`` memory; and how many
+    ``blocks`` a multiprocessor has at a time."""
+    instance: Instance
+    threads: int
+    shared: int
+    blocks: int
+
+
+@cached
+def backward_shape(index: int, dtype: torch.dtype, fast: bool, sizes: 'Sizes') -> BackwardShape:
+    """By what the GPU has: sm_90 multiplies bf16 by groups of warps where that is compiled."""
+    channels, states = padded_channels(sizes.dim), sizes.states
+    capability = torch.cuda.get_device_capability(index)
+    if capability == (9, 0) and (dtype, channels, states) == (torch.bfloat16, 64, 128):
+        return BackwardShape(groups_instance(), 384, _GROUPS_SHARED, 1)
+    size = dtype.itemsize
+    shared = backward_shared(size, channels, states)
+    # By registers, as its launch bounds say, and by shared memory.
     registers = 5 if states <= 16 else 3 if states <= 64 else 2 if states <= 128 and size < 4 else 1
-    fit = device_limits(index)[1] // (backward_shared(size, channels, states) + 1024)
-    return max(min(registers, fit), 1)
+    fit = device_limits(index)[1] // (shared + 1024)
+    return BackwardShape(backward_instance(TYPES[dtype], fast, channels, states),
+                         32 * backward_warps(states), shared, max(min(registers, fit), 1))
 
 
 #: Type, channels, N: those that published models use, and one for each kind beside them; and the
@@ -159,6 +181,7 @@ def _compiled() -> Iterator[tuple[Instance, int]]:
     yield forward_instance('Float', True, Shape(2, 4, 1, 1), 64), 80
     yield forward_instance('Half', False, Shape(1, 2, 2, 2), 16), 80
     yield combine_instance(), 80
+    yield groups_instance(), 90
 
 
 #: What is compiled to check it, and the lowest compute capability that it is for.
