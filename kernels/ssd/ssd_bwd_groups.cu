@@ -3,8 +3,8 @@
 // one group, and goes through the group's heads, or through a part of them. Of its three groups of
 // four warps the first has the pairs of positions, the second the rows of C, the third those of B and
 // x; each warp has 16 rows. What a head needs is copied while the one before it is calculated.
-#include "common/warpgroup.cuh"
 #include "ssd/ssd_bwd.cuh"
+#include "ssd/ssd_groups.cuh"
 
 // What the warps leave of a head, in the names of BackwardShared.
 struct HeadSums {
@@ -23,23 +23,6 @@ struct GroupsShared {
     Decays decays[2];
     HeadSums sums[2];
 };
-
-// Copies rows of 64 or 128 elements, of which so many there are, to tiles; called by 128 threads.
-template <int COLUMNS>
-__device__ __forceinline__ void copy_rows(Tile *tiles, const unsigned short *from, long long step,
-                                          int rows, int columns) {
-    constexpr int ROW = COLUMNS / 8, STEP = 128 / ROW;
-    int thread = threadIdx.x & 127;
-    opaque(thread);  // else addresses stay in registers from one head to the next
-    const int row = thread / ROW, column = thread % ROW * 8;
-    char *const to = tiles[column >> 6].place(row, column & 63);
-    const unsigned short *const first = from + row * step + column;
-#pragma unroll
-    for (int i = 0; i < 64; i += STEP) {
-        const bool valid = row + i < rows && column < columns;
-        copy16(to + i * 128, valid ? first + i * step : from, valid);
-    }
-}
 
 // A warp's 16 rows of a tile, as the first factor of products 16 deep.
 __device__ __forceinline__ void load_rows(u32 (&v)[4][4], Tile &tile, int block) {

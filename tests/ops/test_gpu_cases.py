@@ -18,7 +18,8 @@ def device(request):
 
 # One of each op whose kernels no other folder's have, and the smallest of them.
 @pytest.mark.parametrize('name', [
-    'wkv, L = 61, 2 warps', 'bi_wkv, official, L = 61, None warps', 'nc_ssd_mixer, float32',
+    'ssd, (2, 300, 3, 64, 1, 128), spans of 1', 'wkv, L = 61, 2 warps',
+    'bi_wkv, official, L = 61, None warps', 'nc_ssd_mixer, float32',
     'masa, whole, (1, 3, 6, 1, 16)', 'masa_mixer, lepe, fp32', 'rmt_block, half',
     'shift_mix, heads, two pixels',
     'gates, (2, 3, 5, 24)', 'spatial_mixer, paper', 'channel_mixer, fp32', 'causal_conv, 3 taps',

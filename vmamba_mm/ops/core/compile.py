@@ -35,9 +35,9 @@ class Instance(NamedTuple):
     """One kernel to compile, hashable.
 
     ``source`` is a file of the package's kernels folder, ``name`` a kernel's name or a template
-    instantiation (``'scan<float, 16>'``); ``options`` are NVRTC's, beside :data:`OPTIONS`. ``only``:
-    the compute capability, such as 90, whose own instructions it uses; 0 for those that later GPUs
-    have too. The kernel takes one struct, or nothing; its fields are read from the source
+    instantiation (``'scan<float, 16>'``); ``options`` are NVRTC's, beside :data:`OPTIONS`; ``only``
+    is the compute capability, such as 90, whose own instructions it uses, 0 where later GPUs have
+    them too. The kernel takes one struct, or nothing; its fields are read from the source
     (:func:`parameters`).
     """
     source: str

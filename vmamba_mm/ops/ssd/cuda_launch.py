@@ -20,6 +20,7 @@ from vmamba_mm.ops.core.launch import (
     cached,
     device_limits,
     kernel,
+    load,
 )
 
 CHUNK = 64  # Q in ssd.cuh
@@ -61,7 +62,9 @@ class Shape(NamedTuple):
 
 
 _DECAYS = 4 * (7 * CHUNK + 24)  # bytes of Decays
-_GROUPS_SHARED = 17 * 8192 + 2 * (_DECAYS + 4 * (17 * CHUNK + 20))  # of GroupsShared
+# Bytes of GroupsShared and of StatesGroupsShared, with tiles of 64 x 64.
+_BACKWARD_GROUPS_SHARED = 17 * 8192 + 2 * (_DECAYS + 4 * (17 * CHUNK + 20))
+_STATES_GROUPS_SHARED = 6 * 8192 + 2 * _DECAYS
 
 
 def _tile(columns: int, size: int) -> int:
@@ -115,8 +118,18 @@ def backward_instance(type_: str, fast: bool, channels: int, states: int) -> Ins
     return Instance('ssd/ssd_bwd.cu', f'ssd_bwd<{type_}, {_flag(fast)}, {channels}, {states}>')
 
 
-def groups_instance() -> Instance:
-    return Instance('ssd/ssd_bwd_groups.cu', 'ssd_bwd_groups', only=90)
+def groups_instance(what: str) -> Instance:
+    """For ``'states'`` or ``'bwd'``."""
+    return Instance(f'ssd/ssd_{what}_groups.cu', f'ssd_{what}_groups', only=90)
+
+
+def has_groups(index: int, dtype: torch.dtype, sizes: 'Sizes') -> bool:
+    """Whether there are kernels by groups of warps, which are for sm_90 alone and which NVRTC
+    compiles from CUDA 12 on."""
+    if torch.version.cuda and int(torch.version.cuda.split('.')[0]) < 12:
+        return False
+    return (torch.cuda.get_device_capability(index) == (9, 0)
+            and (dtype, padded_channels(sizes.dim), sizes.states) == (torch.bfloat16, 64, 128))
 
 
 def backward_warps(states: int) -> int:
@@ -146,12 +159,9 @@ class BackwardShape(NamedTuple):
 
 @cached
 def backward_shape(index: int, dtype: torch.dtype, fast: bool, sizes: 'Sizes') -> BackwardShape:
-    """By what the GPU has: sm_90 multiplies bf16 by groups of warps where that is compiled."""
-    channels, states = padded_channels(sizes.dim), sizes.states
-    capability = torch.cuda.get_device_capability(index)
-    if capability == (9, 0) and (dtype, channels, states) == (torch.bfloat16, 64, 128):
-        return BackwardShape(groups_instance(), 384, _GROUPS_SHARED, 1)
-    size = dtype.itemsize
+    if has_groups(index, dtype, sizes):
+        return BackwardShape(groups_instance('bwd'), 384, _BACKWARD_GROUPS_SHARED, 1)
+    size, channels, states = dtype.itemsize, padded_channels(sizes.dim), sizes.states
     shared = backward_shared(size, channels, states)
     # By registers, as its launch bounds say, and by shared memory.
     registers = 5 if states <= 16 else 3 if states <= 64 else 2 if states <= 128 and size < 4 else 1
@@ -181,7 +191,8 @@ def _compiled() -> Iterator[tuple[Instance, int]]:
     yield forward_instance('Float', True, Shape(2, 4, 1, 1), 64), 80
     yield forward_instance('Half', False, Shape(1, 2, 2, 2), 16), 80
     yield combine_instance(), 80
-    yield groups_instance(), 90
+    yield groups_instance('states'), 90
+    yield groups_instance('bwd'), 90
 
 
 #: What is compiled to check it, and the lowest compute capability that it is for.
@@ -355,7 +366,12 @@ class States:
                  maps: dict[str, Strides], span: int, spans: int):
         self.sizes, self.spans = sizes, spans
         self.shape = states_shape(index, dtype.itemsize, sizes)
-        self._index, self._dtype, self._fast = index, dtype, fast
+        self._instance = states_instance(TYPES[dtype], fast, self.shape)
+        self._shared = self.shape.shared(dtype.itemsize)
+        if has_groups(index, dtype, sizes):
+            self.shape = StatesShape(4, 2, 128)
+            self._instance, self._shared = groups_instance('states'), _STATES_GROUPS_SHARED
+        self._index = index
         zero = Strides(0, 0, 0)
         self._fields = dict(
             length=sizes.length, heads=sizes.heads, per_group=sizes.heads // sizes.groups,
@@ -377,11 +393,10 @@ class States:
 
     def bind(self, jobs: int, backwards: int = 0) -> Callable[..., None]:
         """The states, the gradients (``backwards``), or both."""
-        sizes, size = self.sizes, self._dtype.itemsize
+        sizes = self.sizes
         blocks = sizes.batch * sizes.heads * self._fields['columns'] * self._fields['parts']
-        return kernel(self._index, states_instance, TYPES[self._dtype], self._fast,
-                      self.shape).bind(
-            (blocks, self.spans, jobs), (32 * self.shape.slices, 1, 1), self.shape.shared(size),
+        return load(self._instance, self._index).bind(
+            (blocks, self.spans, jobs), (32 * self.shape.slices, 1, 1), self._shared,
             backwards=backwards, **self._fields)
 
     def combine(self, jobs: int) -> Callable[..., None]:
