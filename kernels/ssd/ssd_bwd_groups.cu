@@ -139,6 +139,21 @@ __device__ __forceinline__ void sum_skips(float *to, const u32 (&x)[4][4], const
     *(float2 *)(to + 8 * g + 2 * t) = make_float2(sums[0][0], sums[0][1]);
 }
 
+// Calls of_head(head, parity, whether another one follows) when what a head needs has come, after
+// copy(head, parity) for the next one.
+template <class Copy, class OfHead>
+__device__ __forceinline__ void for_heads(int first, int end, Copy copy, OfHead of_head) {
+    for (int head = first, parity = 0; head < end; ++head, parity ^= 1) {
+        const bool more = head + 1 < end;
+        wait_copies<0>();
+        show_to_products();
+        __syncthreads();
+        if (more) copy(head + 1, parity ^ 1);
+        of_head(head, parity, more);
+    }
+    __syncthreads();
+}
+
 __global__ void __launch_bounds__(384, 1) ssd_bwd_groups(const Backward p) {
     typedef unsigned short E;
     extern __shared__ __align__(1024) char memory[];
@@ -164,7 +179,8 @@ __global__ void __launch_bounds__(384, 1) ssd_bwd_groups(const Backward p) {
                                                    + chunk) * p.dim * p.state,
                        p.state, p.dim, p.state);
     };
-    auto copy = [&](int head, GroupsShared::Stage &stage) {
+    auto copy = [&](int head, int parity) {
+        GroupsShared::Stage &stage = shared.stages[parity];
         if (role == 0) copy_tokens(stage.x, p.x, head), copy_tokens(stage.dy, p.dy, head);
         if (role == 1) copy_states(stage.state, p.states, head);
         if (role == 2) copy_states(stage.grad_state, p.grad_states, head);
@@ -217,7 +233,7 @@ __global__ void __launch_bounds__(384, 1) ssd_bwd_groups(const Backward p) {
     if (role == 1) copy_shared(shared.C, p.C);
     if (role == 2) copy_shared(shared.B, p.B);
     commit_copies();
-    copy(first_head, shared.stages[0]);
+    copy(first_head, 0);
     if (warp == 0) prepare(first_head, load(first_head), 0);
     for (int i = threadIdx.x; i < 64 * 64 / 8; i += 384)  // also above the diagonal
         ((uint4 *)shared.weights.data)[i] = make_uint4(0, 0, 0, 0);
@@ -225,18 +241,6 @@ __global__ void __launch_bounds__(384, 1) ssd_bwd_groups(const Backward p) {
     show_to_products();
     __syncthreads();
 
-    // Calls of_head(head, parity, whether another one follows) when what a head needs has come.
-    auto for_heads = [&](auto of_head) {
-        for (int head = first_head, parity = 0; head < end_head; ++head, parity ^= 1) {
-            const bool more = head + 1 < end_head;
-            wait_copies<0>();
-            show_to_products();
-            __syncthreads();
-            if (more) copy(head + 1, shared.stages[parity ^ 1]);
-            of_head(head, parity, more);
-        }
-        __syncthreads();
-    };
     // Adds to the gradients by C or B what is from the rows before or after, and stores them.
     auto store = [&](float (&of_rows)[2][8][4], const Map &map, int half) {
         commit_products();
@@ -275,7 +279,7 @@ __global__ void __launch_bounds__(384, 1) ssd_bwd_groups(const Backward p) {
         commit_products();
         wait_products<0>();
         results(scores);
-        for_heads([&](int head, int parity, bool more) {
+        for_heads(first_head, end_head, copy, [&](int head, int parity, bool more) {
             GroupsShared::Stage &stage = shared.stages[parity];
             const Decays &decays = shared.decays[parity];
             HeadSums &sums = shared.sums[parity];
@@ -327,7 +331,7 @@ __global__ void __launch_bounds__(384, 1) ssd_bwd_groups(const Backward p) {
         __syncthreads();
     } else if (role == 1) {
         float of_rows[2][8][4] = {};
-        for_heads([&](int head, int parity, bool more) {
+        for_heads(first_head, end_head, copy, [&](int head, int parity, bool more) {
             GroupsShared::Stage &stage = shared.stages[parity];
             const Decays &decays = shared.decays[parity];
             HeadSums &sums = shared.sums[parity];
@@ -372,7 +376,7 @@ __global__ void __launch_bounds__(384, 1) ssd_bwd_groups(const Backward p) {
         store(of_rows, p.dC, 1);
     } else {
         float of_rows[2][8][4] = {};
-        for_heads([&](int head, int parity, bool more) {
+        for_heads(first_head, end_head, copy, [&](int head, int parity, bool more) {
             GroupsShared::Stage &stage = shared.stages[parity];
             const Decays &decays = shared.decays[parity];
             HeadSums &sums = shared.sums[parity];

@@ -9,6 +9,19 @@ struct StatesGroupsShared {
     Decays decays[2];
 };
 
+// Calls of_pair(place, n, k) for the pairs of states that a lane has: v[n][2 * k] and the next one.
+template <class OfPair>
+__device__ __forceinline__ void each_pair(int channel, const States &p, OfPair of_pair) {
+    const int t = threadIdx.x & 3;
+#pragma unroll
+    for (int n = 0; n < 16; ++n)
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            const int c = channel + 8 * k, s = 8 * n + 2 * t;
+            if (c < p.dim && s < p.state) of_pair(c * p.state + s, n, k);
+        }
+}
+
 __global__ void __launch_bounds__(128, 4) ssd_states_groups(const States p) {
     typedef unsigned short E;
     extern __shared__ __align__(1024) char memory[];
@@ -57,21 +70,10 @@ __global__ void __launch_bounds__(128, 4) ssd_states_groups(const States p) {
 
     const long long of_span = (((long long)batch * p.heads + head) * p.spans + span)
         * p.dim * p.state;
-    // What enters or leaves a span, in fp32.
-    auto each_pair = [&](auto of_pair) {
-#pragma unroll
-        for (int n = 0; n < 16; ++n)
-#pragma unroll
-            for (int k = 0; k < 2; ++k) {
-                const int c = channel + 8 * k, s = 8 * n + 2 * t;
-                if (c < p.dim && s < p.state)
-                    of_pair(of_span + (long long)c * p.state + s, n, k);
-            }
-    };
     float state[2][8][4] = {};
     if (const float *const entries = back ? p.grad_entries : p.entries)
-        each_pair([&](long long at, int n, int k) {
-            const float2 v = *(const float2 *)(entries + at);
+        each_pair(channel, p, [&](int at, int n, int k) {
+            const float2 v = *(const float2 *)(entries + of_span + at);
             state[n >> 3][n & 7][2 * k] = v.x, state[n >> 3][n & 7][2 * k + 1] = v.y;
         });
 
@@ -136,8 +138,8 @@ __global__ void __launch_bounds__(128, 4) ssd_states_groups(const States p) {
     if (p.sums && !back && threadIdx.x == 0)
         p.sums[((long long)batch * p.heads + head) * p.spans + span] = sum;
     if (!ends) return;
-    each_pair([&](long long at, int n, int k) {
-        *(float2 *)(ends + at) = make_float2(state[n >> 3][n & 7][2 * k],
+    each_pair(channel, p, [&](int at, int n, int k) {
+        *(float2 *)(ends + of_span + at) = make_float2(state[n >> 3][n & 7][2 * k],
                                              state[n >> 3][n & 7][2 * k + 1]);
     });
 }
