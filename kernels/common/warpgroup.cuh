@@ -47,40 +47,62 @@ __device__ __forceinline__ void show_to_products() {
 }
 
 // Keeps the compiler from moving what reads results ahead of the wait for them.
-__device__ __forceinline__ void results(float (&d)[8][4]) {
+template <int TILES>
+__device__ __forceinline__ void results(float (&d)[TILES][4]) {
 #pragma unroll
-    for (int i = 0; i < 32; ++i) opaque(d[i >> 2][i & 3]);
+    for (int i = 0; i < 4 * TILES; ++i) opaque(d[i >> 2][i & 3]);
 }
 
-#define FOUR_RESULTS(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
-#define ALL_RESULTS                                                                                \
-    FOUR_RESULTS(0), FOUR_RESULTS(1), FOUR_RESULTS(2), FOUR_RESULTS(3), FOUR_RESULTS(4),           \
-        FOUR_RESULTS(5), FOUR_RESULTS(6), FOUR_RESULTS(7)
-#define RESULT_NAMES                                                                               \
-    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "  \
-    "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
+#define RESULTS_4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define RESULTS_32(i)                                                                              \
+    RESULTS_4(i), RESULTS_4(i + 1), RESULTS_4(i + 2), RESULTS_4(i + 3), RESULTS_4(i + 4),          \
+        RESULTS_4(i + 5), RESULTS_4(i + 6), RESULTS_4(i + 7)
+#define NAMES_0                                                                                    \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, "                  \
+    "%17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define NAMES_32                                                                                   \
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, "                  \
+    "%47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "                  \
+    "%62, %63"
+#define NAMES_64                                                                                   \
+    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, "                  \
+    "%79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, "                  \
+    "%94, %95"
 
-// d (64 x 64) = a b, plus d if `add`; a is 64 x 16 and b is 16 x 64, in bf16. Warp w of the group has
-// rows 16 w to 16 w + 15: its lane 4 g + t has the elements (g + 8 k, 8 n + 2 t + e) as d[n][2 k + e].
-template <bool A_TRANSPOSED, bool B_TRANSPOSED>
-__device__ __forceinline__ void multiply_tiles(float (&d)[8][4], u64 a, u64 b, bool add) {
-    asm volatile(
-        "{.reg .pred add; setp.ne.b32 add, %34, 0; "
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " RESULT_NAMES
-        ", %32, %33, add, 1, 1, %35, %36;}"
-        : ALL_RESULTS
-        : "l"(a), "l"(b), "r"((int)add), "n"((int)A_TRANSPOSED), "n"((int)B_TRANSPOSED));
-}
+// d (64 x N) = a b, plus d if `add`; a is 64 x 16 and b is 16 x N, in half precision. Warp w of the
+// group has rows 16 w to 16 w + 15: its lane 4 g + t has the elements (g + 8 k, 8 n + 2 t + e) as
+// d[n][2 k + e]. For N above 64 the tiles of b, each with rows for 64 columns, follow one another.
+#define MULTIPLY_TILES(TYPE, NAME, TILES, RESULTS, NAMES, A, B, ADD, A_WAY, B_WAY)                 \
+    template <bool A_TRANSPOSED, bool B_TRANSPOSED>                                                \
+    __device__ __forceinline__ void multiply_tiles(float (&d)[TILES][4], u64 a, u64 b, bool add,   \
+                                                   TYPE) {                                         \
+        asm volatile("{.reg .pred add; setp.ne.b32 add, " ADD ", 0; wgmma.mma_async.sync.aligned." \
+                     NAME " {" NAMES "}, " A ", " B ", add, 1, 1, " A_WAY ", " B_WAY ";}"          \
+                     : RESULTS                                                                     \
+                     : "l"(a), "l"(b), "r"((int)add), "n"((int)A_TRANSPOSED),                      \
+                       "n"((int)B_TRANSPOSED));                                                    \
+    }
+#define MULTIPLY_TILES_OF(TYPE, NAME)                                                              \
+    MULTIPLY_TILES(TYPE, "m64n64k16.f32." NAME "." NAME, 8, RESULTS_32(0), NAMES_0, "%32", "%33",  \
+                   "%34", "%35", "%36")                                                            \
+    MULTIPLY_TILES(TYPE, "m64n128k16.f32." NAME "." NAME, 16, RESULTS_64, NAMES_0 ", " NAMES_32,   \
+                   "%64", "%65", "%66", "%67", "%68")                                              \
+    MULTIPLY_TILES(TYPE, "m64n192k16.f32." NAME "." NAME, 24, RESULTS_96,                          \
+                   NAMES_0 ", " NAMES_32 ", " NAMES_64, "%96", "%97", "%98", "%99", "%100")
+#define RESULTS_64 RESULTS_32(0), RESULTS_32(8)
+#define RESULTS_96 RESULTS_64, RESULTS_32(16)
+MULTIPLY_TILES_OF(Half, "f16")
+MULTIPLY_TILES_OF(BFloat, "bf16")
 
-// The same with the warp's rows of a in registers, as those of a Block16.
+// The same for N = 64 with the warp's rows of a in registers, as those of a Block16 (ssd/ssd.cuh).
 template <bool B_TRANSPOSED>
-__device__ __forceinline__ void multiply_tiles(float (&d)[8][4], const u32 (&a)[4], u64 b,
-                                               bool add) {
+__device__ __forceinline__ void multiply_tiles(float (&d)[8][4], const u32 (&a)[4], u64 b, bool add,
+                                               BFloat) {
     asm volatile(
         "{.reg .pred add; setp.ne.b32 add, %37, 0; "
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " RESULT_NAMES
-        ", {%32, %33, %34, %35}, %36, add, 1, 1, %38;}"
-        : ALL_RESULTS
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" NAMES_0
+        "}, {%32, %33, %34, %35}, %36, add, 1, 1, %38;}"
+        : RESULTS_32(0)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add),
           "n"((int)B_TRANSPOSED));
 }

@@ -67,7 +67,8 @@ __device__ __forceinline__ void multiply_states(float (&d)[2][8][4], const u32 (
         const u64 tile = describe(b[h]);
 #pragma unroll
         for (int k = 0; k < 4; ++k)
-            multiply_tiles<true>(d[h], a[k], part_of<true>(tile, k), true);
+            multiply_tiles<true>(d[h], a[k], part_of<true>(tile, k), true,
+                               BFloat{});
     }
 }
 
@@ -80,7 +81,7 @@ __device__ __forceinline__ void multiply_by_states(float (&d)[8][4], const Tile 
 #pragma unroll
         for (int k = 0; k < 4; ++k)
             multiply_tiles<false, false>(d, part_of<false>(left, k), part_of<false>(right, k),
-                                         h + k > 0);
+                                         h + k > 0, BFloat{});
     }
 }
 
@@ -95,7 +96,7 @@ __device__ __forceinline__ void multiply_pairs(float (&d)[2][8][4], const Tile &
 #pragma unroll
         for (int k = 0; k < 4; ++k)
             multiply_tiles<TRANSPOSED, true>(d[h], part_of<TRANSPOSED>(left, k),
-                                             part_of<true>(right, k), true);
+                                             part_of<true>(right, k), true, BFloat{});
     }
 }
 
@@ -291,7 +292,7 @@ __global__ void __launch_bounds__(384, 1) ssd_bwd_groups(const Backward p) {
 #pragma unroll
             for (int k = 0; k < 4; ++k)
                 multiply_tiles<false, false>(grads, part_of<false>(left, k),
-                                             part_of<false>(right, k), k > 0);
+                                             part_of<false>(right, k), k > 0, BFloat{});
             commit_products();
             wait_products<0>();
             results(grads);
@@ -412,7 +413,7 @@ __global__ void __launch_bounds__(384, 1) ssd_bwd_groups(const Backward p) {
 #pragma unroll
             for (int k = 0; k < 4; ++k)
                 multiply_tiles<true, true>(of_x, part_of<true>(weights, k), part_of<true>(right, k),
-                                           true);
+                                           true, BFloat{});
             commit_products();
             load_rows(dy, stage.dy, own);
             wait_products<0>();

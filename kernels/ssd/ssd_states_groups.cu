@@ -123,7 +123,8 @@ __global__ void __launch_bounds__(128, 4) ssd_states_groups(const States p) {
             const u64 tile = describe(stage.b[h]);
 #pragma unroll
             for (int k = 0; k < 4; ++k)
-                multiply_tiles<true>(state[h], rows[k], part_of<true>(tile, k), true);
+                multiply_tiles<true>(state[h], rows[k], part_of<true>(tile, k), true,
+                               BFloat{});
         }
         commit_products();
         if (warp == 0 && more) {

@@ -86,14 +86,15 @@ struct Copies {
 // Products of groups of warps read their factors in shared memory as late as they may, too; of rows
 // g and g + 8 of a factor in registers, each lane has a copy.
 struct Product {
-    float *results[32];
-    float before[32], rows[2][16];
+    float *results[96];
+    float before[96], rows[2][16];
     unsigned long long a, b;
+    float (*from)(u16);
     bool add, follows, in_registers, a_transposed, b_transposed;
-    int group;
+    int group, count;
 };
 struct Products {
-    static constexpr int MOST = 64;
+    static constexpr int MOST = 32;
     Product pending[MOST];
     int count, groups;
 };
@@ -627,13 +628,13 @@ static void fence_proxy_async_shared() {}
 static void wgmma_fence_sync_aligned() {}
 static void wgmma_commit_group_sync_aligned() { ++current->products.groups; }
 
-// Element (row, k) of a factor in shared memory, 64 x 16, in rows of 128 bytes whose parts of 16
-// bytes are in an order that differs from row to row; `transposed`: rows are what is summed over.
-static inline float factor(unsigned long long of, bool transposed, int row, int k) {
-    if (of >> 62 != 1 || (of >> 32 & 0x3fff) != 64) abort();
+// Element (row, k) of a factor in shared memory, 16 deep, in rows of 128 bytes whose parts of 16 bytes
+// are in an order that differs from row to row; `transposed`: rows are what is summed over.
+static inline u16 factor(unsigned long long of, bool transposed, int row, int k) {
+    if (of >> 62 != 1 || (of >> 32 & 0x3fff) != 64 || transposed && row >= 64) abort();
     u32 at = (of & 0x3fff) << 4;
     at += transposed ? k * 128 + row * 2 : row * 128 + k * 2;
-    return from_bfloat(*(const u16 *)(dynamic_shared + (at ^ (at >> 7 & 7) << 4)));
+    return *(const u16 *)(dynamic_shared + (at ^ (at >> 7 & 7) << 4));
 }
 
 static void finish_products(int before_group) {
@@ -642,18 +643,19 @@ static void finish_products(int before_group) {
     const int first = current->thread.x / 32 % 4 * 16 + g;
     int left = 0;
     for (int i = 0; i < products.count; ++i) {
-        const emulated::Product p = products.pending[i];
-        if (p.group >= before_group) {
-            products.pending[left++] = p;
+        if (products.pending[i].group >= before_group) {
+            products.pending[left++] = products.pending[i];
             continue;
         }
-        for (int j = 0; j < 32; ++j) {
+        const emulated::Product &p = products.pending[i];
+        for (int j = 0; j < p.count; ++j) {
             const int down = j >> 1 & 1, column = j / 4 * 8 + 2 * t + (j & 1);
             float sum = !p.add ? 0.f : p.follows ? *p.results[j] : p.before[j];
             for (int k = 0; k < 16; ++k)
-                sum += factor(p.b, p.b_transposed, column, k)
-                    * (p.in_registers ? p.rows[down][k]
-                                      : factor(p.a, p.a_transposed, first + 8 * down, k));
+                sum += p.from(factor(p.b, p.b_transposed, column, k))
+                    * (p.in_registers
+                           ? p.rows[down][k]
+                           : p.from(factor(p.a, p.a_transposed, first + 8 * down, k)));
             *p.results[j] = sum;
         }
     }
@@ -664,51 +666,63 @@ static void wgmma_wait_group_sync_aligned(int pending) {
     finish_products(current->products.groups - pending);
 }
 
-// Until they are waited for, results are NaN.
-static void start_product(emulated::Product &p, float *const *results) {
+// An operand: a register of the result, or a number.
+struct Operand {
+    float *result;
+    unsigned long long number;
+    Operand(float &f) : result(&f) {}
+    Operand(int n) : number(n) {}
+    Operand(u32 n) : number(n) {}
+    Operand(unsigned long long n) : number(n) {}
+};
+
+// Until they are waited for, results are NaN. What follows `count` results is the factors and, after
+// two signs, whether they are transposed.
+template <int count, float from(u16), class... Rest>
+static void start_product(int add, Rest &...rest) {
+    const Operand operands[] = {rest...};
+    const bool in_registers = sizeof...(Rest) == count + 8;
     emulated::Products &products = current->products;
     if (products.count == products.MOST) emulated::stop("too many products under way");
+    emulated::Product &p = products.pending[products.count];
+    const Operand *const given = operands + count;
+    p.count = count, p.from = from, p.add = add, p.in_registers = in_registers;
+    if (in_registers) {
+        const Given *const words = exchange((u32)given[0].number, (u32)given[1].number,
+                                            (u32)given[2].number, (u32)given[3].number);
+        for (int down = 0; down < 2; ++down)
+            for (int k = 0; k < 16; ++k)
+                p.rows[down][k] = from(words[(current->lane & ~3) + k % 8 / 2]
+                                           .words[k / 8 * 2 + down].u >> 16 * (k & 1));
+        p.b = given[4].number, p.b_transposed = given[7].number;
+    } else {
+        p.a = given[0].number, p.b = given[1].number;
+        p.a_transposed = given[4].number, p.b_transposed = given[5].number;
+    }
     p.follows = false;
     for (int i = 0; i < products.count; ++i)
-        p.follows |= products.pending[i].results[0] == results[0];
-    for (int j = 0; j < 32; ++j) {
-        p.results[j] = results[j];
-        p.before[j] = *results[j];
-        *results[j] = NAN;
+        p.follows |= products.pending[i].results[0] == operands[0].result;
+    for (int j = 0; j < count; ++j) {
+        p.results[j] = operands[j].result;
+        p.before[j] = *p.results[j];
+        *p.results[j] = NAN;
     }
     p.group = products.groups;
-    products.pending[products.count++] = p;
+    ++products.count;
 }
 
-#define FOUR(i) float &d##i##0, float &d##i##1, float &d##i##2, float &d##i##3
-#define TO_FOUR(i) &d##i##0, &d##i##1, &d##i##2, &d##i##3
-#define RESULTS FOUR(0), FOUR(1), FOUR(2), FOUR(3), FOUR(4), FOUR(5), FOUR(6), FOUR(7)
-#define TO_RESULTS                                                                                 \
-    float *const to[32] = {TO_FOUR(0), TO_FOUR(1), TO_FOUR(2), TO_FOUR(3),                         \
-                           TO_FOUR(4), TO_FOUR(5), TO_FOUR(6), TO_FOUR(7)}
-
-static void setp_ne_b32__wgmma_mma_async_sync_aligned_m64n64k16_f32_bf16_bf16(
-    int add, int, RESULTS, unsigned long long a, unsigned long long b, int, int, int a_transposed,
-    int b_transposed) {
-    TO_RESULTS;
-    emulated::Product p = {};
-    p.a = a, p.b = b, p.add = add, p.a_transposed = a_transposed, p.b_transposed = b_transposed;
-    start_product(p, to);
-}
-
-static void setp_ne_b32__wgmma_mma_async_sync_aligned_m64n64k16_f32_bf16_bf16(
-    int add, int, RESULTS, u32 a0, u32 a1, u32 a2, u32 a3, unsigned long long b, int, int,
-    int b_transposed) {
-    TO_RESULTS;
-    const Given *const given = exchange(a0, a1, a2, a3);
-    emulated::Product p = {};
-    for (int down = 0; down < 2; ++down)
-        for (int k = 0; k < 16; ++k)
-            p.rows[down][k] = from_bfloat(given[(current->lane & ~3) + k % 8 / 2]
-                                          .words[k / 8 * 2 + down].u >> 16 * (k & 1));
-    p.b = b, p.add = add, p.in_registers = true, p.b_transposed = b_transposed;
-    start_product(p, to);
-}
+#define PRODUCTS(N, TYPE, FROM)                                                                    \
+    template <class... Rest>                                                                       \
+    static void setp_ne_b32__wgmma_mma_async_sync_aligned_m64n##N##k16_f32_##TYPE##_##TYPE(        \
+        int add, int, Rest &&...rest) {                                                            \
+        start_product<N / 2, FROM>(add, rest...);                                                  \
+    }
+PRODUCTS(64, f16, from_half)
+PRODUCTS(128, f16, from_half)
+PRODUCTS(192, f16, from_half)
+PRODUCTS(64, bf16, from_bfloat)
+PRODUCTS(128, bf16, from_bfloat)
+PRODUCTS(192, bf16, from_bfloat)
 
 // In the 8 bytes of the barrier; `due`: bytes that are announced and have not come, or fewer than 0.
 struct MBarrier {

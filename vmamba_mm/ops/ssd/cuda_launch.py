@@ -19,6 +19,7 @@ from vmamba_mm.ops.core.launch import (
     Slab,
     cached,
     device_limits,
+    has_groups_of_warps,
     kernel,
     load,
 )
@@ -124,11 +125,8 @@ def groups_instance(what: str) -> Instance:
 
 
 def has_groups(index: int, dtype: torch.dtype, sizes: 'Sizes') -> bool:
-    """Whether there are kernels by groups of warps, which are for sm_90 alone and which NVRTC
-    compiles from CUDA 12 on."""
-    if torch.version.cuda and int(torch.version.cuda.split('.')[0]) < 12:
-        return False
-    return (torch.cuda.get_device_capability(index) == (9, 0)
+    """Whether there are kernels by groups of warps."""
+    return (has_groups_of_warps(index)
             and (dtype, padded_channels(sizes.dim), sizes.states) == (torch.bfloat16, 64, 128))
 
 
