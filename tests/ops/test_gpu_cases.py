@@ -23,7 +23,8 @@ def device(request):
     'masa, whole, (1, 3, 6, 1, 16)', 'masa_mixer, lepe, fp32', 'rmt_block, half',
     'shift_mix, heads, two pixels',
     'gates, (2, 3, 5, 24)', 'spatial_mixer, paper', 'channel_mixer, fp32', 'causal_conv, 3 taps',
-    'depthwise convolutions, fp32', 'MLPs, fp32', 'batch norm', 'stem'])
+    'depthwise convolutions, fp32', 'MLPs, fp32',
+    'first half of an MLP, Shape(wide=1, tiles=2, stages=3)', 'batch norm', 'stem'])
 def test_a_case_launches_what_it_names(name, place, monkeypatch):
     monkeypatch.syspath_prepend(TOOLS)
     import _gpu_cases
