@@ -1,7 +1,7 @@
 // GELU of x W^T + b in half precision, by the matrix instructions of sm_90a. A block keeps its rows of
-// W in shared memory, and goes through the rows of x, of which parts 64 deep come ahead. Of its four
-// groups of warps WIDE lie side by side and 4 / WIDE one above the other, each with 64 rows and
-// 64 TILES columns of the result.
+// W in shared memory. Of its four groups of warps WIDE lie side by side, each with 64 TILES columns of
+// the result; together they go through tiles of 64 rows of x, of which parts 64 deep come ahead. The
+// 4 / WIDE teams do not wait for one another, so that one multiplies while another has GELU.
 #include "common/pairs.cuh"
 #include "common/warpgroup.cuh"
 
@@ -30,66 +30,72 @@ __device__ __forceinline__ float short_gelu(float x) {
 template <class T, int WIDE, int TILES, int STAGES>
 __global__ void __launch_bounds__(THREADS, 1) linear_gelu(const LinearGelu p) {
     typedef Element<T> E;
-    constexpr int HIGH = 4 / WIDE, COLUMNS = 64 * TILES * WIDE, ROWS = 64 * HIGH;
+    constexpr int TEAMS = 4 / WIDE, MEMBERS = 128 * WIDE, COLUMNS = 64 * TILES * WIDE;
     extern __shared__ __align__(1024) char memory[];
     const int deep = (p.inner + 63) / 64;  // parts of the depth
-    Tile(*const x)[HIGH] = (Tile(*)[HIGH])memory;
-    Tile(*const weight)[WIDE * TILES] = (Tile(*)[WIDE * TILES])(memory + sizeof(x[0]) * STAGES);
+    Tile(*const weight)[WIDE * TILES] = (Tile(*)[WIDE * TILES])(memory + TEAMS * STAGES * sizeof(Tile));
     float *const bias = (float *)(weight + deep);
 
     const int thread = threadIdx.x, group = warp_index() >> 2;
-    const int above = group / WIDE, beside = group % WIDE;
+    const int team = group / WIDE, beside = group % WIDE;
+    Tile *const x = (Tile *)memory + team * STAGES;
     const int part = blockIdx.x % p.parts, first_column = part * COLUMNS;
-    const int first = blockIdx.x / p.parts, step = gridDim.x / p.parts;
-    const int tiles = (p.rows + ROWS - 1) / ROWS;
+    const int first = blockIdx.x / p.parts * TEAMS + team, step = gridDim.x / p.parts * TEAMS;
+    const int tiles = (p.rows + 63) / 64;
 
-    // A thread copies 16 bytes of each tile.
-    auto copy = [&](Tile *to, const void *from, int first_row, int count, int deep_at, int n) {
-        int own = thread;
+    // So many threads copy a part of up to 64 rows of a matrix.
+    auto copy = [&](Tile &to, const void *from, int first_row, int rows, int k, int own, int members) {
         opaque(own);  // else addresses stay in registers
-        const int row = own >> 3, column = (own & 7) * 8;
-        const bool deep_enough = 64 * deep_at + column < p.inner;
+        const int column = (own & 7) * 8;
+        const bool deep_enough = 64 * k + column < p.inner;
 #pragma unroll
-        for (int i = 0; i < n; ++i) {
-            const int r = first_row + 64 * i + row;
-            const bool valid = deep_enough && r < count;
-            copy16(to[i].place(row, column),
-                   (const E *)from + (valid ? (long long)r * p.inner + 64 * deep_at + column : 0),
-                   valid);
+        for (int row = own >> 3; row < 64; row += members >> 3) {
+            const bool valid = deep_enough && first_row + row < rows;
+            copy16(to.place(row, column), (const E *)from
+                   + (valid ? (long long)(first_row + row) * p.inner + 64 * k + column : 0), valid);
         }
     };
-    int next_tile = first, next_deep = 0;  // of x, to be copied
+    int next_tile = first, next_part = 0;  // of x, to be copied
     auto copy_next = [&](int stage) {
         if (next_tile < tiles) {
-            copy(x[stage], p.x, next_tile * ROWS, p.rows, next_deep, HIGH);
-            if (++next_deep == deep) next_deep = 0, next_tile += step;
+            copy(x[stage], p.x, next_tile * 64, p.rows, next_part, thread % MEMBERS, MEMBERS);
+            if (++next_part == deep) next_part = 0, next_tile += step;
         }
         commit_copies();
     };
     for (int k = 0; k < deep; ++k)
-        copy(weight[k], p.weight, first_column, p.columns, k, WIDE * TILES);
+        for (int i = 0; i < WIDE * TILES; ++i)
+            copy(weight[k][i], p.weight, first_column + 64 * i, p.columns, k, thread, THREADS);
     for (int c = thread; c < COLUMNS; c += THREADS)
         bias[c] = first_column + c < p.columns
             ? load_parameter(p.bias, first_column + c, T::CODE) : 0.f;
+    commit_copies();
 #pragma unroll
     for (int i = 0; i < STAGES - 1; ++i) copy_next(i);
+    wait_copies<STAGES - 1>();
+    show_to_products();
+    __syncthreads();  // W is there
 
     int stage = 0;
     for (int tile = first; tile < tiles; tile += step) {
         float sums[8 * TILES][4];
         for (int k = 0; k < deep; ++k) {
-            wait_products<0>();  // who reads what is copied next
+            wait_products<0>();  // which read what is copied next
             wait_copies<STAGES - 2>();
             show_to_products();
-            __syncthreads();
+            asm volatile("bar.sync %0, %1;" :: "r"(1 + team), "n"(MEMBERS) : "memory");
             copy_next(stage == 0 ? STAGES - 1 : stage - 1);
-            const u64 left = describe(x[stage][above]), right = describe(weight[k][beside * TILES]);
+            const u64 left = describe(x[stage]), right = describe(weight[k][beside * TILES]);
             begin_products();
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-                if (64 * k + 16 * i < p.inner)
-                    multiply_tiles<false, false>(sums, part_of<false>(left, i),
-                                                 part_of<false>(right, i), k + i > 0, T{});
+            auto multiply = [&](int i) {
+                multiply_tiles<false, false>(sums, part_of<false>(left, i), part_of<false>(right, i),
+                                             k + i > 0, T{});
+            };
+            multiply(0), multiply(1);
+            if (64 * k + 32 < p.inner) {  // else there are only zeros
+                begin_products();
+                multiply(2), multiply(3);
+            }
             commit_products();
             stage = stage + 1 == STAGES ? 0 : stage + 1;
         }
@@ -99,7 +105,7 @@ __global__ void __launch_bounds__(THREADS, 1) linear_gelu(const LinearGelu p) {
         int own = thread;
         opaque(own);  // else what follows from it stays in registers during the products
         const int g = own >> 2 & 7, t = own & 3;
-        const int own_row = tile * ROWS + 64 * above + 16 * (own >> 5 & 3) + g;
+        const int own_row = tile * 64 + 16 * (own >> 5 & 3) + g;
         const int own_column = 64 * TILES * beside;
 #pragma unroll
         for (int n = 0; n < 8 * TILES; n += 4) {

@@ -71,7 +71,7 @@ def test_shapes_of_blocks(place, cut, launched, shape, dtype):
     """A part of the columns and of the rows that is not full; several tiles to a block."""
     cut(shape)
     width = shape.columns + 72
-    check(make(place, 5 * shape.rows - 3, width, 40, dtype), save=dtype == BRAIN)
+    check(make(place, 64 * 5 * shape.teams - 3, width, 40, dtype), save=dtype == BRAIN)
     assert launched == ['linear_gelu']
 
 

@@ -25,15 +25,15 @@ force: 'Shape | None' = None
 
 
 class Shape(NamedTuple):
-    """Of a block's four groups of warps ``wide`` lie side by side, each with so many ``tiles`` of
-    the columns; ``stages`` parts of x are in shared memory."""
+    """Of a block's four groups of warps ``wide`` form a team, in which each has so many ``tiles``
+    of the columns; ``stages`` parts of a team's x are in shared memory."""
     wide: int
     tiles: int
     stages: int
 
     @property
-    def rows(self) -> int:
-        return _TILE * _GROUPS // self.wide
+    def teams(self) -> int:
+        return _GROUPS // self.wide
 
     @property
     def columns(self) -> int:
@@ -41,14 +41,22 @@ class Shape(NamedTuple):
 
     def shared(self, dim: int) -> int:
         """Bytes of shared memory."""
-        tiles = self.stages * _GROUPS // self.wide + -(-dim // _TILE) * self.wide * self.tiles
+        tiles = self.stages * self.teams + -(-dim // _TILE) * self.wide * self.tiles
         return tiles * _TILE * _TILE * 2 + 4 * self.columns
+
+    def blocks(self, rows: int, hidden: int, multiprocessors: int) -> tuple[int, int]:
+        """Blocks, and into how many parts the columns are divided among them."""
+        parts = -(-hidden // self.columns)
+        together = min(max(multiprocessors // parts, 1), -(-rows // (_TILE * self.teams)))
+        return parts * together, parts
 
     def clocks(self, rows: int, hidden: int, dim: int, multiprocessors: int) -> float:
         """What it takes, roughly: products, and 14 instructions an element for GELU."""
-        parts, high = -(-hidden // self.columns), -(-rows // self.rows)
-        turns = -(-high // max(multiprocessors // parts, 1))
-        return turns * self.rows * self.columns * (-(-dim // 16) * 16 / 2048 + 18 / 128)
+        blocks, parts = self.blocks(rows, hidden, multiprocessors)
+        tiles = -(-rows // _TILE)
+        turns = -(-tiles // (blocks // parts * self.teams))
+        depth = -(-dim // 32) * 32
+        return turns * _TILE * self.teams * self.columns * (depth / 2048 + 18 / 128)
 
 
 #: The cuts that are compiled.
@@ -86,7 +94,7 @@ def shape_for(index: int, dtype: torch.dtype, rows: int, hidden: int, dim: int) 
         return force
     multiprocessors, _, most_shared = device_limits(index)
     shapes = [shape for shape in SHAPES if shape.shared(dim) <= most_shared
-              and -(-rows // shape.rows) * -(-hidden // shape.columns) >= multiprocessors]
+              and -(-rows // _TILE) * -(-hidden // shape.columns) >= 4 * multiprocessors]
     return min(shapes, default=None,
                key=lambda shape: shape.clocks(rows, hidden, dim, multiprocessors))
 
@@ -99,11 +107,10 @@ def hidden_launch(index: int, dtype: torch.dtype, rows: int, hidden: int, dim: i
     at multiples of 16. What GELU takes may be its result; then it is not kept."""
     shape = shape_for(index, dtype, rows, hidden, dim)
     if shape is not None:
-        parts = -(-hidden // shape.columns)
-        together = max(device_limits(index)[0] // parts, 1)  # blocks of a part of the columns
+        blocks, parts = shape.blocks(rows, hidden, device_limits(index)[0])
         launch = kernel(index, linear_instance, TYPES[dtype], shape).bind(
-            (parts * min(together, -(-rows // shape.rows)), 1, 1), (128 * _GROUPS, 1, 1),
-            shape.shared(dim), rows=rows, columns=hidden, inner=dim, parts=parts)
+            (blocks, 1, 1), (128 * _GROUPS, 1, 1), shape.shared(dim), rows=rows, columns=hidden,
+            inner=dim, parts=parts)
 
         def run_one(x, weight, inner, y, workspace, bias):
             launch(x=x, weight=weight, bias=bias, y=y, product=0 if inner == y else inner)
