@@ -22,6 +22,7 @@ from vmamba_mm.layers import (
     run_blocks,
 )
 from vmamba_mm.ops.core import launch
+from vmamba_mm.ops.fused.mlp import hidden
 from vmamba_mm.ops.nc_ssd import cuda as nc_ssd_kernels
 from vmamba_mm.ops.rmt_block import Weights, rmt_block
 from vmamba_mm.ops.rotation import rotation_table
@@ -37,6 +38,8 @@ from vmamba_mm.testing import (
 )
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
+#: Whether kernels by groups of warps run; where there is no GPU, for the list of what there is.
+BY_GROUPS = not torch.cuda.device_count() or launch.has_groups_of_warps(0)
 
 
 class Case(NamedTuple):
@@ -193,7 +196,7 @@ def _mamba_inner_cases() -> Iterator[Case]:
 
 def _ssd_cases() -> Iterator[Case]:
     for shape, dtype in (((2, 150, 4, 40, 2, 24), BRAIN), ((1, 300, 2, 64, 1, 128), HALF),
-                         ((1, 70, 2, 16, 1, 16), SINGLE)):
+                         ((2, 300, 3, 64, 1, 128), BRAIN), ((1, 70, 2, 16, 1, 16), SINGLE)):
         def make(shape=shape, dtype=dtype):
             inputs = ssd_inputs(*shape, dtype=dtype)
             batch, _, heads, dim, _, state = shape
@@ -201,10 +204,11 @@ def _ssd_cases() -> Iterator[Case]:
                                  initial_state=torch.ones(batch, heads, dim, state))
 
         for span in (None, 1):
-            combined = _files('ssd', 'ssd_combine') if span else ()
-            yield _op_case(f'{shape}, spans of {span}',
-                           _files('ssd', 'ssd_fwd', 'ssd_states', 'ssd_bwd') + combined, ops.ssd,
-                           make, _setting(ssd_launch, 'max_span', span), dt_softplus=True,
+            of_groups = '_groups' if BY_GROUPS and dtype == BRAIN and shape[-1] == 128 else ''
+            files = _files('ssd', 'ssd_fwd', f'ssd_states{of_groups}', f'ssd_bwd{of_groups}',
+                           *(('ssd_combine',) if span else ()))
+            yield _op_case(f'{shape}, spans of {span}', files, ops.ssd, make,
+                           _setting(ssd_launch, 'max_span', span), dt_softplus=True,
                            reverse=shape[1] == 150)
 
 
@@ -396,6 +400,12 @@ def _fused_cases() -> Iterator[Case]:
         _step(ops.conv_mlp, x, w1, b1, weight, _leaf(4 * dim, device=device), w2, b2,
               autocast=autocast)
 
+    def run_first_half(device, shape):
+        x, w, b = (torch.randn(size).to(device, HALF) for size in ((600, 200), (456, 200), (456,)))
+        with _setting(hidden, 'force', shape)():
+            for save in (False, True):
+                hidden.hidden_layer(x, w, b, save)
+
     def run_batch_norm(device):
         for dtype in (HALF, SINGLE):
             x = torch.randn(2, 5, 7, 24).to(device, dtype)
@@ -417,6 +427,10 @@ def _fused_cases() -> Iterator[Case]:
         yield Case(f'MLPs, {name}', _files('fused', 'gelu', 'column_sums'),
                    lambda device, dtype=dtype, autocast=autocast:
                    run_mlps(device, dtype, autocast, 16))
+    if BY_GROUPS:
+        for shape in hidden.SHAPES:
+            yield Case(f'first half of an MLP, {shape}', _files('fused', 'linear_gelu'),
+                       lambda device, shape=shape: run_first_half(device, shape))
     yield Case('batch norm', _files('fused', 'batch_norm'), run_batch_norm)
     yield Case('stem', _files('fused', 'stem'), run_stem)
 

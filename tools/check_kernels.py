@@ -119,7 +119,8 @@ def main():
     except compile.NvrtcNotFound as err:
         raise UserError(str(err)) from err
     jobs = [(instance, arch) for instance, lowest in instances.INSTANCES.items()
-            for arch in args.arch if arch >= lowest and args.only in str(instance)]
+            for arch in args.arch if arch >= lowest and instance.only in (0, arch)
+            and args.only in str(instance)]
     if not jobs:
         what = 'no kernel fits' if instances.INSTANCES else 'there are no kernels yet'
         print(f'{what}; NVRTC {version}')

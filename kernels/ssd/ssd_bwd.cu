@@ -4,17 +4,6 @@
 // vmamba_mm/ops/ssd/README.md has the equations.
 #include "ssd/ssd_bwd.cuh"
 
-struct Backward {
-    Map x, dy, dt, B, C, dx, ddt, dB, dC;
-    Steps step;
-    const void *D, *states, *grad_states;  // of states null if all are zeros, for N <= 64
-    float *BC_parts;    // (2, splits, batch, length, groups, state) in place of dB and dC, or null
-    float *head_parts;  // by A and by the bias (2, batch, chunks, heads)
-    float *D_parts;     // (batch, chunks, heads, dim), null without D
-    int D_type, D_full;
-    int batch, length, heads, per_group, groups, dim, state, chunks, splits, per_split, reverse;
-};
-
 template <class T, bool FAST, int P, int N>
 __global__ void __launch_bounds__(32 * BackwardShared<T, P, N>::WARPS,
                                   backward_blocks<T, P, N>())
@@ -74,8 +63,9 @@ ssd_bwd(const Backward p) {
     // The gradients by dt, and shares of those by A and by the bias, from what the warps have left.
     auto finish = [&](int head) {
         float2 ddt;
-        const float2 parts = finish_steps<T, P, N>(
-            shared, ddt, load_parameter(p.step.A, head, p.step.A_type), p.step, count);
+        const float2 parts = finish_steps(
+            shared, shared.decays, ddt, load_parameter(p.step.A, head, p.step.A_type), p.step,
+            count);
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
             const int i = 2 * lane + e;
@@ -136,35 +126,14 @@ ssd_bwd(const Backward p) {
             if (i >= Triangle::COUNT) break;
             opaque(i);  // else what follows from it stays in registers
             const int r = Triangle::row(i), b = Triangle::column(i);
-            float products[2][4], grads[2][4] = {}, passed[2][4];
+            float products[2][4], grads[2][4] = {};
 #pragma unroll
             for (int n = 0; n < P / BLOCK; ++n)
                 multiply_rows<T, FAST>(grads, shared.dy + BLOCK * r * X + BLOCK * n, X,
                                        shared.x + BLOCK * b * X + BLOCK * n, X);
             load_block<T>(products, shared.products(r, b), S);
             if (same<T, Half>) multiply_all(products, shared.scales[r][b]);
-            decay_block<false>(products, decays, r, b);
-            float down[2] = {};
-#pragma unroll
-            for (int n = 0; n < 2; ++n)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) passed[n][e] = products[n][e] * grads[n][e];
-            decay_block<false>(grads, decays, r, b);
-#pragma unroll
-            for (int n = 0; n < 2; ++n) {
-                const float2 dt = *(const float2 *)(decays.dt + BLOCK * b + 8 * n + 2 * t);
-#pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    const float sum = sum_over_rows(passed[n][e] + passed[n][2 + e]);
-                    if (g == 0) shared.columns[r][BLOCK * b + 8 * n + 2 * t + e] = sum;
-                }
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    const float step = e & 1 ? dt.y : dt.x;
-                    products[n][e] *= step, grads[n][e] *= step, passed[n][e] *= step;
-                    down[e >> 1] += passed[n][e];
-                }
-            }
+            pass_pairs(products, grads, shared, decays, r, b);
             store_block<T>(shared.weights(r, b), S, products);
             if (turn < KEPT) {
 #pragma unroll
@@ -172,17 +141,6 @@ ssd_bwd(const Backward p) {
                     of_pairs[turn % KEPT][e >> 2][e & 3] += grads[e >> 2][e & 3];
             } else {
                 add_block(sums_of(i), grads);
-            }
-            if (b < r) {
-                down[0] = sum_over_columns(down[0]), down[1] = sum_over_columns(down[1]);
-                const float sum = sum_over_rows(down[0] + down[1]);
-                if (t == 0) {
-                    shared.rows[b][BLOCK * r + g] = down[0];
-                    shared.rows[b][BLOCK * r + 8 + g] = down[1];
-                }
-                if (lane == 0) shared.blocks[r][b] = sum;
-            } else {
-                sum_within(shared.within + BLOCK * r, passed);
             }
         }
         __syncthreads();

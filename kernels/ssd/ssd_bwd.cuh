@@ -2,6 +2,17 @@
 #pragma once
 #include "ssd/ssd.cuh"
 
+struct Backward {
+    Map x, dy, dt, B, C, dx, ddt, dB, dC;
+    Steps step;
+    const void *D, *states, *grad_states;  // of states null if all are zeros, for N <= 64
+    float *BC_parts;    // (2, splits, batch, length, groups, state) in place of dB and dC, or null
+    float *head_parts;  // by A and by the bias (2, batch, chunks, heads)
+    float *D_parts;     // (batch, chunks, heads, dim), null without D
+    int D_type, D_full;
+    int batch, length, heads, per_group, groups, dim, state, chunks, splits, per_split, reverse;
+};
+
 template <class T, int P, int N>
 struct BackwardShared {
     static constexpr int SLICES = N / BLOCK;  // of N; a warp has one, or a part of its positions
@@ -47,6 +58,17 @@ __device__ __forceinline__ float sum_over_rows(float v) {  // lanes with the sam
     return v + __shfl_xor_sync(0xffffffffu, v, 16);
 }
 
+// The same for four values at once: lane 4 g + t receives the sum of value g / 2.
+__device__ __forceinline__ float sum_four_over_rows(const float (&v)[4]) {
+    const bool upper = threadIdx.x & 16, right = threadIdx.x & 8;
+    float first = upper ? v[2] : v[0], second = upper ? v[3] : v[1];
+    first += __shfl_xor_sync(0xffffffffu, upper ? v[0] : v[2], 16);
+    second += __shfl_xor_sync(0xffffffffu, upper ? v[1] : v[3], 16);
+    const float own = right ? second : first;
+    const float sum = own + __shfl_xor_sync(0xffffffffu, right ? first : second, 8);
+    return sum + __shfl_xor_sync(0xffffffffu, sum, 4);
+}
+
 // For each column of a block on the diagonal, the sum over elements of rows at or below it and
 // columns before it: the pairs whose decay has that of the column's position in it.
 __device__ __forceinline__ void sum_within(float *to, const float (&v)[2][4]) {
@@ -78,6 +100,47 @@ __device__ __forceinline__ void sum_within(float *to, const float (&v)[2][4]) {
             const float sum = sum_over_rows(sums[n][e]);
             if (g == 0) to[8 * n + 2 * t + e] = sum;
         }
+}
+
+// What a block of pairs, row i and column j, does in a head: `products` are those of C_i and B_j, and
+// become the weights of x_j in y_i; `grads` are those of dy_i and x_j, and become the gradients by the
+// products. What passes from j to i is left in `sums`, which has the names of BackwardShared.
+template <class Sums>
+__device__ __forceinline__ void pass_pairs(float (&products)[2][4], float (&grads)[2][4],
+                                           Sums &sums, const Decays &decays, int r, int b) {
+    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+    decay_block<false>(products, decays, r, b);
+    float passed[2][4], down[2] = {}, columns[4];
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) passed[n][e] = products[n][e] * grads[n][e];
+    decay_block<false>(grads, decays, r, b);
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+        const float2 dt = *(const float2 *)(decays.dt + BLOCK * b + 8 * n + 2 * t);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) columns[2 * n + e] = passed[n][e] + passed[n][2 + e];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const float step = e & 1 ? dt.y : dt.x;
+            products[n][e] *= step, grads[n][e] *= step, passed[n][e] *= step;
+            down[e >> 1] += passed[n][e];
+        }
+    }
+    const float sum = sum_four_over_rows(columns);
+    if (!(g & 1)) sums.columns[r][BLOCK * b + (g >> 2) * 8 + 2 * t + (g >> 1 & 1)] = sum;
+    if (b < r) {
+        down[0] = sum_over_columns(down[0]), down[1] = sum_over_columns(down[1]);
+        const float sum = sum_over_rows(down[0] + down[1]);
+        if (t == 0) {
+            sums.rows[b][BLOCK * r + g] = down[0];
+            sums.rows[b][BLOCK * r + 8 + g] = down[1];
+        }
+        if (lane == 0) sums.blocks[r][b] = sum;
+    } else {
+        sum_within(sums.within + BLOCK * r, passed);
+    }
 }
 
 // The largest magnitude that a warp has of a block, for all of its lanes; NaN counts as nothing.
@@ -206,11 +269,10 @@ __device__ __forceinline__ void add_states(float (&sums)[OWN][2][4], float *dots
 
 // Called by a warp, whose lanes have two positions each: the gradient by raw dt, and a chunk's
 // share of those by A and by the bias.
-template <class T, int P, int N>
-__device__ __forceinline__ float2 finish_steps(const BackwardShared<T, P, N> &shared, float2 &ddt,
+template <class Sums>
+__device__ __forceinline__ float2 finish_steps(const Sums &sums, const Decays &decays, float2 &ddt,
                                                float A, const Steps &p, int count) {
     const int lane = threadIdx.x & 31, own = lane >> 3;
-    const Decays &decays = shared.decays;
     float direct[2], down[2] = {}, across[2] = {}, reads[2] = {}, leaves[2] = {}, within[2] = {};
     float between = 0.f, through = 0.f;
 #pragma unroll
@@ -218,24 +280,24 @@ __device__ __forceinline__ float2 finish_steps(const BackwardShared<T, P, N> &sh
         const int i = 2 * lane + e;
         direct[e] = 0.f;
         for (int r = own; r < BLOCKS; ++r) {
-            const float v = shared.columns[r][i];
+            const float v = sums.columns[r][i];
             direct[e] += v;
             if (r > own) across[e] += v * decays.dt[i];
         }
-        for (int b = 0; b < own; ++b) down[e] += shared.rows[b][i];
+        for (int b = 0; b < own; ++b) down[e] += sums.rows[b][i];
 #pragma unroll 4
-        for (int s = 0; s < N / BLOCK; ++s) {
-            reads[e] += shared.reads[s][i];
-            leaves[e] += shared.leaves[s][i];
+        for (int s = 0; s < Sums::SLICES; ++s) {
+            reads[e] += sums.reads[s][i];
+            leaves[e] += sums.leaves[s][i];
         }
-        within[e] = shared.within[i];
+        within[e] = sums.within[i];
         direct[e] += leaves[e];
         leaves[e] *= decays.dt[i];
     }
     for (int r = own + 1; r < BLOCKS; ++r)
-        for (int b = 0; b < own; ++b) between += shared.blocks[r][b];
+        for (int b = 0; b < own; ++b) between += sums.blocks[r][b];
 #pragma unroll 4
-    for (int w = 0; w < BackwardShared<T, P, N>::WARPS; ++w) through += shared.dots[w];
+    for (int w = 0; w < Sums::WARPS; ++w) through += sums.dots[w];
     between += through * decays.through;
 
     // Sums from a lane on, and before it: of its block, and of the chunk.
@@ -266,7 +328,7 @@ __device__ __forceinline__ float2 finish_steps(const BackwardShared<T, P, N> &sh
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
         const int i = 2 * lane + e;
-        const float given = shared.steps[i];
+        const float given = sums.steps[i];
         // The gradient by the logarithm of the decay.
         const float by_decay = between + within[e]
             + (e ? down[1] + down_after : down_from) + (e ? reads[1] + reads_after : reads_from)

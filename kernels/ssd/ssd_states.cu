@@ -1,20 +1,7 @@
 // The states that enter each chunk or leave a span, and the same backwards: the gradients by the
 // states that leave each chunk. Both are S' = through S + sum_i by_i x_i b_i^T over the positions
 // of a chunk: of x and B with by = dt leave, and from the end of dy and C with by = enter.
-#include "ssd/ssd.cuh"
-
-struct States {
-    Map x, dy, dt, B, C;
-    Steps step;
-    // Of each span, (batch, heads, spans, dim, state): what enters, null for zeros; what leaves,
-    // and the logarithm of the decay (batch, heads, spans), null if not wanted.
-    const float *entries, *grad_entries;
-    float *ends, *grad_ends, *sums;
-    void *states, *grad_states;  // (batch, heads, chunks, dim, state), null if not wanted
-    int backwards;  // 0: states, 1: gradients, for the first blocks in z
-    // A block has 16 * SLICES channels, of which there are `columns` parts, and N of the states.
-    int length, heads, per_group, dim, state, columns, parts, chunks, span, spans, reverse;
-};
+#include "ssd/ssd_states.cuh"
 
 template <class T, int SLICES, int N, int STAGES>
 struct StatesShared {
@@ -115,26 +102,7 @@ ssd_states(const States p) {
             opaque(own);  // else its addresses stay in registers
             const long long to = (((long long)batch * p.heads + head) * p.chunks + chunk)
                 * p.dim * p.state;
-            auto four = [&](int n, int k) {
-                return Four<T>(pack<T>(state[2 * n][2 * k], state[2 * n][2 * k + 1]),
-                               pack<T>(state[2 * n + 1][2 * k], state[2 * n + 1][2 * k + 1]));
-            };
-            constexpr int AT_ONCE = N > BLOCK && !same<T, Float> ? 2 : 1;  // blocks
-#pragma unroll
-            for (int n = 0; n < N / BLOCK; n += AT_ONCE)
-#pragma unroll
-                for (int k = 0; k < 2; ++k) {
-                    const int c = own + 8 * k, s = first_state + BLOCK * n;
-                    E *const at = (E *)states + to + (long long)c * p.state + s;
-                    if constexpr (AT_ONCE == 2) {
-                        store_eight<T>(at, four(n, k), four(n + 1, k),
-                                       c < p.dim && s + t * 8 < p.state);
-                    } else {
-                        const Four<T> v = four(n, k);
-                        if (c < p.dim && s + first_column(t) < p.state)
-                            v.store(at + first_column(t));
-                    }
-                }
+            store_states<T>((E *)states + to, own, p.dim, p.state, first_state, state);
         }
         if (!more && !ends) break;
         if (slice == 0 && more) {

@@ -83,6 +83,22 @@ struct Copies {
     int count, groups;
 };
 
+// Products of groups of warps read their factors in shared memory as late as they may, too; of rows
+// g and g + 8 of a factor in registers, each lane has a copy.
+struct Product {
+    float *results[96];
+    float before[96], rows[2][16];
+    unsigned long long a, b;
+    float (*from)(u16);
+    bool add, follows, in_registers, a_transposed, b_transposed;
+    int group, count;
+};
+struct Products {
+    static constexpr int MOST = 32;
+    Product pending[MOST];
+    int count, groups;
+};
+
 struct Barrier {
     u32 arrived, phase;
 };
@@ -112,6 +128,7 @@ struct Fiber {
     jmp_buf place;
     ucontext_t start;
     Copies copies;
+    Products products;
 };
 
 static Fiber *fibers, *current;
@@ -233,6 +250,7 @@ static void run_cluster(int count, int shared) {
         fiber.started = fiber.done = false;
         fiber.awaited = nullptr;
         fiber.copies.count = fiber.copies.groups = 0;
+        fiber.products.count = fiber.products.groups = 0;
     }
     patience = 1 << random_number() % 13;
     current = fibers;
@@ -605,6 +623,106 @@ static void finish_copies(int before_group) {
 }
 
 static void cp_async_wait_group(int pending) { finish_copies(current->copies.groups - pending); }
+
+static void fence_proxy_async_shared() {}
+static void wgmma_fence_sync_aligned() {}
+static void wgmma_commit_group_sync_aligned() { ++current->products.groups; }
+
+// Element (row, k) of a factor in shared memory, 16 deep, in rows of 128 bytes whose parts of 16 bytes
+// are in an order that differs from row to row; `transposed`: rows are what is summed over.
+static inline u16 factor(unsigned long long of, bool transposed, int row, int k) {
+    if (of >> 62 != 1 || (of >> 32 & 0x3fff) != 64 || transposed && row >= 64) abort();
+    u32 at = (of & 0x3fff) << 4;
+    at += transposed ? k * 128 + row * 2 : row * 128 + k * 2;
+    return *(const u16 *)(dynamic_shared + (at ^ (at >> 7 & 7) << 4));
+}
+
+static void finish_products(int before_group) {
+    emulated::Products &products = current->products;
+    const int lane = current->lane, g = lane >> 2, t = lane & 3;
+    const int first = current->thread.x / 32 % 4 * 16 + g;
+    int left = 0;
+    for (int i = 0; i < products.count; ++i) {
+        if (products.pending[i].group >= before_group) {
+            products.pending[left++] = products.pending[i];
+            continue;
+        }
+        const emulated::Product &p = products.pending[i];
+        for (int j = 0; j < p.count; ++j) {
+            const int down = j >> 1 & 1, column = j / 4 * 8 + 2 * t + (j & 1);
+            float sum = !p.add ? 0.f : p.follows ? *p.results[j] : p.before[j];
+            for (int k = 0; k < 16; ++k)
+                sum += p.from(factor(p.b, p.b_transposed, column, k))
+                    * (p.in_registers
+                           ? p.rows[down][k]
+                           : p.from(factor(p.a, p.a_transposed, first + 8 * down, k)));
+            *p.results[j] = sum;
+        }
+    }
+    products.count = left;
+}
+
+static void wgmma_wait_group_sync_aligned(int pending) {
+    finish_products(current->products.groups - pending);
+}
+
+// An operand: a register of the result, or a number.
+struct Operand {
+    float *result;
+    unsigned long long number;
+    Operand(float &f) : result(&f) {}
+    Operand(int n) : number(n) {}
+    Operand(u32 n) : number(n) {}
+    Operand(unsigned long long n) : number(n) {}
+};
+
+// Until they are waited for, results are NaN. What follows `count` results is the factors and, after
+// two signs, whether they are transposed.
+template <int count, float from(u16), class... Rest>
+static void start_product(int add, Rest &...rest) {
+    const Operand operands[] = {rest...};
+    const bool in_registers = sizeof...(Rest) == count + 8;
+    emulated::Products &products = current->products;
+    if (products.count == products.MOST) emulated::stop("too many products under way");
+    emulated::Product &p = products.pending[products.count];
+    const Operand *const given = operands + count;
+    p.count = count, p.from = from, p.add = add, p.in_registers = in_registers;
+    if (in_registers) {
+        const Given *const words = exchange((u32)given[0].number, (u32)given[1].number,
+                                            (u32)given[2].number, (u32)given[3].number);
+        for (int down = 0; down < 2; ++down)
+            for (int k = 0; k < 16; ++k)
+                p.rows[down][k] = from(words[(current->lane & ~3) + k % 8 / 2]
+                                           .words[k / 8 * 2 + down].u >> 16 * (k & 1));
+        p.b = given[4].number, p.b_transposed = given[7].number;
+    } else {
+        p.a = given[0].number, p.b = given[1].number;
+        p.a_transposed = given[4].number, p.b_transposed = given[5].number;
+    }
+    p.follows = false;
+    for (int i = 0; i < products.count; ++i)
+        p.follows |= products.pending[i].results[0] == operands[0].result;
+    for (int j = 0; j < count; ++j) {
+        p.results[j] = operands[j].result;
+        p.before[j] = *p.results[j];
+        *p.results[j] = NAN;
+    }
+    p.group = products.groups;
+    ++products.count;
+}
+
+#define PRODUCTS(N, TYPE, FROM)                                                                    \
+    template <class... Rest>                                                                       \
+    static void setp_ne_b32__wgmma_mma_async_sync_aligned_m64n##N##k16_f32_##TYPE##_##TYPE(        \
+        int add, int, Rest &&...rest) {                                                            \
+        start_product<N / 2, FROM>(add, rest...);                                                  \
+    }
+PRODUCTS(64, f16, from_half)
+PRODUCTS(128, f16, from_half)
+PRODUCTS(192, f16, from_half)
+PRODUCTS(64, bf16, from_bfloat)
+PRODUCTS(128, bf16, from_bfloat)
+PRODUCTS(192, bf16, from_bfloat)
 
 // In the 8 bytes of the barrier; `due`: bytes that are announced and have not come, or fewer than 0.
 struct MBarrier {

@@ -42,7 +42,7 @@ WHY_NOT = scans.why_not  # the real one
 
 def translate(source: str) -> str:
     """Preprocessed CUDA to C++ for ``emulated_cuda.h``."""
-    source = re.sub(r'extern __shared__ __align__\(16\) (\w+) (\w+)\[\];',
+    source = re.sub(r'extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];',
                     r'\1 *const \2 = (\1 *)dynamic_shared;', source)
     parts, end = [], 0
     for match in re.finditer(r'\basm(?: volatile)?\(', source):

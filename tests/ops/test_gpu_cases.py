@@ -18,11 +18,13 @@ def device(request):
 
 # One of each op whose kernels no other folder's have, and the smallest of them.
 @pytest.mark.parametrize('name', [
-    'wkv, L = 61, 2 warps', 'bi_wkv, official, L = 61, None warps', 'nc_ssd_mixer, float32',
+    'ssd, (2, 300, 3, 64, 1, 128), spans of 1', 'wkv, L = 61, 2 warps',
+    'bi_wkv, official, L = 61, None warps', 'nc_ssd_mixer, float32',
     'masa, whole, (1, 3, 6, 1, 16)', 'masa_mixer, lepe, fp32', 'rmt_block, half',
     'shift_mix, heads, two pixels',
     'gates, (2, 3, 5, 24)', 'spatial_mixer, paper', 'channel_mixer, fp32', 'causal_conv, 3 taps',
-    'depthwise convolutions, fp32', 'MLPs, fp32', 'batch norm', 'stem'])
+    'depthwise convolutions, fp32', 'MLPs, fp32',
+    'first half of an MLP, Shape(wide=1, tiles=2, stages=3)', 'batch norm', 'stem'])
 def test_a_case_launches_what_it_names(name, place, monkeypatch):
     monkeypatch.syspath_prepend(TOOLS)
     import _gpu_cases

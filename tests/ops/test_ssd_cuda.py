@@ -155,6 +155,45 @@ def test_sizes(place, dim, state, dtype):
     check(*make(place, 1, 70, 2, dim, 1, state, dtype=dtype))
 
 
+@pytest.mark.parametrize('reverse', [False, True])
+@pytest.mark.parametrize('shape, packed, cuts', [
+    ((2, 135, 3, 64, 1, 128), False, {}), ((2, 64, 2, 64, 1, 128), True, {}),
+    ((1, 200, 4, 40, 2, 72), True, dict(max_split=2))], ids=str)
+def test_groups_of_warps(place, cut, shape, packed, cuts, reverse):
+    """bf16 with 33 to 64 channels and 65 to 128 states: products of four warps, on sm_90."""
+    cut(cuda_backward, **cuts)
+    inputs, grads = make(place, *shape, dtype=BRAIN, packed=packed)
+    if reverse:
+        inputs['D'] = torch.randn(*inputs['x'].shape[2:], device=place)
+    check(inputs, grads, reverse=reverse, dt_limit=(0.1, 1.5))
+
+
+@pytest.mark.parametrize('reverse', [False, True])
+def test_groups_of_warps_in_spans(place, cut, reverse):
+    cut(cuda_launch, max_span=2)
+    inputs, grads = make(place, 1, 330, 2, 64, 1, 128, dtype=BRAIN)
+    if reverse:
+        del inputs['D'], inputs['initial_state']
+    check(inputs, grads, reverse=reverse)
+
+
+def test_groups_of_warps_are_bit_equal_whichever_is_first(place, monkeypatch):
+    inputs, grads = make(place, 1, 135, 3, 64, 1, 128, dtype=BRAIN)
+    first = run(inputs, grads, 'cuda')
+    for seed in (1, 2, 3):
+        monkeypatch.setattr(emulated_cuda.Kernel, 'seed', seed)
+        again = run(inputs, grads, 'cuda')
+        assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+@pytest.mark.parametrize('dtype, sizes, expected', [
+    (BRAIN, (64, 128), True), (BRAIN, (40, 72), True), (HALF, (64, 128), False),
+    (BRAIN, (64, 64), False), (BRAIN, (128, 128), False)])
+def test_which_have_groups_of_warps(monkeypatch, dtype, sizes, expected):
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda *_: (9, 0))
+    assert cuda_launch.has_groups(0, dtype, Sizes(1, 64, 1, sizes[0], 1, sizes[1])) == expected
+
+
 def test_fewer_channels_to_a_block_where_memory_is_short(place):
     """In fp32 the states of 64 channels, with N = 256, have no room beside B and C."""
     inputs, _ = make(place, 1, 70, 1, 64, 1, 256)
@@ -238,14 +277,14 @@ def test_spans_of_an_h200(monkeypatch, sequences, length, expected):
     assert cuda_launch.span_of(0, sizes, sequences) == expected
 
 
-@pytest.mark.parametrize('sizes, counts, expected', [
-    ((2048, 80, 64, 1, 128), [3, 3, 2], 8), ((196, 12, 64, 1, 64), [64], 3),
-    ((3136, 3, 64, 1, 64), [64], 1), ((196, 12, 64, 1, 64), [1], 12)])
-def test_turns_of_an_h200(monkeypatch, sizes, counts, expected):
+@pytest.mark.parametrize('blocks, sizes, counts, expected', [
+    (2, (2048, 80, 64, 1, 128), [3, 3, 2], 8), (3, (196, 12, 64, 1, 64), [64], 3),
+    (3, (3136, 3, 64, 1, 64), [64], 1), (3, (196, 12, 64, 1, 64), [1], 12)])
+def test_turns_of_an_h200(monkeypatch, blocks, sizes, counts, expected):
     """The heads of a group are divided so that blocks fill the GPU, at last too."""
     for module in (cuda_launch, cuda_backward):
         monkeypatch.setattr(module, 'device_limits', lambda index: (132, 228 * 1024, 227 * 1024))
-    assert cuda_backward.head_splits(0, 2, cuda_launch.Sizes(0, *sizes), counts) == expected
+    assert cuda_backward.head_splits(0, blocks, Sizes(0, *sizes), counts) == expected
 
 
 def test_mixer_is_that_of_plain_pytorch(place, monkeypatch):

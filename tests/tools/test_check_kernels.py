@@ -65,8 +65,8 @@ def check(tmp_path, monkeypatch):
     (tmp_path / 'resources.json').write_text('{"nvrtc": "13.0", "kernels": {}}')
 
     def run(*kernels, args=()):
-        table = {compile.Instance(str(source), name, options=options): lowest
-                 for name, options, lowest in kernels}
+        table = {compile.Instance(str(source), name, options=options, only=only): lowest
+                 for name, options, lowest, only in ((*kernel, 0)[:4] for kernel in kernels)}
         monkeypatch.setattr(instances, 'INSTANCES', table)
         monkeypatch.setattr(sys, 'argv', ['check_kernels.py', *args])
         monkeypatch.setattr(check_kernels, 'ARCHS', (80, 90))
@@ -101,6 +101,10 @@ def test_update_then_check(check, capsys):
     with pytest.raises(check.error):  # a kernel that is gone
         check(GOOD)
     assert 'kernels that are gone: test.cu: stack' in capsys.readouterr().out
+
+
+def test_a_kernel_of_one_generation_is_compiled_for_that_alone(check):
+    assert set(check((*GOOD, 90), args=['--update'])['test.cu: good']) == {'sm_90'}
 
 
 @pytest.mark.parametrize('what', ['registers', 'stack'])

@@ -35,13 +35,16 @@ class Instance(NamedTuple):
     """One kernel to compile, hashable.
 
     ``source`` is a file of the package's kernels folder, ``name`` a kernel's name or a template
-    instantiation (``'scan<float, 16>'``); ``options`` are NVRTC's, beside :data:`OPTIONS`. The
-    kernel takes one struct, or nothing; its fields are read from the source (:func:`parameters`).
+    instantiation (``'scan<float, 16>'``); ``options`` are NVRTC's, beside :data:`OPTIONS`; ``only``
+    is the compute capability, such as 90, whose own instructions it uses, 0 where later GPUs have
+    them too. The kernel takes one struct, or nothing; its fields are read from the source
+    (:func:`parameters`).
     """
     source: str
     name: str
     defines: tuple[tuple[str, int | str], ...] = ()
     options: tuple[str, ...] = ()
+    only: int = 0
 
     def __str__(self) -> str:
         words = [f'{k}={v}' for k, v in self.defines] + list(self.options)
@@ -254,7 +257,8 @@ def build(instance: Instance, arch: str) -> Binary:
     """
     nvrtc = find_nvrtc()
     files = read_sources(instance.source)
-    options = [f'--gpu-architecture={arch}', *OPTIONS, *instance.options]
+    options = [f'--gpu-architecture={arch}{"a" if instance.only else ""}', *OPTIONS,
+               *instance.options]
     options += [f'--define-macro={name}={value}' for name, value in instance.defines]
     key = cache_key(files, instance.name, options, nvrtc.version)
     with _lock:

@@ -35,7 +35,8 @@ from vmamba_mm.ops.core.compile import Binary, Instance, build, find_nvrtc, para
 from vmamba_mm.ops.core.parameters import bind_fields
 
 __all__ = ['CODES', 'TYPES', 'Instance', 'Kernel', 'Slab', 'aligned', 'cached', 'device_limits',
-           'forget', 'kernel', 'load', 'override_loader', 'pointer', 'why_not_beside']
+           'forget', 'has_groups_of_warps', 'kernel', 'load', 'override_loader', 'pointer',
+           'why_not_beside']
 
 #: dtype -> the type that a template of a kernel is for, and what a field such as ``x_type`` says
 TYPES = {torch.float32: 'Float', torch.float16: 'Half', torch.bfloat16: 'BFloat'}
@@ -243,3 +244,11 @@ def device_limits(index: int) -> tuple[int, int, int]:
     properties = torch.cuda.get_device_properties(index)
     return (properties.multi_processor_count, properties.shared_memory_per_multiprocessor,
             properties.shared_memory_per_block_optin)
+
+
+def has_groups_of_warps(index: int) -> bool:
+    """Whether there are products by groups of four warps, which sm_90 alone has and which NVRTC
+    compiles from CUDA 12 on."""
+    cuda = torch.version.cuda  # None where tests emulate a GPU
+    return (torch.cuda.get_device_capability(index) == (9, 0)
+            and (cuda is None or int(cuda.split('.')[0]) >= 12))

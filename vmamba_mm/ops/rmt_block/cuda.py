@@ -18,7 +18,7 @@ from vmamba_mm.ops.fused import layer_scale
 from vmamba_mm.ops.fused.add_norm import cuda as norm
 from vmamba_mm.ops.fused.channels import WIDEST
 from vmamba_mm.ops.fused.dwconv import cuda as dwconv
-from vmamba_mm.ops.fused.mlp import cuda as mlp
+from vmamba_mm.ops.fused.mlp.hidden import hidden_launch
 from vmamba_mm.ops.mamba_blocks.cuda import FACTOR, gather_launch
 from vmamba_mm.ops.masa import cuda as masa
 from vmamba_mm.ops.masa import lepe
@@ -174,8 +174,10 @@ class Launches:
                                    self.sizes.length, self.dim)
 
     def product(self, *sizes, out_dtype=None, **kwargs):
-        product = gemm.product(self.index, self.dtype, out_dtype or self.dtype, *sizes,
-                               tf32=self.tf32, **kwargs)
+        return self.with_workspace(gemm.product(
+            self.index, self.dtype, out_dtype or self.dtype, *sizes, tf32=self.tf32, **kwargs))
+
+    def with_workspace(self, product):
         self.workspace_size = max(self.workspace_size, product.workspace)
         return product.run
 
@@ -229,8 +231,8 @@ class _Forward(Launches):
             layer_scale.forward_launch(index, dtype, gamma, pixels, dim) if gamma else None
             for gamma in (w.gamma1, w.gamma2))
         self.norm2 = self.norm(x_dtype, SINGLE if w.gamma1 else dtype, dtype, w.norm2)
-        self.fc1 = self.product(pixels, hidden, dim, right_t=True, bias=True)
-        self.gelu = mlp.gelu_launch(index, dtype, pixels * hidden)
+        self.fc1 = self.with_workspace(
+            hidden_launch(index, dtype, pixels, hidden, dim, self.tf32))
         self.convolve = dwconv.forward_launch(index, dtype, w.conv, w.conv_bias, True,
                                               *self.hidden_map, dwconv.ADD)
         self.fc2 = self.product(pixels, dim, hidden, right_t=True, bias=True)
@@ -281,8 +283,7 @@ class _Forward(Launches):
                    sum=saved.total, normed=saved.normed2, moments=moments2, eps=eps)
 
         hidden = slab + self.hidden_at
-        self.fc1(saved.normed2, factors.fc1, saved.gelu_input, workspace, factors.fc1_bias)
-        self.gelu(x=saved.gelu_input, y=hidden)
+        self.fc1(saved.normed2, factors.fc1, saved.gelu_input, hidden, workspace, factors.fc1_bias)
         self.convolve(x_data=hidden, weight=w.conv, bias=w.conv_bias, y=saved.convolved)
         branch = saved.branch2 if self.scale2 else narrow
         self.fc2(saved.convolved, factors.fc2, branch, workspace, factors.fc2_bias)

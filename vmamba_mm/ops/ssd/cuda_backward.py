@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import torch
 
-from vmamba_mm.ops.core.launch import CODES, TYPES, Slab, cached, device_limits, kernel
+from vmamba_mm.ops.core.launch import CODES, Slab, cached, device_limits, load
 from vmamba_mm.ops.ssd import cuda_launch
-from vmamba_mm.ops.ssd.cuda_launch import Options, Sizes, States, Strides
+from vmamba_mm.ops.ssd.cuda_launch import BackwardShape, Options, Sizes, States, Strides
 
 #: Bytes of states that exist at a time, but for those of one sample.
 MOST_STATES = 2**28
@@ -19,19 +19,18 @@ MOST_STATES = 2**28
 max_split: int | None = None
 
 
-def head_splits(index: int, size: int, sizes: Sizes, counts: list[int]) -> int:
+def head_splits(index: int, blocks: int, sizes: Sizes, counts: list[int]) -> int:
     """Among how many blocks the heads of a group are divided, for launches on so many samples
-    each and elements of ``size`` bytes: so that it takes the fewest turns, in which as many blocks
-    as run at a time have a head each. Sums of parts take time too."""
+    each, if a multiprocessor has so many ``blocks`` at a time: so that it takes the fewest turns,
+    in which as many blocks as run at a time have a head each. Sums of parts take time too."""
     heads = sizes.heads // sizes.groups
-    at_a_time = device_limits(index)[0] * cuda_launch.backward_blocks(
-        index, size, cuda_launch.padded_channels(sizes.dim), sizes.states)
+    at_a_time = device_limits(index)[0] * blocks
     part = sum(counts) * sizes.length * sizes.groups * sizes.state / 3e6  # in turns
 
     def turns(splits):
         each = -(-heads // splits)
-        blocks = sizes.chunks * sizes.groups * -(-heads // each)
-        rounds = sum(-(-count * blocks // at_a_time) for count in counts)
+        of_sample = sizes.chunks * sizes.groups * -(-heads // each)
+        rounds = sum(-(-count * of_sample // at_a_time) for count in counts)
         return rounds * each + part * (splits if splits > 1 else 0)
 
     splits = min(max_split, heads) if max_split else min(range(1, heads + 1), key=turns)
@@ -62,7 +61,7 @@ class _Piece:
     """The launches for some samples of a batch."""
 
     def __init__(self, index: int, dtype: torch.dtype, fast: bool, batch: int, sizes: Sizes,
-                 options: Options, maps: _Maps, splits: int):
+                 options: Options, maps: _Maps, shape: BackwardShape, splits: int):
         given = dict(zip(maps._fields[:5], maps[:5], strict=True))
         span, self.spans = cuda_launch.span_of(index, sizes, 2 * sizes.batch * sizes.heads)
         states = States(index, dtype, fast, sizes, options, given, span, self.spans)
@@ -75,12 +74,9 @@ class _Piece:
             self._spans_at = [slab.take(states.entries) for _ in range(4)]
             self._sums_at = slab.take(states.sums)
         self.memory, self._alone = slab.size, sizes.chunks == 1 and sizes.states <= 64
-        per_group, channels = sizes.heads // sizes.groups, cuda_launch.padded_channels(sizes.dim)
-        self._run = kernel(index, cuda_launch.backward_instance, TYPES[dtype], fast, channels,
-                           sizes.states).bind(
-            (sizes.groups * splits, sizes.chunks, sizes.batch),
-            (32 * cuda_launch.backward_warps(sizes.states), 1, 1),
-            cuda_launch.backward_shared(dtype.itemsize, channels, sizes.states),
+        per_group = sizes.heads // sizes.groups
+        self._run = load(shape.instance, index).bind(
+            (sizes.groups * splits, sizes.chunks, sizes.batch), (shape.threads, 1, 1), shape.shared,
             batch=batch, length=sizes.length, heads=sizes.heads, per_group=per_group,
             groups=sizes.groups, dim=sizes.dim, state=sizes.state, chunks=sizes.chunks,
             splits=splits, per_split=-(-per_group // splits), reverse=int(options.reverse),
@@ -126,9 +122,10 @@ def backward_launch(index: int, dtype: torch.dtype, fast: bool, sizes: Sizes, op
     fp32.
     """
     maps, counts = _Maps(*strides), _pieces(sizes, dtype.itemsize)
-    splits = head_splits(index, dtype.itemsize, sizes, counts)
+    shape = cuda_launch.backward_shape(index, dtype, fast, sizes)
+    splits = head_splits(index, shape.blocks, sizes, counts)
     pieces = {count: _Piece(index, dtype, fast, sizes.batch, sizes._replace(batch=count), options,
-                            maps, splits) for count in {*counts}}
+                            maps, shape, splits) for count in {*counts}}
     # Bytes from a sample to the next.
     of = {name: strides.b * (options.dt.itemsize if name in ('dt', 'ddt') else dtype.itemsize)
           for name, strides in maps._asdict().items()}

@@ -19,7 +19,9 @@ from vmamba_mm.ops.core.launch import (
     Slab,
     cached,
     device_limits,
+    has_groups_of_warps,
     kernel,
+    load,
 )
 
 CHUNK = 64  # Q in ssd.cuh
@@ -61,6 +63,9 @@ class Shape(NamedTuple):
 
 
 _DECAYS = 4 * (7 * CHUNK + 24)  # bytes of Decays
+# Bytes of GroupsShared and of StatesGroupsShared, with tiles of 64 x 64.
+_BACKWARD_GROUPS_SHARED = 17 * 8192 + 2 * (_DECAYS + 4 * (17 * CHUNK + 20))
+_STATES_GROUPS_SHARED = 6 * 8192 + 2 * _DECAYS
 
 
 def _tile(columns: int, size: int) -> int:
@@ -114,6 +119,17 @@ def backward_instance(type_: str, fast: bool, channels: int, states: int) -> Ins
     return Instance('ssd/ssd_bwd.cu', f'ssd_bwd<{type_}, {_flag(fast)}, {channels}, {states}>')
 
 
+def groups_instance(what: str) -> Instance:
+    """For ``'states'`` or ``'bwd'``."""
+    return Instance(f'ssd/ssd_{what}_groups.cu', f'ssd_{what}_groups', only=90)
+
+
+def has_groups(index: int, dtype: torch.dtype, sizes: 'Sizes') -> bool:
+    """Whether there are kernels by groups of warps."""
+    return (has_groups_of_warps(index)
+            and (dtype, padded_channels(sizes.dim), sizes.states) == (torch.bfloat16, 64, 128))
+
+
 def backward_warps(states: int) -> int:
     """WARPS of BackwardShared."""
     return max(states // _BLOCK, 4)
@@ -130,12 +146,26 @@ def backward_shared(size: int, channels: int, states: int) -> int:
     return tiles + pairs + _DECAYS + -(-sums // 16) * 16
 
 
-def backward_blocks(index: int, size: int, channels: int, states: int) -> int:
-    """Blocks of ssd_bwd that a multiprocessor has at a time: by registers, as its launch bounds
-    say, and by shared memory."""
+class BackwardShape(NamedTuple):
+    """A block of the backward's kernel: ``threads``, bytes of ``shared`` memory; and how many
+    ``blocks`` a multiprocessor has at a time."""
+    instance: Instance
+    threads: int
+    shared: int
+    blocks: int
+
+
+@cached
+def backward_shape(index: int, dtype: torch.dtype, fast: bool, sizes: 'Sizes') -> BackwardShape:
+    if has_groups(index, dtype, sizes):
+        return BackwardShape(groups_instance('bwd'), 384, _BACKWARD_GROUPS_SHARED, 1)
+    size, channels, states = dtype.itemsize, padded_channels(sizes.dim), sizes.states
+    shared = backward_shared(size, channels, states)
+    # By registers, as its launch bounds say, and by shared memory.
     registers = 5 if states <= 16 else 3 if states <= 64 else 2 if states <= 128 and size < 4 else 1
-    fit = device_limits(index)[1] // (backward_shared(size, channels, states) + 1024)
-    return max(min(registers, fit), 1)
+    fit = device_limits(index)[1] // (shared + 1024)
+    return BackwardShape(backward_instance(TYPES[dtype], fast, channels, states),
+                         32 * backward_warps(states), shared, max(min(registers, fit), 1))
 
 
 #: Type, channels, N: those that published models use, and one for each kind beside them; and the
@@ -159,6 +189,8 @@ def _compiled() -> Iterator[tuple[Instance, int]]:
     yield forward_instance('Float', True, Shape(2, 4, 1, 1), 64), 80
     yield forward_instance('Half', False, Shape(1, 2, 2, 2), 16), 80
     yield combine_instance(), 80
+    yield groups_instance('states'), 90
+    yield groups_instance('bwd'), 90
 
 
 #: What is compiled to check it, and the lowest compute capability that it is for.
@@ -332,7 +364,12 @@ class States:
                  maps: dict[str, Strides], span: int, spans: int):
         self.sizes, self.spans = sizes, spans
         self.shape = states_shape(index, dtype.itemsize, sizes)
-        self._index, self._dtype, self._fast = index, dtype, fast
+        self._instance = states_instance(TYPES[dtype], fast, self.shape)
+        self._shared = self.shape.shared(dtype.itemsize)
+        if has_groups(index, dtype, sizes):
+            self.shape = StatesShape(4, 2, 128)
+            self._instance, self._shared = groups_instance('states'), _STATES_GROUPS_SHARED
+        self._index = index
         zero = Strides(0, 0, 0)
         self._fields = dict(
             length=sizes.length, heads=sizes.heads, per_group=sizes.heads // sizes.groups,
@@ -354,11 +391,10 @@ class States:
 
     def bind(self, jobs: int, backwards: int = 0) -> Callable[..., None]:
         """The states, the gradients (``backwards``), or both."""
-        sizes, size = self.sizes, self._dtype.itemsize
+        sizes = self.sizes
         blocks = sizes.batch * sizes.heads * self._fields['columns'] * self._fields['parts']
-        return kernel(self._index, states_instance, TYPES[self._dtype], self._fast,
-                      self.shape).bind(
-            (blocks, self.spans, jobs), (32 * self.shape.slices, 1, 1), self.shape.shared(size),
+        return load(self._instance, self._index).bind(
+            (blocks, self.spans, jobs), (32 * self.shape.slices, 1, 1), self._shared,
             backwards=backwards, **self._fields)
 
     def combine(self, jobs: int) -> Callable[..., None]:

@@ -19,6 +19,7 @@ from vmamba_mm.ops.fused.cast import cast_launch, plan_cast
 from vmamba_mm.ops.fused.channels import WIDEST, SumJob, sum_launch
 from vmamba_mm.ops.fused.dwconv import cuda as dwconv
 from vmamba_mm.ops.fused.mlp import cuda as mlp
+from vmamba_mm.ops.fused.mlp.hidden import hidden_launch
 from vmamba_mm.ops.scan_kernels import cuda as scans
 from vmamba_mm.ops.vss_block import scan
 from vmamba_mm.ops.vss_block.buffers import (
@@ -169,8 +170,10 @@ class _Launches:
                                     dim or self.dim)
 
     def product(self, *sizes, out_dtype=None, **kwargs):
-        product = gemm.product(self.index, self.dtype, out_dtype or self.dtype, *sizes,
-                               tf32=self.tf32, **kwargs)
+        return self.with_workspace(gemm.product(
+            self.index, self.dtype, out_dtype or self.dtype, *sizes, tf32=self.tf32, **kwargs))
+
+    def with_workspace(self, product):
         self.workspace_size = max(self.workspace_size, product.workspace // self.dtype.itemsize)
         return product.run
 
@@ -220,8 +223,7 @@ class _Forward(_Launches):
         self.out_proj = self.product(pixels, dim, inner, right_t=True)
         if hidden:
             self.norm2 = self.norm(x_dtype, dtype, dtype, dtypes.norm2)
-            self.fc1 = self.product(pixels, hidden, dim, right_t=True, bias=True)
-            self.gelu = mlp.gelu_launch(index, dtype, pixels * hidden)
+            self.fc1 = self.with_workspace(hidden_launch(index, dtype, pixels, hidden, dim, tf32))
             self.fc2 = self.product(pixels, dim, hidden, right_t=True, bias=True)
         self.add_and_norm1 = self.norm(x_dtype, dtype, dtype, dtypes.norm1)
         self.add = self.norm(x_dtype, dtype, out_dtype, None)
@@ -284,8 +286,8 @@ class _Forward(_Launches):
                 continue
             self.norm2(x=x, branch=branch, scale=scale, weight=w.norm2, bias=w.norm2_bias,
                        sum=saved.total, normed=saved.normed2, moments=saved.moments2, eps=eps)
-            self.fc1(saved.normed2, factors.fc1, saved.gelu_input, workspace, factors.fc1_bias)
-            self.gelu(x=saved.gelu_input, y=slab.hidden)
+            self.fc1(saved.normed2, factors.fc1, saved.gelu_input, slab.hidden, workspace,
+                     factors.fc1_bias)
             self.fc2(slab.hidden, factors.fc2, slab.branch2, workspace, factors.fc2_bias)
             x, branch, scale = saved.total, slab.branch2, scale2
         self.add(x=x, branch=branch, scale=scale, sum=result, eps=0.0)

@@ -7,7 +7,8 @@ from vmamba_mm.ops.core.backends import autocast_dtype
 from vmamba_mm.ops.fused.cast import cast
 from vmamba_mm.ops.fused.channels import why_not_channels
 from vmamba_mm.ops.fused.dwconv import cuda as dwconv
-from vmamba_mm.ops.fused.mlp.cuda import column_sums, gelu_launch
+from vmamba_mm.ops.fused.mlp.cuda import column_sums
+from vmamba_mm.ops.fused.mlp.hidden import gelu_launch, hidden_layer
 from vmamba_mm.ops.scan_kernels.cuda import dense
 
 
@@ -25,9 +26,7 @@ def forward(x, w1, b1, conv_weight, conv_bias, w2, b2, save) -> tuple[Tensor, Te
     """The result; for the backward what GELU and what the last product takes; empty unless
     ``save``."""
     w1, b1, w2, b2 = cast([w1, b1, w2, b2], x.dtype)
-    inner = torch.addmm(b1, x.reshape(-1, x.shape[-1]), w1.T)
-    hidden = torch.empty_like(inner) if save else inner
-    gelu_launch(x.get_device(), x.dtype, inner.numel())(x=inner.data_ptr(), y=hidden.data_ptr())
+    inner, hidden = hidden_layer(x, w1, b1, save)
     mixed = dwconv.forward_add(hidden.view(*x.shape[:-1], -1), conv_weight, conv_bias, None, None)
     y = torch.addmm(b2, mixed.view(inner.shape), w2.T).view(*x.shape[:-1], -1)
     if save:

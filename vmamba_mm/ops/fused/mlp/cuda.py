@@ -1,5 +1,5 @@
-"""``mlp`` by torch's matrix products and the CUDA kernels ``cast.cu``, ``gelu.cu`` and
-``column_sums.cu``."""
+"""``mlp`` by matrix products and the CUDA kernels of :mod:`vmamba_mm.ops.fused.mlp.hidden`,
+``cast.cu`` and ``column_sums.cu``."""
 
 import torch
 from torch import Tensor
@@ -8,6 +8,7 @@ from vmamba_mm.ops.core.backends import autocast_dtype
 from vmamba_mm.ops.core.launch import TYPES, Instance, cached, device_limits, kernel, pointer
 from vmamba_mm.ops.fused.cast import cast
 from vmamba_mm.ops.fused.channels import as_template, parameter_grads, why_not_channels
+from vmamba_mm.ops.fused.mlp import hidden
 from vmamba_mm.ops.scan_kernels.cuda import dense
 
 
@@ -19,28 +20,15 @@ def why_not(x: Tensor, *parameters: Tensor) -> str | None:
             or why_not_channels(x, parameters[2].shape[0], ()))
 
 
-def gelu_instance(type_: str) -> Instance:
-    return Instance('fused/gelu.cu', f'gelu_map<{type_}>')
-
-
 def column_instance(type_: str, gelu: bool) -> Instance:
     return Instance('fused/column_sums.cu', f'column_sums<{type_}, {as_template(gelu)}>')
 
 
 #: What is compiled to check it, which is all that there is, and the lowest compute capability that
 #: it is for.
-INSTANCES: dict[Instance, int] = {
+INSTANCES: dict[Instance, int] = hidden.INSTANCES | {
     instance: low for type_, low in (('Half', 75), ('BFloat', 80), ('Float', 75))
-    for instance in (gelu_instance(type_), column_instance(type_, False),
-                     column_instance(type_, True))}
-
-
-@cached
-def gelu_launch(index, dtype, size):
-    """GELU of so many elements, a multiple of 4. It takes the addresses ``x`` and ``y``, which may
-    be the same."""
-    return kernel(index, gelu_instance, TYPES[dtype]).bind(
-        (-(-size // 4096), 1, 1), (256, 1, 1), size=size)
+    for instance in (column_instance(type_, False), column_instance(type_, True))}
 
 
 @cached
@@ -73,12 +61,8 @@ def column_sums(grad: Tensor, bias: Tensor, inner: Tensor | None = None,
 def forward(x, w1, b1, w2, b2, save):
     """(y, inner): as the op ``mlp``."""
     w1, b1, w2, b2 = cast([w1, b1, w2, b2], x.dtype)
-    inner = torch.addmm(b1, x.reshape(-1, x.shape[-1]), w1.T)
-    hidden = torch.empty_like(inner) if save else inner
-    if inner.numel():
-        gelu_launch(x.get_device(), x.dtype, inner.numel())(x=inner.data_ptr(),
-                                                            y=hidden.data_ptr())
-    y = torch.addmm(b2, hidden, w2.T).view(*x.shape[:-1], -1)
+    inner, y = hidden.hidden_layer(x, w1, b1, save)
+    y = torch.addmm(b2, y, w2.T).view(*x.shape[:-1], -1)
     return y, inner if save else x.new_empty(0)
 
 
@@ -86,9 +70,9 @@ def backward(grad, x, inner, w1, b1, w2, b2):
     """Gradients by x and the four parameters, in their dtypes."""
     half_w1, half_w2 = cast([w1, w2], x.dtype)
     grad, flat = dense(grad.reshape(-1, grad.shape[-1])), x.reshape(-1, x.shape[-1])
-    dinner, hidden = torch.mm(grad, half_w2), torch.empty_like(inner)
-    db1 = column_sums(dinner, b1, inner, hidden)
-    dw2 = torch.mm(grad.T, hidden).to(w2.dtype)
-    del hidden
+    dinner, gelu = torch.mm(grad, half_w2), torch.empty_like(inner)
+    db1 = column_sums(dinner, b1, inner, gelu)
+    dw2 = torch.mm(grad.T, gelu).to(w2.dtype)
+    del gelu
     return (torch.mm(dinner, half_w1).view(x.shape), torch.mm(dinner.T, flat).to(w1.dtype), db1,
             dw2, column_sums(grad, b2))
