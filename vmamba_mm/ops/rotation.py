@@ -1,4 +1,4 @@
-"""Rotary positions as RetNet and RMT have them: neighbouring channels turn together."""
+"""Rotary positions of which neighbouring channels turn together, of sequences and of maps."""
 
 import torch
 from torch import Tensor
@@ -23,6 +23,32 @@ def rotation_table(positions: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     dtype = compute_dtype(dtype)
     rates = 1 / 10000 ** torch.linspace(0, 1, dim // 2, dtype=dtype, device=positions.device)
     angles = positions[..., None].to(dtype) * rates
+    return torch.stack((angles.cos(), angles.sin()), dim=-1)
+
+
+def map_rotation_table(height: int, width: int, dim: int, *, endpoint: bool, dtype: torch.dtype,
+                       device: torch.device | str | None = None) -> Tensor:
+    """Cosines and sines for :func:`rotate_pairs` of the pixels of a map: the first half of the
+    channels turns by the row, the second by the column.
+
+    Args:
+        height, width: H and W.
+        dim: P, channels, a multiple of 4.
+        endpoint: whether pair j of the P / 4 of a half turns by 10000^(-j / (P/4 - 1)), as in
+            :func:`rotation_table`, or by 10000^(-4j / P), as in the usual RoPE of P / 2 channels.
+        dtype: of the channels that will be turned; the table of halves is in fp32.
+        device: of the table.
+
+    Returns:
+        (H, W, P / 2, 2): of each pair the cosine and the sine.
+    """
+    dtype, pairs = compute_dtype(dtype), dim // 4
+    steps = torch.arange(pairs, dtype=dtype, device=device)
+    rates = 10000 ** (-steps / (max(pairs - 1, 1) if endpoint else pairs))
+    rows, columns = (torch.arange(size, dtype=dtype, device=device)[:, None] * rates
+                     for size in (height, width))
+    shape = height, width, pairs
+    angles = torch.cat((rows[:, None].expand(shape), columns.expand(shape)), dim=-1)
     return torch.stack((angles.cos(), angles.sin()), dim=-1)
 
 
