@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from published import PublishedForm, Twins, layer_norm
 from torch import Tensor, nn
 
+from vmamba_mm.layers.map_blocks import CPEBlock
+from vmamba_mm.layers.maps import ConvUnit
 from vmamba_mm.models import VSSD
-from vmamba_mm.models.vssd import ConvUnit, NonCausalSSD, VSSDBlock
+from vmamba_mm.models.vssd import NonCausalSSD
 
 
 class PublishedVSSD(PublishedForm):
@@ -50,7 +52,7 @@ def _units(units: nn.Sequential, x: Tensor) -> Tensor:
     return x
 
 
-def _block(block: VSSDBlock, x: Tensor, size: tuple[int, int]) -> Tensor:
+def _block(block: CPEBlock, x: Tensor, size: tuple[int, int]) -> Tensor:
     x = x + block.cpe1(_map(x, size)).flatten(2).transpose(1, 2)
     y = layer_norm(block.norm1, x)
     x = x + (_mix(block.attn, y, size) if isinstance(block.attn, NonCausalSSD)

@@ -32,9 +32,9 @@ __all__ = ['BACKENDS', 'across_slices', 'add_norm', 'along_slices', 'bi_wkv', 'b
            'causal_conv', 'causal_conv_step', 'channel_mixer', 'channels_last', 'conv_mlp',
            'conv_norm', 'conv_norm_gelu', 'cross_merge', 'cross_scan', 'decay_masks', 'dwconv_add',
            'dwconv_silu', 'evaluate_batch_norm', 'expand_norm', 'layer_norm', 'linear_attention',
-           'linear_relu', 'mamba_inner', 'masa', 'masa_mixer', 'merge_norm', 'mlp', 'nc_ssd', 'nc_ssd_mixer',
-           'nc_ssd_norm', 'ordered_scan', 'register_scan', 'retention', 'retention_step',
-           'rms_norm', 'scan_norm', 'scan_patterns', 'scan_positions', 'selective_scan',
-           'selective_scan_step', 'shift_mix', 'sigmoid_gate', 'spatial_mixer', 'squared_relu',
-           'ss2d_attention', 'ss2d_scan', 'ss2d_scan_norm', 'ssd', 'ssd_step', 'wkv', 'wkv5',
-           'wkv6', 'wkv6_step', 'wkv7', 'wkv7_step', 'wkv_step']
+           'linear_relu', 'mamba_inner', 'masa', 'masa_mixer', 'merge_norm', 'mlp', 'nc_ssd',
+           'nc_ssd_mixer', 'nc_ssd_norm', 'ordered_scan', 'register_scan', 'retention',
+           'retention_step', 'rms_norm', 'scan_norm', 'scan_patterns', 'scan_positions',
+           'selective_scan', 'selective_scan_step', 'shift_mix', 'sigmoid_gate', 'spatial_mixer',
+           'squared_relu', 'ss2d_attention', 'ss2d_scan', 'ss2d_scan_norm', 'ssd', 'ssd_step',
+           'wkv', 'wkv5', 'wkv6', 'wkv6_step', 'wkv7', 'wkv7_step', 'wkv_step']

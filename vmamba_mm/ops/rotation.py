@@ -1,6 +1,7 @@
 """Rotary positions of which neighbouring channels turn together, of sequences and of maps."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vmamba_mm.ops.core.backends import compute_dtype
@@ -67,3 +68,29 @@ def rotate_pairs(x: Tensor, table: Tensor) -> Tensor:
     turned = torch.stack((torch.addcmul(first * cos, second, sin, value=-1),
                           torch.addcmul(second * cos, first, sin)), dim=-1)
     return turned.flatten(-2).to(x.dtype)
+
+
+def rotate_heads(x: Tensor, turns: Tensor | None) -> Tensor:
+    """Turn all channels of each token, whatever head they are of; a pair may lie in two heads.
+
+    Args:
+        x: (B, L, n, P).
+        turns: (L, n P / 2, 2), cosines and sines; None for no rotation.
+    """
+    return x if turns is None else rotate_pairs(x.flatten(2), turns).view(x.shape)
+
+
+def rotary_attention(q: Tensor, k: Tensor, v: Tensor, turns: Tensor) -> Tensor:
+    """Softmax attention of all tokens to all (arXiv 1706.03762, section 3.2.1), whose queries and
+    keys are turned.
+
+    Args:
+        q, k, v: (B, L, n, P).
+        turns: as of :func:`rotate_heads`.
+
+    Returns:
+        (B, L, n, P), in the dtype of ``v``, or autocast's.
+    """
+    q, k = rotate_heads(q, turns), rotate_heads(k, turns)
+    y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
+    return y.transpose(1, 2)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vmamba_mm.ops.core.backends import compute_dtype, without_autocast
-from vmamba_mm.ops.rotation import rotate_pairs
+from vmamba_mm.ops.rotation import rotate_heads
 
 
 def _features(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -20,13 +20,8 @@ def _features(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return slope + x.relu(), slope
 
 
-def _turned(x: Tensor, turns: Tensor | None, back: bool = False) -> Tensor:
-    """(B, L, n, P) with all n P channels of a token turned; ``back`` turns the other way."""
-    if turns is None:
-        return x
-    if back:
-        turns = turns * turns.new_tensor((1, -1))
-    return rotate_pairs(x.flatten(2), turns.to(x.dtype)).view(x.shape)
+def _turned_back(x: Tensor, turns: Tensor | None) -> Tensor:
+    return rotate_heads(x, None if turns is None else turns * turns.new_tensor((1, -1)))
 
 
 def _by_head(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -66,9 +61,9 @@ def _find_state(f, g, v, turns, weights, scale) -> tuple[Tensor, ...]:
     """What forward and backward share: queries and keys (B n, L, P) and values (B n, L, E) of the
     products, the turned keys before their weights (B, L, n, P), the state (B n, P, E), the sum of
     the keys (B, 1, n, P), and the denominators (B, L, n, 1) without eps."""
-    turned = _turned(g, turns)
+    turned = rotate_heads(g, turns)
     left, right, values = (_by_head(t, v.dtype) for t in (
-        _turned(f, turns), turned * (weights / scale), v))
+        rotate_heads(f, turns), turned * (weights / scale), v))
     total = (g * weights).sum(1, keepdim=True)
     state = _product(right.mT, values, scale)
     return left, right, values, turned, state, total, (f * total).sum(-1, keepdim=True)
@@ -100,10 +95,10 @@ def backward(grad, q, k, v, turns, augmented, eps):
     y = _by_token(_product(left, state), v, dtype) / denominators
     by_denominators = -(grad * y).sum(-1, keepdim=True)
     by_total = (by_denominators * f).sum(1, keepdim=True)
-    grad_f = _turned(_by_token(_product(grads, state.mT), q, dtype), turns, back=True)
+    grad_f = _turned_back(_by_token(_product(grads, state.mT), q, dtype), turns)
     grad_f = grad_f + by_denominators * total
     by_keys = _by_token(_product(values, grad_state.mT), k, dtype) / scale  # turned and weighed
-    grad_g = _turned(by_keys * weights, turns, back=True) + by_total * weights
+    grad_g = _turned_back(by_keys * weights, turns) + by_total * weights
     if augmented:
         by_weights = (by_keys * turned + by_total * g).sum(-1, keepdim=True)
         by_scores = weights * (by_weights - (weights * by_weights).sum(1, keepdim=True))

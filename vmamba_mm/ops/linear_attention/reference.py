@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vmamba_mm.ops.core.backends import compute_dtype
-from vmamba_mm.ops.rotation import rotate_pairs
+from vmamba_mm.ops.rotation import rotate_heads
 
 
 def forward(q, k, v, turns, augmented, eps) -> Tensor:
@@ -16,7 +16,7 @@ def forward(q, k, v, turns, augmented, eps) -> Tensor:
     if augmented:
         mean = q.mean(1, keepdim=True)
         weights = ((mean * k).sum(-1) * dim ** -0.5).softmax(1)
-    turned_q, turned_k = (_turn(t, turns) for t in (q, k))
+    turned_q, turned_k = (rotate_heads(t, turns) for t in (q, k))
     state, total = 0, 0                                      # (B, n, P, E) and (B, n, P)
     for t in range(length):
         value = weights[:, t, :, None] * v[:, t].to(dtype)   # (B, n, E)
@@ -25,10 +25,3 @@ def forward(q, k, v, turns, augmented, eps) -> Tensor:
     rows = [(turned_q[:, t, ..., None] * state).sum(-2)
             / ((q[:, t] * total).sum(-1, keepdim=True) + eps) for t in range(length)]
     return torch.stack(rows, 1).to(v.dtype)
-
-
-def _turn(x: Tensor, turns: Tensor | None) -> Tensor:
-    """(B, L, n, P), all of whose n P channels turn together: a pair may lie in two heads."""
-    if turns is None:
-        return x
-    return rotate_pairs(x.flatten(2), turns.to(x.dtype)).view(x.shape)
