@@ -38,7 +38,7 @@ def table_of_models(folder: Path) -> str:
     for _, models in by_family():
         best = [max(group, key=main_metrics) for group in by_collection(measured(models))]
         cells = '; '.join(f'{e.dataset}{method(e)}: ' + ', '.join(
-            f'{SHORT.get(name, name)} {number(value, e)}' for name, value in main_metrics(e).items())
+            f'{SHORT.get(name, name)} {number(one, e)}' for name, one in main_metrics(e).items())
             + f' (`{e.arch}`)' for e in best)
         cells = cells or f'none listed; {names_of_archs(models)}'
         rows.append([title(models), cells,

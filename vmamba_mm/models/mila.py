@@ -58,9 +58,9 @@ class MILAMixer(nn.Module):
             v = dwconv_silu(x, conv.weight, conv.bias)
         else:
             v = F.silu(convolve_map(conv, x))
-        q, k, values = (t.flatten(1, 2).unflatten(-1, (self.num_heads, -1))
-                        for t in (*self.qk(v).chunk(2, dim=-1), v))
-        y = linear_attention(q, k, values, turns=turns).view(v.shape)
+        q, k = self.qk(v).chunk(2, dim=-1)
+        heads = (t.flatten(1, 2).unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))
+        y = linear_attention(*heads, turns=turns).view(v.shape)
         return self.out_proj((y + convolve_map(self.lepe, v)) * gate)
 
 

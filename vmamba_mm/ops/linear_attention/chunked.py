@@ -35,9 +35,11 @@ def _by_token(x: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
     return x.view(batch, heads, length, x.shape[2]).transpose(1, 2).to(dtype)
 
 
-def _product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+def _product(a: Tensor, b: Tensor, scale: float | None = None) -> Tensor:
     """``scale * a @ b`` of batches of matrices, scaled before it is rounded."""
-    return torch.baddbmm(a.new_zeros(1, 1, 1), a, b, beta=0, alpha=scale)
+    if scale is None:
+        return a @ b
+    return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale)
 
 
 def _weigh(f: Tensor, g: Tensor, augmented: bool) -> Tensor | float:
@@ -53,8 +55,13 @@ def _weigh(f: Tensor, g: Tensor, augmented: bool) -> Tensor | float:
     return (scores * g.shape[-1] ** -0.5).softmax(1)
 
 
-def _scale_of(length: int, dtype: torch.dtype) -> float:
-    return 1 / torch.sym_sqrt(length) if dtype == torch.float16 else 1.0
+def _scale_of(length: int, dtype: torch.dtype) -> float | None:
+    """What the state is multiplied by, and its keys are divided by; None where nothing need be."""
+    return 1 / torch.sym_sqrt(length) if dtype == torch.float16 else None
+
+
+def _unscaled(x: Tensor | float, scale: float | None) -> Tensor | float:
+    return x if scale is None else x / scale
 
 
 def _find_state(f, g, v, turns, weights, scale) -> tuple[Tensor, ...]:
@@ -63,7 +70,7 @@ def _find_state(f, g, v, turns, weights, scale) -> tuple[Tensor, ...]:
     the keys (B, 1, n, P), and the denominators (B, L, n, 1) without eps."""
     turned = rotate_heads(g, turns)
     left, right, values = (_by_head(t, v.dtype) for t in (
-        rotate_heads(f, turns), turned * (weights / scale), v))
+        rotate_heads(f, turns), turned * _unscaled(weights, scale), v))
     total = (g * weights).sum(1, keepdim=True)
     state = _product(right.mT, values, scale)
     return left, right, values, turned, state, total, (f * total).sum(-1, keepdim=True)
@@ -97,7 +104,8 @@ def backward(grad, q, k, v, turns, augmented, eps):
     by_total = (by_denominators * f).sum(1, keepdim=True)
     grad_f = _turned_back(_by_token(_product(grads, state.mT), q, dtype), turns)
     grad_f = grad_f + by_denominators * total
-    by_keys = _by_token(_product(values, grad_state.mT), k, dtype) / scale  # turned and weighed
+    # By the turned keys with their weights.
+    by_keys = _unscaled(_by_token(_product(values, grad_state.mT), k, dtype), scale)
     grad_g = _turned_back(by_keys * weights, turns) + by_total * weights
     if augmented:
         by_weights = (by_keys * turned + by_total * g).sum(-1, keepdim=True)
