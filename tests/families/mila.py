@@ -79,4 +79,6 @@ SPEC = Spec(
         'patch_embed.conv1.conv.weight': 0, 'stages.0.blocks.0.attn.qk.weight': 1,
         'stages.0.downsample.conv.0.conv.weight': 1, 'stages.2.blocks.1.cpe2.bias': 4,
         'stages.3.blocks.0.attn.lepe.weight': 5, 'norm3.weight': 6},
+    # Of a single token, which the last map of small images is, attention returns the value.
+    zero_grads=r'stages\.3\.blocks\.0\.attn\.qk\.(?:weight|bias)',
     a_weight='stages.1.blocks.0.mlp.fc1.weight')
