@@ -6,7 +6,7 @@ from torch import Tensor
 from vmamba_mm.ops.core.backends import Backend
 from vmamba_mm.ops.core.checks import check_shapes
 from vmamba_mm.ops.core.define_op import Implementation, define_op
-from vmamba_mm.ops.linear_attention import chunked, reference
+from vmamba_mm.ops.linear_attention import chunked, reference, triton_backend
 
 
 def _count_flops(q, v, augmented, **_) -> int:
@@ -17,10 +17,14 @@ def _count_flops(q, v, augmented, **_) -> int:
 
 _linear_attention = define_op(
     'linear_attention_fwd',
-    '(Tensor q, Tensor k, Tensor v, Tensor? turns, bool augmented, float eps) -> Tensor',
+    '(Tensor q, Tensor k, Tensor v, Tensor? turns, bool augmented, float eps, str backend) '
+    '-> Tensor',
     reference=reference.forward,
-    fake=lambda q, k, v, turns, augmented, eps: v.new_empty(v.shape),
-    implementations={'chunked': Implementation(chunked.forward, chunked.backward)},
+    fake=lambda q, k, v, *_: v.new_empty(v.shape),
+    implementations={
+        'triton': Implementation(triton_backend.forward, triton_backend.backward,
+                                 triton_backend.why_not),
+        'chunked': Implementation(chunked.forward, chunked.backward)},
     saves='q k v turns augmented eps',
     no_grad='turns',
     flops=_count_flops)
@@ -50,8 +54,9 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, turns: Tensor | None = 
             has no gradient. :func:`vmamba_mm.ops.rotation.map_rotation_table` makes them.
         augmented: whether the weights of the tokens are those of rank augmentation.
         eps: added to the denominators.
-        backend: 'reference', a loop over tokens, or 'chunked' for matrix products; None for
-            'chunked', under ``torch.compile`` and ``torch.export`` as ops of torch.
+        backend: 'reference', a loop over tokens, 'chunked' for matrix products, or 'triton' for
+            kernels on a GPU with up to 128 channels a head; None for the last of these that takes
+            the inputs, under ``torch.compile`` and ``torch.export`` for ops of torch.
 
     Returns:
         (B, L, n, E) without gaps, in the dtype of ``v``, whatever autocast says. Features, weights
