@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vmamba_mm.families.base import Family, Rule, are_ints, count_blocks, sizes_of_stages
-from vmamba_mm.families.parity import Build, Call, Limit, Omission, Options, Parity, Subject
+from vmamba_mm.families.parity import Build, Call, Omission, Options, Parity, Subject
 from vmamba_mm.families.rmt import LAYER_SCALES_RULE, MLP_RATIOS_RULE, STEM_KEYS
 
 _RATIOS = (3.5, 3.5, 3.5, 3.5)
@@ -159,10 +159,9 @@ PARITY = Parity(
     subject=_parity_subject,
     ops={'op_rala.pt': _parity_op(augmented=True),
          'op_rope_attention.pt': _parity_op(augmented=None)},
-    absences=(Omission('grad_params', 'are stored of cases in eval mode alone', case='* train'),),
-    limits=tuple(Limit(f'grads.{name}', 1e-8, 'of a single token: the gradient is what the 1e-6 of '
-                       'the denominator leaves of a difference', 'op_rala.pt', '2*')
-                 for name in 'qk'))
+    omissions=(Omission('grads.[qk]', 'of a single token: nothing but what the 1e-6 of the '
+                        'denominator leaves of a difference', 'op_rala.pt', '2'),),
+    absences=(Omission('grad_params', 'are stored of cases in eval mode alone', case='* train'),))
 
 FAMILY = Family(
     name='ravlt', model='RAVLT', archs=ARCHS, rules=RULES, check=_check, keys=_KEYS,

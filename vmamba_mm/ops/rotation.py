@@ -29,14 +29,14 @@ def rotation_table(positions: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
 
 def map_rotation_table(height: int, width: int, dim: int, *, endpoint: bool, dtype: torch.dtype,
                        device: torch.device | str | None = None) -> Tensor:
-    """Cosines and sines for :func:`rotate_pairs` of the pixels of a map: the first half of the
-    channels turns by the row, the second by the column.
+    """Cosines and sines for ``rotate_pairs`` of the pixels of a map: the first half of the channels
+    turns by the row, the second by the column.
 
     Args:
         height, width: H and W.
         dim: P, channels, a multiple of 4.
         endpoint: whether pair j of the P / 4 of a half turns by 10000^(-j / (P/4 - 1)), as in
-            :func:`rotation_table`, or by 10000^(-4j / P), as in the usual RoPE of P / 2 channels.
+            ``rotation_table``, or by 10000^(-4j / P), as in the usual RoPE of P / 2 channels.
         dtype: of the channels that will be turned; the table of halves is in fp32.
         device: of the table.
 
