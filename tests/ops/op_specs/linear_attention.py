@@ -51,7 +51,8 @@ def spec(augmented, turned, **kwargs):
             **inputs, turns=turns_of(inputs['q'], turned), augmented=augmented, eps=EPS, **options),
         arguments=lambda inputs, out_dtype: (
             *inputs.values(), turns_of(inputs['q'], turned), augmented, EPS),
-        make=make, maps=('q', 'k', 'v'), backends=('reference', 'chunked'), kernels=(),
+        make=make, maps=('q', 'k', 'v'), backends=('reference', 'chunked', 'triton'),
+        kernels=('triton',),
         takes_out_dtype=False, naive=by_hand, roundings=3,
         flops=lambda shape: 2 * shape[0] * shape[1] * shape[2] * shape[3] * (
             2 * shape[4] + 1 + augmented), **kwargs)
@@ -60,10 +61,17 @@ def spec(augmented, turned, **kwargs):
 SPECS = [
     spec(augmented=True, turned=True,
          shapes=((2, 5, 2, 4, 4), (1, 1, 1, 2, 1), (2, 3, 2, 3, 5), (1, 50, 3, 8, 8)),
+         interpreter_shapes=((2, 5, 2, 4, 4), (1, 1, 1, 2, 1), (1, 130, 2, 24, 20)),
+         half_shapes=((2, 70, 2, 16, 16), (1, 300, 3, 32, 32)),
+         gpu_shapes=((2, 3136, 1, 64, 64), (3, 300, 2, 96, 96), (2, 49, 4, 128, 128),
+                     (2, 3, 2, 4, 5)),
          wrong=(('q', lambda q: q[0], r'linear_attention expects q \(B, L, n, P\)'),
                 ('k', cut(3), 'expects k of shape'), ('v', cut(1), 'expects v of shape'),
                 ('v', torch.Tensor.half, 'of one real dtype'))),
     spec(augmented=False, turned=True, shapes=((2, 6, 2, 3, 2), (1, 40, 1, 16, 16)),
+         interpreter_shapes=((1, 130, 2, 8, 8),), half_shapes=((2, 70, 2, 32, 32),),
+         gpu_shapes=((2, 3136, 2, 32, 32), (2, 49, 16, 32, 32)),
          id='linear_attention of equal weights'),
     spec(augmented=False, turned=False, shapes=((2, 4, 1, 3, 3),),
+         interpreter_shapes=((2, 4, 1, 3, 3),), gpu_shapes=((2, 200, 2, 16, 32),),
          id='linear_attention without rotation')]

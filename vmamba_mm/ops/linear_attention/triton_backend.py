@@ -60,7 +60,7 @@ class _Call:
         widest = max(16, triton.next_power_of_2(max(width, v.shape[3])))
         tokens = 64 if widest <= 64 else 32  # of a step of a program, by what registers hold
         self.programs, self.blocks = batch * heads, -(-length // tokens)
-        wanted = force_splits or -(-_PROGRAMS // self.programs)
+        wanted = force_splits or -(-_PROGRAMS // max(self.programs, 1))
         self.part_length = -(-self.blocks // min(wanted, self.blocks)) * tokens
         self.splits = -(-length // self.part_length)
         self.blocked = dict(P=max(16, triton.next_power_of_2(width)), L=tokens, SPLITS=self.splits,
@@ -96,6 +96,8 @@ def forward(q, k, v, turns, augmented, eps) -> Tensor:
     from vmamba_mm.ops.scan_kernels.triton_launch import on_device
     call = _Call(q, k, v, turns, augmented, eps)
     y = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    if not y.numel():
+        return y
     with on_device(v):
         _, *found = call.find_states()
         kernels.attend[call.programs, call.blocks](
@@ -113,6 +115,8 @@ def backward(grad, q, k, v, turns, augmented, eps):
     grad = grad if grad.stride(3) == 1 else grad.contiguous()
     width, depth, scale = call.sizes.width, call.sizes.depth, call.sizes.width ** -0.5
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    if not v.numel():
+        return dq.zero_(), dk.zero_(), dv
     with on_device(v):
         means, *found = call.find_states()
         by_state = call.empty(call.programs, call.splits, width, depth)

@@ -28,8 +28,8 @@ def _load(at, rows, columns, stride, length, width):
 @triton.jit
 def _elu(x, there):
     """elu(x) + 1, 0 where nothing is, and its derivative."""
-    slope = tl.exp(tl.minimum(x, 0.0))
-    return tl.where(there, slope + tl.maximum(x, 0.0), 0.0), slope
+    slope = tl.where(x > 0, 1.0, tl.exp(x))  # NaN stays, which a minimum would lose
+    return tl.where(there, tl.where(x > 0, x + 1.0, slope), 0.0), slope
 
 
 @triton.jit
