@@ -39,20 +39,28 @@ def listed_keys(system, names):
     Args:
         system: of which the list is.
         names: {arch: name of the model in the list}. Blocks after the first may be given once
-            there, as ``layers.[1..11].`` or ``layers.1..11.``.
+            there, as ``layers.[1..11].`` or ``layers.1..11.``, or the first one of a stage for all
+            that the model has by its ``depths``.
     """
     path = SHARED / f'facts/keys/{system}.json'
     if not path.is_file():
         return None
     listed, models = json.loads(path.read_text()), {}
     for arch, name in names.items():
-        models[arch] = {}
-        for key, shape in listed[name]['keys'].items():
-            found = re.search(r'\[?(\d+)\.\.(\d+)\]?', key)
-            numbers = range(int(found[1]), int(found[2]) + 1) if found else ('',)
-            models[arch] |= {key.replace(found[0], str(i)) if found else key: tuple(shape)
-                             for i in numbers}
+        depths = listed[name]['config']['depths'] if 'blocks' in listed[name] else None
+        models[arch] = {full: tuple(shape) for key, shape in listed[name]['keys'].items()
+                        for full in _names_of(key, depths)}
     return models
+
+
+def _names_of(key, depths):
+    """A listed name for each block that it stands for."""
+    if depths and (found := re.match(r'layers\.(\d+)\.blocks\.0\.', key)):
+        return [key.replace('.blocks.0.', f'.blocks.{i}.', 1)
+                for i in range(depths[int(found[1])])]
+    if found := re.search(r'\[?(\d+)\.\.(\d+)\]?', key):
+        return [key.replace(found[0], str(i)) for i in range(int(found[1]), int(found[2]) + 1)]
+    return [key]
 
 
 # Ours -> official, second generation (2024-02-18 and later) -> first (before).

@@ -38,7 +38,7 @@ def table_of_models(folder: Path) -> str:
     for _, models in by_family():
         best = [max(group, key=main_metrics) for group in by_collection(measured(models))]
         cells = '; '.join(f'{e.dataset}{method(e)}: ' + ', '.join(
-            f'{SHORT.get(name, name)} {value}' for name, value in main_metrics(e).items())
+            f'{SHORT.get(name, name)} {number(one, e)}' for name, one in main_metrics(e).items())
             + f' (`{e.arch}`)' for e in best)
         cells = cells or f'none listed; {names_of_archs(models)}'
         rows.append([title(models), cells,
@@ -60,7 +60,7 @@ def table_of_architectures(folder: Path) -> str:
             of_arch = [next((e for e in group if e.arch == arch), None) for group in collections]
             size = next(e for e in models if e.arch == arch)
             rows.append([f'`{arch}`', *sizes(size), *(
-                ' / '.join(str(v) for v in main_metrics(e).values()) if e else ''
+                ' / '.join(number(v, e) for v in main_metrics(e).values()) if e else ''
                 for e in of_arch)])
         tables.append(f'{title(models)}, `configs/{models[0].folder}`:\n\n' + table(
             *without_empty(['Architecture', 'Parameters', 'FLOPs', *heads], rows)))
@@ -81,7 +81,7 @@ def table_of_files(models: Sequence[zoo.Entry], folder: Path) -> str:
     """Every published file of a family and a task."""
     metrics = list(dict.fromkeys(name for e in models for name in e.metrics))
     rows = [[link(e.name, folder, e.config) if e.config else e.name,
-             *(number(e.metrics.get(m)) for m in metrics), *sizes(e),
+             *(number(e.metrics.get(m), e) for m in metrics), *sizes(e),
              f'[{e.weights.rpartition("/")[2]}]({e.weights})' if e.weights else '']
             for e in models]
     first = 'Config' if any(e.config for e in models) else 'Model'
@@ -159,8 +159,10 @@ def sizes(entry: zoo.Entry) -> list[str]:
             '' if entry.flops is None else f'{entry.flops / 1e9:g} G']
 
 
-def number(value: float | None) -> str:
-    return '' if value is None else str(value)
+def number(value: float | None, entry: zoo.Entry) -> str:
+    """A result of an entry, and what its training had that others have not, such as MESA."""
+    extra = entry.metadata.get('Trained With')
+    return '' if value is None else f'{value} (with {extra})' if extra else str(value)
 
 
 def link(text: str, folder: Path, target: str) -> str:

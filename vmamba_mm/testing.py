@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmamba_mm.ops import across_slices, ordered_scan, scan_positions
+from vmamba_mm.ops import across_slices, linear_attention, ordered_scan, scan_positions
 from vmamba_mm.ops.masa import decay_masks
 from vmamba_mm.ops.retention import log_decays
-from vmamba_mm.ops.rotation import rotation_table
+from vmamba_mm.ops.rotation import map_rotation_table, rotary_attention, rotation_table
 from vmamba_mm.ops.ss2d_scan.ordered import gather_routes, merge_routes
 
 #: where op tests run: a machine with a GPU tests both
@@ -410,6 +410,35 @@ def run_masa(layer: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     table = rotation_table(torch.ones(1, device=x.device), layer.head_dim, x.dtype)
     return dict(output=output, mask=masks[0] if len(masks) == 1 else list(masks[::-1]),
                 decay=decay, angle=_angles(table))
+
+
+def attend_map(q: Tensor, k: Tensor, v: Tensor, *, height: int, width: int) -> tuple[Tensor, ...]:
+    """The attention of MILA, of heads (B, n, L, P), and the table of its rotation (H, W, C / 2, 2).
+    """
+    table = map_rotation_table(height, width, q.shape[1] * q.shape[3], endpoint=False,
+                               dtype=q.dtype, device=q.device)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    y = linear_attention(q, k, v, turns=table.flatten(0, 1))
+    return y.transpose(1, 2), table
+
+
+def attend_map_by_head(q: Tensor, k: Tensor, v: Tensor, *, height: int, width: int,
+                       augmented: bool | None) -> tuple[Tensor, ...]:
+    """An attention of RAVLT, of heads (B, n, L, P), the cosines and sines of its rotation, (L, P),
+    and by how much each channel of half a head turns from a row to the next.
+
+    Args:
+        augmented: of linear attention; None for softmax attention.
+    """
+    options = dict(endpoint=True, dtype=q.dtype, device=q.device)
+    table = map_rotation_table(height, width, q.shape[3], **options).flatten(0, 1)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    turns = table.repeat(1, q.shape[2], 1)
+    y = rotary_attention(q, k, v, turns) if augmented is None else linear_attention(
+        q, k, v, turns=turns, augmented=augmented)
+    cos, sin = table.repeat_interleave(2, dim=1).unbind(-1)
+    step = map_rotation_table(2, 1, q.shape[3], **options)[1, :, :q.shape[3] // 4]
+    return y.transpose(1, 2), cos, sin, _angles(step)
 
 
 def _angles(table):

@@ -446,6 +446,8 @@ def test_jacobians(device, arch):
     # Of two voxels instance norm leaves the sign, and of gradients the rounding.
     side = 32 if arch in OTHERS and OTHERS[arch].slices else 8
     x = make_input(arch, 1, 3, side, side, device)
+    if device == 'cpu':  # of a map of one pixel, fp32 leaves the rounding of some derivatives
+        model, x = model.double(), x.double()
 
     def first(x):
         return model(x)[-1].flatten()[:3]

@@ -10,7 +10,8 @@ from vmamba_mm.checkpoints.names import to_official
 from vmamba_mm.errors import UserError
 from vmamba_mm.heads import TokenLabelHead
 from vmamba_mm.models import RMT
-from vmamba_mm.models.rmt import ManhattanAttention, MapProjection, make_decay, place
+from vmamba_mm.models.projected import MapProjection
+from vmamba_mm.models.rmt import ManhattanAttention, make_decay, place
 from vmamba_mm.ops.masa.reference import masa
 from vmamba_mm.testing import Classifier, assert_close
 

@@ -84,3 +84,33 @@ def test_farthest_points():
         points = torch.randint(-2, 3, (3, 3, count)).float() / 2
         found = farthest_places(points, num, NEAR_ORIGIN)
         assert torch.equal(found, _places_by_loop(points, num)), count
+
+
+@pytest.mark.parametrize('dtype, limit', [(torch.float32, 1e-6), *((half, 5e-3) for half in HALF)],
+                         ids=str)
+@pytest.mark.parametrize('augmented', [False, True])
+@pytest.mark.parametrize('splits', [1, 3])
+def test_linear_attention_in_parts(monkeypatch, dtype, limit, augmented, splits):
+    """Parts of the tokens, of which the last one is short; queries, keys and values of one map."""
+    from vmamba_mm.ops import linear_attention
+    from vmamba_mm.ops.linear_attention import triton_backend
+    from vmamba_mm.ops.rotation import map_rotation_table
+
+    monkeypatch.setattr(triton_backend, 'force_splits', splits)
+    torch.manual_seed(0)
+    heads, channels = 2, 24
+    qkv = torch.randn(2, 14 * 10, 3, heads, channels).to(dtype)
+    # A score far above the others at the end, and one far below all.
+    qkv[:, -1, 1] *= 5
+    qkv[0, 0, 1] = -30
+    grad = torch.randn(2, 14 * 10, heads, channels).to(dtype)
+
+    def run(backend, to):
+        leaf = qkv.to(to).requires_grad_()
+        turns = map_rotation_table(14, 10, heads * channels, endpoint=False, dtype=to).flatten(0, 1)
+        y = linear_attention(*leaf.unbind(2), turns=turns, augmented=augmented, backend=backend)
+        return y.detach(), *torch.autograd.grad(y, leaf, grad.to(to))[0].unbind(2)
+
+    for one, right in zip(run('triton', dtype), run('reference', torch.float64), strict=True):
+        assert one.dtype == dtype
+        assert (one.double() - right).norm() <= limit * right.norm()

@@ -109,6 +109,7 @@ def test_vim_beside_deit(tool, monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize(('section', 'name', 'peer'), [
     ('vssd', 'vssd_micro', 'ConvNeXt'), ('rmt', 'rmt_tiny', 'DeiT'),
+    ('mila', 'mila_tiny', 'ConvNeXt'), ('ravlt', 'ravlt_tiny', 'DeiT'),
     ('vrwkv', 'vision_rwkv_tiny', 'DeiT')])
 def test_beside_what_was_published(tool, tmp_path, capsys, section, name, peer):
     tool.call(*ON_CPU, '--sections', section, '--csv', tmp_path / 'a.csv', '--models', name,
@@ -122,7 +123,8 @@ def test_beside_what_was_published(tool, tmp_path, capsys, section, name, peer):
     assert all(0 < float(line['error']) < 6e-2 for line in lines if line['model'] == name)
 
 
-@pytest.mark.parametrize('name', ['vssd_micro', 'rmt_tiny', 'vision_rwkv_small'])
+@pytest.mark.parametrize('name', ['vssd_micro', 'rmt_tiny', 'mila_tiny', 'ravlt_tiny',
+                                  'vision_rwkv_small'])
 def test_what_was_published_is_ours(load_tool, name):
     pytest.importorskip('timm')
     models = load_tool('bench/end_to_end_models.py')

@@ -27,6 +27,8 @@ Sections: GPU time is dear, so each is a run of its own, and --merge shows them 
                       eager: forward+backward and inference, autocast and half-precision parameters
   vssd-compiled       the same by torch.compile
   rmt, rmt-compiled   likewise RMT small, the same as published, and DeiT small
+  mila, mila-compiled, ravlt, ravlt-compiled
+                      likewise MILA tiny and ConvNeXt-T, and RAVLT small and DeiT small
   vrwkv, vrwkv-compiled
                       likewise Vision-RWKV small, whose published form has our WKV
 """
@@ -124,6 +126,8 @@ def published(model):
 THREE = ('tiny_s1l8', 'swin_t', 'convnext_t')
 VSSD_PEERS = ('vssd_tiny', 'published_vssd_tiny', 'convnext_t')
 RMT_PEERS = ('rmt_small', 'published_rmt_small', 'deit_s')
+MILA_PEERS = ('mila_tiny', 'published_mila_tiny', 'convnext_t')
+RAVLT_PEERS = ('ravlt_small', 'published_ravlt_small', 'deit_s')
 VRWKV_PEERS = ('vision_rwkv_small', 'published_vision_rwkv_small', 'deit_s')
 WIDTHS = ('vim_tiny', 'deit_t', 'vim_small', 'deit_s', 'vim_base', 'deit_b')
 SECTIONS = {'headline': (headline, report.TINY),
@@ -141,6 +145,10 @@ SECTIONS = {'headline': (headline, report.TINY),
             'vssd-compiled': (vim_compiled, VSSD_PEERS),
             'rmt': (published, RMT_PEERS),
             'rmt-compiled': (vim_compiled, RMT_PEERS),
+            'mila': (published, MILA_PEERS),
+            'mila-compiled': (vim_compiled, MILA_PEERS),
+            'ravlt': (published, RAVLT_PEERS),
+            'ravlt-compiled': (vim_compiled, RAVLT_PEERS),
             'vrwkv': (published, VRWKV_PEERS),
             'vrwkv-compiled': (vim_compiled, VRWKV_PEERS)}
 

@@ -3,6 +3,8 @@
 import timm
 import torch
 from end_to_end_report import OURS
+from mila_models import MILAS
+from ravlt_models import RAVLTS
 from rmt_models import RMTS
 from torch import nn
 from vim_models import PUBLISHED, VIMS, make_vim
@@ -23,7 +25,7 @@ PEERS = {'swin_t': ('swin_tiny_patch4_window7_224', torch.contiguous_format, Tru
             for name in ('deit', 'plain_deit') for size in ('tiny', 'small', 'base')},
          'mambaout_t': ('mambaout_tiny', torch.channels_last, False),
          'mambavision_t': ('mamba_vision_T', torch.contiguous_format, False)}
-TWINS = (VSSDS, RMTS, VRWKVS)
+TWINS = (VSSDS, RMTS, MILAS, RAVLTS, VRWKVS)
 #: what runs as published, in plain PyTorch
 PLAIN = tuple(name for twins in TWINS for name in twins.theirs)
 MODELS = (*OURS, *PEERS, *PUBLISHED, *PLAIN)

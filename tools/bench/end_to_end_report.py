@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import matplotlib
 from bench_report import NAN, Sheet, number, print_problems, print_table, show, show_in
+from mila_models import MILAS
+from ravlt_models import RAVLTS
 from rmt_models import RMTS
 from vim_models import VIMS
 from vrwkv_models import VRWKVS
@@ -18,7 +20,7 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402 (after the choice of its backend)
 
 VMAMBAS = tuple(dict.fromkeys(e.arch for e in zoo.entries('vmamba', task='cls')))
-OURS = (*VMAMBAS, *VIMS, *VSSDS.ours, *RMTS.ours, *VRWKVS.ours)
+OURS = (*VMAMBAS, *VIMS, *VSSDS.ours, *RMTS.ours, *MILAS.ours, *RAVLTS.ours, *VRWKVS.ours)
 #: family: the peers of each size; DeiT-S has nearly the parameters of the tiny models
 FAMILIES = {'Swin': {'tiny': 'swin_t', 'small': 'swin_s', 'base': 'swin_b'},
             'ConvNeXt': {'tiny': 'convnext_t', 'small': 'convnext_s', 'base': 'convnext_b'},
@@ -37,6 +39,8 @@ COMPARED = [(VMAMBAS, FAMILIES), (VIMS, VIM_FAMILIES), *(
     (twins.ours, {'as published': {size: name for name, size in twins.theirs.items()}, **others})
     for twins, others in ((VSSDS, {'ConvNeXt': FAMILIES['ConvNeXt']}),
                           (RMTS, {'DeiT': VIM_FAMILIES['DeiT']}),
+                          (MILAS, {'ConvNeXt': FAMILIES['ConvNeXt']}),
+                          (RAVLTS, {'DeiT': VIM_FAMILIES['DeiT']}),
                           (VRWKVS, {'DeiT': VIM_FAMILIES['DeiT']})))]
 TINY = ('tiny_s1l8', *(peers['tiny'] for peers in FAMILIES.values()))
 RESOLUTIONS = ((224, 64), (384, 32), (512, 16), (640, 16), (768, 8), (1024, 4))

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from published import PublishedForm, Twins, layer_norm
 from torch import Tensor, nn
 
+from vmamba_mm.layers.map_blocks import CPEBlock
+from vmamba_mm.layers.maps import ConvUnit
 from vmamba_mm.models import VSSD
-from vmamba_mm.models.vssd import ConvUnit, NonCausalSSD, VSSDBlock
+from vmamba_mm.models.vssd import NonCausalSSD
 
 
 class PublishedVSSD(PublishedForm):
@@ -19,43 +21,43 @@ class PublishedVSSD(PublishedForm):
 
     def forward(self, x: Tensor) -> Tensor:
         backbone, stem = self.classifier.backbone, self.classifier.backbone.patch_embed
-        x = _unit(stem.conv1, x)
-        x = x + _units(stem.conv2, x)
-        x = _units(stem.conv3, x)
+        x = run_unit(stem.conv1, x)
+        x = x + run_units(stem.conv2, x)
+        x = run_units(stem.conv3, x)
         for stage in backbone.stages:
             size, x = x.shape[2:], x.flatten(2).transpose(1, 2)
             for block in stage.blocks:
                 x = _block(block, x, size)
-            x = _map(x, size)
+            x = as_map(x, size)
             if stage.downsample is not None:
-                x = _units(stage.downsample.conv, x)
+                x = run_units(stage.downsample.conv, x)
         x = layer_norm(backbone.norm3, x.flatten(2).transpose(1, 2))
         return self.classifier.head.fc(x.transpose(1, 2).mean(2))
 
 
-def _map(tokens: Tensor, size: tuple[int, int]) -> Tensor:
+def as_map(tokens: Tensor, size: tuple[int, int]) -> Tensor:
     """(B, L, C) to (B, C, H, W), contiguous."""
     return tokens.transpose(1, 2).reshape(len(tokens), -1, *size)
 
 
-def _unit(unit: ConvUnit, x: Tensor) -> Tensor:
+def run_unit(unit: ConvUnit, x: Tensor) -> Tensor:
     x = unit.conv(x)
     x = x if unit.norm is None else unit.norm(x)
     return x if unit.act is None else unit.act(x)
 
 
-def _units(units: nn.Sequential, x: Tensor) -> Tensor:
+def run_units(units: nn.Sequential, x: Tensor) -> Tensor:
     for unit in units:
-        x = _unit(unit, x)
+        x = run_unit(unit, x)
     return x
 
 
-def _block(block: VSSDBlock, x: Tensor, size: tuple[int, int]) -> Tensor:
-    x = x + block.cpe1(_map(x, size)).flatten(2).transpose(1, 2)
+def _block(block: CPEBlock, x: Tensor, size: tuple[int, int]) -> Tensor:
+    x = x + block.cpe1(as_map(x, size)).flatten(2).transpose(1, 2)
     y = layer_norm(block.norm1, x)
     x = x + (_mix(block.attn, y, size) if isinstance(block.attn, NonCausalSSD)
              else _attend(block.attn, y))
-    x = x + block.cpe2(_map(x, size)).flatten(2).transpose(1, 2)
+    x = x + block.cpe2(as_map(x, size)).flatten(2).transpose(1, 2)
     mlp = block.mlp
     return x + mlp.fc2(F.gelu(mlp.fc1(layer_norm(block.norm2, x))))
 
@@ -63,7 +65,7 @@ def _block(block: VSSDBlock, x: Tensor, size: tuple[int, int]) -> Tensor:
 def _mix(mixer: NonCausalSSD, tokens: Tensor, size: tuple[int, int]) -> Tensor:
     inner, state, _ = mixer.sizes
     z, xBC, dt = mixer.in_proj(tokens).split((inner, inner + 2 * state, mixer.num_heads), dim=-1)
-    xBC = F.silu(mixer.conv2d(_map(xBC, size))).flatten(2).transpose(1, 2).contiguous()
+    xBC = F.silu(mixer.conv2d(as_map(xBC, size))).flatten(2).transpose(1, 2).contiguous()
     x, B, C = xBC.split((inner, state, state), dim=-1)
     weights = F.softplus(dt + mixer.dt_bias) * mixer.A_log.float().exp()
     values = x.unflatten(2, (mixer.num_heads, -1)).transpose(1, 2)         # (B, heads, L, P)

@@ -88,9 +88,10 @@ def to_official(state_dict: StateDict, family: Family | None = None) -> dict[str
     head_rows = family.head_rows(beside)
     if task == family.task and (
             task == 'cls' or all(has_row(k, our_rows(head_rows)) for k in beside)):
-        rows, prefix = family.classifier_keys + rows, family.place
+        rows, prefix = family.classifier_rows(backbone) + rows, family.place
         beside = {(prefix if family.has_head_inside else '')
-                  + _renamed(k, inverse(head_rows), family): v for k, v in beside.items()}
+                  + _renamed(k, inverse(head_rows), family): _official_shape(k, v, family)
+                  for k, v in beside.items()}
     return {prefix + _renamed(k, inverse(rows), family): _official_shape(k, v, family)
             for k, v in backbone.items()} | beside
 
@@ -183,11 +184,37 @@ def rename_official(weights: StateDict, family: Family, names: Collection[str]
         names: of all of them, which tell the variant.
 
     Raises:
-        UserError: on a name that no official model has.
+        UserError: on a name that no official model has, and on a table that is none of the family's
+            (``Family.tables``).
     """
     rows = family.all_rows(names)
-    renamed = {_renamed(k, rows, family): v for k, v in weights.items()}
-    return {k: our_shape(k, v, family) for k, v in renamed.items() if k is not None}
+    renamed = {}
+    for key, value in weights.items():
+        name = _renamed(key, rows, family)
+        if name is None:
+            _check_table(key, value, family)
+        else:
+            renamed[name] = our_shape(name, value, family)
+    return renamed
+
+
+#: How far a table may be off its formula: averages of weights average tables too.
+_ROUNDING = 1e-5
+
+
+def _check_table(key, value, family):
+    formula = next((formula for official, formula in family.tables
+                    if has_row(key, ((official, None),))), None)
+    if formula is None or value.is_meta:
+        return
+    try:
+        error = (value.float() - formula(value.float())).abs().max().item()
+    except ValueError as err:
+        raise UserError(f'{key} of shape {tuple(value.shape)} is not the table that a '
+                        f'{family.model} computes: {err}') from err
+    if not error <= max(_ROUNDING, torch.finfo(value.dtype).eps):
+        raise UserError(f'{key} is up to {error:.1e} off the table that a {family.model} computes: '
+                        'the weights are of another variant, which is not here')
 
 
 def _renamed(key, rows, family):
@@ -204,27 +231,30 @@ def our_shape(key: str, value: torch.Tensor, family: Family) -> torch.Tensor:
         return value.flatten(1)
     if family.scalars and re.search(family.scalars, key) and value.dim() == 0:
         return value.reshape(1)
-    shape = _held_shape(key, family)
-    if shape and value.dim() == len(shape) and all(
-            wanted in (None, size) for wanted, size in zip(shape, value.shape, strict=True)):
-        return value.reshape([size for wanted, size in zip(shape, value.shape, strict=True)
-                              if wanted is None])
-    return value
+    held, ours = _shapes(key, family)
+    return _reshaped(value, held, ours)
 
 
 def _official_shape(key, value, family):
     if family.scalars and re.search(family.scalars, key) and value.numel() == 1:
         return value.reshape(())
-    shape = _held_shape(key, family)
-    if shape and value.dim() == shape.count(None):
-        sizes = iter(value.shape)
-        return value.reshape([next(sizes) if wanted is None else wanted for wanted in shape])
-    return value
+    held, ours = _shapes(key, family)
+    return _reshaped(value, ours, held)
 
 
-def _held_shape(key, family):
-    """The shape in which official files hold a weight of our name, if it differs from ours."""
-    return next((shape for pattern, shape in family.shapes if re.search(pattern, key)), None)
+def _shapes(key, family):
+    """The shapes of a weight of our name in official files and in our model, if they differ."""
+    return next(((held, ours) for pattern, held, ours in family.shapes
+                 if re.search(pattern, key)), ((), ()))
+
+
+def _reshaped(value, found, wanted):
+    """A weight of one such shape in the other; as it is if it has not that shape."""
+    if not found or value.dim() != len(found) or any(
+            size not in (None, held) for size, held in zip(found, value.shape, strict=True)):
+        return value
+    sizes = iter([held for size, held in zip(found, value.shape, strict=True) if size is None])
+    return value.reshape([next(sizes) if size is None else size for size in wanted])
 
 
 # --- what a checkpoint holds ------------------------------------------------------------------

@@ -51,7 +51,9 @@ from vmamba_mm.families import (
     mambair,
     mambair_unet,
     mambair_v2,
+    mila,
     pointmamba,
+    ravlt,
     rmt,
     rs_mamba,
     rsmamba,
@@ -158,6 +160,6 @@ def family_of(state_dict: Mapping[str, object]) -> Family | None:
 
 
 for _module in (vmamba, mamba_lm, vim, videomamba, vivim, timemamba, vision_rwkv, vssd, rmt,
-                rs_mamba, rsmamba, vm_unet, efficientvim, u_mamba, seg_mamba, mambair, mambair_v2,
-                mambair_unet, dis, pointmamba):
+                mila, ravlt, rs_mamba, rsmamba, vm_unet, efficientvim, u_mamba, seg_mamba, mambair,
+                mambair_v2, mambair_unet, dis, pointmamba):
     register_family(_module.FAMILY)

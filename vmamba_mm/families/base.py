@@ -17,6 +17,8 @@ from vmamba_mm.families.parity import Parity
 #: and all that begins with it and a dot. Without our name (None) the weight is left out, as buffers
 #: that our model computes.
 Rows = tuple[tuple[str, str | None], ...]
+#: Of :attr:`Family.shapes`.
+Shape = tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Family:
     #: ValueError on a shape that no model of the family has: then the weights are not its own.
     infer_arch: Callable[[Mapping[str, Any]], dict[str, Any]]
     #: Like ``keys``, for names of the backbone's weights that only official classifiers have.
-    classifier_keys: Rows = ()
+    classifier_keys: Rows | Callable[[Collection[str]], Rows] = ()
     #: Like ``keys``, for weights that our models have beside the backbone, such as ``head.fc``, or
     #: ``decode_head.conv_seg`` of segmentors; a function is given the names that lie there.
     head_keys: Rows | Callable[[Collection[str]], Rows] = ()
@@ -79,9 +81,13 @@ class Family:
     #: Our names of weights of shape (1,) that official files hold as scalars, which FSDP cannot
     #: share out, as a regular expression.
     scalars: str | None = None
-    #: Pairs of our names, as a regular expression, and the shape in which official files hold these
-    #: weights: None for a dimension that ours have too, 1 for one that they lack.
-    shapes: tuple[tuple[str, tuple[int | None, ...]], ...] = ()
+    #: Our names, as a regular expression, and the shapes in which official files hold these weights
+    #: and our models do: in order, None for each dimension that both have, 1 for one that is added.
+    shapes: tuple[tuple[str, Shape, Shape], ...] = ()
+    #: (official name, formula) of tables that official files hold and our model computes, whose row
+    #: has None in place of our name: from the table of a file, for its shape and dtype, to what it
+    #: must be. It raises ValueError on a shape that no such table has.
+    tables: tuple[tuple[str, Callable[[Any], Any]], ...] = ()
     #: Our names of the first convolutions, which can be adapted to other channels of images.
     first_convs: tuple[str, ...] = ()
     #: Checks of a whole arch, after the rules: raises ValueError.
@@ -115,6 +121,11 @@ class Family:
         """The rows of what is beside a backbone, of the variant that has these names."""
         return self.head_keys(names) if callable(self.head_keys) else self.head_keys
 
+    def classifier_rows(self, names: Collection[str]) -> Rows:
+        """The rows of what only official classifiers have in a backbone."""
+        return (self.classifier_keys(names) if callable(self.classifier_keys)
+                else self.classifier_keys)
+
     def model_of(self, names: Collection[str]) -> str:
         """The class in vmamba_mm.models whose weights have these names, which are ours."""
         return next((model for name, model in self.dense_models.items() if name in names),
@@ -122,7 +133,7 @@ class Family:
 
     def all_rows(self, names: Collection[str]) -> Rows:
         """The same, with those that official classifiers have besides."""
-        return self.classifier_keys + self.rows(names) + self.head_rows(names)
+        return self.classifier_rows(names) + self.rows(names) + self.head_rows(names)
 
 
 def resolve_arch(family: Family, arch: str | Mapping[str, Any]) -> dict[str, Any]:

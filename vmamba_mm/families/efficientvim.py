@@ -57,10 +57,10 @@ _KEYS = (
     ('stages.#.downsample', 'stages.#.downsample'), ('norm.#', 'norm#'))
 #: The official linear layers are convolutions, and the official norms are of (B, C, ...).
 _SHAPES = (
-    (rf'mixer\.(?:{"|".join(_LINEAR)})\.weight$', (None, None, 1)),
-    (r'downsample\.conv\.2\.fc\d\.weight$', (None, None, 1, 1)),
-    (r'^(?:.*\.)?(?:blocks\.\d+\.norm|norm[012])\.(?:weight|bias)$', (1, None, 1)),
-    (r'^(?:.*\.)?norm3\.(?:weight|bias)$', (1, None, 1, 1)))
+    (rf'mixer\.(?:{"|".join(_LINEAR)})\.weight$', (None, None, 1), (None, None)),
+    (r'downsample\.conv\.2\.fc\d\.weight$', (None, None, 1, 1), (None, None)),
+    (r'^(?:.*\.)?(?:blocks\.\d+\.norm|norm[012])\.(?:weight|bias)$', (1, None, 1), (None,)),
+    (r'^(?:.*\.)?norm3\.(?:weight|bias)$', (1, None, 1, 1), (None,)))
 
 
 def _infer_arch(weights: Mapping[str, Any]) -> dict[str, Any]:

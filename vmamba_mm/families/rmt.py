@@ -27,8 +27,6 @@ ARCHS = {
 DEFAULTS = dict(forms=('decomposed', 'decomposed', 'decomposed', 'whole'),
                 init_values=(2.0, 2.0, 2.0, 2.0), heads_ranges=(4.0, 4.0, 6.0, 6.0),
                 layer_scales=(0.0, 0.0, 0.0, 0.0))
-#: Channels of the projection before the published classifiers' heads.
-PROJECTION = 1024
 
 _FORMS = 'decomposed', 'whole'
 
@@ -39,12 +37,16 @@ def _are_numbers(above: float, up_to: float = float('inf')) -> Rule:
                 f'4 numbers above {above:g}')
 
 
+MLP_RATIOS_RULE = _are_numbers(0)
+LAYER_SCALES_RULE = Rule(lambda v: isinstance(v, tuple | list) and len(v) == 4
+                         and all(is_number(one, 0) for one in v),
+                         '4 numbers of at least 0, 0 for none').or_absent()
 RULES = {
     'embed_dims': Rule(lambda v: are_ints(v, 2, 4) and v[0] % 2 == 0,
                        '4 ints of at least 2, the first of them even'),
     'depths': Rule(lambda v: are_ints(v, 1, 4), '4 ints of at least 1'),
     'num_heads': Rule(lambda v: are_ints(v, 1, 4), '4 ints of at least 1'),
-    'mlp_ratios': _are_numbers(0),
+    'mlp_ratios': MLP_RATIOS_RULE,
     'forms': Rule(lambda v: isinstance(v, tuple | list) and len(v) == 4
                   and all(one in _FORMS for one in v), "4 of 'decomposed' and 'whole'",
                   optional=True),
@@ -52,9 +54,7 @@ RULES = {
     'heads_ranges': Rule(lambda v: isinstance(v, tuple | list) and len(v) == 4
                          and all(is_number(one, 0) for one in v),
                          '4 numbers of at least 0').or_absent(),
-    'layer_scales': Rule(lambda v: isinstance(v, tuple | list) and len(v) == 4
-                         and all(is_number(one, 0) for one in v),
-                         '4 numbers of at least 0, 0 for none').or_absent(),
+    'layer_scales': LAYER_SCALES_RULE,
 }
 
 
@@ -75,9 +75,11 @@ _BLOCK = (('pos.conv', 'pos'), ('retention_layer_norm', 'norm1'),
           *((f'retention.{name}_proj', f'attn.{name}_proj') for name in ('q', 'k', 'v', 'out')),
           ('final_layer_norm', 'norm2'), ('ffn.dwconv.conv', 'mlp.dwconv'), ('ffn.fc1', 'mlp.fc1'),
           ('ffn.fc2', 'mlp.fc2'), ('gamma_1', 'gamma_1'), ('gamma_2', 'gamma_2'))
+#: Of the stem, whose GELUs have numbers too.
+STEM_KEYS = tuple((f'patch_embed.proj.{n}', f'patch_embed.conv{i + 1}.{part}')
+                  for i in range(4) for n, part in ((3 * i, 'conv'), (3 * i + 1, 'norm')))
 _KEYS = (
-    *((f'patch_embed.proj.{n}', f'patch_embed.conv{i + 1}.{part}')
-      for i in range(4) for n, part in ((3 * i, 'conv'), (3 * i + 1, 'norm'))),
+    *STEM_KEYS,
     ('layers.#.Relpos.decay', 'stages.#.decay'), ('layers.#.Relpos.angle', None),
     *((f'layers.#.blocks.#.{theirs}', f'stages.#.blocks.#.{ours}') for theirs, ours in _BLOCK),
     ('layers.#.downsample.reduction', 'stages.#.downsample.conv'),

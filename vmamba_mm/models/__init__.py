@@ -4,7 +4,9 @@ from vmamba_mm.models.dis import DiS
 from vmamba_mm.models.efficientvim import EfficientViM
 from vmamba_mm.models.mambair import MambaIR, MambaIRUNet
 from vmamba_mm.models.mambair_v2 import MambaIRv2
+from vmamba_mm.models.mila import MILA
 from vmamba_mm.models.pointmamba import PointMamba
+from vmamba_mm.models.ravlt import RAVLT
 from vmamba_mm.models.rmt import RMT
 from vmamba_mm.models.rs_mamba import RemoteSensingMamba
 from vmamba_mm.models.rsmamba import RSMamba
@@ -20,7 +22,7 @@ from vmamba_mm.models.vm_unet import VMUNet
 from vmamba_mm.models.vmamba import VMamba
 from vmamba_mm.models.vssd import VSSD
 
-__all__ = ['RMT', 'VSSD', 'ActionMamba', 'CausalLM', 'DiS', 'EfficientViM', 'MambaIR',
-           'MambaIRUNet', 'MambaIRv2', 'MaskMambaBlock', 'PointMamba', 'RSMamba',
+__all__ = ['MILA', 'RAVLT', 'RMT', 'VSSD', 'ActionMamba', 'CausalLM', 'DiS', 'EfficientViM',
+           'MambaIR', 'MambaIRUNet', 'MambaIRv2', 'MaskMambaBlock', 'PointMamba', 'RSMamba',
            'RemoteSensingMamba', 'SegMambaEncoder', 'TimeMamba', 'UMamba', 'VMUNet', 'VMamba',
            'ViViM', 'VideoMamba', 'Vim', 'VisionRWKV', 'VisionRWKVAdapter']

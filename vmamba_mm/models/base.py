@@ -178,7 +178,7 @@ class Backbone(StrictLoading, BaseModule):
             x: (B, in_channels, H, W).
             indices: increasing numbers of stages; none after the last one runs.
         """
-        x, maps, final = self.patch_embed(x), [], len(self.stages) - 1
+        x, maps, final = self.embed(x), [], len(self.stages) - 1
         for i, stage in enumerate(self.stages):
             # The plain call wherever it does: another module may stand in for a stage.
             if i == indices[-1]:
@@ -190,6 +190,10 @@ class Backbone(StrictLoading, BaseModule):
             else:
                 x = stage(x)
         return maps
+
+    def embed(self, x: Tensor) -> Tensor:
+        """The stem: (B, in_channels, H, W) to (B, H', W', C). A subclass may add to its map."""
+        return self.patch_embed(x)
 
     def forward_with_cls(self, x: Tensor, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         """The class tokens (B, n, C) and the maps of some stages, both before the norm.

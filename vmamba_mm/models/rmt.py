@@ -1,22 +1,20 @@
 """The RMT backbone (arXiv 2309.11523): attention that decays with the distance of pixels."""
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.fx
-import torch.nn.functional as F
-import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from vmamba_mm.families.rmt import DEFAULTS, FAMILY, PROJECTION
-from vmamba_mm.layers import DropPath, LayerNorm, LayerNorm2d, Stage
-from vmamba_mm.layers.maps import ConvUnit, add_convolution, batch_norm_map, convolve_map
-from vmamba_mm.layers.norm import sum_and_norm
+from vmamba_mm.families.rmt import DEFAULTS, FAMILY
+from vmamba_mm.layers import DropPath, LayerNorm
+from vmamba_mm.layers.map_blocks import ConvMlp, GELUStem, PlacedStage, ScaledBlock, have_biases
+from vmamba_mm.layers.maps import ConvUnit, convolve_map
 from vmamba_mm.layers.plain import Attributes, are_plain, is_depthwise, is_plain
-from vmamba_mm.models.base import Backbone, init_linear
-from vmamba_mm.ops import add_norm, channels_last, conv_mlp, masa, masa_mixer
+from vmamba_mm.models.base import init_linear
+from vmamba_mm.models.projected import ProjectedBackbone
+from vmamba_mm.ops import masa, masa_mixer
 from vmamba_mm.ops.core.backends import autocast_dtype, compute_dtype, runs_kernels
 from vmamba_mm.ops.masa import decay_masks, needs_masks
 from vmamba_mm.ops.rmt_block import Weights, rmt_block, why_not
@@ -24,11 +22,8 @@ from vmamba_mm.ops.rotation import rotation_table
 from vmamba_mm.registry import MODELS
 
 # What torch.fx records as it is, since it looks at shapes.
-torch.fx.wrap('add_norm')
-torch.fx.wrap('channels_last')
 torch.fx.wrap('masa')
 torch.fx.wrap('place')
-torch.fx.wrap('sum_and_norm')
 
 
 # --- attention ------------------------------------------------------------------------------------
@@ -88,7 +83,7 @@ class ManhattanAttention(nn.Module):
     def forward(self, x: Tensor, places: Places) -> Tensor:
         linears = self.q_proj, self.k_proj, self.v_proj, self.out_proj
         if runs_kernels(x) and are_plain(linears, (nn.Linear,) * 4) \
-                and is_depthwise(self.lepe, 5) and _have_biases(*linears, self.lepe):
+                and is_depthwise(self.lepe, 5) and have_biases(*linears, self.lepe):
             q, k, v, out, lepe = (_parameters(module) for module in (*linears, self.lepe))
             return masa_mixer(x, q, k, v, lepe, out, places.decay, places.turns, self.form,
                               masks=places.masks)
@@ -101,11 +96,6 @@ class ManhattanAttention(nn.Module):
 
 def _parameters(module: nn.Module) -> tuple[Tensor, Tensor]:
     return module.weight, module.bias
-
-
-def _have_biases(*modules: nn.Module) -> bool:
-    """Not so if a user has put others in their place."""
-    return all([module.bias is not None for module in modules])
 
 
 class PlacedAttention(nn.Module):
@@ -134,27 +124,7 @@ class PlacedAttention(nn.Module):
 
 # --- the block ------------------------------------------------------------------------------------
 
-class ConvMlp(nn.Module):
-    """Linear and GELU, a depthwise 3x3 convolution that is added, and Linear.
-
-    Shape: (B, H, W, C) -> (B, H, W, C).
-    """
-
-    def __init__(self, dim: int, hidden: int):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        fc1, conv, fc2 = self.fc1, self.dwconv, self.fc2
-        if runs_kernels(x) and are_plain((fc1, fc2), (nn.Linear,) * 2) \
-                and is_depthwise(conv, 3) and _have_biases(fc1, conv, fc2):
-            return conv_mlp(x, fc1.weight, fc1.bias, conv.weight, conv.bias, fc2.weight, fc2.bias)
-        return fc2(add_convolution(conv, F.gelu(fc1(x))))
-
-
-class RMTBlock(nn.Module):
+class RMTBlock(ScaledBlock):
     """A depthwise convolution, attention and an MLP; all are residual branches.
 
     On an NVIDIA GPU it is one op, ``rmt_block``, under torch.compile too, or goes step by step;
@@ -163,48 +133,21 @@ class RMTBlock(nn.Module):
     Args:
         dim: C, channels.
         num_heads, form: as of :class:`ManhattanAttention`.
-        mlp_ratio: hidden width of the MLP by C.
-        layer_scale: initial value of the factors of the last two branches; 0 for none.
-        drop_path: probability to drop one of these two branches.
-        with_cp: recompute the block in the backward pass to save memory.
+        kwargs: as of :class:`vmamba_mm.layers.map_blocks.ScaledBlock`.
 
     Shape: (B, H, W, C), with the :class:`Places` of the stage -> (B, H, W, C).
     """
 
-    def __init__(self, dim: int, num_heads: int, form: str, *, mlp_ratio: float, layer_scale: float,
-                 drop_path: float, with_cp: bool):
-        super().__init__()
-        self.with_cp = with_cp
-        self.pos = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-        self.norm1, self.norm2 = (LayerNorm(dim, feeds_matmul=True, eps=1e-6) for _ in range(2))
-        self.attn = ManhattanAttention(dim, num_heads, form)
-        self.mlp = ConvMlp(dim, int(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path)
-        # Of four dimensions, as published: so they have weight decay, unlike biases.
-        self.gamma_1, self.gamma_2 = (
-            nn.Parameter(torch.full((1, 1, 1, dim), layer_scale)) if layer_scale else None
-            for _ in range(2))
+    def __init__(self, dim: int, num_heads: int, form: str, **kwargs):
+        super().__init__(ManhattanAttention(dim, num_heads, form), dim, **kwargs)
 
-    def forward(self, x: Tensor, places: Places) -> Tensor:
-        if self.with_cp and torch.is_grad_enabled():
-            return torch.utils.checkpoint.checkpoint(self._forward, x, places,
-                                                     use_reentrant=False)
-        return self._forward(x, places)
-
-    def _forward(self, x: Tensor, places: Places) -> Tensor:
-        drop: Callable[[Tensor], Tensor] = self.drop_path
-        scales: tuple[Tensor | None, ...] = (None, None)
-        if is_plain(drop, DropPath):  # then the factors go into the sums
-            scales, drop = drop.factors(x, 2), _identity
-            weights = _weights_for_op(self, x, places)
-            if not isinstance(weights, str):
-                return rmt_block(x, weights, places.decay, places.turns, scales, self.attn.form,
-                                 self.norm1.eps, autocast_dtype(x) or x.dtype)
-        x = add_convolution(self.pos, x)
-        branch = drop(_scaled(self.attn(self.norm1(x), places), self.gamma_1))
-        x, normed = sum_and_norm(self.norm2, x, branch, scales[0])
-        branch = drop(_scaled(self.mlp(normed), self.gamma_2))
-        return add_norm(x, branch, None, None, scale=scales[1])[0]
+    def _run_as_one_op(self, x: Tensor, places: Places, scales: tuple[Tensor | None, ...]
+                       ) -> Tensor | None:
+        weights = _weights_for_op(self, x, places)
+        if isinstance(weights, str):
+            return None
+        return rmt_block(x, weights, places.decay, places.turns, scales, self.attn.form,
+                         self.norm1.eps, autocast_dtype(x) or x.dtype)
 
     def why_not_one_op(self, x: Tensor, places: Places) -> str | None:
         """The reason why the block does not run as one op on ``x``, but step by step, or None."""
@@ -257,68 +200,24 @@ def _weights_for_op(block: RMTBlock, x: Tensor, places: Places) -> Weights | str
 _OF_MODULE = 'weight', 'bias'
 
 
-def _scaled(branch: Tensor, gamma: Tensor | None) -> Tensor:
-    return branch if gamma is None else branch * gamma
-
-
-def _identity(branch: Tensor) -> Tensor:
-    return branch
-
-
 # --- the backbone ---------------------------------------------------------------------------------
 
-class RMTStem(nn.Module):
-    """Four 3x3 convolutions with batch norms, two of which stride, and GELUs between them:
-    (B, in_channels, H, W) -> (B, ceil(H/4), ceil(W/4), C)."""
-
-    def __init__(self, in_channels: int, embed_dims: int):
-        super().__init__()
-        half = embed_dims // 2
-        self.conv1 = ConvUnit(in_channels, half, 3, 2, 1, act_layer=nn.GELU)
-        self.conv2 = ConvUnit(half, half, 3, 1, 1, act_layer=nn.GELU)
-        self.conv3 = ConvUnit(half, embed_dims, 3, 2, 1, act_layer=nn.GELU)
-        self.conv4 = ConvUnit(embed_dims, embed_dims, 3, 1, 1, act=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv4(self.conv3(self.conv2(self.conv1(channels_last(x)))))
-
-
-class RMTStage(Stage):
-    """A :class:`vmamba_mm.layers.Stage` whose blocks share the places of the pixels, and so a
-    decay, of :func:`make_decay`, and the channels and the form of their heads."""
+class RMTStage(PlacedStage):
+    """A stage whose blocks share the :class:`Places` of the pixels, and so a decay, of
+    :func:`make_decay`, and the channels and the form of their heads."""
 
     def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None, decay: Tensor,
                  head_dim: int, form: str):
         super().__init__(blocks, downsample)
-        self.blocks = nn.ModuleList(blocks)  # a sequence would not pass the places on
         self.head_dim, self.form = head_dim, form
         self.register_buffer('decay', decay)
 
-    def _run_blocks(self, x: Tensor) -> Tensor:
-        places = place(x, self.decay, self.head_dim, self.form)
-        for block in self.blocks:
-            x = block(x, places)
-        return x
-
-
-class MapProjection(nn.Module):
-    """What the published classifiers have before their pooling: Linear, batch norm and SiLU.
-
-    Shape: (B, C, H, W) -> (B, C', H, W).
-    """
-
-    def __init__(self, dim: int, out_dim: int):
-        super().__init__()
-        self.proj = nn.Linear(dim, out_dim)
-        self.norm = nn.BatchNorm2d(out_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.silu(batch_norm_map(self.norm, self.proj(x.permute(0, 2, 3, 1)))).permute(
-            0, 3, 1, 2)
+    def places(self, x: Tensor) -> Places:
+        return place(x, self.decay, self.head_dim, self.form)
 
 
 @MODELS.register_module()
-class RMT(Backbone):
+class RMT(ProjectedBackbone):
     """RMT as a backbone for mmpretrain, mmdet and mmseg.
 
     Args:
@@ -351,34 +250,20 @@ class RMT(Backbone):
 
     family = FAMILY
     default_arch = 'small'
-    classifier_options = dict(projection=PROJECTION)
 
     def __init__(self, arch: str | Mapping[str, Any] | None = None,
                  out_indices: Sequence[int] | None = None, projection: int | None = None,
                  with_last_map: bool = False, **kwargs):
-        if projection is not None and (not isinstance(projection, int) or projection < 1):
-            raise ValueError('projection must be an int of at least 1, or None, got '
-                             f'{projection!r}')
-        # build() asks for it, and so does who builds a plain model with the same outputs.
-        self.output_options = {} if projection is None else dict(projection=projection)
         self.with_last_map = with_last_map
-        super().__init__(arch, out_indices, **kwargs)
-        last = len(self.depths) - 1
-        if (projection is not None or with_last_map) and self.out_indices[-1] != last:
-            raise ValueError('projection and with_last_map are of the last stage, which '
+        super().__init__(arch, out_indices, projection, **kwargs)
+        if with_last_map and not self.returns_last_stage:
+            raise ValueError('with_last_map is of the last stage, which '
                              f'out_indices={self.out_indices} lacks')
-
-    @staticmethod
-    def stage_sizes(arch: Mapping[str, Any]) -> tuple[Sequence[int], list[int]]:
-        return arch['depths'], list(arch['embed_dims'])
-
-    @classmethod
-    def map_size(cls, arch: Mapping[str, Any], size: int) -> int:
-        return math.ceil(size / cls.stage_strides(arch)[-1])
 
     def build(self, in_channels: int, drop_path_rates: Sequence[float], with_cp: bool) -> None:
         arch, rates, dims = {**DEFAULTS, **self.arch}, iter(drop_path_rates), self.num_features
-        self.patch_embed = RMTStem(in_channels, dims[0])
+        half = dims[0] // 2
+        self.patch_embed = GELUStem(in_channels, (half, half, dims[0], dims[0]), (2, 1, 2, 1))
         self.stages = nn.ModuleList()
         for i, (dim, depth, heads, form) in enumerate(zip(
                 dims, self.depths, arch['num_heads'], arch['forms'], strict=True)):
@@ -389,13 +274,7 @@ class RMT(Backbone):
                                                                   act=False)
             decay = make_decay(heads, arch['init_values'][i], arch['heads_ranges'][i])
             self.stages.append(RMTStage(blocks, downsample, decay, dim // heads, form))
-        for i in self.out_indices:
-            self.add_module(f'norm{i}', LayerNorm2d(dims[i]))
-        if self.output_options:
-            last = len(dims) - 1
-            out_dim = self.output_options['projection']
-            self.add_module(f'norm{last}', MapProjection(dims[last], out_dim))
-            self.num_features = [*dims[:-1], out_dim]
+        self.add_norms()
         self.apply(init_linear)  # the rest starts as torch sets it
 
     def forward_channels_last(self, x: Tensor) -> tuple[Tensor, ...]:

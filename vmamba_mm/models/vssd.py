@@ -1,28 +1,27 @@
 """The VSSD backbone (arXiv 2407.18559): non-causal state space duality, attention at the end."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.fx
 import torch.nn.functional as F
-import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from vmamba_mm.families.vssd import DEFAULTS, FAMILY
-from vmamba_mm.layers import DropPath, LayerNorm, LayerNorm2d, Mlp, SelfAttention, Stage
-from vmamba_mm.layers.maps import ConvUnit, add_convolution, convolve_map
+from vmamba_mm.layers import LayerNorm, LayerNorm2d, SelfAttention, Stage
+from vmamba_mm.layers.map_blocks import CPEBlock, InvertedDownsample, ResidualStem
+from vmamba_mm.layers.maps import ConvUnit, convolve_map
 from vmamba_mm.layers.plain import is_depthwise_3x3, is_plain
 from vmamba_mm.layers.positions import pad_to_patches
 from vmamba_mm.layers.ssm_init import init_dt_bias, state_matrix
 from vmamba_mm.models.base import Backbone, init_linear
-from vmamba_mm.ops import add_norm, channels_last, dwconv_silu, nc_ssd, nc_ssd_mixer
+from vmamba_mm.ops import channels_last, dwconv_silu, nc_ssd, nc_ssd_mixer
 from vmamba_mm.ops.core.backends import runs_kernels
 from vmamba_mm.registry import MODELS
 
 # What torch.fx records as it is, since it looks at shapes.
-torch.fx.wrap('add_norm')
 torch.fx.wrap('channels_last')
 torch.fx.wrap('dwconv_silu')
 torch.fx.wrap('nc_ssd')
@@ -32,28 +31,6 @@ torch.fx.wrap('state_matrix')
 
 
 # --- stems and downsamplings ----------------------------------------------------------------------
-
-class ResidualStem(nn.Module):
-    """Five convolutions, two of which stride and two of which are a residual branch:
-    (B, in_channels, H, W) -> (B, ceil(H/4), ceil(W/4), C)."""
-
-    def __init__(self, in_channels: int, embed_dims: int):
-        super().__init__()
-        half = embed_dims // 2
-        self.conv1 = ConvUnit(in_channels, half, 3, 2, 1, bias=False)
-        self.conv2 = nn.Sequential(ConvUnit(half, half, 3, 1, 1, bias=False),
-                                   ConvUnit(half, half, 3, 1, 1, bias=False, act=False))
-        self.conv3 = nn.Sequential(ConvUnit(half, 4 * embed_dims, 3, 2, 1, bias=False),
-                                   ConvUnit(4 * embed_dims, embed_dims, bias=False, act=False))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv1(channels_last(x))
-        if is_plain(self.conv2, nn.Sequential) and is_plain(self.conv2[1], ConvUnit):
-            x = self.conv2[1](self.conv2[0](x), x)
-        else:
-            x = x + self.conv2(x)
-        return self.conv3(x)
-
 
 class PatchStem(nn.Module):
     """Patches of 4x4 pixels with a batch norm, a ReLU and a LayerNorm: (B, in_channels, H, W) ->
@@ -66,22 +43,6 @@ class PatchStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv1(channels_last(pad_to_patches(x, 4))))
-
-
-class InvertedDownsample(nn.Module):
-    """To 8C channels, a depthwise 3x3 convolution of stride 2, and to 2C with a batch norm:
-    (B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 2C)."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        hidden = 8 * dim
-        self.conv = nn.Sequential(
-            ConvUnit(dim, hidden, norm=False),
-            ConvUnit(hidden, hidden, 3, 2, 1, groups=hidden, norm=False),
-            ConvUnit(hidden, 2 * dim, act=False))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
 
 
 class ConvDownsample(nn.Module):
@@ -179,49 +140,7 @@ class _MapAttention(SelfAttention):
         return super().forward(x.flatten(1, 2)).view(x.shape)
 
 
-# --- the block and the backbone -------------------------------------------------------------------
-
-class VSSDBlock(nn.Module):
-    """Convolutional position encoding and a mixer, the same and an MLP; all are residual branches.
-
-    Args:
-        mixer: of maps, (B, H, W, C) -> (B, H, W, C).
-        dim: C, channels.
-        mlp_ratio: hidden width of the MLP by C.
-        drop_path: probability to drop the mixer or the MLP.
-        with_cp: recompute the block in the backward pass to save memory.
-
-    Shape: (B, H, W, C) -> (B, H, W, C).
-    """
-
-    def __init__(self, mixer: nn.Module, dim: int, *, mlp_ratio: float, drop_path: float,
-                 with_cp: bool):
-        super().__init__()
-        self.with_cp = with_cp
-        self.cpe1, self.cpe2 = (nn.Conv2d(dim, dim, 3, padding=1, groups=dim) for _ in range(2))
-        self.norm1, self.norm2 = (LayerNorm(dim, feeds_matmul=True) for _ in range(2))
-        self.attn = mixer
-        self.mlp = Mlp(dim, int(mlp_ratio * dim))
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.with_cp and torch.is_grad_enabled():
-            return torch.utils.checkpoint.checkpoint(self._forward, x, use_reentrant=False)
-        return self._forward(x)
-
-    def _forward(self, x: Tensor) -> Tensor:
-        drop: Callable[[Tensor], Tensor] = self.drop_path
-        scales: tuple[Tensor | None, ...] = (None, None)
-        if is_plain(drop, DropPath):  # then the factors go into the sums
-            scales, drop = drop.factors(x, 2), _identity
-        x = add_convolution(self.cpe1, x)
-        x = add_convolution(self.cpe2, x, drop(self.attn(self.norm1(x))), scales[0])
-        return add_norm(x, drop(self.mlp(self.norm2(x))), None, None, scale=scales[1])[0]
-
-
-def _identity(branch: Tensor) -> Tensor:
-    return branch
-
+# --- the backbone ---------------------------------------------------------------------------------
 
 @MODELS.register_module()
 class VSSD(Backbone):
@@ -269,8 +188,8 @@ class VSSD(Backbone):
         self.patch_embed = _STEMS[arch['stem']](in_channels, self.num_features[0])
         self.stages = nn.ModuleList()
         for i, (dim, depth) in enumerate(zip(self.num_features, self.depths, strict=True)):
-            blocks = [VSSDBlock(_make_mixer(arch, i, dim), dim, mlp_ratio=arch['mlp_ratio'],
-                                drop_path=next(rates), with_cp=with_cp) for _ in range(depth)]
+            blocks = [CPEBlock(_make_mixer(arch, i, dim), dim, mlp_ratio=arch['mlp_ratio'],
+                               drop_path=next(rates), with_cp=with_cp) for _ in range(depth)]
             is_last = i == len(self.depths) - 1
             self.stages.append(Stage(
                 blocks, None if is_last else _DOWNSAMPLES[arch['downsample']](dim)))

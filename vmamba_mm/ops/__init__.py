@@ -12,6 +12,7 @@ from vmamba_mm.ops.fused.linear_relu import linear_relu
 from vmamba_mm.ops.fused.mlp import mlp
 from vmamba_mm.ops.fused.patch_norm import expand_norm, merge_norm
 from vmamba_mm.ops.fused.stem import conv_norm_gelu
+from vmamba_mm.ops.linear_attention import linear_attention
 from vmamba_mm.ops.mamba_inner import mamba_inner
 from vmamba_mm.ops.masa import decay_masks, masa, masa_mixer
 from vmamba_mm.ops.matrix_wkv import bi_wkv6, wkv5, wkv6, wkv6_step, wkv7, wkv7_step
@@ -30,10 +31,10 @@ from vmamba_mm.ops.wkv import bi_wkv, wkv, wkv_step
 __all__ = ['BACKENDS', 'across_slices', 'add_norm', 'along_slices', 'bi_wkv', 'bi_wkv6',
            'causal_conv', 'causal_conv_step', 'channel_mixer', 'channels_last', 'conv_mlp',
            'conv_norm', 'conv_norm_gelu', 'cross_merge', 'cross_scan', 'decay_masks', 'dwconv_add',
-           'dwconv_silu', 'evaluate_batch_norm', 'expand_norm', 'layer_norm', 'linear_relu',
-           'mamba_inner', 'masa', 'masa_mixer', 'merge_norm', 'mlp', 'nc_ssd', 'nc_ssd_mixer',
-           'nc_ssd_norm', 'ordered_scan', 'register_scan', 'retention', 'retention_step',
-           'rms_norm', 'scan_norm', 'scan_patterns', 'scan_positions', 'selective_scan',
-           'selective_scan_step', 'shift_mix', 'sigmoid_gate', 'spatial_mixer', 'squared_relu',
-           'ss2d_attention', 'ss2d_scan', 'ss2d_scan_norm', 'ssd', 'ssd_step', 'wkv', 'wkv5',
-           'wkv6', 'wkv6_step', 'wkv7', 'wkv7_step', 'wkv_step']
+           'dwconv_silu', 'evaluate_batch_norm', 'expand_norm', 'layer_norm', 'linear_attention',
+           'linear_relu', 'mamba_inner', 'masa', 'masa_mixer', 'merge_norm', 'mlp', 'nc_ssd',
+           'nc_ssd_mixer', 'nc_ssd_norm', 'ordered_scan', 'register_scan', 'retention',
+           'retention_step', 'rms_norm', 'scan_norm', 'scan_patterns', 'scan_positions',
+           'selective_scan', 'selective_scan_step', 'shift_mix', 'sigmoid_gate', 'spatial_mixer',
+           'squared_relu', 'ss2d_attention', 'ss2d_scan', 'ss2d_scan_norm', 'ssd', 'ssd_step',
+           'wkv', 'wkv5', 'wkv6', 'wkv6_step', 'wkv7', 'wkv7_step', 'wkv_step']

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 MODULES = ('selective_scan', 'ssd', 'nc_ssd', 'retention', 'wkv', 'matrix_wkv', 'rwkv', 'masa',
+           'linear_attention',
            'mamba', 'ss2d_scan', 'ordered_scan', 'orders', 'norms', 'convolutions', 'mlp',
            'vss_block', 'rmt_block', 'mamba_blocks')
 Shape = tuple[int, ...]

@@ -1,0 +1,10 @@
+_base_ = ['../../_base_/tasks/mask-rcnn_fpn_ms-3x_coco.py']
+
+model = dict(
+    # The leaf names arch, drop_path_rate, init_cfg and the neck's in_channels.
+    backbone=dict(_delete_=True, type='vmamba_mm.MILA'))
+
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=500),
+    dict(type='MultiStepLR', begin=0, end=36, by_epoch=True, milestones=[27, 33], gamma=0.1),
+]

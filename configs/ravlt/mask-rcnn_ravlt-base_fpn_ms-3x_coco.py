@@ -1,0 +1,10 @@
+_base_ = ['_base_/mask-rcnn_fpn_ms-3x_coco.py']
+
+model = dict(
+    backbone=dict(
+        arch='base',
+        drop_path_rate=0.4,
+        init_cfg=dict(
+            type='Pretrained', checkpoint='vmamba_mm://ravlt/base', prefix='backbone.',
+            weights='model')),
+    neck=dict(in_channels=[96, 192, 384, 512]))

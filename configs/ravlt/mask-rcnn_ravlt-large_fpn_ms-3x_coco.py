@@ -1,0 +1,14 @@
+_base_ = ['_base_/mask-rcnn_fpn_ms-3x_coco.py']
+
+model = dict(
+    backbone=dict(
+        arch='large',
+        drop_path_rate=0.55,
+        init_cfg=dict(
+            type='Pretrained', checkpoint='vmamba_mm://ravlt/large', prefix='backbone.',
+            weights='model')),
+    neck=dict(in_channels=[96, 192, 448, 640]))
+
+# One image for each of the 8 GPUs.
+train_dataloader = dict(batch_size=1)
+auto_scale_lr = dict(base_batch_size=8)

@@ -1,0 +1,6 @@
+_base_ = ['_base_/imagenet_224.py']
+
+model = dict(
+    backbone=dict(
+        arch='tiny',
+        drop_path_rate=0.1))

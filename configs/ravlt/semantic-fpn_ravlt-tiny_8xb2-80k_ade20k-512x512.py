@@ -1,0 +1,10 @@
+_base_ = ['_base_/semantic-fpn_80k_ade20k-512x512.py']
+
+model = dict(
+    backbone=dict(
+        arch='tiny',
+        drop_path_rate=0.1,
+        init_cfg=dict(
+            type='Pretrained', checkpoint='vmamba_mm://ravlt/tiny', prefix='backbone.',
+            weights='model')),
+    neck=dict(in_channels=[64, 128, 256, 512]))

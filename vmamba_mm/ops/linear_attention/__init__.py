@@ -1,0 +1,3 @@
+from vmamba_mm.ops.linear_attention.op import linear_attention
+
+__all__ = ['linear_attention']
