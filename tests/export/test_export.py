@@ -1,8 +1,8 @@
 """Files of other runtimes: written, run and compared with the model."""
 
+import importlib.util
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -80,10 +80,9 @@ def test_wrong_arguments(tmp_path):
 
 
 def test_missing_runtime(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, 'torch_tensorrt', None)
-    monkeypatch.setattr('importlib.util.find_spec',
-                        lambda name, find=__import__('importlib').util.find_spec:
-                        None if name == 'torch_tensorrt' else find(name))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec',
+                        lambda name: None if name == 'torch_tensorrt' else find(name))
     with pytest.raises(UserError, match='needs torch_tensorrt: pip install torch-tensorrt.*'
                        'or choose --to .*pt2'):
         export_model(small('vmamba'), 'tensorrt', tmp_path / 'a.ep')

@@ -2,6 +2,8 @@
 
 import importlib.util
 import logging
+import os
+import shutil
 import tempfile
 import warnings
 from collections import Counter
@@ -174,6 +176,10 @@ def _count_openvino(file: Path) -> int:
 # --- AOTInductor ----------------------------------------------------------------------------------
 
 def _write_pt2(network: Network, example: Tensor, is_dynamic: bool, file: Path) -> None:
+    compiler = os.environ.get('CXX') or 'g++'
+    if shutil.which(compiler) is None:
+        raise UserError(f'--to pt2 compiles C++ and there is no {compiler}: install one, or choose '
+                        '--to onnx')
     program = record(network, example, is_dynamic, 'loop')
     with _quiet():
         torch._inductor.aoti_compile_and_package(program, package_path=str(file))

@@ -83,7 +83,8 @@ def make_call(name: str, reference: Callable, implementations: Mapping[str, Impl
     """What calls an op, and decides once per call which implementation runs.
 
     Args:
-        name, reference, implementations, results: as of :func:`vmamba_mm.ops.core.define_op.define_op`.
+        name, reference, implementations, results: as of
+            :func:`vmamba_mm.ops.core.define_op.define_op`.
         dispatch, run_eagerly: of :func:`register_op`.
         tensors: where the arguments stand that have a gradient.
         named, saving: whether there are the arguments ``backend`` and ``save``.

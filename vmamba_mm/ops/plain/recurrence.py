@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops.scan import scan as loop
 
 WAYS = 'unrolled', 'loop', 'node', 'first'
 
@@ -62,8 +63,8 @@ def scan_lines(a: Tensor, x: Tensor, dim: int, reverse: bool
 
 
 def scan_carries(a: Tensor, x: Tensor, dim: int, reverse: bool) -> Tensor:
-    """The states of ``h_t = a_t h_(t-1) + x_t`` before each position, from zero along ``dim``; ``a``
-    may be of fewer elements, by which it multiplies."""
+    """The states of ``h_t = a_t h_(t-1) + x_t`` before each position, from zero along ``dim``; a
+    dimension of ``a`` may be 1."""
     if _way in _NODES:
         return _carries_node(a, x, dim, reverse)
     return _run(_carry_step, (torch.zeros_like(x.select(dim, 0)),), (a, x), dim, reverse)[1][0]
@@ -131,7 +132,7 @@ def _run(step, initial: tuple, inputs: tuple, dim: int, reverse: bool) -> tuple[
         # The loop goes along the first dimension; flipped inputs spare it negative steps.
         moved = [t.movedim(dim, 0) for t in inputs]
         moved = [(t.flip(0) if reverse else t).contiguous() for t in moved]
-        states, outputs = torch._higher_order_ops.scan(cloned, initial, tuple(moved))
+        states, outputs = loop(cloned, initial, tuple(moved))
         outputs = [t.flip(0) if reverse else t for t in outputs]
         return states, tuple(t.movedim(0, dim) for t in outputs)
     steps = list(zip(*(t.unbind(dim) for t in inputs), strict=True))
