@@ -64,11 +64,12 @@ def compare(task, to, work_dirs, out_dir, most):
 
     model = build_trained(cfg, read_checkpoint(str(checkpoint)), str(checkpoint), 'cpu')
     file = out_dir / f'{task}{TARGETS[to].suffix}'
-    report = export_model(model, to, file, size=(side, side), is_dynamic=True)
+    report = export_model(model, to, file, size=(side, side),
+                          is_dynamic=not TARGETS[to].is_fixed)
     if not report.is_right:
         raise UserError(f'{file}: ' + '; '.join(report.lines()))
     other = run_by(model, TARGETS[to].load(file))
-    cfg.test_dataloader.num_workers = 0
+    cfg.test_dataloader.num_workers, cfg.test_dataloader.batch_size = 0, 1
     cfg.test_dataloader.persistent_workers = False
     words, equal = EQUAL[task]
     shares, right = [], []

@@ -79,6 +79,10 @@ def export_model(model: nn.Module, to: str, file: str | Path, *, size: Sequence[
         raise UserError(f'--dtype {dtype} does not exist; choose one of {", ".join(DTYPES)}')
     target = TARGETS[to]
     target.check(to)
+    if is_dynamic and target.is_fixed:
+        others = ' or '.join(key for key, other in TARGETS.items() if not other.is_fixed)
+        raise UserError(f'a file for --to {to} takes one image of one size: leave out --dynamic and '
+                        f'choose --size, or choose --to {others}')
     if file.suffix != target.suffix:
         raise UserError(f'a file for --to {to} ends with {target.suffix}, got {file}')
     if not file.absolute().parent.is_dir():
@@ -97,8 +101,10 @@ def export_model(model: nn.Module, to: str, file: str | Path, *, size: Sequence[
         written = copy.deepcopy(network).half()
     target.write(written, example.to(DTYPES[dtype]), is_dynamic, file)
     run = target.load(file)
-    errors = {tuple(image.shape): _error(run, network, image, DTYPES[dtype])
-              for image in _images(network, example, is_dynamic)}
+    errors: dict[tuple[int, ...], float] = {}
+    for image in _images(network, example, is_dynamic, target.is_fixed):
+        error = _error(run, network, image, DTYPES[dtype])
+        errors[tuple(image.shape)] = max(error, errors.get(tuple(image.shape), 0.0))
     with torch.no_grad():
         half = example.to(DTYPES[dtype])
         ms, eager_ms = _times(lambda: run(half), lambda: network(example))
@@ -116,10 +122,10 @@ def _channels(model: nn.Module) -> int:
     return 3
 
 
-def _images(network: Network, example: Tensor, is_dynamic: bool) -> list[Tensor]:
-    """Images to compare by: of other batches and, where the file takes them, other sizes."""
+def _images(network: Network, example: Tensor, is_dynamic: bool, is_fixed: bool) -> list[Tensor]:
+    """Images to compare by: of other batches and sizes, where the file takes them."""
     channels, height, width = example.shape[1:]
-    shapes = [(3, height, width)]
+    shapes = [(1 if is_fixed else 3, height, width)]
     if is_dynamic:
         shapes += [(1, height + 37, width + 3), (2, height, 2 * width)]
     images = [example, *(torch.randn(batch, channels, *size) for batch, *size in shapes)]

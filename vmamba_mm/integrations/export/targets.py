@@ -34,6 +34,7 @@ class Target:
         write: write(network, example, is_dynamic, file) makes the file.
         load: load(file) gives what runs it.
         nodes: nodes(file) counts what the graph consists of; None where that says nothing.
+        is_fixed: whether its files take the example's batch and size only.
     """
 
     suffix: str
@@ -42,6 +43,7 @@ class Target:
     write: Callable[[Network, Tensor, bool, Path], None]
     load: Callable[[Path], Run]
     nodes: Callable[[Path], int] | None = None
+    is_fixed: bool = False
 
     def check(self, name: str) -> None:
         """Raise UserError unless the runtime is here."""
@@ -53,9 +55,10 @@ class Target:
             raise UserError(f'--to {name} needs {", ".join(missing)}: {self.install}{instead}')
 
 
-def record(network: Network, example: Tensor, is_dynamic: bool, way: str
+def record(network: Network, example: Tensor, is_dynamic: bool, way: str, is_fixed: bool = False
            ) -> torch.export.ExportedProgram:
-    """The network as a graph without our ops, for any batch and, if asked for, any size.
+    """The network as a graph without our ops, for any batch (unless ``is_fixed``) and, if asked
+    for, any size.
 
     Raises:
         UserError: where something binds the network to a size.
@@ -64,10 +67,11 @@ def record(network: Network, example: Tensor, is_dynamic: bool, way: str
     if is_dynamic:
         dynamic.update({2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC})
     # A batch of one would be taken for a number that never changes.
-    batch = torch.cat((example, example.roll(1, -1)))
+    batch = example if is_fixed else torch.cat((example, example.roll(1, -1)))
     with torch.no_grad(), plain_ops(way), AnySize(), _quiet():
         try:
-            return torch.export.export(network, (batch,), dynamic_shapes=(dynamic,))
+            return torch.export.export(
+                network, (batch,), dynamic_shapes=None if is_fixed else (dynamic,))
         except NotImplementedError as err:
             raise UserError(f'this model cannot be exported: {err}') from err
         except Exception as err:
@@ -180,9 +184,11 @@ def _write_pt2(network: Network, example: Tensor, is_dynamic: bool, file: Path) 
     if shutil.which(compiler) is None:
         raise UserError(f'--to pt2 compiles C++ and there is no {compiler}: install one, or choose '
                         '--to onnx')
-    program = record(network, example, is_dynamic, 'loop')
+    program = record(network, example, is_dynamic, 'loop', is_fixed=True)
     with _quiet():
-        torch._inductor.aoti_compile_and_package(program, package_path=str(file))
+        # With reuse Inductor of torch 2.14 declares buffers of loops' results twice.
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=str(file), inductor_configs={'allow_buffer_reuse': False})
 
 
 def _load_pt2(file: Path) -> Run:
@@ -203,7 +209,7 @@ def _write_tensorrt(network: Network, example: Tensor, is_dynamic: bool, file: P
     if not torch.cuda.is_available():
         raise UserError('--to tensorrt builds an engine for the GPU at hand, and torch finds none '
                         'here: run it where the engine will run')
-    program = record(network.cuda(), example.cuda(), is_dynamic, 'unrolled')
+    program = record(network.cuda(), example.cuda(), is_dynamic, 'unrolled', is_fixed=True)
     engine = torch_tensorrt.dynamo.compile(program, arg_inputs=[example.cuda()],
                                            use_explicit_typing=True)
     torch_tensorrt.save(engine, str(file), arg_inputs=[example.cuda()])
@@ -222,6 +228,6 @@ TARGETS = {
                    lambda file: count_nodes(file).total()),
     'openvino': Target('.xml', ('onnx', 'onnxscript', 'openvino'), _EXTRA, _write_openvino,
                        _load_openvino, _count_openvino),
-    'pt2': Target('.pt2', (), '', _write_pt2, _load_pt2),
+    'pt2': Target('.pt2', (), '', _write_pt2, _load_pt2, is_fixed=True),
     'tensorrt': Target('.ep', ('torch_tensorrt',), 'pip install torch-tensorrt on a machine with '
-                       'an NVIDIA GPU', _write_tensorrt, _load_tensorrt)}
+                       'an NVIDIA GPU', _write_tensorrt, _load_tensorrt, is_fixed=True)}
