@@ -8,6 +8,7 @@ from vmamba_mm.ops.core import forms
 from vmamba_mm.ops.nc_ssd import chunked as nc_ssd
 from vmamba_mm.ops.orders import reference as orders
 from vmamba_mm.ops.plain import products, recurrence, scans, wkv
+from vmamba_mm.ops.ss2d_scan import patterns
 
 #: By the name of an op, its plain form.
 FORMS = {
@@ -17,6 +18,7 @@ FORMS = {
     'mamba_inner_fwd': scans.mamba_inner,
     'nc_ssd_fwd': nc_ssd.compose,
     'ordered_scan_fwd': scans.ordered_scan,
+    'reorder': patterns._order,
     'retention_fwd': products.retention,
     'selective_scan_fwd': scans.selective_scan,
     'ss2d_scan_fwd': scans.ss2d_scan,
