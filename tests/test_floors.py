@@ -22,7 +22,8 @@ FLOORS = {
     'heads': ('torch', 'mmengine', 'mmpretrain', 'timm'),
     'mm': ('torch', 'numpy', 'matplotlib', 'cv2', 'PIL', 'av', 'mmengine', 'mmcv', 'mmpretrain',
            'mmdet', 'mmseg', 'monai', 'diffusers', 'torch_fidelity', 'h5py'),
-    'integrations': ('torch', 'yaml', 'timm', 'mmpretrain', 'nnunetv2', 'diffusers', 'spandrel'),
+    'integrations': ('torch', 'yaml', 'timm', 'mmpretrain', 'nnunetv2', 'diffusers', 'spandrel',
+                     'onnx', 'onnx_ir', 'onnxscript', 'onnxruntime', 'openvino', 'torch_tensorrt'),
 }
 #: The ground floor: modules that any other may import, and what they import themselves.
 GROUND = {

@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vmamba_mm.ops.core import forms
+
 #: 'reference' is the specification (a loop over L), 'chunked' the parallel plain-PyTorch one,
 #: 'cuda' the kernels for NVIDIA GPUs, 'triton' those for any GPU that Triton knows.
 BACKENDS = ('reference', 'chunked', 'cuda', 'triton')
@@ -37,10 +39,11 @@ _is_autocast_available = functools.cache(torch.amp.is_autocast_available)
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    """Autocast is off in this context, on the device of ``x``."""
+    """Autocast is off in this context, on the device of ``x``. A graph for another runtime has no
+    autocast and no such context."""
     device = x.device.type
-    return (torch.autocast(device, enabled=False) if _has_autocast(device)
-            else contextlib.nullcontext())
+    return (torch.autocast(device, enabled=False)
+            if forms.active is None and _has_autocast(device) else contextlib.nullcontext())
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vmamba_mm.ops.core import backends as devices
-from vmamba_mm.ops.core import torch_private
+from vmamba_mm.ops.core import forms, torch_private
 from vmamba_mm.ops.core.backends import BACKENDS
 from vmamba_mm.ops.core.torch_private import (
     are_transforms_active,
@@ -77,13 +77,14 @@ def make_run(implementations: Mapping[str, Implementation], size: int, named: bo
     return run
 
 
-def make_call(reference: Callable, implementations: Mapping[str, Implementation],
+def make_call(name: str, reference: Callable, implementations: Mapping[str, Implementation],
               dispatch: Callable, run_eagerly: Callable, *, tensors: tuple[int, ...], named: bool,
               saving: bool, results: int, is_single: bool) -> Callable:
     """What calls an op, and decides once per call which implementation runs.
 
     Args:
-        reference, implementations, results: as of :func:`vmamba_mm.ops.core.define_op.define_op`.
+        name, reference, implementations, results: as of
+            :func:`vmamba_mm.ops.core.define_op.define_op`.
         dispatch, run_eagerly: of :func:`register_op`.
         tensors: where the arguments stand that have a gradient.
         named, saving: whether there are the arguments ``backend`` and ``save``.
@@ -93,6 +94,8 @@ def make_call(reference: Callable, implementations: Mapping[str, Implementation]
                   for key, implementation in implementations.items())
 
     def call(*args, backend=None, otherwise=reference):
+        if forms.active is not None and name in forms.active:
+            return forms.active[name](*args)
         if backend is None:
             on_kernels = args[0].device.type in devices.KERNEL_DEVICES
             for chosen in order:

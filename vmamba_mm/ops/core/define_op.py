@@ -114,7 +114,7 @@ def define_op(name: str, schema: str, *, reference: Callable, fake: Callable,
     count_flops(name, formula)
     tensors = tuple(i for i, (type_, argument) in enumerate(arguments[:size])
                     if type_ in ('Tensor', 'Tensor?') and argument not in no_grad.split())
-    call = make_call(reference, implementations, dispatch, run_eagerly, tensors=tensors,
+    call = make_call(name, reference, implementations, dispatch, run_eagerly, tensors=tensors,
                      named=named, saving=saving, results=results, is_single=len(outputs) == 1)
     call.__name__ = call.__qualname__ = name
     OPS[name] = Op(name, schema, reference, implementations, call)
