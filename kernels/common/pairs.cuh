@@ -74,3 +74,8 @@ __device__ __forceinline__ void store_eight(Element<T> *to, const Four<T> &left,
 __device__ __forceinline__ int warp_index() {
     return __shfl_sync(0xffffffffu, (int)threadIdx.x >> 5, 0);
 }
+
+__device__ __forceinline__ float sum_over_columns(float v) {  // of a row, which 4 lanes have
+    v += __shfl_xor_sync(0xffffffffu, v, 1);
+    return v + __shfl_xor_sync(0xffffffffu, v, 2);
+}

@@ -2,8 +2,7 @@
 // W in shared memory. Of its four groups of warps WIDE lie side by side, each with 64 TILES columns of
 // the result; together they go through tiles of 64 rows of x, of which parts 64 deep come ahead. The
 // 4 / WIDE teams do not wait for one another, so that one multiplies while another has GELU.
-#include "common/pairs.cuh"
-#include "common/warpgroup.cuh"
+#include "fused/linear.cuh"
 
 struct LinearGelu {
     const void *x, *weight, *bias;  // (rows, inner), (columns, inner), (columns)
@@ -11,8 +10,6 @@ struct LinearGelu {
     int rows, columns, inner;       // multiples of 8 but for rows
     int parts;                      // of the columns, each of a block's
 };
-
-constexpr int THREADS = 512;
 
 // Eight adjacent elements of GELU cost as much as a product of depth 50, so this is a short one:
 // x Phi(x) = (x + |x|) / 2 - |x| Phi(-|x|), where Phi(-a) = exp(-a a / 2) t P(t) with
@@ -43,29 +40,19 @@ __global__ void __launch_bounds__(THREADS, 1) linear_gelu(const LinearGelu p) {
     const int first = blockIdx.x / p.parts * TEAMS + team, step = gridDim.x / p.parts * TEAMS;
     const int tiles = (p.rows + 63) / 64;
 
-    // So many threads copy a part of up to 64 rows of a matrix.
-    auto copy = [&](Tile &to, const void *from, int first_row, int rows, int k, int own, int members) {
-        opaque(own);  // else addresses stay in registers
-        const int column = (own & 7) * 8;
-        const bool deep_enough = 64 * k + column < p.inner;
-#pragma unroll
-        for (int row = own >> 3; row < 64; row += members >> 3) {
-            const bool valid = deep_enough && first_row + row < rows;
-            copy16(to.place(row, column), (const E *)from
-                   + (valid ? (long long)(first_row + row) * p.inner + 64 * k + column : 0), valid);
-        }
-    };
     int next_tile = first, next_part = 0;  // of x, to be copied
     auto copy_next = [&](int stage) {
         if (next_tile < tiles) {
-            copy(x[stage], p.x, next_tile * 64, p.rows, next_part, thread % MEMBERS, MEMBERS);
+            copy_part<T>(x[stage], p.x, next_tile * 64, p.rows, p.inner, next_part,
+                         thread % MEMBERS, MEMBERS);
             if (++next_part == deep) next_part = 0, next_tile += step;
         }
         commit_copies();
     };
     for (int k = 0; k < deep; ++k)
         for (int i = 0; i < WIDE * TILES; ++i)
-            copy(weight[k][i], p.weight, first_column + 64 * i, p.columns, k, thread, THREADS);
+            copy_part<T>(weight[k][i], p.weight, first_column + 64 * i, p.columns, p.inner, k,
+                         thread, THREADS);
     for (int c = thread; c < COLUMNS; c += THREADS)
         bias[c] = first_column + c < p.columns
             ? load_parameter(p.bias, first_column + c, T::CODE) : 0.f;
@@ -85,18 +72,7 @@ __global__ void __launch_bounds__(THREADS, 1) linear_gelu(const LinearGelu p) {
             show_to_products();
             asm volatile("bar.sync %0, %1;" :: "r"(1 + team), "n"(MEMBERS) : "memory");
             copy_next(stage == 0 ? STAGES - 1 : stage - 1);
-            const u64 left = describe(x[stage]), right = describe(weight[k][beside * TILES]);
-            begin_products();
-            auto multiply = [&](int i) {
-                multiply_tiles<false, false>(sums, part_of<false>(left, i), part_of<false>(right, i),
-                                             k + i > 0, T{});
-            };
-            multiply(0), multiply(1);
-            if (64 * k + 32 < p.inner) {  // else there are only zeros
-                begin_products();
-                multiply(2), multiply(3);
-            }
-            commit_products();
+            multiply_part<T>(sums, x[stage], weight[k][beside * TILES], k, p.inner);
             stage = stage + 1 == STAGES ? 0 : stage + 1;
         }
         wait_products<0>();
@@ -120,14 +96,9 @@ __global__ void __launch_bounds__(THREADS, 1) linear_gelu(const LinearGelu p) {
             auto store = [&](void *map) {
 #pragma unroll
                 for (int k = 0; k < 2; ++k) {
-                    auto four = [&](int i) {
-                        return Four<T>(pack<T>(sums[i][2 * k], sums[i][2 * k + 1]),
-                                       pack<T>(sums[i + 1][2 * k], sums[i + 1][2 * k + 1]));
-                    };
                     const int r = own_row + 8 * k;
-                    store_eight<T>((E *)map + (long long)r * p.columns + first_column + c, four(n),
-                                   four(n + 2),
-                                   r < p.rows && first_column + c + 8 * t < p.columns);
+                    store_columns<T>((E *)map + (long long)r * p.columns + first_column + c, sums, n,
+                                     k, r < p.rows, p.columns - first_column - c);
                 }
             };
             if (p.product) store(p.product);

@@ -47,11 +47,6 @@ struct BackwardShared {
     }
 };
 
-__device__ __forceinline__ float sum_over_columns(float v) {  // of a row, which 4 lanes have
-    v += __shfl_xor_sync(0xffffffffu, v, 1);
-    return v + __shfl_xor_sync(0xffffffffu, v, 2);
-}
-
 __device__ __forceinline__ float sum_over_rows(float v) {  // lanes with the same columns
     v += __shfl_xor_sync(0xffffffffu, v, 4);
     v += __shfl_xor_sync(0xffffffffu, v, 8);
