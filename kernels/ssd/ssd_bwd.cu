@@ -126,14 +126,14 @@ ssd_bwd(const Backward p) {
             if (i >= Triangle::COUNT) break;
             opaque(i);  // else what follows from it stays in registers
             const int r = Triangle::row(i), b = Triangle::column(i);
-            float products[2][4], grads[2][4] = {};
+            float products[2][4], grads[2][4] = {}, passed[2][4];
 #pragma unroll
             for (int n = 0; n < P / BLOCK; ++n)
                 multiply_rows<T, FAST>(grads, shared.dy + BLOCK * r * X + BLOCK * n, X,
                                        shared.x + BLOCK * b * X + BLOCK * n, X);
             load_block<T>(products, shared.products(r, b), S);
             if (same<T, Half>) multiply_all(products, shared.scales[r][b]);
-            pass_pairs(products, grads, shared, decays, r, b);
+            pass_pairs(products, grads, passed, shared, decays, r, b);
             store_block<T>(shared.weights(r, b), S, products);
             if (turn < KEPT) {
 #pragma unroll
@@ -142,6 +142,7 @@ ssd_bwd(const Backward p) {
             } else {
                 add_block(sums_of(i), grads);
             }
+            sum_pairs(passed, shared, r, b);
         }
         __syncthreads();
 

@@ -53,17 +53,6 @@ __device__ __forceinline__ float sum_over_rows(float v) {  // lanes with the sam
     return v + __shfl_xor_sync(0xffffffffu, v, 16);
 }
 
-// The same for four values at once: lane 4 g + t receives the sum of value g / 2.
-__device__ __forceinline__ float sum_four_over_rows(const float (&v)[4]) {
-    const bool upper = threadIdx.x & 16, right = threadIdx.x & 8;
-    float first = upper ? v[2] : v[0], second = upper ? v[3] : v[1];
-    first += __shfl_xor_sync(0xffffffffu, upper ? v[0] : v[2], 16);
-    second += __shfl_xor_sync(0xffffffffu, upper ? v[1] : v[3], 16);
-    const float own = right ? second : first;
-    const float sum = own + __shfl_xor_sync(0xffffffffu, right ? first : second, 8);
-    return sum + __shfl_xor_sync(0xffffffffu, sum, 4);
-}
-
 // For each column of a block on the diagonal, the sum over elements of rows at or below it and
 // columns before it: the pairs whose decay has that of the column's position in it.
 __device__ __forceinline__ void sum_within(float *to, const float (&v)[2][4]) {
@@ -99,13 +88,14 @@ __device__ __forceinline__ void sum_within(float *to, const float (&v)[2][4]) {
 
 // What a block of pairs, row i and column j, does in a head: `products` are those of C_i and B_j, and
 // become the weights of x_j in y_i; `grads` are those of dy_i and x_j, and become the gradients by the
-// products. What passes from j to i is left in `sums`, which has the names of BackwardShared.
+// products; `passed` is what passes from j to i. Its sums are left in `sums`, which has the names of
+// BackwardShared, by this and by sum_pairs, in between which there are registers for other things.
 template <class Sums>
 __device__ __forceinline__ void pass_pairs(float (&products)[2][4], float (&grads)[2][4],
-                                           Sums &sums, const Decays &decays, int r, int b) {
+                                           float (&passed)[2][4], Sums &sums,
+                                           const Decays &decays, int r, int b) {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     decay_block<false>(products, decays, r, b);
-    float passed[2][4], down[2] = {}, columns[4];
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
@@ -115,27 +105,30 @@ __device__ __forceinline__ void pass_pairs(float (&products)[2][4], float (&grad
     for (int n = 0; n < 2; ++n) {
         const float2 dt = *(const float2 *)(decays.dt + BLOCK * b + 8 * n + 2 * t);
 #pragma unroll
-        for (int e = 0; e < 2; ++e) columns[2 * n + e] = passed[n][e] + passed[n][2 + e];
+        for (int e = 0; e < 2; ++e) {
+            const float sum = sum_over_rows(passed[n][e] + passed[n][2 + e]);
+            if (g == 0) sums.columns[r][BLOCK * b + 8 * n + 2 * t + e] = sum;
+        }
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
             const float step = e & 1 ? dt.y : dt.x;
             products[n][e] *= step, grads[n][e] *= step, passed[n][e] *= step;
-            down[e >> 1] += passed[n][e];
         }
     }
-    const float sum = sum_four_over_rows(columns);
-    if (!(g & 1)) sums.columns[r][BLOCK * b + (g >> 2) * 8 + 2 * t + (g >> 1 & 1)] = sum;
-    if (b < r) {
-        down[0] = sum_over_columns(down[0]), down[1] = sum_over_columns(down[1]);
-        const float sum = sum_over_rows(down[0] + down[1]);
-        if (t == 0) {
-            sums.rows[b][BLOCK * r + g] = down[0];
-            sums.rows[b][BLOCK * r + 8 + g] = down[1];
-        }
-        if (lane == 0) sums.blocks[r][b] = sum;
-    } else {
+}
+
+template <class Sums>
+__device__ __forceinline__ void sum_pairs(const float (&passed)[2][4], Sums &sums, int r, int b) {
+    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+    if (b == r) {
         sum_within(sums.within + BLOCK * r, passed);
+        return;
     }
+    const float upper = sum_over_columns(passed[0][0] + passed[0][1] + passed[1][0] + passed[1][1]);
+    const float lower = sum_over_columns(passed[0][2] + passed[0][3] + passed[1][2] + passed[1][3]);
+    const float sum = sum_over_rows(upper + lower);
+    if (t == 0) sums.rows[b][BLOCK * r + g] = upper, sums.rows[b][BLOCK * r + 8 + g] = lower;
+    if (lane == 0) sums.blocks[r][b] = sum;
 }
 
 // The largest magnitude that a warp has of a block, for all of its lanes; NaN counts as nothing.

@@ -300,17 +300,18 @@ __global__ void __launch_bounds__(384, 1) ssd_bwd_groups(const Backward p) {
 #pragma unroll
             for (int b = 0; b < BLOCKS; ++b) {
                 if (b > own) break;
-                float products[2][4], of_products[2][4];
+                float products[2][4], of_products[2][4], passed[2][4];
 #pragma unroll
                 for (int e = 0; e < 8; ++e) {
                     products[e >> 2][e & 3] = scores[2 * b + (e >> 2)][e & 3];
                     of_products[e >> 2][e & 3] = grads[2 * b + (e >> 2)][e & 3];
                 }
-                pass_pairs(products, of_products, sums, decays, own, b);
+                pass_pairs(products, of_products, passed, sums, decays, own, b);
                 store_pairs(shared.weights, own, b, products);
 #pragma unroll
                 for (int e = 0; e < 8; ++e)
                     of_pairs[2 * b + (e >> 2)][e & 3] += of_products[e >> 2][e & 3];
+                sum_pairs(passed, sums, own, b);
             }
             show_to_products();
             asm volatile("bar.arrive %0, %1;" :: "n"(1), "n"(256) : "memory");

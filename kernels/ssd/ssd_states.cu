@@ -102,7 +102,7 @@ ssd_states(const States p) {
             opaque(own);  // else its addresses stay in registers
             const long long to = (((long long)batch * p.heads + head) * p.chunks + chunk)
                 * p.dim * p.state;
-            store_states<T>((E *)states + to, own, p.dim, p.state, first_state, state);
+            store_states<T>(p, states, to, own, first_state, state);
         }
         if (!more && !ends) break;
         if (slice == 0 && more) {

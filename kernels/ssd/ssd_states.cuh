@@ -16,10 +16,11 @@ struct States {
 };
 
 // Stores the states of channels `channel` and 8 further, from `first` on, as a warp has them: lane
-// 4 g + t the states 8 n + 2 t and the next one, of the first channel in v[n][0] and v[n][1].
+// 4 g + t the states 8 n + 2 t and the next one, of the first channel in v[n][0] and v[n][1]. Those of
+// all channels begin at `states` + `to`.
 template <class T, int TILES>
-__device__ __forceinline__ void store_states(Element<T> *states, int channel, int channels,
-                                             int count, int first, const float (&v)[TILES][4]) {
+__device__ __forceinline__ void store_states(const States &p, void *states, long long to,
+                                             int channel, int first, const float (&v)[TILES][4]) {
     const int t = threadIdx.x & 3;
     auto four = [&](int n, int k) {
         return Four<T>(pack<T>(v[2 * n][2 * k], v[2 * n][2 * k + 1]),
@@ -31,12 +32,12 @@ __device__ __forceinline__ void store_states(Element<T> *states, int channel, in
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
             const int c = channel + 8 * k, s = first + BLOCK * n;
-            Element<T> *const at = states + (long long)c * count + s;
+            Element<T> *const at = (Element<T> *)states + to + (long long)c * p.state + s;
             if constexpr (AT_ONCE == 2) {
-                store_eight<T>(at, four(n, k), four(n + 1, k), c < channels && s + t * 8 < count);
+                store_eight<T>(at, four(n, k), four(n + 1, k), c < p.dim && s + t * 8 < p.state);
             } else {
                 const Four<T> four_states = four(n, k);
-                if (c < channels && s + first_column(t) < count)
+                if (c < p.dim && s + first_column(t) < p.state)
                     four_states.store(at + first_column(t));
             }
         }

@@ -88,11 +88,11 @@ __global__ void __launch_bounds__(128, 4) ssd_states_groups(const States p) {
         __syncthreads();
         if (more) copy(i + 1);
         if (states) {
-            E *const to = (E *)states + (((long long)batch * p.heads + head) * p.chunks
-                                         + chunk_at(i)) * p.dim * p.state;
+            const long long to = (((long long)batch * p.heads + head) * p.chunks + chunk_at(i))
+                * p.dim * p.state;
 #pragma unroll
             for (int h = 0; h < 2; ++h)
-                store_states<BFloat>(to, channel, p.dim, p.state, 64 * h, state[h]);
+                store_states<BFloat>(p, states, to, channel, 64 * h, state[h]);
         }
         if (!more && !ends) break;
 
