@@ -128,19 +128,20 @@ def _parity_subject(file: str, options: Options) -> Subject:
     """A classifier, or by its kind a backbone with a norm for each output."""
     kwargs = options['kwargs']
     kwargs.ignore('drop_path_rate')
-    for key, value in dict(patch_size=4, in_chans=3, drop_rate=0.0).items():
+    for key, value in dict(patch_size=4, drop_rate=0.0).items():
         kwargs.require(key, value)
-    embedded, size = kwargs['ape'], kwargs['img_size']
+    embedded, size = kwargs.get('ape', False), kwargs.get('img_size', 224)
     arch = dict(
         embed_dims=kwargs['embed_dim'], depths=tuple(kwargs['depths']),
-        num_heads=tuple(kwargs['num_heads']), mlp_ratio=kwargs['mlp_ratio'],
-        qkv_bias=kwargs['qkv_bias'], image_size=size if embedded else 0)
+        num_heads=tuple(kwargs['num_heads']), mlp_ratio=kwargs.get('mlp_ratio', 4.0),
+        qkv_bias=kwargs.get('qkv_bias', True), image_size=size if embedded else 0)
+    backbone = dict(arch=arch, in_channels=kwargs.get('in_chans', 3))
     if options.require('kind', 'MLLA', 'MLLA_dense') == 'MLLA_dense':
         return Subject(Build('vmamba_mm.models:MILA', dict(
-            arch=arch, out_indices=tuple(kwargs['out_indices']))), Call(view=list))
+            backbone, out_indices=tuple(kwargs['out_indices']))), Call(view=list))
     last = len(arch['depths']) - 1
     return Subject(Build('vmamba_mm.testing:Classifier', dict(
-        backbone=Build('vmamba_mm.models:MILA', dict(arch=arch, out_indices=(last,))),
+        backbone=Build('vmamba_mm.models:MILA', dict(backbone, out_indices=(last,))),
         num_classes=kwargs['num_classes'])), load=dict(weights='model_ema'))
 
 

@@ -116,27 +116,29 @@ def _infer_arch(weights: Mapping[str, Any]) -> dict[str, Any]:
 
 # --- the official code's numbers ----------------------------------------------------------------
 
-_FLAGS = dict(l='linear', v='softmax')
+_KIND_OF = dict(l='linear', v='softmax')
+#: Of each stage, as the published models leave them.
+_FLAGS = ['l' * 10, 'l' * 10, 'v' * 20, 'v' * 10]
 
 
 def _parity_arch(kwargs: Options) -> dict[str, Any]:
     """Our ``arch`` for the arguments of the official ``RAVLT`` and ``GLTA``."""
     kwargs.ignore('drop_path_rate')
-    kwargs.require('in_chans', 3)
-    starts, depths = kwargs['layer_init_values'], tuple(kwargs['depths'])
+    starts = kwargs.get('layer_init_values', [1e-6] * 4)
+    scaled, depths = kwargs.get('layerscales', [False] * 4), tuple(kwargs['depths'])
     return dict(
         embed_dims=tuple(kwargs['embed_dims']), depths=depths,
         num_heads=tuple(kwargs['num_heads']), mlp_ratios=tuple(kwargs['mlp_ratios']),
         # There are more flags than blocks.
-        attentions=tuple(tuple(_FLAGS[flag] for flag in flags[:depth])
-                         for flags, depth in zip(kwargs['flagss'], depths, strict=True)),
-        layer_scales=tuple(float(start) if there else 0.0 for start, there in zip(
-            starts, kwargs['layerscales'], strict=True)))
+        attentions=tuple(tuple(_KIND_OF[flag] for flag in flags[:depth]) for flags, depth in zip(
+            kwargs.get('flagss', _FLAGS), depths, strict=True)),
+        layer_scales=tuple(float(start) if there else 0.0
+                           for start, there in zip(starts, scaled, strict=True)))
 
 
 def _parity_subject(file: str, options: Options) -> Subject:
     kwargs = options['kwargs']
-    backbone = dict(arch=_parity_arch(kwargs))
+    backbone = dict(arch=_parity_arch(kwargs), in_channels=kwargs.get('in_chans', 3))
     if options.require('kind', 'RAVLT', 'GLTA') == 'GLTA':
         kwargs.ignore('projection')  # which has none
         return Subject(Build('vmamba_mm.models:RAVLT', dict(
