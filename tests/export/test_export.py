@@ -17,7 +17,7 @@ from vmamba_mm.testing import assert_close
 
 HERE = Path(__file__).parent
 #: A family, its small arch, the size of images, and whether any size goes.
-MODELS = [('vmamba', None, (40, 56), True), ('vssd', None, (64, 32), True),
+MODELS = [('vmamba', None, (40, 56), True), ('vssd', None, (64, 96), True),
           ('rmt', None, (64, 64), False), ('vision_rwkv', None, (32, 48), False),
           ('vim', 'middle', (16, 16), False), ('efficientvim', None, (64, 64), False)]
 

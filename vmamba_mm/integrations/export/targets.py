@@ -184,7 +184,7 @@ def _write_pt2(network: Network, example: Tensor, is_dynamic: bool, file: Path) 
     if shutil.which(compiler) is None:
         raise UserError(f'--to pt2 compiles C++ and there is no {compiler}: install one, or choose '
                         '--to onnx')
-    program = record(network, example, is_dynamic, 'loop', is_fixed=True)
+    program = record(network, example, is_dynamic, 'unrolled', is_fixed=True)
     with _quiet():
         # With reuse Inductor of torch 2.14 declares buffers of loops' results twice.
         torch._inductor.aoti_compile_and_package(
