@@ -81,8 +81,8 @@ def export_model(model: nn.Module, to: str, file: str | Path, *, size: Sequence[
     target.check(to)
     if is_dynamic and target.is_fixed:
         others = ' or '.join(key for key, other in TARGETS.items() if not other.is_fixed)
-        raise UserError(f'a file for --to {to} takes one image of one size: leave out --dynamic and '
-                        f'choose --size, or choose --to {others}')
+        raise UserError(f'a file for --to {to} takes one image of one size: leave out --dynamic '
+                        f'and choose --size, or choose --to {others}')
     if file.suffix != target.suffix:
         raise UserError(f'a file for --to {to} ends with {target.suffix}, got {file}')
     if not file.absolute().parent.is_dir():

@@ -186,9 +186,7 @@ def _write_pt2(network: Network, example: Tensor, is_dynamic: bool, file: Path) 
                         '--to onnx')
     program = record(network, example, is_dynamic, 'unrolled', is_fixed=True)
     with _quiet():
-        # With reuse Inductor of torch 2.14 declares buffers of loops' results twice.
-        torch._inductor.aoti_compile_and_package(
-            program, package_path=str(file), inductor_configs={'allow_buffer_reuse': False})
+        torch._inductor.aoti_compile_and_package(program, package_path=str(file))
 
 
 def _load_pt2(file: Path) -> Run:
