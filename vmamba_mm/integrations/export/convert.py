@@ -103,7 +103,12 @@ def export_model(model: nn.Module, to: str, file: str | Path, *, size: Sequence[
     run = target.load(file)
     errors: dict[tuple[int, ...], float] = {}
     for image in _images(network, example, is_dynamic, target.is_fixed):
-        error = _error(run, network, image, DTYPES[dtype])
+        try:
+            error = _error(run, network, image, DTYPES[dtype])
+        except Exception as err:
+            raise UserError(f'{file} does not run on images {" x ".join(map(str, image.shape))}: a '
+                            'larger example, or a fixed --size without --dynamic, may help '
+                            f'({" ".join(str(err).split())[-200:]})') from err
         errors[tuple(image.shape)] = max(error, errors.get(tuple(image.shape), 0.0))
     with torch.no_grad():
         half = example.to(DTYPES[dtype])

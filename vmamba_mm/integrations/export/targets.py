@@ -2,8 +2,6 @@
 
 import importlib.util
 import logging
-import os
-import shutil
 import tempfile
 import warnings
 from collections import Counter
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vmamba_mm.errors import UserError
+from vmamba_mm.integrations.export import native
 from vmamba_mm.integrations.export.network import AnySize, Network
 from vmamba_mm.ops.plain import plain_ops
 
@@ -180,18 +179,15 @@ def _count_openvino(file: Path) -> int:
 # --- AOTInductor ----------------------------------------------------------------------------------
 
 def _write_pt2(network: Network, example: Tensor, is_dynamic: bool, file: Path) -> None:
-    compiler = os.environ.get('CXX') or 'g++'
-    if shutil.which(compiler) is None:
-        raise UserError(f'--to pt2 compiles C++ and there is no {compiler}: install one, or choose '
-                        '--to onnx')
-    program = record(network, example, is_dynamic, 'loop', is_fixed=True)
+    native.load()
+    program = record(network, example, is_dynamic, 'native')
     with _quiet():
-        # With reuse Inductor of torch 2.14 declares buffers of loops' results twice.
-        torch._inductor.aoti_compile_and_package(
-            program, package_path=str(file), inductor_configs={'allow_buffer_reuse': False})
+        torch._inductor.aoti_compile_and_package(program, package_path=str(file))
+    native.put_beside(file)
 
 
 def _load_pt2(file: Path) -> Run:
+    native.load()
     runner = torch._inductor.aoti_load_package(str(file))
 
     def run(image: Tensor) -> list[Tensor]:
@@ -228,6 +224,6 @@ TARGETS = {
                    lambda file: count_nodes(file).total()),
     'openvino': Target('.xml', ('onnx', 'onnxscript', 'openvino'), _EXTRA, _write_openvino,
                        _load_openvino, _count_openvino),
-    'pt2': Target('.pt2', (), '', _write_pt2, _load_pt2, is_fixed=True),
+    'pt2': Target('.pt2', (), '', _write_pt2, _load_pt2),
     'tensorrt': Target('.ep', ('torch_tensorrt',), 'pip install torch-tensorrt on a machine with '
                        'an NVIDIA GPU', _write_tensorrt, _load_tensorrt, is_fixed=True)}

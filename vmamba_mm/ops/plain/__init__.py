@@ -37,9 +37,8 @@ def plain_ops(way: str = 'unrolled') -> Iterator[None]:
     that it is one for the size of the example.
 
     Args:
-        way: 'unrolled'; or 'loop' for PyTorch's own operator of a loop, which torch.compile and
-            AOTInductor know; or 'node' or 'first' for nodes that
-            :mod:`vmamba_mm.integrations.export` translates to ONNX.
+        way: 'unrolled'; or 'native' for ops of a library in C++, for AOTInductor; or 'node' or
+            'first' for nodes that :mod:`vmamba_mm.integrations.export` translates to ONNX.
 
     Raises:
         ValueError: on another ``way``.

@@ -2,10 +2,11 @@
 
 Each is a loop over one dimension of dense steps, on all that is beside it at once. There are three
 ways to record one: as steps one after the other, whose number is then that of the example
-('unrolled'); as PyTorch's operator of a loop, for torch.compile and AOTInductor ('loop'); and as an
-op that the exporter of another runtime translates to a loop of its own: along any dimension
-('node'), or along the first one, to which the forms then turn the maps, for runtimes that are slow
-where a step's memory has gaps ('first'; 'loop' does that too).
+('unrolled'); as an op of a library in C++ (``vmamba_mm.integrations.export.native`` opens it), for
+AOTInductor ('native'); and as an op that the exporter of another runtime translates to a loop of its
+own: along any dimension ('node'), or along the first one, to which the forms then turn the maps, for
+runtimes that are slow where a step's memory has gaps ('first'; 'native' does that too). PyTorch has an
+operator of a loop, but Inductor of torch 2.14 makes C++ of it that does not compile.
 """
 
 import contextlib
@@ -13,9 +14,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops.scan import scan as loop
 
-WAYS = 'unrolled', 'loop', 'node', 'first'
+WAYS = 'unrolled', 'native', 'node', 'first'
 
 #: An exponent below all: in place of minus infinity, of which a difference is NaN.
 LOW = -1e30
@@ -40,7 +40,7 @@ def record_as(way: str) -> Iterator[None]:
 
 def turns_maps() -> bool:
     """Whether a map that is scanned has the dimension of the scan first."""
-    return _way in ('loop', 'first')
+    return _way in ('native', 'first')
 
 
 def scan_lines(a: Tensor, x: Tensor, dim: int, reverse: bool
@@ -57,6 +57,9 @@ def scan_lines(a: Tensor, x: Tensor, dim: int, reverse: bool
     """
     if _way in _NODES:
         return _lines_node(a, x, dim, reverse)
+    if _way == 'native':
+        *maps, h, p = torch.ops.vmamba_mm_native.lines(*_first(dim, a, x), reverse)
+        return *(t.movedim(0, dim) for t in maps), h, p
     zero = torch.zeros_like(x.select(dim, 0))
     (h, p), (states, products) = _run(_line_step, (zero, zero + 1), (a, x), dim, reverse)
     return states, products, h, p
@@ -67,6 +70,8 @@ def scan_carries(a: Tensor, x: Tensor, dim: int, reverse: bool) -> Tensor:
     dimension of ``a`` may be 1."""
     if _way in _NODES:
         return _carries_node(a, x, dim, reverse)
+    if _way == 'native':
+        return torch.ops.vmamba_mm_native.carries(*_first(dim, a, x), reverse).movedim(0, dim)
     return _run(_carry_step, (torch.zeros_like(x.select(dim, 0)),), (a, x), dim, reverse)[1][0]
 
 
@@ -74,6 +79,8 @@ def scan_states(a: Tensor, x: Tensor, dim: int, reverse: bool) -> Tensor:
     """The states of ``h_t = a_t h_(t-1) + x_t``, from zero along ``dim``."""
     if _way in _NODES:
         return _states_node(a, x, dim, reverse)
+    if _way == 'native':
+        return torch.ops.vmamba_mm_native.states(*_first(dim, a, x), reverse).movedim(0, dim)
     return _run(_state_step, (torch.zeros_like(x.select(dim, 0)),), (a, x), dim, reverse)[1][0]
 
 
@@ -88,6 +95,9 @@ def scan_means(decay: Tensor, k: Tensor, v: Tensor, dim: int, reverse: bool
     """
     if _way in _NODES:
         return _means_node(decay, k, v, dim, reverse)
+    if _way == 'native':
+        found = torch.ops.vmamba_mm_native.means(decay, *_first(dim, k, v), reverse)
+        return tuple(t.movedim(0, dim) for t in found)
     zero = torch.zeros_like(k.select(dim, 0))
 
     def step(before, now):
@@ -121,20 +131,13 @@ def _state_step(before, now):
     return new, new
 
 
+def _first(dim: int, *tensors: Tensor) -> list[Tensor]:
+    """Without gaps, that dimension first."""
+    return [t.movedim(dim, 0).contiguous() for t in tensors]
+
+
 def _run(step, initial: tuple, inputs: tuple, dim: int, reverse: bool) -> tuple[tuple, tuple]:
     """The last states, and what the steps gave, side by side along ``dim``."""
-    if _way == 'loop':
-        # Results of a step must be memory of their own.
-        def cloned(before, now):
-            states, outputs = step(before, now)
-            return states, tuple(t.clone() for t in outputs)
-
-        # The loop goes along the first dimension; flipped inputs spare it negative steps.
-        moved = [t.movedim(dim, 0) for t in inputs]
-        moved = [(t.flip(0) if reverse else t).contiguous() for t in moved]
-        states, outputs = loop(cloned, initial, tuple(moved))
-        outputs = [t.flip(0) if reverse else t for t in outputs]
-        return states, tuple(t.movedim(0, dim) for t in outputs)
     steps = list(zip(*(t.unbind(dim) for t in inputs), strict=True))
     states, outputs = initial, []
     for now in reversed(steps) if reverse else steps:
