@@ -8,6 +8,7 @@ from vmamba_mm.layers.embed import (
     PatchExpand,
     PatchStem,
 )
+from vmamba_mm.layers.experts import MixtureOfExperts, load_balance_loss
 from vmamba_mm.layers.mamba import (
     BiMambaMixer,
     DecomposedBiMambaMixer,
@@ -36,12 +37,13 @@ from vmamba_mm.layers.ssd2d import SSD2D
 from vmamba_mm.layers.stage import Stage
 from vmamba_mm.layers.vss_block import Mlp, VSSBlock, VSSStage
 
-__all__ = ['SS2D', 'SSD2D', 'AttentionState', 'BiMambaMixer', 'CausalAttention', 'ConvDownsample',
-           'ConvStem', 'DecomposedBiMambaMixer', 'DropPath', 'GatedMlp', 'LayerNorm', 'LayerNorm2d',
+__all__ = ['AttentionState', 'BiMambaMixer', 'CausalAttention', 'ConvDownsample', 'ConvStem',
+           'DecomposedBiMambaMixer', 'DropPath', 'GatedMlp', 'LayerNorm', 'LayerNorm2d',
            'Mamba2Mixer', 'Mamba2State', 'MambaBlock', 'MambaMixer', 'MambaState',
-           'MergeDownsample', 'Mlp', 'MultiPathMixer', 'MultiScaleRetention', 'PatchEmbed',
-           'PatchExpand', 'PatchStem', 'RMSNorm', 'RMSNormGated', 'RWKV4TimeMix', 'RWKV5TimeMix',
-           'RWKV6TimeMix', 'RWKV7TimeMix', 'RWKVBlock', 'RWKVChannelMix', 'RWKVState',
-           'RetNetBlock', 'RetentionState', 'SelfAttention', 'SharedBiMambaMixer', 'Stage',
-           'TimeMixState', 'TriMambaMixer', 'VSSBlock', 'VSSStage', 'record_inputs',
-           'record_scan_inputs', 'run_blocks', 'run_blocks_to']
+           'MergeDownsample', 'MixtureOfExperts', 'Mlp', 'MultiPathMixer', 'MultiScaleRetention',
+           'PatchEmbed', 'PatchExpand', 'PatchStem', 'RMSNorm', 'RMSNormGated', 'RWKV4TimeMix',
+           'RWKV5TimeMix', 'RWKV6TimeMix', 'RWKV7TimeMix', 'RWKVBlock', 'RWKVChannelMix',
+           'RWKVState', 'RetNetBlock', 'RetentionState', 'SS2D', 'SSD2D', 'SelfAttention',
+           'SharedBiMambaMixer', 'Stage', 'TimeMixState', 'TriMambaMixer', 'VSSBlock', 'VSSStage',
+           'load_balance_loss', 'record_inputs', 'record_scan_inputs', 'run_blocks',
+           'run_blocks_to']
