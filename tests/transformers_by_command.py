@@ -75,7 +75,7 @@ def write_jambas(folder):
                 has_experts = name != 'no_experts'
                 result = read(tokens, output_router_logits=has_experts)
                 text = read.generate(tokens[:1], max_new_tokens=9, do_sample=False, eos_token_id=-1,
-                                     pad_token_id=0)
+                                     pad_token_id=0, attention_mask=torch.ones_like(tokens[:1]))
             loss = result.aux_loss if has_experts else torch.zeros(())
             save_file(dict(tokens=tokens, logits=result.logits.contiguous(), text=text, loss=loss),
                       place / 'expected.st')

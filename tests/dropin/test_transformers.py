@@ -13,7 +13,8 @@ CALLS = {
               'causal_conv1d_fn', 'causal_conv1d_update'},
     'mamba2': {'mamba2_split_conv1d_scan_combined', 'mamba2_chunk_scan',
                'mamba2_selective_state_update', 'causal_conv1d_fn', 'causal_conv1d_update'}}
-CALLS['falcon_mamba'] = CALLS['mamba_gelu'] = CALLS['mamba']
+CALLS['falcon_mamba'] = CALLS['mamba']
+CALLS['mamba_gelu'] = {name for name in CALLS['mamba'] if 'conv' not in name}
 CALLS['jamba'] = CALLS['mamba'] - {'mamba_inner_fn'}
 
 

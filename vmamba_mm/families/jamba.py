@@ -6,10 +6,10 @@ What :mod:`vmamba_mm.families.mamba_lm` has to know of it: options, names of wei
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from vmamba_mm.families.base import Rule
+from vmamba_mm.families.base import Rows, Rule
 from vmamba_mm.families.mixers import POSITIVE, Mixers, Shapes, below, depth_of
 from vmamba_mm.families.parity import Build, Call, Options, Parity, Subject
 
@@ -99,7 +99,8 @@ _MLP = (('gate_proj', 'fc1'), ('up_proj', 'gate'), ('down_proj', 'fc2'))
 _OF_LAYER = (
     ('input_layernorm', 'norm'), ('pre_ff_layernorm', 'ffn_norm'),
     *((f'mamba.{part}_layernorm', f'mixer.{part}_norm') for part in ('dt', 'b', 'c')),
-    ('mamba', 'mixer'), ('self_attn.o_proj', 'mixer.out_proj'), ('self_attn', 'mixer'),
+    ('mamba.out_proj', 'mixer.out_proj'), ('mamba', 'mixer'),
+    ('self_attn.o_proj', 'mixer.out_proj'), ('self_attn', 'mixer'),
     *((f'feed_forward.experts.#.{theirs}', f'ffn.experts.#.{ours}') for theirs, ours in _MLP),
     *((f'feed_forward.{theirs}', f'ffn.{ours}') for theirs, ours in _MLP),
     ('feed_forward.router', 'ffn.router'))
@@ -107,8 +108,19 @@ _KEYS = (
     ('model.embed_tokens', 'token_embed'), ('model.final_layernorm', 'norm'),
     *((f'model.layers.#.{theirs}', f'blocks.#.{ours}') for theirs, ours in _OF_LAYER),
     ('lm_head', 'lm_head'))
-#: A model that is not the whole one has no ``lm_head``, and its names no ``model.`` in common.
+#: Where the head is tied there is none in a file, and what all names then begin with is taken off.
 _KEYS += tuple((theirs.removeprefix('model.'), ours) for theirs, ours in _KEYS[:-1])
+
+
+def _keys(names: Collection[str]) -> Rows:
+    """Our names do not tell the kind of a layer, all others of the model do."""
+    found = (re.match(r'blocks\.(\d+)\.mixer\.q_proj\.', name) for name in names)
+    layers = sorted({int(match[1]) for match in found if match})
+    of_attention = ((f'model.layers.{i}.self_attn{theirs}', f'blocks.{i}.mixer{ours}')
+                    for i in layers for theirs, ours in (('.o_proj', '.out_proj'), ('', '')))
+    return (*of_attention, *_KEYS)
+
+
 _OWN_NAMES = re.compile(r'feed_forward\.|(?:^|\.)mixer\.(?:dt_norm|q_proj)\.')
 
 
@@ -180,7 +192,7 @@ def _arch_of_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 MIXERS = Mixers(
-    options={'jamba': _OPTIONS}, rules=_RULES, mixer_of=_mixer_of, keys=_KEYS, infer=_infer,
+    options={'jamba': _OPTIONS}, rules=_RULES, mixer_of=_mixer_of, keys=_keys, infer=_infer,
     own_names=_OWN_NAMES, defaults=_DEFAULTS, archs=_ARCHS, check=_check, untold=_untold,
     configs={'jamba': _arch_of_config})
 

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from vmamba_mm.families import jamba, mamba2, mamba_ssm, retnet, rwkv
+from vmamba_mm.families import cobra, jamba, mamba2, mamba_ssm, retnet, rwkv
 from vmamba_mm.families.base import Family, Rows, Rule, is_int, one_of
 from vmamba_mm.families.mixers import ABOVE_0, BOOL, POSITIVE, RATE, Mixers, depth_of
 
@@ -95,7 +95,8 @@ _OURS_ALONE = (('position_embed', 'position_embed'), ('embed_norm', 'embed_norm'
 def _keys(names: Collection[str]) -> Rows:
     """The rows of a model with these names; of none, all."""
     systems = [_system_of(names)] if names else _SYSTEMS
-    return (*(row for system in systems for row in system.keys), *_OURS_ALONE)
+    rows = (system.keys(names) if callable(system.keys) else system.keys for system in systems)
+    return (*(row for of_system in rows for row in of_system), *_OURS_ALONE)
 
 
 def _infer_arch(weights: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,6 +140,6 @@ FAMILY = Family(
     rules=_RULES, check=_check, keys=_keys,
     signature=('token_embed.weight', 'blocks.0.norm.weight', 'blocks.0.mixer.out_proj.weight'),
     infer_arch=_infer_arch,
-    parity_folders={'jamba': jamba.PARITY, 'mamba2': mamba2.PARITY, 'retnet': retnet.PARITY,
-                    'rwkv': rwkv.PARITY},
+    parity_folders={'cobra': cobra.PARITY, 'jamba': jamba.PARITY, 'mamba2': mamba2.PARITY,
+                    'retnet': retnet.PARITY, 'rwkv': rwkv.PARITY},
     licence='Apache-2.0', url='https://github.com/state-spaces/mamba')

@@ -148,8 +148,9 @@ class CausalLM(StrictLoading, BaseModule):
             return states
         return *states, torch.zeros(batch, dtype=torch.long, device=self.token_embed.weight.device)
 
-    def forward(self, input_ids: Tensor, state: Sequence[Any] | None = None,
-                logits_to_keep: int = 0) -> Tensor | tuple[Tensor, tuple[Any, ...]]:
+    def forward(self, input_ids: Tensor | None, state: Sequence[Any] | None = None,
+                logits_to_keep: int = 0, embeds: Tensor | None = None
+                ) -> Tensor | tuple[Tensor, tuple[Any, ...]]:
         """The logits of the token after each one.
 
         Args:
@@ -158,6 +159,8 @@ class CausalLM(StrictLoading, BaseModule):
                 for one token or many, costs what these take, however many came before, unless
                 there is attention.
             logits_to_keep: the logits of the last so many tokens alone; 0 for those of all.
+            embeds: (B, L, C), vectors in the place of the embeddings of tokens, such as those of
+                an image; ``input_ids`` is None then.
 
         Returns:
             (B, L, V) with V the padded vocabulary; with ``state`` also the new one. The old one is
@@ -166,18 +169,18 @@ class CausalLM(StrictLoading, BaseModule):
         Raises:
             ValueError: if a text is longer than ``max_positions``.
         """
-        hidden = self.token_embed(input_ids)
+        hidden = self.token_embed(input_ids) if embeds is None else embeds
         if self.embed_scale is not None:
             hidden = hidden * self.embed_scale
         if self.position_embed is not None:
             *state, seen = (None, None) if state is None else state
-            hidden = hidden + self._positions(input_ids, seen)
+            hidden = hidden + self._positions(hidden, seen)
             state = None if seen is None else state
         if self.embed_norm is not None:
             hidden = self.embed_norm(hidden).to(hidden.dtype)
         hidden, residual, states = self._run_blocks(self.embed_drop(hidden), state)
         if state is not None and self.position_embed is not None:
-            states = *states, seen + input_ids.shape[1]
+            states = *states, seen + hidden.shape[1]
         if logits_to_keep:
             hidden = hidden[:, -logits_to_keep:]
             residual = None if residual is None else residual[:, -logits_to_keep:]
@@ -199,10 +202,10 @@ class CausalLM(StrictLoading, BaseModule):
                 states.append(new)
         return *streams[:2], tuple(states)
 
-    def _positions(self, input_ids, seen):
+    def _positions(self, hidden, seen):
         """(L, C), or (B, L, C) after the ``seen`` (B) tokens of each text."""
-        length, most = input_ids.shape[1], self.position_embed.num_embeddings
-        places = torch.arange(length, device=input_ids.device)
+        length, most = hidden.shape[1], self.position_embed.num_embeddings
+        places = torch.arange(length, device=hidden.device)
         if seen is not None:
             places = seen[:, None] + places
         # A compiled step does not wait for the number, and the embedding refuses it.

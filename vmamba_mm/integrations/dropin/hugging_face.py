@@ -15,10 +15,7 @@ import sys
 from collections.abc import Callable
 from types import ModuleType
 
-from torch import Tensor
-
 from vmamba_mm.errors import UserError
-from vmamba_mm.integrations.dropin import inner
 from vmamba_mm.integrations.dropin.conv import causal_conv1d_fn, causal_conv1d_update
 from vmamba_mm.integrations.dropin.scan import selective_scan_fn
 from vmamba_mm.integrations.dropin.ssd import (
@@ -28,17 +25,14 @@ from vmamba_mm.integrations.dropin.ssd import (
 from vmamba_mm.integrations.dropin.state_update import selective_state_update
 
 _CONVS = dict(causal_conv1d_fn=causal_conv1d_fn, causal_conv1d_update=causal_conv1d_update)
-#: Of the norms of FalconMamba, which its slow path has before the projection of dt and the kernel
-#: of mamba_ssm behind it: there it stays with the single steps, as the slow path does.
-_NORMS = ('b_rms_weight', 'c_rms_weight', 'dt_rms_weight')
 
 
-def mamba_inner_fn(*args, **kwargs) -> Tensor | None:
-    """The fused mixer; None, by which transformers takes single steps, where it has norms."""
-    if any(kwargs.pop(name, None) is not None for name in _NORMS):
-        return None
-    kwargs.pop('b_c_dt_rms_eps', None)
-    return inner.mamba_inner_fn(*args, **kwargs)
+def mamba_inner_fn(*args, **kwargs) -> None:
+    """By None the models take the single steps, convolution and scan, as on the slow path.
+
+    The fused call does not say which activation the convolution has, and that of mamba_ssm has the
+    norm of dt of FalconMamba at another place.
+    """
 
 
 _MAMBA = dict(_CONVS, mamba_inner_fn=mamba_inner_fn, mamba_selective_scan=selective_scan_fn,
