@@ -19,7 +19,7 @@ FLOORS = {
     'families': (),
     'checkpoints': ('torch', 'filelock', 'numpy', 'safetensors'),
     'models': ('torch', 'mmengine'),
-    'heads': ('torch', 'mmengine', 'mmpretrain', 'timm'),
+    'heads': ('torch', 'mmengine', 'mmpretrain', 'timm', 'tokenizers'),
     'mm': ('torch', 'numpy', 'matplotlib', 'cv2', 'PIL', 'av', 'mmengine', 'mmcv', 'mmpretrain',
            'mmdet', 'mmseg', 'monai', 'diffusers', 'torch_fidelity', 'h5py'),
     'integrations': ('torch', 'yaml', 'timm', 'mmpretrain', 'nnunetv2', 'diffusers', 'spandrel'),
