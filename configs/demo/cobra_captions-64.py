@@ -4,15 +4,14 @@
 _base_ = ['../cobra/_base_/conversations.py']
 
 root = 'data/demo/captions'
-tower = dict(name='vit_tiny_patch16_224', image_size=64, patch_size=8, embed_dim=64, depth=4,
-             num_heads=2)
 model = dict(
     towers=[
-        dict(**tower, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), reg_tokens=4,
+        dict(name='xcit_nano_12_p8_224', image_size=64, patch_size=8, embed_dim=64, depth=5,
+             num_heads=2, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
              init_cfg=dict(type='Pretrained',
                            checkpoint='work_dirs/demo-vlm-towers/tower0.pth')),
-        dict(**tower, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), class_token=False,
-             global_pool='avg',
+        dict(name='vit_tiny_patch16_224', image_size=64, patch_size=8, embed_dim=32, depth=3,
+             num_heads=2, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), reg_tokens=4,
              init_cfg=dict(type='Pretrained',
                            checkpoint='work_dirs/demo-vlm-towers/tower1.pth'))],
     language_model=dict(_delete_=True, mixer='mamba', vocab_size=257, embed_dims=96, depth=3),
