@@ -9,7 +9,7 @@ SETUP := $(if $(OWN),setup)
 
 .DEFAULT_GOAL := help
 .PHONY: help env setup setup-nnunet demo demo-det demo-seg demo-video demo-medical demo-change \
-        demo-diffusion demo-points demo-sr test test-gpu lint tables kernels check-gpu bench docs \
+        demo-diffusion demo-points demo-sr demo-vlm setup-transformers test test-gpu lint tables kernels check-gpu bench docs \
         clean
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo 'make demo-change  RSM-CD: what changed between two photographs (4 min)'
 	@echo 'make demo-diffusion  DiS: digits made of noise, of the class that is asked for (5 min)'
 	@echo 'make demo-points  PointMamba: solids as clouds of points (4 min)'
+	@echo 'make demo-vlm  Cobra: captions of digits on photographs (6 min)'
 	@echo 'make demo-sr   MambaIR: photographs twice as large, beside bicubic (4 min)'
 	@echo 'make test      all tests'
 	@echo 'make test-gpu  the tests that need a GPU, in several processes'
@@ -32,6 +33,7 @@ help:
 	@echo 'make bench     speed and memory on this CPU beside Swin-T, correctness first'
 	@echo 'make env       only the environment: .venv in this folder (3 min the first time)'
 	@echo "make setup     the same and mmcv's operators, which detection needs (5 min more)"
+	@echo 'make setup-transformers  .venv-transformers beside it, for tests with transformers (1 min)'
 	@echo 'make setup-nnunet  .venv-nnunet beside it, with nnU-Net for its trainers (1 min)'
 	@echo 'make clean     remove demo sets, work_dirs and caches; .venv stays'
 	@echo 'PY=python3     another Python that has the packages, in place of .venv'
@@ -51,6 +53,17 @@ setup-nnunet: $(ENV) .venv-nnunet/stamp
 	    sysconfig.get_path("purelib"))' >"$$(.venv-nnunet/bin/python -c \
 	    'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth"
 	@.venv-nnunet/bin/python -m pip install -qq -e '.[nnunet]'
+	@touch $@
+
+# mmpretrain cannot be imported beside the newest transformers, with which tests compare.
+setup-transformers: $(ENV) .venv-transformers/stamp
+
+.venv-transformers/stamp: pyproject.toml
+	@$(PY) -m venv --clear .venv-transformers
+	@$(PY) -c 'import sysconfig; print("import site; site.addsitedir(%r)" % \
+	    sysconfig.get_path("purelib"))' >"$$(.venv-transformers/bin/python -c \
+	    'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth"
+	@.venv-transformers/bin/python -m pip install -qq 'transformers==5.24.0'
 	@touch $@
 
 demo: $(ENV)
@@ -79,6 +92,9 @@ demo-points: $(ENV)
 
 demo-sr: $(ENV)
 	@$(PY) tools/demo/super_resolution.py
+
+demo-vlm: $(ENV)
+	@$(PY) tools/demo/vlm.py
 
 # ARGS passes options on: make test ARGS='-m "not slow" -x'; with -n 0 all run in one process
 test: $(SETUP)

@@ -19,7 +19,7 @@ FLOORS = {
     'families': (),
     'checkpoints': ('torch', 'filelock', 'numpy', 'safetensors'),
     'models': ('torch', 'mmengine'),
-    'heads': ('torch', 'mmengine', 'mmpretrain', 'timm'),
+    'heads': ('torch', 'mmengine', 'mmpretrain', 'timm', 'tokenizers'),
     'mm': ('torch', 'numpy', 'matplotlib', 'cv2', 'PIL', 'av', 'mmengine', 'mmcv', 'mmpretrain',
            'mmdet', 'mmseg', 'monai', 'diffusers', 'torch_fidelity', 'h5py'),
     'integrations': ('torch', 'yaml', 'timm', 'mmpretrain', 'nnunetv2', 'diffusers', 'spandrel',
@@ -30,7 +30,7 @@ GROUND = {
     '__init__.py': (), 'errors.py': (), 'atomic.py': (), 'paths.py': (), 'config.py': (),
     'registry.py': ('mmengine',),
     'zoo.py': ('yaml', 'vmamba_mm.errors', 'vmamba_mm.paths'),
-    'testing.py': ('torch', 'vmamba_mm.ops'),
+    'testing.py': ('torch', 'vmamba_mm.ops'), 'testing_language.py': ('torch',),
     # Names that users import; they only pass on what is in integrations.
     'timm.py': ('vmamba_mm.integrations',), 'mmpretrain.py': ('vmamba_mm.integrations',),
     'dropin.py': ('vmamba_mm.integrations',), 'nnunet.py': ('vmamba_mm.integrations',),

@@ -5,7 +5,8 @@ that finds changes, --after names the later images, and the picture shows both a
 a model that restores images, the restored image is written, with the bits and the alpha of the
 file. Of a model of clouds of points, the files are clouds; where it finds parts of objects,
 --category names the kind of object, and a PLY file with the part of each point is written beside
-the picture. A file that cannot be predicted is reported and passed over; the exit code is then 1.
+the picture. Of a model that talks about images, --ask puts questions, and the answers are printed
+as they come. A file that cannot be predicted is reported and passed over; the exit code is then 1.
 """
 
 import functools
@@ -29,6 +30,7 @@ EXAMPLES = """\
   python tools/predict.py CONFIG CHECKPOINT clip.mp4   (a config of videos)
   python tools/predict.py CONFIG CHECKPOINT A/ --after B/   (a config of changes)
   python tools/predict.py CONFIG CHECKPOINT chair.txt --category Chair   (of parts of objects)
+  python tools/predict.py CONFIG CHECKPOINT photo.jpg --ask 'What is this?' 'Where is it?'
   python tools/predict.py CONFIG CHECKPOINT small.png --cfg-options model.test_cfg.tile=400"""
 
 CHANGED = (213, 94, 0)  # the colour of what changed
@@ -48,6 +50,11 @@ def parse_args():
                         'order, or a folder with images of the same names')
     parser.add_argument('--category', metavar='NAME',
                         help='of a config that finds parts of objects: what the objects are')
+    parser.add_argument('--ask', metavar='QUESTION', nargs='+',
+                        help='of a config that talks about images: questions, one after the other')
+    parser.add_argument('--temperature', type=float, metavar='T',
+                        help='with --ask: draw each token among the likely ones, the more freely '
+                        'the higher (default: the config\'s, 0 for the likeliest)')
     cli.add_weights_option(parser)
     parser.add_argument('--out-dir', default='predictions', metavar='FOLDER',
                         help='where the pictures are written (default: predictions); a number is '
@@ -195,9 +202,11 @@ def write_all(predictor, images, out_dir, source):
     failures.finish()
 
 
-def make_predictor(task, model, cfg, meta, category):
+def make_predictor(task, model, cfg, meta, args):
     module, _, name = task.predictor.partition(':')
-    more = dict(category=category) if task.takes_category else {}
+    more = dict(category=args.category) if task.takes_category else {}
+    if task.takes_questions:
+        more = dict(questions=args.ask, temperature=args.temperature)
     return getattr(importlib.import_module(module), name)(model, cfg, meta, **more)
 
 
@@ -256,6 +265,12 @@ def main():
     source = IMAGE if task is None else task.source
     if args.category and not (task and task.takes_category):
         raise UserError('--category is for a config that finds parts of objects: leave it out')
+    if (args.ask or args.temperature is not None) and not (task and task.takes_questions):
+        raise UserError('--ask and --temperature are for a config that talks about images: leave '
+                        'them out')
+    if task and task.takes_questions and not args.ask:
+        raise UserError("the config talks about images: ask something, as in predict.py CONFIG "
+                        "CHECKPOINT photo.jpg --ask 'What is this?'")
     if args.channels and task and task.predictor:
         raise UserError('--channels chooses what pictures of images with more channels show, and '
                         'this config draws others: leave it out')
@@ -265,7 +280,7 @@ def main():
     model = build_trained(cfg, checkpoint, args.checkpoint, device)
     meta = find_meta(cfg, checkpoint)
     if task is not None and task.predictor:
-        write_all(make_predictor(task, model, cfg, meta, args.category), images, out_dir, source)
+        write_all(make_predictor(task, model, cfg, meta, args), images, out_dir, source)
         return
     from vmamba_mm.mm.pictures import Pictures, reads_bgr
 

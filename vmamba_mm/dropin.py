@@ -4,9 +4,15 @@
 ``python -m vmamba_mm.dropin SCRIPT ARGUMENTS``.
 """
 
-from vmamba_mm.integrations.dropin import install, main, uninstall
+from vmamba_mm.integrations.dropin import (
+    install,
+    install_transformers,
+    main,
+    uninstall,
+    uninstall_transformers,
+)
 
-__all__ = ['install', 'uninstall']
+__all__ = ['install', 'install_transformers', 'uninstall', 'uninstall_transformers']
 
 if __name__ == '__main__':
     main()

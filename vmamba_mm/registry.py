@@ -46,16 +46,19 @@ MODELS = _Lean('model', parent=MMENGINE_MODELS, scope='vmamba_mm',
 TRANSFORMS = _Lean('transform', parent=MMENGINE_TRANSFORMS, scope='vmamba_mm',
                    lean=['vmamba_mm.mm.points.transforms', 'vmamba_mm.mm.volumes.transforms',
                          'vmamba_mm.mm.restoration.transforms',
+                         'vmamba_mm.mm.language.transforms',
                          'vmamba_mm.mm.segmentation.transforms',
                          'vmamba_mm.mm.diffusion.transforms'],
                    locations=['vmamba_mm.mm.transforms', 'vmamba_mm.mm.video.transforms'])
 DATASETS = _Lean('dataset', parent=MMENGINE_DATASETS, scope='vmamba_mm',
                  lean=['vmamba_mm.mm.points.dataset', 'vmamba_mm.mm.volumes.dataset',
-                       'vmamba_mm.mm.restoration.dataset'],
+                       'vmamba_mm.mm.restoration.dataset',
+                       'vmamba_mm.mm.language.dataset'],
                  locations=['vmamba_mm.mm.image_list', 'vmamba_mm.mm.video.dataset'])
 METRICS = _Lean('metric', parent=MMENGINE_METRICS, scope='vmamba_mm',
                 lean=['vmamba_mm.mm.points.metrics', 'vmamba_mm.mm.volumes.metrics',
-                      'vmamba_mm.mm.restoration.metrics', 'vmamba_mm.mm.diffusion.metrics'],
+                      'vmamba_mm.mm.restoration.metrics', 'vmamba_mm.mm.diffusion.metrics',
+                      'vmamba_mm.mm.language.metrics'],
                 locations=['vmamba_mm.mm.segmentation.metrics'])
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='vmamba_mm',
                  locations=['vmamba_mm.mm.hooks'])

@@ -21,6 +21,10 @@ RETNET = dict(mixer='retnet', vocab_size=29, embed_dims=16, depth=2, retention_h
               value_dims=24, ffn_dims=20)
 DEEPNORM = dict(RETNET, depth=3, retention_form='parallel', ffn_act='silu', deepnorm=True,
                 post_norm=True, scale_embedding=True, embed_norm=True, tie_embeddings=True)
+#: Every option at a value of its own.
+JAMBA = dict(mixer='jamba', vocab_size=29, embed_dims=16, depth=4, num_heads=4, num_kv_heads=2,
+             layers=('mamba', 'attention+moe', 'mamba+moe', 'attention'), d_state=4, d_conv=3,
+             expand=1.5, dt_rank=2, bias=True, ffn_dims=20, num_experts=4, experts_per_token=3)
 _RWKV = dict(vocab_size=29, embed_dims=16, depth=3)
 #: Every option at a value of its own.
 RWKVS = dict(
@@ -33,7 +37,7 @@ RWKVS = dict(
 #: Those with the names of mamba_ssm, whose blocks have nothing beside the mixer.
 MAMBAS = dict(tiny=TINY, other=OTHER, mamba2=MAMBA2, other2=OTHER2, attention=ATTENTION,
               hybrid=HYBRID)
-ARCHS = MAMBAS | RWKVS | dict(retnet=RETNET, deepnorm=DEEPNORM)
+ARCHS = MAMBAS | RWKVS | dict(retnet=RETNET, deepnorm=DEEPNORM, jamba=JAMBA)
 
 
 def each(archs):

@@ -66,11 +66,22 @@ class CaseRun:
             self.report.lack(self.label, self.call.outputs[0], 'is missing from the case')
         for key in compared:
             self.handled.add(key)
-            self.report.compare(self.label, key, results[key], self.case[key])
+            self.report.compare(self.label, key, *map(self._masked, (results[key], self.case[key])))
         if 'buffers_after' in self.case:
             self._compare_buffers()
         if self.gradients - set(results):
             self._compare_gradients(results)
+
+    def _masked(self, value):
+        """What the mask of the case, if it has one, leaves of a tensor or of nested lists of some;
+        what has not its shape, an error that ``compare`` reports, stays as it is."""
+        mask = self.inputs.get(self.call.compared, self.case.get(self.call.compared))
+        if mask is None or not isinstance(value, list | tuple | Tensor):
+            return value
+        if not isinstance(value, Tensor):
+            return [self._masked(item) for item in value]
+        mask = mask.to(value.device).bool()
+        return value[mask] if value.shape[:mask.dim()] == mask.shape else value
 
     def _call(self):
         """The results by name."""

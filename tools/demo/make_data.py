@@ -1,5 +1,5 @@
 """Build the demo sets, in real layouts: MNIST digits, alone and pasted on photographs, made-up
-heads, pairs of photographs, photographs alone, and clouds of points.
+heads, pairs of photographs, photographs alone, captions, and clouds of points.
 
     data/demo/imagenet   train/<class>/*.png, val/<class>/*.png             (ImageNet folders)
     data/demo/coco       annotations/instances_{train,val}2017.json,
@@ -11,6 +11,7 @@ heads, pairs of photographs, photographs alone, and clouds of points.
     data/demo/heads      {train,val}/<case>/*.nii.gz, slices/               (NIfTI, and PNG)
     data/demo/pairs      {train,val}/{A,B,label}/*.png                      (LEVIR-CD)
     data/demo/shapes     <class>/*.txt, modelnet40_{train,test}.txt          (ModelNet40)
+    data/demo/captions   {train,val}/*.png, {train,val}.json                 (LLaVA)
     data/demo/photographs {train,val}/{HR,LR}/*.png                         (DIV2K)
 
 coco and ade20k show the same scenes, so that their labels can be checked against each other.
@@ -23,6 +24,7 @@ import shutil
 import time
 from pathlib import Path
 
+import captions
 import clips
 import numpy as np
 import pairs
@@ -44,10 +46,11 @@ DEFAULTS = dict(
     head_shape=(64, 64, 32), heads=(40, 12),
     pair_size=96, pair_roof=(12, 32), pair_same=(1, 3), pair_changed=(0, 3), pairs=(1200, 100),
     shape_points=320, shapes_per_class=(200, 50),
+    caption_size=64, caption_tile=(26, 32), captions=(4000, 200),
 )
 #: The sets that are built and checked by a module of their own.
 DRAWN = dict(clips=clips, digits=small_digits, heads=volumes, shapes=shapes, pairs=pairs,
-             photographs=photographs)
+             photographs=photographs, captions=captions)
 PARTS = ('imagenet', 'coco', 'ade20k', *DRAWN)
 # The id of a set is a hash of these settings and of the code that draws it.
 CODE = tuple(Path(path) for path in (__file__, scenes.__file__,

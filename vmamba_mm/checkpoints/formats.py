@@ -1,10 +1,12 @@
 """What lies in a checkpoint file or folder, read without running its code."""
 
+import contextlib
 import json
 import pickle
 import re
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -41,10 +43,32 @@ def read_content(path: Path, map_location: Any = 'cpu') -> Any:
     if path.suffix == '.distcp' or path.name == '.metadata':
         raise UserError(f'{path} is a part of a checkpoint of torch.distributed.checkpoint: give '
                         'its folder')
-    kind = _find_kind(path)
+    kind = find_kind(path)
     if kind == 'index':
         return _read_parts(path, map_location)
     return _read_file(path, kind, map_location)
+
+
+def find_parts(path: Path) -> tuple[list[Path], dict[str, str] | None] | None:
+    """The files of weights that ``path`` stands for, and of an index which weight is in which.
+
+    Args:
+        path: as of :func:`read_content`.
+
+    Returns:
+        None of a folder of torch.distributed.checkpoint, which has no such files.
+
+    Raises:
+        UserError: if one is missing.
+    """
+    if path.is_dir():
+        if (path / '.metadata').is_file():
+            return None
+        path = _find_in_folder(path)
+    if find_kind(path) != 'index':
+        return [path], None
+    file_of = _read_index(path)
+    return [_part(path, name) for name in sorted(set(file_of.values()))], file_of
 
 
 def list_files(path: Path) -> list[Path]:
@@ -66,7 +90,7 @@ def _find_in_folder(path):
                     + (f': name one of its files, {", ".join(files[:5])}' if files else ''))
 
 
-def _find_kind(path):
+def find_kind(path: Path) -> str:
     """'safetensors', 'index' or 'pickle' by the first bytes; one line for what is neither."""
     if not path.is_file():
         raise UserError(f'the checkpoint {path} does not exist')
@@ -102,14 +126,26 @@ def _read_file(path, kind, map_location):
 # --- safetensors, and weights in parts ----------------------------------------------------------
 
 def _read_safetensors(path):
+    with open_safetensors(path) as (f, meta):
+        return dict(meta=meta, state_dict={k: f.get_tensor(k) for k in f.keys()})  # noqa: SIM118
+
+
+@contextlib.contextmanager
+def open_safetensors(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """An open file of ``safetensors.safe_open``, and the 'meta' that convert_checkpoint.py wrote.
+
+    Raises:
+        UserError: if it cannot be read, then or inside the context.
+    """
     try:
         from safetensors import safe_open
     except ImportError as err:
         raise UserError(f'{path} needs the package safetensors: pip install safetensors') from err
     try:
         with safe_open(path, 'pt') as f:
-            return dict(meta=_our_meta(f.metadata()),
-                        state_dict={k: f.get_tensor(k) for k in f.keys()})  # noqa: SIM118
+            yield f, _our_meta(f.metadata())
+    except UserError:
+        raise
     except Exception as err:
         raise _unreadable(path, err) from err
 
@@ -138,14 +174,20 @@ def _read_index(path):
     return files
 
 
+def _part(path, name):
+    """The file ``name`` beside an index."""
+    part_path = path.with_name(name)
+    if not part_path.is_file():
+        raise UserError(f'{path} is incomplete: its part {name} is missing')
+    return part_path
+
+
 def _read_parts(path, map_location):
     file_of = _read_index(path)
     state, meta = {}, {}
     for name in sorted(set(file_of.values())):
-        part_path = path.with_name(name)
-        if not part_path.is_file():
-            raise UserError(f'{path} is incomplete: its part {name} is missing')
-        content = _read_file(part_path, _find_kind(part_path), map_location)
+        part_path = _part(path, name)
+        content = _read_file(part_path, find_kind(part_path), map_location)
         if isinstance(content, dict) and set(content) == {'meta', 'state_dict'}:
             meta, content = {**meta, **content['meta']}, content['state_dict']
         if not isinstance(content, dict):

@@ -1,16 +1,16 @@
-"""Language models of the mixers of Mamba, RWKV and RetNet, and of softmax attention: what they have
-in common, and the family of them all."""
+"""Language models of the mixers of Mamba, RWKV and RetNet, of softmax attention, and of layers of
+several kinds as of Jamba: what they have in common, and the family of them all."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from vmamba_mm.families import mamba2, mamba_ssm, retnet, rwkv
+from vmamba_mm.families import cobra, jamba, mamba2, mamba_ssm, retnet, rwkv
 from vmamba_mm.families.base import Family, Rows, Rule, is_int, one_of
 from vmamba_mm.families.mixers import ABOVE_0, BOOL, POSITIVE, RATE, Mixers, depth_of
 
 #: The first has the models whose names are not those of any other.
-_SYSTEMS = (mamba_ssm.MIXERS, rwkv.MIXERS, retnet.MIXERS)
+_SYSTEMS = (mamba_ssm.MIXERS, rwkv.MIXERS, retnet.MIXERS, jamba.MIXERS)
 OPTIONS: dict[str, Mapping[str, Any]] = {
     mixer: options for system in _SYSTEMS for mixer, options in system.options.items()}
 #: What no arch need say, whatever its mixer, as published of Mamba.
@@ -67,10 +67,11 @@ def _check(arch: Mapping[str, Any]) -> None:
     of_mixers = {key for keys in OPTIONS.values() for key in keys}
     for key in arch:
         if key in of_mixers and key not in options:
-            kinds = ' and '.join(repr(kind) for kind, keys in OPTIONS.items() if key in keys)
-            more = ' and attn_layers' if kinds == "'attention'" else ''
-            raise ValueError(f'arch[{key!r}] is an option of the mixer {kinds}{more}; the mixer '
-                             f'{mixer!r} has {sorted(OPTIONS[mixer])}')
+            kinds = [repr(kind) for kind, keys in OPTIONS.items() if key in keys]
+            if "'attention'" in kinds:
+                kinds.insert(kinds.index("'attention'") + 1, 'attn_layers')
+            raise ValueError(f'arch[{key!r}] is an option of the mixer {" and ".join(kinds)}; '
+                             f'the mixer {mixer!r} has {sorted(OPTIONS[mixer])}')
     if len(set(layers)) != len(layers) or any(i >= arch['depth'] for i in layers):
         raise ValueError(f"arch['attn_layers']={layers!r} must be different numbers below the "
                          f"depth, {arch['depth']}")
@@ -94,7 +95,8 @@ _OURS_ALONE = (('position_embed', 'position_embed'), ('embed_norm', 'embed_norm'
 def _keys(names: Collection[str]) -> Rows:
     """The rows of a model with these names; of none, all."""
     systems = [_system_of(names)] if names else _SYSTEMS
-    return (*(row for system in systems for row in system.keys), *_OURS_ALONE)
+    rows = (system.keys(names) if callable(system.keys) else system.keys for system in systems)
+    return (*(row for of_system in rows for row in of_system), *_OURS_ALONE)
 
 
 def _infer_arch(weights: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,5 +140,6 @@ FAMILY = Family(
     rules=_RULES, check=_check, keys=_keys,
     signature=('token_embed.weight', 'blocks.0.norm.weight', 'blocks.0.mixer.out_proj.weight'),
     infer_arch=_infer_arch,
-    parity_folders={'mamba2': mamba2.PARITY, 'retnet': retnet.PARITY, 'rwkv': rwkv.PARITY},
+    parity_folders={'cobra': cobra.PARITY, 'jamba': jamba.PARITY, 'mamba2': mamba2.PARITY,
+                    'retnet': retnet.PARITY, 'rwkv': rwkv.PARITY},
     licence='Apache-2.0', url='https://github.com/state-spaces/mamba')

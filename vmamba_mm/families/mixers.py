@@ -21,8 +21,9 @@ class Mixers:
     rules: Mapping[str, Rule]
     #: (arch, number of a layer) -> the mixer of the layer, and its keyword arguments.
     mixer_of: Callable[[Arch, int], tuple[str, dict[str, Any]]]
-    #: Names of weights, official and ours.
-    keys: Rows
+    #: Names of weights, official and ours; or (all names of a model) -> these, where the rows of
+    #: one layer are not those of another.
+    keys: Rows | Callable[[Collection[str]], Rows]
     #: (shapes by our names) -> the arch but for what :mod:`vmamba_mm.families.mamba_lm` tells of
     #: every model. As :attr:`Family.infer_arch`.
     infer: Callable[[Shapes], dict[str, Any]]

@@ -34,6 +34,8 @@ What each kind of case looks like:
 - **Procedures** (prefill and then one token at a time, states, samplers): ``run=function`` calls
   ``function(model, inputs)``, which returns a dict of results by the case's names. Nested ones,
   such as ``{'state': {'conv': ..., 'ssm': ...}}``, are compared leaf by leaf, integers exactly.
+- **Padding**: ``compared='attention_mask'`` compares only the positions where that tensor of the
+  case is not 0, since what a model makes of padding means nothing.
 - **Cases of several methods**: ``call`` may be a function from a case's options to a ``Call``, for
   example by ``case.get('kind')``.
 - **Cases in train mode** have ``mode='train ...'`` and ``buffers_after``; a copy of the model runs.
@@ -187,6 +189,9 @@ class Call:
     run: Callable[[Any, dict[str, Any]], Mapping[str, Any]] | str | None = None
     #: Name of a result -> where it is read.
     probes: Mapping[str, Probe | tuple[Probe, ...]] = field(default_factory=dict)
+    #: Key of a case with a mask, of the first dimensions of results: only what is not 0 there is
+    #: compared, such as tokens beside padding. A case need not have it.
+    compared: str = ''
     #: Inputs that keep their dtype in half precision, such as coordinates.
     uncast: tuple[str, ...] = ()
     #: Key of a gradient -> input or output that it belongs to, where it is not 'grad_' + that.

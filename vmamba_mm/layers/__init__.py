@@ -8,6 +8,7 @@ from vmamba_mm.layers.embed import (
     PatchExpand,
     PatchStem,
 )
+from vmamba_mm.layers.experts import MixtureOfExperts, load_balance_loss
 from vmamba_mm.layers.mamba import (
     BiMambaMixer,
     DecomposedBiMambaMixer,
@@ -20,6 +21,7 @@ from vmamba_mm.layers.mamba import (
 from vmamba_mm.layers.mamba2 import Mamba2Mixer, Mamba2State
 from vmamba_mm.layers.mamba_blocks import MambaBlock, run_blocks, run_blocks_to
 from vmamba_mm.layers.norm import LayerNorm, LayerNorm2d, RMSNorm, RMSNormGated
+from vmamba_mm.layers.projectors import Projector
 from vmamba_mm.layers.recording import record_inputs, record_scan_inputs
 from vmamba_mm.layers.retention import GatedMlp, MultiScaleRetention, RetentionState, RetNetBlock
 from vmamba_mm.layers.rwkv import (
@@ -39,9 +41,10 @@ from vmamba_mm.layers.vss_block import Mlp, VSSBlock, VSSStage
 __all__ = ['SS2D', 'SSD2D', 'AttentionState', 'BiMambaMixer', 'CausalAttention', 'ConvDownsample',
            'ConvStem', 'DecomposedBiMambaMixer', 'DropPath', 'GatedMlp', 'LayerNorm', 'LayerNorm2d',
            'Mamba2Mixer', 'Mamba2State', 'MambaBlock', 'MambaMixer', 'MambaState',
-           'MergeDownsample', 'Mlp', 'MultiPathMixer', 'MultiScaleRetention', 'PatchEmbed',
-           'PatchExpand', 'PatchStem', 'RMSNorm', 'RMSNormGated', 'RWKV4TimeMix', 'RWKV5TimeMix',
-           'RWKV6TimeMix', 'RWKV7TimeMix', 'RWKVBlock', 'RWKVChannelMix', 'RWKVState',
-           'RetNetBlock', 'RetentionState', 'SelfAttention', 'SharedBiMambaMixer', 'Stage',
-           'TimeMixState', 'TriMambaMixer', 'VSSBlock', 'VSSStage', 'record_inputs',
-           'record_scan_inputs', 'run_blocks', 'run_blocks_to']
+           'MergeDownsample', 'MixtureOfExperts', 'Mlp', 'MultiPathMixer', 'MultiScaleRetention',
+           'PatchEmbed', 'PatchExpand', 'PatchStem', 'Projector', 'RMSNorm', 'RMSNormGated',
+           'RWKV4TimeMix', 'RWKV5TimeMix', 'RWKV6TimeMix', 'RWKV7TimeMix', 'RWKVBlock',
+           'RWKVChannelMix', 'RWKVState', 'RetNetBlock', 'RetentionState', 'SelfAttention',
+           'SharedBiMambaMixer', 'Stage', 'TimeMixState', 'TriMambaMixer', 'VSSBlock', 'VSSStage',
+           'load_balance_loss', 'record_inputs', 'record_scan_inputs', 'run_blocks',
+           'run_blocks_to']

@@ -77,6 +77,8 @@ class CausalAttention(nn.Module):
             2104.09864, in halves as of GPT-NeoX).
         qkv_bias, out_bias: whether ``in_proj`` and ``out_proj`` have a bias.
         drop_rate: of the weights of attention, in training.
+        split_proj: queries, keys and values have projections of their own, ``q_proj``, ``k_proj``
+            and ``v_proj``, in place of ``in_proj``, as files of transformers have them.
 
     Shape: (B, L, C) -> (B, L, C), with a state that and the :class:`AttentionState` after it.
 
@@ -86,7 +88,8 @@ class CausalAttention(nn.Module):
 
     def __init__(self, embed_dims: int, num_heads: int = 1, head_dim: int | None = None,
                  num_kv_heads: int | None = None, *, d_conv: int = 0, rotary_dims: int = 0,
-                 qkv_bias: bool = True, out_bias: bool = True, drop_rate: float = 0.0):
+                 qkv_bias: bool = True, out_bias: bool = True, drop_rate: float = 0.0,
+                 split_proj: bool = False):
         super().__init__()
         if num_heads < 1 or head_dim is None and embed_dims % num_heads:
             raise ValueError(f'num_heads={num_heads!r} must divide the {embed_dims} channels, '
@@ -102,8 +105,12 @@ class CausalAttention(nn.Module):
             raise ValueError(f'd_conv must be 0 or at least 2, got {d_conv!r}')
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, kv_heads, head_dim
         self.d_conv, self.rotary_dims, self.drop_rate = d_conv, rotary_dims, drop_rate
-        channels = head_dim * (num_heads + 2 * kv_heads)
-        self.in_proj = nn.Linear(embed_dims, channels, bias=qkv_bias)
+        parts = dict(q=num_heads, k=kv_heads, v=kv_heads)
+        channels = head_dim * sum(parts.values())
+        self.in_proj = None if split_proj else nn.Linear(embed_dims, channels, bias=qkv_bias)
+        for name, heads in parts.items():
+            self.add_module(f'{name}_proj', nn.Linear(
+                embed_dims, head_dim * heads, bias=qkv_bias) if split_proj else None)
         self.conv1d = nn.Conv1d(channels, channels, d_conv, padding=d_conv - 1,
                                 groups=channels) if d_conv else None
         self.out_proj = nn.Linear(head_dim * num_heads, embed_dims, bias=out_bias)
@@ -116,7 +123,8 @@ class CausalAttention(nn.Module):
             x: (B, L, C).
             state: of the tokens before ``x``; None if there are none and nothing comes after.
         """
-        qkv = self.in_proj(x)
+        qkv = self.in_proj(x) if self.in_proj is not None else torch.cat(
+            [self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
         tail = None if state is None else state.conv.to(qkv.dtype)
         seen = qkv if tail is None else torch.cat([tail, qkv], dim=1)
         if self.conv1d is not None:
@@ -148,10 +156,11 @@ class CausalAttention(nn.Module):
 
     def init_state(self, batch: int) -> AttentionState:
         """The state before the first token, of ``batch`` sequences."""
-        weight = self.in_proj.weight
+        weight = self.out_proj.weight
         keys = weight.new_zeros(batch, self.num_kv_heads, 0, self.head_dim)
+        channels = self.head_dim * (self.num_heads + 2 * self.num_kv_heads)
         return AttentionState(
-            weight.new_zeros(batch, max(self.d_conv - 1, 0), weight.shape[0]), keys, keys,
+            weight.new_zeros(batch, max(self.d_conv - 1, 0), channels), keys, keys,
             torch.zeros(batch, dtype=torch.long, device=weight.device))
 
     def _rotated(self, x, seen):

@@ -164,10 +164,14 @@ class _Mixer(nn.Module):
             return convolve(conv, x, reverse=reverse)
         return convolve(conv, x.flip(1)).flip(1)
 
+    def _split(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """dt before its projection, B and C, of the result of ``x_proj``."""
+        return projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+
     def _scan_inputs(self, u: Tensor, z: Tensor, suffix: str = '') -> dict[str, Tensor | None]:
         """Arguments of the scan, but A, for tokens: (B, L, D), or (B, D) of one token."""
         _, x_proj, dt_proj = self._modules_of(suffix)
-        dt, B, C = x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        dt, B, C = self._split(x_proj(u))
         if is_plain(dt_proj, nn.Linear):  # its bias is added in fp32
             delta, bias = F.linear(dt, dt_proj.weight), dt_proj.bias
         else:
@@ -203,12 +207,34 @@ class MambaMixer(_Mixer):
         bias: whether ``in_proj`` and ``out_proj`` have one.
         layer_scale: initial value of ``gamma``, a factor for each channel of the result; None for
             no such parameter.
+        inner_norms: RMSNorms of dt before its projection, of B and of C, named ``dt_norm``,
+            ``b_norm`` and ``c_norm`` (Jamba, arXiv 2403.19887, section 3.1). What lies between the
+            projections then runs step by step.
+        norm_eps: of these norms.
 
     Shape: (B, L, C) -> (B, L, C), with a state that and the :class:`MambaState` after it.
 
     Raises:
         ValueError: on a value that is not allowed.
     """
+
+    def __init__(self, embed_dims: int, *, inner_norms: bool = False, norm_eps: float = 1e-6,
+                 **kwargs):
+        super().__init__(embed_dims, **kwargs)
+        sizes = dict(dt=self.dt_rank, b=self.d_state, c=self.d_state)
+        for name, size in sizes.items():
+            self.add_module(f'{name}_norm', RMSNorm(size, norm_eps) if inner_norms else None)
+
+    def _is_one_op(self) -> bool:
+        return self.dt_norm is None and super()._is_one_op()
+
+    def _split(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        dt, B, C = super()._split(projected)
+        if self.dt_norm is None:
+            return dt, B, C
+        norms = self.dt_norm, self.b_norm, self.c_norm
+        return tuple(norm(t.contiguous()).to(t.dtype)
+                     for norm, t in zip(norms, (dt, B, C), strict=True))
 
     def forward(self, x: Tensor, state: MambaState | None = None
                 ) -> Tensor | tuple[Tensor, MambaState]:

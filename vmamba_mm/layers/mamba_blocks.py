@@ -245,7 +245,8 @@ def _weights_of(block: MambaBlock) -> Weights | str:
     if type(mixer) is not BiMambaMixer and type(mixer) is not MambaMixer:
         return 'a mixer is of another class than MambaMixer and BiMambaMixer'
     inner = mixer._modules
-    if inner.get('norm') is not None or mixer.gamma is not None:
+    if inner.get('norm') is not None or inner.get('dt_norm') is not None \
+            or mixer.gamma is not None:
         return 'a mixer has a norm or a layer scale'
     directions = [(inner[f'conv1d{suffix}'], inner[f'x_proj{suffix}'], inner[f'dt_proj{suffix}'])
                   for suffix in mixer.directions]

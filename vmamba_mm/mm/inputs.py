@@ -60,8 +60,12 @@ def build_trained(cfg, checkpoint, name, device):
     from vmamba_mm.mm.hooks.strict_load import check_fits
 
     model = build_model(cfg)
-    state, _ = check_fits(model, checkpoint, name)
-    model.load_state_dict(state)
+    if hasattr(model, 'load_official') and model.is_official(name):
+        model.towers.init_weights()  # which the authors' file lacks
+        model.load_official(name)
+    else:
+        state, _ = check_fits(model, checkpoint, name)
+        model.load_state_dict(state)
     return model.to(device).eval()
 
 

@@ -42,6 +42,7 @@ class Task:
             meta information of the data set), and called with (file, picture, place in the run)
             it returns what it found, in words. None for what predict.py draws itself.
         takes_category: whether the predictor also takes ``category``, of the objects.
+        takes_questions: whether it takes ``questions`` and a ``temperature``.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Task:
     source: Source = IMAGE
     predictor: str | None = None
     takes_category: bool = False
+    takes_questions: bool = False
 
 
 def task_named(name):
@@ -162,6 +164,9 @@ TASKS = {
     'vmamba_mm.ImageRestorer': Task(
         name='restoration', extra='restoration', modules=('cv2',),
         predictor='vmamba_mm.mm.restoration.predict:Restorer'),
+    'vmamba_mm.Cobra': Task(
+        name='vlm', extra='vlm', modules=('timm',), takes_questions=True,
+        predictor='vmamba_mm.mm.language.predict:Answerer'),
     'vmamba_mm.PointClassifier': Task(
         name='points', extra='points', source=CLOUD,
         predictor='vmamba_mm.mm.points.predict:Classifier'),

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from vmamba_mm.families import rwkv
+from vmamba_mm.families import jamba, rwkv
 from vmamba_mm.families.mamba_lm import mixers_of, with_defaults
 from vmamba_mm.layers import (
     CausalAttention,
@@ -15,6 +15,7 @@ from vmamba_mm.layers import (
     Mamba2Mixer,
     MambaBlock,
     MambaMixer,
+    MixtureOfExperts,
     MultiScaleRetention,
     RetNetBlock,
     RWKV4TimeMix,
@@ -75,6 +76,13 @@ def _retnet_block(arch: Arch, layer: int, mixer: nn.Module, make_norm, with_cp) 
     return RetNetBlock(mixer, mlp, make_norm(), make_norm(), alpha, options['post_norm'], with_cp)
 
 
+def _jamba_block(arch: Arch, layer: int, mixer: nn.Module, make_norm, with_cp) -> RetNetBlock:
+    options = jamba.ffn_options(arch, layer)
+    make_mlp = MixtureOfExperts if 'num_experts' in options else GatedMlp
+    mlp = make_mlp(arch['embed_dims'], act='silu', **options)
+    return RetNetBlock(mixer, mlp, make_norm(), make_norm(), with_cp=with_cp)
+
+
 # --- first weights ------------------------------------------------------------------------------
 
 def _init_mamba(model: nn.Module) -> None:
@@ -107,6 +115,15 @@ def _init_retnet(model: nn.Module) -> None:
                 part.weight.div_((8 * len(model.blocks)) ** 0.25)
 
 
+def _init_jamba(model: nn.Module) -> None:
+    """Matrices of transformers' class; dt begins in the range that Mamba gives it."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.Linear) and not name.endswith('dt_proj'):
+            nn.init.normal_(module.weight, std=0.02)
+            if getattr(module, 'bias', None) is not None:
+                nn.init.zeros_(module.bias)
+
+
 # --- the mixers ---------------------------------------------------------------------------------
 
 class _Kind(NamedTuple):
@@ -123,4 +140,5 @@ _KINDS = {
     'rwkv5': _Kind(RWKV5TimeMix, _rwkv_block, _init_rwkv),
     'rwkv6': _Kind(RWKV6TimeMix, _rwkv_block, _init_rwkv),
     'rwkv7': _Kind(RWKV7TimeMix, _rwkv_block, _init_rwkv),
-    'retnet': _Kind(MultiScaleRetention, _retnet_block, _init_retnet)}
+    'retnet': _Kind(MultiScaleRetention, _retnet_block, _init_retnet),
+    'jamba': _Kind(MambaMixer, _jamba_block, _init_jamba)}

@@ -8,6 +8,10 @@ SegMamba and VMamba; the code is this package's own.
 """
 
 from vmamba_mm.integrations.dropin.finder import install, uninstall
+from vmamba_mm.integrations.dropin.hugging_face import (
+    install_transformers,
+    uninstall_transformers,
+)
 from vmamba_mm.integrations.dropin.run import main
 
-__all__ = ['install', 'main', 'uninstall']
+__all__ = ['install', 'install_transformers', 'main', 'uninstall', 'uninstall_transformers']

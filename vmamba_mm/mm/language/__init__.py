@@ -1,0 +1,1 @@
+"""Conversations about images on mmengine's Runner: data sets, pipelines, metrics and chats."""
