@@ -2,11 +2,11 @@
 
 Each is a loop over one dimension of dense steps, on all that is beside it at once. There are three
 ways to record one: as steps one after the other, whose number is then that of the example
-('unrolled'); as an op of a library in C++ (``vmamba_mm.integrations.export.native`` opens it), for
-AOTInductor ('native'); and as an op that the exporter of another runtime translates to a loop of its
-own: along any dimension ('node'), or along the first one, to which the forms then turn the maps, for
-runtimes that are slow where a step's memory has gaps ('first'; 'native' does that too). PyTorch has an
-operator of a loop, but Inductor of torch 2.14 makes C++ of it that does not compile.
+('unrolled'); as an op of a library in C++, which ``vmamba_mm.integrations.export.native`` opens,
+for AOTInductor ('native'); and as an op that the exporter of another runtime translates to a loop
+of its own: along any dimension ('node'), or along the first one, to which the forms then turn the
+maps, for runtimes that are slow where a step's memory has gaps ('first'; 'native' does that too).
+PyTorch has an operator of a loop, but Inductor of torch 2.14 makes C++ of it that does not compile.
 """
 
 import contextlib
