@@ -5,6 +5,7 @@ import contextlib
 from collections.abc import Iterator
 
 from vmamba_mm.ops.core import forms
+from vmamba_mm.ops.linear_attention import chunked as linear_attention
 from vmamba_mm.ops.nc_ssd import chunked as nc_ssd
 from vmamba_mm.ops.orders import reference as orders
 from vmamba_mm.ops.plain import products, recurrence, scans, wkv
@@ -15,6 +16,7 @@ FORMS = {
     'causal_conv_fwd': scans.causal_conv,
     'cross_merge': orders.merge_forward,
     'cross_scan': orders.scan_forward,
+    'linear_attention_fwd': linear_attention.compose,
     'mamba_inner_fwd': scans.mamba_inner,
     'nc_ssd_fwd': nc_ssd.compose,
     'ordered_scan_fwd': scans.ordered_scan,
